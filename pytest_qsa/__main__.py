@@ -1,0 +1,5 @@
+"""`python -m pytest_qsa` is the program `qsa`."""
+
+from .cli import main
+
+raise SystemExit(main())

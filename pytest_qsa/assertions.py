@@ -1,0 +1,240 @@
+"""A series against a budget or a baseline → a Verdict. Plain functions over plain data; no pytest, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from .baseline_file import BaselineFile, rounded
+from .errors import AnomalyError, QsaError
+from .series import Bounds, Series
+
+
+class Kind(StrEnum):
+    """What a verdict is: a pass, a softened excess, or one of the three kinds of red (design.md, decision 9)."""
+
+    PASSED = "PASSED"
+    WARNED = "WARNED"
+    REGRESSION = "REGRESSION"
+    ANOMALOUS = "ANOMALOUS"
+    INFRA = "INFRA"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from its baseline a layer may be: max(abs, rel·|baseline|); `up` and `down` forbid one direction only."""
+
+    rel: float = 0.0
+    abs: float = 0.0
+    direction: str = "both"
+
+    def bounds(self, baseline: float) -> Bounds:
+        """Return what a layer with this baseline may be."""
+        allowed = max(self.abs, self.rel * abs(baseline))
+        low = None if self.direction == "up" else baseline - allowed
+        high = None if self.direction == "down" else baseline + allowed
+        return Bounds(low, high)
+
+    def __str__(self) -> str:
+        """Write it as a suite does: `baseline ± 5 %`."""
+        parts = [f"{self.rel:.3g}·|baseline|"] if self.rel else []
+        parts += [f"{self.abs:g}"] if self.abs or not self.rel else []
+        sign = {"both": "±", "up": "+", "down": "−"}[self.direction]
+        return f"baseline {sign} {'max(' + ', '.join(parts) + ')' if len(parts) > 1 else parts[0]}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer under judgement. `low`, `high`: what it may be; `excess`: by how much it is out, with its sign.
+
+    `depth`: its place in the model's order, among the layers of this assertion.
+    """
+
+    layer: str
+    value: float
+    low: float | None
+    high: float | None
+    baseline: float | None
+    excess: float
+    depth: int = 0
+
+    @property
+    def used(self) -> float | None:
+        """The share of the budget that is used: of the bound, or of the allowed distance from the baseline."""
+        if self.baseline is not None:
+            allowed = max(abs(bound - self.baseline) for bound in (self.low, self.high) if bound is not None)
+            moved = abs(self.value - self.baseline)
+            return moved / allowed if allowed else (0.0 if not moved else float("inf"))
+        if self.high is not None and self.high > 0:
+            return self.value / self.high
+        return None
+
+
+@dataclass(frozen=True)
+class TokenEvidence:
+    """A token behind a value: where it is, what it says (with its neighbours), and how far it stands out."""
+
+    layer: str
+    sample: int
+    position: int
+    text: str
+    before: str
+    after: str
+    magnitude: float
+    ratio: float
+    channel: int
+    sink: bool
+    call: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one assertion on one subject; the terminal, the report and JUnit all draw this.
+
+    `rows`: all layers, worst first. `bound`: the bound in words, `where`: the file:line that set it. `hints`: what to
+    do next, one line each. `run`: what was run, for the reader (model, weights, device, dtype, tokens).
+    """
+
+    id: str
+    subject: str
+    kind: Kind
+    headline: str
+    query: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    bound: str = ""
+    where: str = ""
+    reason: str | None = None
+    positions: str | None = None
+    sinks: str = ""
+    evidence: Sequence[TokenEvidence] = ()
+    hints: Sequence[str] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    accept: str = ""
+    artefacts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the test fails."""
+        return self.kind not in (Kind.PASSED, Kind.WARNED)
+
+    @property
+    def failing_rows(self) -> list[Row]:
+        """The layers out of bounds, worst first."""
+        return [row for row in self.rows if row.excess]
+
+    @property
+    def first_failing(self) -> Row | None:
+        """The first layer out of bounds in the model's order: where it began."""
+        return min(self.failing_rows, key=lambda row: row.depth, default=None)
+
+
+def judge_bounds(series: Series, bounds: Bounds) -> Verdict:
+    """Hold every layer against one budget.
+
+    Raises:
+        AnomalyError: there is no layer, or a value is not finite.
+
+    """
+    series.check()
+    low = bounds.equals if bounds.equals is not None else bounds.min
+    high = bounds.equals if bounds.equals is not None else bounds.max
+    values = enumerate(zip(series.layers, series.values.tolist(), strict=True))
+    rows = [Row(layer, value, low, high, None, bounds.excess(value), depth) for depth, (layer, value) in values]
+    return _judged(series, rows, str(bounds))
+
+
+def judge_baseline(series: Series, baseline: BaselineFile, tolerance: Tolerance, data: str | None) -> Verdict:
+    """Hold every layer against its own baseline. `data`: the fingerprint of the present tokens.
+
+    Raises:
+        AnomalyError: as `judge_bounds`; and where the baseline can't be compared: another definition, other tokens,
+            layers that appeared or vanished.
+
+    """
+    series.check()
+    _comparable(series, baseline, data)
+    rows = []
+    for depth, (layer, exact) in enumerate(zip(series.layers, series.values.tolist(), strict=True)):
+        value, kept = rounded(exact), baseline.values[layer]
+        allowed = tolerance.bounds(kept)
+        rows.append(Row(layer, value, allowed.min, allowed.max, kept, allowed.excess(value), depth))
+    return _judged(series, rows, str(tolerance))
+
+
+def _comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
+    now = BaselineFile.of(series, data, {})
+    if now.query != baseline.query:
+        changed = [key for key in sorted(now.query | baseline.query) if now.query.get(key) != baseline.query.get(key)]
+        first = changed[0]
+        raise AnomalyError(
+            f"the baseline was made with another {first} ({baseline.query.get(first)!r}, now {now.query.get(first)!r}): "
+            "the numbers can't be compared"
+        )
+    if baseline.data != now.data and series.query.site != "weight":
+        raise AnomalyError(
+            f"the baseline was made on other tokens ({_short(baseline.data)}, now {_short(now.data)}): data, tokenizer, "
+            "seed, num_samples or seq_len changed, so the numbers can't be compared"
+        )
+    gone = [layer for layer in baseline.values if layer not in series.layers]
+    new = [layer for layer in series.layers if layer not in baseline.values]
+    if gone or new:
+        parts = [f"{len(names)} {word} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})" for word, names in
+                 (("vanished", gone), ("appeared", new)) if names]  # fmt: skip
+        raise AnomalyError(f"the layers differ from the baseline's: {'; '.join(parts)}")
+
+
+def _short(fingerprint: str | None) -> str:
+    return (fingerprint or "none").removeprefix("sha256:")[:12]
+
+
+def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
+    rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0)))
+    failing = [row for row in rows if row.excess]
+    worst = rows[0]
+    unit = f" {series.query.unit}" if series.query.unit else ""
+    if failing:
+        many = f"{len(failing)} of {len(rows)} layers are" if len(rows) > 1 else f"{worst.layer} is"
+        text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{unit}"
+        text += f", {number(worst.excess, signed=True)}"
+        if worst.baseline is not None:
+            text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
+        return Verdict("", "", Kind.REGRESSION, text, _query(series), rows, bound, positions=series.query.positions)
+    used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
+    text = f"{len(rows)} layers within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
+    return Verdict("", "", Kind.PASSED, text, _query(series), rows, bound, positions=series.query.positions)
+
+
+def _percent(row: Row) -> str:
+    return f" ({(row.value - row.baseline) / abs(row.baseline):+.1%})" if row.baseline else ""
+
+
+def _query(series: Series) -> dict[str, Any]:
+    query = series.query
+    return {
+        "text": str(query), "metric": query.metric, "definition": query.definition, "site": query.site,
+        "layers": query.layers, "exclude": query.exclude, "parameters": dict(query.parameters),
+        "positions": query.positions, "reduce": query.reduce, "over": query.over, "unit": query.unit,
+    }  # fmt: skip
+
+
+def anomaly(error: QsaError, query: Mapping[str, Any] | None = None) -> Verdict:
+    """Turn an error into the verdict of the assertion that it stopped."""
+    return Verdict("", "", Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA, str(error), query or {})
+
+
+def softened(verdict: Verdict, level: str) -> Verdict:
+    """Apply `level: warn`: an exceeded bound becomes a warning; an assertion that saw nothing still fails."""
+    if level == "warn" and verdict.kind is Kind.REGRESSION:
+        return replace(verdict, kind=Kind.WARNED)
+    return verdict
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """Write a number as a person would: 3, 0.0123, 1.54e+04."""
+    text = f"{value:+.4g}" if signed else f"{value:.4g}"
+    return text.replace("-", "−") if signed else text

@@ -1,0 +1,131 @@
+"""Baselines in git, through syrupy: its fixture, its `--snapshot-update`, its report of what is unused.
+
+syrupy asks the extension's class for paths and knows nothing but the test, so the folder travels on the item.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
+
+from .assertions import Kind, Tolerance, Verdict, judge_baseline
+from .baseline_file import BaselineFile, is_baseline
+from .errors import AnomalyError
+from .files import write_atomically
+from .series import Series
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
+    from syrupy.data import SnapshotCollection
+    from syrupy.location import PyTestLocation
+    from syrupy.types import SerializedData, SnapshotIndex
+
+FOLDER = "qsa_baselines"
+HOME = pytest.StashKey[Path]()
+"""On an item: the folder of its baselines."""
+NAME = pytest.StashKey[str]()
+"""On an item: the name of its baselines, without the id of a checkpoint."""
+
+
+class QsaBaselineExtension(SingleFileSnapshotExtension):
+    """One JSON file for each assertion, under the suite's own folder and never among syrupy's own snapshots."""
+
+    file_extension = "json"
+    _write_mode = WriteMode.TEXT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepts = False
+
+    def matches(self, *, serialized_data: SerializedData, snapshot_data: SerializedData) -> bool:
+        """Say what the verdict said: a baseline within its tolerance is not rewritten."""
+        return self.accepts
+
+    @classmethod
+    def dirname(cls, *, test_location: PyTestLocation) -> str:
+        """Return `<suite's folder>/qsa_baselines/<model.name>/<suite's name>`.
+
+        syrupy asks this of every collected test, gates or not; one that has not run owns a folder that can't exist.
+        """
+        nowhere = Path(test_location.filepath).parent / FOLDER / "\N{EMPTY SET}" / "\N{EMPTY SET}"
+        return str(test_location.item.stash.get(HOME, nowhere))
+
+    @classmethod
+    def discovery_dirname(cls, *, test_location: PyTestLocation) -> str:
+        """Look one folder higher: syrupy then leaves alone every file that `owns_snapshot_collection` doesn't claim."""
+        return str(Path(cls.dirname(test_location=test_location)).parent)
+
+    def owns_snapshot_collection(self, *, filepath: str, test_location: PyTestLocation) -> bool:
+        """Own the baselines that lie directly in the folder of this suite and this model, and nothing else there."""
+        path = Path(filepath)
+        return path.parent == Path(self.dirname(test_location=test_location)) and is_baseline(path)
+
+    @classmethod
+    def get_snapshot_name(cls, *, test_location: PyTestLocation, index: SnapshotIndex = 0) -> str:
+        """Return the assertion's id, whatever checkpoint stands in the test's own."""
+        return test_location.item.stash.get(NAME, test_location.item.name) + (f".{index}" if index else "")
+
+    @classmethod
+    def matches_test_location(cls, *, test_location: PyTestLocation, snapshot_location: str) -> bool:
+        """Relate a file to its test by folder and id."""
+        name, location = cls.get_snapshot_name(test_location=test_location), Path(snapshot_location)
+        numbered = location.stem.removeprefix(f"{name}.")
+        same = location.stem == name or (location.stem.startswith(f"{name}.") and numbered.isdigit())
+        return same and location.parent == Path(cls.dirname(test_location=test_location))
+
+    @classmethod
+    def write_snapshot_collection(
+        cls, *, snapshot_collection: SnapshotCollection, name_order: dict[str, int] | None = None
+    ) -> None:
+        """Write atomically."""
+        write_atomically(Path(snapshot_collection.location), str(next(iter(snapshot_collection)).data))
+
+
+def baseline_folder(suite: Path, model: str) -> Path:
+    """Return where the baselines of a suite (or a Python test file) lie for a model."""
+    stem = suite.name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".py").removesuffix(".qsa")
+    return suite.parent / FOLDER / model / stem
+
+
+def judge_against_baseline(
+    series: Series, tolerance: Tolerance, snapshot: SnapshotAssertion, data: str | None, made_with: dict[str, object]
+) -> Verdict:
+    """Hold a series against its baseline; with `--snapshot-update` the baseline follows where it doesn't fit.
+
+    Raises:
+        AnomalyError: the baseline is missing, or can't be compared.
+
+    """
+    series.check()
+    extension = snapshot.extension
+    assert isinstance(extension, QsaBaselineExtension)
+    location = Path(extension.get_location(test_location=snapshot.test_location, index=snapshot.index))
+    existed = location.exists()
+    verdict, problem = _verdict(location, series, tolerance, data)
+    extension.accepts = verdict is not None and verdict.kind is Kind.PASSED
+    accepted = snapshot == BaselineFile.of(series, data, made_with).dump()
+    if not extension.accepts and accepted:
+        text = f"the baseline {location.name} was {'updated' if existed else 'created'}"
+        return Verdict("", "", Kind.PASSED, text, verdict.query if verdict else {}, bound=str(tolerance))
+    if problem is not None:
+        raise problem
+    assert verdict is not None
+    return verdict
+
+
+def _verdict(
+    location: Path, series: Series, tolerance: Tolerance, data: str | None
+) -> tuple[Verdict | None, AnomalyError | None]:
+    try:
+        kept = location.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None, AnomalyError(
+            f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
+        )
+    try:
+        return judge_baseline(series, BaselineFile.parse(kept), tolerance, data), None
+    except AnomalyError as error:
+        return None, error

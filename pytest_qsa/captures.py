@@ -1,0 +1,147 @@
+"""Capture: the numbers of every site that a pass has seen, and the file that keeps them. numpy only.
+
+The file is safetensors: one tensor for each array, and under the metadata key `qsa` one JSON text that says which site
+reads which arrays. docs/capture-format.md specifies it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InfraError
+from .files import write_atomically
+from .numbers import SiteNumbers
+from .plan import Request, Site, match_layers
+from .selection import Selection
+from .sinks import Sinks, find_sinks
+
+FORMAT = "qsa-capture/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """What one pass over one subject left behind; every metric is computed from it alone.
+
+    `sites`: (layer, site) → numbers, in model order; sites that read the same tensor share one `SiteNumbers`.
+    `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
+    `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
+    `meta`: where the numbers come from: model, weights' hash, tokens' hash, dtype, device, versions (plain JSON values).
+    """
+
+    sites: Mapping[tuple[str, Site], SiteNumbers]
+    modules: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    tokens: tuple[NDArray[np.int32], ...] = ()
+    pieces: Mapping[int, str] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def sinks(self) -> Sinks:
+        """The attention sinks of every sample, found at the outputs of the blocks (metrics.md, positions and sinks)."""
+        return find_sinks(
+            {layer: self.sites[layer, "output"] for layer in self.blocks if (layer, "output") in self.sites}
+        )
+
+    def input(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the inputs of the layers that the regex finds."""
+        return self.select(layers, "input", exclude)
+
+    def output(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the outputs of the layers that the regex finds."""
+        return self.select(layers, "output", exclude)
+
+    def weight(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the weights of the layers that the regex finds."""
+        return self.select(layers, "weight", exclude)
+
+    def select(self, layers: str, site: Site, exclude: str | None = None) -> Selection:
+        """Select a site of the layers that the regex finds; the result offers every metric."""
+        return Selection(self, layers, site, exclude)
+
+    def covers(self, requests: Iterable[Request]) -> bool:
+        """Say whether every statistic that is asked for has been measured at every layer that the patterns find."""
+        return all(
+            (numbers := self.sites.get((layer, request.site))) is not None and request.statistics <= numbers.statistics
+            for request in requests
+            for layer in match_layers(self.modules, request.pattern, request.exclude)
+            if request.site != "weight" or (layer, request.site) in self.sites
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the capture to a file, all of it or nothing; equal captures make equal bytes."""
+        from safetensors.numpy import save
+
+        streams: dict[int, int] = {}
+        arrays: dict[str, NDArray[Any]] = {}
+        headers: list[dict[str, Any]] = []
+        for numbers in self.sites.values():
+            if id(numbers) in streams:
+                continue
+            index = streams[id(numbers)] = len(streams)
+            own, header = numbers.to_arrays()
+            headers.append(header)
+            arrays |= {f"{index}/{name}": np.ascontiguousarray(array) for name, array in own.items()}
+        if self.tokens:
+            arrays["tokens"] = np.concatenate(self.tokens)
+            arrays["token_lengths"] = np.array([len(ids) for ids in self.tokens], dtype=np.int64)
+        header_text = json.dumps(
+            {
+                "format": FORMAT,
+                "meta": dict(self.meta),
+                "modules": list(self.modules),
+                "blocks": list(self.blocks),
+                "pieces": {str(token): piece for token, piece in self.pieces.items()},
+                "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
+                "streams": headers,
+            },
+            sort_keys=True,
+        )
+        write_atomically(Path(path), save(arrays, metadata={"qsa": header_text}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Capture:
+        """Read a capture; the numbers are those that were saved, to the last bit.
+
+        Raises:
+            InfraError: the file is missing, damaged, or not a capture of this format.
+
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("qsa", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InfraError(f"{path}: can't be read as a capture: {error}") from None
+        if header.get("format") != FORMAT:
+            raise InfraError(f"{path}: not a capture of the format {FORMAT} (it says {header.get('format')!r})")
+        streams = _streams(arrays, header["streams"])
+        lengths = arrays.get("token_lengths", np.zeros(0, dtype=np.int64))
+        tokens = np.split(arrays["tokens"], np.cumsum(lengths)[:-1]) if len(lengths) else []
+        return cls(
+            sites={(layer, site): streams[index] for layer, site, index in header["sites"]},
+            modules=tuple(header["modules"]),
+            blocks=tuple(header["blocks"]),
+            tokens=tuple(tokens),
+            pieces={int(token): piece for token, piece in header["pieces"].items()},
+            meta=header["meta"],
+        )
+
+
+def _streams(arrays: Mapping[str, NDArray[Any]], headers: list[dict[str, Any]]) -> list[SiteNumbers]:
+    own: list[dict[str, NDArray[Any]]] = [{} for _ in headers]
+    for name, array in arrays.items():
+        index, slash, rest = name.partition("/")
+        if slash:
+            own[int(index)][rest] = array
+    return [SiteNumbers.from_arrays(arrays, header) for arrays, header in zip(own, headers, strict=True)]

@@ -1,0 +1,87 @@
+"""A suite file as a pytest.Module of generated functions: pytest and its plugins see ordinary tests.
+
+A function is compiled under the suite's own file name, at the assertion's line, with its one call at the bound's line:
+locations, tracebacks, JUnit and annotations then point into the YAML without any help.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .errors import QsaWarning, SuiteError
+
+if TYPE_CHECKING:
+    from .config import Assertion, SuiteFile
+
+Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
+
+
+class QsaSuite(pytest.Module):
+    """One `*.qsa.yaml` file."""
+
+    overrides: tuple[str, ...] = ()
+    run: Run
+
+    @functools.cached_property
+    def file(self) -> SuiteFile:
+        """The suite, validated.
+
+        Raises:
+            CollectError: one line that says where and what is wrong.
+
+        """
+        from .config import load_suite
+
+        try:
+            return load_suite(self.path, self.overrides)
+        except SuiteError as error:
+            raise self.CollectError(str(error)) from None
+
+    @functools.cached_property
+    def obj(self) -> types.ModuleType:
+        """The module that pytest collects: a function for each assertion, in the order of the file."""
+        module = types.ModuleType(self.path.name)
+        module.__file__ = str(self.path)
+        for index, assertion in enumerate(self.file.assertions):
+            setattr(module, assertion.id, self._function(index, module.__name__))
+        if self.file.suite.assertions is None:
+            warnings.warn_explicit(
+                QsaWarning(f"{self.path.name} has no assertions: nothing is checked"), None, str(self.path), 1
+            )
+        return module
+
+    def assertion_of(self, item: pytest.Item) -> Assertion:
+        """Return the assertion that an item of this suite stands for."""
+        name = getattr(item, "originalname", item.name)
+        return next(assertion for assertion in self.file.assertions if assertion.id == name)
+
+    def _function(self, index: int, module: str) -> Callable[[pytest.FixtureRequest], None]:
+        name = self.file.assertions[index].id
+        line, bound = self.file.line_of(index), self.file.bound_line_of(index)
+        between = "\n" * (bound - line) + " " if bound > line else " "
+        source = "\n" * (line - 1) + f"def assertion(request):{between}run(request)"
+        scope = {"run": functools.partial(self._call, index=index)}
+        exec(compile(source, str(self.path), "exec"), scope)
+        function: types.FunctionType = scope["assertion"]  # type: ignore[assignment]
+        function.__name__ = function.__qualname__ = name
+        function.__module__ = module
+        function.__doc__ = self.file.assertions[index].reason
+        return pytest.mark.qsa(pytest.mark.usefixtures("qsa_checkpoint")(function))
+
+    def _call(self, request: pytest.FixtureRequest, index: int) -> None:
+        __tracebackhide__ = True
+        self.run(request, self, index)
+
+    def istestfunction(self, obj: object, name: str) -> bool:
+        """Collect what was generated, whatever its name."""
+        return isinstance(obj, types.FunctionType)
+
+    def istestclass(self, obj: object, name: str) -> bool:
+        """Collect no class."""
+        return False

@@ -1,0 +1,179 @@
+"""The typed suite: the seed's sections, key for key, and the assertions.
+
+Each metric gets a model of its own whose fields are the metric's parameters, made from the signature of its function,
+so that a suite, Python and the JSON Schema can't disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce as fold
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+
+from ..errors import SuiteError
+from ..metrics import METRICS, Metric, Reduce
+from ..plan import Request, Site, compile_pattern
+from ..selection import canonical_positions
+from ..series import Bounds, Over
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _regex(pattern: str) -> str:
+    compile_pattern(pattern)
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_regex)]
+Positions = Annotated[
+    Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], AfterValidator(canonical_positions)
+]
+
+
+class Model(_Strict):
+    """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
+
+    path: str | None = None
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
+    reference: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gguf_file: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    submodule: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.path is None) == (self.factory is None):
+            raise ValueError("give one of path and factory")
+        return self
+
+    @property
+    def id(self) -> str:
+        """The subject's name: the folder of its baselines."""
+        return self.name or (self.path or self.factory or "model").rstrip("/").rpartition("/")[2]
+
+
+class CustomData(_Strict):
+    """How a `custom:` file is read."""
+
+    format: Literal["auto", "text", "json", "jsonl", "csv"] = "auto"
+    text_column: str = "text"
+
+
+class Data(_Strict):
+    """The calibration data: `sample` (shipped with the package) or `custom:PATH`, as packed windows of tokens."""
+
+    source: str = "sample"
+    num_samples: Annotated[int, Field(gt=0)] = 16
+    seq_len: Annotated[int, Field(gt=0)] = 512
+    seed: int = 0
+    batch_size: Annotated[int, Field(gt=0)] = 1
+    add_special_tokens: bool = True
+    chat_template: bool = False
+    custom: CustomData = CustomData()
+
+
+class Memory(_Strict):
+    """Where the model runs, and where the part of it that doesn't fit is kept."""
+
+    device: str = "auto"
+    auto_offload: bool = True
+    offload_device: Literal["cpu", "disk"] = "cpu"
+
+
+class Baseline(_Strict):
+    """How far from its baseline a layer may be: max(abs, rel·|baseline|), in one direction or both."""
+
+    rel: Annotated[float, Field(ge=0)] = 0.0
+    abs: Annotated[float, Field(ge=0)] = 0.0
+    direction: Literal["both", "up", "down"] = "both"
+
+
+class Assertion(_Strict):
+    """What every assertion has, whatever its metric."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    metric: str
+    layers: Regex
+    exclude: Regex | None = None
+    site: Site
+    positions: Positions = "all"
+    reduce: Reduce | None = None
+    over: Over | None = None
+    min: float | None = None
+    max: float | None = None
+    equals: float | None = None
+    baseline: Baseline | None = None
+    level: Literal["fail", "warn"] = "fail"
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> Assertion:
+        definition = METRICS[self.metric]
+        if self.baseline is None and self.min is None and self.max is None and self.equals is None:
+            raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
+        if self.reduce is not None and definition.reduce is None:
+            raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
+        if self.positions != "all" and not definition.positional:
+            raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
+        if definition.tokenwise and self.site == "weight":
+            raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The metric's own parameters with their values."""
+        return {name: getattr(self, name) for name in METRICS[self.metric].parameters}
+
+    @property
+    def bounds(self) -> Bounds:
+        """The budget."""
+        return Bounds(self.min, self.max, self.equals)
+
+    @property
+    def where(self) -> str:
+        """The positions in canonical form."""
+        return canonical_positions(self.positions)
+
+    @property
+    def request(self) -> Request:
+        """What this assertion needs of a capture."""
+        needs = METRICS[self.metric].needs(self.site, self.where, self.parameters)
+        return Request(self.layers, self.site, self.exclude, needs)
+
+
+def _assertion_model(metric: Metric) -> type[Assertion]:
+    own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
+    title = "".join(word.title() for word in metric.name.split("_"))
+    doc = (metric.compute.__doc__ or "").splitlines()[0]
+    return create_model(title, __base__=Assertion, __doc__=doc, metric=(Literal[metric.name], ...), **own)
+
+
+ASSERTIONS: Mapping[str, type[Assertion]] = {name: _assertion_model(metric) for name, metric in METRICS.items()}
+AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]
+
+
+class Visualization(BaseModel):
+    """The seed's plotting section; read by `qsa analyze`, of no effect on an assertion."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Suite(_Strict):
+    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject."""
+
+    model: Model | None = None
+    data: Data = Data()
+    memory: Memory = Memory()
+    visualization: Visualization = Visualization()
+    assertions: list[AnyAssertion] | None = None  # type: ignore[valid-type]

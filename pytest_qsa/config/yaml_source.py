@@ -1,0 +1,128 @@
+"""YAML text → plain data that still knows on which line each value stands."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import SuiteError, shown_path
+
+MAX_NODES = 100_000
+Key = str | int
+Location = tuple[Key, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the floats of YAML 1.2: `1e-3` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass
+class YamlSource:
+    """A parsed document: `data`, and the line of each key and value in `path`."""
+
+    path: Path
+    data: Any
+    lines: dict[Location, int] = field(default_factory=dict)
+
+    def line(self, location: Location) -> int:
+        """Return the 1-based line of a location, or of the nearest of its parents that is in the file."""
+        while location and location not in self.lines:
+            location = location[:-1]
+        return self.lines.get(location, 1)
+
+    def error(self, location: Location, message: str) -> SuiteError:
+        """Make the one-line error for a location: `file:line: message`."""
+        return SuiteError(f"{shown_path(self.path)}:{self.line(location)}: {message}")
+
+
+def read_yaml(path: Path) -> YamlSource:
+    """Read a YAML file safely; every error names its line.
+
+    Raises:
+        SuiteError: the file can't be read, is not YAML, is empty, repeats a key, or expands without end.
+
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise SuiteError(
+                f"{shown_path(path)}:1: the file is empty; a suite has the sections model, data and assertions"
+            )
+        source = YamlSource(path, None)
+        _Walk(source).visit(node, ())
+        source.data = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise SuiteError(_syntax_error(path, error)) from None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+    return source
+
+
+def read_value(text: str) -> Any:  # noqa: ANN401 - YAML decides the type
+    """Read the value of `KEY=VALUE` by the rules of a suite, so that `1e-3` and `[a, b]` mean the same there."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+class _Walk:
+    """Records lines, and refuses what plain PyYAML lets through: repeated keys and exponential aliases."""
+
+    def __init__(self, source: YamlSource) -> None:
+        self.source = source
+        self.nodes = 0
+        self.open: set[int] = set()
+
+    def visit(self, node: yaml.Node, location: Location) -> None:
+        self.nodes += 1
+        self.source.lines.setdefault(location, node.start_mark.line + 1)
+        if self.nodes > MAX_NODES or id(node) in self.open:
+            raise self.source.error(
+                location, f"the document expands to more than {MAX_NODES} values through its aliases"
+            )
+        self.open.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            self._mapping(node, location)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.visit(item, (*location, index))
+        self.open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, location: Location) -> None:
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            here = (*location, name)
+            if name in seen and name != "<<":
+                self.source.lines[here] = key.start_mark.line + 1
+                raise self.source.error(here, f"the key '{name}' stands twice in the same place")
+            seen.add(name)
+            self.source.lines[here] = key.start_mark.line + 1
+            self.visit(value, here)
+
+
+def _syntax_error(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = mark.line + 1 if mark else 1
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    if "unknown escape character" in problem:
+        problem += r"; in double quotes a backslash is YAML's own: write a regex without quotes or in single ones, 'layers\.\d+$'"
+    return f"{shown_path(path)}:{line}: not valid YAML: {problem}"

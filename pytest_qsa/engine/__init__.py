@@ -1,0 +1,5 @@
+"""The engine: the only part that imports torch, loads a model and runs it."""
+
+from .library import capture
+
+__all__ = ["capture"]

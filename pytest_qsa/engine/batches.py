@@ -1,0 +1,104 @@
+"""One batch as the observers need it: whose rows they are, which axis the tokens have, and which tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InfraError
+
+Batch = Tensor | Mapping[str, Any]
+_TOKEN_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A mask [B, T] as the observers use it: for each row the indices of the tokens that count; None where all do."""
+
+    length: int
+    rows: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one batch. `lengths`: the numbers of tokens by which a token axis is known."""
+
+    samples: list[int]
+    lengths: frozenset[int]
+    padding: Padding | None = None
+    decoder_padding: Padding | None = None
+    has_decoder: bool = False
+
+    def shaped(self, x: Tensor, channels_first: bool) -> tuple[Tensor, bool]:
+        """Bring a tensor to [B, T, C] (true) or, where it has no token axis, to [B, n] (false).
+
+        Raises:
+            InfraError: the rows of the batch can't be told apart in it.
+
+        """
+        count = len(self.samples)
+        flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
+        if flat_tokens and x.shape[0] != count and not channels_first:
+            return x.reshape(count, flat_tokens[0], -1), True
+        if x.dim() >= 3 and x.shape[0] == count and not channels_first:
+            if x.shape[1] in self.lengths:
+                return x.flatten(2), True
+            if x.dim() == 3:
+                return x, True
+        if x.dim() == 0 or x.shape[0] % count:
+            raise InfraError(
+                f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; set data.batch_size to 1"
+            )
+        return x.reshape(count, -1), False
+
+    def kept(self, layer: str, length: int) -> list[Tensor | None]:
+        """Return, for each row, the indices of the tokens that are no padding; None where all count."""
+        in_decoder = self.has_decoder and "decoder" in layer.split(".")
+        padding = self.decoder_padding if in_decoder else self.padding
+        return padding.rows if padding and padding.length == length else [None] * len(self.samples)
+
+
+def rows_of(batch: Batch, first_sample: int, device: torch.device) -> Rows:
+    """Describe a batch that is about to run; its rows are the samples from `first_sample` on.
+
+    Raises:
+        InfraError: it has no tensor, or one of its masks is not [B, T].
+
+    """
+    if isinstance(batch, Tensor):
+        tokens = [batch] if batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point()) else []
+        return Rows(_samples(batch, first_sample), frozenset(int(t.shape[1]) for t in tokens))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if not tensors:
+        raise InfraError(f"a batch with the keys {sorted(batch)} holds no tensor")
+    lengths = frozenset(int(tensors[key].shape[1]) for key in _TOKEN_KEYS if key in tensors and tensors[key].dim() >= 2)
+    return Rows(
+        samples=_samples(next(iter(tensors.values())), first_sample),
+        lengths=lengths,
+        padding=_padding(tensors.get("attention_mask"), device),
+        decoder_padding=_padding(tensors.get("decoder_attention_mask"), device),
+        has_decoder="decoder_input_ids" in tensors,
+    )
+
+
+def _samples(tensor: Tensor, first: int) -> list[int]:
+    return list(range(first, first + int(tensor.shape[0])))
+
+
+def _padding(mask: Tensor | None, device: torch.device) -> Padding | None:
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    rows = [None if bool(row.all()) else row.nonzero().flatten().to(device) for row in mask.cpu()]
+    return Padding(int(mask.shape[1]), rows)
+
+
+def token_ids(batch: Batch) -> list[Tensor]:
+    """Return the token ids of each row, [T] int32 on the CPU; empty tensors where the batch has none."""
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+        return []
+    return list(ids.cpu().int())

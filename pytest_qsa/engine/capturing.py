@@ -1,0 +1,272 @@
+"""The pass: hooks at the planned sites, one forward for each batch, a Capture at the end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import plan
+from ..captures import Capture
+from ..numbers import SiteNumbers
+from ..plan import Request, Site, match_layers
+from .batches import Batch, Rows, rows_of, token_ids
+from .modules import blocks_of, channels_first, device_of, input_of, layers_of, tensor_of
+from .observers import StreamObserver
+from .weights import observe_weights
+
+SiteKey = tuple[str, Site]
+Progress = Callable[[int, int], None]
+"""Told after each batch: samples done, samples in all."""
+
+
+class _PassComplete(Exception):  # noqa: N818 - a signal, not an error
+    """Raised in the hook of the last planned call: nothing after it is needed."""
+
+
+class _SharingChanged(Exception):  # noqa: N818
+    """A site that read another's tensor now reads its own; the pass starts again without that sharing."""
+
+    def __init__(self, site: SiteKey) -> None:
+        super().__init__(site)
+        self.site = site
+
+
+@dataclass
+class _Seen:
+    """A tensor that was reduced in this forward; it lives on only if the model itself keeps it."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    site: SiteKey
+    call: int
+
+
+@dataclass
+class _Pass:
+    """The state of one pass: observers by site, and which site reads whose tensor."""
+
+    wanted: Mapping[SiteKey, frozenset[str]]
+    modules: Mapping[str, nn.Module]
+    unshared: frozenset[SiteKey]
+    observers: dict[SiteKey, StreamObserver] = field(default_factory=dict)
+    shared: dict[SiteKey, SiteKey] = field(default_factory=dict)
+    calls: dict[SiteKey, int] = field(default_factory=dict)
+    seen: dict[int, _Seen] = field(default_factory=dict)
+    rows: Rows | None = None
+    last: tuple[SiteKey, int] | None = None
+    stop_at: tuple[SiteKey, int] | None = None
+
+    def visit(self, site: SiteKey, tensor: Tensor | None) -> None:
+        """Reduce a site's tensor, or note that it has been reduced at another site of this forward."""
+        if tensor is None or self.rows is None:
+            return
+        call = self.calls.get(site, 0)
+        self.calls[site] = call + 1
+        owner = self._owner(site, tensor, call)
+        missing = self.wanted[site] - (self.wanted[owner] if owner else frozenset())
+        if missing:
+            self._reduce(site, tensor, call, missing)
+        self.last = (site, call)
+        if self.last == self.stop_at:
+            raise _PassComplete
+
+    def _owner(self, site: SiteKey, tensor: Tensor, call: int) -> SiteKey | None:
+        seen = self.seen.get(id(tensor))
+        fresh = seen is None or seen.tensor() is not tensor or seen.version != tensor._version
+        known = self.shared.get(site)
+        if known is not None:
+            if fresh or seen is None or (seen.site, seen.call) != (known, call):
+                raise _SharingChanged(site)
+            return known
+        if fresh or seen is None:
+            self.seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, site, call)
+        elif site not in self.observers and site not in self.unshared and seen.call == call and seen.site != site:
+            self.shared[site] = seen.site
+            return seen.site
+        return None
+
+    def _reduce(self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str]) -> None:
+        assert self.rows is not None
+        observer = self.observers.setdefault(site, StreamObserver(statistics))
+        shaped, token_axis = self.rows.shaped(tensor, channels_first(self.modules[site[0]]))
+        keep = self.rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(self.rows.samples)
+        observer.add(shaped, keep, self.rows.samples, call, token_axis)
+
+    def begin(self, rows: Rows) -> None:
+        """Start a forward."""
+        self.rows = rows
+        self.calls.clear()
+        self.seen.clear()
+
+    def end(self, *, first: bool) -> None:
+        """End a forward; the first one tells which call is the last that is needed."""
+        for site, owner in self.shared.items():
+            if self.calls.get(site, 0) != self.calls.get(owner, 0) and self.stop_at is None:
+                raise _SharingChanged(site)
+        if first and all(site in self.calls for site in self.wanted):
+            self.stop_at = self.last
+        self.seen.clear()
+
+    def numbers(self, site: SiteKey) -> SiteNumbers:
+        """Join what was reduced at the site itself with what was reduced at the site whose tensor it reads."""
+        own = self.observers[site].numbers(self.wanted[site]) if site in self.observers else None
+        if site not in self.shared:
+            return own or StreamObserver(self.wanted[site]).numbers(self.wanted[site])
+        lent = self.numbers(self.shared[site])
+        if own is None:
+            return lent
+        arrays, _ = lent.to_arrays()
+        added, header = own.to_arrays()
+        return SiteNumbers.from_arrays(arrays | added, header | {"statistics": lent.statistics | own.statistics})
+
+
+def run_pass(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    requests: Iterable[Request],
+    *,
+    decode: Callable[[Sequence[int]], Mapping[int, str]] | None = None,
+    progress: Progress | None = None,
+) -> Capture:
+    """Run the model once over the batches and reduce every tensor that the requests name.
+
+    `batches`: tensors [B, T] (or whatever the model takes), or dicts of forward arguments. `decode`: token ids → texts.
+    The model's mode and hooks are as before afterwards.
+    """
+    modules = layers_of(model)
+    blocks = blocks_of(model)
+    wanted = wanted_sites(list(modules), blocks, requests)
+    activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
+    with _evaluating(model):
+        state = (
+            _forwards(model, modules, batches, activations, progress)
+            if activations
+            else _Pass({}, modules, frozenset())
+        )
+    numbers: dict[SiteKey, SiteNumbers] = {
+        site: state.numbers(site) for site in activations if site not in state.shared
+    }
+    numbers |= {
+        site: state.numbers(site) if site in state.observers else numbers[state.shared[site]] for site in state.shared
+    }
+    numbers |= observe_weights(model, modules, {site: wanted[site] for site in wanted if site[1] == "weight"})
+    ids = [row for batch in batches for row in token_ids(batch)]
+    unique = sorted({int(token) for row in ids for token in row.unique().tolist()})
+    return Capture(
+        sites={site: numbers[site] for site in wanted if site in numbers},
+        modules=tuple(modules),
+        blocks=tuple(blocks),
+        tokens=tuple(row.numpy().astype(np.int32) for row in ids),
+        pieces=decode(unique) if decode else {},
+    )
+
+
+def wanted_sites(
+    modules: Sequence[str], blocks: Sequence[str], requests: Iterable[Request]
+) -> dict[SiteKey, frozenset[str]]:
+    """Return what is to be measured at each site, in model order; where sinks matter, the blocks' outputs as well."""
+    wanted: dict[SiteKey, frozenset[str]] = {}
+    for request in requests:
+        for layer in match_layers(modules, request.pattern, request.exclude):
+            site: SiteKey = (layer, request.site)
+            wanted[site] = wanted.get(site, frozenset()) | request.statistics
+        if plan.SINKS in request.statistics:
+            for block in blocks:
+                wanted[block, "output"] = wanted.get((block, "output"), frozenset()) | {plan.TOKENS, plan.SINKS}
+    order = {name: index for index, name in enumerate(modules)}
+    return dict(sorted(wanted.items(), key=lambda item: (order[item[0][0]], plan.SITES.index(item[0][1]))))
+
+
+def _forwards(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    wanted: Mapping[SiteKey, frozenset[str]],
+    progress: Progress | None,
+) -> _Pass:
+    unshared: frozenset[SiteKey] = frozenset()
+    while True:
+        state = _Pass(wanted, modules, unshared)
+        try:
+            with torch.no_grad(), _hooked(modules, state):
+                _run_batches(model, batches, state, progress)
+            return state
+        except _SharingChanged as change:
+            unshared |= {change.site}
+
+
+def _run_batches(model: nn.Module, batches: Sequence[Batch], state: _Pass, progress: Progress | None) -> None:
+    device = device_of(model)
+    done = 0
+    for index, batch in enumerate(batches):
+        rows = rows_of(batch, done, device)
+        state.begin(rows)
+        try:
+            _forward(model, batch, device)
+        except _PassComplete:
+            pass
+        state.end(first=index == 0)
+        done += len(rows.samples)
+        if progress is not None:
+            progress(done, done + sum(len(rows.samples) for _ in batches[index + 1 :]))
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device) -> None:
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    else:
+        model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], state: _Pass) -> Iterator[None]:
+    handles = []
+    for layer, site in state.wanted:
+        if site == "input":
+            handles.append(modules[layer].register_forward_pre_hook(_input_hook(state, layer), with_kwargs=True))
+        else:
+            handles.append(modules[layer].register_forward_hook(_output_hook(state, layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(state: _Pass, layer: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state.visit((layer, "input"), input_of(args, kwargs))
+
+    return hook
+
+
+def _output_hook(state: _Pass, layer: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        state.visit((layer, "output"), tensor_of(output))
+
+    return hook
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode and its cache off, and back afterwards."""
+    training = {name: module.training for name, module in model.named_modules()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    model.eval()
+    if isinstance(use_cache, bool):
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        if isinstance(use_cache, bool):
+            config.use_cache = use_cache  # type: ignore[union-attr]

@@ -1,0 +1,119 @@
+"""Calibration data: text → packed windows of tokens. Windows are never padded; the same seed gives the same tokens."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Data
+from ..errors import InfraError, shown_path
+from .batches import Batch
+
+SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
+
+
+def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:  # noqa: ANN401
+    """Return the batches of token windows, [batch_size, seq_len] each.
+
+    `folder`: what a relative `custom:` path is relative to. `config`: the model's, which says whether it has a decoder.
+
+    Raises:
+        InfraError: the source is unknown or unreadable, or there is too little text for the windows.
+
+    """
+    windows = windows_of(read_texts(data, folder), data, tokenizer)
+    rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
+    if getattr(config, "is_encoder_decoder", False):
+        return [{"input_ids": row, "decoder_input_ids": _shifted(row, config)} for row in rows]
+    return [{"input_ids": row} for row in rows]
+
+
+def read_texts(data: Data, folder: Path) -> list[str]:
+    """Return the texts of a source, in their order."""
+    if data.source == "sample":
+        return [resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")]
+    kind, _, rest = data.source.partition(":")
+    if kind != "custom" or not rest:
+        raise InfraError(
+            f"unknown data source '{data.source}': use sample, or custom:PATH of a text, JSON, JSONL or CSV file"
+        )
+    path = folder / Path(rest).expanduser()
+    try:
+        return _read_custom(path, data)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
+
+
+def _read_custom(path: Path, data: Data) -> list[str]:
+    form = data.custom.format
+    if form == "auto":
+        form = SUFFIXES.get(path.suffix, "text")  # type: ignore[assignment]
+    text = path.read_text(encoding="utf-8")
+    if form == "text":
+        return [text]
+    records: Sequence[Any]
+    if form == "csv":
+        records = list(csv.DictReader(text.splitlines(keepends=True)))
+    elif form == "jsonl":
+        records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        loaded = json.loads(text)
+        records = loaded if isinstance(loaded, list) else [loaded]
+    return [_text_of(record, data.custom.text_column, index) for index, record in enumerate(records)]
+
+
+def _text_of(record: Any, column: str, index: int) -> str:  # noqa: ANN401 - whatever the file holds
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        known = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+        raise ValueError(f"record {index} has no text under '{column}'{known}; set data.custom.text_column")
+    return str(record[column])
+
+
+def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:  # noqa: ANN401 - any tokenizer
+    """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has the special tokens of its own.
+
+    Where there are more windows than asked for, the seed chooses.
+    """
+    prefix, suffix = _special_tokens(tokenizer) if data.add_special_tokens else ([], [])
+    inner = data.seq_len - len(prefix) - len(suffix)
+    if inner < 1:
+        raise InfraError(
+            f"data.seq_len {data.seq_len} leaves no room beside {len(prefix) + len(suffix)} special tokens"
+        )
+    stream = [token for text in texts for token in _ids(tokenizer, text)]
+    available = len(stream) // inner
+    if available < data.num_samples:
+        raise InfraError(
+            f"too little text in '{data.source}': {len(stream)} tokens make {available} windows of {data.seq_len}, "
+            f"and data.num_samples asks for {data.num_samples}"
+        )
+    chosen = np.sort(np.random.default_rng(data.seed).choice(available, data.num_samples, replace=False))
+    return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401
+    """Return what the tokenizer puts before and after a text."""
+    bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def _shifted(row: Tensor, config: Any) -> Tensor:  # noqa: ANN401
+    start = getattr(config, "decoder_start_token_id", None)
+    return torch.cat([torch.full_like(row[:, :1], start if start is not None else 0), row[:, :-1]], dim=1)

@@ -1,0 +1,88 @@
+"""`capture`: the pass as a function, without pytest and without a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from .. import plan
+from ..captures import Capture
+from ..errors import AnomalyError, did_you_mean
+from ..metrics import METRICS
+from ..plan import ALL_STATISTICS, Request, Site, massive_statistic, merge_requests
+from .batches import Batch
+from .capturing import Progress, run_pass
+from .tokens import decoder_of
+
+Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: token ids → text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of some tokens."""
+
+
+def capture(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    sites: Sequence[tuple[str, Site]],
+    statistics: Statistics = "all",
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> Capture:
+    """Run a model once over batches of data and keep the numbers of the named sites.
+
+    Args:
+        model: any module; it is run in evaluation mode without gradients and left as it was.
+        batches: tensors [B, T], or dicts of forward arguments, with `attention_mask` [B, T] where there is padding.
+            A sample is a row.
+        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output` or `weight`.
+        statistics: `"all"`, or the names of the metrics that will be asked for; a metric that must know its thresholds
+            in the pass comes as `("massive_activations", {"abs": 50.0, "ratio": 500.0})`.
+        tokenizer: where given, the texts of the tokens are kept as well.
+        progress: called after each batch with the samples done and the samples in all.
+
+    Raises:
+        AnomalyError: there is no batch, or a pattern matches no layer.
+        SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
+
+    """
+    wanted = _statistics(statistics)
+    requests = merge_requests(Request(pattern, site, None, wanted) for pattern, site in sites)
+    samples = list(batches)
+    if not samples:
+        raise AnomalyError("there are no batches: nothing would be measured")
+    capture = run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress)
+    for request in requests:
+        if not plan.match_layers(capture.modules, request.pattern):
+            raise plan.no_match(capture.modules, request.pattern, None)
+    return capture
+
+
+def _statistics(statistics: Statistics) -> frozenset[str]:
+    if statistics == "all":
+        return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
+    wanted: frozenset[str] = frozenset()
+    for entry in [statistics] if isinstance(statistics, str) else statistics:
+        name, parameters = (entry, None) if isinstance(entry, str) else entry
+        if name not in METRICS:
+            raise AnomalyError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
+        wanted |= _of_metric(name, parameters)
+    return wanted
+
+
+def _of_metric(name: str, parameters: Mapping[str, Any] | None) -> frozenset[str]:
+    """Return the statistics of a metric: for these parameters, or for all that change what has to be kept."""
+    metric = METRICS[name]
+    choices: list[Mapping[str, Any]] = [parameters or {}]
+    if parameters is None and name == "magnitude":
+        choices = [{"reduce_dim": -1}, {"reduce_dim": -2}, {"reduce_dim": None}]
+    elif parameters is None and name == "quantile":
+        choices = [{"signed": False}, {"signed": True}]
+    positions = ("all", "no_sink") if metric.positional else ("all",)
+    return frozenset().union(*(metric.needs("output", where, choice) for choice in choices for where in positions))

@@ -1,0 +1,205 @@
+"""A checkpoint → a model, as transformers loads it, and what can be said of where it came from."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..config import Memory, Model
+from ..errors import InfraError
+from .modules import device_of
+
+HEADROOM = 1.2
+"""A model fits if its weights times this do; the rest is for activations."""
+
+
+class Loaded:
+    """A loaded subject: the model, its tokenizer if it has one, and the folder of its offloaded part if it has one."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, scratch: TemporaryDirectory[str] | None = None) -> None:  # noqa: ANN401
+        self.model = model
+        self.tokenizer = tokenizer
+        self._scratch = scratch
+
+    def close(self) -> None:
+        """Remove what was offloaded to disk."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> Loaded:
+    """Load a subject. `path`: the folder or hub id that the suite's path stands for.
+
+    Raises:
+        InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
+
+    """
+    if spec.factory is not None:
+        return _from_factory(spec.factory, allow_code=allow_code)
+    if spec.trust_remote_code and not allow_code:
+        raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
+    try:
+        with _quiet():
+            loaded = _from_checkpoint(spec, path, memory)
+    except InfraError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InfraError(
+            f"{path} does not fit: {_one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
+        ) from error
+    except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
+        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
+    if spec.submodule:
+        loaded.model = _submodule(loaded.model, spec.submodule)
+    return loaded
+
+
+def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
+    import transformers
+
+    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
+    placement = _placement(path, memory)
+    scratch = TemporaryDirectory(prefix="qsa-offload-") if placement else None
+    offload = {"offload_folder": scratch.name} if scratch else {}
+    model, info = _class_of(config, spec.trust_remote_code).from_pretrained(
+        path,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        output_loading_info=True,
+        **common,
+        **gguf,
+        **placement,
+        **offload,
+    )
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise InfraError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which transformers filled with random numbers: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
+    if "device_map" not in placement:
+        model.to(device_for(memory))
+    model.eval()
+    return Loaded(model, _tokenizer(path, common | gguf), scratch)
+
+
+def _class_of(config: Any, remote: bool) -> Any:  # noqa: ANN401 - transformers' classes
+    """Return the class that the checkpoint's configuration names, whatever its task is."""
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or ())
+    auto_map = getattr(config, "auto_map", None) or {}
+    if remote and auto_map:
+        return getattr(transformers, next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel"))
+    known = next((name for name in names if hasattr(transformers, name)), None)
+    if known:
+        return getattr(transformers, known)
+    if names and auto_map:
+        raise InfraError(
+            f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
+        )
+    return transformers.AutoModel
+
+
+def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **arguments)
+    except Exception:  # many subjects have none; data that needs one says so
+        return None
+
+
+def device_for(memory: Memory) -> torch.device:
+    """Return the device that `memory.device` names; `auto` is CUDA where there is one."""
+    if memory.device != "auto":
+        return torch.device(memory.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _placement(path: str, memory: Memory) -> dict[str, Any]:
+    """Return a device_map for a model that does not fit where it should run; nothing for one that does."""
+    folder = Path(path)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    device = device_for(memory)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if not memory.auto_offload or weights * HEADROOM < free:
+        return {}
+    rest = int(psutil.virtual_memory().available / HEADROOM)
+    limits = {"cpu": rest} if device.type == "cpu" else {device.index or 0: int(free / HEADROOM), "cpu": rest}
+    return {"device_map": "auto", "max_memory": limits}
+
+
+def _from_factory(name: str, *, allow_code: bool) -> Loaded:
+    if not allow_code:
+        raise InfraError(f"model.factory '{name}' runs code that the suite names: allow it with --qsa-allow-code")
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # a user's code may raise anything
+        raise InfraError(f"model.factory '{name}' failed: {type(error).__name__}: {_one_line(error)}") from error
+    model, tokenizer = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise InfraError(
+            f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module (or a pair with a tokenizer)"
+        )
+    return Loaded(model.eval(), tokenizer)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise InfraError(
+            f"model.submodule '{name}' does not exist in {type(model).__name__}; it has {children}"
+        ) from None
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what a report says of a running model: class, dtype, device, attention implementation, versions."""
+    import transformers
+
+    device = device_of(model)
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "none")).removeprefix(
+            "torch."
+        ),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "attention": str(getattr(config, "_attn_implementation", None) or "none"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports out of pytest's output; errors still come."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

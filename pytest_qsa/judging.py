@@ -1,0 +1,100 @@
+"""One assertion of a suite, judged: the body of its generated test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds, softened
+from .captures import Capture
+from .collection import QsaSuite
+from .config import Assertion
+from .errors import QsaError, QsaWarning, SuiteError, shown_path
+from .gate import Gate, GateFailure
+from .series import Series
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
+
+
+def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -> None:
+    """Judge one assertion of a suite; the body of its generated test.
+
+    Raises:
+        GateFailure: the verdict is red.
+
+    """
+    __tracebackhide__ = True
+    gate: Gate = request.getfixturevalue("qsa_gate")
+    assertion = suite.file.assertions[index]
+    where = f"{shown_path(suite.path)}:{suite.file.bound_line_of(index)}"
+    capture = None
+    try:
+        capture = gate.capture_of(request)
+        verdict = softened(_judged(request, assertion, capture), assertion.level)
+    except QsaError as error:
+        verdict = anomaly(error)
+    verdict = replace(verdict, reason=assertion.reason)
+    verdict = gate.complete(request, verdict, capture, where=where, name=assertion.id)
+    if verdict.failed:
+        raise GateFailure(verdict)
+    if verdict.kind is Kind.WARNED:
+        request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({where})"))
+
+
+def _judged(request: pytest.FixtureRequest, assertion: Assertion, capture: Capture) -> Verdict:
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
+    series = series.folded(assertion.over)
+    verdict = None
+    if assertion.min is not None or assertion.max is not None or assertion.equals is not None:
+        verdict = judge_bounds(series, assertion.bounds)
+    if assertion.baseline is not None and (verdict is None or not verdict.failed):
+        kept = assertion.baseline
+        tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
+        verdict = against_baseline(series, tolerance, capture, baseline_snapshot(request))
+    assert verdict is not None
+    return verdict
+
+
+def against_baseline(series: Series, tolerance: Tolerance, capture: Capture, snapshot: SnapshotAssertion) -> Verdict:
+    """Hold a series against the next baseline of a test.
+
+    Raises:
+        AnomalyError: there is no baseline yet, or it can't be compared.
+
+    """
+    from .baselines import judge_against_baseline
+
+    model, data = capture.meta["model"], capture.meta["data"]
+    made_with = {
+        "model": _shown_model(model["path"]), "weights": model["weights"], "dtype": model["dtype"],
+        "device": model["device"], **model["versions"],
+    }  # fmt: skip
+    return judge_against_baseline(series, tolerance, snapshot, data["fingerprint"], made_with)
+
+
+def _shown_model(path: str) -> str:
+    """Return a path without the folders of one machine: baselines are read by everyone."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
+    """Return syrupy's fixture for this test, with our extension and our folder.
+
+    Raises:
+        SuiteError: syrupy is disabled, or another plugin's fixture has taken its name.
+
+    """
+    from .baselines import QsaBaselineExtension
+
+    try:
+        snapshot = request.getfixturevalue("snapshot")
+    except pytest.FixtureLookupError:
+        raise SuiteError("a baseline needs syrupy, which is disabled here: leave out -p no:syrupy") from None
+    if not hasattr(snapshot, "use_extension"):
+        raise SuiteError("the fixture 'snapshot' is not syrupy's: another plugin has taken its name; disable that one")
+    return snapshot.use_extension(QsaBaselineExtension)  # type: ignore[no-any-return]

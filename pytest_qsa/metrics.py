@@ -1,0 +1,322 @@
+"""Every metric of one model: the numbers of a site → one number per population, or one for all of them. numpy only.
+
+A metric is a plain function. Its keyword parameters, with their types and defaults, are its parameters in a suite; the
+decorator adds what the planner and the baselines must know of it. A changed definition gets a new version.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plan
+from .distributions import counted_quantile
+from .numbers import PADDING, TOP_NAMES, SiteNumbers, lower_median
+from .sinks import Sinks
+
+Reduce = Literal["max", "mean", "sum", "p95"]
+MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
+SinkStat = Literal["count", "channel", "ratio"]
+ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+Values = NDArray[np.float64]
+
+REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
+    "max": lambda values: float(np.max(values)),
+    "mean": lambda values: float(np.mean(values)),
+    "sum": lambda values: float(np.sum(values)),
+    "p95": lambda values: float(np.percentile(values, 95)),
+}
+SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+
+
+@dataclass(frozen=True)
+class View:
+    """One site as a metric sees it: its numbers, and which tokens count."""
+
+    numbers: SiteNumbers
+    site: plan.Site
+    positions: str
+    sinks: Sinks
+    layer: str = ""
+
+    def kept(self, population: int) -> NDArray[np.bool_]:
+        """Return [T] booleans, true at the tokens that count: no padding, and what `positions` says."""
+        tokens = self.numbers.tokens_of(population)
+        kept = tokens != PADDING
+        if self.positions.startswith("skip_first:"):
+            kept[: int(self.positions.partition(":")[2])] = False
+        elif self.positions != "all":
+            sinks = self.sinks.mask(int(self.numbers.sample[population]), len(tokens), self.layer)
+            kept &= sinks if self.positions == "sink" else ~sinks
+        return kept
+
+    def token_maxima(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the token-wise maxima that count, one array a population."""
+        for population in range(self.numbers.populations):
+            yield self.numbers.tokens_of(population)[self.kept(population)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and what must be known of it before and after the pass.
+
+    `reduce`: how the samples are folded by default; None where the metric pools them itself.
+    `statistics`: what a pass has to keep for these parameters and positions at this site.
+    """
+
+    name: str
+    version: int
+    reduce: Reduce | None
+    tokenwise: bool
+    positional: bool
+    unit: str
+    compute: Callable[..., Any]
+    statistics: Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]]
+
+    @property
+    def definition(self) -> str:
+        """The id under which a baseline remembers the definition: `outlier_tokens/1`."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword parameters: name → type and default."""
+        parameters = inspect.signature(self.compute, eval_str=True).parameters
+        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def needs(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+        """Return the statistics that a pass has to keep."""
+        defaults = {name: p.default for name, p in self.parameters.items()}
+        needed = self.statistics(site, positions, {**defaults, **parameters})
+        if plan.TOKENS in needed and site != "weight":
+            needed |= {plan.SINKS}
+        return needed
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def _metric(
+    needs: str | Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]],
+    *,
+    reduce: Reduce | None,
+    unit: str = "",
+    tokenwise: bool = False,
+    positional: bool = False,
+    version: int = 1,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
+        METRICS[function.__name__] = Metric(
+            function.__name__, version, reduce, tokenwise, positional or tokenwise, unit, function, statistics
+        )
+        return function
+
+    return register
+
+
+@_metric(plan.TOKENS, reduce="max", unit="tokens", tokenwise=True)
+def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
+    """Count the tokens whose maximum is above threshold × the lower median of the sample's maxima (arXiv 2410.05265)."""
+    return np.array([_above(maxima, threshold) for maxima in view.token_maxima()], dtype=np.float64)
+
+
+def _above(maxima: NDArray[np.float32], threshold: float) -> float:
+    """Count in float32 ratios, as the seed does, so that a token on the threshold falls on the same side."""
+    if not _countable(maxima):
+        return float("nan")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = maxima / np.float32(lower_median(maxima))
+    return float(np.count_nonzero(ratios > np.float32(threshold)))
+
+
+@_metric(plan.TOKENS, reduce="max", unit="× median", tokenwise=True)
+def outlier_ratio(view: View) -> Values:
+    """Divide the largest token-wise maximum of a sample by their lower median."""
+    ratios = []
+    for maxima in view.token_maxima():
+        median = lower_median(maxima) if _countable(maxima) else 0.0
+        ratios.append(float(maxima.max()) / median if median > 0 else float("nan"))
+    return np.array(ratios, dtype=np.float64)
+
+
+def _magnitude_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    reduce_dim = _reduce_dim(site, parameters["reduce_dim"])
+    return frozenset({{-1: plan.TOKENS, -2: plan.CHANNELS, None: plan.ELEMENTS}[reduce_dim]})
+
+
+def _reduce_dim(site: plan.Site, reduce_dim: int | str | None) -> int | None:
+    if reduce_dim == "auto":
+        return -2 if site == "weight" else -1
+    return reduce_dim  # type: ignore[return-value]
+
+
+@_metric(_magnitude_needs, reduce="mean", positional=True)
+def magnitude(
+    view: View, *, stat: MagnitudeStat = "top1", reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
+) -> Values:
+    """Take an order statistic of the maxima: over channels (−1, one a token), over tokens (−2), or of |x| itself (null).
+
+    The seed's and PrefixQuant's plots. `auto` is −1 for activations and, as in the seed, −2 for weights [out, in].
+    """
+    dim = _reduce_dim(view.site, reduce_dim)
+    if dim == -1:
+        return np.array([_order_statistic(maxima, stat) for maxima in view.token_maxima()], dtype=np.float64)
+    table = view.numbers.channel_top if dim == -2 else view.numbers.element_top
+    assert table is not None
+    return table[:, TOP_NAMES.index(stat)].astype(np.float64)
+
+
+def _order_statistic(values: NDArray[np.float32], stat: str) -> float:
+    rank = int(stat[-1]) if stat[-1].isdigit() else 1
+    if rank > values.size or not np.isfinite(values).all():
+        return float("nan")
+    if stat == "median":
+        return lower_median(values)
+    return float(np.sort(values)[-rank if stat.startswith("top") else rank - 1])
+
+
+@_metric(plan.TOKENS, reduce="max", tokenwise=True)
+def sink_tokens(view: View, *, stat: SinkStat = "count") -> Values:
+    """Describe the sinks of a sample at this layer: how many stand out here, the channel, the multiple of the median.
+
+    Without a sink in the sample the count and the ratio are 0 and the channel is −1 (arXiv 2402.17762, 2508.04257).
+    """
+    rows = []
+    for population in range(view.numbers.populations):
+        maxima = view.numbers.tokens_of(population)
+        rows.append(_sink_row(view, population, maxima, lower_median(maxima[maxima != PADDING])))
+    return np.array([row[("count", "channel", "ratio").index(stat)] for row in rows], dtype=np.float64)
+
+
+def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: float) -> tuple[float, float, float]:
+    at = np.flatnonzero(view.sinks.mask(int(view.numbers.sample[population]), len(maxima), view.layer))
+    if not at.size:
+        return 0.0, -1.0, 0.0
+    if not _countable(maxima):
+        return float("nan"), float("nan"), float("nan")
+    ratios = maxima[at] / np.float32(median)
+    count = float(np.count_nonzero(ratios > 64))
+    largest = at[int(np.argmax(ratios))]
+    assert view.numbers.peaks is not None
+    assert view.numbers.peak_channels is not None
+    where = np.flatnonzero(view.numbers.peaks[population] == largest)
+    channel = float(view.numbers.peak_channels[population, where[0]]) if where.size else -1.0
+    return count, channel, float(ratios.max())
+
+
+def _massive_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.massive_statistic(parameters["abs"], parameters["ratio"])})
+
+
+@_metric(_massive_needs, reduce="max", unit="elements")
+def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
+    """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
+    return view.numbers.massive[plan.massive_statistic(abs, ratio)].astype(np.float64)
+
+
+def _absmax_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.MOMENTS if positions == "all" else plan.TOKENS})
+
+
+@_metric(_absmax_needs, reduce=None, positional=True)
+def absmax(view: View) -> float:
+    """Take the largest |x|."""
+    if view.positions == "all":
+        return float(np.max(view.numbers.moment("absmax")))
+    maxima = np.concatenate(list(view.token_maxima()))
+    return float(maxima.max()) if maxima.size else float("nan")
+
+
+@_metric(plan.MOMENTS, reduce=None)
+def rms(view: View) -> float:
+    """Take the root of the mean square over all elements."""
+    count, mean, m2 = pooled_moments(view.numbers)
+    return float(np.sqrt(mean * mean + m2 / count))
+
+
+@_metric(plan.MOMENTS, reduce=None)
+def mean(view: View) -> float:
+    """Take the mean over all elements."""
+    return pooled_moments(view.numbers)[1]
+
+
+@_metric(plan.MOMENTS, reduce=None)
+def std(view: View) -> float:
+    """Take the standard deviation over all elements, of the population (divided by n)."""
+    count, _, m2 = pooled_moments(view.numbers)
+    return float(np.sqrt(m2 / count))
+
+
+@_metric(plan.MOMENTS, reduce="mean")
+def kurtosis(view: View) -> Values:
+    """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
+    count, m2, m4 = (view.numbers.moment(name) for name in ("n", "m2", "m4"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return count * m4 / (m2 * m2)
+
+
+@_metric(plan.MOMENTS, reduce=None, unit="× rms")
+def crest_factor(view: View) -> float:
+    """Divide the largest |x| by the root mean square."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(absmax(view)) / rms(view))
+
+
+def _quantile_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    counts = plan.SIGNED_COUNTS if parameters["signed"] else plan.COUNTS
+    return frozenset({counts, plan.MOMENTS, plan.ELEMENTS})
+
+
+@_metric(_quantile_needs, reduce=None)
+def quantile(view: View, *, q: float = 0.999, signed: bool = False) -> float:
+    """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does.
+
+    Exact for 16-bit tensors; for float32 within 2⁻⁸ of the value, and exact for the largest |x|.
+    """
+    return counted_quantile(view.numbers, q, signed=signed)
+
+
+@_metric(plan.MOMENTS, reduce=None)
+def zero_fraction(view: View) -> float:
+    """Take the share of exact zeros."""
+    return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
+
+
+@_metric(plan.MOMENTS, reduce="sum", unit="elements")
+def nonfinite(view: View) -> Values:
+    """Count NaN, +Inf and −Inf."""
+    return view.numbers.moment("nonfinite").copy()
+
+
+@_metric(plan.MOMENTS, reduce=None)
+def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
+    """Divide the largest |x| by the largest finite value of the dtype that the model will be served in (fp16: 65504)."""
+    return absmax(view) / SERVED_MAX[dtype]
+
+
+def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
+    """Merge the populations' n, mean and sum of squared deviations, in their order (Chan et al. 1979)."""
+    count, mean_, m2 = 0.0, 0.0, 0.0
+    rows = zip(
+        numbers.moment("n").tolist(), numbers.moment("mean").tolist(), numbers.moment("m2").tolist(), strict=True
+    )
+    for n, population_mean, population_m2 in rows:
+        if not n:
+            continue
+        total = count + n
+        delta = population_mean - mean_
+        mean_ += delta * n / total
+        m2 += population_m2 + delta * delta * count * n / total
+        count = total
+    return count, mean_, m2
+
+
+def _countable(maxima: NDArray[np.float32]) -> bool:
+    """Say whether there is a token, all are finite, and one at least is not zero: a dead layer has no outliers to count."""
+    return bool(maxima.size and np.isfinite(maxima).all() and maxima.max() > 0)

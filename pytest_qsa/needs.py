@@ -1,0 +1,49 @@
+"""What a test announces that it will need: a suite's assertion, or the `qsa` marks of a Python test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .collection import QsaSuite
+from .errors import SuiteError
+from .metrics import METRICS
+from .plan import ALL_STATISTICS, Request, massive_statistic
+from .selection import canonical_positions
+
+EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
+"""The statistics that a Python test gets where it names no metric."""
+
+
+def requests_of(item: pytest.Item) -> list[Request]:
+    """Return the requests of one item.
+
+    Raises:
+        SuiteError: a mark is wrong.
+
+    """
+    if isinstance(item.parent, QsaSuite):
+        return [item.parent.assertion_of(item).request]
+    requests = []
+    for mark in item.iter_markers("qsa"):
+        if mark.kwargs:
+            requests.append(_marked(item, dict(mark.kwargs)))
+    return requests
+
+
+def _marked(item: pytest.Item, wanted: dict[str, Any]) -> Request:
+    try:
+        layers, site = wanted.pop("layers"), wanted.pop("site")
+        exclude, metric = wanted.pop("exclude", None), wanted.pop("metric", None)
+        statistics = EVERYTHING
+        if metric is not None:
+            statistics = METRICS[metric].needs(site, canonical_positions(wanted.pop("positions", "all")), wanted)
+        elif wanted:
+            raise SuiteError(f"unknown keys {', '.join(wanted)}")
+        return Request(layers, site, exclude, statistics)
+    except (KeyError, ValueError) as error:
+        raise SuiteError(
+            f"{item.nodeid}: the mark is wrong: {error}; write @pytest.mark.qsa(layers=r'…', site='output') "
+            "with exclude, or metric and its parameters, where needed"
+        ) from None

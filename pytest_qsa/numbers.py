@@ -1,0 +1,106 @@
+"""SiteNumbers: what a pass leaves of one tensor stream. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
+"""The columns of `channel_top` and `element_top`."""
+MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
+"""The columns of `moments`; m2 and m4 are the sums of powers of the deviations from the mean."""
+PADDING = -1.0
+"""Stands in `token_max` where a token is padding; a maximum of magnitudes is never negative."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteNumbers:
+    """The numbers of one tensor stream. A population is one call of the layer for one sample (a row of a batch).
+
+    `sample`, `call` [P]: whose population it is. `lengths` [P]: its tokens, 0 where the site has no token axis.
+    `token_max` [sum of lengths] float32: max over channels of |x|, populations one after the other; −1 marks padding.
+    `peaks` [P, K]: the positions of the K largest tokens, largest first; `peak_channels` [P, K]: where; −1: none.
+    `channel_top`, `element_top` [P, 7]: order statistics (`TOP_NAMES`) of the channel-wise maxima and of |x|.
+    `channel_max` [C]: channel-wise maxima over all populations. `moments` [P, 7] float64: `MOMENT_NAMES`.
+    `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
+    `massive`: for each `plan.massive_statistic` the count per population [P].
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    token_axis: bool
+    statistics: frozenset[str]
+    sample: NDArray[np.int32]
+    call: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    token_max: NDArray[np.float32] | None = None
+    peaks: NDArray[np.int32] | None = None
+    peak_channels: NDArray[np.int32] | None = None
+    channel_top: NDArray[np.float32] | None = None
+    channel_max: NDArray[np.float32] | None = None
+    element_top: NDArray[np.float32] | None = None
+    moments: NDArray[np.float64] | None = None
+    bins: NDArray[np.uint16] | None = None
+    counts: NDArray[np.int64] | None = None
+    signed_bins: NDArray[np.uint16] | None = None
+    signed_counts: NDArray[np.int64] | None = None
+    massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    @property
+    def populations(self) -> int:
+        """How many populations there are; 0 means that the hook never fired."""
+        return len(self.sample)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each population begins in `token_max`, and where the last one ends: [P + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+
+    def tokens_of(self, population: int) -> NDArray[np.float32]:
+        """Return the token-wise maxima of one population, [T], −1 at padding."""
+        assert self.token_max is not None
+        return self.token_max[self.offsets[population] : self.offsets[population + 1]]
+
+    def moment(self, name: str) -> NDArray[np.float64]:
+        """Return one column of `moments`, [P]."""
+        assert self.moments is not None
+        return self.moments[:, MOMENT_NAMES.index(name)]
+
+    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Split into named arrays and a JSON header; `from_arrays` is the way back."""
+        arrays = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
+        arrays |= {f"massive/{name}": count for name, count in self.massive.items()}
+        header = {
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "token_axis": self.token_axis,
+            "statistics": sorted(self.statistics),
+        }
+        return arrays, header
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
+        """Join what `to_arrays` split."""
+        massive = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith("massive/")}
+        plain = {name: array for name, array in arrays.items() if not name.startswith("massive/")}
+        return cls(
+            dtype=header["dtype"],
+            shape=tuple(header["shape"]),
+            token_axis=header["token_axis"],
+            statistics=frozenset(header["statistics"]),
+            massive=massive,
+            **plain,
+        )
+
+
+def lower_median(values: NDArray[Any]) -> float:
+    """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN if there is none."""
+    if not values.size:
+        return float("nan")
+    middle = (values.size - 1) // 2
+    return float(np.partition(values, middle)[middle])

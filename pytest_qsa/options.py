@@ -1,0 +1,127 @@
+"""The options of a run, read once. Imports nothing heavy: the plugin registers them in every pytest start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+if TYPE_CHECKING:
+    from .subjects import Checkpoint
+
+REPORT = ("on-failure", "always", "never")
+SUITES = ["*.qsa.yaml", "*.qsa.yml"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line and the ini file say; paths on the command line are relative to where one stands."""
+
+    models: tuple[str, ...]
+    overrides: tuple[str, ...]
+    config: Path | None
+    output: Path
+    report: Literal["on-failure", "always", "never"]
+    allow_code: bool
+
+    def as_arguments(self, checkpoint: Checkpoint | None) -> list[str]:
+        """Return the arguments that another run of one test needs."""
+        arguments: list[str] = []
+        if checkpoint is not None:
+            from .errors import shown_path
+
+            path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
+            arguments += ["--qsa-model", f"{checkpoint.name}={path}" if checkpoint.name else path]
+        for override in self.overrides:
+            arguments += ["--qsa-set", override]
+        return arguments + (["--qsa-allow-code"] if self.allow_code else [])
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register the options and the ini keys."""
+    group = parser.getgroup("qsa", "gate model checkpoints on their numbers (pytest-qsa)")
+    group.addoption(
+        "--qsa-model", action="append", default=[], metavar="[NAME=]PATH",
+        help="put another checkpoint under every suite; repeatable. NAME has baselines of its own, "
+        "without it the suite's own model.name is what it is held against",
+    )  # fmt: skip
+    group.addoption(
+        "--qsa-config", metavar="PATH", help="the suite or configuration that gives Python tests their model and data"
+    )
+    group.addoption(
+        "--qsa-set", action="append", default=[], metavar="KEY=VALUE",
+        help="override a key of every suite, such as data.num_samples=8; repeatable",
+    )  # fmt: skip
+    group.addoption("--qsa-output", metavar="DIR", help="where the report and the plots go (default: qsa-results)")
+    group.addoption(
+        "--qsa-report", choices=REPORT, help="when to write report.html, report.json and plots (default: on-failure)"
+    )
+    group.addoption(
+        "--qsa-allow-code", action="store_true", default=None,
+        help="let a suite run code: model.factory and model.trust_remote_code",
+    )  # fmt: skip
+    parser.addini("qsa_suites", "names of the files that are suites", type="linelist", default=SUITES)
+    parser.addini("qsa_config", "as --qsa-config, relative to the root folder", default="")
+    parser.addini("qsa_output", "as --qsa-output, relative to the root folder", default="qsa-results")
+    parser.addini("qsa_report", "as --qsa-report", default="on-failure")
+    parser.addini("qsa_allow_code", "as --qsa-allow-code", type="bool", default=False)
+
+
+def read_options(config: pytest.Config) -> Options:
+    """Read and check them.
+
+    Raises:
+        UsageError: a value that is wrong whatever the suites are.
+
+    """
+    stand, root = config.invocation_params.dir, config.rootpath
+    report = config.getoption("qsa_report") or config.getini("qsa_report")
+    if report not in REPORT:
+        raise pytest.UsageError(f"qsa_report = {report}: one of {', '.join(REPORT)}")
+    given, ini = config.getoption("qsa_config"), config.getini("qsa_config")
+    path = stand / given if given else root / ini if ini else None
+    if path is not None and not path.is_file():
+        raise pytest.UsageError(f"{'--qsa-config' if given else 'qsa_config ='} {given or ini}: there is no such file")
+    output = config.getoption("qsa_output")
+    allowed = config.getoption("qsa_allow_code")
+    models = tuple(config.getoption("qsa_model"))
+    overrides = tuple(config.getoption("qsa_set"))
+    _check_models(models, updating=bool(config.getoption("update_snapshots", False)))
+    _check_overrides(overrides)
+    return Options(
+        models=models,
+        overrides=overrides,
+        config=path,
+        output=stand / output if output else root / config.getini("qsa_output"),
+        report=report,
+        allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
+    )
+
+
+def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
+    names = [model.partition("=")[0] if "=" in model else None for model in models]
+    if updating and names.count(None) > 1:
+        raise pytest.UsageError(
+            "--snapshot-update with two --qsa-model without NAME: both would write the baselines of the suite's own model; "
+            "name them, NAME=PATH"
+        )
+    for name in names:
+        if name is not None and names.count(name) > 1:
+            raise pytest.UsageError(f"--qsa-model {name}=…: the name stands twice")
+        if name is not None and not all(c.isalnum() or c in "._-/" for c in name):
+            raise pytest.UsageError(f"--qsa-model {name}=…: a name may hold letters, digits and _ . - / only")
+
+
+def _check_overrides(overrides: tuple[str, ...]) -> None:
+    if not overrides:
+        return
+    from .config.loading import check_override
+    from .errors import SuiteError
+
+    for override in overrides:
+        try:
+            check_override(override)
+        except SuiteError as error:
+            raise pytest.UsageError(str(error)) from None

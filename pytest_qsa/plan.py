@@ -1,0 +1,100 @@
+"""What a capture has to measure: the union of the sites and statistics that the selected assertions need.
+
+Plain data, so that the planner, the cache and the engine speak of the same thing without importing one another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import AnomalyError, SuiteError
+
+Site = Literal["input", "output", "weight"]
+SITES: tuple[Site, ...] = get_args(Site)
+
+TOKENS = "tokens"
+CHANNELS = "channels"
+ELEMENTS = "elements"
+MOMENTS = "moments"
+COUNTS = "counts"
+SIGNED_COUNTS = "signed_counts"
+SINKS = "sinks"
+"""The statistics: token-wise maxima; channel-wise maxima; order statistics of the elements; power sums; counts of |x|
+and of x; and, at the outputs of the blocks, the tokens that may be sinks."""
+
+ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS})
+
+
+def massive_statistic(absolute: float, ratio: float) -> str:
+    """Name the statistic of massive activations, which has to know its two thresholds during the pass."""
+    return f"massive:{absolute:g}:{ratio:g}"
+
+
+@dataclass(frozen=True, order=True)
+class Request:
+    """One demand on a capture: these statistics of every layer that the pattern finds, at this site."""
+
+    pattern: str
+    site: Site
+    exclude: str | None = None
+    statistics: frozenset[str] = ALL_STATISTICS
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise SuiteError(f"unknown site '{self.site}': a site is one of {', '.join(SITES)}")
+        for pattern in (self.pattern, self.exclude):
+            if pattern is not None:
+                compile_pattern(pattern)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a layer pattern.
+
+    Raises:
+        SuiteError: it is not a regular expression, or holds a control character, as `"\\b"` in double quotes does.
+
+    """
+    if any(ord(character) < 32 for character in pattern):
+        raise SuiteError(
+            f"the regex {pattern!r} holds a control character: in YAML's double quotes \\b is a backspace; "
+            "write it without quotes or in single ones"
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None
+
+
+def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = None) -> list[str]:
+    """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order."""
+    wanted = compile_pattern(pattern)
+    unwanted = compile_pattern(exclude) if exclude is not None else None
+    return [name for name in modules if wanted.search(name) and not (unwanted and unwanted.search(name))]
+
+
+def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
+    """Make the error for a pattern that finds nothing: it names the layers that come nearest to it."""
+    if exclude is not None and match_layers(modules, pattern):
+        return AnomalyError(
+            f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
+        )
+    plain = re.sub(r"\\d[+*]?", "0", pattern).replace("\\.", ".").strip("^$")
+    near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or list(modules[:3])
+    return AnomalyError(
+        f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
+        "`qsa layers` lists them all"
+    )
+
+
+def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:
+    """Union the statistics of equal sites; sorted, so that equal demands make equal plans."""
+    union: dict[tuple[str, Site, str | None], frozenset[str]] = {}
+    for request in requests:
+        key = (request.pattern, request.site, request.exclude)
+        union[key] = union.get(key, frozenset()) | request.statistics
+    ordered = sorted(union.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or ""))
+    return tuple(Request(pattern, site, exclude, stats) for (pattern, site, exclude), stats in ordered)

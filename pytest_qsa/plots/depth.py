@@ -1,0 +1,148 @@
+"""Where layers stand on the x axis: the names of layers → depth, with labels short enough to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from .style import GROUP_STYLES, safe_text
+
+MOST_TICKS = 24
+_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The layers on the x axis. `x`: where each stands; `kinds`: the layers that one line joins: name → their indices.
+
+    Where all names have a number (`model.layers.7.mlp`) x is the first number; elsewhere it is the order in the model.
+    """
+
+    layers: tuple[str, ...]
+    x: tuple[float, ...]
+    kinds: dict[str, list[int]]
+    numbered: bool
+
+    @property
+    def label(self) -> str:
+        """The axis label: what all names have in common, with * for what the ticks say."""
+        if self.numbered:
+            return next(iter(self.kinds)) if len(self.kinds) == 1 else "block"
+        prefix, suffix = _affixes(self.layers)
+        return f"{prefix}*{suffix}" if prefix or suffix else "layer"
+
+    def short(self, index: int) -> str:
+        """Name one layer in the axis' own words: `7`, or `7 q_proj` beside other kinds."""
+        if not self.numbered:
+            return self._names[index]
+        if len(self.kinds) == 1:
+            return _NUMBER.findall(self.layers[index])[0] if len(set(self.x)) == len(self.x) else self.layers[index]
+        kind = next(name for name, members in self.kinds.items() if index in members)
+        return f"{self.x[index]:g} {self.kind_labels[kind]}"
+
+    @cached_property
+    def kind_labels(self) -> dict[str, str]:
+        """The kinds without what they have in common."""
+        names = list(self.kinds)
+        prefix, suffix = _affixes(names)
+        return {name: name[len(prefix) : len(name) - len(suffix)].strip(".") or name for name in names}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        prefix, suffix = _affixes(self.layers)
+        return [name[len(prefix) : len(name) - len(suffix)] or name for name in self.layers]
+
+    def ranges(self, indices: Sequence[int], most: int = 90) -> str:
+        """Name many layers in few words: `11–26, 29`."""
+        if not self.numbered or len(set(self.x)) < len(self.x):
+            parts = [self.short(index) for index in indices]
+            return _cut(parts, most)
+        runs: list[list[int]] = []
+        for position in sorted({int(self.x[index]) for index in indices}):
+            if runs and position == runs[-1][-1] + 1:
+                runs[-1].append(position)
+            else:
+                runs.append([position])
+        return _cut([f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs], most)
+
+    def names_of(self, indices: Sequence[int], most: int = 90) -> str:
+        """As `ranges`, kind by kind where there are several."""
+        if len(self.kinds) == 1 or not self.numbered:
+            return self.ranges(indices, most)
+        parts = []
+        for kind, members in self.kinds.items():
+            own = [index for index in indices if index in set(members)]
+            if own:
+                runs = Depth(tuple(self.layers[i] for i in own), tuple(self.x[i] for i in own), {kind: []}, True)
+                parts.append(f"{self.kind_labels[kind]} {runs.ranges(range(len(own)), most)}")
+        return _cut(parts, most, "; ")
+
+    def label_axis(self, axes: Axes, *, title: bool = True) -> None:
+        """Put the ticks, thinned so that they can be read, and the label on an axis."""
+        if self.numbered:
+            positions = sorted({int(x) for x in self.x})
+            step = _step(positions[-1] - positions[0] + 1)
+            first = -(-positions[0] // step) * step
+            ticks = positions if len(positions) <= 12 else list(range(first, positions[-1] + 1, step))
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        else:
+            step = -(-len(self.layers) // MOST_TICKS)
+            ticks = list(range(0, len(self.layers), step))
+            names = [safe_text(self._names[tick], 26) for tick in ticks]
+            flat = sum(map(len, names)) < 90
+            axes.set_xticks(ticks, names, rotation=0 if flat else 40, ha="center" if flat else "right", rotation_mode="anchor")
+        axes.xaxis.set_minor_locator(FixedLocator(sorted(set(self.x))) if len(self.x) <= 130 else NullLocator())
+        axes.tick_params(axis="x", which="minor", length=2)
+        low, high = min(self.x), max(self.x)
+        margin = max(0.7, 0.02 * (high - low))
+        axes.set_xlim(low - margin, high + margin)
+        if title:
+            axes.set_xlabel(safe_text(self.label, 100))
+
+
+def _cut(parts: Sequence[str], most: int, separator: str = ", ") -> str:
+    shown = list(parts)
+    while len(shown) > 1 and len(separator.join(shown)) > most:
+        shown.pop()
+    more = len(parts) - len(shown)
+    return separator.join(shown) + (f" and {more} more" if more else "")
+
+
+def _step(count: int) -> int:
+    step = 1
+    while -(-count // step) > MOST_TICKS:
+        step = {"1": step * 2, "2": step // 2 * 5, "5": step * 2}[str(step)[0]]
+    return step
+
+
+def depth_of(layers: Sequence[str]) -> Depth:
+    """Place layers, given in model order, on the x axis."""
+    names = tuple(layers)
+    numbers = [_NUMBER.search(name) for name in names]
+    for count in (1, 0):  # one star for the first number, then one for every number, as experts need it
+        if not all(numbers):
+            break
+        kinds: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            kinds.setdefault(_NUMBER.sub("*", name, count=count), []).append(index)
+        if len(kinds) <= len(GROUP_STYLES):
+            return Depth(names, tuple(float(number[1]) for number in numbers if number), kinds, True)
+    return Depth(names, tuple(map(float, range(len(names)))), {"": list(range(len(names)))}, False)
+
+
+def _affixes(names: Sequence[str]) -> tuple[str, str]:
+    """Return the components that all names begin with, and those that they end with, dots included."""
+    if len(set(names)) < 2:
+        return "", ""
+    split = [name.split(".") for name in names]
+    shortest = min(map(len, split)) - 1
+    front = next((i for i in range(shortest) if len({parts[i] for parts in split}) > 1), shortest)
+    back = next((i for i in range(shortest - front) if len({parts[-1 - i] for parts in split}) > 1), shortest - front)
+    prefix = "".join(f"{part}." for part in split[0][:front])
+    suffix = "".join(f".{part}" for part in split[0][len(split[0]) - back :])
+    return prefix, suffix

@@ -1,0 +1,147 @@
+"""The figure of magnitudes: the largest, the middle and the smallest token-wise maxima by layer (PrefixQuant's plot)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..assertions import Row, Verdict
+from ..captures import Capture
+from ..errors import QsaError
+from .captions import bound_label, population, samples_of
+from .depth import Depth, depth_of
+from .style import BLUE, INK, MUTED, PALE, RED, head, new_figure, safe_text, scale_log, styled, wants_log
+
+STATS: Mapping[str, tuple[str, str, Any]] = {
+    "top1": (INK, "^", "-"),
+    "top2": ("#7a4a8c", "s", "--"),
+    "top3": ("#a86400", "v", ":"),
+    "median": (BLUE, "o", "-"),
+    "min": ("#2f7d5b", "D", "-."),
+}
+"""Colour, marker and dash of each statistic."""
+_OF = {"-1": "token-wise maxima", "-2": "channel-wise maxima", "None": "|x|"}
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """The statistics of the layers: name → [L]. `own`: the statistic that the verdict judges, if it judges one."""
+
+    layers: list[str]
+    values: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+    of: str
+    reduce: str | None
+    own: str | None
+
+
+def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
+    """Compute the statistics at the verdict's site; None where the capture lacks them."""
+    query = verdict.query
+    if not query.get("layers") or not query.get("site"):
+        return None
+    judged = query["metric"] == "magnitude"
+    dim: Any = query["parameters"].get("reduce_dim", "auto") if judged else "auto"
+    reduce = query.get("reduce") if judged else None
+    own = query["parameters"].get("stat", "top1") if judged else None
+    stats = [*STATS, *([own] if own and own not in STATS else [])]
+    try:
+        selection = capture.select(query["layers"], query["site"], query.get("exclude"))
+        positions = query.get("positions") or "all"
+        series = {
+            stat: selection.magnitude(stat, reduce_dim=dim, reduce=reduce, positions=positions)  # type: ignore[arg-type]
+            for stat in stats
+        }
+    except QsaError:
+        return None
+    first = next(iter(series.values()))
+    if dim == "auto":
+        dim = -2 if query["site"] == "weight" else -1
+    return Magnitudes(first.layers, {s: v.values for s, v in series.items()}, _OF[str(dim)], first.query.reduce, own)
+
+
+@styled
+def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
+    """Draw top1, top2, top3, median and min by layer; None where there are not two layers with a finite one."""
+    numbers = magnitudes_of(verdict, capture)
+    if numbers is None or len(numbers.layers) < 2:
+        return None
+    finite = [value for values in numbers.values.values() for value in values.tolist() if math.isfinite(value)]
+    if not finite:
+        return None
+    depth = depth_of(numbers.layers)
+    panels = list(depth.kinds.items())
+    columns = min(len(panels), 3)
+    figure = new_figure(4.0 if len(panels) <= 3 else 6.2)
+    grid = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False).ravel()
+    for axes, (_, members) in zip(grid, panels, strict=False):
+        _draw_panel(axes, numbers, depth, members, {row.layer: row for row in verdict.rows})
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    positive = [value for value in finite if value > 0]
+    if positive and wants_log(positive):
+        scale_log(grid[0])
+    _annotate(figure, grid, numbers, depth, verdict, capture)
+    return figure
+
+
+def _annotate(
+    figure: Figure, grid: Any, numbers: Magnitudes, depth: Depth, verdict: Verdict, capture: Capture
+) -> None:
+    panels = list(depth.kinds)
+    for index, (axes, name) in enumerate(zip(grid, panels, strict=False)):
+        axes.grid(axis="y")
+        if len(panels) > 1:
+            axes.set_title(safe_text(depth.kind_labels[name], 40), color=MUTED)
+            axes.set_xlabel("block")
+        if index % min(len(panels), 3) == 0:
+            axes.set_ylabel("magnitude, |x|")
+    samples = samples_of(capture, numbers.layers, verdict.query["site"])
+    note = population(numbers.reduce, samples, verdict.query.get("positions") or ("all" if samples else None))
+    title = f"Magnitude of the {numbers.of} at the {verdict.query['site']}"
+    handles, labels = grid[0].get_legend_handles_labels()
+    if len(panels) == 1:
+        head(figure, grid[0], title, safe_text(note))
+        grid[0].legend(handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderaxespad=0.2,
+                       columnspacing=1.3, handletextpad=0.4)  # fmt: skip
+        return
+    figure.suptitle(f"{title} · {note}" if note else title, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def _draw_panel(axes: Axes, numbers: Magnitudes, depth: Depth, members: list[int], rows: Mapping[str, Row]) -> None:
+    own = Depth(tuple(depth.layers[i] for i in members), tuple(depth.x[i] for i in members),
+                {name: list(range(len(members))) for name, kind in depth.kinds.items() if kind is members}, depth.numbered)  # fmt: skip
+    own.label_axis(axes)
+    if numbers.own is not None:
+        _draw_allowed(axes, own, rows)
+    scattered = len(set(own.x)) < len(own.x)
+    for stat, values in numbers.values.items():
+        colour, marker, dash = STATS.get(stat, (RED, "P", "-"))
+        loud = numbers.own in (None, stat)
+        axes.plot(
+            own.x, values[members], color=colour, marker=marker, linestyle="none" if scattered else dash, label=stat, gid=stat,
+            linewidth=2.2 if stat == numbers.own else 1.2, alpha=1.0 if loud else 0.45, zorder=4 if loud else 3,
+            markersize=(2.6 if len(own.x) > 60 else 4.2) * (1.25 if stat == numbers.own else 1.0),
+        )  # fmt: skip
+
+
+def _draw_allowed(axes: Axes, depth: Depth, rows: Mapping[str, Row]) -> None:
+    """Draw the verdict's own bound, or its baseline with the allowed band."""
+    known = [(x, rows[layer]) for x, layer in zip(depth.x, depth.layers, strict=True) if layer in rows]
+    compared = [(x, row) for x, row in known if row.baseline is not None]
+    if compared and len(set(depth.x)) == len(depth.x):
+        x = [x for x, _ in compared]
+        low = [row.low if row.low is not None else row.baseline for _, row in compared]
+        high = [row.high if row.high is not None else row.baseline for _, row in compared]
+        axes.fill_between(x, low, high, color=PALE, linewidth=0, zorder=1, gid="band", label="allowed")  # type: ignore[arg-type]
+        return
+    for bound, low_side in [(known[0][1].high, False), (known[0][1].low, True)] if known and not compared else []:
+        if bound is not None:
+            label = bound_label(bound if low_side else None, None if low_side else bound)
+            axes.axhline(bound, color=RED, linestyle=(0, (6, 3)), zorder=2.5, gid="bound", label=label)

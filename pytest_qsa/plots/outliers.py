@@ -1,0 +1,176 @@
+"""The figure of outlier tokens: in which layers they are, at which positions, and what they say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ..assertions import Verdict
+from ..captures import Capture
+from ..errors import QsaError
+from ..metrics import METRICS, View
+from ..numbers import lower_median
+from .captions import counted, population, samples_of
+from .depth import depth_of
+from .style import BLUE, INK, MUTED, head, new_figure, plain_number, safe_text, scale_log, styled
+
+THRESHOLD = 64.0
+MOST_TOKENS = 15
+SINK = "#9db4c8"
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The tokens above the threshold, [N] each: the index of the layer, the sample, the position, and whether it is a sink."""
+
+    layers: list[str]
+    layer: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    position: NDArray[np.int64]
+    sink: NDArray[np.bool_]
+
+
+def outliers_of(capture: Capture, layers: Sequence[str], site: Any, threshold: float, positions: str) -> Outliers:
+    """Find the tokens above threshold × the median of their sample, as the metric `outlier_tokens` counts them."""
+    found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
+    for index, layer in enumerate(layers):
+        view = View(capture.sites[layer, site], site, positions, capture.sinks, layer)
+        for each in range(view.numbers.populations):
+            tokens, kept, sample = view.numbers.tokens_of(each), view.kept(each), int(view.numbers.sample[each])
+            median = np.float32(lower_median(tokens[kept]))
+            if not median > 0:
+                continue
+            at = np.flatnonzero(kept & (tokens / median > np.float32(threshold)))
+            sinks = capture.sinks.mask(sample, len(tokens), layer)[at]
+            found.append((np.full(len(at), index), np.full(len(at), sample), at, sinks))
+    joined = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [np.zeros(0, dtype=np.int64)] * 4
+    return Outliers(list(layers), joined[0], joined[1], joined[2], joined[3].astype(bool))
+
+
+@styled
+def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
+    """Draw outlier tokens by layer, position and text, for a metric of tokens; None where there are none."""
+    query = verdict.query
+    metric = METRICS.get(query.get("metric", ""))
+    if metric is None or not metric.tokenwise:
+        return None
+    threshold = float(query["parameters"].get("threshold", THRESHOLD))
+    positions = query.get("positions") or "all"
+    try:
+        layers = capture.select(query["layers"], query["site"], query.get("exclude")).layers
+    except QsaError:
+        return None
+    held = [layer for layer in layers if capture.sites[layer, query["site"]].token_max is not None]
+    outliers = outliers_of(capture, held, query["site"], threshold, positions)
+    if not len(outliers.layer):
+        return None
+    return _drawn(outliers, capture, query["site"], threshold, positions)
+
+
+def _drawn(outliers: Outliers, capture: Capture, site: str, threshold: float, positions: str) -> Figure:
+    texts = texts_of(capture, outliers)
+    bars = min(len(texts), MOST_TOKENS)
+    figure = new_figure(3.9 + 0.21 * max(bars, 5))
+    panels = figure.subplot_mosaic(
+        [["layer", "layer"], ["position", "token"]] if texts else [["layer"], ["position"]],
+        height_ratios=[1.0, 0.45 + 0.1 * max(bars, 5)], width_ratios=[1.25, 1.0] if texts else None,
+    )  # fmt: skip
+    _by_layer(panels["layer"], outliers)
+    _by_position(panels["position"], outliers)
+    if texts:
+        _by_token(panels["token"], texts)
+    samples = samples_of(capture, outliers.layers, site)
+    note = f"{population('all', samples, positions).replace('all over', 'in all of')} · {counted(len(outliers.layers), 'layer')}"
+    note += "" if capture.sinks.searched else " · sinks not looked for"
+    head(figure, panels["layer"], f"Tokens above {threshold:g} × the median at the {site}", safe_text(note))
+    return figure
+
+
+def _by_layer(axes: Axes, outliers: Outliers) -> None:
+    depth = depth_of(outliers.layers)
+    x = np.array(depth.x)
+    bottoms: Counter[float] = Counter()
+    for label, chosen, colour, hatch in (("other tokens", ~outliers.sink, BLUE, ""), ("sinks", outliers.sink, SINK, "////")):
+        count = Counter(x[outliers.layer[chosen]].tolist())
+        at = sorted(count)
+        if at:
+            axes.bar(at, [count[i] for i in at], bottom=[bottoms[i] for i in at], width=0.66, color=colour, hatch=hatch,
+                     label=f"{label}: {sum(count.values())}", gid=label, zorder=2)  # fmt: skip
+        bottoms.update(count)
+    depth.label_axis(axes)
+    _count_axis(axes, max(bottoms.values()))
+    axes.set_ylabel("outlier tokens,\nall samples")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+
+
+def _by_position(axes: Axes, outliers: Outliers) -> None:
+    tops: Counter[int] = Counter()
+    for label, chosen, colour, marker in (("other", ~outliers.sink, BLUE, "o"), ("sinks", outliers.sink, MUTED, "D")):
+        count = Counter(outliers.position[chosen].tolist())
+        at = sorted(count)
+        if not at:
+            continue
+        bottom = [tops[i] for i in at]
+        tops.update(count)
+        top = [tops[i] for i in at]
+        axes.vlines(at, bottom, top, color=colour, linewidth=1.6, gid=label, zorder=2)
+        axes.plot(at, top, linestyle="none", marker=marker, markersize=4.5 if len(at) < 80 else 2.5, color=colour,
+                  markerfacecolor="white" if label == "sinks" else colour, zorder=3)  # fmt: skip
+    _count_axis(axes, max(tops.values()))
+    last = max(tops)
+    axes.set_xlim(-max(0.8, 0.03 * last), max(last * 1.04, 8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel("position in the sample")
+    axes.set_ylabel("outlier tokens,\nall layers and samples")
+
+
+def texts_of(capture: Capture, outliers: Outliers) -> list[tuple[str, int, int]]:
+    """Return (text, how often in all layers and samples, of these as a sink), most frequent first."""
+    total: Counter[str] = Counter()
+    sinks: Counter[str] = Counter()
+    for sample, position, sink in zip(
+        outliers.sample.tolist(), outliers.position.tolist(), outliers.sink.tolist(), strict=True
+    ):
+        if sample < len(capture.tokens) and position < len(capture.tokens[sample]):
+            token = int(capture.tokens[sample][position])
+            text = capture.pieces.get(token, f"⟨{token}⟩")
+            total[text] += 1
+            sinks[text] += sink
+    return [(text, count, sinks[text]) for text, count in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _by_token(axes: Axes, texts: list[tuple[str, int, int]]) -> None:
+    shown = texts[:MOST_TOKENS]
+    y = range(len(shown))
+    others = [count - sinks for _, count, sinks in shown]
+    axes.barh(y, others, height=0.68, color=BLUE, gid="other tokens", zorder=2)
+    axes.barh(y, [sinks for _, _, sinks in shown], left=others, height=0.68, color=SINK, hatch="////", gid="sinks", zorder=2)
+    largest = max(count for _, count, _ in shown)
+    for place, (_, count, _) in enumerate(shown):
+        axes.text(count + 0.015 * largest, place, str(count), va="center", fontsize=8, color=INK)
+    axes.set_yticks(y, [f"“{safe_text(text, 22)}”" for text, _, _ in shown])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max(len(shown), 5) - 0.4, -0.6)
+    axes.set_xlim(0, largest * 1.14)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    left = len(texts) - len(shown)
+    axes.set_xlabel("outlier tokens by text" + (f" ({left} more texts not shown)" if left else ""))
+
+
+def _count_axis(axes: Axes, largest: int) -> None:
+    axes.grid(axis="y")
+    axes.set_ylim(0, largest * 1.12)
+    if largest > 300:
+        scale_log(axes, zero=True)
+        axes.set_ylim(0, largest * 1.6)
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.yaxis.set_major_formatter(plain_number)

@@ -1,0 +1,134 @@
+"""The shared look: one palette, marks that differ without colour, and text that matplotlib can't misread."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+DPI = 120
+WIDTH = 9.0
+
+INK, MUTED, FAINT = "#1c2733", "#5b6875", "#dfe4ea"
+BLUE, PALE, RED, AMBER = "#2b5c8a", "#c9d9e8", "#b3261e", "#a86400"
+GROUP_STYLES = [
+    ("#2b5c8a", "o", "-"), ("#a86400", "s", "--"), ("#2f7d5b", "^", "-."),
+    ("#7a4a8c", "D", ":"), ("#5b6875", "v", (0, (5, 1, 1, 1))), ("#8c3b4a", "P", (0, (1, 1))),
+]  # fmt: skip
+"""Colour, marker and dash of each kind of layer in one figure."""
+
+_STYLE = {
+    "font.family": ["sans-serif"], "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.usetex": False,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "axes.facecolor": "white",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.axisbelow": True,
+    "axes.titlesize": 9.0, "axes.titlelocation": "left", "axes.labelsize": 9.0, "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "auto", "grid.color": FAINT,
+    "grid.linewidth": 0.7, "hatch.linewidth": 0.7, "hatch.color": "white",
+    "legend.fontsize": 8.5, "legend.frameon": False,
+    "lines.linewidth": 1.4, "lines.markersize": 4.5, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "path.sketch": None,
+}  # fmt: skip
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(function: Callable[P, R]) -> Callable[P, R]:
+    """Draw in this package's style whatever the user's matplotlibrc says, and leave theirs as it was."""
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matplotlib.rc_context(_STYLE):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+def new_figure(height: float) -> Figure:
+    """Return an empty figure on an Agg canvas, without pyplot."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+@styled
+def save_png(figure: Figure, path: Path) -> str:
+    """Write a figure as PNG and return the absolute path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+    return str(path.resolve())
+
+
+def head(figure: Figure, axes: Axes, title: str, note: str) -> None:
+    """Put a title on the figure, and under it, above the axes, the fine print."""
+    figure.suptitle(safe_text(title), x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
+    axes.set_title(note, loc="left", color=MUTED, pad=8, linespacing=1.4)
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Return the code points of matplotlib's own DejaVu Sans, the one font that is there on every machine."""
+    return frozenset(FT2Font(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")).get_charmap())
+
+
+def safe_text(text: str, most: int | None = None) -> str:
+    """Make text that is drawn as it is meant: nothing invisible, no mathtext, no glyph that the font lacks.
+
+    `most`: the longest it may be; the middle gives way to an ellipsis.
+    """
+    pieces = [_safe_character(character) for character in text]
+    if most is not None and sum(map(len, pieces)) > most:
+        while sum(map(len, pieces)) > most - 1:
+            del pieces[len(pieces) // 2]
+        pieces.insert((len(pieces) + 1) // 2, "…")
+    return "".join(pieces).replace("$", r"\$")
+
+
+def _safe_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\r\t":
+        return {"\n": r"\n", "\r": r"\r", "\t": r"\t"}[character]
+    if code < 0x20 or 0x7F <= code < 0xA0:
+        return f"\\x{code:02x}"
+    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    # Combining marks would join with the quote before them, and right-to-left letters would turn the label around.
+    odd = unicodedata.combining(character) or unicodedata.bidirectional(character) in ("R", "AL", "AN")
+    return f"U+{code:04X}" if invisible or odd or code not in _drawable() else character
+
+
+def plain_number(value: float, _position: object = None) -> str:
+    """Write a tick as a person would: 0.01, 1, 2500, 1e+06."""
+    return f"{value:g}".replace("-", "−")
+
+
+def scale_log(axes: Axes, *, zero: bool = False) -> None:
+    """Make y logarithmic, with plain numbers; `zero` keeps a linear piece from 0 to 1, for counts."""
+    if zero:
+        axes.set_yscale("symlog", linthresh=1.0)
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, numticks=9))
+        low, high = axes.get_ylim()
+        if low > 0 and high / low < 1e4:
+            axes.yaxis.set_minor_locator(LogLocator(10, subs=(2.0, 5.0), numticks=9))
+    formatter = FuncFormatter(plain_number)
+    axes.yaxis.set_major_formatter(formatter)
+    few = not zero and isinstance(axes.yaxis.get_minor_locator(), LogLocator) and axes.get_ylim()[1] / axes.get_ylim()[0] < 300
+    axes.yaxis.set_minor_formatter(formatter if few else NullFormatter())
+    if zero:
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def wants_log(values: list[float]) -> bool:
+    """Say whether positive values span more than two decades."""
+    return bool(values) and min(values) > 0 and max(values) > 100 * min(values)

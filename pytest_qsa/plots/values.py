@@ -1,0 +1,266 @@
+"""The figure of an assertion: its value by layer, what each layer may be, and the layers out of bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ..assertions import Row, Verdict, number
+from ..captures import Capture
+from ..errors import QsaError
+from .captions import bound_label, counted, metric_title, population, samples_of
+from .depth import Depth, depth_of
+from .style import (
+    AMBER, BLUE, GROUP_STYLES, INK, MUTED, PALE, RED, head, new_figure, plain_number, safe_text, scale_log, styled, wants_log,
+)  # fmt: skip
+
+COUNTED = ("tokens", "elements")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The rows of a verdict in model order, with their places on the x axis. `folded`: the one row over all layers."""
+
+    rows: list[Row]
+    depth: Depth
+    folded: Row | None = None
+
+    @property
+    def finite(self) -> list[int]:
+        """The rows that can be drawn."""
+        return [i for i, row in enumerate(self.rows) if math.isfinite(row.value)]
+
+    @property
+    def out(self) -> list[int]:
+        """The rows out of bounds."""
+        return [i for i, row in enumerate(self.rows) if row.excess]
+
+    @property
+    def compared(self) -> bool:
+        """Whether each layer has a baseline of its own."""
+        return any(row.baseline is not None for row in self.rows)
+
+
+def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
+    """Return the rows that a figure can show; None where fewer than two layers are known.
+
+    Of a verdict over all layers at once (`over: sum`), or of one that had nothing sound to judge, the layers' values
+    come from the capture.
+    """
+    rows, folded = list(verdict.rows), None
+    query = verdict.query
+    if query.get("over") or not rows:
+        folded = rows[0] if rows else None
+        try:
+            series = capture.select(query["layers"], query["site"], query["exclude"]).series(
+                query["metric"], query["reduce"], query["positions"] or "all", **query["parameters"]
+            )
+        except (KeyError, QsaError):
+            return None
+        values = zip(series.layers, series.values.tolist(), strict=True)
+        shared = folded if query.get("over") in ("max", "mean") else None
+        low, high = (shared.low, shared.high) if shared and shared.baseline is None else (None, None)
+        rows = [Row(layer, value, low, high, None, 0.0) for layer, value in values]
+    order = {layer: index for index, layer in enumerate(capture.modules)}
+    rows.sort(key=lambda row: order.get(row.layer, len(order)))
+    return Judged(rows, depth_of([row.layer for row in rows]), folded) if len(rows) > 1 else None
+
+
+@styled
+def value_figure(verdict: Verdict, capture: Capture) -> Figure | None:
+    """Draw the assertion's value by layer with its bound or its baseline; None where there are no layers to show."""
+    judged = judged_layers(verdict, capture)
+    if judged is None or not judged.finite:
+        return None
+    figure = new_figure(5.4 if judged.compared else 4.0)
+    if judged.compared:
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1.0])
+        _draw_used(below, judged)
+        judged.depth.label_axis(below)
+        axes.tick_params(axis="x", labelbottom=False)
+    else:
+        axes = figure.subplots()
+        judged.depth.label_axis(axes)
+    _draw_values(axes, judged, verdict.query.get("unit") in COUNTED)
+    _scale(axes, judged, verdict.query.get("unit") in COUNTED)
+    _draw_bounds(axes, judged)
+    _mark(axes, judged)
+    unit = verdict.query.get("unit") or ""
+    axes.set_ylabel(safe_text(f"{verdict.query.get('metric', 'value')}{f' [{unit}]' if unit else ''}"))
+    axes.grid(axis="y")
+    _legend(axes)
+    head(figure, axes, metric_title(verdict.query), safe_text(_note(verdict, capture, judged)))
+    return figure
+
+
+def _note(verdict: Verdict, capture: Capture, judged: Judged) -> str:
+    query = verdict.query
+    samples = samples_of(capture, [row.layer for row in judged.rows], query.get("site", ""))
+    parts = [population(query.get("reduce"), samples, query.get("positions")), counted(len(judged.rows), "layer")]
+    if judged.folded is not None:
+        parts.append(f"{query['over']} over them {number(judged.folded.value)}, bound: {verdict.bound}")
+    elif verdict.bound:
+        parts.append(f"bound: {verdict.bound}")
+    lines = [" · ".join(part for part in parts if part)]
+    if judged.out:
+        named = judged.depth.names_of(judged.out)
+        lines.append(f"out of bounds: {len(judged.out)} of {len(judged.rows)} ({named})")
+    broken = [i for i in range(len(judged.rows)) if i not in set(judged.finite)]
+    if broken:
+        lines.append(f"not finite: {len(broken)} of {len(judged.rows)} ({judged.depth.names_of(broken)})")
+    return "\n".join(lines)
+
+
+def _draw_values(axes: Axes, judged: Judged, counts: bool) -> None:
+    depth, several = judged.depth, len(judged.depth.kinds) > 1
+    for (name, members), (colour, marker, dash) in zip(depth.kinds.items(), GROUP_STYLES, strict=False):
+        x = [depth.x[i] for i in members]
+        y = [judged.rows[i].value if math.isfinite(judged.rows[i].value) else math.nan for i in members]
+        if counts and not several and len(set(x)) == len(x):
+            axes.bar(x, y, width=0.62, color=BLUE, gid="values", label="_bars", zorder=2)
+            continue
+        scattered = len(set(x)) < len(x)
+        size = 3.0 if len(x) > 60 else 4.5
+        axes.plot(
+            x, y, color=colour, marker=marker, markersize=size, linestyle="none" if scattered else dash, zorder=3, gid="values",
+            label=safe_text(depth.kind_labels[name], 40) if several else ("value" if judged.compared else "_value"),
+        )  # fmt: skip
+
+
+def _draw_bounds(axes: Axes, judged: Judged) -> None:
+    if judged.compared:
+        _draw_baseline(axes, judged)
+        return
+    for side, pick in (("max", lambda row: row.high), ("min", lambda row: row.low)):
+        bounds = {pick(row) for row in judged.rows}
+        if len(bounds) != 1 or (bound := bounds.pop()) is None:
+            continue
+        equal = judged.rows[0].low == judged.rows[0].high
+        if equal and side == "min":
+            continue
+        label = bound_label(bound if equal or side == "min" else None, bound if equal or side == "max" else None)
+        axes.axhline(bound, color=RED, linestyle=(0, (6, 3)), linewidth=1.3, zorder=2.5, gid=f"bound-{side}")
+        above = side == "max"
+        axes.annotate(
+            label, (1, bound), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3 if above else -3), color=RED, ha="right",
+            textcoords="offset points", va="bottom" if above else "top", fontsize=8.5, fontweight="bold", zorder=6,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+
+
+def _draw_baseline(axes: Axes, judged: Judged) -> None:
+    """Draw the baseline with its allowed band: one band along a line, one bar a layer where there are several lines."""
+    rows, depth = judged.rows, judged.depth
+    known = [i for i in range(len(rows)) if rows[i].baseline is not None]
+    bottom, top = axes.get_ylim()
+    x = [depth.x[i] for i in known]
+    low = [rows[i].low if rows[i].low is not None else bottom for i in known]
+    high = [rows[i].high if rows[i].high is not None else top for i in known]
+    baseline = [rows[i].baseline for i in known]
+    if len(depth.kinds) == 1 and len(set(x)) == len(x):
+        axes.fill_between(x, low, high, color=PALE, linewidth=0, zorder=1, gid="band", label="allowed")  # type: ignore[arg-type]
+        axes.plot(x, baseline, color=MUTED, linestyle=(0, (4, 2)), linewidth=1.2, zorder=2, gid="baseline", label="baseline")  # type: ignore[arg-type]
+    else:
+        axes.vlines(x, low, high, color=PALE, linewidth=5, zorder=1, gid="band", label="allowed")  # type: ignore[arg-type]
+        axes.plot(x, baseline, color=MUTED, marker="_", linestyle="none", zorder=2, gid="baseline", label="baseline")  # type: ignore[arg-type]
+    axes.set_ylim(bottom, top)
+
+
+def _mark(axes: Axes, judged: Judged) -> None:
+    """Ring the layers out of bounds, name the worst of them where it stands, and put what is not finite at the top."""
+    out = [i for i in judged.out if i in set(judged.finite)]
+    rows, depth = judged.rows, judged.depth
+    if out:
+        x, y = [depth.x[i] for i in out], [rows[i].value for i in out]
+        axes.plot(
+            x, y, linestyle="none", marker="D", markersize=7, markerfacecolor="none", markeredgecolor=RED,
+            markeredgewidth=1.6, zorder=5, gid="out-of-bounds", label="out of bounds", clip_on=False,
+        )  # fmt: skip
+        worst = max(out, key=lambda i: abs(rows[i].excess))
+        _name(axes, depth, worst, rows[worst])
+    broken = [depth.x[i] for i in range(len(rows)) if i not in set(judged.finite)]
+    if broken:
+        axes.plot(
+            broken, [0.97] * len(broken), linestyle="none", marker="X", markersize=7, color=AMBER, gid="not-finite",
+            transform=axes.get_xaxis_transform(), label="not finite", zorder=5,
+        )  # fmt: skip
+
+
+def _name(axes: Axes, depth: Depth, index: int, row: Row) -> None:
+    low, high = axes.get_xlim()
+    right = depth.x[index] > (low + high) / 2
+    axes.annotate(
+        safe_text(f"{depth.short(index)}: {number(row.value)}", 44), (depth.x[index], row.value),
+        xytext=(-9 if right else 9, 7 if row.excess > 0 else -7), textcoords="offset points",
+        ha="right" if right else "left", va="bottom" if row.excess > 0 else "top",
+        color=INK, fontsize=8.5, fontweight="bold", zorder=6,
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
+
+
+def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
+    """Choose a linear or logarithmic y that holds the values and, where it doesn't flatten them, the bounds."""
+    values = [judged.rows[i].value for i in judged.finite]
+    bounds = [b for row in judged.rows for b in (row.low, row.high, row.baseline) if b is not None and math.isfinite(b)]
+    if not counts and wants_log([*values, *bounds]):
+        axes.set_ylim(min(*values, *bounds) / 1.6, max(*values, *bounds) * 2.2)
+        scale_log(axes)
+        return
+    low, high = min([*values, *bounds]), max([*values, *bounds])
+    if counts:
+        low = min(low, 0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        if high > 100:
+            scale_log(axes, zero=True)
+            axes.set_ylim(low, high * 2)
+            return
+    room = (high - low) or abs(high) or 1.0
+    axes.set_ylim(low - (0 if counts else 0.1 * room), high + 0.18 * room)
+
+
+def _draw_used(axes: Axes, judged: Judged) -> None:
+    """Draw how much of the allowed distance each layer has moved, with its sign; ±100 % is the bound."""
+    shares = [_share(row) for row in judged.rows]
+    depth = judged.depth
+    wide = max((abs(share) for share in shares if math.isfinite(share)), default=0.0)
+    kinds = len(depth.kinds)
+    for offset, (members, (colour, _, _)) in enumerate(zip(depth.kinds.values(), GROUP_STYLES, strict=False)):
+        x = [depth.x[i] + 0.72 * ((offset + 0.5) / kinds - 0.5) for i in members]
+        axes.bar(x, [shares[i] for i in members], width=0.72 / kinds, color=colour, gid="used", zorder=2)
+    if wide > 500:
+        axes.set_yscale("symlog", linthresh=100.0)
+        axes.yaxis.set_minor_locator(MaxNLocator(1))
+    for bound in _sides(judged.rows):
+        axes.axhline(bound, color=RED, linestyle=(0, (6, 3)), linewidth=1.1, zorder=2.5, gid="used-bound")
+    reach = max(wide * (1.6 if wide > 500 else 1.15), 125.0)
+    down = any(share < -20 for share in shares) or -100.0 in _sides(judged.rows)
+    axes.set_ylim(-reach if down else -0.2 * reach, reach)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
+    axes.set_ylabel("moved\n[% of allowed]")
+    axes.grid(axis="y")
+
+
+def _share(row: Row) -> float:
+    if row.baseline is None or row.used is None or not math.isfinite(row.value):
+        return math.nan
+    used = min(row.used, 1e3)  # without any allowance every move is infinitely far
+    return math.copysign(100 * used, row.value - row.baseline)
+
+
+def _sides(rows: Sequence[Row]) -> list[float]:
+    up = any(row.high is not None for row in rows)
+    down = any(row.low is not None for row in rows)
+    return [100.0] * up + [-100.0] * down
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(labels), 5), borderaxespad=0.2,
+                    columnspacing=1.4, handletextpad=0.5)  # fmt: skip

@@ -1,0 +1,138 @@
+"""The pytest plugin: hooks and fixtures, nothing else. It imports nothing heavy; a run without a gate pays nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .options import Options, add_options, read_options
+
+if TYPE_CHECKING:
+    from .collection import QsaSuite
+    from .gate import Gate
+    from .python_api import Qsa, QsaBaseline
+    from .subjects import Checkpoint
+
+OPTIONS = pytest.StashKey[Options]()
+GATE = pytest.StashKey["Gate"]()
+MARK = (
+    "qsa(layers, site, exclude, metric, ...): what a Python test will ask of the one pass; every suite's tests carry it"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register the options."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the options, so that a wrong one is a usage error; report from the process that sees all results."""
+    config.addinivalue_line("markers", MARK)
+    options = config.stash[OPTIONS] = read_options(config)
+    if not hasattr(config, "workerinput"):
+        from .reporting import Reporter
+
+        config.pluginmanager.register(Reporter(config, options), "qsa-reporter")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite | None:
+    """Collect suites by their names, and any YAML file that is given by name."""
+    named = file_path.suffix in (".yaml", ".yml") and parent.session.isinitpath(file_path)
+    if not named and not any(
+        fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites")
+    ):
+        return None
+    from .collection import QsaSuite
+    from .judging import run_assertion
+
+    suite: QsaSuite = QsaSuite.from_parent(parent, path=file_path)
+    suite.overrides = parent.config.stash[OPTIONS].overrides
+    suite.run = run_assertion
+    return suite
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every gate on each checkpoint of `--qsa-model`; a single one leaves the test's id as it is."""
+    models = metafunc.config.stash[OPTIONS].models
+    if not models or "qsa_checkpoint" not in metafunc.fixturenames:
+        return
+    from .subjects import Checkpoint
+
+    checkpoints = [Checkpoint.parse(model) for model in models]
+    ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [c.name or Path(c.path).name for c in checkpoints]
+    metafunc.parametrize("qsa_checkpoint", checkpoints, indirect=True, scope="session", ids=ids)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show a red verdict as its own text, and hand the verdicts to the report."""
+    report = yield
+    if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
+        from .reporting import describe
+
+        describe(item, call, report)
+    return report
+
+
+@pytest.fixture(scope="session")
+def qsa_checkpoint(request: pytest.FixtureRequest) -> Checkpoint | None:
+    """The checkpoint of `--qsa-model` under which a gate runs; None for the suite's own model."""
+    return getattr(request, "param", None)
+
+
+@pytest.fixture(scope="session")
+def qsa_model() -> object:
+    """Override it to gate a model of your own: return a torch.nn.Module, or a pair of one and its tokenizer."""
+    return None
+
+
+@pytest.fixture(scope="session")
+def qsa_tokenizer() -> object:
+    """Override it to give the model of `qsa_model` a tokenizer."""
+    return None
+
+
+@pytest.fixture(scope="session")
+def qsa_batches() -> Any:  # noqa: ANN401 - an iterable of tensors or of dicts of them
+    """Override it to run the model of `qsa_model` over batches of your own: tensors [B, T], or dicts of arguments."""
+    return None
+
+
+@pytest.fixture(scope="session")
+def qsa_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """The gate of this session (internal)."""
+    from .gate import Gate
+    from .session import Captures
+
+    worker = hasattr(request.config, "workerinput")
+    shared = tmp_path_factory.getbasetemp().parent / "qsa-captures" if worker else None
+    return Gate(request.config, request.config.stash[OPTIONS], Captures(shared))
+
+
+@pytest.fixture
+def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoint | None) -> Qsa:
+    """The subject's numbers: `assert qsa.output(r"layers\\.\\d+$").outlier_tokens(threshold=64) <= 1`."""
+    from .python_api import Qsa
+
+    return Qsa(qsa_gate, request)
+
+
+@pytest.fixture
+def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
+    """A baseline of this test: `assert series == qsa_baseline(rel=0.05)`; also abs= and direction="up" or "down"."""
+    from .assertions import Tolerance
+    from .judging import baseline_snapshot
+    from .python_api import QsaBaseline
+
+    snapshot = baseline_snapshot(request)
+
+    def baseline(rel: float = 0.0, abs: float = 0.0, direction: str = "both") -> QsaBaseline:
+        return QsaBaseline(qsa, Tolerance(rel, abs, direction), snapshot)
+
+    return baseline

@@ -1,0 +1,133 @@
+"""Verdicts on their way out: onto pytest's reports, into the HTML report, into the terminal's summary."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .options import Options
+
+PACKAGE = Path(__file__).parent
+FIELD = "qsa_verdicts"
+"""The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
+
+
+def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Give a failed gate its own text, and put its verdicts on the report of its call."""
+    from .gate import VERDICTS
+
+    if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
+        _describe_failure(item, call, report)
+    if verdicts := item.stash.get(VERDICTS, None):
+        from .report import to_plain
+
+        setattr(report, FIELD, [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts])
+        item.stash[VERDICTS] = []
+
+
+def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    from .errors import QsaError
+    from .gate import VERDICTS, GateFailure
+    from .terminal import failure_text, first_line
+
+    assert call.excinfo is not None
+    error = call.excinfo.value
+    recorded = item.stash.get(VERDICTS, None) or []
+    if isinstance(error, GateFailure):
+        verdict = error.verdict
+    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed:
+        verdict = recorded[-1]
+    elif isinstance(error, QsaError):
+        verdict = _stopped(item, error)
+    else:
+        return
+    representation = call.excinfo.getrepr(style="short", tbfilter=lambda info: _users_frames(info, item.path))
+    _replace_text(representation, failure_text(verdict))
+    if representation.reprcrash is not None:  # type: ignore[union-attr]
+        representation.reprcrash.message = first_line(verdict)  # type: ignore[union-attr]
+    report.longrepr = representation
+
+
+def _users_frames(info: Any, path: Path) -> Any:  # noqa: ANN401 - pytest's Traceback has no public name
+    """Keep the frames of the test and of what it calls; ours tell a user nothing."""
+    return info.traceback.cut(path=path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
+
+
+def _replace_text(representation: Any, text: str) -> None:  # noqa: ANN401 - pytest's own, without a public type
+    """Put the verdict's text where pytest printed the exception, whose class name means nothing to a reader."""
+    entry = representation.reprtraceback.reprentries[-1]
+    source = [line for line in entry.lines if not line.startswith("E ")]
+    entry.lines = source + [f"E   {line}" for line in text.splitlines()]
+
+
+def _stopped(item: pytest.Item, error: Any) -> Any:  # noqa: ANN401 - a QsaError → a Verdict
+    """Make the verdict of a Python test that an error stopped before it could compare."""
+    from dataclasses import replace
+
+    from .assertions import anomaly
+    from .errors import shown_path
+    from .gate import VERDICTS
+
+    verdict = replace(anomaly(error), id=item.name, where=shown_path(item.path))
+    item.stash.setdefault(VERDICTS, []).append(verdict)
+    return verdict
+
+
+class Reporter:
+    """Collects the verdicts of all processes, and writes the report at the end. Registered on the controller alone."""
+
+    def __init__(self, config: pytest.Config, options: Options) -> None:
+        self.config = config
+        self.options = options
+        self.results: list[dict[str, Any]] = []
+        self.started = time.time()
+        self.written: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the verdicts off a report, whichever process made it."""
+        self.results += getattr(report, FIELD, ())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Write report.json and report.html."""
+        failed = any(result["failed"] for result in self.results)
+        if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
+            return
+        from . import report
+        from .errors import shown_path
+
+        try:
+            self.written = shown_path(report.write_report(self.results, self.options.output, self._session()))
+        except OSError as error:
+            self.written = f"not written: {error}"
+
+    def _session(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        kinds = [result["kind"] for result in self.results]
+        return {
+            "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
+            "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+            "duration_s": round(time.time() - self.started, 1),
+            "counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            "version": version("pytest-qsa"),
+        }
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:  # noqa: ANN401 - pytest's TerminalReporter
+        """Say in one line how the gate stands and where the report lies."""
+        if not self.results:
+            return
+        failed = [result for result in self.results if result["failed"]]
+        warned = sum(result["kind"] == "WARNED" for result in self.results)
+        kinds = ", ".join(sorted({result["kind"] for result in failed}))
+        text = f"qsa: {len(self.results) - len(failed)} of {len(self.results)} assertions hold"
+        text += f", {len(failed)} fail ({kinds})" if failed else ""
+        text += f", {warned} of them with a warning" if warned else ""
+        terminalreporter.write_sep("-", text)
+        if self.written:
+            terminalreporter.write_line(f"report: {self.written}")

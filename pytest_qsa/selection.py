@@ -1,0 +1,218 @@
+"""Selection: a site of some layers, and every metric as a method. This is the Python form of an assertion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import AnomalyError
+from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View
+from .numbers import PADDING
+from .plan import Site, match_layers, no_match
+from .series import Judge, Query, Series
+
+if TYPE_CHECKING:
+    from .captures import Capture
+
+Positions = str | Mapping[str, int]
+"""`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
+
+
+class NotMeasured(AnomalyError):
+    """The capture lacks the site or the statistic; a second pass can bring it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a capture that a regex finds, at one site. Each metric returns a `Series`, in model order.
+
+    All methods take `reduce` (how samples are folded: max, mean, sum, p95) where the metric has samples, and
+    `positions` where it counts tokens. They raise `AnomalyError` where there is nothing to compute from.
+    """
+
+    capture: Capture
+    pattern: str
+    site: Site
+    exclude: str | None = None
+    judge: Judge | None = None
+
+    def outlier_tokens(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions = "all"
+    ) -> Series:
+        """Tokens above threshold × the sample's median token, strictly (metrics.md; PrefixQuant)."""
+        return self.series("outlier_tokens", reduce, positions, threshold=float(threshold))
+
+    def outlier_ratio(self, *, reduce: Reduce | None = None, positions: Positions = "all") -> Series:
+        """The largest token-wise maximum over their lower median."""
+        return self.series("outlier_ratio", reduce, positions)
+
+    def magnitude(
+        self,
+        stat: MagnitudeStat = "top1",
+        *,
+        reduce_dim: Literal[-1, -2, "auto"] | None = "auto",
+        reduce: Reduce | None = None,
+        positions: Positions = "all",
+    ) -> Series:
+        """An order statistic of the token-wise (−1) or channel-wise (−2) maxima, or of the elements (None)."""
+        return self.series("magnitude", reduce, positions, stat=stat, reduce_dim=reduce_dim)
+
+    def sink_tokens(self, stat: SinkStat = "count", *, reduce: Reduce | None = None) -> Series:
+        """The attention sinks of a sample: their count, channel, or multiple of the median."""
+        return self.series("sink_tokens", reduce, "all", stat=stat)
+
+    def massive_activations(self, abs: float = 100.0, ratio: float = 1000.0, *, reduce: Reduce | None = None) -> Series:
+        """Elements with |x| > abs and |x| ≥ ratio × the sample's median |x|."""
+        return self.series("massive_activations", reduce, "all", abs=float(abs), ratio=float(ratio))
+
+    def absmax(self, *, positions: Positions = "all") -> Series:
+        """The largest |x|."""
+        return self.series("absmax", None, positions)
+
+    def rms(self) -> Series:
+        """The root mean square over all elements."""
+        return self.series("rms")
+
+    def mean(self) -> Series:
+        """The mean over all elements."""
+        return self.series("mean")
+
+    def std(self) -> Series:
+        """The standard deviation over all elements."""
+        return self.series("std")
+
+    def kurtosis(self, *, reduce: Reduce | None = None) -> Series:
+        """Pearson's kurtosis of a sample's elements; 3 for a Gaussian."""
+        return self.series("kurtosis", reduce)
+
+    def crest_factor(self) -> Series:
+        """Absmax / rms."""
+        return self.series("crest_factor")
+
+    def quantile(self, q: float = 0.999, *, signed: bool = False) -> Series:
+        """A quantile of |x|, or of x; exact for 16-bit tensors."""
+        return self.series("quantile", q=float(q), signed=signed)
+
+    def zero_fraction(self) -> Series:
+        """The share of exact zeros."""
+        return self.series("zero_fraction")
+
+    def nonfinite(self, *, reduce: Reduce | None = None) -> Series:
+        """The number of NaN and Inf."""
+        return self.series("nonfinite", reduce)
+
+    def headroom(self, dtype: ServedDtype = "float16") -> Series:
+        """Absmax / the largest finite value of the dtype that the model will be served in."""
+        return self.series("headroom", dtype=dtype)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names that the pattern finds and the capture holds, in model order.
+
+        Raises:
+            AnomalyError: the pattern finds nothing in the model.
+            NotMeasured: the model has such layers, the capture doesn't.
+
+        """
+        found = match_layers(self.capture.modules, self.pattern, self.exclude)
+        if not found:
+            raise no_match(self.capture.modules, self.pattern, self.exclude)
+        measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
+        if not measured and self.site == "weight":
+            raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
+        if len(measured) < len(found) and self.site != "weight":
+            raise NotMeasured(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
+        return measured
+
+    def series(
+        self, metric: str, reduce: Reduce | None = None, positions: Positions = "all", **parameters: Any
+    ) -> Series:
+        """Compute a metric by name, as a suite does.
+
+        Raises:
+            AnomalyError: no layer, a hook that never fired, no tokens, or a metric that the site can't have.
+
+        """
+        definition = METRICS[metric]
+        layers = self.layers
+        where = canonical_positions(positions)
+        self._check_measured(definition, layers, where, parameters)
+        folded = reduce or definition.reduce
+        query = Query(
+            metric, definition.definition, self.site, self.pattern, self.exclude, parameters,
+            where if definition.positional else None, folded, None, definition.unit,
+        )  # fmt: skip
+        values, populations, problems = [], {}, {}
+        for layer in layers:
+            view = View(self.capture.sites[layer, self.site], self.site, where, self.capture.sinks, layer)
+            result = definition.compute(view, **parameters)
+            if isinstance(result, np.ndarray):
+                populations[layer] = result
+                result = REDUCTIONS[folded or "max"](result)
+            values.append(float(result))
+            if not np.isfinite(values[-1]):
+                problems[layer] = _why_not_finite(view)
+        return Series(layers, np.array(values, dtype=np.float64), query, populations, problems, self.judge)
+
+    def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Mapping[str, Any]) -> None:
+        needs = metric.needs(self.site, positions, parameters)
+        dead = [layer for layer in layers if not self.capture.sites[layer, self.site].populations]
+        if dead:
+            more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
+            raise AnomalyError(
+                f"the hook at {dead[0]}{more} never fired with a floating-point tensor: the model doesn't call this "
+                "layer in its forward pass; exclude it, or look at the layer that replaced it"
+            )
+        for layer in layers:
+            numbers = self.capture.sites[layer, self.site]
+            if (metric.tokenwise and self.site == "weight") or (
+                needs & {"tokens", "channels"} and not numbers.token_axis
+            ):
+                shape = "×".join(map(str, numbers.shape))
+                raise AnomalyError(
+                    f"{metric.name} needs a token axis, which the {self.site} of {layer} (shape {shape}) doesn't have; "
+                    "elementwise metrics such as absmax, rms, kurtosis or quantile work there"
+                )
+            if not needs <= numbers.statistics | {"sinks"}:
+                missing = ", ".join(sorted(needs - numbers.statistics))
+                raise NotMeasured(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
+
+
+def canonical_positions(positions: Positions) -> str:
+    """Return `all`, `no_sink`, `sink` or `skip_first:n`.
+
+    Raises:
+        ValueError: it is none of them.
+
+    """
+    if isinstance(positions, Mapping):
+        count = positions.get("skip_first")
+        if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+            return f"skip_first:{count}"
+    elif positions in ("all", "no_sink", "sink") or positions.startswith("skip_first:"):
+        return positions
+    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}")
+
+
+def _why_not_finite(view: View) -> str:
+    numbers = view.numbers
+    if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
+        return f"{bad} elements are NaN or Inf"
+    if numbers.token_max is None:
+        return "its formula divides by zero, or there are too few elements"
+    for population in range(numbers.populations):
+        tokens = numbers.tokens_of(population)
+        at = np.flatnonzero(~np.isfinite(tokens))
+        where = f"sample {numbers.sample[population]}"
+        if at.size:
+            return f"NaN or Inf in {at.size} of {tokens.size} tokens of {where}, first at position {at[0]}"
+        kept: NDArray[np.float32] = tokens[view.kept(population) & (tokens != PADDING)]
+        if not kept.size:
+            return f"no token of {where} counts under positions: {view.positions}"
+        if not kept.max() > 0:
+            return f"all values of {where} are zero"
+    return "too few tokens, or the median is zero"

@@ -1,0 +1,153 @@
+"""Series: one number per layer, labelled, and how it compares with a bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import AnomalyError
+
+Over = Literal["sum", "max", "mean"]
+OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
+    "sum": lambda values: float(np.sum(values)),
+    "max": lambda values: float(np.max(values)),
+    "mean": lambda values: float(np.mean(values)),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a value may be: `min ≤ value ≤ max`, or exactly `equals`; `strict` leaves the ends themselves out."""
+
+    min: float | None = None
+    max: float | None = None
+    equals: float | None = None
+    strict: bool = False
+
+    def excess(self, value: float) -> float:
+        """Return by how much the value is out of bounds: 0 inside, negative below, positive above."""
+        low = self.equals if self.equals is not None else self.min
+        high = self.equals if self.equals is not None else self.max
+        if high is not None and (value > high or (self.strict and value == high)):
+            return value - high or math.ulp(0.0)
+        if low is not None and (value < low or (self.strict and value == low)):
+            return value - low or -math.ulp(0.0)
+        return 0.0
+
+    def __str__(self) -> str:
+        """Write the bound as a suite does: `max 4`."""
+        less, more = ("<", ">") if self.strict else ("max", "min")
+        parts = [(more, self.min), (less, self.max), ("equals", self.equals)]
+        return ", ".join(f"{word} {number:g}" for word, number in parts if number is not None)
+
+
+@dataclass(frozen=True)
+class Query:
+    """How a series was asked for: the metric with its definition, where, and how it was folded."""
+
+    metric: str
+    definition: str
+    site: str
+    layers: str
+    exclude: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    positions: str | None = None
+    reduce: str | None = None
+    over: Over | None = None
+    unit: str = ""
+
+    def __str__(self) -> str:
+        """Write it in one line: `outlier_tokens(threshold=64) at output of 'layers\\.\\d+$', max over samples`."""
+        arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
+        text = f"{self.metric}({arguments}) at the {self.site} of '{self.layers}'"
+        if self.reduce:
+            text += f", {self.reduce} over samples"
+        return text + (f", {self.over} over layers" if self.over else "")
+
+
+Judge = Callable[["Series", Bounds], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One number per layer. `values` [L] float64 in model order; `populations`: layer → the values before folding.
+
+    `problems`: layer → why its value is not finite. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
+    and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
+    """
+
+    layers: list[str]
+    values: NDArray[np.float64]
+    query: Query
+    populations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
+    judge: Judge | None = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def check(self) -> None:
+        """Raise unless there is at least one layer and every value is finite.
+
+        Raises:
+            AnomalyError: the series is empty, or holds NaN or Inf; the text names the layers.
+
+        """
+        if not self.layers:
+            raise AnomalyError("the series is empty: no layer was measured")
+        bad = [layer for layer, value in zip(self.layers, self.values, strict=True) if not np.isfinite(value)]
+        if bad:
+            first = bad[0]
+            reason = self.problems.get(first, "the value is not finite")
+            more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
+            raise AnomalyError(f"{self.query.metric} is not finite at {first}{more}: {reason}")
+
+    def folded(self, over: Over | None) -> Series:
+        """Fold the layers into one number; the label says how many they were."""
+        if over is None or not self.layers:
+            return self
+        label = f"{over} of {len(self.layers)} layers"
+        problems = {label: reason for reason in list(self.problems.values())[:1]}
+        values = np.array([OVER[over](self.values)])
+        return replace(self, layers=[label], values=values, query=replace(self.query, over=over), problems=problems)
+
+    def within(self, bounds: Bounds) -> bool:
+        """Say whether every layer is within the bounds.
+
+        Raises:
+            AnomalyError: as `check`.
+
+        """
+        if self.judge is not None:
+            return self.judge(self, bounds)
+        self.check()
+        return not any(bounds.excess(value) for value in self.values.tolist())
+
+    def __le__(self, bound: object) -> bool:
+        return self.within(Bounds(max=bound)) if isinstance(bound, (int, float)) else NotImplemented
+
+    def __ge__(self, bound: object) -> bool:
+        return self.within(Bounds(min=bound)) if isinstance(bound, (int, float)) else NotImplemented
+
+    def __lt__(self, bound: object) -> bool:
+        return self.within(Bounds(max=bound, strict=True)) if isinstance(bound, (int, float)) else NotImplemented
+
+    def __gt__(self, bound: object) -> bool:
+        return self.within(Bounds(min=bound, strict=True)) if isinstance(bound, (int, float)) else NotImplemented
+
+    def __eq__(self, bound: object) -> bool:
+        return self.within(Bounds(equals=bound)) if isinstance(bound, (int, float)) else NotImplemented
+
+    def __ne__(self, bound: object) -> bool:
+        raise TypeError("`!=` has no meaning over many layers: use <=, >= or ==")
+
+    def __bool__(self) -> bool:
+        raise TypeError("a series of layers is neither true nor false: compare it with a bound, as in `series <= 1`")
+
+    def __repr__(self) -> str:
+        head = ", ".join(f"{name}: {value:g}" for name, value in zip(self.layers[:3], self.values[:3], strict=True))
+        return f"<{self.query}: {len(self.layers)} layers{' | ' + head if head else ''}{', …' if len(self.layers) > 3 else ''}>"

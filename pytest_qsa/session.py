@@ -1,0 +1,80 @@
+"""One capture for each subject of a pytest session: in memory, or, between xdist workers, in a file behind a lock.
+
+Knows nothing of pytest: the plugin hands over what the selected tests need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .captures import Capture
+from .errors import AnomalyError, InfraError, QsaError
+from .files import write_atomically
+from .plan import Request, merge_requests
+from .subjects import Subject
+
+MakeCapture = Callable[[Sequence[Request]], Capture]
+
+
+@dataclass
+class Captures:
+    """The captures of a session. `shared`: the folder that all xdist workers of a run see; None without workers."""
+
+    shared: Path | None = None
+    _memory: dict[str, Capture] = field(default_factory=dict)
+    _failures: dict[str, QsaError] = field(default_factory=dict)
+
+    def get(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        """Return the subject's capture, made at most once in the session (once a run under xdist).
+
+        Raises:
+            QsaError: the capture failed; the same error again for every test that needs it, without another try.
+
+        """
+        if subject.key in self._failures:
+            raise self._failures[subject.key]
+        if subject.key not in self._memory:
+            try:
+                self._memory[subject.key] = self._make(subject, merge_requests(requests), make)
+            except QsaError as error:
+                self._failures[subject.key] = error
+                raise
+        return self._memory[subject.key]
+
+    def extend(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        """Capture again, for what nobody planned; the new capture stands beside the old one."""
+        key = f"{subject.key}+{merge_requests(requests)}"
+        if key not in self._memory:
+            self._memory[key] = make(merge_requests(requests))
+        return self._memory[key]
+
+    def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        if self.shared is None or subject.model is None:
+            return make(requests)
+        from filelock import FileLock
+
+        self.shared.mkdir(parents=True, exist_ok=True)
+        plan = hashlib.sha256(repr((subject.key, requests)).encode()).hexdigest()[:32]
+        file, failure = self.shared / f"{plan}.qsa", self.shared / f"{plan}.json"
+        with FileLock(self.shared / f"{plan}.lock"):
+            if failure.exists():
+                raise _recalled(failure)
+            if file.exists():
+                return Capture.load(file)
+            try:
+                capture = make(requests)
+            except QsaError as error:
+                write_atomically(failure, json.dumps({"kind": error.kind, "text": str(error)}))
+                raise
+            capture.save(file)
+            return capture
+
+
+def _recalled(failure: Path) -> QsaError:
+    """Return the error that another worker met, so that no worker tries in vain again."""
+    content = json.loads(failure.read_text(encoding="utf-8"))
+    return (AnomalyError if content["kind"] == AnomalyError.kind else InfraError)(content["text"])

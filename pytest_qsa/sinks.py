@@ -1,0 +1,117 @@
+"""Attention sinks: the few tokens whose norm is hundreds of times the others', whatever the token is.
+
+Found, not assumed: a token above 64 × the median at the outputs of at least a quarter of the blocks, at the same
+channel (reference: arXiv 2402.17762, 2508.04257; the rule is this project's own).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .numbers import SiteNumbers, lower_median
+
+RATIO = 64.0
+SHARE_OF_BLOCKS = 0.25
+
+
+@dataclass(frozen=True)
+class Sink:
+    """One sink: its position in its sample, its channel, the blocks that show it, and its largest multiple of the median.
+
+    `trunk`: the list of blocks that it was found in, such as `model.layers`; an encoder and a decoder have one each.
+    """
+
+    trunk: str
+    sample: int
+    position: int
+    channel: int
+    layers: tuple[str, ...]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """All sinks of a capture. `searched`: the capture has block outputs, without which nothing can be found."""
+
+    found: tuple[Sink, ...]
+    searched: bool
+
+    def mask(self, sample: int, length: int, layer: str) -> NDArray[np.bool_]:
+        """Return [length] booleans, true at the sinks of one sample in the trunk that the layer belongs to."""
+        mask = np.zeros(length, dtype=bool)
+        trunk = self._trunk(layer)
+        mask[
+            [s.position for s in self.found if s.sample == sample and s.position < length and trunk in (None, s.trunk)]
+        ] = True
+        return mask
+
+    def _trunk(self, layer: str) -> str | None:
+        """Return the trunk beside which a layer stands; None, for all of them, where it stands beside none."""
+        trunks = {sink.trunk for sink in self.found if layer.startswith(sink.trunk.rpartition(".")[0] + ".")}
+        return max(trunks, key=len, default=None)
+
+    def summary(self) -> str:
+        """Say in one line how many there are and where."""
+        if not self.searched:
+            return "not looked for"
+        if not self.found:
+            return "none"
+        positions = Counter(sink.position for sink in self.found)
+        channels = Counter(sink.channel for sink in self.found)
+        samples = len({sink.sample for sink in self.found})
+        top = max(self.found, key=lambda sink: sink.ratio)
+        return (
+            f"{len(self.found)} in {samples} samples, mostly at position {positions.most_common(1)[0][0]}, "
+            f"channel {channels.most_common(1)[0][0]}, {top.layers[0]} to {top.layers[-1]}, up to {top.ratio:.0f} × the median"
+        )
+
+
+def find_sinks(blocks: Mapping[str, SiteNumbers]) -> Sinks:
+    """Find the sinks in the block outputs of one capture; a block without token maxima is left out of the count."""
+    usable = {layer: numbers for layer, numbers in blocks.items() if numbers.peaks is not None}
+    trunks: dict[str, dict[str, SiteNumbers]] = defaultdict(dict)
+    for layer, numbers in usable.items():
+        trunks[layer.rpartition(".")[0]][layer] = numbers
+    found = [sink for trunk, members in trunks.items() for sink in _find_in_trunk(trunk, members)]
+    return Sinks(tuple(sorted(found, key=lambda sink: (sink.sample, sink.position))), searched=bool(usable))
+
+
+def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
+    sightings: dict[tuple[int, int, int], list[tuple[str, float]]] = defaultdict(list)
+    for layer, numbers in usable.items():
+        for population in range(numbers.populations):
+            for position, channel, ratio in _candidates(numbers, population):
+                sightings[int(numbers.sample[population]), position, channel].append((layer, ratio))
+    needed = max(1.0, SHARE_OF_BLOCKS * len(usable))
+    return [
+        Sink(
+            trunk,
+            sample,
+            position,
+            channel,
+            tuple(dict.fromkeys(layer for layer, _ in seen)),
+            max(ratio for _, ratio in seen),
+        )
+        for (sample, position, channel), seen in sightings.items()
+        if len({layer for layer, _ in seen}) >= needed
+    ]
+
+
+def _candidates(numbers: SiteNumbers, population: int) -> list[tuple[int, int, float]]:
+    assert numbers.peaks is not None
+    assert numbers.peak_channels is not None
+    tokens = numbers.tokens_of(population)
+    median = lower_median(tokens[tokens >= 0])
+    if not median > 0:
+        return []
+    pairs = zip(numbers.peaks[population].tolist(), numbers.peak_channels[population].tolist(), strict=True)
+    return [
+        (position, channel, float(tokens[position]) / median)
+        for position, channel in pairs
+        if position >= 0 and tokens[position] > RATIO * median
+    ]

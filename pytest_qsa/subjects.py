@@ -1,0 +1,75 @@
+"""The subject: a model under test with its data. Plain values; nothing here loads anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .config import Data, Memory, Model
+
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model with its data: loaded once, run once. `folder`: what the suite's relative paths are relative to."""
+
+    name: str
+    model: Model | None
+    data: Data
+    memory: Memory
+    folder: Path
+    checkpoint: str | None = None
+
+    @cached_property
+    def path(self) -> str:
+        """The checkpoint's folder if there is one, else the hub id; empty for a factory or a fixture."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        named = (self.model.path if self.model else None) or ""
+        local = self.folder / named
+        return str(local.resolve()) if named and local.exists() else named
+
+    @property
+    def key(self) -> str:
+        """Equal for subjects that share one pass, whatever their names and suites."""
+        model = self.model.model_dump(exclude={"name", "path", "reference"}) if self.model else None
+        data = self.data.model_dump()
+        if self.data.source.startswith("custom:"):
+            data["source"] = f"custom:{(self.folder / self.data.source.partition(':')[2]).resolve()}"
+        text = json.dumps([self.path, model, data, self.memory.model_dump()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One `--qsa-model [NAME=]PATH`. Without a name it meets the baselines of the suite's own model."""
+
+    name: str | None
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Checkpoint:
+        """Read the option; a folder's path becomes absolute, relative to where one stands."""
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = "", text
+        folder = Path(path).expanduser()
+        return cls(name or None, str(folder.resolve()) if folder.exists() else path)
+
+
+def weights_hash(path: str) -> str | None:
+    """Return the SHA-256 of a folder's weight files, names and content; None where there is no such folder."""
+    folder = Path(path)
+    files = sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

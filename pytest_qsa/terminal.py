@@ -1,0 +1,134 @@
+"""A verdict as the text that a person reads in the terminal: what broke, where, since when, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .assertions import Row, TokenEvidence, Verdict, number
+
+MOST_ROWS = 8
+WIDTH = 9
+"""The width of the labels of the lines at the end."""
+
+
+def failure_text(verdict: Verdict) -> str:
+    """Return the whole text; its first line says the kind, the assertion and the numbers."""
+    return "\n".join(_lines(verdict))
+
+
+def first_line(verdict: Verdict) -> str:
+    """Return the line that stands in pytest's short summary."""
+    return f"{verdict.kind} {verdict.id}: {verdict.headline}"
+
+
+def _lines(verdict: Verdict) -> Iterator[str]:
+    yield first_line(verdict)
+    if verdict.query:
+        yield f"  {verdict.query['text']}"
+    if verdict.failing_rows:
+        yield ""
+        yield from table(verdict.failing_rows)
+    if verdict.evidence:
+        yield ""
+        policy = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
+        yield f"the tokens that stand out most at {verdict.evidence[0].layer} ({policy})"
+        for token in verdict.evidence:
+            yield f"  {token_line(token)}"
+    yield ""
+    yield from _labelled(verdict)
+
+
+def _labelled(verdict: Verdict) -> Iterator[str]:
+    first = verdict.first_failing
+    facts = [
+        ("reason", verdict.reason),
+        (
+            "begins",
+            f"{first.layer}, the first layer out of bounds in the model's order"
+            if first and len(verdict.rows) > 1
+            else None,
+        ),
+        ("ran", ran(verdict)),
+        ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
+        *(("next", hint) for hint in verdict.hints),
+        ("again", verdict.command),
+        ("accept", verdict.accept),
+        *((title, path) for title, path in verdict.artefacts.items()),
+    ]
+    width = max([WIDTH, *(len(label) + 1 for label, text in facts if text)])
+    for label, text in facts:
+        if text:
+            yield f"{label:<{width}}{text}"
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Yield the worst rows as a table, and how many more there are."""
+    shown = rows[:MOST_ROWS]
+    heads = ["layer", "value", "allowed", "excess"]
+    cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True)] for row in shown]
+    if any(row.baseline is not None for row in shown):
+        heads.insert(1, "baseline")
+        for cell, row in zip(cells, shown, strict=True):
+            cell.insert(1, "–" if row.baseline is None else number(row.baseline))
+    widths = [max(len(head), *(len(cell[i]) for cell in cells)) for i, head in enumerate(heads)]
+    for cell in [heads, *cells]:
+        yield (
+            "  "
+            + cell[0].ljust(widths[0])
+            + "".join(f"  {text:>{width}}" for text, width in zip(cell[1:], widths[1:], strict=True))
+        )
+    if len(rows) > len(shown):
+        yield f"  … and {len(rows) - len(shown)} more layers out of bounds; the report has them all"
+
+
+def allowed(row: Row) -> str:
+    """Write what a layer may be: `≤ 4`, `≥ 1`, `= 0`, `7.3 … 8.1`."""
+    if row.low is None:
+        return f"≤ {number(row.high)}" if row.high is not None else "any"
+    if row.high is None:
+        return f"≥ {number(row.low)}"
+    return f"= {number(row.low)}" if row.low == row.high else f"{number(row.low)} … {number(row.high)}"
+
+
+def token_line(token: TokenEvidence) -> str:
+    """Write one token in its context, its control characters visible."""
+    text = f"{visible(token.before)}⟦{visible(token.text)}⟧{visible(token.after)}" if token.text else "(no text kept)"
+    channel = f", channel {token.channel}" if token.channel >= 0 else ""
+    call = f", call {token.call + 1}" if token.call else ""
+    sink = ", a sink" if token.sink else ""
+    return f"{token.ratio:.1f} × median ({number(token.magnitude)}{channel}{sink}) sample {token.sample}, position {token.position}{call}: {text}"
+
+
+def visible(text: str) -> str:
+    """Escape what would move the cursor, turn the text around or not show at all; spaces stay."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def ran(verdict: Verdict) -> str:
+    """Write in one line what was run: the checkpoint and its hash, class, dtype, device, tokens."""
+    if not verdict.run:
+        return ""
+    model: dict[str, Any] = dict(verdict.run.get("model") or {})
+    data: dict[str, Any] = dict(verdict.run.get("data") or {})
+    parts = [verdict.subject]
+    if model.get("path"):
+        parts[0] += f": {model['path']}"
+    if model.get("weights"):
+        parts[0] += f" ({short_hash(model['weights'])})"
+    parts.append(
+        " ".join(str(model.get(key)) for key in ("class", "dtype") if model.get(key)) + f" on {model.get('device')}"
+    )
+    if "num_samples" in data:
+        parts.append(
+            f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} ({short_hash(data['fingerprint'])})"
+        )
+    elif data.get("fingerprint"):
+        parts.append(f"batches of the fixture ({short_hash(data['fingerprint'])})")
+    return "; ".join(parts)
+
+
+def short_hash(digest: str) -> str:
+    """Shorten `sha256:…` to what tells two of them apart."""
+    name, _, value = digest.partition(":")
+    return f"{name} {value[:12]}"

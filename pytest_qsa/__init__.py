@@ -1,11 +1,11 @@
-"""pytest-qsa: gate model checkpoints on their activation and weight statistics.
+r"""pytest-qsa: gate model checkpoints on their activation and weight statistics.
 
 As a library, without pytest::
 
     from pytest_qsa import Capture, capture
 
-    cap = capture(model, batches, sites=[(r"layers\\.\\d+$", "output")])
-    counts = cap.output(r"layers\\.\\d+$").outlier_tokens(threshold=64)
+    cap = capture(model, batches, sites=[(r"layers\.\d+$", "output")])
+    counts = cap.output(r"layers\.\d+$").outlier_tokens(threshold=64)
 
 Importing the package imports nothing heavy; torch comes with the first call of `capture`.
 """
@@ -24,7 +24,7 @@ __all__ = ["Capture", "Series", "capture"]
 _HOMES = {"Capture": "captures", "Series": "series", "capture": "engine"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have no common type
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

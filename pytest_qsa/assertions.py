@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .baseline_file import BaselineFile, rounded
-from .errors import AnomalyError, QsaError
+from .errors import BaselineError, QsaError
 from .series import Bounds, Series
 
 
@@ -96,7 +96,8 @@ class Verdict:
     """The judgement of one assertion on one subject; the terminal, the report and JUnit all draw this.
 
     `rows`: all layers, worst first. `bound`: the bound in words, `where`: the file:line that set it. `hints`: what to
-    do next, one line each. `run`: what was run, for the reader (model, weights, device, dtype, tokens).
+    do next, one line each. `updatable`: `--snapshot-update` would accept the change. `run`: what was run
+    (model, weights, device, dtype, tokens).
     """
 
     id: str
@@ -116,6 +117,7 @@ class Verdict:
     command: str = ""
     accept: str = ""
     artefacts: Mapping[str, str] = field(default_factory=dict)
+    updatable: bool = False
 
     @property
     def failed(self) -> bool:
@@ -138,7 +140,6 @@ def judge_bounds(series: Series, bounds: Bounds) -> Verdict:
 
     Raises:
         AnomalyError: there is no layer, or a value is not finite.
-
     """
     series.check()
     low = bounds.equals if bounds.equals is not None else bounds.min
@@ -152,9 +153,8 @@ def judge_baseline(series: Series, baseline: BaselineFile, tolerance: Tolerance,
     """Hold every layer against its own baseline. `data`: the fingerprint of the present tokens.
 
     Raises:
-        AnomalyError: as `judge_bounds`; and where the baseline can't be compared: another definition, other tokens,
-            layers that appeared or vanished.
-
+        AnomalyError: as `judge_bounds`.
+        BaselineError: another definition, other tokens, or layers that appeared or vanished.
     """
     series.check()
     _comparable(series, baseline, data)
@@ -169,23 +169,25 @@ def judge_baseline(series: Series, baseline: BaselineFile, tolerance: Tolerance,
 def _comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
     now = BaselineFile.of(series, data, {})
     if now.query != baseline.query:
-        changed = [key for key in sorted(now.query | baseline.query) if now.query.get(key) != baseline.query.get(key)]
+        changed = [
+            key for key in sorted({*now.query, *baseline.query}) if now.query.get(key) != baseline.query.get(key)
+        ]
         first = changed[0]
-        raise AnomalyError(
-            f"the baseline was made with another {first} ({baseline.query.get(first)!r}, now {now.query.get(first)!r}): "
-            "the numbers can't be compared"
+        raise BaselineError(
+            f"the baseline was made with another {first}: {baseline.query.get(first)!r}, now {now.query.get(first)!r}, "
+            "so the numbers can't be compared"
         )
     if baseline.data != now.data and series.query.site != "weight":
-        raise AnomalyError(
-            f"the baseline was made on other tokens ({_short(baseline.data)}, now {_short(now.data)}): data, tokenizer, "
-            "seed, num_samples or seq_len changed, so the numbers can't be compared"
+        raise BaselineError(
+            f"the baseline was made on other tokens ({_short(baseline.data)}, now {_short(now.data)}): data, "
+            "tokenizer, seed, num_samples or seq_len changed, so the numbers can't be compared"
         )
     gone = [layer for layer in baseline.values if layer not in series.layers]
     new = [layer for layer in series.layers if layer not in baseline.values]
     if gone or new:
         parts = [f"{len(names)} {word} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})" for word, names in
                  (("vanished", gone), ("appeared", new)) if names]  # fmt: skip
-        raise AnomalyError(f"the layers differ from the baseline's: {'; '.join(parts)}")
+        raise BaselineError(f"the layers differ from the baseline's: {'; '.join(parts)}")
 
 
 def _short(fingerprint: str | None) -> str:
@@ -196,17 +198,24 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
     rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0)))
     failing = [row for row in rows if row.excess]
     worst = rows[0]
-    unit = f" {series.query.unit}" if series.query.unit else ""
+    unit = _unit(series.query.unit, worst.value)
     if failing:
         many = f"{len(failing)} of {len(rows)} layers are" if len(rows) > 1 else f"{worst.layer} is"
         text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{unit}"
         text += f", {number(worst.excess, signed=True)}"
         if worst.baseline is not None:
             text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
-        return Verdict("", "", Kind.REGRESSION, text, _query(series), rows, bound, positions=series.query.positions)
+        positions, updatable = series.query.positions, worst.baseline is not None
+        return Verdict(
+            "", "", Kind.REGRESSION, text, _query(series), rows, bound, positions=positions, updatable=updatable
+        )  # fmt: skip
     used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
     text = f"{len(rows)} layers within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
     return Verdict("", "", Kind.PASSED, text, _query(series), rows, bound, positions=series.query.positions)
+
+
+def _unit(unit: str, value: float) -> str:
+    return f" {unit.removesuffix('s') if value == 1 else unit}" if unit else ""
 
 
 def _percent(row: Row) -> str:
@@ -222,9 +231,10 @@ def _query(series: Series) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def anomaly(error: QsaError, query: Mapping[str, Any] | None = None) -> Verdict:
+def anomaly(error: QsaError) -> Verdict:
     """Turn an error into the verdict of the assertion that it stopped."""
-    return Verdict("", "", Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA, str(error), query or {})
+    kind = Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA
+    return Verdict("", "", kind, str(error), updatable=isinstance(error, BaselineError))
 
 
 def softened(verdict: Verdict, level: str) -> Verdict:

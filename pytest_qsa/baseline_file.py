@@ -1,4 +1,4 @@
-"""The text of a baseline: small, in a fixed order, rounded to what is meaningful, so that its diff reads as a sentence."""
+"""The text of a baseline: small, ordered, rounded to what is meaningful, so that its diff reads as a sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import AnomalyError
+from .errors import BaselineError
 from .series import Series
 
 FORMAT = "qsa-baseline/1"
@@ -17,7 +17,7 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """A baseline. `query`: all that defines the number. `data`: the fingerprint of the tokens. `made_with`: for the reader."""
+    """A baseline. `query`: all that defines the number. `data`: the tokens' hash. `made_with`: for the reader."""
 
     values: Mapping[str, float]
     query: Mapping[str, Any]
@@ -30,7 +30,7 @@ class BaselineFile:
         query = series.query
         asked = {
             "definition": query.definition, "site": query.site, "positions": query.positions, "reduce": query.reduce,
-            "over": query.over, **{name: value for name, value in query.parameters.items()},
+            "over": query.over, **query.parameters,
         }  # fmt: skip
         values = {layer: rounded(value) for layer, value in zip(series.layers, series.values.tolist(), strict=True)}
         return cls(values, {k: v for k, v in asked.items() if v is not None}, data, made_with)
@@ -51,8 +51,7 @@ class BaselineFile:
         """Read it.
 
         Raises:
-            AnomalyError: it is not a baseline of this format; a merge conflict left in it, say.
-
+            BaselineError: it is not a baseline of this format; a merge conflict left in it, say.
         """
         try:
             content = json.loads(text)
@@ -61,7 +60,7 @@ class BaselineFile:
             values = {layer: float(value) for layer, value in content["values"].items()}
             return cls(values, content["query"], content["data"], content["made_with"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AnomalyError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
+            raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
 
 
 def is_baseline(path: Path) -> bool:

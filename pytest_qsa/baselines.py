@@ -13,7 +13,7 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from .assertions import Kind, Tolerance, Verdict, judge_baseline
 from .baseline_file import BaselineFile, is_baseline
-from .errors import AnomalyError
+from .errors import BaselineError
 from .files import write_atomically
 from .series import Series
 
@@ -96,8 +96,7 @@ def judge_against_baseline(
     """Hold a series against its baseline; with `--snapshot-update` the baseline follows where it doesn't fit.
 
     Raises:
-        AnomalyError: the baseline is missing, or can't be compared.
-
+        BaselineError: the baseline is missing, or can't be compared.
     """
     series.check()
     extension = snapshot.extension
@@ -118,14 +117,14 @@ def judge_against_baseline(
 
 def _verdict(
     location: Path, series: Series, tolerance: Tolerance, data: str | None
-) -> tuple[Verdict | None, AnomalyError | None]:
+) -> tuple[Verdict | None, BaselineError | None]:
     try:
         kept = location.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return None, AnomalyError(
+        return None, BaselineError(
             f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
         )
     try:
         return judge_baseline(series, BaselineFile.parse(kept), tolerance, data), None
-    except AnomalyError as error:
+    except BaselineError as error:
         return None, error

@@ -34,7 +34,7 @@ class Capture:
     `sites`: (layer, site) → numbers, in model order; sites that read the same tensor share one `SiteNumbers`.
     `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
     `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
-    `meta`: where the numbers come from: model, weights' hash, tokens' hash, dtype, device, versions (plain JSON values).
+    `meta`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -113,7 +113,6 @@ class Capture:
 
         Raises:
             InfraError: the file is missing, damaged, or not a capture of this format.
-
         """
         from safetensors import SafetensorError, safe_open
 

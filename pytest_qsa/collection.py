@@ -34,7 +34,6 @@ class QsaSuite(pytest.Module):
 
         Raises:
             CollectError: one line that says where and what is wrong.
-
         """
         from .config import load_suite
 
@@ -69,6 +68,7 @@ class QsaSuite(pytest.Module):
         scope = {"run": functools.partial(self._call, index=index)}
         exec(compile(source, str(self.path), "exec"), scope)
         function: types.FunctionType = scope["assertion"]  # type: ignore[assignment]
+        function.__code__ = function.__code__.replace(co_name=name, co_qualname=name)
         function.__name__ = function.__qualname__ = name
         function.__module__ = module
         function.__doc__ = self.file.assertions[index].reason

@@ -35,6 +35,10 @@ class AnomalyError(QsaError):
     kind = "ANOMALOUS"
 
 
+class BaselineError(AnomalyError):
+    """A baseline is missing or can't be compared; `--snapshot-update` would make it anew."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the nearest of the known words, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -6,25 +6,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .assertions import TokenEvidence
+from .assertions import TokenEvidence, Verdict
 from .captures import Capture
 from .metrics import View
 from .numbers import PADDING, SiteNumbers, lower_median
-from .plan import Site
 
 NEIGHBOURS = 6
 
 
-def token_evidence(
-    capture: Capture, layers: Sequence[str], site: Site, positions: str = "all", *, most: int = 5
-) -> list[TokenEvidence]:
-    """Return the most outlying tokens of the layers, largest multiple of the median first, of those that count."""
+def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *, most: int = 5) -> list[TokenEvidence]:
+    """Return the most outlying tokens of the layers, largest multiple of the median first, of those that count.
+
+    Where the metric has a threshold, those above it; the one nearest to it where there are none.
+    """
+    site, positions = verdict.query["site"], verdict.positions or "all"
     found: list[TokenEvidence] = []
     for layer in layers:
         numbers = capture.sites.get((layer, site))
         if numbers is not None and numbers.token_max is not None and site != "weight":
             found += _of_layer(capture, layer, View(numbers, site, positions, capture.sinks, layer), most)
-    return sorted(found, key=lambda token: -token.ratio)[:most]
+    found = sorted(found, key=lambda token: -token.ratio)[:most]
+    threshold = verdict.query["parameters"].get("threshold", 0.0)
+    return [token for token in found if token.ratio > threshold] or found[:1]
 
 
 def _of_layer(capture: Capture, layer: str, view: View, most: int) -> list[TokenEvidence]:

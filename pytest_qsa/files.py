@@ -12,7 +12,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises:
         OSError: the folder can't be written; nothing is left behind.
-
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -28,7 +28,7 @@ from .terminal import failure_text
 VERDICTS = pytest.StashKey[list[Verdict]]()
 
 
-class GateFailure(AssertionError):
+class GateFailure(AssertionError):  # noqa: N818 - as pytest says it: a failure, not an error
     """A verdict that fails its test; its text is what the terminal shows."""
 
     def __init__(self, verdict: Verdict) -> None:
@@ -72,7 +72,6 @@ class Gate:
 
         Raises:
             QsaError: the pass could not be made.
-
         """
         subject = self.subject_of(request.node)
         assert subject is not None
@@ -103,7 +102,8 @@ class Gate:
         assert subject is not None
         request.node.warn(
             QsaUnplannedCaptureWarning(
-                f"{request.node.name} asked for the {need.site} of '{need.pattern}' unannounced, which takes a second pass: "
+                f"{request.node.name} asked for the {need.site} of '{need.pattern}' unannounced, "
+                "which takes a second pass: "
                 f"mark it with @pytest.mark.qsa(layers=r'{need.pattern}', site='{need.site}')"
             )
         )
@@ -118,7 +118,8 @@ class Gate:
             model = request.getfixturevalue("qsa_model")
             if model is None:
                 raise SuiteError(
-                    f"{request.node.name} has no subject: give --qsa-config, --qsa-model, or a session fixture qsa_model"
+                    f"{request.node.name} has no subject: give --qsa-config, --qsa-model, "
+                    "or a session fixture qsa_model"
                 )
             loaded = loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
             return capture_loaded(subject, loaded, request.getfixturevalue("qsa_batches"), plan, progress)
@@ -159,10 +160,9 @@ class Gate:
                     layers
                     or capture.select(verdict.query["layers"], verdict.query["site"], verdict.query["exclude"]).layers
                 )
-                positions = verdict.positions or "all"
-                verdict = replace(verdict, evidence=token_evidence(capture, layers, verdict.query["site"], positions))
+                verdict = replace(verdict, evidence=token_evidence(capture, layers, verdict))
             verdict = self._drawn(verdict, capture)
-        if verdict.kind is Kind.REGRESSION and any(row.baseline is not None for row in verdict.rows):
+        if verdict.updatable:
             verdict = replace(verdict, accept=f"{verdict.command} --snapshot-update")
         item.stash.setdefault(VERDICTS, []).append(verdict)
         item.user_properties.extend([("qsa_kind", str(verdict.kind)), ("qsa_verdict", verdict.headline)])
@@ -194,6 +194,7 @@ class Gate:
 
 
 def checkpoint_of(item: pytest.Item) -> Checkpoint | None:
+    """Return the `--qsa-model` under which an item runs."""
     callspec = getattr(item, "callspec", None)
     return callspec.params.get("qsa_checkpoint") if callspec else None
 

@@ -25,7 +25,6 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
 
     Raises:
         GateFailure: the verdict is red.
-
     """
     __tracebackhide__ = True
     gate: Gate = request.getfixturevalue("qsa_gate")
@@ -64,8 +63,7 @@ def against_baseline(series: Series, tolerance: Tolerance, capture: Capture, sna
     """Hold a series against the next baseline of a test.
 
     Raises:
-        AnomalyError: there is no baseline yet, or it can't be compared.
-
+        BaselineError: there is no baseline yet, or it can't be compared.
     """
     from .baselines import judge_against_baseline
 
@@ -87,7 +85,6 @@ def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
 
     Raises:
         SuiteError: syrupy is disabled, or another plugin's fixture has taken its name.
-
     """
     from .baselines import QsaBaselineExtension
 

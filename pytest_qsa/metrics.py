@@ -47,7 +47,7 @@ class View:
     def kept(self, population: int) -> NDArray[np.bool_]:
         """Return [T] booleans, true at the tokens that count: no padding, and what `positions` says."""
         tokens = self.numbers.tokens_of(population)
-        kept = tokens != PADDING
+        kept: NDArray[np.bool_] = tokens != PADDING
         if self.positions.startswith("skip_first:"):
             kept[: int(self.positions.partition(":")[2])] = False
         elif self.positions != "all":
@@ -122,7 +122,7 @@ def _metric(
 
 @_metric(plan.TOKENS, reduce="max", unit="tokens", tokenwise=True)
 def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
-    """Count the tokens whose maximum is above threshold × the lower median of the sample's maxima (arXiv 2410.05265)."""
+    """Count the tokens whose maximum is above threshold × the lower median of the sample (arXiv 2410.05265)."""
     return np.array([_above(maxima, threshold) for maxima in view.token_maxima()], dtype=np.float64)
 
 
@@ -160,7 +160,7 @@ def _reduce_dim(site: plan.Site, reduce_dim: int | str | None) -> int | None:
 def magnitude(
     view: View, *, stat: MagnitudeStat = "top1", reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
 ) -> Values:
-    """Take an order statistic of the maxima: over channels (−1, one a token), over tokens (−2), or of |x| itself (null).
+    """Take an order statistic of the maxima over channels (−1, one a token), over tokens (−2), or of |x| (null).
 
     The seed's and PrefixQuant's plots. `auto` is −1 for activations and, as in the seed, −2 for weights [out, in].
     """
@@ -296,8 +296,8 @@ def nonfinite(view: View) -> Values:
 
 @_metric(plan.MOMENTS, reduce=None)
 def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
-    """Divide the largest |x| by the largest finite value of the dtype that the model will be served in (fp16: 65504)."""
-    return absmax(view) / SERVED_MAX[dtype]
+    """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
+    return float(absmax(view)) / SERVED_MAX[dtype]
 
 
 def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
@@ -318,5 +318,5 @@ def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
 
 
 def _countable(maxima: NDArray[np.float32]) -> bool:
-    """Say whether there is a token, all are finite, and one at least is not zero: a dead layer has no outliers to count."""
+    """Say whether there are tokens, all finite, not all zero: a dead layer has no outliers to count."""
     return bool(maxima.size and np.isfinite(maxima).all() and maxima.max() > 0)

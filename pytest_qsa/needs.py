@@ -21,15 +21,10 @@ def requests_of(item: pytest.Item) -> list[Request]:
 
     Raises:
         SuiteError: a mark is wrong.
-
     """
     if isinstance(item.parent, QsaSuite):
         return [item.parent.assertion_of(item).request]
-    requests = []
-    for mark in item.iter_markers("qsa"):
-        if mark.kwargs:
-            requests.append(_marked(item, dict(mark.kwargs)))
-    return requests
+    return [_marked(item, dict(mark.kwargs)) for mark in item.iter_markers("qsa") if mark.kwargs]
 
 
 def _marked(item: pytest.Item, wanted: dict[str, Any]) -> Request:

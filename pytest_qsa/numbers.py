@@ -99,7 +99,7 @@ class SiteNumbers:
 
 
 def lower_median(values: NDArray[Any]) -> float:
-    """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN if there is none."""
+    """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN for none."""
     if not values.size:
         return float("nan")
     middle = (values.size - 1) // 2

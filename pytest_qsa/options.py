@@ -74,7 +74,6 @@ def read_options(config: pytest.Config) -> Options:
 
     Raises:
         UsageError: a value that is wrong whatever the suites are.
-
     """
     stand, root = config.invocation_params.dir, config.rootpath
     report = config.getoption("qsa_report") or config.getini("qsa_report")
@@ -104,8 +103,8 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
     names = [model.partition("=")[0] if "=" in model else None for model in models]
     if updating and names.count(None) > 1:
         raise pytest.UsageError(
-            "--snapshot-update with two --qsa-model without NAME: both would write the baselines of the suite's own model; "
-            "name them, NAME=PATH"
+            "--snapshot-update with two --qsa-model without NAME: both would write the baselines of the suite's own "
+            "model; name them, NAME=PATH"
         )
     for name in names:
         if name is not None and names.count(name) > 1:

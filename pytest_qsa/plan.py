@@ -52,11 +52,10 @@ class Request:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a layer pattern.
+    r"""Compile a layer pattern.
 
     Raises:
-        SuiteError: it is not a regular expression, or holds a control character, as `"\\b"` in double quotes does.
-
+        SuiteError: it is not a regular expression, or holds a control character, as `"\b"` in double quotes does.
     """
     if any(ord(character) < 32 for character in pattern):
         raise SuiteError(

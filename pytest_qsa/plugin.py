@@ -99,7 +99,7 @@ def qsa_tokenizer() -> object:
 
 
 @pytest.fixture(scope="session")
-def qsa_batches() -> Any:  # noqa: ANN401 - an iterable of tensors or of dicts of them
+def qsa_batches() -> Any:
     """Override it to run the model of `qsa_model` over batches of your own: tensors [B, T], or dicts of arguments."""
     return None
 
@@ -117,7 +117,7 @@ def qsa_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoint | None) -> Qsa:
-    """The subject's numbers: `assert qsa.output(r"layers\\.\\d+$").outlier_tokens(threshold=64) <= 1`."""
+    r"""The subject's numbers: `assert qsa.output(r"layers\.\d+$").outlier_tokens(threshold=64) <= 1`."""
     from .python_api import Qsa
 
     return Qsa(qsa_gate, request)
@@ -125,7 +125,7 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
-    """A baseline of this test: `assert series == qsa_baseline(rel=0.05)`; also abs= and direction="up" or "down"."""
+    """Make baselines that a series equals within a tolerance: `assert series == qsa_baseline(rel=0.05)`."""
     from .assertions import Tolerance
     from .judging import baseline_snapshot
     from .python_api import QsaBaseline

@@ -1,4 +1,4 @@
-"""The fixtures `qsa` and `qsa_baseline`: the same engine, verdicts and report for assertions that are written in Python."""
+"""What the fixtures `qsa` and `qsa_baseline` give: the same engine, verdicts and report for tests in Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
 from .plan import Request, Site
-from .selection import NotMeasured, Positions, Selection, canonical_positions
+from .selection import NotMeasuredError, Positions, Selection, canonical_positions
 from .series import Bounds, Series
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class PlannedSelection(Selection):
         """Compute a metric; on a site that the pass left out, pass again."""
         try:
             return super().series(metric, reduce, positions, **parameters)
-        except NotMeasured:
+        except NotMeasuredError:
             assert self.gate is not None
             assert self.request is not None
             needs = METRICS[metric].needs(self.site, canonical_positions(positions), parameters)
@@ -51,7 +51,7 @@ class PlannedSelection(Selection):
 
 
 class Qsa:
-    """The fixture `qsa`: the subject's numbers. `qsa.output(regex).outlier_tokens(threshold=64) <= 1` is an assertion."""
+    """The fixture `qsa`: the subject's numbers. `qsa.output(regex).outlier_tokens() <= 1` is an assertion."""
 
     def __init__(self, gate: Gate, request: pytest.FixtureRequest) -> None:
         self._gate = gate
@@ -85,7 +85,6 @@ class Qsa:
 
         Raises:
             GateFailure: there is nothing sound to judge; such a comparison is never just false.
-
         """
         __tracebackhide__ = True
         try:

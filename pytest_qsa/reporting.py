@@ -33,7 +33,7 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
 def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
     from .errors import QsaError
     from .gate import VERDICTS, GateFailure
-    from .terminal import failure_text, first_line
+    from .terminal import failure_text
 
     assert call.excinfo is not None
     error = call.excinfo.value
@@ -48,24 +48,24 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
         return
     representation = call.excinfo.getrepr(style="short", tbfilter=lambda info: _users_frames(info, item.path))
     _replace_text(representation, failure_text(verdict))
-    if representation.reprcrash is not None:  # type: ignore[union-attr]
-        representation.reprcrash.message = first_line(verdict)  # type: ignore[union-attr]
+    if representation.reprcrash is not None:
+        representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
     report.longrepr = representation
 
 
-def _users_frames(info: Any, path: Path) -> Any:  # noqa: ANN401 - pytest's Traceback has no public name
+def _users_frames(info: Any, path: Path) -> Any:
     """Keep the frames of the test and of what it calls; ours tell a user nothing."""
     return info.traceback.cut(path=path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
 
 
-def _replace_text(representation: Any, text: str) -> None:  # noqa: ANN401 - pytest's own, without a public type
+def _replace_text(representation: Any, text: str) -> None:
     """Put the verdict's text where pytest printed the exception, whose class name means nothing to a reader."""
     entry = representation.reprtraceback.reprentries[-1]
     source = [line for line in entry.lines if not line.startswith("E ")]
     entry.lines = source + [f"E   {line}" for line in text.splitlines()]
 
 
-def _stopped(item: pytest.Item, error: Any) -> Any:  # noqa: ANN401 - a QsaError → a Verdict
+def _stopped(item: pytest.Item, error: Any) -> Any:
     """Make the verdict of a Python test that an error stopped before it could compare."""
     from dataclasses import replace
 
@@ -118,7 +118,7 @@ class Reporter:
             "version": version("pytest-qsa"),
         }
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:  # noqa: ANN401 - pytest's TerminalReporter
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say in one line how the gate stands and where the report lies."""
         if not self.results:
             return

@@ -22,7 +22,7 @@ Positions = str | Mapping[str, int]
 """`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
 
 
-class NotMeasured(AnomalyError):
+class NotMeasuredError(AnomalyError):
     """The capture lacks the site or the statistic; a second pass can bring it."""
 
 
@@ -115,8 +115,7 @@ class Selection:
 
         Raises:
             AnomalyError: the pattern finds nothing in the model.
-            NotMeasured: the model has such layers, the capture doesn't.
-
+            NotMeasuredError: the model has such layers, the capture doesn't.
         """
         found = match_layers(self.capture.modules, self.pattern, self.exclude)
         if not found:
@@ -125,7 +124,7 @@ class Selection:
         if not measured and self.site == "weight":
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         if len(measured) < len(found) and self.site != "weight":
-            raise NotMeasured(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
+            raise NotMeasuredError(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
         return measured
 
     def series(
@@ -135,7 +134,6 @@ class Selection:
 
         Raises:
             AnomalyError: no layer, a hook that never fired, no tokens, or a metric that the site can't have.
-
         """
         definition = METRICS[metric]
         layers = self.layers
@@ -179,7 +177,7 @@ class Selection:
                 )
             if not needs <= numbers.statistics | {"sinks"}:
                 missing = ", ".join(sorted(needs - numbers.statistics))
-                raise NotMeasured(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
+                raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
 
 
 def canonical_positions(positions: Positions) -> str:
@@ -187,7 +185,6 @@ def canonical_positions(positions: Positions) -> str:
 
     Raises:
         ValueError: it is none of them.
-
     """
     if isinstance(positions, Mapping):
         count = positions.get("skip_first")

@@ -62,7 +62,7 @@ class Query:
     unit: str = ""
 
     def __str__(self) -> str:
-        """Write it in one line: `outlier_tokens(threshold=64) at output of 'layers\\.\\d+$', max over samples`."""
+        """Write it in one line, as a failure shows it."""
         arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
         text = f"{self.metric}({arguments}) at the {self.site} of '{self.layers}'"
         if self.reduce:
@@ -95,7 +95,6 @@ class Series:
 
         Raises:
             AnomalyError: the series is empty, or holds NaN or Inf; the text names the layers.
-
         """
         if not self.layers:
             raise AnomalyError("the series is empty: no layer was measured")
@@ -111,7 +110,7 @@ class Series:
         if over is None or not self.layers:
             return self
         label = f"{over} of {len(self.layers)} layers"
-        problems = {label: reason for reason in list(self.problems.values())[:1]}
+        problems = {label: next(iter(self.problems.values()))} if self.problems else {}
         values = np.array([OVER[over](self.values)])
         return replace(self, layers=[label], values=values, query=replace(self.query, over=over), problems=problems)
 
@@ -120,7 +119,6 @@ class Series:
 
         Raises:
             AnomalyError: as `check`.
-
         """
         if self.judge is not None:
             return self.judge(self, bounds)
@@ -150,4 +148,5 @@ class Series:
 
     def __repr__(self) -> str:
         head = ", ".join(f"{name}: {value:g}" for name, value in zip(self.layers[:3], self.values[:3], strict=True))
-        return f"<{self.query}: {len(self.layers)} layers{' | ' + head if head else ''}{', …' if len(self.layers) > 3 else ''}>"
+        more = ", …" if len(self.layers) > 3 else ""
+        return f"<{self.query}: {len(self.layers)} layers{' | ' + head if head else ''}{more}>"

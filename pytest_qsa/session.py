@@ -33,7 +33,6 @@ class Captures:
 
         Raises:
             QsaError: the capture failed; the same error again for every test that needs it, without another try.
-
         """
         if subject.key in self._failures:
             raise self._failures[subject.key]

@@ -21,7 +21,7 @@ SHARE_OF_BLOCKS = 0.25
 
 @dataclass(frozen=True)
 class Sink:
-    """One sink: its position in its sample, its channel, the blocks that show it, and its largest multiple of the median.
+    """One sink: its position in its sample, its channel, the blocks that show it, its largest multiple of the median.
 
     `trunk`: the list of blocks that it was found in, such as `model.layers`; an encoder and a decoder have one each.
     """
@@ -67,7 +67,8 @@ class Sinks:
         top = max(self.found, key=lambda sink: sink.ratio)
         return (
             f"{len(self.found)} in {samples} samples, mostly at position {positions.most_common(1)[0][0]}, "
-            f"channel {channels.most_common(1)[0][0]}, {top.layers[0]} to {top.layers[-1]}, up to {top.ratio:.0f} × the median"
+            f"channel {channels.most_common(1)[0][0]}, {top.layers[0]} to {top.layers[-1]}, "
+            f"up to {top.ratio:.0f} × the median"
         )
 
 

@@ -97,7 +97,8 @@ def token_line(token: TokenEvidence) -> str:
     channel = f", channel {token.channel}" if token.channel >= 0 else ""
     call = f", call {token.call + 1}" if token.call else ""
     sink = ", a sink" if token.sink else ""
-    return f"{token.ratio:.1f} × median ({number(token.magnitude)}{channel}{sink}) sample {token.sample}, position {token.position}{call}: {text}"
+    where = f"sample {token.sample}, position {token.position}{call}"
+    return f"{token.ratio:.1f} × median ({number(token.magnitude)}{channel}{sink}) at {where}: {text}"
 
 
 def visible(text: str) -> str:
@@ -121,7 +122,8 @@ def ran(verdict: Verdict) -> str:
     )
     if "num_samples" in data:
         parts.append(
-            f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} ({short_hash(data['fingerprint'])})"
+            f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} "
+            f"({short_hash(data['fingerprint'])})"
         )
     elif data.get("fingerprint"):
         parts.append(f"batches of the fixture ({short_hash(data['fingerprint'])})")

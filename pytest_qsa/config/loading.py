@@ -46,7 +46,6 @@ def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
-
     """
     source = read_yaml(path)
     if not isinstance(source.data, dict):
@@ -93,7 +92,6 @@ def check_override(override: str) -> None:
 
     Raises:
         SuiteError: naming the key.
-
     """
     key, equals, _ = override.partition("=")
     if not equals or not key:
@@ -169,7 +167,7 @@ def _location(loc: tuple[int | str, ...]) -> Location:
     )
 
 
-def _message(problem: Any, location: Location) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def _message(problem: Any, location: Location) -> str:
     key = location[-1] if location else "suite"
     kind, given = problem["type"], problem.get("input")
     if kind == "extra_forbidden":

@@ -143,7 +143,7 @@ class Assertion(_Strict):
     @property
     def where(self) -> str:
         """The positions in canonical form."""
-        return canonical_positions(self.positions)
+        return canonical_positions(self.positions)  # type: ignore[arg-type]
 
     @property
     def request(self) -> Request:
@@ -156,11 +156,11 @@ def _assertion_model(metric: Metric) -> type[Assertion]:
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
     title = "".join(word.title() for word in metric.name.split("_"))
     doc = (metric.compute.__doc__ or "").splitlines()[0]
-    return create_model(title, __base__=Assertion, __doc__=doc, metric=(Literal[metric.name], ...), **own)
+    return create_model(title, __base__=Assertion, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
 
 
 ASSERTIONS: Mapping[str, type[Assertion]] = {name: _assertion_model(metric) for name, metric in METRICS.items()}
-AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]
+AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
 
 
 class Visualization(BaseModel):

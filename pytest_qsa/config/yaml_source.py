@@ -52,7 +52,6 @@ def read_yaml(path: Path) -> YamlSource:
 
     Raises:
         SuiteError: the file can't be read, is not YAML, is empty, repeats a key, or expands without end.
-
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -71,11 +70,11 @@ def read_yaml(path: Path) -> YamlSource:
     except yaml.YAMLError as error:
         raise SuiteError(_syntax_error(path, error)) from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return source
 
 
-def read_value(text: str) -> Any:  # noqa: ANN401 - YAML decides the type
+def read_value(text: str) -> Any:
     """Read the value of `KEY=VALUE` by the rules of a suite, so that `1e-3` and `[a, b]` mean the same there."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -124,5 +123,6 @@ def _syntax_error(path: Path, error: yaml.YAMLError) -> str:
     line = mark.line + 1 if mark else 1
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
     if "unknown escape character" in problem:
-        problem += r"; in double quotes a backslash is YAML's own: write a regex without quotes or in single ones, 'layers\.\d+$'"
+        problem += "; in double quotes a backslash is YAML's own: "
+        problem += r"write a regex without quotes or in single ones, 'layers\.\d+$'"
     return f"{shown_path(path)}:{line}: not valid YAML: {problem}"

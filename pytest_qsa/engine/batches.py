@@ -38,7 +38,6 @@ class Rows:
 
         Raises:
             InfraError: the rows of the batch can't be told apart in it.
-
         """
         count = len(self.samples)
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
@@ -51,7 +50,8 @@ class Rows:
                 return x, True
         if x.dim() == 0 or x.shape[0] % count:
             raise InfraError(
-                f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; set data.batch_size to 1"
+                f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; "
+                "set data.batch_size to 1"
             )
         return x.reshape(count, -1), False
 
@@ -67,7 +67,6 @@ def rows_of(batch: Batch, first_sample: int, device: torch.device) -> Rows:
 
     Raises:
         InfraError: it has no tensor, or one of its masks is not [B, T].
-
     """
     if isinstance(batch, Tensor):
         tokens = [batch] if batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point()) else []

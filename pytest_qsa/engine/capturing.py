@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,7 @@ def run_pass(
     }
     numbers |= observe_weights(model, modules, {site: wanted[site] for site in wanted if site[1] == "weight"})
     ids = [row for batch in batches for row in token_ids(batch)]
-    unique = sorted({int(token) for row in ids for token in row.unique().tolist()})
+    unique = sorted({int(token) for row in ids for token in set(row.tolist())})
     return Capture(
         sites={site: numbers[site] for site in wanted if site in numbers},
         modules=tuple(modules),
@@ -208,10 +208,8 @@ def _run_batches(model: nn.Module, batches: Sequence[Batch], state: _Pass, progr
     for index, batch in enumerate(batches):
         rows = rows_of(batch, done, device)
         state.begin(rows)
-        try:
+        with suppress(_PassComplete):
             _forward(model, batch, device)
-        except _PassComplete:
-            pass
         state.end(first=index == 0)
         done += len(rows.samples)
         if progress is not None:

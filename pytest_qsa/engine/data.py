@@ -20,14 +20,13 @@ from .batches import Batch
 SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 
 
-def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:  # noqa: ANN401
+def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:
     """Return the batches of token windows, [batch_size, seq_len] each.
 
     `folder`: what a relative `custom:` path is relative to. `config`: the model's, which says whether it has a decoder.
 
     Raises:
         InfraError: the source is unknown or unreadable, or there is too little text for the windows.
-
     """
     windows = windows_of(read_texts(data, folder), data, tokenizer)
     rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
@@ -70,7 +69,7 @@ def _read_custom(path: Path, data: Data) -> list[str]:
     return [_text_of(record, data.custom.text_column, index) for index, record in enumerate(records)]
 
 
-def _text_of(record: Any, column: str, index: int) -> str:  # noqa: ANN401 - whatever the file holds
+def _text_of(record: Any, column: str, index: int) -> str:
     if isinstance(record, str):
         return record
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
@@ -79,8 +78,8 @@ def _text_of(record: Any, column: str, index: int) -> str:  # noqa: ANN401 - wha
     return str(record[column])
 
 
-def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:  # noqa: ANN401 - any tokenizer
-    """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has the special tokens of its own.
+def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has its special tokens.
 
     Where there are more windows than asked for, the seed chooses.
     """
@@ -101,11 +100,11 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:  # n
     return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what the tokenizer puts before and after a text."""
     bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
@@ -114,6 +113,6 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN
     return [], []
 
 
-def _shifted(row: Tensor, config: Any) -> Tensor:  # noqa: ANN401
+def _shifted(row: Tensor, config: Any) -> Tensor:
     start = getattr(config, "decoder_start_token_id", None)
     return torch.cat([torch.full_like(row[:, :1], start if start is not None else 0), row[:, :-1]], dim=1)

@@ -50,7 +50,6 @@ def capture(
     Raises:
         AnomalyError: there is no batch, or a pattern matches no layer.
         SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
-
     """
     wanted = _statistics(statistics)
     requests = merge_requests(Request(pattern, site, None, wanted) for pattern, site in sites)

@@ -25,7 +25,7 @@ HEADROOM = 1.2
 class Loaded:
     """A loaded subject: the model, its tokenizer if it has one, and the folder of its offloaded part if it has one."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, scratch: TemporaryDirectory[str] | None = None) -> None:  # noqa: ANN401
+    def __init__(self, model: nn.Module, tokenizer: Any, scratch: TemporaryDirectory[str] | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._scratch = scratch
@@ -41,7 +41,6 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
 
     Raises:
         InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
-
     """
     if spec.factory is not None:
         return _from_factory(spec.factory, allow_code=allow_code)
@@ -72,7 +71,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     placement = _placement(path, memory)
     scratch = TemporaryDirectory(prefix="qsa-offload-") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
-    model, info = _class_of(config, spec.trust_remote_code).from_pretrained(
+    model, info = class_of(config, remote=spec.trust_remote_code).from_pretrained(
         path,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
@@ -85,7 +84,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise InfraError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which transformers filled with random numbers: "
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, filled with random numbers: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
         )
     if "device_map" not in placement:
@@ -94,7 +93,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     return Loaded(model, _tokenizer(path, common | gguf), scratch)
 
 
-def _class_of(config: Any, remote: bool) -> Any:  # noqa: ANN401 - transformers' classes
+def class_of(config: Any, *, remote: bool) -> Any:
     """Return the class that the checkpoint's configuration names, whatever its task is."""
     import transformers
 
@@ -107,12 +106,13 @@ def _class_of(config: Any, remote: bool) -> Any:  # noqa: ANN401 - transformers'
         return getattr(transformers, known)
     if names and auto_map:
         raise InfraError(
-            f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
+            f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code "
+            "and allow it with --qsa-allow-code"
         )
     return transformers.AutoModel
 
 
-def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:
     import transformers
 
     try:
@@ -152,7 +152,7 @@ def _from_factory(name: str, *, allow_code: bool) -> Loaded:
     model, tokenizer = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise InfraError(
-            f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module (or a pair with a tokenizer)"
+            f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module or a pair with a tokenizer"
         )
     return Loaded(model.eval(), tokenizer)
 
@@ -190,14 +190,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ _PREFERRED = ("hidden_states", "last_hidden_state", "inputs_embeds", "logits")
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers by name, in model order: every module but the root and the containers, which are never called."""
+    """Return the layers by name, in model order: every module but the root and the containers."""
     return {name: module for name, module in model.named_modules() if name and not isinstance(module, _CONTAINERS)}
 
 
@@ -31,7 +31,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     return blocks
 
 
-def tensor_of(value: Any) -> Tensor | None:  # noqa: ANN401 - a forward may return anything
+def tensor_of(value: Any) -> Tensor | None:
     """Return the floating-point tensor that stands for an output: the first one, in tuples, dicts and model outputs."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None

@@ -1,4 +1,4 @@
-"""Streaming reductions of one tensor stream: everything that is kept of an activation is made here, and nothing else is.
+"""Streaming reductions of one tensor stream: all that is kept of an activation is made here.
 
 Results stay on the tensor's device until `numbers()`, so that no hook waits for an accelerator.
 """

@@ -29,7 +29,6 @@ def capture_subject(
 
     Raises:
         InfraError: it can't be loaded or run, or its data can't be read.
-
     """
     if subject.model is None:
         raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
@@ -105,7 +104,6 @@ def loaded_from_fixture(model: object, tokenizer: object | None) -> Loaded:
 
     Raises:
         InfraError: it is something else.
-
     """
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model

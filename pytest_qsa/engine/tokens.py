@@ -8,8 +8,8 @@ from typing import Any
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] | None:  # noqa: ANN401 - any tokenizer
-    """Return a function that decodes each token by itself; bytes that are no character show the vocabulary's own form."""
+def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] | None:
+    """Return a function that decodes each token by itself; what is no whole character shows the vocabulary's form."""
     if tokenizer is None:
         return None
 
@@ -19,7 +19,7 @@ def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] |
     return decode
 
 
-def _piece(tokenizer: Any, token: int) -> str:  # noqa: ANN401
+def _piece(tokenizer: Any, token: int) -> str:
     text = str(tokenizer.decode([token]))
     if REPLACEMENT in text and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(token))

@@ -82,16 +82,16 @@ class Depth:
                 parts.append(f"{self.kind_labels[kind]} {runs.ranges(range(len(own)), most)}")
         return _cut(parts, most, "; ")
 
-    def label_axis(self, axes: Axes, *, title: bool = True) -> None:
-        """Put the ticks, thinned so that they can be read, and the label on an axis."""
+    def label_axis(self, axes: Axes, most: int = MOST_TICKS) -> None:
+        """Put the label and the ticks, at most so many that they can be read, on an axis."""
         if self.numbered:
             positions = sorted({int(x) for x in self.x})
-            step = _step(positions[-1] - positions[0] + 1)
+            step = _step(positions[-1] - positions[0] + 1, most)
             first = -(-positions[0] // step) * step
-            ticks = positions if len(positions) <= 12 else list(range(first, positions[-1] + 1, step))
+            ticks = positions if len(positions) <= most // 2 else list(range(first, positions[-1] + 1, step))
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
         else:
-            step = -(-len(self.layers) // MOST_TICKS)
+            step = -(-len(self.layers) // most)
             ticks = list(range(0, len(self.layers), step))
             names = [safe_text(self._names[tick], 26) for tick in ticks]
             flat = sum(map(len, names)) < 90
@@ -101,8 +101,7 @@ class Depth:
         low, high = min(self.x), max(self.x)
         margin = max(0.7, 0.02 * (high - low))
         axes.set_xlim(low - margin, high + margin)
-        if title:
-            axes.set_xlabel(safe_text(self.label, 100))
+        axes.set_xlabel(safe_text(self.label, 100))
 
 
 def _cut(parts: Sequence[str], most: int, separator: str = ", ") -> str:
@@ -113,9 +112,9 @@ def _cut(parts: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join(shown) + (f" and {more} more" if more else "")
 
 
-def _step(count: int) -> int:
+def _step(count: int, most: int) -> int:
     step = 1
-    while -(-count // step) > MOST_TICKS:
+    while -(-count // step) > most:
         step = {"1": step * 2, "2": step // 2 * 5, "5": step * 2}[str(step)[0]]
     return step
 

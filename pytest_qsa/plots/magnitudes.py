@@ -16,7 +16,7 @@ from ..captures import Capture
 from ..errors import QsaError
 from .captions import bound_label, population, samples_of
 from .depth import Depth, depth_of
-from .style import BLUE, INK, MUTED, PALE, RED, head, new_figure, safe_text, scale_log, styled, wants_log
+from .style import BLUE, INK, MUTED, PALE, RED, add_legend, head, new_figure, safe_text, scale_log, styled, wants_log
 
 STATS: Mapping[str, tuple[str, str, Any]] = {
     "top1": (INK, "^", "-"),
@@ -102,22 +102,19 @@ def _annotate(
         if index % min(len(panels), 3) == 0:
             axes.set_ylabel("magnitude, |x|")
     samples = samples_of(capture, numbers.layers, verdict.query["site"])
-    note = population(numbers.reduce, samples, verdict.query.get("positions") or ("all" if samples else None))
+    note = population(numbers.reduce, samples, (verdict.query.get("positions") or "all") if samples else None)
     title = f"Magnitude of the {numbers.of} at the {verdict.query['site']}"
-    handles, labels = grid[0].get_legend_handles_labels()
     if len(panels) == 1:
-        head(figure, grid[0], title, safe_text(note))
-        grid[0].legend(handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderaxespad=0.2,
-                       columnspacing=1.3, handletextpad=0.4)  # fmt: skip
-        return
-    figure.suptitle(f"{title} · {note}" if note else title, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        head(figure, grid[0], title, [note])
+    else:
+        head(figure, None, f"{title} · {note}" if note else title)
+    add_legend(figure, grid[0])
 
 
 def _draw_panel(axes: Axes, numbers: Magnitudes, depth: Depth, members: list[int], rows: Mapping[str, Row]) -> None:
     own = Depth(tuple(depth.layers[i] for i in members), tuple(depth.x[i] for i in members),
                 {name: list(range(len(members))) for name, kind in depth.kinds.items() if kind is members}, depth.numbered)  # fmt: skip
-    own.label_axis(axes)
+    own.label_axis(axes, most=24 // min(len(depth.kinds), 3))
     if numbers.own is not None:
         _draw_allowed(axes, own, rows)
     scattered = len(set(own.x)) < len(own.x)

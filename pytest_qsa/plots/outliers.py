@@ -20,7 +20,7 @@ from ..metrics import METRICS, View
 from ..numbers import lower_median
 from .captions import counted, population, samples_of
 from .depth import depth_of
-from .style import BLUE, INK, MUTED, head, new_figure, plain_number, safe_text, scale_log, styled
+from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled
 
 THRESHOLD = 64.0
 MOST_TOKENS = 15
@@ -88,9 +88,10 @@ def _drawn(outliers: Outliers, capture: Capture, site: str, threshold: float, po
     if texts:
         _by_token(panels["token"], texts)
     samples = samples_of(capture, outliers.layers, site)
-    note = f"{population('all', samples, positions).replace('all over', 'in all of')} · {counted(len(outliers.layers), 'layer')}"
+    note = f"{population('sum', samples, positions)} · {counted(len(outliers.layers), 'layer')}"
     note += "" if capture.sinks.searched else " · sinks not looked for"
-    head(figure, panels["layer"], f"Tokens above {threshold:g} × the median at the {site}", safe_text(note))
+    head(figure, panels["layer"], f"Tokens above {threshold:g} × the median at the {site}", [note])
+    add_legend(figure, panels["layer"])
     return figure
 
 
@@ -102,13 +103,12 @@ def _by_layer(axes: Axes, outliers: Outliers) -> None:
         count = Counter(x[outliers.layer[chosen]].tolist())
         at = sorted(count)
         if at:
-            axes.bar(at, [count[i] for i in at], bottom=[bottoms[i] for i in at], width=0.66, color=colour, hatch=hatch,
+            axes.bar(at, [count[i] for i in at], bottom=[bottoms[i] for i in at], width=0.66 if len(x) > 6 else 0.36, color=colour, hatch=hatch,
                      label=f"{label}: {sum(count.values())}", gid=label, zorder=2)  # fmt: skip
         bottoms.update(count)
     depth.label_axis(axes)
     _count_axis(axes, max(bottoms.values()))
     axes.set_ylabel("outlier tokens,\nall samples")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 
 def _by_position(axes: Axes, outliers: Outliers) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -69,10 +69,22 @@ def save_png(figure: Figure, path: Path) -> str:
     return str(path.resolve())
 
 
-def head(figure: Figure, axes: Axes, title: str, note: str) -> None:
-    """Put a title on the figure, and under it, above the axes, the fine print."""
-    figure.suptitle(safe_text(title), x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
-    axes.set_title(note, loc="left", color=MUTED, pad=8, linespacing=1.4)
+def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:
+    """Put a title on the figure, and under it, above the axes, the fine print, one note a line."""
+    figure.suptitle(safe_text(title, 110), x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
+    if axes is not None:
+        fine = "\n".join(safe_text(note, 150) for note in notes if note)
+        axes.set_title(fine, loc="left", color=MUTED, pad=8, linespacing=1.4)
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend where nothing else is: beside the title if it is short, else under the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 2:
+        rows = -(-sum(len(label) + 7 for label in labels) // 120)
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), columnspacing=1.6)
+    elif labels:
+        figure.legend(handles, labels, loc="upper right", bbox_to_anchor=(0.995, 0.998), ncols=2, columnspacing=1.6)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from ..errors import QsaError
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (
-    AMBER, BLUE, GROUP_STYLES, INK, MUTED, PALE, RED, head, new_figure, plain_number, safe_text, scale_log, styled, wants_log,
+    AMBER, BLUE, GROUP_STYLES, INK, MUTED, PALE, RED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled, wants_log,
 )  # fmt: skip
 
 COUNTED = ("tokens", "elements")
@@ -93,15 +93,16 @@ def value_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     unit = verdict.query.get("unit") or ""
     axes.set_ylabel(safe_text(f"{verdict.query.get('metric', 'value')}{f' [{unit}]' if unit else ''}"))
     axes.grid(axis="y")
-    _legend(axes)
-    head(figure, axes, metric_title(verdict.query), safe_text(_note(verdict, capture, judged)))
+    add_legend(figure, axes)
+    head(figure, axes, metric_title(verdict.query), _notes(verdict, capture, judged))
     return figure
 
 
-def _note(verdict: Verdict, capture: Capture, judged: Judged) -> str:
+def _notes(verdict: Verdict, capture: Capture, judged: Judged) -> list[str]:
     query = verdict.query
     samples = samples_of(capture, [row.layer for row in judged.rows], query.get("site", ""))
-    parts = [population(query.get("reduce"), samples, query.get("positions")), counted(len(judged.rows), "layer")]
+    positions = query.get("positions") if query.get("site") != "weight" else None
+    parts = [population(query.get("reduce"), samples, positions), counted(len(judged.rows), "layer")]
     if judged.folded is not None:
         parts.append(f"{query['over']} over them {number(judged.folded.value)}, bound: {verdict.bound}")
     elif verdict.bound:
@@ -113,23 +114,32 @@ def _note(verdict: Verdict, capture: Capture, judged: Judged) -> str:
     broken = [i for i in range(len(judged.rows)) if i not in set(judged.finite)]
     if broken:
         lines.append(f"not finite: {len(broken)} of {len(judged.rows)} ({judged.depth.names_of(broken)})")
-    return "\n".join(lines)
+    return lines
 
 
 def _draw_values(axes: Axes, judged: Judged, counts: bool) -> None:
     depth, several = judged.depth, len(judged.depth.kinds) > 1
-    for (name, members), (colour, marker, dash) in zip(depth.kinds.items(), GROUP_STYLES, strict=False):
-        x = [depth.x[i] for i in members]
-        y = [judged.rows[i].value if math.isfinite(judged.rows[i].value) else math.nan for i in members]
+    values = [row.value if math.isfinite(row.value) else math.nan for row in judged.rows]
+    for (names, members), (colour, marker, dash) in zip(_equal_kinds(depth, values), GROUP_STYLES, strict=False):
+        x, y = [depth.x[i] for i in members], [values[i] for i in members]
         if counts and not several and len(set(x)) == len(x):
-            axes.bar(x, y, width=0.62, color=BLUE, gid="values", label="_bars", zorder=2)
+            axes.bar(x, y, width=0.62 if len(x) > 6 else 0.36, color=BLUE, gid="values", label="_bars", zorder=2)
             continue
         scattered = len(set(x)) < len(x)
         size = 3.0 if len(x) > 60 else 4.5
         axes.plot(
             x, y, color=colour, marker=marker, markersize=size, linestyle="none" if scattered else dash, zorder=3, gid="values",
-            label=safe_text(depth.kind_labels[name], 40) if several else ("value" if judged.compared else "_value"),
+            label=safe_text(" = ".join(depth.kind_labels[name] for name in names), 60) if several else ("value" if judged.compared else "_value"),
         )  # fmt: skip
+
+
+def _equal_kinds(depth: Depth, values: list[float]) -> list[tuple[list[str], list[int]]]:
+    """Join the kinds whose lines would hide one another: q, k and v read the same input."""
+    lines: dict[tuple[object, ...], tuple[list[str], list[int]]] = {}
+    for name, members in depth.kinds.items():
+        line = tuple((depth.x[i], values[i]) for i in members)
+        lines.setdefault(line, ([], members))[0].append(name)
+    return list(lines.values())
 
 
 def _draw_bounds(axes: Axes, judged: Judged) -> None:
@@ -145,11 +155,9 @@ def _draw_bounds(axes: Axes, judged: Judged) -> None:
             continue
         label = bound_label(bound if equal or side == "min" else None, bound if equal or side == "max" else None)
         axes.axhline(bound, color=RED, linestyle=(0, (6, 3)), linewidth=1.3, zorder=2.5, gid=f"bound-{side}")
-        above = side == "max"
         axes.annotate(
-            label, (1, bound), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3 if above else -3), color=RED, ha="right",
-            textcoords="offset points", va="bottom" if above else "top", fontsize=8.5, fontweight="bold", zorder=6,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+            label, (1, bound), xycoords=axes.get_yaxis_transform(), xytext=(4, 0), textcoords="offset points",
+            color=RED, ha="left", va="center", fontsize=8.5, fontweight="bold", annotation_clip=False,
         )  # fmt: skip
 
 
@@ -178,7 +186,7 @@ def _mark(axes: Axes, judged: Judged) -> None:
     if out:
         x, y = [depth.x[i] for i in out], [rows[i].value for i in out]
         axes.plot(
-            x, y, linestyle="none", marker="D", markersize=7, markerfacecolor="none", markeredgecolor=RED,
+            x, y, linestyle="none", marker="D", markersize=7 if len(out) < 40 else 5, markerfacecolor="none", markeredgecolor=RED,
             markeredgewidth=1.6, zorder=5, gid="out-of-bounds", label="out of bounds", clip_on=False,
         )  # fmt: skip
         worst = max(out, key=lambda i: abs(rows[i].excess))
@@ -192,10 +200,13 @@ def _mark(axes: Axes, judged: Judged) -> None:
 
 
 def _name(axes: Axes, depth: Depth, index: int, row: Row) -> None:
+    text = f"{'layer ' if depth.numbered and len(depth.kinds) == 1 else ''}{depth.short(index)}: {number(row.value)}"
+    if row.baseline is not None:
+        text += f", baseline {number(row.baseline)}"
     low, high = axes.get_xlim()
     right = depth.x[index] > (low + high) / 2
     axes.annotate(
-        safe_text(f"{depth.short(index)}: {number(row.value)}", 44), (depth.x[index], row.value),
+        safe_text(text, 70), (depth.x[index], row.value),
         xytext=(-9 if right else 9, 7 if row.excess > 0 else -7), textcoords="offset points",
         ha="right" if right else "left", va="bottom" if row.excess > 0 else "top",
         color=INK, fontsize=8.5, fontweight="bold", zorder=6,
@@ -220,7 +231,8 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
             axes.set_ylim(low, high * 2)
             return
     room = (high - low) or abs(high) or 1.0
-    axes.set_ylim(low - (0 if counts else 0.1 * room), high + 0.18 * room)
+    at_floor = any(bound <= low for bound in bounds)
+    axes.set_ylim(low - (0.1 if not counts else 0.05 if at_floor else 0.0) * room, high + 0.18 * room)
 
 
 def _draw_used(axes: Axes, judged: Judged) -> None:
@@ -231,7 +243,10 @@ def _draw_used(axes: Axes, judged: Judged) -> None:
     kinds = len(depth.kinds)
     for offset, (members, (colour, _, _)) in enumerate(zip(depth.kinds.values(), GROUP_STYLES, strict=False)):
         x = [depth.x[i] + 0.72 * ((offset + 0.5) / kinds - 0.5) for i in members]
-        axes.bar(x, [shares[i] for i in members], width=0.72 / kinds, color=colour, gid="used", zorder=2)
+        bars = axes.bar(x, [shares[i] for i in members], width=0.72 / kinds, color=colour, gid="used", zorder=2)
+        for bar, index in zip(bars, members, strict=True):
+            if judged.rows[index].excess:
+                bar.set(facecolor=RED, hatch="////")
     if wide > 500:
         axes.set_yscale("symlog", linthresh=100.0)
         axes.yaxis.set_minor_locator(MaxNLocator(1))
@@ -259,8 +274,3 @@ def _sides(rows: Sequence[Row]) -> list[float]:
     return [100.0] * up + [-100.0] * down
 
 
-def _legend(axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(labels), 5), borderaxespad=0.2,
-                    columnspacing=1.4, handletextpad=0.5)  # fmt: skip

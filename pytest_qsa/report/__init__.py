@@ -1,6 +1,29 @@
-"""Placeholder by the main author so that the plugin runs; helper: overwrite me."""
-import dataclasses
-def to_plain(verdict):
-    return dataclasses.asdict(verdict) | {"kind": str(verdict.kind), "failed": verdict.failed, "rows": [dataclasses.asdict(r) for r in verdict.rows]}
-def write_report(results, folder, session):
-    return folder / "report.html"
+"""The report: results → report.json for machines, report.html for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from .plain import SCHEMA, builtins_of, strict_json, to_plain
+
+__all__ = ["to_plain", "write_report"]
+
+
+def write_report(results: Sequence[Mapping[str, Any]], folder: Path, session: Mapping[str, Any]) -> Path:
+    """Write report.json and report.html into a folder; return the path of the page.
+
+    `results`: what `to_plain` returns for each verdict. `session`: command, started, duration_s, counts, version.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    from .page import render_page
+
+    content = builtins_of({"schema": SCHEMA, "session": session, "results": results})
+    write_atomically(folder / "report.json", strict_json(content))
+    page = folder / "report.html"
+    write_atomically(page, render_page(content["results"], content["session"]))
+    return page

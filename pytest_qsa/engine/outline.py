@@ -1,0 +1,36 @@
+"""A model's layers without its weights: built on the meta device from the configuration alone."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import Model
+from ..errors import InfraError
+from .models import class_of
+from .modules import layers_of
+
+
+def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
+    """Return (name, class, shape of the weight, number of parameters) of each layer, in model order.
+
+    Raises:
+        InfraError: the configuration can't be read, or the model needs code of its own.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
+        )
+        with torch.device("meta"):
+            model = class_of(config, remote=False)._from_config(config)
+    except InfraError:
+        raise
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise InfraError(f"{path}: no model can be made of it: {str(error).splitlines()[0]}") from error
+    rows = []
+    for name, module in layers_of(model).items():
+        weight = getattr(module, "weight", None)
+        shape = "×".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
+        rows.append((name, type(module).__name__, shape, sum(p.numel() for p in module.parameters())))
+    return rows

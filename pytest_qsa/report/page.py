@@ -1,0 +1,223 @@
+"""The HTML page: results → one self-contained file. The template decides the looks, this module the order and the words."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+KINDS = ("REGRESSION", "ANOMALOUS", "INFRA", "WARNED", "PASSED")
+"""The kinds of verdict, worst first."""
+MEANING = {
+    "REGRESSION": "a bound was exceeded",
+    "ANOMALOUS": "nothing sound was seen",
+    "INFRA": "could not load, fetch or fit",
+    "WARNED": "a bound was exceeded; the suite only warns",
+    "PASSED": "within what is allowed",
+}
+_PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
+_POSITIONS = {
+    "all": "all positions, sinks included", "no_sink": "positions without the attention sinks", "sink": "the attention sinks only",
+}  # fmt: skip
+_SHORT_NAMES = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+_FACTS = {
+    "Model": ("path", "model"), "Weights": ("weights", "sha256", "weights_sha256"), "Class": ("class",), "Dtype": ("dtype",),
+    "Device": ("device",), "Attention": ("attention", "attn_implementation"), "Data": ("source",),
+    "Samples": ("num_samples", "samples"), "Tokens a sample": ("seq_len",), "Tokens": ("fingerprint", "tokens", "tokens_sha256"),
+}  # fmt: skip
+
+
+def render_page(results: Sequence[Mapping[str, Any]], session: Mapping[str, Any]) -> str:
+    """Return the page of a session's results, which are as `to_plain` gives them."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number_text, "visible": visible, "short": short_hash, "percent": percent}
+    cards = [card_of(result, index) for index, result in enumerate(worst_first(results))]
+    counts = Counter(card["kind"] for card in cards)
+    return environment.get_template("report.html.j2").render(
+        cards=cards, session=session, counts={kind: counts[kind] for kind in KINDS if counts[kind]}, meaning=MEANING,
+        overall=overall(cards), subjects=subjects_of(cards), failed=sum(card["failed"] for card in cards),
+    )  # fmt: skip
+
+
+def worst_first(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Sort by kind, and within a kind by how much of the budget the worst layer uses."""
+    return sorted(results, key=lambda result: (_rank(result.get("kind", "INFRA")), -_worst_used(result)))
+
+
+def _rank(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else 0
+
+
+def _worst_used(result: Mapping[str, Any]) -> float:
+    used = (row.get("used") for row in result.get("rows", ()))
+    return max((value for value in used if isinstance(value, float | int) and not math.isnan(value)), default=0.0)
+
+
+def overall(cards: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the verdict over all: its kind and the sentence at the top of the page."""
+    failed = sum(card["failed"] for card in cards)
+    warned = sum(card["kind"] == "WARNED" for card in cards)
+    noun = "assertion" if len(cards) == 1 else "assertions"
+    if not cards:
+        return {"kind": "ANOMALOUS", "text": "No assertion was judged"}
+    if failed:
+        return {"kind": cards[0]["kind"], "text": f"{failed} of {len(cards)} {noun} failed"}
+    text = f"{'Both' if len(cards) == 2 else 'All'} {len(cards)} {noun} hold" if len(cards) > 1 else "The assertion holds"
+    return {"kind": "WARNED" if warned else "PASSED", "text": text + (f", {warned} with a warning" if warned else "")}
+
+
+def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return all that the template shows of one result; keys that a result lacks are empty."""
+    rows = sorted(result.get("rows") or (), key=lambda row: natural_key(row["layer"]))
+    used = _worst_used(result)
+    measured = any(row.get("used") is not None for row in rows)
+    return {
+        "anchor": f"a{index}", "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None,
+        "sinks": "", "hints": [], "command": "", "accept": "", "failed": False, **result,
+        "rows": rows, "query": result.get("query") or {}, "run": result.get("run") or {},
+        "used": used if measured else None, "strip": list(strip_of(rows)), "evidence": grouped_tokens(result.get("evidence") or ()),
+        "positions": positions_text(result.get("positions")), "plots": list(plots_of(result.get("artefacts") or {})),
+        "out": sum(bool(row.get("excess")) for row in rows),
+        "columns": [key for key in ("low", "high", "baseline", "excess", "used")
+                    if any(row.get(key) not in (None, 0) for row in rows)],
+    }  # fmt: skip
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sort `layers.2` before `layers.10`: the order of depth, which the results (worst first) don't keep."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a cell of the heat strip for each layer: its heat from 0 to 1, by budget used, else by value."""
+    values = [row["value"] for row in rows if math.isfinite(row["value"])]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    for row in rows:
+        heat = row.get("used")
+        if heat is None:
+            heat = (row["value"] - low) / (high - low) if high > low else 0.0
+        heat = min(max(heat, 0.0), 1.0) if not math.isnan(heat) else 1.0
+        yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": bool(row.get("excess"))}
+
+
+def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join the sightings of one token at several layers; the strongest speaks for all."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for token in evidence:
+        key = (token["sample"], token["position"], token["text"])
+        groups.setdefault(key, {**token, "also": []})
+        if groups[key]["layer"] != token["layer"]:
+            groups[key]["also"].append(token["layer"])
+    return list(groups.values())
+
+
+def positions_text(positions: str | None) -> str:
+    """Say in words which positions counted."""
+    if not positions:
+        return ""
+    skipped = positions.partition("skip_first:")[2]
+    return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
+
+
+def plots_of(artefacts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Yield the pictures with their content; a picture that isn't there any more says so."""
+    for title, path in artefacts.items():
+        if not path.endswith(".png"):
+            continue
+        try:
+            data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+        except OSError:
+            data = ""
+        yield {"title": _PLOTS.get(title, title), "path": path, "data": data}
+
+
+def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
+    found: dict[str, dict[str, Any]] = {}
+    for card in cards:
+        flat = dict(flattened(card["run"]))
+        entry = found.setdefault(repr((card["subject"], flat)), {"name": card["subject"], "all": flat, "cards": 0, "failed": 0})
+        entry["facts"] = main_facts(flat)
+        entry["cards"] += 1
+        entry["failed"] += card["failed"]
+    told = {entry["name"] for entry in found.values() if entry["all"]}
+    return [entry for entry in found.values() if entry["all"] or entry["name"] not in told]
+
+
+def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
+    """Pick what a reader asks first from a run's provenance, by the last word of its keys."""
+    facts = {}
+    for label, names in _FACTS.items():
+        keys = [key for name in names for key in flat if key.rpartition(".")[2] == name and flat[key] not in ("", "None")]
+        if keys:
+            facts[label] = flat[keys[0]]
+    return facts
+
+
+def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401 - nested plain data
+    """Yield `a.b` → text of a nested mapping, whatever its keys are."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flattened(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        yield prefix, ", ".join(map(str, value))
+    else:
+        yield prefix, number_text(value) if isinstance(value, float) else str(value)
+
+
+def number_text(value: Any, signed: bool = False) -> str:  # noqa: ANN401
+    """Write a number as a person would, nothing for None."""
+    if value is None:
+        return ""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return str(value)
+    text = f"{value:+.4g}" if signed else f"{value:.4g}"
+    return text.replace("inf", "∞").replace("nan", "NaN").replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """Write a share of the budget: `87 %`."""
+    if share is None:
+        return ""
+    if not math.isfinite(share):
+        return "∞"
+    return f"{share:,.0%}".replace("%", " %") if share >= 0.1 or not share else f"{share:.1%}".replace("%", " %")
+
+
+def short_hash(value: str) -> str:
+    """Shorten a SHA-256 for the eye."""
+    digest = value.removeprefix("sha256:")
+    return digest[:12] if re.fullmatch(r"[0-9a-f]{40,}", digest) else value
+
+
+def visible(text: str) -> Markup:
+    """Escape token text, and show what can't be seen: spaces at its ends, control, format and direction characters."""
+    start, stop = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
+    return Markup("").join(
+        _sign("␠") if character == " " and not start <= index < stop else _visible_character(character)
+        for index, character in enumerate(text)
+    )
+
+
+def _visible_character(character: str) -> Markup:
+    if character in _SHORT_NAMES:
+        return _sign(_SHORT_NAMES[character])
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        code = ord(character)
+        return _sign(f"\\x{code:02x}" if code < 0x100 else f"U+{code:04X}")
+    return escape(character)
+
+
+def _sign(text: str) -> Markup:
+    return Markup('<span class="sign">{}</span>').format(text)

@@ -1,0 +1,233 @@
+"""Checkpoint folders and users' projects for the plugin's tests.
+
+A run of pytest is a fork of a process that has imported torch once: 0.5 s a run instead of 4.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+PRELOADED = [
+    "torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers", "numpy", "pydantic",
+    "yaml", "syrupy", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.font_manager", "jinja2",
+    "accelerate", "filelock", "psutil",
+]  # fmt: skip
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
+SECONDS = 240
+
+
+def save_tokenizer(folder):
+    """Save a word tokenizer of the shipped sample: a few hundred entries, each a whole word."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
+    """Save a Llama of 4 layers with random weights that are always the same; `change` edits its state dict."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        save_tokenizer(folder)
+    return folder
+
+
+@dataclass
+class Run:
+    """What a run of pytest left: its exit code, its output, and the report of each test's call (or of what failed)."""
+
+    code: int
+    out: str
+    reports: dict[str, dict] = field(default_factory=dict)
+    collected: list[str] = field(default_factory=list)
+    warnings: list[dict] = field(default_factory=list)
+    heavy: list[str] = field(default_factory=list)
+
+    @property
+    def outcomes(self):
+        return {nodeid: report["outcome"] for nodeid, report in self.reports.items()}
+
+    def text(self, test):
+        """Return the failure text of the one test whose id ends so."""
+        return self._of(test)["text"]
+
+    def report(self, test):
+        return self._of(test)
+
+    def first_line(self, test):
+        """Return the first line of the verdict's own text."""
+        return next(line[1:].strip() for line in self.text(test).splitlines() if line.startswith("E "))
+
+    def labelled(self, test):
+        """Return the lines `label   text` that end a failure, as lists by label."""
+        found = {}
+        for line in self.text(test).splitlines():
+            label, _, rest = line.removeprefix("E   ").partition(" ")
+            if line.startswith("E   ") and rest.strip() and not line.startswith("E    "):
+                found.setdefault(label, []).append(rest.strip())
+        return found
+
+    def _of(self, test):
+        found = [report for nodeid, report in self.reports.items() if nodeid.endswith(test)]
+        assert len(found) == 1, (test, list(self.reports), self.out)
+        return found[0]
+
+
+class Recorder:
+    """Notes what a run does, in the process that sees all of it; given to pytest.main as a plugin."""
+
+    def __init__(self):
+        self.seen = {"reports": {}, "collected": [], "warnings": [], "heavy": []}
+
+    def pytest_collection_finish(self, session):
+        self.seen["collected"] = [item.nodeid for item in session.items]
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        properties = [list(pair) for pair in report.user_properties]
+        self.seen["reports"][report.nodeid] = {
+            "outcome": "error" if report.when != "call" and report.failed else report.outcome,
+            "text": report.longreprtext,
+            "crash": getattr(getattr(report.longrepr, "reprcrash", None), "message", ""),
+            "line": getattr(getattr(report.longrepr, "reprcrash", None), "lineno", None),
+            "location": list(report.location),
+            "properties": dict(properties),
+        }
+
+    def pytest_warning_recorded(self, warning_message, nodeid):
+        self.seen["warnings"].append(
+            {"kind": warning_message.category.__name__, "text": str(warning_message.message), "nodeid": nodeid}
+        )
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self):
+        self.seen["heavy"] = [name for name in HEAVY if name in sys.modules]
+
+
+def _fork(folder, arguments, environment, log):
+    """Run pytest in this process, which is a fork, in the folder; the output goes to the log."""
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), encoding="utf-8", line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", str(Path(__file__).parent))]
+    import torch
+
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    code = pytest.main(arguments, plugins=[recorder])
+    Path(f"{log}.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
+    sys.stdout.flush()
+    sys.exit(int(code))
+
+
+class Project:
+    """A user's folder: files in, runs of pytest over them, reports out."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._logs = folder.parent / f"{folder.name}-logs"
+        self._logs.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        self.write("pytest.ini", "[pytest]\npythonpath = .\n")
+
+    def write(self, name, text):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    def read(self, name):
+        return (self.folder / name).read_text(encoding="utf-8")
+
+    def json(self, name):
+        return json.loads(self.read(name))
+
+    def files(self, name="."):
+        """Return every file below a folder, by relative path, with its bytes; caches and pytest's own left out."""
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted((self.folder / name).rglob("*"))
+            if path.is_file() and not {"__pycache__", ".pytest_cache"} & set(path.parts)
+        }
+
+    def pytest(self, *arguments, cwd=".", environment=None):
+        """Run pytest; `-p no:randomly` unless the arguments name the plugin."""
+        arguments = [str(argument) for argument in arguments]
+        if not any("randomly" in argument for argument in arguments):
+            arguments = ["-p", "no:randomly", *arguments]
+        log = self._logs / f"{len(list(self._logs.glob('*.log')))}.log"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        process = context.Process(
+            target=_fork, args=(self.folder / cwd, arguments, clean_environment(environment), log)
+        )
+        process.start()
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out = log.read_text(encoding="utf-8")
+        seen = Path(f"{log}.json")
+        return Run(process.exitcode, out, **(json.loads(seen.read_text(encoding="utf-8")) if seen.exists() else {}))
+
+    def program(self, *words, environment=None):
+        """Run a program in a process of its own; return the completed process."""
+        return subprocess.run(
+            [str(word) for word in words], cwd=self.folder, env=clean_environment(environment), text=True,
+            capture_output=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+
+
+def clean_environment(more=None):
+    """Return the environment without what an outer pytest leaves in it, and without a network."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "CI"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "140", "PATH": path, "TERM": "dumb"}
+    return kept | settings | (more or {})
+
+
+def copy_checkpoint(source, target):
+    """Copy a checkpoint; the copy may be edited."""
+    shutil.copytree(source, target)
+    return target

@@ -11,7 +11,7 @@ import numpy as np
 
 from .baseline_file import BaselineFile, rounded
 from .errors import BaselineError, QsaError
-from .series import Bounds, Series
+from .series import Bounds, Query, Series
 
 
 class Kind(StrEnum):
@@ -41,10 +41,10 @@ class Tolerance:
 
     def __str__(self) -> str:
         """Write it as a suite does: `baseline ± 5 %`."""
-        parts = [f"{self.rel:.3g}·|baseline|"] if self.rel else []
+        parts = [f"{self.rel * 100:.3g} %"] if self.rel else []
         parts += [f"{self.abs:g}"] if self.abs or not self.rel else []
         sign = {"both": "±", "up": "+", "down": "−"}[self.direction]
-        return f"baseline {sign} {'max(' + ', '.join(parts) + ')' if len(parts) > 1 else parts[0]}"
+        return f"baseline {sign} {' or '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Verdict:
 
     `rows`: all layers, worst first. `bound`: the bound in words, `where`: the file:line that set it. `hints`: what to
     do next, one line each. `updatable`: `--snapshot-update` would accept the change. `run`: what was run
-    (model, weights, device, dtype, tokens).
+    (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
     """
 
     id: str
@@ -118,6 +118,7 @@ class Verdict:
     accept: str = ""
     artefacts: Mapping[str, str] = field(default_factory=dict)
     updatable: bool = False
+    since: str = ""
 
     @property
     def failed(self) -> bool:
@@ -149,8 +150,10 @@ def judge_bounds(series: Series, bounds: Bounds) -> Verdict:
     return _judged(series, rows, str(bounds))
 
 
-def judge_baseline(series: Series, baseline: BaselineFile, tolerance: Tolerance, data: str | None) -> Verdict:
-    """Hold every layer against its own baseline. `data`: the fingerprint of the present tokens.
+def judge_baseline(
+    series: Series, baseline: BaselineFile, tolerance: Tolerance, data: str | None, made_with: Mapping[str, Any]
+) -> Verdict:
+    """Hold every layer against its own baseline. `data`: the hash of the present tokens; `made_with`: of this run.
 
     Raises:
         AnomalyError: as `judge_bounds`.
@@ -163,7 +166,17 @@ def judge_baseline(series: Series, baseline: BaselineFile, tolerance: Tolerance,
         value, kept = rounded(exact), baseline.values[layer]
         allowed = tolerance.bounds(kept)
         rows.append(Row(layer, value, allowed.min, allowed.max, kept, allowed.excess(value), depth))
-    return _judged(series, rows, str(tolerance))
+    return replace(_judged(series, rows, str(tolerance)), since=_since(baseline.made_with, made_with))
+
+
+def _since(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say what a baseline was made with, and what of it is other now: that is reported, never failed."""
+    made = f"the baseline was made with {then.get('model')} ({_short(then.get('weights'))})"
+    names = [
+        name for name in sorted({*then, *now}) if name not in ("model", "weights") and then.get(name) != now.get(name)
+    ]
+    changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
+    return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])
 
 
 def _comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
@@ -207,11 +220,11 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
             text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
         positions, updatable = series.query.positions, worst.baseline is not None
         return Verdict(
-            "", "", Kind.REGRESSION, text, _query(series), rows, bound, positions=positions, updatable=updatable
+            "", "", Kind.REGRESSION, text, series.query.plain(), rows, bound, positions=positions, updatable=updatable
         )  # fmt: skip
     used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
     text = f"{len(rows)} layers within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
-    return Verdict("", "", Kind.PASSED, text, _query(series), rows, bound, positions=series.query.positions)
+    return Verdict("", "", Kind.PASSED, text, series.query.plain(), rows, bound, positions=series.query.positions)
 
 
 def _unit(unit: str, value: float) -> str:
@@ -222,19 +235,16 @@ def _percent(row: Row) -> str:
     return f" ({(row.value - row.baseline) / abs(row.baseline):+.1%})" if row.baseline else ""
 
 
-def _query(series: Series) -> dict[str, Any]:
-    query = series.query
-    return {
-        "text": str(query), "metric": query.metric, "definition": query.definition, "site": query.site,
-        "layers": query.layers, "exclude": query.exclude, "parameters": dict(query.parameters),
-        "positions": query.positions, "reduce": query.reduce, "over": query.over, "unit": query.unit,
-    }  # fmt: skip
-
-
-def anomaly(error: QsaError) -> Verdict:
+def anomaly(error: QsaError, query: Query | None = None) -> Verdict:
     """Turn an error into the verdict of the assertion that it stopped."""
     kind = Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA
-    return Verdict("", "", kind, str(error), updatable=isinstance(error, BaselineError))
+    asked = query.plain() if query else {}
+    return Verdict("", "", kind, str(error), asked, updatable=isinstance(error, BaselineError))
+
+
+def accepted(series: Series, text: str, bound: str) -> Verdict:
+    """Return the verdict of a baseline that was made anew."""
+    return Verdict("", "", Kind.PASSED, text, series.query.plain(), bound=bound)
 
 
 def softened(verdict: Verdict, level: str) -> Verdict:

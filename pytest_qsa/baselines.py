@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
-from .assertions import Kind, Tolerance, Verdict, judge_baseline
+from .assertions import Kind, Tolerance, Verdict, accepted, judge_baseline
 from .baseline_file import BaselineFile, is_baseline
 from .errors import BaselineError
 from .files import write_atomically
@@ -103,12 +103,12 @@ def judge_against_baseline(
     assert isinstance(extension, QsaBaselineExtension)
     location = Path(extension.get_location(test_location=snapshot.test_location, index=snapshot.index))
     existed = location.exists()
-    verdict, problem = _verdict(location, series, tolerance, data)
+    verdict, problem = _verdict(location, series, tolerance, data, made_with)
     extension.accepts = verdict is not None and verdict.kind is Kind.PASSED
-    accepted = snapshot == BaselineFile.of(series, data, made_with).dump()
-    if not extension.accepts and accepted:
+    written = snapshot == BaselineFile.of(series, data, made_with).dump()
+    if not extension.accepts and written:
         text = f"the baseline {location.name} was {'updated' if existed else 'created'}"
-        return Verdict("", "", Kind.PASSED, text, verdict.query if verdict else {}, bound=str(tolerance))
+        return accepted(series, text, str(tolerance))
     if problem is not None:
         raise problem
     assert verdict is not None
@@ -116,7 +116,7 @@ def judge_against_baseline(
 
 
 def _verdict(
-    location: Path, series: Series, tolerance: Tolerance, data: str | None
+    location: Path, series: Series, tolerance: Tolerance, data: str | None, made_with: dict[str, object]
 ) -> tuple[Verdict | None, BaselineError | None]:
     try:
         kept = location.read_text(encoding="utf-8")
@@ -125,6 +125,6 @@ def _verdict(
             f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
         )
     try:
-        return judge_baseline(series, BaselineFile.parse(kept), tolerance, data), None
+        return judge_baseline(series, BaselineFile.parse(kept), tolerance, data, made_with), None
     except BaselineError as error:
         return None, error

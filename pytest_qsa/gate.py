@@ -215,9 +215,9 @@ def _slug(text: str) -> str:
 
 def plain_name(item: pytest.Item) -> str:
     """Return a test's name without the id that `--qsa-model` adds, so that every checkpoint meets the same baseline."""
-    checkpoint = checkpoint_of(item)
-    if checkpoint is None or checkpoint.name is None:
+    callspec, checkpoint = getattr(item, "callspec", None), checkpoint_of(item)
+    if callspec is None or checkpoint is None:
         return item.name
-    base, bracket, rest = item.name.partition("[")
-    ids = [part for part in rest.removesuffix("]").split("-") if part and part != checkpoint.name]
-    return f"{base}[{'-'.join(ids)}]" if bracket and ids else base
+    others = f"-{callspec.id}-".replace(f"-{checkpoint.label}-", "-", 1).strip("-")
+    base = item.name.removesuffix(f"[{callspec.id}]")
+    return f"{base}[{others}]" if others and base != item.name else base

@@ -35,7 +35,7 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         capture = gate.capture_of(request)
         verdict = softened(_judged(request, assertion, capture), assertion.level)
     except QsaError as error:
-        verdict = anomaly(error)
+        verdict = anomaly(error, assertion.query)
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=where, name=assertion.id)
     if verdict.failed:

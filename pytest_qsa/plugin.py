@@ -63,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from .subjects import Checkpoint
 
     checkpoints = [Checkpoint.parse(model) for model in models]
-    ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [c.name or Path(c.path).name for c in checkpoints]
+    ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
     metafunc.parametrize("qsa_checkpoint", checkpoints, indirect=True, scope="session", ids=ids)
 
 
@@ -125,7 +125,7 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
-    """Make baselines that a series equals within a tolerance: `assert series == qsa_baseline(rel=0.05)`."""
+    """Return a function that makes what a series must equal: `series == qsa_baseline(rel=0.05)`, kept in git."""
     from .assertions import Tolerance
     from .judging import baseline_snapshot
     from .python_api import QsaBaseline

@@ -103,8 +103,8 @@ class Reporter:
 
         try:
             self.written = shown_path(report.write_report(self.results, self.options.output, self._session()))
-        except OSError as error:
-            self.written = f"not written: {error}"
+        except Exception as error:  # the verdicts stand without it
+            self.written = f"not written: {type(error).__name__}: {error}"
 
     def _session(self) -> dict[str, Any]:
         from importlib.metadata import version

@@ -139,11 +139,8 @@ class Selection:
         layers = self.layers
         where = canonical_positions(positions)
         self._check_measured(definition, layers, where, parameters)
-        folded = reduce or definition.reduce
-        query = Query(
-            metric, definition.definition, self.site, self.pattern, self.exclude, parameters,
-            where if definition.positional else None, folded, None, definition.unit,
-        )  # fmt: skip
+        query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+        folded = query.reduce
         values, populations, problems = [], {}, {}
         for layer in layers:
             view = View(self.capture.sites[layer, self.site], self.site, where, self.capture.sinks, layer)
@@ -178,6 +175,32 @@ class Selection:
             if not needs <= numbers.statistics | {"sinks"}:
                 missing = ", ".join(sorted(needs - numbers.statistics))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
+
+
+def query_of(
+    metric: str,
+    site: Site,
+    layers: str,
+    exclude: str | None,
+    parameters: Mapping[str, Any],
+    positions: str,
+    reduce: Reduce | None,
+) -> Query:
+    """Say what is asked for, with the metric's own defaults filled in."""
+    definition = METRICS[metric]
+    defaults = {name: p.default for name, p in definition.parameters.items()}
+    return Query(
+        metric,
+        definition.definition,
+        site,
+        layers,
+        exclude,
+        defaults | dict(parameters),
+        positions if definition.positional else None,
+        reduce or definition.reduce,
+        None,
+        definition.unit,
+    )
 
 
 def canonical_positions(positions: Positions) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +68,10 @@ class Query:
         if self.reduce:
             text += f", {self.reduce} over samples"
         return text + (f", {self.over} over layers" if self.over else "")
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values, with its text."""
+        return {"text": str(self), **asdict(self)}
 
 
 Judge = Callable[["Series", Bounds], bool]

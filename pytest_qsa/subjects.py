@@ -51,6 +51,11 @@ class Checkpoint:
     name: str | None
     path: str
 
+    @property
+    def label(self) -> str:
+        """What stands in the ids of tests."""
+        return self.name or Path(self.path).name
+
     @classmethod
     def parse(cls, text: str) -> Checkpoint:
         """Read the option; a folder's path becomes absolute, relative to where one stands."""

@@ -50,6 +50,7 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
             else None,
         ),
         ("ran", ran(verdict)),
+        ("since", verdict.since),
         ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),

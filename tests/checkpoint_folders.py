@@ -22,10 +22,12 @@ import pytest
 PRELOADED = [
     "torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers", "numpy", "pydantic",
-    "yaml", "syrupy", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.font_manager", "jinja2",
+    "yaml", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.font_manager", "jinja2",
     "accelerate", "filelock", "psutil",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
+QUIET = ["-p", "no:hypothesispytest", "-p", "no:anyio"]
+"""Plugins that take a second to import and have nothing to do with ours."""
 SECONDS = 240
 
 
@@ -192,8 +194,8 @@ class Project:
         }
 
     def pytest(self, *arguments, cwd=".", environment=None):
-        """Run pytest; `-p no:randomly` unless the arguments name the plugin."""
-        arguments = [str(argument) for argument in arguments]
+        """Run pytest, in the file's order unless the arguments name pytest-randomly."""
+        arguments = [*QUIET, *map(str, arguments)]
         if not any("randomly" in argument for argument in arguments):
             arguments = ["-p", "no:randomly", *arguments]
         log = self._logs / f"{len(list(self._logs.glob('*.log')))}.log"

@@ -102,7 +102,7 @@ class Says(nn.Module):
 
     def __init__(self, values):
         super().__init__()
-        self.register_buffer("values", values)
+        self.values = nn.Parameter(values, requires_grad=False)
 
     def forward(self, samples):
         return self.values[samples]

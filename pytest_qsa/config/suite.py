@@ -7,6 +7,7 @@ so that a suite, Python and the JSON Schema can't disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce as fold
 from operator import or_
 from typing import Annotated, Any, Literal
@@ -16,8 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import Request, Site, compile_pattern
-from ..selection import canonical_positions
-from ..series import Bounds, Over
+from ..selection import canonical_positions, query_of
+from ..series import Bounds, Over, Query
 
 
 class _Strict(BaseModel):
@@ -144,6 +145,14 @@ class Assertion(_Strict):
     def where(self) -> str:
         """The positions in canonical form."""
         return canonical_positions(self.positions)  # type: ignore[arg-type]
+
+    @property
+    def query(self) -> Query:
+        """What the assertion asks, for the text of a failure that came before any number."""
+        return replace(
+            query_of(self.metric, self.site, self.layers, self.exclude, self.parameters, self.where, self.reduce),
+            over=self.over,
+        )
 
     @property
     def request(self) -> Request:

@@ -19,7 +19,7 @@ from ..plan import Request, Site, match_layers
 from .batches import Batch, Rows, rows_of, token_ids
 from .modules import blocks_of, channels_first, device_of, input_of, layers_of, tensor_of
 from .observers import StreamObserver
-from .weights import observe_weights
+from .weights import observe_weights, packed
 
 SiteKey = tuple[str, Site]
 Progress = Callable[[int, int], None]
@@ -114,17 +114,24 @@ class _Pass:
             self.stop_at = self.last
         self.seen.clear()
 
-    def numbers(self, site: SiteKey) -> SiteNumbers:
-        """Join what was reduced at the site itself with what was reduced at the site whose tensor it reads."""
-        own = self.observers[site].numbers(self.wanted[site]) if site in self.observers else None
-        if site not in self.shared:
-            return own or StreamObserver(self.wanted[site]).numbers(self.wanted[site])
-        lent = self.numbers(self.shared[site])
-        if own is None:
-            return lent
-        arrays, _ = lent.to_arrays()
-        added, header = own.to_arrays()
-        return SiteNumbers.from_arrays(arrays | added, header | {"statistics": lent.statistics | own.statistics})
+    def numbers(self) -> dict[SiteKey, SiteNumbers]:
+        """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
+        own = {site: observer.numbers(self.wanted[site]) for site, observer in self.observers.items()}
+        found = {
+            site: own.get(site) or StreamObserver(statistics).numbers(statistics)
+            for site, statistics in self.wanted.items()
+            if site not in self.shared
+        }
+        for site, owner in self.shared.items():
+            found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
+        return found
+
+
+def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
+    """Join what was reduced at another site of the same tensor with what only this site asked for."""
+    arrays, _ = lent.to_arrays()
+    added, header = own.to_arrays()
+    return SiteNumbers.from_arrays(arrays | added, header | {"statistics": lent.statistics | own.statistics})
 
 
 def run_pass(
@@ -144,19 +151,15 @@ def run_pass(
     blocks = blocks_of(model)
     wanted = wanted_sites(list(modules), blocks, requests)
     activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
+    weights = {site: statistics for site, statistics in wanted.items() if site[1] == "weight"}
+    numbers: dict[SiteKey, SiteNumbers] = {}
     with _evaluating(model):
-        state = (
-            _forwards(model, modules, batches, activations, progress)
-            if activations
-            else _Pass({}, modules, frozenset())
-        )
-    numbers: dict[SiteKey, SiteNumbers] = {
-        site: state.numbers(site) for site in activations if site not in state.shared
-    }
-    numbers |= {
-        site: state.numbers(site) if site in state.observers else numbers[state.shared[site]] for site in state.shared
-    }
-    numbers |= observe_weights(model, modules, {site: wanted[site] for site in wanted if site[1] == "weight"})
+        if activations:
+            numbers = _forwards(model, modules, batches, activations, progress).numbers()
+        elif packed(modules, weights):
+            with torch.no_grad():
+                _forward(model, batches[0], device_of(model))
+        numbers |= observe_weights(modules, weights)
     ids = [row for batch in batches for row in token_ids(batch)]
     unique = sorted({int(token) for row in ids for token in set(row.tolist())})
     return Capture(

@@ -28,15 +28,18 @@ def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> 
     Raises:
         InfraError: the source is unknown or unreadable, or there is too little text for the windows.
     """
-    windows = windows_of(read_texts(data, folder), data, tokenizer)
+    texts = read_texts(data, folder)
+    windows = windows_of(
+        [_templated(text, tokenizer) for text in texts] if data.chat_template else texts, data, tokenizer
+    )
     rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
     if getattr(config, "is_encoder_decoder", False):
         return [{"input_ids": row, "decoder_input_ids": _shifted(row, config)} for row in rows]
     return [{"input_ids": row} for row in rows]
 
 
-def read_texts(data: Data, folder: Path) -> list[str]:
-    """Return the texts of a source, in their order."""
+def read_texts(data: Data, folder: Path) -> list[Any]:
+    """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
     if data.source == "sample":
         return [resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")]
     kind, _, rest = data.source.partition(":")
@@ -51,7 +54,7 @@ def read_texts(data: Data, folder: Path) -> list[str]:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
 
 
-def _read_custom(path: Path, data: Data) -> list[str]:
+def _read_custom(path: Path, data: Data) -> list[Any]:
     form = data.custom.format
     if form == "auto":
         form = SUFFIXES.get(path.suffix, "text")  # type: ignore[assignment]
@@ -66,12 +69,17 @@ def _read_custom(path: Path, data: Data) -> list[str]:
     else:
         loaded = json.loads(text)
         records = loaded if isinstance(loaded, list) else [loaded]
-    return [_text_of(record, data.custom.text_column, index) for index, record in enumerate(records)]
+    return [
+        _text_of(record, data.custom.text_column, index, chat=data.chat_template)
+        for index, record in enumerate(records)
+    ]
 
 
-def _text_of(record: Any, column: str, index: int) -> str:
+def _text_of(record: Any, column: str, index: int, *, chat: bool) -> Any:
     if isinstance(record, str):
         return record
+    if isinstance(record, dict) and chat and isinstance(record.get(column), list):
+        return record[column]
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
         known = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
         raise ValueError(f"record {index} has no text under '{column}'{known}; set data.custom.text_column")
@@ -102,6 +110,15 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _templated(text: Any, tokenizer: Any) -> str:
+    """Put a text, or the messages of a conversation, into the tokenizer's own chat template."""
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
+        raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +48,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     if spec.trust_remote_code and not allow_code:
         raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
     try:
-        with _quiet():
+        with quiet():
             loaded = _from_checkpoint(spec, path, memory)
     except InfraError:
         raise
@@ -184,16 +185,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports out of pytest's output; errors still come."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars of transformers and of what it calls out of pytest's output; exceptions still come."""
     from transformers.utils import logging as transformers_logging
 
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate.utils import align_module_device
@@ -13,8 +13,15 @@ from ..plan import Site
 from .observers import StreamObserver
 
 
+def packed(modules: Mapping[str, nn.Module], wanted: Iterable[tuple[str, Site]]) -> bool:
+    """Say whether a wanted weight is still packed: compressed-tensors unpacks at the first forward."""
+    weights = [getattr(modules[layer], "weight", None) for layer, _ in wanted]
+    quantized = any(isinstance(weight, Tensor) and not weight.is_floating_point() for weight in weights)
+    return quantized or any(hasattr(modules[layer], "weight_packed") for layer, _ in wanted)
+
+
 def observe_weights(
-    model: nn.Module, modules: Mapping[str, nn.Module], wanted: Mapping[tuple[str, Site], frozenset[str]]
+    modules: Mapping[str, nn.Module], wanted: Mapping[tuple[str, Site], frozenset[str]]
 ) -> dict[tuple[str, Site], SiteNumbers]:
     """Reduce the weight of each wanted layer that owns one; the output channels stand where tokens do."""
     found: dict[tuple[str, Site], SiteNumbers] = {}

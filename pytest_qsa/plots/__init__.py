@@ -22,5 +22,5 @@ def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
     Raises:
         OSError: the folder can't be written.
     """
-    figures = {title: figure for title, function in _FIGURES.items() if (figure := function(verdict, capture)) is not None}
-    return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items()}
+    figures = {title: function(verdict, capture) for title, function in _FIGURES.items()}
+    return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..assertions import number
 from ..captures import Capture
+from ..plan import Site
 
 POSITIONS = {"all": "all positions", "no_sink": "positions without the sinks", "sink": "sinks only"}
 
@@ -19,10 +19,10 @@ def metric_title(query: Mapping[str, Any]) -> str:
     return f"{name} at the {query['site']}" if query.get("site") else name
 
 
-def samples_of(capture: Capture, layers: Sequence[str], site: str) -> int:
+def samples_of(capture: Capture, layers: Sequence[str], site: Site) -> int:
     """Count the samples behind the layers; 0 where the capture doesn't hold them."""
-    held = [numbers for layer in layers[:1] if (numbers := capture.sites.get((layer, site))) is not None]  # type: ignore[call-overload]
-    return len(set(held[0].sample.tolist())) if held and site != "weight" else 0
+    numbers = capture.sites.get((layers[0], site)) if layers and site != "weight" else None
+    return len(set(numbers.sample.tolist())) if numbers is not None else 0
 
 
 def counted(count: int, noun: str) -> str:
@@ -34,7 +34,7 @@ def population(reduce: str | None, samples: int, positions: str | None) -> str:
     """Say how samples were folded and which positions count: `max over 8 samples · all positions`."""
     parts = []
     if samples:
-        parts.append(f"{reduce} over {counted(samples, 'sample')}" if reduce else f"pooled over {counted(samples, 'sample')}")
+        parts.append(f"{reduce or 'pooled'} over {counted(samples, 'sample')}")
     if positions:
         skipped = positions.partition(":")[2]
         parts.append(POSITIONS.get(positions) or (f"without the first {skipped} positions" if skipped else positions))
@@ -44,5 +44,5 @@ def population(reduce: str | None, samples: int, positions: str | None) -> str:
 def bound_label(low: float | None, high: float | None) -> str:
     """Name a line that is drawn: `max 1`."""
     if low is not None and low == high:
-        return f"equals {number(low)}"
-    return f"max {number(high)}" if high is not None else f"min {number(low or 0.0)}"
+        return f"equals {low:g}"
+    return f"max {high:g}" if high is not None else f"min {low or 0.0:g}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -57,6 +58,12 @@ class Depth:
         prefix, suffix = _affixes(self.layers)
         return [name[len(prefix) : len(name) - len(suffix)] or name for name in self.layers]
 
+    def part(self, members: Sequence[int]) -> Depth:
+        """Return some of the layers, all of one kind, on an axis of their own."""
+        kind = next((name for name, kind in self.kinds.items() if members[0] in kind), "")
+        places = tuple(self.x[i] for i in members)
+        return Depth(tuple(self.layers[i] for i in members), places, {kind: [*range(len(members))]}, self.numbered)
+
     def ranges(self, indices: Sequence[int], most: int = 90) -> str:
         """Name many layers in few words: `11–26, 29`."""
         if not self.numbered or len(set(self.x)) < len(self.x):
@@ -78,8 +85,7 @@ class Depth:
         for kind, members in self.kinds.items():
             own = [index for index in indices if index in set(members)]
             if own:
-                runs = Depth(tuple(self.layers[i] for i in own), tuple(self.x[i] for i in own), {kind: []}, True)
-                parts.append(f"{self.kind_labels[kind]} {runs.ranges(range(len(own)), most)}")
+                parts.append(f"{self.kind_labels[kind]} {self.part(own).ranges(range(len(own)), most)}")
         return _cut(parts, most, "; ")
 
     def label_axis(self, axes: Axes, most: int = MOST_TICKS) -> None:
@@ -95,7 +101,8 @@ class Depth:
             ticks = list(range(0, len(self.layers), step))
             names = [safe_text(self._names[tick], 26) for tick in ticks]
             flat = sum(map(len, names)) < 90
-            axes.set_xticks(ticks, names, rotation=0 if flat else 40, ha="center" if flat else "right", rotation_mode="anchor")
+            slant: Any = {} if flat else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+            axes.set_xticks(ticks, names, **slant)
         axes.xaxis.set_minor_locator(FixedLocator(sorted(set(self.x))) if len(self.x) <= 130 else NullLocator())
         axes.tick_params(axis="x", which="minor", length=2)
         low, high = min(self.x), max(self.x)

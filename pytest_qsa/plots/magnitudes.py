@@ -1,4 +1,4 @@
-"""The figure of magnitudes: the largest, the middle and the smallest token-wise maxima by layer (PrefixQuant's plot)."""
+"""The figure of magnitudes: the largest, middle and smallest token-wise maxima by layer (PrefixQuant's plot)."""
 
 from __future__ import annotations
 
@@ -53,10 +53,7 @@ def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
     try:
         selection = capture.select(query["layers"], query["site"], query.get("exclude"))
         positions = query.get("positions") or "all"
-        series = {
-            stat: selection.magnitude(stat, reduce_dim=dim, reduce=reduce, positions=positions)  # type: ignore[arg-type]
-            for stat in stats
-        }
+        series = {stat: selection.magnitude(stat, reduce_dim=dim, reduce=reduce, positions=positions) for stat in stats}
     except QsaError:
         return None
     first = next(iter(series.values()))
@@ -90,9 +87,7 @@ def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     return figure
 
 
-def _annotate(
-    figure: Figure, grid: Any, numbers: Magnitudes, depth: Depth, verdict: Verdict, capture: Capture
-) -> None:
+def _annotate(figure: Figure, grid: Any, numbers: Magnitudes, depth: Depth, verdict: Verdict, capture: Capture) -> None:
     panels = list(depth.kinds)
     for index, (axes, name) in enumerate(zip(grid, panels, strict=False)):
         axes.grid(axis="y")
@@ -112,19 +107,18 @@ def _annotate(
 
 
 def _draw_panel(axes: Axes, numbers: Magnitudes, depth: Depth, members: list[int], rows: Mapping[str, Row]) -> None:
-    own = Depth(tuple(depth.layers[i] for i in members), tuple(depth.x[i] for i in members),
-                {name: list(range(len(members))) for name, kind in depth.kinds.items() if kind is members}, depth.numbered)  # fmt: skip
+    own = depth.part(members)
     own.label_axis(axes, most=24 // min(len(depth.kinds), 3))
     if numbers.own is not None:
         _draw_allowed(axes, own, rows)
-    scattered = len(set(own.x)) < len(own.x)
+    scattered, size = len(set(own.x)) < len(own.x), 2.6 if len(own.x) > 60 else 4.2
     for stat, values in numbers.values.items():
         colour, marker, dash = STATS.get(stat, (RED, "P", "-"))
         loud = numbers.own in (None, stat)
         axes.plot(
-            own.x, values[members], color=colour, marker=marker, linestyle="none" if scattered else dash, label=stat, gid=stat,
-            linewidth=2.2 if stat == numbers.own else 1.2, alpha=1.0 if loud else 0.45, zorder=4 if loud else 3,
-            markersize=(2.6 if len(own.x) > 60 else 4.2) * (1.25 if stat == numbers.own else 1.0),
+            own.x, values[members], color=colour, marker=marker, linestyle="none" if scattered else dash,
+            label=stat, gid=stat, linewidth=2.2 if stat == numbers.own else 1.2, alpha=1.0 if loud else 0.45,
+            zorder=4 if loud else 3, markersize=size * (1.25 if stat == numbers.own else 1.0),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ..captures import Capture
 from ..errors import QsaError
 from ..metrics import METRICS, View
 from ..numbers import lower_median
+from ..plan import Site
 from .captions import counted, population, samples_of
 from .depth import depth_of
 from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled
@@ -29,7 +30,7 @@ SINK = "#9db4c8"
 
 @dataclass(frozen=True)
 class Outliers:
-    """The tokens above the threshold, [N] each: the index of the layer, the sample, the position, and whether it is a sink."""
+    """The tokens above the threshold, [N] each: the index of the layer, the sample, the position, whether a sink."""
 
     layers: list[str]
     layer: NDArray[np.int64]
@@ -38,7 +39,7 @@ class Outliers:
     sink: NDArray[np.bool_]
 
 
-def outliers_of(capture: Capture, layers: Sequence[str], site: Any, threshold: float, positions: str) -> Outliers:
+def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: float, positions: str) -> Outliers:
     """Find the tokens above threshold × the median of their sample, as the metric `outlier_tokens` counts them."""
     found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     for index, layer in enumerate(layers):
@@ -75,7 +76,7 @@ def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     return _drawn(outliers, capture, query["site"], threshold, positions)
 
 
-def _drawn(outliers: Outliers, capture: Capture, site: str, threshold: float, positions: str) -> Figure:
+def _drawn(outliers: Outliers, capture: Capture, site: Site, threshold: float, positions: str) -> Figure:
     texts = texts_of(capture, outliers)
     bars = min(len(texts), MOST_TOKENS)
     figure = new_figure(3.9 + 0.21 * max(bars, 5))
@@ -99,12 +100,15 @@ def _by_layer(axes: Axes, outliers: Outliers) -> None:
     depth = depth_of(outliers.layers)
     x = np.array(depth.x)
     bottoms: Counter[float] = Counter()
-    for label, chosen, colour, hatch in (("other tokens", ~outliers.sink, BLUE, ""), ("sinks", outliers.sink, SINK, "////")):
+    parts = (("other tokens", ~outliers.sink, BLUE, ""), ("sinks", outliers.sink, SINK, "////"))
+    for label, chosen, colour, hatch in parts:
         count = Counter(x[outliers.layer[chosen]].tolist())
         at = sorted(count)
         if at:
-            axes.bar(at, [count[i] for i in at], bottom=[bottoms[i] for i in at], width=0.66 if len(x) > 6 else 0.36, color=colour, hatch=hatch,
-                     label=f"{label}: {sum(count.values())}", gid=label, zorder=2)  # fmt: skip
+            axes.bar(
+                at, [count[i] for i in at], bottom=[bottoms[i] for i in at], width=0.66 if len(x) > 6 else 0.36,
+                color=colour, hatch=hatch, label=f"{label}: {sum(count.values())}", gid=label, zorder=2,
+            )  # fmt: skip
         bottoms.update(count)
     depth.label_axis(axes)
     _count_axis(axes, max(bottoms.values()))
@@ -152,7 +156,8 @@ def _by_token(axes: Axes, texts: list[tuple[str, int, int]]) -> None:
     y = range(len(shown))
     others = [count - sinks for _, count, sinks in shown]
     axes.barh(y, others, height=0.68, color=BLUE, gid="other tokens", zorder=2)
-    axes.barh(y, [sinks for _, _, sinks in shown], left=others, height=0.68, color=SINK, hatch="////", gid="sinks", zorder=2)
+    sinks = [sinks for _, _, sinks in shown]
+    axes.barh(y, sinks, left=others, height=0.68, color=SINK, hatch="////", gid="sinks", zorder=2)
     largest = max(count for _, count, _ in shown)
     for place, (_, count, _) in enumerate(shown):
         axes.text(count + 0.015 * largest, place, str(count), va="center", fontsize=8, color=INK)

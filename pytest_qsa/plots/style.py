@@ -6,7 +6,7 @@ import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -26,16 +26,18 @@ GROUP_STYLES = [
 ]  # fmt: skip
 """Colour, marker and dash of each kind of layer in one figure."""
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": ["sans-serif"], "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.usetex": False,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "axes.facecolor": "white",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.linewidth": 0.8,
+    "axes.facecolor": "white",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.axisbelow": True,
     "axes.titlesize": 9.0, "axes.titlelocation": "left", "axes.labelsize": 9.0, "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "auto", "grid.color": FAINT,
     "grid.linewidth": 0.7, "hatch.linewidth": 0.7, "hatch.color": "white",
     "legend.fontsize": 8.5, "legend.frameon": False,
-    "lines.linewidth": 1.4, "lines.markersize": 4.5, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "path.sketch": None,
+    "lines.linewidth": 1.4, "lines.markersize": 4.5, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "path.sketch": None,
 }  # fmt: skip
 
 P = ParamSpec("P")
@@ -127,18 +129,14 @@ def scale_log(axes: Axes, *, zero: bool = False) -> None:
     """Make y logarithmic, with plain numbers; `zero` keeps a linear piece from 0 to 1, for counts."""
     if zero:
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, numticks=9))
         low, high = axes.get_ylim()
-        if low > 0 and high / low < 1e4:
-            axes.yaxis.set_minor_locator(LogLocator(10, subs=(2.0, 5.0), numticks=9))
-    formatter = FuncFormatter(plain_number)
-    axes.yaxis.set_major_formatter(formatter)
-    few = not zero and isinstance(axes.yaxis.get_minor_locator(), LogLocator) and axes.get_ylim()[1] / axes.get_ylim()[0] < 300
-    axes.yaxis.set_minor_formatter(formatter if few else NullFormatter())
-    if zero:
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(10, numticks=9))
+        axes.yaxis.set_minor_locator(LogLocator(10, subs=(2.0, 5.0), numticks=9))
+        axes.yaxis.set_minor_formatter(FuncFormatter(plain_number) if high < 300 * low else NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
 
 
 def wants_log(values: list[float]) -> bool:

@@ -16,8 +16,22 @@ from ..errors import QsaError
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (
-    AMBER, BLUE, GROUP_STYLES, INK, MUTED, PALE, RED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled, wants_log,
-)  # fmt: skip
+    AMBER,
+    BLUE,
+    GROUP_STYLES,
+    INK,
+    MUTED,
+    PALE,
+    RED,
+    add_legend,
+    head,
+    new_figure,
+    plain_number,
+    safe_text,
+    scale_log,
+    styled,
+    wants_log,
+)
 
 COUNTED = ("tokens", "elements")
 
@@ -126,10 +140,11 @@ def _draw_values(axes: Axes, judged: Judged, counts: bool) -> None:
             axes.bar(x, y, width=0.62 if len(x) > 6 else 0.36, color=BLUE, gid="values", label="_bars", zorder=2)
             continue
         scattered = len(set(x)) < len(x)
+        kinds = " = ".join(depth.kind_labels[name] for name in names)
         size = 3.0 if len(x) > 60 else 4.5
         axes.plot(
-            x, y, color=colour, marker=marker, markersize=size, linestyle="none" if scattered else dash, zorder=3, gid="values",
-            label=safe_text(" = ".join(depth.kind_labels[name] for name in names), 60) if several else ("value" if judged.compared else "_value"),
+            x, y, color=colour, marker=marker, markersize=size, linestyle="none" if scattered else dash, zorder=3,
+            gid="values", label=safe_text(kinds, 60) if several else ("value" if judged.compared else "_value"),
         )  # fmt: skip
 
 
@@ -146,8 +161,8 @@ def _draw_bounds(axes: Axes, judged: Judged) -> None:
     if judged.compared:
         _draw_baseline(axes, judged)
         return
-    for side, pick in (("max", lambda row: row.high), ("min", lambda row: row.low)):
-        bounds = {pick(row) for row in judged.rows}
+    sides: dict[str, set[float | None]] = {"max": {r.high for r in judged.rows}, "min": {r.low for r in judged.rows}}
+    for side, bounds in sides.items():
         if len(bounds) != 1 or (bound := bounds.pop()) is None:
             continue
         equal = judged.rows[0].low == judged.rows[0].high
@@ -167,16 +182,22 @@ def _draw_baseline(axes: Axes, judged: Judged) -> None:
     known = [i for i in range(len(rows)) if rows[i].baseline is not None]
     bottom, top = axes.get_ylim()
     x = [depth.x[i] for i in known]
-    low = [rows[i].low if rows[i].low is not None else bottom for i in known]
-    high = [rows[i].high if rows[i].high is not None else top for i in known]
-    baseline = [rows[i].baseline for i in known]
+    low, high, baseline = edges([rows[i] for i in known], bottom, top)
     if len(depth.kinds) == 1 and len(set(x)) == len(x):
-        axes.fill_between(x, low, high, color=PALE, linewidth=0, zorder=1, gid="band", label="allowed")  # type: ignore[arg-type]
-        axes.plot(x, baseline, color=MUTED, linestyle=(0, (4, 2)), linewidth=1.2, zorder=2, gid="baseline", label="baseline")  # type: ignore[arg-type]
+        axes.fill_between(x, low, high, color=PALE, linewidth=0, zorder=1, gid="band", label="allowed")
+        (line,) = axes.plot(x, baseline, color=MUTED, linestyle=(0, (4, 2)), linewidth=1.2)
     else:
-        axes.vlines(x, low, high, color=PALE, linewidth=5, zorder=1, gid="band", label="allowed")  # type: ignore[arg-type]
-        axes.plot(x, baseline, color=MUTED, marker="_", linestyle="none", zorder=2, gid="baseline", label="baseline")  # type: ignore[arg-type]
+        axes.vlines(x, low, high, color=PALE, linewidth=5, zorder=1, gid="band", label="allowed")
+        (line,) = axes.plot(x, baseline, color=MUTED, marker="_", linestyle="none")
+    line.set(zorder=2, gid="baseline", label="baseline")
     axes.set_ylim(bottom, top)
+
+
+def edges(rows: Sequence[Row], bottom: float, top: float) -> tuple[list[float], list[float], list[float]]:
+    """Return what each row may be, and its baseline; where one side is free the band reaches to `bottom` or `top`."""
+    low = [bottom if row.low is None else row.low for row in rows]
+    high = [top if row.high is None else row.high for row in rows]
+    return low, high, [math.nan if row.baseline is None else row.baseline for row in rows]
 
 
 def _mark(axes: Axes, judged: Judged) -> None:
@@ -186,8 +207,9 @@ def _mark(axes: Axes, judged: Judged) -> None:
     if out:
         x, y = [depth.x[i] for i in out], [rows[i].value for i in out]
         axes.plot(
-            x, y, linestyle="none", marker="D", markersize=7 if len(out) < 40 else 5, markerfacecolor="none", markeredgecolor=RED,
-            markeredgewidth=1.6, zorder=5, gid="out-of-bounds", label="out of bounds", clip_on=False,
+            x, y, linestyle="none", marker="D", markersize=7 if len(out) < 40 else 5, markerfacecolor="none",
+            markeredgecolor=RED, markeredgewidth=1.6, zorder=5, gid="out-of-bounds", label="out of bounds",
+            clip_on=False,
         )  # fmt: skip
         worst = max(out, key=lambda i: abs(rows[i].excess))
         _name(axes, depth, worst, rows[worst])
@@ -219,7 +241,8 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
     values = [judged.rows[i].value for i in judged.finite]
     bounds = [b for row in judged.rows for b in (row.low, row.high, row.baseline) if b is not None and math.isfinite(b)]
     if not counts and wants_log([*values, *bounds]):
-        axes.set_ylim(min(*values, *bounds) / 1.6, max(*values, *bounds) * 2.2)
+        least, most = min(*values, *bounds), max(*values, *bounds)
+        axes.set_ylim(least / (most / least) ** 0.06, most * (most / least) ** 0.16)
         scale_log(axes)
         return
     low, high = min([*values, *bounds]), max([*values, *bounds])
@@ -272,5 +295,3 @@ def _sides(rows: Sequence[Row]) -> list[float]:
     up = any(row.high is not None for row in rows)
     down = any(row.low is not None for row in rows)
     return [100.0] * up + [-100.0] * down
-
-

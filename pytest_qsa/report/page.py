@@ -1,17 +1,18 @@
-"""The HTML page: results → one self-contained file. The template decides the looks, this module the order and the words."""
+"""The HTML page: results → one self-contained file. The template decides the looks, this module order and words."""
 
 from __future__ import annotations
 
 import base64
 import math
 import re
+import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 KINDS = ("REGRESSION", "ANOMALOUS", "INFRA", "WARNED", "PASSED")
@@ -25,20 +26,37 @@ MEANING = {
 }
 _PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
 _POSITIONS = {
-    "all": "all positions, sinks included", "no_sink": "positions without the attention sinks", "sink": "the attention sinks only",
+    "all": "all positions, sinks included",
+    "no_sink": "positions without the attention sinks",
+    "sink": "the attention sinks only",
 }  # fmt: skip
-_SHORT_NAMES = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+_SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 _FACTS = {
-    "Model": ("path", "model"), "Weights": ("weights", "sha256", "weights_sha256"), "Class": ("class",), "Dtype": ("dtype",),
-    "Device": ("device",), "Attention": ("attention", "attn_implementation"), "Data": ("source",),
-    "Samples": ("num_samples", "samples"), "Tokens a sample": ("seq_len",), "Tokens": ("fingerprint", "tokens", "tokens_sha256"),
+    "Model": ("path", "model"),
+    "Weights": ("weights", "sha256", "weights_sha256"),
+    "Class": ("class",),
+    "Dtype": ("dtype",),
+    "Device": ("device",),
+    "Attention": ("attention", "attn_implementation"),
+    "Data": ("source",),
+    "Samples": ("num_samples", "samples"),
+    "Tokens a sample": ("seq_len",),
+    "Tokens": ("fingerprint", "tokens", "tokens_sha256"),
+}
+"""What a reader asks first → the keys of a run that may answer it."""
+
+
+_COLUMNS = ("low", "high", "baseline", "excess", "used")
+_EMPTY: dict[str, Any] = {
+    "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
+    "hints": [], "command": "", "accept": "", "failed": False,
 }  # fmt: skip
 
 
 def render_page(results: Sequence[Mapping[str, Any]], session: Mapping[str, Any]) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number_text, "visible": visible, "short": short_hash, "percent": percent}
@@ -73,7 +91,7 @@ def overall(cards: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         return {"kind": "ANOMALOUS", "text": "No assertion was judged"}
     if failed:
         return {"kind": cards[0]["kind"], "text": f"{failed} of {len(cards)} {noun} failed"}
-    text = f"{'Both' if len(cards) == 2 else 'All'} {len(cards)} {noun} hold" if len(cards) > 1 else "The assertion holds"
+    text = f"All {len(cards)} assertions hold" if len(cards) > 1 else "The assertion holds"
     return {"kind": "WARNED" if warned else "PASSED", "text": text + (f", {warned} with a warning" if warned else "")}
 
 
@@ -83,15 +101,20 @@ def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
     used = _worst_used(result)
     measured = any(row.get("used") is not None for row in rows)
     return {
-        "anchor": f"a{index}", "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None,
-        "sinks": "", "hints": [], "command": "", "accept": "", "failed": False, **result,
-        "rows": rows, "query": result.get("query") or {}, "run": result.get("run") or {},
-        "used": used if measured else None, "strip": list(strip_of(rows)), "evidence": grouped_tokens(result.get("evidence") or ()),
-        "positions": positions_text(result.get("positions")), "plots": list(plots_of(result.get("artefacts") or {})),
+        **_EMPTY,
+        **result,
+        "anchor": f"a{index}",
+        "rows": rows,
+        "query": result.get("query") or {},
+        "run": result.get("run") or {},
+        "used": used if measured else None,
+        "strip": list(strip_of(rows)),
+        "evidence": grouped_tokens(result.get("evidence") or ()),
+        "positions": positions_text(result.get("positions")),
+        "plots": list(plots_of(result.get("artefacts") or {})),
         "out": sum(bool(row.get("excess")) for row in rows),
-        "columns": [key for key in ("low", "high", "baseline", "excess", "used")
-                    if any(row.get(key) not in (None, 0) for row in rows)],
-    }  # fmt: skip
+        "columns": [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)],
+    }
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
@@ -130,16 +153,18 @@ def positions_text(positions: str | None) -> str:
     return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
 
 
-def plots_of(artefacts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def plots_of(artefacts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the pictures with their content; a picture that isn't there any more says so."""
     for title, path in artefacts.items():
         if not path.endswith(".png"):
             continue
         try:
-            data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+            picture = Path(path).read_bytes()
         except OSError:
-            data = ""
-        yield {"title": _PLOTS.get(title, title), "path": path, "data": data}
+            picture = b""
+        width, height = struct.unpack(">II", picture[16:24]) if len(picture) > 24 else (0, 0)
+        data = base64.b64encode(picture).decode("ascii")
+        yield {"title": _PLOTS.get(title, title), "path": path, "data": data, "width": width, "height": height}
 
 
 def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -147,7 +172,8 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for card in cards:
         flat = dict(flattened(card["run"]))
-        entry = found.setdefault(repr((card["subject"], flat)), {"name": card["subject"], "all": flat, "cards": 0, "failed": 0})
+        empty = {"name": card["subject"], "all": flat, "cards": 0, "failed": 0}
+        entry = found.setdefault(repr((card["subject"], flat)), empty)
         entry["facts"] = main_facts(flat)
         entry["cards"] += 1
         entry["failed"] += card["failed"]
@@ -159,13 +185,13 @@ def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
     """Pick what a reader asks first from a run's provenance, by the last word of its keys."""
     facts = {}
     for label, names in _FACTS.items():
-        keys = [key for name in names for key in flat if key.rpartition(".")[2] == name and flat[key] not in ("", "None")]
-        if keys:
-            facts[label] = flat[keys[0]]
+        known = [text for name in names for key, text in flat.items() if key.rpartition(".")[2] == name]
+        if told := [text for text in known if text not in ("", "None")]:
+            facts[label] = told[0]
     return facts
 
 
-def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401 - nested plain data
+def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield `a.b` → text of a nested mapping, whatever its keys are."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -176,13 +202,14 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noq
         yield prefix, number_text(value) if isinstance(value, float) else str(value)
 
 
-def number_text(value: Any, signed: bool = False) -> str:  # noqa: ANN401
+def number_text(value: Any, signed: bool = False) -> str:
     """Write a number as a person would, nothing for None."""
     if value is None:
         return ""
     if not isinstance(value, float | int) or isinstance(value, bool):
         return str(value)
-    text = f"{value:+.4g}" if signed else f"{value:.4g}"
+    whole = 1e4 <= abs(value) < 1e7
+    text = f"{value:{'+' if signed else ''}{'.0f' if whole else '.4g'}}"
     return text.replace("inf", "∞").replace("nan", "NaN").replace("-", "−")
 
 
@@ -192,7 +219,9 @@ def percent(share: float | None) -> str:
         return ""
     if not math.isfinite(share):
         return "∞"
-    return f"{share:,.0%}".replace("%", " %") if share >= 0.1 or not share else f"{share:.1%}".replace("%", " %")
+    if share >= 10:
+        return f"{share:,.0f} ×"
+    return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.1f} %"
 
 
 def short_hash(value: str) -> str:
@@ -205,7 +234,7 @@ def visible(text: str) -> Markup:
     """Escape token text, and show what can't be seen: spaces at its ends, control, format and direction characters."""
     start, stop = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
     return Markup("").join(
-        _sign("␠") if character == " " and not start <= index < stop else _visible_character(character)
+        _sign("·") if character == " " and not start <= index < stop else _visible_character(character)
         for index, character in enumerate(text)
     )
 

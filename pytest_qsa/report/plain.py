@@ -16,14 +16,15 @@ SCHEMA = "qsa-report/1"
 
 def to_plain(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as builtins only, with `used` for each row, and `failed`."""
-    content: dict[str, Any] = builtins_of({field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)})
+    fields = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
+    content: dict[str, Any] = builtins_of(fields)
     content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
     content["failed"] = verdict.failed
     return content
 
 
-def builtins_of(value: Any) -> Any:  # noqa: ANN401 - any value comes in, a builtin goes out
+def builtins_of(value: Any) -> Any:
     """Return a value made of str, int, float, bool, None, list and dict; what is none of them becomes its text."""
     if value is None or type(value) in (bool, int, float):
         return value
@@ -47,7 +48,7 @@ def strict_json(content: Mapping[str, Any]) -> str:
     return json.dumps(_named(builtins_of(content)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def _named(value: Any) -> Any:  # noqa: ANN401
+def _named(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):

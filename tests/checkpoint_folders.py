@@ -26,8 +26,11 @@ PRELOADED = [
     "accelerate", "filelock", "psutil",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
-QUIET = ["-p", "no:hypothesispytest", "-p", "no:anyio"]
-"""Plugins that take a second to import and have nothing to do with ours."""
+QUIET = [
+    "-p", "no:hypothesispytest", "-p", "no:anyio",  # a second to import, and nothing to do with ours
+    "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-W", "default::pytest_qsa.errors.QsaWarning",
+]  # fmt: skip
+"""What every run gets: a warning of anyone but us is an error."""
 SECONDS = 240
 
 

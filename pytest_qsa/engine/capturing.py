@@ -108,7 +108,7 @@ class _Pass:
     def end(self, *, first: bool) -> None:
         """End a forward; the first one tells which call is the last that is needed."""
         for site, owner in self.shared.items():
-            if self.calls.get(site, 0) != self.calls.get(owner, 0) and self.stop_at is None:
+            if self.calls.get(site, 0) != self.calls.get(owner, 0):
                 raise _SharingChanged(site)
         if first and all(site in self.calls for site in self.wanted):
             self.stop_at = self.last
@@ -180,7 +180,7 @@ def wanted_sites(
         for layer in match_layers(modules, request.pattern, request.exclude):
             site: SiteKey = (layer, request.site)
             wanted[site] = wanted.get(site, frozenset()) | request.statistics
-        if plan.SINKS in request.statistics:
+        if plan.SINKS in request.statistics and request.site != "weight":
             for block in blocks:
                 wanted[block, "output"] = wanted.get((block, "output"), frozenset()) | {plan.TOKENS, plan.SINKS}
     order = {name: index for index, name in enumerate(modules)}

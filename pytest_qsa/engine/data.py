@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -58,14 +59,14 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
     form = data.custom.format
     if form == "auto":
         form = SUFFIXES.get(path.suffix, "text")  # type: ignore[assignment]
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if form == "text":
         return [text]
     records: Sequence[Any]
     if form == "csv":
-        records = list(csv.DictReader(text.splitlines(keepends=True)))
+        records = list(csv.DictReader(io.StringIO(text, newline="")))
     elif form == "jsonl":
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         loaded = json.loads(text)
         records = loaded if isinstance(loaded, list) else [loaded]

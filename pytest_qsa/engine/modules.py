@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CHANNELS_FIRST = (_ConvNd, _BatchNorm)
-_PREFERRED = ("hidden_states", "last_hidden_state", "inputs_embeds", "logits")
+_PREFERRED = ("last_hidden_state", "logits", "hidden_states", "inputs_embeds")
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -49,7 +49,7 @@ _FACTS = {
 _COLUMNS = ("low", "high", "baseline", "excess", "used")
 _EMPTY: dict[str, Any] = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
-    "hints": [], "command": "", "accept": "", "failed": False,
+    "since": "", "hints": [], "command": "", "accept": "", "failed": False,
 }  # fmt: skip
 
 

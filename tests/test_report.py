@@ -1,0 +1,342 @@
+"""What the report must say, and that nothing in it can break the page or lie to its reader."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pytest_qsa.assertions import Kind, Row, TokenEvidence, Verdict
+from pytest_qsa.report import to_plain, write_report
+
+SESSION = {
+    "command": "pytest gate.qsa.yaml --qsa-report always", "started": "2026-01-02T03:04:05+00:00", "duration_s": 4.2,
+    "counts": {"passed": 1, "failed": 2}, "version": "0.1.0",
+}  # fmt: skip
+RUN = {
+    "model": {
+        "path": "checkpoints/tiny-int8",
+        "weights": f"sha256:{'ab12' * 16}",
+        "dtype": "bfloat16",
+        "device": "cpu",
+    },
+    "data": {"source": "wikitext2", "num_samples": 8, "an_unknown_key": {"of": ["the", "future"]}},
+}
+HOSTILE = "</script><script>alert(1)</script>\"'\u202e\u200f\x1b[0m\x00<mark>&amp;"
+LAYERS = 30
+
+
+def verdict_of(kind=Kind.REGRESSION, worst=9.0, **fields):
+    """Return a verdict over 30 layers with `max 4`; layer 11 has the value `worst`, the others 1 and their index."""
+    values = [worst if layer == 11 else 1 + layer / 100 for layer in range(LAYERS)]
+    rows = [Row(f"model.layers.{i}", v, None, 4.0, None, max(v - 4, 0.0)) for i, v in enumerate(values)]
+    rows.sort(key=lambda row: -row.value)
+    made = {
+        "id": kind.lower(), "subject": "tiny-int8", "kind": kind, "headline": f"{kind}: 1 of 30 layers",
+        "query": {"text": "outlier_tokens(threshold=64) at the output of 'layers'", "unit": "tokens"}, "rows": rows,
+        "bound": "max 4", "where": "gate.qsa.yaml:7", "positions": "no_sink", "sinks": "none", "run": RUN,
+        "command": f"pytest gate.qsa.yaml::{kind.lower()}",
+    }  # fmt: skip
+    return Verdict(**(made | fields))
+
+
+def token_of(text, **fields):
+    made = {
+        "layer": "model.layers.11", "sample": 2, "position": 5, "text": text, "before": "before ", "after": " after",
+        "magnitude": 812.0, "ratio": 99.5, "channel": 507, "sink": False,
+    }  # fmt: skip
+    return TokenEvidence(**(made | fields))
+
+
+def page_of(tmp_path, *verdicts, session=SESSION):
+    return write_report([to_plain(verdict) for verdict in verdicts], tmp_path / "out", session).read_text("utf-8")
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart: its tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.marks, self._open, self.text = [], [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "mark":
+            self.marks.append("")
+
+    def handle_endtag(self, tag):
+        while tag in self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "mark" in self._open:
+            self.marks[-1] += data
+        if not {"script", "style"} & set(self._open):
+            self.text += data
+
+
+def test_the_json_is_versioned_and_every_parser_reads_it(tmp_path):
+    rows = [Row("a", math.nan, None, math.inf, None, -math.inf), Row("b", 1.0, None, 2.0, None, 0.0)]
+    page_of(tmp_path, verdict_of(rows=rows))
+
+    content = json.loads((tmp_path / "out/report.json").read_text("utf-8"), parse_constant=pytest.fail)
+
+    assert content["schema"] == "qsa-report/1"
+    assert content["session"] == SESSION
+    (result,) = content["results"]
+    assert (result["kind"], result["failed"]) == ("REGRESSION", True)
+    assert [result["rows"][0][key] for key in ("value", "high", "excess")] == ["NaN", "Infinity", "-Infinity"]
+    assert result["rows"][1]["used"] == 0.5
+
+
+def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
+    execnet = pytest.importorskip("execnet", reason="pytest-xdist is a development dependency")
+    run = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
+    plain = to_plain(
+        verdict_of(run=run, evidence=[token_of("lone \ud800 surrogate")], artefacts={"value": Path("v.png")})
+    )
+
+    assert execnet.loads(execnet.dumps(plain)) == plain
+    assert plain["run"] == {"path": "a/b", "count": 3, "share": 0.5, "7": [1, 2], "kinds": ["INFRA"]}
+    assert type(plain["kind"]) is str
+    assert plain["evidence"][0]["text"] == r"lone \ud800 surrogate"
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_the_worst_comes_first_and_what_passed_is_collapsed(tmp_path):
+    page = Page(page_of(
+        tmp_path, verdict_of(Kind.PASSED, 2.0), verdict_of(Kind.WARNED), verdict_of(Kind.INFRA, rows=[]),
+        verdict_of(Kind.REGRESSION, 5.0, id="mild"), verdict_of(Kind.REGRESSION, 50.0, id="severe"),
+    ))  # fmt: skip
+
+    cards = [attrs for tag, attrs in page.tags if tag == "details" and "card" in attrs.get("class", "").split()]
+    assert [card["data-kind"] for card in cards] == ["REGRESSION", "REGRESSION", "INFRA", "WARNED", "PASSED"]
+    assert page.text.index("severe") < page.text.index("mild")
+    assert ["open" in card for card in cards] == [True, True, True, True, False]
+    assert "3 of 5 assertions failed" in page.text
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "kind", "text"),
+    [
+        ([], "ANOMALOUS", "No assertion was judged"),
+        ([verdict_of(Kind.PASSED, 2.0)], "PASSED", "The assertion holds"),
+        ([verdict_of(Kind.PASSED, 2.0), verdict_of(Kind.WARNED)], "WARNED", "All 2 assertions hold, 1 with a warning"),
+    ],
+)
+def test_the_top_of_the_page_tells_green_from_warned_and_from_nothing_at_all(tmp_path, verdicts, kind, text):
+    page = Page(page_of(tmp_path, *verdicts, session={}))
+    assert ("div", {"class": f"verdict {kind.lower()}"}) in page.tags
+    assert text in page.text
+
+
+def test_hostile_text_anywhere_is_shown_and_breaks_nothing(tmp_path):
+    hostile = dict.fromkeys(
+        ("id", "subject", "headline", "bound", "where", "reason", "sinks", "command", "accept"), HOSTILE
+    )
+    html = page_of(tmp_path, verdict_of(
+        **hostile, hints=[HOSTILE], evidence=[token_of(HOSTILE, before=HOSTILE, after=HOSTILE, layer=HOSTILE)],
+        run={HOSTILE: HOSTILE}, rows=[Row(HOSTILE, 9.0, None, 4.0, None, 5.0)], artefacts={HOSTILE: "gone.png"},
+    ), session={HOSTILE: HOSTILE})  # fmt: skip
+
+    page, harmless = Page(html), Page(page_of(tmp_path, verdict_of(), session={}))
+    assert (
+        [tag for tag, _ in page.tags if tag == "script"] == ["script"] == [t for t, _ in harmless.tags if t == "script"]
+    )
+    assert page.marks == ["</script><script>alert(1)</script>\"'U+202EU+200F\\x1b[0m\\x00<mark>&amp;"]
+    tokens = html[html.index('<p class="context"') : html.index("</mark>")]
+    assert not set(tokens) & set("\u202e\u200f\x1b\x00")
+    assert tokens.count("<bdi>") == 2
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    picture = tmp_path / "value.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    artefacts = {"value": str(picture), "magnitude": str(tmp_path / "gone.png"), "report": "out/report.html"}
+
+    html = page_of(tmp_path, verdict_of(artefacts=artefacts))
+    page = Page(html)
+
+    links = [
+        value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action", "data")
+    ]
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", html)
+    assert any("default-src 'none'" in (attrs.get("content") or "") for tag, attrs in page.tags if tag == "meta")
+    assert "The picture is missing" in page.text
+    assert "gone.png" in page.text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_card_says_all_that_is_needed_to_act(tmp_path):
+    text = Page(page_of(tmp_path, verdict_of(
+        reason="it cost us accuracy", hints=["look at layer 11"], accept="pytest gate.qsa.yaml --snapshot-update",
+        since="made with tiny-fp16", evidence=[token_of("tok"), token_of("tok", layer="model.layers.12", ratio=80.0)],
+    ))).text  # fmt: skip
+
+    for part in (
+        "REGRESSION", "1 of 30 layers", "it cost us accuracy", "max 4", "225 %", "gate.qsa.yaml:7", "look at layer 11",
+        "positions without the attention sinks", "pytest gate.qsa.yaml::regression", "--snapshot-update",
+        "made with tiny-fp16", "99.5 × median", "sample 2, position 5", "also at model.layers.12",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_the_provenance_is_shown_whatever_its_keys(tmp_path):
+    text = Page(page_of(tmp_path, verdict_of(), session={**SESSION, "new": "fact"})).text
+    for part in (
+        "ab12ab12ab12",
+        f"sha256:{'ab12' * 16}",
+        "data.an_unknown_key.of",
+        "the, future",
+        "counts.failed",
+        "fact",
+    ):
+        assert part in text, part
+
+
+def test_a_report_can_be_made_where_there_is_no_torch_and_no_pytest():
+    code = "import sys, pytest_qsa.report.page; print(*{'torch', 'pytest', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start the system's chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a development dependency")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail(
+            "the report is tested in a real browser and there is none: install chromium (apt-get install chromium)"
+        )
+    flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync"]
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in [*flags, "no-first-run"]])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Return a function that opens a report; at the end no script may have failed and nothing may have been fetched."""
+    contexts, complaints, fetched = [], [], []
+
+    def open_report(*verdicts, width=1280, **options):
+        page_of(tmp_path, *verdicts)
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: fetched.append(request.url))
+        page.goto((tmp_path / "out/report.html").as_uri())
+        return page
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert all(url.startswith(("file:", "data:")) for url in fetched)
+
+
+def column(page, number):
+    return page.locator(".layers tbody tr:visible").evaluate_all(
+        f"rows => rows.map(row => row.cells[{number}].innerText)"
+    )
+
+
+@pytest.mark.slow
+def test_the_table_of_layers_sorts_by_number_and_by_depth_with_the_keyboard(opened):
+    page = opened(verdict_of())
+    page.locator(".layers > summary").click()
+    assert column(page, 0)[:3] == ["model.layers.0", "model.layers.1", "model.layers.2"]
+
+    page.get_by_role("button", name="Value").press("Enter")
+    assert column(page, 0)[:2] == ["model.layers.11", "model.layers.29"]
+    assert page.locator("th[aria-sort]").all_inner_texts() == ["Value"]
+    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+
+    page.get_by_role("button", name="Value").press("Enter")
+    assert column(page, 0)[0] == "model.layers.0"
+    page.get_by_role("button", name="Layer", exact=True).press("Space")
+    assert column(page, 0)[9:11] == ["model.layers.9", "model.layers.10"]
+
+
+@pytest.mark.slow
+def test_the_table_of_layers_filters_by_name_and_by_what_is_out_of_bounds(opened):
+    page = opened(verdict_of())
+    page.locator(".layers > summary").click()
+    page.locator(".filter").fill("layers.2")
+    assert len(column(page, 0)) == 11
+    assert page.locator(".shown").inner_text() == "11 of 30"
+    page.locator(".filter").fill("")
+    page.locator(".only-out").check()
+    assert column(page, 0) == ["model.layers.11"]
+
+
+@pytest.mark.slow
+def test_assertions_are_found_by_kind_and_by_word(opened):
+    page = opened(verdict_of(), verdict_of(Kind.WARNED), verdict_of(Kind.PASSED, 2.0))
+    page.get_by_role("button", name="Warned 1").click()
+    assert page.locator(".card:visible .id").all_inner_texts() == ["warned"]
+    page.get_by_role("button", name="All 3").click()
+    page.get_by_label("Find an assertion").fill("passed")
+    assert page.locator(".card:visible .id").all_inner_texts() == ["passed"]
+    page.get_by_label("Find an assertion").fill("nothing like it")
+    assert page.get_by_text("No assertion matches.").is_visible()
+
+
+@pytest.mark.slow
+def test_the_page_follows_the_systems_theme_until_told_otherwise(opened):
+    page = opened(verdict_of(), color_scheme="dark")
+
+    def brightness():
+        return sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))))
+
+    assert brightness() < 150
+    page.get_by_role("button", name="Switch between light and dark").press("Enter")
+    assert brightness() > 600
+    page.reload()
+    assert brightness() > 600
+    page.emulate_media(media="print")
+    assert page.locator("#theme").is_hidden()
+
+
+@pytest.mark.slow
+def test_a_command_is_copied_as_it_is(opened):
+    page = opened(
+        verdict_of(command="pytest 'gate.qsa.yaml::a \"b\"' --qsa-set 'x=<1>'"), permissions=["clipboard-read"]
+    )
+    page.locator(".card .copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "pytest 'gate.qsa.yaml::a \"b\"' --qsa-set 'x=<1>'"
+
+
+@pytest.mark.slow
+def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
+    from pytest_qsa.plots.style import new_figure, save_png
+
+    picture = save_png(new_figure(4.0), tmp_path / "value.png")
+    long = "model." + "a_module_with_a_name_beyond_all_measure." * 6 + "proj"
+    page = opened(
+        verdict_of(
+            id="an-id." * 30, evidence=[token_of("x" * 400, layer=long)], artefacts={"value": picture}, command="c" * 300,
+            rows=[Row(long, 9.0, 1.0, 4.0, 2.0, 5.0), Row(long + "2", 9.0, 1.0, 4.0, 2.0, 5.0)],
+        ),
+        width=390,
+    )  # fmt: skip
+    for details in page.locator("details:not([open]) > summary").all():
+        details.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.locator(".picture img").evaluate("image => image.naturalWidth") == 1080

@@ -5,6 +5,7 @@ A run of pytest is a fork of a process that has imported torch once: 0.5 s a run
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -56,7 +57,9 @@ def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -70,6 +73,17 @@ def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
     if tokenizer:
         save_tokenizer(folder)
     return folder
+
+
+def suite(checkpoint, *assertions, name="llama", sections=""):
+    """Return the text of a suite over a checkpoint: two samples of 32 tokens, an assertion a line."""
+    head = f"model: {{name: {name}, path: {checkpoint}}}\ndata: {{num_samples: 2, seq_len: 32}}\n{sections}assertions:\n"
+    return head + "".join(f"  - {{{assertion}}}\n" for assertion in assertions)
+
+
+def peaks(bound, id="peaks", layers=r"layers\.\d$", site="output"):
+    """Return an assertion on the largest absolute values, which the small Llama has between 5 and 12 in its blocks."""
+    return f"id: {id}, metric: absmax, layers: '{layers}', site: {site}, {bound}"
 
 
 @dataclass
@@ -131,6 +145,7 @@ class Recorder:
             "text": report.longreprtext,
             "crash": getattr(getattr(report.longrepr, "reprcrash", None), "message", ""),
             "line": getattr(getattr(report.longrepr, "reprcrash", None), "lineno", None),
+            "path": getattr(getattr(report.longrepr, "reprcrash", None), "path", ""),
             "location": list(report.location),
             "properties": dict(properties),
         }
@@ -159,6 +174,7 @@ def _fork(folder, arguments, environment, log):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # pytest collects garbage at its end, and torch alone has a million objects
     recorder = Recorder()
     code = pytest.main(arguments, plugins=[recorder])
     Path(f"{log}.json").write_text(json.dumps(recorder.seen), encoding="utf-8")
@@ -225,10 +241,10 @@ class Project:
 
 
 def clean_environment(more=None):
-    """Return the environment without what an outer pytest leaves in it, and without a network."""
+    """Return the environment without what an outer pytest and a CI leave in it."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "CI"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "140", "PATH": path, "TERM": "dumb"}
+    settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "140", "PATH": path, "TERM": "dumb"}
     return kept | settings | (more or {})
 
 

@@ -11,6 +11,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import execnet
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ def page_of(tmp_path, *verdicts, session=SESSION):
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart: its tags with their attributes, and the text outside of scripts and styles."""
+    """A page taken apart: its tags with their attributes, and the text outside of scripts and styles."""
 
     def __init__(self, html):
         super().__init__()
@@ -100,7 +101,6 @@ def test_the_json_is_versioned_and_every_parser_reads_it(tmp_path):
 
 
 def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
-    execnet = pytest.importorskip("execnet", reason="pytest-xdist is a development dependency")
     run = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
     plain = to_plain(
         verdict_of(run=run, evidence=[token_of("lone \ud800 surrogate")], artefacts={"value": Path("v.png")})
@@ -214,14 +214,15 @@ def test_a_report_can_be_made_where_there_is_no_torch_and_no_pytest():
 @pytest.fixture(scope="module")
 def browser():
     """Start the system's chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a development dependency")
+    from playwright.sync_api import sync_playwright
+
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.fail(
             "the report is tested in a real browser and there is none: install chromium (apt-get install chromium)"
         )
     flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync"]
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         started = p.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in [*flags, "no-first-run"]])
         yield started
         started.close()
@@ -237,6 +238,7 @@ def opened(browser, tmp_path):
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(10_000)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: fetched.append(request.url))
@@ -287,7 +289,8 @@ def test_the_table_of_layers_filters_by_name_and_by_what_is_out_of_bounds(opened
 
 @pytest.mark.slow
 def test_assertions_are_found_by_kind_and_by_word(opened):
-    page = opened(verdict_of(), verdict_of(Kind.WARNED), verdict_of(Kind.PASSED, 2.0))
+    page = opened(verdict_of(evidence=[token_of(HOSTILE)]), verdict_of(Kind.WARNED), verdict_of(Kind.PASSED, 2.0))
+    assert page.locator("mark").inner_text().startswith("</script><script>alert(1)</script>")
     page.get_by_role("button", name="Warned 1").click()
     assert page.locator(".card:visible .id").all_inner_texts() == ["warned"]
     page.get_by_role("button", name="All 3").click()
@@ -331,12 +334,12 @@ def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
     long = "model." + "a_module_with_a_name_beyond_all_measure." * 6 + "proj"
     page = opened(
         verdict_of(
-            id="an-id." * 30, evidence=[token_of("x" * 400, layer=long)], artefacts={"value": picture}, command="c" * 300,
+            id="an-id." * 30, evidence=[token_of("x" * 400, layer=long)], artefacts={"value": picture},
+            command="c" * 300,
             rows=[Row(long, 9.0, 1.0, 4.0, 2.0, 5.0), Row(long + "2", 9.0, 1.0, 4.0, 2.0, 5.0)],
         ),
         width=390,
     )  # fmt: skip
-    for details in page.locator("details:not([open]) > summary").all():
-        details.click()
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator(".picture img").evaluate("image => image.naturalWidth") == 1080

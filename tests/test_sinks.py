@@ -107,10 +107,11 @@ def test_a_dead_block_and_a_nan_hide_no_sink():
     assert spots(captured(values)) == [(0, 0, 3)]
 
 
-def test_more_sinks_than_usually_kept_are_all_found():
-    length = 80
-    injected = [(i, 0, position, 1, 400.0) for i in range(4) for position in range(0, 60, 2)]
-    assert len(spots(captured(script(4, sinks=injected, length=length)))) == 30
+def test_as_many_sinks_are_found_as_a_population_keeps_peaks_and_at_least_16():
+    injected = [(i, 0, position, 1, 400.0) for i in range(4) for position in range(0, 64, 4)]
+    assert len(spots(captured(script(4, sinks=injected, length=80)))) == 16
+    injected = [(i, 0, position, 1, 400.0) for i in range(4) for position in range(0, 640, 32)]
+    assert len(spots(captured(script(4, sinks=injected, length=640)))) == 20
 
 
 # sink_tokens

@@ -242,7 +242,7 @@ def visible(text: str) -> Markup:
 def _visible_character(character: str) -> Markup:
     if character in _SHORT_NAMES:
         return _sign(_SHORT_NAMES[character])
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or character == "\u00a0":
         code = ord(character)
         return _sign(f"\\x{code:02x}" if code < 0x100 else f"U+{code:04X}")
     return escape(character)

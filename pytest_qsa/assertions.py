@@ -213,7 +213,8 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
     worst = rows[0]
     unit = _unit(series.query.unit, worst.value)
     if failing:
-        many = f"{len(failing)} of {len(rows)} layers are" if len(rows) > 1 else f"{worst.layer} is"
+        many = f"{len(failing)} of {len(rows)} layers {'is' if len(failing) == 1 else 'are'}"
+        many = many if len(rows) > 1 else f"{worst.layer} is"
         text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{unit}"
         text += f", {number(worst.excess, signed=True)}"
         if worst.baseline is not None:

@@ -1,4 +1,4 @@
-"""Small models for the numeric tests, real ones with random weights and scripted ones, and a recorder of activations."""
+"""Small models for the numeric tests, real ones with random weights and scripted ones; a recorder of activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _build(kind, config, dtype=torch.float32, seed=0):
 
 
 def llama(dtype=torch.float32, *, sink=False, seed=0, **overrides):
-    """Return a Llama; with `sink`, the token BOS has a value some 600 × the others' that the residual stream carries on."""
+    """Return a Llama; with `sink`, the token BOS has a value some 600 × the others' that the stream carries on."""
     model = _build(
         ("LlamaForCausalLM", {**_COMMON, "num_key_value_heads": 2, "initializer_range": 0.2, **overrides}),
         "Llama", dtype, seed,
@@ -109,7 +109,7 @@ class Says(nn.Module):
 
 
 class Scripted(nn.Module):
-    """A model whose layer i gives exactly `script[i]` [N, T, C]: batches are [B, T] with the sample's number in front."""
+    """A model whose layer i gives exactly `script[i]` [N, T, C]: a batch [B, T] has the sample's number in front."""
 
     def __init__(self, *script):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The pass: what it reads, what it doesn't run, what it leaves behind, and that neither batching nor sharing changes a number."""
+"""The pass: what it reads, what it doesn't run, what it leaves behind; batching and sharing change no number."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ def test_batches_may_come_from_a_generator_and_samples_are_numbered_through():
 def test_progress_is_told_after_every_batch():
     seen = []
     capture(
-        models.Mlp(), [torch.randn(2, 8), torch.randn(3, 8)], sites=[("first", "output")], progress=lambda *n: seen.append(n)
+        models.Mlp(),
+        [torch.randn(2, 8), torch.randn(3, 8)],
+        sites=[("first", "output")],
+        progress=lambda *n: seen.append(n),
     )
     assert seen == [(2, 5), (5, 5)]
 
@@ -215,7 +218,7 @@ def test_no_tensor_of_an_activation_is_kept_by_the_observers():
 
 
 class Shared(nn.Module):
-    """q, k and v read one tensor; then it is changed in place and read again; a block's output is the next one's input."""
+    """q, k and v read one tensor, which is changed in place and read again; a block's output is the next's input."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +276,9 @@ def test_the_order_of_batches_changes_no_reduction_that_has_no_order(seed, order
         ("quantile", {"q": 0.3, "signed": True}),
         ("magnitude", {"stat": "median", "reduce": "max"}),
     ):
-        np.testing.assert_array_equal(getattr(one, name)(**parameters).values, getattr(other, name)(**parameters).values)
+        np.testing.assert_array_equal(
+            getattr(one, name)(**parameters).values, getattr(other, name)(**parameters).values
+        )
     for name in ("rms", "std", "kurtosis"):
         np.testing.assert_allclose(getattr(one, name)().values, getattr(other, name)().values, 1e-12)
 
@@ -297,7 +302,7 @@ def test_a_shared_tensor_is_reduced_once():
 
 
 def test_a_change_in_place_between_two_sites_is_seen():
-    x, mask = samples_of(0, 2)
+    x, _ = samples_of(0, 2)
     cap = capture(Shared(), [{"x": x}], sites=SHARED_SITES)
     real = x.double().numpy()
     np.testing.assert_allclose(cap.input("^q$").mean().values, [np.mean(real * 2)], 1e-6)
@@ -310,7 +315,10 @@ def test_sharing_keeps_what_only_one_of_the_sites_needs():
 
     x, mask = samples_of(0, 3)
     batches = split(x, mask, [2])
-    requests = [Request("^q$", "input", None, frozenset({"tokens"})), Request("^k$", "input", None, frozenset({"moments", "tokens"}))]
+    requests = [
+        Request("^q$", "input", None, frozenset({"tokens"})),
+        Request("^k$", "input", None, frozenset({"moments", "tokens"})),
+    ]
     cap = run_pass(Shared(), batches, requests)
     for request in requests:
         alone = run_pass(Shared(), batches, [request])
@@ -450,7 +458,9 @@ def test_a_layer_that_is_never_called_is_an_anomaly_that_names_it():
 
 
 def test_an_embedding_has_no_floating_point_input():
-    cap = capture(models.llama(), [models.token_batch(1, 4)], sites=[("embed_tokens", "input"), ("embed_tokens", "output")])
+    cap = capture(
+        models.llama(), [models.token_batch(1, 4)], sites=[("embed_tokens", "input"), ("embed_tokens", "output")]
+    )
     with pytest.raises(AnomalyError, match=r"embed_tokens never fired with a floating-point tensor"):
         cap.input("embed_tokens").absmax()
     assert cap.output("embed_tokens").absmax().values > 0
@@ -511,6 +521,20 @@ def test_a_mask_that_is_no_mask_of_tokens_is_an_error(shape):
     x, _ = samples_of(0, 1)
     with pytest.raises(InfraError, match=r"attention_mask.*\[B, T\]"):
         capture(Shared(), [{"x": x, "attention_mask": torch.zeros(shape)}], sites=SHARED_SITES)
+
+
+def test_a_layer_whose_dtype_changes_between_calls_is_an_error():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            self.inner(x)
+            self.inner(x.half())
+
+    with pytest.raises(InfraError, match=r"float16.*float32|float32.*float16"):
+        capture(Both(), [samples_of(0, 1)[0]], sites=[("inner", "output")])
 
 
 # What is asked for, and errors.
@@ -625,7 +649,12 @@ def test_a_capture_is_read_as_it_was_written_to_the_last_bit(full, tmp_path):
     full.save(tmp_path / "deep" / "a.qsa")
     loaded = Capture.load(tmp_path / "deep" / "a.qsa")
     all_equal(full, loaded)
-    assert (loaded.modules, loaded.blocks, loaded.pieces, loaded.meta) == (full.modules, full.blocks, full.pieces, full.meta)
+    assert (loaded.modules, loaded.blocks, loaded.pieces, loaded.meta) == (
+        full.modules,
+        full.blocks,
+        full.pieces,
+        full.meta,
+    )
     assert list(loaded.sites) == list(full.sites)
     assert len(loaded.tokens) == len(full.tokens)
     assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(loaded.tokens, full.tokens, strict=True))

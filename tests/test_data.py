@@ -53,8 +53,14 @@ def test_texts_are_packed_one_after_the_other_without_padding():
 
 @pytest.mark.parametrize(
     ("template", "before", "after"),
-    [("<s> $A", [BOS], []), ("$A </s>", [], [EOS]), ("<s> $A </s>", [BOS], [EOS]), ("<s> <s> $A", [BOS, BOS], []), ("$A", [], [])],
-)  # fmt: skip
+    [
+        ("<s> $A", [BOS], []),
+        ("$A </s>", [], [EOS]),
+        ("<s> $A </s>", [BOS], [EOS]),
+        ("<s> <s> $A", [BOS, BOS], []),
+        ("$A", [], []),
+    ],
+)
 def test_each_window_has_the_special_tokens_of_its_own(template, before, after):
     inner = 6 - len(before) - len(after)
     windows = windows_of([words(2 * inner)], data(seq_len=6), tokenizer(template))
@@ -94,7 +100,9 @@ def test_all_windows_are_taken_where_there_are_just_enough():
 
 
 def test_too_little_text_says_how_much_there_was():
-    with pytest.raises(InfraError, match=r"too little text in 'custom:a\.txt': 14 tokens make 2 windows of 5.*num_samples asks for 3"):
+    with pytest.raises(
+        InfraError, match=r"too little text in 'custom:a\.txt': 14 tokens make 2 windows of 5.*num_samples asks for 3"
+    ):
         windows_of([words(14)], data(num_samples=3), tokenizer())
     with pytest.raises(InfraError, match="0 tokens make 0 windows"):
         windows_of([], data(), tokenizer())
@@ -163,7 +171,7 @@ def write(folder, name, content):
     return Data(source=f"custom:{name}")
 
 
-RECORDS = ["one two", "three, four", "five\n\nsix", "q \"quoted\"", "line\u2028separator\x85next\x0b", "né 你"]
+RECORDS = ["one two", "three, four", "five\n\nsix", 'q "quoted"', "line\u2028separator\x85next\x0b", "né 你"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.unknown"])
@@ -211,7 +219,10 @@ def test_the_format_can_be_named(tmp_path):
     ("a.csv", "id,body\n1,x\n"), ("a.json", '[{"id": 1, "body": "x"}]'), ("a.jsonl", '{"id": 1, "body": "x"}'),
 ])  # fmt: skip
 def test_a_missing_column_names_the_record_and_what_it_has(tmp_path, name, content):
-    with pytest.raises(InfraError, match=rf"{name}: .*record 0 has no text under 'text'; it has id, body; set data\.custom\.text_column"):
+    with pytest.raises(
+        InfraError,
+        match=rf"{name}: .*record 0 has no text under 'text'; it has id, body; set data\.custom\.text_column",
+    ):
         read_texts(write(tmp_path, name, content), tmp_path)
 
 
@@ -221,7 +232,9 @@ def test_a_record_whose_text_is_none_is_an_error(tmp_path, record):
         read_texts(write(tmp_path, "a.jsonl", '{"text": "x"}\n' + record), tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.json", "{"), ("a.jsonl", '{"text": "x"}\n{'), ("a.txt", None), ("a.csv", None)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "{"), ("a.jsonl", '{"text": "x"}\n{'), ("a.txt", None), ("a.csv", None)]
+)
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00" if content is None else content.encode())
     with pytest.raises(InfraError, match=f"{name}: can't be read as data"):

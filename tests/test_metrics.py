@@ -1,9 +1,9 @@
-"""Every metric against tests/oracle.py, on activations that plain hooks record from a small Llama, and on scripted ones."""
+"""Every metric against tests/oracle.py, on activations that plain hooks record from a Llama, and on scripted ones."""
 
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import models
 import numpy as np
@@ -24,10 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 PATTERN = r"mlp\.down_proj$"
 PADDINGS = ("none", "left", "right")
-SOME_STATISTICS = ["outlier_tokens", "magnitude", "kurtosis", "quantile", "absmax", ("massive_activations", {"abs": 0.5, "ratio": 5.0})]
+SOME_STATISTICS = [
+    "outlier_tokens",
+    "magnitude",
+    "kurtosis",
+    "quantile",
+    "absmax",
+    ("massive_activations", {"abs": 0.5, "ratio": 5.0}),
+]
 
 
-@lru_cache(maxsize=None)
+@cache
 def measured(dtype="float32", padding="none"):
     """Return (capture, {(layer, site): populations}) of a Llama with a BOS that is a sink."""
     model = models.llama(DTYPES[dtype], sink=True)
@@ -43,7 +50,9 @@ def measured(dtype="float32", padding="none"):
         for site in ("input", "output")
         for layer in [*LAYERS, *(f"model.layers.{index}" for index in range(4))]
     }
-    populations |= {(layer, "weight"): [model.get_submodule(layer).weight.detach().double().numpy()] for layer in LAYERS}
+    populations |= {
+        (layer, "weight"): [model.get_submodule(layer).weight.detach().double().numpy()] for layer in LAYERS
+    }
     return cap, populations
 
 
@@ -399,7 +408,7 @@ def test_an_unknown_stat_is_an_error_and_not_another_statistic(stat):
 @pytest.mark.parametrize("q", [-0.1, 1.5, 99.9])
 def test_a_quantile_outside_0_and_1_is_an_error(q):
     cap, _ = measured()
-    with pytest.raises(ValueError, match="quantile|q "):
+    with pytest.raises(ValueError, match="quantile: q is between 0 and 1"):
         cap.output(PATTERN).quantile(q)
 
 
@@ -424,7 +433,9 @@ def test_a_weight_has_no_positions():
         cap.weight(PATTERN).magnitude("top1", reduce_dim=-1, positions={"skip_first": 3})
 
 
-@pytest.mark.parametrize("positions", ["none", "skip_first", "skip_first:", "skip_first:-1", {"skip_first": -1}, {}, {"first": 1}])
+@pytest.mark.parametrize(
+    "positions", ["none", "skip_first", "skip_first:", "skip_first:-1", {"skip_first": -1}, {}, {"first": 1}]
+)
 def test_unknown_positions_are_an_error(positions):
     with pytest.raises(ValueError, match="one of all, no_sink, sink"):
         canonical_positions(positions)
@@ -446,8 +457,13 @@ def series_of(*values, layers=None):
 
 @pytest.mark.parametrize(
     ("bound", "at_most", "at_least", "below", "above"),
-    [(0.5, False, True, False, True), (1, False, True, False, False), (2, True, False, False, False), (3.5, True, False, True, False)],
-)  # fmt: skip
+    [
+        (0.5, False, True, False, True),
+        (1, False, True, False, False),
+        (2, True, False, False, False),
+        (3.5, True, False, True, False),
+    ],
+)
 def test_a_comparison_asks_whether_every_layer_satisfies_it(bound, at_most, at_least, below, above):
     series = series_of(1.0, 2.0)
     assert (series <= bound) is at_most
@@ -489,7 +505,7 @@ def test_a_comparison_of_nothing_raises(compare):
 
 @pytest.mark.parametrize("compare", ["__le__", "__ge__", "__lt__", "__gt__", "__eq__"])
 def test_a_bound_that_is_nan_raises(compare):
-    with pytest.raises((AnomalyError, ValueError), match="nan|NaN|finite"):
+    with pytest.raises((AnomalyError, ValueError), match="NaN"):
         getattr(series_of(1.0, 2.0), compare)(float("nan"))
 
 

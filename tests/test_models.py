@@ -1,8 +1,8 @@
-"""Real architectures: what stands for a token in each, which padding is whose, and what a net without tokens can be asked."""
+"""Real architectures: what stands for a token in each, whose padding is whose, and what a net without tokens knows."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import models
 import numpy as np
@@ -45,7 +45,7 @@ def check(cap, layer, site, populations, metrics):
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def built(kind):
     return getattr(models, kind)()
 
@@ -89,7 +89,9 @@ def test_a_fused_expert_buffer_is_no_weight_of_a_layer_without_one():
 def test_an_encoder_is_measured_like_a_decoder(side):
     model, batches = built("bert"), [models.padded_batch([9, 5], side), models.padded_batch([7, 7], side, seed=5)]
     layer = "encoder.layer.1.output.dense"
-    cap = capture(model, batches, sites=[(r"layer\.1\.output\.dense$", "input"), (r"layer\.1\.output\.dense$", "output")])
+    cap = capture(
+        model, batches, sites=[(r"layer\.1\.output\.dense$", "input"), (r"layer\.1\.output\.dense$", "output")]
+    )
     for site in ("input", "output"):
         populations = models.record(model, batches, layer, site, mask="attention_mask")
         check(cap, layer, site, populations, TOKEN_METRICS + ELEMENT_METRICS)
@@ -151,7 +153,9 @@ T5_LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("lengths", [([9, 6], [5, 7]), ([9, 6], [6, 9]), ([8, 8], [8, 3])], ids=["shorter", "as long", "no padding"])
+@pytest.mark.parametrize(
+    "lengths", [([9, 6], [5, 7]), ([9, 6], [6, 9]), ([8, 8], [8, 3])], ids=["shorter", "as long", "no padding"]
+)
 @pytest.mark.parametrize(("layer", "site", "mask"), T5_LAYERS, ids=[layer for layer, *_ in T5_LAYERS])
 def test_an_encoder_and_a_decoder_have_their_own_tokens_and_padding(layer, site, mask, lengths):
     model, batches = built("t5"), [t5_batch(*lengths)]
@@ -225,7 +229,11 @@ def test_batches_of_another_size_give_the_same_numbers(kind):
     whole = models.padded_batch([9, 5, 7, 9], "right")
     pattern = {"llama": "down_proj$", "mixtral": "gate$", "bert": r"output\.dense$", "albert": "ffn$"}[kind]
     caps = [
-        capture(model, [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 4, size)], sites=[(pattern, "input")])
+        capture(
+            model,
+            [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 4, size)],
+            sites=[(pattern, "input")],
+        )
         for size in (1, 2, 4)
     ]
     for name, parameters in TOKEN_METRICS + ELEMENT_METRICS:

@@ -38,7 +38,7 @@ LAYERS = 30
 def verdict_of(kind=Kind.REGRESSION, worst=9.0, **fields):
     """Return a verdict over 30 layers with `max 4`; layer 11 has the value `worst`, the others 1 and their index."""
     values = [worst if layer == 11 else 1 + layer / 100 for layer in range(LAYERS)]
-    rows = [Row(f"model.layers.{i}", v, None, 4.0, None, max(v - 4, 0.0)) for i, v in enumerate(values)]
+    rows = [Row(f"model.layers.{i}", v, None, 4.0, None, max(v - 4, 0.0), i) for i, v in enumerate(values)]
     rows.sort(key=lambda row: -row.value)
     made = {
         "id": kind.lower(), "subject": "tiny-int8", "kind": kind, "headline": f"{kind}: 1 of 30 layers",

@@ -165,7 +165,12 @@ WHERE = {**{name: name for name in ("all", "no_sink", "sink")}, "skip_first:3": 
 @pytest.mark.parametrize("where", SELECT)
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("outlier_ratio", {}), ("outlier_tokens", {"threshold": 2.0}), ("magnitude", {"stat": "median"}), ("magnitude", {"stat": "top1"})],
+    [
+        ("outlier_ratio", {}),
+        ("outlier_tokens", {"threshold": 2.0}),
+        ("magnitude", {"stat": "median"}),
+        ("magnitude", {"stat": "top1"}),
+    ],
 )
 def test_positions_change_the_tokens_and_the_median(with_sinks, where, name, parameters):
     values, site = with_sinks
@@ -188,7 +193,9 @@ def test_the_sinks_of_the_blocks_hold_at_every_other_site():
     cap = capture(model, batches, sites=[(pattern, "input")], statistics=["magnitude", "absmax"])
     rest = [x[1:] for x in models.record(model, batches, layer, "input")]
     np.testing.assert_allclose(
-        cap.input(pattern).magnitude("median", positions="no_sink").values, [oracle.metric("magnitude", rest, stat="median")], 1e-6
+        cap.input(pattern).magnitude("median", positions="no_sink").values,
+        [oracle.metric("magnitude", rest, stat="median")],
+        1e-6,
     )
     np.testing.assert_allclose(cap.input(pattern).absmax(positions="no_sink").values, [oracle.absmax(rest)], 1e-6)
 
@@ -223,7 +230,9 @@ class TwoTrunks(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = models.Scripted(*map(torch.as_tensor, script(4, sinks=[(i, s, 0, 3, 300.0) for i in range(4) for s in (0, 1)])))
+        self.encoder = models.Scripted(
+            *map(torch.as_tensor, script(4, sinks=[(i, s, 0, 3, 300.0) for i in range(4) for s in (0, 1)]))
+        )
         self.decoder = models.Scripted(*map(torch.as_tensor, script(4, seed=1)))
 
     def forward(self, input_ids):
@@ -236,5 +245,7 @@ def test_the_sinks_of_one_trunk_do_not_mask_the_tokens_of_another():
     cap = capture(model, [models.numbered(model.encoder)], sites=[("layers", "output")])
     assert {sink.trunk for sink in cap.sinks.found} == {"encoder.layers"}
     everything = cap.output("decoder.layers").magnitude("median").values
-    np.testing.assert_array_equal(cap.output("decoder.layers").magnitude("median", positions="no_sink").values, everything)
+    np.testing.assert_array_equal(
+        cap.output("decoder.layers").magnitude("median", positions="no_sink").values, everything
+    )
     assert cap.output("encoder.layers").sink_tokens().values.tolist() == [1] * 4

@@ -97,7 +97,7 @@ def overall(cards: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return all that the template shows of one result; keys that a result lacks are empty."""
-    rows = sorted(result.get("rows") or (), key=lambda row: natural_key(row["layer"]))
+    rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)
     measured = any(row.get("used") is not None for row in rows)
     return {
@@ -115,11 +115,6 @@ def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
         "out": sum(bool(row.get("excess")) for row in rows),
         "columns": [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)],
     }
-
-
-def natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """Sort `layers.2` before `layers.10`: the order of depth, which the results (worst first) don't keep."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Capture:
     `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
     `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
     `meta`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
+    `plan`: what was asked for when it was made.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -43,6 +44,7 @@ class Capture:
     tokens: tuple[NDArray[np.int32], ...] = ()
     pieces: Mapping[int, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    plan: tuple[Request, ...] = ()
 
     @cached_property
     def sinks(self) -> Sinks:
@@ -68,16 +70,19 @@ class Capture:
         return Selection(self, layers, site, exclude)
 
     def covers(self, requests: Iterable[Request]) -> bool:
-        """Say whether every statistic that is asked for has been measured at every layer that the patterns find."""
-        return all(
-            (numbers := self.sites.get((layer, request.site))) is not None and request.statistics <= numbers.statistics
-            for request in requests
-            for layer in match_layers(self.modules, request.pattern, request.exclude)
-            if request.site != "weight" or (layer, request.site) in self.sites
-        )
+        """Say whether every request was planned, or every layer that it finds was measured for others."""
+        return all(self._covers(request) for request in requests)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the capture to a file, all of it or nothing; equal captures make equal bytes."""
+    def _covers(self, request: Request) -> bool:
+        planned = [done for done in self.plan if replace(done, statistics=request.statistics) == request]
+        if any(request.statistics <= done.statistics for done in planned):
+            return True
+        layers = match_layers(self.modules, request.pattern, request.exclude)
+        numbers = [self.sites.get((layer, request.site)) for layer in layers]
+        return bool(layers) and all(n is not None and request.statistics <= n.statistics for n in numbers)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the capture's file; equal captures make equal bytes."""
         from safetensors.numpy import save
 
         streams: dict[int, int] = {}
@@ -100,30 +105,32 @@ class Capture:
                 "modules": list(self.modules),
                 "blocks": list(self.blocks),
                 "pieces": {str(token): piece for token, piece in self.pieces.items()},
+                "plan": [[r.pattern, r.site, r.exclude, sorted(r.statistics)] for r in self.plan],
                 "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
                 "streams": headers,
             },
             sort_keys=True,
         )
-        write_atomically(Path(path), save(arrays, metadata={"qsa": header_text}))
+        return save(arrays, metadata={"qsa": header_text})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Capture:
-        """Read a capture; the numbers are those that were saved, to the last bit.
+    def from_bytes(cls, content: bytes) -> Capture:
+        """Read what `to_bytes` made.
 
         Raises:
-            InfraError: the file is missing, damaged, or not a capture of this format.
+            InfraError: it is damaged, or not a capture of this format.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("qsa", "{}"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InfraError(f"{path}: can't be read as a capture: {error}") from None
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("qsa", "{}"))
+            arrays = load(content)
+        except (SafetensorError, ValueError, AttributeError) as error:
+            raise InfraError(f"not a whole capture: {error}") from None
         if header.get("format") != FORMAT:
-            raise InfraError(f"{path}: not a capture of the format {FORMAT} (it says {header.get('format')!r})")
+            raise InfraError(f"not a capture of the format {FORMAT} (it says {header.get('format')!r})")
         streams = _streams(arrays, header["streams"])
         lengths = arrays.get("token_lengths", np.zeros(0, dtype=np.int64))
         tokens = np.split(arrays["tokens"], np.cumsum(lengths)[:-1]) if len(lengths) else []
@@ -134,7 +141,24 @@ class Capture:
             tokens=tuple(tokens),
             pieces={int(token): piece for token, piece in header["pieces"].items()},
             meta=header["meta"],
+            plan=tuple(Request(p, site, exclude, frozenset(stats)) for p, site, exclude, stats in header["plan"]),
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the capture to a file, all of it or nothing."""
+        write_atomically(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Capture:
+        """Read a capture; the numbers are those that were saved, to the last bit.
+
+        Raises:
+            InfraError: the file is missing, damaged, or not a capture of this format.
+        """
+        try:
+            return cls.from_bytes(Path(path).read_bytes())
+        except (OSError, InfraError) as error:
+            raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {error}") from None
 
 
 def _streams(arrays: Mapping[str, NDArray[Any]], headers: list[dict[str, Any]]) -> list[SiteNumbers]:

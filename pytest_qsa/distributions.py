@@ -9,17 +9,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .numbers import TOP_NAMES, SiteNumbers
+from .numbers import SiteNumbers
 
 
 def bin_values(bins: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
     """Return the number that each 16-bit pattern stands for."""
     if dtype == "float16":
-        return bins.view(np.float16).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return bins.view(np.float16).astype(np.float64)
     patterns = bins.astype(np.uint32) << 16
     if dtype != "bfloat16":
         patterns = np.where((patterns & 0x7F800000) == 0x7F800000, patterns, patterns | 0x8000)
-    return patterns.astype(np.uint32).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # widening a signalling NaN
+        return patterns.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def sorted_counts(numbers: SiteNumbers, *, signed: bool = False) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -46,8 +48,7 @@ def _order_statistic(
     numbers: SiteNumbers, values: NDArray[np.float64], ends: NDArray[np.int64], rank: int, signed: bool
 ) -> float:
     """Take one order statistic; the extremes of |x| are known exactly, whatever the width of a bin."""
-    if not signed and rank == ends[-1] - 1 and numbers.moments is not None:
-        return float(numbers.moment("absmax").max())
-    if not signed and rank == 0 and numbers.element_top is not None:
-        return float(numbers.element_top[:, TOP_NAMES.index("min")].min())
+    assert numbers.extremes is not None
+    if not signed and rank in (0, ends[-1] - 1):
+        return float(numbers.extremes[1 if rank == 0 else 0])
     return float(values[int(np.searchsorted(ends, rank, side="right"))])

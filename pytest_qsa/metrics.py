@@ -269,8 +269,7 @@ def crest_factor(view: View) -> float:
 
 
 def _quantile_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    counts = plan.SIGNED_COUNTS if parameters["signed"] else plan.COUNTS
-    return frozenset({counts, plan.MOMENTS, plan.ELEMENTS})
+    return frozenset({plan.SIGNED_COUNTS if parameters["signed"] else plan.COUNTS})
 
 
 @_metric(_quantile_needs, reduce=None)

@@ -27,6 +27,7 @@ class SiteNumbers:
     `peaks` [P, K]: the positions of the K largest tokens, largest first; `peak_channels` [P, K]: where; −1: none.
     `channel_top`, `element_top` [P, 7]: order statistics (`TOP_NAMES`) of the channel-wise maxima and of |x|.
     `channel_max` [C]: channel-wise maxima over all populations. `moments` [P, 7] float64: `MOMENT_NAMES`.
+    `extremes` [2] float32: the largest and the smallest |x| of all that was counted, exact whatever the width of a bin.
     `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
     `massive`: for each `plan.massive_statistic` the count per population [P].
     """
@@ -45,6 +46,7 @@ class SiteNumbers:
     channel_max: NDArray[np.float32] | None = None
     element_top: NDArray[np.float32] | None = None
     moments: NDArray[np.float64] | None = None
+    extremes: NDArray[np.float32] | None = None
     bins: NDArray[np.uint16] | None = None
     counts: NDArray[np.int64] | None = None
     signed_bins: NDArray[np.uint16] | None = None

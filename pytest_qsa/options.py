@@ -25,6 +25,7 @@ class Options:
     output: Path
     report: Literal["on-failure", "always", "never"]
     allow_code: bool
+    cache: Path | None
 
     def as_arguments(self, checkpoint: Checkpoint | None) -> list[str]:
         """Return the arguments that another run of one test needs."""
@@ -59,12 +60,19 @@ def add_options(parser: pytest.Parser) -> None:
         "--qsa-report", choices=REPORT, help="when to write report.html, report.json and plots (default: on-failure)"
     )
     group.addoption(
+        "--qsa-cache",
+        metavar="DIR",
+        help="where captures are kept between runs (default: the user's cache folder)",
+    )
+    group.addoption("--qsa-no-cache", action="store_true", help="capture anew, and keep nothing")
+    group.addoption(
         "--qsa-allow-code", action="store_true", default=None,
         help="let a suite run code: model.factory and model.trust_remote_code",
     )  # fmt: skip
     parser.addini("qsa_suites", "names of the files that are suites", type="linelist", default=SUITES)
     parser.addini("qsa_config", "as --qsa-config, relative to the root folder", default="")
     parser.addini("qsa_output", "as --qsa-output, relative to the root folder", default="qsa-results")
+    parser.addini("qsa_cache", "as --qsa-cache, relative to the root folder", default="")
     parser.addini("qsa_report", "as --qsa-report", default="on-failure")
     parser.addini("qsa_allow_code", "as --qsa-allow-code", type="bool", default=False)
 
@@ -95,8 +103,22 @@ def read_options(config: pytest.Config) -> Options:
         config=path,
         output=stand / output if output else root / config.getini("qsa_output"),
         report=report,
+        cache=_cache(config),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )
+
+
+def _cache(config: pytest.Config) -> Path | None:
+    if config.getoption("qsa_no_cache"):
+        return None
+    given, ini = config.getoption("qsa_cache"), config.getini("qsa_cache")
+    if given:
+        return config.invocation_params.dir / str(given)
+    if ini:
+        return config.rootpath / str(ini)
+    import platformdirs
+
+    return platformdirs.user_cache_path("pytest-qsa")
 
 
 def _check_models(models: tuple[str, ...], *, updating: bool) -> None:

@@ -112,7 +112,8 @@ def qsa_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     worker = hasattr(request.config, "workerinput")
     shared = tmp_path_factory.getbasetemp().parent / "qsa-captures" if worker else None
-    return Gate(request.config, request.config.stash[OPTIONS], Captures(shared))
+    options = request.config.stash[OPTIONS]
+    return Gate(request.config, options, Captures(shared, options.cache))
 
 
 @pytest.fixture

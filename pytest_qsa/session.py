@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .cache import CaptureCache
 from .captures import Capture
 from .errors import AnomalyError, InfraError, QsaError
 from .files import write_atomically
+from .fingerprint import FileHashes, fingerprint_of
 from .plan import Request, merge_requests
 from .subjects import Subject
 
@@ -22,9 +24,13 @@ MakeCapture = Callable[[Sequence[Request]], Capture]
 
 @dataclass
 class Captures:
-    """The captures of a session. `shared`: the folder that all xdist workers of a run see; None without workers."""
+    """The captures of a session. `shared`: the folder that all xdist workers of a run see; None without workers.
+
+    `cache`: the folder of captures that outlive the run; None for none.
+    """
 
     shared: Path | None = None
+    cache: Path | None = None
     _memory: dict[str, Capture] = field(default_factory=dict)
     _failures: dict[str, QsaError] = field(default_factory=dict)
 
@@ -52,10 +58,27 @@ class Captures:
         return self._memory[key]
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        def cached(plan: Sequence[Request]) -> Capture:
+            return self._through_cache(subject, plan, make)
+
         if self.shared is None or subject.model is None:
+            return cached(requests)
+        return self._make_shared(subject, requests, cached)
+
+    def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        if self.cache is None:
             return make(requests)
+        fingerprint = fingerprint_of(subject, FileHashes(self.cache / "hashes.json"))
+        if fingerprint is None:
+            return make(requests)
+        capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, make)
+        here = {**capture.meta["model"], "path": subject.path}  # the same bytes may have lain elsewhere
+        return replace(capture, meta={**capture.meta, "model": here})
+
+    def _make_shared(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         from filelock import FileLock
 
+        assert self.shared is not None
         self.shared.mkdir(parents=True, exist_ok=True)
         plan = hashlib.sha256(repr((subject.key, requests)).encode()).hexdigest()[:32]
         file, failure = self.shared / f"{plan}.qsa", self.shared / f"{plan}.json"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .. import plan
 from ..captures import Capture
 from ..numbers import SiteNumbers
-from ..plan import Request, Site, match_layers
+from ..plan import Request, Site, match_layers, merge_requests
 from .batches import Batch, Rows, rows_of, token_ids
 from .modules import blocks_of, channels_first, device_of, input_of, layers_of, tensor_of
-from .observers import StreamObserver
+from .observers import Reducers, StreamObserver
 from .weights import observe_weights, packed
 
 SiteKey = tuple[str, Site]
@@ -59,6 +59,7 @@ class _Pass:
     shared: dict[SiteKey, SiteKey] = field(default_factory=dict)
     calls: dict[SiteKey, int] = field(default_factory=dict)
     seen: dict[int, _Seen] = field(default_factory=dict)
+    reducers: Reducers = field(default_factory=Reducers)
     rows: Rows | None = None
     last: tuple[SiteKey, int] | None = None
     stop_at: tuple[SiteKey, int] | None = None
@@ -94,7 +95,7 @@ class _Pass:
 
     def _reduce(self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str]) -> None:
         assert self.rows is not None
-        observer = self.observers.setdefault(site, StreamObserver(statistics))
+        observer = self.observers.setdefault(site, StreamObserver(statistics, self.reducers))
         shaped, token_axis = self.rows.shaped(tensor, channels_first(self.modules[site[0]]))
         keep = self.rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(self.rows.samples)
         observer.add(shaped, keep, self.rows.samples, call, token_axis)
@@ -168,6 +169,7 @@ def run_pass(
         blocks=tuple(blocks),
         tokens=tuple(row.numpy().astype(np.int32) for row in ids),
         pieces=decode(unique) if decode else {},
+        plan=merge_requests(requests),
     )
 
 

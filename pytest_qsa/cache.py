@@ -1,0 +1,90 @@
+"""Captures that outlive a run: a file for each fingerprint, checksummed, locked, in a folder of bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .captures import Capture
+from .errors import InfraError, QsaWarning
+from .files import write_atomically
+from .plan import Request, merge_requests
+
+LIMIT = 4 << 30
+"""The bytes that a cache folder may hold; the captures that were not used for longest go first."""
+
+
+@dataclass(frozen=True)
+class CaptureCache:
+    """A folder of captures, none of which is needed: a damaged one is made anew, a read-only folder is skipped."""
+
+    folder: Path
+    limit: int = LIMIT
+
+    def get_or_make(
+        self, fingerprint: str, requests: Sequence[Request], make: Callable[[Sequence[Request]], Capture]
+    ) -> Capture:
+        """Return a capture that covers the requests; the lock lets one process of a machine make it at a time.
+
+        A capture that exists but lacks something is made again for all that was ever asked of it and what is asked now.
+        """
+        from filelock import FileLock
+
+        file = self.folder / f"{fingerprint}.qsa"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "capture.lock")
+            lock.acquire()
+        except OSError as error:
+            self._warn(f"can't be used ({error}); the capture is not kept")
+            return make(requests)
+        try:
+            found = self._load(file)
+            if found is not None and found.covers(requests):
+                file.touch()
+                return found
+            capture = make(merge_requests([*requests, *(found.plan if found else ())]))
+            self._save(capture, file)
+            return capture
+        finally:
+            lock.release()
+
+    def _load(self, file: Path) -> Capture | None:
+        if not file.exists():
+            return None
+        try:
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self._checksum(file).read_text(encoding="ascii"):
+                raise InfraError("its checksum does not fit")
+            return Capture.from_bytes(content)
+        except (OSError, InfraError, UnicodeDecodeError) as error:
+            self._warn(f"holds a damaged capture ({error}), which is made anew")
+            return None
+
+    def _save(self, capture: Capture, file: Path) -> None:
+        content = capture.to_bytes()
+        try:
+            write_atomically(self._checksum(file), hashlib.sha256(content).hexdigest())
+            write_atomically(file, content)
+            self._prune(keep=file)
+        except OSError as error:
+            self._warn(f"can't be written ({error}); the capture is not kept")
+
+    def _prune(self, keep: Path) -> None:
+        files = sorted(self.folder.glob("*.qsa"), key=lambda file: file.stat().st_mtime, reverse=True)
+        total = 0
+        for file in files:
+            total += file.stat().st_size
+            if total > self.limit and file != keep:
+                file.unlink(missing_ok=True)
+                self._checksum(file).unlink(missing_ok=True)
+
+    @staticmethod
+    def _checksum(file: Path) -> Path:
+        return file.with_suffix(".sha256")
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(QsaWarning(f"the cache {self.folder} {text}"), stacklevel=3)

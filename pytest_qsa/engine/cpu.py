@@ -1,0 +1,178 @@
+"""The reductions of one row on the CPU, by the kernels: the numbers of `reductions.py` in a fraction of the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..distributions import bin_values
+from ..numbers import PADDING, TOP_NAMES
+from . import kernels
+from .wants import Wants, peak_count, ranks_of
+
+WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
+NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+
+class CpuReducer:
+    """Reduces rows of one dtype. The scratch counts are zero between two rows."""
+
+    def __init__(self, dtype: torch.dtype, threads: int) -> None:
+        self.name = str(dtype).removeprefix("torch.")
+        self.wide = WIDTHS[dtype] == 32
+        self.integers = torch.int32 if self.wide else torch.int16
+        self.patterns: Any = np.uint32 if self.wide else np.uint16
+        self.token_maxima = kernels.token_maxima32 if self.wide else kernels.token_maxima16
+        self.channel_maxima = kernels.channel_maxima32 if self.wide else kernels.channel_maxima16
+        self.survey = kernels.survey32 if self.wide else kernels.survey16
+        self.signless = kernels.SIGNLESS32 if self.wide else kernels.SIGNLESS16
+        self.scratch = np.zeros((threads, 1 << 16), dtype=np.uint32)
+        self.smallest = np.zeros(threads, dtype=self.patterns)
+        self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
+        self.infinity = int(np.flatnonzero(~np.isfinite(self.values))[0])
+
+    def reduce(
+        self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
+        counted = (row if kept is None else row.index_select(0, kept)).contiguous()
+        patterns = counted.view(self.integers).numpy().view(self.patterns)
+        lines = patterns if patterns.ndim == 2 else patterns[None]
+        found: dict[str, NDArray[Any]] = {}
+        maxima = np.empty(len(lines), dtype=self.patterns)
+        surveyed = wants.counted or (wants.moments and not self.wide)
+        if surveyed:
+            self.survey(lines, maxima, self.smallest, self.scratch)
+        else:
+            self.token_maxima(lines, maxima)
+        if patterns.ndim == 2 and wants.tokens:
+            self._tokens(lines, maxima, kept, row.shape[0], found)
+        if patterns.ndim == 2 and wants.channels:
+            self._channels(lines, pooled, found)
+        if surveyed:
+            self._distribution(counted, lines, int(maxima.max()), wants, pooled, found)
+        elif wants.moments:
+            found["moments"] = self._moments_of_values(counted, int(maxima.max()))
+        return found
+
+    def _floats(self, patterns: NDArray[Any]) -> NDArray[np.float32]:
+        if self.wide:
+            return patterns.view(np.float32)
+        if self.name == "float16":
+            return patterns.view(np.float16).astype(np.float32)
+        return (patterns.astype(np.uint32) << 16).view(np.float32)
+
+    def _tokens(
+        self,
+        lines: NDArray[Any],
+        maxima: NDArray[Any],
+        kept: Tensor | None,
+        length: int,
+        found: dict[str, NDArray[Any]],
+    ) -> None:
+        count = peak_count(len(lines), length)
+        peaks, channels = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
+        kernels.peaks_of(maxima, lines, self.signless, peaks, channels)
+        floats = self._floats(maxima)
+        if kept is not None:
+            index = kept.numpy()
+            whole = np.full(length, PADDING, dtype=np.float32)
+            whole[index] = floats
+            floats, peaks = whole, index[peaks].astype(np.int32)
+        found["token_max"], found["peaks"], found["peak_channels"] = floats, peaks, channels
+
+    def _channels(self, lines: NDArray[Any], pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
+        maxima = np.zeros(lines.shape[1], dtype=self.patterns)
+        self.channel_maxima(lines, maxima)
+        floats = self._floats(maxima)
+        pooled["channel_max"] = np.maximum(pooled["channel_max"], floats) if "channel_max" in pooled else floats
+        ranks = np.array(ranks_of(len(floats)))
+        picked = np.sort(floats)[np.clip(ranks, 0, len(floats) - 1)]
+        found["channel_top"] = _blank_missing(picked, ranks, len(floats))
+
+    def _distribution(
+        self,
+        counted: Tensor,
+        lines: NDArray[Any],
+        top: int,
+        wants: Wants,
+        pooled: dict[str, Any],
+        found: dict[str, NDArray[Any]],
+    ) -> None:
+        row, low = self._settle(top, wants, pooled)
+        order = self._order(lines.reshape(-1), row, low) if wants.ordered else None
+        if wants.elements and order is not None:
+            found["element_top"] = order
+        if wants.moments:
+            wide = self.wide
+            found["moments"] = self._moments_of_values(counted, top) if wide else self._moments(row, low, top)
+        for name, (absolute, ratio) in wants.massive.items():
+            assert order is not None
+            least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
+            if self.wide:
+                count = kernels.massive_of_values(counted.flatten().numpy(), absolute, least)
+            else:
+                count = kernels.massive_of_counts(row, low, self.values, absolute, least)
+            found[name] = np.array(count, dtype=np.int64)
+
+    def _settle(self, top: int, wants: Wants, pooled: dict[str, Any]) -> tuple[NDArray[np.uint32], int]:
+        """Add a surveyed row to the pooled counts; return its own, [2, bins] from the pattern `low` on, if needed."""
+        smallest = int(self.smallest.min()) + 1
+        shift = 16 if self.wide else 0
+        high, low = top >> shift, max(1, min(smallest, top) >> shift)
+        needed = wants.ordered or (wants.moments and not self.wide)
+        row = np.empty((2, max(1, high - low + 2) if needed else 0), dtype=np.uint32)
+        if wants.counts and "counts" not in pooled:
+            pooled["counts"] = np.zeros(1 << 15, dtype=np.int64)
+        if wants.signed and "signed_counts" not in pooled:
+            pooled["signed_counts"] = np.zeros(1 << 16, dtype=np.int64)
+        magnitudes = pooled["counts"] if wants.counts else NOTHING
+        signed = pooled["signed_counts"] if wants.signed else NOTHING
+        zeros = kernels.settle(self.scratch, low, max(high, low - 1), magnitudes, signed, row)
+        if wants.counts or wants.signed:
+            ends = self._floats(np.array([top, 0 if zeros else smallest], dtype=self.patterns))
+            before = pooled.get("extremes")
+            pooled["extremes"] = ends if before is None else _widened(before, ends)
+        return row, low
+
+    def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
+        count = flat.size
+        ranks = np.array(ranks_of(count))
+        order = np.full(len(ranks), np.nan, dtype=np.float64)
+        kernels.order_of(row, low, self.values, np.sort(np.clip(ranks, 0, count - 1)), order)
+        descending = order[::-1].astype(np.float32)
+        if self.wide:
+            few = min(3, count)
+            largest, least = np.empty(few, dtype=np.uint32), np.empty(few, dtype=np.uint32)
+            kernels.extremes32(flat, largest, least)
+            descending[:few] = largest.view(np.float32)
+            descending[7 - few :] = least.view(np.float32)[::-1]
+        return _blank_missing(descending, ranks, count)
+
+    def _moments(self, row: NDArray[np.uint32], low: int, top: int) -> NDArray[np.float64]:
+        """Return n, mean, m2, m4, absmax, zeros, nonfinite of a 16-bit row from its counts."""
+        found = np.zeros(7, dtype=np.float64)
+        kernels.moments_of_counts(row, low, self.values, found)
+        found[4], found[5] = self.values[top], row[:, 0].sum()
+        found[6] = row[:, max(1, self.infinity - low + 1) :].sum()
+        return found
+
+    def _moments_of_values(self, counted: Tensor, top: int) -> NDArray[np.float64]:
+        """Return the same of a float32 row, summed in float64."""
+        found, sums = np.zeros(7, dtype=np.float64), np.zeros(6, dtype=np.float64)
+        kernels.moments_of_values(counted.flatten().numpy(), sums)
+        found[:4], found[5:] = sums[:4], sums[4:]
+        found[4] = self._floats(np.array([top], dtype=self.patterns))[0]
+        return found
+
+
+def _blank_missing(values: NDArray[np.float32], ranks: NDArray[Any], count: int) -> NDArray[np.float32]:
+    return np.where((ranks >= 0) & (ranks < count), values, np.float32("nan")).astype(np.float32)
+
+
+def _widened(before: NDArray[np.float32], ends: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.array([np.maximum(before[0], ends[0]), np.minimum(before[1], ends[1])], dtype=np.float32)

@@ -1,0 +1,250 @@
+"""Fused reductions for the CPU, compiled by numba: what torch's operators need several passes and copies for.
+
+All work is on bit patterns. With the sign bit cleared, the pattern of a float orders as its magnitude does, so that a
+maximum of magnitudes is a maximum of integers, and a 16-bit value is its own bin. `reductions.py` does the same with
+torch's operators: on accelerators, without numba, and as the tests' oracle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+SIGNLESS16, SIGNLESS32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF)
+HALF = 1 << 15
+
+_compiled = njit(cache=True, nogil=True, boundscheck=False)
+_parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True)
+
+
+@_compiled
+def token_maxima16(patterns, maxima):
+    """Fill maxima [T] with the largest signless pattern of each row of patterns [T, C]."""
+    for token in range(patterns.shape[0]):
+        largest = np.uint16(0)
+        row = patterns[token]
+        for channel in range(row.shape[0]):
+            largest = max(largest, np.uint16(row[channel] & SIGNLESS16))
+        maxima[token] = largest
+
+
+@_compiled
+def token_maxima32(patterns, maxima):
+    """As `token_maxima16`, for float32."""
+    for token in range(patterns.shape[0]):
+        largest = np.uint32(0)
+        row = patterns[token]
+        for channel in range(row.shape[0]):
+            largest = max(largest, np.uint32(row[channel] & SIGNLESS32))
+        maxima[token] = largest
+
+
+@_compiled
+def channel_maxima16(patterns, maxima):
+    """Raise maxima [C] to the largest signless pattern of each column of patterns [T, C]."""
+    for token in range(patterns.shape[0]):
+        row = patterns[token]
+        for channel in range(row.shape[0]):
+            maxima[channel] = max(maxima[channel], np.uint16(row[channel] & SIGNLESS16))
+
+
+@_compiled
+def channel_maxima32(patterns, maxima):
+    """As `channel_maxima16`, for float32."""
+    for token in range(patterns.shape[0]):
+        row = patterns[token]
+        for channel in range(row.shape[0]):
+            maxima[channel] = max(maxima[channel], np.uint32(row[channel] & SIGNLESS32))
+
+
+@_compiled
+def peaks_of(maxima, patterns, signless, positions, channels):
+    """Fill positions [K] with the tokens of the largest maxima, largest first, and channels [K] with where they are."""
+    count = positions.shape[0]
+    filled = 0
+    for token in range(maxima.shape[0]):
+        if filled == count and maxima[token] <= maxima[positions[count - 1]]:
+            continue
+        if filled < count:
+            filled += 1
+        place = filled - 1
+        while place > 0 and maxima[positions[place - 1]] < maxima[token]:
+            positions[place] = positions[place - 1]
+            place -= 1
+        positions[place] = token
+    for peak in range(count):
+        row = patterns[positions[peak]]
+        for channel in range(row.shape[0]):
+            if row[channel] & signless == maxima[positions[peak]]:
+                channels[peak] = channel
+                break
+
+
+@_parallel
+def survey16(patterns, maxima, smallest, scratch):
+    """Count patterns [T, C] into scratch [threads, 65,536], and fill maxima [T] and smallest [threads] on the way.
+
+    Each thread takes a share of the tokens and has bins of its own. smallest: the least signless pattern that is not
+    zero, less one; 65,535 where there is none.
+    """
+    threads = scratch.shape[0]
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        bins = scratch[thread]
+        least = np.uint16(0xFFFF)
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            largest = np.uint16(0)
+            for channel in range(row.shape[0]):
+                largest = max(largest, np.uint16(row[channel] & SIGNLESS16))
+            for channel in range(row.shape[0]):
+                least = min(least, np.uint16(np.uint16(row[channel] & SIGNLESS16) - np.uint16(1)))
+            for channel in range(row.shape[0]):
+                bins[row[channel]] += np.uint32(1)
+            maxima[token] = largest
+        smallest[thread] = least
+
+
+@_parallel
+def survey32(patterns, maxima, smallest, scratch):
+    """As `survey16`, for float32, whose bins are its upper halves."""
+    threads = scratch.shape[0]
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        bins = scratch[thread]
+        least = np.uint32(0xFFFFFFFF)
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            largest = np.uint32(0)
+            for channel in range(row.shape[0]):
+                largest = max(largest, np.uint32(row[channel] & SIGNLESS32))
+            for channel in range(row.shape[0]):
+                least = min(least, np.uint32(np.uint32(row[channel] & SIGNLESS32) - np.uint32(1)))
+            for channel in range(row.shape[0]):
+                bins[row[channel] >> np.uint32(16)] += np.uint32(1)
+            maxima[token] = largest
+        smallest[thread] = least
+
+
+@_compiled
+def settle(scratch, low, high, magnitudes, signed, row):
+    """Move the counts of a row out of scratch, which is then zero again; return how many zeros there were.
+
+    row [2, high − low + 2] uint32: the counts of +x and −x; column 0 is zero itself, column 1 the pattern `low`.
+    magnitudes [32,768], signed [65,536] and row are filled where they are not empty; the first two are added to.
+    """
+    zeros = 0
+    for column in range(high - low + 2):
+        bin = 0 if column == 0 else low + column - 1
+        for sign in range(2):
+            count = np.uint32(0)
+            for thread in range(scratch.shape[0]):
+                count += scratch[thread, bin + sign * HALF]
+                scratch[thread, bin + sign * HALF] = 0
+            if row.shape[1]:
+                row[sign, column] = count
+            if magnitudes.shape[0]:
+                magnitudes[bin] += count
+            if signed.shape[0]:
+                signed[bin + sign * HALF] += count
+            if column == 0:
+                zeros += count
+    return zeros
+
+
+@_compiled
+def order_of(row, low, values, ranks, order):
+    """Fill order [R] with the magnitudes at the ascending ranks [R] of a settled row."""
+    seen = 0
+    rank = 0
+    for column in range(row.shape[1]):
+        seen += row[0, column] + row[1, column]
+        while rank < ranks.shape[0] and seen > ranks[rank]:
+            order[rank] = values[0 if column == 0 else low + column - 1]
+            rank += 1
+
+
+@_compiled
+def moments_of_counts(row, low, values, moments):
+    """Fill moments [n, mean, m2, m4] from a settled row; exact but for the rounding of float64."""
+    count = 0.0
+    total = 0.0
+    for column in range(row.shape[1]):
+        plus, minus = np.int64(row[0, column]), np.int64(row[1, column])
+        if plus + minus:
+            count += plus + minus
+            total += (plus - minus) * values[0 if column == 0 else low + column - 1]
+    mean = total / count
+    m2 = 0.0
+    m4 = 0.0
+    for column in range(row.shape[1]):
+        value = values[0 if column == 0 else low + column - 1]
+        for sign in range(2):
+            if row[sign, column]:
+                square = ((value if sign == 0 else -value) - mean) ** 2
+                m2 += row[sign, column] * square
+                m4 += row[sign, column] * square * square
+    moments[0], moments[1], moments[2], moments[3] = count, mean, m2, m4
+
+
+@_compiled
+def moments_of_values(x, moments):
+    """Fill moments [n, mean, m2, m4, zeros, nonfinite] of x [N], summed in float64."""
+    total = 0.0
+    zeros = 0
+    nonfinite = 0
+    for index in range(x.shape[0]):
+        total += np.float64(x[index])
+        zeros += x[index] == 0
+        nonfinite += not np.isfinite(x[index])
+    mean = total / x.shape[0]
+    m2 = 0.0
+    m4 = 0.0
+    for index in range(x.shape[0]):
+        square = (np.float64(x[index]) - mean) ** 2
+        m2 += square
+        m4 += square * square
+    moments[0], moments[1], moments[2], moments[3] = x.shape[0], mean, m2, m4
+    moments[4], moments[5] = zeros, nonfinite
+
+
+@_compiled
+def extremes32(patterns, top, bottom):
+    """Fill top [K] with the largest signless patterns of patterns [N], descending, and bottom [K] ascending."""
+    count = top.shape[0]
+    top[:] = 0
+    bottom[:] = 0xFFFFFFFF
+    for index in range(patterns.shape[0]):
+        value = np.uint32(patterns[index] & SIGNLESS32)
+        if value > top[count - 1]:
+            place = count - 1
+            while place > 0 and top[place - 1] < value:
+                top[place] = top[place - 1]
+                place -= 1
+            top[place] = value
+        if value < bottom[count - 1]:
+            place = count - 1
+            while place > 0 and bottom[place - 1] > value:
+                bottom[place] = bottom[place - 1]
+                place -= 1
+            bottom[place] = value
+
+
+@_compiled
+def massive_of_counts(row, low, values, absolute, least):
+    """Count the elements of a settled row with magnitude > absolute and ≥ least."""
+    count = 0
+    for column in range(1, row.shape[1]):
+        value = values[low + column - 1]
+        if value > absolute and value >= least:
+            count += row[0, column] + row[1, column]
+    return count
+
+
+@_compiled
+def massive_of_values(x, absolute, least):
+    """Count the elements of x [N] with magnitude > absolute and ≥ least."""
+    count = 0
+    for index in range(x.shape[0]):
+        count += abs(x[index]) > absolute and abs(x[index]) >= least
+    return count

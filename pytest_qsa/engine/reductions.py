@@ -1,0 +1,121 @@
+"""The reductions of one row by torch's operators: on accelerators, without numba, and as the kernels' oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..numbers import PADDING, TOP_NAMES
+from .wants import Wants, peak_count, ranks_of
+
+
+class TorchReducer:
+    """Keeps every result on the tensor's device; nothing here waits for it."""
+
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
+        counted = row if kept is None else row.index_select(0, kept)
+        wide = counted if counted.dtype in (torch.float32, torch.float64) else counted.float()
+        magnitudes = wide.abs()
+        found: dict[str, Tensor] = {}
+        if row.dim() == 2 and wants.tokens:
+            found |= _tokens(magnitudes, kept, row.shape[0])
+        if row.dim() == 2 and wants.channels:
+            found |= _channels(magnitudes, pooled)
+        elements = magnitudes.flatten()
+        order = _distribution(counted.flatten(), elements, wants, pooled) if wants.counted else None
+        if wants.elements and order is not None:
+            found["element_top"] = order
+        if wants.moments:
+            found["moments"] = _moments(wide.flatten(), elements)
+        for name, (absolute, ratio) in wants.massive.items():
+            assert order is not None
+            least = ratio * order[TOP_NAMES.index("median")]
+            found[name] = ((elements > absolute) & (elements >= least)).sum()
+        return found
+
+
+def _tokens(magnitudes: Tensor, kept: Tensor | None, length: int) -> dict[str, Tensor]:
+    maxima = magnitudes.amax(dim=1).float()
+    peaks = maxima.sort(descending=True, stable=True).indices[: peak_count(len(maxima), length)]
+    channels = magnitudes.index_select(0, peaks).argmax(dim=1)
+    if kept is not None:
+        peaks = kept.index_select(0, peaks)
+        maxima = maxima.new_full((length,), PADDING).index_copy_(0, kept, maxima)
+    return {"token_max": maxima, "peaks": peaks.int(), "peak_channels": channels.int()}
+
+
+def _channels(magnitudes: Tensor, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+    maxima = magnitudes.amax(dim=0).float()
+    before = pooled.get("channel_max")
+    pooled["channel_max"] = maxima if before is None else torch.maximum(before, maxima)
+    count = maxima.numel()
+    ranks = torch.tensor(ranks_of(count), device=maxima.device)
+    picked = maxima.sort().values[ranks.clamp(0, count - 1)]
+    return {"channel_top": _blank_missing(picked, ranks, count)}
+
+
+def _distribution(raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> Tensor | None:
+    """Count the row's 16-bit patterns; return its order statistics where they are asked for."""
+    counts = _count(raw, signed=wants.signed)
+    folded = counts[: 1 << 15] + counts[1 << 15 :] if wants.signed else counts
+    for name, wanted, new in (("counts", wants.counts, folded), ("signed_counts", wants.signed, counts)):
+        if wanted:
+            pooled[name] = pooled[name].add_(new) if name in pooled else new.clone()
+    if wants.counts or wants.signed:
+        ends = torch.stack([elements.max(), elements.nan_to_num(nan=float("inf")).min()]).float()
+        before = pooled.get("extremes")
+        pooled["extremes"] = ends if before is None else _widened(before, ends)
+    return _counted_order(folded, elements, raw.dtype) if wants.ordered else None
+
+
+def _widened(before: Tensor, ends: Tensor) -> Tensor:
+    return torch.stack([torch.maximum(before[0], ends[0]), torch.minimum(before[1], ends[1])])
+
+
+def _count(x: Tensor, *, signed: bool) -> Tensor:
+    """Count 16-bit patterns, int64 [65,536] of x or [32,768] of |x|; float32 by its upper half."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        patterns = x.contiguous().view(torch.int16).int()
+    else:
+        patterns = x.float().contiguous().view(torch.int32) >> 16
+    patterns = patterns & (0xFFFF if signed else 0x7FFF)
+    size = 1 << (16 if signed else 15)
+    if x.device.type == "cpu":
+        return torch.bincount(patterns, minlength=size)
+    counts = torch.zeros(size, dtype=torch.int64, device=x.device)
+    ones = torch.ones((), dtype=torch.int64, device=x.device).expand(len(patterns))
+    return counts.scatter_add_(0, patterns.long(), ones)
+
+
+def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the seven order statistics of |x|: exact for 16 bits; else the median within 2⁻⁸, the ends exact."""
+    count = magnitudes.numel()
+    ranks = torch.tensor(ranks_of(count), device=counts.device)
+    bins = torch.searchsorted(counts.cumsum(0), ranks.clamp(0, count - 1), right=True)
+    if dtype in (torch.bfloat16, torch.float16):
+        order = bins.to(torch.int16).view(dtype).float()
+    else:
+        order = ((bins << 16) | 0x8000).to(torch.int32).view(torch.float32).clone()
+        few = min(3, count)
+        order[:few] = magnitudes.topk(few).values.float()
+        order[7 - few :] = magnitudes.topk(few, largest=False).values.flip(0).float()
+    return _blank_missing(order, ranks, count)
+
+
+def _blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
+    return values.masked_fill((ranks < 0) | (ranks >= count), float("nan"))
+
+
+def _moments(x: Tensor, magnitudes: Tensor) -> Tensor:
+    """Return n, mean, m2, m4, absmax, zeros, nonfinite in float64; central, so that fourth powers don't cancel."""
+    count = x.numel()
+    mean = x.sum(dtype=torch.float64) / count
+    squares = (x - mean.to(x.dtype)).square_()
+    drift = mean - mean.to(x.dtype).double()
+    m2 = squares.sum(dtype=torch.float64) - count * drift * drift
+    m4 = squares.square_().sum(dtype=torch.float64)
+    zeros = (magnitudes == 0).sum()
+    nonfinite = (~torch.isfinite(x)).sum()
+    found = (torch.full_like(mean, count), mean, m2, m4, magnitudes.max(), zeros, nonfinite)
+    return torch.stack([value.double() for value in found])

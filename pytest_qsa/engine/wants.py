@@ -1,0 +1,63 @@
+"""What one observer has to keep, worked out once from the names of its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .. import plan
+
+PEAKS_MIN = 16
+PEAKS_SHARE = 32
+
+
+@dataclass(frozen=True)
+class Wants:
+    """The statistics as flags. `ordered`: order statistics of the elements are needed; `counted`: so are counts."""
+
+    tokens: bool
+    channels: bool
+    elements: bool
+    moments: bool
+    counts: bool
+    signed: bool
+    massive: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, statistics: frozenset[str]) -> Wants:
+        """Read the names."""
+        massive = {name: _thresholds(name) for name in sorted(statistics) if name.startswith("massive:")}
+        return cls(
+            tokens=plan.TOKENS in statistics,
+            channels=plan.CHANNELS in statistics,
+            elements=plan.ELEMENTS in statistics,
+            moments=plan.MOMENTS in statistics,
+            counts=plan.COUNTS in statistics,
+            signed=plan.SIGNED_COUNTS in statistics,
+            massive=massive,
+        )
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order statistics of a row's elements are needed."""
+        return self.elements or bool(self.massive)
+
+    @property
+    def counted(self) -> bool:
+        """Whether a row's patterns have to be counted."""
+        return self.counts or self.signed or self.ordered
+
+
+def _thresholds(name: str) -> tuple[float, float]:
+    _, absolute, ratio = name.split(":")
+    return float(absolute), float(ratio)
+
+
+def peak_count(counted: int, length: int) -> int:
+    """Return how many of the largest tokens keep their channel: max(16, T / 32), of those that count."""
+    return min(counted, max(PEAKS_MIN, length // PEAKS_SHARE))
+
+
+def ranks_of(count: int) -> list[int]:
+    """Return the ascending ranks of top1, top2, top3, the lower median, min3, min2, min among `count` values."""
+    return [count - 1, count - 2, count - 3, (count - 1) // 2, 2, 1, 0]

@@ -1,0 +1,135 @@
+"""All that could change a number of a capture, in one hash. Imports neither torch nor a tokenizer.
+
+A weight file is hashed by content once and then remembered by size, times and inode, so that an unchanged checkpoint
+of any size costs a few `stat` calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomically
+from .subjects import Subject
+
+LIBRARIES = (
+    "pytest-qsa", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "gguf",
+    "compressed-tensors", "torchao", "datasets",
+)  # fmt: skip
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+SMALL = 1 << 20
+
+
+@dataclass
+class FileHashes:
+    """SHA-256 by content, remembered in a JSON file by size, mtime, ctime and inode."""
+
+    memory: Path | None
+    _known: dict[str, Any] = field(default_factory=dict)
+    _read: bool = False
+
+    def of(self, file: Path) -> str:
+        """Return the hash of a file's content."""
+        status = file.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        if status.st_size > SMALL:
+            self._recall()
+            known = self._known.get(str(file.resolve()))
+            if known and known[0] == stamp:
+                return str(known[1])
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if status.st_size > SMALL:
+            self._known[str(file.resolve())] = [stamp, digest]
+            self._remember()
+        return digest
+
+    def _recall(self) -> None:
+        if self._read or self.memory is None:
+            return
+        self._read = True
+        try:
+            self._known = json.loads(self.memory.read_text(encoding="utf-8")) | self._known
+        except (OSError, ValueError, TypeError):
+            self._known = dict(self._known)
+
+    def _remember(self) -> None:
+        if self.memory is None:
+            return
+        kept = {path: entry for path, entry in self._known.items() if Path(path).exists()}
+        try:
+            write_atomically(self.memory, json.dumps(kept, indent=0, sort_keys=True))
+        except OSError:
+            self.memory = None  # a read-only cache: hashed again the next time
+
+
+def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
+    """Return the hash of a subject; None where no hash can cover it: a factory, a fixture, files that aren't here."""
+    folder = local_folder(subject)
+    if folder is None or subject.model is None:
+        return None
+    digest = hashlib.sha256()
+    for part in _parts(subject, folder, hashes):
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def local_folder(subject: Subject) -> Path | None:
+    """Return the folder of a subject's files: its path, or the hub's cache of its id."""
+    if subject.model is None or not subject.path:
+        return None
+    if Path(subject.path).is_dir():
+        return Path(subject.path)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(subject.path, revision=subject.model.revision, local_files_only=True))
+    except Exception:  # not in the cache, or no such id: loading will say what is wrong
+        return None
+
+
+def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
+    assert subject.model is not None
+    yield "qsa-fingerprint/1"
+    yield subject.model.model_dump(exclude={"name", "path", "reference"})
+    yield subject.data.model_dump()
+    yield subject.memory.model_dump()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts):
+        yield [str(file.relative_to(folder)), hashes.of(file)]
+    if subject.data.source == "sample":
+        text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_bytes()
+        yield hashlib.sha256(text).hexdigest()
+    elif subject.data.source.startswith("custom:"):
+        file = subject.folder / Path(subject.data.source.partition(":")[2]).expanduser()
+        yield hashes.of(file) if file.is_file() else "missing"
+    yield {name: _version(name) for name in LIBRARIES}
+    yield machine()
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def machine() -> Mapping[str, Any]:
+    """Describe what computes: the same bits can be expected from the same processor, threads and accelerators only."""
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), processor)
+    gpus = [file.read_text(errors="replace") for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    return {
+        "system": platform.system(), "machine": platform.machine(), "processor": processor, "cores": os.cpu_count(),
+        "gpus": [line for text in gpus for line in text.splitlines() if line.startswith("Model")],
+        "environment": {name: os.environ.get(name) for name in THREADS},
+    }  # fmt: skip

@@ -10,7 +10,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -246,9 +245,3 @@ def clean_environment(more=None):
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "140", "PATH": path, "TERM": "dumb"}
     return kept | settings | (more or {})
-
-
-def copy_checkpoint(source, target):
-    """Copy a checkpoint; the copy may be edited."""
-    shutil.copytree(source, target)
-    return target

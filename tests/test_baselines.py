@@ -212,12 +212,11 @@ FOREIGN = {
     f"{HOME}/README.md": "why these numbers\n",
     f"{HOME}/other.json": '{"not": "ours"}\n',
     f"{HOME}/notes/kept.json": '{"format": "qsa-baseline/1"}\n',
-    "qsa_baselines/llama/b/gone.json": '{"format": "qsa-baseline/1"}\n',
+    "qsa_baselines/llama/c/gone.json": '{"format": "qsa-baseline/1"}\n',
     "qsa_baselines/other-model/a/gone.json": '{"format": "qsa-baseline/1"}\n',
     "qsa_baselines/gone.json": '{"format": "qsa-baseline/1"}\n',
     "__snapshots__/test_gone.ambr": "# serializer version: 1\n# name: test_gone\n  1\n# ---\n",
 }
-OURS = {f"{HOME}/{name}.json" for name in ("drift", "drift.1", "down")}
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +227,12 @@ def neighbours(tmp_path_factory, llama):
     project.write("a.qsa.yaml", suite(llama, *lines))
     project.write("b.qsa.yaml", suite(llama, DRIFT))
     project.write("test_words.py", "def test_words(snapshot): assert [1] == snapshot\n")
-    assert project.pytest("--qsa-report=never", "--snapshot-update").code == 0
+    project.write("pytest.ini", "[pytest]\naddopts = --qsa-report=never\n")
+    assert project.pytest("--snapshot-update").code == 0
     project.write("a.qsa.yaml", suite(llama, *lines[:3]))
     for name, text in FOREIGN.items():
         project.write(name, text)
     return project
-
-
-def baselines(project):
-    files = project.files()
-    return {name for name in files if name.startswith(("qsa_baselines", "__snapshots__"))}
 
 
 @pytest.mark.parametrize(
@@ -252,16 +247,14 @@ def baselines(project):
         ["test_words.py"],
         ["-m", "not qsa"],
         ["--ignore=a.qsa.yaml"],
-        ["-p", "no:qsa", "test_words.py"],
+        ["-p", "no:qsa", "test_words.py", "-o", "addopts="],
         ["--qsa-model=new={llama}", "a.qsa.yaml::down"],
     ],
     ids=" ".join,
 )
 def test_an_update_of_some_touches_no_other(neighbours, llama, arguments):
     before = neighbours.files()
-    run = neighbours.pytest(
-        "--qsa-report=never", "--snapshot-update", *(argument.format(llama=llama) for argument in arguments)
-    )
+    run = neighbours.pytest("--snapshot-update", *(argument.format(llama=llama) for argument in arguments))
     assert run.code == 0, run.out
     after = {name: text for name, text in neighbours.files().items() if "/new/" not in name}
     before.pop("__snapshots__/test_gone.ambr", None)

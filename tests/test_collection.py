@@ -130,3 +130,12 @@ def test_last_failed_runs_the_failed_assertion_alone(two):
 def test_stepwise_and_failed_first_know_assertions(two):
     project, _ = two
     assert project.pytest("--co", "-q", "--ff").collected[0] == "a.qsa.yaml::fails"
+
+
+@pytest.mark.parametrize("option", ["--qsa-model", "--qsa-output"])
+def test_a_path_outside_the_project_does_not_take_its_ini_file_away(own_project, tmp_path_factory, option):
+    own_project.write("a.qsa.yaml", OTHER)
+    outside = str(tmp_path_factory.mktemp("outside"))
+    run = own_project.pytest("--co", option, outside)  # pytest takes the path for a place to look for its ini file
+    said = run.code == 4 and f"{option}={outside}" in run.out
+    assert said or ("configfile: pytest.ini" in run.out and run.collected == ["a.qsa.yaml::peaks"])

@@ -249,3 +249,17 @@ def test_the_sinks_of_one_trunk_do_not_mask_the_tokens_of_another():
         cap.output("decoder.layers").magnitude("median", positions="no_sink").values, everything
     )
     assert cap.output("encoder.layers").sink_tokens().values.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("where", ["no_sink", "sink"])
+def test_padding_counts_under_no_position(side, where):
+    mask = np.ones((SAMPLES, LENGTH), dtype=int)
+    mask[:, slice(0, 4) if side == "left" else slice(5, LENGTH)] = 0
+    first = int(np.flatnonzero(mask[0])[0])
+    values = script(4, sinks=[(i, s, first, 3, 300.0) for i in range(4) for s in (0, 1)])
+    site = captured(values, mask).output("layers")
+    real = [[x[mask[0].astype(bool)][1:] if where == "no_sink" else x[first : first + 1] for x in v] for v in values]
+    for stat in ("min", "median", "top1"):
+        got = site.magnitude(stat, positions=where).values
+        np.testing.assert_allclose(got, [oracle.metric("magnitude", x, stat=stat) for x in real], 1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from checkpoint_folders import Project, peaks, save_llama, suite
 
@@ -422,3 +424,14 @@ def test_every_named_checkpoint_is_in_the_ids(matrix):
         "s/a.qsa.yaml::drift[first]", "s/a.qsa.yaml::drift[second]",
         *(f"s/test_p.py::test_drift[{name}-{site}]" for name in ("first", "second") for site in ("input", "output")),
     }  # fmt: skip
+
+
+def test_two_checkpoints_whose_folders_have_one_name_meet_the_same_baseline(own_project, llama, changed_llama):
+    for version, folder in (("v1", llama), ("v2", changed_llama)):
+        shutil.copytree(folder, own_project.folder / version / "int8")
+    own_project.write("a.qsa.yaml", suite("v1/int8", peaks("baseline: {rel: 0.05}")))
+    assert own_project.pytest("--snapshot-update", "--qsa-report=never").code == 0
+    run = own_project.pytest("--qsa-model=v1/int8", "--qsa-model=v2/int8", "--qsa-report=never")
+    assert len(run.outcomes) == 2
+    assert sorted(run.outcomes.values()) == ["failed", "passed"]
+    assert "there is no baseline yet" not in run.out

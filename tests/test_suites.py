@@ -258,14 +258,11 @@ def test_a_wrong_suite_loads_no_model(wrong):
     assert "nowhere" not in wrong.out
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory):
-    """Return a project with a suite that would pass if anything ran."""
-    from checkpoint_folders import Project
-
-    project = Project(tmp_path_factory.mktemp("usage") / "project")
-    project.write("a.qsa.yaml", GOOD)
-    return project
+@pytest.fixture
+def usage(own_project):
+    """Return a project with a suite."""
+    own_project.write("a.qsa.yaml", GOOD)
+    return own_project
 
 
 @pytest.mark.parametrize(
@@ -291,3 +288,10 @@ def test_an_override_for_an_assertion_that_no_suite_has_is_an_error(usage):
     run = usage.pytest("--qsa-set", "assertions.peak.max=2")
     assert run.code == 2
     assert "no assertion 'peak' in a.qsa.yaml (did you mean 'peaks'?)" in run.out
+
+
+def test_an_override_for_an_assertion_reaches_the_suite_that_has_it(usage):
+    usage.write("b.qsa.yaml", GOOD.replace("id: peaks", "id: other"))
+    run = usage.pytest("--co", "-q", "--qsa-set", "assertions.other.max=2")
+    assert run.code == 0, run.out
+    assert run.collected == ["a.qsa.yaml::peaks", "b.qsa.yaml::other"]

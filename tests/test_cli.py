@@ -1,0 +1,153 @@
+"""The program `qsa`: what editors and people ask of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoint_folders import Project, peaks, suite
+
+from pytest_qsa.cli import main
+from pytest_qsa.metrics import METRICS
+
+EXAMPLES = Path(__file__).parent.parent / "example_suites"
+
+
+@pytest.fixture
+def schema(capsys):
+    assert main(["schema"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_schema_has_every_metric_with_its_parameters(schema):
+    named = {d["properties"]["metric"]["const"]: d for d in schema["$defs"].values() if "metric" in d["properties"]}
+    assert set(named) == set(METRICS)
+    for name, metric in METRICS.items():
+        assert set(metric.parameters) <= set(named[name]["properties"])
+        assert named[name]["additionalProperties"] is False
+
+
+def test_the_schema_knows_the_sections_and_refuses_others(schema):
+    assert set(schema["properties"]) == {"model", "data", "memory", "visualization", "assertions"}
+    assert schema["additionalProperties"] is False
+
+
+def check(value, schema, root):
+    """Say whether a value fits a JSON Schema, for the keywords that ours uses."""
+    if "$ref" in schema:
+        return check(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    for keyword, combine in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+        if keyword in schema and not combine(check(value, part, root) for part in schema[keyword]):
+            return False
+    types = {
+        "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+        "null": type(None),
+    }  # fmt: skip
+    if "type" in schema and not isinstance(value, types[schema["type"]]):
+        return False
+    if ("const" in schema and value != schema["const"]) or ("enum" in schema and value not in schema["enum"]):
+        return False
+    if isinstance(value, list):
+        return all(check(item, schema.get("items", {}), root) for item in value)
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        if schema.get("additionalProperties") is False and set(value) - set(known):
+            return False
+        return set(schema.get("required", ())) <= set(value) and all(
+            check(item, known.get(key, {}), root) for key, item in value.items()
+        )
+    return True
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.qsa.yaml")), ids=lambda path: path.name)
+def test_the_schema_accepts_the_example_suites(schema, path):
+    assert check(yaml.safe_load(path.read_text(encoding="utf-8")), schema, schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("{positions: {skip_first: 4}, baseline: {rel: 0.1}}", True),
+        ("{equals: 3, over: sum, level: warn, reason: x, exclude: y}", True),
+        ("{max: many}", False),
+        ("{treshold: 3}", False),
+        ("{level: wran}", False),
+    ],
+)
+def test_the_schema_tells_right_from_wrong(schema, text, fits):
+    base = {"id": "a", "metric": "absmax", "layers": "x", "site": "output"}
+    value = {"assertions": [base | yaml.safe_load(text)]}
+    assert check(value, schema, schema) == fits
+
+
+def test_the_schema_documents_its_keys(schema):
+    assert schema["$defs"]["Data"]["description"]
+    assert schema["$defs"]["OutlierTokens"]["description"]
+
+
+def test_layers_lists_all_layers_without_reading_weights(llama, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    assert main(["layers", "--model", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "57 of 57 layers"
+    row = next(line.split() for line in lines if line.startswith("model.layers.0.mlp.down_proj"))
+    assert row == ["model.layers.0.mlp.down_proj", "Linear", "32×64", "2,048"]
+
+
+def test_layers_shows_what_a_regex_finds(llama, capsys):
+    assert main(["layers", "--model", str(llama), r"layers\.\d$"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [f"model.layers.{n}" for n in range(4)]
+    assert lines[-1] == "4 of 57 layers"
+
+
+def test_layers_takes_the_model_of_a_suite_relative_to_it(llama, tmp_path, capsys):
+    (tmp_path / "here").symlink_to(llama)
+    (tmp_path / "a.qsa.yaml").write_text(suite("here", peaks("max: 1")))
+    assert main(["layers", "--config", str(tmp_path / "a.qsa.yaml"), "lm_head"]) == 0
+    assert "1 of 57 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 4, "usage: qsa"),
+        (["nothing"], 4, "invalid choice: 'nothing'"),
+        (["schema", "--deep"], 4, "unrecognized arguments: --deep"),
+        (["layers"], 4, "give one of --config and --model"),
+        (["layers", "--config", "a.yaml", "--model", "x"], 4, "give one of --config and --model"),
+        (["layers", "--config", "nowhere.qsa.yaml"], 2, "nowhere.qsa.yaml"),
+        (["layers", "--config", "wrong.qsa.yaml"], 2, "wrong.qsa.yaml:1: unknown key 'modle' (did you mean 'model'?)"),
+        (["layers", "--config", "none.qsa.yaml"], 2, "there is no section 'model'"),
+        (["layers", "--model", "{llama}", "lyers"], 1, "no layer matches 'lyers'; the nearest names of 57: "),
+        (["layers", "--model", "{llama}", "layers("], 2, "'layers(' is not a regular expression"),
+        (["layers", "--model", "./nowhere"], 1, "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_wrong_use_is_one_line_and_the_code_of_pytest(tmp_path, monkeypatch, capsys, llama, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.qsa.yaml").write_text("modle: {path: x}\n")
+    (tmp_path / "none.qsa.yaml").write_text("data: {seed: 1}\n")
+    assert main([argument.format(llama=llama) for argument in arguments]) == code
+    output = capsys.readouterr()
+    assert said in output.err
+    assert not output.out
+    assert len(output.err.strip().splitlines()) == 1 or output.err.startswith("usage: ")
+
+
+def test_help_is_no_mistake(capsys):
+    assert main(["--help"]) == 0
+    assert "layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [["-m", "pytest_qsa"], None])
+def test_the_program_runs_by_its_name_and_as_a_module(tmp_path, program):
+    project = Project(tmp_path / "project")
+    words = [sys.executable, *program] if program else [Path(sys.executable).with_name("qsa")]
+    done = project.program(*words, "schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["title"] == "Suite"
+    assert project.program(*words, "nothing").returncode == 4

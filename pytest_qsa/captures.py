@@ -125,12 +125,17 @@ class Capture:
 
         try:
             size = int.from_bytes(content[:8], "little")
-            header = json.loads(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("qsa", "{}"))
-            arrays = load(content)
-        except (SafetensorError, ValueError, AttributeError) as error:
+            metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+            header = json.loads(metadata.get("qsa", "{}"))
+            form = header.get("format") if isinstance(header, dict) else None
+            if form != FORMAT:
+                raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
+            return cls._joined(load(content), header)
+        except (SafetensorError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise InfraError(f"not a whole capture: {error}") from None
-        if header.get("format") != FORMAT:
-            raise InfraError(f"not a capture of the format {FORMAT} (it says {header.get('format')!r})")
+
+    @classmethod
+    def _joined(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> Capture:
         streams = _streams(arrays, header["streams"])
         lengths = arrays.get("token_lengths", np.zeros(0, dtype=np.int64))
         tokens = np.split(arrays["tokens"], np.cumsum(lengths)[:-1]) if len(lengths) else []

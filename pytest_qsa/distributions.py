@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .numbers import SiteNumbers
+from .numbers import EXTREME_NAMES, SiteNumbers
 
 
 def bin_values(bins: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
@@ -19,7 +19,8 @@ def bin_values(bins: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
             return bins.view(np.float16).astype(np.float64)
     patterns = bins.astype(np.uint32) << 16
     if dtype != "bfloat16":
-        patterns = np.where((patterns & 0x7F800000) == 0x7F800000, patterns, patterns | 0x8000)
+        exact = ((patterns & 0x7F800000) == 0x7F800000) | ((patterns & 0x7FFF0000) == 0)
+        patterns = np.where(exact, patterns, patterns | 0x8000)
     with np.errstate(invalid="ignore"):  # widening a signalling NaN
         return patterns.astype(np.uint32).view(np.float32).astype(np.float64)
 
@@ -37,6 +38,8 @@ def sorted_counts(numbers: SiteNumbers, *, signed: bool = False) -> tuple[NDArra
 def counted_quantile(numbers: SiteNumbers, q: float, *, signed: bool = False) -> float:
     """Return the quantile of a counted distribution, with numpy's linear interpolation between two order statistics."""
     values, counts = sorted_counts(numbers, signed=signed)
+    if not np.isfinite(values[[0, -1]]).all():
+        return float("nan")
     ends = np.cumsum(counts)
     rank = q * float(ends[-1] - 1)
     low = int(np.floor(rank))
@@ -47,8 +50,9 @@ def counted_quantile(numbers: SiteNumbers, q: float, *, signed: bool = False) ->
 def _order_statistic(
     numbers: SiteNumbers, values: NDArray[np.float64], ends: NDArray[np.int64], rank: int, signed: bool
 ) -> float:
-    """Take one order statistic; the extremes of |x| are known exactly, whatever the width of a bin."""
+    """Take one order statistic; the extremes are known exactly, whatever the width of a bin."""
     assert numbers.extremes is not None
-    if not signed and rank in (0, ends[-1] - 1):
-        return float(numbers.extremes[1 if rank == 0 else 0])
+    if rank in (0, ends[-1] - 1):
+        name = ("low" if signed else "smallest") if rank == 0 else ("high" if signed else "largest")
+        return float(numbers.extremes[EXTREME_NAMES.index(name)])
     return float(values[int(np.searchsorted(ends, rank, side="right"))])

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from . import plan
 from .distributions import counted_quantile
-from .numbers import PADDING, TOP_NAMES, SiteNumbers, lower_median
+from .errors import SuiteError
+from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
@@ -49,7 +50,7 @@ class View:
         tokens = self.numbers.tokens_of(population)
         kept: NDArray[np.bool_] = tokens != PADDING
         if self.positions.startswith("skip_first:"):
-            kept[: int(self.positions.partition(":")[2])] = False
+            kept[np.flatnonzero(kept)[: int(self.positions.partition(":")[2])]] = False
         elif self.positions != "all":
             sinks = self.sinks.mask(int(self.numbers.sample[population]), len(tokens), self.layer)
             kept &= sinks if self.positions == "sink" else ~sinks
@@ -217,7 +218,8 @@ def _massive_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any
 @_metric(_massive_needs, reduce="max", unit="elements")
 def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
     """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
-    return view.numbers.massive[plan.massive_statistic(abs, ratio)].astype(np.float64)
+    counts = view.numbers.massive[plan.massive_statistic(abs, ratio)]
+    return np.where(counts == UNKNOWN, np.nan, counts.astype(np.float64))
 
 
 def _absmax_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -278,12 +280,16 @@ def quantile(view: View, *, q: float = 0.999, signed: bool = False) -> float:
 
     Exact for 16-bit tensors; for float32 within 2⁻⁸ of the value, and exact for the largest |x|.
     """
+    if not 0 <= q <= 1:
+        raise SuiteError(f"quantile: q is between 0 and 1, not {q:g}", "q")
     return counted_quantile(view.numbers, q, signed=signed)
 
 
 @_metric(plan.MOMENTS, reduce=None)
 def zero_fraction(view: View) -> float:
     """Take the share of exact zeros."""
+    if view.numbers.moment("nonfinite").any():
+        return float("nan")
     return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
 
 

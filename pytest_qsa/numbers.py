@@ -14,6 +14,10 @@ TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
 """The columns of `channel_top` and `element_top`."""
 MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
 """The columns of `moments`; m2 and m4 are the sums of powers of the deviations from the mean."""
+EXTREME_NAMES = ("largest", "smallest", "low", "high")
+"""What `extremes` holds: of |x|, then of x; the last two are NaN where the signs were not counted."""
+UNKNOWN = -1
+"""Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0
 """Stands in `token_max` where a token is padding; a maximum of magnitudes is never negative."""
 
@@ -27,7 +31,7 @@ class SiteNumbers:
     `peaks` [P, K]: the positions of the K largest tokens, largest first; `peak_channels` [P, K]: where; −1: none.
     `channel_top`, `element_top` [P, 7]: order statistics (`TOP_NAMES`) of the channel-wise maxima and of |x|.
     `channel_max` [C]: channel-wise maxima over all populations. `moments` [P, 7] float64: `MOMENT_NAMES`.
-    `extremes` [2] float32: the largest and the smallest |x| of all that was counted, exact whatever the width of a bin.
+    `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
     `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
     `massive`: for each `plan.massive_statistic` the count per population [P].
     """

@@ -31,7 +31,7 @@ ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_
 
 def massive_statistic(absolute: float, ratio: float) -> str:
     """Name the statistic of massive activations, which has to know its two thresholds during the pass."""
-    return f"massive:{absolute:g}:{ratio:g}"
+    return f"massive:{absolute:.17g}:{ratio:.17g}"
 
 
 @dataclass(frozen=True, order=True)

@@ -103,6 +103,7 @@ class QsaBaseline:
     """What `qsa_baseline(rel=0.05)` returns: equal to a series that is within the tolerance of its baseline."""
 
     __hash__ = None  # type: ignore[assignment]
+    judges_series = True
 
     def __init__(self, qsa: Qsa, tolerance: Tolerance, snapshot: SnapshotAssertion) -> None:
         self._qsa = qsa

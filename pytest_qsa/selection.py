@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AnomalyError
+from . import plan
+from .errors import AnomalyError, SuiteError
 from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View
 from .numbers import PADDING
 from .plan import Site, match_layers, no_match
@@ -134,10 +136,12 @@ class Selection:
 
         Raises:
             AnomalyError: no layer, a hook that never fired, no tokens, or a metric that the site can't have.
+            SuiteError: an argument is none that the metric takes.
         """
         definition = METRICS[metric]
         layers = self.layers
         where = canonical_positions(positions)
+        _check_arguments(definition, self.site, where, reduce, parameters)
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         folded = query.reduce
@@ -175,6 +179,33 @@ class Selection:
             if not needs <= numbers.statistics | {"sinks"}:
                 missing = ", ".join(sorted(needs - numbers.statistics))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
+        if (metric.name == "sink_tokens" or positions in ("sink", "no_sink")) and not self.capture.sinks.searched:
+            raise AnomalyError(
+                "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
+                "blocks; say positions: all or {skip_first: n}"
+            )
+
+
+def _check_arguments(
+    metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Mapping[str, Any]
+) -> None:
+    for name, value in parameters.items():
+        choices = _choices(metric.parameters[name].annotation)
+        if choices and value not in choices:
+            raise SuiteError(f"{metric.name}: {name} is one of {', '.join(map(str, choices))}, not {value!r}", name)
+    if reduce is not None and (metric.reduce is None or reduce not in REDUCTIONS):
+        takes = ", ".join(REDUCTIONS) if metric.reduce else "none, for it pools all samples itself"
+        raise SuiteError(f"{metric.name}: reduce is one of {takes}; not {reduce!r}", "reduce")
+    if positions != "all" and (site == "weight" or plan.TOKENS not in metric.needs(site, positions, parameters)):
+        raise SuiteError(f"{metric.name} counts no tokens here, so it takes no positions", "positions")
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Return the values of a Literal, or of a union with one; nothing for a type that is open."""
+    arms = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return list(arms)
+    return [choice for arm in arms for choice in ([None] if arm is type(None) else _choices(arm))]
 
 
 def query_of(
@@ -213,15 +244,24 @@ def canonical_positions(positions: Positions) -> str:
         count = positions.get("skip_first")
         if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
             return f"skip_first:{count}"
-    elif positions in ("all", "no_sink", "sink") or positions.startswith("skip_first:"):
+    elif positions in ("all", "no_sink", "sink") or re.fullmatch(r"skip_first:\d+", positions):
         return positions
     raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}")
+
+
+def _spot(view: View, population: int) -> str:
+    """Name a population that holds NaN or Inf, and the first such token where tokens were kept."""
+    sample = f"sample {view.numbers.sample[population]}"
+    if view.numbers.token_max is None:
+        return sample
+    return f"{sample} at position {np.flatnonzero(~np.isfinite(view.numbers.tokens_of(population)))[0]}"
 
 
 def _why_not_finite(view: View) -> str:
     numbers = view.numbers
     if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
-        return f"{bad} elements are NaN or Inf"
+        where = next((f", first in {_spot(view, int(p))}" for p in np.flatnonzero(numbers.moment("nonfinite"))), "")
+        return f"{bad} elements are NaN or Inf{where}"
     if numbers.token_max is None:
         return "its formula divides by zero, or there are too few elements"
     for population in range(numbers.populations):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,10 @@ class Bounds:
     max: float | None = None
     equals: float | None = None
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        if any(bound is not None and math.isnan(bound) for bound in (self.min, self.max, self.equals)):
+            raise AnomalyError("the bound is NaN: every comparison with it would be false")
 
     def excess(self, value: float) -> float:
         """Return by how much the value is out of bounds: 0 inside, negative below, positive above."""
@@ -130,19 +135,23 @@ class Series:
         return not any(bounds.excess(value) for value in self.values.tolist())
 
     def __le__(self, bound: object) -> bool:
-        return self.within(Bounds(max=bound)) if isinstance(bound, (int, float)) else NotImplemented
+        return self.within(Bounds(max=float(bound))) if isinstance(bound, Real) else NotImplemented
 
     def __ge__(self, bound: object) -> bool:
-        return self.within(Bounds(min=bound)) if isinstance(bound, (int, float)) else NotImplemented
+        return self.within(Bounds(min=float(bound))) if isinstance(bound, Real) else NotImplemented
 
     def __lt__(self, bound: object) -> bool:
-        return self.within(Bounds(max=bound, strict=True)) if isinstance(bound, (int, float)) else NotImplemented
+        return self.within(Bounds(max=float(bound), strict=True)) if isinstance(bound, Real) else NotImplemented
 
     def __gt__(self, bound: object) -> bool:
-        return self.within(Bounds(min=bound, strict=True)) if isinstance(bound, (int, float)) else NotImplemented
+        return self.within(Bounds(min=float(bound), strict=True)) if isinstance(bound, Real) else NotImplemented
 
     def __eq__(self, bound: object) -> bool:
-        return self.within(Bounds(equals=bound)) if isinstance(bound, (int, float)) else NotImplemented
+        if isinstance(bound, Real):
+            return self.within(Bounds(equals=float(bound)))
+        if getattr(bound, "judges_series", False):
+            return NotImplemented
+        raise TypeError(f"a series is compared with a number or a baseline, not with {type(bound).__name__}")
 
     def __ne__(self, bound: object) -> bool:
         raise TypeError("`!=` has no meaning over many layers: use <=, >= or ==")

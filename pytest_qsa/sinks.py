@@ -40,6 +40,7 @@ class Sinks:
 
     found: tuple[Sink, ...]
     searched: bool
+    trunks: tuple[str, ...] = ()
 
     def mask(self, sample: int, length: int, layer: str) -> NDArray[np.bool_]:
         """Return [length] booleans, true at the sinks of one sample in the trunk that the layer belongs to."""
@@ -52,8 +53,8 @@ class Sinks:
 
     def _trunk(self, layer: str) -> str | None:
         """Return the trunk beside which a layer stands; None, for all of them, where it stands beside none."""
-        trunks = {sink.trunk for sink in self.found if layer.startswith(sink.trunk.rpartition(".")[0] + ".")}
-        return max(trunks, key=len, default=None)
+        beside = (trunk for trunk in self.trunks if layer.startswith(trunk.rpartition(".")[0] + "."))
+        return max(beside, key=len, default=None)
 
     def summary(self) -> str:
         """Say in one line how many there are and where."""
@@ -79,7 +80,9 @@ def find_sinks(blocks: Mapping[str, SiteNumbers]) -> Sinks:
     for layer, numbers in usable.items():
         trunks[layer.rpartition(".")[0]][layer] = numbers
     found = [sink for trunk, members in trunks.items() for sink in _find_in_trunk(trunk, members)]
-    return Sinks(tuple(sorted(found, key=lambda sink: (sink.sample, sink.position))), searched=bool(usable))
+    return Sinks(
+        tuple(sorted(found, key=lambda sink: (sink.sample, sink.position))), searched=bool(usable), trunks=tuple(trunks)
+    )
 
 
 def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:

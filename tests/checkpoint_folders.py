@@ -35,7 +35,7 @@ SECONDS = 240
 
 
 def save_tokenizer(folder):
-    """Save a word tokenizer of the shipped sample: a few hundred entries, each a whole word."""
+    """Save a byte-level tokenizer of 320 entries, trained on the shipped sample."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +76,9 @@ def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
 
 def suite(checkpoint, *assertions, name="llama", sections=""):
     """Return the text of a suite over a checkpoint: two samples of 32 tokens, an assertion a line."""
-    head = f"model: {{name: {name}, path: {checkpoint}}}\ndata: {{num_samples: 2, seq_len: 32}}\n{sections}assertions:\n"
+    head = (
+        f"model: {{name: {name}, path: {checkpoint}}}\ndata: {{num_samples: 2, seq_len: 32}}\n{sections}assertions:\n"
+    )
     return head + "".join(f"  - {{{assertion}}}\n" for assertion in assertions)
 
 
@@ -102,10 +104,7 @@ class Run:
 
     def text(self, test):
         """Return the failure text of the one test whose id ends so."""
-        return self._of(test)["text"]
-
-    def report(self, test):
-        return self._of(test)
+        return self.report(test)["text"]
 
     def first_line(self, test):
         """Return the first line of the verdict's own text."""
@@ -120,7 +119,7 @@ class Run:
                 found.setdefault(label, []).append(rest.strip())
         return found
 
-    def _of(self, test):
+    def report(self, test):
         found = [report for nodeid, report in self.reports.items() if nodeid.endswith(test)]
         assert len(found) == 1, (test, list(self.reports), self.out)
         return found[0]

@@ -195,7 +195,9 @@ def test_no_tolerance_means_the_digits_of_the_file(many):
 
 
 def test_a_bound_beside_a_baseline_is_judged_too(many):
-    assert many.run.first_line("::bounded").startswith("REGRESSION bounded: 4 of 4 layers are out of bounds (max 0.001)")
+    assert many.run.first_line("::bounded").startswith(
+        "REGRESSION bounded: 4 of 4 layers are out of bounds (max 0.001)"
+    )
 
 
 def test_a_warning_is_given_for_a_softened_baseline(many):

@@ -278,3 +278,14 @@ def test_the_command_keeps_the_options_and_the_ini_file_of_the_run(tmp_path, lla
     assert "seed 3" in second.labelled("::peaks")["ran"][0]
     assert "configfile: pytest.ini" in second.out
     assert not (project.folder / "qsa-results").exists()
+
+
+def test_equal_ids_in_two_suites_have_plots_of_their_own(tmp_path, llama):
+    project = Project(tmp_path / "project")
+    for name, bound in (("a", 1), ("b", 2)):
+        project.write(f"{name}.qsa.yaml", suite(llama, peaks(f"max: {bound}")))
+    project.pytest()
+    first, second = (result["artefacts"] for result in project.json("qsa-results/report.json")["results"])
+    assert len(first) > 1
+    common = set(first.values()) & set(second.values())
+    assert common == {"qsa-results/report.html"}

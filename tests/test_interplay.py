@@ -14,7 +14,7 @@ def gate(tmp_path_factory, llama):
     project.write("a.qsa.yaml", suite(llama, *lines))
     project.write("test_plain.py", "def test_plain():\n    '''\n    >>> 1\n    1\n    '''\n")
     made = project.pytest("--snapshot-update", "--qsa-report=never")
-    project.usual = {nodeid: outcome for nodeid, outcome in made.outcomes.items()}
+    project.usual = made.outcomes
     return project
 
 

@@ -156,7 +156,14 @@ def test_a_comparison_may_be_negated_or_joined(passing):
 
 def test_what_no_test_asserted_does_not_count_as_a_failure(passing):
     assert "REGRESSION" not in passing.run.out
-    assert not (passing.folder / "qsa-results").exists()
+    assert not (passing.folder / "qsa-results/report.html").exists()
+
+
+def test_weights_that_nobody_announced_are_measured_too(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100")))
+    own_project.write("test_p.py", "def test_w(qsa):\n    assert qsa.weight('q_proj$').absmax() <= 1\n")
+    run = own_project.pytest("--qsa-config=a.qsa.yaml", "--qsa-report=never", "test_p.py")
+    assert run.outcomes == {"test_p.py::test_w": "passed"}, run.out
 
 
 @pytest.fixture(scope="module")

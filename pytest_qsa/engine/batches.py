@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,12 @@ from ..errors import InfraError
 
 Batch = Tensor | Mapping[str, Any]
 _TOKEN_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
+
+
+_ENCODER_STATES = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\..*\b(k|v|key|value|[kv]_proj)$"
+)
+"""The layers of a decoder that read the encoder's output: the keys and values of cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Rows:
             InfraError: the rows of the batch can't be told apart in it.
         """
         count = len(self.samples)
+        if x.dim() and x.shape[0] == 1:  # positions, masks: every sample sees it
+            x = x.expand(count, *x.shape[1:])
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:
             return x.reshape(count, flat_tokens[0], -1), True
@@ -48,7 +57,8 @@ class Rows:
                 return x.flatten(2), True
             if x.dim() == 3:
                 return x, True
-        if x.dim() == 0 or x.shape[0] % count:
+        picked = x.dim() == 2 and bool(self.lengths) and x.shape[0] != count > 1  # an expert's tokens, of any sample
+        if x.dim() == 0 or x.shape[0] % count or picked:
             raise InfraError(
                 f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; "
                 "set data.batch_size to 1"
@@ -57,7 +67,7 @@ class Rows:
 
     def kept(self, layer: str, length: int) -> list[Tensor | None]:
         """Return, for each row, the indices of the tokens that are no padding; None where all count."""
-        in_decoder = self.has_decoder and "decoder" in layer.split(".")
+        in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
         padding = self.decoder_padding if in_decoder else self.padding
         return padding.rows if padding and padding.length == length else [None] * len(self.samples)
 
@@ -70,27 +80,34 @@ def rows_of(batch: Batch, first_sample: int, device: torch.device) -> Rows:
     """
     if isinstance(batch, Tensor):
         tokens = [batch] if batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point()) else []
-        return Rows(_samples(batch, first_sample), frozenset(int(t.shape[1]) for t in tokens))
+        return Rows(list(range(first_sample, first_sample + len(batch))), frozenset(int(t.shape[1]) for t in tokens))
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
     if not tensors:
         raise InfraError(f"a batch with the keys {sorted(batch)} holds no tensor")
     lengths = frozenset(int(tensors[key].shape[1]) for key in _TOKEN_KEYS if key in tensors and tensors[key].dim() >= 2)
     return Rows(
-        samples=_samples(next(iter(tensors.values())), first_sample),
+        samples=list(range(first_sample, first_sample + row_count(batch))),
         lengths=lengths,
-        padding=_padding(tensors.get("attention_mask"), device),
-        decoder_padding=_padding(tensors.get("decoder_attention_mask"), device),
+        padding=_padding(tensors, "attention_mask", device),
+        decoder_padding=_padding(tensors, "decoder_attention_mask", device),
         has_decoder="decoder_input_ids" in tensors,
     )
 
 
-def _samples(tensor: Tensor, first: int) -> list[int]:
-    return list(range(first, first + int(tensor.shape[0])))
+def row_count(batch: Batch) -> int:
+    """Return the number of rows of a batch: those of its tokens where it has some, else of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    return len(next((tensors[key] for key in _TOKEN_KEYS if key in tensors), next(iter(tensors.values()))))
 
 
-def _padding(mask: Tensor | None, device: torch.device) -> Padding | None:
-    if mask is None or mask.dim() != 2 or bool(mask.all()):
+def _padding(batch: Mapping[str, Tensor], key: str, device: torch.device) -> Padding | None:
+    mask = batch.get(key)
+    if mask is None or bool(mask.all()):
         return None
+    if mask.dim() != 2:
+        raise InfraError(f"the {key} of a batch has the shape {tuple(mask.shape)}; a mask of padding is [B, T]")
     rows = [None if bool(row.all()) else row.nonzero().flatten().to(device) for row in mask.cpu()]
     return Padding(int(mask.shape[1]), rows)
 

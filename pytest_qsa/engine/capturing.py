@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .. import plan
 from ..captures import Capture
+from ..errors import InfraError
 from ..numbers import SiteNumbers
 from ..plan import Request, Site, match_layers, merge_requests
-from .batches import Batch, Rows, rows_of, token_ids
+from .batches import Batch, Rows, row_count, rows_of, token_ids
 from .modules import blocks_of, channels_first, device_of, input_of, layers_of, tensor_of
 from .observers import Reducers, StreamObserver
 from .weights import observe_weights, packed
@@ -28,6 +29,10 @@ Progress = Callable[[int, int], None]
 
 class _PassComplete(Exception):  # noqa: N818 - a signal, not an error
     """Raised in the hook of the last planned call: nothing after it is needed."""
+
+
+class _CallsChanged(Exception):  # noqa: N818
+    """Where the pass stopped other layers had been called than in the first batch; it starts again without stopping."""
 
 
 class _SharingChanged(Exception):  # noqa: N818
@@ -43,7 +48,7 @@ class _Seen:
     """A tensor that was reduced in this forward; it lives on only if the model itself keeps it."""
 
     tensor: weakref.ref[Tensor]
-    version: int
+    version: int | None
     site: SiteKey
     call: int
 
@@ -63,6 +68,9 @@ class _Pass:
     rows: Rows | None = None
     last: tuple[SiteKey, int] | None = None
     stop_at: tuple[SiteKey, int] | None = None
+    first: bool = True
+    may_stop: bool = True
+    usual: dict[SiteKey, int] = field(default_factory=dict)
 
     def visit(self, site: SiteKey, tensor: Tensor | None) -> None:
         """Reduce a site's tensor, or note that it has been reduced at another site of this forward."""
@@ -76,19 +84,28 @@ class _Pass:
             self._reduce(site, tensor, call, missing)
         self.last = (site, call)
         if self.last == self.stop_at:
+            if self.calls != self.usual:
+                raise _CallsChanged
             raise _PassComplete
 
     def _owner(self, site: SiteKey, tensor: Tensor, call: int) -> SiteKey | None:
         seen = self.seen.get(id(tensor))
-        fresh = seen is None or seen.tensor() is not tensor or seen.version != tensor._version
+        version = _version(tensor)
+        fresh = seen is None or seen.tensor() is not tensor or seen.version != version or version is None
         known = self.shared.get(site)
         if known is not None:
             if fresh or seen is None or (seen.site, seen.call) != (known, call):
                 raise _SharingChanged(site)
             return known
         if fresh or seen is None:
-            self.seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, site, call)
-        elif site not in self.observers and site not in self.unshared and seen.call == call and seen.site != site:
+            self.seen[id(tensor)] = _Seen(weakref.ref(tensor), version, site, call)
+        elif (
+            self.first
+            and site not in self.observers
+            and site not in self.unshared
+            and seen.call == call
+            and seen.site != site
+        ):
             self.shared[site] = seen.site
             return seen.site
         return None
@@ -96,7 +113,10 @@ class _Pass:
     def _reduce(self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str]) -> None:
         assert self.rows is not None
         observer = self.observers.setdefault(site, StreamObserver(statistics, self.reducers))
-        shaped, token_axis = self.rows.shaped(tensor, channels_first(self.modules[site[0]]))
+        try:
+            shaped, token_axis = self.rows.shaped(tensor, channels_first(self.modules[site[0]]))
+        except InfraError as error:
+            raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
         keep = self.rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(self.rows.samples)
         observer.add(shaped, keep, self.rows.samples, call, token_axis)
 
@@ -111,8 +131,9 @@ class _Pass:
         for site, owner in self.shared.items():
             if self.calls.get(site, 0) != self.calls.get(owner, 0):
                 raise _SharingChanged(site)
-        if first and all(site in self.calls for site in self.wanted):
-            self.stop_at = self.last
+        if first and self.may_stop and all(site in self.calls for site in self.wanted):
+            self.stop_at, self.usual = self.last, dict(self.calls)
+        self.first = False
         self.seen.clear()
 
     def numbers(self) -> dict[SiteKey, SiteNumbers]:
@@ -126,6 +147,11 @@ class _Pass:
         for site, owner in self.shared.items():
             found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
         return found
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return the count of changes in place; None for an inference tensor, which has none and so is never shared."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
@@ -197,14 +223,17 @@ def _forwards(
     progress: Progress | None,
 ) -> _Pass:
     unshared: frozenset[SiteKey] = frozenset()
+    may_stop = True
     while True:
-        state = _Pass(wanted, modules, unshared)
+        state = _Pass(wanted, modules, unshared, may_stop=may_stop)
         try:
             with torch.no_grad(), _hooked(modules, state):
                 _run_batches(model, batches, state, progress)
             return state
         except _SharingChanged as change:
             unshared |= {change.site}
+        except _CallsChanged:
+            may_stop = False
 
 
 def _run_batches(model: nn.Module, batches: Sequence[Batch], state: _Pass, progress: Progress | None) -> None:
@@ -218,7 +247,7 @@ def _run_batches(model: nn.Module, batches: Sequence[Batch], state: _Pass, progr
         state.end(first=index == 0)
         done += len(rows.samples)
         if progress is not None:
-            progress(done, done + sum(len(rows.samples) for _ in batches[index + 1 :]))
+            progress(done, done + sum(row_count(later) for later in batches[index + 1 :]))
 
 
 def _forward(model: nn.Module, batch: Batch, device: torch.device) -> None:

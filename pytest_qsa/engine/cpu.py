@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..distributions import bin_values
-from ..numbers import PADDING, TOP_NAMES
+from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .wants import Wants, peak_count, ranks_of
 
@@ -34,6 +34,14 @@ class CpuReducer:
         self.smallest = np.zeros(threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         self.infinity = int(np.flatnonzero(~np.isfinite(self.values))[0])
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        """Start numba's threads, which may set the number of torch's as well: on one OpenMP runtime it is the same."""
+        before = torch.get_num_threads()
+        self.survey(np.zeros((0, 1), self.patterns), np.zeros(0, self.patterns), self.smallest, self.scratch)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
     def reduce(
         self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, NDArray[Any]]
@@ -103,7 +111,7 @@ class CpuReducer:
         pooled: dict[str, Any],
         found: dict[str, NDArray[Any]],
     ) -> None:
-        row, low = self._settle(top, wants, pooled)
+        row, low = self._settle(counted, top, wants, pooled)
         order = self._order(lines.reshape(-1), row, low) if wants.ordered else None
         if wants.elements and order is not None:
             found["element_top"] = order
@@ -113,13 +121,17 @@ class CpuReducer:
         for name, (absolute, ratio) in wants.massive.items():
             assert order is not None
             least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
-            if self.wide:
+            if np.isnan(least):
+                count = UNKNOWN
+            elif self.wide:
                 count = kernels.massive_of_values(counted.flatten().numpy(), absolute, least)
             else:
                 count = kernels.massive_of_counts(row, low, self.values, absolute, least)
             found[name] = np.array(count, dtype=np.int64)
 
-    def _settle(self, top: int, wants: Wants, pooled: dict[str, Any]) -> tuple[NDArray[np.uint32], int]:
+    def _settle(
+        self, counted: Tensor, top: int, wants: Wants, pooled: dict[str, Any]
+    ) -> tuple[NDArray[np.uint32], int]:
         """Add a surveyed row to the pooled counts; return its own, [2, bins] from the pattern `low` on, if needed."""
         smallest = int(self.smallest.min()) + 1
         shift = 16 if self.wide else 0
@@ -134,7 +146,10 @@ class CpuReducer:
         signed = pooled["signed_counts"] if wants.signed else NOTHING
         zeros = kernels.settle(self.scratch, low, max(high, low - 1), magnitudes, signed, row)
         if wants.counts or wants.signed:
-            ends = self._floats(np.array([top, 0 if zeros else smallest], dtype=self.patterns))
+            low_high = torch.aminmax(counted) if wants.signed else (float("nan"), float("nan"))
+            ends = np.empty(4, dtype=np.float32)
+            ends[:2] = self._floats(np.array([top, 0 if zeros else smallest], dtype=self.patterns))
+            ends[2:] = [float(end) for end in low_high]
             before = pooled.get("extremes")
             pooled["extremes"] = ends if before is None else _widened(before, ends)
         return row, low
@@ -142,9 +157,12 @@ class CpuReducer:
     def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
         count = flat.size
         ranks = np.array(ranks_of(count))
+        wanted = np.clip(ranks, 0, count - 1)
+        ascending = np.argsort(wanted, kind="stable")
         order = np.full(len(ranks), np.nan, dtype=np.float64)
-        kernels.order_of(row, low, self.values, np.sort(np.clip(ranks, 0, count - 1)), order)
-        descending = order[::-1].astype(np.float32)
+        kernels.order_of(row, low, self.values, wanted[ascending], order)
+        descending = np.empty(len(ranks), dtype=np.float32)
+        descending[ascending] = order
         if self.wide:
             few = min(3, count)
             largest, least = np.empty(few, dtype=np.uint32), np.empty(few, dtype=np.uint32)
@@ -171,8 +189,10 @@ class CpuReducer:
 
 
 def _blank_missing(values: NDArray[np.float32], ranks: NDArray[Any], count: int) -> NDArray[np.float32]:
-    return np.where((ranks >= 0) & (ranks < count), values, np.float32("nan")).astype(np.float32)
+    known = (ranks >= 0) & (ranks < count) & np.isfinite(values[0])
+    return np.where(known, values, np.float32("nan")).astype(np.float32)
 
 
 def _widened(before: NDArray[np.float32], ends: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.array([np.maximum(before[0], ends[0]), np.minimum(before[1], ends[1])], dtype=np.float32)
+    largest, least = np.maximum(before, ends), np.minimum(before, ends)
+    return np.array([largest[0], least[1], least[2], largest[3]], dtype=np.float32)

@@ -9,11 +9,12 @@ from torch import nn
 
 from .. import plan
 from ..captures import Capture
-from ..errors import AnomalyError, did_you_mean
+from ..errors import AnomalyError, SuiteError, did_you_mean
 from ..metrics import METRICS
 from ..plan import ALL_STATISTICS, Request, Site, massive_statistic, merge_requests
 from .batches import Batch
 from .capturing import Progress, run_pass
+from .modules import layers_of
 from .tokens import decoder_of
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
@@ -56,11 +57,11 @@ def capture(
     samples = list(batches)
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
-    capture = run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress)
+    modules = list(layers_of(model))
     for request in requests:
-        if not plan.match_layers(capture.modules, request.pattern):
-            raise plan.no_match(capture.modules, request.pattern, None)
-    return capture
+        if not plan.match_layers(modules, request.pattern):
+            raise plan.no_match(modules, request.pattern, None)
+    return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress)
 
 
 def _statistics(statistics: Statistics) -> frozenset[str]:
@@ -70,7 +71,7 @@ def _statistics(statistics: Statistics) -> frozenset[str]:
     for entry in [statistics] if isinstance(statistics, str) else statistics:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
         if name not in METRICS:
-            raise AnomalyError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
+            raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, parameters)
     return wanted
 
@@ -84,4 +85,6 @@ def _of_metric(name: str, parameters: Mapping[str, Any] | None) -> frozenset[str
     elif parameters is None and name == "quantile":
         choices = [{"signed": False}, {"signed": True}]
     positions = ("all", "no_sink") if metric.positional else ("all",)
-    return frozenset().union(*(metric.needs("output", where, choice) for choice in choices for where in positions))
+    return frozenset().union(
+        *(metric.needs(site, where, choice) for choice in choices for where in positions for site in plan.SITES)
+    )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InfraError
 from ..numbers import SiteNumbers
 from .reductions import TorchReducer
 from .wants import Wants
@@ -71,7 +72,10 @@ class StreamObserver:
         self, x: Tensor, keep: Sequence[Tensor | None], samples: Sequence[int], call: int, token_axis: bool
     ) -> None:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
-        self.dtype = str(x.dtype).removeprefix("torch.")
+        dtype = str(x.dtype).removeprefix("torch.")
+        if self.dtype not in ("", dtype):
+            raise InfraError(f"one layer was called with {self.dtype} and with {dtype}: their counts can't be added")
+        self.dtype = dtype
         self.shape = tuple(x.shape[1:])
         self.token_axis = token_axis
         reducer = self.reducers.for_tensor(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numbers import PADDING, TOP_NAMES
+from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from .wants import Wants, peak_count, ranks_of
 
 
@@ -31,7 +31,8 @@ class TorchReducer:
         for name, (absolute, ratio) in wants.massive.items():
             assert order is not None
             least = ratio * order[TOP_NAMES.index("median")]
-            found[name] = ((elements > absolute) & (elements >= least)).sum()
+            count = ((elements > absolute) & (elements >= least)).sum()
+            found[name] = count.masked_fill(least.isnan(), UNKNOWN)
         return found
 
 
@@ -63,14 +64,22 @@ def _distribution(raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str,
         if wanted:
             pooled[name] = pooled[name].add_(new) if name in pooled else new.clone()
     if wants.counts or wants.signed:
-        ends = torch.stack([elements.max(), elements.nan_to_num(nan=float("inf")).min()]).float()
+        ends = _extremes(raw, elements, signed=wants.signed)
         before = pooled.get("extremes")
         pooled["extremes"] = ends if before is None else _widened(before, ends)
     return _counted_order(folded, elements, raw.dtype) if wants.ordered else None
 
 
+def _extremes(raw: Tensor, elements: Tensor, *, signed: bool) -> Tensor:
+    """Return the largest and the smallest |x|, and of x where the signs count."""
+    smallest = elements.nan_to_num(nan=float("inf")).min()
+    low, high = raw.aminmax() if signed else (torch.full_like(smallest, float("nan")),) * 2
+    return torch.stack([end.float() for end in (elements.max(), smallest, low, high)])
+
+
 def _widened(before: Tensor, ends: Tensor) -> Tensor:
-    return torch.stack([torch.maximum(before[0], ends[0]), torch.minimum(before[1], ends[1])])
+    largest, least = torch.maximum(before, ends), torch.minimum(before, ends)
+    return torch.stack([largest[0], least[1], least[2], largest[3]])
 
 
 def _count(x: Tensor, *, signed: bool) -> Tensor:
@@ -96,7 +105,7 @@ def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Te
     if dtype in (torch.bfloat16, torch.float16):
         order = bins.to(torch.int16).view(dtype).float()
     else:
-        order = ((bins << 16) | 0x8000).to(torch.int32).view(torch.float32).clone()
+        order = ((bins << 16) | (bins > 0).long() << 15).to(torch.int32).view(torch.float32).clone()
         few = min(3, count)
         order[:few] = magnitudes.topk(few).values.float()
         order[7 - few :] = magnitudes.topk(few, largest=False).values.flip(0).float()
@@ -104,18 +113,19 @@ def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Te
 
 
 def _blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
-    return values.masked_fill((ranks < 0) | (ranks >= count), float("nan"))
+    return values.masked_fill((ranks < 0) | (ranks >= count) | ~values[0].isfinite(), float("nan"))
 
 
 def _moments(x: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return n, mean, m2, m4, absmax, zeros, nonfinite in float64; central, so that fourth powers don't cancel."""
+    """Return `MOMENT_NAMES` in float64: central, so that fourth powers don't cancel, and scaled by a power of two."""
     count = x.numel()
     mean = x.sum(dtype=torch.float64) / count
-    squares = (x - mean.to(x.dtype)).square_()
+    scale = torch.exp2(-torch.frexp(magnitudes.max()).exponent.clamp(-120, 120).to(x.dtype))
+    squares = (x - mean.to(x.dtype)).mul_(scale).square_()
     drift = mean - mean.to(x.dtype).double()
-    m2 = squares.sum(dtype=torch.float64) - count * drift * drift
-    m4 = squares.square_().sum(dtype=torch.float64)
+    m2 = squares.sum(dtype=torch.float64) / scale.double() ** 2 - count * drift * drift
+    m4 = squares.square_().sum(dtype=torch.float64) / scale.double() ** 4
     zeros = (magnitudes == 0).sum()
     nonfinite = (~torch.isfinite(x)).sum()
-    found = (torch.full_like(mean, count), mean, m2, m4, magnitudes.max(), zeros, nonfinite)
+    found = (torch.full_like(mean, count), mean, m2.clamp_min(0), m4, magnitudes.max(), zeros, nonfinite)
     return torch.stack([value.double() for value in found])

@@ -1,0 +1,69 @@
+"""The fused kernels against torch's operators, which the other tests hold against numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_qsa.engine.observers import Reducers, StreamObserver
+from pytest_qsa.plan import ALL_STATISTICS
+
+STATISTICS = ALL_STATISTICS | {"massive:1:4"}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def numbers_of(fused, x, keep, statistics=STATISTICS):
+    observer = StreamObserver(statistics, Reducers(fused))
+    observer.add(x, keep, list(range(len(x))), 0, token_axis=x.dim() == 3)
+    observer.add(x.flip(1), [None] * len(x), list(range(len(x), 2 * len(x))), 0, token_axis=x.dim() == 3)
+    return observer.numbers(statistics).to_arrays()[0]
+
+
+def assert_same(x, keep, statistics=STATISTICS):
+    kernels, operators = numbers_of(True, x, keep, statistics), numbers_of(False, x, keep, statistics)
+    assert kernels.keys() == operators.keys()
+    for name, array in kernels.items():
+        assert (array.dtype, array.shape) == (operators[name].dtype, operators[name].shape), name
+        rtol, atol = (2e-5, 1e-9) if name == "moments" else (0, 0)
+        np.testing.assert_allclose(array, operators[name], rtol, atol, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", ["plain", "zeros", "nan and inf", "two tokens", "tiny", "no token axis"])
+def test_the_kernels_keep_the_same_numbers_as_the_operators(dtype, special):
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 24)
+    if special == "zeros":
+        x[0, 3], x[1] = 0, 0
+    elif special == "nan and inf":
+        x[1, 2, 3], x[2, 1, 1] = float("nan"), float("inf")
+    elif special == "two tokens":
+        x = x[:, :2]
+    elif special == "tiny":
+        x = x * 1e-4
+    elif special == "no token axis":
+        x = x.flatten(1)
+    keep = [None] * 3 if x.dim() == 2 else [None, torch.arange(1, x.shape[1]), torch.tensor([0])]
+    assert_same(x.to(dtype), keep)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    statistics=st.sets(st.sampled_from(sorted(STATISTICS)), min_size=1),
+    scale=st.integers(-20, 10),
+    seed=st.integers(0, 99),
+)
+def test_any_choice_of_statistics_comes_out_the_same(shape, dtype, statistics, scale, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**scale
+    assert_same(x.to(dtype), [None] * shape[0], frozenset(statistics))
+
+
+def test_a_capture_leaves_the_number_of_torchs_threads_alone():
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        numbers_of(True, torch.randn(1, 64, 64), [None])
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(before)

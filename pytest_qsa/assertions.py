@@ -32,6 +32,12 @@ class Tolerance:
     abs: float = 0.0
     direction: str = "both"
 
+    def __post_init__(self) -> None:
+        if self.direction not in ("both", "up", "down"):
+            raise ValueError(f"direction '{self.direction}': one of both, up, down")
+        if not (self.rel >= 0 and self.abs >= 0):
+            raise ValueError(f"rel={self.rel:g}, abs={self.abs:g}: a tolerance is 0 or more")
+
     def bounds(self, baseline: float) -> Bounds:
         """Return what a layer with this baseline may be."""
         allowed = max(self.abs, self.rel * abs(baseline))

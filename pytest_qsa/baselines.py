@@ -13,7 +13,7 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from .assertions import Kind, Tolerance, Verdict, accepted, judge_baseline
 from .baseline_file import BaselineFile, is_baseline
-from .errors import BaselineError
+from .errors import BaselineError, InfraError
 from .files import write_atomically
 from .series import Series
 
@@ -76,6 +76,15 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         same = location.stem == name or (location.stem.startswith(f"{name}.") and numbered.isdigit())
         return same and location.parent == Path(cls.dirname(test_location=test_location))
 
+    def read_snapshot_data_from_location(
+        self, *, snapshot_location: str, snapshot_name: str, session_id: str
+    ) -> SerializedData | None:
+        """Read whatever is there: a damaged baseline can be made anew."""
+        try:
+            return Path(snapshot_location).read_bytes().decode("utf-8", "replace")
+        except OSError:
+            return None
+
     @classmethod
     def write_snapshot_collection(
         cls, *, snapshot_collection: SnapshotCollection, name_order: dict[str, int] | None = None
@@ -109,6 +118,9 @@ def judge_against_baseline(
     if not extension.accepts and written:
         text = f"the baseline {location.name} was {'updated' if existed else 'created'}"
         return accepted(series, text, str(tolerance))
+    failure = [*snapshot.executions.values()][-1].exception if not written else None
+    if failure is not None:
+        raise InfraError(f"the baseline {location.name} can't be used: {type(failure).__name__}: {failure}")
     if problem is not None:
         raise problem
     assert verdict is not None
@@ -119,8 +131,8 @@ def _verdict(
     location: Path, series: Series, tolerance: Tolerance, data: str | None, made_with: dict[str, object]
 ) -> tuple[Verdict | None, BaselineError | None]:
     try:
-        kept = location.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        kept = location.read_bytes().decode("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
         return None, BaselineError(
             f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
         )

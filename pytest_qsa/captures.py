@@ -53,6 +53,12 @@ class Capture:
             {layer: self.sites[layer, "output"] for layer in self.blocks if (layer, "output") in self.sites}
         )
 
+    @cached_property
+    def weights_looked_at(self) -> frozenset[str]:
+        """The layers at which weights were asked for; those without a weight have no numbers."""
+        asked = (match_layers(self.modules, r.pattern, r.exclude) for r in self.plan if r.site == "weight")
+        return frozenset(layer for layers in asked for layer in layers)
+
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""
         return self.select(layers, "input", exclude)

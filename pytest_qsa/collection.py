@@ -10,6 +10,8 @@ import functools
 import types
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,10 +24,38 @@ if TYPE_CHECKING:
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
 
+@dataclass
+class Overrides:
+    """The overrides of a run. One that names an assertion is for the suites that have it; one at least must."""
+
+    given: tuple[str, ...]
+    used: set[str] = field(default_factory=set)
+    misfits: dict[str, str] = field(default_factory=dict)
+
+    def of(self, suite: Path) -> list[str]:
+        """Return those that a suite takes, and note those that it doesn't."""
+        from .config import misfit
+
+        taken = []
+        for override in self.given:
+            problem = misfit(suite, override)
+            if problem is None:
+                taken.append(override)
+                self.used.add(override)
+            else:
+                self.misfits.setdefault(override, problem)
+        return taken
+
+    def problem(self) -> str | None:
+        """Say, after all suites were read, which override fitted none of them."""
+        lost = (f"--qsa-set {o}: {why}" for o, why in self.misfits.items() if o not in self.used)
+        return next(lost, None)
+
+
 class QsaSuite(pytest.Module):
     """One `*.qsa.yaml` file."""
 
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides
     run: Run
 
     @functools.cached_property
@@ -38,7 +68,7 @@ class QsaSuite(pytest.Module):
         from .config import load_suite
 
         try:
-            return load_suite(self.path, self.overrides)
+            return load_suite(self.path, self.overrides.of(self.path))
         except SuiteError as error:
             raise self.CollectError(str(error)) from None
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import shlex
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ._compat import fixture_source
 from .assertions import Kind, Verdict
 from .captures import Capture
 from .collection import QsaSuite
@@ -25,6 +29,8 @@ from .session import Captures
 from .subjects import Checkpoint, Subject
 from .terminal import failure_text
 
+UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
+"""On an item: the sites that it asked for without a mark, each warned of once."""
 VERDICTS = pytest.StashKey[list[Verdict]]()
 
 
@@ -45,12 +51,14 @@ class Gate:
     captures: Captures
     _config_suite: SuiteFile | None = None
     _needs: dict[str, list[Request]] | None = None
+    _fixtures: dict[str, Any] = field(default_factory=dict)
 
     def subject_of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
         checkpoint = checkpoint_of(item)
         if isinstance(item.parent, QsaSuite):
-            return _subject(item.parent.file, checkpoint)
+            subject = _subject(item.parent.file, checkpoint)
+            return subject if subject.model else replace(subject, fixture=fixture_source(item, "qsa_model"))
         if "qsa" not in getattr(item, "fixturenames", ()):
             return None
         suite = self.config_suite
@@ -58,7 +66,8 @@ class Gate:
             return _subject(suite, checkpoint)
         model = Model(path=checkpoint.path) if checkpoint else None
         name = (checkpoint.name if checkpoint else None) or (model.id if model else "model")
-        return Subject(name, model, Data(), Memory(), item.path.parent, checkpoint.path if checkpoint else None)
+        source = "" if model else fixture_source(item, "qsa_model")
+        return Subject(name, model, Data(), Memory(), item.path.parent, checkpoint.path if checkpoint else None, source)
 
     @property
     def config_suite(self) -> SuiteFile | None:
@@ -76,9 +85,29 @@ class Gate:
         subject = self.subject_of(request.node)
         assert subject is not None
         self._claim_baselines(request.node, subject)
+        requests_of(request.node)
         if self._needs is None:
             self._needs = self._plan(request.session.items)
-        return self.captures.get(subject, self._needs[subject.key], lambda plan: self._make(request, subject, plan))
+        key, needs = self._key(request, subject), self._needs.get(subject.key, [])
+        return self.captures.get(key, subject, needs, lambda plan: self._make(request, subject, plan))
+
+    def _key(self, request: pytest.FixtureRequest, subject: Subject) -> str:
+        """Return the name of the subject's capture: for a model of a fixture, of that very model and its batches."""
+        if subject.model is not None:
+            return subject.key
+        model, batches = request.getfixturevalue("qsa_model"), request.getfixturevalue("qsa_batches")
+        if model is None:
+            raise SuiteError("there is no subject: give --qsa-config, --qsa-model, or a session fixture qsa_model")
+        key = f"{subject.key}:{id(model)}:{id(batches)}"
+        if key not in self._fixtures:
+            self._fixtures[key] = batches
+            with contextlib.suppress(TypeError):  # what is no module is told by the pass
+                weakref.finalize(model, self._forget, key)
+        return key
+
+    def _forget(self, key: str) -> None:
+        self._fixtures.pop(key, None)
+        self.captures.forget(key)
 
     def _claim_baselines(self, item: pytest.Item, subject: Subject) -> None:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
@@ -93,13 +122,25 @@ class Gate:
         for item in items:
             subject = self.subject_of(item)
             if subject is not None:
-                needs.setdefault(subject.key, []).extend(requests_of(item))
+                with contextlib.suppress(SuiteError):  # a wrong mark fails its own test
+                    needs.setdefault(subject.key, []).extend(requests_of(item))
         return needs
 
     def recapture(self, request: pytest.FixtureRequest, need: Request) -> Capture:
         """Make the second pass that a Python test without a mark costs, and say how to avoid it."""
         subject = self.subject_of(request.node)
         assert subject is not None
+        key = self._key(request, subject)
+        warned = request.node.stash.setdefault(UNANNOUNCED, set())
+        if (need.pattern, need.site) not in warned:
+            warned.add((need.pattern, need.site))
+            self._warn_unannounced(request, need)
+        if known := self.captures.covering(key, [need]):
+            return known
+        return self.captures.extend(key, [need], lambda plan: self._make(request, subject, plan))
+
+    @staticmethod
+    def _warn_unannounced(request: pytest.FixtureRequest, need: Request) -> None:
         request.node.warn(
             QsaUnplannedCaptureWarning(
                 f"{request.node.name} asked for the {need.site} of '{need.pattern}' unannounced, "
@@ -107,7 +148,6 @@ class Gate:
                 f"mark it with @pytest.mark.qsa(layers=r'{need.pattern}', site='{need.site}')"
             )
         )
-        return self.captures.extend(subject, [need], lambda plan: self._make(request, subject, plan))
 
     def _make(self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request]) -> Capture:
         from .engine.running import capture_loaded, capture_subject, loaded_from_fixture
@@ -116,11 +156,6 @@ class Gate:
             if subject.model is not None:
                 return capture_subject(subject, plan, allow_code=self.options.allow_code, progress=progress)
             model = request.getfixturevalue("qsa_model")
-            if model is None:
-                raise SuiteError(
-                    f"{request.node.name} has no subject: give --qsa-config, --qsa-model, "
-                    "or a session fixture qsa_model"
-                )
             loaded = loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
             return capture_loaded(subject, loaded, request.getfixturevalue("qsa_batches"), plan, progress)
 
@@ -154,27 +189,31 @@ class Gate:
         )  # fmt: skip
         if capture is not None:
             verdict = replace(verdict, run=capture.meta, sinks=capture.sinks.summary())
-            if verdict.query and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
+            if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
                 layers = (
                     layers
                     or capture.select(verdict.query["layers"], verdict.query["site"], verdict.query["exclude"]).layers
                 )
                 verdict = replace(verdict, evidence=token_evidence(capture, layers, verdict))
-            verdict = self._drawn(verdict, capture)
+            verdict = self._drawn(item, verdict, capture)
         if verdict.updatable:
             verdict = replace(verdict, accept=f"{verdict.command} --snapshot-update")
         item.stash.setdefault(VERDICTS, []).append(verdict)
         item.user_properties.extend([("qsa_kind", str(verdict.kind)), ("qsa_verdict", verdict.headline)])
         return verdict
 
-    def _drawn(self, verdict: Verdict, capture: Capture) -> Verdict:
+    def stopped(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> GateFailure:
+        """Make the failure of a Python test that an error stopped before it could compare."""
+        return GateFailure(self.complete(request, verdict, capture, where=caller(), name=request.node.name))
+
+    def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
         mode = self.options.report
-        if mode == "never" or (mode == "on-failure" and verdict.kind is Kind.PASSED) or not verdict.rows:
+        if mode == "never" or (mode == "on-failure" and not verdict.failed) or not verdict.rows:
             return verdict
         from .plots import draw
 
-        folder = self.options.output / "plots" / _slug(f"{verdict.subject}-{verdict.id}")
+        folder = self.options.output / "plots" / _slug(item.nodeid)
         try:
             drawn = draw(capture, verdict, folder)
         except Exception as error:  # a picture must never turn a verdict into an error
@@ -190,7 +229,18 @@ class Gate:
         path = shown_path(item.path)
         test = item.nodeid.partition("::")[2]
         words = ["pytest", f"{path}::{test}", *self.options.as_arguments(checkpoint)]
+        if not isinstance(item.parent, QsaSuite) and self.options.config is not None:
+            words.append(f"--qsa-config={shown_path(self.options.config)}")
         return shlex.join(words)
+
+
+def caller() -> str:
+    """Return the file:line of the test that compares."""
+    package = str(Path(__file__).parent)
+    for frame in inspect.stack(context=0):
+        if not frame.filename.startswith(package):
+            return f"{shown_path(Path(frame.filename))}:{frame.lineno}"
+    return ""
 
 
 def checkpoint_of(item: pytest.Item) -> Checkpoint | None:
@@ -210,14 +260,16 @@ def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
 
 
 def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)[:120]
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+    return f"{plain[-80:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def plain_name(item: pytest.Item) -> str:
     """Return a test's name without the id that `--qsa-model` adds, so that every checkpoint meets the same baseline."""
+    name = item.nodeid.partition("::")[2].replace("::", ".")
     callspec, checkpoint = getattr(item, "callspec", None), checkpoint_of(item)
-    if callspec is None or checkpoint is None:
-        return item.name
-    others = f"-{callspec.id}-".replace(f"-{checkpoint.label}-", "-", 1).strip("-")
-    base = item.name.removesuffix(f"[{callspec.id}]")
-    return f"{base}[{others}]" if others and base != item.name else base
+    if callspec is not None and checkpoint is not None:
+        others = f"-{callspec.id}-".replace(f"-{checkpoint.label}-", "-", 1).strip("-")
+        base = name.removesuffix(f"[{callspec.id}]")
+        name = f"{base}[{others}]" if others and base != name else base
+    return "".join(c if c not in '/\\?*:|"<>' and c.isprintable() else f"%{ord(c):02X}" for c in name)

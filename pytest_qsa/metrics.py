@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from . import plan
@@ -24,6 +25,7 @@ Reduce = Literal["max", "mean", "sum", "p95"]
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 SinkStat = Literal["count", "channel", "ratio"]
 ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+Share = Annotated[float, Ge(0), Le(1)]
 Values = NDArray[np.float64]
 
 REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
@@ -275,7 +277,7 @@ def _quantile_needs(site: plan.Site, positions: str, parameters: Mapping[str, An
 
 
 @_metric(_quantile_needs, reduce=None)
-def quantile(view: View, *, q: float = 0.999, signed: bool = False) -> float:
+def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does.
 
     Exact for 16-bit tensors; for float32 within 2⁻⁸ of the value, and exact for the largest |x|.

@@ -24,15 +24,20 @@ def requests_of(item: pytest.Item) -> list[Request]:
     """
     if isinstance(item.parent, QsaSuite):
         return [item.parent.assertion_of(item).request]
-    return [_marked(item, dict(mark.kwargs)) for mark in item.iter_markers("qsa") if mark.kwargs]
+    return [_marked(item, mark.args, dict(mark.kwargs)) for mark in item.iter_markers("qsa")]
 
 
-def _marked(item: pytest.Item, wanted: dict[str, Any]) -> Request:
+def _marked(item: pytest.Item, args: tuple[object, ...], wanted: dict[str, Any]) -> Request:
     try:
+        if args:
+            raise SuiteError("layers and site are named: layers=r'…', site='output'")
         layers, site = wanted.pop("layers"), wanted.pop("site")
         exclude, metric = wanted.pop("exclude", None), wanted.pop("metric", None)
         statistics = EVERYTHING
         if metric is not None:
+            unknown = set(wanted) - {*METRICS[metric].parameters, "positions"}
+            if unknown:
+                raise SuiteError(f"{metric} has no parameter {', '.join(sorted(unknown))}")
             statistics = METRICS[metric].needs(site, canonical_positions(wanted.pop("positions", "all")), wanted)
         elif wanted:
             raise SuiteError(f"unknown keys {', '.join(wanted)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from .subjects import Checkpoint
 
 REPORT = ("on-failure", "always", "never")
+PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
 
 
@@ -34,9 +36,8 @@ class Options:
             from .errors import shown_path
 
             path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
-            arguments += ["--qsa-model", f"{checkpoint.name}={path}" if checkpoint.name else path]
-        for override in self.overrides:
-            arguments += ["--qsa-set", override]
+            arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
+        arguments += [f"--qsa-set={override}" for override in self.overrides]
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])
 
 
@@ -93,6 +94,7 @@ def read_options(config: pytest.Config) -> Options:
         raise pytest.UsageError(f"{'--qsa-config' if given else 'qsa_config ='} {given or ini}: there is no such file")
     output = config.getoption("qsa_output")
     allowed = config.getoption("qsa_allow_code")
+    _check_roots(config)
     models = tuple(config.getoption("qsa_model"))
     overrides = tuple(config.getoption("qsa_set"))
     _check_models(models, updating=bool(config.getoption("update_snapshots", False)))
@@ -119,6 +121,20 @@ def _cache(config: pytest.Config) -> Path | None:
     import platformdirs
 
     return platformdirs.user_cache_path("pytest-qsa")
+
+
+def _check_roots(config: pytest.Config) -> None:
+    """Refuse a path outside the project behind a space: pytest has looked for its ini file there instead of here."""
+    words, stand = list(config.invocation_params.args), config.invocation_params.dir
+    inis = ("pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
+    if config.inipath is not None or not any((up / ini).is_file() for up in (stand, *stand.parents) for ini in inis):
+        return
+    for option, value in itertools.pairwise(map(str, words)):
+        outside = option in PATHS and (stand / value).exists() and stand not in (stand / value).resolve().parents
+        if outside and (stand / value).resolve() != stand:
+            raise pytest.UsageError(
+                f"write {option}={value}: behind a space, pytest takes a path for a test's, and its ini file is lost"
+            )
 
 
 def _check_models(models: tuple[str, ...], *, updating: bool) -> None:

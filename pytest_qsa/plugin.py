@@ -12,13 +12,13 @@ import pytest
 from .options import Options, add_options, read_options
 
 if TYPE_CHECKING:
-    from .collection import QsaSuite
+    from .collection import Overrides, QsaSuite
     from .gate import Gate
     from .python_api import Qsa, QsaBaseline
     from .subjects import Checkpoint
 
 OPTIONS = pytest.StashKey[Options]()
-GATE = pytest.StashKey["Gate"]()
+OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
 MARK = (
     "qsa(layers, site, exclude, metric, ...): what a Python test will ask of the one pass; every suite's tests carry it"
 )
@@ -46,13 +46,22 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
         fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites")
     ):
         return None
-    from .collection import QsaSuite
+    from .collection import Overrides, QsaSuite
     from .judging import run_assertion
 
     suite: QsaSuite = QsaSuite.from_parent(parent, path=file_path)
-    suite.overrides = parent.config.stash[OPTIONS].overrides
+    stash = parent.config.stash
+    suite.overrides = stash.setdefault(OVERRIDES, Overrides(stash[OPTIONS].overrides))
     suite.run = run_assertion
     return suite
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """Stop where an override names an assertion that no suite has: it would change nothing, silently."""
+    overrides = config.stash.get(OVERRIDES, None)
+    problem = overrides.problem() if overrides else None
+    if problem:
+        pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from .subjects import Checkpoint
 
-    checkpoints = [Checkpoint.parse(model) for model in models]
+    checkpoints = Checkpoint.parse_all(models)
     ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
     metafunc.parametrize("qsa_checkpoint", checkpoints, indirect=True, scope="session", ids=ids)
 
@@ -105,13 +114,13 @@ def qsa_batches() -> Any:
 
 
 @pytest.fixture(scope="session")
-def qsa_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gate:
+def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
     from .gate import Gate
     from .session import Captures
 
     worker = hasattr(request.config, "workerinput")
-    shared = tmp_path_factory.getbasetemp().parent / "qsa-captures" if worker else None
+    shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent / "qsa-captures" if worker else None
     options = request.config.stash[OPTIONS]
     return Gate(request.config, options, Captures(shared, options.cache))
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
 from .captures import Capture
-from .errors import QsaError, shown_path
-from .gate import Gate, GateFailure
+from .errors import QsaError
+from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
 from .plan import Request, Site
-from .selection import NotMeasuredError, Positions, Selection, canonical_positions
-from .series import Bounds, Series
+from .selection import NotMeasuredError, Positions, Selection, canonical_positions, query_of
+from .series import Judge, Series
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -27,27 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSelection(Selection):
-    """A selection that fetches what nobody planned by a second pass."""
+    """A selection of a test: it fetches what nobody planned by a second pass, and fails the test where it can't."""
 
-    gate: Gate | None = None
-    request: pytest.FixtureRequest | None = None
+    test: Qsa = field(kw_only=True)
 
     def series(
         self, metric: str, reduce: Reduce | None = None, positions: Positions = "all", **parameters: Any
     ) -> Series:
         """Compute a metric; on a site that the pass left out, pass again."""
+        capture = self.capture
         try:
-            return super().series(metric, reduce, positions, **parameters)
-        except NotMeasuredError:
-            assert self.gate is not None
-            assert self.request is not None
-            needs = METRICS[metric].needs(self.site, canonical_positions(positions), parameters)
-            capture = self.gate.recapture(
-                self.request, Request(self.pattern, self.site, self.exclude, EVERYTHING | needs)
-            )
-            return Selection(capture, self.pattern, self.site, self.exclude, self.judge).series(
-                metric, reduce, positions, **parameters
-            )
+            try:
+                return super().series(metric, reduce, positions, **parameters)
+            except NotMeasuredError:
+                needs = METRICS[metric].needs(self.site, canonical_positions(positions), parameters)
+                capture = self.test.recapture(Request(self.pattern, self.site, self.exclude, EVERYTHING | needs))
+            selection = Selection(capture, self.pattern, self.site, self.exclude, self.test.judge_of(capture))
+            return selection.series(metric, reduce, positions, **parameters)
+        except QsaError as error:
+            where = canonical_positions(positions)
+            query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+            raise self.test.stopped(anomaly(error, query), capture) from None
 
 
 class Qsa:
@@ -60,7 +58,18 @@ class Qsa:
     @property
     def capture(self) -> Capture:
         """The capture, with every number of the pass."""
-        return self._gate.capture_of(self._request)
+        try:
+            return self._gate.capture_of(self._request)
+        except QsaError as error:
+            raise self.stopped(anomaly(error), None) from None
+
+    def recapture(self, need: Request) -> Capture:
+        """Pass again for what no mark had announced."""
+        return self._gate.recapture(self._request, need)
+
+    def stopped(self, verdict: Verdict, capture: Capture | None) -> GateFailure:
+        """Make the failure of a test that an error stopped before it could compare."""
+        return self._gate.stopped(self._request, verdict, capture)
 
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""
@@ -75,12 +84,13 @@ class Qsa:
         return self._select(layers, "weight", exclude)
 
     def _select(self, layers: str, site: Site, exclude: str | None) -> Selection:
-        return PlannedSelection(self.capture, layers, site, exclude, self._judge, self._gate, self._request)
+        return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
 
-    def _judge(self, series: Series, bounds: Bounds) -> bool:
-        return self.conclude(lambda: judge_bounds(series, bounds))
+    def judge_of(self, capture: Capture | None) -> Judge:
+        """Return what judges the series of a capture; None stands for the planned one."""
+        return lambda series, bounds: self.conclude(lambda: judge_bounds(series, bounds), series, capture)
 
-    def conclude(self, judge: Callable[[], Verdict]) -> bool:
+    def conclude(self, judge: Callable[[], Verdict], series: Series, capture: Capture | None = None) -> bool:
         """Judge, record, and say whether it passed.
 
         Raises:
@@ -90,9 +100,9 @@ class Qsa:
         try:
             verdict = judge()
         except QsaError as error:
-            verdict = anomaly(error)
+            verdict = anomaly(error, series.query)
         verdict = self._gate.complete(
-            self._request, verdict, self.capture, where=_caller(), name=self._request.node.name
+            self._request, verdict, capture or self.capture, where=caller(), name=self._request.node.name
         )
         if verdict.failed and verdict.kind is not Kind.REGRESSION:
             raise GateFailure(verdict)
@@ -113,16 +123,9 @@ class QsaBaseline:
     def __eq__(self, series: object) -> bool:
         if not isinstance(series, Series):
             return NotImplemented
-        return self._qsa.conclude(lambda: against_baseline(series, self._tolerance, self._qsa.capture, self._snapshot))
+        return self._qsa.conclude(
+            lambda: against_baseline(series, self._tolerance, self._qsa.capture, self._snapshot), series
+        )
 
     def __repr__(self) -> str:
         return f"<{self._tolerance}>"
-
-
-def _caller() -> str:
-    """Return the file:line of the test that compares."""
-    package = str(Path(__file__).parent)
-    for frame in inspect.stack(context=0):
-        if not frame.filename.startswith(package):
-            return f"{shown_path(Path(frame.filename))}:{frame.lineno}"
-    return ""

@@ -26,6 +26,8 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     if verdicts := item.stash.get(VERDICTS, None):
         from .report import to_plain
 
+        if not report.failed:  # a comparison that the test itself took back, or an expected failure
+            verdicts = [verdict for verdict in verdicts if not verdict.failed]
         setattr(report, FIELD, [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts])
         item.stash[VERDICTS] = []
 
@@ -40,17 +42,37 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
     recorded = item.stash.get(VERDICTS, None) or []
     if isinstance(error, GateFailure):
         verdict = error.verdict
-    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed:
+    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and _asserts(call, recorded[-1]):
         verdict = recorded[-1]
     elif isinstance(error, QsaError):
         verdict = _stopped(item, error)
     else:
         return
-    representation = call.excinfo.getrepr(style="short", tbfilter=lambda info: _users_frames(info, item.path))
+    representation = call.excinfo.getrepr(
+        style="short", chain=False, tbfilter=lambda info: _users_frames(info, item.path)
+    )
     _replace_text(representation, failure_text(verdict))
     if representation.reprcrash is not None:
+        frames = _users_frames(call.excinfo, item.path)
+        if len(frames):
+            representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
         representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
     report.longrepr = representation
+
+
+def _asserts(call: pytest.CallInfo[None], verdict: Any) -> bool:
+    """Say whether the assert statement that failed is the one that compared: the test may have gone on to another."""
+    import ast
+
+    assert call.excinfo is not None
+    frame = call.excinfo.traceback[-1]
+    line, at = int(verdict.where.rpartition(":")[2]), frame.lineno + 1
+    try:
+        tree = ast.parse(Path(frame.path).read_bytes())
+    except (OSError, SyntaxError):
+        return line == at
+    asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
+    return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
 
 
 def _users_frames(info: Any, path: Path) -> Any:
@@ -90,7 +112,8 @@ class Reporter:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the verdicts off a report, whichever process made it."""
-        self.results += getattr(report, FIELD, ())
+        if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
+            self.results += getattr(report, FIELD, ())
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plan
-from .errors import AnomalyError, SuiteError
+from .errors import AnomalyError, SuiteError, did_you_mean
 from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View
 from .numbers import PADDING
 from .plan import Site, match_layers, no_match
@@ -123,10 +123,11 @@ class Selection:
         if not found:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
-        if not measured and self.site == "weight":
-            raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
-        if len(measured) < len(found) and self.site != "weight":
+        looked_at = set(measured) if self.site != "weight" else self.capture.weights_looked_at
+        if not looked_at.issuperset(found):
             raise NotMeasuredError(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
+        if not measured:
+            raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
     def series(
@@ -244,9 +245,10 @@ def canonical_positions(positions: Positions) -> str:
         count = positions.get("skip_first")
         if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
             return f"skip_first:{count}"
-    elif positions in ("all", "no_sink", "sink") or re.fullmatch(r"skip_first:\d+", positions):
+    elif isinstance(positions, str) and re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions):
         return positions
-    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}")
+    hint = did_you_mean(positions, ("no_sink", "sink")) if isinstance(positions, str) else ""
+    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}{hint}")
 
 
 def _spot(view: View, population: int) -> str:

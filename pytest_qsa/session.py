@@ -34,28 +34,37 @@ class Captures:
     _memory: dict[str, Capture] = field(default_factory=dict)
     _failures: dict[str, QsaError] = field(default_factory=dict)
 
-    def get(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
-        """Return the subject's capture, made at most once in the session (once a run under xdist).
+    def get(self, key: str, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        """Return the capture of a key, made at most once in the session (once a run under xdist).
 
         Raises:
             QsaError: the capture failed; the same error again for every test that needs it, without another try.
         """
-        if subject.key in self._failures:
-            raise self._failures[subject.key]
-        if subject.key not in self._memory:
-            try:
-                self._memory[subject.key] = self._make(subject, merge_requests(requests), make)
-            except QsaError as error:
-                self._failures[subject.key] = error
-                raise
-        return self._memory[subject.key]
-
-    def extend(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
-        """Capture again, for what nobody planned; the new capture stands beside the old one."""
-        key = f"{subject.key}+{merge_requests(requests)}"
+        if key in self._failures:
+            raise again(self._failures[key])
         if key not in self._memory:
-            self._memory[key] = make(merge_requests(requests))
+            try:
+                self._memory[key] = self._make(subject, merge_requests(requests), make)
+            except QsaError as error:
+                self._failures[key] = error
+                raise
         return self._memory[key]
+
+    def forget(self, key: str) -> None:
+        """Drop a capture whose model is gone."""
+        self._memory.pop(key, None)
+        self._failures.pop(key, None)
+
+    def covering(self, key: str, requests: Sequence[Request]) -> Capture | None:
+        """Return a capture of the key, the first or a later one, that has all that is asked for."""
+        captures = (capture for name, capture in self._memory.items() if name.partition("+")[0] == key)
+        return next((capture for capture in captures if capture.covers(requests)), None)
+
+    def extend(self, key: str, requests: Sequence[Request], make: MakeCapture) -> Capture:
+        """Capture again, for what nobody planned; the new capture stands beside the old one."""
+        name = f"{key}+{merge_requests(requests)}"
+        self._memory[name] = make(merge_requests(requests))
+        return self._memory[name]
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         def cached(plan: Sequence[Request]) -> Capture:
@@ -94,6 +103,11 @@ class Captures:
                 raise
             capture.save(file)
             return capture
+
+
+def again(error: QsaError) -> QsaError:
+    """Return an error to raise once more: the first one carries the frames of another test."""
+    return type(error)(str(error))
 
 
 def _recalled(failure: Path) -> QsaError:

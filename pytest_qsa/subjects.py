@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +26,8 @@ class Subject:
     memory: Memory
     folder: Path
     checkpoint: str | None = None
+    fixture: str = ""
+    """Which fixture gives the model, where the suite names none."""
 
     @cached_property
     def path(self) -> str:
@@ -31,7 +36,7 @@ class Subject:
             return self.checkpoint
         named = (self.model.path if self.model else None) or ""
         local = self.folder / named
-        return str(local.resolve()) if named and local.exists() else named
+        return os.path.abspath(local) if named and local.exists() else named
 
     @property
     def key(self) -> str:
@@ -40,7 +45,7 @@ class Subject:
         data = self.data.model_dump()
         if self.data.source.startswith("custom:"):
             data["source"] = f"custom:{(self.folder / self.data.source.partition(':')[2]).resolve()}"
-        text = json.dumps([self.path, model, data, self.memory.model_dump()], sort_keys=True)
+        text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -50,20 +55,27 @@ class Checkpoint:
 
     name: str | None
     path: str
+    label: str
+    """What stands in the ids of tests; no two are alike."""
 
-    @property
-    def label(self) -> str:
-        """What stands in the ids of tests."""
-        return self.name or Path(self.path).name
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list[Checkpoint]:
+        """Read all options of a run."""
+        checkpoints = [cls.parse(text) for text in texts]
+        labels = Counter(checkpoint.label for checkpoint in checkpoints)
+        return [
+            replace(checkpoint, label=f"{checkpoint.label}.{index}") if labels[checkpoint.label] > 1 else checkpoint
+            for index, checkpoint in enumerate(checkpoints, 1)
+        ]
 
     @classmethod
     def parse(cls, text: str) -> Checkpoint:
-        """Read the option; a folder's path becomes absolute, relative to where one stands."""
+        """Read one option; a folder's path becomes absolute, relative to where one stands."""
         name, equals, path = text.partition("=")
         if not equals:
             name, path = "", text
         folder = Path(path).expanduser()
-        return cls(name or None, str(folder.resolve()) if folder.exists() else path)
+        return cls(name or None, os.path.abspath(folder) if folder.exists() else path, name or Path(path).name)
 
 
 def weights_hash(path: str) -> str | None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from importlib import resources
@@ -219,7 +220,7 @@ class Project:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         process = context.Process(
-            target=_fork, args=(self.folder / cwd, arguments, clean_environment(environment), log)
+            target=_fork, args=(self.folder / cwd, arguments, self._environment(environment), log)
         )
         process.start()
         process.join(SECONDS)
@@ -233,14 +234,19 @@ class Project:
     def program(self, *words, environment=None):
         """Run a program in a process of its own; return the completed process."""
         return subprocess.run(
-            [str(word) for word in words], cwd=self.folder, env=clean_environment(environment), text=True,
+            [str(word) for word in words], cwd=self.folder, env=self._environment(environment), text=True,
             capture_output=True, timeout=SECONDS, check=False,
         )  # fmt: skip
 
-
-def clean_environment(more=None):
-    """Return the environment without what an outer pytest and a CI leave in it."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "CI"))}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "140", "PATH": path, "TERM": "dumb"}
-    return kept | settings | (more or {})
+    def _environment(self, more):
+        """Return the environment without what an outer pytest and a CI leave in it, and with caches of our own."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "CI"))}
+        settings = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}",
+            "TERM": "dumb",
+            "COLUMNS": "140",
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(self._logs / "cache"),
+            "MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "qsa-tests-fonts"),  # matplotlib's list takes seconds
+        }
+        return kept | settings | (more or {})

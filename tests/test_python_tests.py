@@ -189,8 +189,8 @@ def test_a_failure_in_a_helper_shows_the_helper_and_its_caller(wrong):
     [
         ("truth", "compare it with a bound, as in `series <= 1`"),
         ("unequal", "use <=, >= or =="),
-        ("nan_bound", "nan"),
-        ("nan_bound_reversed", "nan"),
+        ("nan_bound", "the bound is NaN"),
+        ("nan_bound_reversed", "the bound is NaN"),
         ("negative_tolerance", "rel"),
         ("sideways", "one of both, up, down"),
         ("median_of_samples", "one of max, mean, sum, p95"),

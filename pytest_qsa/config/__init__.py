@@ -1,6 +1,6 @@
 """The suite: what a user writes, typed, validated, and traced to its line."""
 
-from .loading import SuiteFile, load_suite
+from .loading import SuiteFile, load_suite, misfit
 from .suite import Assertion, Baseline, Data, Memory, Model, Suite
 
-__all__ = ["Assertion", "Baseline", "Data", "Memory", "Model", "Suite", "SuiteFile", "load_suite"]
+__all__ = ["Assertion", "Baseline", "Data", "Memory", "Model", "Suite", "SuiteFile", "load_suite", "misfit"]

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import SuiteError, did_you_mean
+from ..errors import SuiteError, did_you_mean, shown_path
 from .suite import ASSERTIONS, Assertion, Suite
-from .yaml_source import Location, YamlSource, read_value, read_yaml
+from .yaml_source import LocatedError, Location, YamlSource, read_value, read_yaml
 
 ID = re.compile(r"[A-Za-z0-9_.\-]+")
 
@@ -41,6 +41,17 @@ class SuiteFile:
         return next((line for line in lines if line is not None), self.line_of(index))
 
 
+def misfit(path: Path, override: str) -> str | None:
+    """Say why an override of an assertion is not for this suite: it has none of that name; None where it fits."""
+    source = read_yaml(path)
+    if isinstance(source.data, dict) and override.startswith("assertions."):
+        try:
+            _split(source, override.partition("=")[0])
+        except SuiteError as error:
+            return str(error)
+    return None
+
+
 def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
     """Read and validate a suite, with `KEY=VALUE` overrides applied first.
 
@@ -50,20 +61,24 @@ def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
-    overridden: dict[Location, str] = {}
-    for override in overrides:
-        overridden[_apply(source, override)] = override
-    _check_assertions(source)
+    overridden = {_apply(source, override): override for override in overrides}
     try:
+        _check_assertions(source)
         suite = Suite.model_validate(source.data)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
+    except LocatedError as error:
+        override = overridden.get(error.location)
+        raise SuiteError(f"--qsa-set {override}: {error.what}") if override else error from None
     return SuiteFile(path, suite, source)
 
 
 def _apply(source: YamlSource, override: str) -> Location:
     key, _, text = override.partition("=")
-    *parents, last = _split(source, key)
+    try:
+        *parents, last = _split(source, key)
+    except SuiteError as error:
+        raise SuiteError(f"--qsa-set {override}: {error}") from None
     here: Any = source.data
     for part in parents:
         here = here.setdefault(part, {}) if isinstance(here, dict) else here[part]
@@ -83,7 +98,7 @@ def _split(source: YamlSource, key: str) -> Location:
     name = max((known for known in ids if rest.startswith(f"{known}.")), key=len, default=None)
     if name is None:
         wrong = rest.partition(".")[0]
-        raise SuiteError(f"--qsa-set {key}: no assertion '{wrong}' in {source.path}{did_you_mean(wrong, ids)}")
+        raise SuiteError(f"no assertion '{wrong}' in {shown_path(source.path)}{did_you_mean(wrong, ids)}")
     return ("assertions", ids[name], *rest[len(name) + 1 :].split("."))
 
 
@@ -127,7 +142,7 @@ def _check_assertions(source: YamlSource) -> None:
         metric = entry.get("metric")
         if metric is None:
             raise source.error(here, "the key 'metric' is missing")
-        if metric not in ASSERTIONS:
+        if not isinstance(metric, str) or metric not in ASSERTIONS:
             hint = did_you_mean(str(metric), ASSERTIONS) or f"; the metrics are {', '.join(ASSERTIONS)}"
             raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}")
         name = str(entry.get("id"))

@@ -6,17 +6,18 @@ so that a suite, Python and the JSON Schema can't disagree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce as fold
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
-from ..plan import Request, Site, compile_pattern
+from ..plan import TOKENS, Request, Site, compile_pattern
 from ..selection import canonical_positions, query_of
 from ..series import Bounds, Over, Query
 
@@ -25,15 +26,27 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _positions(value: object) -> object:
+    canonical_positions(value)  # type: ignore[arg-type]
+    return value
+
+
 def _regex(pattern: str) -> str:
     compile_pattern(pattern)
     return pattern
 
 
 Regex = Annotated[str, AfterValidator(_regex)]
-Positions = Annotated[
-    Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], AfterValidator(canonical_positions)
-]
+Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
+
+
+RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")
+
+
+def _id(name: str) -> str:
+    if RESERVED.fullmatch(name):
+        raise SuiteError(f"the id '{name}' means something to pytest itself: choose another")
+    return name
 
 
 class Model(_Strict):
@@ -101,7 +114,7 @@ class Baseline(_Strict):
 class Assertion(_Strict):
     """What every assertion has, whatever its metric."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
     metric: str
     layers: Regex
     exclude: Regex | None = None
@@ -123,10 +136,16 @@ class Assertion(_Strict):
             raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
+        if self.equals is not None and (self.min is not None or self.max is not None):
+            raise SuiteError("equals stands beside min or max, and they can't both be meant", "equals")
         if self.reduce is not None and definition.reduce is None:
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
         if self.positions != "all" and not definition.positional:
             raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
+        if self.positions != "all" and (self.site == "weight" or TOKENS not in self.request.statistics):
+            raise SuiteError(
+                f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
+            )
         if definition.tokenwise and self.site == "weight":
             raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
         return self

@@ -28,6 +28,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+class LocatedError(SuiteError):
+    """A mistake at a location of a document; `what` is its text without the place."""
+
+    def __init__(self, message: str, location: Location, what: str) -> None:
+        super().__init__(message)
+        self.location = location
+        self.what = what
+
+
 @dataclass
 class YamlSource:
     """A parsed document: `data`, and the line of each key and value in `path`."""
@@ -44,7 +53,7 @@ class YamlSource:
 
     def error(self, location: Location, message: str) -> SuiteError:
         """Make the one-line error for a location: `file:line: message`."""
-        return SuiteError(f"{shown_path(self.path)}:{self.line(location)}: {message}")
+        return LocatedError(f"{shown_path(self.path)}:{self.line(location)}: {message}", location, message)
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -57,8 +66,9 @@ def read_yaml(path: Path) -> YamlSource:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise SuiteError(
@@ -69,8 +79,11 @@ def read_yaml(path: Path) -> YamlSource:
         source.data = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise SuiteError(_syntax_error(path, error)) from None
+    except RecursionError:
+        raise SuiteError(f"{shown_path(path)}:1: not valid YAML: it is nested too deeply") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return source
 
 

@@ -63,9 +63,17 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     return loaded
 
 
+def _check_path(path: str) -> None:
+    """Tell a folder that isn't there from a hub id: transformers would take the one for a malformed other."""
+    looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
+    if looks_like_a_folder and not Path(path).is_dir():
+        raise InfraError(f"there is no folder {path}, and it can't be a hub id")
+
+
 def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     import transformers
 
+    _check_path(path)
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)

@@ -187,6 +187,8 @@ class Gate:
         verdict = replace(
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
         )  # fmt: skip
+        if capture is None and subject is not None:
+            verdict = replace(verdict, run={"model": {"path": subject.path}})
         if capture is not None:
             verdict = replace(verdict, run=capture.meta, sinks=capture.sinks.summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:

@@ -165,7 +165,7 @@ class Selection:
             more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
             raise AnomalyError(
                 f"the hook at {dead[0]}{more} never fired with a floating-point tensor: the model doesn't call this "
-                "layer in its forward pass; exclude it, or look at the layer that replaced it"
+                f"layer in its forward pass, or its {self.site} is token ids; exclude it, or look at what replaced it"
             )
         for layer in layers:
             numbers = self.capture.sites[layer, self.site]

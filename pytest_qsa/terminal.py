@@ -118,9 +118,8 @@ def ran(verdict: Verdict) -> str:
         parts[0] += f": {model['path']}"
     if model.get("weights"):
         parts[0] += f" ({short_hash(model['weights'])})"
-    parts.append(
-        " ".join(str(model.get(key)) for key in ("class", "dtype") if model.get(key)) + f" on {model.get('device')}"
-    )
+    if model.get("class"):
+        parts.append(f"{model['class']} {model.get('dtype')} on {model.get('device')}")
     if "num_samples" in data:
         parts.append(
             f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} "

@@ -130,7 +130,9 @@ def _check_assertions(source: YamlSource) -> None:
     if "assertions" not in source.data:
         return
     entries = source.data["assertions"]
-    if not isinstance(entries, list) or not entries:
+    if entries and not isinstance(entries, list):
+        raise source.error(("assertions",), "assertions is a list, whose entries begin with `- id: …`")
+    if not entries:
         raise source.error(
             ("assertions",), "assertions is empty: nothing would be checked; list one at least, or leave the key out"
         )

@@ -40,7 +40,14 @@ Regex = Annotated[str, AfterValidator(_regex)]
 Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
 
 
+DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")
+
+
+def _device(name: str) -> str:
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"device '{name}' is none of auto, cpu, cuda, cuda:N, xpu, mps")
+    return name
 
 
 def _id(name: str) -> str:
@@ -98,7 +105,7 @@ class Data(_Strict):
 class Memory(_Strict):
     """Where the model runs, and where the part of it that doesn't fit is kept."""
 
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     auto_offload: bool = True
     offload_device: Literal["cpu", "disk"] = "cpu"
 
@@ -109,6 +116,14 @@ class Baseline(_Strict):
     rel: Annotated[float, Field(ge=0)] = 0.0
     abs: Annotated[float, Field(ge=0)] = 0.0
     direction: Literal["both", "up", "down"] = "both"
+
+
+def _baseline(value: object) -> object:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(
+            f"baseline: write {{rel: {value:g}}} for a relative tolerance, {{abs: {value:g}}} for an absolute one"
+        )
+    return value
 
 
 class Assertion(_Strict):
@@ -125,7 +140,7 @@ class Assertion(_Strict):
     min: float | None = None
     max: float | None = None
     equals: float | None = None
-    baseline: Baseline | None = None
+    baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
     level: Literal["fail", "warn"] = "fail"
     reason: str | None = None
 

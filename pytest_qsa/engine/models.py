@@ -56,6 +56,12 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         raise InfraError(
             f"{path} does not fit: {_one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
         ) from error
+    except OSError as error:
+        raise InfraError(
+            f"'{path}' is no folder here, and as a hub id it can't be fetched: {_one_line(error)}"
+            if not Path(path).is_dir()
+            else f"{path} can't be loaded: {_one_line(error)}"
+        ) from error
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
         raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
     if spec.submodule:
@@ -68,6 +74,9 @@ def _check_path(path: str) -> None:
     looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if looks_like_a_folder and not Path(path).is_dir():
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
+    for file in Path(path).glob("*.safetensors"):
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise InfraError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
 
 
 def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:

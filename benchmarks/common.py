@@ -32,7 +32,7 @@ def smollm2(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype)
     return model
 
 
@@ -45,8 +45,8 @@ def wide_llama() -> nn.Module:
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
         vocab_size=32000,
     )  # fmt: skip
-    model: nn.Module = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    return model
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).eval()
 
 
 def token_batches(samples: int, length: int) -> list[Tensor]:

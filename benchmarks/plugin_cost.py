@@ -35,9 +35,8 @@ def main() -> None:
             },
             options.repeats,
         )
-        print(
-            f"a run without gates: {1000 * (taken['with'] - taken['without']):+.1f} ms of {1000 * taken['without']:.0f} ms"
-        )
+        cost = 1000 * (taken["with"] - taken["without"])
+        print(f"a run without gates: {cost:+.1f} ms of {1000 * taken['without']:.0f} ms")
         suite = ROOT / "example_suites" / "smollm2.qsa.yaml"
         thresholds = iter(range(1, 1000))
 

@@ -13,6 +13,7 @@ from common import arguments, medians, smollm2, token_batches
 from torch import Tensor, nn
 
 from pytest_qsa import capture
+from pytest_qsa.plan import SITES, Site
 
 MAGNITUDES = [r"mlp\.down_proj", r"mlp\.up_proj", r"self_attn\.q_proj", r"self_attn\.o_proj"]
 BLOCKS = r"layers\.\d+$"
@@ -72,7 +73,8 @@ def main() -> None:
             counts = with_hooks(model, batches, BLOCKS, "output", outlier_count)
         return counts
 
-    sites = [(pattern, site) for pattern in MAGNITUDES for site in ("input", "output")] + [(BLOCKS, "output")]
+    sites: list[tuple[str, Site]] = [(pattern, site) for pattern in MAGNITUDES for site in SITES[:2]]
+    sites.append((BLOCKS, "output"))
 
     def ours() -> object:
         return capture(model, batches, sites=sites, statistics=["outlier_tokens", ("magnitude", {"reduce_dim": -1})])

@@ -1,4 +1,7 @@
-"""The Python form of a suite, for what YAML cannot say: `pytest example_suites --qsa-config example_suites/smollm2.qsa.yaml`."""
+"""The Python form of a suite, for what YAML cannot say.
+
+`pytest example_suites --qsa-config example_suites/smollm2.qsa.yaml`
+"""
 
 import pytest
 

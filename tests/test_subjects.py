@@ -126,14 +126,14 @@ BROKEN = {
         "model.layers.1.mlp.down_proj.weight, model.layers.3.input_layernorm.weight",
     ),
     "tokens": ("bare", "", "has no tokenizer"),
-    "pointer": ("pointer", "", "can't be loaded: SafetensorError"),
+    "pointer": ("pointer", "", "is a git-lfs pointer, not the weights: run `git lfs pull`"),
     "little": ("bare", "source: 'custom:little.txt'", "too little text in 'custom:little.txt': "),
     "absent": ("bare", "source: 'custom:absent.txt'", "texts/absent.txt: can't be read as data: "),
     "column": ("bare", "source: 'custom:rows.jsonl'", "record 0 has no text under 'text'; it has prompt; set data."),
     "source": ("bare", "source: wikipedia", "unknown data source 'wikipedia'"),
     "remote": ("bare, trust_remote_code: true", "", "allow it with --qsa-allow-code"),
     "part": ("bare, submodule: thinker", "", "'thinker' does not exist in LlamaForCausalLM; it has model, lm_head"),
-    "device": ("bare", "", "device"),
+    "device": ("bare", "", "memory.device cuda:77: torch sees no such device here"),
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def broken(tmp_path_factory):
     project.write("texts/little.txt", "too little")
     project.write("texts/rows.jsonl", '{"prompt": "x"}\n')
     for name, (path, source, _) in BROKEN.items():
-        text = suite(path, peaks("max: 1"), sections="memory: {device: gpu}\n" if name == "device" else "")
+        text = suite(path, peaks("max: 1"), sections="memory: {device: cuda:77}\n" if name == "device" else "")
         path = f"texts/{name}.qsa.yaml"
         project.write(path, text.replace("seq_len: 32", f"seq_len: 32, {source}") if source else text)
         if name in ("little", "absent", "column", "source"):

@@ -86,6 +86,10 @@ def changed(old, new):
         pytest.param(GOOD + "    equals: 2\n", 8, "equals", id="equals beside max, which would be ignored"),
         pytest.param(GOOD + "    x: [\n", 9, "not valid YAML", id="syntax error"),
         pytest.param("a: 1\n---\nb: 2\n", 2, "not valid YAML", id="two documents"),
+        pytest.param(GOOD + "memory: {device: gpu}\n", 8, "'gpu' is none of auto, cpu, cuda", id="no such device"),
+        pytest.param(
+            changed("max: 1", "baseline: 0.05"), 7, "write {rel: 0.05} for a relative", id="a tolerance without its kind"
+        ),
         pytest.param("a: \x07\n" + GOOD, 1, "not valid YAML", id="a character that YAML forbids"),
         pytest.param("a: " + "[" * 3000, 1, "not valid YAML", id="nested without end"),
         pytest.param(b"\xff\xfe", 1, "can't be read as UTF-8 text", id="not UTF-8"),

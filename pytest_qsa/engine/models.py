@@ -142,8 +142,17 @@ def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:
 def device_for(memory: Memory) -> torch.device:
     """Return the device that `memory.device` names; `auto` is CUDA where there is one."""
     if memory.device != "auto":
-        return torch.device(memory.device)
+        return _existing(torch.device(memory.device))
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _existing(device: torch.device) -> torch.device:
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        count = backend.device_count() if backend.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InfraError(f"memory.device {device}: torch sees no such device here; write auto or cpu")
+    return device
 
 
 def _placement(path: str, memory: Memory) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
@@ -17,8 +15,7 @@ PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the command line and the ini file say; paths on the command line are relative to where one stands."""
 
     models: tuple[str, ...]
@@ -28,6 +25,16 @@ class Options:
     report: Literal["on-failure", "always", "never"]
     allow_code: bool
     cache: Path | None
+    keep: bool
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where captures are kept between runs; None where they aren't."""
+        if not self.keep or self.cache is not None:
+            return self.cache if self.keep else None
+        import platformdirs
+
+        return platformdirs.user_cache_path("pytest-qsa")
 
     def as_arguments(self, checkpoint: Checkpoint | None) -> list[str]:
         """Return the arguments that another run of one test needs."""
@@ -106,21 +113,18 @@ def read_options(config: pytest.Config) -> Options:
         output=stand / output if output else root / config.getini("qsa_output"),
         report=report,
         cache=_cache(config),
+        keep=not config.getoption("qsa_no_cache"),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )
 
 
 def _cache(config: pytest.Config) -> Path | None:
-    if config.getoption("qsa_no_cache"):
-        return None
     given, ini = config.getoption("qsa_cache"), config.getini("qsa_cache")
     if given:
         return config.invocation_params.dir / str(given)
     if ini:
         return config.rootpath / str(ini)
-    import platformdirs
-
-    return platformdirs.user_cache_path("pytest-qsa")
+    return None
 
 
 def _check_roots(config: pytest.Config) -> None:
@@ -129,7 +133,7 @@ def _check_roots(config: pytest.Config) -> None:
     inis = ("pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
     if config.inipath is not None or not any((up / ini).is_file() for up in (stand, *stand.parents) for ini in inis):
         return
-    for option, value in itertools.pairwise(map(str, words)):
+    for option, value in zip(map(str, words), map(str, words[1:]), strict=False):
         outside = option in PATHS and (stand / value).exists() and stand not in (stand / value).resolve().parents
         if outside and (stand / value).resolve() != stand:
             raise pytest.UsageError(

@@ -122,7 +122,7 @@ def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     worker = hasattr(request.config, "workerinput")
     shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent / "qsa-captures" if worker else None
     options = request.config.stash[OPTIONS]
-    return Gate(request.config, options, Captures(shared, options.cache))
+    return Gate(request.config, options, Captures(shared, options.cache_folder))
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +128,8 @@ class Reporter:
             self.written = f"not written: {type(error).__name__}: {error}"
 
     def _session(self) -> dict[str, Any]:
+        import shlex
+        from datetime import UTC, datetime
         from importlib.metadata import version
 
         kinds = [result["kind"] for result in self.results]

@@ -27,7 +27,7 @@ demo: $(DEMO)/.made
 
 # Two workers with a thread each: OpenMP threads that wait for one another's cores would make it many times slower.
 test: $(VENV)/.installed chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The browser tests of the report drive Debian's chromium.
 .PHONY: chromium

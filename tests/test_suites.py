@@ -88,7 +88,7 @@ def changed(old, new):
         pytest.param("a: 1\n---\nb: 2\n", 2, "not valid YAML", id="two documents"),
         pytest.param(GOOD + "memory: {device: gpu}\n", 8, "'gpu' is none of auto, cpu", id="a device"),
         pytest.param(
-            changed("max: 1", "baseline: 0.05"), 7, "write {rel: 0.05} for a relative", id="a tolerance without its kind"
+            changed("max: 1", "baseline: 0.05"), 7, "write {rel: 0.05} for a relative", id="a bare tolerance"
         ),
         pytest.param("a: \x07\n" + GOOD, 1, "not valid YAML", id="a character that YAML forbids"),
         pytest.param("a: " + "[" * 3000, 1, "not valid YAML", id="nested without end"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from .assertions import Row, TokenEvidence, Verdict, number
+from .errors import shown_path
 
 MOST_ROWS = 8
 WIDTH = 9
@@ -115,7 +117,7 @@ def ran(verdict: Verdict) -> str:
     data: dict[str, Any] = dict(verdict.run.get("data") or {})
     parts = [verdict.subject]
     if model.get("path"):
-        parts[0] += f": {model['path']}"
+        parts[0] += f": {shown_path(Path(model['path']))}"
     if model.get("weights"):
         parts[0] += f" ({short_hash(model['weights'])})"
     if model.get("class"):

@@ -18,7 +18,7 @@ from ..subjects import Subject, weights_hash
 from .batches import Batch
 from .capturing import Progress, run_pass
 from .data import batches_of
-from .models import Loaded, describe, load_model
+from .models import Loaded, describe, load_model, quiet
 from .tokens import decoder_of
 
 
@@ -55,7 +55,8 @@ def capture_loaded(
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
     try:
-        capture = run_pass(loaded.model, samples, requests, decode=decoder_of(loaded.tokenizer), progress=progress)
+        with quiet():  # compressed-tensors shows bars of its own at the first forward
+            capture = run_pass(loaded.model, samples, requests, decode=decoder_of(loaded.tokenizer), progress=progress)
     except InfraError:
         raise
     except torch.OutOfMemoryError as error:

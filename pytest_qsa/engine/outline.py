@@ -23,7 +23,7 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
             path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
         )
         with torch.device("meta"):
-            model = class_of(config, remote=False)._from_config(config)
+            model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
     except InfraError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise

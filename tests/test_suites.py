@@ -68,6 +68,23 @@ def changed(old, new):
         ),
         pytest.param("modle: {}\n" + GOOD, 1, "'modle' (did you mean 'model'?)", id="misspelt section"),
         pytest.param(changed("path: x", "path: x, nam: y"), 1, "(did you mean 'name'?)", id="misspelt model key"),
+        pytest.param(
+            "visualization:\n  outlier:\n    treshold: 3\n" + GOOD, 3, "(did you mean 'threshold'?)",
+            id="misspelt key of a picture",
+        ),
+        pytest.param(
+            "visualization: {enabled: {heatmap: true}}\n" + GOOD, 1, "'heatmap' (did you mean 'heatmap_3d'?)",
+            id="no such picture",
+        ),
+        pytest.param("visualization: {magnitude: {patterns: [x, 'y(']}}\n" + GOOD, 1, "'y('", id="regex of a picture"),
+        pytest.param("visualization: {magnitude: {patterns: []}}\n" + GOOD, 1, "patterns", id="a picture of nothing"),
+        pytest.param("visualization: {magnitude: {reduce_dim: 0}}\n" + GOOD, 1, "reduce_dim", id="reduce_dim 0"),
+        pytest.param(
+            "visualization: {output: {formats: [pgn]}}\n" + GOOD, 1, "(did you mean 'png'?)", id="misspelt format"
+        ),
+        pytest.param(
+            "visualization: {output: {report_name: ../x}}\n" + GOOD, 1, "without a folder", id="report elsewhere"
+        ),
         pytest.param("data: {custom: {fromat: csv}}\n" + GOOD, 1, "(did you mean 'format'?)", id="misspelt deep key"),
         pytest.param(GOOD + "    baseline: {rell: 1}\n", 8, "(did you mean 'rel'?)", id="misspelt baseline key"),
         pytest.param(changed("max: 1", "max: many"), 7, "max: should be a valid number, not 'many'", id="wrong type"),
@@ -151,7 +168,7 @@ def test_a_number_in_scientific_notation_is_a_number(load, text):
 
 
 def test_a_seed_configuration_is_a_suite_without_assertions(load):
-    file = load("model: {path: x}\nvisualization: {dpi: 300, layers: {a: 1}}\n")
+    file = load("model: {path: x}\nvisualization: {dpi: 300, outlier: {top_n: 3}}\n")
     assert file.suite.assertions is None
     assert not file.assertions
 
@@ -180,7 +197,7 @@ def test_a_file_from_windows_is_read(load, newline, mark):
         ("assertions.peaks.baseline={rel: 0.1}", lambda suite: suite.assertions[0].baseline.rel, 0.1),
         ("assertions.peaks.baseline.abs=2", lambda suite: suite.assertions[0].baseline.abs, 2),
         ("assertions.peaks.positions={skip_first: 2}", lambda suite: suite.assertions[0].where, "skip_first:2"),
-        ("visualization.dpi=3", lambda suite: suite.visualization.dpi, 3),
+        ("visualization.dpi=100", lambda suite: suite.visualization.dpi, 100),
     ],
 )
 def test_an_override_sets_any_key(load, override, get, value):

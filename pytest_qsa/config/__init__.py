@@ -2,5 +2,17 @@
 
 from .loading import SuiteFile, load_suite, misfit
 from .suite import Assertion, Baseline, Data, Memory, Model, Suite
+from .visualization import Visualization
 
-__all__ = ["Assertion", "Baseline", "Data", "Memory", "Model", "Suite", "SuiteFile", "load_suite", "misfit"]
+__all__ = [
+    "Assertion",
+    "Baseline",
+    "Data",
+    "Memory",
+    "Model",
+    "Suite",
+    "SuiteFile",
+    "Visualization",
+    "load_suite",
+    "misfit",
+]

@@ -52,8 +52,8 @@ def misfit(path: Path, override: str) -> str | None:
     return None
 
 
-def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
-    """Read and validate a suite, with `KEY=VALUE` overrides applied first.
+def load_suite(path: Path, overrides: Iterable[str] = (), option: str = "--qsa-set ") -> SuiteFile:
+    """Read and validate a suite, with `KEY=VALUE` overrides applied first. `option`: what the user wrote before them.
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
@@ -61,7 +61,7 @@ def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
-    overridden = {_apply(source, override): override for override in overrides}
+    overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
         _check_assertions(source)
         suite = Suite.model_validate(source.data)
@@ -69,21 +69,21 @@ def load_suite(path: Path, overrides: Iterable[str] = ()) -> SuiteFile:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
         override = overridden.get(error.location)
-        raise SuiteError(f"--qsa-set {override}: {error.what}") if override else error from None
+        raise SuiteError(f"{override}: {error.what}") if override else error from None
     return SuiteFile(path, suite, source)
 
 
-def _apply(source: YamlSource, override: str) -> Location:
+def _apply(source: YamlSource, override: str, option: str) -> Location:
     key, _, text = override.partition("=")
     try:
         *parents, last = _split(source, key)
     except SuiteError as error:
-        raise SuiteError(f"--qsa-set {override}: {error}") from None
+        raise SuiteError(f"{option}{override}: {error}") from None
     here: Any = source.data
     for part in parents:
         here = here.setdefault(part, {}) if isinstance(here, dict) else here[part]
         if not isinstance(here, (dict, list)):
-            raise SuiteError(f"--qsa-set {override}: '{part}' is a value, not a section")
+            raise SuiteError(f"{option}{override}: '{part}' is a value, not a section")
     here[last] = read_value(text)
     return (*parents, last)
 
@@ -102,7 +102,7 @@ def _split(source: YamlSource, key: str) -> Location:
     return ("assertions", ids[name], *rest[len(name) + 1 :].split("."))
 
 
-def check_override(override: str) -> None:
+def check_override(override: str, option: str = "--qsa-set ") -> None:
     """Check an override before any suite is read: its form, and that its key exists.
 
     Raises:
@@ -110,16 +110,16 @@ def check_override(override: str) -> None:
     """
     key, equals, _ = override.partition("=")
     if not equals or not key:
-        raise SuiteError(f"--qsa-set {override}: write KEY=VALUE, such as data.num_samples=8")
+        raise SuiteError(f"{option}{override}: write KEY=VALUE, such as data.num_samples=8")
     model: Any = Suite
     parts = key.split(".")
-    if parts[0] in ("assertions", "visualization"):
+    if parts[0] == "assertions":
         return
     for index, part in enumerate(parts):
         fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
         if part not in fields:
             raise SuiteError(
-                f"--qsa-set {override}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
+                f"{option}{override}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
             )
         annotation = fields[part].annotation
         model = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)), None)
@@ -166,12 +166,9 @@ def _explain(source: YamlSource, error: ValidationError, overridden: dict[Locati
     if isinstance(cause, SuiteError) and cause.key:
         location = (*location, cause.key)
     message = _message(first, location)
-    override = next(
-        (text for key, text in overridden.items() if location[: len(key)] == key or key[: len(location)] == location),
-        None,
-    )
-    if override is not None and location in overridden:
-        return SuiteError(f"--qsa-set {override}: {message}")
+    override = next((text for key, text in overridden.items() if location[: len(key)] == key), None)
+    if override is not None:
+        return SuiteError(f"{override}: {message}")
     return source.error(location, message)
 
 

@@ -13,17 +13,15 @@ from functools import reduce as fold
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
-from ..plan import TOKENS, Request, Site, compile_pattern
+from ..plan import TOKENS, Request, Site
 from ..selection import canonical_positions, query_of
 from ..series import Bounds, Over, Query
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from .fields import Regex, Strict
+from .visualization import Visualization
 
 
 def _positions(value: object) -> object:
@@ -31,12 +29,6 @@ def _positions(value: object) -> object:
     return value
 
 
-def _regex(pattern: str) -> str:
-    compile_pattern(pattern)
-    return pattern
-
-
-Regex = Annotated[str, AfterValidator(_regex)]
 Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
 
 
@@ -56,7 +48,7 @@ def _id(name: str) -> str:
     return name
 
 
-class Model(_Strict):
+class Model(Strict):
     """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
 
     path: str | None = None
@@ -82,14 +74,14 @@ class Model(_Strict):
         return self.name or (self.path or self.factory or "model").rstrip("/").rpartition("/")[2]
 
 
-class CustomData(_Strict):
+class CustomData(Strict):
     """How a `custom:` file is read."""
 
     format: Literal["auto", "text", "json", "jsonl", "csv"] = "auto"
     text_column: str = "text"
 
 
-class Data(_Strict):
+class Data(Strict):
     """The calibration data: `sample` (shipped with the package) or `custom:PATH`, as packed windows of tokens."""
 
     source: str = "sample"
@@ -102,7 +94,7 @@ class Data(_Strict):
     custom: CustomData = CustomData()
 
 
-class Memory(_Strict):
+class Memory(Strict):
     """Where the model runs, and where the part of it that doesn't fit is kept."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
@@ -110,7 +102,7 @@ class Memory(_Strict):
     offload_device: Literal["cpu", "disk"] = "cpu"
 
 
-class Baseline(_Strict):
+class Baseline(Strict):
     """How far from its baseline a layer may be: max(abs, rel·|baseline|), in one direction or both."""
 
     rel: Annotated[float, Field(ge=0)] = 0.0
@@ -126,7 +118,7 @@ def _baseline(value: object) -> object:
     return value
 
 
-class Assertion(_Strict):
+class Assertion(Strict):
     """What every assertion has, whatever its metric."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
@@ -206,13 +198,7 @@ ASSERTIONS: Mapping[str, type[Assertion]] = {name: _assertion_model(metric) for 
 AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
 
 
-class Visualization(BaseModel):
-    """The seed's plotting section; read by `qsa analyze`, of no effect on an assertion."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Suite(_Strict):
+class Suite(Strict):
     """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject."""
 
     model: Model | None = None

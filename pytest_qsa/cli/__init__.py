@@ -1,0 +1,37 @@
+"""The program `qsa`; also `python -m pytest_qsa`. Each command is a module here with one function `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from ..errors import QsaError, SuiteError
+from .codes import FAILED, OK, SUITE_IS_WRONG, USAGE
+
+COMMANDS: Mapping[str, str] = {
+    "layers": "list a model's layers, or what a regex finds, without reading weights",
+    "schema": "print the JSON Schema of suites, for editors",
+}
+"""Command, also the name of its module → one line of help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return pytest's own exit codes: 1 for a failure, 2 where a suite is wrong, 4 for a wrong usage."""
+    parser = argparse.ArgumentParser(prog="qsa", description="Look at models and suites of pytest-qsa.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        module = importlib.import_module(f".{options.command}", __name__)
+        return int(module.run(rest))
+    except SystemExit as stop:
+        return USAGE if stop.code else OK
+    except SuiteError as error:
+        print(f"qsa: {error}", file=sys.stderr)
+        return SUITE_IS_WRONG
+    except QsaError as error:
+        print(f"qsa: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,18 @@
+"""`qsa schema`: the JSON Schema by which editors complete and check suites."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from .codes import OK
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the schema."""
+    from ..config import Suite
+
+    argparse.ArgumentParser(prog="qsa schema", description="Print the JSON Schema of suites.").parse_args(arguments)
+    print(json.dumps(Suite.model_json_schema(), indent=2))
+    return OK

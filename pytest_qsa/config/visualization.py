@@ -1,0 +1,137 @@
+"""The seed's plotting section, key for key: what `qsa analyze` draws and exports. No assertion looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .fields import Regex, Strict
+
+Count = Annotated[int, Field(gt=0)]
+Patterns = Annotated[list[Regex], Field(min_length=1)]
+Format = Literal["png", "svg", "html", "csv", "json", "parquet"]
+
+
+class Enabled(Strict):
+    """Which pictures are drawn."""
+
+    magnitude_input: bool = True
+    magnitude_output: bool = True
+    magnitude_weight: bool = False
+    outlier_layer_wise: bool = True
+    outlier_position: bool = True
+    outlier_token: bool = True
+    heatmap_3d: bool = False
+    distribution: bool = False
+    percentile_range: bool = False
+
+
+class MagnitudeWeight(Strict):
+    """Magnitudes of weights; `patterns` are those of the activations where they are absent."""
+
+    patterns: Patterns | None = None
+    reduce_dim: Literal[-1, -2] | None = -2
+
+
+class MagnitudePlot(Strict):
+    """Top1, top2, top3, median and min of the maxima over channels (−1), over tokens (−2), or of |x| itself (null)."""
+
+    patterns: Patterns = Field(default=[r"mlp\.down_proj", r"mlp\.up_proj", r"self_attn\.q_proj", r"self_attn\.o_proj"])
+    reduce_dim: Literal[-1, -2] | None = -1
+    combined_plot: Annotated[bool, Field(description="one picture with a panel for each pattern")] = True
+    weight: MagnitudeWeight = MagnitudeWeight()
+
+
+class OutlierPlot(Strict):
+    """Tokens whose largest |x| is above threshold × the median of their sample."""
+
+    threshold: Annotated[float, Field(gt=0)] = 64.0
+    pattern: Regex = r"layers\.\d+$"
+    decode_tokens: Annotated[bool, Field(description="show the tokens' text; false: their ids")] = True
+    top_n: Annotated[int, Field(gt=0, description="how many different tokens are shown")] = 15
+
+
+class DistributionPlot(Strict):
+    """All elements of a layer as a box and as a histogram; `patterns` are the magnitudes' where they are absent."""
+
+    patterns: Patterns | None = None
+    plot_types: Annotated[list[Literal["boxplot", "histogram"]], Field(min_length=1)] = Field(
+        default=["boxplot", "histogram"]
+    )
+    is_input: bool = True
+
+
+class Heatmap(Strict):
+    """|x| of one sample over tokens and channels, as a surface and as a map."""
+
+    pattern: Regex = r"layers\.\d+$"
+    sample_idx: Annotated[int, Field(ge=0)] = 0
+    is_input: bool = False
+    view_angle: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        default=[30, 45], description="elevation and azimuth, in degrees"
+    )
+    num_2d_layers: Annotated[int, Field(ge=0, description="how many layers are drawn as maps, evenly over depth")] = 6
+
+
+class PercentilePlot(Strict):
+    """For each channel the percentiles over tokens; `patterns` are the magnitudes' where they are absent."""
+
+    patterns: Patterns | None = None
+    is_input: bool = True
+    use_abs: bool = False
+    style: Literal["fill", "line"] = "fill"
+    num_layers_to_show: Annotated[int, Field(gt=0, description="how many layers of a pattern, evenly over depth")] = 4
+
+
+class LayerSelection(Strict):
+    """Narrows the layers of magnitudes, distributions and percentiles to those that one of the patterns finds."""
+
+    patterns: list[Regex] = Field(default=[])
+
+
+def _plain_name(name: str) -> str:
+    if not name or name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
+        raise ValueError(f"report_name '{name}' is a file's name, without a folder")
+    return name
+
+
+class Output(Strict):
+    """What is written beside the pictures' folder: the report, and the numbers behind it."""
+
+    formats: Annotated[list[Format], Field(min_length=1)] = Field(default=["png", "html"])
+    report_name: str = "analysis_report.html"
+    include_raw_data: Annotated[bool, Field(description="every sample's value in exports, and the capture itself")] = (
+        False
+    )
+
+    @model_validator(mode="after")
+    def _name_is_plain(self) -> Output:
+        _plain_name(self.report_name)
+        return self
+
+    @property
+    def report_file(self) -> str:
+        """The report's name with its suffix."""
+        return self.report_name if self.report_name.endswith((".html", ".htm")) else f"{self.report_name}.html"
+
+
+class Visualization(Strict):
+    """What `qsa analyze` draws and writes, into `save_dir` relative to the file."""
+
+    save_dir: Annotated[str, Field(min_length=1)] = "./figures"
+    dpi: Annotated[int, Field(ge=30, le=600)] = 200
+    show_legend: bool = True
+    enabled: Enabled = Enabled()
+    magnitude: MagnitudePlot = MagnitudePlot()
+    outlier: OutlierPlot = OutlierPlot()
+    distribution: DistributionPlot = DistributionPlot()
+    heatmap_3d: Heatmap = Heatmap()
+    percentile_range: PercentilePlot = PercentilePlot()
+    layer_selection: LayerSelection = LayerSelection()
+    output: Output = Output()
+
+    def patterns_of(self, own: Sequence[str] | None) -> Sequence[str]:
+        """Return a picture's own patterns, or the magnitudes' where it has none."""
+        return own if own is not None else self.magnitude.patterns

@@ -7,7 +7,7 @@ decorator adds what the planner and the baselines must know of it. A changed def
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import plan
 from .distributions import counted_quantile
 from .errors import SuiteError
-from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median
+from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
@@ -167,21 +167,20 @@ def magnitude(
 
     The seed's and PrefixQuant's plots. `auto` is −1 for activations and, as in the seed, −2 for weights [out, in].
     """
+    return magnitudes(view, [stat], reduce_dim)[stat]
+
+
+def magnitudes(
+    view: View, stats: Sequence[MagnitudeStat], reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
+) -> dict[MagnitudeStat, Values]:
+    """Take several order statistics, as `magnitude` does each, in one pass over the numbers: name → [P]."""
     dim = _reduce_dim(view.site, reduce_dim)
     if dim == -1:
-        return np.array([_order_statistic(maxima, stat) for maxima in view.token_maxima()], dtype=np.float64)
+        rows = [order_statistics(maxima, stats) for maxima in view.token_maxima()]
+        return {stat: np.array([row[stat] for row in rows], dtype=np.float64) for stat in stats}
     table = view.numbers.channel_top if dim == -2 else view.numbers.element_top
     assert table is not None
-    return table[:, TOP_NAMES.index(stat)].astype(np.float64)
-
-
-def _order_statistic(values: NDArray[np.float32], stat: str) -> float:
-    rank = int(stat[-1]) if stat[-1].isdigit() else 1
-    if rank > values.size or not np.isfinite(values).all():
-        return float("nan")
-    if stat == "median":
-        return lower_median(values)
-    return float(np.sort(values)[-rank if stat.startswith("top") else rank - 1])
+    return {stat: table[:, TOP_NAMES.index(stat)].astype(np.float64) for stat in stats}
 
 
 @_metric(plan.TOKENS, reduce="max", tokenwise=True)

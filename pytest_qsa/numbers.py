@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,8 @@ class SiteNumbers:
     `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
     `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
     `massive`: for each `plan.massive_statistic` the count per population [P].
+    `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
+    rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
     """
 
     dtype: str
@@ -56,6 +58,7 @@ class SiteNumbers:
     signed_bins: NDArray[np.uint16] | None = None
     signed_counts: NDArray[np.int64] | None = None
     massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def populations(self) -> int:
@@ -81,6 +84,7 @@ class SiteNumbers:
         """Split into named arrays and a JSON header; `from_arrays` is the way back."""
         arrays = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
         arrays |= {f"massive/{name}": count for name, count in self.massive.items()}
+        arrays |= {f"maps/{name}": picture for name, picture in self.maps.items()}
         header = {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -92,14 +96,18 @@ class SiteNumbers:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
         """Join what `to_arrays` split."""
-        massive = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith("massive/")}
-        plain = {name: array for name, array in arrays.items() if not name.startswith("massive/")}
+        named: dict[str, dict[str, NDArray[Any]]] = {"massive": {}, "maps": {}}
+        plain: dict[str, NDArray[Any]] = {}
+        for name, array in arrays.items():
+            kind, slash, rest = name.partition("/")
+            (named[kind] if slash else plain)[rest if slash else name] = array
         return cls(
             dtype=header["dtype"],
             shape=tuple(header["shape"]),
             token_axis=header["token_axis"],
             statistics=frozenset(header["statistics"]),
-            massive=massive,
+            massive=named["massive"],
+            maps=named["maps"],
             **plain,
         )
 
@@ -110,3 +118,14 @@ def lower_median(values: NDArray[Any]) -> float:
         return float("nan")
     middle = (values.size - 1) // 2
     return float(np.partition(values, middle)[middle])
+
+
+def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, float]:
+    """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or beside NaN and Inf."""
+    if not np.isfinite(values).all():
+        return dict.fromkeys(names, float("nan"))
+    size = values.size
+    ranks = dict(zip(TOP_NAMES, (size - 1, size - 2, size - 3, (size - 1) // 2, 2, 1, 0), strict=True))
+    known = {name: ranks[name] for name in names if 0 <= ranks[name] < size}
+    ordered = np.partition(values, sorted(set(known.values()))) if known else values
+    return {name: float(ordered[known[name]]) if name in known else float("nan") for name in names}

@@ -34,6 +34,16 @@ def massive_statistic(absolute: float, ratio: float) -> str:
     return f"massive:{absolute:.17g}:{ratio:.17g}"
 
 
+def map_statistic(sample: int) -> str:
+    """Name the statistic that keeps a bounded picture of |x| of one sample."""
+    return f"map:{sample}"
+
+
+def exactly(layers: Sequence[str]) -> str:
+    """Write the pattern that finds these layers and no other."""
+    return f"^(?:{'|'.join(map(re.escape, layers))})$"
+
+
 @dataclass(frozen=True, order=True)
 class Request:
     """One demand on a capture: these statistics of every layer that the pattern finds, at this site."""

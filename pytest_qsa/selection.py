@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import plan
 from .errors import AnomalyError, SuiteError, did_you_mean
-from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View
+from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View, magnitudes
 from .numbers import PADDING
 from .plan import Site, match_layers, no_match
 from .series import Judge, Query, Series
@@ -62,6 +62,26 @@ class Selection:
     ) -> Series:
         """An order statistic of the token-wise (−1) or channel-wise (−2) maxima, or of the elements (None)."""
         return self.series("magnitude", reduce, positions, stat=stat, reduce_dim=reduce_dim)
+
+    def magnitudes(
+        self,
+        stats: Sequence[MagnitudeStat],
+        *,
+        reduce_dim: Literal[-1, -2, "auto"] | None = "auto",
+        reduce: Reduce | None = None,
+        positions: Positions = "all",
+    ) -> dict[MagnitudeStat, Series]:
+        """Several statistics of `magnitude` for little more than the price of one."""
+        asked = {
+            stat: self._asked("magnitude", reduce, positions, {"stat": stat, "reduce_dim": reduce_dim})[1]
+            for stat in stats
+        }
+        first = asked[stats[0]]
+        found = {layer: magnitudes(self._view(layer, first), stats, reduce_dim) for layer in self.layers}
+        return {
+            stat: self._series(query, {layer: result[stat] for layer, result in found.items()})
+            for stat, query in asked.items()
+        }
 
     def sink_tokens(self, stat: SinkStat = "count", *, reduce: Reduce | None = None) -> Series:
         """The attention sinks of a sample: their count, channel, or multiple of the median."""
@@ -139,24 +159,35 @@ class Selection:
             AnomalyError: no layer, a hook that never fired, no tokens, or a metric that the site can't have.
             SuiteError: an argument is none that the metric takes.
         """
+        layers, query = self._asked(metric, reduce, positions, parameters)
+        compute = METRICS[metric].compute
+        return self._series(query, {layer: compute(self._view(layer, query), **parameters) for layer in layers})
+
+    def _asked(
+        self, metric: str, reduce: Reduce | None, positions: Positions, parameters: Mapping[str, Any]
+    ) -> tuple[list[str], Query]:
+        """Check that the capture can answer; return the layers, and what is asked for."""
         definition = METRICS[metric]
         layers = self.layers
         where = canonical_positions(positions)
         _check_arguments(definition, self.site, where, reduce, parameters)
         self._check_measured(definition, layers, where, parameters)
-        query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
-        folded = query.reduce
-        values, populations, problems = [], {}, {}
-        for layer in layers:
-            view = View(self.capture.sites[layer, self.site], self.site, where, self.capture.sinks, layer)
-            result = definition.compute(view, **parameters)
-            if isinstance(result, np.ndarray):
-                populations[layer] = result
-                result = REDUCTIONS[folded or "max"](result)
-            values.append(float(result))
-            if not np.isfinite(values[-1]):
-                problems[layer] = _why_not_finite(view)
-        return Series(layers, np.array(values, dtype=np.float64), query, populations, problems, self.judge)
+        return layers, query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+
+    def _view(self, layer: str, query: Query) -> View:
+        return View(
+            self.capture.sites[layer, self.site], self.site, query.positions or "all", self.capture.sinks, layer
+        )
+
+    def _series(self, query: Query, results: Mapping[str, Any]) -> Series:
+        """Fold what a metric returned for each layer: one number, or one for each population."""
+        populations = {layer: result for layer, result in results.items() if isinstance(result, np.ndarray)}
+        fold = REDUCTIONS[query.reduce or "max"]
+        values = {layer: float(fold(result) if layer in populations else result) for layer, result in results.items()}
+        bad = [layer for layer, value in values.items() if not np.isfinite(value)]
+        problems = {layer: _why_not_finite(self._view(layer, query)) for layer in bad}
+        array = np.array(list(values.values()), dtype=np.float64)
+        return Series(list(values), array, query, populations, problems, self.judge)
 
     def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Mapping[str, Any]) -> None:
         needs = metric.needs(self.site, positions, parameters)

@@ -18,8 +18,10 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.numbers import SiteNumbers
+from pytest_qsa.plan import Request, map_statistic
 from pytest_qsa.selection import NotMeasuredError
 
 quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,7 +35,7 @@ def assert_same(one: SiteNumbers, other: SiteNumbers, but=()):
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype, field.name
             np.testing.assert_array_equal(a, b, err_msg=field.name)
-        elif field.name == "massive":
+        elif field.name in ("massive", "maps"):
             assert a.keys() == b.keys()
             assert all((a[key] == b[key]).all() for key in a)
         else:
@@ -219,6 +221,31 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
         kept = [array.ctypes.data for array in [*rows, *map(memory, observer.pooled.values())]]
         assert not any(first <= address < end for address in kept)
         assert max(array.nbytes for array in rows) <= 8 * 50, "a row keeps one number a token or channel at most"
+
+
+@pytest.mark.parametrize(("length", "width"), [(7, 5), (128, 130), (300, 129)])
+def test_a_map_keeps_the_largest_magnitude_of_each_rectangle_of_one_sample(length, width):
+    values = torch.randn(3, length, width)
+    model = models.Scripted(values)
+    wanted = [Request("layers", "output", None, frozenset({map_statistic(1)}))]
+    cap = run_pass(model, [models.numbered(model, 0, 2), models.numbered(model, 2)], wanted)
+    (picture,) = cap.sites["layers.0", "output"].maps.values()
+    tokens, channels = (-(-size // 128) for size in (length, width))
+    x = np.abs(values[1].numpy())
+    expected = [
+        [x[t : t + tokens, c : c + channels].max() for c in range(0, width, channels)] for t in range(0, length, tokens)
+    ]
+    np.testing.assert_array_equal(picture, np.array(expected))
+    assert max(picture.shape) <= 128
+    all_equal(Capture.from_bytes(cap.to_bytes()), cap)
+
+
+def test_padding_is_black_on_a_map():
+    model = models.Scripted(torch.ones(1, 4, 3))
+    batch = {"input_ids": models.numbered(model), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
+    wanted = [Request("layers", "output", None, frozenset({map_statistic(0)}))]
+    (picture,) = run_pass(model, [batch], wanted).sites["layers.0", "output"].maps.values()
+    assert picture.tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
 
 
 # Batching and sharing.

@@ -543,3 +543,15 @@ def test_over_folds_the_layers_into_one_number(over, value):
 def test_over_keeps_a_non_finite_layer_visible(over):
     with pytest.raises(AnomalyError):
         _ = series_of(1.0, float("nan"), 3.0).folded(over) <= 1e9
+
+
+@pytest.mark.parametrize(("reduce_dim", "where"), [(-1, "all"), (-1, {"skip_first": 30}), (-2, "all"), (None, "all")])
+def test_several_magnitudes_asked_for_at_once_are_those_asked_for_one_by_one(reduce_dim, where):
+    cap = capture(models.llama(), [models.token_batch(2, 33)], sites=[(r"layers\.\d+$", "output")])
+    stats = ["top1", "top3", "median", "min2", "min"]
+    together = cap.output(r"layers\.\d+$").magnitudes(stats, reduce_dim=reduce_dim, positions=where)
+    for stat in stats:
+        alone = cap.output(r"layers\.\d+$").magnitude(stat, reduce_dim=reduce_dim, positions=where)
+        np.testing.assert_array_equal(together[stat].values, alone.values)
+        assert together[stat].query == alone.query
+        assert together[stat].problems == alone.problems

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InfraError
 from ..numbers import SiteNumbers
 from .reductions import TorchReducer
-from .wants import Wants
+from .wants import MAP_SIZE, Wants
 
 
 class Reducer(Protocol):
@@ -67,6 +67,7 @@ class StreamObserver:
         self.owners: list[tuple[int, int, int]] = []
         self.rows: dict[str, list[Any]] = {}
         self.pooled: dict[str, Any] = {}
+        self.maps: dict[str, Tensor] = {}
 
     def add(
         self, x: Tensor, keep: Sequence[Tensor | None], samples: Sequence[int], call: int, token_axis: bool
@@ -85,6 +86,8 @@ class StreamObserver:
             self.owners.append((sample, call, row.shape[0] if token_axis else 0))
             for name, value in reducer.reduce(row, kept, self.wants, self.pooled).items():
                 self.rows.setdefault(name, []).append(value)
+            if sample in self.wants.maps and token_axis:
+                self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
 
     def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
         """Fetch everything from the device, once. `statistics`: what the site can say it has."""
@@ -111,8 +114,18 @@ class StreamObserver:
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
             massive={name: _stacked(self.rows[name]) for name in self.wants.massive if name in self.rows},
+            maps={name: _fetched(picture) for name, picture in self.maps.items()},
             **arrays,
         )
+
+
+def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
+    """Return |x| of [T, C] as at most MAP_SIZE × MAP_SIZE maxima, float32; padding counts as 0."""
+    magnitudes = row.abs().float()
+    if kept is not None:
+        magnitudes = torch.zeros_like(magnitudes).index_copy_(0, kept, magnitudes.index_select(0, kept))
+    cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
+    return torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
 
 
 def _fetched(value: Any) -> NDArray[Any]:

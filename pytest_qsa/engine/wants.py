@@ -9,6 +9,8 @@ from .. import plan
 
 PEAKS_MIN = 16
 PEAKS_SHARE = 32
+MAP_SIZE = 128
+"""The most rows and columns that a map keeps."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Wants:
     counts: bool
     signed: bool
     massive: Mapping[str, tuple[float, float]]
+    maps: Mapping[int, str]
 
     @classmethod
     def of(cls, statistics: frozenset[str]) -> Wants:
@@ -35,6 +38,7 @@ class Wants:
             counts=plan.COUNTS in statistics,
             signed=plan.SIGNED_COUNTS in statistics,
             massive=massive,
+            maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
         )
 
     @property

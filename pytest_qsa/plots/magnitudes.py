@@ -49,11 +49,11 @@ def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
     dim: Any = query["parameters"].get("reduce_dim", "auto") if judged else "auto"
     reduce = query.get("reduce") if judged else None
     own = query["parameters"].get("stat", "top1") if judged else None
-    stats = [*STATS, *([own] if own and own not in STATS else [])]
+    stats: Any = [*STATS, *([own] if own and own not in STATS else [])]
     try:
         selection = capture.select(query["layers"], query["site"], query.get("exclude"))
         positions = query.get("positions") or "all"
-        series = {stat: selection.magnitude(stat, reduce_dim=dim, reduce=reduce, positions=positions) for stat in stats}
+        series: Any = selection.magnitudes(stats, reduce_dim=dim, reduce=reduce, positions=positions)
     except QsaError:
         return None
     first = next(iter(series.values()))

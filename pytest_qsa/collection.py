@@ -1,7 +1,7 @@
 """A suite file as a pytest.Module of generated functions: pytest and its plugins see ordinary tests.
 
-A function is compiled under the suite's own file name, at the assertion's line, with its one call at the bound's line:
-locations, tracebacks, JUnit and annotations then point into the YAML without any help.
+A function is compiled under the name of the YAML file that holds the assertion, at its line, and a failure is raised
+from the line of the bound: locations, tracebacks, JUnit and annotations then point into the YAML without any help.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from .errors import QsaWarning, SuiteError
 
 if TYPE_CHECKING:
-    from .config import Assertion, SuiteFile
+    from .config import Assertion, Place, SuiteFile
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
@@ -50,6 +50,18 @@ class Overrides:
         """Say, after all suites were read, which override fitted none of them."""
         lost = (f"--qsa-set {o}: {why}" for o, why in self.misfits.items() if o not in self.used)
         return next(lost, None)
+
+
+def compiled(source: str, place: Place) -> types.CodeType:
+    """Compile one line of Python as if it stood at a place of a suite."""
+    return compile("\n" * (place.line - 1) + source, str(place.path), "exec")
+
+
+def raise_at(place: Place, name: str, error: Exception) -> NoReturn:
+    """Raise an error from the line of a suite that it is about, whose frame is the last that a reader sees."""
+    __tracebackhide__ = True
+    exec(compiled("raise error", place).replace(co_name=name, co_qualname=name), {"error": error})
+    raise AssertionError("unreachable")
 
 
 class QsaSuite(pytest.Module):
@@ -91,12 +103,9 @@ class QsaSuite(pytest.Module):
         return next(assertion for assertion in self.file.assertions if assertion.id == name)
 
     def _function(self, index: int, module: str) -> Callable[[pytest.FixtureRequest], None]:
-        name = self.file.assertions[index].id
-        line, bound = self.file.line_of(index), self.file.bound_line_of(index)
-        between = "\n" * (bound - line) + " " if bound > line else " "
-        source = "\n" * (line - 1) + f"def assertion(request):{between}run(request)"
+        name, place = self.file.assertions[index].id, self.file.place_of(index)
         scope = {"run": functools.partial(self._call, index=index)}
-        exec(compile(source, str(self.path), "exec"), scope)
+        exec(compiled("def assertion(request): run(request)", place), scope)
         function: types.FunctionType = scope["assertion"]  # type: ignore[assignment]
         function.__code__ = function.__code__.replace(co_name=name, co_qualname=name)
         function.__name__ = function.__qualname__ = name

@@ -10,9 +10,9 @@ import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds, softened
 from .captures import Capture
-from .collection import QsaSuite
+from .collection import QsaSuite, raise_at
 from .config import Assertion
-from .errors import QsaError, QsaWarning, SuiteError, shown_path
+from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
 from .series import Series
 
@@ -29,7 +29,7 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     __tracebackhide__ = True
     gate: Gate = request.getfixturevalue("qsa_gate")
     assertion = suite.file.assertions[index]
-    where = f"{shown_path(suite.path)}:{suite.file.bound_line_of(index)}"
+    place = suite.file.bound_place_of(index)
     capture = None
     try:
         capture = gate.capture_of(request)
@@ -37,11 +37,11 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
     verdict = replace(verdict, reason=assertion.reason)
-    verdict = gate.complete(request, verdict, capture, where=where, name=assertion.id)
+    verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
     if verdict.failed:
-        raise GateFailure(verdict)
+        raise_at(place, assertion.id, GateFailure(verdict))
     if verdict.kind is Kind.WARNED:
-        request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({where})"))
+        request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
 
 
 def _judged(request: pytest.FixtureRequest, assertion: Assertion, capture: Capture) -> Verdict:

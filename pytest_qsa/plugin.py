@@ -40,11 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite | None:
-    """Collect suites by their names, and any YAML file that is given by name."""
+    """Collect suites by their names, and any YAML file that is given by name.
+
+    What begins with an underscore, or lies in a folder that does, is there for other suites to extend.
+    """
     named = file_path.suffix in (".yaml", ".yml") and parent.session.isinitpath(file_path)
-    if not named and not any(
-        fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites")
-    ):
+    base = file_path.name.startswith("_") or file_path.parent.name.startswith("_")
+    suite_like = any(fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites"))
+    if not named and (base or not suite_like):
         return None
     from .collection import Overrides, QsaSuite
     from .judging import run_assertion

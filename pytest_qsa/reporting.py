@@ -46,12 +46,10 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
         verdict = _stopped(item, error)
     else:
         return
-    representation = call.excinfo.getrepr(
-        style="short", chain=False, tbfilter=lambda info: _users_frames(info, item.path)
-    )
+    representation = call.excinfo.getrepr(style="short", chain=False, tbfilter=lambda info: _users_frames(info, item))
     _replace_text(representation, failure_text(verdict))
     if representation.reprcrash is not None:
-        frames = _users_frames(call.excinfo, item.path)
+        frames = _users_frames(call.excinfo, item)
         if len(frames):
             representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
         representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
@@ -73,9 +71,13 @@ def _asserts(call: pytest.CallInfo[None], verdict: Any) -> bool:
     return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
 
 
-def _users_frames(info: Any, path: Path) -> Any:
-    """Keep the frames of the test and of what it calls; ours tell a user nothing."""
-    return info.traceback.cut(path=path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
+def _users_frames(info: Any, item: pytest.Item) -> Any:
+    """Keep the frames of the test and of what it calls, of a suite the line of the bound; ours tell a user nothing."""
+    from .collection import QsaSuite
+
+    if isinstance(item.parent, QsaSuite):
+        return info.traceback[-1:]
+    return info.traceback.cut(path=item.path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
 
 
 def _replace_text(representation: Any, text: str) -> None:

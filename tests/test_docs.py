@@ -27,6 +27,17 @@ def test_the_suite_of_the_readme_is_sound(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("document", ["suites.md"])
+def test_the_suites_of_a_document_are_sound(tmp_path, document):
+    files = {}
+    for text in blocks((ROOT / "docs" / document).read_text(encoding="utf-8"), "yaml"):
+        files[tmp_path / re.match(r"# (\S+\.qsa\.yaml)\n", text)[1]] = text
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert all(load_suite(path).assertions for path in files)
+
+
 def test_the_python_tests_of_the_readme_run(own_project, llama):
     tests, fixtures = blocks(README, "python")
     own_project.write("test_gate.py", tests)

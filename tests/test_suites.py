@@ -175,14 +175,14 @@ def test_a_seed_configuration_is_a_suite_without_assertions(load):
 
 def test_an_assertion_knows_its_line_and_the_line_of_its_bound(load):
     file = load(GOOD + "  - {id: b, metric: rms, layers: x, site: input,\n     min: 1,\n     max: 2}\n")
-    assert [file.line_of(0), file.bound_line_of(0)] == [3, 7]
-    assert [file.line_of(1), file.bound_line_of(1)] == [8, 10]
+    assert [file.place_of(0).line, file.bound_place_of(0).line] == [3, 7]
+    assert [file.place_of(1).line, file.bound_place_of(1).line] == [8, 10]
 
 
 @pytest.mark.parametrize("newline", ["\r\n", "\n"])
 @pytest.mark.parametrize("mark", ["\ufeff", ""])
 def test_a_file_from_windows_is_read(load, newline, mark):
-    assert load(mark + GOOD.replace("\n", newline)).bound_line_of(0) == 7
+    assert load(mark + GOOD.replace("\n", newline)).bound_place_of(0).line == 7
 
 
 @pytest.mark.parametrize(
@@ -219,6 +219,7 @@ def test_an_id_with_dots_can_be_overridden(load):
         ("data.num_sample=8", "no key 'data.num_sample' (did you mean 'num_samples'?)"),
         ("dta.num_samples=8", "no key 'dta' (did you mean 'data'?)"),
         ("data.seed.x=8", "no key 'data.seed.x'"),
+        ("extends=a.yaml", "what a suite extends stands in its file"),
     ],
 )
 def test_a_wrong_override_is_told_before_any_suite_is_read(override, said):

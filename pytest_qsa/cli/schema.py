@@ -11,8 +11,8 @@ from .codes import OK
 
 def run(arguments: Sequence[str]) -> int:
     """Print the schema."""
-    from ..config import Suite
+    from ..config.schema import suite_schema
 
     argparse.ArgumentParser(prog="qsa schema", description="Print the JSON Schema of suites.").parse_args(arguments)
-    print(json.dumps(Suite.model_json_schema(), indent=2))
+    print(json.dumps(suite_schema(), indent=2))
     return OK

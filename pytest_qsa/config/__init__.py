@@ -3,6 +3,7 @@
 from .loading import SuiteFile, load_suite, misfit
 from .suite import Assertion, Baseline, Data, Memory, Model, Suite
 from .visualization import Visualization
+from .yaml_source import Place
 
 __all__ = [
     "Assertion",
@@ -10,6 +11,7 @@ __all__ = [
     "Data",
     "Memory",
     "Model",
+    "Place",
     "Suite",
     "SuiteFile",
     "Visualization",

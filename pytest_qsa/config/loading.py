@@ -11,10 +11,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SuiteError, did_you_mean, shown_path
+from .defaults import apply_defaults
+from .inheritance import read_suite
 from .suite import ASSERTIONS, Assertion, Suite
-from .yaml_source import LocatedError, Location, YamlSource, read_value, read_yaml
+from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
-ID = re.compile(r"[A-Za-z0-9_.\-]+")
+BOUNDS = ("max", "min", "equals", "baseline")
+"""The keys that bound an assertion, in the order in which a failure names their place."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,21 @@ class SuiteFile:
         """The assertions in the order of the file; none for a seed configuration."""
         return self.suite.assertions or ()
 
-    def line_of(self, index: int) -> int:
-        """Return the line at which an assertion begins."""
-        return self.source.line(("assertions", index))
+    def place_of(self, index: int) -> Place:
+        """Return where an assertion begins, in the suite itself or in one that it extends."""
+        return self.source.place(("assertions", index))
 
-    def bound_line_of(self, index: int) -> int:
-        """Return the line of the assertion's bound; of its baseline where it has no bound."""
-        keys = ("max", "min", "equals", "baseline")
-        lines = [self.source.lines.get(("assertions", index, key)) for key in keys]
-        return next((line for line in lines if line is not None), self.line_of(index))
+    def bound_place_of(self, index: int, key: Location = ()) -> Place:
+        """Return where a bound of an assertion was set; without a key its first bound, or else its baseline."""
+        keys: list[Location] = [key] if key else [(name,) for name in BOUNDS]
+        places = [self.source.places.get(("assertions", index, *name)) for name in keys]
+        return next((place for place in places if place is not None), self.place_of(index))
 
 
 def misfit(path: Path, override: str) -> str | None:
     """Say why an override of an assertion is not for this suite: it has none of that name; None where it fits."""
-    source = read_yaml(path)
-    if isinstance(source.data, dict) and override.startswith("assertions."):
+    source = read_suite(path)
+    if override.startswith("assertions."):
         try:
             _split(source, override.partition("=")[0])
         except SuiteError as error:
@@ -58,11 +61,10 @@ def load_suite(path: Path, overrides: Iterable[str] = (), option: str = "--qsa-s
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
     """
-    source = read_yaml(path)
-    if not isinstance(source.data, dict):
-        raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
+    source = read_suite(path)
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
+        apply_defaults(source)
         _check_assertions(source)
         suite = Suite.model_validate(source.data)
     except ValidationError as error:
@@ -113,8 +115,10 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
         raise SuiteError(f"{option}{override}: write KEY=VALUE, such as data.num_samples=8")
     model: Any = Suite
     parts = key.split(".")
-    if parts[0] == "assertions":
+    if parts[0] in ("assertions", "defaults") and len(parts) > 1:
         return
+    if parts[0] == "extends":
+        raise SuiteError(f"{option}{override}: what a suite extends stands in its file")
     for index, part in enumerate(parts):
         fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
         if part not in fields:
@@ -126,41 +130,39 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
 
 
 def _check_assertions(source: YamlSource) -> None:
-    """Find what a schema can't say, or would say badly: an empty list, an unknown metric, an id used twice."""
+    """Find what a schema would say badly: no assertion left, no metric or one that there isn't."""
     if "assertions" not in source.data:
         return
-    entries = source.data["assertions"]
-    if entries and not isinstance(entries, list):
-        raise source.error(("assertions",), "assertions is a list, whose entries begin with `- id: …`")
-    if not entries:
-        raise source.error(
-            ("assertions",), "assertions is empty: nothing would be checked; list one at least, or leave the key out"
-        )
-    seen: dict[str, int] = {}
-    for index, entry in enumerate(entries):
+    if not source.data["assertions"]:
+        raise source.error(("assertions",), "no assertion is left of those of the base: nothing would be checked")
+    for index, entry in enumerate(source.data["assertions"]):
         here: Location = ("assertions", index)
-        if not isinstance(entry, dict):
-            raise source.error(here, "an assertion is a mapping that begins with `- id: …`")
         metric = entry.get("metric")
         if metric is None:
-            raise source.error(here, "the key 'metric' is missing")
+            raise source.error(here, f"the key 'metric' is missing{_unknown_id(source, index)}")
         if not isinstance(metric, str) or metric not in ASSERTIONS:
             hint = did_you_mean(str(metric), ASSERTIONS) or f"; the metrics are {', '.join(ASSERTIONS)}"
             raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}")
-        name = str(entry.get("id"))
-        if name in seen:
-            raise source.error(
-                (*here, "id"), f"the id '{name}' is taken by line {source.line(('assertions', seen[name], 'id'))}"
-            )
-        seen[name] = index
+
+
+def _unknown_id(source: YamlSource, index: int) -> str:
+    """Say of an assertion of an extending suite that it may have meant one of a base."""
+    if "extends" not in source.data:
+        return ""
+    entries = source.data["assertions"]
+    others = [str(other.get("id")) for other in entries[:index] + entries[index + 1 :]]
+    name = entries[index].get("id")
+    return f": no suite that this one extends has an assertion '{name}'{did_you_mean(str(name), others)}"
 
 
 def _explain(source: YamlSource, error: ValidationError, overridden: dict[Location, str]) -> SuiteError:
     """Turn pydantic's first error into one line at the right place."""
     problems = error.errors(include_url=False)
-    first = min(
-        problems, key=lambda problem: (problem["type"] != "extra_forbidden", source.line(_location(problem["loc"])))
-    )
+
+    def order(problem: Any) -> tuple[bool, int]:
+        return problem["type"] != "extra_forbidden", source.place(_location(problem["loc"])).line
+
+    first = min(problems, key=order)
     cause = first.get("ctx", {}).get("error")
     location = _location(first["loc"])
     if isinstance(cause, SuiteError) and cause.key:

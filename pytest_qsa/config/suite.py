@@ -199,8 +199,13 @@ AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="me
 
 
 class Suite(Strict):
-    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject."""
+    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject.
 
+    `extends` and `defaults` have done their work when a suite is made: `inheritance` and `defaults` read them.
+    """
+
+    extends: str | list[str] | None = None
+    defaults: dict[str, Any] = Field(default={})
     model: Model | None = None
     data: Data = Data()
     memory: Memory = Memory()

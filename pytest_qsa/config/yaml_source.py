@@ -1,11 +1,11 @@
-"""YAML text → plain data that still knows on which line each value stands."""
+"""YAML text → plain data that still knows in which file and on which line each value stands."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -37,23 +37,34 @@ class LocatedError(SuiteError):
         self.what = what
 
 
+class Place(NamedTuple):
+    """A line of a file, counted from 1."""
+
+    path: Path
+    line: int
+
+    def __str__(self) -> str:
+        """Write `file:line`, the file as a user would type it."""
+        return f"{shown_path(self.path)}:{self.line}"
+
+
 @dataclass
 class YamlSource:
-    """A parsed document: `data`, and the line of each key and value in `path`."""
+    """A parsed document: `data`, and the place of each key and value; all are in `path`, unless it extends others."""
 
     path: Path
     data: Any
-    lines: dict[Location, int] = field(default_factory=dict)
+    places: dict[Location, Place] = field(default_factory=dict)
 
-    def line(self, location: Location) -> int:
-        """Return the 1-based line of a location, or of the nearest of its parents that is in the file."""
-        while location and location not in self.lines:
+    def place(self, location: Location) -> Place:
+        """Return the place of a location, or of the nearest of its parents that is in a file."""
+        while location and location not in self.places:
             location = location[:-1]
-        return self.lines.get(location, 1)
+        return self.places.get(location, Place(self.path, 1))
 
     def error(self, location: Location, message: str) -> SuiteError:
         """Make the one-line error for a location: `file:line: message`."""
-        return LocatedError(f"{shown_path(self.path)}:{self.line(location)}: {message}", location, message)
+        return LocatedError(f"{self.place(location)}: {message}", location, message)
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -105,7 +116,7 @@ class _Walk:
 
     def visit(self, node: yaml.Node, location: Location) -> None:
         self.nodes += 1
-        self.source.lines.setdefault(location, node.start_mark.line + 1)
+        self.source.places.setdefault(location, self._place(node))
         if self.nodes > MAX_NODES or id(node) in self.open:
             raise self.source.error(
                 location, f"the document expands to more than {MAX_NODES} values through its aliases"
@@ -124,11 +135,14 @@ class _Walk:
             name = str(key.value)
             here = (*location, name)
             if name in seen and name != "<<":
-                self.source.lines[here] = key.start_mark.line + 1
+                self.source.places[here] = self._place(key)
                 raise self.source.error(here, f"the key '{name}' stands twice in the same place")
             seen.add(name)
-            self.source.lines[here] = key.start_mark.line + 1
+            self.source.places[here] = self._place(key)
             self.visit(value, here)
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.source.path, node.start_mark.line + 1)
 
 
 def _syntax_error(path: Path, error: yaml.YAMLError) -> str:

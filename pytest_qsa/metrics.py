@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from . import plan
+from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
 from .errors import SuiteError
 from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
@@ -23,6 +24,7 @@ from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
+AcrossChannels = Literal["max", "median", "min", "mean"]
 SinkStat = Literal["count", "channel", "ratio"]
 ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -33,6 +35,12 @@ REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
     "mean": lambda values: float(np.mean(values)),
     "sum": lambda values: float(np.sum(values)),
     "p95": lambda values: float(np.percentile(values, 95)),
+}
+ACROSS: Mapping[str, Callable[[Values], float]] = {
+    "max": lambda values: float(np.max(values)),
+    "median": lower_median,
+    "min": lambda values: float(np.min(values)),
+    "mean": lambda values: float(np.mean(values)),
 }
 SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
@@ -284,6 +292,18 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     if not 0 <= q <= 1:
         raise SuiteError(f"quantile: q is between 0 and 1, not {q:g}", "q")
     return counted_quantile(view.numbers, q, signed=signed)
+
+
+@_metric(plan.CHANNEL_COUNTS, reduce=None)
+def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
+    """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels.
+
+    The extremes are exact, a percentile is within 1/16 of its value (channels.py). Medians are lower ones.
+    """
+    band = channel_bands(view.numbers, signed=signed)[stat]
+    if not np.isfinite(band).all():
+        return float("nan")
+    return ACROSS[across](band)
 
 
 @_metric(plan.MOMENTS, reduce=None)

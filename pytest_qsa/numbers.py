@@ -33,6 +33,8 @@ class SiteNumbers:
     `channel_max` [C]: channel-wise maxima over all populations. `moments` [P, 7] float64: `MOMENT_NAMES`.
     `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
     `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
+    `channel_bins` [B], `channel_counts` [B, C] uint32: how often x falls into each bin of channels.py, bins that no
+    channel has left out. `channel_extremes` [4, C] float32: `EXTREME_NAMES` of each channel, exact.
     `massive`: for each `plan.massive_statistic` the count per population [P].
     `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
@@ -57,6 +59,9 @@ class SiteNumbers:
     counts: NDArray[np.int64] | None = None
     signed_bins: NDArray[np.uint16] | None = None
     signed_counts: NDArray[np.int64] | None = None
+    channel_bins: NDArray[np.uint16] | None = None
+    channel_counts: NDArray[np.uint32] | None = None
+    channel_extremes: NDArray[np.float32] | None = None
     massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 

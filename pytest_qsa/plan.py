@@ -23,10 +23,12 @@ MOMENTS = "moments"
 COUNTS = "counts"
 SIGNED_COUNTS = "signed_counts"
 SINKS = "sinks"
+CHANNEL_COUNTS = "channel_counts"
 """The statistics: token-wise maxima; channel-wise maxima; order statistics of the elements; power sums; counts of |x|
-and of x; and, at the outputs of the blocks, the tokens that may be sinks."""
+and of x; at the outputs of the blocks, the tokens that may be sinks; and counts of x in each channel."""
 
 ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS})
+"""What is kept where nothing is chosen: all but what costs much, which only a site that names it gets."""
 
 
 def massive_statistic(absolute: float, ratio: float) -> str:

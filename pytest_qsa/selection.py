@@ -11,8 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plan
+from .channels import BandStat, channel_bands
 from .errors import AnomalyError, SuiteError, did_you_mean
-from .metrics import METRICS, REDUCTIONS, MagnitudeStat, Metric, Reduce, ServedDtype, SinkStat, View, magnitudes
+from .metrics import (
+    METRICS,
+    REDUCTIONS,
+    AcrossChannels,
+    MagnitudeStat,
+    Metric,
+    Reduce,
+    ServedDtype,
+    SinkStat,
+    View,
+    magnitudes,
+)
 from .numbers import PADDING
 from .plan import Site, match_layers, no_match
 from .series import Judge, Query, Series
@@ -119,6 +131,15 @@ class Selection:
         """A quantile of |x|, or of x; exact for 16-bit tensors."""
         return self.series("quantile", q=float(q), signed=signed)
 
+    def channel_band(self, stat: BandStat = "p99", *, across: AcrossChannels = "max", signed: bool = False) -> Series:
+        """A percentile or an extreme of |x| (of x) in each channel, folded over the channels."""
+        return self.series("channel_band", stat=stat, across=across, signed=signed)
+
+    def channel_bands(self, *, signed: bool = False) -> dict[str, dict[BandStat, NDArray[np.float64]]]:
+        """The numbers behind `channel_band`, for plots: layer → statistic → one number for each channel, [C]."""
+        self._check_measured(METRICS["channel_band"], self.layers, "all", {})
+        return {layer: channel_bands(self.capture.sites[layer, self.site], signed=signed) for layer in self.layers}
+
     def zero_fraction(self) -> Series:
         """The share of exact zeros."""
         return self.series("zero_fraction")
@@ -201,7 +222,7 @@ class Selection:
         for layer in layers:
             numbers = self.capture.sites[layer, self.site]
             if (metric.tokenwise and self.site == "weight") or (
-                needs & {"tokens", "channels"} and not numbers.token_axis
+                needs & {plan.TOKENS, plan.CHANNELS, plan.CHANNEL_COUNTS} and not numbers.token_axis
             ):
                 shape = "×".join(map(str, numbers.shape))
                 raise AnomalyError(

@@ -93,6 +93,13 @@ def quantile(populations, q, signed=False):
     return np.quantile(x if signed else np.abs(x), q)
 
 
+def channel_band(populations, stat="p99", across="max", signed=False):
+    x = np.concatenate([np.asarray(rows, dtype=np.float64) for rows in populations])
+    q = {"min": 0.0, "max": 100.0}.get(stat)
+    band = np.percentile(x if signed else np.abs(x), float(stat.removeprefix("p")) if q is None else q, axis=0)
+    return lower_median(band) if across == "median" else {"max": np.max, "min": np.min, "mean": np.mean}[across](band)
+
+
 def zero_fraction(populations):
     return np.mean(pooled(populations) == 0)
 
@@ -117,6 +124,7 @@ POOLED = {
     "std": std,
     "crest_factor": crest_factor,
     "quantile": quantile,
+    "channel_band": channel_band,
     "zero_fraction": zero_fraction,
     "headroom": headroom,
 }

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa.engine.observers import Reducers, StreamObserver
-from pytest_qsa.plan import ALL_STATISTICS
+from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS
 
-STATISTICS = ALL_STATISTICS | {"massive:1:4"}
+STATISTICS = ALL_STATISTICS | {"massive:1:4", CHANNEL_COUNTS}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

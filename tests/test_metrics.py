@@ -24,12 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 PATTERN = r"mlp\.down_proj$"
 PADDINGS = ("none", "left", "right")
+EVERY = list(METRICS)
 SOME_STATISTICS = [
     "outlier_tokens",
     "magnitude",
     "kurtosis",
     "quantile",
     "absmax",
+    "channel_band",
     ("massive_activations", {"abs": 0.5, "ratio": 5.0}),
 ]
 
@@ -212,7 +214,7 @@ def test_massive_thresholds_keep_all_their_digits():
 # The traps that metrics.md names, one by one.
 
 
-def outputs(*script, statistics="all", dtype=torch.float32, mask=None):
+def outputs(*script, statistics=EVERY, dtype=torch.float32, mask=None):
     """Capture the outputs of a scripted model: `script[layer][sample]` is [T, C]."""
     model = models.Scripted(*(torch.as_tensor(np.asarray(values), dtype=dtype) for values in script))
     ids = models.numbered(model)

@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..channels import CODES, FIRST_CODE, SHIFT
 from ..distributions import bin_values
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
+from .channel_counts import widen_channels
 from .wants import Wants, peak_count, ranks_of
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
@@ -61,6 +63,8 @@ class CpuReducer:
             self._tokens(lines, maxima, kept, row.shape[0], found)
         if patterns.ndim == 2 and wants.channels:
             self._channels(lines, pooled, found)
+        if patterns.ndim == 2 and wants.channel_counts:
+            self._count_channels(counted.float(), pooled)
         if surveyed:
             self._distribution(counted, lines, int(maxima.max()), wants, pooled, found)
         elif wants.moments:
@@ -101,6 +105,13 @@ class CpuReducer:
         ranks = np.array(ranks_of(len(floats)))
         picked = np.sort(floats)[np.clip(ranks, 0, len(floats) - 1)]
         found["channel_top"] = _blank_missing(picked, ranks, len(floats))
+
+    def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
+        if "channel_counts" not in pooled:
+            pooled["channel_counts"] = np.zeros((2 * CODES, wide.shape[1]), dtype=np.uint32)
+        patterns = wide.view(torch.int32).numpy().view(np.uint32)
+        kernels.count_channels(patterns, pooled["channel_counts"], len(self.scratch), SHIFT, FIRST_CODE, CODES)
+        widen_channels(wide, pooled)
 
     def _distribution(
         self,

@@ -57,6 +57,22 @@ def channel_maxima32(patterns, maxima):
             maxima[channel] = max(maxima[channel], np.uint32(row[channel] & SIGNLESS32))
 
 
+@_parallel
+def count_channels(patterns, counts, threads, shift, first, codes):
+    """Count float32 patterns [T, C] into counts [2 · codes, C], whose bins channels.py defines.
+
+    Each thread takes a share of the channels.
+    """
+    share = (patterns.shape[1] + threads - 1) // threads
+    for thread in prange(threads):
+        for token in range(patterns.shape[0]):
+            for channel in range(thread * share, min((thread + 1) * share, patterns.shape[1])):
+                pattern = patterns[token, channel]
+                code = np.int64((pattern & SIGNLESS32) >> np.uint32(shift)) - first
+                code = min(max(code, 0), codes - 1)
+                counts[code + codes * np.int64(pattern >> np.uint32(31)), channel] += np.uint32(1)
+
+
 @_compiled
 def peaks_of(maxima, patterns, signless, positions, channels):
     """Fill positions [K] with the tokens of the largest maxima, largest first, and channels [K] with where they are."""

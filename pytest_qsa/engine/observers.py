@@ -103,6 +103,10 @@ class StreamObserver:
         for name, pooled in self.pooled.items():
             if name in ("counts", "signed_counts"):
                 arrays[name.replace("counts", "bins")], arrays[name] = _sparse(_fetched(pooled))
+            elif name == "channel_counts":
+                counts = _fetched(pooled)
+                occurring = np.flatnonzero(counts.any(axis=1))
+                arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
             else:
                 arrays[name] = _fetched(pooled)
         return SiteNumbers(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
+from .channel_counts import count_channels, widen_channels
 from .wants import Wants, peak_count, ranks_of
 
 
@@ -22,6 +23,9 @@ class TorchReducer:
             found |= _tokens(magnitudes, kept, row.shape[0])
         if row.dim() == 2 and wants.channels:
             found |= _channels(magnitudes, pooled)
+        if row.dim() == 2 and wants.channel_counts:
+            count_channels(wide.float(), pooled)
+            widen_channels(wide.float(), pooled)
         elements = magnitudes.flatten()
         order = _distribution(counted.flatten(), elements, wants, pooled) if wants.counted else None
         if wants.elements and order is not None:

@@ -23,6 +23,7 @@ class Wants:
     moments: bool
     counts: bool
     signed: bool
+    channel_counts: bool
     massive: Mapping[str, tuple[float, float]]
     maps: Mapping[int, str]
 
@@ -37,6 +38,7 @@ class Wants:
             moments=plan.MOMENTS in statistics,
             counts=plan.COUNTS in statistics,
             signed=plan.SIGNED_COUNTS in statistics,
+            channel_counts=plan.CHANNEL_COUNTS in statistics,
             massive=massive,
             maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
         )

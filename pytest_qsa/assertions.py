@@ -104,6 +104,7 @@ class Verdict:
     `rows`: all layers, worst first. `bound`: the bound in words, `where`: the file:line that set it. `hints`: what to
     do next, one line each. `updatable`: `--snapshot-update` would accept the change. `run`: what was run
     (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
+    `histograms`: layer → its distributions, for the report.
     """
 
     id: str
@@ -125,6 +126,7 @@ class Verdict:
     artefacts: Mapping[str, str] = field(default_factory=dict)
     updatable: bool = False
     since: str = ""
+    histograms: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:

@@ -24,7 +24,7 @@ from .evidence import token_evidence
 from .metrics import METRICS
 from .needs import requests_of
 from .options import Options
-from .plan import Request
+from .plan import COUNTS, Request
 from .session import Captures
 from .subjects import Checkpoint, Subject
 from .terminal import failure_text
@@ -123,8 +123,13 @@ class Gate:
             subject = self.subject_of(item)
             if subject is not None:
                 with contextlib.suppress(SuiteError):  # a wrong mark fails its own test
-                    needs.setdefault(subject.key, []).extend(requests_of(item))
+                    needs.setdefault(subject.key, []).extend(self._with_distributions(requests_of(item)))
         return needs
+
+    def _with_distributions(self, requests: Sequence[Request]) -> list[Request]:
+        """Add the counts that a report which is always written shows for every layer."""
+        more = {COUNTS} if self.options.report == "always" else set()
+        return [replace(request, statistics=request.statistics | more) for request in requests]
 
     def recapture(self, request: pytest.FixtureRequest, need: Request) -> Capture:
         """Make the second pass that a Python test without a mark costs, and say how to avoid it."""
@@ -213,8 +218,14 @@ class Gate:
         mode = self.options.report
         if mode == "never" or (mode == "on-failure" and not verdict.failed) or not verdict.rows:
             return verdict
+        from .histograms import histograms_of
         from .plots import draw
 
+        query = verdict.query
+        layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
+        verdict = replace(
+            verdict, histograms={layer: histograms_of(capture.sites[layer, query["site"]]) for layer in layers}
+        )
         folder = self.options.output / "plots" / _slug(item.nodeid)
         try:
             drawn = draw(capture, verdict, folder)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pytest_qsa.assertions import Kind, Row, TokenEvidence, Verdict
+from pytest_qsa.histograms import histogram
 from pytest_qsa.report import to_plain, write_report
 
 SESSION = {
@@ -57,6 +58,10 @@ def token_of(text, **fields):
     return TokenEvidence(**(made | fields))
 
 
+def tokens_of(maxima):
+    return histogram("tokens", np.array(maxima, dtype=np.float64), np.ones(len(maxima), dtype=np.int64))
+
+
 def page_of(tmp_path, *verdicts, session=SESSION):
     return write_report([to_plain(verdict) for verdict in verdicts], tmp_path / "out", session).read_text("utf-8")
 
@@ -66,7 +71,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.marks, self._open, self.text = [], [], [], ""
+        self.tags, self.marks, self.scripts, self._open, self.text = [], [], [], [], ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -82,6 +87,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "mark" in self._open:
             self.marks[-1] += data
+        if "script" in self._open:
+            self.scripts.append(data.strip())
         if not {"script", "style"} & set(self._open):
             self.text += data
 
@@ -149,14 +156,51 @@ def test_hostile_text_anywhere_is_shown_and_breaks_nothing(tmp_path):
         run={HOSTILE: HOSTILE}, rows=[Row(HOSTILE, 9.0, None, 4.0, None, 5.0)], artefacts={HOSTILE: "gone.png"},
     ), session={HOSTILE: HOSTILE})  # fmt: skip
 
-    page, harmless = Page(html), Page(page_of(tmp_path, verdict_of(), session={}))
-    assert (
-        [tag for tag, _ in page.tags if tag == "script"] == ["script"] == [t for t, _ in harmless.tags if t == "script"]
-    )
+    page = Page(html)
+    assert [tag for tag, _ in page.tags if tag == "script"] == ["script"]
     assert page.marks == ["</script><script>alert(1)</script>\"'U+202EU+200F\\x1b[0m\\x00<mark>&amp;"]
     tokens = html[html.index('<p class="context"') : html.index("</mark>")]
     assert not set(tokens) & set("\u202e\u200f\x1b\x00")
     assert tokens.count("<bdi>") == 2
+
+
+def test_hostile_text_in_the_data_of_the_layers_ends_no_script(tmp_path):
+    rows = [Row(f"{HOSTILE}<!--<script>{i}", 9.0, None, 4.0, None, 5.0, i) for i in range(2)]
+    page = Page(page_of(tmp_path, verdict_of(rows=rows, histograms={HOSTILE: [tokens_of([1.0, 2.0])]})))
+
+    assert [tag for tag, _ in page.tags if tag == "script"] == ["script"] * 3
+    (data,) = (text for text in page.scripts if text.startswith("{"))
+    assert json.loads(data)["rows"][0]["layer"].startswith("</script><script>")
+    assert not set(data) & set("<>&\u202e\x00")
+
+
+def test_the_page_of_a_model_of_30_layers_stays_below_3_megabytes(tmp_path):
+    kinds = ["mlp.down_proj", "mlp.up_proj", "mlp.gate_proj", "self_attn.q_proj", "self_attn.o_proj", ""]
+    layers = [f"model.layers.{i}.{kind}".rstrip(".") for i in range(LAYERS) for kind in kinds]
+    values = np.exp(np.random.default_rng(0).normal(size=4000) * 4)
+    histograms = {layer: [tokens_of(values), tokens_of(values) | {"of": "elements"}] for layer in layers}
+    rows = [Row(layer, i / 7, None, 4.0, i / 9, 0.0, i) for i, layer in enumerate(layers)]
+    picture = tmp_path / "value.png"
+    picture.write_bytes(np.random.default_rng(0).bytes(60_000))  # larger than any figure of ours
+    artefacts = {title: str(picture) for title in ("value", "outliers", "magnitude")}
+    verdicts = [verdict_of(id=f"a{i}", rows=rows, histograms=histograms, artefacts=artefacts) for i in range(6)]
+
+    assert len(page_of(tmp_path, *verdicts).encode()) < 3_000_000
+    assert (tmp_path / "out/report.json").stat().st_size < 1_500_000
+
+
+def test_every_layer_stands_once_with_the_numbers_of_all_its_assertions(tmp_path):
+    rows = [Row(f"model.layers.{i}", i / 10, None, 1.0, 0.5, 0.0, i) for i in (9, 10)]
+    page = Page(page_of(tmp_path, verdict_of(), verdict_of(id="second", rows=rows)))
+    (data,) = (json.loads(text) for text in page.scripts if text.startswith("{"))
+
+    assert [row["layer"] for row in data["rows"]] == [f"model.layers.{i}" for i in range(LAYERS)]
+    assert [column["id"] for column in data["columns"]] == ["regression", "second"]
+    nine, eleven = data["rows"][9], data["rows"][11]
+    assert [cell["value"] for cell in nine["cells"]] == [1.09, 0.9]
+    assert nine["used"] == 0.8  # |0.9 − 0.5| of the allowed 0.5, against 1.09 of 4
+    assert (eleven["out"], eleven["used"], eleven["cells"][1]) == (True, 2.25, None)
+    assert [(strip["name"], len(strip["rows"])) for strip in data["strips"]] == [("model.layers.*", LAYERS)]
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
@@ -172,7 +216,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     ]
     assert all(link.startswith(("data:", "#")) for link in links)
     assert sum(tag == "img" for tag, _ in page.tags) == 1
-    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", html)
+    named = html.replace("http://www.w3.org/2000/svg", "")  # the name of a namespace, never fetched
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", named)
     assert any("default-src 'none'" in (attrs.get("content") or "") for tag, attrs in page.tags if tag == "meta")
     assert "The picture is missing" in page.text
     assert "gone.png" in page.text
@@ -253,7 +298,7 @@ def opened(browser, tmp_path):
 
 
 def column(page, number):
-    return page.locator(".layers tbody tr:visible").evaluate_all(
+    return page.locator(".card .layers tbody tr:visible").evaluate_all(
         f"rows => rows.map(row => row.cells[{number}].innerText)"
     )
 
@@ -261,30 +306,71 @@ def column(page, number):
 @pytest.mark.slow
 def test_the_table_of_layers_sorts_by_number_and_by_depth_with_the_keyboard(opened):
     page = opened(verdict_of())
-    page.locator(".layers > summary").click()
+    page.locator(".card .layers > summary").click()
     assert column(page, 0)[:3] == ["model.layers.0", "model.layers.1", "model.layers.2"]
 
-    page.get_by_role("button", name="Value").press("Enter")
+    page.locator(".card").get_by_role("button", name="Value").press("Enter")
     assert column(page, 0)[:2] == ["model.layers.11", "model.layers.29"]
-    assert page.locator("th[aria-sort]").all_inner_texts() == ["Value"]
-    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    assert page.locator(".card th[aria-sort]").all_inner_texts() == ["Value"]
+    assert page.locator(".card th[aria-sort]").get_attribute("aria-sort") == "descending"
 
-    page.get_by_role("button", name="Value").press("Enter")
+    page.locator(".card").get_by_role("button", name="Value").press("Enter")
     assert column(page, 0)[0] == "model.layers.0"
-    page.get_by_role("button", name="Layer", exact=True).press("Space")
+    page.locator(".card").get_by_role("button", name="Layer", exact=True).press("Space")
     assert column(page, 0)[9:11] == ["model.layers.9", "model.layers.10"]
 
 
 @pytest.mark.slow
 def test_the_table_of_layers_filters_by_name_and_by_what_is_out_of_bounds(opened):
     page = opened(verdict_of())
-    page.locator(".layers > summary").click()
-    page.locator(".filter").fill("layers.2")
+    page.locator(".card .layers > summary").click()
+    page.locator(".card .filter").fill("layers.2")
     assert len(column(page, 0)) == 11
-    assert page.locator(".shown").inner_text() == "11 of 30"
-    page.locator(".filter").fill("")
-    page.locator(".only-out").check()
+    assert page.locator(".card .shown").inner_text() == "11 of 30"
+    page.locator(".card .filter").fill("")
+    page.locator(".card .only-out").check()
     assert column(page, 0) == ["model.layers.11"]
+
+
+@pytest.mark.slow
+def test_a_layer_opens_its_distributions_with_the_keyboard_and_takes_them_along_when_sorted(opened):
+    page = opened(verdict_of(histograms={"model.layers.11": [tokens_of([1.0, 1.0, 1.5, 90.0])]}))
+    layers = page.locator("#layers")
+    layers.get_by_role("button", name="model.layers.11", exact=True).press("Enter")
+
+    opened_row = layers.locator("tr.detail")
+    assert "regression 9 tokens ◆ ≤ 4 · 225 % used" in " ".join(opened_row.inner_text().split())
+    bars = opened_row.locator("rect")
+    assert bars.evaluate_all("bars => bars.map(bar => bar.textContent)") == [
+        "1 to 1.189: 2", "1.414 to 1.682: 1", "76.11 to 90.51: 1",
+    ]  # fmt: skip
+    assert opened_row.locator("svg").get_attribute("aria-label").endswith("4 tokens, median 1, largest 90")
+
+    layers.get_by_role("button", name="Used").press("Enter")
+    assert layers.locator("tbody tr").nth(1).get_attribute("class") == "detail"
+    layers.locator(".filter").fill("layers.3")
+    assert opened_row.is_hidden()
+    layers.locator(".filter").fill("")
+    layers.get_by_role("button", name="model.layers.11", exact=True).press("Space")
+    assert opened_row.is_hidden()
+    layers.get_by_role("button", name="model.layers.3", exact=True).click()
+    assert "--qsa-report=always" in layers.locator("tr.detail:visible").inner_text()
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_heat_strip_opens_its_layer_even_if_it_was_filtered_away(opened):
+    page = opened(verdict_of())
+    page.locator("#layers .filter").fill("layers.3")
+    page.locator("#layers .strip i").nth(11).click()
+    assert page.locator("#layers tr.detail:visible").count() == 1
+    assert page.evaluate("document.activeElement.textContent") == "model.layers.11"
+
+
+@pytest.mark.slow
+def test_the_page_is_ready_within_a_second(opened):
+    page = opened(*(verdict_of(id=f"a{i}") for i in range(10)))
+    assert page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") < 1000
+    assert page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") < 1000
 
 
 @pytest.mark.slow

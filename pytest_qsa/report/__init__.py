@@ -13,7 +13,7 @@ __all__ = ["to_plain", "write_report"]
 
 
 def write_report(results: Sequence[Mapping[str, Any]], folder: Path, session: Mapping[str, Any]) -> Path:
-    """Write report.json and report.html into a folder; return the path of the page.
+    """Write report.json and report.html into a folder; return the path of the page. Only the page has histograms.
 
     `results`: what `to_plain` returns for each verdict. `session`: command, started, duration_s, counts, version.
 
@@ -23,7 +23,8 @@ def write_report(results: Sequence[Mapping[str, Any]], folder: Path, session: Ma
     from .page import render_page
 
     content = builtins_of({"schema": SCHEMA, "session": session, "results": results})
-    write_atomically(folder / "report.json", strict_json(content))
+    told = [{key: value for key, value in result.items() if key != "histograms"} for result in content["results"]]
+    write_atomically(folder / "report.json", strict_json(content | {"results": told}))
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))
     return page

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 import struct
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup, escape
+from .layers import layer_table
+from .text import flattened, render
 
 KINDS = ("REGRESSION", "ANOMALOUS", "INFRA", "WARNED", "PASSED")
 """The kinds of verdict, worst first."""
@@ -30,7 +28,6 @@ _POSITIONS = {
     "no_sink": "positions without the attention sinks",
     "sink": "the attention sinks only",
 }  # fmt: skip
-_SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 _FACTS = {
     "Model": ("path", "model"),
     "Weights": ("weights", "sha256", "weights_sha256"),
@@ -55,16 +52,13 @@ _EMPTY: dict[str, Any] = {
 
 def render_page(results: Sequence[Mapping[str, Any]], session: Mapping[str, Any]) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number_text, "visible": visible, "short": short_hash, "percent": percent}
     cards = [card_of(result, index) for index, result in enumerate(worst_first(results))]
     counts = Counter(card["kind"] for card in cards)
-    return environment.get_template("report.html.j2").render(
-        cards=cards, session=session, counts={kind: counts[kind] for kind in KINDS if counts[kind]}, meaning=MEANING,
-        overall=overall(cards), subjects=subjects_of(cards), failed=sum(card["failed"] for card in cards),
+    definitions = sorted({card["query"]["definition"] for card in cards if card["query"].get("definition")})
+    return render(
+        "report.html.j2", cards=cards, session=session, meaning=MEANING, overall=overall(cards),
+        counts={kind: counts[kind] for kind in KINDS if counts[kind]}, subjects=subjects_of(cards),
+        table=layer_table(cards), definitions=definitions,
     )  # fmt: skip
 
 
@@ -184,64 +178,3 @@ def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
         if told := [text for text in known if text not in ("", "None")]:
             facts[label] = told[0]
     return facts
-
-
-def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield `a.b` → text of a nested mapping, whatever its keys are."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from flattened(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        yield prefix, ", ".join(map(str, value))
-    else:
-        yield prefix, number_text(value) if isinstance(value, float) else str(value)
-
-
-def number_text(value: Any, signed: bool = False) -> str:
-    """Write a number as a person would, nothing for None."""
-    if value is None:
-        return ""
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        return str(value)
-    whole = 1e4 <= abs(value) < 1e7
-    text = f"{value:{'+' if signed else ''}{'.0f' if whole else '.4g'}}"
-    return text.replace("inf", "∞").replace("nan", "NaN").replace("-", "−")
-
-
-def percent(share: float | None) -> str:
-    """Write a share of the budget: `87 %`."""
-    if share is None:
-        return ""
-    if not math.isfinite(share):
-        return "∞"
-    if share >= 10:
-        return f"{share:,.0f} ×"
-    return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.1f} %"
-
-
-def short_hash(value: str) -> str:
-    """Shorten a SHA-256 for the eye."""
-    digest = value.removeprefix("sha256:")
-    return digest[:12] if re.fullmatch(r"[0-9a-f]{40,}", digest) else value
-
-
-def visible(text: str) -> Markup:
-    """Escape token text, and show what can't be seen: spaces at its ends, control, format and direction characters."""
-    start, stop = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
-    return Markup("").join(
-        _sign("·") if character == " " and not start <= index < stop else _visible_character(character)
-        for index, character in enumerate(text)
-    )
-
-
-def _visible_character(character: str) -> Markup:
-    if character in _SHORT_NAMES:
-        return _sign(_SHORT_NAMES[character])
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or character == "\u00a0":
-        code = ord(character)
-        return _sign(f"\\x{code:02x}" if code < 0x100 else f"U+{code:04X}")
-    return escape(character)
-
-
-def _sign(text: str) -> Markup:
-    return Markup('<span class="sign">{}</span>').format(text)

@@ -52,7 +52,7 @@
     chips.forEach((other) => other.setAttribute("aria-pressed", String(other === chip)));
     choose();
   }));
-  search.addEventListener("input", choose);
+  if (search) search.addEventListener("input", choose);
 
   const compare = (a, b) => {
     const [left, right] = [a, b].map((text) => (text === "" ? NaN : Number(text.replace("inf", "Infinity"))));
@@ -71,9 +71,10 @@
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const of = (row) => row.cells[column].dataset.v;
       const known = (row) => !Number.isNaN(Number(of(row).replace("inf", "Infinity"))) && of(row) !== "";
-      body.append(...rows.slice().sort((a, b) => (
+      const sorted = rows.slice().sort((a, b) => (
         known(a) && known(b) && !up ? compare(of(b), of(a)) : compare(of(a), of(b))
-      )));
+      ));
+      body.append(...sorted.flatMap((row) => (row.detail ? [row, row.detail] : [row])));
     }));
     const filter = layers.querySelector(".filter");
     const only = layers.querySelector(".only-out");
@@ -83,6 +84,7 @@
       rows.forEach((row) => {
         const name = row.cells[0].textContent.toLowerCase();
         row.hidden = (only.checked && !row.classList.contains("out")) || !words.every((word) => name.includes(word));
+        if (row.detail) row.detail.hidden = row.hidden || !row.detail.wanted;
       });
       const count = rows.filter((row) => !row.hidden).length;
       shown.textContent = count === rows.length ? "" : `${count} of ${rows.length}`;

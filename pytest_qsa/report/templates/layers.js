@@ -1,0 +1,157 @@
+// A click on a layer opens what is known of it: every assertion's number against its bound, and its distributions.
+(() => {
+  "use strict";
+  const table = JSON.parse(document.getElementById("layer-data").textContent);
+  const section = document.getElementById("layers");
+  const rows = Array.from(section.querySelectorAll("tbody tr"));
+  const SVG = "http://www.w3.org/2000/svg";
+
+  const element = (name, attributes = {}, text = "") => {
+    const made = document.createElement(name);
+    Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
+    made.textContent = text;
+    return made;
+  };
+  const drawn = (name, attributes, text = "") => {
+    const made = document.createElementNS(SVG, name);
+    Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
+    made.textContent = text;
+    return made;
+  };
+  const number = (value) => {
+    const x = Number(value);
+    if (!Number.isFinite(x)) return String(value).replace("Infinity", "∞").replace("-", "−");
+    const size = Math.abs(x);
+    const text = size && (size >= 1e7 || size < 1e-4) ? x.toExponential(2) : String(Number(x.toPrecision(4)));
+    return text.replace("-", "−");
+  };
+  const share = (used) => {
+    const x = Number(used);
+    return Number.isFinite(x) ? (x >= 10 ? `${Math.round(x)} ×` : `${Math.round(100 * x)} %`) : "∞";
+  };
+
+  const allowed = (cell) => {
+    const known = (key) => cell[key] !== undefined;
+    if (known("low") && known("high")) {
+      return cell.low === cell.high ? `= ${number(cell.low)}` : `${number(cell.low)} … ${number(cell.high)}`;
+    }
+    return known("high") ? `≤ ${number(cell.high)}` : known("low") ? `≥ ${number(cell.low)}` : "";
+  };
+
+  const marks = (cells) => {
+    const list = element("ul", { class: "marks" });
+    cells.forEach((cell, index) => {
+      if (!cell) return;
+      const column = table.columns[index];
+      const item = element("li");
+      item.append(element("a", { href: `#${column.anchor}` }, column.id));
+      const unit = Number(cell.value) === 1 ? column.unit.replace(/s$/, "") : column.unit;
+      item.append(` ${number(cell.value)} ${unit} `);
+      const words = [allowed(cell)];
+      if (cell.baseline !== undefined) words.push(`baseline ${number(cell.baseline)}`);
+      if (cell.reference !== undefined) words.push(`reference ${number(cell.reference)}`);
+      if (cell.used !== undefined) words.push(`${share(cell.used)} used`);
+      item.append(element("span", { class: cell.out ? "beyond-text" : "quiet" },
+        (cell.out ? "◆ " : "") + words.filter(Boolean).join(" · ")));
+      list.append(item);
+    });
+    return list;
+  };
+
+  // Bars on a logarithmic scale of counts over a logarithmic axis of magnitudes: outliers are few and far.
+  const histogram = (data, thresholds) => {
+    const [width, height, left, bottom, top] = [460, 170, 44, 34, 14];
+    const perOctave = 4;
+    const first = data.first - 1;
+    const medianAt = Math.log2(Number(data.median)) * perOctave;
+    const marksAt = [["median", medianAt]];
+    thresholds.forEach((times) => marksAt.push([`${number(times)} × median`, medianAt + Math.log2(times) * perOctave]));
+    const shown = marksAt.filter(([, at]) => Number.isFinite(at) && at >= first);
+    const last = Math.max(data.first + data.counts.length + 1, ...shown.map(([, at]) => at + 1));
+    const x = (at) => left + ((at - first) / (last - first)) * (width - left - 8);
+    const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...data.counts, 1) + 1)));
+    const y = (count) => height - bottom - (Math.log10(count + 1) / decades) * (height - bottom - top);
+    const what = data.of === "tokens" ? "largest |x| of each token" : "|x| of each element";
+    const label = `${data.site}: ${what}; ${data.total.toLocaleString("en")} ${data.of}, `
+      + `median ${number(data.median)}, largest ${number(data.largest)}`;
+    const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, class: "histogram" });
+    for (let decade = 0; decade <= decades; decade += Math.ceil(decades / 4)) {
+      const at = y(10 ** decade - 1);
+      svg.append(drawn("line", { x1: left, x2: width - 8, y1: at, y2: at, class: "grid" }));
+      const text = decade ? (decade > 3 ? `1e${decade}` : String(10 ** decade)) : "0";
+      svg.append(drawn("text", { x: left - 6, y: at + 3, "text-anchor": "end" }, text));
+    }
+    data.counts.forEach((count, index) => {
+      if (!count) return;
+      const from = x(data.first + index);
+      const bar = drawn("rect", {
+        x: from + 0.3, y: y(count), height: height - bottom - y(count), class: "bar-of",
+        width: Math.max(x(data.first + index + 1) - from - 0.6, 0.6),
+      });
+      const edge = (at) => number(2 ** ((data.first + at) / perOctave));
+      bar.append(drawn("title", {}, `${edge(index)} to ${edge(index + 1)}: ${count.toLocaleString("en")}`));
+      svg.append(bar);
+    });
+    const step = 2 ** Math.ceil(Math.log2(Math.max((last - first) / perOctave / 7, 1)));
+    for (let octave = Math.ceil(first / perOctave / step) * step; octave * perOctave <= last; octave += step) {
+      svg.append(drawn("text", { x: x(octave * perOctave), y: height - bottom + 14, "text-anchor": "middle" },
+        number(2 ** octave)));
+    }
+    shown.forEach(([name, at], index) => {
+      svg.append(drawn("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, class: index ? "limit" : "middle" }));
+      const late = x(at) > width - 90;
+      svg.append(drawn("text", { x: x(at) + (late ? -3 : 3), y: top - 3, "text-anchor": late ? "end" : "start" }, name));
+    });
+    svg.append(drawn("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, what));
+    const figure = element("figure");
+    const small = data.zeros + data.below;
+    const note = small ? `; ${small.toLocaleString("en")} are zero or below the axis` : "";
+    figure.append(svg, element("p", { class: "quiet caption" }, label + note));
+    return figure;
+  };
+
+  const detail = (row, data) => {
+    const made = element("tr", { class: "detail" });
+    const cell = element("td", { colspan: row.cells.length });
+    const box = element("div", { class: "opened" });
+    box.append(marks(data.cells));
+    const figures = element("div", { class: "figures" });
+    data.histograms.forEach((each) => {
+      const thresholds = table.columns.filter((column, index) => (
+        data.cells[index] && column.threshold && column.site === each.site && each.of === "tokens"
+      )).map((column) => Number(column.threshold));
+      if (each.counts.length) figures.append(histogram(each, [...new Set(thresholds)]));
+    });
+    if (!figures.children.length) {
+      figures.append(element("p", { class: "quiet" },
+        "No distribution of this layer is in the report: --qsa-report=always keeps one of every layer."));
+    }
+    box.append(figures);
+    cell.append(box);
+    made.append(cell);
+    return made;
+  };
+
+  const open = (row, wanted) => {
+    if (!row.detail) {
+      row.detail = detail(row, table.rows[Number(row.dataset.row)]);
+      row.after(row.detail);
+    }
+    row.detail.wanted = wanted;
+    row.detail.hidden = !wanted;
+    row.querySelector(".open").setAttribute("aria-expanded", String(wanted));
+  };
+  rows.forEach((row) => row.addEventListener("click", (event) => {
+    if (event.target.closest("a")) return;
+    open(row, !(row.detail && row.detail.wanted));
+  }));
+  section.querySelectorAll(".strip i").forEach((cell) => cell.addEventListener("click", () => {
+    const row = rows.find((each) => each.dataset.row === cell.dataset.row);
+    section.querySelector(".filter").value = "";
+    section.querySelector(".only-out").checked = false;
+    section.querySelector(".filter").dispatchEvent(new Event("input"));
+    open(row, true);
+    row.scrollIntoView({ block: "center" });
+    row.querySelector(".open").focus();
+  }));
+})();

@@ -11,6 +11,7 @@ import numpy as np
 
 from .baseline_file import BaselineFile, rounded
 from .errors import BaselineError, QsaError
+from .findings import Finding
 from .series import Bounds, Query, Series
 
 
@@ -105,6 +106,7 @@ class Verdict:
     do next, one line each. `updatable`: `--snapshot-update` would accept the change. `run`: what was run
     (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
     `histograms`: layer → its distributions, for the report.
+    `findings`: what a static check found, in the layers' order.
     """
 
     id: str
@@ -127,6 +129,7 @@ class Verdict:
     updatable: bool = False
     since: str = ""
     histograms: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
 
     @property
     def failed(self) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from ._compat import fixture_source
 from .assertions import Kind, Verdict
 from .captures import Capture
+from .checkpoint import Files
 from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
 from .errors import QsaUnplannedCaptureWarning, SuiteError, shown_path
@@ -26,7 +27,7 @@ from .needs import requests_of
 from .options import Options
 from .plan import COUNTS, Request
 from .session import Captures
-from .subjects import Checkpoint, Subject
+from .subjects import Checkpoint, Subject, files_of
 from .terminal import failure_text
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
@@ -52,6 +53,7 @@ class Gate:
     _config_suite: SuiteFile | None = None
     _needs: dict[str, list[Request]] | None = None
     _fixtures: dict[str, Any] = field(default_factory=dict)
+    _files: dict[str, Files] = field(default_factory=dict)
 
     def subject_of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
@@ -90,6 +92,20 @@ class Gate:
             self._needs = self._plan(request.session.items)
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
         return self.captures.get(key, subject, needs, lambda plan: self._make(request, subject, plan))
+
+    def files_of(self, request: pytest.FixtureRequest) -> Files:
+        """Return the files of a test's checkpoint, for static checks; nothing is loaded.
+
+        Raises:
+            InfraError: there is no checkpoint here.
+        """
+        subject = self.subject_of(request.node)
+        assert subject is not None
+        self._claim_baselines(request.node, subject)
+        key = f"{subject.key}:{subject.model.reference if subject.model else None}"
+        if key not in self._files:
+            self._files[key] = files_of(subject)
+        return self._files[key]
 
     def _key(self, request: pytest.FixtureRequest, subject: Subject) -> str:
         """Return the name of the subject's capture: for a model of a fixture, of that very model and its batches."""
@@ -193,7 +209,9 @@ class Gate:
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
         )  # fmt: skip
         if capture is None and subject is not None:
-            verdict = replace(verdict, run={"model": {"path": subject.path}})
+            verdict = replace(verdict, run=verdict.run or {"model": {"path": subject.path}})
+            if verdict.rows and self._reported(verdict):
+                verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
         if capture is not None:
             verdict = replace(verdict, run=capture.meta, sinks=capture.sinks.summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
@@ -215,8 +233,7 @@ class Gate:
         return GateFailure(self.complete(request, verdict, capture, where=caller(), name=request.node.name))
 
     def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
-        mode = self.options.report
-        if mode == "never" or (mode == "on-failure" and not verdict.failed) or not verdict.rows:
+        if not self._reported(verdict) or not verdict.rows:
             return verdict
         from .histograms import histograms_of
         from .plots import draw
@@ -235,6 +252,9 @@ class Gate:
             )
         artefacts = {title: shown_path(Path(path)) for title, path in drawn.items()}
         return replace(verdict, artefacts=artefacts | {"report": shown_path(self.options.output / "report.html")})
+
+    def _reported(self, verdict: Verdict) -> bool:
+        return self.options.report == "always" or (self.options.report == "on-failure" and verdict.failed)
 
     def command(self, item: pytest.Item) -> str:
         """Return the shortest command that runs this one test again."""

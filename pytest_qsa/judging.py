@@ -10,8 +10,10 @@ import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds, softened
 from .captures import Capture
+from .checkpoint import Files, problems_of
+from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
-from .config import Assertion
+from .config import CheckpointAssertion, MeasuredAssertion
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
 from .series import Series
@@ -32,8 +34,13 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     place = suite.file.bound_place_of(index)
     capture = None
     try:
-        capture = gate.capture_of(request)
-        verdict = softened(_judged(request, assertion, capture), assertion.level)
+        if isinstance(assertion, CheckpointAssertion):
+            verdict = _checked(assertion, gate.files_of(request))
+        else:
+            assert isinstance(assertion, MeasuredAssertion)
+            capture = gate.capture_of(request)
+            verdict = _judged(request, assertion, capture)
+        verdict = softened(verdict, assertion.level)
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
     verdict = replace(verdict, reason=assertion.reason)
@@ -44,12 +51,18 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
 
 
-def _judged(request: pytest.FixtureRequest, assertion: Assertion, capture: Capture) -> Verdict:
+def _checked(assertion: CheckpointAssertion, files: Files) -> Verdict:
+    """Judge a static assertion: from the checkpoint's files, before and without any pass."""
+    series, found = problems_of(files, assertion.metric, assertion.layers, assertion.exclude, **assertion.parameters)
+    return judge_problems(series.folded(assertion.over), found, assertion.bounds, files)
+
+
+def _judged(request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture) -> Verdict:
     selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
     series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
     series = series.folded(assertion.over)
     verdict = None
-    if assertion.min is not None or assertion.max is not None or assertion.equals is not None:
+    if assertion.bounded:
         verdict = judge_bounds(series, assertion.bounds)
     if assertion.baseline is not None and (verdict is None or not verdict.failed):
         kept = assertion.baseline

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from .collection import QsaSuite
+from .config import MeasuredAssertion
 from .errors import SuiteError
 from .metrics import METRICS
 from .plan import ALL_STATISTICS, Request, massive_statistic
@@ -23,7 +24,8 @@ def requests_of(item: pytest.Item) -> list[Request]:
         SuiteError: a mark is wrong.
     """
     if isinstance(item.parent, QsaSuite):
-        return [item.parent.assertion_of(item).request]
+        assertion = item.parent.assertion_of(item)
+        return [assertion.request] if isinstance(assertion, MeasuredAssertion) else []
     return [_marked(item, mark.args, dict(mark.kwargs)) for mark in item.iter_markers("qsa")]
 
 

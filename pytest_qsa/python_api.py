@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
 from .captures import Capture
+from .checkpoint import problems_of
+from .checkpoint.judging import judge_problems
 from .errors import QsaError
 from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
@@ -83,6 +85,22 @@ class Qsa:
         """Select the weights of the layers that the regex finds."""
         return self._select(layers, "weight", exclude)
 
+    @property
+    def checkpoint(self) -> QsaCheckpoint:
+        """The static checks, which read the checkpoint's files: `assert qsa.checkpoint.health() == 0`."""
+        return QsaCheckpoint(self)
+
+    def problems(self, metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Series:
+        """Run a static check; comparing its series judges it, without a pass."""
+        try:
+            files = self._gate.files_of(self._request)
+            series, found = problems_of(files, metric, layers, exclude, **parameters)
+        except QsaError as error:
+            raise self.stopped(anomaly(error), None) from None
+        return replace(
+            series, judge=lambda s, bounds: self._concluded(judge_problems(s, found, bounds, files), None)
+        )  # fmt: skip
+
     def _select(self, layers: str, site: Site, exclude: str | None) -> Selection:
         return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
 
@@ -101,12 +119,51 @@ class Qsa:
             verdict = judge()
         except QsaError as error:
             verdict = anomaly(error, series.query)
-        verdict = self._gate.complete(
-            self._request, verdict, capture or self.capture, where=caller(), name=self._request.node.name
-        )
+        return self._concluded(verdict, capture or self.capture)
+
+    def _concluded(self, verdict: Verdict, capture: Capture | None) -> bool:
+        __tracebackhide__ = True
+        verdict = self._gate.complete(self._request, verdict, capture, where=caller(), name=self._request.node.name)
         if verdict.failed and verdict.kind is not Kind.REGRESSION:
             raise GateFailure(verdict)
         return not verdict.failed
+
+
+@dataclass(frozen=True)
+class QsaCheckpoint:
+    """The static checks of a test's subject. Each returns the number of problems of each layer."""
+
+    test: Qsa
+
+    def health(
+        self, layers: str = ".", *, exclude: str | None = None, spread: float = 8.0, fused_equal: bool = False
+    ) -> Series:
+        """Count all that the other checks find; settings only where there is a reference."""
+        parameters = {"spread": spread, "fused_equal": fused_equal}
+        return self.test.problems("checkpoint_health", layers, exclude, parameters)
+
+    def scales(
+        self, layers: str = ".", *, exclude: str | None = None, spread: float = 8.0, fused_equal: bool = False
+    ) -> Series:
+        """Count scales that are missing, unexpected, unsound or far from their siblings."""
+        parameters = {"spread": spread, "fused_equal": fused_equal}
+        return self.test.problems("checkpoint_scales", layers, exclude, parameters)
+
+    def weights(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count quantized weights that are constant, and float tensors with NaN or Inf."""
+        return self.test.problems("checkpoint_weights", layers, exclude, {})
+
+    def formats(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count layers that are quantized, or left, against the configuration."""
+        return self.test.problems("checkpoint_formats", layers, exclude, {})
+
+    def keys(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count tensors that are missing or unexpected."""
+        return self.test.problems("checkpoint_keys", layers, exclude, {})
+
+    def settings(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count settings that differ from the reference's."""
+        return self.test.problems("checkpoint_settings", layers, exclude, {})
 
 
 class QsaBaseline:

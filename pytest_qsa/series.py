@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from .errors import AnomalyError
 
+CHECKPOINT = "checkpoint"
+"""What stands for the site in the query of a static check: no tensor stream, but the files."""
 Over = Literal["sum", "max", "mean"]
 OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
     "sum": lambda values: float(np.sum(values)),
@@ -69,7 +71,8 @@ class Query:
     def __str__(self) -> str:
         """Write it in one line, as a failure shows it."""
         arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
-        text = f"{self.metric}({arguments}) at the {self.site} of '{self.layers}'"
+        where = "in the files, layers" if self.site == CHECKPOINT else f"at the {self.site} of"
+        text = f"{self.metric}({arguments}) {where} '{self.layers}'"
         if self.reduce:
             text += f", {self.reduce} over samples"
         return text + (f", {self.over} over layers" if self.over else "")

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from .checkpoint import Files, open_folder
 from .config import Data, Memory, Model
+from .errors import InfraError
 
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
@@ -47,6 +49,23 @@ class Subject:
             data["source"] = f"custom:{(self.folder / self.data.source.partition(':')[2]).resolve()}"
         text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_of(subject: Subject) -> Files:
+    """Return the files that static checks read: the subject's, and its reference's where that is a checkpoint.
+
+    Raises:
+        InfraError: the subject is no checkpoint, or isn't here.
+    """
+    model = subject.model
+    if model is None or not subject.path:
+        raise InfraError("static checks read a checkpoint's files, and this subject comes from code: give model.path")
+    reference = None
+    if model.reference is not None:
+        local = subject.folder / model.reference
+        if not local.is_file():  # a kept reference capture has no settings
+            reference = open_folder(local if local.is_dir() else model.reference)
+    return Files(open_folder(subject.path, model.revision), reference)
 
 
 @dataclass(frozen=True)

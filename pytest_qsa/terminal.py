@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .assertions import Row, TokenEvidence, Verdict, number
 from .errors import shown_path
+from .findings import Finding
 
 MOST_ROWS = 8
 WIDTH = 9
@@ -28,7 +29,10 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     yield first_line(verdict)
     if verdict.query:
         yield f"  {verdict.query['text']}"
-    if verdict.failing_rows:
+    if verdict.findings:
+        yield ""
+        yield from findings_text(verdict.findings)
+    elif verdict.failing_rows:
         yield ""
         yield from table(verdict.failing_rows)
     if verdict.evidence:
@@ -85,6 +89,16 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield f"  … and {len(rows) - len(shown)} more layers out of bounds; the report has them all"
 
 
+def findings_text(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield what static checks found: the tensor and its file, what is wrong, what to do."""
+    for finding in findings[:MOST_ROWS]:
+        yield f"  {finding.tensor}{f' ({finding.file})' if finding.file else ''}"
+        yield f"      {visible(finding.what)}"
+        yield f"      → {visible(finding.advice)}"
+    if len(findings) > MOST_ROWS:
+        yield f"  … and {len(findings) - MOST_ROWS} more problems; the report has them all"
+
+
 def allowed(row: Row) -> str:
     """Write what a layer may be: `≤ 4`, `≥ 1`, `= 0`, `7.3 … 8.1`."""
     if row.low is None:
@@ -120,6 +134,9 @@ def ran(verdict: Verdict) -> str:
         parts[0] += f": {shown_path(Path(model['path']))}"
     if model.get("weights"):
         parts[0] += f" ({short_hash(model['weights'])})"
+    if "tensors" in model:
+        files = f"{model['files']} file{'s' if model['files'] > 1 else ''}"
+        parts.append(f"{model['tensors']} tensors in {files}, {model['quantization']}; no forward")
     if model.get("class"):
         parts.append(f"{model['class']} {model.get('dtype')} on {model.get('device')}")
     if "num_samples" in data:

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -250,3 +251,63 @@ class Project:
             "MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "qsa-tests-fonts"),  # matplotlib's list takes seconds
         }
         return kept | settings | (more or {})
+
+
+def save_quantized_llama(folder, source, preset="W8A8", **weights):
+    """Quantize a small Llama with compressed-tensors, every Linear but the head, and save it; as checkpoints.py does.
+
+    `weights`: changes to the preset's weight scheme. Static inputs get a scale for activations up to 6 + block.
+    """
+    import torch
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    scheme = preset_name_to_scheme(preset, targets=["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=weights)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config, show_progress=False)
+    for name, module in model.named_modules():
+        if not is_module_quantized(module):
+            continue
+        low, high = _extremes(module.weight.detach(), scheme.weights)
+        scale, zero_point = calculate_qparams(low, high, scheme.weights)
+        module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data.copy_(zero_point.reshape(module.weight_zero_point.shape))
+        if hasattr(module, "input_scale"):
+            module.input_scale.data.copy_(torch.full_like(module.input_scale, (6 + int(name.split(".")[2])) / 448))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    if (source / "tokenizer.json").exists():
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def _extremes(weight, scheme):
+    """Return the least and the largest weight that share a scale."""
+    import torch
+
+    if scheme.group_size:
+        return torch.aminmax(weight.reshape(weight.shape[0], -1, scheme.group_size), dim=-1)
+    return torch.aminmax(weight, dim=1, keepdim=True) if scheme.strategy == "channel" else torch.aminmax(weight)
+
+
+def edited(source, folder, change=lambda weights: None, *, config=lambda config: None):
+    """Copy a checkpoint folder of one file with `change` applied to its tensors and `config` to its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    config(settings)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder

@@ -7,7 +7,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches out
-from checkpoint_folders import Project, save_llama
+from checkpoint_folders import Project, save_llama, save_quantized_llama
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,12 @@ def changed_llama(tmp_path_factory):
         weights["model.layers.2.mlp.down_proj.weight"] *= 3
 
     return save_llama(tmp_path_factory.mktemp("checkpoints") / "changed", change)
+
+
+@pytest.fixture(scope="session")
+def int8_llama(tmp_path_factory, llama):
+    """Return the small Llama in int8 by compressed-tensors: a scale a row, activations quantized as they come."""
+    return save_quantized_llama(tmp_path_factory.mktemp("checkpoints") / "int8", llama)
 
 
 @pytest.fixture(scope="module")

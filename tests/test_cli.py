@@ -11,6 +11,7 @@ import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
 
+from pytest_qsa.checkpoint import CHECKS
 from pytest_qsa.cli import main
 from pytest_qsa.metrics import METRICS
 
@@ -29,8 +30,8 @@ def test_the_schema_has_every_metric_with_its_parameters(schema):
         for d in schema["$defs"].values()
         if "const" in d["properties"].get("metric", {})
     }
-    assert set(named) == set(METRICS)
-    for name, metric in METRICS.items():
+    assert set(named) == {*METRICS, *CHECKS}
+    for name, metric in [*METRICS.items(), *CHECKS.items()]:
         assert set(metric.parameters) <= set(named[name]["properties"])
         assert named[name]["additionalProperties"] is False
 

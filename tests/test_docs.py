@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_qsa.config import load_suite
-from pytest_qsa.metrics import METRICS
+from pytest_qsa.config.suite import ASSERTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_the_library_is_used_as_documented(tmp_path, monkeypatch):
 
 def test_every_metric_is_documented():
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert [name for name in METRICS if not re.search(rf"`{name}[`(]", text)] == []
+    assert [name for name in ASSERTIONS if not re.search(rf"`{name}[`(]", text)] == []
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"])

@@ -1,14 +1,16 @@
 """The suite: what a user writes, typed, validated, and traced to its line."""
 
 from .loading import SuiteFile, load_suite, misfit
-from .suite import Assertion, Baseline, Data, Memory, Model, Suite
+from .suite import Assertion, Baseline, CheckpointAssertion, Data, MeasuredAssertion, Memory, Model, Suite
 from .visualization import Visualization
 from .yaml_source import Place
 
 __all__ = [
     "Assertion",
     "Baseline",
+    "CheckpointAssertion",
     "Data",
+    "MeasuredAssertion",
     "Memory",
     "Model",
     "Place",

@@ -7,6 +7,7 @@ so that a suite, Python and the JSON Schema can't disagree.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce as fold
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
+from ..checkpoint import CHECKS, Check, query_of_check
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import TOKENS, Request, Site
@@ -118,33 +120,57 @@ def _baseline(value: object) -> object:
     return value
 
 
-class Assertion(Strict):
+class Assertion(Strict, ABC):
     """What every assertion has, whatever its metric."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
     metric: str
     layers: Regex
     exclude: Regex | None = None
-    site: Site
-    positions: Positions = "all"
-    reduce: Reduce | None = None
     over: Over | None = None
     min: float | None = None
     max: float | None = None
     equals: float | None = None
-    baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
     level: Literal["fail", "warn"] = "fail"
     reason: str | None = None
 
     @model_validator(mode="after")
-    def _sound(self) -> Assertion:
-        definition = METRICS[self.metric]
-        if self.baseline is None and self.min is None and self.max is None and self.equals is None:
-            raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
+    def _possible(self) -> Assertion:
         if self.min is not None and self.max is not None and self.min > self.max:
             raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
         if self.equals is not None and (self.min is not None or self.max is not None):
             raise SuiteError("equals stands beside min or max, and they can't both be meant", "equals")
+        return self
+
+    @property
+    def bounds(self) -> Bounds:
+        """The budget."""
+        return Bounds(self.min, self.max, self.equals)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a budget."""
+        return self.min is not None or self.max is not None or self.equals is not None
+
+    @property
+    @abstractmethod
+    def query(self) -> Query:
+        """What the assertion asks, for the text of a failure that came before any number."""
+
+
+class MeasuredAssertion(Assertion):
+    """An assertion on what a pass measures: the numbers of a site."""
+
+    site: Site
+    positions: Positions = "all"
+    reduce: Reduce | None = None
+    baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> MeasuredAssertion:
+        definition = METRICS[self.metric]
+        if self.baseline is None and not self.bounded:
+            raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
         if self.reduce is not None and definition.reduce is None:
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
         if self.positions != "all" and not definition.positional:
@@ -161,11 +187,6 @@ class Assertion(Strict):
     def parameters(self) -> dict[str, Any]:
         """The metric's own parameters with their values."""
         return {name: getattr(self, name) for name in METRICS[self.metric].parameters}
-
-    @property
-    def bounds(self) -> Bounds:
-        """The budget."""
-        return Bounds(self.min, self.max, self.equals)
 
     @property
     def where(self) -> str:
@@ -187,14 +208,38 @@ class Assertion(Strict):
         return Request(self.layers, self.site, self.exclude, needs)
 
 
-def _assertion_model(metric: Metric) -> type[Assertion]:
+class CheckpointAssertion(Assertion):
+    """An assertion on a checkpoint's files, before any forward. Without a bound it allows no problem at all."""
+
+    layers: Regex = "."
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The check's own parameters with their values."""
+        return {name: getattr(self, name) for name in CHECKS[self.metric].parameters}
+
+    @property
+    def bounds(self) -> Bounds:
+        """The budget: no problem, where the suite gives none."""
+        return super().bounds if self.bounded else Bounds(max=0.0)
+
+    @property
+    def query(self) -> Query:
+        """What the assertion asks, for the text of a failure that came before any number."""
+        return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
+
+
+def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
     title = "".join(word.title() for word in metric.name.split("_"))
     doc = (metric.compute.__doc__ or "").splitlines()[0]
-    return create_model(title, __base__=Assertion, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
+    return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
 
 
-ASSERTIONS: Mapping[str, type[Assertion]] = {name: _assertion_model(metric) for name, metric in METRICS.items()}
+ASSERTIONS: Mapping[str, type[Assertion]] = {
+    **{name: _assertion_model(metric, MeasuredAssertion) for name, metric in METRICS.items()},
+    **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
+}
 AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
 
 

@@ -46,7 +46,7 @@ _FACTS = {
 _COLUMNS = ("low", "high", "baseline", "excess", "used")
 _EMPTY: dict[str, Any] = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
-    "since": "", "hints": [], "command": "", "accept": "", "failed": False,
+    "since": "", "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
     content: dict[str, Any] = builtins_of(fields)
     content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
+    content["findings"] = [dataclasses.asdict(finding) for finding in verdict.findings]
     content["failed"] = verdict.failed
     return content
 

@@ -1,0 +1,173 @@
+"""The static metrics: a checkpoint → the number of problems of each layer, with the findings behind them.
+
+A check is a plain function whose keyword arguments are its parameters everywhere, as a metric's are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Gt
+
+from ..errors import AnomalyError, shown_path
+from ..findings import Finding
+from ..plan import match_layers, no_match
+from ..series import CHECKPOINT, Query, Series
+from . import settings
+from .folder import Folder, natural
+from .formats import misplaced_formats
+from .keys import lost_keys
+from .packed import constant_weights, unsound_floats
+from .scales import missing_scales, outlying_scales, unequal_fused, unsound_scales
+from .schemes import codes_of, declared, scale_parts
+from .settings import changed_settings
+
+Spread = Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a check looks at: the checkpoint, and its reference where the suite names a folder for one."""
+
+    folder: Folder
+    reference: Folder | None = None
+
+    @property
+    def quantized(self) -> list[str]:
+        """The layers that hold codes or scales."""
+        return [name for name, parts in self.folder.layers.items() if codes_of(parts) or scale_parts(parts)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A static metric: its name, its version, what it computes, and the layers that it looks at."""
+
+    name: str
+    version: int
+    compute: Callable[..., Iterable[Finding]]
+    layers: Callable[[Files], Sequence[str]]
+
+    @property
+    def definition(self) -> str:
+        """The id of the definition: `checkpoint_scales/1`."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword parameters: name → type and default."""
+        parameters = inspect.signature(self.compute, eval_str=True).parameters
+        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def _check(layers: Callable[[Files], Sequence[str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        CHECKS[function.__name__] = Check(function.__name__, 1, function, layers)
+        return function
+
+    return register
+
+
+def _all_layers(files: Files) -> list[str]:
+    return list(files.folder.layers)
+
+
+def _quantized_layers(files: Files) -> list[str]:
+    if not files.quantized and not declared(files.folder).names_layers:
+        raise AnomalyError(
+            f"{shown_path(files.folder.path)} is not quantized: it has no scales, no packed weights and no "
+            "quantization_config; use checkpoint_keys and checkpoint_settings, or leave this out"
+        )
+    return files.quantized or _all_layers(files)
+
+
+def _settings(files: Files) -> list[str]:
+    if files.reference is None:
+        raise AnomalyError("settings are compared with those of model.reference, and the suite names none: add it")
+    return [settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE]
+
+
+def _everything(files: Files) -> list[str]:
+    return [*_all_layers(files), *(_settings(files) if files.reference else ())]
+
+
+@_check(_quantized_layers)
+def checkpoint_scales(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
+    """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings."""
+    yield from missing_scales(files.folder)
+    yield from unsound_scales(files.folder)
+    yield from outlying_scales(files.folder, spread=spread)
+    yield from unequal_fused(files.folder, always=fused_equal)
+
+
+@_check(_all_layers)
+def checkpoint_weights(files: Files) -> Iterator[Finding]:
+    """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf."""
+    yield from constant_weights(files.folder)
+    yield from unsound_floats(files.folder)
+
+
+@_check(_quantized_layers)
+def checkpoint_formats(files: Files) -> Iterator[Finding]:
+    """Count layers that are left unquantized or quantized against the configuration, or stored in another format."""
+    yield from misplaced_formats(files.folder)
+
+
+@_check(_all_layers)
+def checkpoint_keys(files: Files) -> Iterator[Finding]:
+    """Count tensors that are missing or unexpected by the index, the number of blocks, or the sibling blocks."""
+    yield from lost_keys(files.folder)
+
+
+@_check(_settings)
+def checkpoint_settings(files: Files) -> Iterator[Finding]:
+    """Count settings that change the function and differ from the reference's: configuration, tokenizer, template."""
+    if files.reference is not None:
+        yield from changed_settings(files.folder, files.reference)
+
+
+@_check(_everything)
+def checkpoint_health(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
+    """Count all that the other checks find; settings only where there is a reference."""
+    yield from checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
+    yield from chain(checkpoint_weights(files), checkpoint_formats(files), checkpoint_keys(files))
+    yield from checkpoint_settings(files)
+
+
+def problems_of(
+    files: Files, metric: str, layers: str = ".", exclude: str | None = None, **parameters: Any
+) -> tuple[Series, list[Finding]]:
+    """Run a check; return the number of problems of each layer, and the findings, in the layers' order.
+
+    Raises:
+        AnomalyError: the pattern finds nothing, or there is nothing that the check could look at.
+        InfraError: a file is missing or damaged.
+    """
+    check = CHECKS[metric]
+    looked_at = list(check.layers(files))
+    found = list(check.compute(files, **parameters))
+    named = {finding.layer for finding in found}
+    ordered = [*looked_at, *sorted(named - set(looked_at), key=natural)]
+    matched = match_layers(ordered, layers, exclude)
+    if not matched:
+        raise no_match(ordered, layers, exclude)
+    place = {layer: index for index, layer in enumerate(matched)}
+    found = sorted((f for f in found if f.layer in place), key=lambda finding: place[finding.layer])
+    counts = Counter(finding.layer for finding in found)
+    values = np.array([counts[layer] for layer in matched], dtype=np.float64)
+    return Series(matched, values, query_of_check(metric, layers, exclude, parameters)), found
+
+
+def query_of_check(metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Query:
+    """Say what is asked for, with the check's own defaults filled in."""
+    check = CHECKS[metric]
+    defaults = {name: p.default for name, p in check.parameters.items()}
+    return Query(metric, check.definition, CHECKPOINT, layers, exclude, defaults | dict(parameters), unit="problems")

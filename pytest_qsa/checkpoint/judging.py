@@ -1,0 +1,47 @@
+"""The findings of a check against a budget → a Verdict, and what a reader wants to know of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..assertions import Verdict, judge_bounds
+from ..findings import Finding
+from ..series import Bounds, Series
+from .checks import Files
+from .schemes import declared
+
+
+def judge_problems(series: Series, found: Sequence[Finding], bounds: Bounds, files: Files) -> Verdict:
+    """Hold the number of problems of each layer against a budget; the verdict carries the findings.
+
+    Raises:
+        AnomalyError: there is no layer.
+    """
+    verdict = replace(judge_bounds(series, bounds), run=provenance(files))
+    if not found:
+        return replace(verdict, headline=f"{len(series.layers)} layers without a problem{_unseen(series, files)}")
+    layers = {finding.layer for finding in found}
+    many = f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(layers)} of {len(series.layers)} layers"
+    headline = f"{many} ({bounds}); the first: {found[0].tensor}: {found[0].what}"
+    return replace(verdict, headline=headline, findings=tuple(found))
+
+
+def _unseen(series: Series, files: Files) -> str:
+    """Say what a passed health check did not look at."""
+    if series.query.metric == "checkpoint_health" and files.reference is None:
+        return "; settings were not compared, for the suite names no model.reference"
+    return ""
+
+
+def provenance(files: Files) -> dict[str, Any]:
+    """Return what the checks read: the folder, how many files and tensors, the declared format, the reference."""
+    folder, quantization = files.folder, files.folder.quantization
+    names = {tensor.file for tensor in folder.tensors.values()}
+    form = quantization.get("format") or quantization.get("bits") or ""
+    model = {
+        "path": str(folder.path), "files": len(names), "tensors": len(folder.tensors),
+        "quantization": f"{declared(folder).method} {form}".strip(),
+    }  # fmt: skip
+    return {"model": model} | ({"reference": {"path": str(files.reference.path)}} if files.reference else {})

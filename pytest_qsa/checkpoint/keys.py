@@ -1,0 +1,109 @@
+"""Keys: tensors that are missing or unexpected by the index, the configuration or the sibling blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ..findings import Finding
+from .folder import INDEX, NUMBER, Folder
+from .tensors import Tensor
+
+ALIKE = 0.7
+"""Blocks that share so much of their keys are of one kind, so that a difference is a fault and no architecture."""
+_SAVE = "a loader fills it with random numbers: save or copy the checkpoint again"
+_DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
+
+
+def lost_keys(folder: Folder) -> Iterator[Finding]:
+    """Yield keys that are missing or unexpected by the index, by the number of blocks, or by the sibling blocks."""
+    yield from _by_index(folder)
+    for container, blocks in _containers(folder).items():
+        yield from _by_number(folder, container, blocks)
+        yield from _by_siblings(folder, container, blocks)
+    yield from _by_shape(folder)
+
+
+def _layer(tensor: str) -> str:
+    return tensor.rpartition(".")[0] or tensor
+
+
+def _by_index(folder: Folder) -> Iterator[Finding]:
+    for name, file in folder.indexed.items():
+        if name not in folder.tensors:
+            there = (folder.path / file).is_file()
+            what = f"the index says {file}, which {'lacks it' if there else 'is not there'}"
+            yield Finding(_layer(name), name, INDEX, what, _SAVE)
+    if folder.indexed:
+        for name, tensor in folder.tensors.items():
+            if name not in folder.indexed:
+                yield Finding(tensor.layer, name, tensor.file, f"not in {INDEX}", _DROPPED)
+
+
+def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
+    """Return each numbered list of modules: its name → the keys of its members, by number."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in folder.tensors:
+        for match in NUMBER.finditer(name):
+            container, rest = name[: match.start()].rstrip("."), name[match.end() + 1 :]
+            if rest:
+                found.setdefault(container, {}).setdefault(int(match[0]), set()).add(rest)
+    return {name: {i: frozenset(blocks[i]) for i in sorted(blocks)} for name, blocks in found.items()}
+
+
+def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
+    stated = folder.text_config.get("num_hidden_layers")
+    trunk = container.rpartition(".")[2] in ("layers", "h", "blocks") and not NUMBER.search(container)
+    trunk = trunk and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
+    last = max(blocks)
+    count = max(last + 1, stated) if trunk and isinstance(stated, int) else last + 1
+    for number in range(count):
+        if number not in blocks and len(blocks) > 1:
+            name = f"{container}.{number}"
+            yield Finding(name, name, "", f"missing: {len(blocks)} of {count} members of {container} are there", _SAVE)
+
+
+def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
+    """Yield what sets the one block apart from the kind of block that it nearly is."""
+    kinds = Counter(blocks.values())
+    for number, keys in blocks.items():
+        if kinds[keys] > 1 or len(blocks) < 3:
+            continue
+        nearest = max((kind for kind in kinds if kinds[kind] > 1), key=lambda kind: _alike(kind, keys), default=keys)
+        if _alike(nearest, keys) < ALIKE:
+            continue
+        for rest in sorted(nearest - keys):
+            name = f"{container}.{number}.{rest}"
+            yield Finding(_layer(name), name, "", f"missing: {kinds[nearest]} sibling blocks have it", _SAVE)
+        for rest in sorted(keys - nearest):
+            tensor = folder.tensors[f"{container}.{number}.{rest}"]
+            yield Finding(
+                tensor.layer, tensor.name, tensor.file, f"unexpected: none of {kinds[nearest]} sibling blocks has it",
+                _DROPPED,
+            )  # fmt: skip
+
+
+def _alike(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def _by_shape(folder: Folder) -> Iterator[Finding]:
+    """Yield embeddings whose rows contradict the vocabulary, and an output head that a model without ties lacks."""
+    config = folder.text_config
+    vocabulary = config.get("vocab_size")
+    tables = {name: tensor for name, tensor in folder.tensors.items() if _is_table(tensor)}
+    for name, tensor in tables.items():
+        if isinstance(vocabulary, int) and tensor.shape[0] < vocabulary:
+            yield Finding(
+                tensor.layer, name, tensor.file, f"{tensor.shape[0]} rows, but the vocabulary has {vocabulary} tokens",
+                "correct vocab_size, or take the embeddings from the original",
+            )  # fmt: skip
+    causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
+    heads = [layer for layer in folder.layers if layer.rpartition(".")[2] in ("lm_head", "output", "embed_out")]
+    if causal and config.get("tie_word_embeddings") is False and tables and not heads:
+        yield Finding("lm_head", "lm_head.weight", "", "missing, though tie_word_embeddings is false", _SAVE)
+
+
+def _is_table(tensor: Tensor) -> bool:
+    last = tensor.layer.rpartition(".")[2]
+    return tensor.part == "weight" and len(tensor.shape) == 2 and last in ("embed_tokens", "wte", "tok_embeddings")

@@ -1,0 +1,127 @@
+"""The tensors of a safetensors file without torch: headers first, bytes only where asked for.
+
+The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes (safetensors' own README).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InfraError
+
+RAW: dict[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+    "BOOL": "u1",
+}  # fmt: skip
+"""The dtypes of safetensors → how numpy sees their bytes."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: `start` and `stop` are its bytes within the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def layer(self) -> str:
+        """The module that owns it."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def part(self) -> str:
+        """What it is to its module: weight, weight_scale or qzeros, say."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return self.path.name
+
+    def raw(self) -> NDArray[Any]:
+        """Return a read-only view of the bytes, in the tensor's shape; what isn't touched isn't read."""
+        kind = np.dtype(RAW[self.dtype])
+        count = prod(self.shape)
+        if not count:
+            return np.zeros(self.shape, dtype=kind)
+        return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=self.shape)
+
+    def values(self) -> NDArray[np.float64]:
+        """Return the values, of any dtype, as float64 in the tensor's shape."""
+        with np.errstate(invalid="ignore"):  # a signalling NaN is reported, not raised
+            return decoded(np.asarray(self.raw()), self.dtype).astype(np.float64)
+
+
+def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return the numbers behind raw bytes: bf16 is the upper half of a float32, 8-bit floats go by a table."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E5M2":
+        return (raw.astype(np.uint16) << 8).view(np.float16)
+    if dtype == "F8_E4M3":
+        table: NDArray[Any] = _E4M3[raw]
+        return table
+    if dtype == "F8_E8M0":
+        return np.where(raw == 255, np.nan, np.exp2(raw.astype(np.float64) - 127))
+    return raw
+
+
+def _e4m3() -> NDArray[np.float32]:
+    """Make the table of float8_e4m3fn (arXiv 2209.05433): bias 7, no infinities, NaN at 0x7f and 0xff."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    size = np.where((code & 127) == 127, np.nan, size)
+    return np.where(code & 128, -size, size).astype(np.float32)
+
+
+_E4M3 = _e4m3()
+
+
+def tensors_of(path: Path) -> Iterator[Tensor]:
+    """Yield the tensors of a file by its header alone.
+
+    Raises:
+        InfraError: it is no whole safetensors file, or a pointer of git-lfs.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if head.startswith(b"version "):
+                raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
+            if not 0 < length <= LONGEST_HEADER:
+                raise InfraError(f"{path} is not a safetensors file: its header would have {length} bytes")
+            header = json.loads(file.read(length))
+        size = path.stat().st_size
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield _tensor(path, name, entry, 8 + length, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InfraError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
+
+
+def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
+    start, stop = entry["data_offsets"]
+    if base + stop > size:
+        raise InfraError(
+            f"{path} is cut short: {name} ends at byte {base + stop:,} of {size:,}; copy or download it again"
+        )
+    shape = tuple(int(length) for length in entry["shape"])
+    return Tensor(name, str(entry["dtype"]), shape, path, base + int(start), base + int(stop))

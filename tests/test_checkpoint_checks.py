@@ -1,0 +1,433 @@
+"""Static checks: what the files of a checkpoint say before any forward. The faults are those that the field reports."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_folders import edited, peaks, save_llama, save_quantized_llama, suite
+from safetensors.torch import save_file
+
+from pytest_qsa.checkpoint import CHECKS, Files, open_folder, problems_of
+from pytest_qsa.checkpoint.tensors import decoded
+from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
+
+DOWN = "model.layers.2.mlp.down_proj"
+QUERY = "model.layers.1.self_attn.q_proj"
+FORMATS = {
+    "int8": ("W8A8", {}),
+    "int4": ("W4A16", {"group_size": 16}),
+    "int4 with zero points": ("W4A16", {"group_size": 16, "symmetric": False}),
+    "fp8 with static inputs": ("FP8", {}),
+    "fp8 by channel": ("FP8_DYNAMIC", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, llama):
+    """Return the folder of each format, made by compressed-tensors itself."""
+    base = tmp_path_factory.mktemp("formats")
+    made = {
+        name: save_quantized_llama(base / str(index), llama, preset, **changes)
+        for index, (name, (preset, changes)) in enumerate(FORMATS.items())
+    }
+    return made | {"float": llama}
+
+
+def found(folder, metric="checkpoint_health", reference=None, **parameters):
+    files = Files(open_folder(folder), open_folder(reference) if reference else None)
+    return problems_of(files, metric, **parameters)[1]
+
+
+def layers(findings):
+    return {finding.layer for finding in findings}
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "float"])
+def test_a_healthy_checkpoint_has_no_problem(quantized, llama, form):
+    assert found(quantized[form], reference=llama) == []
+
+
+def fill(part, value, at=...):
+    """Return a change of a state dict: some elements of a tensor of layer 2's down projection become a value."""
+
+    def change(weights):
+        weights[f"{DOWN}.{part}"][at] = value
+
+    return change
+
+
+def scaled(part, factor, at=...):
+    def change(weights):
+        weights[f"{DOWN}.{part}"][at] *= factor
+
+    return change
+
+
+def dropped(part):
+    return lambda weights: weights.pop(f"{DOWN}.{part}")
+
+
+def one_code_a_group(weights):
+    weights[f"{DOWN}.weight_packed"][5, 2:4] = 0x33333333
+
+
+def unquantized(weights):
+    codes, scale = weights.pop(f"{DOWN}.weight"), weights.pop(f"{DOWN}.weight_scale")
+    weights[f"{DOWN}.weight"] = codes.float() * scale
+
+
+def in_float8(weights):
+    weights[f"{DOWN}.weight"] = weights[f"{DOWN}.weight"].to(torch.float8_e4m3fn)
+
+
+def initial(weights):
+    for name in weights:
+        if name.endswith("down_proj.input_scale"):
+            weights[name].fill_(1.0)
+
+
+FAULTS = {
+    # fault: (format, change, part of the tensor that is named, words of the text)
+    "NaN": ("int8", fill("weight_scale", float("nan"), 3), "weight_scale", "1 of 32 are NaN, the first at 3"),
+    "infinite": ("int8", fill("weight_scale", float("inf"), 0), "weight_scale", "are infinite"),
+    "zero": ("int4", fill("weight_scale", 0.0, (4, 1)), "weight_scale", "1 of 128 are zero, the first at 17"),
+    "negative": ("int8", scaled("weight_scale", -1.0, 9), "weight_scale", "1 of 32 are negative"),
+    "denormal": ("int8", fill("weight_scale", 1e-40, 9), "weight_scale", "1 of 32 are denormal"),
+    "scale of a layer": ("int8", scaled("weight_scale", 4.0), "weight_scale", "the median scale is "),
+    "scale of a channel": ("int8", scaled("weight_scale", 64.0, 7), "weight_scale", "its largest scale over"),
+    "scale of a group": ("int4", scaled("weight_scale", 1 / 512, (7, 0)), "weight_scale", "its smallest scale"),
+    "scale dropped": ("int8", dropped("weight_scale"), "weight_scale", "missing, though the scheme int-quantized"),
+    "zero points dropped": ("int4 with zero points", dropped("weight_zero_point"), "weight_zero_point", "missing"),
+    "static input scale dropped": ("fp8 with static inputs", dropped("input_scale"), "input_scale", "missing"),
+    "scale unexpected": (
+        "fp8 by channel", lambda w: w.update({f"{DOWN}.input_scale": torch.ones(1)}), "input_scale", "unexpected",
+    ),
+    "scale of another shape": (
+        "int8", lambda w: w.update({f"{DOWN}.weight_scale": torch.full((16, 1), 0.01)}), "weight_scale",
+        "shape 16×1, but channel-wise scales of a weight (32, 64) are 32",
+    ),
+    "packed weights constant": ("int4", fill("weight_packed", 0x11111111), "weight_packed", "all of it is one value"),
+    "int8 weights constant": ("int8", fill("weight", 0), "weight", "all of it is one value, 0x0"),
+    "row constant": ("int8", fill("weight", -7, 12), "weight", "row 12 is one code throughout"),
+    "signs lost in a group": ("int4", one_code_a_group, "weight_packed", "group 21 is one code throughout"),
+    "layer left unquantized": ("int8", unquantized, "weight", "left in F32, though the configuration quantizes it"),
+    "layer in another format": ("int8", in_float8, "weight", "stored as F8_E4M3, but int-quantized with 8 bits"),
+    "weight dropped": ("int8", dropped("weight"), "weight", "missing: 3 sibling blocks have it"),
+    "NaN in a float weight": ("float", fill("weight", float("nan"), (1, 1)), "weight", "1 elements are NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_its_layer_named(quantized, tmp_path, fault):
+    form, change, part, text = FAULTS[fault]
+    findings = found(edited(quantized[form], tmp_path / "faulty", change))
+    assert layers(findings) == {DOWN}
+    told = [finding for finding in findings if finding.tensor == f"{DOWN}.{part}" and text in finding.what]
+    assert told, findings
+    assert told[0].file in ("model.safetensors", "")
+    assert told[0].advice
+
+
+def test_scales_at_their_initial_value_tell_that_calibration_saw_no_data(quantized, tmp_path):
+    findings = found(edited(quantized["fp8 with static inputs"], tmp_path / "faulty", initial))
+    assert layers(findings) == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
+    assert all("initial value" in finding.what for finding in findings)
+
+
+def test_an_empty_slot_of_a_fused_scale_is_found_where_the_others_are_equal(quantized, tmp_path):
+    def change(weights):
+        weights["model.layers.1.self_attn.k_proj.input_scale"][0] *= 1.5
+
+    findings = found(edited(quantized["fp8 with static inputs"], tmp_path / "faulty", change))
+    assert [finding.tensor for finding in findings] == ["model.layers.1.self_attn.k_proj.input_scale"]
+    assert "unequal input_scale in a fused group: q_proj 0.01562, k_proj 0.02344" in findings[0].what
+
+
+def test_fused_scales_that_are_unequal_everywhere_are_a_fault_only_where_they_must_be_equal(quantized):
+    folder = quantized["fp8 with static inputs"]
+    assert found(folder, "checkpoint_scales") == []
+    assert len(found(folder, "checkpoint_scales", fused_equal=True)) == 8  # q/k/v and gate/up of four blocks
+
+
+def test_a_layer_that_is_quantized_against_ignore_is_found(quantized, tmp_path):
+    def config(settings):
+        settings["quantization_config"]["ignore"].append("re:.*layers[.]1.*q_proj$")
+
+    findings = found(edited(quantized["int8"], tmp_path / "faulty", config=config), "checkpoint_formats")
+    assert [(finding.layer, finding.what) for finding in findings] == [
+        (QUERY, "quantized, though the configuration leaves it out")
+    ]
+
+
+def test_a_block_that_is_missing_is_found_by_the_configuration(quantized, tmp_path):
+    def change(weights):
+        for name in [name for name in weights if ".layers.3." in name]:
+            weights.pop(name)
+
+    findings = found(edited(quantized["int8"], tmp_path / "faulty", change))
+    assert [finding.layer for finding in findings] == ["model.layers.3"]
+
+
+def test_a_head_that_is_missing_without_ties_is_found(llama, tmp_path):
+    findings = found(edited(llama, tmp_path / "faulty", lambda weights: weights.pop("lm_head.weight")))
+    assert [finding.tensor for finding in findings] == ["lm_head.weight"]
+
+
+def test_shards_are_held_against_their_index(quantized, tmp_path):
+    folder = edited(quantized["int8"], tmp_path / "sharded")
+    names = list(open_folder(folder).tensors)
+    index = {"weight_map": {name: "model.safetensors" for name in names if name != f"{DOWN}.weight_scale"}}
+    index["weight_map"]["model.norm.bias"] = "model-2.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    texts = {finding.tensor: finding.what for finding in found(folder, "checkpoint_keys")}
+    assert texts == {
+        f"{DOWN}.weight_scale": "not in model.safetensors.index.json",
+        "model.norm.bias": "the index says model-2.safetensors, which is not there",
+    }
+
+
+SETTINGS = {
+    "rope_parameters.rope_theta": lambda c: c["rope_parameters"].update(rope_theta=500000.0),
+    "rms_norm_eps": lambda c: c.update(rms_norm_eps=1e-5),
+    "hidden_act": lambda c: c.update(hidden_act="gelu"),
+    "num_key_value_heads": lambda c: c.update(num_key_value_heads=4),
+    "tie_word_embeddings": lambda c: c.update(tie_word_embeddings=True),
+    "vocab_size": lambda c: c.update(vocab_size=319),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_differs_from_the_reference_is_named(quantized, llama, tmp_path, setting):
+    folder = edited(quantized["int8"], tmp_path / "faulty", config=SETTINGS[setting])
+    findings = found(folder, "checkpoint_settings", reference=llama)
+    assert [finding.tensor for finding in findings] == [setting]
+
+
+def test_settings_that_two_versions_of_transformers_write_apart_are_the_same(llama, tmp_path):
+    def older(settings):
+        rope = settings.pop("rope_parameters")
+        settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": "float32"}
+        del settings["head_dim"]
+
+    assert found(edited(llama, tmp_path / "older", config=older), "checkpoint_settings", reference=llama) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t["model"]["vocab"].update({"<unk>": 1, "!": 0}), "vocabulary"),
+        (lambda t: t["model"]["merges"].reverse(), "merges"),
+        (lambda t: t.update(post_processor={"type": "TemplateProcessing"}), "post_processor"),
+        (lambda t: t["added_tokens"].clear(), "added_tokens"),
+    ],
+)
+def test_a_tokenizer_that_differs_from_the_reference_is_named(llama, tmp_path, change, named):
+    folder = edited(llama, tmp_path / "faulty")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    findings = found(folder, "checkpoint_settings", reference=llama)
+    assert [(finding.layer, finding.tensor) for finding in findings] == [("tokenizer", named)]
+
+
+def test_a_chat_template_that_was_lost_is_named(llama, tmp_path):
+    reference = edited(llama, tmp_path / "reference")
+    (reference / "chat_template.jinja").write_text("{{ messages }}")
+    findings = found(llama, "checkpoint_settings", reference=reference)
+    assert [finding.what for finding in findings] == ["there is none, the reference has one"]
+
+
+def packed_folder(folder, method, change=lambda weights: None):
+    """Write 4 layers of one projection [16 outputs, 64 inputs] in GPTQ's or AWQ's layout: 4 bits, groups of 32."""
+    random = np.random.default_rng(0)
+    weights = {}
+    for index in range(4):
+        name = f"model.layers.{index}.mlp.down_proj"
+        shape = (8, 16) if method == "gptq" else (64, 2)
+        codes = random.integers(-(2**31), 2**31, shape, dtype=np.int32)
+        weights[f"{name}.qweight"] = torch.from_numpy(codes)
+        weights[f"{name}.qzeros"] = torch.full((2, 2), 0x77777777, dtype=torch.int32)
+        weights[f"{name}.scales"] = torch.from_numpy(random.uniform(0.01, 0.02, (2, 16))).half()
+    change(weights)
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    quantization = {"quant_method": method, "bits": 4, "group_size": 32, "zero_point": True, "sym": True}
+    config = {"model_type": "llama", "num_hidden_layers": 4, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_layouts_of_gptq_and_awq_are_understood(tmp_path, method):
+    assert found(packed_folder(tmp_path / "healthy", method)) == []
+
+    def change(weights):
+        weights[f"{DOWN}.scales"][1, 3] = float("nan")
+        weights.pop("model.layers.1.mlp.down_proj.qzeros")
+        column = weights["model.layers.0.mlp.down_proj.qweight"]
+        if method == "gptq":
+            column[:, 6] = 0x33333333
+        else:
+            column[:, 0] = (column[:, 0] & ~0xF) | 0x3
+
+    findings = found(packed_folder(tmp_path / "faulty", method, change))
+    assert [(finding.layer, finding.what) for finding in findings if "sibling" not in finding.what] == [
+        ("model.layers.0.mlp.down_proj", f"row {6 if method == 'gptq' else 0} is one code throughout"),
+        ("model.layers.1.mlp.down_proj", f"missing, though the scheme {method} needs it"),
+        (DOWN, "1 of 32 are NaN, the first at 19"),
+    ]
+
+
+def test_block_wise_fp8_is_understood(tmp_path):
+    torch.manual_seed(0)
+    weights = {}
+    for index in range(4):
+        name = f"model.layers.{index}.mlp.down_proj"
+        weights[f"{name}.weight"] = torch.randn(64, 96).to(torch.float8_e4m3fn)
+        weights[f"{name}.weight_scale_inv"] = torch.rand(2, 3) + 1
+    weights["model.layers.1.mlp.down_proj.weight_scale_inv"] = torch.rand(2, 2) + 1
+    (tmp_path / "fp8").mkdir()
+    save_file(weights, tmp_path / "fp8" / "model.safetensors")
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    config = {"model_type": "llama", "num_hidden_layers": 4, "quantization_config": quantization}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    assert [(finding.layer, finding.what) for finding in found(tmp_path / "fp8")] == [
+        ("model.layers.1.mlp.down_proj", "shape 2×2, but block-wise scales of a weight (64, 96) are 6")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("BF16", torch.bfloat16), ("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)],
+)
+def test_small_floats_are_decoded_as_torch_does(name, dtype):
+    kind = np.uint16 if name == "BF16" else np.uint8
+    codes = np.arange(np.iinfo(kind).max + 1).astype(kind)
+    expected = torch.from_numpy(codes.copy()).view(dtype).float().numpy()
+    np.testing.assert_array_equal(decoded(codes, name), expected)
+
+
+def test_a_checkpoint_that_is_cut_short_or_absent_is_an_infra_error(int8_llama, tmp_path):
+    folder = edited(int8_llama, tmp_path / "cut")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(InfraError, match="cut short"):
+        found(folder)
+    with pytest.raises(InfraError, match="no hub id in the local cache"):
+        found("nobody/nothing")
+
+
+def test_nothing_passes_where_there_is_nothing_to_check(llama, int8_llama):
+    with pytest.raises(AnomalyError, match="is not quantized"):
+        found(llama, "checkpoint_scales")
+    with pytest.raises(AnomalyError, match=r"model\.reference"):
+        found(int8_llama, "checkpoint_settings")
+    with pytest.raises(AnomalyError, match="no layer matches 'nosuch'"):
+        found(int8_llama, layers="nosuch")
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory, project, llama, int8_llama):
+    """Gate a checkpoint whose one scale is NaN, with static assertions alone, in a process of its own."""
+    folder = edited(int8_llama, tmp_path_factory.mktemp("gated") / "nan", fill("weight_scale", float("nan"), 3))
+    static = (
+        "id: health, metric: checkpoint_health", "id: keys, metric: checkpoint_keys",
+        "id: soft, metric: checkpoint_scales, max: 0, level: warn, reason: known",
+        "id: elsewhere, metric: checkpoint_scales, layers: q_proj", "id: total, metric: checkpoint_weights, over: sum",
+    )  # fmt: skip
+    project.write("a.qsa.yaml", suite(folder, *static))
+    code = (
+        "import sys, pytest\n"
+        "code = pytest.main(['a.qsa.yaml', '-p', 'no:randomly'])\n"
+        "print('found', [name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    return project, project.program(sys.executable, "-c", code)
+
+
+def test_static_assertions_alone_import_no_torch(gated):
+    assert "found []" in gated[1].stdout, gated[1].stdout
+
+
+def test_the_failure_names_tensor_file_layer_and_what_to_do(gated):
+    out = gated[1].stdout
+    assert "E   REGRESSION health: 1 problem in 1 of 39 layers (max 0); the first: " in out
+    assert f"{DOWN}.weight_scale (model.safetensors)" in out
+    assert "1 of 32 are NaN, the first at 3" in out
+    assert "→ quantize and save the layer again" in out
+    assert " tensors in 1 file, compressed-tensors int-quantized; no forward" in out
+    assert "again    pytest a.qsa.yaml::health" in out
+
+
+def test_static_verdicts_are_judged_softened_and_reported_like_all_others(gated):
+    project, done = gated
+    kinds = {result["id"]: result["kind"] for result in project.json("qsa-results/report.json")["results"]}
+    assert kinds == {
+        "health": "REGRESSION", "keys": "PASSED", "soft": "WARNED", "elsewhere": "PASSED", "total": "PASSED",
+    }  # fmt: skip
+    assert "qsa: 4 of 5 assertions hold, 1 fail (REGRESSION), 1 of them with a warning" in done.stdout
+    page = project.read("qsa-results/report.html")
+    assert "What the files say" in page
+    assert "1 of 32 are NaN, the first at 3" in page
+
+
+def test_a_static_assertion_adds_nothing_to_the_pass(own_project, int8_llama):
+    own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 100")))
+    run = own_project.pytest("a.qsa.yaml")
+    assert set(run.outcomes.values()) == {"passed"}, run.out
+
+
+def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_llama):
+    own_project.write("a.qsa.yaml", suite(int8_llama, peaks("max: 100"), sections=""))
+    own_project.write(
+        "test_files.py",
+        """
+        import sys
+
+        def test_health(qsa):
+            assert qsa.checkpoint.health() == 0
+            assert qsa.checkpoint.scales(r"down_proj$", spread=8) <= 0
+
+        def test_settings(qsa):
+            assert qsa.checkpoint.settings() == 0
+
+        def test_spread(qsa):
+            assert qsa.checkpoint.scales(spread=0.01) == 0
+        """,
+    )
+    run = own_project.pytest("test_files.py", "--qsa-config=a.qsa.yaml")
+    assert [run.report(f"::test_{name}")["outcome"] for name in ("health", "settings", "spread")] == [
+        "passed", "failed", "failed",
+    ]  # fmt: skip
+    assert run.first_line("::test_settings").startswith("ANOMALOUS test_settings: settings are compared with those of")
+    assert "problems in" in run.first_line("::test_spread")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id: a, metric: checkpoint_health, site: weight", "unknown key 'site'"),
+        ("id: a, metric: checkpoint_scales, spread: 0", "spread: "),
+        ("id: a, metric: checkpoint_scale", "did you mean 'checkpoint_scales'"),
+    ],
+)
+def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message):
+    from pytest_qsa.config import load_suite
+
+    (tmp_path / "a.qsa.yaml").write_text(suite("x", text))
+    with pytest.raises(SuiteError, match=rf"a\.qsa\.yaml:4: .*{message}"):
+        load_suite(tmp_path / "a.qsa.yaml")
+
+
+def test_every_check_is_a_method_of_python_tests():
+    from pytest_qsa.python_api import QsaCheckpoint
+
+    for name, check in CHECKS.items():
+        method = getattr(QsaCheckpoint, name.removeprefix("checkpoint_"))
+        assert set(check.parameters) <= set(method.__kwdefaults__)
+
+
+def test_a_random_llama_passes_in_a_second_layout(tmp_path, llama):
+    reference = save_llama(tmp_path / "again", tokenizer=False)
+    assert found(reference) == []

@@ -36,10 +36,19 @@ class Bounds:
         if any(bound is not None and math.isnan(bound) for bound in (self.min, self.max, self.equals)):
             raise AnomalyError("the bound is NaN: every comparison with it would be false")
 
+    @property
+    def low(self) -> float | None:
+        """The least that a value may be."""
+        return self.equals if self.equals is not None else self.min
+
+    @property
+    def high(self) -> float | None:
+        """The most that a value may be."""
+        return self.equals if self.equals is not None else self.max
+
     def excess(self, value: float) -> float:
         """Return by how much the value is out of bounds: 0 inside, negative below, positive above."""
-        low = self.equals if self.equals is not None else self.min
-        high = self.equals if self.equals is not None else self.max
+        low, high = self.low, self.high
         if high is not None and (value > high or (self.strict and value == high)):
             return value - high or math.ulp(0.0)
         if low is not None and (value < low or (self.strict and value == low)):

@@ -64,7 +64,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Query:
-    """How a series was asked for: the metric with its definition, where, and how it was folded."""
+    """How a series was asked for: the metric with its definition, where, and how it was folded.
+
+    `estimated`: it was computed from counts of a tensor that has more than 16 bits.
+    """
 
     metric: str
     definition: str
@@ -76,6 +79,7 @@ class Query:
     reduce: str | None = None
     over: Over | None = None
     unit: str = ""
+    estimated: bool = False
 
     def __str__(self) -> str:
         """Write it in one line, as a failure shows it."""
@@ -84,7 +88,8 @@ class Query:
         text = f"{self.metric}({arguments}) {where} '{self.layers}'"
         if self.reduce:
             text += f", {self.reduce} over samples"
-        return text + (f", {self.over} over layers" if self.over else "")
+        text += f", {self.over} over layers" if self.over else ""
+        return text + (", estimated from float32's upper 16 bits" if self.estimated else "")
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, with its text."""

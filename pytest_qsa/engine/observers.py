@@ -101,7 +101,7 @@ class StreamObserver:
                 arrays[name] = _padded([_fetched(row) for row in rows])
             elif name == "token_max":
                 arrays[name] = _joined(rows)
-            elif name not in self.wants.massive:
+            elif ":" not in name:
                 arrays[name] = _stacked(rows)
         for name, pooled in self.pooled.items():
             if name in ("counts", "signed_counts"):
@@ -121,6 +121,7 @@ class StreamObserver:
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
             massive={name: _stacked(fetched[name]) for name in self.wants.massive if name in fetched},
+            quantized={name: _stacked(fetched[name]) for name in self.wants.quantizers if name in fetched},
             maps={name: _fetched(picture) for name, picture in self.maps.items()},
             **arrays,
         )

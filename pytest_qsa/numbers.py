@@ -107,18 +107,16 @@ class SiteNumbers:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
         """Join what `to_arrays` split."""
-        named: dict[str, dict[str, NDArray[Any]]] = {kind: {} for kind in NAMED}
-        plain: dict[str, NDArray[Any]] = {}
+        own: dict[str, Any] = {kind: {} for kind in NAMED}
         for name, array in arrays.items():
             kind, slash, rest = name.partition("/")
-            (named[kind] if slash else plain)[rest if slash else name] = array
+            (own[kind] if slash else own)[rest if slash else name] = array
         return cls(
             dtype=header["dtype"],
             shape=tuple(header["shape"]),
             token_axis=header["token_axis"],
             statistics=frozenset(header["statistics"]),
-            **named,  # type: ignore[arg-type]
-            **plain,
+            **own,
         )
 
 

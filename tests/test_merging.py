@@ -61,6 +61,15 @@ def test_samples_that_say_nothing_of_their_place_are_numbered_in_the_order_given
     assert_same_bytes(merge(parts), whole)
 
 
+ASKED_FOR = ["channel_band", ("quantization_sqnr", {"scheme": "int4", "by": "group", "group_size": 12})]
+
+
+def test_what_only_the_sites_that_ask_for_it_have_merges_as_well():
+    model = models.llama(torch.bfloat16, sink=True)
+    parts = [capture(model, [batch], sites=SITES[:2], statistics=ASKED_FOR) for batch in batches(3)]
+    assert_same_bytes(merge(parts), capture(model, batches(3), sites=SITES[:2], statistics=ASKED_FOR))
+
+
 def test_an_incomplete_merge_says_which_samples_it_holds(parts_and_whole):
     parts, _ = parts_and_whole
     merged = merge([told(parts[1], 1, 2, 6), told(parts[0], 0, 1, 6)])

@@ -22,6 +22,7 @@ from ..metrics import METRICS, Metric, Reduce
 from ..plan import TOKENS, Request, Site
 from ..selection import canonical_positions, query_of
 from ..series import Over, Query
+from ..tiers import Tier
 from .bounds import Stated
 from .fields import Regex, Strict
 from .visualization import Visualization
@@ -137,6 +138,7 @@ class Assertion(Strict, ABC):
     max: Stated | None = None
     equals: Stated | None = None
     level: Literal["fail", "warn"] = "fail"
+    tier: Tier = "pr"
     reason: str | None = None
 
     @model_validator(mode="after")

@@ -6,6 +6,8 @@ and stands for its middle, so that a value read back is within 2⁻⁸ of the tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,14 +39,23 @@ def sorted_counts(numbers: SiteNumbers, *, signed: bool = False) -> tuple[NDArra
 
 def counted_quantile(numbers: SiteNumbers, q: float, *, signed: bool = False) -> float:
     """Return the quantile of a counted distribution, with numpy's linear interpolation between two order statistics."""
+    return counted_quantiles(numbers, [q], signed=signed)[0]
+
+
+def counted_quantiles(numbers: SiteNumbers, shares: Sequence[float], *, signed: bool = False) -> list[float]:
+    """Return several quantiles by one sort; NaN where the distribution holds NaN or Inf."""
     values, counts = sorted_counts(numbers, signed=signed)
     if not np.isfinite(values[[0, -1]]).all():
-        return float("nan")
+        return [float("nan")] * len(shares)
     ends = np.cumsum(counts)
-    rank = q * float(ends[-1] - 1)
-    low = int(np.floor(rank))
-    below, above = (_order_statistic(numbers, values, ends, r, signed) for r in (low, min(low + 1, int(ends[-1]) - 1)))
-    return below + (above - below) * (rank - low)
+    found = []
+    for share in shares:
+        rank = share * float(ends[-1] - 1)
+        low = int(np.floor(rank))
+        pair = (_order_statistic(numbers, values, ends, r, signed) for r in (low, min(low + 1, int(ends[-1]) - 1)))
+        below, above = pair
+        found.append(below + (above - below) * (rank - low))
+    return found
 
 
 def _order_statistic(

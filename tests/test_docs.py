@@ -6,6 +6,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import yaml
 
 from pytest_qsa.config import load_suite
 from pytest_qsa.config.suite import ASSERTIONS
@@ -27,7 +28,7 @@ def test_the_suite_of_the_readme_is_sound(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("document", ["suites.md", "tiers-and-waivers.md"])
+@pytest.mark.parametrize("document", ["suites.md"])
 def test_the_suites_of_a_document_are_sound(tmp_path, document):
     files = {}
     for text in blocks((ROOT / "docs" / document).read_text(encoding="utf-8"), "yaml"):
@@ -61,12 +62,38 @@ def test_the_library_is_used_as_documented(tmp_path, monkeypatch):
     assert torch.is_grad_enabled()
 
 
+def test_the_default_configuration_has_every_key_with_its_default():
+    from pytest_qsa.config import Data, Memory, Visualization
+
+    written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text(encoding="utf-8"))
+    for section, defaults in (("visualization", Visualization()), ("data", Data()), ("memory", Memory())):
+        assert written[section] == defaults.model_dump()
+
+
+def test_the_default_configuration_is_one_that_qsa_analyze_takes(llama, capsys):
+    from pytest_qsa.cli import main
+
+    config = str(ROOT / "configs" / "default.yaml")
+    assert main(["analyze", "--config", config, "--model.path", str(llama), "--dry-run"]) == 0
+    assert "magnitude_input" in capsys.readouterr().out
+
+
+def test_every_key_of_the_pictures_is_documented():
+    from pytest_qsa.config import Visualization
+
+    text = (ROOT / "docs" / "analyze.md").read_text(encoding="utf-8")
+    sections = {name: type(value) for name, value in Visualization()}
+    keys = [key for kind in sections.values() for key in getattr(kind, "model_fields", {})]
+    assert [name for name, kind in sections.items() if name not in text] == []
+    assert [key for key in keys if not re.search(rf"\b{key}\b|`_?{key.partition('_')[2]}`", text)] == []
+
+
 def test_every_metric_is_documented():
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [name for name in ASSERTIONS if not re.search(rf"`{name}[`(]", text)] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/analyze.md"])
 def test_every_file_that_a_document_names_is_there(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(

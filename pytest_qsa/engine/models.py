@@ -65,7 +65,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
         raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
     if spec.submodule:
-        loaded.model = _submodule(loaded.model, spec.submodule)
+        loaded.model = submodule_of(loaded.model, spec.submodule)
     return loaded
 
 
@@ -184,7 +184,12 @@ def _from_factory(name: str, *, allow_code: bool) -> Loaded:
     return Loaded(model.eval(), tokenizer)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def submodule_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the part of a model that the suite names.
+
+    Raises:
+        InfraError: there is none of that name.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError:

@@ -92,16 +92,13 @@ class StreamObserver:
     def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
         """Fetch everything from the device, once. `statistics`: what the site can say it has."""
         owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
-        order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
-        owners = owners[order]
         arrays: dict[str, Any] = {}
-        fetched = {name: [rows[index] for index in order] for name, rows in self.rows.items()}
-        for name, rows in fetched.items():
+        for name, rows in self.rows.items():
             if name in ("peaks", "peak_channels"):
                 arrays[name] = _padded([_fetched(row) for row in rows])
             elif name == "token_max":
                 arrays[name] = _joined(rows)
-            elif ":" not in name:
+            elif name not in self.wants.massive:
                 arrays[name] = _stacked(rows)
         for name, pooled in self.pooled.items():
             if name in ("counts", "signed_counts"):
@@ -120,8 +117,7 @@ class StreamObserver:
             sample=owners[:, 0].astype(np.int32),
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
-            massive={name: _stacked(fetched[name]) for name in self.wants.massive if name in fetched},
-            quantized={name: _stacked(fetched[name]) for name in self.wants.quantizers if name in fetched},
+            massive={name: _stacked(self.rows[name]) for name in self.wants.massive if name in self.rows},
             maps={name: _fetched(picture) for name, picture in self.maps.items()},
             **arrays,
         )

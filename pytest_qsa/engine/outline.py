@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..config import Model
+from ..config import Memory, Model
 from ..errors import InfraError
-from .models import class_of
+from .models import class_of, load_model, submodule_of
 from .modules import layers_of
 
 
@@ -28,9 +28,26 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
         raise InfraError(f"{path}: no model can be made of it: {str(error).splitlines()[0]}") from error
+    if spec.submodule:
+        model = submodule_of(model, spec.submodule)
     rows = []
     for name, module in layers_of(model).items():
         weight = getattr(module, "weight", None)
         shape = "×".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
         rows.append((name, type(module).__name__, shape, sum(p.numel() for p in module.parameters())))
     return rows
+
+
+def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> list[str]:
+    """Return the names of a model's layers, in its order; a model of code of its own is loaded to learn them.
+
+    Raises:
+        InfraError: as `outline` and `load_model`.
+    """
+    if spec.factory is None and not spec.trust_remote_code:
+        return [row[0] for row in outline(spec, path)]
+    loaded = load_model(spec, path, memory, allow_code=allow_code)
+    try:
+        return list(layers_of(loaded.model))
+    finally:
+        loaded.close()

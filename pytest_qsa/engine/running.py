@@ -19,7 +19,6 @@ from .batches import Batch
 from .capturing import Progress, run_pass
 from .data import batches_of
 from .models import Loaded, describe, load_model, quiet
-from .schemes import schemes_of
 from .tokens import decoder_of
 
 
@@ -68,8 +67,7 @@ def capture_loaded(
         raise InfraError(
             f"the forward pass of {type(loaded.model).__name__} failed: {str(error).splitlines()[0]}"
         ) from error
-    meta = _meta(subject, loaded.model, samples, own_batches=batches is not None)
-    return replace(capture, meta=meta, schemes=schemes_of(loaded.model))
+    return replace(capture, meta=_meta(subject, loaded.model, samples, own_batches=batches is not None))
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:

@@ -103,12 +103,24 @@ class Depth:
             flat = sum(map(len, names)) < 90
             slant: Any = {} if flat else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(ticks, names, **slant)
-        axes.xaxis.set_minor_locator(FixedLocator(sorted(set(self.x))) if len(self.x) <= 130 else NullLocator())
+        every = (
+            len(self.x) <= 130 and most == MOST_TICKS
+        )  # a mark a layer, but not in narrow panels, where it costs time
+        axes.xaxis.set_minor_locator(FixedLocator(sorted(set(self.x))) if every else NullLocator())
         axes.tick_params(axis="x", which="minor", length=2)
         low, high = min(self.x), max(self.x)
         margin = max(0.7, 0.02 * (high - low))
         axes.set_xlim(low - margin, high + margin)
         axes.set_xlabel(safe_text(self.label, 100))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Choose at most so many of `count` indices, the first and the last among them, evenly."""
+    if count <= most:
+        return list(range(count))
+    if most == 1:
+        return [count // 2]
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
 
 
 def _cut(parts: Sequence[str], most: int, separator: str = ", ") -> str:
@@ -126,8 +138,8 @@ def _step(count: int, most: int) -> int:
     return step
 
 
-def depth_of(layers: Sequence[str]) -> Depth:
-    """Place layers, given in model order, on the x axis."""
+def depth_of(layers: Sequence[str], most_kinds: int = len(GROUP_STYLES)) -> Depth:
+    """Place layers, given in model order, on the x axis; more kinds than `most_kinds` are told apart no longer."""
     names = tuple(layers)
     numbers = [_NUMBER.search(name) for name in names]
     for count in (1, 0):  # one star for the first number, then one for every number, as experts need it
@@ -136,7 +148,7 @@ def depth_of(layers: Sequence[str]) -> Depth:
         kinds: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             kinds.setdefault(_NUMBER.sub("*", name, count=count), []).append(index)
-        if len(kinds) <= len(GROUP_STYLES):
+        if len(kinds) <= most_kinds:
             return Depth(names, tuple(float(number[1]) for number in numbers if number), kinds, True)
     return Depth(names, tuple(map(float, range(len(names)))), {"": list(range(len(names)))}, False)
 

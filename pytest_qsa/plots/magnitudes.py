@@ -14,9 +14,24 @@ from matplotlib.figure import Figure
 from ..assertions import Row, Verdict
 from ..captures import Capture
 from ..errors import QsaError
+from ..plan import Site
 from .captions import bound_label, population, samples_of
 from .depth import Depth, depth_of
-from .style import BLUE, INK, MUTED, PALE, RED, add_legend, head, new_figure, safe_text, scale_log, styled, wants_log
+from .style import (
+    BLUE,
+    INK,
+    MUTED,
+    PALE,
+    RED,
+    add_legend,
+    grid_of,
+    head,
+    new_figure,
+    safe_text,
+    scale_log,
+    styled,
+    wants_log,
+)
 
 STATS: Mapping[str, tuple[str, str, Any]] = {
     "top1": (INK, "^", "-"),
@@ -26,7 +41,13 @@ STATS: Mapping[str, tuple[str, str, Any]] = {
     "min": ("#2f7d5b", "D", "-."),
 }
 """Colour, marker and dash of each statistic."""
+MOST_PANELS = 9
 _OF = {"-1": "token-wise maxima", "-2": "channel-wise maxima", "None": "|x|"}
+
+
+def magnitude_title(site: Site, reduce_dim: int | None) -> str:
+    """Write what a figure of magnitudes shows."""
+    return f"Magnitude of the {_OF[str(reduce_dim)]} at the {site}s"
 
 
 @dataclass(frozen=True)
@@ -66,44 +87,48 @@ def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
 def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     """Draw top1, top2, top3, median and min by layer; None where there are not two layers with a finite one."""
     numbers = magnitudes_of(verdict, capture)
-    if numbers is None or len(numbers.layers) < 2:
+    if numbers is None or len(numbers.layers) < 2 or not any(np.isfinite(v).any() for v in numbers.values.values()):
         return None
-    finite = [value for values in numbers.values.values() for value in values.tolist() if math.isfinite(value)]
-    if not finite:
-        return None
-    depth = depth_of(numbers.layers)
+    site = verdict.query["site"]
+    samples = samples_of(capture, numbers.layers, site)
+    note = population(numbers.reduce, samples, (verdict.query.get("positions") or "all") if samples else None)
+    title = f"Magnitude of the {numbers.of} at the {site}"
+    return magnitude_panels(numbers, title, note, rows={row.layer: row for row in verdict.rows})
+
+
+@styled
+def magnitude_panels(
+    numbers: Magnitudes, title: str, note: str, *, rows: Mapping[str, Row] | None = None, legend: bool = True
+) -> Figure:
+    """Draw the statistics, a panel for each kind of layer; nine panels at most, more kinds share one."""
+    depth = depth_of(numbers.layers, MOST_PANELS)
     panels = list(depth.kinds.items())
-    columns = min(len(panels), 3)
-    figure = new_figure(4.0 if len(panels) <= 3 else 6.2)
-    grid = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False).ravel()
+    lines, columns = grid_of(len(panels))
+    figure = new_figure((4.0, 6.2, 8.4)[lines - 1])
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for axes, (_, members) in zip(grid, panels, strict=False):
-        _draw_panel(axes, numbers, depth, members, {row.layer: row for row in verdict.rows})
+        _draw_panel(axes, numbers, depth, members, rows or {})
     for axes in grid[len(panels) :]:
         axes.remove()
-    positive = [value for value in finite if value > 0]
+    positive = [value for values in numbers.values.values() for value in values.tolist() if 0 < value < math.inf]
     if positive and wants_log(positive):
         scale_log(grid[0])
-    _annotate(figure, grid, numbers, depth, verdict, capture)
+    _annotate(figure, grid, depth, title, note)
+    if legend:
+        add_legend(figure, grid[0])
     return figure
 
 
-def _annotate(figure: Figure, grid: Any, numbers: Magnitudes, depth: Depth, verdict: Verdict, capture: Capture) -> None:
+def _annotate(figure: Figure, grid: Any, depth: Depth, title: str, note: str) -> None:
     panels = list(depth.kinds)
     for index, (axes, name) in enumerate(zip(grid, panels, strict=False)):
         axes.grid(axis="y")
         if len(panels) > 1:
             axes.set_title(safe_text(depth.kind_labels[name], 40), color=MUTED)
             axes.set_xlabel("block")
-        if index % min(len(panels), 3) == 0:
+        if index % grid_of(len(panels))[1] == 0:
             axes.set_ylabel("magnitude, |x|")
-    samples = samples_of(capture, numbers.layers, verdict.query["site"])
-    note = population(numbers.reduce, samples, (verdict.query.get("positions") or "all") if samples else None)
-    title = f"Magnitude of the {numbers.of} at the {verdict.query['site']}"
-    if len(panels) == 1:
-        head(figure, grid[0], title, [note])
-    else:
-        head(figure, None, f"{title} · {note}" if note else title)
-    add_legend(figure, grid[0])
+    head(figure, grid[0] if len(panels) == 1 else None, title, [note])
 
 
 def _draw_panel(axes: Axes, numbers: Magnitudes, depth: Depth, members: list[int], rows: Mapping[str, Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,6 +96,36 @@ def _drawn(outliers: Outliers, capture: Capture, site: Site, threshold: float, p
     return figure
 
 
+@styled
+def outlier_picture(
+    kind: Literal["layer_wise", "position", "token"],
+    outliers: Outliers,
+    texts: list[tuple[str, int, int]],
+    title: str,
+    note: str,
+    *,
+    most: int = MOST_TOKENS,
+    legend: bool = True,
+) -> Figure:
+    """Draw outlier tokens by layer, by position, or by text (at most `most`); where there are none, say so."""
+    figure = new_figure(3.6 if kind != "token" else 1.9 + 0.21 * max(min(len(texts), most), 5))
+    axes = figure.subplots()
+    head(figure, axes, title, [note])
+    if not len(outliers.layer):
+        axes.text(0.5, 0.5, "no token is above the threshold", ha="center", va="center", color=MUTED)
+        axes.set_axis_off()
+    elif kind == "token" and not texts:
+        axes.text(0.5, 0.5, "the data has no token ids", ha="center", va="center", color=MUTED)
+        axes.set_axis_off()
+    elif kind == "token":
+        _by_token(axes, texts, most)
+    else:
+        (_by_layer if kind == "layer_wise" else _by_position)(axes, outliers)
+    if legend:
+        add_legend(figure, axes)
+    return figure
+
+
 def _by_layer(axes: Axes, outliers: Outliers) -> None:
     depth = depth_of(outliers.layers)
     x = np.array(depth.x)
@@ -117,7 +147,10 @@ def _by_layer(axes: Axes, outliers: Outliers) -> None:
 
 def _by_position(axes: Axes, outliers: Outliers) -> None:
     tops: Counter[int] = Counter()
-    for label, chosen, colour, marker in (("other", ~outliers.sink, BLUE, "o"), ("sinks", outliers.sink, MUTED, "D")):
+    for label, chosen, colour, marker in (
+        ("other tokens", ~outliers.sink, BLUE, "o"),
+        ("sinks", outliers.sink, MUTED, "D"),
+    ):
         count = Counter(outliers.position[chosen].tolist())
         at = sorted(count)
         if not at:
@@ -126,8 +159,10 @@ def _by_position(axes: Axes, outliers: Outliers) -> None:
         tops.update(count)
         top = [tops[i] for i in at]
         axes.vlines(at, bottom, top, color=colour, linewidth=1.6, gid=label, zorder=2)
-        axes.plot(at, top, linestyle="none", marker=marker, markersize=4.5 if len(at) < 80 else 2.5, color=colour,
-                  markerfacecolor="white" if label == "sinks" else colour, zorder=3)  # fmt: skip
+        axes.plot(
+            at, top, linestyle="none", marker=marker, markersize=4.5 if len(at) < 80 else 2.5, color=colour, zorder=3,
+            markerfacecolor="white" if label == "sinks" else colour, label=f"{label}: {sum(count.values())}",
+        )  # fmt: skip
     _count_axis(axes, max(tops.values()))
     last = max(tops)
     axes.set_xlim(-max(0.8, 0.03 * last), max(last * 1.04, 8))
@@ -136,8 +171,11 @@ def _by_position(axes: Axes, outliers: Outliers) -> None:
     axes.set_ylabel("outlier tokens,\nall layers and samples")
 
 
-def texts_of(capture: Capture, outliers: Outliers) -> list[tuple[str, int, int]]:
-    """Return (text, how often in all layers and samples, of these as a sink), most frequent first."""
+def texts_of(capture: Capture, outliers: Outliers, *, decode: bool = True) -> list[tuple[str, int, int]]:
+    """Return (text, how often in all layers and samples, of these as a sink), most frequent first.
+
+    `decode` off: the token's id stands for its text.
+    """
     total: Counter[str] = Counter()
     sinks: Counter[str] = Counter()
     for sample, position, sink in zip(
@@ -145,19 +183,21 @@ def texts_of(capture: Capture, outliers: Outliers) -> list[tuple[str, int, int]]
     ):
         if sample < len(capture.tokens) and position < len(capture.tokens[sample]):
             token = int(capture.tokens[sample][position])
-            text = capture.pieces.get(token, f"⟨{token}⟩")
+            text = capture.pieces.get(token, f"⟨{token}⟩") if decode else f"⟨{token}⟩"
             total[text] += 1
             sinks[text] += sink
     return [(text, count, sinks[text]) for text, count in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
 
 
-def _by_token(axes: Axes, texts: list[tuple[str, int, int]]) -> None:
-    shown = texts[:MOST_TOKENS]
+def _by_token(axes: Axes, texts: list[tuple[str, int, int]], most: int = MOST_TOKENS) -> None:
+    shown = texts[:most]
     y = range(len(shown))
     others = [count - sinks for _, count, sinks in shown]
-    axes.barh(y, others, height=0.68, color=BLUE, gid="other tokens", zorder=2)
     sinks = [sinks for _, _, sinks in shown]
-    axes.barh(y, sinks, left=others, height=0.68, color=SINK, hatch="////", gid="sinks", zorder=2)
+    parts = (("other tokens", others, 0, BLUE, ""), ("sinks", sinks, others, SINK, "////"))
+    for name, widths, left, colour, hatch in parts:
+        label = name if any(widths) else None
+        axes.barh(y, widths, left=left, height=0.68, color=colour, hatch=hatch, label=label, gid=name, zorder=2)
     largest = max(count for _, count, _ in shown)
     for place, (_, count, _) in enumerate(shown):
         axes.text(count + 0.015 * largest, place, str(count), va="center", fontsize=8, color=INK)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.text import Annotation
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 DPI = 120
 WIDTH = 9.0
+MOST_CROWDED = 0.09
+"""The share of an axis that two of its ticks are apart at least."""
 
 INK, MUTED, FAINT = "#1c2733", "#5b6875", "#dfe4ea"
 BLUE, PALE, RED, AMBER = "#2b5c8a", "#c9d9e8", "#b3261e", "#a86400"
@@ -71,12 +77,33 @@ def save_png(figure: Figure, path: Path) -> str:
     return str(path.resolve())
 
 
+@styled
+def encoded(figure: Figure, form: str, dpi: int = DPI) -> bytes:
+    """Return a figure as the bytes of a PNG or SVG; the same figure makes the same bytes."""
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa"}):
+        nameless = {"Software": None} if form == "png" else {"Date": None, "Creator": None}
+        figure.savefig(stream, dpi=dpi, format=form, metadata=nameless)
+    return stream.getvalue()
+
+
 def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:
-    """Put a title on the figure, and under it, above the axes, the fine print, one note a line."""
-    figure.suptitle(safe_text(title, 110), x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK)
+    """Put a title on the figure, and under it the fine print, one note a line: above the axes, or over all panels."""
+    fine = "\n".join(safe_text(note, 150) for note in notes if note)
+    room = "\n " if fine and axes is None else ""
+    text = figure.suptitle(
+        safe_text(title, 110) + room, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK
+    )
     if axes is not None:
-        fine = "\n".join(safe_text(note, 150) for note in notes if note)
         axes.set_title(fine, loc="left", color=MUTED, pad=8, linespacing=1.4)
+    elif fine:
+        figure.add_artist(Annotation(fine, (0, 0), xycoords=text, va="bottom", color=MUTED, fontsize=9.0))
+
+
+def grid_of(count: int, columns: int = 3) -> tuple[int, int]:
+    """Return the lines and columns of a grid of panels; four make a square."""
+    columns = 2 if count == 4 else min(count, columns)
+    return -(-count // columns), columns
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
@@ -119,6 +146,23 @@ def _safe_character(character: str) -> str:
     # Combining marks would join with the quote before them, and right-to-left letters would turn the label around.
     odd = unicodedata.combining(character) or unicodedata.bidirectional(character) in ("R", "AL", "AN")
     return f"U+{code:04X}" if invisible or blank or odd or code not in _drawable() else character
+
+
+def scale_asinh(axis: Axis, width: float) -> None:
+    """Make an axis linear within ± width and logarithmic beyond, on both sides of 0, with plain numbers at decades."""
+    scale = {"x": axis.axes.set_xscale, "y": axis.axes.set_yscale}[axis.axis_name]  # type: ignore[attr-defined]
+    scale("asinh", linear_width=width)
+    low, high = sorted(axis.get_view_interval())
+    first, last = math.floor(math.log10(width)), math.ceil(math.log10(max(abs(low), abs(high), 10 * width)))
+    apart = MOST_CROWDED * (math.asinh(high / width) - math.asinh(low / width))
+    kept = [0.0]
+    for tick in (sign * 10.0**power for power in range(last, first - 1, -1) for sign in (1, -1)):
+        room = min(abs(math.asinh(tick / width) - math.asinh(other / width)) for other in kept)
+        if low <= tick <= high and room >= apart:
+            kept.append(tick)
+    axis.set_major_locator(FixedLocator(sorted(kept)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(plain_number))
 
 
 def plain_number(value: float, _position: object = None) -> str:

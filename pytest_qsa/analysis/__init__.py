@@ -1,0 +1,1 @@
+"""What `qsa analyze` does with a configuration: pictures and exports of one capture. Nothing here judges."""

@@ -1,0 +1,181 @@
+"""Pictures → figures → files. A picture that can't be drawn says why, and the others are drawn all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from matplotlib.figure import Figure
+
+from ..captures import Capture
+from ..channels import channel_bands
+from ..config import Visualization
+from ..errors import AnomalyError, QsaError
+from ..files import write_atomically
+from ..numbers import SiteNumbers
+from ..plan import exactly, map_statistic
+from ..plots.boxes import box_figure, histogram_figure
+from ..plots.captions import counted, population, samples_of
+from ..plots.heatmaps import map_figure, surface_figure
+from ..plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
+from ..plots.outliers import outlier_picture, outliers_of, texts_of
+from ..plots.percentiles import percentile_figure
+from ..plots.style import encoded
+from .planning import Picture
+
+IMAGES = ("png", "svg")
+_SITES = {"input": "inputs", "output": "outputs", "weight": "weights"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as it came out: its title, its PNG, the files that were written; or the problem that stopped it."""
+
+    picture: Picture
+    title: str
+    png: bytes = b""
+    files: list[Path] = field(default_factory=list)
+    problem: str = ""
+
+
+def draw_picture(
+    picture: Picture, capture: Capture, visualization: Visualization, folder: Path, run: str
+) -> tuple[Drawn, list[str]]:
+    """Draw one picture and write it in the formats asked for; also return what a reader should know of it.
+
+    `run`: what was measured on what, for the picture's small print.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    title = title_of(picture, visualization)
+    try:
+        measured, left_out = _measured(picture, capture)
+        figure = _DRAW[picture.section](measured, capture, visualization, title, run)
+    except QsaError as error:
+        return Drawn(picture, title, problem=str(error)), []
+    formats = [form for form in IMAGES if form in visualization.output.formats]
+    png = encoded(figure, "png", visualization.dpi)
+    files = []
+    for form in formats:
+        path = folder / f"{picture.name}.{form}"
+        write_atomically(path, png if form == "png" else encoded(figure, form, visualization.dpi))
+        files.append(path)
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    return Drawn(picture, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+
+
+def title_of(picture: Picture, visualization: Visualization) -> str:
+    """Write what a picture shows."""
+    site = picture.site
+    if picture.section.startswith("magnitude"):
+        settings = visualization.magnitude
+        return magnitude_title(site, settings.weight.reduce_dim if site == "weight" else settings.reduce_dim)
+    if picture.section.startswith("outlier"):
+        return f"Tokens above {visualization.outlier.threshold:g} × the median at the {_SITES[site]}"
+    if picture.section == "distribution":
+        return f"Distribution of the {_SITES[site]}"
+    if picture.section == "percentile_range":
+        what = "|x|" if visualization.percentile_range.use_abs else "x"
+        return f"Percentiles over tokens of {what} at the {_SITES[site]}"
+    return f"|x| of sample {visualization.heatmap_3d.sample_idx} at the {_SITES[site]}"
+
+
+def _measured(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
+    """Leave out the layers that nothing is known of, and say why.
+
+    Raises:
+        AnomalyError: none is left.
+    """
+    kept, left_out = [], []
+    for layer in picture.layers:
+        problem = _problem(capture.sites.get((layer, picture.site)), picture)
+        if problem:
+            left_out.append(f"the {picture.site} of {layer} {problem}")
+        else:
+            kept.append(layer)
+    if not kept:
+        raise AnomalyError(f"{left_out[0]} (and so the other {len(left_out) - 1} layers)")
+    return replace(picture, layers=tuple(kept)), left_out
+
+
+def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
+    if numbers is None:
+        return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
+    if not numbers.populations:
+        return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
+    if picture.section == "heatmap_3d" and not numbers.maps:
+        return "has no token axis, or the data has no such sample"
+    tokens = {
+        "tokens": numbers.token_max,
+        "channels": numbers.channel_top,
+        "channel_counts": numbers.channel_counts,
+    }
+    if any(name in picture.statistics and array is None for name, array in tokens.items()):
+        return "has no token axis"
+    return ""
+
+
+def _note(picture: Picture, capture: Capture, reduce: str | None, run: str) -> str:
+    samples = samples_of(capture, picture.layers, picture.site)
+    parts = (population(reduce, samples, None), counted(len(picture.layers), "layer"), run)
+    return " · ".join(part for part in parts if part)
+
+
+def _magnitude(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
+    settings = visualization.magnitude
+    dim = settings.weight.reduce_dim if picture.site == "weight" else settings.reduce_dim
+    series = capture.select(exactly(picture.layers), picture.site).magnitudes(cast(Any, list(STATS)), reduce_dim=dim)
+    values = {str(stat): each.values for stat, each in series.items()}
+    reduce = None if picture.site == "weight" else "mean"
+    numbers = Magnitudes(list(picture.layers), values, title, reduce, None)
+    return magnitude_panels(
+        numbers, title, _note(picture, capture, reduce or "", run), legend=visualization.show_legend
+    )
+
+
+def _outlier(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
+    settings = visualization.outlier
+    outliers = outliers_of(capture, picture.layers, picture.site, settings.threshold, "all")
+    texts = texts_of(capture, outliers, decode=settings.decode_tokens) if picture.section == "outlier_token" else []
+    kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
+    note = _note(picture, capture, "sum", run) + ("" if capture.sinks.searched else " · sinks not looked for")
+    return outlier_picture(
+        kind, outliers, texts, title, note, most=settings.top_n, legend=visualization.show_legend
+    )  # fmt: skip
+
+
+def _distribution(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
+    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
+    draw = box_figure if picture.form == "boxplot" else histogram_figure
+    return draw(sites, title, _note(picture, capture, None, run), legend=visualization.show_legend)
+
+
+def _heatmap(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
+    settings = visualization.heatmap_3d
+    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
+    maps = {layer: numbers.maps[map_statistic(settings.sample_idx)] for layer, numbers in sites.items()}
+    tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
+    if picture.form == "map":
+        return map_figure(maps, (tokens, channels), title, run)
+    return surface_figure(maps, (tokens, channels), settings.view_angle, title, run)
+
+
+def _percentile(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
+    settings = visualization.percentile_range
+    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
+    bands: Mapping[str, Any] = {
+        layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in sites.items()
+    }
+    note = _note(picture, capture, None, run)
+    return percentile_figure(bands, title, note, style=settings.style, legend=visualization.show_legend)
+
+
+_Draw = Callable[[Picture, Capture, Visualization, str, str], Figure]
+_DRAW: Mapping[str, _Draw] = {
+    "magnitude_input": _magnitude, "magnitude_output": _magnitude, "magnitude_weight": _magnitude,
+    "outlier_layer_wise": _outlier, "outlier_position": _outlier, "outlier_token": _outlier,
+    "distribution": _distribution, "heatmap_3d": _heatmap, "percentile_range": _percentile,
+}  # fmt: skip

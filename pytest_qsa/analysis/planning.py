@@ -1,0 +1,200 @@
+"""The seed's plotting section and the names of a model's layers → pictures, and what a pass must keep for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .. import plan
+from ..config import Visualization
+from ..config.yaml_source import Location
+from ..errors import SuiteError
+from ..metrics import METRICS
+from ..plan import Request, Site, exactly, map_statistic, match_layers, merge_requests, no_match
+from ..plots.depth import spread
+
+Section = Literal[
+    "magnitude_input", "magnitude_output", "magnitude_weight", "outlier_layer_wise", "outlier_position",
+    "outlier_token", "distribution", "heatmap_3d", "percentile_range",
+]  # fmt: skip
+SURFACES = 3
+"""How many layers are drawn as surfaces, which need room."""
+
+
+class PatternError(SuiteError):
+    """A pattern finds no layer; `location` is its place in the configuration."""
+
+    def __init__(self, message: str, location: Location) -> None:
+        super().__init__(message)
+        self.location = location
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture. `name`: its file's; `section`: the key that enabled it; `layers`: in model order, at one site."""
+
+    name: str
+    section: Section
+    site: Site
+    layers: tuple[str, ...]
+    statistics: frozenset[str]
+    form: str = ""
+
+
+@dataclass
+class Analysis:
+    """All pictures of a configuration, and what its user should know before they are drawn."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What one pass has to keep for all of them."""
+        return merge_requests(Request(exactly(each.layers), each.site, None, each.statistics) for each in self.pictures)
+
+
+def plan_pictures(visualization: Visualization, names: Sequence[str]) -> Analysis:
+    """Find the layers of every enabled picture among the model's `names`.
+
+    Raises:
+        PatternError: a pattern finds none.
+    """
+    finder = _Finder(visualization, names)
+    pictures = [*_magnitudes(finder), *_outliers(finder), *_distributions(finder), *_percentiles(finder),
+                *_heatmaps(finder)]  # fmt: skip
+    return Analysis(pictures, finder.warnings)
+
+
+@dataclass
+class _Finder:
+    """Finds layers, narrowed by `layer_selection` where that leaves any."""
+
+    visualization: Visualization
+    names: Sequence[str]
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        patterns = self.visualization.layer_selection.patterns
+        found = [self._all(each, ("layer_selection", "patterns", index)) for index, each in enumerate(patterns)]
+        self.selected = {layer for layers in found for layer in layers}
+
+    def each(self, patterns: Sequence[str] | None, section: tuple[str | int, ...]) -> Mapping[str, list[str]]:
+        """Return the layers of each pattern; without patterns, those of the magnitudes."""
+        if patterns is None:
+            patterns, section = self.visualization.magnitude.patterns, ("magnitude",)
+        return {each: self._narrowed(each, (*section, "patterns", i)) for i, each in enumerate(patterns)}
+
+    def whole(self, pattern: str, section: str) -> list[str]:
+        """Return the layers of a pattern that no selection narrows."""
+        layers = self._all(pattern, (section, "pattern"))
+        if self.selected and self.selected.isdisjoint(layers):
+            self._warn(f"layer_selection has none of the layers of {section}.pattern '{pattern}', which stays as it is")
+        return layers
+
+    def _narrowed(self, pattern: str, location: Location) -> list[str]:
+        layers = self._all(pattern, location)
+        kept = [layer for layer in layers if layer in self.selected]
+        if self.selected and not kept:
+            self._warn(f"layer_selection would leave none of the {len(layers)} layers of '{pattern}', so all are drawn")
+        return kept or layers
+
+    def _all(self, pattern: str, location: Location) -> list[str]:
+        layers = match_layers(self.names, pattern)
+        if not layers:
+            raise PatternError(str(no_match(self.names, pattern, None)), ("visualization", *location))
+        return layers
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def _magnitudes(finder: _Finder) -> Iterator[Picture]:
+    settings, enabled = finder.visualization.magnitude, finder.visualization.enabled
+    sites: list[tuple[bool, Section, Site]] = [
+        (enabled.magnitude_input, "magnitude_input", "input"),
+        (enabled.magnitude_output, "magnitude_output", "output"),
+        (enabled.magnitude_weight, "magnitude_weight", "weight"),
+    ]
+    for on, section, site in sites:
+        if not on:
+            continue
+        weight = site == "weight"
+        own = settings.weight.patterns if weight else settings.patterns
+        found = finder.each(own, ("magnitude", "weight") if weight else ("magnitude",))
+        dim = settings.weight.reduce_dim if weight else settings.reduce_dim
+        needs = METRICS["magnitude"].needs(site, "all", {"reduce_dim": dim})
+        for name, layers in _grouped(found, section, together=settings.combined_plot, names=finder.names):
+            yield Picture(name, section, site, layers, needs)
+
+
+def _outliers(finder: _Finder) -> Iterator[Picture]:
+    enabled, settings = finder.visualization.enabled, finder.visualization.outlier
+    kinds: list[tuple[bool, Section]] = [
+        (enabled.outlier_layer_wise, "outlier_layer_wise"),
+        (enabled.outlier_position, "outlier_position"),
+        (enabled.outlier_token, "outlier_token"),
+    ]
+    if any(on for on, _ in kinds):
+        layers = tuple(finder.whole(settings.pattern, "outlier"))
+        needs = METRICS["outlier_tokens"].needs("output", "all", {})
+        yield from (Picture(section, section, "output", layers, needs) for on, section in kinds if on)
+
+
+def _distributions(finder: _Finder) -> Iterator[Picture]:
+    settings = finder.visualization.distribution
+    if not finder.visualization.enabled.distribution:
+        return
+    found = finder.each(settings.patterns, ("distribution",))
+    site: Site = "input" if settings.is_input else "output"
+    for form in dict.fromkeys(settings.plot_types):
+        for name, layers in _grouped(found, f"distribution_{form}", together=True, names=finder.names):
+            yield Picture(name, "distribution", site, layers, frozenset({plan.SIGNED_COUNTS}), form)
+
+
+def _percentiles(finder: _Finder) -> Iterator[Picture]:
+    settings = finder.visualization.percentile_range
+    if not finder.visualization.enabled.percentile_range:
+        return
+    found = finder.each(settings.patterns, ("percentile_range",))
+    site: Site = "input" if settings.is_input else "output"
+    for name, layers in _grouped(found, "percentile_range", together=False, names=finder.names):
+        shown = tuple(layers[index] for index in spread(len(layers), settings.num_layers_to_show))
+        yield Picture(name, "percentile_range", site, shown, frozenset({plan.CHANNEL_COUNTS}))
+
+
+def _heatmaps(finder: _Finder) -> Iterator[Picture]:
+    settings = finder.visualization.heatmap_3d
+    if not finder.visualization.enabled.heatmap_3d:
+        return
+    layers = finder.whole(settings.pattern, "heatmap_3d")
+    site: Site = "input" if settings.is_input else "output"
+    needs = frozenset({map_statistic(settings.sample_idx)})
+    for form, most in (("surface", SURFACES), ("map", settings.num_2d_layers)):
+        if most:
+            shown = tuple(layers[index] for index in spread(len(layers), most))
+            yield Picture(f"heatmap_{'3d' if form == 'surface' else '2d'}", "heatmap_3d", site, shown, needs, form)
+
+
+def _grouped(
+    found: Mapping[str, Sequence[str]], stem: str, *, together: bool, names: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (name, layers in model order) of one picture for all patterns, or of one for each."""
+    if together:
+        union = {layer for layers in found.values() for layer in layers}
+        yield stem, tuple(name for name in names if name in union)
+        return
+    slugs: dict[str, int] = {}
+    for pattern, layers in found.items():
+        slug = _slug(pattern)
+        slugs[slug] = slugs.get(slug, 0) + 1
+        number = f"_{slugs[slug]}" if slugs[slug] > 1 else ""
+        yield f"{stem}_{slug}{number}", tuple(layers)
+
+
+def _slug(pattern: str) -> str:
+    r"""Make a name of a pattern's words: `mlp\.down_proj$` → `mlp_down_proj`."""
+    plain = "".join(c if c.isalnum() else "_" for c in pattern.replace("\\d+", "").replace("\\", ""))
+    return "_".join(part for part in plain.split("_") if part)[:60] or "layers"

@@ -1,0 +1,184 @@
+"""`qsa analyze`: the seed's program. A configuration goes in; pictures, a report and tables come out of one pass."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InfraError, SuiteError, shown_path
+from .codes import FAILED, OK
+
+if TYPE_CHECKING:
+    from ..analysis.planning import Analysis
+    from ..captures import Capture
+    from ..config import SuiteFile
+    from ..subjects import Subject
+
+FIRST = 20
+"""How many layers are listed, as in the seed."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; 1 where a picture could not be drawn.
+
+    Raises:
+        SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
+        InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
+    """
+    from ..config import load_suite
+    from ..engine.outline import layer_names
+    from ..subjects import Subject
+
+    options, overrides = _options(arguments)
+    suite = load_suite(options.config, overrides, "--")
+    model = suite.suite.model
+    if model is None:
+        raise SuiteError(f"{shown_path(options.config)}:1: there is no section 'model'")
+    subject = Subject(model.id, model, suite.suite.data, suite.suite.memory, suite.path.parent)
+    names = layer_names(model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
+    analysis = _planned(suite, names)
+    folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
+    _list_layers(names)
+    _list_pictures(analysis, folder, verbose=options.verbose)
+    _check_writable(folder, make=not options.dry_run)
+    if options.dry_run:
+        print("dry run: nothing was loaded, nothing written")
+        return OK
+    started = time.perf_counter()
+    capture = _captured(subject, analysis, options)
+    if options.verbose:
+        print(f"measured in {time.perf_counter() - started:.1f} s")
+    return _written(suite, subject, analysis, capture, folder, arguments, verbose=options.verbose)
+
+
+def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    from .overrides import add_overrides, read_overrides
+
+    parser = argparse.ArgumentParser(
+        prog="qsa analyze", usage="qsa analyze --config FILE [options] [--KEY VALUE …]", allow_abbrev=False,
+        description="Draw and export what a configuration asks for, in one pass over its model.",
+    )  # fmt: skip
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a configuration or suite")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, and stop")
+    parser.add_argument("--verbose", action="store_true", help="also list each picture's layers, and the time it took")
+    parser.add_argument(
+        "--qsa-cache", type=Path, metavar="DIR", help="where captures are kept; default: the user's cache"
+    )
+    parser.add_argument("--qsa-no-cache", action="store_true", help="measure anew, and keep nothing")
+    parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
+    add_overrides(parser)
+    options, unknown = parser.parse_known_args(arguments)
+    overrides = read_overrides(options, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, overrides
+
+
+def _planned(suite: SuiteFile, names: Sequence[str]) -> Analysis:
+    from ..analysis.planning import PatternError, plan_pictures
+
+    visualization, data = suite.suite.visualization, suite.suite.data
+    sample = ("visualization", "heatmap_3d", "sample_idx")
+    if visualization.enabled.heatmap_3d and visualization.heatmap_3d.sample_idx >= data.num_samples:
+        raise suite.source.error(
+            sample, f"sample_idx {visualization.heatmap_3d.sample_idx}: the {data.num_samples} samples begin with 0"
+        )
+    try:
+        analysis = plan_pictures(visualization, names)
+    except PatternError as error:
+        raise suite.source.error(error.location, str(error)) from None
+    if not analysis.pictures:
+        raise suite.source.error(("visualization", "enabled"), "nothing is enabled: there is nothing to draw")
+    return analysis
+
+
+def _list_layers(names: Sequence[str]) -> None:
+    print(f"Total layers found: {len(names)}")
+    print(f"Showing first {min(FIRST, len(names))} layers:")
+    for name in names[:FIRST]:
+        print(f"  {name}")
+
+
+def _list_pictures(analysis: Analysis, folder: Path, *, verbose: bool) -> None:
+    print(f"Pictures, into {shown_path(folder)}:")
+    width = max(len(picture.name) for picture in analysis.pictures)
+    for picture in analysis.pictures:
+        layers = f"{len(picture.layers)} layer" + ("s" if len(picture.layers) > 1 else "")
+        print(f"  {picture.name:<{width}}  {picture.site} of {layers}")
+        if verbose:
+            print("\n".join(f"      {layer}" for layer in picture.layers))
+    for warning in analysis.warnings:
+        _warn(warning)
+
+
+def _check_writable(folder: Path, *, make: bool) -> None:
+    """Try the folder before the pass, not after it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+            existing = folder
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InfraError(
+            f"visualization.save_dir {shown_path(folder)}: can't be written: {error.strerror or error}; "
+            "give another with --save_dir"
+        ) from None
+
+
+def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture:
+    import platformdirs
+    from tqdm import tqdm
+
+    from ..engine.running import capture_subject
+    from ..session import Captures
+
+    cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
+    with tqdm(desc=f"qsa {subject.name}", unit="sample", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        def make(requests: Any) -> Capture:
+            return capture_subject(subject, requests, allow_code=options.qsa_allow_code, progress=progress)
+
+        return Captures(cache=cache).get(subject.key, subject, analysis.requests, make)
+
+
+def _written(
+    suite: SuiteFile,
+    subject: Subject,
+    analysis: Analysis,
+    capture: Capture,
+    folder: Path,
+    arguments: Sequence[str],
+    *,
+    verbose: bool,
+) -> int:
+    from ..analysis.writing import write_analysis
+
+    report: Callable[[str], None] = print if verbose else lambda _: None
+    try:
+        command = shlex.join(["qsa", "analyze", *arguments])
+        written = write_analysis(suite.suite.visualization, subject, analysis, capture, folder, command, report)
+    except OSError as error:
+        raise InfraError(f"{shown_path(folder)}: can't be written: {error}") from None
+    for warning in written.warnings:
+        _warn(warning)
+    for path in written.files:
+        print(shown_path(path))
+    for drawn in written.problems:
+        print(f"qsa: {drawn.picture.name} was not drawn: {drawn.problem}", file=sys.stderr)
+    return FAILED if written.problems else OK
+
+
+def _warn(text: str) -> None:
+    print(f"qsa: warning: {text}", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""The page of an analysis: pictures by section, in one self-contained file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from .text import short_hash
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the page: its PNG, or the problem that stopped it."""
+
+    title: str
+    name: str
+    png: bytes = b""
+    problem: str = ""
+
+    @property
+    def data(self) -> str:
+        """The PNG as base64, in 256 colours: a third of its size, and hardly to be told from it."""
+        picture, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO()
+        picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "PNG")
+        return base64.b64encode(small.getvalue()).decode("ascii")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        width, height = struct.unpack(">II", self.png[16:24]) if len(self.png) > 24 else (0, 0)
+        return width, height
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All that the page shows. `facts`: label → what was run; `sections`: heading → pictures."""
+
+    title: str
+    facts: Mapping[str, str]
+    sections: Mapping[str, Sequence[Shown]]
+    warnings: Sequence[str] = ()
+    layers: Sequence[str] = ()
+    files: Sequence[str] = field(default_factory=list)
+    command: str = ""
+
+
+def render_gallery(gallery: Gallery) -> str:
+    """Return the page; nothing in it is fetched from anywhere, and all text is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["short"] = short_hash
+    return environment.get_template("gallery.html.j2").render(gallery=gallery)

@@ -147,18 +147,19 @@ class Verdict:
         return min(self.failing_rows, key=lambda row: row.depth, default=None)
 
 
-def judge_bounds(series: Series, bounds: Bounds) -> Verdict:
-    """Hold every layer against one budget.
+def judge_bounds(series: Series, bounds: Bounds | Sequence[Bounds], text: str = "") -> Verdict:
+    """Hold every layer against one budget, or each against its own. `text`: the budgets in words.
 
     Raises:
         AnomalyError: there is no layer, or a value is not finite.
     """
     series.check()
-    low = bounds.equals if bounds.equals is not None else bounds.min
-    high = bounds.equals if bounds.equals is not None else bounds.max
-    values = enumerate(zip(series.layers, series.values.tolist(), strict=True))
-    rows = [Row(layer, value, low, high, None, bounds.excess(value), depth) for depth, (layer, value) in values]
-    return _judged(series, rows, str(bounds))
+    budgets = [bounds] * len(series.layers) if isinstance(bounds, Bounds) else bounds
+    values = enumerate(zip(series.layers, series.values.tolist(), budgets, strict=True))
+    rows = [
+        Row(layer, value, own.low, own.high, None, own.excess(value), depth) for depth, (layer, value, own) in values
+    ]
+    return _judged(series, rows, text or str(budgets[0]))
 
 
 def judge_baseline(

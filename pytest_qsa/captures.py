@@ -36,6 +36,7 @@ class Capture:
     `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
     `meta`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
     `plan`: what was asked for when it was made.
+    `schemes`: quantized layer → its scheme (`w8a8_int`), in model order; None where nothing says how it is quantized.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -45,6 +46,7 @@ class Capture:
     pieces: Mapping[int, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     plan: tuple[Request, ...] = ()
+    schemes: Mapping[str, str] | None = None
 
     @cached_property
     def sinks(self) -> Sinks:
@@ -112,6 +114,7 @@ class Capture:
                 "blocks": list(self.blocks),
                 "pieces": {str(token): piece for token, piece in self.pieces.items()},
                 "plan": [[r.pattern, r.site, r.exclude, sorted(r.statistics)] for r in self.plan],
+                "schemes": dict(self.schemes) if self.schemes is not None else None,
                 "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
                 "streams": headers,
             },
@@ -152,6 +155,7 @@ class Capture:
             tokens=tuple(tokens),
             pieces={int(token): piece for token, piece in header["pieces"].items()},
             meta=header["meta"],
+            schemes=header.get("schemes"),
             plan=tuple(Request(p, site, exclude, frozenset(stats)) for p, site, exclude, stats in header["plan"]),
         )
 

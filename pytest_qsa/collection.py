@@ -111,7 +111,8 @@ class QsaSuite(pytest.Module):
         function.__name__ = function.__qualname__ = name
         function.__module__ = module
         function.__doc__ = self.file.assertions[index].reason
-        return pytest.mark.qsa(pytest.mark.usefixtures("qsa_checkpoint")(function))
+        gate: Callable[[pytest.FixtureRequest], None] = pytest.mark.usefixtures("qsa_checkpoint")(function)
+        return pytest.mark.qsa(tier=self.file.assertions[index].tier)(gate)
 
     def _call(self, request: pytest.FixtureRequest, index: int) -> None:
         __tracebackhide__ = True

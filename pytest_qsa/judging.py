@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds, softened
+from .budgets import Budget, budget_of
 from .captures import Capture
 from .checkpoint import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
 from .config import CheckpointAssertion, MeasuredAssertion
+from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
 from .series import Series
@@ -31,18 +33,19 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     __tracebackhide__ = True
     gate: Gate = request.getfixturevalue("qsa_gate")
     assertion = suite.file.assertions[index]
-    place = suite.file.bound_place_of(index)
-    capture = None
+    capture: Capture | None = None
+    key: Location = ()
     try:
         if isinstance(assertion, CheckpointAssertion):
-            verdict = _checked(assertion, gate.files_of(request))
+            verdict, key = _checked(assertion, gate.files_of(request))
         else:
             assert isinstance(assertion, MeasuredAssertion)
             capture = gate.capture_of(request)
-            verdict = _judged(request, assertion, capture)
+            verdict, key = _judged(request, assertion, capture)
         verdict = softened(verdict, assertion.level)
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
+    place = suite.file.bound_place_of(index, key)
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
     if verdict.failed:
@@ -51,25 +54,38 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
 
 
-def _checked(assertion: CheckpointAssertion, files: Files) -> Verdict:
+def _checked(assertion: CheckpointAssertion, files: Files) -> tuple[Verdict, Location]:
     """Judge a static assertion: from the checkpoint's files, before and without any pass."""
     series, found = problems_of(files, assertion.metric, assertion.layers, assertion.exclude, **assertion.parameters)
-    return judge_problems(series.folded(assertion.over), found, assertion.bounds, files)
+    series = series.folded(assertion.over)
+    series.check()
+    budget = budget_of(assertion.stated, series.layers, None)
+    verdict = judge_problems(series, found, budget.bounds, files, budget.text)
+    return verdict, _exceeded(verdict, budget)
 
 
-def _judged(request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture) -> Verdict:
+def _judged(request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture) -> tuple[Verdict, Location]:
+    """Return the verdict, and the keys of the assertion that lead to the bound that it is about."""
     selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
     series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
     series = series.folded(assertion.over)
-    verdict = None
-    if assertion.bounded:
-        verdict = judge_bounds(series, assertion.bounds)
-    if assertion.baseline is not None and (verdict is None or not verdict.failed):
-        kept = assertion.baseline
-        tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
-        verdict = against_baseline(series, tolerance, capture, baseline_snapshot(request))
-    assert verdict is not None
-    return verdict
+    series.check()
+    if assertion.stated:
+        budget = budget_of(assertion.stated, series.layers, capture.schemes)
+        verdict = judge_bounds(series, budget.bounds, budget.text)
+        if assertion.baseline is None or verdict.failed:
+            return verdict, _exceeded(verdict, budget)
+    kept = assertion.baseline
+    assert kept is not None
+    tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
+    return against_baseline(series, tolerance, capture, baseline_snapshot(request)), ("baseline",)
+
+
+def _exceeded(verdict: Verdict, budget: Budget) -> Location:
+    """Return the keys of the bound that the worst layer exceeded, or comes nearest to."""
+    worst = verdict.rows[0]
+    names = ("min", "equals", "max") if worst.excess < 0 else ("max", "equals", "min")
+    return next(budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys)
 
 
 def against_baseline(series: Series, tolerance: Tolerance, capture: Capture, snapshot: SnapshotAssertion) -> Verdict:

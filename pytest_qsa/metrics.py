@@ -20,11 +20,13 @@ from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
 from .errors import SuiteError
 from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
+from .quantization import Granularity, Scheme, counted_powers, decibels
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
+GroupSize = Annotated[int, Ge(2)]
 SinkStat = Literal["count", "channel", "ratio"]
 ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -304,6 +306,31 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
     if not np.isfinite(band).all():
         return float("nan")
     return ACROSS[across](band)
+
+
+def _quantization_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    by, scheme = parameters["by"], parameters["scheme"]
+    return frozenset({plan.COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
+
+
+def _scaled(site: plan.Site, scheme: str, by: str, group_size: int) -> str:
+    """Name the statistic; the output channels of a weight [out, in] are its rows, as tokens are elsewhere."""
+    return plan.quantization_statistic(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
+
+
+@_metric(_quantization_needs, reduce=None, unit="dB")
+def quantization_sqnr(
+    view: View, *, scheme: Scheme = "int8", by: Granularity = "tensor", group_size: GroupSize = 128
+) -> float:
+    """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back (quantization.py).
+
+    One scale for the tensor over all samples, or, within a sample, one for each token, channel or group of neighbouring
+    channels. A weight [out, in] has its channels in its rows, and its groups within them.
+    """
+    if by == "tensor":
+        return decibels(*counted_powers(view.numbers, scheme))
+    signal, error = view.numbers.quantized[_scaled(view.site, scheme, by, group_size)].sum(axis=0).tolist()
+    return decibels(signal, error)
 
 
 @_metric(plan.MOMENTS, reduce=None)

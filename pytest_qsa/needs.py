@@ -26,7 +26,8 @@ def requests_of(item: pytest.Item) -> list[Request]:
     if isinstance(item.parent, QsaSuite):
         assertion = item.parent.assertion_of(item)
         return [assertion.request] if isinstance(assertion, MeasuredAssertion) else []
-    return [_marked(item, mark.args, dict(mark.kwargs)) for mark in item.iter_markers("qsa")]
+    wanted = ((mark.args, {k: v for k, v in mark.kwargs.items() if k != "tier"}) for mark in item.iter_markers("qsa"))
+    return [_marked(item, args, keys) for args, keys in wanted if args or keys]
 
 
 def _marked(item: pytest.Item, args: tuple[object, ...], wanted: dict[str, Any]) -> Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0
 """Stands in `token_max` where a token is padding; a maximum of magnitudes is never negative."""
+NAMED = ("massive", "quantized", "maps")
+"""The fields that hold an array for each statistic of their kind, by its name."""
+Merge = Literal["populations", "named populations", "union", "largest", "extremes"]
+"""How an array is merged with that of other samples: side by side, by name, by the larger, or as `EXTREME_NAMES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +40,37 @@ class SiteNumbers:
     `channel_bins` [B], `channel_counts` [B, C] uint32: how often x falls into each bin of channels.py, bins that no
     channel has left out. `channel_extremes` [4, C] float32: `EXTREME_NAMES` of each channel, exact.
     `massive`: for each `plan.massive_statistic` the count per population [P].
+    `quantized`: for each `plan.quantization_statistic` Σx² and Σ(x − x̂)² of each population, [P, 2] float64.
     `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
+    Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.
     """
 
     dtype: str
     shape: tuple[int, ...]
     token_axis: bool
     statistics: frozenset[str]
-    sample: NDArray[np.int32]
-    call: NDArray[np.int32]
-    lengths: NDArray[np.int64]
-    token_max: NDArray[np.float32] | None = None
-    peaks: NDArray[np.int32] | None = None
-    peak_channels: NDArray[np.int32] | None = None
-    channel_top: NDArray[np.float32] | None = None
-    channel_max: NDArray[np.float32] | None = None
-    element_top: NDArray[np.float32] | None = None
-    moments: NDArray[np.float64] | None = None
-    extremes: NDArray[np.float32] | None = None
+    sample: NDArray[np.int32] = field(metadata={"merge": "populations"})
+    call: NDArray[np.int32] = field(metadata={"merge": "populations"})
+    lengths: NDArray[np.int64] = field(metadata={"merge": "populations"})
+    token_max: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
+    peaks: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
+    peak_channels: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
+    channel_top: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
+    channel_max: NDArray[np.float32] | None = field(default=None, metadata={"merge": "largest"})
+    element_top: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
+    moments: NDArray[np.float64] | None = field(default=None, metadata={"merge": "populations"})
+    extremes: NDArray[np.float32] | None = field(default=None, metadata={"merge": "extremes"})
     bins: NDArray[np.uint16] | None = None
     counts: NDArray[np.int64] | None = None
     signed_bins: NDArray[np.uint16] | None = None
     signed_counts: NDArray[np.int64] | None = None
     channel_bins: NDArray[np.uint16] | None = None
     channel_counts: NDArray[np.uint32] | None = None
-    channel_extremes: NDArray[np.float32] | None = None
-    massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
-    maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    channel_extremes: NDArray[np.float32] | None = field(default=None, metadata={"merge": "extremes"})
+    massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, metadata={"merge": "named populations"})
+    quantized: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, metadata={"merge": "named populations"})
+    maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, metadata={"merge": "union"})
 
     @property
     def populations(self) -> int:
@@ -88,8 +95,7 @@ class SiteNumbers:
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Split into named arrays and a JSON header; `from_arrays` is the way back."""
         arrays = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
-        arrays |= {f"massive/{name}": count for name, count in self.massive.items()}
-        arrays |= {f"maps/{name}": picture for name, picture in self.maps.items()}
+        arrays |= {f"{kind}/{name}": array for kind in NAMED for name, array in getattr(self, kind).items()}
         header = {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -101,19 +107,16 @@ class SiteNumbers:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
         """Join what `to_arrays` split."""
-        named: dict[str, dict[str, NDArray[Any]]] = {"massive": {}, "maps": {}}
-        plain: dict[str, NDArray[Any]] = {}
+        own: dict[str, Any] = {kind: {} for kind in NAMED}
         for name, array in arrays.items():
             kind, slash, rest = name.partition("/")
-            (named[kind] if slash else plain)[rest if slash else name] = array
+            (own[kind] if slash else own)[rest if slash else name] = array
         return cls(
             dtype=header["dtype"],
             shape=tuple(header["shape"]),
             token_axis=header["token_axis"],
             statistics=frozenset(header["statistics"]),
-            massive=named["massive"],
-            maps=named["maps"],
-            **plain,
+            **own,
         )
 
 

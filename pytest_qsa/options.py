@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
+from .tiers import TIERS, Tier
+
 if TYPE_CHECKING:
     from .subjects import Checkpoint
 
@@ -26,6 +28,9 @@ class Options(NamedTuple):
     allow_code: bool
     cache: Path | None
     keep: bool
+    tier: Tier
+    named_tier: bool
+    """Whether the command line names the tier."""
 
     @property
     def cache_folder(self) -> Path | None:
@@ -45,6 +50,7 @@ class Options(NamedTuple):
             path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
             arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
         arguments += [f"--qsa-set={override}" for override in self.overrides]
+        arguments += [f"--qsa-tier={self.tier}"] if self.named_tier else []
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])
 
 
@@ -77,10 +83,14 @@ def add_options(parser: pytest.Parser) -> None:
         "--qsa-allow-code", action="store_true", default=None,
         help="let a suite run code: model.factory and model.trust_remote_code",
     )  # fmt: skip
+    group.addoption(
+        "--qsa-tier", choices=TIERS, help="run the gates of this tier and of those before it (default: release, all)"
+    )
     parser.addini("qsa_suites", "names of the files that are suites", type="linelist", default=SUITES)
     parser.addini("qsa_config", "as --qsa-config, relative to the root folder", default="")
     parser.addini("qsa_output", "as --qsa-output, relative to the root folder", default="qsa-results")
     parser.addini("qsa_cache", "as --qsa-cache, relative to the root folder", default="")
+    parser.addini("qsa_tier", "as --qsa-tier", default=TIERS[-1])
     parser.addini("qsa_report", "as --qsa-report", default="on-failure")
     parser.addini("qsa_allow_code", "as --qsa-allow-code", type="bool", default=False)
 
@@ -95,6 +105,9 @@ def read_options(config: pytest.Config) -> Options:
     report = config.getoption("qsa_report") or config.getini("qsa_report")
     if report not in REPORT:
         raise pytest.UsageError(f"qsa_report = {report}: one of {', '.join(REPORT)}")
+    tier = config.getoption("qsa_tier") or config.getini("qsa_tier")
+    if tier not in TIERS:
+        raise pytest.UsageError(f"qsa_tier = {tier}: one of {', '.join(TIERS)}")
     given, ini = config.getoption("qsa_config"), config.getini("qsa_config")
     path = stand / given if given else root / ini if ini else None
     if path is not None and not path.is_file():
@@ -113,6 +126,8 @@ def read_options(config: pytest.Config) -> Options:
         output=stand / output if output else root / config.getini("qsa_output"),
         report=report,
         cache=_cache(config),
+        tier=tier,
+        named_tier=config.getoption("qsa_tier") is not None,
         keep=not config.getoption("qsa_no_cache"),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )

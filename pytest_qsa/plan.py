@@ -36,6 +36,17 @@ def massive_statistic(absolute: float, ratio: float) -> str:
     return f"massive:{absolute:.17g}:{ratio:.17g}"
 
 
+def quantization_statistic(scheme: str, by: str, group_size: int) -> str:
+    """Name the statistic of a simulated quantization whose scales are those of tokens, channels or groups."""
+    return f"quantized:{scheme}:{by}:{group_size if by == 'group' else 0}"
+
+
+def need_tokens(statistics: frozenset[str]) -> bool:
+    """Say whether some of the statistics exist only at a site with a token axis."""
+    kinds = {statistic.partition(":")[0] for statistic in statistics}
+    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, "quantized"})
+
+
 def map_statistic(sample: int) -> str:
     """Name the statistic that keeps a bounded picture of |x| of one sample."""
     return f"map:{sample}"

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .errors import SuiteError
 from .options import Options, add_options, read_options
+from .tiers import NOT_RUN, WORKER_NOT_RUN, split_by_tier
 
 if TYPE_CHECKING:
     from .collection import Overrides, QsaSuite
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 OPTIONS = pytest.StashKey[Options]()
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
 MARK = (
-    "qsa(layers, site, exclude, metric, ...): what a Python test will ask of the one pass; every suite's tests carry it"
+    "qsa(layers, site, exclude, metric, ..., tier): what a Python test will ask of the one pass, and its tier; "
+    "every suite's tests carry it"
 )
 
 
@@ -59,12 +62,26 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
     return suite
 
 
-def pytest_collection_modifyitems(config: pytest.Config) -> None:
-    """Stop where an override names an assertion that no suite has: it would change nothing, silently."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the gates of later tiers; stop where an override or a mark would change nothing, silently."""
     overrides = config.stash.get(OVERRIDES, None)
     problem = overrides.problem() if overrides else None
     if problem:
         pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)
+    try:
+        items[:], later = split_by_tier(items, config.stash[OPTIONS].tier)
+    except SuiteError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.INTERRUPTED)
+    if later:
+        config.hook.pytest_deselected(items=list(later))
+        config.stash[NOT_RUN] = {item.nodeid: tier for item, tier in later.items()}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports what this worker left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[WORKER_NOT_RUN] = session.config.stash.get(NOT_RUN, {})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

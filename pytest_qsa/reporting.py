@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .options import Options
+from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN
 
 PACKAGE = Path(__file__).parent
+MOST_NOT_RUN = 20
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 
@@ -109,11 +112,22 @@ class Reporter:
         self.results: list[dict[str, Any]] = []
         self.started = time.time()
         self.written: str | None = None
+        self.not_run: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the verdicts off a report, whichever process made it."""
         if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
             self.results += getattr(report, FIELD, ())
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take what a worker's tier left out; each worker collects all tests."""
+        self.not_run.update(getattr(node, "workeroutput", {}).get(WORKER_NOT_RUN, {}))
+
+    def pytest_collection_finish(self) -> None:
+        """Take what the tier left out of a run without workers."""
+        left_out: Mapping[str, str] = self.config.stash.get(NOT_RUN, {})
+        self.not_run.update(left_out)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
@@ -134,19 +148,36 @@ class Reporter:
         from datetime import UTC, datetime
         from importlib.metadata import version
 
+        not_run = [{"nodeid": nodeid, "tier": tier} for nodeid, tier in sorted(self.not_run.items())]
         kinds = [result["kind"] for result in self.results]
         return {
             "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.started, 1),
+            "tier": self.options.tier,
+            "not_run": not_run,
             "counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
             "version": version("pytest-qsa"),
         }
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say in one line how the gate stands and where the report lies."""
-        if not self.results:
-            return
+        if self.results:
+            self._summarize(terminalreporter)
+        if self.not_run:
+            self._list_not_run(terminalreporter)
+
+    def _list_not_run(self, terminalreporter: Any) -> None:
+        """List what a tier left out, later tiers last: a reader must not take it for checked."""
+        title = f"qsa: {len(self.not_run)} of later tiers than {self.options.tier} did not run"
+        terminalreporter.write_sep("-", title)
+        ordered = sorted(self.not_run.items(), key=lambda entry: TIERS.index(entry[1]))
+        for nodeid, tier in ordered[:MOST_NOT_RUN]:
+            terminalreporter.write_line(f"{tier:<8} {nodeid}")
+        if len(ordered) > MOST_NOT_RUN:
+            terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
+
+    def _summarize(self, terminalreporter: Any) -> None:
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)
         kinds = ", ".join(sorted({result["kind"] for result in failed}))

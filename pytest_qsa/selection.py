@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -27,6 +27,7 @@ from .metrics import (
 )
 from .numbers import PADDING
 from .plan import Site, match_layers, no_match
+from .quantization import Granularity, Scheme
 from .series import Judge, Query, Series
 
 if TYPE_CHECKING:
@@ -140,6 +141,12 @@ class Selection:
         self._check_measured(METRICS["channel_band"], self.layers, "all", {})
         return {layer: channel_bands(self.capture.sites[layer, self.site], signed=signed) for layer in self.layers}
 
+    def quantization_sqnr(
+        self, scheme: Scheme = "int8", *, by: Granularity = "tensor", group_size: int = 128
+    ) -> Series:
+        """What the tensor would keep of itself in dB, rounded to a grid and back."""
+        return self.series("quantization_sqnr", scheme=scheme, by=by, group_size=group_size)
+
     def zero_fraction(self) -> Series:
         """The share of exact zeros."""
         return self.series("zero_fraction")
@@ -193,7 +200,10 @@ class Selection:
         where = canonical_positions(positions)
         _check_arguments(definition, self.site, where, reduce, parameters)
         self._check_measured(definition, layers, where, parameters)
-        return layers, query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+        query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+        needs = definition.needs(self.site, where, parameters)
+        wide = any(self.capture.sites[layer, self.site].dtype not in ("bfloat16", "float16") for layer in layers)
+        return layers, replace(query, estimated=wide and not needs.isdisjoint({plan.COUNTS, plan.SIGNED_COUNTS}))
 
     def _view(self, layer: str, query: Query) -> View:
         return View(
@@ -221,9 +231,7 @@ class Selection:
             )
         for layer in layers:
             numbers = self.capture.sites[layer, self.site]
-            if (metric.tokenwise and self.site == "weight") or (
-                needs & {plan.TOKENS, plan.CHANNELS, plan.CHANNEL_COUNTS} and not numbers.token_axis
-            ):
+            if (metric.tokenwise and self.site == "weight") or (plan.need_tokens(needs) and not numbers.token_axis):
                 shape = "×".join(map(str, numbers.shape))
                 raise AnomalyError(
                     f"{metric.name} needs a token axis, which the {self.site} of {layer} (shape {shape}) doesn't have; "

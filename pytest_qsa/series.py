@@ -36,10 +36,19 @@ class Bounds:
         if any(bound is not None and math.isnan(bound) for bound in (self.min, self.max, self.equals)):
             raise AnomalyError("the bound is NaN: every comparison with it would be false")
 
+    @property
+    def low(self) -> float | None:
+        """The least that a value may be."""
+        return self.equals if self.equals is not None else self.min
+
+    @property
+    def high(self) -> float | None:
+        """The most that a value may be."""
+        return self.equals if self.equals is not None else self.max
+
     def excess(self, value: float) -> float:
         """Return by how much the value is out of bounds: 0 inside, negative below, positive above."""
-        low = self.equals if self.equals is not None else self.min
-        high = self.equals if self.equals is not None else self.max
+        low, high = self.low, self.high
         if high is not None and (value > high or (self.strict and value == high)):
             return value - high or math.ulp(0.0)
         if low is not None and (value < low or (self.strict and value == low)):
@@ -55,7 +64,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Query:
-    """How a series was asked for: the metric with its definition, where, and how it was folded."""
+    """How a series was asked for: the metric with its definition, where, and how it was folded.
+
+    `estimated`: it was computed from counts of a tensor that has more than 16 bits.
+    """
 
     metric: str
     definition: str
@@ -67,6 +79,7 @@ class Query:
     reduce: str | None = None
     over: Over | None = None
     unit: str = ""
+    estimated: bool = False
 
     def __str__(self) -> str:
         """Write it in one line, as a failure shows it."""
@@ -75,7 +88,8 @@ class Query:
         text = f"{self.metric}({arguments}) {where} '{self.layers}'"
         if self.reduce:
             text += f", {self.reduce} over samples"
-        return text + (f", {self.over} over layers" if self.over else "")
+        text += f", {self.over} over layers" if self.over else ""
+        return text + (", estimated from float32's upper 16 bits" if self.estimated else "")
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, with its text."""

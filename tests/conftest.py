@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -42,3 +43,43 @@ def project(tmp_path_factory):
 def own_project(tmp_path):
     """Return a user's empty project for one test."""
     return Project(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start the system's chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail(
+            "the report is tested in a real browser and there is none: install chromium (apt-get install chromium)"
+        )
+    flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync"]
+    with sync_playwright() as p:
+        started = p.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in [*flags, "no-first-run"]])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened_page(browser):
+    """Return a function that opens a page; at the end no script may have failed and nothing may have been fetched."""
+    contexts, complaints, fetched = [], [], []
+
+    def open_page(path, width=1280, **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: fetched.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert all(url.startswith(("file:", "data:")) for url in fetched)

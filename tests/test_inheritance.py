@@ -269,3 +269,14 @@ def test_baselines_lie_beside_the_suite_that_extends(family):
 def test_a_failure_s_command_runs_the_suite_that_extends(family):
     _, run = family
     assert run.labelled("one/gate.qsa.yaml::peaks")["again"] == ["pytest one/gate.qsa.yaml::peaks"]
+
+
+def test_a_default_of_sites_does_not_reach_a_check_of_files(write):
+    file = load_suite(
+        write(
+            "a.yaml",
+            "defaults: {site: output, layers: x, max: 1}\n"
+            "assertions: [{id: a, metric: checkpoint_health}, {id: b, metric: rms}]\n",
+        )
+    )
+    assert [assertion.max for assertion in file.assertions] == [1, 1]

@@ -13,18 +13,20 @@ from .checks import Files
 from .schemes import declared
 
 
-def judge_problems(series: Series, found: Sequence[Finding], bounds: Bounds, files: Files) -> Verdict:
+def judge_problems(
+    series: Series, found: Sequence[Finding], bounds: Bounds | Sequence[Bounds], files: Files, text: str = ""
+) -> Verdict:
     """Hold the number of problems of each layer against a budget; the verdict carries the findings.
 
     Raises:
         AnomalyError: there is no layer.
     """
-    verdict = replace(judge_bounds(series, bounds), run=provenance(files))
+    verdict = replace(judge_bounds(series, bounds, text), run=provenance(files))
     if not found:
         return replace(verdict, headline=f"{len(series.layers)} layers without a problem{_unseen(series, files)}")
     layers = {finding.layer for finding in found}
     many = f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(layers)} of {len(series.layers)} layers"
-    headline = f"{many} ({bounds}); the first: {found[0].tensor}: {found[0].what}"
+    headline = f"{many} ({verdict.bound}); the first: {found[0].tensor}: {found[0].what}"
     return replace(verdict, headline=headline, findings=tuple(found))
 
 

@@ -12,6 +12,7 @@ from .codes import FAILED, OK, SUITE_IS_WRONG, USAGE
 
 COMMANDS: Mapping[str, str] = {
     "analyze": "draw and export what a configuration asks for, in one pass over its model",
+    "diff": "show what moved between two versions of a model, from captures, baselines or reports",
     "layers": "list a model's layers, or what a regex finds, without reading weights",
     "schema": "print the JSON Schema of suites, for editors",
 }

@@ -35,12 +35,13 @@ def apply_defaults(source: YamlSource) -> None:
 
 def _takes(entry: dict[str, Any], key: str) -> bool:
     """Say whether a key means something to an assertion's metric; a wrong metric is told later, by itself."""
-    metric = METRICS.get(str(entry.get("metric")))
-    if metric is None:
-        return True
-    if key == "positions":
+    name = str(entry.get("metric"))
+    if name in ASSERTIONS and key not in ASSERTIONS[name].model_fields:
+        return False
+    metric = METRICS.get(name)
+    if metric is not None and key == "positions":
         return metric.positional and entry.get("site") != "weight"
-    return key in ASSERTIONS[metric.name].model_fields and (key != "reduce" or metric.reduce is not None)
+    return metric is None or key != "reduce" or metric.reduce is not None
 
 
 def _complete(source: YamlSource, entry: Any, key: Any, default: Any, to: Location, at: Location) -> None:

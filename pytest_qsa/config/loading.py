@@ -13,11 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ..errors import SuiteError, did_you_mean, shown_path
 from .defaults import apply_defaults
 from .inheritance import read_suite
-from .suite import ASSERTIONS, Assertion, Suite
+from .suite import ASSERTIONS, BUDGET, Assertion, Suite
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
-
-BOUNDS = ("max", "min", "equals", "baseline")
-"""The keys that bound an assertion, in the order in which a failure names their place."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class SuiteFile:
 
     def bound_place_of(self, index: int, key: Location = ()) -> Place:
         """Return where a bound of an assertion was set; without a key its first bound, or else its baseline."""
-        keys: list[Location] = [key] if key else [(name,) for name in BOUNDS]
+        keys: list[Location] = [key] if key else [(name,) for name in (*BUDGET, "baseline")]
         places = [self.source.places.get(("assertions", index, *name)) for name in keys]
         return next((place for place in places if place is not None), self.place_of(index))
 

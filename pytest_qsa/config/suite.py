@@ -21,7 +21,9 @@ from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import TOKENS, Request, Site
 from ..selection import canonical_positions, query_of
-from ..series import Bounds, Over, Query
+from ..series import Over, Query
+from ..tiers import Tier
+from .bounds import Stated
 from .fields import Regex, Strict
 from .visualization import Visualization
 
@@ -120,6 +122,10 @@ def _baseline(value: object) -> object:
     return value
 
 
+BUDGET = ("max", "min", "equals")
+"""The keys of an assertion that bound it absolutely, in the order in which a failure names their place."""
+
+
 class Assertion(Strict, ABC):
     """What every assertion has, whatever its metric."""
 
@@ -128,29 +134,28 @@ class Assertion(Strict, ABC):
     layers: Regex
     exclude: Regex | None = None
     over: Over | None = None
-    min: float | None = None
-    max: float | None = None
-    equals: float | None = None
+    min: Stated | None = None
+    max: Stated | None = None
+    equals: Stated | None = None
     level: Literal["fail", "warn"] = "fail"
+    tier: Tier = "pr"
     reason: str | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Assertion:
-        if self.min is not None and self.max is not None and self.min > self.max:
+        if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
             raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
         if self.equals is not None and (self.min is not None or self.max is not None):
             raise SuiteError("equals stands beside min or max, and they can't both be meant", "equals")
+        grouped = next((key for key, stated in self.stated.items() if isinstance(stated, dict)), None)
+        if grouped and self.over is not None:
+            raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
         return self
 
     @property
-    def bounds(self) -> Bounds:
-        """The budget."""
-        return Bounds(self.min, self.max, self.equals)
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a budget."""
-        return self.min is not None or self.max is not None or self.equals is not None
+    def stated(self) -> dict[str, Stated]:
+        """The bounds by their keys, as the suite states them."""
+        return {key: stated for key in BUDGET if (stated := getattr(self, key)) is not None}
 
     @property
     @abstractmethod
@@ -169,7 +174,7 @@ class MeasuredAssertion(Assertion):
     @model_validator(mode="after")
     def _sound(self) -> MeasuredAssertion:
         definition = METRICS[self.metric]
-        if self.baseline is None and not self.bounded:
+        if self.baseline is None and not self.stated:
             raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
         if self.reduce is not None and definition.reduce is None:
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
@@ -219,9 +224,9 @@ class CheckpointAssertion(Assertion):
         return {name: getattr(self, name) for name in CHECKS[self.metric].parameters}
 
     @property
-    def bounds(self) -> Bounds:
-        """The budget: no problem, where the suite gives none."""
-        return super().bounds if self.bounded else Bounds(max=0.0)
+    def stated(self) -> dict[str, Stated]:
+        """The bounds by their keys: no problem, where the suite gives none."""
+        return super().stated or {"max": 0.0}
 
     @property
     def query(self) -> Query:

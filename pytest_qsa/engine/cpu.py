@@ -65,6 +65,8 @@ class CpuReducer:
             self._channels(lines, pooled, found)
         if patterns.ndim == 2 and wants.channel_counts:
             self._count_channels(counted.float(), pooled)
+        if patterns.ndim == 2:
+            found |= {name: quantizer.powers(counted.float()).numpy() for name, quantizer in wants.quantizers.items()}
         if surveyed:
             self._distribution(counted, lines, int(maxima.max()), wants, pooled, found)
         elif wants.moments:

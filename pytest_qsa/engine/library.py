@@ -52,8 +52,7 @@ def capture(
         AnomalyError: there is no batch, or a pattern matches no layer.
         SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
     """
-    wanted = _statistics(statistics)
-    requests = merge_requests(Request(pattern, site, None, wanted) for pattern, site in sites)
+    requests = merge_requests(Request(pattern, site, None, _statistics(statistics, site)) for pattern, site in sites)
     samples = list(batches)
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
@@ -64,7 +63,7 @@ def capture(
     return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress)
 
 
-def _statistics(statistics: Statistics) -> frozenset[str]:
+def _statistics(statistics: Statistics, site: Site) -> frozenset[str]:
     if statistics == "all":
         return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
     wanted: frozenset[str] = frozenset()
@@ -72,11 +71,11 @@ def _statistics(statistics: Statistics) -> frozenset[str]:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
         if name not in METRICS:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
-        wanted |= _of_metric(name, parameters)
+        wanted |= _of_metric(name, site, parameters)
     return wanted
 
 
-def _of_metric(name: str, parameters: Mapping[str, Any] | None) -> frozenset[str]:
+def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[str]:
     """Return the statistics of a metric: for these parameters, or for all that change what has to be kept."""
     metric = METRICS[name]
     choices: list[Mapping[str, Any]] = [parameters or {}]
@@ -85,6 +84,4 @@ def _of_metric(name: str, parameters: Mapping[str, Any] | None) -> frozenset[str
     elif parameters is None and name == "quantile":
         choices = [{"signed": False}, {"signed": True}]
     positions = ("all", "no_sink") if metric.positional else ("all",)
-    return frozenset().union(
-        *(metric.needs(site, where, choice) for choice in choices for where in positions for site in plan.SITES)
-    )
+    return frozenset().union(*(metric.needs(site, where, choice) for choice in choices for where in positions))

@@ -92,13 +92,16 @@ class StreamObserver:
     def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
         """Fetch everything from the device, once. `statistics`: what the site can say it has."""
         owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
+        order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
+        owners = owners[order]
         arrays: dict[str, Any] = {}
-        for name, rows in self.rows.items():
+        fetched = {name: [rows[index] for index in order] for name, rows in self.rows.items()}
+        for name, rows in fetched.items():
             if name in ("peaks", "peak_channels"):
                 arrays[name] = _padded([_fetched(row) for row in rows])
             elif name == "token_max":
                 arrays[name] = _joined(rows)
-            elif name not in self.wants.massive:
+            elif ":" not in name:
                 arrays[name] = _stacked(rows)
         for name, pooled in self.pooled.items():
             if name in ("counts", "signed_counts"):
@@ -117,7 +120,8 @@ class StreamObserver:
             sample=owners[:, 0].astype(np.int32),
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
-            massive={name: _stacked(self.rows[name]) for name in self.wants.massive if name in self.rows},
+            massive={name: _stacked(fetched[name]) for name in self.wants.massive if name in fetched},
+            quantized={name: _stacked(fetched[name]) for name in self.wants.quantizers if name in fetched},
             maps={name: _fetched(picture) for name, picture in self.maps.items()},
             **arrays,
         )

@@ -26,6 +26,8 @@ class TorchReducer:
         if row.dim() == 2 and wants.channel_counts:
             count_channels(wide.float(), pooled)
             widen_channels(wide.float(), pooled)
+        if row.dim() == 2:
+            found |= {name: quantizer.powers(wide.float()) for name, quantizer in wants.quantizers.items()}
         elements = magnitudes.flatten()
         order = _distribution(counted.flatten(), elements, wants, pooled) if wants.counted else None
         if wants.elements and order is not None:

@@ -19,6 +19,7 @@ from .batches import Batch
 from .capturing import Progress, run_pass
 from .data import batches_of
 from .models import Loaded, describe, load_model, quiet
+from .schemes import schemes_of
 from .tokens import decoder_of
 
 
@@ -67,7 +68,8 @@ def capture_loaded(
         raise InfraError(
             f"the forward pass of {type(loaded.model).__name__} failed: {str(error).splitlines()[0]}"
         ) from error
-    return replace(capture, meta=_meta(subject, loaded.model, samples, own_batches=batches is not None))
+    meta = _meta(subject, loaded.model, samples, own_batches=batches is not None)
+    return replace(capture, meta=meta, schemes=schemes_of(loaded.model))
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:

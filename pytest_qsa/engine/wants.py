@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import plan
+from .quantizing import Quantizer
 
 PEAKS_MIN = 16
 PEAKS_SHARE = 32
@@ -25,6 +26,7 @@ class Wants:
     signed: bool
     channel_counts: bool
     massive: Mapping[str, tuple[float, float]]
+    quantizers: Mapping[str, Quantizer]
     maps: Mapping[int, str]
 
     @classmethod
@@ -40,6 +42,7 @@ class Wants:
             signed=plan.SIGNED_COUNTS in statistics,
             channel_counts=plan.CHANNEL_COUNTS in statistics,
             massive=massive,
+            quantizers={name: Quantizer.of(name) for name in sorted(statistics) if name.startswith("quantized:")},
             maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
         )
 

@@ -1,0 +1,91 @@
+"""A budget as a suite states it → what each layer of a series may be, and which key of the suite says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .config.bounds import DEFAULT, SCHEME, Stated
+from .errors import AnomalyError
+from .plan import match_layers
+from .series import Bounds
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the layers may be. `bounds`: one for each layer, in their order. `text`: as the suite states it.
+
+    `keys`: (layer, `max`) → the keys that lead from the assertion to the number.
+    """
+
+    bounds: Sequence[Bounds]
+    text: str
+    keys: Mapping[tuple[str, str], tuple[str, ...]]
+
+
+def budget_of(stated: Mapping[str, Stated], layers: Sequence[str], schemes: Mapping[str, str] | None) -> Budget:
+    """Resolve bounds for layers. `stated`: by `min`, `max`, `equals`. `schemes`: quantized layer → its scheme.
+
+    Raises:
+        AnomalyError: a layer is in no group, a group has no layer, or nothing says how the layers are quantized.
+    """
+    keys = {(layer, name): _key(name, stated[name], layer, schemes) for name in stated for layer in layers}
+    for name, bound in stated.items():
+        _check_groups(name, bound, layers)
+    text = ", ".join(f"{name} {_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
+    bounds = []
+    for layer in layers:
+        low, high, exact = (
+            _number(stated[name], keys[layer, name]) if name in stated else None for name in ("min", "max", "equals")
+        )
+        bounds.append(Bounds(low, high, exact))
+    return Budget(bounds, text, keys)
+
+
+def _key(name: str, stated: Stated, layer: str, schemes: Mapping[str, str] | None) -> tuple[str, ...]:
+    if not isinstance(stated, dict):
+        return (name,)
+    group = next((group for group in stated if group != DEFAULT and _fits(group, layer, schemes)), None)
+    if group is None and DEFAULT not in stated:
+        raise AnomalyError(f"{layer} is in no group of {name} ({', '.join(stated)}): add the group `default`")
+    return (name, group or DEFAULT)
+
+
+def _fits(group: str, layer: str, schemes: Mapping[str, str] | None) -> bool:
+    if not group.startswith(SCHEME):
+        return bool(match_layers([layer], group))
+    wanted, scheme = group.removeprefix(SCHEME), scheme_of(layer, schemes)
+    return scheme == wanted or scheme.partition("_")[0] == wanted
+
+
+def scheme_of(layer: str, schemes: Mapping[str, str] | None) -> str:
+    """Return how a layer is quantized: its own scheme, else that of all the layers in it, else `mixed` or `none`.
+
+    Raises:
+        AnomalyError: it isn't known of any layer.
+    """
+    if schemes is None:
+        raise AnomalyError(
+            "nothing says how the layers of this checkpoint are quantized, so a bound can't go by scheme; "
+            "write groups of layers"
+        )
+    if layer in schemes:
+        return schemes[layer]
+    inside = {scheme for name, scheme in schemes.items() if name.startswith(f"{layer}.")}
+    return "mixed" if len(inside) > 1 else next(iter(inside), "none")
+
+
+def _check_groups(name: str, stated: Stated, layers: Sequence[str]) -> None:
+    for group in stated if isinstance(stated, dict) else ():
+        if group != DEFAULT and not group.startswith(SCHEME) and not match_layers(layers, group):
+            raise AnomalyError(f"the group '{group}' of {name} matches none of the {len(layers)} layers")
+
+
+def _number(stated: Stated, key: tuple[str, ...]) -> float:
+    return stated[key[1]] if isinstance(stated, dict) else stated
+
+
+def _text(stated: Stated) -> str:
+    if not isinstance(stated, dict):
+        return f"{stated:g}"
+    return f"{{{', '.join(f'{group}: {number:g}' for group, number in stated.items())}}}"

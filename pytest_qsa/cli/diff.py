@@ -1,0 +1,78 @@
+"""`qsa diff OLD NEW`: what moved between two versions of a model. No model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InfraError
+from .codes import FAILED, OK
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare, print, and hold the changes against the conditions.
+
+    Raises:
+        QsaError: a side can't be read, or the two can't be compared.
+    """
+    options = _parser().parse_args(arguments)
+    from ..comparing.changes import compare
+    from ..comparing.conditions import parse_all
+    from ..comparing.sides import read_side
+    from ..comparing.writing import markdown_of, page_of, text_of
+
+    conditions = parse_all(options.fail_on)
+    also = [condition.metric for condition in conditions if condition.metric is not None]
+    comparison = compare(read_side(options.old), read_side(options.new), also, options.threshold)
+    failures = [(condition.text, condition.violations(comparison)) for condition in conditions]
+    print(text_of(comparison, options.top, options.least))
+    if options.html is not None:
+        _write(options.html, page_of(comparison, failures, options.least))
+    if options.markdown is not None:
+        _write(options.markdown, markdown_of(comparison, failures, options.top, options.least))
+    for text, lines in failures:
+        print(f"\n{'FAILED' if lines else 'holds'}  {text}" + (f": {len(lines)} × broken" if lines else ""))
+        for line in lines[: options.top]:
+            print(f"  {line}")
+    return FAILED if any(lines for _, lines in failures) else OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qsa diff",
+        description="Show what moved between two versions of a model. A side is a capture (.qsa), a baseline, a folder "
+        "of baselines, or a report.json; PATH::SUBJECT picks one of several subjects.",
+    )
+    parser.add_argument("old", metavar="OLD")
+    parser.add_argument("new", metavar="NEW")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write it as a comment for a pull request")
+    parser.add_argument(
+        "--fail-on", action="append", default=[], metavar="CONDITION",
+        help="exit with 1 where a layer breaks it, such as 'magnitude.top1 > 5%%', 'rms@weight > +1%%' or "
+        "'new_outliers > 0'; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="how many layers to list (default: 20)")
+    parser.add_argument(
+        "--least", type=_share, default=0.01, metavar="N%", help="the change from which on a layer moved (default: 1%%)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=64.0, metavar="N",
+        help="an outlier token is above N × the median of its sample (default: 64)",
+    )  # fmt: skip
+    return parser
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def _write(path: Path, content: str) -> None:
+    from ..files import write_atomically
+
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise InfraError(f"{path}: can't be written: {error.strerror}") from None
+    print(f"\nwritten: {path}")

@@ -1,0 +1,192 @@
+"""The comparison: what moved between two sides, worst first, and which outlier tokens are new or lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import AnomalyError
+from ..evidence import channel_of, context
+from ..metrics import View
+from ..numbers import lower_median
+from .measures import Measure, Table
+from .sides import USUAL, Side, captured_tables, table_of, tokens_hash
+
+
+@dataclass(frozen=True)
+class Change:
+    """A layer's number on both sides."""
+
+    measure: Measure
+    layer: str
+    old: float
+    new: float
+    depth: int
+
+    @property
+    def delta(self) -> float:
+        """New − old."""
+        return self.new - self.old
+
+    @property
+    def relative(self) -> float:
+        """(new − old) / |old|; infinite where something came from zero, NaN where a number is not finite."""
+        if not (math.isfinite(self.old) and math.isfinite(self.new)):
+            return 0.0 if self.old == self.new else math.nan
+        if self.delta == 0:
+            return 0.0
+        return self.delta / abs(self.old) if self.old else math.copysign(math.inf, self.delta)
+
+    @property
+    def size(self) -> float:
+        """How bad it is, for sorting: what is not finite comes first."""
+        return math.inf if math.isnan(self.relative) else abs(self.relative)
+
+
+@dataclass(frozen=True)
+class OutlierToken:
+    """A token that is an outlier on one side only: at which layers, and how far it stands out at most."""
+
+    sample: int
+    position: int
+    before: str
+    text: str
+    after: str
+    layers: tuple[str, ...]
+    ratio: float
+    channel: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that differs. `changes`: every layer of every common measure, worst first.
+
+    `appeared`, `vanished`: measure → layers that one side lacks. `skipped`: measures of one side only. `new`, `lost`:
+    outlier tokens; None where they are not known, which takes a capture on both sides.
+    """
+
+    old: Side
+    new: Side
+    changes: Sequence[Change]
+    appeared: Mapping[Measure, Sequence[str]]
+    vanished: Mapping[Measure, Sequence[str]]
+    skipped: Sequence[Measure]
+    new_tokens: Sequence[OutlierToken] | None
+    lost_tokens: Sequence[OutlierToken] | None
+    threshold: float
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The measures that both sides have, in the order of their largest changes."""
+        return list(dict.fromkeys(change.measure for change in self.changes))
+
+
+def compare(old: Side, new: Side, also: Iterable[tuple[str, str | None]] = (), threshold: float = 64.0) -> Comparison:
+    """Compare two sides. `also`: metrics (with their stat) beyond the usual ones; `threshold`: of outlier tokens.
+
+    Raises:
+        AnomalyError: nothing can be compared: other tokens, other definitions, or no measure in common.
+    """
+    left, right = _tables(old, new, [*USUAL, *also])
+    common = [measure for measure in left if measure in right]
+    if not common:
+        held = [", ".join(sorted({str(measure) for measure in side})) or "nothing" for side in (left, right)]
+        raise AnomalyError(f"nothing to compare: {old.path} has {held[0]}; {new.path} has {held[1]}")
+    for measure in common:
+        _check(measure, left[measure], right[measure])
+    changes = [change for measure in common for change in _changes(measure, left[measure], right[measure])]
+    if not changes:
+        raise AnomalyError(f"{old.path} and {new.path} have no layer in common")
+    new_tokens, lost_tokens = _tokens(old, new, threshold)
+    return Comparison(
+        old, new, sorted(changes, key=lambda change: (-change.size, change.depth)),
+        {measure: only for measure in common if (only := _only(right[measure], left[measure]))},
+        {measure: only for measure in common if (only := _only(left[measure], right[measure]))},
+        [measure for measure in {**left, **right} if measure not in common],
+        new_tokens, lost_tokens, threshold,
+    )  # fmt: skip
+
+
+def _tables(
+    old: Side, new: Side, wanted: Sequence[tuple[str, str | None]]
+) -> tuple[Mapping[Measure, Table], Mapping[Measure, Table]]:
+    if old.capture is not None and new.capture is not None:
+        return captured_tables(old.capture, wanted), captured_tables(new.capture, wanted)
+    if old.capture is not None:
+        return _as_the_other(old, new), new.tables
+    return old.tables, _as_the_other(new, old) if new.capture is not None else new.tables
+
+
+def _as_the_other(side: Side, other: Side) -> dict[Measure, Table]:
+    """Compute from a capture what a side without one holds."""
+    assert side.capture is not None
+    made = {measure: table_of(side.capture, measure, table.values) for measure, table in other.tables.items()}
+    return {measure: table for measure, table in made.items() if table is not None}
+
+
+def _check(measure: Measure, old: Table, new: Table) -> None:
+    if old.definition != new.definition:
+        raise AnomalyError(
+            f"{measure} was measured by another definition: {old.definition} and {new.definition}; "
+            "make both sides with the same version"
+        )
+    if measure.site != "weight" and None not in (old.data, new.data) and old.data != new.data:
+        raise AnomalyError(
+            f"the two sides were measured on other tokens ({_short(old.data)} and {_short(new.data)}): "
+            "run both over the same data, tokenizer, seed, num_samples and seq_len"
+        )
+
+
+def _short(digest: str | None) -> str:
+    return (digest or "").partition(":")[2][:12]
+
+
+def _changes(measure: Measure, old: Table, new: Table) -> list[Change]:
+    common = [layer for layer in new.values if layer in old.values]
+    return [Change(measure, layer, old.values[layer], new.values[layer], depth) for depth, layer in enumerate(common)]
+
+
+def _only(side: Table, other: Table) -> list[str]:
+    return [layer for layer in side.values if layer not in other.values]
+
+
+def _tokens(
+    old: Side, new: Side, threshold: float
+) -> tuple[Sequence[OutlierToken] | None, Sequence[OutlierToken] | None]:
+    if old.capture is None or new.capture is None or tokens_hash(old.capture) != tokens_hash(new.capture):
+        return None, None
+    left, right = outlier_tokens(old, threshold), outlier_tokens(new, threshold)
+    return (
+        [token for place, token in right.items() if place not in left],
+        [token for place, token in left.items() if place not in right],
+    )
+
+
+def outlier_tokens(side: Side, threshold: float) -> dict[tuple[int, int], OutlierToken]:
+    """Return the tokens above threshold × median somewhere: (sample, position) → where, furthest out first."""
+    capture = side.capture
+    assert capture is not None
+    seen: dict[tuple[int, int], list[tuple[float, str, int]]] = {}
+    for (layer, site), numbers in capture.sites.items():
+        if numbers.token_max is None or site == "weight" or not numbers.token_axis:
+            continue
+        view = View(numbers, site, "all", capture.sinks, layer)
+        for population in range(numbers.populations):
+            tokens, kept = numbers.tokens_of(population), view.kept(population)
+            median = lower_median(tokens[kept])
+            if not median > 0:
+                continue
+            ratios = tokens / np.float32(median)
+            for position in np.flatnonzero(kept & (ratios > np.float32(threshold))).tolist():
+                sighting = (float(ratios[position]), f"{layer} {site}", channel_of(numbers, population, position))
+                seen.setdefault((int(numbers.sample[population]), position), []).append(sighting)
+    found = {}
+    for (sample, position), sightings in sorted(seen.items(), key=lambda item: -max(item[1])[0]):
+        before, text, after = context(capture, sample, position)
+        ratio, _, channel = max(sightings)
+        layers = tuple(dict.fromkeys(layer for _, layer, _ in sightings))
+        found[sample, position] = OutlierToken(sample, position, before, text, after, layers, ratio, channel)
+    return found

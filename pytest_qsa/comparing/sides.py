@@ -1,0 +1,204 @@
+"""A side of a comparison: a capture, baselines or a report, read into tables of plain numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..baseline_file import BaselineFile, is_baseline
+from ..captures import Capture
+from ..errors import InfraError, QsaError, SuiteError, shown_path
+from ..metrics import METRICS
+from ..numbers import SiteNumbers
+from .measures import Measure, Table
+
+USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
+"""What two captures are compared by; `--fail-on` adds what it names."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side. `facts`: what is known of where the numbers come from. `capture`: where there is one."""
+
+    path: str
+    facts: Mapping[str, str]
+    tables: Mapping[Measure, Table] = field(default_factory=dict)
+    capture: Capture | None = None
+
+    @property
+    def title(self) -> str:
+        """The side in one line."""
+        facts = "; ".join(f"{name} {text}" for name, text in self.facts.items() if text)
+        return f"{self.path}: {facts}" if facts else self.path
+
+
+def read_side(given: str) -> Side:
+    """Read a capture (.qsa), a baseline, a folder of baselines, or a report.json; `PATH::SUBJECT` picks one of several.
+
+    Raises:
+        SuiteError: the file is of another kind, or holds several subjects.
+        InfraError: it can't be read.
+    """
+    name, _, subject = given.partition("::")
+    path = Path(name)
+    if path.is_dir():
+        return _baselines(path, sorted(file for file in path.rglob("*.json") if is_baseline(file)), subject)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InfraError(f"{name}: can't be read: {error.strerror}") from None
+    if path.suffix == ".qsa":
+        return _captured(path, Capture.load(path))
+    if is_baseline(path):
+        return _baselines(path, [path], subject)
+    return _reported(path, content, subject)
+
+
+def _captured(path: Path, capture: Capture) -> Side:
+    return Side(shown_path(path), _facts(capture.meta), capture=capture)
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, str]:
+    model, data = run.get("model") or {}, run.get("data") or {}
+    return {
+        "model": Path(str(model.get("path") or "")).name,
+        "weights": _short(model.get("weights")),
+        "dtype": str(model.get("dtype") or ""),
+        "device": str(model.get("device") or ""),
+        "tokens": _short(data.get("fingerprint")),
+    }
+
+
+def _short(digest: object) -> str:
+    return str(digest or "").removeprefix("sha256:")[:12]
+
+
+def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
+    tables: dict[Measure, Table] = {}
+    seen: dict[Measure, Path] = {}
+    facts: dict[str, str] = {}
+    for file in files:
+        if subject and file.relative_to(path).parts[:1] != (subject,):
+            continue
+        baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
+        measure, table = Measure.of(baseline.query), Table.of_baseline(baseline)
+        facts = {**_facts({"model": baseline.made_with}), "model": str(baseline.made_with.get("model", ""))}
+        facts["tokens"] = _short(baseline.data)
+        tables[measure] = _joined(tables.get(measure), table, seen.get(measure), file)
+        seen[measure] = file
+    if not tables:
+        raise SuiteError(f"{path}: there is no baseline in this folder" + (f" under '{subject}'" if subject else ""))
+    return Side(shown_path(path), facts, tables)
+
+
+def _joined(known: Table | None, new: Table, first: object, second: object) -> Table:
+    """Join two tables of one measure; both must agree where they overlap."""
+    if known is None:
+        return new
+    differ = [layer for layer in new.values if new.values[layer] != known.values.get(layer, new.values[layer])]
+    if differ or (known.data, known.definition) != (new.data, new.definition):
+        raise SuiteError(
+            f"{first} and {second} hold the same measure with other numbers: "
+            "name the folder of one model, or PATH::SUBJECT"
+        )
+    return Table(known.definition, known.data, {**known.values, **new.values})
+
+
+def _reported(path: Path, content: bytes, subject: str) -> Side:
+    try:
+        report = json.loads(content)
+        schema = report.get("schema", "") if isinstance(report, dict) else ""
+    except ValueError:
+        schema = ""
+    if not str(schema).startswith("qsa-report/1"):
+        raise SuiteError(f"{path}: neither a capture (.qsa), nor a baseline, nor a report.json of this program")
+    try:
+        return _of_results(path, report["results"], subject)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, QsaError):
+            raise
+        raise SuiteError(f"{path}: a damaged report.json: {type(error).__name__}: {error}") from None
+
+
+def _of_results(path: Path, results: Iterable[Mapping[str, Any]], subject: str) -> Side:
+    measured = [result for result in results if result["rows"] and result["query"]]
+    subjects = sorted({result["subject"] for result in measured})
+    if (subject and subject not in subjects) or (not subject and len(subjects) > 1):
+        raise SuiteError(f"{path}: pick a subject: {', '.join(f'{path}::{name}' for name in subjects)}")
+    tables: dict[Measure, Table] = {}
+    kept = [result for result in measured if subject in ("", result["subject"])]
+    for result in kept:
+        measure = Measure.of(result["query"])
+        values = {row["layer"]: float(row["value"]) for row in sorted(result["rows"], key=lambda row: row["depth"])}
+        data = ((result["run"] or {}).get("data") or {}).get("fingerprint")
+        table = Table(result["query"]["definition"], data, values)
+        tables[measure] = _joined(tables.get(measure), table, path, result["id"])
+    if not tables:
+        raise SuiteError(f"{path}: no assertion in it was measured")
+    return Side(shown_path(path), _facts(kept[0]["run"] or {}), tables)
+
+
+def captured_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) -> dict[Measure, Table]:
+    """Compute metrics, each with its usual parameters, at every site of a capture that can have them."""
+    tables: dict[Measure, Table] = {}
+    for name, stat in dict.fromkeys(wanted):
+        for site in dict.fromkeys(site for _, site in capture.sites):
+            parameters: dict[str, Any] = {"stat": stat} if stat is not None else {}
+            layers = [
+                layer for layer, at in capture.sites if at == site and _can(capture, layer, site, name, parameters)
+            ]
+            if layers:
+                series = capture.select(_pattern(layers), site).series(name, **parameters)
+                tables[Measure.of(series.query.plain())] = _table(capture, series)
+    return tables
+
+
+def table_of(capture: Capture, measure: Measure, layers: Iterable[str]) -> Table | None:
+    """Compute a measure of the other side from a capture, at those of the layers that it holds; None for none."""
+    held = [layer for layer in layers if (layer, measure.site) in capture.sites]
+    if not held or measure.over or measure.metric not in METRICS:
+        return None
+    selection = capture.select(_pattern(held), measure.site)  # type: ignore[arg-type]
+    positions, reduce = measure.positions or "all", measure.reduce
+    try:
+        return _table(capture, selection.series(measure.metric, reduce, positions, **measure.arguments))  # type: ignore[arg-type]
+    except QsaError:
+        return None
+
+
+def _table(capture: Capture, series: Any) -> Table:
+    return Table(
+        series.query.definition, tokens_hash(capture), dict(zip(series.layers, series.values.tolist(), strict=True))
+    )
+
+
+def _pattern(layers: Iterable[str]) -> str:
+    return f"^(?:{'|'.join(map(re.escape, layers))})$"
+
+
+def _can(capture: Capture, layer: str, site: Any, name: str, parameters: Mapping[str, Any]) -> bool:
+    metric, numbers = METRICS[name], capture.sites[layer, site]
+    needs = metric.needs(site, "all", parameters) - {"sinks"}
+    return needs <= numbers.statistics and bool(numbers.populations) and not _impossible(metric, site, numbers, needs)
+
+
+def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[str]) -> bool:
+    if site == "weight" and metric.tokenwise:
+        return True
+    return bool(needs & {"tokens", "channels"}) and not numbers.token_axis
+
+
+def tokens_hash(capture: Capture) -> str | None:
+    """Return the hash of the tokens of a capture: what the run noted, or, of a library capture, of the token ids."""
+    noted = (capture.meta.get("data") or {}).get("fingerprint")
+    if noted or not capture.tokens:
+        return noted
+    digest = hashlib.sha256()
+    for ids in capture.tokens:
+        digest.update(f"{len(ids)}:".encode() + ids.tobytes())
+    return f"ids:{digest.hexdigest()}"

@@ -1,0 +1,184 @@
+"""A comparison in words: for the terminal, for a pull request's comment, and as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from ..assertions import number
+from ..terminal import visible
+from .changes import Change, Comparison, OutlierToken
+from .conditions import percent
+from .measures import Measure
+
+MOVED = 0.01
+"""The relative change from which on a layer counts as moved."""
+
+
+def moved(comparison: Comparison, least: float = MOVED) -> list[Change]:
+    """Return the changes that are large enough to tell, worst first."""
+    return [change for change in comparison.changes if change.size > least]
+
+
+def summaries(comparison: Comparison, least: float = MOVED) -> Iterator[dict[str, Any]]:
+    """Yield a line for each measure: how many layers it has, how many moved, the median and the largest change."""
+    for measure in comparison.measures:
+        changes = [change for change in comparison.changes if change.measure == measure]
+        yield {
+            "measure": str(measure),
+            "layers": len(changes),
+            "moved": sum(change.size > least for change in changes),
+            "median": percent(median(change.relative for change in changes)),
+            "worst": percent(changes[0].relative),
+            "where": changes[0].layer if changes[0].size else "–",
+        }
+
+
+def remarks(comparison: Comparison) -> Iterator[str]:
+    """Yield what a reader must know beside the numbers: layers and measures of one side only, unknown tokens."""
+    for word, sides in (("appeared", comparison.appeared), ("vanished", comparison.vanished)):
+        for measure, layers in sides.items():
+            yield f"{len(layers)} layers {word} under {measure}: {_some(layers)}"
+    if comparison.skipped:
+        yield f"on one side only, so not compared: {_some(sorted({str(measure) for measure in comparison.skipped}))}"
+    if comparison.new_tokens is None:
+        yield "new and lost outlier tokens are known only between two captures of the same tokens"
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def text_of(comparison: Comparison, most: int, least: float = MOVED) -> str:
+    """Return what the terminal shows."""
+    return "\n".join(_lines(comparison, most, least))
+
+
+def _lines(comparison: Comparison, most: int, least: float) -> Iterator[str]:
+    yield f"old  {comparison.old.title}"
+    yield f"new  {comparison.new.title}"
+    yield ""
+    heads = ["measure", "layers", "moved", "median", "worst", "at"]
+    yield from aligned([heads, *([*map(str, line.values())] for line in summaries(comparison, least))])
+    changes = moved(comparison, least)
+    yield ""
+    yield f"{len(changes)} numbers moved by more than {percent(least).lstrip('+')}" + (
+        ", worst first" if changes else ""
+    )
+    if changes:
+        heads = ["layer", "measure", "old", "new", "change"]
+        yield from aligned([heads, *map(cells, changes[:most])])
+    if len(changes) > most:
+        yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
+    for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
+        if tokens is not None:
+            yield ""
+            noun = "token" if len(tokens) == 1 else "tokens"
+            yield f"{len(tokens)} {name} outlier {noun} (above {comparison.threshold:g} × the median)"
+            yield from (f"  {token_text(token)}" for token in tokens[:most])
+    notes = list(remarks(comparison))
+    if notes:
+        yield ""
+        yield from (f"note: {note}" for note in notes)
+
+
+def cells(change: Change) -> list[str]:
+    """Return a change as the cells of a table."""
+    return [change.layer, str(change.measure), number(change.old), number(change.new), percent(change.relative)]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the rows of a table of text, names on the left and numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = [not any(character.isdigit() for row in table[1:] for character in row[i][:1]) for i in range(len(widths))]
+    left = [is_left and table[0][i] in ("layer", "measure", "at") for i, is_left in enumerate(left)]
+    for row in table:
+        parts = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
+        yield f"  {'  '.join(parts)}".rstrip()
+
+
+def token_text(token: OutlierToken) -> str:
+    """Write a token in its context."""
+    said = f"{visible(token.before)}⟦{visible(token.text)}⟧{visible(token.after)}" if token.text else "(no text kept)"
+    channel = f", channel {token.channel}" if token.channel >= 0 else ""
+    where = f"{token.layers[0]} and {len(token.layers) - 1} more" if len(token.layers) > 1 else token.layers[0]
+    place = f"sample {token.sample}, position {token.position}"
+    return f"{token.ratio:.0f} × median at {place}{channel}, {where}: {said}"
+
+
+def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[str]]], most: int, least: float) -> str:
+    """Return a comment for a pull request, below the 65,536 characters that GitHub takes."""
+    broken = [(text, lines) for text, lines in failures if lines]
+    changes = moved(comparison, least)
+    verdict = "❌" if broken else "✅"
+    lines = [f"### {verdict} {len(changes)} numbers moved by more than {percent(least).lstrip('+')}", ""]
+    lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
+    lines += ["", f"old: {escaped(comparison.old.title)}  ", f"new: {escaped(comparison.new.title)}", ""]
+    heads = ["measure", "layers", "moved", "median", "worst", "at"]
+    lines += [*_table(heads, ([*map(str, line.values())] for line in summaries(comparison, least))), ""]
+    if changes:
+        heads = ["layer", "measure", "old", "new", "change"]
+        lines += [*_table(heads, map(cells, changes[:most])), ""]
+    if len(changes) > most:
+        lines += [f"… and {len(changes) - most} more.", ""]
+    for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
+        if tokens:
+            lines += [f"**{len(tokens)} {name} outlier tokens**", ""]
+            lines += [*(f"- {escaped(token_text(token))}" for token in tokens[:most]), ""]
+    lines += [f"> {escaped(note)}" for note in remarks(comparison)]
+    return fitted("\n".join(lines).rstrip() + "\n", 65_000)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Escape what Markdown or HTML would act on; a line stays a line."""
+    text = "".join(f"\\{c}" if c in r"\`*_{}[]()#|~" else c for c in visible(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
+
+
+def fitted(text: str, most: int) -> str:
+    """Cut a text at a line so that it has at most so many bytes, and say so."""
+    if len(text.encode()) <= most:
+        return text
+    cut = text.encode()[: most - 60].decode("utf-8", "ignore").rpartition("\n")[0]
+    return f"{cut}\n\n… cut; the report has all of it.\n"
+
+
+def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]], least: float) -> str:
+    """Return the comparison as one self-contained page."""
+    from ..report.text import render
+
+    rows = [
+        {"layer": change.layer, "measure": str(change.measure), "old": change.old, "new": change.new,
+         "change": percent(change.relative), "size": change.size, "moved": change.size > least,
+         "heat": round(min(change.size / 0.2, 1.0), 3), "depth": change.depth}
+        for change in comparison.changes
+    ]  # fmt: skip
+    return render(
+        "diff.html.j2", old=comparison.old, new=comparison.new, rows=rows, failures=failures, session={},
+        broken=[text for text, lines in failures if lines], moved=len(moved(comparison, least)),
+        least=percent(least).lstrip("+"), summaries=list(summaries(comparison, least)), notes=list(remarks(comparison)),
+        strips=_strips(comparison), tokens=[("New", comparison.new_tokens), ("Lost", comparison.lost_tokens)],
+        threshold=comparison.threshold,
+    )  # fmt: skip
+
+
+def _strips(comparison: Comparison) -> list[tuple[Measure, list[dict[str, Any]]]]:
+    """Return a heat strip for each measure, its layers in the model's order; 20 % is the strongest."""
+    strips = []
+    for measure in comparison.measures:
+        changes = sorted((c for c in comparison.changes if c.measure == measure), key=lambda change: change.depth)
+        heats = [(change, 1.0 if math.isinf(change.size) else min(change.size / 0.2, 1.0)) for change in changes]
+        strips.append((measure, [
+            {"heat": round(heat, 3), "title": f"{change.layer}: {number(change.old)} → {number(change.new)} "
+             f"({percent(change.relative)})"} for change, heat in heats
+        ]))  # fmt: skip
+    return strips

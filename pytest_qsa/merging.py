@@ -1,0 +1,197 @@
+"""Captures of disjoint samples → the capture of all of them, equal to the last bit to that of one pass. numpy only.
+
+What a population left is put side by side in sample order; counts are added, extremes compared. Nothing is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .captures import Capture
+from .errors import InfraError
+from .numbers import Merge, SiteNumbers
+
+Array = NDArray[Any]
+COUNTED = (("bins", "counts"), ("signed_bins", "signed_counts"), ("channel_bins", "channel_counts"))
+"""Which arrays say for which bins the others hold counts."""
+
+
+def merge(captures: Sequence[Capture]) -> Capture:
+    """Merge captures of one subject over disjoint samples.
+
+    Captures that say which samples they hold (`meta["samples"]`: first, end, how many there are in all) are put in
+    that order, others stay in the given one.
+
+    Raises:
+        InfraError: they are not of one subject and one plan, or their samples overlap.
+    """
+    if not captures:
+        raise InfraError("there are no captures to merge")
+    ordered = _in_order(captures)
+    _check(ordered)
+    first = ordered[0]
+    offsets = _offsets(ordered)
+    made: dict[tuple[int, ...], SiteNumbers] = {}
+    shared: dict[int, list[SiteNumbers]] = {}
+    sites: dict[Any, SiteNumbers] = {}
+    for site in _sites(ordered):
+        parts = [capture.sites.get(site) for capture in ordered]
+        key = tuple(id(part) for part in parts)
+        if key not in made:
+            made[key] = _known(_merged(parts, offsets, weight=site[1] == "weight"), shared.setdefault(key[0], []))
+        sites[site] = made[key]
+    pieces = {token: piece for capture in ordered for token, piece in capture.pieces.items()}
+    return Capture(
+        sites=sites,
+        modules=first.modules,
+        blocks=first.blocks,
+        tokens=tuple(ids for capture in ordered for ids in capture.tokens),
+        pieces=dict(sorted(pieces.items())),
+        meta=_meta(ordered),
+        plan=first.plan,
+    )
+
+
+def _known(merged: SiteNumbers, others: list[SiteNumbers]) -> SiteNumbers:
+    """Return the equal numbers of a site that shares its tensor in the first capture, if another did not see so."""
+    for other in others:
+        if _equal(merged, other):
+            return other
+    others.append(merged)
+    return merged
+
+
+def _equal(one: SiteNumbers, other: SiteNumbers) -> bool:
+    (arrays, header), (others, other_header) = one.to_arrays(), other.to_arrays()
+    return (
+        header == other_header
+        and arrays.keys() == others.keys()
+        and all(
+            np.array_equal(array, others[name], equal_nan=array.dtype.kind == "f") for name, array in arrays.items()
+        )
+    )
+
+
+def _in_order(captures: Sequence[Capture]) -> list[Capture]:
+    if not all("samples" in capture.meta for capture in captures):
+        return list(captures)
+    ordered = sorted(captures, key=lambda capture: tuple(capture.meta["samples"]))
+    for before, after in pairwise(ordered):
+        (first, end, _), (start, stop, _) = before.meta["samples"], after.meta["samples"]
+        if start < end:
+            raise InfraError(f"the captures overlap: one holds the samples {first}:{end}, another {start}:{stop}")
+        if start > end:
+            raise InfraError(f"the samples {end}:{start} are in none of the captures")
+    return ordered
+
+
+def _check(captures: Sequence[Capture]) -> None:
+    first = captures[0]
+    for capture in captures[1:]:
+        for name in ("modules", "blocks", "plan"):
+            if getattr(capture, name) != getattr(first, name):
+                raise InfraError(f"the captures are not of one subject and one plan: their {name} differ")
+        if differing := _differing(first.meta, capture.meta):
+            raise InfraError(f"the captures are not of one subject and its data: their {differing} differ")
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name what differs between two subjects; where a checkpoint lay does not matter."""
+    if one.get("data") != other.get("data"):
+        return "data"
+    models = [dict(meta.get("model", {})) for meta in (one, other)]
+    names = sorted({name for model in models for name in model} - {"path"})
+    return ", ".join(name for name in names if models[0].get(name) != models[1].get(name))
+
+
+def _offsets(captures: Sequence[Capture]) -> list[int]:
+    """Return what is to be added to the sample numbers of each capture."""
+    if all("samples" in capture.meta for capture in captures):
+        return [capture.meta["samples"][0] - captures[0].meta["samples"][0] for capture in captures]
+    counts = [max((int(n.sample.max()) + 1 for n in c.sites.values() if n.populations), default=0) for c in captures]
+    counts = [max(count, len(capture.tokens)) for count, capture in zip(counts, captures, strict=True)]
+    return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def _meta(captures: Sequence[Capture]) -> dict[str, Any]:
+    meta = {name: value for name, value in captures[0].meta.items() if name != "samples"}
+    if "samples" not in captures[0].meta:
+        return meta
+    first, _, total = captures[0].meta["samples"]
+    end = captures[-1].meta["samples"][1]
+    return meta if (first, end) == (0, total) else {**meta, "samples": [first, end, total]}
+
+
+def _sites(captures: Sequence[Capture]) -> list[Any]:
+    """Return the sites of all captures: an expert may have seen no token in some."""
+    order = {name: index for index, name in enumerate(captures[0].modules)}
+    sites = {site for capture in captures for site in capture.sites}
+    return sorted(sites, key=lambda site: (order.get(site[0], -1), ("input", "output", "weight").index(site[1])))
+
+
+def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weight: bool) -> SiteNumbers:
+    present = [(part, offset) for part, offset in zip(parts, offsets, strict=True) if part is not None]
+    if weight:
+        return present[0][0]
+    seen = [(part, offset) for part, offset in present if part.populations]
+    if not seen:
+        return present[0][0]
+    numbers = [part for part, _ in seen]
+    if len({part.dtype for part in numbers}) > 1:
+        raise InfraError(f"the captures hold one layer in {numbers[0].dtype} and in {numbers[-1].dtype}")
+    arrays: dict[str, Any] = {"sample": np.concatenate([part.sample + np.int32(offset) for part, offset in seen])}
+    for field in fields(SiteNumbers):
+        rule = field.metadata.get("merge")
+        values = [getattr(part, field.name) for part in numbers]
+        if rule is not None and field.name != "sample" and values[0] is not None:
+            arrays[field.name] = _RULES[rule](values)
+    for bins, counts in COUNTED:
+        if getattr(numbers[0], bins) is not None:
+            arrays[bins], arrays[counts] = _added([(getattr(n, bins), getattr(n, counts)) for n in numbers])
+    return replace(numbers[-1], statistics=numbers[0].statistics, **arrays)
+
+
+def _added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    bins, where = np.unique(np.concatenate([bins for bins, _ in tables]), return_inverse=True)
+    counts = np.zeros((len(bins), *tables[0][1].shape[1:]), dtype=tables[0][1].dtype)
+    np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))
+    return bins, counts
+
+
+def _side_by_side(arrays: Sequence[Array]) -> Array:
+    """Concatenate along the populations; tables of peaks may be of different widths."""
+    if arrays[0].ndim == 2:
+        width = max(array.shape[1] for array in arrays)
+        arrays = [
+            np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=-1)
+            if array.shape[1] < width
+            else array
+            for array in arrays
+        ]
+    return np.concatenate(arrays)
+
+
+def _extremes(arrays: Sequence[Array]) -> Array:
+    """Fold `EXTREME_NAMES`: the largest, the smallest, the low and the high."""
+    table = np.stack(arrays)
+    folded = [np.maximum.reduce(table[:, 0]), np.minimum.reduce(table[:, 1]), np.minimum.reduce(table[:, 2])]
+    return np.array([*folded, np.maximum.reduce(table[:, 3])], dtype=table.dtype)
+
+
+def _named(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+_RULES: Mapping[Merge, Callable[[Sequence[Any]], Any]] = {
+    "populations": _side_by_side,
+    "named populations": _named,
+    "union": lambda tables: {name: array for table in tables for name, array in sorted(table.items())},
+    "largest": lambda arrays: np.maximum.reduce(list(arrays)),
+    "extremes": _extremes,
+}

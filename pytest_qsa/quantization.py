@@ -1,0 +1,73 @@
+"""Simulated quantization: what a tensor would lose to a grid. numpy only.
+
+Symmetric: the scale of a tensor (a token, a channel, a group) is its largest |x| over the largest number of the grid; x
+is divided by it, rounded to the nearest number of the grid, halves to the even one, and multiplied by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .distributions import bin_values
+from .numbers import EXTREME_NAMES, SiteNumbers
+
+Scheme = Literal["int8", "int4", "fp8_e4m3"]
+Granularity = Literal["tensor", "token", "channel", "group"]
+LARGEST: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
+"""The largest number of each grid: −128 and −8 are not used; fp8_e4m3 is the OCP's e4m3, without infinities."""
+MANTISSA_BITS, LEAST_EXPONENT = 3, -6
+"""Of e4m3; below 2⁻⁶ its numbers are as far apart as there."""
+FINER = 32
+"""Into how many values a bin of float32 is split, each of which stands for its share."""
+LOSSLESS = 300.0
+"""The SQNR in dB that stands for no error at all, which has none."""
+
+
+def rounded_to(scheme: Scheme, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the numbers of the grid nearest to the values, whose magnitudes it covers."""
+    if scheme != "fp8_e4m3":
+        return np.rint(values)
+    exponents = np.maximum(np.frexp(values)[1] - 1, LEAST_EXPONENT)
+    steps = np.ldexp(1.0, exponents - MANTISSA_BITS)
+    nearest: NDArray[np.float64] = np.rint(values / steps) * steps
+    return nearest
+
+
+def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
+    """Return Σx² and Σ(x − x̂)² of a counted tensor that has one scale; NaN where it holds NaN or Inf.
+
+    Exact for 16-bit tensors. A bin of float32 is as wide as a step of int8, so that its values are taken as evenly
+    spread over it: an estimate.
+    """
+    assert numbers.counts is not None
+    assert numbers.extremes is not None
+    largest = float(numbers.extremes[EXTREME_NAMES.index("largest")])
+    if not np.isfinite(largest):
+        return float("nan"), float("nan")
+    values, weights = _magnitudes(numbers)
+    values = np.minimum(values, largest)
+    scale = largest / LARGEST[scheme] or 1.0
+    errors = values - rounded_to(scheme, values / scale) * scale
+    return float(np.sum(weights * values**2)), float(np.sum(weights * errors**2))
+
+
+def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    assert numbers.bins is not None
+    assert numbers.counts is not None
+    if numbers.dtype in ("bfloat16", "float16"):
+        return bin_values(numbers.bins, numbers.dtype), numbers.counts.astype(np.float64)
+    inside = (np.arange(FINER, dtype=np.uint32) * 2 + 1) * (0x8000 // FINER)
+    patterns = (numbers.bins.astype(np.uint32)[:, None] << 16) | np.where(numbers.bins[:, None] > 0, inside, 0)
+    values = patterns.astype(np.uint32).view(np.float32).astype(np.float64).reshape(-1)
+    return values, np.repeat(numbers.counts / FINER, FINER)
+
+
+def decibels(signal: float, error: float) -> float:
+    """Return 10·log10(signal / error); `LOSSLESS` where there is no error, NaN where there is no signal."""
+    if not signal > 0 or np.isnan(error):
+        return float("nan")
+    return min(LOSSLESS, 10 * float(np.log10(signal / error))) if error > 0 else LOSSLESS

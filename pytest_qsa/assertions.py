@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Tolerance:
 class Row:
     """One layer under judgement. `low`, `high`: what it may be; `excess`: by how much it is out, with its sign.
 
-    `depth`: its place in the model's order, among the layers of this assertion.
+    `depth`: its place in the model's order, among the layers of this assertion. `waived`: a waiver covers its excess.
     """
 
     layer: str
@@ -68,6 +68,7 @@ class Row:
     baseline: float | None
     excess: float
     depth: int = 0
+    waived: bool = False
 
     @property
     def used(self) -> float | None:
@@ -79,6 +80,26 @@ class Row:
         if self.high is not None and self.high > 0:
             return self.value / self.high
         return None
+
+
+@dataclass(frozen=True)
+class WaiverUse:
+    """A waiver, and what it did here: `in force`, `expired`, or `unused` where no layer that it names is out of bounds.
+
+    `layers`: the regex; `until`: an ISO date; `covers`: the layers out of bounds that it names.
+    """
+
+    layers: str
+    owner: str
+    reason: str
+    until: str
+    state: Literal["in force", "expired", "unused"]
+    covers: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """Write it in one line."""
+        what = f"{self.state}, until {self.until}, {self.owner}: {self.reason}"
+        return f"{what} ({', '.join(self.covers[:3])}{', …' if len(self.covers) > 3 else ''})" if self.covers else what
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Verdict:
     do next, one line each. `updatable`: `--snapshot-update` would accept the change. `run`: what was run
     (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
     `histograms`: layer → its distributions, for the report.
-    `findings`: what a static check found, in the layers' order.
+    `findings`: what a static check found, in the layers' order. `waivers`: what each waiver of the assertion did.
     """
 
     id: str
@@ -130,6 +151,7 @@ class Verdict:
     since: str = ""
     histograms: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
+    waivers: Sequence[WaiverUse] = ()
 
     @property
     def failed(self) -> bool:
@@ -138,8 +160,8 @@ class Verdict:
 
     @property
     def failing_rows(self) -> list[Row]:
-        """The layers out of bounds, worst first."""
-        return [row for row in self.rows if row.excess]
+        """The layers out of bounds that no waiver covers, worst first."""
+        return [row for row in self.rows if row.excess and not row.waived]
 
     @property
     def first_failing(self) -> Row | None:
@@ -223,21 +245,28 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
     rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0)))
     failing = [row for row in rows if row.excess]
     worst = rows[0]
-    unit = _unit(series.query.unit, worst.value)
     if failing:
-        many = f"{len(failing)} of {len(rows)} layers {'is' if len(failing) == 1 else 'are'}"
-        many = many if len(rows) > 1 else f"{worst.layer} is"
-        text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{unit}"
-        text += f", {number(worst.excess, signed=True)}"
-        if worst.baseline is not None:
-            text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
+        text = out_of_bounds(rows, failing, bound, series.query.unit)
         positions, updatable = series.query.positions, worst.baseline is not None
         return Verdict(
             "", "", Kind.REGRESSION, text, series.query.plain(), rows, bound, positions=positions, updatable=updatable
         )  # fmt: skip
+    unit = _unit(series.query.unit, worst.value)
     used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
     text = f"{len(rows)} layers within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
     return Verdict("", "", Kind.PASSED, text, series.query.plain(), rows, bound, positions=series.query.positions)
+
+
+def out_of_bounds(rows: Sequence[Row], failing: Sequence[Row], bound: str, unit: str) -> str:
+    """Say how many of the rows fail, and how far the worst of them, the first, is out of bounds."""
+    worst = failing[0]
+    many = f"{len(failing)} of {len(rows)} layers {'is' if len(failing) == 1 else 'are'}"
+    many = many if len(rows) > 1 else f"{worst.layer} is"
+    text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{_unit(unit, worst.value)}"
+    text += f", {number(worst.excess, signed=True)}"
+    if worst.baseline is not None:
+        text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
+    return text
 
 
 def _unit(unit: str, value: float) -> str:

@@ -226,6 +226,7 @@ class Gate:
             verdict = replace(verdict, accept=f"{verdict.command} --snapshot-update")
         item.stash.setdefault(VERDICTS, []).append(verdict)
         item.user_properties.extend([("qsa_kind", str(verdict.kind)), ("qsa_verdict", verdict.headline)])
+        item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
         return verdict
 
     def stopped(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> GateFailure:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,13 @@ from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
 from .series import Series
+from .waivers import apply_waivers, joint_uses
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
+
+
+Waive = Callable[[Verdict], Verdict]
 
 
 def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -> None:
@@ -36,54 +42,79 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     capture: Capture | None = None
     key: Location = ()
     try:
+        waive = partial(apply_waivers, waivers=assertion.waivers, today=gate.options.today)
         if isinstance(assertion, CheckpointAssertion):
-            verdict, key = _checked(assertion, gate.files_of(request))
+            verdict, key = _checked(assertion, gate.files_of(request), waive)
         else:
             assert isinstance(assertion, MeasuredAssertion)
             capture = gate.capture_of(request)
-            verdict, key = _judged(request, assertion, capture)
+            verdict, key = _judged(request, assertion, capture, waive)
         verdict = softened(verdict, assertion.level)
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
     place = suite.file.bound_place_of(index, key)
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
+    _warn_unused(request, suite, index, verdict)
     if verdict.failed:
         raise_at(place, assertion.id, GateFailure(verdict))
     if verdict.kind is Kind.WARNED:
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
 
 
-def _checked(assertion: CheckpointAssertion, files: Files) -> tuple[Verdict, Location]:
+def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:
+    """Warn of a waiver that has nothing to soften any more: it would hide the next excess."""
+    many = isinstance(suite.file.assertions[index].waive, list)
+    for number, use in enumerate(verdict.waivers):
+        if use.state == "unused":
+            place = suite.file.bound_place_of(index, ("waive", number) if many else ("waive",))
+            request.node.warn(
+                QsaWarning(
+                    f"{verdict.id}: the waiver of {use.owner} until {use.until} waives nothing any more: no layer that "
+                    f"'{use.layers}' finds is out of bounds; remove it ({place})"
+                )
+            )
+
+
+def _checked(assertion: CheckpointAssertion, files: Files, waive: Waive) -> tuple[Verdict, Location]:
     """Judge a static assertion: from the checkpoint's files, before and without any pass."""
     series, found = problems_of(files, assertion.metric, assertion.layers, assertion.exclude, **assertion.parameters)
     series = series.folded(assertion.over)
     series.check()
     budget = budget_of(assertion.stated, series.layers, None)
-    verdict = judge_problems(series, found, budget.bounds, files, budget.text)
+    verdict = waive(judge_problems(series, found, budget.bounds, files, budget.text))
     return verdict, _exceeded(verdict, budget)
 
 
-def _judged(request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture) -> tuple[Verdict, Location]:
+def _judged(
+    request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture, waive: Waive
+) -> tuple[Verdict, Location]:
     """Return the verdict, and the keys of the assertion that lead to the bound that it is about."""
     selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
     series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
     series = series.folded(assertion.over)
     series.check()
+    bounded: tuple[Verdict, Location] | None = None
     if assertion.stated:
         budget = budget_of(assertion.stated, series.layers, capture.schemes)
-        verdict = judge_bounds(series, budget.bounds, budget.text)
-        if assertion.baseline is None or verdict.failed:
-            return verdict, _exceeded(verdict, budget)
+        verdict = waive(judge_bounds(series, budget.bounds, budget.text))
+        bounded = verdict, _exceeded(verdict, budget)
     kept = assertion.baseline
+    if bounded is not None and (kept is None or bounded[0].failed):
+        return bounded
     assert kept is not None
     tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
-    return against_baseline(series, tolerance, capture, baseline_snapshot(request)), ("baseline",)
+    verdict = waive(against_baseline(series, tolerance, capture, baseline_snapshot(request)))
+    if bounded is None:
+        return verdict, ("baseline",)
+    uses = joint_uses(bounded[0], verdict)
+    told = bounded if bounded[0].kind is Kind.WARNED and not verdict.failed else (verdict, ("baseline",))
+    return replace(told[0], waivers=uses), told[1]
 
 
 def _exceeded(verdict: Verdict, budget: Budget) -> Location:
     """Return the keys of the bound that the worst layer exceeded, or comes nearest to."""
-    worst = verdict.rows[0]
+    worst = (verdict.failing_rows or verdict.rows)[0]
     names = ("min", "equals", "max") if worst.excess < 0 else ("max", "equals", "min")
     return next(budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys)
 

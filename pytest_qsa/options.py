@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ class Options(NamedTuple):
     cache: Path | None
     keep: bool
     tier: Tier
+    today: date
     named_tier: bool
     """Whether the command line names the tier."""
 
@@ -84,6 +86,9 @@ def add_options(parser: pytest.Parser) -> None:
         help="let a suite run code: model.factory and model.trust_remote_code",
     )  # fmt: skip
     group.addoption(
+        "--qsa-today", metavar="DATE", help="judge waivers as on that day, such as 2027-01-31 (default: today, UTC)"
+    )
+    group.addoption(
         "--qsa-tier", choices=TIERS, help="run the gates of this tier and of those before it (default: release, all)"
     )
     parser.addini("qsa_suites", "names of the files that are suites", type="linelist", default=SUITES)
@@ -127,10 +132,18 @@ def read_options(config: pytest.Config) -> Options:
         report=report,
         cache=_cache(config),
         tier=tier,
+        today=_today(config.getoption("qsa_today")),
         named_tier=config.getoption("qsa_tier") is not None,
         keep=not config.getoption("qsa_no_cache"),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )
+
+
+def _today(given: str | None) -> date:
+    try:
+        return date.fromisoformat(given) if given else datetime.now(UTC).date()
+    except ValueError:
+        raise pytest.UsageError(f"--qsa-today {given}: write a day, such as 2027-01-31") from None
 
 
 def _cache(config: pytest.Config) -> Path | None:

@@ -185,5 +185,8 @@ class Reporter:
         text += f", {len(failed)} fail ({kinds})" if failed else ""
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
+        waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
+        for result, use in waived:
+            terminalreporter.write_line(f"waiver {use['text']}: {result['nodeid']}")
         if self.written:
             terminalreporter.write_line(f"report: {self.written}")

@@ -58,6 +58,7 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
         ("ran", ran(verdict)),
         ("since", verdict.since),
         ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
+        *(("waiver", str(use)) for use in verdict.waivers),
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),
         ("accept", verdict.accept),

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ..errors import SuiteError, did_you_mean, shown_path
 from .defaults import apply_defaults
 from .inheritance import read_suite
-from .suite import ASSERTIONS, BUDGET, Assertion, Suite
+from .suite import ASSERTIONS, BUDGET, Assertion, Baseline, Suite
+from .waiver import Waiver
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
@@ -203,7 +204,7 @@ def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
     if location[0] == "assertions" and len(loc) >= 4:
         if len(location) == 3:
             return list(ASSERTIONS[str(loc[2])].model_fields)
-        return ["rel", "abs", "direction"]
+        return list((Waiver if location[2] == "waive" else Baseline).model_fields)
     model: Any = Suite
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation

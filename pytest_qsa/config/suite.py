@@ -26,6 +26,7 @@ from ..tiers import Tier
 from .bounds import Stated
 from .fields import Regex, Strict
 from .visualization import Visualization
+from .waiver import Waiver, Waivers
 
 
 def _positions(value: object) -> object:
@@ -139,6 +140,7 @@ class Assertion(Strict, ABC):
     equals: Stated | None = None
     level: Literal["fail", "warn"] = "fail"
     tier: Tier = "pr"
+    waive: Waivers | None = None
     reason: str | None = None
 
     @model_validator(mode="after")
@@ -151,6 +153,11 @@ class Assertion(Strict, ABC):
         if grouped and self.over is not None:
             raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
         return self
+
+    @property
+    def waivers(self) -> list[Waiver]:
+        """The waivers, however many the suite writes."""
+        return self.waive if isinstance(self.waive, list) else [self.waive] if self.waive else []
 
     @property
     def stated(self) -> dict[str, Stated]:

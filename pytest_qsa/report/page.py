@@ -19,7 +19,7 @@ MEANING = {
     "REGRESSION": "a bound was exceeded",
     "ANOMALOUS": "nothing sound was seen",
     "INFRA": "could not load, fetch or fit",
-    "WARNED": "a bound was exceeded; the suite only warns",
+    "WARNED": "a bound was exceeded; the suite only warns, or a waiver covers it",
     "PASSED": "within what is allowed",
 }
 _PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}

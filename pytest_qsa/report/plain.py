@@ -21,6 +21,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
     content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
     content["findings"] = [dataclasses.asdict(finding) for finding in verdict.findings]
+    content["waivers"] = [builtins_of({**dataclasses.asdict(use), "text": str(use)}) for use in verdict.waivers]
     content["failed"] = verdict.failed
     return content
 

@@ -191,6 +191,7 @@ def _named(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 _RULES: Mapping[Merge, Callable[[Sequence[Any]], Any]] = {
     "populations": _side_by_side,
     "named populations": _named,
+    "named sums": lambda tables: {name: np.sum([table[name] for table in tables], axis=0) for name in tables[0]},
     "union": lambda tables: {name: array for table in tables for name, array in sorted(table.items())},
     "largest": lambda arrays: np.maximum.reduce(list(arrays)),
     "extremes": _extremes,

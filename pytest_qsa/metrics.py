@@ -6,9 +6,7 @@ decorator adds what the planner and the baselines must know of it. A changed def
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,26 +16,20 @@ from numpy.typing import NDArray
 from . import plan
 from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
-from .errors import SuiteError
+from .errors import AnomalyError, SuiteError
 from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
 from .quantization import Granularity, Scheme, counted_powers, decibels
-from .sinks import Sinks
+from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 
-Reduce = Literal["max", "mean", "sum", "p95"]
+__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View"]
+
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
 GroupSize = Annotated[int, Ge(2)]
 SinkStat = Literal["count", "channel", "ratio"]
 ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 Share = Annotated[float, Ge(0), Le(1)]
-Values = NDArray[np.float64]
 
-REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
-    "max": lambda values: float(np.max(values)),
-    "mean": lambda values: float(np.mean(values)),
-    "sum": lambda values: float(np.sum(values)),
-    "p95": lambda values: float(np.percentile(values, 95)),
-}
 ACROSS: Mapping[str, Callable[[Values], float]] = {
     "max": lambda values: float(np.max(values)),
     "median": lower_median,
@@ -47,93 +39,7 @@ ACROSS: Mapping[str, Callable[[Values], float]] = {
 SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
-@dataclass(frozen=True)
-class View:
-    """One site as a metric sees it: its numbers, and which tokens count."""
-
-    numbers: SiteNumbers
-    site: plan.Site
-    positions: str
-    sinks: Sinks
-    layer: str = ""
-
-    def kept(self, population: int) -> NDArray[np.bool_]:
-        """Return [T] booleans, true at the tokens that count: no padding, and what `positions` says."""
-        tokens = self.numbers.tokens_of(population)
-        kept: NDArray[np.bool_] = tokens != PADDING
-        if self.positions.startswith("skip_first:"):
-            kept[np.flatnonzero(kept)[: int(self.positions.partition(":")[2])]] = False
-        elif self.positions != "all":
-            sinks = self.sinks.mask(int(self.numbers.sample[population]), len(tokens), self.layer)
-            kept &= sinks if self.positions == "sink" else ~sinks
-        return kept
-
-    def token_maxima(self) -> Iterator[NDArray[np.float32]]:
-        """Yield the token-wise maxima that count, one array a population."""
-        for population in range(self.numbers.populations):
-            yield self.numbers.tokens_of(population)[self.kept(population)]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric and what must be known of it before and after the pass.
-
-    `reduce`: how the samples are folded by default; None where the metric pools them itself.
-    `statistics`: what a pass has to keep for these parameters and positions at this site.
-    """
-
-    name: str
-    version: int
-    reduce: Reduce | None
-    tokenwise: bool
-    positional: bool
-    unit: str
-    compute: Callable[..., Any]
-    statistics: Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]]
-
-    @property
-    def definition(self) -> str:
-        """The id under which a baseline remembers the definition: `outlier_tokens/1`."""
-        return f"{self.name}/{self.version}"
-
-    @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The keyword parameters: name → type and default."""
-        parameters = inspect.signature(self.compute, eval_str=True).parameters
-        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-    def needs(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-        """Return the statistics that a pass has to keep."""
-        defaults = {name: p.default for name, p in self.parameters.items()}
-        needed = self.statistics(site, positions, {**defaults, **parameters})
-        if plan.TOKENS in needed and site != "weight":
-            needed |= {plan.SINKS}
-        return needed
-
-
-METRICS: dict[str, Metric] = {}
-
-
-def _metric(
-    needs: str | Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]],
-    *,
-    reduce: Reduce | None,
-    unit: str = "",
-    tokenwise: bool = False,
-    positional: bool = False,
-    version: int = 1,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
-        METRICS[function.__name__] = Metric(
-            function.__name__, version, reduce, tokenwise, positional or tokenwise, unit, function, statistics
-        )
-        return function
-
-    return register
-
-
-@_metric(plan.TOKENS, reduce="max", unit="tokens", tokenwise=True)
+@metric(plan.TOKENS, reduce="max", unit="tokens", tokenwise=True)
 def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens whose maximum is above threshold × the lower median of the sample (arXiv 2410.05265)."""
     return np.array([_above(maxima, threshold) for maxima in view.token_maxima()], dtype=np.float64)
@@ -148,7 +54,7 @@ def _above(maxima: NDArray[np.float32], threshold: float) -> float:
     return float(np.count_nonzero(ratios > np.float32(threshold)))
 
 
-@_metric(plan.TOKENS, reduce="max", unit="× median", tokenwise=True)
+@metric(plan.TOKENS, reduce="max", unit="× median", tokenwise=True)
 def outlier_ratio(view: View) -> Values:
     """Divide the largest token-wise maximum of a sample by their lower median."""
     ratios = []
@@ -169,7 +75,7 @@ def _reduce_dim(site: plan.Site, reduce_dim: int | str | None) -> int | None:
     return reduce_dim  # type: ignore[return-value]
 
 
-@_metric(_magnitude_needs, reduce="mean", positional=True)
+@metric(_magnitude_needs, reduce="mean", positional=True)
 def magnitude(
     view: View, *, stat: MagnitudeStat = "top1", reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
 ) -> Values:
@@ -193,7 +99,7 @@ def magnitudes(
     return {stat: table[:, TOP_NAMES.index(stat)].astype(np.float64) for stat in stats}
 
 
-@_metric(plan.TOKENS, reduce="max", tokenwise=True)
+@metric(plan.TOKENS, reduce="max", tokenwise=True)
 def sink_tokens(view: View, *, stat: SinkStat = "count") -> Values:
     """Describe the sinks of a sample at this layer: how many stand out here, the channel, the multiple of the median.
 
@@ -226,7 +132,7 @@ def _massive_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any
     return frozenset({plan.massive_statistic(parameters["abs"], parameters["ratio"])})
 
 
-@_metric(_massive_needs, reduce="max", unit="elements")
+@metric(_massive_needs, reduce="max", unit="elements")
 def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
     """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
     counts = view.numbers.massive[plan.massive_statistic(abs, ratio)]
@@ -237,7 +143,7 @@ def _absmax_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]
     return frozenset({plan.MOMENTS if positions == "all" else plan.TOKENS})
 
 
-@_metric(_absmax_needs, reduce=None, positional=True)
+@metric(_absmax_needs, reduce=None, positional=True)
 def absmax(view: View) -> float:
     """Take the largest |x|."""
     if view.positions == "all":
@@ -246,27 +152,27 @@ def absmax(view: View) -> float:
     return float(maxima.max()) if maxima.size else float("nan")
 
 
-@_metric(plan.MOMENTS, reduce=None)
+@metric(plan.MOMENTS, reduce=None)
 def rms(view: View) -> float:
     """Take the root of the mean square over all elements."""
     count, mean, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(mean * mean + m2 / count))
 
 
-@_metric(plan.MOMENTS, reduce=None)
+@metric(plan.MOMENTS, reduce=None)
 def mean(view: View) -> float:
     """Take the mean over all elements."""
     return pooled_moments(view.numbers)[1]
 
 
-@_metric(plan.MOMENTS, reduce=None)
+@metric(plan.MOMENTS, reduce=None)
 def std(view: View) -> float:
     """Take the standard deviation over all elements, of the population (divided by n)."""
     count, _, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(m2 / count))
 
 
-@_metric(plan.MOMENTS, reduce="mean")
+@metric(plan.MOMENTS, reduce="mean")
 def kurtosis(view: View) -> Values:
     """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
     count, m2, m4 = (view.numbers.moment(name) for name in ("n", "m2", "m4"))
@@ -274,7 +180,7 @@ def kurtosis(view: View) -> Values:
         return count * m4 / (m2 * m2)
 
 
-@_metric(plan.MOMENTS, reduce=None, unit="× rms")
+@metric(plan.MOMENTS, reduce=None, unit="× rms")
 def crest_factor(view: View) -> float:
     """Divide the largest |x| by the root mean square."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -285,7 +191,7 @@ def _quantile_needs(site: plan.Site, positions: str, parameters: Mapping[str, An
     return frozenset({plan.SIGNED_COUNTS if parameters["signed"] else plan.COUNTS})
 
 
-@_metric(_quantile_needs, reduce=None)
+@metric(_quantile_needs, reduce=None)
 def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does.
 
@@ -296,7 +202,7 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     return counted_quantile(view.numbers, q, signed=signed)
 
 
-@_metric(plan.CHANNEL_COUNTS, reduce=None)
+@metric(plan.CHANNEL_COUNTS, reduce=None)
 def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
     """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels.
 
@@ -318,7 +224,7 @@ def _scaled(site: plan.Site, scheme: str, by: str, group_size: int) -> str:
     return plan.quantization_statistic(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
 
 
-@_metric(_quantization_needs, reduce=None, unit="dB")
+@metric(_quantization_needs, reduce=None, unit="dB")
 def quantization_sqnr(
     view: View, *, scheme: Scheme = "int8", by: Granularity = "tensor", group_size: GroupSize = 128
 ) -> float:
@@ -333,7 +239,44 @@ def quantization_sqnr(
     return decibels(signal, error)
 
 
-@_metric(plan.MOMENTS, reduce=None)
+def _features_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.features_statistic(parameters["abs"])})
+
+
+@metric(_features_needs, reduce=None, unit="channels", per="model")
+def int8_outlier_features(
+    views: Sequence[View], *, abs: float = 6.0, layer_share: Share = 0.25, position_share: Share = 0.06
+) -> float:
+    """Count the channels with |x| ≥ abs in that share of the layers, and of all tokens of all layers (LLM.int8).
+
+    Dettmers et al., arXiv 2208.07339. A layer counts where one of its tokens does. One number for all the
+    layers that the pattern finds.
+    """
+    name = plan.features_statistic(abs)
+    tables = [view.numbers.features[name] for view in views]
+    if len({len(table) for table in tables}) > 1:
+        raise AnomalyError("int8_outlier_features follows channels through layers, and these have not the same number")
+    counts = np.stack(tables)
+    *channels, tokens, nonfinite = counts.T
+    if nonfinite.any():
+        return float("nan")
+    hits = np.stack(channels, axis=1)
+    in_layers = np.count_nonzero(hits, axis=0) / len(views) >= layer_share
+    return float(np.count_nonzero(hits.any(axis=0) & in_layers & (hits.sum(axis=0) / tokens.sum() >= position_share)))
+
+
+@metric(plan.EXPERTS, reduce="sum", unit="tokens", per="expert")
+def expert_tokens(view: View) -> Values:
+    """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
+    if view.numbers.experts is None:
+        raise AnomalyError(
+            f"the {view.site} of {view.layer} has no experts that tokens are routed to: expert_tokens reads the "
+            "indices that a module of packed experts gets, as in layers: mlp\\.experts$ with site: input"
+        )
+    return view.numbers.experts.astype(np.float64)
+
+
+@metric(plan.MOMENTS, reduce=None)
 def zero_fraction(view: View) -> float:
     """Take the share of exact zeros."""
     if view.numbers.moment("nonfinite").any():
@@ -341,13 +284,13 @@ def zero_fraction(view: View) -> float:
     return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
 
 
-@_metric(plan.MOMENTS, reduce="sum", unit="elements")
+@metric(plan.MOMENTS, reduce="sum", unit="elements")
 def nonfinite(view: View) -> Values:
     """Count NaN, +Inf and −Inf."""
     return view.numbers.moment("nonfinite").copy()
 
 
-@_metric(plan.MOMENTS, reduce=None)
+@metric(plan.MOMENTS, reduce=None)
 def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
     """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
     return float(absmax(view)) / SERVED_MAX[dtype]

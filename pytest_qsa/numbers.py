@@ -20,10 +20,10 @@ UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0
 """Stands in `token_max` where a token is padding; a maximum of magnitudes is never negative."""
-NAMED = ("massive", "quantized", "maps")
+NAMED = ("massive", "quantized", "features", "maps")
 """The fields that hold an array for each statistic of their kind, by its name."""
-Merge = Literal["populations", "named populations", "union", "largest", "extremes"]
-"""How an array is merged with that of other samples: side by side, by name, by the larger, or as `EXTREME_NAMES`."""
+Merge = Literal["populations", "named populations", "named sums", "union", "largest", "extremes"]
+"""How an array is merged with that of other samples: side by side, added, by name, the larger, as `EXTREME_NAMES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,9 @@ class SiteNumbers:
     channel has left out. `channel_extremes` [4, C] float32: `EXTREME_NAMES` of each channel, exact.
     `massive`: for each `plan.massive_statistic` the count per population [P].
     `quantized`: for each `plan.quantization_statistic` Σx² and Σ(x − x̂)² of each population, [P, 2] float64.
+    `features`: for each `plan.features_statistic` in how many tokens each channel reaches it, then how many tokens and
+    how many NaN and Inf there are, [C + 2].
+    `experts`: how many tokens of each population go to each expert of the layer, [P, E].
     `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
     Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.
@@ -70,6 +73,8 @@ class SiteNumbers:
     channel_extremes: NDArray[np.float32] | None = field(default=None, metadata={"merge": "extremes"})
     massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, metadata={"merge": "named populations"})
     quantized: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, metadata={"merge": "named populations"})
+    features: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, metadata={"merge": "named sums"})
+    experts: NDArray[np.int64] | None = field(default=None, metadata={"merge": "populations"})
     maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, metadata={"merge": "union"})
 
     @property

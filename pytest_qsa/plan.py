@@ -23,11 +23,13 @@ MOMENTS = "moments"
 COUNTS = "counts"
 SIGNED_COUNTS = "signed_counts"
 SINKS = "sinks"
+EXPERTS = "experts"
 CHANNEL_COUNTS = "channel_counts"
 """The statistics: token-wise maxima; channel-wise maxima; order statistics of the elements; power sums; counts of |x|
-and of x; at the outputs of the blocks, the tokens that may be sinks; and counts of x in each channel."""
+and of x; at the outputs of the blocks, the tokens that may be sinks; the tokens of each expert, where there are some;
+and counts of x in each channel."""
 
-ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS})
+ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS, EXPERTS})
 """What is kept where nothing is chosen: all but what costs much, which only a site that names it gets."""
 
 
@@ -41,10 +43,15 @@ def quantization_statistic(scheme: str, by: str, group_size: int) -> str:
     return f"quantized:{scheme}:{by}:{group_size if by == 'group' else 0}"
 
 
+def features_statistic(absolute: float) -> str:
+    """Name the statistic of outlier features, which has to know its threshold during the pass."""
+    return f"features:{absolute:.17g}"
+
+
 def need_tokens(statistics: frozenset[str]) -> bool:
     """Say whether some of the statistics exist only at a site with a token axis."""
     kinds = {statistic.partition(":")[0] for statistic in statistics}
-    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, "quantized"})
+    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, "quantized", "features"})
 
 
 def map_statistic(sample: int) -> str:

@@ -147,6 +147,21 @@ class Selection:
         """What the tensor would keep of itself in dB, rounded to a grid and back."""
         return self.series("quantization_sqnr", scheme=scheme, by=by, group_size=group_size)
 
+    def int8_outlier_features(
+        self, abs: float = 6.0, *, layer_share: float = 0.25, position_share: float = 0.06
+    ) -> Series:
+        """Channels with |x| ≥ abs in that share of the layers and of all their tokens: one number (LLM.int8)."""
+        return self.series(
+            "int8_outlier_features",
+            abs=float(abs),
+            layer_share=float(layer_share),
+            position_share=float(position_share),
+        )
+
+    def expert_tokens(self, *, reduce: Reduce | None = None) -> Series:
+        """Tokens that the router sends to each expert of packed experts; a number for `layer[0]`, `layer[1]`, …."""
+        return self.series("expert_tokens", reduce)
+
     def zero_fraction(self) -> Series:
         """The share of exact zeros."""
         return self.series("zero_fraction")
@@ -188,8 +203,15 @@ class Selection:
             SuiteError: an argument is none that the metric takes.
         """
         layers, query = self._asked(metric, reduce, positions, parameters)
-        compute = METRICS[metric].compute
-        return self._series(query, {layer: compute(self._view(layer, query), **parameters) for layer in layers})
+        definition = METRICS[metric]
+        views = {layer: self._view(layer, query) for layer in layers}
+        if definition.per == "model":
+            whole = definition.compute(list(views.values()), **parameters)
+            return self._series(query, {f"all {len(layers)} layers": whole})
+        results = {layer: definition.compute(view, **parameters) for layer, view in views.items()}
+        if definition.per == "expert":
+            results = {f"{layer}[{e}]": of for layer, each in results.items() for e, of in enumerate(each.T)}
+        return self._series(query, results)
 
     def _asked(
         self, metric: str, reduce: Reduce | None, positions: Positions, parameters: Mapping[str, Any]
@@ -216,7 +238,10 @@ class Selection:
         fold = REDUCTIONS[query.reduce or "max"]
         values = {layer: float(fold(result) if layer in populations else result) for layer, result in results.items()}
         bad = [layer for layer, value in values.items() if not np.isfinite(value)]
-        problems = {layer: _why_not_finite(self._view(layer, query)) for layer in bad}
+        problems = {
+            name: _why_not_finite(self._view(name, query)) if (name, self.site) in self.capture.sites else
+            "one of the layers holds NaN or Inf; the metric nonfinite says which" for name in bad
+        }  # fmt: skip
         array = np.array(list(values.values()), dtype=np.float64)
         return Series(list(values), array, query, populations, problems, self.judge)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pytest_qsa.engine.observers import Reducers, StreamObserver
 from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS
 
-STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", CHANNEL_COUNTS}
+STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", CHANNEL_COUNTS}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

@@ -61,7 +61,11 @@ def test_samples_that_say_nothing_of_their_place_are_numbered_in_the_order_given
     assert_same_bytes(merge(parts), whole)
 
 
-ASKED_FOR = ["channel_band", ("quantization_sqnr", {"scheme": "int4", "by": "group", "group_size": 12})]
+ASKED_FOR = [
+    "channel_band",
+    "int8_outlier_features",
+    ("quantization_sqnr", {"scheme": "int4", "by": "group", "group_size": 12}),
+]
 
 
 def test_what_only_the_sites_that_ask_for_it_have_merges_as_well():

@@ -32,6 +32,7 @@ SOME_STATISTICS = [
     "quantile",
     "absmax",
     "channel_band",
+    "int8_outlier_features",
     ("massive_activations", {"abs": 0.5, "ratio": 5.0}),
 ]
 
@@ -321,7 +322,9 @@ def test_any_shape_equals_the_oracle(seed, samples, length, width):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("nonfinite", "sink_tokens")])
+@pytest.mark.parametrize(
+    "name", [name for name in METRICS if name not in ("nonfinite", "sink_tokens", "expert_tokens")]
+)
 def test_one_non_finite_element_makes_every_metric_but_their_count_an_anomaly(name, poison, dtype):
     values = np.random.default_rng(0).standard_normal((2, 6, 4))
     values[1, 3, 2] = poison
@@ -331,7 +334,7 @@ def test_one_non_finite_element_makes_every_metric_but_their_count_an_anomaly(na
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             series = getattr(site, name)(**parameters)
-        with pytest.raises(AnomalyError, match=r"not finite at layers\.0"):
+        with pytest.raises(AnomalyError, match=r"not finite at (layers\.0|all 1 layers)"):
             print(parameters, series <= 1e30)
 
 
@@ -380,7 +383,7 @@ def test_the_reason_says_that_all_values_are_zero():
 # Arguments.
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "expert_tokens"])
 def test_every_metric_is_a_method_with_the_defaults_of_its_definition(name):
     cap, _ = measured()
     if name == "massive_activations":

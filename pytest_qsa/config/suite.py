@@ -183,6 +183,8 @@ class MeasuredAssertion(Assertion):
         definition = METRICS[self.metric]
         if self.baseline is None and not self.stated:
             raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
+        if self.over is not None and definition.per == "model":
+            raise SuiteError(f"{self.metric} is one number for all layers, so it takes no over", "over")
         if self.reduce is not None and definition.reduce is None:
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
         if self.positions != "all" and not definition.positional:

@@ -18,7 +18,17 @@ from ..errors import InfraError
 from ..numbers import SiteNumbers
 from ..plan import Request, Site, match_layers, merge_requests
 from .batches import Batch, Rows, row_count, rows_of, token_ids
-from .modules import blocks_of, channels_first, device_of, input_of, layers_of, tensor_of
+from .modules import (
+    Routing,
+    blocks_of,
+    channels_first,
+    device_of,
+    input_of,
+    layers_of,
+    packed_experts,
+    routing_of,
+    tensor_of,
+)
 from .observers import Reducers, StreamObserver
 from .weights import observe_weights, packed
 
@@ -72,16 +82,21 @@ class _Pass:
     may_stop: bool = True
     usual: dict[SiteKey, int] = field(default_factory=dict)
 
-    def visit(self, site: SiteKey, tensor: Tensor | None) -> None:
-        """Reduce a site's tensor, or note that it has been reduced at another site of this forward."""
+    def visit(self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None) -> None:
+        """Reduce a site's tensor, or note that it has been reduced at another site of this forward.
+
+        `routing`: where the tensor's tokens go, which another site that reads it need not know.
+        """
         if tensor is None or self.rows is None:
             return
         call = self.calls.get(site, 0)
         self.calls[site] = call + 1
         owner = self._owner(site, tensor, call)
         missing = self.wanted[site] - (self.wanted[owner] if owner else frozenset())
+        if routing is not None:
+            missing |= self.wanted[site] & {plan.EXPERTS}
         if missing:
-            self._reduce(site, tensor, call, missing)
+            self._reduce(site, tensor, call, missing, routing)
         self.last = (site, call)
         if self.last == self.stop_at:
             if self.calls != self.usual:
@@ -110,7 +125,9 @@ class _Pass:
             return seen.site
         return None
 
-    def _reduce(self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str]) -> None:
+    def _reduce(
+        self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str], routing: Routing | None
+    ) -> None:
         assert self.rows is not None
         observer = self.observers.setdefault(site, StreamObserver(statistics, self.reducers))
         try:
@@ -118,7 +135,7 @@ class _Pass:
         except InfraError as error:
             raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
         keep = self.rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(self.rows.samples)
-        observer.add(shaped, keep, self.rows.samples, call, token_axis)
+        observer.add(shaped, keep, self.rows.samples, call, token_axis, routing)
 
     def begin(self, rows: Rows) -> None:
         """Start a forward."""
@@ -262,7 +279,9 @@ def _hooked(modules: Mapping[str, nn.Module], state: _Pass) -> Iterator[None]:
     handles = []
     for layer, site in state.wanted:
         if site == "input":
-            handles.append(modules[layer].register_forward_pre_hook(_input_hook(state, layer), with_kwargs=True))
+            experts = packed_experts(modules[layer]) if plan.EXPERTS in state.wanted[layer, site] else 0
+            hook = _input_hook(state, layer, experts)
+            handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
         else:
             handles.append(modules[layer].register_forward_hook(_output_hook(state, layer)))
     try:
@@ -272,9 +291,10 @@ def _hooked(modules: Mapping[str, nn.Module], state: _Pass) -> Iterator[None]:
             handle.remove()
 
 
-def _input_hook(state: _Pass, layer: str) -> Callable[..., None]:
+def _input_hook(state: _Pass, layer: str, experts: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.visit((layer, "input"), input_of(args, kwargs))
+        routing = routing_of(experts, args, kwargs) if experts else None
+        state.visit((layer, "input"), input_of(args, kwargs), routing)
 
     return hook
 

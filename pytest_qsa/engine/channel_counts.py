@@ -1,7 +1,8 @@
-"""Counts and extremes of single channels, for the sites that ask for them; channels.py says what the bins are."""
+"""What is kept of single channels where a site asks: counts (channels.py says the bins), extremes, features."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,3 +33,11 @@ def widen_channels(x: Tensor, pooled: dict[str, Any]) -> None:
         largest, least = torch.maximum(before, ends), torch.minimum(before, ends)
         ends = torch.stack([largest[0], least[1], least[2], largest[3]])
     pooled["channel_extremes"] = ends
+
+
+def count_features(x: Tensor, features: Mapping[str, float], pooled: dict[str, Any]) -> None:
+    """Add to arrays [C + 2] how often |x| reaches a threshold in each channel of x [T, C]; T; and the NaN and Inf."""
+    for name, threshold in features.items():
+        nonfinite = (~x.isfinite()).sum()
+        found = torch.cat([(x.abs() >= threshold).sum(dim=0), nonfinite.new_full((1,), len(x)), nonfinite[None]])
+        pooled[name] = pooled[name] + found if name in pooled else found

@@ -13,7 +13,7 @@ from ..channels import CODES, FIRST_CODE, SHIFT
 from ..distributions import bin_values
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
-from .channel_counts import widen_channels
+from .channel_counts import count_features, widen_channels
 from .wants import Wants, peak_count, ranks_of
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
@@ -57,16 +57,14 @@ class CpuReducer:
         surveyed = wants.counted or (wants.moments and not self.wide)
         if surveyed:
             self.survey(lines, maxima, self.smallest, self.scratch)
-        else:
+        elif wants.tokens or wants.moments:
             self.token_maxima(lines, maxima)
         if patterns.ndim == 2 and wants.tokens:
             self._tokens(lines, maxima, kept, row.shape[0], found)
         if patterns.ndim == 2 and wants.channels:
             self._channels(lines, pooled, found)
-        if patterns.ndim == 2 and wants.channel_counts:
-            self._count_channels(counted.float(), pooled)
-        if patterns.ndim == 2:
-            found |= {name: quantizer.powers(counted.float()).numpy() for name, quantizer in wants.quantizers.items()}
+        if patterns.ndim == 2 and wants.on_request:
+            self._on_request(counted.float(), wants, pooled, found)
         if surveyed:
             self._distribution(counted, lines, int(maxima.max()), wants, pooled, found)
         elif wants.moments:
@@ -107,6 +105,12 @@ class CpuReducer:
         ranks = np.array(ranks_of(len(floats)))
         picked = np.sort(floats)[np.clip(ranks, 0, len(floats) - 1)]
         found["channel_top"] = _blank_missing(picked, ranks, len(floats))
+
+    def _on_request(self, wide: Tensor, wants: Wants, pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
+        if wants.channel_counts:
+            self._count_channels(wide, pooled)
+        count_features(wide, wants.features, pooled)
+        found |= {name: quantizer.powers(wide).numpy() for name, quantizer in wants.quantizers.items()}
 
     def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
         if "channel_counts" not in pooled:

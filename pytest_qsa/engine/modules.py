@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +52,36 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         return positional
     tensors = {name: item for name, item in kwargs.items() if isinstance(item, Tensor)}
     return tensor_of(tensors)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a router sends tokens: `indices` [tokens, k] below `experts`; larger ones mean an expert elsewhere."""
+
+    indices: Tensor
+    experts: int
+
+    def of_rows(self, count: int) -> list[Tensor]:
+        """Return the indices of each row of a batch of `count`, [T, k]."""
+        return list(self.indices.reshape(count, -1, self.indices.shape[-1]))
+
+    def counts(self, indices: Tensor) -> Tensor:
+        """Return how many of some indices name each expert, [E] int64."""
+        flat = indices.flatten().long().clamp(max=self.experts)
+        counts = torch.zeros(self.experts + 1, dtype=torch.int64, device=flat.device)
+        return counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.experts]
+
+
+def packed_experts(module: nn.Module) -> int:
+    """Return how many experts a module keeps in tensors [E, …] of its own; 0 where it is no such module."""
+    return next((len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3), 0)
+
+
+def routing_of(experts: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | None:
+    """Return the indices that packed experts get beside their tokens; None where every expert sees all of them."""
+    values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() >= 2]
+    indices = next((value for value in values if value.dtype in (torch.int64, torch.int32)), None)
+    return Routing(indices, experts) if indices is not None else None
 
 
 def channels_first(module: nn.Module) -> bool:

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from .modules import Routing
 from .reductions import TorchReducer
 from .wants import MAP_SIZE, Wants
 
@@ -70,7 +72,13 @@ class StreamObserver:
         self.maps: dict[str, Tensor] = {}
 
     def add(
-        self, x: Tensor, keep: Sequence[Tensor | None], samples: Sequence[int], call: int, token_axis: bool
+        self,
+        x: Tensor,
+        keep: Sequence[Tensor | None],
+        samples: Sequence[int],
+        call: int,
+        token_axis: bool,
+        routing: Routing | None = None,
     ) -> None:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
         dtype = str(x.dtype).removeprefix("torch.")
@@ -80,12 +88,16 @@ class StreamObserver:
         self.shape = tuple(x.shape[1:])
         self.token_axis = token_axis
         reducer = self.reducers.for_tensor(x)
-        for row, kept, sample in zip(x.detach(), keep, samples, strict=True):
+        routes = routing.of_rows(len(x)) if routing is not None and self.wants.experts else [None] * len(x)
+        for row, kept, sample, route in zip(x.detach(), keep, samples, routes, strict=True):
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
             self.owners.append((sample, call, row.shape[0] if token_axis else 0))
             for name, value in reducer.reduce(row, kept, self.wants, self.pooled).items():
                 self.rows.setdefault(name, []).append(value)
+            if routing is not None and route is not None:
+                counts = routing.counts(route if kept is None else route.index_select(0, kept))
+                self.rows.setdefault(plan.EXPERTS, []).append(counts)
             if sample in self.wants.maps and token_axis:
                 self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
 
@@ -121,6 +133,7 @@ class StreamObserver:
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
             massive={name: _stacked(fetched[name]) for name in self.wants.massive if name in fetched},
+            features={name: arrays.pop(name) for name in self.wants.features if name in arrays},
             quantized={name: _stacked(fetched[name]) for name in self.wants.quantizers if name in fetched},
             maps={name: _fetched(picture) for name, picture in self.maps.items()},
             **arrays,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
-from .channel_counts import count_channels, widen_channels
+from .channel_counts import count_channels, count_features, widen_channels
 from .wants import Wants, peak_count, ranks_of
 
 
@@ -23,11 +23,8 @@ class TorchReducer:
             found |= _tokens(magnitudes, kept, row.shape[0])
         if row.dim() == 2 and wants.channels:
             found |= _channels(magnitudes, pooled)
-        if row.dim() == 2 and wants.channel_counts:
-            count_channels(wide.float(), pooled)
-            widen_channels(wide.float(), pooled)
-        if row.dim() == 2:
-            found |= {name: quantizer.powers(wide.float()) for name, quantizer in wants.quantizers.items()}
+        if row.dim() == 2 and wants.on_request:
+            found |= _on_request(wide.float(), wants, pooled)
         elements = magnitudes.flatten()
         order = _distribution(counted.flatten(), elements, wants, pooled) if wants.counted else None
         if wants.elements and order is not None:
@@ -60,6 +57,14 @@ def _channels(magnitudes: Tensor, pooled: dict[str, Tensor]) -> dict[str, Tensor
     ranks = torch.tensor(ranks_of(count), device=maxima.device)
     picked = maxima.sort().values[ranks.clamp(0, count - 1)]
     return {"channel_top": _blank_missing(picked, ranks, count)}
+
+
+def _on_request(wide: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+    if wants.channel_counts:
+        count_channels(wide, pooled)
+        widen_channels(wide, pooled)
+    count_features(wide, wants.features, pooled)
+    return {name: quantizer.powers(wide) for name, quantizer in wants.quantizers.items()}
 
 
 def _distribution(raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> Tensor | None:

@@ -24,9 +24,11 @@ class Wants:
     moments: bool
     counts: bool
     signed: bool
+    experts: bool
     channel_counts: bool
     massive: Mapping[str, tuple[float, float]]
     quantizers: Mapping[str, Quantizer]
+    features: Mapping[str, float]
     maps: Mapping[int, str]
 
     @classmethod
@@ -40,9 +42,13 @@ class Wants:
             moments=plan.MOMENTS in statistics,
             counts=plan.COUNTS in statistics,
             signed=plan.SIGNED_COUNTS in statistics,
+            experts=plan.EXPERTS in statistics,
             channel_counts=plan.CHANNEL_COUNTS in statistics,
             massive=massive,
             quantizers={name: Quantizer.of(name) for name in sorted(statistics) if name.startswith("quantized:")},
+            features={
+                name: float(name.partition(":")[2]) for name in sorted(statistics) if name.startswith("features:")
+            },
             maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
         )
 
@@ -50,6 +56,11 @@ class Wants:
     def ordered(self) -> bool:
         """Whether the order statistics of a row's elements are needed."""
         return self.elements or bool(self.massive)
+
+    @property
+    def on_request(self) -> bool:
+        """Whether there is something that only a site that asks for it has."""
+        return self.channel_counts or bool(self.quantizers) or bool(self.features)
 
     @property
     def counted(self) -> bool:

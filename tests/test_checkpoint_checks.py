@@ -420,6 +420,15 @@ def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message)
         load_suite(tmp_path / "a.qsa.yaml")
 
 
+def test_defaults_of_a_suite_give_a_static_assertion_what_it_can_have(tmp_path):
+    from pytest_qsa.config import load_suite
+
+    sections = "defaults: {site: output, reduce: mean, reason: agreed in June}\n"
+    (tmp_path / "a.qsa.yaml").write_text(suite("x", "id: a, metric: checkpoint_health", sections=sections))
+    (assertion,) = load_suite(tmp_path / "a.qsa.yaml").assertions
+    assert assertion.reason == "agreed in June"
+
+
 def test_every_check_is_a_method_of_python_tests():
     from pytest_qsa.python_api import QsaCheckpoint
 

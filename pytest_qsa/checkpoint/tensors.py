@@ -94,6 +94,26 @@ def _e4m3() -> NDArray[np.float32]:
 _E4M3 = _e4m3()
 
 
+def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+    """Return the raw bytes of numbers: what `decoded` reads, rounded to the nearest; whole numbers are clipped."""
+    if dtype == "BF16":
+        bits = values.astype(np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
+        return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    if dtype == "F8_E8M0":
+        return np.clip(np.round(np.log2(values)) + 127, 0, 254).astype(np.uint8)
+    if dtype in EIGHT_BITS:
+        table = decoded(np.arange(256, dtype=np.uint8), dtype).astype(np.float64)
+        order = np.flatnonzero(np.isfinite(table))[np.argsort(table[np.isfinite(table)])]
+        middle = (table[order][1:] + table[order][:-1]) / 2
+        return np.where(np.isnan(values), 0x7F, order[np.searchsorted(middle, values)]).astype(np.uint8)
+    kind = np.dtype(RAW[dtype])
+    if kind.kind in "iu":
+        info = np.iinfo(kind)
+        return np.clip(np.round(values), info.min, info.max).astype(kind)
+    return values.astype(kind)
+
+
 def tensors_of(path: Path) -> Iterator[Tensor]:
     """Yield the tensors of a file by its header alone.
 

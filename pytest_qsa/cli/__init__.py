@@ -14,6 +14,7 @@ COMMANDS: Mapping[str, str] = {
     "analyze": "draw and export what a configuration asks for, in one pass over its model",
     "diff": "show what moved between two versions of a model, from captures, baselines or reports",
     "layers": "list a model's layers, or what a regex finds, without reading weights",
+    "selftest": "put faults into copies of a checkpoint and see which of them a suite catches",
     "schema": "print the JSON Schema of suites, for editors",
 }
 """Command, also the name of its module → one line of help."""

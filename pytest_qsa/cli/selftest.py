@@ -1,0 +1,109 @@
+"""`qsa selftest`: faults put into copies of a checkpoint, and which of them a suite catches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import InfraError, SuiteError, shown_path
+from .codes import FAILED, OK
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print what became of each fault; return 1 where the mutation score is below what is asked for."""
+    from ..selftest.table import lines_of, score_line, write_outcomes
+    from ..selftest.testing import chosen, score_of
+
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if options.list:
+        return _list()
+    if options.suite is None:
+        parser.error("give a suite")
+    faults = chosen([name for names in options.faults for name in names.split(",") if name])
+    test = _selftest(options, more)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    outcomes = list(test.run(faults, _told))
+    print("\n".join(lines_of(outcomes)))
+    score = score_of(outcomes)
+    passed = options.min_score is None or score >= options.min_score
+    if options.output is not None:
+        session: dict[str, Any] = {
+            "suite": shown_path(test.suite), "model": shown_path(test.folder.path), "started": started,
+            "min_score": options.min_score, "passed": passed, "arguments": list(test.arguments),
+        }  # fmt: skip
+        print(f"report: {shown_path(write_outcomes(outcomes, options.output, session))}")
+    if not passed:
+        print(f"qsa: {score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
+    return OK if passed else FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qsa selftest",
+        usage="qsa selftest SUITE [options] [-- what else pytest gets]",
+        description="Put faults into copies of a suite's checkpoint, one at a time, and see which of them it catches.",
+    )
+    parser.add_argument("suite", nargs="?", type=Path, metavar="SUITE", help="a suite with model.path")
+    parser.add_argument("--model", metavar="PATH", help="another checkpoint than the suite's own, to be broken")
+    parser.add_argument("--faults", action="append", default=[], metavar="A,B", help="only these (--list names all)")
+    parser.add_argument("--layers", metavar="REGEX", help="put faults only into layers that it finds")
+    parser.add_argument("--min-score", type=_share, metavar="X", help="exit with 1 below this share, 0.95 say")
+    parser.add_argument("--first", action="store_true", help="stop each run at the first assertion that fails")
+    parser.add_argument(
+        "--bisect", choices=("slipped", "all", "none"), default="slipped",
+        help="look for the smallest strength that is caught (default: of what slipped through)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write selftest.json and selftest.html there")
+    parser.add_argument("--list", action="store_true", help="list the faults")
+    return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _list() -> int:
+    from ..selftest import FAULTS
+
+    for fault in FAULTS.values():
+        strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
+        print(f"{fault.name:<22}{fault.text} ({strength})")
+    return OK
+
+
+def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
+    """Return the self-test of a suite, of its own checkpoint or another.
+
+    Raises:
+        SuiteError: the suite names no checkpoint.
+        InfraError: there is no such suite or checkpoint.
+    """
+    from ..checkpoint import open_folder
+    from ..config import load_suite
+    from ..selftest import Selftest
+
+    if not options.suite.is_file():
+        raise InfraError(f"{options.suite}: there is no such suite")
+    file = load_suite(options.suite)
+    model = file.suite.model
+    path = options.model or (model.path if model else None)
+    if path is None:
+        raise SuiteError(f"{shown_path(options.suite)} names no checkpoint in model.path: give --model")
+    local = (Path.cwd() if options.model else options.suite.parent) / path
+    folder = open_folder(local if local.is_dir() else path, model.revision if model and not options.model else None)
+    return Selftest(
+        options.suite, folder, arguments=tuple(word for word in more if word != "--"), layers=options.layers,
+        first_only=options.first, bisect=options.bisect,
+    )  # fmt: skip
+
+
+def _told(text: str) -> None:
+    print(f"… {text}", file=sys.stderr, flush=True)

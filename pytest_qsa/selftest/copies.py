@@ -1,0 +1,134 @@
+"""A lazy copy of a checkpoint: links to the original's files, and files of its own only for what a fault touches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import Folder
+from ..checkpoint.folder import INDEX
+from ..checkpoint.tensors import Tensor, encoded
+from ..files import write_atomically
+
+CHUNK = 1 << 24
+
+
+class Content(NamedTuple):
+    """A tensor as it is written: its dtype as safetensors names it, its shape, its raw bytes as numpy sees them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: NDArray[Any]
+
+
+@dataclass
+class Mutant:
+    """A copy under change. Nothing is written before `save`; the original is only ever read."""
+
+    source: Folder
+    changes: dict[str, Content | None] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def raw(self, name: str) -> NDArray[Any]:
+        """Return a copy of a tensor's raw numbers as they are now, to be changed and put."""
+        changed = self.changes.get(name)
+        return np.array(changed.raw if changed else self.source.tensors[name].raw())
+
+    def values(self, name: str) -> NDArray[np.float64]:
+        """Return the values of a tensor of the original as float64."""
+        return self.source.tensors[name].values()
+
+    def put(self, name: str, raw: NDArray[Any]) -> None:
+        """Replace the numbers of a tensor; its dtype and shape stay."""
+        tensor = self.source.tensors[name]
+        self.changes[name] = Content(tensor.dtype, tensor.shape, raw)
+
+    def put_values(self, name: str, values: NDArray[np.float64]) -> None:
+        """Replace the values of a floating-point tensor, rounded to its dtype."""
+        self.put(name, encoded(values, self.source.tensors[name].dtype))
+
+    def replace(self, name: str, dtype: str, values: NDArray[np.float64]) -> None:
+        """Replace a tensor by one of another dtype or shape."""
+        self.changes[name] = Content(dtype, values.shape, encoded(values, dtype))
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out."""
+        self.changes[name] = None
+
+    def save(self, folder: Path) -> Path:
+        """Write the copy into a new folder: links for what is untouched.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        folder.mkdir(parents=True)
+        touched = {self.source.tensors[name].path for name in self.changes}
+        for file in self.source.path.iterdir():
+            if file.is_file() and file not in touched and file.name not in self.texts:
+                _link(file, folder / file.name)
+        for path in touched:
+            _rewrite(path, folder / path.name, self._contents(path))
+        for name, text in self.texts.items():
+            write_atomically(folder / name, text)
+        if self.source.indexed and any(content is None for content in self.changes.values()):
+            self._reindex(folder)
+        return folder
+
+    def _contents(self, path: Path) -> dict[str, Tensor | Content]:
+        own = {name: tensor for name, tensor in self.source.tensors.items() if tensor.path == path}
+        contents: dict[str, Tensor | Content] = {}
+        for name, tensor in own.items():
+            changed = self.changes.get(name, tensor)
+            if changed is not None:
+                contents[name] = changed
+        return contents
+
+    def _reindex(self, folder: Path) -> None:
+        index = dict(self.source.json(INDEX))
+        dropped = {name for name, content in self.changes.items() if content is None}
+        index["weight_map"] = {name: file for name, file in self.source.indexed.items() if name not in dropped}
+        write_atomically(folder / INDEX, json.dumps(index))
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.symlink(file.resolve(), target)
+    except OSError:  # a file system or an account without links
+        shutil.copyfile(file, target)
+
+
+def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content]) -> None:
+    """Write a safetensors file anew: what is unchanged goes over piece by piece, whatever its size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, content in contents.items():
+        size = content.stop - content.start if isinstance(content, Tensor) else content.raw.nbytes
+        header[name] = {
+            "dtype": content.dtype, "shape": list(content.shape), "data_offsets": [offset, offset + size],
+        }  # fmt: skip
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    with os.fdopen(handle, "wb") as out, path.open("rb") as source:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for content in contents.values():
+            if isinstance(content, Content):
+                out.write(np.ascontiguousarray(content.raw).tobytes())
+                continue
+            source.seek(content.start)
+            left = content.stop - content.start
+            while left:
+                piece = source.read(min(left, CHUNK))
+                out.write(piece)
+                left -= len(piece)
+    os.replace(temporary, target)

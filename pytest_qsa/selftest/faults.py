@@ -1,0 +1,392 @@
+"""The faults: what breaks quantized checkpoints in the field, each with a strength that can be bisected.
+
+A fault is a plain function `(mutant, layer, strength)`; the decorator says to which layers it can be done, and which
+strengths it has. They are those of the field's reports: scales, packing, order, zero points, and what is around them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import Folder
+from ..checkpoint.folder import NUMBER
+from ..checkpoint.schemes import codes_of, declared, scale_parts
+from ..checkpoint.tensors import FLOATS
+from .copies import Mutant
+
+Inject = Callable[[Mutant, str, float], None]
+Targets = Callable[[Folder], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kind of fault. `neutral`: the strength that changes nothing; `default` and `strongest`: to test, to give up at.
+
+    `unit`: what the strength counts; `whole`: only whole numbers are strengths. A fault of one strength has
+    `default == strongest`. `targets`: the layers of a checkpoint that it can be done to.
+    """
+
+    name: str
+    text: str
+    unit: str
+    neutral: float
+    default: float
+    strongest: float
+    whole: bool
+    targets: Targets
+    inject: Inject
+
+    @property
+    def graded(self) -> bool:
+        """Whether there are strengths between nothing and the strongest."""
+        return self.unit != ""
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def _fault(
+    targets: Targets,
+    unit: str = "",
+    *,
+    neutral: float = 0.0,
+    default: float = 1.0,
+    strongest: float = 1.0,
+    whole: bool = False,
+) -> Callable[[Inject], Inject]:
+    def register(function: Inject) -> Inject:
+        text = (function.__doc__ or "").splitlines()[0]
+        FAULTS[function.__name__] = Fault(
+            function.__name__, text, unit, neutral, default, strongest, whole, targets, function
+        )
+        return function
+
+    return register
+
+
+def _quantized(folder: Folder) -> list[str]:
+    return [name for name, parts in folder.layers.items() if codes_of(parts) and weight_scale(parts)]
+
+
+def weight_scale(parts: Mapping[str, Any]) -> str | None:
+    """Return the part that holds the scales of a layer's weight."""
+    found = [part for part in scale_parts(parts) if not part.startswith(("input", "output", "k_", "v_", "q_"))]
+    return next((part for part in found if "global" not in part), None)
+
+
+def _scale_name(folder: Folder, layer: str) -> str:
+    return f"{layer}.{weight_scale(folder.layers[layer])}"
+
+
+def _codes_name(folder: Folder, layer: str) -> str:
+    codes = codes_of(folder.layers[layer])
+    assert codes is not None
+    return codes.name
+
+
+def _many_scales(folder: Folder) -> list[str]:
+    return [n for n in _quantized(folder) if folder.tensors[_scale_name(folder, n)].stop and _count(folder, n) > 1]
+
+
+def _count(folder: Folder, layer: str) -> int:
+    return int(np.prod(folder.tensors[_scale_name(folder, layer)].shape))
+
+
+def _packed(folder: Folder) -> list[str]:
+    """Return the layers whose codes share a byte with another."""
+    declaration = declared(folder)
+    return [
+        layer for layer in _quantized(folder)
+        if folder.tensors[_codes_name(folder, layer)].dtype in ("I32", "U8")
+        and getattr(declaration.of(layer), "bits", 4) == 4
+    ]  # fmt: skip
+
+
+def _whole_codes(folder: Folder) -> list[str]:
+    return [n for n in _quantized(folder) if folder.tensors[_codes_name(folder, n)].dtype == "I8"]
+
+
+def _zero_points(folder: Folder) -> list[str]:
+    names = [n for n, parts in folder.layers.items() if {"weight_zero_point", "qzeros"} & set(parts)]
+    return names or _whole_codes(folder)
+
+
+def _rows(size: int, share: float) -> NDArray[np.int64]:
+    """Return evenly spaced rows, a share of them, one at least."""
+    return np.unique(np.linspace(0, size - 1, max(1, round(size * share))).astype(np.int64))
+
+
+@_fault(_quantized, "× scale", neutral=1.0, default=2.0, strongest=16.0)
+def scale_layer(mutant: Mutant, layer: str, strength: float) -> None:
+    """All scales of one layer × s."""
+    name = _scale_name(mutant.source, layer)
+    mutant.put_values(name, mutant.values(name) * strength)
+
+
+@_fault(_many_scales, "× scale", neutral=1.0, default=8.0, strongest=4096.0)
+def scale_channel(mutant: Mutant, layer: str, strength: float) -> None:
+    """The scale of one channel × s."""
+    _one_scale(mutant, layer, strength)
+
+
+def _one_scale(mutant: Mutant, layer: str, factor: float, many: int = 1) -> None:
+    name = _scale_name(mutant.source, layer)
+    values = mutant.values(name)
+    values.flat[_rows(values.size, many / values.size)] *= factor
+    mutant.put_values(name, values)
+
+
+@_fault(_many_scales, "scales", default=1.0, strongest=256.0, whole=True)
+def zero_scale(mutant: Mutant, layer: str, strength: float) -> None:
+    """The scale of one group (of one channel, without groups) zeroed."""
+    _one_scale(mutant, layer, 0.0, int(strength))
+
+
+@_fault(_quantized, "scales", default=1.0, strongest=256.0, whole=True)
+def nan_scale(mutant: Mutant, layer: str, strength: float) -> None:
+    """NaN in a scale."""
+    _one_scale(mutant, layer, float("nan"), int(strength))
+
+
+@_fault(_quantized)
+def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The scales of one layer left out of the file."""
+    mutant.drop(_scale_name(mutant.source, layer))
+
+
+@_fault(_quantized, "of the rows")
+def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
+    """The packed weights of one layer constant."""
+    name = _codes_name(mutant.source, layer)
+    codes = mutant.raw(name)
+    codes[_rows(len(codes), strength)] = codes.flat[0] or 1
+    mutant.put(name, codes)
+
+
+@_fault(_packed, "of the rows")
+def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The two 4-bit halves of each byte swapped."""
+    name = _codes_name(mutant.source, layer)
+    codes = mutant.raw(name)
+    rows = _rows(len(codes), strength)
+    halves = np.ascontiguousarray(codes[rows]).view(np.uint8)
+    codes[rows] = ((halves >> 4) | (halves << 4)).view(codes.dtype)
+    mutant.put(name, codes)
+
+
+@_fault(_quantized, "of the rows")
+def rows_permuted(mutant: Mutant, layer: str, strength: float) -> None:
+    """The rows of one layer's weight in another order, their scales in the old one."""
+    name = _codes_name(mutant.source, layer)
+    codes = mutant.raw(name)
+    rows = _rows(len(codes), max(strength, 2 / len(codes)))
+    codes[rows] = codes[np.roll(rows, 1)]
+    mutant.put(name, codes)
+
+
+def _with_sibling(first: str, second: str) -> Targets:
+    def targets(folder: Folder) -> list[str]:
+        found = [name for name in _quantized(folder) if name.rpartition(".")[2] == first]
+        return [name for name in found if f"{name.rpartition('.')[0]}.{second}" in folder.layers]
+
+    return targets
+
+
+@_fault(_with_sibling("q_proj", "k_proj"), "of the rows")
+def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The scales of q and k swapped; where k has fewer rows, as many of them."""
+    one = _scale_name(mutant.source, layer)
+    other = _scale_name(mutant.source, f"{layer.rpartition('.')[0]}.k_proj")
+    q, k = mutant.values(one), mutant.values(other)
+    rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
+    q[rows], k[rows] = k[rows].copy(), q[rows].copy()
+    mutant.put_values(one, q)
+    mutant.put_values(other, k)
+
+
+@_fault(_zero_points, "steps", default=1.0, strongest=16.0, whole=True)
+def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
+    """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
+    parts = mutant.source.layers[layer]
+    packed = next((part for part in ("weight_zero_point", "qzeros") if part in parts), None)
+    name = f"{layer}.{packed}" if packed else _codes_name(mutant.source, layer)
+    raw = mutant.raw(name)
+    if raw.dtype == np.int32:
+        raw = _added(raw.view(np.uint32), int(strength)).view(np.int32)
+    else:
+        raw = np.clip(raw.astype(np.int32) + int(strength), -128, 127).astype(raw.dtype)
+    mutant.put(name, raw)
+
+
+def _added(words: NDArray[np.uint32], step: int) -> NDArray[np.uint32]:
+    """Add a step to each of the eight 4-bit numbers of a word, without a carry."""
+    out = np.zeros_like(words)
+    for shift in range(0, 32, 4):
+        out |= (((words >> np.uint32(shift)) + np.uint32(step)) & np.uint32(15)) << np.uint32(shift)
+    return out
+
+
+@_fault(_whole_codes)
+def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
+    """One layer left unquantized: its weight in 16 bits, its scales gone."""
+    name, scale = _codes_name(mutant.source, layer), _scale_name(mutant.source, layer)
+    mutant.replace(name, "BF16", mutant.values(name) * mutant.values(scale))
+    mutant.drop(scale)
+
+
+def _with_next(folder: Folder) -> list[str]:
+    pairs = [(name, _next(name)) for name in _quantized(folder)]
+    return [name for name, other in pairs if other in folder.layers and _alike(folder, name, str(other))]
+
+
+def _next(layer: str) -> str | None:
+    match = NUMBER.search(layer)
+    return f"{layer[: match.start()]}{int(match[0]) + 1}{layer[match.end() :]}" if match else None
+
+
+def _alike(folder: Folder, one: str, other: str) -> bool:
+    mine, theirs = folder.layers[one], folder.layers[other]
+    return mine.keys() == theirs.keys() and all(mine[p].shape == theirs[p].shape for p in mine)
+
+
+@_fault(_with_next)
+def weights_exchanged(mutant: Mutant, layer: str, strength: float) -> None:
+    """The weights of two neighbouring blocks exchanged, scales and all."""
+    other = _next(layer)
+    assert other is not None
+    for part in mutant.source.layers[layer]:
+        one, two = mutant.raw(f"{layer}.{part}"), mutant.raw(f"{other}.{part}")
+        mutant.put(f"{layer}.{part}", two)
+        mutant.put(f"{other}.{part}", one)
+
+
+def _norms(folder: Folder) -> list[str]:
+    return [
+        layer for layer, parts in folder.layers.items()
+        if "norm" in layer.rpartition(".")[2] and "weight" in parts and len(parts["weight"].shape) == 1
+    ]  # fmt: skip
+
+
+@_fault(_norms, "× weight", neutral=1.0, default=1.5, strongest=16.0)
+def norm_scaled(mutant: Mutant, layer: str, strength: float) -> None:
+    """The weight of one norm × s."""
+    mutant.put_values(f"{layer}.weight", mutant.values(f"{layer}.weight") * strength)
+
+
+def _experts(folder: Folder) -> list[str]:
+    """Return the experts' layers, and what holds all experts of a block in one tensor."""
+    return [
+        layer for layer, parts in folder.layers.items()
+        if "experts" in layer.split(".") and (codes_of(parts) or len(next(iter(parts.values())).shape) >= 2)
+    ]  # fmt: skip
+
+
+@_fault(_experts, "of the rows")
+def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
+    """The weight of one expert random, as a loader leaves what it can't map."""
+    parts = mutant.source.layers[layer]
+    tensor = codes_of(parts) or next(t for t in parts.values() if len(t.shape) >= 2)
+    raw = mutant.raw(tensor.name)
+    random = np.random.default_rng(0)
+    rows = _rows(len(raw), strength)
+    if tensor.dtype in FLOATS:
+        values = mutant.values(tensor.name)
+        values[rows] = random.normal(0.0, 0.02, values[rows].shape)
+        mutant.put_values(tensor.name, values)
+        return
+    raw[rows] = random.permutation(raw[rows].ravel()).reshape(raw[rows].shape)
+    mutant.put(tensor.name, raw)
+
+
+def _embeddings(folder: Folder) -> list[str]:
+    names = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings")
+    return [name for name in folder.layers if name.rpartition(".")[2] in names]
+
+
+@_fault(_embeddings, "rows", default=1.0, strongest=16384.0, whole=True)
+def embedding_zeroed(mutant: Mutant, layer: str, strength: float) -> None:
+    """One row of the embedding zeroed; of more than one, evenly spaced ones."""
+    raw = mutant.raw(f"{layer}.weight")
+    raw[_rows(len(raw), strength / len(raw)) if strength > 1 else [len(raw) // 2]] = 0
+    mutant.put(f"{layer}.weight", raw)
+
+
+def _channelwise(folder: Folder) -> list[str]:
+    """Return the layers with a scale a row: where the largest is the channel that stands out."""
+    layers = [n for n in _many_scales(folder) if _count(folder, n) == folder.tensors[_codes_name(folder, n)].shape[0]]
+    return [name for name in layers if name.rpartition(".")[2] in ("down_proj", "o_proj")] or layers
+
+
+@_fault(_channelwise, "÷ scale", neutral=1.0, default=4.0, strongest=4096.0)
+def outlier_clipped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The channel that stands out clipped: the largest scale of a layer that writes the residual stream ÷ s."""
+    name = _scale_name(mutant.source, layer)
+    values = mutant.values(name)
+    values.flat[int(np.argmax(values))] /= strength
+    mutant.put_values(name, values)
+
+
+def _kv_biases(folder: Folder) -> list[str]:
+    ends = ("k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "key", "value")
+    return [n for n, parts in folder.layers.items() if "bias" in parts and n.rpartition(".")[2] in ends]
+
+
+@_fault(_kv_biases, "of the bias")
+def kv_bias_dropped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The bias of a key or value projection × (1 − s): zeros where it is dropped whole."""
+    mutant.put_values(f"{layer}.bias", mutant.values(f"{layer}.bias") * (1 - strength))
+
+
+def _signed(folder: Folder) -> list[str]:
+    return _whole_codes(folder) or [
+        n for n in _quantized(folder) if folder.tensors[_codes_name(folder, n)].dtype == "F8_E4M3"
+    ]
+
+
+@_fault(_signed, "of the rows")
+def signs_lost(mutant: Mutant, layer: str, strength: float) -> None:
+    """The signs of one layer's weights lost."""
+    name = _codes_name(mutant.source, layer)
+    raw = mutant.raw(name)
+    rows = _rows(len(raw), strength)
+    if raw.dtype == np.int8:
+        raw[rows] = np.abs(np.maximum(raw[rows], -127))
+    else:
+        raw[rows] &= 0x7F
+    mutant.put(name, raw)
+
+
+TOKENIZER = "tokenizer"
+
+
+def _with_bos(folder: Folder) -> list[str]:
+    return [TOKENIZER] if (folder.json("tokenizer_config.json") or {}).get("bos_token") else []
+
+
+@_fault(_with_bos)
+def bos_dropped(mutant: Mutant, layer: str, strength: float) -> None:
+    """The tokenizer's beginning-of-sequence token dropped: the token, and the step that puts it in front."""
+    settings = dict(mutant.source.json("tokenizer_config.json"))
+    settings.pop("bos_token")
+    settings["add_bos_token"] = False
+    mutant.texts["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False)
+    tokenizer = mutant.source.json("tokenizer.json")
+    if tokenizer and (tokenizer.get("post_processor") or {}).get("type") == "TemplateProcessing":
+        mutant.texts["tokenizer.json"] = json.dumps({**tokenizer, "post_processor": None}, ensure_ascii=False)
+
+
+def changed_numbers(mutant: Mutant) -> float:
+    """Count the numbers that a fault changed: 0 for a swap of equal scales, say; ∞ for another dtype."""
+    total = 0.0
+    for name, content in mutant.changes.items():
+        tensor = mutant.source.tensors[name]
+        if content is None or content.shape != tensor.shape or content.dtype != tensor.dtype:
+            return float("inf")
+        total += float(np.count_nonzero(np.asarray(tensor.raw()) != content.raw))
+    return total + len(mutant.texts)

@@ -1,0 +1,45 @@
+"""A pytest plugin for the runs of a self-test: it leaves the verdicts of a run in a file, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..reporting import FIELD
+
+RESULTS = "QSA_SELFTEST_RESULTS"
+"""The environment variable that names the file."""
+
+
+class Recorder:
+    """Collects what the reports of a run carry."""
+
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep of each verdict what a self-test asks for."""
+        for verdict in getattr(report, FIELD, ()):
+            layers = [row["layer"] for row in verdict["rows"] if row["excess"]]
+            layers += [finding["layer"] for finding in verdict["findings"]]
+            self.results.append(
+                {
+                    "test": verdict["nodeid"], "kind": verdict["kind"], "failed": verdict["failed"],
+                    "headline": verdict["headline"], "layers": layers,
+                }
+            )  # fmt: skip
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the file."""
+        if RESULTS in os.environ:
+            Path(os.environ[RESULTS]).write_text(json.dumps(self.results), encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record from the process that sees all results."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(), "qsa-selftest-recorder")

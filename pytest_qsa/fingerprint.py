@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_atomically
+from .hub_sets import hub_set_of, local_path
 from .subjects import Subject
 
 LIBRARIES = (
@@ -75,6 +76,9 @@ def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
     folder = local_folder(subject)
     if folder is None or subject.model is None:
         return None
+    hub_set = hub_set_of(subject.data)
+    if hub_set is not None and not hub_set.copies:
+        return None
     digest = hashlib.sha256()
     for part in _parts(subject, folder, hashes):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
@@ -106,11 +110,19 @@ def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     if subject.data.source == "sample":
         text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_bytes()
         yield hashlib.sha256(text).hexdigest()
-    elif subject.data.source.startswith("custom:"):
-        file = subject.folder / Path(subject.data.source.partition(":")[2]).expanduser()
-        yield hashes.of(file) if file.is_file() else "missing"
+    else:
+        for file in _data_files(subject):
+            yield [file.name, hashes.of(file)] if file.is_file() else "missing"
     yield {name: _version(name) for name in LIBRARIES}
     yield machine()
+
+
+def _data_files(subject: Subject) -> list[Path]:
+    """Return the files of the subject's own data, or of the hub's copies in the cache."""
+    own, hub_set = local_path(subject.data, subject.folder), hub_set_of(subject.data)
+    if own is None:
+        return hub_set.copies if hub_set else []
+    return sorted(path for path in own.rglob("*") if path.is_file()) if own.is_dir() else [own]
 
 
 def _version(library: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from .checkpoint import Files, open_folder
 from .config import Data, Memory, Model
 from .errors import InfraError
+from .hub_sets import local_path
 
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
@@ -45,8 +46,8 @@ class Subject:
         """Equal for subjects that share one pass, whatever their names and suites."""
         model = self.model.model_dump(exclude={"name", "path", "reference"}) if self.model else None
         data = self.data.model_dump()
-        if self.data.source.startswith("custom:"):
-            data["source"] = f"custom:{(self.folder / self.data.source.partition(':')[2]).resolve()}"
+        if (own := local_path(self.data, self.folder)) is not None:
+            data["source"] = f"custom:{own.resolve()}"
         text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -80,6 +80,27 @@ def test_changed_data_changes_the_fingerprint_and_its_place_does_not(own_llama):
     assert fingerprint(moved) == fingerprint(shutil.copytree(moved, own_llama))
 
 
+def test_a_changed_file_of_a_data_folder_changes_the_fingerprint(own_llama):
+    folder = own_llama.parent / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}')
+    before = fingerprint(own_llama, data={"source": "custom:texts"})
+    (folder / "train.jsonl").write_text('{"text": "two"}')
+    assert fingerprint(own_llama, data={"source": "custom:texts"}) != before
+
+
+def test_a_set_of_the_hub_is_known_by_its_copy_and_not_cached_without_one(own_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) is None
+    copy = tmp_path / "cache" / "Salesforce___wikitext" / "x" / "wikitext-train.arrow"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"one")
+    before = fingerprint(own_llama, data={"source": "wikitext2"})
+    copy.write_bytes(b"two")
+    assert before is not None
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) not in (None, before)
+
+
 def test_what_no_hash_can_cover_is_never_cached(tmp_path):
     assert fingerprint_of(Subject("x", None, Data(), Memory(), tmp_path), FileHashes(None)) is None
     factory = Subject("x", Model(factory="a:b"), Data(), Memory(), tmp_path)

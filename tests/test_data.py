@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pytest_qsa.config import Data
-from pytest_qsa.engine.data import batches_of, read_texts, windows_of
+from pytest_qsa.engine.data import batches_of, document_windows, read_texts, stream_windows, windows_of
 from pytest_qsa.errors import InfraError
 
 BOS, EOS, UNKNOWN = 0, 1, 2
@@ -160,7 +162,7 @@ def test_the_sample_that_comes_with_the_package_is_long_enough_for_the_defaults(
     assert len(text.split()) > Data().num_samples * 512
 
 
-@pytest.mark.parametrize("source", ["wikitext", "custom:", "custom", "http://x"])
+@pytest.mark.parametrize("source", ["wikitext", "custom:", "custom", "hf:", "http://x"])
 def test_an_unknown_source_says_what_there_is(tmp_path, source):
     with pytest.raises(InfraError, match=r"unknown data source.*sample.*custom:PATH"):
         read_texts(Data(source=source), tmp_path)
@@ -246,6 +248,179 @@ def test_a_missing_file_is_named_and_a_path_may_be_absolute(tmp_path):
         read_texts(Data(source="custom:nowhere.txt"), tmp_path)
     write(tmp_path, "a.txt", "x")
     assert read_texts(Data(source=f"custom:{tmp_path / 'a.txt'}"), tmp_path / "elsewhere") == ["x"]
+
+
+# Data sets, read by the real `datasets` from small ones on disk.
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def dataset(column="text", count=6, start=0):
+    import datasets
+
+    return datasets.Dataset.from_dict(
+        {"id": list(range(count)), column: [f"{column} {start + i}" for i in range(count)]}
+    )
+
+
+@pytest.mark.parametrize("source", ["custom:a.parquet", "hf:./a.parquet"])
+def test_a_parquet_file_gives_a_text_a_row(tmp_path, source):
+    dataset().to_parquet(tmp_path / "a.parquet")
+    assert read_texts(Data(source=source), tmp_path) == [f"text {i}" for i in range(6)]
+
+
+def test_a_parquet_file_of_any_name_is_read_by_its_format(tmp_path):
+    dataset("body").to_parquet(tmp_path / "a.data")
+    settings = Data(source="custom:a.data", custom={"format": "parquet", "text_column": "body"})
+    assert read_texts(settings, tmp_path)[0] == "body 0"
+
+
+@pytest.mark.parametrize("source", ["custom:saved", "hf:./saved"])
+def test_a_saved_data_set_is_read_with_its_splits(tmp_path, source):
+    import datasets
+
+    datasets.DatasetDict({"train": dataset(), "test": dataset(start=100)}).save_to_disk(tmp_path / "saved")
+    assert read_texts(Data(source=source), tmp_path)[0] == "text 0"
+    assert read_texts(Data(source=source, split="test"), tmp_path)[0] == "text 100"
+    with pytest.raises(InfraError, match=r"no split 'tset'; it has train, test \(did you mean 'test'\?\)"):
+        read_texts(Data(source=source, split="tset"), tmp_path)
+
+
+def test_a_saved_data_set_without_splits_is_read(tmp_path):
+    dataset().save_to_disk(tmp_path / "saved")
+    assert len(read_texts(Data(source="custom:saved"), tmp_path)) == 6
+
+
+def test_a_folder_of_files_is_read_by_split_and_column(tmp_path):
+    for name, start in (("train", 0), ("test", 50)):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        dataset("body", start=start).to_json(tmp_path / "set" / f"{name}.jsonl")
+    settings = {"source": "custom:set", "column": "body"}
+    assert read_texts(Data(**settings), tmp_path) == [f"body {i}" for i in range(6)]
+    assert read_texts(Data(**settings, split="test"), tmp_path)[0] == "body 50"
+
+
+def test_a_missing_column_of_a_data_set_names_those_that_it_has(tmp_path):
+    dataset("txet").to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(
+        InfraError, match=r"no column 'text'; it has id, txet \(did you mean 'txet'\?\); set data.column"
+    ):
+        read_texts(Data(source="custom:a.parquet"), tmp_path)
+
+
+def test_conversations_of_a_data_set_are_found_under_messages(tmp_path):
+    import datasets
+
+    messages = [{"role": "user", "content": "w1"}]
+    datasets.Dataset.from_dict({"messages": [messages, messages]}).to_parquet(tmp_path / "a.parquet")
+    assert read_texts(Data(source="custom:a.parquet", chat_template=True), tmp_path) == [messages, messages]
+
+
+@pytest.mark.parametrize("source", ["custom:nowhere.parquet", "hf:./nowhere"])
+def test_a_data_set_that_is_not_there_is_named(tmp_path, source):
+    with pytest.raises(InfraError, match=r"nowhere.*: can't be read as data: "):
+        read_texts(Data(source=source), tmp_path)
+
+
+def cached_set(cache, folder, repository, subset, rows, split="train"):
+    """Leave a copy of a set where `datasets` keeps what it fetched from the hub."""
+    import shutil
+
+    import datasets
+
+    rows.to_parquet(folder / "rows.parquet")
+    made = datasets.load_dataset(
+        "parquet", data_files={split: str(folder / "rows.parquet")}, split=split, cache_dir=str(folder / "made")
+    )
+    source = Path(made.cache_files[0]["filename"])
+    copy = cache / repository.replace("/", "___") / subset / "0.0.0" / ("b" * 40)
+    copy.mkdir(parents=True)
+    name = repository.rpartition("/")[2]
+    shutil.copy(source, copy / f"{name}-{split}.arrow")
+    info = json.loads((source.parent / "dataset_info.json").read_text())
+    info |= {"dataset_name": name, "config_name": subset}
+    info["splits"][split]["dataset_name"] = name
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return an empty cache of data sets."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_set_of_the_hub_is_read_from_its_copy_in_the_cache(tmp_path, cache):
+    cached_set(cache, tmp_path, "Salesforce/wikitext", "wikitext-2-raw-v1", dataset())
+    expected = [f"text {i}" for i in range(6)]
+    assert read_texts(Data(source="wikitext2"), tmp_path) == expected
+    assert read_texts(Data(source="hf:Salesforce/wikitext:wikitext-2-raw-v1"), tmp_path) == expected
+    assert read_texts(Data(source="hf:Salesforce/wikitext", subset="wikitext-2-raw-v1"), tmp_path) == expected
+
+
+def test_a_set_of_the_hub_has_the_column_asked_for(tmp_path, cache):
+    cached_set(cache, tmp_path, "someone/notes", "default", dataset("note"))
+    assert read_texts(Data(source="hf:someone/notes", column="note"), tmp_path)[0] == "note 0"
+    with pytest.raises(InfraError, match="no column 'text'; it has id, note"):
+        read_texts(Data(source="hf:someone/notes"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("wikitext2", "Salesforce/wikitext"),
+        ("pile", "mit-han-lab/pile-val-backup"),
+        ("c4", "allenai/c4"),
+        ("redpajama", "togethercomputer/RedPajama-Data-1T-Sample"),
+        ("hf:someone/notes", "someone/notes"),
+    ],
+)
+def test_offline_and_without_a_copy_the_error_names_the_set_the_cache_and_both_ways_out(tmp_path, cache, source, name):
+    with pytest.raises(InfraError) as caught:
+        read_texts(Data(source=source), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{source}: the data set {name} (")
+    assert f"is not in the cache {cache}" in message
+    assert f"datasets.load_dataset('{name}'" in message
+    assert "data.source: custom:FOLDER" in message
+    assert "\n" not in message
+
+
+def test_a_misspelt_source_names_the_nearest(tmp_path):
+    with pytest.raises(InfraError, match=r"unknown data source 'wikitxt2' \(did you mean 'wikitext2'\?\)"):
+        read_texts(Data(source="wikitxt2"), tmp_path)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_wikitext_windows_begin_at_random_places_of_the_first_nine_tenths(seed):
+    """The rule of PrefixQuant, with Python's own generator, so that its seed gives the same places here."""
+    texts = [words(300), words(200, start=300)]
+    windows = stream_windows(texts, data("wikitext2", num_samples=8, seed=seed), tokenizer())
+    chance = random.Random(seed)
+    starts = [chance.randint(0, 450 - 5 - 1) for _ in range(8)]
+    assert windows.tolist() == [ids(5, start) for start in starts]
+
+
+def test_documents_that_are_too_short_are_passed_over():
+    texts = [words(3), words(40, start=10), words(4), words(50, start=50), *[words(2)] * 6]
+    windows = document_windows(texts, data("c4", num_samples=12), tokenizer("<s> $A")).tolist()
+    assert len(windows) == 12
+    assert {row[0] for row in windows} == {BOS}
+    places = [row[1] - 3 for row in windows]
+    assert all(row[1:] == ids(4, place) for row, place in zip(windows, places, strict=True))
+    assert {10 <= place < 50 or 50 <= place < 100 for place in places} == {True}
+    again = document_windows(texts, data("c4", num_samples=12), tokenizer("<s> $A")).tolist()
+    assert again == windows
+
+
+def test_too_few_long_documents_say_so():
+    with pytest.raises(InfraError, match=r"too few texts of 'pile' are longer than 5 tokens: 0 windows were found"):
+        document_windows([words(5), words(4)], data("pile"), tokenizer())
 
 
 # Conversations.

@@ -82,14 +82,22 @@ class Model(Strict):
 class CustomData(Strict):
     """How a `custom:` file is read."""
 
-    format: Literal["auto", "text", "json", "jsonl", "csv"] = "auto"
+    format: Literal["auto", "text", "txt", "json", "jsonl", "csv", "parquet"] = "auto"
     text_column: str = "text"
 
 
 class Data(Strict):
-    """The calibration data: `sample` (shipped with the package) or `custom:PATH`, as packed windows of tokens."""
+    """The calibration data, as windows of tokens.
+
+    `sample` is shipped with the package; `custom:PATH` is a file or a data set's folder; `wikitext2`, `pile`, `c4`,
+    `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column` and `revision`.
+    """
 
     source: str = "sample"
+    subset: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
     num_samples: Annotated[int, Field(gt=0)] = 16
     seq_len: Annotated[int, Field(gt=0)] = 512
     seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,10 +16,18 @@ import torch
 from torch import Tensor
 
 from ..config import Data
-from ..errors import InfraError, shown_path
+from ..errors import InfraError, did_you_mean, shown_path
+from ..hub_sets import BUILTIN, hub_set_of, local_path
 from .batches import Batch
+from .documents import read_folder, read_hub
 
-SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
+SUFFIXES = {
+    ".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv",
+}  # fmt: skip
+TRAINING_SHARE = 0.9
+"""PrefixQuant draws its calibration windows from the first nine tenths of a set."""
+TRIES = 200
+"""So many documents are tried for each window before a set counts as too short."""
 
 
 def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:
@@ -30,9 +39,11 @@ def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> 
         InfraError: the source is unknown or unreadable, or there is too little text for the windows.
     """
     texts = read_texts(data, folder)
-    windows = windows_of(
-        [_templated(text, tokenizer) for text in texts] if data.chat_template else texts, data, tokenizer
-    )
+    spec = hub_set_of(data)
+    draw = {"packed": windows_of, "stream": stream_windows, "document": document_windows}[
+        spec.rule if spec else "packed"
+    ]
+    windows = draw([_templated(text, tokenizer) for text in texts] if data.chat_template else texts, data, tokenizer)
     rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
     if getattr(config, "is_encoder_decoder", False):
         return [{"input_ids": row, "decoder_input_ids": _shifted(row, config)} for row in rows]
@@ -43,24 +54,34 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
     """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
     if data.source == "sample":
         return [resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")]
-    kind, _, rest = data.source.partition(":")
-    if kind != "custom" or not rest:
+    spec = hub_set_of(data)
+    if spec is not None:
+        return _texts_of(read_hub(spec, data), data)
+    path = local_path(data, folder)
+    if path is None:
         raise InfraError(
-            f"unknown data source '{data.source}': use sample, or custom:PATH of a text, JSON, JSONL or CSV file"
+            f"unknown data source '{data.source}'{did_you_mean(data.source, [*BUILTIN, 'sample'])}: use sample, "
+            f"{', '.join(BUILTIN)}, hf:NAME, or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
         )
-    path = folder / Path(rest).expanduser()
+    parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
+    if path.is_dir() or parquet or data.source.startswith("hf:"):
+        return _texts_of(read_folder(path, data), data)
     try:
         return _read_custom(path, data)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
 
 
+def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:
+    return [_text_of(record, "text", index, chat=data.chat_template) for index, record in enumerate(records)]
+
+
 def _read_custom(path: Path, data: Data) -> list[Any]:
-    form = data.custom.format
+    form: str = data.custom.format
     if form == "auto":
-        form = SUFFIXES.get(path.suffix, "text")  # type: ignore[assignment]
+        form = SUFFIXES.get(path.suffix, "text")
     text = path.read_text(encoding="utf-8-sig")
-    if form == "text":
+    if form in ("text", "txt"):
         return [text]
     records: Sequence[Any]
     if form == "csv":
@@ -92,12 +113,7 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
 
     Where there are more windows than asked for, the seed chooses.
     """
-    prefix, suffix = _special_tokens(tokenizer) if data.add_special_tokens else ([], [])
-    inner = data.seq_len - len(prefix) - len(suffix)
-    if inner < 1:
-        raise InfraError(
-            f"data.seq_len {data.seq_len} leaves no room beside {len(prefix) + len(suffix)} special tokens"
-        )
+    prefix, suffix, inner = _frame(data, tokenizer)
     stream = [token for text in texts for token in _ids(tokenizer, text)]
     available = len(stream) // inner
     if available < data.num_samples:
@@ -107,6 +123,53 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
         )
     chosen = np.sort(np.random.default_rng(data.seed).choice(available, data.num_samples, replace=False))
     return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
+
+
+def stream_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Join the texts by blank lines and cut windows at random places, which may overlap (PrefixQuant's WikiText-2)."""
+    prefix, suffix, inner = _frame(data, tokenizer)
+    stream = _ids(tokenizer, "\n\n".join(texts))
+    last = int(len(stream) * TRAINING_SHARE) - inner - 1
+    if last < 0:
+        raise InfraError(f"too little text in '{data.source}': {len(stream)} tokens are too few for {data.seq_len}")
+    chance = random.Random(data.seed)
+    starts = [chance.randint(0, last) for _ in range(data.num_samples)]
+    return torch.tensor([[*prefix, *stream[start : start + inner], *suffix] for start in starts])
+
+
+def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Cut each window at a random place of a random text that is longer than it (PrefixQuant's Pile, C4, RedPajama)."""
+    prefix, suffix, inner = _frame(data, tokenizer)
+    chance = random.Random(data.seed)
+    known: dict[int, list[int]] = {}
+    rows: list[list[int]] = []
+    for _ in range(data.num_samples * TRIES):
+        if len(rows) == data.num_samples:
+            break
+        index = chance.randint(0, max(int(len(texts) * TRAINING_SHARE) - 1, 0))
+        if index not in known:
+            known[index] = _ids(tokenizer, texts[index])
+        tokens = known[index]
+        if len(tokens) > inner:
+            start = chance.randint(0, len(tokens) - inner - 1)
+            rows.append([*prefix, *tokens[start : start + inner], *suffix])
+    if len(rows) < data.num_samples:
+        raise InfraError(
+            f"too few texts of '{data.source}' are longer than {inner} tokens: {len(rows)} windows were found, and "
+            f"data.num_samples asks for {data.num_samples}; lower data.seq_len"
+        )
+    return torch.tensor(rows)
+
+
+def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
+    """Return the special tokens before and after a window, and how many tokens of text fit between them."""
+    prefix, suffix = _special_tokens(tokenizer) if data.add_special_tokens else ([], [])
+    inner = data.seq_len - len(prefix) - len(suffix)
+    if inner < 1:
+        raise InfraError(
+            f"data.seq_len {data.seq_len} leaves no room beside {len(prefix) + len(suffix)} special tokens"
+        )
+    return prefix, suffix, inner
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from ._compat import fixture_source
 from .assertions import Kind, Verdict
 from .captures import Capture
 from .checkpoint import Files
+from .ci import properties_of
 from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
 from .errors import QsaUnplannedCaptureWarning, SuiteError, shown_path
@@ -225,7 +226,7 @@ class Gate:
         if verdict.updatable:
             verdict = replace(verdict, accept=f"{verdict.command} --snapshot-update")
         item.stash.setdefault(VERDICTS, []).append(verdict)
-        item.user_properties.extend([("qsa_kind", str(verdict.kind)), ("qsa_verdict", verdict.headline)])
+        item.user_properties.extend(properties_of(verdict))
         item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
         return verdict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,14 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
         _describe_failure(item, call, report)
     if verdicts := item.stash.get(VERDICTS, None):
+        from .ci import attach
         from .report import to_plain
 
         if not report.failed:  # a comparison that the test itself took back, or an expected failure
             verdicts = [verdict for verdict in verdicts if not verdict.failed]
-        setattr(report, FIELD, [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts])
+        results = [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts]
+        setattr(report, FIELD, results)
+        attach(item, report, results)
         item.stash[VERDICTS] = []
 
 
@@ -113,6 +117,12 @@ class Reporter:
         self.started = time.time()
         self.written: str | None = None
         self.not_run: dict[str, str] = {}
+        self.suite_errors: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what is wrong with a suite, for GitHub."""
+        if report.failed:
+            self.suite_errors.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the verdicts off a report, whichever process made it."""
@@ -162,6 +172,8 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say in one line how the gate stands and where the report lies."""
+        for line in self._for_github():
+            terminalreporter.write_line(line)
         if self.results:
             self._summarize(terminalreporter)
         if self.not_run:
@@ -190,3 +202,17 @@ class Reporter:
             terminalreporter.write_line(f"waiver {use['text']}: {result['nodeid']}")
         if self.written:
             terminalreporter.write_line(f"report: {self.written}")
+
+    def _for_github(self) -> list[str]:
+        """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""
+        if os.environ.get("GITHUB_ACTIONS") != "true" or not (self.results or self.suite_errors):
+            return []
+        from .github import annotation_lines, append_summary
+
+        lines = list(annotation_lines(self.results, self.suite_errors))
+        if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+            try:
+                append_summary(Path(summary), self.results)
+            except OSError as error:  # the verdicts stand without it
+                lines.append(f"the step summary was not written: {error}")
+        return lines

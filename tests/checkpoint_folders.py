@@ -241,7 +241,11 @@ class Project:
 
     def _environment(self, more):
         """Return the environment without what an outer pytest and a CI leave in it, and with caches of our own."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "CI"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTEST_", "COV_", "CI", "GITHUB_", "GITLAB_"))
+        }
         settings = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}",
             "TERM": "dumb",

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..assertions import number
+from ..markdown import escaped, fitted, table_lines
 from ..terminal import visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent
@@ -118,10 +119,10 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
     lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
     lines += ["", f"old: {escaped(comparison.old.title)}  ", f"new: {escaped(comparison.new.title)}", ""]
     heads = ["measure", "layers", "moved", "median", "worst", "at"]
-    lines += [*_table(heads, ([*map(str, line.values())] for line in summaries(comparison, least))), ""]
+    lines += [*table_lines(heads, ([*map(str, line.values())] for line in summaries(comparison, least))), ""]
     if changes:
         heads = ["layer", "measure", "old", "new", "change"]
-        lines += [*_table(heads, map(cells, changes[:most])), ""]
+        lines += [*table_lines(heads, map(cells, changes[:most])), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
     for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
@@ -130,26 +131,6 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
             lines += [*(f"- {escaped(token_text(token))}" for token in tokens[:most]), ""]
     lines += [f"> {escaped(note)}" for note in remarks(comparison)]
     return fitted("\n".join(lines).rstrip() + "\n", 65_000)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * len(heads)}"
-    yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
-
-
-def escaped(text: str) -> str:
-    """Escape what Markdown or HTML would act on; a line stays a line."""
-    text = "".join(f"\\{c}" if c in r"\`*_{}[]()#|~" else c for c in visible(text))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
-
-
-def fitted(text: str, most: int) -> str:
-    """Cut a text at a line so that it has at most so many bytes, and say so."""
-    if len(text.encode()) <= most:
-        return text
-    cut = text.encode()[: most - 60].decode("utf-8", "ignore").rpartition("\n")[0]
-    return f"{cut}\n\n… cut; the report has all of it.\n"
 
 
 def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]], least: float) -> str:

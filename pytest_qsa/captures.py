@@ -61,6 +61,10 @@ class Capture:
         asked = (match_layers(self.modules, r.pattern, r.exclude) for r in self.plan if r.site == "weight")
         return frozenset(layer for layers in asked for layer in layers)
 
+    def redacted(self) -> Capture:
+        """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
+        return replace(self, tokens=(), pieces={})
+
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""
         return self.select(layers, "input", exclude)

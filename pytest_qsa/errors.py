@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""The variables that hold the token by which gated hub models are fetched."""
+SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+")
+
+
+def scrubbed(text: str) -> str:
+    """Return a text without the hub's token or a password in a URL, whoever wrote them into it."""
+    for token in filter(None, map(os.environ.get, TOKENS)):
+        text = text.replace(token, "…")
+    return SECRETS.sub("…", text)
 
 
 class QsaError(Exception):
     """The base of all errors of this package; `kind` is the first word of its failure text."""
 
     kind = "INFRA"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrubbed(message))
 
 
 class SuiteError(QsaError, ValueError):

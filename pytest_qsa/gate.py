@@ -21,7 +21,7 @@ from .checkpoint import Files
 from .ci import properties_of
 from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
-from .errors import QsaUnplannedCaptureWarning, SuiteError, shown_path
+from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import token_evidence
 from .metrics import METRICS
 from .needs import requests_of
@@ -128,6 +128,8 @@ class Gate:
 
     def _claim_baselines(self, item: pytest.Item, subject: Subject) -> None:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
+        if self.options.refused_update:
+            raise SuiteError(self.options.refused_update)
         from .baselines import HOME, NAME, baseline_folder
 
         item.stash[HOME] = baseline_folder(item.path, subject.name)
@@ -176,10 +178,21 @@ class Gate:
 
         with self._progress(subject) as progress:
             if subject.model is not None:
-                return capture_subject(subject, plan, allow_code=self.options.allow_code, progress=progress)
+                capture = capture_subject(subject, plan, allow_code=self.options.allow_code, progress=progress)
+                self._warn_unpinned(request, subject, capture)
+                return capture
             model = request.getfixturevalue("qsa_model")
             loaded = loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
             return capture_loaded(subject, loaded, request.getfixturevalue("qsa_batches"), plan, progress)
+
+    @staticmethod
+    def _warn_unpinned(request: pytest.FixtureRequest, subject: Subject, capture: Capture) -> None:
+        """Warn of a hub id without a revision: it names other weights whenever their author pushes."""
+        commit = capture.meta["model"].get("revision")
+        if commit and subject.model and subject.model.revision in (None, "main") and not Path(subject.path).is_dir():
+            request.node.warn(
+                QsaWarning(f"{subject.path} may be other weights tomorrow: pin what ran with model.revision: {commit}")
+            )
 
     @contextlib.contextmanager
     def _progress(self, subject: Subject) -> Iterator[Any]:
@@ -205,6 +218,8 @@ class Gate:
     ) -> Verdict:
         """Add to a verdict all that a reader needs, record it on the item, and draw it if it failed."""
         item = request.node
+        if capture is not None and self.options.redact:
+            capture = capture.redacted()
         subject = self.subject_of(item)
         verdict = replace(
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -31,6 +32,9 @@ class Options(NamedTuple):
     keep: bool
     tier: Tier
     today: date
+    redact: bool
+    refused_update: str | None
+    """Why `--snapshot-update` must not write baselines here."""
     named_tier: bool
     """Whether the command line names the tier."""
 
@@ -86,6 +90,12 @@ def add_options(parser: pytest.Parser) -> None:
         help="let a suite run code: model.factory and model.trust_remote_code",
     )  # fmt: skip
     group.addoption(
+        "--qsa-redact",
+        action="store_true",
+        help="leave the text of tokens out of terminal, report and plots",
+    )
+    group.addoption("--qsa-allow-update", action="store_true", help="let --snapshot-update write baselines under CI")
+    group.addoption(
         "--qsa-today", metavar="DATE", help="judge waivers as on that day, such as 2027-01-31 (default: today, UTC)"
     )
     group.addoption(
@@ -95,6 +105,7 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("qsa_config", "as --qsa-config, relative to the root folder", default="")
     parser.addini("qsa_output", "as --qsa-output, relative to the root folder", default="qsa-results")
     parser.addini("qsa_cache", "as --qsa-cache, relative to the root folder", default="")
+    parser.addini("qsa_redact", "as --qsa-redact", type="bool", default=False)
     parser.addini("qsa_tier", "as --qsa-tier", default=TIERS[-1])
     parser.addini("qsa_report", "as --qsa-report", default="on-failure")
     parser.addini("qsa_allow_code", "as --qsa-allow-code", type="bool", default=False)
@@ -133,10 +144,24 @@ def read_options(config: pytest.Config) -> Options:
         cache=_cache(config),
         tier=tier,
         today=_today(config.getoption("qsa_today")),
+        refused_update=_refused_update(config),
+        redact=bool(config.getoption("qsa_redact") or config.getini("qsa_redact")),
         named_tier=config.getoption("qsa_tier") is not None,
         keep=not config.getoption("qsa_no_cache"),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )
+
+
+def _refused_update(config: pytest.Config) -> str | None:
+    """Say why baselines must not be updated here: a CI run that rewrites what it is held against holds nothing."""
+    updating = bool(config.getoption("update_snapshots", False))
+    under_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    if updating and under_ci and not config.getoption("qsa_allow_update"):
+        return (
+            "--snapshot-update under CI would make the baselines fit whatever ran: update them where a person reviews "
+            "the diff, or allow it with --qsa-allow-update"
+        )
+    return None
 
 
 def _today(given: str | None) -> date:

@@ -68,6 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     problem = overrides.problem() if overrides else None
     if problem:
         pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)
+    refusal = config.stash[OPTIONS].refused_update
+    worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it
+    if refusal and not worker and any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in items):
+        raise pytest.UsageError(refusal)
     try:
         items[:], later = split_by_tier(items, config.stash[OPTIONS].tier)
     except SuiteError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from .errors import scrubbed
 from .options import Options
 from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN
 
@@ -161,7 +162,7 @@ class Reporter:
         not_run = [{"nodeid": nodeid, "tier": tier} for nodeid, tier in sorted(self.not_run.items())]
         kinds = [result["kind"] for result in self.results]
         return {
-            "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
+            "command": scrubbed(shlex.join(["pytest", *map(str, self.config.invocation_params.args)])),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.started, 1),
             "tier": self.options.tier,

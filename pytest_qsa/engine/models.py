@@ -18,6 +18,7 @@ from torch import nn
 from ..config import Memory, Model
 from ..errors import InfraError
 from .modules import device_of
+from .retrying import once_more
 
 HEADROOM = 1.2
 """A model fits if its weights times this do; the rest is for activations."""
@@ -49,7 +50,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
     try:
         with quiet():
-            loaded = _from_checkpoint(spec, path, memory)
+            loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
     except InfraError:
         raise
     except torch.OutOfMemoryError as error:

@@ -6,6 +6,7 @@ import gc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
+from ..fingerprint import local_folder
 from ..plan import Request
 from ..subjects import Subject, weights_hash
 from .batches import Batch
@@ -83,8 +85,16 @@ def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
 
 def _meta(subject: Subject, model: nn.Module, batches: Sequence[Batch], *, own_batches: bool) -> dict[str, Any]:
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
+    folder = local_folder(subject)
+    fetched = folder is not None and not Path(subject.path).is_dir()
+    revision = {"revision": folder.name} if folder is not None and fetched else {}  # the hub's cache names it so
     return {
-        "model": {"path": subject.path, "weights": weights_hash(subject.path), **describe(model)},
+        "model": {
+            "path": subject.path,
+            "weights": weights_hash(str(folder)) if folder else None,
+            **revision,
+            **describe(model),
+        },
         "data": {**data, "fingerprint": fingerprint(batches)},
     }
 

@@ -82,6 +82,11 @@ class SiteNumbers:
         """How many populations there are; 0 means that the hook never fired."""
         return len(self.sample)
 
+    @property
+    def counted_exactly(self) -> bool:
+        """Whether each bin of its counts is a value of its dtype, of which there are 65,536 or fewer."""
+        return self.dtype in ("bfloat16", "float16")
+
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """Where each population begins in `token_max`, and where the last one ends: [P + 1]."""

@@ -58,7 +58,7 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
 def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     assert numbers.bins is not None
     assert numbers.counts is not None
-    if numbers.dtype in ("bfloat16", "float16"):
+    if numbers.counted_exactly:
         return bin_values(numbers.bins, numbers.dtype), numbers.counts.astype(np.float64)
     inside = (np.arange(FINER, dtype=np.uint32) * 2 + 1) * (0x8000 // FINER)
     patterns = (numbers.bins.astype(np.uint32)[:, None] << 16) | np.where(numbers.bins[:, None] > 0, inside, 0)

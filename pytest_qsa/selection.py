@@ -224,7 +224,7 @@ class Selection:
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         needs = definition.needs(self.site, where, parameters)
-        wide = any(self.capture.sites[layer, self.site].dtype not in ("bfloat16", "float16") for layer in layers)
+        wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
         return layers, replace(query, estimated=wide and not needs.isdisjoint({plan.COUNTS, plan.SIGNED_COUNTS}))
 
     def _view(self, layer: str, query: Query) -> View:

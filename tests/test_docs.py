@@ -54,7 +54,7 @@ def test_the_python_tests_of_the_readme_run(own_project, llama):
 
 
 def test_the_library_is_used_as_documented(tmp_path, monkeypatch):
-    (example,) = blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python")
+    example = "\n".join(blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python"))
     monkeypatch.chdir(tmp_path)
     names = {"model": models.llama(), "batches": [models.token_batch(2, 12)], "tokenizer": None}
     exec(compile(example, "docs/python.md", "exec"), names)

@@ -165,6 +165,10 @@ class QsaCheckpoint:
         """Count settings that differ from the reference's."""
         return self.test.problems("checkpoint_settings", layers, exclude, {})
 
+    def unquantized(self, layers: str = ".", *, exclude: str | None = None, rel: float = 0.0) -> Series:
+        """Count float tensors that differ from the reference's."""
+        return self.test.problems("checkpoint_unquantized", layers, exclude, {"rel": rel})
+
 
 class QsaBaseline:
     """What `qsa_baseline(rel=0.05)` returns: equal to a series that is within the tolerance of its baseline."""

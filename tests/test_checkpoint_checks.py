@@ -239,6 +239,53 @@ def test_a_chat_template_that_was_lost_is_named(llama, tmp_path):
     assert [finding.what for finding in findings] == ["there is none, the reference has one"]
 
 
+def norm_scaled(weights):
+    weights["model.layers.1.input_layernorm.weight"] *= 1.5
+
+
+def row_zeroed(weights):
+    weights["model.embed_tokens.weight"][100] = 0
+
+
+def norm_lost(weights):
+    weights.pop("model.layers.1.input_layernorm.weight")
+    weights["model.layers.1.input_layernorm.bias"] = torch.zeros(32)
+
+
+def head_cut(weights):
+    weights["lm_head.weight"] = weights["lm_head.weight"][:300].clone()
+
+
+CHANGED = {
+    norm_scaled: (
+        "model.layers.1.input_layernorm.weight",
+        "32 of 32 elements differ from the reference's, the first 0; all are × 1.5",
+    ),
+    row_zeroed: (
+        "model.embed_tokens.weight", "1 of 320 rows differ from the reference's, the first 100; they are zero",
+    ),
+    norm_lost: ("model.layers.1.input_layernorm.weight", "missing, the reference has it"),
+    head_cut: ("lm_head.weight", "shape 300×32, in the reference 320×32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_is_unquantized_and_differs_from_the_reference_is_named(quantized, llama, tmp_path, change):
+    findings = found(edited(quantized["int8"], tmp_path / "faulty", change), "checkpoint_unquantized", llama)
+    assert [(finding.tensor, finding.what) for finding in findings] == [CHANGED[change]]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_unquantized_is_the_reference_s_in_every_format_and_in_16_bits(quantized, llama, tmp_path, form):
+    def halved(weights):
+        for name, tensor in weights.items():
+            if tensor.dtype == torch.float32:
+                weights[name] = tensor.bfloat16()
+
+    assert found(quantized[form], "checkpoint_unquantized", llama) == []
+    assert found(edited(quantized[form], tmp_path / "halved", halved), "checkpoint_unquantized", llama) == []
+
+
 def packed_folder(folder, method, change=lambda weights: None):
     """Write 4 layers of one projection [16 outputs, 64 inputs] in GPTQ's or AWQ's layout: 4 bits, groups of 32."""
     random = np.random.default_rng(0)
@@ -324,6 +371,8 @@ def test_nothing_passes_where_there_is_nothing_to_check(llama, int8_llama):
         found(llama, "checkpoint_scales")
     with pytest.raises(AnomalyError, match=r"model\.reference"):
         found(int8_llama, "checkpoint_settings")
+    with pytest.raises(AnomalyError, match=r"what is unquantized is compared with model\.reference"):
+        found(int8_llama, "checkpoint_unquantized")
     with pytest.raises(AnomalyError, match="no layer matches 'nosuch'"):
         found(int8_llama, layers="nosuch")
 

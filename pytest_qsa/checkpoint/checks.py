@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from ..errors import AnomalyError, shown_path
 from ..findings import Finding
@@ -27,8 +27,10 @@ from .packed import constant_weights, unsound_floats
 from .scales import missing_scales, outlying_scales, unequal_fused, unsound_scales
 from .schemes import codes_of, declared, scale_parts
 from .settings import changed_settings
+from .unquantized import changed_floats, kept_tensors
 
 Spread = Annotated[float, Gt(0)]
+Tolerance = Annotated[float, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ def _settings(files: Files) -> list[str]:
     return [settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE]
 
 
+def _kept_layers(files: Files) -> list[str]:
+    if files.reference is None:
+        raise AnomalyError("what is unquantized is compared with model.reference, and the suite names none: add it")
+    kept = list(dict.fromkeys(theirs.layer for theirs, _ in kept_tensors(files.folder, files.reference)))
+    if not kept:
+        raise AnomalyError("the checkpoint and its reference have no float tensor of the same name: nothing to compare")
+    return sorted(kept, key=natural)
+
+
 def _everything(files: Files) -> list[str]:
     return [*_all_layers(files), *(_settings(files) if files.reference else ())]
 
@@ -134,9 +145,16 @@ def checkpoint_settings(files: Files) -> Iterator[Finding]:
         yield from changed_settings(files.folder, files.reference)
 
 
+@_check(_kept_layers)
+def checkpoint_unquantized(files: Files, *, rel: Tolerance = 0.0) -> Iterator[Finding]:
+    """Count float tensors that differ from the reference's by more than rel × its values, or are lost."""
+    if files.reference is not None:
+        yield from changed_floats(files.folder, files.reference, rel=rel)
+
+
 @_check(_everything)
 def checkpoint_health(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
-    """Count all that the other checks find; settings only where there is a reference."""
+    """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
     yield from checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
     yield from chain(checkpoint_weights(files), checkpoint_formats(files), checkpoint_keys(files))
     yield from checkpoint_settings(files)

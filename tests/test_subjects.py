@@ -125,6 +125,10 @@ BROKEN = {
         "lacking", "", "lacks 2 weights of LlamaForCausalLM, filled with random numbers: "
         "model.layers.1.mlp.down_proj.weight, model.layers.3.input_layernorm.weight",
     ),
+    "dropping": (
+        "dropping", "", "holds 1 tensor that LlamaForCausalLM has no place for, and that loading drops: "
+        "model.layers.1.mlp.down_proj.scale_of_weight; name them in model.allow_unexpected",
+    ),
     "tokens": ("bare", "", "has no tokenizer"),
     "pointer": ("pointer", "", "is a git-lfs pointer, not the weights: run `git lfs pull`"),
     "little": ("bare", "source: 'custom:little.txt'", "too little text in 'custom:little.txt': "),
@@ -146,7 +150,11 @@ def broken(tmp_path_factory):
     def lose(weights):
         del weights["model.layers.1.mlp.down_proj.weight"], weights["model.layers.3.input_layernorm.weight"]
 
+    def rename(weights):
+        weights["model.layers.1.mlp.down_proj.scale_of_weight"] = weights["model.norm.weight"].clone()
+
     save_llama(folder / "lacking", lose)
+    save_llama(folder / "dropping", rename)
     save_llama(folder / "bare", tokenizer=False)
     save_llama(folder / "pointer")
     project.write("texts/pointer/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")

@@ -66,6 +66,9 @@ class Model(Strict):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     submodule: str | None = None
+    allow_unexpected: Annotated[
+        Regex | None, Field(description="tensors of the checkpoint that loading may drop; others are an error")
+    ] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,16 +101,29 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         **placement,
         **offload,
     )
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise InfraError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, filled with random numbers: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-        )
+    _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
     if "device_map" not in placement:
         model.to(device_for(memory))
     model.eval()
     return Loaded(model, _tokenizer(path, common | gguf), scratch)
+
+
+def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:
+    """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out."""
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise InfraError(
+            f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
+    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
+    if unexpected:
+        many = f"{len(unexpected)} tensor{'s' if len(unexpected) > 1 else ''}"
+        raise InfraError(
+            f"{path} holds {many} that {name} has no place for, and that loading drops: "
+            f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}; "
+            "name them in model.allow_unexpected (a regex) if the model does without them"
+        )
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:

@@ -47,14 +47,12 @@ def merge(captures: Sequence[Capture]) -> Capture:
             made[key] = _known(_merged(parts, offsets, weight=site[1] == "weight"), shared.setdefault(key[0], []))
         sites[site] = made[key]
     pieces = {token: piece for capture in ordered for token, piece in capture.pieces.items()}
-    return Capture(
+    return replace(
+        first,
         sites=sites,
-        modules=first.modules,
-        blocks=first.blocks,
         tokens=tuple(ids for capture in ordered for ids in capture.tokens),
         pieces=dict(sorted(pieces.items())),
         meta=_meta(ordered),
-        plan=first.plan,
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,168 +14,19 @@ from torch import Tensor, nn
 
 from .. import plan
 from ..captures import Capture
-from ..errors import InfraError
 from ..numbers import SiteNumbers
-from ..plan import Request, Site, match_layers, merge_requests
-from .batches import Batch, Rows, row_count, rows_of, token_ids
-from .modules import (
-    Routing,
-    blocks_of,
-    channels_first,
-    device_of,
-    input_of,
-    layers_of,
-    packed_experts,
-    routing_of,
-    tensor_of,
-)
-from .observers import Reducers, StreamObserver
+from ..plan import Request, match_layers, merge_requests
+from .batches import Batch, row_count, rows_of, token_ids
+from .modules import blocks_of, device_of, input_of, layers_of, packed_experts, routing_of, tensor_of
+from .rehearsal import Rehearsal, without_data
+from .streaming import WAVE, Stream
+from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
 from .weights import observe_weights, packed
 
-SiteKey = tuple[str, Site]
 Progress = Callable[[int, int], None]
 """Told after each batch: samples done, samples in all."""
-
-
-class _PassComplete(Exception):  # noqa: N818 - a signal, not an error
-    """Raised in the hook of the last planned call: nothing after it is needed."""
-
-
-class _CallsChanged(Exception):  # noqa: N818
-    """Where the pass stopped other layers had been called than in the first batch; it starts again without stopping."""
-
-
-class _SharingChanged(Exception):  # noqa: N818
-    """A site that read another's tensor now reads its own; the pass starts again without that sharing."""
-
-    def __init__(self, site: SiteKey) -> None:
-        super().__init__(site)
-        self.site = site
-
-
-@dataclass
-class _Seen:
-    """A tensor that was reduced in this forward; it lives on only if the model itself keeps it."""
-
-    tensor: weakref.ref[Tensor]
-    version: int | None
-    site: SiteKey
-    call: int
-
-
-@dataclass
-class _Pass:
-    """The state of one pass: observers by site, and which site reads whose tensor."""
-
-    wanted: Mapping[SiteKey, frozenset[str]]
-    modules: Mapping[str, nn.Module]
-    unshared: frozenset[SiteKey]
-    observers: dict[SiteKey, StreamObserver] = field(default_factory=dict)
-    shared: dict[SiteKey, SiteKey] = field(default_factory=dict)
-    calls: dict[SiteKey, int] = field(default_factory=dict)
-    seen: dict[int, _Seen] = field(default_factory=dict)
-    reducers: Reducers = field(default_factory=Reducers)
-    rows: Rows | None = None
-    last: tuple[SiteKey, int] | None = None
-    stop_at: tuple[SiteKey, int] | None = None
-    first: bool = True
-    may_stop: bool = True
-    usual: dict[SiteKey, int] = field(default_factory=dict)
-
-    def visit(self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None) -> None:
-        """Reduce a site's tensor, or note that it has been reduced at another site of this forward.
-
-        `routing`: where the tensor's tokens go, which another site that reads it need not know.
-        """
-        if tensor is None or self.rows is None:
-            return
-        call = self.calls.get(site, 0)
-        self.calls[site] = call + 1
-        owner = self._owner(site, tensor, call)
-        missing = self.wanted[site] - (self.wanted[owner] if owner else frozenset())
-        if routing is not None:
-            missing |= self.wanted[site] & {plan.EXPERTS}
-        if missing:
-            self._reduce(site, tensor, call, missing, routing)
-        self.last = (site, call)
-        if self.last == self.stop_at:
-            if self.calls != self.usual:
-                raise _CallsChanged
-            raise _PassComplete
-
-    def _owner(self, site: SiteKey, tensor: Tensor, call: int) -> SiteKey | None:
-        seen = self.seen.get(id(tensor))
-        version = _version(tensor)
-        fresh = seen is None or seen.tensor() is not tensor or seen.version != version or version is None
-        known = self.shared.get(site)
-        if known is not None:
-            if fresh or seen is None or (seen.site, seen.call) != (known, call):
-                raise _SharingChanged(site)
-            return known
-        if fresh or seen is None:
-            self.seen[id(tensor)] = _Seen(weakref.ref(tensor), version, site, call)
-        elif (
-            self.first
-            and site not in self.observers
-            and site not in self.unshared
-            and seen.call == call
-            and seen.site != site
-        ):
-            self.shared[site] = seen.site
-            return seen.site
-        return None
-
-    def _reduce(
-        self, site: SiteKey, tensor: Tensor, call: int, statistics: frozenset[str], routing: Routing | None
-    ) -> None:
-        assert self.rows is not None
-        observer = self.observers.setdefault(site, StreamObserver(statistics, self.reducers))
-        try:
-            shaped, token_axis = self.rows.shaped(tensor, channels_first(self.modules[site[0]]))
-        except InfraError as error:
-            raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
-        keep = self.rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(self.rows.samples)
-        observer.add(shaped, keep, self.rows.samples, call, token_axis, routing)
-
-    def begin(self, rows: Rows) -> None:
-        """Start a forward."""
-        self.rows = rows
-        self.calls.clear()
-        self.seen.clear()
-
-    def end(self, *, first: bool) -> None:
-        """End a forward; the first one tells which call is the last that is needed."""
-        for site, owner in self.shared.items():
-            if self.calls.get(site, 0) != self.calls.get(owner, 0):
-                raise _SharingChanged(site)
-        if first and self.may_stop and all(site in self.calls for site in self.wanted):
-            self.stop_at, self.usual = self.last, dict(self.calls)
-        self.first = False
-        self.seen.clear()
-
-    def numbers(self) -> dict[SiteKey, SiteNumbers]:
-        """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
-        own = {site: observer.numbers(self.wanted[site]) for site, observer in self.observers.items()}
-        found = {
-            site: own.get(site) or StreamObserver(statistics).numbers(statistics)
-            for site, statistics in self.wanted.items()
-            if site not in self.shared
-        }
-        for site, owner in self.shared.items():
-            found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
-        return found
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Return the count of changes in place; None for an inference tensor, which has none and so is never shared."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
-    """Join what was reduced at another site of the same tensor with what only this site asked for."""
-    arrays, _ = lent.to_arrays()
-    added, header = own.to_arrays()
-    return SiteNumbers.from_arrays(arrays | added, header | {"statistics": lent.statistics | own.statistics})
+Keep = Callable[[Callable[[], Capture], int], None]
+"""Told after each batch but the last (each wave of a streamed pass): what makes the capture so far, its samples."""
 
 
 def run_pass(
@@ -185,35 +36,75 @@ def run_pass(
     *,
     decode: Callable[[Sequence[int]], Mapping[int, str]] | None = None,
     progress: Progress | None = None,
+    stream: Stream | None = None,
+    first_sample: int = 0,
+    keep: Keep | None = None,
 ) -> Capture:
     """Run the model once over the batches and reduce every tensor that the requests name.
 
     `batches`: tensors [B, T] (or whatever the model takes), or dicts of forward arguments. `decode`: token ids → texts.
-    The model's mode and hooks are as before afterwards.
+    `stream`: reads the weights while the model runs; without it they are in memory. `first_sample`: the number of the
+    first row among all samples of the subject. `keep`: see `Keep`. The model's mode and hooks are as before afterwards.
     """
     modules = layers_of(model)
-    blocks = blocks_of(model)
-    wanted = wanted_sites(list(modules), blocks, requests)
+    requests = merge_requests(requests)
+    job = _Job(model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep)
+    wanted = wanted_sites(list(modules), job.blocks, requests)
     activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
     weights = {site: statistics for site, statistics in wanted.items() if site[1] == "weight"}
-    numbers: dict[SiteKey, SiteNumbers] = {}
     with _evaluating(model):
-        if activations:
-            numbers = _forwards(model, modules, batches, activations, progress).numbers()
-        elif packed(modules, weights):
-            with torch.no_grad():
-                _forward(model, batches[0], device_of(model))
-        numbers |= observe_weights(modules, weights)
-    ids = [row for batch in batches for row in token_ids(batch)]
-    unique = sorted({int(token) for row in ids for token in set(row.tolist())})
-    return Capture(
-        sites={site: numbers[site] for site in wanted if site in numbers},
-        modules=tuple(modules),
-        blocks=tuple(blocks),
-        tokens=tuple(row.numpy().astype(np.int32) for row in ids),
-        pieces=decode(unique) if decode else {},
-        plan=merge_requests(requests),
-    )
+        if stream is not None:
+            numbers = _streamed(job, activations, weights, stream)
+        else:
+            numbers = _forwards(job, activations).numbers() if activations else {}
+            if not activations and packed(modules, weights):
+                with torch.no_grad():
+                    _forward(model, batches[0], device_of(model))
+            numbers |= observe_weights(modules, weights)
+    return job.capture({site: numbers[site] for site in wanted if site in numbers}, batches)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a pass is asked to do."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    blocks: Sequence[str]
+    batches: Sequence[Batch]
+    requests: tuple[Request, ...]
+    decode: Callable[[Sequence[int]], Mapping[int, str]] | None
+    progress: Progress | None
+    first_sample: int
+    keep: Keep | None
+
+    def capture(self, numbers: Mapping[SiteKey, SiteNumbers], batches: Sequence[Batch]) -> Capture:
+        """Make the capture of some first batches; its samples are numbered from 0, wherever they come from."""
+        ids = [row for batch in batches for row in token_ids(batch)]
+        unique = sorted({int(token) for row in ids for token in set(row.tolist())})
+        return Capture(
+            sites=_renumbered(numbers, self.first_sample),
+            modules=tuple(self.modules),
+            blocks=tuple(self.blocks),
+            tokens=tuple(row.numpy().astype(np.int32) for row in ids),
+            pieces=self.decode(unique) if self.decode else {},
+            plan=self.requests,
+        )
+
+    def done(self, state: Visits, count: int) -> None:
+        """Tell how far the pass is: `count` batches have run."""
+        samples = sum(map(row_count, self.batches[:count]))
+        if self.progress is not None:
+            self.progress(samples, sum(map(row_count, self.batches)))
+        if self.keep is not None and count < len(self.batches):
+            self.keep(lambda: self.capture(state.numbers(), self.batches[:count]), samples)
+
+
+def _renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:
+    if not first:
+        return dict(numbers)
+    own = {id(n): n if site[1] == "weight" else replace(n, sample=n.sample - first) for site, n in numbers.items()}
+    return {site: own[id(n)] for site, n in numbers.items()}
 
 
 def wanted_sites(
@@ -233,38 +124,107 @@ def wanted_sites(
 
 
 def _forwards(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
+    job: _Job,
     wanted: Mapping[SiteKey, frozenset[str]],
-    progress: Progress | None,
-) -> _Pass:
-    unshared: frozenset[SiteKey] = frozenset()
+    stream: Stream | None = None,
+    rehearsed: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None),
+) -> Visits:
+    """Run all batches; again where what the first one told turns out not to hold for all."""
+    unshared, order = rehearsed
     may_stop = True
     while True:
-        state = _Pass(wanted, modules, unshared, may_stop=may_stop)
+        state = Visits(wanted, job.modules, unshared, may_stop=may_stop and stream is None)
+        state.order = order if may_stop else None
         try:
-            with torch.no_grad(), _hooked(modules, state):
-                _run_batches(model, batches, state, progress)
+            with torch.no_grad(), _hooked(job.modules, state):
+                if stream is None:
+                    _run_batches(job, state)
+                else:
+                    _run_stream(job, state, stream)
             return state
-        except _SharingChanged as change:
+        except SharingChanged as change:
             unshared |= {change.site}
-        except _CallsChanged:
+        except CallsChanged:
             may_stop = False
 
 
-def _run_batches(model: nn.Module, batches: Sequence[Batch], state: _Pass, progress: Progress | None) -> None:
-    device = device_of(model)
-    done = 0
-    for index, batch in enumerate(batches):
-        rows = rows_of(batch, done, device)
-        state.begin(rows)
-        with suppress(_PassComplete):
-            _forward(model, batch, device)
-        state.end(first=index == 0)
-        done += len(rows.samples)
-        if progress is not None:
-            progress(done, done + sum(row_count(later) for later in batches[index + 1 :]))
+def _run_batches(job: _Job, state: Visits) -> None:
+    device = device_of(job.model)
+    sample = job.first_sample
+    for index, batch in enumerate(job.batches):
+        state.forward = Forward(rows_of(batch, sample, device), first=index == 0)
+        with suppress(PassComplete):
+            _forward(job.model, batch, device)
+        state.end(state.forward)
+        sample += len(state.forward.rows.samples)
+        job.done(state, index + 1)
+
+
+def _run_stream(job: _Job, state: Visits, stream: Stream) -> None:
+    """Run the batches side by side, a wave at a time: as many as may wait at once."""
+    sample = job.first_sample
+    for start in range(0, len(job.batches), WAVE):
+        wave = job.batches[start : start + WAVE]
+        forwards = []
+        for index, batch in enumerate(wave, start):
+            forwards.append(Forward(rows_of(batch, sample, stream.device), first=index == 0))
+            sample += len(forwards[-1].rows.samples)
+
+        def run(index: int, wave: Sequence[Batch] = wave, forwards: Sequence[Forward] = forwards) -> None:
+            with suppress(PassComplete):
+                _forward(job.model, wave[index], stream.device)
+            state.end(forwards[index])
+
+        def resumed(index: int, forwards: Sequence[Forward] = forwards) -> None:
+            state.forward = forwards[index]
+
+        stream.run([partial(run, index) for index in range(len(wave))], resumed)
+        job.done(state, start + len(wave))
+
+
+def _streamed(
+    job: _Job,
+    activations: Mapping[SiteKey, frozenset[str]],
+    weights: Mapping[SiteKey, frozenset[str]],
+    stream: Stream,
+) -> dict[SiteKey, SiteNumbers]:
+    """Run the pass while the weights are read; weights that are sites are reduced when they come by."""
+    left = dict(weights)
+    found: dict[SiteKey, SiteNumbers] = {}
+
+    def loading(modules: Sequence[str]) -> None:
+        here = {site: left.pop(site) for site in list(left) if site[0] in modules}
+        found.update(observe_weights(job.modules, here))
+
+    rehearsed = _rehearsed(job, activations) if activations else (frozenset[SiteKey](), None)
+    with stream.ready(loading):
+        numbers = _forwards(job, activations, stream, rehearsed).numbers() if activations else {}
+        stream.visit_rest(lambda modules: any(site[0] in modules for site in left))
+    return numbers | found
+
+
+def _rehearsed(job: _Job, wanted: Mapping[SiteKey, frozenset[str]]) -> tuple[frozenset[SiteKey], Order | None]:
+    """Run the first batch on tensors without data; learn what is not shared, and the last call that is needed.
+
+    All samples of a streamed pass are under way at once, so that the first can't tell the others. A model whose calls
+    depend on values (the experts of a MoE) can't be run so; it then runs to its end.
+    """
+    batch = job.batches[0]
+    tensors = {"": batch} if isinstance(batch, Tensor) else dict(batch)
+    empty = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    unshared: frozenset[SiteKey] = frozenset()
+    while True:
+        state = Rehearsal(wanted, job.modules, unshared)
+        state.forward = Forward(rows_of(batch, 0, torch.device("cpu")), first=True)
+        try:
+            with torch.no_grad(), _hooked(job.modules, state), without_data(job.model):
+                _forward(job.model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
+            state.end(state.forward)
+            return unshared, state.order
+        except SharingChanged as change:
+            unshared |= {change.site}
+        except Exception:  # whatever a model does with a value that isn't there
+            return unshared, None
 
 
 def _forward(model: nn.Module, batch: Batch, device: torch.device) -> None:
@@ -275,7 +235,7 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device) -> None:
 
 
 @contextmanager
-def _hooked(modules: Mapping[str, nn.Module], state: _Pass) -> Iterator[None]:
+def _hooked(modules: Mapping[str, nn.Module], state: Visits) -> Iterator[None]:
     handles = []
     for layer, site in state.wanted:
         if site == "input":
@@ -291,7 +251,7 @@ def _hooked(modules: Mapping[str, nn.Module], state: _Pass) -> Iterator[None]:
             handle.remove()
 
 
-def _input_hook(state: _Pass, layer: str, experts: int) -> Callable[..., None]:
+def _input_hook(state: Visits, layer: str, experts: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routing = routing_of(experts, args, kwargs) if experts else None
         state.visit((layer, "input"), input_of(args, kwargs), routing)
@@ -299,7 +259,7 @@ def _input_hook(state: _Pass, layer: str, experts: int) -> Callable[..., None]:
     return hook
 
 
-def _output_hook(state: _Pass, layer: str) -> Callable[..., None]:
+def _output_hook(state: Visits, layer: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         state.visit((layer, "output"), tensor_of(output))
 

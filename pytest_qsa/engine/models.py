@@ -18,19 +18,31 @@ from torch import nn
 
 from ..config import Memory, Model
 from ..errors import InfraError
+from .disk import check_format, skipping_packed, stream_of
 from .modules import device_of
 from .retrying import once_more
+from .streaming import Stream
 
 HEADROOM = 1.2
 """A model fits if its weights times this do; the rest is for activations."""
 
 
 class Loaded:
-    """A loaded subject: the model, its tokenizer if it has one, and the folder of its offloaded part if it has one."""
+    """A loaded subject: the model, its tokenizer if it has one, and what it needs where it is not all in memory.
 
-    def __init__(self, model: nn.Module, tokenizer: Any, scratch: TemporaryDirectory[str] | None = None) -> None:
+    `scratch`: the folder of its offloaded part. `stream`: reads the weights while the model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        scratch: TemporaryDirectory[str] | None = None,
+        stream: Stream | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.stream = stream
         self._scratch = scratch
 
     def close(self) -> None:
@@ -88,24 +100,26 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
-    placement = _placement(path, memory)
+    kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
+    streamed = memory.offload_device == "disk"
+    if streamed:
+        check_format(path, config, gguf=bool(spec.gguf_file))
+        kind = skipping_packed(kind)
+    placement = {"device_map": {"": "disk"}} if streamed else _placement(path, memory)
     scratch = TemporaryDirectory(prefix="qsa-offload-") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
-    model, info = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file)).from_pretrained(
-        path,
-        dtype=spec.dtype,
-        attn_implementation=spec.attn_implementation,
-        output_loading_info=True,
-        **common,
-        **gguf,
-        **placement,
-        **offload,
-    )
-    _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
-    if "device_map" not in placement:
-        model.to(device_for(memory))
-    model.eval()
-    return Loaded(model, _tokenizer(path, common | gguf), scratch)
+    arguments = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, **placement, **offload}
+    with contextlib.ExitStack() as cleaning:
+        if scratch is not None:
+            cleaning.callback(scratch.cleanup)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **common, **gguf, **arguments)
+        _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
+        if "device_map" not in placement:
+            model.to(device_for(memory))
+        model.eval()
+        stream = stream_of(model, device_for(memory)) if streamed else None
+        cleaning.pop_all()  # from here on Loaded.close cleans up
+    return Loaded(model, _tokenizer(path, common | gguf), scratch, stream)
 
 
 def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:

@@ -59,7 +59,14 @@ def capture_loaded(
         raise AnomalyError("there are no batches: nothing would be measured")
     try:
         with quiet():  # compressed-tensors shows bars of its own at the first forward
-            capture = run_pass(loaded.model, samples, requests, decode=decoder_of(loaded.tokenizer), progress=progress)
+            capture = run_pass(
+                loaded.model,
+                samples,
+                requests,
+                decode=decoder_of(loaded.tokenizer),
+                progress=progress,
+                stream=loaded.stream,
+            )
     except InfraError:
         raise
     except torch.OutOfMemoryError as error:

@@ -194,7 +194,7 @@ def judge_baseline(
         BaselineError: another definition, other tokens, or layers that appeared or vanished.
     """
     series.check()
-    _comparable(series, baseline, data)
+    check_comparable(series, baseline, data)
     rows = []
     for depth, (layer, exact) in enumerate(zip(series.layers, series.values.tolist(), strict=True)):
         value, kept = rounded(exact), baseline.values[layer]
@@ -213,7 +213,12 @@ def _since(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])
 
 
-def _comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
+def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
+    """Check that a baseline is of the same definition, tokens and layers as a series.
+
+    Raises:
+        BaselineError: it is not; the text says what differs.
+    """
     now = BaselineFile.of(series, data, {})
     if now.query != baseline.query:
         changed = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config.bounds import DEFAULT, SCHEME, Stated
+from .config.bounds import DEFAULT, SCHEME, Relative, Stated
 from .errors import AnomalyError
 from .plan import match_layers
 from .series import Bounds
@@ -23,8 +23,15 @@ class Budget:
     keys: Mapping[tuple[str, str], tuple[str, ...]]
 
 
-def budget_of(stated: Mapping[str, Stated], layers: Sequence[str], schemes: Mapping[str, str] | None) -> Budget:
+def budget_of(
+    stated: Mapping[str, Stated],
+    layers: Sequence[str],
+    schemes: Mapping[str, str] | None,
+    previous: Mapping[str, float] | None = None,
+) -> Budget:
     """Resolve bounds for layers. `stated`: by `min`, `max`, `equals`. `schemes`: quantized layer → its scheme.
+
+    `previous`: the layers' values in the last release, for bounds that follow it.
 
     Raises:
         AnomalyError: a layer is in no group, a group has no layer, or nothing says how the layers are quantized.
@@ -35,10 +42,8 @@ def budget_of(stated: Mapping[str, Stated], layers: Sequence[str], schemes: Mapp
     text = ", ".join(f"{name} {_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
     bounds = []
     for layer in layers:
-        low, high, exact = (
-            _number(stated[name], keys[layer, name]) if name in stated else None for name in ("min", "max", "equals")
-        )
-        bounds.append(Bounds(low, high, exact))
+        numbers = {name: _number(stated[name], keys[layer, name], layer, previous or {}) for name in stated}
+        bounds.append(Bounds(numbers.get("min"), numbers.get("max"), numbers.get("equals")))
     return Budget(bounds, text, keys)
 
 
@@ -81,11 +86,12 @@ def _check_groups(name: str, stated: Stated, layers: Sequence[str]) -> None:
             raise AnomalyError(f"the group '{group}' of {name} matches none of the {len(layers)} layers")
 
 
-def _number(stated: Stated, key: tuple[str, ...]) -> float:
-    return stated[key[1]] if isinstance(stated, dict) else stated
+def _number(stated: Stated, key: tuple[str, ...], layer: str, previous: Mapping[str, float]) -> float:
+    bound = stated[key[1]] if isinstance(stated, dict) else stated
+    return bound.number(previous[layer]) if isinstance(bound, Relative) else bound
 
 
 def _text(stated: Stated) -> str:
-    if not isinstance(stated, dict):
-        return f"{stated:g}"
-    return f"{{{', '.join(f'{group}: {number:g}' for group, number in stated.items())}}}"
+    if isinstance(stated, dict):
+        return f"{{{', '.join(f'{group}: {_text(bound)}' for group, bound in stated.items())}}}"
+    return str(stated) if isinstance(stated, Relative) else f"{stated:g}"

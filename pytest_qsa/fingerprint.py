@@ -102,7 +102,7 @@ def local_folder(subject: Subject) -> Path | None:
 def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     assert subject.model is not None
     yield "qsa-fingerprint/2"
-    yield subject.model.model_dump(exclude={"name", "path", "reference"})
+    yield subject.model.model_dump(exclude={"name", "path", "reference", "previous"})
     yield subject.data.model_dump()
     yield subject.memory.model_dump()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts):

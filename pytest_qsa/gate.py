@@ -27,8 +27,9 @@ from .metrics import METRICS
 from .needs import requests_of
 from .options import Options
 from .plan import COUNTS, Request
+from .previous import kept_release
 from .session import Captures
-from .subjects import Checkpoint, Subject, files_of
+from .subjects import Checkpoint, Subject, files_of, previous_of
 from .terminal import failure_text
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
@@ -94,6 +95,17 @@ class Gate:
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
         return self.captures.get(key, subject, needs, lambda plan: self._make(request, subject, plan))
 
+    def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
+        """Return the capture of the last release: one pass for all selected tests whose bounds follow it.
+
+        Raises:
+            QsaError: as `capture_of`.
+        """
+        assert self._needs is not None
+        release = previous_of(subject)
+        needs = self._needs[release.key]
+        return self.captures.get(release.key, release, needs, lambda plan: self._make(request, release, plan))
+
     def files_of(self, request: pytest.FixtureRequest) -> Files:
         """Return the files of a test's checkpoint, for static checks; nothing is loaded.
 
@@ -142,7 +154,10 @@ class Gate:
             subject = self.subject_of(item)
             if subject is not None:
                 with contextlib.suppress(SuiteError):  # a wrong mark fails its own test
-                    needs.setdefault(subject.key, []).extend(self._with_distributions(requests_of(item)))
+                    requests = self._with_distributions(requests_of(item))
+                    needs.setdefault(subject.key, []).extend(requests)
+                    if follows_checkpoint(item, subject):
+                        needs.setdefault(previous_of(subject).key, []).extend(requests)
         return needs
 
     def _with_distributions(self, requests: Sequence[Request]) -> list[Request]:
@@ -297,6 +312,14 @@ def checkpoint_of(item: pytest.Item) -> Checkpoint | None:
     """Return the `--qsa-model` under which an item runs."""
     callspec = getattr(item, "callspec", None)
     return callspec.params.get("qsa_checkpoint") if callspec else None
+
+
+def follows_checkpoint(item: pytest.Item, subject: Subject) -> bool:
+    """Say whether an assertion follows a release of which only the checkpoint is there."""
+    suite = item.parent
+    if not isinstance(suite, QsaSuite) or suite.assertion_of(item).follows is None:
+        return False
+    return kept_release(subject, suite.path) is None
 
 
 def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:

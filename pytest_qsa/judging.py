@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from .config import CheckpointAssertion, MeasuredAssertion
 from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
+from .previous import kept_release, previous_values
 from .series import Series
 from .waivers import apply_waivers, joint_uses
 
@@ -90,13 +91,11 @@ def _judged(
     request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture, waive: Waive
 ) -> tuple[Verdict, Location]:
     """Return the verdict, and the keys of the assertion that lead to the bound that it is about."""
-    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
-    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
-    series = series.folded(assertion.over)
-    series.check()
+    series = _measured(assertion, capture)
     bounded: tuple[Verdict, Location] | None = None
     if assertion.stated:
-        budget = budget_of(assertion.stated, series.layers, capture.schemes)
+        previous = _previous(request, assertion, series, capture) if assertion.follows else None
+        budget = budget_of(assertion.stated, series.layers, capture.schemes, previous)
         verdict = waive(judge_bounds(series, budget.bounds, budget.text))
         bounded = verdict, _exceeded(verdict, budget)
     kept = assertion.baseline
@@ -110,6 +109,34 @@ def _judged(
     uses = joint_uses(bounded[0], verdict)
     told = bounded if bounded[0].kind is Kind.WARNED and not verdict.failed else (verdict, ("baseline",))
     return replace(told[0], waivers=uses), told[1]
+
+
+def _measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series of a capture; there is something in it, and all of it is finite."""
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
+    series = series.folded(assertion.over)
+    series.check()
+    return series
+
+
+def _previous(
+    request: pytest.FixtureRequest, assertion: MeasuredAssertion, series: Series, capture: Capture
+) -> Mapping[str, float]:
+    gate: Gate = request.getfixturevalue("qsa_gate")
+    subject = gate.subject_of(request.node)
+    assert subject is not None
+    assert subject.model is not None
+    assert subject.model.previous is not None
+    return previous_values(
+        series,
+        capture.meta["data"]["fingerprint"],
+        subject.model.previous,
+        kept_release(subject, request.node.path),
+        assertion.id,
+        lambda release: _measured(assertion, release),
+        lambda: gate.previous_capture(request, subject),
+    )
 
 
 def _exceeded(verdict: Verdict, budget: Budget) -> Location:

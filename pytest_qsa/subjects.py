@@ -44,7 +44,7 @@ class Subject:
     @property
     def key(self) -> str:
         """Equal for subjects that share one pass, whatever their names and suites."""
-        model = self.model.model_dump(exclude={"name", "path", "reference"}) if self.model else None
+        model = self.model.model_dump(exclude={"name", "path", "reference", "previous"}) if self.model else None
         data = self.data.model_dump()
         if (own := local_path(self.data, self.folder)) is not None:
             data["source"] = f"custom:{own.resolve()}"
@@ -67,6 +67,18 @@ def files_of(subject: Subject) -> Files:
         if not local.is_file():  # a kept reference capture has no settings
             reference = open_folder(local if local.is_dir() else model.reference)
     return Files(open_folder(subject.path, model.revision), reference)
+
+
+def previous_of(subject: Subject) -> Subject:
+    """Return the last release as a subject of the same data; `org/name@revision` pins a hub id."""
+    assert subject.model is not None
+    assert subject.model.previous is not None
+    named = subject.model.previous
+    path, _, revision = (named, "", "") if (subject.folder / named).exists() else named.partition("@")
+    model = subject.model.model_copy(
+        update={"path": path, "factory": None, "revision": revision or None, "gguf_file": None, "previous": None}
+    )
+    return replace(subject, name=named, model=model, checkpoint=None)
 
 
 @dataclass(frozen=True)

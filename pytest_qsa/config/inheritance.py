@@ -15,7 +15,7 @@ from ..errors import SuiteError, did_you_mean, shown_path
 from .yaml_source import Location, Place, YamlSource, read_yaml
 
 ASSERTIONS: Location = ("assertions",)
-FOLDERS = (("model", "path"), ("model", "reference"))
+FOLDERS = (("model", "path"), ("model", "reference"), ("model", "previous"))
 """The keys whose value is a path if there is one, and the id of something else if not."""
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SuiteError, did_you_mean, shown_path
+from .bounds import Relative
 from .defaults import apply_defaults
 from .inheritance import read_suite
-from .suite import ASSERTIONS, BUDGET, Assertion, Baseline, Suite
+from .suite import ASSERTIONS, BUDGET, Assertion, Baseline, MeasuredAssertion, Suite
 from .waiver import Waiver
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
@@ -65,6 +66,7 @@ def load_suite(path: Path, overrides: Iterable[str] = (), option: str = "--qsa-s
         apply_defaults(source)
         _check_assertions(source)
         suite = Suite.model_validate(source.data)
+        _check_previous(source, suite)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
@@ -143,6 +145,19 @@ def _check_assertions(source: YamlSource) -> None:
             raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}")
 
 
+def _check_previous(source: YamlSource, suite: Suite) -> None:
+    """Find a bound that follows a release which nothing names, or which nothing can measure."""
+    assertions: Sequence[Assertion] = suite.assertions or ()
+    for index, assertion in enumerate(assertions):
+        key = assertion.follows
+        if key and (suite.model is None or suite.model.previous is None):
+            raise source.error(("assertions", index, key), f"{key} follows the last release: name it, model.previous")
+        if key and not isinstance(assertion, MeasuredAssertion):
+            raise source.error(
+                ("assertions", index, key), f"{assertion.metric} is of one checkpoint alone: write a number"
+            )
+
+
 def _unknown_id(source: YamlSource, index: int) -> str:
     """Say of an assertion of an extending suite that it may have meant one of a base."""
     if "extends" not in source.data:
@@ -204,7 +219,9 @@ def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
     if location[0] == "assertions" and len(loc) >= 4:
         if len(location) == 3:
             return list(ASSERTIONS[str(loc[2])].model_fields)
-        return list((Waiver if location[2] == "waive" else Baseline).model_fields)
+        models: dict[str, type[BaseModel]] = {"waive": Waiver, "baseline": Baseline}
+        inner = models.get(str(location[2]), Relative)
+        return list(inner.model_fields)
     model: Any = Suite
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation

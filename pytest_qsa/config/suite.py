@@ -23,7 +23,7 @@ from ..plan import TOKENS, Request, Site
 from ..selection import canonical_positions, query_of
 from ..series import Over, Query
 from ..tiers import Tier
-from .bounds import Stated
+from .bounds import Stated, follows
 from .fields import Regex, Strict
 from .visualization import Visualization
 from .waiver import Waiver, Waivers
@@ -60,6 +60,9 @@ class Model(Strict):
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
     reference: str | None = None
+    previous: Annotated[
+        str | None, Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint")
+    ] = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gguf_file: str | None = None
@@ -164,6 +167,11 @@ class Assertion(Strict, ABC):
         if grouped and self.over is not None:
             raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
         return self
+
+    @property
+    def follows(self) -> str | None:
+        """The key of a bound that follows the last release; None where there is none."""
+        return next((key for key, stated in self.stated.items() if follows(stated)), None)
 
     @property
     def waivers(self) -> list[Waiver]:

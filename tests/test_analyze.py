@@ -230,6 +230,62 @@ def test_a_layer_that_the_forward_pass_skips_is_left_out_with_a_warning(tmp_path
     assert "warning: magnitude_input: the input of model.embed_tokens was never seen" in capsys.readouterr().err
 
 
+SEED = r"""
+model:
+  path: "/path/to/your/model"
+  name: "my-model"
+data:
+  source: "pile"
+  num_samples: 64
+  seq_len: 1024
+  seed: 0
+visualization:
+  save_dir: "./figures"
+  dpi: 200
+  enabled:
+    magnitude_input: true
+    magnitude_output: true
+    magnitude_weight: false
+    outlier_layer_wise: true
+    outlier_position: true
+    outlier_token: true
+    heatmap_3d: false
+    distribution: false
+  magnitude:
+    patterns:
+      - "mlp\\.down_proj"
+      - "mlp\\.up_proj"
+      - "self_attn\\.q_proj"
+      - "self_attn\\.o_proj"
+    reduce_dim: null
+  outlier:
+    threshold: 64
+    pattern: "layers\\.\\d+$"
+    decode_tokens: true
+  layer_selection:
+    patterns:
+      - "layers\\.\\d+\\.mlp\\.down_proj"
+      - "layers\\.\\d+\\.self_attn\\.q_proj"
+memory:
+  device: "cuda"
+  offload_device: "cpu"
+  auto_offload: true
+"""
+"""The configuration of the seed's README, but for its comments."""
+
+
+def test_the_configuration_of_the_seeds_readme_runs(tmp_path, llama, capsys):
+    (tmp_path / "seed.yaml").write_text(SEED)
+    here = ["--model.path", str(llama), "--memory.device", "cpu", "--data.source", "sample", "--dpi", "50"]
+    small = ["--data.num_samples", "2", "--data.seq_len", "24", "--qsa-no-cache"]
+    assert main(["analyze", "--config", str(tmp_path / "seed.yaml"), *here, *small]) == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "magnitude_input.png", "magnitude_output.png", "outlier_layer_wise.png", "outlier_position.png",
+        "outlier_token.png", "analysis_report.html",
+    }  # fmt: skip
+    assert "layer_selection has none of the layers of outlier.pattern" in capsys.readouterr().err
+
+
 # The plan.
 
 

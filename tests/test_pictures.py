@@ -218,6 +218,18 @@ def test_a_token_of_any_script_is_drawn_safely(text):
     assert all(ord(c) >= 32 and c not in "\u202e\n" for c in label)
 
 
+def test_a_glyph_that_only_another_font_has_is_drawn_by_it(monkeypatch):
+    from matplotlib import get_data_path
+
+    from pytest_qsa.plots import style
+
+    own, other = "fonts/ttf/DejaVuSans.ttf", "fonts/ttf/STIXGeneral.ttf"
+    assert style.safe_text("\u1d81x") == "U+1D81x"
+    monkeypatch.setattr(style, "fonts", lambda: tuple((file, f"{get_data_path()}/{file}") for file in (own, other)))
+    assert style._drawable(0x1D81)
+    assert not style._drawable(0x4F60)
+
+
 def test_where_no_token_stands_out_the_picture_says_so():
     none = np.zeros(0, dtype=np.int64)
     for kind in ("layer_wise", "position", "token"):

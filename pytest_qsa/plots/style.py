@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -33,7 +34,7 @@ GROUP_STYLES = [
 """Colour, marker and dash of each kind of layer in one figure."""
 
 _STYLE: Any = {
-    "font.family": ["sans-serif"], "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.usetex": False,
+    "font.family": ["sans-serif"], "font.size": 9.0, "text.usetex": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.linewidth": 0.8,
     "axes.facecolor": "white",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.axisbelow": True,
@@ -46,6 +47,12 @@ _STYLE: Any = {
     "path.sketch": None,
 }  # fmt: skip
 
+CJK = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
+)  # fmt: skip
+"""Fonts of Chinese, Japanese and Korean; the first that a machine has stands in where DejaVu Sans has no glyph."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,7 +62,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context({**_STYLE, "font.sans-serif": [name for name, _ in fonts()]}):
             return function(*args, **kwargs)
 
     return inner
@@ -117,9 +124,21 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 
 
 @functools.cache
-def _drawable() -> frozenset[int]:
-    """Return the code points of matplotlib's own DejaVu Sans, the one font that is there on every machine."""
-    return frozenset(FT2Font(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")).get_charmap())
+def fonts() -> tuple[tuple[str, str], ...]:
+    """Return (name, file) of the fonts of labels: DejaVu Sans, which matplotlib brings, and one of CJK if it is there."""
+    own = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    installed = {entry.name: entry.fname for entry in fontManager.ttflist}
+    more = next(((name, installed[name]) for name in CJK if name in installed), None)
+    return (("DejaVu Sans", own), *([more] if more else []))
+
+
+@functools.cache
+def _glyphs(file: str) -> frozenset[int]:
+    return frozenset(FT2Font(file).get_charmap())
+
+
+def _drawable(code: int) -> bool:
+    return any(code in _glyphs(file) for _, file in fonts())
 
 
 def safe_text(text: str, most: int | None = None) -> str:
@@ -145,7 +164,7 @@ def _safe_character(character: str) -> str:
     blank = character != " " and unicodedata.category(character) == "Zs"
     # Combining marks would join with the quote before them, and right-to-left letters would turn the label around.
     odd = unicodedata.combining(character) or unicodedata.bidirectional(character) in ("R", "AL", "AN")
-    return f"U+{code:04X}" if invisible or blank or odd or code not in _drawable() else character
+    return f"U+{code:04X}" if invisible or blank or odd or not _drawable(code) else character
 
 
 def scale_asinh(axis: Axis, width: float) -> None:

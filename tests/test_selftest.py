@@ -276,7 +276,7 @@ def test_the_command_prints_the_table_and_fails_below_the_score(tested, capsys):
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[1].split() == [
-        "nan_scale", "model.layers.2.mlp.down_proj", "1", "scales", "files", "yes", "1", "scales",
+        "nan_scale", "model.layers.2.mlp.down_proj", "1", "scale", "files", "yes", "1", "scale",
     ]  # fmt: skip
     assert "SLIPPED THROUGH" in lines[2]
     assert lines[3] == "mutation score 50%: 1 of 2 faults are caught, 1 of them with their layer named"

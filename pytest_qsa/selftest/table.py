@@ -51,7 +51,13 @@ def by_text(outcome: Outcome) -> str:
 
 def strength_text(outcome: Outcome) -> str:
     """Write a strength with what it counts: `2 × scale`, `0.5 of the rows`."""
-    return f"{outcome.strength:.3g} {outcome.unit}" if outcome.unit else "–"
+    return _counted(outcome.strength, outcome.unit) if outcome.unit else "–"
+
+
+def _counted(strength: float, unit: str) -> str:
+    if unit.startswith("of "):
+        return f"{strength:.3g} {unit}" if strength < 1 else f"all {unit}"
+    return f"{strength:.4g} {unit.removesuffix('s') if strength == 1 else unit}"
 
 
 def smallest_text(outcome: Outcome) -> str:
@@ -59,8 +65,8 @@ def smallest_text(outcome: Outcome) -> str:
     if not outcome.unit:
         return ""
     if outcome.smallest is not None:
-        return f"{outcome.smallest:.3g} {outcome.unit}"
-    return f"none up to {outcome.strongest:.3g} {outcome.unit}" if outcome.strongest is not None else ""
+        return _counted(outcome.smallest, outcome.unit)
+    return f"none up to {_counted(outcome.strongest, outcome.unit)}" if outcome.strongest is not None else ""
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str, Any]) -> Path:
@@ -81,6 +87,10 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
         }
         for outcome in outcomes
     ]  # fmt: skip
+    done = [outcome for outcome in outcomes if not outcome.skipped]
+    title = f"{sum(bool(outcome.caught) for outcome in done)} of {len(done)} faults are caught"
     page = folder / "selftest.html"
-    write_atomically(page, render("selftest.html.j2", session=session, rows=shown, line=score_line(outcomes)))
+    write_atomically(
+        page, render("selftest.html.j2", session=session, rows=shown, line=score_line(outcomes), title=title)
+    )
     return page

@@ -5,6 +5,7 @@ syrupy asks the extension's class for paths and knows nothing but the test, so t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from syrupy.types import SerializedData, SnapshotIndex
 
 FOLDER = "qsa_baselines"
+CLASS = re.compile(r"@(cpu|mps|xpu|sm_\d+|gfx\w+)$")
+"""The end of a baseline's name that says whose class of devices it is; an id holds no `@`."""
 HOME = pytest.StashKey[Path]()
 """On an item: the folder of its baselines."""
 NAME = pytest.StashKey[str]()
@@ -59,9 +62,13 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         return str(Path(cls.dirname(test_location=test_location)).parent)
 
     def owns_snapshot_collection(self, *, filepath: str, test_location: PyTestLocation) -> bool:
-        """Own the baselines that lie directly in the folder of this suite and this model, and nothing else there."""
+        """Own the baselines that lie directly in the folder of this suite and this model, and nothing else there.
+
+        Those of several device classes are left alone: a run sees one class, and the others' are not unused for that.
+        """
         path = Path(filepath)
-        return path.parent == Path(self.dirname(test_location=test_location)) and is_baseline(path)
+        here = path.parent == Path(self.dirname(test_location=test_location))
+        return here and is_baseline(path) and not _has_classes(path)
 
     @classmethod
     def get_snapshot_name(cls, *, test_location: PyTestLocation, index: SnapshotIndex = 0) -> str:
@@ -91,6 +98,44 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
     ) -> None:
         """Write atomically."""
         write_atomically(Path(snapshot_collection.location), str(next(iter(snapshot_collection)).data))
+
+
+def _has_classes(path: Path) -> bool:
+    return bool(CLASS.search(path.stem)) or any(
+        CLASS.search(other.stem) for other in path.parent.glob(f"{path.stem}@*")
+    )
+
+
+def name_for_class(
+    shared: Path,
+    series: Series,
+    tolerance: Tolerance,
+    data: str | None,
+    made_with: dict[str, object],
+    *,
+    updating: bool,
+) -> str:
+    """Return the name of the baseline of this run's device class: its own, or that which all classes share.
+
+    A class gets one of its own by an update, where its numbers don't fit what another class has made.
+    """
+    own = f"{shared.stem}@{made_with['device_class']}"
+    if shared.with_name(f"{own}.json").exists():
+        return own
+    if updating and shared.exists():
+        verdict, _ = _verdict(shared, series, tolerance, data, made_with)
+        if (verdict is None or verdict.failed) and _class_of(shared) not in (None, made_with["device_class"]):
+            return own
+    return shared.stem
+
+
+def _class_of(baseline: Path) -> object:
+    """Return the device class that made a baseline; None for one that can't be read, which is made anew."""
+    try:
+        made_with = BaselineFile.parse(baseline.read_text(encoding="utf-8")).made_with
+    except (OSError, BaselineError):
+        return None
+    return made_with.get("device_class") or ("cpu" if made_with.get("device") == "cpu" else "another")
 
 
 def baseline_folder(suite: Path, model: str) -> Path:

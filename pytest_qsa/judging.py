@@ -103,7 +103,10 @@ def _judged(
         return bounded
     assert kept is not None
     tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
-    verdict = waive(against_baseline(series, tolerance, capture, baseline_snapshot(request)))
+    snapshot = baseline_snapshot(request)
+    if kept.per is not None:
+        _choose_class(request, series, tolerance, capture)
+    verdict = waive(against_baseline(series, tolerance, capture, snapshot, per=kept.per))
     if bounded is None:
         return verdict, ("baseline",)
     uses = joint_uses(bounded[0], verdict)
@@ -146,7 +149,20 @@ def _exceeded(verdict: Verdict, budget: Budget) -> Location:
     return next(budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys)
 
 
-def against_baseline(series: Series, tolerance: Tolerance, capture: Capture, snapshot: SnapshotAssertion) -> Verdict:
+def _choose_class(request: pytest.FixtureRequest, series: Series, tolerance: Tolerance, capture: Capture) -> None:
+    """Name the baseline of this run's class of devices."""
+    from .baselines import HOME, NAME, name_for_class
+
+    stash = request.node.stash
+    made_with, data = _made_with(capture, "device_class"), capture.meta["data"]["fingerprint"]
+    updating = bool(request.config.getoption("update_snapshots", False))
+    shared = stash[HOME] / f"{stash[NAME]}.json"
+    stash[NAME] = name_for_class(shared, series, tolerance, data, made_with, updating=updating)
+
+
+def against_baseline(
+    series: Series, tolerance: Tolerance, capture: Capture, snapshot: SnapshotAssertion, per: str | None = None
+) -> Verdict:
     """Hold a series against the next baseline of a test.
 
     Raises:
@@ -154,12 +170,17 @@ def against_baseline(series: Series, tolerance: Tolerance, capture: Capture, sna
     """
     from .baselines import judge_against_baseline
 
-    model, data = capture.meta["model"], capture.meta["data"]
-    made_with = {
+    data = capture.meta["data"]["fingerprint"]
+    return judge_against_baseline(series, tolerance, snapshot, data, _made_with(capture, per))
+
+
+def _made_with(capture: Capture, per: str | None) -> dict[str, object]:
+    """Return what a baseline says of the run that made it."""
+    model = capture.meta["model"]
+    return {
         "model": _shown_model(model["path"]), "weights": model["weights"], "dtype": model["dtype"],
-        "device": model["device"], **model["versions"],
+        "device": model["device"], **model["versions"], **({per: model[per]} if per else {}),
     }  # fmt: skip
-    return judge_against_baseline(series, tolerance, snapshot, data["fingerprint"], made_with)
 
 
 def _shown_model(path: str) -> str:

@@ -210,6 +210,62 @@ def test_an_update_mends_what_can_be_mended(many):
     assert {test for test, outcome in many.after.outcomes.items() if outcome != "passed"} == {"a.qsa.yaml::bounded"}
 
 
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory, llama, changed_llama):
+    """Meet, on a CPU, baselines that another class of devices has made: one that fits and one that doesn't."""
+    project = Project(tmp_path_factory.mktemp("classes") / "project")
+    per = DRIFT.replace("rel: 0.05", "rel: 0.05, per: device_class")
+    lines = [per.replace("id: drift", f"id: {name}") for name in ("same", "other", "mine")]
+    project.write("a.qsa.yaml", suite(llama, *lines))
+    project.pytest("--qsa-report=never", "--snapshot-update")
+    project.made = project.json(f"{HOME}/mine.json")["made_with"]
+
+    def elsewhere(factor):
+        def change(content):
+            content.update(values={layer: value * factor for layer, value in content["values"].items()})
+            content["made_with"].update(device="NVIDIA H100", device_class="sm_90")
+
+        return change
+
+    rewritten(project, f"{HOME}/same.json", elsewhere(1.01))
+    rewritten(project, f"{HOME}/other.json", elsewhere(2))
+    before = project.files("qsa_baselines")
+    project.met = project.pytest("--qsa-report=never")
+    project.update = project.pytest("--qsa-report=never", "--snapshot-update")
+    project.written = {n: text for n, text in project.files("qsa_baselines").items() if before.get(n) != text}
+    project.lost = before.keys() - project.files("qsa_baselines").keys()
+    project.after = project.pytest("--qsa-report=never")
+    project.moved = project.pytest("--qsa-report=never", "--snapshot-update", f"--qsa-model={changed_llama}")
+    project.rewritten = {n for n, text in project.files("qsa_baselines").items() if before.get(n) != text}
+    return project
+
+
+def test_a_baseline_says_which_class_of_devices_made_it(classes):
+    assert classes.made["device_class"] == "cpu"
+
+
+def test_a_class_whose_numbers_do_not_fit_is_told_and_gets_a_baseline_of_its_own(classes):
+    assert classes.met.outcomes["a.qsa.yaml::other"] == "failed"
+    assert "device_class was sm_90, is cpu" in classes.met.labelled("::other")["since"][0]
+    assert classes.update.code == 0
+    assert set(classes.written) == {f"{HOME}/other@cpu.json"}
+    assert classes.after.code == 0
+
+
+def test_a_class_whose_numbers_fit_shares_the_baseline(classes):
+    assert classes.met.outcomes["a.qsa.yaml::same"] == "passed"
+
+
+def test_the_baselines_of_other_classes_are_neither_removed_nor_unused(classes):
+    assert not classes.lost
+    assert "unused" not in classes.after.out
+
+
+def test_a_change_of_the_model_rewrites_the_baseline_of_the_own_class(classes):
+    assert classes.moved.code == 0
+    assert classes.rewritten == {f"{HOME}/{name}.json" for name in ("other@cpu", "same@cpu", "mine")}
+
+
 FOREIGN = {
     f"{HOME}/README.md": "why these numbers\n",
     f"{HOME}/other.json": '{"not": "ours"}\n',

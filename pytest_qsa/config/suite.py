@@ -127,6 +127,10 @@ class Baseline(Strict):
     rel: Annotated[float, Field(ge=0)] = 0.0
     abs: Annotated[float, Field(ge=0)] = 0.0
     direction: Literal["both", "up", "down"] = "both"
+    per: Annotated[
+        Literal["device_class"] | None,
+        Field(description="a class of devices (cpu, sm_90, …) whose numbers don't fit the shared baseline has its own"),
+    ] = None
 
 
 def _baseline(value: object) -> object:

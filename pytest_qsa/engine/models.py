@@ -240,9 +240,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "torch."
         ),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device_class": device_class(device),
         "attention": str(getattr(config, "_attn_implementation", None) or "none"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def device_class(device: torch.device) -> str:
+    """Return what decides which kernels run: `cpu`, `mps`, `xpu`, a CUDA architecture `sm_90`, a ROCm one `gfx942`."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    architecture = str(getattr(properties, "gcnArchName", "")).partition(":")[0] if torch.version.hip else ""
+    return architecture or f"sm_{properties.major}{properties.minor}"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 from ..captures import Capture
 from ..config import Visualization
 from ..files import write_atomically
-from ..report.gallery import Gallery, Shown, render_gallery
+from ..plan import map_statistic
+from ..report.gallery import Gallery, Shown, Turning, render_gallery
+from ..report.surfaces import surface_data
 from ..subjects import Subject
 from .drawing import Drawn, draw_picture
 from .exports import as_csv, as_json, as_parquet, rows_of
@@ -67,7 +69,7 @@ def write_analysis(
     written.files += _tables(visualization, subject, analysis, capture, folder, written.drawn)
     if "html" in visualization.output.formats:
         page = folder / visualization.output.report_file
-        gallery = _gallery(subject, capture, written, command)
+        gallery = _gallery(subject, capture, visualization, written, command)
         write_atomically(page, render_gallery(gallery))
         written.files.append(page)
     written.warnings = written.warnings[len(analysis.warnings) :]
@@ -121,7 +123,9 @@ def _tables(
     return files
 
 
-def _gallery(subject: Subject, capture: Capture, written: Written, command: str) -> Gallery:
+def _gallery(
+    subject: Subject, capture: Capture, visualization: Visualization, written: Written, command: str
+) -> Gallery:
     sections: dict[str, list[Shown]] = {}
     for each in written.drawn:
         shown = Shown(each.title, each.picture.name, each.png, each.problem)
@@ -141,4 +145,18 @@ def _gallery(subject: Subject, capture: Capture, written: Written, command: str)
         layers=capture.modules,
         files=[path.name for path in written.files],
         command=command,
+        surfaces=list(_surfaces(capture, visualization, written.drawn)),
     )
+
+
+def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Drawn]) -> Iterator[Turning]:
+    """Yield a surface that turns, with every layer that is in a picture of heat maps."""
+    settings = visualization.heatmap_3d
+    pictures = [each.picture for each in drawn if each.picture.section == "heatmap_3d" and not each.problem]
+    wanted = {(layer, picture.site) for picture in pictures for layer in picture.layers}
+    sites = {layer: numbers for (layer, site), numbers in capture.sites.items() if (layer, site) in wanted}
+    maps = {layer: numbers.maps[map_statistic(settings.sample_idx)] for layer, numbers in sites.items()}
+    if maps:
+        size = max(numbers.shape for numbers in sites.values())[:2]
+        data = surface_data(maps, (size[0], size[1]), settings.view_angle)
+        yield Turning(HEADINGS["heatmap_3d"], "heatmap_3d", data)

@@ -7,12 +7,11 @@ import io
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from .text import short_hash
+from .text import render
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,15 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Turning:
+    """A surface that turns, under one of the headings. `data`: what `surface_data` makes."""
+
+    heading: str
+    name: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Gallery:
     """All that the page shows. `facts`: label → what was run; `sections`: heading → pictures."""
 
@@ -49,13 +57,9 @@ class Gallery:
     layers: Sequence[str] = ()
     files: Sequence[str] = field(default_factory=list)
     command: str = ""
+    surfaces: Sequence[Turning] = ()
 
 
 def render_gallery(gallery: Gallery) -> str:
     """Return the page; nothing in it is fetched from anywhere, and all text is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["short"] = short_hash
-    return environment.get_template("gallery.html.j2").render(gallery=gallery)
+    return render("gallery.html.j2", gallery=gallery, session={})

@@ -207,7 +207,7 @@ class Selection:
         views = {layer: self._view(layer, query) for layer in layers}
         if definition.per == "model":
             whole = definition.compute(list(views.values()), **parameters)
-            return self._series(query, {f"all {len(layers)} layers": whole})
+            return self._series(query, {f"whole of {len(layers)} layers": whole})
         results = {layer: definition.compute(view, **parameters) for layer, view in views.items()}
         if definition.per == "expert":
             results = {f"{layer}[{e}]": of for layer, each in results.items() for e, of in enumerate(each.T)}

@@ -48,7 +48,7 @@ def test_the_count_is_that_of_the_definition(seed, shape, shares):
     mask[:, rng.integers(shape[2])] = 1
     series = outputs(script, mask=mask).int8_outlier_features(layer_share=shares[0], position_share=shares[1])
     assert series.values == [features([x[mask.astype(bool)] for x in script], 6.0, *shares)]
-    assert series.layers == [f"all {shape[0]} layers"]
+    assert series.layers == [f"whole of {shape[0]} layers"]
 
 
 def test_the_threshold_itself_counts_and_each_share_is_needed():

@@ -81,7 +81,7 @@ def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
         low, high = (shared.low, shared.high) if shared and shared.baseline is None else (None, None)
         rows = [Row(layer, value, low, high, None, 0.0) for layer, value in values]
     order = {layer: index for index, layer in enumerate(capture.modules)}
-    rows.sort(key=lambda row: order.get(row.layer, len(order)))
+    rows.sort(key=lambda row: (order.get(row.layer, len(order)), row.depth))
     return Judged(rows, depth_of([row.layer for row in rows]), folded) if len(rows) > 1 else None
 
 

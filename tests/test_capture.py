@@ -218,7 +218,10 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
         observer.add(x, [None, torch.arange(7)], [0, 1], 0, token_axis=True)
         rows = [memory(value) for values in observer.rows.values() for value in values]
         first, end = x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()
-        kept = [array.ctypes.data for array in [*rows, *map(memory, observer.pooled.values())]]
+        window = observer.pooled.get("window")
+        pooled = observer.pooled | (vars(window) if window else {})
+        arrays = [value for value in pooled.values() if isinstance(value, (np.ndarray, torch.Tensor))]
+        kept = [array.ctypes.data for array in [*rows, *map(memory, arrays)]]
         assert not any(first <= address < end for address in kept)
         assert max(array.nbytes for array in rows) <= 8 * 50, "a row keeps one number a token or channel at most"
 

@@ -15,9 +15,9 @@ from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .channel_counts import count_features, widen_channels
 from .wants import Wants, peak_count, ranks_of
+from .windows import Window, floats_of
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
-NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 class CpuReducer:
@@ -66,17 +66,11 @@ class CpuReducer:
         if patterns.ndim == 2 and wants.on_request:
             self._on_request(counted.float(), wants, pooled, found)
         if surveyed:
-            self._distribution(counted, lines, int(maxima.max()), wants, pooled, found)
+            top, smallest = kernels.ends_of(maxima, self.smallest)
+            self._distribution(counted, lines, top, smallest + 1, wants, pooled, found)
         elif wants.moments:
             found["moments"] = self._moments_of_values(counted, int(maxima.max()))
         return found
-
-    def _floats(self, patterns: NDArray[Any]) -> NDArray[np.float32]:
-        if self.wide:
-            return patterns.view(np.float32)
-        if self.name == "float16":
-            return patterns.view(np.float16).astype(np.float32)
-        return (patterns.astype(np.uint32) << 16).view(np.float32)
 
     def _tokens(
         self,
@@ -89,7 +83,7 @@ class CpuReducer:
         count = peak_count(len(lines), length)
         peaks, channels = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
         kernels.peaks_of(maxima, lines, self.signless, peaks, channels)
-        floats = self._floats(maxima)
+        floats = floats_of(maxima, self.name)
         if kept is not None:
             index = kept.numpy()
             whole = np.full(length, PADDING, dtype=np.float32)
@@ -100,7 +94,7 @@ class CpuReducer:
     def _channels(self, lines: NDArray[Any], pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
         maxima = np.zeros(lines.shape[1], dtype=self.patterns)
         self.channel_maxima(lines, maxima)
-        floats = self._floats(maxima)
+        floats = floats_of(maxima, self.name)
         pooled["channel_max"] = np.maximum(pooled["channel_max"], floats) if "channel_max" in pooled else floats
         ranks = np.array(ranks_of(len(floats)))
         picked = np.sort(floats)[np.clip(ranks, 0, len(floats) - 1)]
@@ -124,11 +118,12 @@ class CpuReducer:
         counted: Tensor,
         lines: NDArray[Any],
         top: int,
+        smallest: int,
         wants: Wants,
         pooled: dict[str, Any],
         found: dict[str, NDArray[Any]],
     ) -> None:
-        row, low = self._settle(counted, top, wants, pooled)
+        row, low = self._settle(counted, top, smallest, wants, pooled)
         order = self._order(lines.reshape(-1), row, low) if wants.ordered else None
         if wants.elements and order is not None:
             found["element_top"] = order
@@ -147,28 +142,22 @@ class CpuReducer:
             found[name] = np.array(count, dtype=np.int64)
 
     def _settle(
-        self, counted: Tensor, top: int, wants: Wants, pooled: dict[str, Any]
+        self, counted: Tensor, top: int, smallest: int, wants: Wants, pooled: dict[str, Any]
     ) -> tuple[NDArray[np.uint32], int]:
         """Add a surveyed row to the pooled counts; return its own, [2, bins] from the pattern `low` on, if needed."""
-        smallest = int(self.smallest.min()) + 1
         shift = 16 if self.wide else 0
         high, low = top >> shift, max(1, min(smallest, top) >> shift)
         needed = wants.ordered or (wants.moments and not self.wide)
         row = np.empty((2, max(1, high - low + 2) if needed else 0), dtype=np.uint32)
-        if wants.counts and "counts" not in pooled:
-            pooled["counts"] = np.zeros(1 << 15, dtype=np.int64)
-        if wants.signed and "signed_counts" not in pooled:
-            pooled["signed_counts"] = np.zeros(1 << 16, dtype=np.int64)
-        magnitudes = pooled["counts"] if wants.counts else NOTHING
-        signed = pooled["signed_counts"] if wants.signed else NOTHING
-        zeros = kernels.settle(self.scratch, low, max(high, low - 1), magnitudes, signed, row)
+        window = pooled.get("window") or Window(wants.counts, wants.signed, self.name)
+        window.cover(low, high)
+        arrays = window.magnitudes, window.signed, window.base
+        zeros = kernels.settle(self.scratch, low, max(high, low - 1), *arrays, row)
         if wants.counts or wants.signed:
-            low_high = torch.aminmax(counted) if wants.signed else (float("nan"), float("nan"))
-            ends = np.empty(4, dtype=np.float32)
-            ends[:2] = self._floats(np.array([top, 0 if zeros else smallest], dtype=self.patterns))
-            ends[2:] = [float(end) for end in low_high]
-            before = pooled.get("extremes")
-            pooled["extremes"] = ends if before is None else _widened(before, ends)
+            pooled["window"] = window
+            window.top, window.least = max(window.top, top), min(window.least, 0 if zeros else smallest)
+        if wants.signed:
+            window.widen(*(float(end) for end in torch.aminmax(counted)))
         return row, low
 
     def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
@@ -201,15 +190,10 @@ class CpuReducer:
         found, sums = np.zeros(7, dtype=np.float64), np.zeros(6, dtype=np.float64)
         kernels.moments_of_values(counted.flatten().numpy(), sums)
         found[:4], found[5:] = sums[:4], sums[4:]
-        found[4] = self._floats(np.array([top], dtype=self.patterns))[0]
+        found[4] = floats_of(np.array([top], dtype=self.patterns), self.name)[0]
         return found
 
 
 def _blank_missing(values: NDArray[np.float32], ranks: NDArray[Any], count: int) -> NDArray[np.float32]:
     known = (ranks >= 0) & (ranks < count) & np.isfinite(values[0])
     return np.where(known, values, np.float32("nan")).astype(np.float32)
-
-
-def _widened(before: NDArray[np.float32], ends: NDArray[np.float32]) -> NDArray[np.float32]:
-    largest, least = np.maximum(before, ends), np.minimum(before, ends)
-    return np.array([largest[0], least[1], least[2], largest[3]], dtype=np.float32)

@@ -143,15 +143,16 @@ def survey32(patterns, maxima, smallest, scratch):
 
 
 @_compiled
-def settle(scratch, low, high, magnitudes, signed, row):
+def settle(scratch, low, high, magnitudes, signed, base, row):
     """Move the counts of a row out of scratch, which is then zero again; return how many zeros there were.
 
     row [2, high − low + 2] uint32: the counts of +x and −x; column 0 is zero itself, column 1 the pattern `low`.
-    magnitudes [32,768], signed [65,536] and row are filled where they are not empty; the first two are added to.
+    magnitudes [W] and signed [2, W] are added to; their column 1 is the pattern `base`. What is empty is left alone.
     """
     zeros = 0
     for column in range(high - low + 2):
         bin = 0 if column == 0 else low + column - 1
+        place = 0 if column == 0 else bin - base + 1
         for sign in range(2):
             count = np.uint32(0)
             for thread in range(scratch.shape[0]):
@@ -160,12 +161,24 @@ def settle(scratch, low, high, magnitudes, signed, row):
             if row.shape[1]:
                 row[sign, column] = count
             if magnitudes.shape[0]:
-                magnitudes[bin] += count
-            if signed.shape[0]:
-                signed[bin + sign * HALF] += count
+                magnitudes[place] += count
+            if signed.shape[1]:
+                signed[sign, place] += count
             if column == 0:
                 zeros += count
     return zeros
+
+
+@_compiled
+def ends_of(maxima, smallest):
+    """Return the largest of maxima and the least of smallest."""
+    top = maxima[0]
+    for index in range(1, maxima.shape[0]):
+        top = max(top, maxima[index])
+    least = smallest[0]
+    for index in range(1, smallest.shape[0]):
+        least = min(least, smallest[index])
+    return np.int64(top), np.int64(least)
 
 
 @_compiled

@@ -19,6 +19,7 @@ from ..numbers import SiteNumbers
 from .modules import Routing
 from .reductions import TorchReducer
 from .wants import MAP_SIZE, Wants
+from .windows import Window
 
 
 class Reducer(Protocol):
@@ -116,7 +117,9 @@ class StreamObserver:
             elif ":" not in name:
                 arrays[name] = _stacked(rows)
         for name, pooled in self.pooled.items():
-            if name in ("counts", "signed_counts"):
+            if isinstance(pooled, Window):
+                arrays |= pooled.arrays()
+            elif name in ("counts", "signed_counts"):
                 arrays[name.replace("counts", "bins")], arrays[name] = _sparse(_fetched(pooled))
             elif name == "channel_counts":
                 counts = _fetched(pooled)

@@ -1,0 +1,57 @@
+"""Counts that are kept only where they occur, against a dictionary of all that was added."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_qsa.engine.observers import StreamObserver
+from pytest_qsa.engine.windows import HALF, Window
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(st.tuples(st.integers(1, HALF - 1), st.integers(0, 600)), max_size=6))
+def test_a_window_that_grows_forgets_nothing(runs):
+    window, want = Window(True, True, "bfloat16", least=1), Counter()
+    for low, length in runs:
+        high = min(low + length, HALF - 1)
+        window.cover(low, high)
+        for bin in (0, low, high):
+            place = 0 if bin == 0 else bin - window.base + 1
+            window.magnitudes[place] += 1
+            window.signed[1, place] += 1
+            want[bin] += 1
+    found = window.arrays()
+    for bins, counts, offset in (("bins", "counts", 0), ("signed_bins", "signed_counts", HALF)):
+        assert found[bins].tolist() == [bin + offset for bin in sorted(want)]
+        assert found[counts].tolist() == [want[bin] for bin in sorted(want)]
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    st.lists(st.integers(-100, 120), min_size=1, max_size=5),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.integers(0, 99),
+)
+def test_rows_of_very_different_scales_are_all_counted(octaves, dtype, seed):
+    observer = StreamObserver(frozenset({"counts", "signed_counts"}))
+    rows = [torch.randn(40, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(octaves))]
+    rows = [(row.double() * 2.0**octave).to(dtype) for row, octave in zip(rows, octaves, strict=True)]
+    for index, row in enumerate(rows):
+        observer.add(row[None], [None], [index], 0, token_axis=False)
+    numbers = observer.numbers(frozenset({"counts", "signed_counts"}))
+    x = torch.cat(rows)
+    patterns = x.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
+    halves = patterns.view(np.uint16) if dtype == torch.bfloat16 else (patterns.view(np.uint32) >> 16).astype(np.uint16)
+    bins, counts = np.unique(halves, return_counts=True)
+    np.testing.assert_array_equal(numbers.signed_bins, bins)
+    np.testing.assert_array_equal(numbers.signed_counts, counts)
+    bins, counts = np.unique(halves & 0x7FFF, return_counts=True)
+    np.testing.assert_array_equal(numbers.bins, bins)
+    np.testing.assert_array_equal(numbers.counts, counts)
+    magnitudes = x.double().abs().numpy()
+    assert numbers.extremes.tolist() == [magnitudes.max(), magnitudes.min(), x.double().min(), x.double().max()]

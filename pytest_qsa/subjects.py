@@ -66,7 +66,7 @@ def files_of(subject: Subject) -> Files:
         local = subject.folder / model.reference
         if not local.is_file():  # a kept reference capture has no settings
             reference = open_folder(local if local.is_dir() else model.reference)
-    return Files(open_folder(subject.path, model.revision), reference)
+    return Files(open_folder(subject.path, model.revision, model.gguf_file), reference)
 
 
 def previous_of(subject: Subject) -> Subject:

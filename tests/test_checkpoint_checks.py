@@ -345,6 +345,53 @@ def test_block_wise_fp8_is_understood(tmp_path):
     ]
 
 
+def gguf_file(folder, *, faulty=False):
+    """Write 4 blocks of one Q8_0 projection and a float norm as llama.cpp's own writer does."""
+    import gguf
+
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(4)
+    writer.add_layer_norm_rms_eps(1e-5 if faulty else 1e-6)
+    writer.add_vocab_size(3)
+    writer.add_token_list(["b", "a", "<s>"] if faulty else ["a", "b", "<s>"])
+    for index in range(4):
+        codes = gguf.quants.quantize(random.normal(size=(8, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+        if faulty and index == 2:
+            codes[3, :2] = np.frombuffer(np.float16("nan").tobytes(), np.uint8)
+        writer.add_tensor(f"blk.{index}.ffn_down.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        if not (faulty and index == 1):
+            writer.add_tensor(f"blk.{index}.ffn_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    (reference / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "rms_norm_eps": 1e-6, "vocab_size": 3}))
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<s>", "id": 2}]}
+    (reference / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    def health(folder):
+        files = Files(open_folder(folder, gguf_file="model.gguf"), open_folder(reference))
+        return [(finding.tensor, finding.what) for finding in problems_of(files, "checkpoint_health")[1]]
+
+    assert health(gguf_file(tmp_path / "healthy")) == []
+    assert health(gguf_file(tmp_path / "faulty", faulty=True)) == [
+        ("blk.1.ffn_norm.weight", "missing: 3 sibling blocks have it"),
+        ("blk.2.ffn_down.weight", "1 of 16 blocks have a scale that is NaN or infinite"),
+        ("rms_norm_eps", "9.999999747378752e-06, in the reference 1e-06"),
+        ("vocabulary", "2 of 3 tokens have another id, the first 'a'"),
+    ]
+    with pytest.raises(AnomalyError, match="declares no layers"):
+        problems_of(Files(open_folder(tmp_path / "healthy", gguf_file="model.gguf")), "checkpoint_formats")
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("BF16", torch.bfloat16), ("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)],

@@ -33,6 +33,10 @@ Spread = Annotated[float, Gt(0)]
 Tolerance = Annotated[float, Ge(0)]
 
 
+SETTINGS = (settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE)
+"""What stands for a layer where a setting is wrong."""
+
+
 @dataclass(frozen=True)
 class Files:
     """What a check looks at: the checkpoint, and its reference where the suite names a folder for one."""
@@ -91,10 +95,16 @@ def _quantized_layers(files: Files) -> list[str]:
     return files.quantized or _all_layers(files)
 
 
+def _declared_layers(files: Files) -> list[str]:
+    if files.folder.gguf_file:
+        raise AnomalyError("a GGUF file declares no layers to quantize: leave checkpoint_formats out")
+    return _quantized_layers(files)
+
+
 def _settings(files: Files) -> list[str]:
     if files.reference is None:
         raise AnomalyError("settings are compared with those of model.reference, and the suite names none: add it")
-    return [settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE]
+    return list(SETTINGS)
 
 
 def _kept_layers(files: Files) -> list[str]:
@@ -126,10 +136,11 @@ def checkpoint_weights(files: Files) -> Iterator[Finding]:
     yield from unsound_floats(files.folder)
 
 
-@_check(_quantized_layers)
+@_check(_declared_layers)
 def checkpoint_formats(files: Files) -> Iterator[Finding]:
     """Count layers that are left unquantized or quantized against the configuration, or stored in another format."""
-    yield from misplaced_formats(files.folder)
+    if not files.folder.gguf_file:
+        yield from misplaced_formats(files.folder)
 
 
 @_check(_all_layers)
@@ -172,8 +183,8 @@ def problems_of(
     check = CHECKS[metric]
     looked_at = list(check.layers(files))
     found = list(check.compute(files, **parameters))
-    named = {finding.layer for finding in found}
-    ordered = [*looked_at, *sorted(named - set(looked_at), key=natural)]
+    lost = {finding.layer for finding in found} - set(looked_at)  # layers that aren't there to be looked at
+    ordered = [*sorted({*looked_at, *lost} - set(SETTINGS), key=natural), *(s for s in looked_at if s in SETTINGS)]
     matched = match_layers(ordered, layers, exclude)
     if not matched:
         raise no_match(ordered, layers, exclude)

@@ -19,9 +19,25 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint on disk. Nothing is read before it is asked for; tensors come from the headers."""
+    """A checkpoint on disk. Nothing is read before it is asked for; tensors come from the headers.
+
+    `gguf_file`: the one file that is read instead of safetensors.
+    """
 
     path: Path
+    gguf_file: str | None = None
+
+    @cached_property
+    def _gguf(self) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
+        from .gguf_files import read_gguf
+
+        assert self.gguf_file is not None
+        return read_gguf(self.path / self.gguf_file)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The tokens of a GGUF file by id; empty for a folder, whose tokenizer.json has more to say."""
+        return self._gguf[2] if self.gguf_file else {}
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -31,9 +47,12 @@ class Folder:
             InfraError: there are none, or a file is damaged.
         """
         files = sorted(self.path.glob("*.safetensors"))
-        if not files:
+        if self.gguf_file:
+            found = {tensor.name: tensor for tensor in self._gguf[0]}
+        elif files:
+            found = {tensor.name: tensor for file in files for tensor in tensors_of(file)}
+        else:
             raise InfraError(f"{self.path} holds no .safetensors file, which is what static checks read")
-        found = {tensor.name: tensor for file in files for tensor in tensors_of(file)}
         return {name: found[name] for name in sorted(found, key=natural)}
 
     @cached_property
@@ -46,11 +65,13 @@ class Folder:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json.
+        """The content of config.json, or what a GGUF file says in its place.
 
         Raises:
             InfraError: it is missing or no JSON.
         """
+        if self.gguf_file:
+            return self._gguf[1]
         content = self.json("config.json")
         if not isinstance(content, dict):
             raise InfraError(f"{self.path} holds no config.json")
@@ -89,18 +110,18 @@ class Folder:
         return dict(index.get("weight_map") or {})
 
 
-def open_folder(path: str | Path, revision: str | None = None) -> Folder:
+def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> Folder:
     """Open a folder, or the local copy of a hub id; nothing is fetched.
 
     Raises:
         InfraError: there is no such folder and no such id in the local cache.
     """
     if Path(path).is_dir():
-        return Folder(Path(path))
+        return Folder(Path(path), gguf_file)
     try:
         from huggingface_hub import snapshot_download
 
-        return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)))
+        return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)), gguf_file)
     except Exception:  # a malformed id and an absent one are the same to the reader
         raise InfraError(
             f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "

@@ -53,7 +53,7 @@ def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
 
 def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
     stated = folder.text_config.get("num_hidden_layers")
-    trunk = container.rpartition(".")[2] in ("layers", "h", "blocks") and not NUMBER.search(container)
+    trunk = container.rpartition(".")[2] in ("layers", "h", "blocks", "blk") and not NUMBER.search(container)
     trunk = trunk and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
     last = max(blocks)
     count = max(last + 1, stated) if trunk and isinstance(stated, int) else last + 1
@@ -70,7 +70,7 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
         if kinds[keys] > 1 or len(blocks) < 3:
             continue
         nearest = max((kind for kind in kinds if kinds[kind] > 1), key=lambda kind: _alike(kind, keys), default=keys)
-        if _alike(nearest, keys) < ALIKE:
+        if not keys < nearest and _alike(nearest, keys) < ALIKE:
             continue
         for rest in sorted(nearest - keys):
             name = f"{container}.{number}.{rest}"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..findings import Finding
 from .folder import Folder, kind_of
+from .gguf_files import block_scales
 from .schemes import (
     ZERO_POINT,
     Declaration,
@@ -21,7 +22,7 @@ from .schemes import (
     scale_parts,
     weight_shape,
 )
-from .tensors import Tensor
+from .tensors import RAW, Tensor
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """Below it a scale is denormal; a float16 one only where fewer than 4 of its bits are left, for it is kept exactly."""
@@ -47,7 +48,7 @@ def missing_scales(folder: Folder) -> Iterator[Finding]:
         elif not scale_parts(parts):
             codes = codes_of(parts)
             assert codes is not None
-            if codes.dtype not in ("I64", "BOOL"):
+            if codes.dtype in RAW and codes.dtype not in ("I64", "BOOL"):
                 yield Finding(layer, codes.name, codes.file, f"its {codes.dtype} codes have no scale", _AGAIN)
 
 
@@ -95,6 +96,12 @@ def _against_scheme(layer: str, parts: Mapping[str, Tensor], scheme: Scheme) -> 
 def unsound_scales(folder: Folder) -> Iterator[Finding]:
     """Yield scales that are NaN, infinite, zero, negative or denormal, with how many and the first."""
     for layer, parts in folder.layers.items():
+        for tensor in parts.values():
+            inner = block_scales(tensor)
+            bad = 0 if inner is None else int(np.count_nonzero(~np.isfinite(inner).all(axis=1)))
+            if inner is not None and bad:
+                what = f"{bad} of {len(inner)} blocks have a scale that is NaN or infinite"
+                yield Finding(layer, tensor.name, tensor.file, what, _AGAIN)
         for tensor in scale_parts(parts).values():
             values = scale_values(tensor).ravel()
             least = SMALLEST.get(tensor.dtype, 0.0)

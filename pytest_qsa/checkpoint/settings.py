@@ -33,6 +33,9 @@ CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer", "chat_template"
 def changed_settings(folder: Folder, reference: Folder) -> Iterator[Finding]:
     """Yield every setting that differs from the reference's: configuration, vocabulary, tokenizer, chat template."""
     yield from _config(folder.config, reference.config, "")
+    if folder.gguf_file:
+        yield from _ids(folder.vocabulary, _all_entries(reference), str(folder.gguf_file))
+        return  # its tokenizer's steps have other names, and are not compared
     yield from _vocabulary(folder, reference)
     yield from _tokenizer(folder, reference)
     mine, theirs = _template(folder), _template(reference)
@@ -96,17 +99,29 @@ def _vocabulary(folder: Folder, reference: Folder) -> Iterator[Finding]:
         elif _digest(folder) != _digest(reference):
             yield Finding(TOKENIZER, "tokenizer.model", "tokenizer.model", "differs from the reference's", _RESTORE)
         return
-    one, other = _entries(mine), _entries(theirs)
-    changed = sorted(str(token) for token in {*one, *other} if one.get(token) != other.get(token))
-    if changed:
-        what = f"{len(changed)} of {len(other)} tokens have another id, the first {changed[0]!r}"
-        yield Finding(TOKENIZER, "vocabulary", "tokenizer.json", what, _RESTORE)
+    yield from _ids(_entries(mine), _entries(theirs), "tokenizer.json")
     if (mine.get("model") or {}).get("merges") != (theirs.get("model") or {}).get("merges"):
         yield Finding(TOKENIZER, "merges", "tokenizer.json", "differ from the reference's", _RESTORE)
     for part in TOKENIZER_PARTS:
         if mine.get(part) != theirs.get(part):
             what = f"{_shown(mine.get(part))}, in the reference {_shown(theirs.get(part))}"
             yield Finding(TOKENIZER, part, "tokenizer.json", what, _RESTORE)
+
+
+def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterator[Finding]:
+    changed = sorted(str(token) for token in {*one, *other} if one.get(token) != other.get(token))
+    if changed:
+        what = f"{len(changed)} of {len(other)} tokens have another id, the first {changed[0]!r}"
+        yield Finding(TOKENIZER, "vocabulary", file, what, _RESTORE)
+
+
+def _all_entries(folder: Folder) -> dict[str, Any]:
+    """Return all tokens of a folder or a GGUF file, those beside the model's vocabulary with them."""
+    if folder.gguf_file:
+        return dict(folder.vocabulary)
+    tokenizer = folder.json("tokenizer.json") or {}
+    added = {str(token["content"]): token["id"] for token in tokenizer.get("added_tokens") or ()}
+    return {**_entries(tokenizer), **added}
 
 
 def _entries(tokenizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 
 @functools.cache
 def fonts() -> tuple[tuple[str, str], ...]:
-    """Return (name, file) of the fonts of labels: DejaVu Sans, which matplotlib brings, and one of CJK if it is there."""
+    """Return (name, file) of the fonts of labels: DejaVu Sans, which matplotlib brings, and a CJK one if there is one."""
     own = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
     installed = {entry.name: entry.fname for entry in fontManager.ttflist}
     more = next(((name, installed[name]) for name in CJK if name in installed), None)

@@ -103,6 +103,21 @@ class WaiverUse:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A number of a suite that bounds layers, and the value that comes nearest to it. `side`: `max` or `min`.
+
+    `path`, `line`, `key`: where it stands.
+    """
+
+    path: str
+    line: int
+    side: str
+    key: str
+    bound: float
+    nearest: float
+
+
+@dataclass(frozen=True)
 class TokenEvidence:
     """A token behind a value: where it is, what it says (with its neighbours), and how far it stands out."""
 
@@ -128,6 +143,7 @@ class Verdict:
     (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
     `histograms`: layer → its distributions, for the report.
     `findings`: what a static check found, in the layers' order. `waivers`: what each waiver of the assertion did.
+    `limits`: what `--qsa-ratchet` may tighten.
     """
 
     id: str
@@ -152,6 +168,7 @@ class Verdict:
     histograms: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     waivers: Sequence[WaiverUse] = ()
+    limits: Sequence[Limit] = ()
 
     @property
     def failed(self) -> bool:

@@ -36,7 +36,7 @@ def budget_of(
     Raises:
         AnomalyError: a layer is in no group, a group has no layer, or nothing says how the layers are quantized.
     """
-    keys = {(layer, name): _key(name, stated[name], layer, schemes) for name in stated for layer in layers}
+    keys = {(layer, name): key_of(name, stated[name], layer, schemes) for name in stated for layer in layers}
     for name, bound in stated.items():
         _check_groups(name, bound, layers)
     text = ", ".join(f"{name} {_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
@@ -47,7 +47,12 @@ def budget_of(
     return Budget(bounds, text, keys)
 
 
-def _key(name: str, stated: Stated, layer: str, schemes: Mapping[str, str] | None) -> tuple[str, ...]:
+def key_of(name: str, stated: Stated, layer: str, schemes: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return the keys that lead from an assertion to a layer's bound: the name of the bound, and its group.
+
+    Raises:
+        AnomalyError: the layer is in no group, or a group goes by a scheme and none is known.
+    """
     if not isinstance(stated, dict):
         return (name,)
     group = next((group for group in stated if group != DEFAULT and _fits(group, layer, schemes)), None)

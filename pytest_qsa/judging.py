@@ -21,6 +21,7 @@ from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
 from .previous import kept_release, previous_values
+from .ratchet import limits_of
 from .series import Series
 from .waivers import apply_waivers, joint_uses
 
@@ -54,6 +55,9 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
     place = suite.file.bound_place_of(index, key)
+    if gate.options.ratchet:
+        schemes, place_of = capture.schemes if capture else None, partial(suite.file.bound_place_of, index)
+        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of))
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
     _warn_unused(request, suite, index, verdict)

@@ -33,6 +33,7 @@ class Options(NamedTuple):
     tier: Tier
     today: date
     redact: bool
+    ratchet: bool
     refused_update: str | None
     """Why `--snapshot-update` must not write baselines here."""
     named_tier: bool
@@ -94,6 +95,10 @@ def add_options(parser: pytest.Parser) -> None:
         action="store_true",
         help="leave the text of tokens out of terminal, report and plots",
     )
+    group.addoption(
+        "--qsa-ratchet", action="store_true",
+        help="propose tighter budgets where the numbers have improved, as DIR/ratchet.patch",
+    )  # fmt: skip
     group.addoption("--qsa-allow-update", action="store_true", help="let --snapshot-update write baselines under CI")
     group.addoption(
         "--qsa-today", metavar="DATE", help="judge waivers as on that day, such as 2027-01-31 (default: today, UTC)"
@@ -145,6 +150,7 @@ def read_options(config: pytest.Config) -> Options:
         tier=tier,
         today=_today(config.getoption("qsa_today")),
         refused_update=_refused_update(config),
+        ratchet=config.getoption("qsa_ratchet"),
         redact=bool(config.getoption("qsa_redact") or config.getini("qsa_redact")),
         named_tier=config.getoption("qsa_tier") is not None,
         keep=not config.getoption("qsa_no_cache"),

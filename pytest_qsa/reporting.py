@@ -179,6 +179,28 @@ class Reporter:
             self._summarize(terminalreporter)
         if self.not_run:
             self._list_not_run(terminalreporter)
+        if self.options.ratchet and self.results:
+            self._propose(terminalreporter)
+
+    def _propose(self, terminalreporter: Any) -> None:
+        """Show the patch that tightens budgets, and write it; it is applied by hand."""
+        from .errors import shown_path
+        from .files import write_atomically
+        from .ratchet import patch_of, project_root
+
+        limits = [limit for result in self.results for limit in result["limits"]]
+        patch = patch_of(limits, project_root(self.config.rootpath))
+        if not patch:
+            terminalreporter.write_sep("-", "qsa: no budget can be tightened")
+            return
+        file = self.options.output / "ratchet.patch"
+        terminalreporter.write_sep("-", "qsa: budgets that could be tighter")
+        terminalreporter.write_line(patch)
+        try:
+            write_atomically(file, patch)
+            terminalreporter.write_line(f"to accept, at the root of the repository: git apply {shown_path(file)}")
+        except OSError as error:
+            terminalreporter.write_line(f"not written: {error}")
 
     def _list_not_run(self, terminalreporter: Any) -> None:
         """List what a tier left out, later tiers last: a reader must not take it for checked."""

@@ -1,0 +1,131 @@
+"""Budgets that are looser than they need be → a patch that tightens them, to be reviewed and applied by a person."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .assertions import Limit, Row
+from .budgets import key_of
+from .config.bounds import Stated
+from .config.yaml_source import Location, Place
+
+DIGITS = 2
+"""The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""
+
+
+def limits_of(
+    stated: Mapping[str, Stated],
+    rows: Iterable[Row],
+    schemes: Mapping[str, str] | None,
+    place: Callable[[Location], Place],
+) -> list[Limit]:
+    """Return each number that an assertion states as its `max` or `min`, with the value that comes nearest to it.
+
+    Without rows, for nothing sound was seen, the bound itself is the nearest value: it stays as it is.
+    """
+    nearest: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        for name, worse in (("max", max), ("min", min)):
+            if name in stated:
+                key = key_of(name, stated[name], row.layer, schemes)
+                nearest[key] = worse(nearest.get(key, row.value), row.value)
+    limits = []
+    for key, bound in _numbers(stated):
+        value = nearest.get(key, bound)
+        at = place(key)
+        limits.append(Limit(str(at.path), at.line, key[0], key[-1], bound, value))
+    return limits
+
+
+def _numbers(stated: Mapping[str, Stated]) -> Iterator[tuple[tuple[str, ...], float]]:
+    for name in ("max", "min"):
+        bound = stated.get(name)
+        if isinstance(bound, float):
+            yield (name,), bound
+        elif isinstance(bound, dict):
+            yield from (((name, group), number) for group, number in bound.items() if isinstance(number, float))
+
+
+def tighter(side: str, bound: float, nearest: float) -> float | None:
+    """Return a bound that the nearest value still meets, if there is a tighter one: a whole number stays exact."""
+    outward = math.ceil if side == "max" else math.floor
+    if nearest == int(nearest):
+        proposed = nearest
+    else:
+        unit = 10.0 ** (math.floor(math.log10(abs(nearest))) - DIGITS + 1)
+        proposed = float(f"{outward(nearest / unit) * unit:.{DIGITS}g}")
+    return proposed if (proposed < bound if side == "max" else proposed > bound) else None
+
+
+def patch_of(limits: Iterable[Mapping[str, Any]], root: Path) -> str:
+    """Return the patch, as `git apply` takes it; empty where nothing can be tightened. `limits`: of all assertions.
+
+    A number that several assertions share, in a base or in the defaults, is tightened to what all of them meet.
+    """
+    nearest: dict[tuple[Any, ...], float] = {}
+    for limit in limits:
+        place = tuple(limit[name] for name in ("path", "line", "side", "key", "bound"))
+        worse = max if limit["side"] == "max" else min
+        nearest[place] = worse(nearest.get(place, limit["nearest"]), limit["nearest"])
+    changes: dict[str, dict[tuple[Any, ...], float]] = {}
+    for (path, line, side, key, bound), value in nearest.items():
+        if (proposed := tighter(side, bound, value)) is not None:
+            changes.setdefault(path, {})[line, key, bound] = proposed
+    return "".join(_file_patch(Path(path), numbers, root) for path, numbers in sorted(changes.items()))
+
+
+def _file_patch(path: Path, numbers: Mapping[tuple[Any, ...], float], root: Path) -> str:
+    text = path.read_bytes().decode("utf-8")
+    spans = [(span, number) for place, number in numbers.items() if (span := _span(text, place)) is not None]
+    changed = text
+    for (start, end), number in sorted(spans, reverse=True):
+        changed = f"{changed[:start]}{number:g}{changed[end:]}"
+    if changed == text:
+        return ""
+    name = os.path.relpath(path.resolve(), root.resolve())
+    lines = difflib.unified_diff(
+        text.splitlines(keepends=True), changed.splitlines(keepends=True), f"a/{name}", f"b/{name}"
+    )
+    body = (line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+    return f"diff --git a/{name} b/{name}\n" + "".join(body)
+
+
+def _span(text: str, place: tuple[Any, ...]) -> tuple[int, int] | None:
+    """Find the one number that a key on a line has; nothing where an override or an alias makes it another."""
+    line, key, bound = place
+    found = []
+    for name, value in _pairs(yaml.compose(text, yaml.SafeLoader)):
+        if name.start_mark.line + 1 == line and name.value == key and isinstance(value, yaml.ScalarNode):
+            span = (value.start_mark.index, value.end_mark.index)
+            if _is(text[slice(*span)], bound):
+                found.append(span)
+    return found[0] if len(found) == 1 else None
+
+
+def _is(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
+
+
+def _pairs(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield name, value
+            yield from _pairs(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _pairs(item)
+
+
+def project_root(folder: Path) -> Path:
+    """Return the folder that a patch is relative to: the repository's, or the given one where there is none."""
+    return next((up for up in (folder, *folder.parents) if (up / ".git").exists()), folder)

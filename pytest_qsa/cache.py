@@ -11,6 +11,7 @@ from pathlib import Path
 from .captures import Capture
 from .errors import InfraError, QsaWarning
 from .files import write_atomically
+from .partial import PartialSums
 from .plan import Request, merge_requests
 
 LIMIT = 4 << 30
@@ -25,7 +26,10 @@ class CaptureCache:
     limit: int = LIMIT
 
     def get_or_make(
-        self, fingerprint: str, requests: Sequence[Request], make: Callable[[Sequence[Request]], Capture]
+        self,
+        fingerprint: str,
+        requests: Sequence[Request],
+        make: Callable[[Sequence[Request], PartialSums | None], Capture],
     ) -> Capture:
         """Return a capture that covers the requests; the lock lets one process of a machine make it at a time.
 
@@ -40,13 +44,14 @@ class CaptureCache:
             lock.acquire()
         except OSError as error:
             self._warn(f"can't be used ({error}); the capture is not kept")
-            return make(requests)
+            return make(requests, None)
         try:
             found = self._load(file)
             if found is not None and found.covers(requests):
                 file.touch()
                 return found
-            capture = make(merge_requests([*requests, *(found.plan if found else ())]))
+            sums = PartialSums(self.folder / f"{fingerprint}.partial")
+            capture = make(merge_requests([*requests, *(found.plan if found else ())]), sums)
             self._save(capture, file)
             return capture
         finally:
@@ -74,7 +79,11 @@ class CaptureCache:
             self._warn(f"can't be written ({error}); the capture is not kept")
 
     def _prune(self, keep: Path) -> None:
-        files = sorted(self.folder.glob("*.qsa"), key=lambda file: file.stat().st_mtime, reverse=True)
+        files = sorted(
+            [*self.folder.glob("*.qsa"), *self.folder.glob("*.partial")],
+            key=lambda file: file.stat().st_mtime,
+            reverse=True,
+        )
         total = 0
         for file in files:
             total += file.stat().st_size

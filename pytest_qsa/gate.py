@@ -26,6 +26,7 @@ from .evidence import token_evidence
 from .metrics import METRICS
 from .needs import requests_of
 from .options import Options
+from .partial import PartialSums
 from .plan import COUNTS, Request
 from .previous import kept_release
 from .session import Captures
@@ -93,7 +94,7 @@ class Gate:
         if self._needs is None:
             self._needs = self._plan(request.session.items)
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
-        return self.captures.get(key, subject, needs, lambda plan: self._make(request, subject, plan))
+        return self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
         """Return the capture of the last release: one pass for all selected tests whose bounds follow it.
@@ -176,7 +177,7 @@ class Gate:
             self._warn_unannounced(request, need)
         if known := self.captures.covering(key, [need]):
             return known
-        return self.captures.extend(key, [need], lambda plan: self._make(request, subject, plan))
+        return self.captures.extend(key, [need], lambda plan, sums: self._make(request, subject, plan, sums))
 
     @staticmethod
     def _warn_unannounced(request: pytest.FixtureRequest, need: Request) -> None:
@@ -188,12 +189,15 @@ class Gate:
             )
         )
 
-    def _make(self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request]) -> Capture:
-        from .engine.running import capture_loaded, capture_subject, loaded_from_fixture
+    def _make(
+        self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request], sums: PartialSums | None
+    ) -> Capture:
+        from .engine.running import Share, capture_loaded, capture_subject, loaded_from_fixture
 
         with self._progress(subject) as progress:
             if subject.model is not None:
-                capture = capture_subject(subject, plan, allow_code=self.options.allow_code, progress=progress)
+                code, share = self.options.allow_code, Share(sums=sums)
+                capture = capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
                 self._warn_unpinned(request, subject, capture)
                 return capture
             model = request.getfixturevalue("qsa_model")

@@ -16,10 +16,12 @@ from .captures import Capture
 from .errors import AnomalyError, InfraError, QsaError
 from .files import write_atomically
 from .fingerprint import FileHashes, fingerprint_of
+from .partial import PartialSums
 from .plan import Request, merge_requests
 from .subjects import Subject
 
-MakeCapture = Callable[[Sequence[Request]], Capture]
+MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
+"""Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""
 
 
 @dataclass
@@ -63,28 +65,27 @@ class Captures:
     def extend(self, key: str, requests: Sequence[Request], make: MakeCapture) -> Capture:
         """Capture again, for what nobody planned; the new capture stands beside the old one."""
         name = f"{key}+{merge_requests(requests)}"
-        self._memory[name] = make(merge_requests(requests))
+        self._memory[name] = make(merge_requests(requests), None)
         return self._memory[name]
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
-        def cached(plan: Sequence[Request]) -> Capture:
-            return self._through_cache(subject, plan, make)
-
         if self.shared is None or subject.model is None:
-            return cached(requests)
-        return self._make_shared(subject, requests, cached)
+            return self._through_cache(subject, requests, make)
+        return self._make_shared(subject, requests, lambda plan: self._through_cache(subject, plan, make))
 
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         if self.cache is None:
-            return make(requests)
+            return make(requests, None)
         fingerprint = fingerprint_of(subject, FileHashes(self.cache / "hashes.json"))
         if fingerprint is None:
-            return make(requests)
+            return make(requests, None)
         capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, make)
         here = {**capture.meta["model"], "path": subject.path}  # the same bytes may have lain elsewhere
         return replace(capture, meta={**capture.meta, "model": here})
 
-    def _make_shared(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+    def _make_shared(
+        self, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Capture]
+    ) -> Capture:
         from filelock import FileLock
 
         assert self.shared is not None

@@ -12,6 +12,8 @@ from .codes import FAILED, OK, SUITE_IS_WRONG, USAGE
 
 COMMANDS: Mapping[str, str] = {
     "analyze": "draw and export what a configuration asks for, in one pass over its model",
+    "capture": "measure what a suite or configuration needs, all of it or some samples, and keep it as a file",
+    "merge": "merge captures of disjoint samples into the capture of all of them",
     "diff": "show what moved between two versions of a model, from captures, baselines or reports",
     "layers": "list a model's layers, or what a regex finds, without reading weights",
     "selftest": "put faults into copies of a checkpoint and see which of them a suite catches",

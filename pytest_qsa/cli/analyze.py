@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import InfraError, SuiteError, shown_path
 from .codes import FAILED, OK
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from ..analysis.planning import Analysis
     from ..captures import Capture
     from ..config import SuiteFile
+    from ..partial import PartialSums
+    from ..plan import Request
     from ..subjects import Subject
+
+    MakeTogether = Callable[[Sequence[Request]], Capture]
 
 FIRST = 20
 """How many layers are listed, as in the seed."""
@@ -44,14 +49,17 @@ def run(arguments: Sequence[str]) -> int:
     names = layer_names(model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
     analysis = _planned(suite, names)
     folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
-    _list_layers(names)
-    _list_pictures(analysis, folder, verbose=options.verbose)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to tell
+        _list_layers(names)
+        _list_pictures(analysis, folder, verbose=options.verbose)
     _check_writable(folder, make=not options.dry_run)
     if options.dry_run:
         print("dry run: nothing was loaded, nothing written")
         return OK
     started = time.perf_counter()
     capture = _captured(subject, analysis, options)
+    if capture is None:  # another process of torchrun's draws
+        return OK
     if options.verbose:
         print(f"measured in {time.perf_counter() - started:.1f} s")
     return _written(suite, subject, analysis, capture, folder, arguments, verbose=options.verbose)
@@ -133,24 +141,34 @@ def _check_writable(folder: Path, *, make: bool) -> None:
         ) from None
 
 
-def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture:
+def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture | None:
+    """Return the capture; under torchrun on the first rank alone, made by all of them."""
     import platformdirs
     from tqdm import tqdm
 
-    from ..engine.running import capture_subject
+    from ..engine.ranks import joined
+    from ..engine.running import Share, capture_subject
     from ..session import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
-    with tqdm(desc=f"qsa {subject.name}", unit="sample", leave=False, disable=None) as bar:
+    with joined() as ranks, tqdm(desc=f"qsa {subject.name}", unit="sample", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        def make(requests: Any) -> Capture:
-            return capture_subject(subject, requests, allow_code=options.qsa_allow_code, progress=progress)
+        def make(requests: Sequence[Request], sums: PartialSums | None = None) -> Capture:
+            share = Share(ranks=ranks, sums=sums if ranks.size == 1 else None)
+            code = options.qsa_allow_code
+            return capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
 
-        return Captures(cache=cache).get(subject.key, subject, analysis.requests, make)
+        def get(make_together: MakeTogether) -> Capture:
+            captures = Captures(cache=cache)
+            if ranks.size == 1:
+                return captures.get(subject.key, subject, analysis.requests, make)
+            return captures.get(subject.key, subject, analysis.requests, lambda plan, _: make_together(plan))
+
+        return ranks.led(get, make)
 
 
 def _written(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,38 @@ from torch import Tensor, nn
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
 from ..fingerprint import local_folder
+from ..merging import merge
+from ..partial import PartialSums
 from ..plan import Request
 from ..subjects import Subject, weights_hash
-from .batches import Batch
-from .capturing import Progress, run_pass
+from .batches import Batch, row_count
+from .capturing import Keep, Progress, run_pass
 from .data import batches_of
 from .models import Loaded, describe, load_model, quiet
+from .ranks import Ranks
 from .schemes import schemes_of
 from .tokens import decoder_of
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the samples is run here, and how it goes on where an earlier run was stopped.
+
+    `samples`: first and end, None for all. `ranks`: the processes that run a part each. `sums`: of an unfinished pass.
+    """
+
+    samples: tuple[int, int] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    sums: PartialSums | None = None
+
+
 def capture_subject(
-    subject: Subject, requests: Sequence[Request], *, allow_code: bool = False, progress: Progress | None = None
+    subject: Subject,
+    requests: Sequence[Request],
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    share: Share = Share(),
 ) -> Capture:
     """Load the subject's checkpoint, run it once, and free it.
 
@@ -37,7 +58,7 @@ def capture_subject(
         raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
     try:
-        return capture_loaded(subject, loaded, None, requests, progress)
+        return capture_loaded(subject, loaded, None, requests, progress, share)
     finally:
         loaded.close()
         del loaded
@@ -52,20 +73,94 @@ def capture_loaded(
     batches: Iterable[Batch] | None,
     requests: Sequence[Request],
     progress: Progress | None = None,
+    share: Share = Share(),
 ) -> Capture:
-    """Run a model that is in memory, over its own batches or over the subject's data."""
-    samples = list(batches) if batches is not None else _batches(subject, loaded)
-    if not samples:
+    """Run a loaded model over its own batches or over the subject's data, or over a share of them."""
+    every = list(batches) if batches is not None else _batches(subject, loaded)
+    if not every:
         raise AnomalyError("there are no batches: nothing would be measured")
+    first, samples = _selected(every, share.samples)
+    capture = share.ranks.gathered(
+        lambda: _part(loaded, every, range(first, first + len(samples)), requests, progress, share)
+    )
+    meta = _meta(subject, loaded.model, every, own_batches=batches is not None)
+    placed = {name: value for name, value in capture.meta.items() if name == "samples"}
+    return replace(capture, meta=meta | placed, schemes=schemes_of(loaded.model))
+
+
+def _selected(batches: Sequence[Batch], samples: tuple[int, int] | None) -> tuple[int, Sequence[Batch]]:
+    """Return the number of the first batch that holds the wanted samples, and those batches."""
+    if samples is None:
+        return 0, batches
+    starts = [0, *accumulate(map(row_count, batches))]
+    first, end = samples[0], min(samples[1], starts[-1])
+    if first not in starts or end not in starts or first >= end:
+        raise InfraError(
+            f"the samples {samples[0]}:{samples[1]} are no whole batches: there are {starts[-1]} samples "
+            f"in batches of {row_count(batches[0])}"
+        )
+    return starts.index(first), batches[starts.index(first) : starts.index(end)]
+
+
+def _part(
+    loaded: Loaded,
+    every: Sequence[Batch],
+    selected: range,
+    requests: Sequence[Request],
+    progress: Progress | None,
+    share: Share,
+) -> Capture | None:
+    """Run this process's batches, from where an earlier run was stopped on; None if there are none."""
+    own = share.ranks.share(len(selected))
+    batches = [every[selected[index]] for index in own]
+    if not batches:
+        return None
+    starts = [0, *accumulate(map(row_count, every))]
+    first, end, total = starts[selected[own[0]]], starts[selected[own[-1]] + 1], starts[-1]
+    done = share.sums.load(requests) if share.sums else None
+    position = done.meta["samples"][1] if done else first
+    if done is None or done.meta["samples"][0] != first or position not in starts or not first < position < end:
+        done, position = None, first
+    rest = every[starts.index(position) : starts.index(end)]
+
+    def placed(capture: Capture, to: int) -> Capture:
+        part = replace(capture, meta={"samples": [position, to, total]})
+        return merge([done, part]) if done else part
+
+    def keep(make: Callable[[], Capture], count: int) -> None:
+        if share.sums is not None:
+            share.sums.keep(lambda: placed(make(), position + count))
+
+    def told(count: int, _: int) -> None:
+        if progress is not None:
+            progress(position - first + count, end - first)
+
+    capture = placed(_run(loaded, rest, requests, told, position, keep), end)
+    if share.sums is not None:
+        share.sums.discard()
+    whole = (first, end) == (0, total)
+    return replace(capture, meta={} if whole else {"samples": [first, end, total]})
+
+
+def _run(
+    loaded: Loaded,
+    batches: Sequence[Batch],
+    requests: Sequence[Request],
+    progress: Progress,
+    first_sample: int,
+    keep: Keep,
+) -> Capture:
     try:
         with quiet():  # compressed-tensors shows bars of its own at the first forward
-            capture = run_pass(
+            return run_pass(
                 loaded.model,
-                samples,
+                batches,
                 requests,
                 decode=decoder_of(loaded.tokenizer),
                 progress=progress,
                 stream=loaded.stream,
+                first_sample=first_sample,
+                keep=keep,
             )
     except InfraError:
         raise
@@ -77,8 +172,6 @@ def capture_loaded(
         raise InfraError(
             f"the forward pass of {type(loaded.model).__name__} failed: {str(error).splitlines()[0]}"
         ) from error
-    meta = _meta(subject, loaded.model, samples, own_batches=batches is not None)
-    return replace(capture, meta=meta, schemes=schemes_of(loaded.model))
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:

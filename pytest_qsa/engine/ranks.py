@@ -1,0 +1,121 @@
+"""The processes of one torchrun: each runs a part of the samples, and every one gets the merged capture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ..captures import Capture
+from ..errors import AnomalyError, InfraError, QsaError
+from ..merging import merge
+from ..plan import Request
+
+PATIENCE = timedelta(hours=12)
+"""How long a rank waits for the slowest one. A rank that dies is noticed at once."""
+
+Make = Callable[[Sequence[Request]], Capture]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that torchrun started."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, count: int) -> range:
+        """Return which of so many batches are this rank's: neighbours, so that the parts merge in order."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gathered(self, make: Callable[[], Capture | None]) -> Capture:
+        """Make this rank's part (None where it has none), and return the merged parts of all.
+
+        Raises:
+            QsaError: a part could not be made, on whichever rank; every rank is told, and none waits for ever.
+        """
+        if self.size == 1:
+            made = make()
+            assert made is not None
+            return made
+        part, error = None, None
+        try:
+            made = make()
+            part = made.to_bytes() if made is not None else None
+        except QsaError as raised:
+            error = raised.kind, str(raised)
+        parts = self._all((part, error))
+        for rank, (_, failed) in enumerate(parts):
+            if failed is not None:
+                kind, text = failed
+                raise (AnomalyError if kind == AnomalyError.kind else InfraError)(f"rank {rank}: {text}")
+        return merge([Capture.from_bytes(part) for part, _ in parts if part is not None])
+
+    def led(self, get: Callable[[Make], Capture], make: Make) -> Capture | None:
+        """Let the first rank look for a capture, and all make it together if it has to be made; None on the others.
+
+        `get` is only called on the first rank: it may find the capture in a cache, or call what it is given.
+        """
+        if self.size == 1:
+            return get(make)
+        if self.rank:
+            plan = self._from_first(None)
+            if plan is not None:
+                make(plan)
+            return None
+        told = False
+
+        def together(requests: Sequence[Request]) -> Capture:
+            nonlocal told
+            told = True
+            self._from_first(tuple(requests))
+            return make(requests)
+
+        try:
+            return get(together)
+        finally:
+            if not told:
+                self._from_first(None)
+
+    def _all(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        with _told():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def _from_first(self, value: Any) -> Any:
+        values = [value]
+        with _told():
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise InfraError(f"another rank is gone: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes that torchrun started; without torchrun there is this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

@@ -74,6 +74,26 @@ def test_the_page_holds_every_picture_and_fetches_nothing(everything):
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
 
 
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser_without_an_error_and_within_a_phones_width(everything):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"file://{everything / 'analysis_report.html'}")
+        loaded = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+        page.wait_for_function(loaded)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 21, 27)"
+        browser.close()
+    assert said == []
+
+
 def test_the_tables_are_tidy_and_agree_with_one_another(everything):
     import pyarrow.parquet
 

@@ -105,7 +105,9 @@ class Gate:
         assert self._needs is not None
         release = previous_of(subject)
         needs = self._needs[release.key]
-        return self.captures.get(release.key, release, needs, lambda plan: self._make(request, release, plan))
+        return self.captures.get(
+            release.key, release, needs, lambda plan, sums: self._make(request, release, plan, sums)
+        )
 
     def files_of(self, request: pytest.FixtureRequest) -> Files:
         """Return the files of a test's checkpoint, for static checks; nothing is loaded.

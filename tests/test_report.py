@@ -13,6 +13,7 @@ from pathlib import Path
 import execnet
 import numpy as np
 import pytest
+from checkpoint_folders import peaks, suite
 
 from pytest_qsa.assertions import Kind, Row, TokenEvidence, Verdict
 from pytest_qsa.histograms import histogram
@@ -202,6 +203,16 @@ def test_every_layer_stands_once_with_the_numbers_of_all_its_assertions(tmp_path
     assert [(strip["name"], len(strip["rows"])) for strip in data["strips"]] == [("model.layers.*", LAYERS)]
 
 
+def test_a_waived_layer_is_not_counted_as_out_of_bounds_anywhere(tmp_path):
+    rows = [Row(f"model.layers.{i}", 9.0, None, 4.0, None, 5.0, i, waived=i == 1) for i in range(3)]
+    page = Page(page_of(tmp_path, verdict_of(rows=rows)))
+    (data,) = (json.loads(text) for text in page.scripts if text.startswith("{"))
+
+    assert [row["out"] for row in data["rows"]] == [True, False, True]
+    assert "2 of 3" in page.text
+    assert sum(tag == "tr" and attrs.get("class") == "out" for tag, attrs in page.tags) == 2 * 2  # in both tables
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path):
     picture = tmp_path / "value.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
@@ -248,6 +259,24 @@ def test_the_provenance_is_shown_whatever_its_keys(tmp_path):
         "fact",
     ):
         assert part in text, part
+
+
+def test_a_report_names_its_tokenizer_by_content_whatever_it_was_called_with(own_project, llama):
+    from transformers import AutoTokenizer
+
+    from pytest_qsa.engine.tokens import tokenizer_identity
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    own_project.write("gate.qsa.yaml", suite(llama, peaks("max: 1")))
+    own_project.pytest("gate.qsa.yaml")
+    (told,) = {result["run"]["model"]["tokenizer"] for result in own_project.json("qsa-results/report.json")["results"]}
+
+    tokenizer("some text", truncation=True, max_length=2)
+    assert told == tokenizer_identity(tokenizer)
+    assert f", {len(tokenizer)} entries, sha256 " in told
+    assert told in own_project.read("qsa-results/report.html")
+    tokenizer.add_tokens(["another"])
+    assert tokenizer_identity(tokenizer) != told
 
 
 def test_a_report_can_be_made_where_there_is_no_torch_and_no_pytest():

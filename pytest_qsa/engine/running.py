@@ -26,7 +26,7 @@ from .data import batches_of
 from .models import Loaded, describe, load_model, quiet
 from .ranks import Ranks
 from .schemes import schemes_of
-from .tokens import decoder_of
+from .tokens import decoder_of, tokenizer_identity
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def capture_loaded(
     capture = share.ranks.gathered(
         lambda: _part(loaded, every, range(first, first + len(samples)), requests, progress, share)
     )
-    meta = _meta(subject, loaded.model, every, own_batches=batches is not None)
+    meta = _meta(subject, loaded, every, own_batches=batches is not None)
     placed = {name: value for name, value in capture.meta.items() if name == "samples"}
     return replace(capture, meta=meta | placed, schemes=schemes_of(loaded.model))
 
@@ -183,7 +183,7 @@ def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
     return batches_of(subject.data, loaded.tokenizer, subject.folder, getattr(loaded.model, "config", None))
 
 
-def _meta(subject: Subject, model: nn.Module, batches: Sequence[Batch], *, own_batches: bool) -> dict[str, Any]:
+def _meta(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> dict[str, Any]:
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
     folder = local_folder(subject)
     fetched = folder is not None and not Path(subject.path).is_dir()
@@ -193,7 +193,8 @@ def _meta(subject: Subject, model: nn.Module, batches: Sequence[Batch], *, own_b
             "path": subject.path,
             "weights": weights_hash(str(folder)) if folder else None,
             **revision,
-            **describe(model),
+            **describe(loaded.model),
+            "tokenizer": tokenizer_identity(loaded.tokenizer),
         },
         "data": {**data, "fingerprint": fingerprint(batches)},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,3 +26,19 @@ def _piece(tokenizer: Any, token: int) -> str:
     if REPLACEMENT in text and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(token))
     return text
+
+
+def tokenizer_identity(tokenizer: Any) -> str | None:
+    """Return the class, size and hash of a tokenizer, so that a report can say which one it was; None for none."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # What stands before are truncation and padding, which each call sets anew.
+        text = backend.to_str().partition('"added_tokens"')[2]
+    elif hasattr(tokenizer, "get_vocab"):
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        return type(tokenizer).__name__
+    size = f", {len(tokenizer):,} entries" if hasattr(tokenizer, "__len__") else ""
+    return f"{type(tokenizer).__name__}{size}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"

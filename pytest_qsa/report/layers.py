@@ -9,7 +9,12 @@ from typing import Any
 
 MOST_STRIPS = 16
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess")
+_FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
+
+
+def is_out(row: Mapping[str, Any]) -> bool:
+    """Say whether a layer is out of bounds with no waiver that covers it."""
+    return bool(row.get("excess")) and not row.get("waived")
 
 
 def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def _finished(entry: dict[str, Any], subject: str) -> dict[str, Any]:
     worst = max(used, default=None)
     for cell in cells:
         cell["heat"] = round(min(max(cell.get("used", 0.0), 0.0), 1.0), 3)
-        cell["out"] = bool(cell.get("excess"))
+        cell["out"] = is_out(cell)
     return {
         **entry,
         "subject": subject,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .layers import layer_table
+from .layers import is_out, layer_table
 from .text import flattened, render
 
 KINDS = ("REGRESSION", "ANOMALOUS", "INFRA", "WARNED", "PASSED")
@@ -32,6 +32,7 @@ _FACTS = {
     "Model": ("path", "model"),
     "Weights": ("weights", "sha256", "weights_sha256"),
     "Class": ("class",),
+    "Tokenizer": ("tokenizer",),
     "Dtype": ("dtype",),
     "Device": ("device",),
     "Attention": ("attention", "attn_implementation"),
@@ -106,7 +107,7 @@ def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
         "evidence": grouped_tokens(result.get("evidence") or ()),
         "positions": positions_text(result.get("positions")),
         "plots": list(plots_of(result.get("artefacts") or {})),
-        "out": sum(bool(row.get("excess")) for row in rows),
+        "out": sum(map(is_out, rows)),
         "columns": [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)],
     }
 
@@ -120,7 +121,7 @@ def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if heat is None:
             heat = (row["value"] - low) / (high - low) if high > low else 0.0
         heat = min(max(heat, 0.0), 1.0) if not math.isnan(heat) else 1.0
-        yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": bool(row.get("excess"))}
+        yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": is_out(row)}
 
 
 def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@
       const words = [allowed(cell)];
       if (cell.baseline !== undefined) words.push(`baseline ${number(cell.baseline)}`);
       if (cell.reference !== undefined) words.push(`reference ${number(cell.reference)}`);
+      if (cell.waived) words.push("out, but waived");
       if (cell.used !== undefined) words.push(`${share(cell.used)} used`);
       item.append(element("span", { class: cell.out ? "beyond-text" : "quiet" },
         (cell.out ? "◆ " : "") + words.filter(Boolean).join(" · ")));

@@ -22,7 +22,8 @@ from pytest_qsa.numbers import SiteNumbers
 from pytest_qsa.plots import draw, magnitude_figure, outlier_figure, style, value_figure
 from pytest_qsa.plots.depth import depth_of
 from pytest_qsa.plots.style import GROUP_STYLES, safe_text
-from pytest_qsa.series import Bounds
+from pytest_qsa.plots.values import judged_layers
+from pytest_qsa.series import Bounds, Query, Series
 
 BLOCKS = r"layers\.\d+$"
 
@@ -292,3 +293,12 @@ def test_the_users_matplotlib_settings_neither_change_nor_matter(tmp_path):
 def test_drawing_needs_neither_pyplot_nor_torch_nor_pytest():
     code = "import sys, pytest_qsa.plots; print(*{'matplotlib.pyplot', 'torch', 'pytest'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_experts_are_drawn_in_their_own_order_whichever_is_worst():
+    names = [f"model.layers.0.mlp.experts[{index}]" for index in range(3)]
+    series = Series(names, np.array([5.0, 1.0, 3.0]), Query("expert_tokens", "expert_tokens/1", "input", "experts"))
+    verdict = judge_bounds(series, Bounds(min=4))
+    assert verdict.rows[0].layer == names[1]
+    judged = judged_layers(verdict, Capture({}, ("model.layers.0.mlp.experts",)))
+    assert [row.layer for row in judged.rows] == names

@@ -175,6 +175,32 @@ def test_a_head_that_is_missing_without_ties_is_found(llama, tmp_path):
     assert [finding.tensor for finding in findings] == ["lm_head.weight"]
 
 
+DENSE = ("mlp.up_proj.weight", "mlp.down_proj.weight", "norm.weight")
+EXPERTS = tuple(f"mlp.experts.{i}.{name}.weight" for i in range(4) for name in ("up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [DENSE, *[(*EXPERTS, "mlp.gate.weight", "norm.weight")] * 4],
+        [DENSE, ("mamba.in_proj.weight", "norm.weight")] * 3,
+        [(*DENSE, "k_proj.weight")] * 3 + [DENSE] * 2,
+    ],
+    ids=["a dense block before experts", "two kinds of blocks in turn", "keys shared by the last blocks"],
+)
+def test_blocks_of_several_kinds_are_no_fault(tmp_path, blocks):
+    torch.manual_seed(0)
+    weights = {
+        f"model.layers.{index}.{name}": torch.randn(*((4, 4) if "proj" in name or "gate" in name else (4,)))
+        for index, names in enumerate(blocks)
+        for name in names
+    }
+    (tmp_path / "kinds").mkdir()
+    save_file(weights, tmp_path / "kinds" / "model.safetensors")
+    (tmp_path / "kinds" / "config.json").write_text(json.dumps({"num_hidden_layers": len(blocks)}))
+    assert found(tmp_path / "kinds") == []
+
+
 def test_shards_are_held_against_their_index(quantized, tmp_path):
     folder = edited(quantized["int8"], tmp_path / "sharded")
     names = list(open_folder(folder).tensors)

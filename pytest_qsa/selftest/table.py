@@ -13,6 +13,8 @@ from ..report.text import render
 from .testing import Outcome, score_of
 
 SCHEMA = "qsa-selftest/1"
+MOST = 4
+"""So many tests are named for a fault; the JSON has them all."""
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -46,7 +48,9 @@ def by_text(outcome: Outcome) -> str:
     """Name the tests that caught a fault; those that could only say that nothing loads are one."""
     tests = [catch.test for catch in outcome.caught if catch.kind != "INFRA"]
     loads = ["(does not load)"] if any(catch.kind == "INFRA" for catch in outcome.caught) else []
-    return ", ".join(tests + loads)
+    shown = (tests + loads)[:MOST]
+    more = len(tests + loads) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def strength_text(outcome: Outcome) -> str:

@@ -110,10 +110,11 @@ def test_each_call_of_a_layer_that_is_called_three_times_is_a_population():
     layer = "encoder.albert_layer_groups.0.albert_layers.0.ffn"
     cap = capture(model, batches, sites=[("ffn$", "input"), ("ffn$", "output"), (r"albert_layers\.0$", "output")])
     for name, site in ((layer, "input"), (layer, "output"), (layer.removesuffix(".ffn"), "output")):
-        populations = models.record(model, batches, name, site, mask="attention_mask")
+        recorded = models.record(model, batches, name, site, mask="attention_mask")  # by call, then by row
+        populations = [recorded[index] for index in (0, 2, 4, 1, 3, 5, 6, 7, 8)]
         numbers = cap.sites[name, site]
-        assert numbers.sample.tolist() == [0, 1] * 3 + [2] * 3
-        assert numbers.call.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
+        assert numbers.sample.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert numbers.call.tolist() == [0, 1, 2] * 3
         check(cap, name, site, populations, TOKEN_METRICS + ELEMENT_METRICS)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -89,8 +88,9 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
 
 
 def resident() -> float:
-    """Return the peak resident memory of this process in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the peak resident memory of this process in MB; `ru_maxrss` would begin with that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 @contextmanager

@@ -6,9 +6,9 @@ of its own. The growth with the data is measured between 8 samples and 16.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from common import smollm2, token_batches, wide_llama
@@ -42,7 +42,8 @@ def run(name: str, case: str, samples: int) -> None:
         with torch.no_grad():
             for batch in batches:
                 model(batch, use_cache=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # `ru_maxrss` would begin with that of the parent
+    print(float(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def peak(name: str, case: str, samples: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from .numbers import EXTREME_NAMES, SiteNumbers
 
 BandStat = Literal["min", "p0.01", "p1", "p25", "p75", "p99", "p99.99", "max"]
-BAND_NAMES: tuple[BandStat, ...] = get_args(BandStat)
 SHARES: Mapping[BandStat, float] = {
     "min": 0.0, "p0.01": 0.0001, "p1": 0.01, "p25": 0.25, "p75": 0.75, "p99": 0.99, "p99.99": 0.9999, "max": 1.0,
 }  # fmt: skip

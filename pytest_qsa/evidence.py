@@ -9,7 +9,7 @@ import numpy as np
 from .assertions import TokenEvidence, Verdict
 from .captures import Capture
 from .metrics import View
-from .numbers import PADDING, SiteNumbers, lower_median
+from .numbers import SiteNumbers
 
 NEIGHBOURS = 6
 
@@ -34,11 +34,7 @@ def _of_layer(capture: Capture, layer: str, view: View, most: int) -> list[Token
     numbers = view.numbers
     candidates: list[tuple[float, int, int]] = []
     for population in range(numbers.populations):
-        tokens, kept = numbers.tokens_of(population), view.kept(population)
-        median = lower_median(tokens[kept & (tokens != PADDING)])
-        if not median > 0:
-            continue
-        ratios = np.where(kept, tokens / np.float32(median), -np.inf)
+        ratios = view.ratios(population)
         top = np.argsort(-ratios, kind="stable")[:most]
         candidates += [(float(ratios[i]), population, int(i)) for i in top if np.isfinite(ratios[i])]
     largest = sorted(candidates, key=lambda item: -item[0])[:most]

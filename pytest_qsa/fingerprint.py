@@ -11,11 +11,12 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from .captures import Capture
 from .files import write_atomically
 from .hub_sets import hub_set_of, local_path
 from .subjects import Subject
@@ -26,6 +27,7 @@ LIBRARIES = (
 )  # fmt: skip
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 SMALL = 1 << 20
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
 
 @dataclass
@@ -83,6 +85,23 @@ def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
     for part in _parts(subject, folder, hashes):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
+
+
+def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:
+    """Say in a capture's `meta` which checkpoint it is of: its path here, and the SHA-256 of its weight files."""
+    folder = local_folder(subject)
+    weights = _weights_hash(folder, hashes) if folder else None
+    model = {**capture.meta["model"], "path": subject.path, "weights": weights}
+    return replace(capture, meta={**capture.meta, "model": model})
+
+
+def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
+    """Return the SHA-256 over the names and hashes of a folder's weight files; None where it has none."""
+    files = sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + bytes.fromhex(hashes.of(file)))
+    return f"sha256:{digest.hexdigest()}" if files else None
 
 
 def local_folder(subject: Subject) -> Path | None:

@@ -29,6 +29,7 @@ from .options import Options
 from .partial import PartialSums
 from .plan import COUNTS, Request
 from .previous import kept_release
+from .progress import progress_bar
 from .session import Captures
 from .subjects import Checkpoint, Subject, files_of, previous_of
 from .terminal import failure_text
@@ -57,6 +58,7 @@ class Gate:
     _needs: dict[str, list[Request]] | None = None
     _fixtures: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
+    _releases: dict[Path, Capture] = field(default_factory=dict)
 
     def subject_of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
@@ -97,13 +99,18 @@ class Gate:
         return self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
-        """Return the capture of the last release: one pass for all selected tests whose bounds follow it.
+        """Return the capture of the last release: one file, or one pass, for all tests whose bounds follow it.
 
         Raises:
             QsaError: as `capture_of`.
         """
         assert self._needs is not None
         release = previous_of(subject)
+        kept = kept_release(subject, request.node.path)
+        if kept is not None:
+            if kept not in self._releases:
+                self._releases[kept] = Capture.load(kept)
+            return self._releases[kept]
         needs = self._needs[release.key]
         return self.captures.get(
             release.key, release, needs, lambda plan, sums: self._make(request, release, plan, sums)
@@ -179,7 +186,7 @@ class Gate:
             self._warn_unannounced(request, need)
         if known := self.captures.covering(key, [need]):
             return known
-        return self.captures.extend(key, [need], lambda plan, sums: self._make(request, subject, plan, sums))
+        return self.captures.extend(key, subject, [need], lambda plan, sums: self._make(request, subject, plan, sums))
 
     @staticmethod
     def _warn_unannounced(request: pytest.FixtureRequest, need: Request) -> None:
@@ -223,15 +230,8 @@ class Gate:
         if terminal is None or not terminal.isatty or hasattr(self.config, "workerinput"):
             yield None
             return
-        from tqdm import tqdm
-
         shown = capturing.global_and_fixture_disabled() if capturing else contextlib.nullcontext()
-        with shown, tqdm(desc=f"qsa {subject.name}", unit="sample", leave=False) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with shown, progress_bar(subject.name, disable=False) as progress:
             yield progress
 
     def complete(

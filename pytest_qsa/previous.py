@@ -36,7 +36,7 @@ def previous_values(
     measure: Measure,
     run: Callable[[], Capture],
 ) -> Mapping[str, float]:
-    """Return layer → value of the last release. `run`: makes its capture, where nothing was kept.
+    """Return layer → value of the last release. `run`: returns its capture, of a file or of a pass.
 
     Raises:
         AnomalyError: it has no such number, or one of another definition, other tokens or other layers.
@@ -45,7 +45,7 @@ def previous_values(
     if kept is not None and kept.is_dir():
         release, exact = _baseline(kept / f"{id}.json", name), None
     else:
-        capture = Capture.load(kept) if kept is not None else run()
+        capture = run()
         exact = measure(capture)
         release = BaselineFile.of(exact, capture.meta.get("data", {}).get("fingerprint"), {})
     try:

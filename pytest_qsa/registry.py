@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plan
-from .numbers import PADDING, SiteNumbers
+from .definitions import Definition
+from .numbers import PADDING, SiteNumbers, lower_median
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
@@ -47,6 +47,14 @@ class View:
             kept &= sinks if self.positions == "sink" else ~sinks
         return kept
 
+    def ratios(self, population: int) -> NDArray[np.float32]:
+        """Return [T] multiples of the lower median of the tokens that count; −∞ elsewhere, or if it isn't above 0."""
+        tokens, kept = self.numbers.tokens_of(population), self.kept(population)
+        median = np.float32(lower_median(tokens[kept]))
+        if not median > 0:
+            return np.full(len(tokens), -np.inf, dtype=np.float32)
+        return np.where(kept, tokens / median, np.float32(-np.inf))
+
     def token_maxima(self) -> Iterator[NDArray[np.float32]]:
         """Yield the token-wise maxima that count, one array a population."""
         for population in range(self.numbers.populations):
@@ -54,7 +62,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(Definition):
     """A metric and what must be known of it before and after the pass.
 
     `reduce`: how the samples are folded by default; None where the metric pools them itself.
@@ -62,26 +70,12 @@ class Metric:
     layer it is [P, E]. `statistics`: what a pass has to keep for these parameters and positions at this site.
     """
 
-    name: str
-    version: int
     reduce: Reduce | None
     tokenwise: bool
     positional: bool
     unit: str
     per: Per
-    compute: Callable[..., Any]
     statistics: Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]]
-
-    @property
-    def definition(self) -> str:
-        """The id under which a baseline remembers the definition: `outlier_tokens/1`."""
-        return f"{self.name}/{self.version}"
-
-    @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The keyword parameters: name → type and default."""
-        parameters = inspect.signature(self.compute, eval_str=True).parameters
-        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def needs(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
         """Return the statistics that a pass has to keep."""
@@ -110,7 +104,7 @@ def metric(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
         METRICS[function.__name__] = Metric(
-            function.__name__, version, reduce, tokenwise, positional or tokenwise, unit, per, function, statistics
+            function.__name__, version, function, reduce, tokenwise, positional or tokenwise, unit, per, statistics
         )
         return function
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cache import CaptureCache
 from .captures import Capture
 from .errors import AnomalyError, InfraError, QsaError
 from .files import write_atomically
-from .fingerprint import FileHashes, fingerprint_of
+from .fingerprint import FileHashes, fingerprint_of, identified
 from .partial import PartialSums
 from .plan import Request, merge_requests
 from .subjects import Subject
@@ -62,11 +62,14 @@ class Captures:
         captures = (capture for name, capture in self._memory.items() if name.partition("+")[0] == key)
         return next((capture for capture in captures if capture.covers(requests)), None)
 
-    def extend(self, key: str, requests: Sequence[Request], make: MakeCapture) -> Capture:
+    def extend(self, key: str, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         """Capture again, for what nobody planned; the new capture stands beside the old one."""
         name = f"{key}+{merge_requests(requests)}"
-        self._memory[name] = make(merge_requests(requests), None)
+        self._memory[name] = identified(make(merge_requests(requests), None), subject, self._hashes())
         return self._memory[name]
+
+    def _hashes(self) -> FileHashes:
+        return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         if self.shared is None or subject.model is None:
@@ -74,14 +77,16 @@ class Captures:
         return self._make_shared(subject, requests, lambda plan: self._through_cache(subject, plan, make))
 
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
-        if self.cache is None:
-            return make(requests, None)
-        fingerprint = fingerprint_of(subject, FileHashes(self.cache / "hashes.json"))
-        if fingerprint is None:
-            return make(requests, None)
-        capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, make)
-        here = {**capture.meta["model"], "path": subject.path}  # the same bytes may have lain elsewhere
-        return replace(capture, meta={**capture.meta, "model": here})
+        hashes = self._hashes()
+        fingerprint = fingerprint_of(subject, hashes) if self.cache else None
+
+        def known(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
+            return identified(make(plan, sums), subject, hashes)
+
+        if self.cache is None or fingerprint is None:
+            return known(requests, None)
+        capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, known)
+        return identified(capture, subject, hashes)  # the same bytes may have lain elsewhere
 
     def _make_shared(
         self, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Capture]

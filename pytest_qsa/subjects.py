@@ -16,8 +16,6 @@ from .config import Data, Memory, Model
 from .errors import InfraError
 from .hub_sets import local_path
 
-WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -108,17 +106,3 @@ class Checkpoint:
             name, path = "", text
         folder = Path(path).expanduser()
         return cls(name or None, os.path.abspath(folder) if folder.exists() else path, name or Path(path).name)
-
-
-def weights_hash(path: str) -> str | None:
-    """Return the SHA-256 of a folder's weight files, names and content; None where there is no such folder."""
-    folder = Path(path)
-    files = sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)) if folder.is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"

@@ -72,6 +72,8 @@ def test_the_page_holds_every_picture_and_fetches_nothing(everything):
     page = (everything / "analysis_report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == len(list(everything.glob("*.png")))
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    (surface,) = re.findall(r'<div class="surface".*?</div>\s*</div>|<div class="surface".*?</script>', page, re.DOTALL)
+    assert re.findall(r"<option>(.*?)</option>", surface) == [f"model.layers.{index}" for index in range(4)]
 
 
 @pytest.mark.slow
@@ -129,6 +131,8 @@ def test_the_numbers_of_the_tables_are_those_of_the_activations(everything, llam
     tokens = np.concatenate(populations)
     assert values["channel_band", "max", ""] == pytest.approx(tokens.max(), rel=1e-5)
     assert values["channel_band", "p75", ""] == pytest.approx(np.percentile(tokens, 75, axis=0).max(), rel=0.07)
+    assert values["channel_band", "min", ""] == pytest.approx(tokens.min(), rel=1e-5)
+    assert values["channel_band", "p25", ""] == pytest.approx(np.percentile(tokens, 25, axis=0).min(), rel=0.07)
 
 
 def test_one_row_a_layer_and_statistic_without_raw_data(tmp_path, llama):
@@ -248,6 +252,23 @@ def test_a_layer_that_the_forward_pass_skips_is_left_out_with_a_warning(tmp_path
     patterns = {"patterns": [r"0\.mlp\.(act_fn|down_proj)$", "embed_tokens"]}
     assert main(configured(tmp_path, llama, {"enabled": enabled("magnitude_input"), "magnitude": patterns})) == 0
     assert "warning: magnitude_input: the input of model.embed_tokens was never seen" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_left_out_takes_nothing_else_out_of_the_tables_and_the_page(tmp_path, llama, capsys):
+    heat = {"pattern": r"0\.mlp\.down_proj$|embed_tokens|rotary_emb", "is_input": True}
+    drawn = {
+        "enabled": enabled("heatmap_3d", "magnitude_input"),
+        "heatmap_3d": heat,
+        "magnitude": {"patterns": [heat["pattern"]]},
+    }
+    assert main(configured(tmp_path, llama, drawn | {"output": {"formats": ["html", "csv", "json"]}})) == 0
+    rows = read_csv(tmp_path / "figures" / "analysis.csv")
+    assert {row["layer"] for row in rows} == {"model.layers.0.mlp.down_proj", "model.rotary_emb"}
+    pictures = json.loads((tmp_path / "figures" / "analysis.json").read_text(encoding="utf-8"))["pictures"]
+    assert all("model.embed_tokens" not in picture["layers"] for picture in pictures)
+    assert (
+        "<option>model.layers.0.mlp.down_proj</option>" in (tmp_path / "figures" / "analysis_report.html").read_text()
+    )
 
 
 SEED = r"""

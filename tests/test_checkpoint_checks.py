@@ -498,15 +498,35 @@ def test_a_static_assertion_adds_nothing_to_the_pass(own_project, int8_llama):
     own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 100")))
     run = own_project.pytest("a.qsa.yaml")
     assert set(run.outcomes.values()) == {"passed"}, run.out
+    own_project.write("a.qsa.yaml", suite(int8_llama, peaks("max: 100")))
+    cache = "--qsa-cache=cache"
+    assert own_project.pytest("a.qsa.yaml", cache).code == 0
+    alone = {file.name: file.read_bytes() for file in (own_project.folder / "cache").glob("*.qsa")}
+    own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 100")))
+    assert own_project.pytest("a.qsa.yaml", cache).code == 0
+    both = {file.name: file.read_bytes() for file in (own_project.folder / "cache").glob("*.qsa")}
+    assert len(alone) == 1
+    assert alone.keys() == both.keys()
+    unchanged = alone == both
+    assert unchanged
 
 
 def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_llama):
+    own_project.write(
+        "conftest.py",
+        """
+        from pytest_qsa.engine import running
+
+        def no_pass(*arguments, **options):
+            raise AssertionError("a pass was made")
+
+        running.capture_subject = no_pass
+        """,
+    )
     own_project.write("a.qsa.yaml", suite(int8_llama, peaks("max: 100"), sections=""))
     own_project.write(
         "test_files.py",
         """
-        import sys
-
         def test_health(qsa):
             assert qsa.checkpoint.health() == 0
             assert qsa.checkpoint.scales(r"down_proj$", spread=8) <= 0
@@ -556,7 +576,7 @@ def test_every_check_is_a_method_of_python_tests():
 
     for name, check in CHECKS.items():
         method = getattr(QsaCheckpoint, name.removeprefix("checkpoint_"))
-        assert set(check.parameters) <= set(method.__kwdefaults__)
+        assert {n: p.default for n, p in check.parameters.items()}.items() <= method.__kwdefaults__.items()
 
 
 def test_a_random_llama_passes_in_a_second_layout(tmp_path, llama):

@@ -82,7 +82,7 @@ def test_the_layers_that_moved_are_listed_worst_first_with_their_numbers(qsa):
 def test_a_summary_says_how_many_layers_of_each_measure_moved(qsa):
     _, out, _ = qsa("old.qsa", "new.qsa")
     (line,) = [line.split() for line in out.splitlines() if line.startswith("  rms @weight ") and CHANGED in line]
-    assert line[2:4] == [str(LAYERS), "1"]
+    assert line[2:8] == [str(LAYERS), "1", "0", "%", "+200", "%"]
 
 
 def test_equal_sides_have_no_change(qsa):

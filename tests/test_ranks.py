@@ -114,6 +114,28 @@ def test_captures_of_parts_merge_to_the_file_of_the_whole(written, tmp_path, cap
     assert "the samples 2:3 are in none of the captures" in capsys.readouterr().err
 
 
+def test_a_capture_that_was_stopped_is_not_gone_on_from_with_other_data(written, tmp_path, monkeypatch):
+    config, output = str(written(peaks("max: 100"))), tmp_path / "a.qsa"
+    keeping = PartialSums.keep
+
+    def keep_always(self, make):
+        self.every = 0
+        keeping(self, make)
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialSums, "keep", keep_always)
+        patch.setattr(PartialSums, "discard", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(["capture", "--config", config, "-o", str(output)])
+    assert list(tmp_path.glob("*.partial"))
+    for file in (output, tmp_path / "b.qsa"):
+        assert main(["capture", "--config", config, "-o", str(file), "--data.seed", "7"]) == 0
+    assert same(Capture.load(output), Capture.load(tmp_path / "b.qsa"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [

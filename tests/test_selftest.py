@@ -15,7 +15,6 @@ from pytest_qsa.cli import main
 from pytest_qsa.errors import SuiteError
 from pytest_qsa.selftest import FAULTS, Selftest
 from pytest_qsa.selftest.copies import Mutant
-from pytest_qsa.selftest.faults import changed_numbers
 from pytest_qsa.selftest.testing import chosen, middle_of, score_of
 
 DOWN = "model.layers.2.mlp.down_proj"
@@ -48,7 +47,7 @@ def mutated(source, target, fault, layer, strength=None):
     """Return the tensors of a copy with a fault, as safetensors itself reads them."""
     mutant = Mutant(open_folder(source))
     FAULTS[fault].inject(mutant, layer, FAULTS[fault].default if strength is None else strength)
-    assert changed_numbers(mutant)
+    assert mutant.changed
     mutant.save(target)
     return load_file(target / "model.safetensors")
 
@@ -210,7 +209,7 @@ class Judged(Selftest):
     def _pytest(self, checkpoint, file):
         found = problems_of(Files(open_folder(checkpoint)), "checkpoint_health")[1]
         layers = [finding.layer for finding in found]
-        return [{"test": "a::files", "kind": "REGRESSION", "failed": bool(found), "headline": "", "layers": layers}]
+        return [{"test": "a::files", "kind": "REGRESSION", "failed": bool(found), "layers": layers}]
 
 
 def outcomes(folder, *names, **settings):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ..captures import Capture
 from ..channels import channel_bands
 from ..config import Visualization
-from ..errors import AnomalyError, QsaError
+from ..errors import QsaError
 from ..files import write_atomically
-from ..numbers import SiteNumbers
-from ..plan import exactly, map_statistic
+from ..plan import Site, exactly, map_statistic
 from ..plots.boxes import box_figure, histogram_figure
 from ..plots.captions import counted, population, samples_of
 from ..plots.heatmaps import map_figure, surface_figure
@@ -23,7 +24,7 @@ from ..plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_ti
 from ..plots.outliers import outlier_picture, outliers_of, texts_of
 from ..plots.percentiles import percentile_figure
 from ..plots.style import encoded
-from .planning import Picture
+from .planning import Picture, measured
 
 IMAGES = ("png", "svg")
 _SITES = {"input": "inputs", "output": "outputs", "weight": "weights"}
@@ -52,8 +53,8 @@ def draw_picture(
     """
     title = title_of(picture, visualization)
     try:
-        measured, left_out = _measured(picture, capture)
-        figure = _DRAW[picture.section](measured, capture, visualization, title, run)
+        kept, left_out = measured(picture, capture)
+        figure = _DRAW[picture.section](kept, capture, visualization, title, run)
     except QsaError as error:
         return Drawn(picture, title, problem=str(error)), []
     formats = [form for form in IMAGES if form in visualization.output.formats]
@@ -64,7 +65,7 @@ def draw_picture(
         write_atomically(path, png if form == "png" else encoded(figure, form, visualization.dpi))
         files.append(path)
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    return Drawn(picture, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 def title_of(picture: Picture, visualization: Visualization) -> str:
@@ -81,41 +82,6 @@ def title_of(picture: Picture, visualization: Visualization) -> str:
         what = "|x|" if visualization.percentile_range.use_abs else "x"
         return f"Percentiles over tokens of {what} at the {_SITES[site]}"
     return f"|x| of sample {visualization.heatmap_3d.sample_idx} at the {_SITES[site]}"
-
-
-def _measured(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
-    """Leave out the layers that nothing is known of, and say why.
-
-    Raises:
-        AnomalyError: none is left.
-    """
-    kept, left_out = [], []
-    for layer in picture.layers:
-        problem = _problem(capture.sites.get((layer, picture.site)), picture)
-        if problem:
-            left_out.append(f"the {picture.site} of {layer} {problem}")
-        else:
-            kept.append(layer)
-    if not kept:
-        raise AnomalyError(f"{left_out[0]} (and so the other {len(left_out) - 1} layers)")
-    return replace(picture, layers=tuple(kept)), left_out
-
-
-def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
-    if numbers is None:
-        return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
-    if not numbers.populations:
-        return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
-    if picture.section == "heatmap_3d" and not numbers.maps:
-        return "has no token axis, or the data has no such sample"
-    tokens = {
-        "tokens": numbers.token_max,
-        "channels": numbers.channel_top,
-        "channel_counts": numbers.channel_counts,
-    }
-    if any(name in picture.statistics and array is None for name, array in tokens.items()):
-        return "has no token axis"
-    return ""
 
 
 def _note(picture: Picture, capture: Capture, reduce: str | None, run: str) -> str:
@@ -155,12 +121,19 @@ def _distribution(picture: Picture, capture: Capture, visualization: Visualizati
 
 def _heatmap(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
     settings = visualization.heatmap_3d
-    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
-    maps = {layer: numbers.maps[map_statistic(settings.sample_idx)] for layer, numbers in sites.items()}
-    tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
+    maps, size = maps_of(capture, picture.layers, picture.site, settings.sample_idx)
     if picture.form == "map":
-        return map_figure(maps, (tokens, channels), title, run)
-    return surface_figure(maps, (tokens, channels), settings.view_angle, title, run)
+        return map_figure(maps, size, title, run)
+    return surface_figure(maps, size, settings.view_angle, title, run)
+
+
+def maps_of(
+    capture: Capture, layers: Sequence[str], site: Site, sample: int
+) -> tuple[dict[str, NDArray[np.float32]], tuple[int, int]]:
+    """Return the map of one sample at each layer, and how many tokens and channels the largest stands for."""
+    sites = {layer: capture.sites[layer, site] for layer in layers}
+    tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
+    return {layer: numbers.maps[map_statistic(sample)] for layer, numbers in sites.items()}, (tokens, channels)
 
 
 def _percentile(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:

@@ -17,17 +17,17 @@ from ..captures import Capture
 from ..channels import channel_bands
 from ..config import Visualization
 from ..distributions import counted_quantiles
-from ..errors import QsaError
+from ..errors import AnomalyError
 from ..metrics import ACROSS, AcrossChannels
 from ..numbers import SiteNumbers
 from ..plan import Site, exactly
+from ..plots.boxes import SHARES
 from ..plots.magnitudes import STATS
 from ..selection import Selection
 from ..series import Series
-from .planning import Analysis
+from .planning import Analysis, measured
 
 SCHEMA = "qsa-analysis/1"
-QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 _SPEAKER: Mapping[str, AcrossChannels] = {
     "min": "min", "p0.01": "min", "p1": "min", "p25": "min", "p75": "max", "p99": "max", "p99.99": "max", "max": "max",
 }  # fmt: skip
@@ -75,12 +75,12 @@ def rows_of(analysis: Analysis, capture: Capture, visualization: Visualization) 
 
 
 def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization) -> Iterator[_Numbers]:
-    for section, site, layers in {(p.section, p.site, p.layers): None for p in analysis.pictures}:
-        kept = [layer for layer in layers if (n := capture.sites.get((layer, site))) is not None and n.populations]
+    for picture in {(p.section, p.site, p.layers): p for p in analysis.pictures}.values():
         try:
-            yield from _of_section(section, capture.select(exactly(kept), site), visualization)
-        except QsaError:  # what can't be computed is told with its picture
+            layers = measured(picture, capture)[0].layers
+        except AnomalyError:  # told with its picture
             continue
+        yield from _of_section(picture.section, capture.select(exactly(layers), picture.site), visualization)
 
 
 def _of_section(section: str, selection: Selection, visualization: Visualization) -> Iterator[_Numbers]:
@@ -94,9 +94,9 @@ def _of_section(section: str, selection: Selection, visualization: Visualization
         yield _Numbers.of(selection.outlier_tokens(visualization.outlier.threshold, reduce="sum"), "count")
         yield _Numbers.of(selection.outlier_ratio(), "max")
     elif section == "distribution":
-        names = [f"p{100 * share:g}" for share in QUANTILES]
+        names = [f"p{100 * share:g}" for share in SHARES]
         yield from _tabled(
-            "quantile", selection, lambda n: dict(zip(names, counted_quantiles(n, QUANTILES, signed=True), strict=True))
+            "quantile", selection, lambda n: dict(zip(names, counted_quantiles(n, SHARES, signed=True), strict=True))
         )
     elif section == "percentile_range":
         signed = not visualization.percentile_range.use_abs

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .. import plan
+from ..captures import Capture
 from ..config import Visualization
 from ..config.yaml_source import Location
-from ..errors import SuiteError
+from ..errors import AnomalyError, SuiteError
 from ..metrics import METRICS
+from ..numbers import SiteNumbers
 from ..plan import Request, Site, exactly, map_statistic, match_layers, merge_requests, no_match
 from ..plots.depth import spread
 
@@ -148,10 +150,9 @@ def _distributions(finder: _Finder) -> Iterator[Picture]:
     if not finder.visualization.enabled.distribution:
         return
     found = finder.each(settings.patterns, ("distribution",))
-    site: Site = "input" if settings.is_input else "output"
     for form in dict.fromkeys(settings.plot_types):
         for name, layers in _grouped(found, f"distribution_{form}", together=True, names=finder.names):
-            yield Picture(name, "distribution", site, layers, frozenset({plan.SIGNED_COUNTS}), form)
+            yield Picture(name, "distribution", settings.site, layers, frozenset({plan.SIGNED_COUNTS}), form)
 
 
 def _percentiles(finder: _Finder) -> Iterator[Picture]:
@@ -159,10 +160,9 @@ def _percentiles(finder: _Finder) -> Iterator[Picture]:
     if not finder.visualization.enabled.percentile_range:
         return
     found = finder.each(settings.patterns, ("percentile_range",))
-    site: Site = "input" if settings.is_input else "output"
     for name, layers in _grouped(found, "percentile_range", together=False, names=finder.names):
         shown = tuple(layers[index] for index in spread(len(layers), settings.num_layers_to_show))
-        yield Picture(name, "percentile_range", site, shown, frozenset({plan.CHANNEL_COUNTS}))
+        yield Picture(name, "percentile_range", settings.site, shown, frozenset({plan.CHANNEL_COUNTS}))
 
 
 def _heatmaps(finder: _Finder) -> Iterator[Picture]:
@@ -170,12 +170,47 @@ def _heatmaps(finder: _Finder) -> Iterator[Picture]:
     if not finder.visualization.enabled.heatmap_3d:
         return
     layers = finder.whole(settings.pattern, "heatmap_3d")
-    site: Site = "input" if settings.is_input else "output"
     needs = frozenset({map_statistic(settings.sample_idx)})
     for form, most in (("surface", SURFACES), ("map", settings.num_2d_layers)):
         if most:
             shown = tuple(layers[index] for index in spread(len(layers), most))
-            yield Picture(f"heatmap_{'3d' if form == 'surface' else '2d'}", "heatmap_3d", site, shown, needs, form)
+            name = f"heatmap_{'3d' if form == 'surface' else '2d'}"
+            yield Picture(name, "heatmap_3d", settings.site, shown, needs, form)
+
+
+def measured(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
+    """Leave out the layers that nothing is known of, and say why.
+
+    Raises:
+        AnomalyError: none is left.
+    """
+    kept, left_out = [], []
+    for layer in picture.layers:
+        problem = _problem(capture.sites.get((layer, picture.site)), picture)
+        if problem:
+            left_out.append(f"the {picture.site} of {layer} {problem}")
+        else:
+            kept.append(layer)
+    if not kept:
+        raise AnomalyError(f"{left_out[0]} (and so the other {len(left_out) - 1} layers)")
+    return replace(picture, layers=tuple(kept)), left_out
+
+
+def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
+    if numbers is None:
+        return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
+    if not numbers.populations:
+        return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
+    if picture.section == "heatmap_3d" and not numbers.maps:
+        return "has no token axis, or the data has no such sample"
+    tokens = {
+        "tokens": numbers.token_max,
+        "channels": numbers.channel_top,
+        "channel_counts": numbers.channel_counts,
+    }
+    if any(name in picture.statistics and array is None for name, array in tokens.items()):
+        return "has no token axis"
+    return ""
 
 
 def _grouped(

@@ -11,11 +11,10 @@ from typing import Any
 from ..captures import Capture
 from ..config import Visualization
 from ..files import write_atomically
-from ..plan import map_statistic
 from ..report.gallery import Gallery, Shown, Turning, render_gallery
 from ..report.surfaces import surface_data
 from ..subjects import Subject
-from .drawing import Drawn, draw_picture
+from .drawing import Drawn, draw_picture, maps_of
 from .exports import as_csv, as_json, as_parquet, rows_of
 from .planning import Analysis
 
@@ -56,7 +55,7 @@ def write_analysis(
     Raises:
         OSError: the folder can't be written.
     """
-    written = Written(warnings=list(analysis.warnings))
+    written = Written()
     run = run_text(subject, capture)
     for picture in analysis.pictures:
         started = time.perf_counter()
@@ -69,10 +68,9 @@ def write_analysis(
     written.files += _tables(visualization, subject, analysis, capture, folder, written.drawn)
     if "html" in visualization.output.formats:
         page = folder / visualization.output.report_file
-        gallery = _gallery(subject, capture, visualization, written, command)
+        gallery = _gallery(subject, capture, visualization, written, analysis.warnings, command)
         write_atomically(page, render_gallery(gallery))
         written.files.append(page)
-    written.warnings = written.warnings[len(analysis.warnings) :]
     tell(f"tables and report: {time.perf_counter() - started:.2f} s")
     return written
 
@@ -124,7 +122,12 @@ def _tables(
 
 
 def _gallery(
-    subject: Subject, capture: Capture, visualization: Visualization, written: Written, command: str
+    subject: Subject,
+    capture: Capture,
+    visualization: Visualization,
+    written: Written,
+    warnings: Sequence[str],
+    command: str,
 ) -> Gallery:
     sections: dict[str, list[Shown]] = {}
     for each in written.drawn:
@@ -141,7 +144,7 @@ def _gallery(
         title=f"Analysis of {subject.name}",
         facts={label: str(text) for label, text in facts.items() if text},
         sections=sections,
-        warnings=written.warnings,
+        warnings=[*warnings, *written.warnings],
         layers=capture.modules,
         files=[path.name for path in written.files],
         command=command,
@@ -153,10 +156,8 @@ def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Dr
     """Yield a surface that turns, with every layer that is in a picture of heat maps."""
     settings = visualization.heatmap_3d
     pictures = [each.picture for each in drawn if each.picture.section == "heatmap_3d" and not each.problem]
-    wanted = {(layer, picture.site) for picture in pictures for layer in picture.layers}
-    sites = {layer: numbers for (layer, site), numbers in capture.sites.items() if (layer, site) in wanted}
-    maps = {layer: numbers.maps[map_statistic(settings.sample_idx)] for layer, numbers in sites.items()}
-    if maps:
-        size = max(numbers.shape for numbers in sites.values())[:2]
-        data = surface_data(maps, (size[0], size[1]), settings.view_angle)
-        yield Turning(HEADINGS["heatmap_3d"], "heatmap_3d", data)
+    wanted = {layer for picture in pictures for layer in picture.layers}
+    if wanted:
+        layers = [layer for layer in capture.modules if layer in wanted]
+        maps, size = maps_of(capture, layers, settings.site, settings.sample_idx)
+        yield Turning(HEADINGS["heatmap_3d"], "heatmap_3d", surface_data(maps, size, settings.view_angle))

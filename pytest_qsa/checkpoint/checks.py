@@ -5,16 +5,17 @@ A check is a plain function whose keyword arguments are its parameters everywher
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt
 
+from ..definitions import Definition
 from ..errors import AnomalyError, shown_path
 from ..findings import Finding
 from ..plan import match_layers, no_match
@@ -43,41 +44,39 @@ class Files:
 
     folder: Folder
     reference: Folder | None = None
+    _found: dict[Any, tuple[Finding, ...]] = field(default_factory=dict, compare=False)
 
-    @property
+    def once(self, function: Callable[..., Iterable[Finding]], parameters: Mapping[str, Any]) -> tuple[Finding, ...]:
+        """Return what a check finds; what one assertion has made it read is not read again for the next."""
+        key = (function.__name__, *sorted(parameters.items()))
+        if key not in self._found:
+            self._found[key] = tuple(function(self, **parameters))
+        return self._found[key]
+
+    @cached_property
     def quantized(self) -> list[str]:
         """The layers that hold codes or scales."""
         return [name for name, parts in self.folder.layers.items() if codes_of(parts) or scale_parts(parts)]
 
 
 @dataclass(frozen=True)
-class Check:
-    """A static metric: its name, its version, what it computes, and the layers that it looks at."""
+class Check(Definition):
+    """A static metric: what it computes yields findings; `layers`: those that it looks at."""
 
-    name: str
-    version: int
-    compute: Callable[..., Iterable[Finding]]
     layers: Callable[[Files], Sequence[str]]
-
-    @property
-    def definition(self) -> str:
-        """The id of the definition: `checkpoint_scales/1`."""
-        return f"{self.name}/{self.version}"
-
-    @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The keyword parameters: name → type and default."""
-        parameters = inspect.signature(self.compute, eval_str=True).parameters
-        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 CHECKS: dict[str, Check] = {}
 
 
 def _check(layers: Callable[[Files], Sequence[str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        CHECKS[function.__name__] = Check(function.__name__, 1, function, layers)
-        return function
+    def register(function: Callable[..., Iterable[Finding]]) -> Callable[..., tuple[Finding, ...]]:
+        @wraps(function)
+        def once(files: Files, **parameters: Any) -> tuple[Finding, ...]:
+            return files.once(function, parameters)
+
+        CHECKS[function.__name__] = Check(function.__name__, 1, once, layers)
+        return once
 
     return register
 

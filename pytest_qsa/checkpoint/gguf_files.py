@@ -25,7 +25,6 @@ SETTINGS: Mapping[str, str] = {
     "expert_used_count": "num_experts_per_tok",
 }  # fmt: skip
 """The keys of an architecture → those of transformers."""
-_FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 
 
 def read_gguf(path: Path) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
@@ -53,7 +52,7 @@ def read_gguf(path: Path) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]
 def _tensor(path: Path, entry: Any) -> Tensor:
     shape = tuple(int(length) for length in reversed(entry.shape))
     kind, start = entry.tensor_type.name, int(entry.data_offset)
-    return Tensor(entry.name, _FLOATS.get(kind, kind), shape, path, start, start + int(entry.n_bytes))
+    return Tensor(entry.name, kind, shape, path, start, start + int(entry.n_bytes))
 
 
 def _settings(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

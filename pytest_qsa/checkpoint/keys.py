@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ..findings import Finding
 from .folder import INDEX, NUMBER, Folder
-from .tensors import Tensor
+from .tensors import Tensor, layer_of
 
 ALIKE = 0.7
 """Blocks that share so much of their keys are of one kind, so that a difference is a fault and no architecture."""
@@ -24,16 +24,12 @@ def lost_keys(folder: Folder) -> Iterator[Finding]:
     yield from _by_shape(folder)
 
 
-def _layer(tensor: str) -> str:
-    return tensor.rpartition(".")[0] or tensor
-
-
 def _by_index(folder: Folder) -> Iterator[Finding]:
     for name, file in folder.indexed.items():
         if name not in folder.tensors:
             there = (folder.path / file).is_file()
             what = f"the index says {file}, which {'lacks it' if there else 'is not there'}"
-            yield Finding(_layer(name), name, INDEX, what, _SAVE)
+            yield Finding(layer_of(name), name, INDEX, what, _SAVE)
     if folder.indexed:
         for name, tensor in folder.tensors.items():
             if name not in folder.indexed:
@@ -74,7 +70,7 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
             continue
         for rest in sorted(nearest - keys):
             name = f"{container}.{number}.{rest}"
-            yield Finding(_layer(name), name, "", f"missing: {kinds[nearest]} sibling blocks have it", _SAVE)
+            yield Finding(layer_of(name), name, "", f"missing: {kinds[nearest]} sibling blocks have it", _SAVE)
         for rest in sorted(keys - nearest):
             tensor = folder.tensors[f"{container}.{number}.{rest}"]
             yield Finding(

@@ -66,12 +66,11 @@ def _words(codes: Tensor, parts: Mapping[str, Tensor], bits: int) -> tuple[NDArr
     """
     raw = codes.raw().view(_UNSIGNED[codes.dtype])
     raw = raw.reshape(-1, raw.shape[-1])
+    step = max(1, raw.nbytes // BUDGET)
     if codes.part == "qweight":
-        step = max(1, raw.nbytes // BUDGET)
         turned: NDArray[Any] = np.ascontiguousarray(raw[:, ::step].T)
         awq = "scales" in parts and parts["scales"].shape[-1] != raw.shape[1]
         return (_spread(turned, bits) if awq else turned), step
-    step = max(1, raw.nbytes // BUDGET)
     return np.asarray(raw[::step]), step
 
 

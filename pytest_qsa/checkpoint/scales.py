@@ -22,7 +22,7 @@ from .schemes import (
     scale_parts,
     weight_shape,
 )
-from .tensors import RAW, Tensor
+from .tensors import RAW, Tensor, decoded
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """Below it a scale is denormal; a float16 one only where fewer than 4 of its bits are left, for it is kept exactly."""
@@ -122,10 +122,7 @@ def unsound_scales(folder: Folder) -> Iterator[Finding]:
 
 def scale_values(tensor: Tensor) -> NDArray[np.float64]:
     """Return scales as float64; microscaling's bytes are exponents (OCP MX: E8M0)."""
-    if tensor.dtype == "U8":
-        raw = tensor.values()
-        return np.where(raw == 255, np.nan, np.exp2(raw - 127))
-    return tensor.values()
+    return decoded(np.asarray(tensor.raw()), "F8_E8M0") if tensor.dtype == "U8" else tensor.values()
 
 
 def outlying_scales(folder: Folder, *, spread: float) -> Iterator[Finding]:
@@ -205,17 +202,17 @@ def unequal_fused(folder: Folder, *, always: bool) -> Iterator[Finding]:
                 if len(group) == len(names) and all(element_count(member) == 1 for member in group):
                     kinds.setdefault(kind_of(tensor.name), []).append(group)
     for groups in kinds.values():
-        unequal = [group for group in groups if len({float(member.values().ravel()[0]) for member in group}) > 1]
+        scaled = [[(member, float(member.values().ravel()[0])) for member in group] for group in groups]
+        unequal = [group for group in scaled if len({value for _, value in group}) > 1]
         if always or len(unequal) < len(groups):
-            for group in unequal:
-                yield _unequal(group, len(groups) - len(unequal))
+            for scales in unequal:
+                yield _unequal(scales, len(groups) - len(unequal))
 
 
-def _unequal(group: Sequence[Tensor], equal: int) -> Finding:
-    values = {member.layer.rpartition(".")[2]: float(member.values().ravel()[0]) for member in group}
-    common = Counter(values.values()).most_common(1)[0][0]
-    odd = next(member for member in group if float(member.values().ravel()[0]) != common)
-    text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+def _unequal(group: Sequence[tuple[Tensor, float]], equal: int) -> Finding:
+    common = Counter(value for _, value in group).most_common(1)[0][0]
+    odd = next(member for member, value in group if value != common)
+    text = ", ".join(f"{member.layer.rpartition('.')[2]} {value:.4g}" for member, value in group)
     return Finding(
         odd.layer, odd.name, odd.file, f"unequal {odd.part} in a fused group: {text}; equal in {equal} other blocks",
         "a fused matrix has one scale: fill all slots of the group with the same",

@@ -40,8 +40,6 @@ class Scheme:
     required: tuple[tuple[str, ...], ...]
     allowed: frozenset[str] = frozenset()
     codes: tuple[str, ...] = ()
-    symmetric: bool = True
-    static_input: bool = False
 
     def scale_count(self, rows: int, columns: int) -> int | None:
         """Return how many scales a weight [rows, columns] has; None where the scheme leaves it open."""
@@ -150,7 +148,7 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any], kv_c
     allowed = {"weight_zero_point", "weight_g_idx", "input_zero_point", "input_global_scale", "output_scale", "bias"}
     return Scheme(
         form, bits, str(weights.get("strategy") or "tensor"), _group(weights), tuple(required),
-        frozenset(allowed) | kv_cache, _codes(form, weights, bits), symmetric, static,
+        frozenset(allowed) | kv_cache, _codes(form, weights, bits),
     )  # fmt: skip
 
 
@@ -168,7 +166,7 @@ def _group(weights: Mapping[str, Any]) -> int | tuple[int, int] | None:
 
 
 def _gptq(config: Mapping[str, Any]) -> Declaration:
-    scheme = _group_packed("gptq", config, symmetric=bool(config.get("sym", True)), extra=frozenset({"g_idx", "bias"}))
+    scheme = _group_packed("gptq", config, extra=frozenset({"g_idx", "bias"}))
     dynamic = config.get("dynamic") or {}
     ignore = [] if config.get("lm_head") else ["lm_head"]
     ignore += [f"re:.*{key[2:]}" for key in dynamic if str(key).startswith("-:")]
@@ -178,16 +176,16 @@ def _gptq(config: Mapping[str, Any]) -> Declaration:
 
 
 def _awq(config: Mapping[str, Any]) -> Declaration:
-    scheme = _group_packed("awq", config, symmetric=not config.get("zero_point", True), extra=frozenset({"bias"}))
+    scheme = _group_packed("awq", config, extra=frozenset({"bias"}))
     skipped = [f"re:.*{re.escape(name)}" for name in config.get("modules_to_not_convert") or ()]
     return Declaration("awq", [(["Linear"], scheme)], ["lm_head", *skipped], names_layers=True)
 
 
-def _group_packed(form: str, config: Mapping[str, Any], *, symmetric: bool, extra: frozenset[str]) -> Scheme:
+def _group_packed(form: str, config: Mapping[str, Any], *, extra: frozenset[str]) -> Scheme:
     size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)
     required = (("qweight",), ("qzeros",), ("scales",))
     strategy, group = ("group", size) if size > 0 else ("channel", None)
-    return Scheme(form, bits, strategy, group, required, extra, ("I32",), symmetric)
+    return Scheme(form, bits, strategy, group, required, extra, ("I32",))
 
 
 def _fp8(config: Mapping[str, Any]) -> Declaration:
@@ -197,7 +195,7 @@ def _fp8(config: Mapping[str, Any]) -> Declaration:
     required += [("input_scale", "activation_scale")] if static else []
     group = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
     allowed = frozenset({"bias", "input_scale", "k_scale", "v_scale"})
-    scheme = Scheme("fp8", 8, "block" if group else "any", group, tuple(required), allowed, EIGHT_BITS, True, static)
+    scheme = Scheme("fp8", 8, "block" if group else "any", group, tuple(required), allowed, EIGHT_BITS)
     skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
     return Declaration("fp8", [(["Linear"], scheme)], ["lm_head", *(f"re:.*{re.escape(n)}" for n in skipped)], True)
 

@@ -42,7 +42,7 @@ class Tensor:
     @property
     def layer(self) -> str:
         """The module that owns it."""
-        return self.name.rpartition(".")[0] or self.name
+        return layer_of(self.name)
 
     @property
     def part(self) -> str:
@@ -66,6 +66,11 @@ class Tensor:
         """Return the values, of any dtype, as float64 in the tensor's shape."""
         with np.errstate(invalid="ignore"):  # a signalling NaN is reported, not raised
             return decoded(np.asarray(self.raw()), self.dtype).astype(np.float64)
+
+
+def layer_of(name: str) -> str:
+    """Return the module that owns a tensor, by the tensor's name."""
+    return name.rpartition(".")[0] or name
 
 
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:

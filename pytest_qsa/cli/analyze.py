@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InfraError, SuiteError, shown_path
+from ..errors import InfraError, shown_path
 from .codes import FAILED, OK
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from ..config import SuiteFile
     from ..partial import PartialSums
     from ..plan import Request
+    from ..session import MakeCapture
     from ..subjects import Subject
-
-    MakeTogether = Callable[[Sequence[Request]], Capture]
 
 FIRST = 20
 """How many layers are listed, as in the seed."""
@@ -38,16 +37,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     from ..config import load_suite
     from ..engine.outline import layer_names
-    from ..subjects import Subject
+    from .common import planned, subject_of
 
     options, overrides = _options(arguments)
     suite = load_suite(options.config, overrides, "--")
-    model = suite.suite.model
-    if model is None:
-        raise SuiteError(f"{shown_path(options.config)}:1: there is no section 'model'")
-    subject = Subject(model.id, model, suite.suite.data, suite.suite.memory, suite.path.parent)
+    model, subject = subject_of(suite)
     names = layer_names(model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
-    analysis = _planned(suite, names)
+    analysis = planned(suite, names)
     folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to tell
         _list_layers(names)
@@ -66,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    from .overrides import add_overrides, read_overrides
+    from .overrides import parse_with_overrides
 
     parser = argparse.ArgumentParser(
         prog="qsa analyze", usage="qsa analyze --config FILE [options] [--KEY VALUE …]", allow_abbrev=False,
@@ -80,30 +76,7 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--qsa-no-cache", action="store_true", help="measure anew, and keep nothing")
     parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
-    add_overrides(parser)
-    options, unknown = parser.parse_known_args(arguments)
-    overrides = read_overrides(options, unknown)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return options, overrides
-
-
-def _planned(suite: SuiteFile, names: Sequence[str]) -> Analysis:
-    from ..analysis.planning import PatternError, plan_pictures
-
-    visualization, data = suite.suite.visualization, suite.suite.data
-    sample = ("visualization", "heatmap_3d", "sample_idx")
-    if visualization.enabled.heatmap_3d and visualization.heatmap_3d.sample_idx >= data.num_samples:
-        raise suite.source.error(
-            sample, f"sample_idx {visualization.heatmap_3d.sample_idx}: the {data.num_samples} samples begin with 0"
-        )
-    try:
-        analysis = plan_pictures(visualization, names)
-    except PatternError as error:
-        raise suite.source.error(error.location, str(error)) from None
-    if not analysis.pictures:
-        raise suite.source.error(("visualization", "enabled"), "nothing is enabled: there is nothing to draw")
-    return analysis
+    return parse_with_overrides(parser, arguments)
 
 
 def _list_layers(names: Sequence[str]) -> None:
@@ -144,29 +117,21 @@ def _check_writable(folder: Path, *, make: bool) -> None:
 def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture | None:
     """Return the capture; under torchrun on the first rank alone, made by all of them."""
     import platformdirs
-    from tqdm import tqdm
 
     from ..engine.ranks import joined
     from ..engine.running import Share, capture_subject
+    from ..progress import progress_bar
     from ..session import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
-    with joined() as ranks, tqdm(desc=f"qsa {subject.name}", unit="sample", leave=False, disable=None) as bar:
+    with joined() as ranks, progress_bar(subject.name) as progress:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        def make(requests: Sequence[Request], sums: PartialSums | None = None) -> Capture:
-            share = Share(ranks=ranks, sums=sums if ranks.size == 1 else None)
-            code = options.qsa_allow_code
+        def make(requests: Sequence[Request], sums: PartialSums | None) -> Capture:
+            code, share = options.qsa_allow_code, Share(ranks=ranks, sums=sums)
             return capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
 
-        def get(make_together: MakeTogether) -> Capture:
-            captures = Captures(cache=cache)
-            if ranks.size == 1:
-                return captures.get(subject.key, subject, analysis.requests, make)
-            return captures.get(subject.key, subject, analysis.requests, lambda plan, _: make_together(plan))
+        def get(make: MakeCapture) -> Capture:
+            return Captures(cache=cache).get(subject.key, subject, analysis.requests, make)
 
         return ranks.led(get, make)
 

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InfraError, shown_path
+from ..errors import shown_path
 from .codes import OK
+from .common import keep
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -24,10 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the result goes")
     options = parser.parse_args(arguments)
     merged = merge([Capture.load(path) for path in options.captures])
-    try:
-        merged.save(options.output)
-    except OSError as error:
-        raise InfraError(f"{shown_path(options.output)} can't be written: {error.strerror or error}") from None
+    keep(merged, options.output)
     held = merged.meta.get("samples")
     missing = f", samples {held[0]}:{held[1]} of {held[2]}" if held else ""
     print(f"{shown_path(options.output)}: {len(options.captures)} captures merged{missing}")

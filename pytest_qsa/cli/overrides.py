@@ -16,6 +16,22 @@ from ..config.loading import check_override
 SECTIONS = ("model", "data", "memory", "visualization")
 
 
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command whose options are its own and every key; return them and `KEY=VALUE` for each override.
+
+    Raises:
+        SuiteError: an unknown option looks like a key; it names the nearest one.
+    """
+    add_overrides(parser)
+    options, unknown = parser.parse_known_args(arguments)
+    overrides = read_overrides(options, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, overrides
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Offer every key of the sections, with its type and default in the help.
 

@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import AnomalyError
 from ..evidence import channel_of, context
 from ..metrics import View
-from ..numbers import lower_median
 from .measures import Measure, Table
 from .sides import USUAL, Side, captured_tables, table_of, tokens_hash
 
@@ -175,12 +174,8 @@ def outlier_tokens(side: Side, threshold: float) -> dict[tuple[int, int], Outlie
             continue
         view = View(numbers, site, "all", capture.sinks, layer)
         for population in range(numbers.populations):
-            tokens, kept = numbers.tokens_of(population), view.kept(population)
-            median = lower_median(tokens[kept])
-            if not median > 0:
-                continue
-            ratios = tokens / np.float32(median)
-            for position in np.flatnonzero(kept & (ratios > np.float32(threshold))).tolist():
+            ratios = view.ratios(population)
+            for position in np.flatnonzero(ratios > np.float32(threshold)).tolist():
                 sighting = (float(ratios[position]), f"{layer} {site}", channel_of(numbers, population, position))
                 seen.setdefault((int(numbers.sample[population]), position), []).append(sighting)
     found = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..captures import Capture
 from ..errors import InfraError, QsaError, SuiteError, shown_path
 from ..metrics import METRICS
 from ..numbers import SiteNumbers
+from ..plan import exactly
 from .measures import Measure, Table
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
@@ -48,14 +48,14 @@ def read_side(given: str) -> Side:
     path = Path(name)
     if path.is_dir():
         return _baselines(path, sorted(file for file in path.rglob("*.json") if is_baseline(file)), subject)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InfraError(f"{name}: can't be read: {error.strerror}") from None
     if path.suffix == ".qsa":
         return _captured(path, Capture.load(path))
     if is_baseline(path):
         return _baselines(path, [path], subject)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InfraError(f"{name}: can't be read: {error.strerror}") from None
     return _reported(path, content, subject)
 
 
@@ -153,7 +153,7 @@ def captured_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) 
                 layer for layer, at in capture.sites if at == site and _can(capture, layer, site, name, parameters)
             ]
             if layers:
-                series = capture.select(_pattern(layers), site).series(name, **parameters)
+                series = capture.select(exactly(layers), site).series(name, **parameters)
                 tables[Measure.of(series.query.plain())] = _table(capture, series)
     return tables
 
@@ -163,7 +163,7 @@ def table_of(capture: Capture, measure: Measure, layers: Iterable[str]) -> Table
     held = [layer for layer in layers if (layer, measure.site) in capture.sites]
     if not held or measure.over or measure.metric not in METRICS:
         return None
-    selection = capture.select(_pattern(held), measure.site)  # type: ignore[arg-type]
+    selection = capture.select(exactly(held), measure.site)  # type: ignore[arg-type]
     positions, reduce = measure.positions or "all", measure.reduce
     try:
         return _table(capture, selection.series(measure.metric, reduce, positions, **measure.arguments))  # type: ignore[arg-type]
@@ -175,10 +175,6 @@ def _table(capture: Capture, series: Any) -> Table:
     return Table(
         series.query.definition, tokens_hash(capture), dict(zip(series.layers, series.values.tolist(), strict=True))
     )
-
-
-def _pattern(layers: Iterable[str]) -> str:
-    return f"^(?:{'|'.join(map(re.escape, layers))})$"
 
 
 def _can(capture: Capture, layer: str, site: Any, name: str, parameters: Mapping[str, Any]) -> bool:

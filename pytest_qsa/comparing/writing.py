@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -14,6 +13,8 @@ from .changes import Change, Comparison, OutlierToken
 from .conditions import percent
 from .measures import Measure
 
+SUMMARY = ["measure", "layers", "moved", "median", "worst", "at"]
+CHANGE = ["layer", "measure", "old", "new", "change"]
 MOVED = 0.01
 """The relative change from which on a layer counts as moved."""
 
@@ -62,16 +63,14 @@ def _lines(comparison: Comparison, most: int, least: float) -> Iterator[str]:
     yield f"old  {comparison.old.title}"
     yield f"new  {comparison.new.title}"
     yield ""
-    heads = ["measure", "layers", "moved", "median", "worst", "at"]
-    yield from aligned([heads, *([*map(str, line.values())] for line in summaries(comparison, least))])
+    yield from aligned([SUMMARY, *_summary_cells(comparison, least)])
     changes = moved(comparison, least)
     yield ""
     yield f"{len(changes)} numbers moved by more than {percent(least).lstrip('+')}" + (
         ", worst first" if changes else ""
     )
     if changes:
-        heads = ["layer", "measure", "old", "new", "change"]
-        yield from aligned([heads, *map(cells, changes[:most])])
+        yield from aligned([CHANGE, *map(cells, changes[:most])])
     if len(changes) > most:
         yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
     for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
@@ -84,6 +83,10 @@ def _lines(comparison: Comparison, most: int, least: float) -> Iterator[str]:
     if notes:
         yield ""
         yield from (f"note: {note}" for note in notes)
+
+
+def _summary_cells(comparison: Comparison, least: float) -> list[list[str]]:
+    return [[*map(str, line.values())] for line in summaries(comparison, least)]
 
 
 def cells(change: Change) -> list[str]:
@@ -118,11 +121,9 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
     lines = [f"### {verdict} {len(changes)} numbers moved by more than {percent(least).lstrip('+')}", ""]
     lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
     lines += ["", f"old: {escaped(comparison.old.title)}  ", f"new: {escaped(comparison.new.title)}", ""]
-    heads = ["measure", "layers", "moved", "median", "worst", "at"]
-    lines += [*table_lines(heads, ([*map(str, line.values())] for line in summaries(comparison, least))), ""]
+    lines += [*table_lines(SUMMARY, _summary_cells(comparison, least)), ""]
     if changes:
-        heads = ["layer", "measure", "old", "new", "change"]
-        lines += [*table_lines(heads, map(cells, changes[:most])), ""]
+        lines += [*table_lines(CHANGE, map(cells, changes[:most])), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
     for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
@@ -140,7 +141,7 @@ def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]
     rows = [
         {"layer": change.layer, "measure": str(change.measure), "old": change.old, "new": change.new,
          "change": percent(change.relative), "size": change.size, "moved": change.size > least,
-         "heat": round(min(change.size / 0.2, 1.0), 3), "depth": change.depth}
+         "heat": _heat(change), "depth": change.depth}
         for change in comparison.changes
     ]  # fmt: skip
     return render(
@@ -157,9 +158,12 @@ def _strips(comparison: Comparison) -> list[tuple[Measure, list[dict[str, Any]]]
     strips = []
     for measure in comparison.measures:
         changes = sorted((c for c in comparison.changes if c.measure == measure), key=lambda change: change.depth)
-        heats = [(change, 1.0 if math.isinf(change.size) else min(change.size / 0.2, 1.0)) for change in changes]
         strips.append((measure, [
-            {"heat": round(heat, 3), "title": f"{change.layer}: {number(change.old)} → {number(change.new)} "
-             f"({percent(change.relative)})"} for change, heat in heats
+            {"heat": _heat(change), "title": f"{change.layer}: {number(change.old)} → {number(change.new)} "
+             f"({percent(change.relative)})"} for change in changes
         ]))  # fmt: skip
     return strips
+
+
+def _heat(change: Change) -> float:
+    return round(min(change.size / 0.2, 1.0), 3)

@@ -45,12 +45,13 @@ class SuiteFile:
 
 def misfit(path: Path, override: str) -> str | None:
     """Say why an override of an assertion is not for this suite: it has none of that name; None where it fits."""
+    if not override.startswith("assertions."):
+        return None
     source = read_suite(path)
-    if override.startswith("assertions."):
-        try:
-            _split(source, override.partition("=")[0])
-        except SuiteError as error:
-            return str(error)
+    try:
+        _split(source, override.partition("=")[0])
+    except SuiteError as error:
+        return str(error)
     return None
 
 

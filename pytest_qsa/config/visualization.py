@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
+from ..plan import Site
 from .fields import Regex, Strict
 
 Count = Annotated[int, Field(gt=0)]
@@ -53,17 +53,27 @@ class OutlierPlot(Strict):
     top_n: Annotated[int, Field(gt=0, description="how many different tokens are shown")] = 15
 
 
-class DistributionPlot(Strict):
+class OneSide(Strict):
+    """A picture of what goes into the layers, or of what comes out of them."""
+
+    is_input: bool = True
+
+    @property
+    def site(self) -> Site:
+        """The site that it is of."""
+        return "input" if self.is_input else "output"
+
+
+class DistributionPlot(OneSide):
     """All elements of a layer as a box and as a histogram; `patterns` are the magnitudes' where they are absent."""
 
     patterns: Patterns | None = None
     plot_types: Annotated[list[Literal["boxplot", "histogram"]], Field(min_length=1)] = Field(
         default=["boxplot", "histogram"]
     )
-    is_input: bool = True
 
 
-class Heatmap(Strict):
+class Heatmap(OneSide):
     """|x| of one sample over tokens and channels, as a surface and as a map."""
 
     pattern: Regex = r"layers\.\d+$"
@@ -75,11 +85,10 @@ class Heatmap(Strict):
     num_2d_layers: Annotated[int, Field(ge=0, description="how many layers are drawn as maps, evenly over depth")] = 6
 
 
-class PercentilePlot(Strict):
+class PercentilePlot(OneSide):
     """For each channel the percentiles over tokens; `patterns` are the magnitudes' where they are absent."""
 
     patterns: Patterns | None = None
-    is_input: bool = True
     use_abs: bool = False
     style: Literal["fill", "line"] = "fill"
     num_layers_to_show: Annotated[int, Field(gt=0, description="how many layers of a pattern, evenly over depth")] = 4
@@ -101,15 +110,10 @@ class Output(Strict):
     """What is written beside the pictures' folder: the report, and the numbers behind it."""
 
     formats: Annotated[list[Format], Field(min_length=1)] = Field(default=["png", "html"])
-    report_name: str = "analysis_report.html"
+    report_name: Annotated[str, AfterValidator(_plain_name)] = "analysis_report.html"
     include_raw_data: Annotated[bool, Field(description="every sample's value in exports, and the capture itself")] = (
         False
     )
-
-    @model_validator(mode="after")
-    def _name_is_plain(self) -> Output:
-        _plain_name(self.report_name)
-        return self
 
     @property
     def report_file(self) -> str:
@@ -131,7 +135,3 @@ class Visualization(Strict):
     percentile_range: PercentilePlot = PercentilePlot()
     layer_selection: LayerSelection = LayerSelection()
     output: Output = Output()
-
-    def patterns_of(self, own: Sequence[str] | None) -> Sequence[str]:
-        """Return a picture's own patterns, or the magnitudes' where it has none."""
-        return own if own is not None else self.magnitude.patterns

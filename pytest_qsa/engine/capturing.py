@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,11 @@ class _Job:
     first_sample: int
     keep: Keep | None
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """How many samples there are up to the end of each batch."""
+        return list(accumulate(map(row_count, self.batches)))
+
     def capture(self, numbers: Mapping[SiteKey, SiteNumbers], batches: Sequence[Batch]) -> Capture:
         """Make the capture of some first batches; its samples are numbered from 0, wherever they come from."""
         ids = [row for batch in batches for row in token_ids(batch)]
@@ -93,9 +99,9 @@ class _Job:
 
     def done(self, state: Visits, count: int) -> None:
         """Tell how far the pass is: `count` batches have run."""
-        samples = sum(map(row_count, self.batches[:count]))
+        samples = self.ends[count - 1]
         if self.progress is not None:
-            self.progress(samples, sum(map(row_count, self.batches)))
+            self.progress(samples, self.ends[-1])
         if self.keep is not None and count < len(self.batches):
             self.keep(lambda: self.capture(state.numbers(), self.batches[:count]), samples)
 

@@ -15,12 +15,12 @@ from torch import distributed
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError, QsaError
 from ..merging import merge
+from ..partial import PartialSums
 from ..plan import Request
+from ..session import MakeCapture
 
 PATIENCE = timedelta(hours=12)
 """How long a rank waits for the slowest one. A rank that dies is noticed at once."""
-
-Make = Callable[[Sequence[Request]], Capture]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
-    def share(self, count: int) -> range:
+    def share(self, count: int) -> slice:
         """Return which of so many batches are this rank's: neighbours, so that the parts merge in order."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gathered(self, make: Callable[[], Capture | None]) -> Capture:
         """Make this rank's part (None where it has none), and return the merged parts of all.
@@ -57,25 +57,26 @@ class Ranks:
                 raise (AnomalyError if kind == AnomalyError.kind else InfraError)(f"rank {rank}: {text}")
         return merge([Capture.from_bytes(part) for part, _ in parts if part is not None])
 
-    def led(self, get: Callable[[Make], Capture], make: Make) -> Capture | None:
+    def led(self, get: Callable[[MakeCapture], Capture], make: MakeCapture) -> Capture | None:
         """Let the first rank look for a capture, and all make it together if it has to be made; None on the others.
 
-        `get` is only called on the first rank: it may find the capture in a cache, or call what it is given.
+        `get` is only called on the first rank: it may find the capture in a cache, or call what it is given. Sums of an
+        unfinished pass are of one process: several start anew.
         """
         if self.size == 1:
             return get(make)
         if self.rank:
             plan = self._from_first(None)
             if plan is not None:
-                make(plan)
+                make(plan, None)
             return None
         told = False
 
-        def together(requests: Sequence[Request]) -> Capture:
+        def together(requests: Sequence[Request], sums: PartialSums | None) -> Capture:
             nonlocal told
             told = True
             self._from_first(tuple(requests))
-            return make(requests)
+            return make(requests, None)
 
         try:
             return get(together)

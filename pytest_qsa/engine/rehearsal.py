@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .batches import Rows
-from .modules import Routing
 from .observers import StreamObserver
 from .visits import SiteKey, Visits
 
@@ -19,15 +18,7 @@ from .visits import SiteKey, Visits
 class Rehearsal(Visits):
     """Takes note of calls and of shared tensors as a pass does, and reduces nothing."""
 
-    def _reduce(
-        self,
-        rows: Rows,
-        site: SiteKey,
-        tensor: Tensor,
-        call: int,
-        statistics: frozenset[str],
-        routing: Routing | None,
-    ) -> None:
+    def _reduce(self, rows: Rows, site: SiteKey, *_: object) -> None:
         self.observers.setdefault(site, StreamObserver(frozenset()))
 
 

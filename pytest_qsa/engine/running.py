@@ -19,7 +19,7 @@ from ..fingerprint import local_folder
 from ..merging import merge
 from ..partial import PartialSums
 from ..plan import Request
-from ..subjects import Subject, weights_hash
+from ..subjects import Subject
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
@@ -79,65 +79,66 @@ def capture_loaded(
     every = list(batches) if batches is not None else _batches(subject, loaded)
     if not every:
         raise AnomalyError("there are no batches: nothing would be measured")
-    first, samples = _selected(every, share.samples)
+    starts = [0, *accumulate(map(row_count, every))]
+    selected = _selected(starts, share.samples)
+    own = selected[share.ranks.share(len(selected))]
     capture = share.ranks.gathered(
-        lambda: _part(loaded, every, range(first, first + len(samples)), requests, progress, share)
+        lambda: _part(loaded, every, starts, own, requests, progress, share.sums) if own else None
     )
     meta = _meta(subject, loaded, every, own_batches=batches is not None)
     placed = {name: value for name, value in capture.meta.items() if name == "samples"}
     return replace(capture, meta=meta | placed, schemes=schemes_of(loaded.model))
 
 
-def _selected(batches: Sequence[Batch], samples: tuple[int, int] | None) -> tuple[int, Sequence[Batch]]:
-    """Return the number of the first batch that holds the wanted samples, and those batches."""
+def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
+    """Return which batches hold the wanted samples. `starts`: the first sample of each batch, and the end of the last.
+
+    Raises:
+        InfraError: they are no whole batches.
+    """
     if samples is None:
-        return 0, batches
-    starts = [0, *accumulate(map(row_count, batches))]
+        return range(len(starts) - 1)
     first, end = samples[0], min(samples[1], starts[-1])
     if first not in starts or end not in starts or first >= end:
         raise InfraError(
             f"the samples {samples[0]}:{samples[1]} are no whole batches: there are {starts[-1]} samples "
-            f"in batches of {row_count(batches[0])}"
+            f"in batches of {starts[1]}"
         )
-    return starts.index(first), batches[starts.index(first) : starts.index(end)]
+    return range(starts.index(first), starts.index(end))
 
 
 def _part(
     loaded: Loaded,
     every: Sequence[Batch],
-    selected: range,
+    starts: Sequence[int],
+    own: range,
     requests: Sequence[Request],
     progress: Progress | None,
-    share: Share,
-) -> Capture | None:
-    """Run this process's batches, from where an earlier run was stopped on; None if there are none."""
-    own = share.ranks.share(len(selected))
-    batches = [every[selected[index]] for index in own]
-    if not batches:
-        return None
-    starts = [0, *accumulate(map(row_count, every))]
-    first, end, total = starts[selected[own[0]]], starts[selected[own[-1]] + 1], starts[-1]
-    done = share.sums.load(requests) if share.sums else None
+    sums: PartialSums | None,
+) -> Capture:
+    """Run some of all batches, from where an earlier run was stopped on."""
+    first, end, total = starts[own.start], starts[own.stop], starts[-1]
+    done = sums.load(requests) if sums else None
     position = done.meta["samples"][1] if done else first
     if done is None or done.meta["samples"][0] != first or position not in starts or not first < position < end:
         done, position = None, first
-    rest = every[starts.index(position) : starts.index(end)]
+    rest = every[starts.index(position) : own.stop]
 
     def placed(capture: Capture, to: int) -> Capture:
         part = replace(capture, meta={"samples": [position, to, total]})
         return merge([done, part]) if done else part
 
     def keep(make: Callable[[], Capture], count: int) -> None:
-        if share.sums is not None:
-            share.sums.keep(lambda: placed(make(), position + count))
+        if sums is not None:
+            sums.keep(lambda: placed(make(), position + count))
 
     def told(count: int, _: int) -> None:
         if progress is not None:
             progress(position - first + count, end - first)
 
     capture = placed(_run(loaded, rest, requests, told, position, keep), end)
-    if share.sums is not None:
-        share.sums.discard()
+    if sums is not None:
+        sums.discard()
     whole = (first, end) == (0, total)
     return replace(capture, meta={} if whole else {"samples": [first, end, total]})
 
@@ -191,7 +192,6 @@ def _meta(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_bat
     return {
         "model": {
             "path": subject.path,
-            "weights": weights_hash(str(folder)) if folder else None,
             **revision,
             **describe(loaded.model),
             "tokenizer": tokenizer_identity(loaded.tokenizer),

@@ -6,17 +6,14 @@ streamed model must not hold more than it computes with, so the bytes are read d
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ..checkpoint.tensors import Tensor, tensors_of
 from ..errors import InfraError
 
 _DTYPES = {
@@ -41,7 +38,7 @@ class Shards:
 
     index: Mapping[str, Mapping[str, str]]
     bytes_read: int = 0
-    _headers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
+    _tables: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __contains__(self, key: str) -> bool:
         return key in self.index
@@ -51,41 +48,29 @@ class Shards:
         entry = self.index[key]
         return Place(entry["safetensors_file"], entry.get("weight_name", key))
 
-    def read(self, key: str, shape: Sequence[int]) -> Tensor:
+    def read(self, key: str, shape: Sequence[int]) -> torch.Tensor:
         """Read a parameter, in the dtype that the model wants.
 
         Raises:
             InfraError: the file is missing, cut short, or holds no such tensor, or one of another shape.
         """
-        place = self.place(key)
-        start, header = self._header(place.file)
-        if place.name not in header:
-            raise InfraError(f"{place.file} holds no tensor {place.name}")
-        stored = header[place.name]
-        if stored["dtype"] not in _DTYPES:
-            raise InfraError(f"{place.file}: {place.name} is of the type {stored['dtype']}, which torch doesn't know")
-        if list(stored["shape"]) != list(shape):
+        stored = self._stored(self.place(key))
+        if stored.shape != tuple(shape):
             raise InfraError(
-                f"{place.file}: {place.name} is {stored['shape']}, the model's is {list(shape)}: not its checkpoint"
+                f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}: "
+                "not its checkpoint"
             )
-        begin, end = stored["data_offsets"]
-        content = np.fromfile(place.file, dtype=np.uint8, count=end - begin, offset=start + begin)
-        if content.size < end - begin:
-            raise InfraError(f"{place.file} is cut short: {place.name} ends past its end; fetch the checkpoint again")
+        if stored.dtype not in _DTYPES:
+            raise InfraError(f"{stored.path}: {stored.name} is of the type {stored.dtype}, which torch doesn't know")
+        content = np.fromfile(stored.path, dtype=np.uint8, count=stored.stop - stored.start, offset=stored.start)
         self.bytes_read += content.size
-        tensor = torch.from_numpy(content).view(_DTYPES[stored["dtype"]]) if content.size else torch.empty(0)
+        tensor = torch.from_numpy(content).view(_DTYPES[stored.dtype]).reshape(stored.shape)
         wanted = self.index[key].get("dtype")
-        shaped = tensor.reshape(stored["shape"]) if prod(stored["shape"]) else torch.empty(stored["shape"])
-        return shaped.to(getattr(torch, wanted)) if wanted else shaped
+        return tensor.to(getattr(torch, wanted)) if wanted else tensor
 
-    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
-        if file not in self._headers:
-            try:
-                with open(file, "rb") as stream:
-                    size = int.from_bytes(stream.read(8), "little")
-                    if size > os.fstat(stream.fileno()).st_size:
-                        raise ValueError("its header is longer than the file")
-                    self._headers[file] = 8 + size, json.loads(stream.read(size))
-            except (OSError, ValueError) as error:
-                raise InfraError(f"{file} can't be read as safetensors: {error}") from None
-        return self._headers[file]
+    def _stored(self, place: Place) -> Tensor:
+        if place.file not in self._tables:
+            self._tables[place.file] = {tensor.name: tensor for tensor in tensors_of(Path(place.file))}
+        if place.name not in self._tables[place.file]:
+            raise InfraError(f"{place.file} holds no tensor {place.name}")
+        return self._tables[place.file][place.name]

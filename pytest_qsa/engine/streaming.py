@@ -6,7 +6,6 @@ next one is read. Nothing is traced, and the operations are those of a model in 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -38,7 +37,6 @@ class Stream:
         self.device = device
         self.spill = Spill(held)
         self.units, self.pinned = units_of(model, shards)
-        self.seconds_waited = 0.0
         self._shared = shared_places([*self.units, self.pinned], shards)
         self._kept: Weights = {}
         self._owned: dict[nn.Module, Unit] = {}
@@ -152,12 +150,10 @@ class Stream:
             self._next = unit, self._reader.submit(self._read, unit)
 
     def _fetched(self, unit: Unit) -> Weights:
-        began = time.perf_counter()
         self._prefetch(unit)
         assert self._next is not None
         weights = self._next[1].result()
         self._next = None
-        self.seconds_waited += time.perf_counter() - began
         return weights
 
     def _read(self, unit: Unit) -> Weights:

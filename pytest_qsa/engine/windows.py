@@ -79,9 +79,8 @@ class Window:
             found["signed_counts"] = np.concatenate([plus[1], minus[1]])
         ends = np.array([self.top, self.least], dtype=np.uint32 if self.dtype == "float32" else np.uint16)
         signed = (self.low, self.high) if self.signs else (np.nan, np.nan)
-        found["extremes"] = np.array([*floats_of(ends, self.dtype), *signed], dtype=np.float32) + np.float32(
-            0
-        )  # −0 is 0
+        extremes = np.array([*floats_of(ends, self.dtype), *signed], dtype=np.float32)
+        found["extremes"] = extremes + np.float32(0)  # −0 is 0
         return found
 
     def _sparse(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:

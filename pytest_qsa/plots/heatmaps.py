@@ -16,7 +16,7 @@ from .style import MUTED, grid_of, head, new_figure, plain_number, safe_text, st
 
 COLOURS = "cividis"
 """Its lightness grows evenly, so that a grey print keeps the order."""
-MOST_SURFACES, SURFACE_SIZE = 3, 48
+SURFACE_SIZE = 48
 Map = NDArray[np.float32]
 
 

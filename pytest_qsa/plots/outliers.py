@@ -17,7 +17,6 @@ from ..assertions import Verdict
 from ..captures import Capture
 from ..errors import QsaError
 from ..metrics import METRICS, View
-from ..numbers import lower_median
 from ..plan import Site
 from .captions import counted, population, samples_of
 from .depth import depth_of
@@ -45,12 +44,9 @@ def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: 
     for index, layer in enumerate(layers):
         view = View(capture.sites[layer, site], site, positions, capture.sinks, layer)
         for each in range(view.numbers.populations):
-            tokens, kept, sample = view.numbers.tokens_of(each), view.kept(each), int(view.numbers.sample[each])
-            median = np.float32(lower_median(tokens[kept]))
-            if not median > 0:
-                continue
-            at = np.flatnonzero(kept & (tokens / median > np.float32(threshold)))
-            sinks = capture.sinks.mask(sample, len(tokens), layer)[at]
+            ratios, sample = view.ratios(each), int(view.numbers.sample[each])
+            at = np.flatnonzero(ratios > np.float32(threshold))
+            sinks = capture.sinks.mask(sample, len(ratios), layer)[at]
             found.append((np.full(len(at), index), np.full(len(at), sample), at, sinks))
     joined = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [np.zeros(0, dtype=np.int64)] * 4
     return Outliers(list(layers), joined[0], joined[1], joined[2], joined[3].astype(bool))

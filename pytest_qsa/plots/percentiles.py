@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .style import BLUE, INK, MUTED, add_legend, grid_of, head, new_figure, safe_text, scale_asinh, styled
 
 Bands = Mapping[str, NDArray[np.float64]]
-"""The names of `channels.BAND_NAMES` → [C]."""
+"""The names of `channels.SHARES` → [C]."""
 PAIRS = (("min", "max"), ("p0.01", "p99.99"), ("p1", "p99"), ("p25", "p75"))
 _LABELS = ("all tokens", "0.01 to 99.99 %", "1 to 99 %", "25 to 75 %")
 _FILLS = ("#dfe6ee", "#b5c6d8", "#7f9dbb", "#2b5c8a")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +63,17 @@ class Mutant:
         """Leave a tensor out."""
         self.changes[name] = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether a fault changed anything: a swap of equal scales does not."""
+        return bool(self.texts) or any(self._differs(name, content) for name, content in self.changes.items())
+
+    def _differs(self, name: str, content: Content | None) -> bool:
+        tensor = self.source.tensors[name]
+        if content is None or (content.shape, content.dtype) != (tensor.shape, tensor.dtype):
+            return True
+        return bool((np.asarray(tensor.raw()) != content.raw).any())
+
     def save(self, folder: Path) -> Path:
         """Write the copy into a new folder: links for what is untouched.
 
@@ -85,12 +95,8 @@ class Mutant:
 
     def _contents(self, path: Path) -> dict[str, Tensor | Content]:
         own = {name: tensor for name, tensor in self.source.tensors.items() if tensor.path == path}
-        contents: dict[str, Tensor | Content] = {}
-        for name, tensor in own.items():
-            changed = self.changes.get(name, tensor)
-            if changed is not None:
-                contents[name] = changed
-        return contents
+        contents = {name: self.changes.get(name, tensor) for name, tensor in own.items()}
+        return {name: content for name, content in contents.items() if content is not None}
 
     def _reindex(self, folder: Path) -> None:
         index = dict(self.source.json(INDEX))
@@ -118,8 +124,7 @@ def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content])
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    with os.fdopen(handle, "wb") as out, path.open("rb") as source:
+    with target.open("wb") as out, path.open("rb") as source:
         out.write(len(text).to_bytes(8, "little") + text)
         for content in contents.values():
             if isinstance(content, Content):
@@ -131,4 +136,3 @@ def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content])
                 piece = source.read(min(left, CHUNK))
                 out.write(piece)
                 left -= len(piece)
-    os.replace(temporary, target)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Folder
 from ..checkpoint.folder import NUMBER
-from ..checkpoint.schemes import codes_of, declared, scale_parts
+from ..checkpoint.schemes import codes_of, declared, element_count, scale_parts
 from ..checkpoint.tensors import FLOATS
 from .copies import Mutant
 
@@ -91,7 +91,7 @@ def _codes_name(folder: Folder, layer: str) -> str:
 
 
 def _many_scales(folder: Folder) -> list[str]:
-    return [n for n in _quantized(folder) if folder.tensors[_scale_name(folder, n)].stop and _count(folder, n) > 1]
+    return [n for n in _quantized(folder) if element_count(folder.tensors[_scale_name(folder, n)]) > 1]
 
 
 def _count(folder: Folder, layer: str) -> int:
@@ -379,14 +379,3 @@ def bos_dropped(mutant: Mutant, layer: str, strength: float) -> None:
     tokenizer = mutant.source.json("tokenizer.json")
     if tokenizer and (tokenizer.get("post_processor") or {}).get("type") == "TemplateProcessing":
         mutant.texts["tokenizer.json"] = json.dumps({**tokenizer, "post_processor": None}, ensure_ascii=False)
-
-
-def changed_numbers(mutant: Mutant) -> float:
-    """Count the numbers that a fault changed: 0 for a swap of equal scales, say; ∞ for another dtype."""
-    total = 0.0
-    for name, content in mutant.changes.items():
-        tensor = mutant.source.tensors[name]
-        if content is None or content.shape != tensor.shape or content.dtype != tensor.dtype:
-            return float("inf")
-        total += float(np.count_nonzero(np.asarray(tensor.raw()) != content.raw))
-    return total + len(mutant.texts)

@@ -29,7 +29,7 @@ class Recorder:
             self.results.append(
                 {
                     "test": verdict["nodeid"], "kind": verdict["kind"], "failed": verdict["failed"],
-                    "headline": verdict["headline"], "layers": layers,
+                    "layers": layers,
                 }
             )  # fmt: skip
 

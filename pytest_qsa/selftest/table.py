@@ -10,7 +10,7 @@ from typing import Any
 from ..files import write_atomically
 from ..report.plain import strict_json
 from ..report.text import render
-from .testing import Outcome, score_of
+from .testing import Outcome, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
 MOST = 4
@@ -28,7 +28,7 @@ def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def score_line(outcomes: Sequence[Outcome]) -> str:
     """Return the mutation score in a sentence."""
-    done = [outcome for outcome in outcomes if not outcome.skipped]
+    done = done_of(outcomes)
     caught = [outcome for outcome in done if outcome.caught]
     skipped = len(outcomes) - len(done)
     text = f"mutation score {score_of(outcomes):.0%}: {len(caught)} of {len(done)} faults are caught"
@@ -91,7 +91,7 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
         }
         for outcome in outcomes
     ]  # fmt: skip
-    done = [outcome for outcome in outcomes if not outcome.skipped]
+    done = done_of(outcomes)
     title = f"{sum(bool(outcome.caught) for outcome in done)} of {len(done)} faults are caught"
     page = folder / "selftest.html"
     write_atomically(

@@ -19,7 +19,7 @@ from ..checkpoint import Folder
 from ..errors import InfraError, SuiteError, did_you_mean, shown_path
 from ..plan import match_layers
 from .copies import Mutant
-from .faults import FAULTS, Fault, changed_numbers
+from .faults import FAULTS, Fault
 from .recording import RESULTS
 
 BISECTIONS = 4
@@ -58,13 +58,18 @@ class Outcome:
         return any(catch.named for catch in self.caught)
 
 
+def done_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return those of the faults that could be done to the checkpoint."""
+    return [outcome for outcome in outcomes if not outcome.skipped]
+
+
 def score_of(outcomes: Sequence[Outcome]) -> float:
     """Return the mutation score: the share of the faults that were caught, of those that could be done.
 
     Raises:
         SuiteError: none could be done.
     """
-    done = [outcome for outcome in outcomes if not outcome.skipped]
+    done = done_of(outcomes)
     if not done:
         raise SuiteError("none of the faults can be done to this checkpoint: there is nothing to score")
     return sum(bool(outcome.caught) for outcome in done) / len(done)
@@ -76,7 +81,6 @@ class Selftest:
 
     suite: Path
     folder: Folder
-    name: str | None = None
     arguments: tuple[str, ...] = ()
     layers: str | None = None
     first_only: bool = False
@@ -111,7 +115,7 @@ class Selftest:
         outcome = Outcome(fault.name, fault.text, layer, fault.default, fault.unit)
         told(f"{fault.name} at {layer}")
         mutant = self._mutant(fault, layer, fault.default)
-        if not changed_numbers(mutant):
+        if not mutant.changed:
             return replace(outcome, skipped="it changes nothing here")
         outcome = replace(outcome, caught=self._failures(mutant, home, layer))
         if not fault.graded or self.bisect == "none":
@@ -173,9 +177,8 @@ class Selftest:
         )
 
     def _pytest(self, checkpoint: Path, file: Path) -> list[dict[str, Any]]:
-        model = f"{self.name}={checkpoint}" if self.name else str(checkpoint)
         command = [
-            sys.executable, "-m", "pytest", str(self.suite), f"--qsa-model={model}", "--qsa-report=never",
+            sys.executable, "-m", "pytest", str(self.suite), f"--qsa-model={checkpoint}", "--qsa-report=never",
             "--qsa-no-cache", "-q", "-p", "pytest_qsa.selftest.recording", "-p", "no:cacheprovider",
             *(["-x"] if self.first_only else []), *self.arguments,
         ]  # fmt: skip

@@ -511,6 +511,14 @@ def test_a_static_assertion_adds_nothing_to_the_pass(own_project, int8_llama):
     assert unchanged
 
 
+def test_a_model_that_was_read_and_run_is_one_subject_of_the_report(own_project, int8_llama):
+    own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 0")))
+    own_project.pytest("a.qsa.yaml")
+    page = own_project.read("qsa-results/report.html")
+    assert page.count('<div class="subject">') == 1
+    assert "1 of 2 failed" in page
+
+
 def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_llama):
     own_project.write(
         "conftest.py",

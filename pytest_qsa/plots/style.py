@@ -103,8 +103,9 @@ def encoded(figure: Figure, form: str, dpi: int = DPI) -> bytes:
 
 def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:
     """Put a title on the figure, and under it the fine print, one note a line: above the axes, or over all panels."""
-    fine = "\n".join(safe_text(note, 150) for note in notes if note)
-    room = "\n " if fine and axes is None else ""
+    lines = [safe_text(note, 150) for note in notes if note]
+    fine = "\n".join(lines)
+    room = "\n " * len(lines) if axes is None else ""
     text = figure.suptitle(
         safe_text(title, 110) + room, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK
     )

@@ -167,8 +167,22 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry["facts"] = main_facts(flat)
         entry["cards"] += 1
         entry["failed"] += card["failed"]
-    told = {entry["name"] for entry in found.values() if entry["all"]}
-    return [entry for entry in found.values() if entry["all"] or entry["name"] not in told]
+
+    def place(entry: Mapping[str, Any]) -> tuple[str, str]:
+        return entry["name"], entry["all"].get("model.path", "")
+
+    ran = {place(entry): entry for entry in found.values() if "model.class" in entry["all"]}
+    entries = []
+    for entry in found.values():
+        whole = ran.get(place(entry), entry)
+        if whole is entry or "model.class" in entry["all"]:
+            entries.append(entry)
+        else:  # what read the files of a model, or could not run it, beside what ran it
+            whole["all"] = {**entry["all"], **whole["all"]}
+            whole["cards"] += entry["cards"]
+            whole["failed"] += entry["failed"]
+    told = {entry["name"] for entry in entries if entry["all"]}
+    return [entry for entry in entries if entry["all"] or entry["name"] not in told]
 
 
 def main_facts(flat: Mapping[str, str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from .config import CheckpointAssertion, MeasuredAssertion
 from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .gate import Gate, GateFailure
+from .measuring import measured
 from .previous import kept_release, previous_values
 from .ratchet import limits_of
 from .series import Series
@@ -95,7 +96,7 @@ def _judged(
     request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture, waive: Waive
 ) -> tuple[Verdict, Location]:
     """Return the verdict, and the keys of the assertion that lead to the bound that it is about."""
-    series = _measured(assertion, capture)
+    series = measured(assertion, capture)
     bounded: tuple[Verdict, Location] | None = None
     if assertion.stated:
         previous = _previous(request, assertion, series, capture) if assertion.follows else None
@@ -118,15 +119,6 @@ def _judged(
     return replace(told[0], waivers=uses), told[1]
 
 
-def _measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
-    """Compute an assertion's series of a capture; there is something in it, and all of it is finite."""
-    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
-    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
-    series = series.folded(assertion.over)
-    series.check()
-    return series
-
-
 def _previous(
     request: pytest.FixtureRequest, assertion: MeasuredAssertion, series: Series, capture: Capture
 ) -> Mapping[str, float]:
@@ -141,7 +133,7 @@ def _previous(
         subject.model.previous,
         kept_release(subject, request.node.path),
         assertion.id,
-        lambda release: _measured(assertion, release),
+        lambda release: measured(assertion, release),
         lambda: gate.previous_capture(request, subject),
     )
 

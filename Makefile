@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 SUITES := example_suites
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # One stamp for both: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,5 +39,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A warning (a link without a target, a page that no table of contents names) is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --builder html \
+		--doctree-dir build/doctrees docs build/site
+	@echo "== Open build/site/index.html =="
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build/site build/doctrees

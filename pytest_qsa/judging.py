@@ -58,7 +58,8 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     place = suite.file.bound_place_of(index, key)
     if gate.options.ratchet:
         schemes, place_of = capture.schemes if capture else None, partial(suite.file.bound_place_of, index)
-        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of))
+        floors = assertion.noise.floors if assertion.noise else {}
+        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of, floors))
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
     _warn_unused(request, suite, index, verdict)

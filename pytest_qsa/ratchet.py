@@ -25,12 +25,15 @@ def limits_of(
     rows: Iterable[Row],
     schemes: Mapping[str, str] | None,
     place: Callable[[Location], Place],
+    floors: Mapping[tuple[str, ...], float],
 ) -> list[Limit]:
     """Return each number that an assertion states as its `max` or `min`, with the value that comes nearest to it.
 
-    Without rows, for nothing sound was seen, the bound itself is the nearest value: it stays as it is.
+    Without rows, for nothing sound was seen, the bound itself is the nearest value: it stays as it is. `floors`: the
+    noise under a bound, which counts as a value.
     """
-    nearest: dict[tuple[str, ...], float] = {}
+    rows = list(rows)
+    nearest = dict(floors) if rows else {}
     for row in rows:
         for name, worse in (("max", max), ("min", min)):
             if name in stated:
@@ -55,13 +58,16 @@ def _numbers(stated: Mapping[str, Stated]) -> Iterator[tuple[tuple[str, ...], fl
 
 def tighter(side: str, bound: float, nearest: float) -> float | None:
     """Return a bound that the nearest value still meets, if there is a tighter one: a whole number stays exact."""
-    outward = math.ceil if side == "max" else math.floor
-    if nearest == int(nearest):
-        proposed = nearest
-    else:
-        unit = 10.0 ** (math.floor(math.log10(abs(nearest))) - DIGITS + 1)
-        proposed = float(f"{outward(nearest / unit) * unit:.{DIGITS}g}")
+    proposed = outward(side, nearest)
     return proposed if (proposed < bound if side == "max" else proposed > bound) else None
+
+
+def outward(side: str, number: float) -> float:
+    """Round a number to two digits so that a bound of that side still meets it; a whole number stays as it is."""
+    if number == int(number):
+        return number
+    unit = 10.0 ** (math.floor(math.log10(abs(number))) - DIGITS + 1)
+    return float(f"{(math.ceil if side == 'max' else math.floor)(number / unit) * unit:.{DIGITS}g}")
 
 
 def patch_of(limits: Iterable[Mapping[str, Any]], root: Path) -> str:

@@ -14,6 +14,7 @@ from ..errors import SuiteError, did_you_mean, shown_path
 from .bounds import Relative
 from .defaults import apply_defaults
 from .inheritance import read_suite
+from .noise import Noise, Noises
 from .suite import ASSERTIONS, BUDGET, Assertion, Baseline, MeasuredAssertion, Suite
 from .waiver import Waiver
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
@@ -55,8 +56,12 @@ def misfit(path: Path, override: str) -> str | None:
     return None
 
 
-def load_suite(path: Path, overrides: Iterable[str] = (), option: str = "--qsa-set ") -> SuiteFile:
+def load_suite(
+    path: Path, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
+) -> SuiteFile:
     """Read and validate a suite, with `KEY=VALUE` overrides applied first. `option`: what the user wrote before them.
+
+    `noise`: whether bounds are held against what an earlier calibration measured.
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
@@ -66,6 +71,8 @@ def load_suite(path: Path, overrides: Iterable[str] = (), option: str = "--qsa-s
     try:
         apply_defaults(source)
         _check_assertions(source)
+        for entry in () if noise else source.data.get("assertions") or ():
+            entry.pop("noise", None)
         suite = Suite.model_validate(source.data)
         _check_previous(source, suite)
     except ValidationError as error:
@@ -220,7 +227,8 @@ def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
     if location[0] == "assertions" and len(loc) >= 4:
         if len(location) == 3:
             return list(ASSERTIONS[str(loc[2])].model_fields)
-        models: dict[str, type[BaseModel]] = {"waive": Waiver, "baseline": Baseline}
+        noise = Noises if len(location) == 4 else Noise
+        models: dict[str, type[BaseModel]] = {"waive": Waiver, "baseline": Baseline, "noise": noise}
         inner = models.get(str(location[2]), Relative)
         return list(inner.model_fields)
     model: Any = Suite

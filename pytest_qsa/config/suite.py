@@ -25,6 +25,7 @@ from ..series import Over, Query
 from ..tiers import Tier
 from .bounds import Stated, follows
 from .fields import Regex, Strict
+from .noise import Noises
 from .visualization import Visualization
 from .waiver import Waiver, Waivers
 
@@ -156,6 +157,7 @@ class Assertion(Strict, ABC):
     min: Stated | None = None
     max: Stated | None = None
     equals: Stated | None = None
+    noise: Annotated[Noises | None, Field(description="what qsa calibrate measured; no bound may be tighter")] = None
     level: Literal["fail", "warn"] = "fail"
     tier: Tier = "pr"
     waive: Waivers | None = None
@@ -170,6 +172,8 @@ class Assertion(Strict, ABC):
         grouped = next((key for key, stated in self.stated.items() if isinstance(stated, dict)), None)
         if grouped and self.over is not None:
             raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
+        if self.noise is not None:
+            self.noise.check(self.stated)
         return self
 
     @property

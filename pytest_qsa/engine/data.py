@@ -43,11 +43,24 @@ def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> 
     draw = {"packed": windows_of, "stream": stream_windows, "document": document_windows}[
         spec.rule if spec else "packed"
     ]
-    windows = draw([_templated(text, tokenizer) for text in texts] if data.chat_template else texts, data, tokenizer)
+    windows = draw(_prepared(texts, data, tokenizer), data, tokenizer)
     rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
     if getattr(config, "is_encoder_decoder", False):
         return [{"input_ids": row, "decoder_input_ids": _shifted(row, config)} for row in rows]
     return [{"input_ids": row} for row in rows]
+
+
+def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
+    """Return how many disjoint windows a source has; None where its rule draws them at random places.
+
+    Raises:
+        InfraError: as `batches_of`.
+    """
+    spec = hub_set_of(data)
+    if spec is not None and spec.rule != "packed":
+        return None
+    texts = _prepared(read_texts(data, folder), data, tokenizer)
+    return len(_stream(texts, tokenizer)) // _frame(data, tokenizer)[2]
 
 
 def read_texts(data: Data, folder: Path) -> list[Any]:
@@ -114,7 +127,7 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
     Where there are more windows than asked for, the seed chooses.
     """
     prefix, suffix, inner = _frame(data, tokenizer)
-    stream = [token for text in texts for token in _ids(tokenizer, text)]
+    stream = _stream(texts, tokenizer)
     available = len(stream) // inner
     if available < data.num_samples:
         raise InfraError(
@@ -123,6 +136,10 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
         )
     chosen = np.sort(np.random.default_rng(data.seed).choice(available, data.num_samples, replace=False))
     return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
+
+
+def _stream(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    return [token for text in texts for token in _ids(tokenizer, text)]
 
 
 def stream_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
@@ -174,6 +191,10 @@ def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _prepared(texts: Sequence[Any], data: Data, tokenizer: Any) -> Sequence[str]:
+    return [_templated(text, tokenizer) for text in texts] if data.chat_template else texts
 
 
 def _templated(text: Any, tokenizer: Any) -> str:

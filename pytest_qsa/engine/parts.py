@@ -1,0 +1,71 @@
+"""One load of a subject, and a pass over each of several disjoint parts of its data: how much its numbers vary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..calibration import Sampled
+from ..captures import Capture
+from ..config import Data
+from ..errors import InfraError
+from ..merging import merge
+from ..plan import Request
+from ..subjects import Subject
+from .capturing import Progress
+from .data import windows_available
+from .models import Loaded, load_model
+from .running import Share, capture_loaded
+
+
+def capture_parts(
+    subject: Subject,
+    requests: Sequence[Request],
+    parts: int,
+    passes: int,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+) -> Sampled:
+    """Capture `parts` parts of the data, of num_samples windows each, or as many as the text has for each.
+
+    `passes`: how many over the first part.
+
+    Raises:
+        InfraError: as `capture_subject`, or there is too little text for so many parts.
+    """
+    assert subject.model is not None
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    try:
+        size = part_size(subject.data, loaded, subject.folder, parts)
+        batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
+        data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
+        subject = replace(subject, data=data)
+        total = size * (parts + passes - 1)
+        captures: list[Capture] = []
+        for index in [*range(parts), *[0] * (passes - 1)]:
+            done, share = size * len(captures), Share(samples=(size * index, size * (index + 1)))
+            told = None if progress is None else lambda count, _, done=done: progress(done + count, total)
+            captures.append(capture_loaded(subject, loaded, None, requests, told, share))
+    finally:
+        loaded.close()
+    return Sampled(captures[:parts], merge(captures[:parts]), captures[parts:])
+
+
+def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
+    """Return how many windows each part gets: `num_samples`, or fewer where the text has not so many.
+
+    Raises:
+        InfraError: there is no tokenizer, or not one window for each part.
+    """
+    if loaded.tokenizer is None:
+        raise InfraError("the model has no tokenizer to make windows with: save one beside the weights")
+    available = windows_available(data, loaded.tokenizer, folder)
+    size = data.num_samples if available is None else min(data.num_samples, available // parts)
+    if size < 1:
+        raise InfraError(
+            f"too little text in '{data.source}' for {parts} parts: it has {available} windows of {data.seq_len}; "
+            "lower data.seq_len or --parts"
+        )
+    return size

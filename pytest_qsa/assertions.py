@@ -59,6 +59,7 @@ class Row:
     """One layer under judgement. `low`, `high`: what it may be; `excess`: by how much it is out, with its sign.
 
     `depth`: its place in the model's order, among the layers of this assertion. `waived`: a waiver covers its excess.
+    `detail`: what the value was made of, in words.
     """
 
     layer: str
@@ -69,6 +70,7 @@ class Row:
     excess: float
     depth: int = 0
     waived: bool = False
+    detail: str = ""
 
     @property
     def used(self) -> float | None:
@@ -268,21 +270,21 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
     failing = [row for row in rows if row.excess]
     worst = rows[0]
     if failing:
-        text = out_of_bounds(rows, failing, bound, series.query.unit)
+        text = out_of_bounds(rows, failing, bound, series.query.unit, series.query.of)
         positions, updatable = series.query.positions, worst.baseline is not None
         return Verdict(
             "", "", Kind.REGRESSION, text, series.query.plain(), rows, bound, positions=positions, updatable=updatable
         )  # fmt: skip
     unit = _unit(series.query.unit, worst.value)
     used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
-    text = f"{len(rows)} layers within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
+    text = f"{len(rows)} {series.query.of} within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
     return Verdict("", "", Kind.PASSED, text, series.query.plain(), rows, bound, positions=series.query.positions)
 
 
-def out_of_bounds(rows: Sequence[Row], failing: Sequence[Row], bound: str, unit: str) -> str:
-    """Say how many of the rows fail, and how far the worst of them, the first, is out of bounds."""
+def out_of_bounds(rows: Sequence[Row], failing: Sequence[Row], bound: str, unit: str, of: str = "layers") -> str:
+    """Say how many of the rows fail, and how far the worst, the first, is out of bounds. `of`: layers or tasks."""
     worst = failing[0]
-    many = f"{len(failing)} of {len(rows)} layers {'is' if len(failing) == 1 else 'are'}"
+    many = f"{len(failing)} of {len(rows)} {of} {'is' if len(failing) == 1 else 'are'}"
     many = many if len(rows) > 1 else f"{worst.layer} is"
     text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{_unit(unit, worst.value)}"
     text += f", {number(worst.excess, signed=True)}"

@@ -16,9 +16,10 @@ from .captures import Capture
 from .checkpoint import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
-from .config import CheckpointAssertion, MeasuredAssertion
+from .config import CheckpointAssertion, ExternalAssertion, MeasuredAssertion
 from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
+from .evals.judging import judge_scores
 from .gate import Gate, GateFailure
 from .measuring import measured
 from .previous import kept_release, previous_values
@@ -48,6 +49,8 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         waive = partial(apply_waivers, waivers=assertion.waivers, today=gate.options.today)
         if isinstance(assertion, CheckpointAssertion):
             verdict, key = _checked(assertion, gate.files_of(request), waive)
+        elif isinstance(assertion, ExternalAssertion):
+            verdict, key = _external(request, assertion, waive)
         else:
             assert isinstance(assertion, MeasuredAssertion)
             capture = gate.capture_of(request)
@@ -90,6 +93,16 @@ def _checked(assertion: CheckpointAssertion, files: Files, waive: Waive) -> tupl
     series.check()
     budget = budget_of(assertion.stated, series.layers, None)
     verdict = waive(judge_problems(series, found, budget.bounds, files, budget.text))
+    return verdict, _exceeded(verdict, budget)
+
+
+def _external(request: pytest.FixtureRequest, assertion: ExternalAssertion, waive: Waive) -> tuple[Verdict, Location]:
+    """Judge what another program has measured: from its file, without any pass."""
+    gate: Gate = request.getfixturevalue("qsa_gate")
+    subject = gate.subject_of(request.node)
+    assert subject is not None
+    verdict, budget = judge_scores(assertion, subject.folder, subject.name)
+    verdict = waive(verdict)
     return verdict, _exceeded(verdict, budget)
 
 

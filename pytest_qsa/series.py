@@ -15,6 +15,8 @@ from .errors import AnomalyError
 
 CHECKPOINT = "checkpoint"
 """What stands for the site in the query of a static check: no tensor stream, but the files."""
+EVALS = "evals"
+"""What stands for the site where the numbers are another program's, of tasks and not of layers."""
 Over = Literal["sum", "max", "mean"]
 OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
     "sum": lambda values: float(np.sum(values)),
@@ -84,16 +86,21 @@ class Query:
     def __str__(self) -> str:
         """Write it in one line, as a failure shows it."""
         arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
-        where = "in the files, layers" if self.site == CHECKPOINT else f"at the {self.site} of"
+        where = {CHECKPOINT: "in the files, layers", EVALS: "of"}.get(self.site, f"at the {self.site} of")
         text = f"{self.metric}({arguments}) {where} '{self.layers}'"
         if self.reduce:
             text += f", {self.reduce} over samples"
-        text += f", {self.over} over layers" if self.over else ""
+        text += f", {self.over} over {self.of}" if self.over else ""
         return text + (", estimated from float32's upper 16 bits" if self.estimated else "")
+
+    @property
+    def of(self) -> str:
+        """What its numbers are about: layers, or the tasks of an eval."""
+        return "tasks" if self.site == EVALS else "layers"
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, with its text."""
-        return {"text": str(self), **asdict(self)}
+        return {"text": str(self), "of": self.of, **asdict(self)}
 
 
 Judge = Callable[["Series", Bounds], bool]

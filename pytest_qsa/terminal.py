@@ -34,7 +34,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         yield from findings_text(verdict.findings)
     elif verdict.failing_rows:
         yield ""
-        yield from table(verdict.failing_rows)
+        yield from table(verdict.failing_rows, verdict.query.get("of", "layers"))
     if verdict.evidence:
         yield ""
         policy = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
@@ -52,7 +52,7 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
         (
             "begins",
             f"{first.layer}, the first layer out of bounds in the model's order"
-            if first and len(verdict.rows) > 1
+            if first and len(verdict.rows) > 1 and verdict.query.get("of", "layers") == "layers"
             else None,
         ),
         ("ran", ran(verdict)),
@@ -70,24 +70,21 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
             yield f"{label:<{width}}{text}"
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: list[Row], of: str = "layers") -> Iterator[str]:
     """Yield the worst rows as a table, and how many more there are."""
     shown = rows[:MOST_ROWS]
-    heads = ["layer", "value", "allowed", "excess"]
+    heads = [of.removesuffix("s"), "value", "allowed", "excess"]
     cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True)] for row in shown]
     if any(row.baseline is not None for row in shown):
         heads.insert(1, "baseline")
         for cell, row in zip(cells, shown, strict=True):
             cell.insert(1, "–" if row.baseline is None else number(row.baseline))
     widths = [max(len(head), *(len(cell[i]) for cell in cells)) for i, head in enumerate(heads)]
-    for cell in [heads, *cells]:
-        yield (
-            "  "
-            + cell[0].ljust(widths[0])
-            + "".join(f"  {text:>{width}}" for text, width in zip(cell[1:], widths[1:], strict=True))
-        )
+    for cell, detail in zip([heads, *cells], ["", *(row.detail for row in shown)], strict=True):
+        numbers = "".join(f"  {text:>{width}}" for text, width in zip(cell[1:], widths[1:], strict=True))
+        yield f"  {cell[0].ljust(widths[0])}{numbers}  {detail}".rstrip()
     if len(rows) > len(shown):
-        yield f"  … and {len(rows) - len(shown)} more layers out of bounds; the report has them all"
+        yield f"  … and {len(rows) - len(shown)} more {of} out of bounds; the report has them all"
 
 
 def findings_text(findings: Sequence[Finding]) -> Iterator[str]:
@@ -138,6 +135,8 @@ def ran(verdict: Verdict) -> str:
     if "tensors" in model:
         files = f"{model['files']} file{'s' if model['files'] > 1 else ''}"
         parts.append(f"{model['tensors']} tensors in {files}, {model['quantization']}; no forward")
+    if evals := verdict.run.get("evals"):
+        parts.append(", ".join(f"{word} {text}" for word, text in evals.items()))
     if model.get("class"):
         parts.append(f"{model['class']} {model.get('dtype')} on {model.get('device')}")
     if "num_samples" in data:

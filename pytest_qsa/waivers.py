@@ -46,7 +46,9 @@ def _reworded(verdict: Verdict, rows: Sequence[Row], covered: set[str]) -> Verdi
         return replace(verdict, kind=Kind.WARNED, headline=f"{verdict.headline}; waived until {until} by {owners}")
     headline = verdict.headline
     if covered and not verdict.findings:
-        headline = out_of_bounds(rows, failing, verdict.bound, verdict.query.get("unit", ""))
+        headline = out_of_bounds(
+            rows, failing, verdict.bound, verdict.query.get("unit", ""), verdict.query.get("of", "layers")
+        )
     headline += f"; {len(covered)} more are waived" if covered else ""
     expired = [f"the waiver of {use.owner} expired on {use.until}" for use in verdict.waivers if use.state == "expired"]
     return replace(verdict, headline="; ".join([headline, *expired]))

@@ -30,7 +30,7 @@ def test_the_schema_has_every_metric_with_its_parameters(schema):
         for d in schema["$defs"].values()
         if "const" in d["properties"].get("metric", {})
     }
-    assert set(named) == {*METRICS, *CHECKS}
+    assert set(named) == {*METRICS, *CHECKS, "external"}
     for name, metric in [*METRICS.items(), *CHECKS.items()]:
         assert set(metric.parameters) <= set(named[name]["properties"])
         assert named[name]["additionalProperties"] is False

@@ -28,7 +28,7 @@ def test_the_suite_of_the_readme_is_sound(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("document", ["suites.md", "tiers-and-waivers.md", "baselines.md", "bounds.md"])
+@pytest.mark.parametrize("document", ["suites.md", "tiers-and-waivers.md", "baselines.md", "bounds.md", "evals.md"])
 def test_the_suites_of_a_document_are_sound(tmp_path, document):
     files = {}
     for text in blocks((ROOT / "docs" / document).read_text(encoding="utf-8"), "yaml"):

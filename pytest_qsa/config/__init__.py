@@ -1,7 +1,9 @@
 """The suite: what a user writes, typed, validated, and traced to its line."""
 
+from .assertion import Assertion
+from .external import ExternalAssertion
 from .loading import SuiteFile, load_suite, misfit
-from .suite import Assertion, Baseline, CheckpointAssertion, Data, MeasuredAssertion, Memory, Model, Suite
+from .suite import Baseline, CheckpointAssertion, Data, MeasuredAssertion, Memory, Model, Suite
 from .visualization import Visualization
 from .yaml_source import Place
 
@@ -10,6 +12,7 @@ __all__ = [
     "Baseline",
     "CheckpointAssertion",
     "Data",
+    "ExternalAssertion",
     "MeasuredAssertion",
     "Memory",
     "Model",

@@ -17,6 +17,8 @@ from .yaml_source import Location, Place, YamlSource, read_yaml
 ASSERTIONS: Location = ("assertions",)
 FOLDERS = (("model", "path"), ("model", "reference"), ("model", "previous"))
 """The keys whose value is a path if there is one, and the id of something else if not."""
+FILES = ("file", "reference")
+"""The keys of an assertion whose value is a path."""
 
 
 def read_suite(path: Path) -> YamlSource:
@@ -72,6 +74,11 @@ def _rebase(base: YamlSource, folder: Path) -> None:
         named = values.get(key) if isinstance(values, dict) else None
         if isinstance(named, str) and named and (base.path.parent / named).exists():
             values[key] = _relative(base.path.parent / named, folder)
+    entries = base.data.get("assertions") or ()
+    for entry in [base.data.get("defaults"), *(entries.values() if isinstance(entries, dict) else entries)]:
+        for key in FILES:
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = _relative(base.path.parent / Path(entry[key]).expanduser(), folder)
     data = base.data.get("data")
     named = data.get("source") if isinstance(data, dict) else None
     if isinstance(named, str) and named.startswith("custom:"):

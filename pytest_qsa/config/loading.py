@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SuiteError, did_you_mean, shown_path
+from .assertion import BUDGET, Assertion
 from .bounds import Relative
 from .defaults import apply_defaults
 from .inheritance import read_suite
 from .noise import Noise, Noises
-from .suite import ASSERTIONS, BUDGET, Assertion, Baseline, MeasuredAssertion, Suite
+from .suite import ASSERTIONS, Baseline, MeasuredAssertion, Suite
 from .waiver import Waiver
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 

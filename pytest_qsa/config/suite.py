@@ -7,7 +7,6 @@ so that a suite, Python and the JSON Schema can't disagree.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce as fold
@@ -21,13 +20,12 @@ from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import TOKENS, Request, Site
 from ..selection import canonical_positions, query_of
-from ..series import Over, Query
-from ..tiers import Tier
-from .bounds import Stated, follows
+from ..series import Query
+from .assertion import Assertion
+from .bounds import Stated
+from .external import ExternalAssertion
 from .fields import Regex, Strict
-from .noise import Noises
 from .visualization import Visualization
-from .waiver import Waiver, Waivers
 
 
 def _positions(value: object) -> object:
@@ -39,18 +37,11 @@ Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_fir
 
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
-RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")
 
 
 def _device(name: str) -> str:
     if not DEVICE.fullmatch(name):
         raise ValueError(f"device '{name}' is none of auto, cpu, cuda, cuda:N, xpu, mps")
-    return name
-
-
-def _id(name: str) -> str:
-    if RESERVED.fullmatch(name):
-        raise SuiteError(f"the id '{name}' means something to pytest itself: choose another")
     return name
 
 
@@ -142,64 +133,11 @@ def _baseline(value: object) -> object:
     return value
 
 
-BUDGET = ("max", "min", "equals")
-"""The keys of an assertion that bound it absolutely, in the order in which a failure names their place."""
-
-
-class Assertion(Strict, ABC):
-    """What every assertion has, whatever its metric."""
-
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
-    metric: str
-    layers: Regex
-    exclude: Regex | None = None
-    over: Over | None = None
-    min: Stated | None = None
-    max: Stated | None = None
-    equals: Stated | None = None
-    noise: Annotated[Noises | None, Field(description="what qsa calibrate measured; no bound may be tighter")] = None
-    level: Literal["fail", "warn"] = "fail"
-    tier: Tier = "pr"
-    waive: Waivers | None = None
-    reason: str | None = None
-
-    @model_validator(mode="after")
-    def _possible(self) -> Assertion:
-        if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
-            raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
-        if self.equals is not None and (self.min is not None or self.max is not None):
-            raise SuiteError("equals stands beside min or max, and they can't both be meant", "equals")
-        grouped = next((key for key, stated in self.stated.items() if isinstance(stated, dict)), None)
-        if grouped and self.over is not None:
-            raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
-        if self.noise is not None:
-            self.noise.check(self.stated)
-        return self
-
-    @property
-    def follows(self) -> str | None:
-        """The key of a bound that follows the last release; None where there is none."""
-        return next((key for key, stated in self.stated.items() if follows(stated)), None)
-
-    @property
-    def waivers(self) -> list[Waiver]:
-        """The waivers, however many the suite writes."""
-        return self.waive if isinstance(self.waive, list) else [self.waive] if self.waive else []
-
-    @property
-    def stated(self) -> dict[str, Stated]:
-        """The bounds by their keys, as the suite states them."""
-        return {key: stated for key in BUDGET if (stated := getattr(self, key)) is not None}
-
-    @property
-    @abstractmethod
-    def query(self) -> Query:
-        """What the assertion asks, for the text of a failure that came before any number."""
-
-
 class MeasuredAssertion(Assertion):
     """An assertion on what a pass measures: the numbers of a site."""
 
+    layers: Regex
+    exclude: Regex | None = None
     site: Site
     positions: Positions = "all"
     reduce: Reduce | None = None
@@ -253,6 +191,7 @@ class CheckpointAssertion(Assertion):
     """An assertion on a checkpoint's files, before any forward. Without a bound it allows no problem at all."""
 
     layers: Regex = "."
+    exclude: Regex | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -280,6 +219,7 @@ def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Asse
 ASSERTIONS: Mapping[str, type[Assertion]] = {
     **{name: _assertion_model(metric, MeasuredAssertion) for name, metric in METRICS.items()},
     **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
+    "external": ExternalAssertion,
 }
 AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
 

@@ -23,7 +23,9 @@ def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns `columns` (an assertion each), `rows`: layer, worst share used, out, cells (one a column, or None), and
     `histograms`: those of its sites; and `strips`: the rows by kind of layer.
     """
-    shown = [card for card in cards if card["rows"] and not card["query"].get("over")]
+    shown = [
+        card for card in cards if card["rows"] and not (card["query"].get("over") or card["query"].get("of") == "tasks")
+    ]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for index, card in enumerate(shown):
         for row in card["rows"]:

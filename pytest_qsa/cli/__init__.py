@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "merge": "merge captures of disjoint samples into the capture of all of them",
     "diff": "show what moved between two versions of a model, from captures, baselines or reports",
     "calibrate": "measure how much the numbers of a suite vary when nothing is wrong, and propose its bounds",
+    "init": "write a first suite of a model, its bounds calibrated",
     "layers": "list a model's layers, or what a regex finds, without reading weights",
     "selftest": "put faults into copies of a checkpoint and see which of them a suite catches",
     "schema": "print the JSON Schema of suites, for editors",

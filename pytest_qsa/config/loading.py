@@ -67,7 +67,13 @@ def load_suite(
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
     """
-    source = read_suite(path)
+    return make_suite(read_suite(path), overrides, option, noise=noise)
+
+
+def make_suite(
+    source: YamlSource, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
+) -> SuiteFile:
+    """Validate a suite that is read already, or has no file yet; as `load_suite`."""
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
         apply_defaults(source)
@@ -81,7 +87,7 @@ def load_suite(
     except LocatedError as error:
         override = overridden.get(error.location)
         raise SuiteError(f"{override}: {error.what}") if override else error from None
-    return SuiteFile(path, suite, source)
+    return SuiteFile(source.path, suite, source)
 
 
 def _apply(source: YamlSource, override: str, option: str) -> Location:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..config import Memory, Model
+from ..drafting import Anatomy
 from ..errors import InfraError
 from .models import class_of, load_model, submodule_of
-from .modules import layers_of
+from .modules import blocks_of, layers_of
 
 
 def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
@@ -16,6 +17,33 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
     Raises:
         InfraError: the configuration can't be read, or the model needs code of its own.
     """
+    rows = []
+    for name, module in layers_of(_empty(spec, path)).items():
+        weight = getattr(module, "weight", None)
+        shape = "×".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
+        rows.append((name, type(module).__name__, shape, sum(p.numel() for p in module.parameters())))
+    return rows
+
+
+def anatomy(spec: Model, path: str) -> Anatomy:
+    """Return the blocks of a model, and the linear layers in them that every token passes.
+
+    Raises:
+        InfraError: as `outline`.
+    """
+    model = _empty(spec, path)
+    blocks = blocks_of(model)
+    linears = [
+        name
+        for name, module in layers_of(model).items()
+        if type(module).__name__.endswith(("Linear", "Conv1D"))
+        and any(name.startswith(f"{block}.") for block in blocks)
+        and "experts" not in name.split(".")
+    ]
+    return Anatomy(blocks, linears)
+
+
+def _empty(spec: Model, path: str) -> torch.nn.Module:
     import transformers
 
     try:
@@ -28,14 +56,7 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
         raise InfraError(f"{path}: no model can be made of it: {str(error).splitlines()[0]}") from error
-    if spec.submodule:
-        model = submodule_of(model, spec.submodule)
-    rows = []
-    for name, module in layers_of(model).items():
-        weight = getattr(module, "weight", None)
-        shape = "×".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
-        rows.append((name, type(module).__name__, shape, sum(p.numel() for p in module.parameters())))
-    return rows
+    return submodule_of(model, spec.submodule) if spec.submodule else model
 
 
 def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> list[str]:

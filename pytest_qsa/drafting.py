@@ -1,0 +1,142 @@
+"""What is known of a model → the assertions of a first suite, each with why it is there; and their text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from .captures import Capture
+
+DRIFT = {"rel": 0.1}
+"""What the median of a layer may move. W8A8 moves it by 2.4 % at most, a scale × 1.25 by 27 % (docs/metrics.md)."""
+CLEAR = 2.0
+"""A sink is gated where it stands out at least so many times as far as it has to, to count as one."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a suite has to know of a model: its blocks, and the linear layers in them, in model order."""
+
+    blocks: Sequence[str]
+    linears: Sequence[str]
+
+    @property
+    def block_pattern(self) -> str:
+        r"""A regex that finds the blocks and nothing in them: `^model\.layers\.\d+$`."""
+        trunks = list(dict.fromkeys(re.escape(block.rpartition(".")[0]) for block in self.blocks))
+        return rf"^{trunks[0]}\.\d+$" if len(trunks) == 1 else rf"^({'|'.join(trunks)})\.\d+$"
+
+    @property
+    def linear_pattern(self) -> str:
+        r"""A regex that finds the linear layers by the last part of their names: `\.(q_proj|down_proj)$`."""
+        return rf"\.({'|'.join(dict.fromkeys(re.escape(name.rpartition('.')[2]) for name in self.linears))})$"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One assertion. `why`: the comment above it; `keys`: its keys in order, those of `open` are bounds to be found."""
+
+    why: str
+    keys: Mapping[str, Any]
+    open: Sequence[str] = ()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The assertion as a suite has it, with 0 for each bound that is to be found."""
+        return {**self.keys, **dict.fromkeys(self.open, 0)}
+
+
+FILES = Draft(
+    "What the files say, before any forward: scales, packed weights, keys, and settings beside a reference.",
+    {"id": "files", "metric": "checkpoint_health"},
+)
+
+
+def measured_drafts(anatomy: Anatomy) -> list[Draft]:
+    """Return the assertions that a pass answers, in the order in which they read best."""
+    return [*_activations(anatomy), *_weights(anatomy)]
+
+
+def _activations(anatomy: Anatomy) -> list[Draft]:
+    blocks = {"layers": anatomy.block_pattern, "site": "output"}
+    return [
+        Draft(
+            "NaN and Inf anywhere in the residual stream.",
+            {"id": "finite", "metric": "nonfinite", **blocks, "max": 0},
+        ),
+        Draft(
+            "Tokens far above the others, sinks included: a new one takes the range of a whole tensor.",
+            {"id": "residual-outliers", "metric": "outlier_tokens", **blocks, "threshold": 64},
+            ("max",),
+        ),
+        Draft(
+            "The same beside the sinks, as a multiple of the median: what counts the sinks is blind to the rest.",
+            {"id": "outliers-beside-the-sinks", "metric": "outlier_ratio", **blocks, "positions": "no_sink"},
+            ("max",),
+        ),
+        Draft(
+            "The median of the magnitudes follows the model, the largest one the text: a scale that is off shows\n"
+            "here, at its layer. Against the numbers of today, which git keeps.",
+            {
+                "id": "drift", "metric": "magnitude", "stat": "median", "layers": anatomy.linear_pattern,
+                "site": "output", "baseline": DRIFT,
+            },
+        ),
+    ]  # fmt: skip
+
+
+def _weights(anatomy: Anatomy) -> list[Draft]:
+    weights = {"layers": anatomy.linear_pattern, "site": "weight"}
+    return [
+        Draft(
+            "The size of each dequantized weight: a scale that is off shows before any activation does.",
+            {"id": "weight-scales", "metric": "rms", **weights, "baseline": {"rel": 0.02}},
+        ),
+        Draft(
+            "Weights have hardly a mean: a zero point that is off by one moves all of a layer's by its scale.",
+            {"id": "weights-without-bias", "metric": "mean", **weights},
+            ("min", "max"),
+        ),
+    ]
+
+
+def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
+    """Return an assertion that every sample keeps its sink at its channel, if all have one in some blocks."""
+    blocks = capture.output(anatomy.block_pattern)
+    ratios, channels = blocks.sink_tokens("ratio").populations, blocks.sink_tokens("channel").populations
+    clear = [layer for layer in blocks.layers if ratios[layer].min() >= CLEAR * 64]
+    kept = sorted({float(channel) for layer in clear for channel in channels[layer]})
+    if len(kept) != 1:
+        return []
+    numbers = [layer.rpartition(".")[2] for layer in clear]
+    pattern = anatomy.block_pattern.replace(r"\d+$", rf"({'|'.join(dict.fromkeys(numbers))})$")
+    why = (
+        "The attention sink of every sequence, where it is clear: a sound quantization keeps it, and at its channel.\n"
+        "The mean is that channel only if no sample has another, or none."
+    )
+    keys = {
+        "id": "sink-keeps-its-channel", "metric": "sink_tokens", "stat": "channel", "layers": pattern,
+        "site": "output", "reduce": "mean", "equals": int(kept[0]),
+    }  # fmt: skip
+    return [Draft(why, keys)]
+
+
+def text_of(head: Sequence[str], sections: Mapping[str, Mapping[str, Any]], drafts: Sequence[Draft]) -> str:
+    """Write a suite: comment lines, its sections, and its assertions, each below why it is there."""
+    lines = [*(f"# {line}".rstrip() for line in head)]
+    for name, keys in sections.items():
+        lines += [f"{name}:", *(f"  {key}: {_written(value)}" for key, value in keys.items())]
+    lines += ["", "assertions:"]
+    for draft in drafts:
+        lines += [f"  # {line}" for line in draft.why.splitlines()]
+        dashed = [f"{key}: {_written(value)}" for key, value in draft.entry.items()]
+        lines += [f"  - {dashed[0]}", *(f"    {line}" for line in dashed[1:]), ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _written(value: Any) -> str:
+    return yaml.safe_dump([value], default_flow_style=True, width=1 << 20, sort_keys=False).strip()[1:-1]

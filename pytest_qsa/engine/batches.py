@@ -47,7 +47,7 @@ class Rows:
             InfraError: the rows of the batch can't be told apart in it.
         """
         count = len(self.samples)
-        if x.dim() and x.shape[0] == 1:  # positions, masks: every sample sees it
+        if x.dim() and x.shape[0] == 1 != count:  # positions, masks: every sample sees it
             x = x.expand(count, *x.shape[1:])
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:

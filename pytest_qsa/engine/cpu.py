@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numba import config, set_num_threads
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,12 +37,17 @@ class CpuReducer:
         self.scratch = np.zeros((threads, 1 << 16), dtype=np.uint32)
         self.smallest = np.zeros(threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
-        self.infinity = int(np.flatnonzero(~np.isfinite(self.values))[0])
+        with np.errstate(invalid="ignore"):  # widening a signalling NaN
+            self.floats = self.values.astype(np.float32)
         self._start_threads()
 
     def _start_threads(self) -> None:
-        """Start numba's threads, which may set the number of torch's as well: on one OpenMP runtime it is the same."""
+        """Start numba's threads, as many as torch's: more would wait in the way of what torch does.
+
+        That may set the number of torch's as well: on one OpenMP runtime it is the same.
+        """
         before = torch.get_num_threads()
+        set_num_threads(min(len(self.scratch), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         self.survey(np.zeros((0, 1), self.patterns), np.zeros(0, self.patterns), self.smallest, self.scratch)
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
@@ -52,6 +59,7 @@ class CpuReducer:
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
         patterns = counted.view(self.integers).numpy().view(self.patterns)
         lines = patterns if patterns.ndim == 2 else patterns[None]
+        with_tokens = patterns.ndim == 2 and wants.tokens
         found: dict[str, NDArray[Any]] = {}
         maxima = np.empty(len(lines), dtype=self.patterns)
         surveyed = wants.counted or (wants.moments and not self.wide)
@@ -59,17 +67,15 @@ class CpuReducer:
             self.survey(lines, maxima, self.smallest, self.scratch)
         elif wants.tokens or wants.moments:
             self.token_maxima(lines, maxima)
-        if patterns.ndim == 2 and wants.tokens:
-            self._tokens(lines, maxima, kept, row.shape[0], found)
+        top, smallest = self._tokens(lines, maxima, kept, row.shape[0] if with_tokens else 0, found)
         if patterns.ndim == 2 and wants.channels:
             self._channels(lines, pooled, found)
         if patterns.ndim == 2 and wants.on_request:
             self._on_request(counted.float(), wants, pooled, found)
         if surveyed:
-            top, smallest = kernels.ends_of(maxima, self.smallest)
-            self._distribution(counted, lines, top, smallest + 1, wants, pooled, found)
+            self._distribution(counted, lines, top, smallest, wants, pooled, found)
         elif wants.moments:
-            found["moments"] = self._moments_of_values(counted, int(maxima.max()))
+            found["moments"] = self._moments_of_values(counted, top)
         return found
 
     def _tokens(
@@ -79,26 +85,32 @@ class CpuReducer:
         kept: Tensor | None,
         length: int,
         found: dict[str, NDArray[Any]],
-    ) -> None:
-        count = peak_count(len(lines), length)
+    ) -> tuple[int, int]:
+        """Find the peaks among `length` tokens, 0 for none; return the largest and the smallest pattern but zero."""
+        count = peak_count(len(lines), length) if length else 0
         peaks, channels = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        kernels.peaks_of(maxima, lines, self.signless, peaks, channels)
-        floats = floats_of(maxima, self.name)
-        if kept is not None:
-            index = kept.numpy()
-            whole = np.full(length, PADDING, dtype=np.float32)
-            whole[index] = floats
-            floats, peaks = whole, index[peaks].astype(np.int32)
-        found["token_max"], found["peaks"], found["peak_channels"] = floats, peaks, channels
+        floats = np.empty(len(lines) if length and not self.wide else 0, dtype=np.float32)
+        top, least = kernels.summarise(
+            lines, self.signless, maxima, self.smallest, peaks, channels, self.floats, floats
+        )
+        if length:
+            floats = maxima.view(np.float32) if self.wide else floats
+            if kept is not None:
+                index = kept.numpy()
+                whole = np.full(length, PADDING, dtype=np.float32)
+                whole[index] = floats
+                floats, peaks = whole, index[peaks].astype(np.int32)
+            found["token_max"], found["peaks"], found["peak_channels"] = floats, peaks, channels
+        return top, least + 1
 
     def _channels(self, lines: NDArray[Any], pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
-        maxima = np.zeros(lines.shape[1], dtype=self.patterns)
-        self.channel_maxima(lines, maxima)
+        shares = np.zeros((len(self.scratch), lines.shape[1]), dtype=self.patterns)
+        self.channel_maxima(lines, shares)
+        maxima = shares.max(axis=0)
         floats = floats_of(maxima, self.name)
         pooled["channel_max"] = np.maximum(pooled["channel_max"], floats) if "channel_max" in pooled else floats
-        ranks = np.array(ranks_of(len(floats)))
-        picked = np.sort(floats)[np.clip(ranks, 0, len(floats) - 1)]
-        found["channel_top"] = _blank_missing(picked, ranks, len(floats))
+        wanted, _, known = _ranks(len(maxima))
+        found["channel_top"] = _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known)
 
     def _on_request(self, wide: Tensor, wants: Wants, pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
         if wants.channel_counts:
@@ -129,7 +141,7 @@ class CpuReducer:
             found["element_top"] = order
         if wants.moments:
             wide = self.wide
-            found["moments"] = self._moments_of_values(counted, top) if wide else self._moments(row, low, top)
+            found["moments"] = self._moments_of_values(counted, top) if wide else self._moments(row, low)
         for name, (absolute, ratio) in wants.massive.items():
             assert order is not None
             least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
@@ -147,7 +159,7 @@ class CpuReducer:
         """Add a surveyed row to the pooled counts; return its own, [2, bins] from the pattern `low` on, if needed."""
         shift = 16 if self.wide else 0
         high, low = top >> shift, max(1, min(smallest, top) >> shift)
-        needed = wants.ordered or (wants.moments and not self.wide)
+        needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
         row = np.empty((2, max(1, high - low + 2) if needed else 0), dtype=np.uint32)
         window = pooled.get("window") or Window(wants.counts, wants.signed, self.name)
         window.cover(low, high)
@@ -157,32 +169,25 @@ class CpuReducer:
             pooled["window"] = window
             window.top, window.least = max(window.top, top), min(window.least, 0 if zeros else smallest)
         if wants.signed:
-            window.widen(*(float(end) for end in torch.aminmax(counted)))
+            window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
         return row, low
 
     def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
-        count = flat.size
-        ranks = np.array(ranks_of(count))
-        wanted = np.clip(ranks, 0, count - 1)
-        ascending = np.argsort(wanted, kind="stable")
-        order = np.full(len(ranks), np.nan, dtype=np.float64)
-        kernels.order_of(row, low, self.values, wanted[ascending], order)
-        descending = np.empty(len(ranks), dtype=np.float32)
-        descending[ascending] = order
+        wanted, ascending, known = _ranks(flat.size)
+        found = np.empty(len(wanted), dtype=np.float32)
+        kernels.order_of(row, low, self.values, wanted, ascending, found)
         if self.wide:
-            few = min(3, count)
+            few = min(3, flat.size)
             largest, least = np.empty(few, dtype=np.uint32), np.empty(few, dtype=np.uint32)
             kernels.extremes32(flat, largest, least)
-            descending[:few] = largest.view(np.float32)
-            descending[7 - few :] = least.view(np.float32)[::-1]
-        return _blank_missing(descending, ranks, count)
+            found[:few] = largest.view(np.float32)
+            found[7 - few :] = least.view(np.float32)[::-1]
+        return _blank_missing(found, known)
 
-    def _moments(self, row: NDArray[np.uint32], low: int, top: int) -> NDArray[np.float64]:
-        """Return n, mean, m2, m4, absmax, zeros, nonfinite of a 16-bit row from its counts."""
-        found = np.zeros(7, dtype=np.float64)
+    def _moments(self, row: NDArray[np.uint32], low: int) -> NDArray[np.float64]:
+        """Return `MOMENT_NAMES` of a 16-bit row from its counts."""
+        found = np.empty(7, dtype=np.float64)
         kernels.moments_of_counts(row, low, self.values, found)
-        found[4], found[5] = self.values[top], row[:, 0].sum()
-        found[6] = row[:, max(1, self.infinity - low + 1) :].sum()
         return found
 
     def _moments_of_values(self, counted: Tensor, top: int) -> NDArray[np.float64]:
@@ -194,6 +199,13 @@ class CpuReducer:
         return found
 
 
-def _blank_missing(values: NDArray[np.float32], ranks: NDArray[Any], count: int) -> NDArray[np.float32]:
-    known = (ranks >= 0) & (ranks < count) & np.isfinite(values[0])
-    return np.where(known, values, np.float32("nan")).astype(np.float32)
+@lru_cache(1024)
+def _ranks(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the ranks of `TOP_NAMES` among `count` values, their order, and which of them there are."""
+    ranks = np.array(ranks_of(count))
+    wanted = np.clip(ranks, 0, count - 1)
+    return wanted, np.argsort(wanted, kind="stable"), (ranks >= 0) & (ranks < count)
+
+
+def _blank_missing(values: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return np.where(known & np.isfinite(values[0]), values, np.float32("nan"))

@@ -39,22 +39,30 @@ def token_maxima32(patterns, maxima):
         maxima[token] = largest
 
 
-@_compiled
+@_parallel
 def channel_maxima16(patterns, maxima):
-    """Raise maxima [C] to the largest signless pattern of each column of patterns [T, C]."""
-    for token in range(patterns.shape[0]):
-        row = patterns[token]
-        for channel in range(row.shape[0]):
-            maxima[channel] = max(maxima[channel], np.uint16(row[channel] & SIGNLESS16))
+    """Raise maxima [threads, C] to the largest signless pattern of each column of a share of patterns [T, C]."""
+    threads = maxima.shape[0]
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        largest = maxima[thread]
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            for channel in range(row.shape[0]):
+                largest[channel] = max(largest[channel], np.uint16(row[channel] & SIGNLESS16))
 
 
-@_compiled
+@_parallel
 def channel_maxima32(patterns, maxima):
     """As `channel_maxima16`, for float32."""
-    for token in range(patterns.shape[0]):
-        row = patterns[token]
-        for channel in range(row.shape[0]):
-            maxima[channel] = max(maxima[channel], np.uint32(row[channel] & SIGNLESS32))
+    threads = maxima.shape[0]
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        largest = maxima[thread]
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            for channel in range(row.shape[0]):
+                largest[channel] = max(largest[channel], np.uint32(row[channel] & SIGNLESS32))
 
 
 @_parallel
@@ -74,8 +82,33 @@ def count_channels(patterns, counts, threads, shift, first, codes):
 
 
 @_compiled
-def peaks_of(maxima, patterns, signless, positions, channels):
-    """Fill positions [K] with the tokens of the largest maxima, largest first, and channels [K] with where they are."""
+def summarise(patterns, signless, maxima, smallest, positions, channels, values, floats):
+    """Return the largest of maxima [T] and the least of smallest, and fill what is not empty of the rest.
+
+    positions [K]: the tokens of the largest maxima, largest first; channels [K]: where in patterns [T, C] these are.
+    floats [T]: the maxima as numbers, looked up in values.
+    """
+    top = maxima[0]
+    for token in range(1, maxima.shape[0]):
+        top = max(top, maxima[token])
+    least = smallest[0]
+    for thread in range(1, smallest.shape[0]):
+        least = min(least, smallest[thread])
+    if positions.shape[0]:
+        _order_peaks(maxima, positions)
+    for peak in range(positions.shape[0]):
+        row = patterns[positions[peak]]
+        for channel in range(row.shape[0]):
+            if row[channel] & signless == maxima[positions[peak]]:
+                channels[peak] = channel
+                break
+    for token in range(floats.shape[0]):
+        floats[token] = values[maxima[token]]
+    return np.int64(top), np.int64(least)
+
+
+@_compiled
+def _order_peaks(maxima, positions):
     count = positions.shape[0]
     filled = 0
     for token in range(maxima.shape[0]):
@@ -88,12 +121,6 @@ def peaks_of(maxima, patterns, signless, positions, channels):
             positions[place] = positions[place - 1]
             place -= 1
         positions[place] = token
-    for peak in range(count):
-        row = patterns[positions[peak]]
-        for channel in range(row.shape[0]):
-            if row[channel] & signless == maxima[positions[peak]]:
-                channels[peak] = channel
-                break
 
 
 @_parallel
@@ -150,59 +177,93 @@ def settle(scratch, low, high, magnitudes, signed, base, row):
     magnitudes [W] and signed [2, W] are added to; their column 1 is the pattern `base`. What is empty is left alone.
     """
     zeros = 0
-    for column in range(high - low + 2):
-        bin = 0 if column == 0 else low + column - 1
-        place = 0 if column == 0 else bin - base + 1
-        for sign in range(2):
-            count = np.uint32(0)
-            for thread in range(scratch.shape[0]):
-                count += scratch[thread, bin + sign * HALF]
-                scratch[thread, bin + sign * HALF] = 0
-            if row.shape[1]:
-                row[sign, column] = count
-            if magnitudes.shape[0]:
-                magnitudes[place] += count
-            if signed.shape[1]:
-                signed[sign, place] += count
-            if column == 0:
-                zeros += count
+    place = low - base + 1
+    for sign in range(2):
+        zero, first = sign * HALF, sign * HALF + low
+        bins = scratch[0, first : first + high - low + 1]
+        for thread in range(1, scratch.shape[0]):
+            _add_and_clear(bins, scratch[thread, first : first + high - low + 1])
+            scratch[0, zero] += scratch[thread, zero]
+            scratch[thread, zero] = 0
+        if row.shape[1]:
+            row[sign, 0] = scratch[0, zero]
+            row[sign, 1:] = bins
+        if magnitudes.shape[0]:
+            magnitudes[0] += scratch[0, zero]
+            _add(magnitudes[place : place + bins.shape[0]], bins)
+        if signed.shape[1]:
+            signed[sign, 0] += scratch[0, zero]
+            _add(signed[sign, place : place + bins.shape[0]], bins)
+        zeros += scratch[0, zero]
+        scratch[0, zero] = 0
+        bins[:] = 0
     return zeros
 
 
-@_compiled
-def ends_of(maxima, smallest):
-    """Return the largest of maxima and the least of smallest."""
-    top = maxima[0]
-    for index in range(1, maxima.shape[0]):
-        top = max(top, maxima[index])
-    least = smallest[0]
-    for index in range(1, smallest.shape[0]):
-        least = min(least, smallest[index])
-    return np.int64(top), np.int64(least)
+# One plain loop each over slices of equal length: such loops the compiler turns into vector instructions.
 
 
 @_compiled
-def order_of(row, low, values, ranks, order):
-    """Fill order [R] with the magnitudes at the ascending ranks [R] of a settled row."""
+def _add(sums, counts):
+    for index in range(counts.shape[0]):
+        sums[index] += counts[index]
+
+
+@_compiled
+def _add_and_clear(sums, counts):
+    for index in range(counts.shape[0]):
+        sums[index] += counts[index]
+        counts[index] = 0
+
+
+@_compiled
+def order_of(row, low, values, ranks, ascending, order):
+    """Fill order [R] with the magnitudes at ranks [R] of a settled row. ascending [R]: the order of the ranks."""
     seen = 0
     rank = 0
     for column in range(row.shape[1]):
         seen += row[0, column] + row[1, column]
-        while rank < ranks.shape[0] and seen > ranks[rank]:
-            order[rank] = values[0 if column == 0 else low + column - 1]
+        while rank < ranks.shape[0] and seen > ranks[ascending[rank]]:
+            order[ascending[rank]] = values[0 if column == 0 else low + column - 1]
             rank += 1
 
 
 @_compiled
+def signed_ends(row, low, values):
+    """Return the smallest and the largest x of a settled row; NaN if there is one."""
+    last = row.shape[1] - 1
+    if last and np.isnan(values[low + last - 1]):
+        return np.nan, np.nan
+    return -_largest(row[1], row[0], low, values), _largest(row[0], row[1], low, values)
+
+
+@_compiled
+def _largest(plus, minus, low, values):
+    for column in range(plus.shape[0] - 1, 0, -1):
+        if plus[column]:
+            return values[low + column - 1]
+    if plus[0] or minus[0]:
+        return 0.0
+    column = 1
+    while not minus[column]:
+        column += 1
+    return -values[low + column - 1]
+
+
+@_compiled
 def moments_of_counts(row, low, values, moments):
-    """Fill moments [n, mean, m2, m4] from a settled row; exact but for the rounding of float64."""
+    """Fill moments [`MOMENT_NAMES`] from a settled row; exact but for the rounding of float64."""
     count = 0.0
     total = 0.0
+    nonfinite = 0
     for column in range(row.shape[1]):
         plus, minus = np.int64(row[0, column]), np.int64(row[1, column])
         if plus + minus:
+            value = values[0 if column == 0 else low + column - 1]
             count += plus + minus
-            total += (plus - minus) * values[0 if column == 0 else low + column - 1]
+            total += (plus - minus) * value
+            if not np.isfinite(value):
+                nonfinite += plus + minus
     mean = total / count
     m2 = 0.0
     m4 = 0.0
@@ -214,6 +275,8 @@ def moments_of_counts(row, low, values, moments):
                 m2 += row[sign, column] * square
                 m4 += row[sign, column] * square * square
     moments[0], moments[1], moments[2], moments[3] = count, mean, m2, m4
+    moments[4] = values[low + row.shape[1] - 2] if row.shape[1] > 1 else 0.0
+    moments[5], moments[6] = np.int64(row[0, 0]) + np.int64(row[1, 0]), nonfinite
 
 
 @_compiled

@@ -39,9 +39,10 @@ class Reducers:
     def for_tensor(self, x: Tensor) -> Reducer:
         """Return the kernels for what they know, torch's operators for the rest."""
         key = (x.device.type, x.dtype)
-        if key not in self._made:
-            self._made[key] = self._make(x)
-        return self._made[key]
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._make(x)
+        return made
 
     def _make(self, x: Tensor) -> Reducer:
         known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -90,7 +91,7 @@ class StreamObserver:
         self.token_axis = token_axis
         reducer = self.reducers.for_tensor(x)
         routes = routing.of_rows(len(x)) if routing is not None and self.wants.experts else [None] * len(x)
-        for row, kept, sample, route in zip(x.detach(), keep, samples, routes, strict=True):
+        for row, kept, sample, route in zip(x.detach().unbind(), keep, samples, routes, strict=True):
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
             self.owners.append((sample, call, row.shape[0] if token_axis else 0))

@@ -41,7 +41,7 @@ class FileHashes:
     def of(self, file: Path) -> str:
         """Return the hash of a file's content."""
         status = file.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        stamp = _stamp(status)
         if status.st_size > SMALL:
             self._recall()
             known = self._known.get(str(file.resolve()))
@@ -53,6 +53,12 @@ class FileHashes:
             self._known[str(file.resolve())] = [stamp, digest]
             self._remember()
         return digest
+
+    def remembers(self, file: Path) -> bool:
+        """Say whether the hash of a file is known without reading it."""
+        self._recall()
+        known = self._known.get(str(file.resolve()))
+        return known is not None and known[0] == _stamp(file.stat())
 
     def _recall(self) -> None:
         if self._read or self.memory is None:
@@ -71,6 +77,10 @@ class FileHashes:
             write_atomically(self.memory, json.dumps(kept, indent=0, sort_keys=True))
         except OSError:
             self.memory = None  # a read-only cache: hashed again the next time
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
@@ -95,9 +105,14 @@ def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Captur
     return replace(capture, meta={**capture.meta, "model": model})
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold weights."""
+    return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+
+
 def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
     """Return the SHA-256 over the names and hashes of a folder's weight files; None where it has none."""
-    files = sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    files = weight_files(folder)
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + bytes.fromhex(hashes.of(file)))

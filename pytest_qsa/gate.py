@@ -160,15 +160,20 @@ class Gate:
     def _plan(self, items: Sequence[pytest.Item]) -> dict[str, list[Request]]:
         """Collect what all selected tests need, by subject; only now, so that every deselection is known."""
         needs: dict[str, list[Request]] = {}
+        for _, subject, requests in self.planned(items):
+            needs.setdefault(subject.key, []).extend(requests)
+        return needs
+
+    def planned(self, items: Sequence[pytest.Item]) -> Iterator[tuple[pytest.Item, Subject, list[Request]]]:
+        """Yield what each test needs of its subject, and of the last release where a bound follows it."""
         for item in items:
             subject = self.subject_of(item)
             if subject is not None:
                 with contextlib.suppress(SuiteError):  # a wrong mark fails its own test
                     requests = self._with_distributions(requests_of(item))
-                    needs.setdefault(subject.key, []).extend(requests)
+                    yield item, subject, requests
                     if follows_checkpoint(item, subject):
-                        needs.setdefault(previous_of(subject).key, []).extend(requests)
-        return needs
+                        yield item, previous_of(subject), requests
 
     def _with_distributions(self, requests: Sequence[Request]) -> list[Request]:
         """Add the counts that a report which is always written shows for every layer."""

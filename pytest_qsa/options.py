@@ -36,6 +36,7 @@ class Options(NamedTuple):
     ratchet: bool
     refused_update: str | None
     """Why `--snapshot-update` must not write baselines here."""
+    plan: bool
     named_tier: bool
     """Whether the command line names the tier."""
 
@@ -96,6 +97,10 @@ def add_options(parser: pytest.Parser) -> None:
         help="leave the text of tokens out of terminal, report and plots",
     )
     group.addoption(
+        "--qsa-plan", action="store_true",
+        help="run nothing; say what would run, about how long and how large, and which memory settings would fit",
+    )  # fmt: skip
+    group.addoption(
         "--qsa-ratchet", action="store_true",
         help="propose tighter budgets where the numbers have improved, as DIR/ratchet.patch",
     )  # fmt: skip
@@ -150,6 +155,7 @@ def read_options(config: pytest.Config) -> Options:
         tier=tier,
         today=_today(config.getoption("qsa_today")),
         refused_update=_refused_update(config),
+        plan=config.getoption("qsa_plan"),
         ratchet=config.getoption("qsa_ratchet"),
         redact=bool(config.getoption("qsa_redact") or config.getini("qsa_redact")),
         named_tier=config.getoption("qsa_tier") is not None,

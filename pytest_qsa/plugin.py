@@ -32,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
+    """Collect only, where a plan is asked for: a wrapper comes before pytest-xdist decides whether to start workers."""
+    if config.getoption("qsa_plan"):
+        config.option.collectonly = True
+    return (yield)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, so that a wrong one is a usage error; report from the process that sees all results."""
     config.addinivalue_line("markers", MARK)

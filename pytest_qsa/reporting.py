@@ -119,6 +119,7 @@ class Reporter:
         self.written: str | None = None
         self.not_run: dict[str, str] = {}
         self.suite_errors: list[str] = []
+        self.selected: list[pytest.Item] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what is wrong with a suite, for GitHub."""
@@ -135,8 +136,9 @@ class Reporter:
         """Take what a worker's tier left out; each worker collects all tests."""
         self.not_run.update(getattr(node, "workeroutput", {}).get(WORKER_NOT_RUN, {}))
 
-    def pytest_collection_finish(self) -> None:
-        """Take what the tier left out of a run without workers."""
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Take what the tier left out of a run without workers, and the tests of a plan."""
+        self.selected = session.items if self.options.plan else []
         left_out: Mapping[str, str] = self.config.stash.get(NOT_RUN, {})
         self.not_run.update(left_out)
 
@@ -175,12 +177,36 @@ class Reporter:
         """Say in one line how the gate stands and where the report lies."""
         for line in self._for_github():
             terminalreporter.write_line(line)
+        if self.selected:
+            self._plan(terminalreporter)
         if self.results:
             self._summarize(terminalreporter)
         if self.not_run:
             self._list_not_run(terminalreporter)
         if self.options.ratchet and self.results:
             self._propose(terminalreporter)
+
+    def _plan(self, terminalreporter: Any) -> None:
+        """Say what would run: sites, sizes, time, and the settings that fit."""
+        from .collection import QsaSuite
+        from .estimating.gathering import gathered
+        from .estimating.writing import plan_lines
+        from .gate import Gate, plain_name
+        from .session import Captures
+
+        def measured(dtype: str, weights: Path | None) -> Any:
+            from .engine.machine import this_machine  # torch, only where a pass would run
+
+            return this_machine(dtype, weights)
+
+        gate = Gate(self.config, self.options, Captures())
+        planned = gate.planned(self.selected)
+        tests = (
+            (plain_name(item), subject, needs, isinstance(item.parent, QsaSuite)) for item, subject, needs in planned
+        )
+        terminalreporter.write_sep("-", "qsa: what would run; nothing was loaded")
+        for line in plan_lines(gathered(tests), self.options.cache_folder, measured):
+            terminalreporter.write_line(line)
 
     def _propose(self, terminalreporter: Any) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""

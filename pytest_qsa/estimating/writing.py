@@ -1,0 +1,174 @@
+"""The plan of a run as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..checkpoint import Folder
+from ..errors import InfraError, shown_path
+from ..fingerprint import local_folder, weight_files
+from ..plan import Request, match_layers
+from .gathering import Planned, kept
+from .machine import Machine
+from .settings import Setting, own_setting, settings_of, shown_bytes, waiting, working
+from .sizes import Sizes, sizes_of
+from .work import Work
+
+MEMORY_FACTOR = 1.5
+TIME_FACTOR = 3
+"""The estimates are meant to be within these factors (benchmarks/estimates.py measures it)."""
+MOST_IDS = 4
+
+MeasureMachine = Callable[[str, Path | None], Machine]
+"""Measures the machine for a dtype, with the file of weights that times reading."""
+
+
+def plan_lines(plans: Sequence[Planned], cache: Path | None, measure: MeasureMachine) -> Iterator[str]:
+    """Yield the plan of each subject. `cache`: the folder of kept captures, None for none."""
+    for planned in plans:
+        yield from _subject_lines(planned, cache, measure)
+
+
+def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine) -> Iterator[str]:
+    subject = planned.subject
+    path = shown_path(Path(subject.path)) if Path(subject.path).is_dir() else subject.path
+    yield ""
+    yield f"subject     {subject.name}{f': {path}' if path else ''}"
+    yield from _test_lines(planned)
+    if not planned.measured:
+        yield "pass        none: no model is loaded"
+        return
+    folder = local_folder(subject)
+    if folder is None or subject.model is None:
+        yield f"size        not known: {_why_unknown(planned)}"
+        return
+    try:
+        sizes = sizes_of(Folder(folder, subject.model.gguf_file), subject.model)
+    except InfraError as error:
+        yield f"size        not known: {error}"
+        return
+    work = Work.of(subject.data, planned.requests, sizes)
+    yield from _site_lines(planned, sizes)
+    data = subject.data
+    yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
+    yield _size_line(sizes)
+    hit, text = kept(planned, cache)
+    yield f"kept        {text}"
+    if not hit:
+        largest = max(weight_files(folder), key=lambda file: file.stat().st_size, default=None)
+        yield from _setting_lines(planned, sizes, work, measure(sizes.dtype, largest))
+
+
+def _why_unknown(planned: Planned) -> str:
+    subject = planned.subject
+    if subject.path:
+        return f"{subject.path} is not in the local cache of the hub; `hf download {subject.path}` fetches it"
+    return "the model comes from code"
+
+
+def _test_lines(planned: Planned) -> Iterator[str]:
+    measured = list(dict.fromkeys(name for name, _ in planned.measured))
+    parts = [f"{len(measured)} from one pass"] if measured else []
+    parts += [f"{len(planned.static)} from the files alone ({_ids(planned.static)})"] if planned.static else []
+    yield f"tests       {', '.join(parts) or 'none whose needs are known'}"
+    if planned.unannounced:
+        names = _ids(planned.unannounced)
+        yield f"            {len(planned.unannounced)} without a qsa mark ({names}): a pass each that nobody planned"
+
+
+def _site_lines(planned: Planned, sizes: Sizes) -> Iterator[str]:
+    label = "sites"
+    for request in planned.requests:
+        ids = [name for name, other in planned.measured if _same_sites(request, other)]
+        layers = len(match_layers(sizes.layers, request.pattern, request.exclude))
+        where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
+        found = f"{layers} layers" if layers else "no layer that the files name"
+        statistics = ", ".join(sorted({statistic.partition(":")[0] for statistic in request.statistics}))
+        yield f"{label:<12}{where}, {found}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"
+        label = ""
+
+
+def _same_sites(one: Request, other: Request) -> bool:
+    return (one.pattern, one.site, one.exclude) == (other.pattern, other.site, other.exclude)
+
+
+def _ids(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_IDS} more" if len(names) > MOST_IDS else ""
+    return ", ".join(names[:MOST_IDS]) + more
+
+
+def _size_line(sizes: Sizes) -> str:
+    count = sizes.parameters
+    shown = f"{count / 1e9:.1f} G" if count >= 1e9 else f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count:,}"
+    files = f"{sizes.files} file{'s' if sizes.files > 1 else ''}"
+    quantized = "" if sizes.method == "none" else f" of {sizes.method}"
+    text = f"checkpoint  {sizes.architecture}, {shown} parameters, {shown_bytes(sizes.stored)} in {files}{quantized}"
+    return f"{text}; {shown_bytes(sizes.weights)} in memory, as {sizes.dtype}" if sizes.streams else text
+
+
+def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine) -> Iterator[str]:
+    settings = settings_of(sizes, work, machine)
+    own = own_setting(settings, planned.subject.memory)
+    parts = {
+        "weights": sizes.weights, "or, streamed, two blocks": sizes.streamed if sizes.streams else 0,
+        "states that wait then": waiting(sizes, work, machine) if sizes.streams else 0,
+        "a batch on its way": working(sizes, work), "sums": work.sums,
+    }  # fmt: skip
+    shown = ", ".join(f"{what} {shown_bytes(size)}" for what, size in parts.items() if size)
+    yield f"memory      {shown}"
+    yield f"machine     {_machine_text(machine)}"
+    yield ""
+    width = max(len(setting.text) for setting in settings)
+    yield f"  {'memory:':<{width}}  {'takes':<28}  {'time':<8}  fits"
+    for setting in settings:
+        mark = "  ← the suite's" if setting is own else ""
+        fits = "yes" if setting.fits else "no"
+        note = f"  {setting.note}" if setting.note else ""
+        taken, time = _taken(setting, machine), _time(setting.seconds)
+        yield f"  {setting.text:<{width}}  {taken:<28}  {time:<8}  {fits}{mark}{note}"
+    yield from _advice(settings, own)
+    yield (
+        f"  estimates: memory within a factor of {MEMORY_FACTOR:g}, time of {TIME_FACTOR} "
+        f"({_flops(work.flops(sizes))}FLOP at the measured rate; {shown_bytes(sizes.stored)} read)"
+    )
+
+
+def _advice(settings: Sequence[Setting], own: Setting | None) -> Iterator[str]:
+    """Say what to write where the suite's own setting doesn't fit, or reads the weights again and again."""
+    fitting = [setting for setting in settings if setting.fits]
+    if not fitting:
+        yield "  nothing fits here: lower data.seq_len or batch_size, or take a larger machine"
+        return
+    best = min(fitting, key=lambda setting: setting.seconds)
+    if own is None or not own.fits or own.note:
+        yield f"  → memory: {best.text}"
+
+
+def _taken(setting: Setting, machine: Machine) -> str:
+    host = f"{shown_bytes(setting.host)} of {shown_bytes(machine.free)}"
+    if setting.gpu is None:
+        return host
+    return f"GPU {shown_bytes(setting.gpu)} of {shown_bytes(machine.gpus[0].free)}"
+
+
+def _machine_text(machine: Machine) -> str:
+    gpus = ", ".join(f"{gpu.name} ({shown_bytes(gpu.free)} free)" for gpu in machine.gpus) or "no GPU"
+    rates = ", ".join(f"{_flops(rate)}FLOP/s ({device})" for device, rate in machine.rates.items())
+    return (
+        f"{machine.cores} threads, {shown_bytes(machine.free)} of {shown_bytes(machine.memory)} free, {gpus}; "
+        f"measured: {rates}, {shown_bytes(machine.reading)}/s from the files"
+    )
+
+
+def _flops(count: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if count >= size:
+            return f"{count / size:.3g} {prefix}"
+    return f"{count / 1e6:.3g} M"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,7 @@ A run of pytest is a fork of a process that has imported torch once: 0.5 s a run
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import json
@@ -17,16 +18,11 @@ import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from importlib import resources
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
-PRELOADED = [
-    "torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers", "numpy", "pydantic",
-    "yaml", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.font_manager", "jinja2",
-    "accelerate", "filelock", "psutil",
-]  # fmt: skip
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
 QUIET = [
     "-p", "no:hypothesispytest", "-p", "no:anyio",  # a second to import, and nothing to do with ours
@@ -182,6 +178,17 @@ def _fork(folder, arguments, environment, log):
     sys.exit(int(code))
 
 
+@functools.cache
+def _forking():
+    """Return the context of processes that are forks of one that has imported `preloaded`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
 class Project:
     """A user's folder: files in, runs of pytest over them, reports out."""
 
@@ -218,9 +225,7 @@ class Project:
         if not any("randomly" in argument for argument in arguments):
             arguments = ["-p", "no:randomly", *arguments]
         log = self._logs / f"{len(list(self._logs.glob('*.log')))}.log"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        process = context.Process(
+        process = _forking().Process(
             target=_fork, args=(self.folder / cwd, arguments, self._environment(environment), log)
         )
         process.start()

@@ -22,6 +22,8 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
+from ..files import write_atomically
+
 DPI = 120
 WIDTH = 9.0
 MOST_CROWDED = 0.09
@@ -78,11 +80,9 @@ def new_figure(height: float) -> Figure:
     return figure
 
 
-@styled
 def save_png(figure: Figure, path: Path) -> str:
     """Write a figure as PNG and return the absolute path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+    write_atomically(path, encoded(figure, "png"))
     return str(path.resolve())
 
 

@@ -299,6 +299,36 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
     return folder
 
 
+FORMATS = {
+    "int8": ("W8A8", {}),
+    "int8 weights": ("W8A16", {"group_size": None, "strategy": "channel"}),
+    "int4": ("W4A16", {"group_size": 16}),
+    "int4 with zero points": ("W4A16", {"group_size": 16, "symmetric": False}),
+    "fp8 with static inputs": ("FP8", {}),
+    "fp8 by channel": ("FP8_DYNAMIC", {}),
+}
+"""The formats of compressed-tensors that the tests make → the preset, and changes to its weight scheme."""
+TORCHAO = {"torchao int8": (8, None), "torchao int4": (4, 16)}
+"""Those of torchao → the bits of a weight, and the inputs that share a scale; None for a scale a row."""
+
+
+def save_torchao_llama(folder, source, bits, group):
+    """Quantize a small Llama's weights with torchao as transformers does, and save it."""
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    granularity = PerGroup(group) if group else PerAxis(0)
+    scheme = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=TorchAoConfig(scheme))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def _extremes(weight, scheme):
     """Return the least and the largest weight that share a scale."""
     import torch

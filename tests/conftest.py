@@ -8,7 +8,24 @@ import shutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches out
-from checkpoint_folders import Project, save_llama, save_quantized_llama
+from checkpoint_folders import FORMATS, TORCHAO, Project, save_llama, save_quantized_llama, save_torchao_llama
+
+
+class Formats(dict):
+    """The folder of each format, made when first asked for."""
+
+    def __init__(self, base, source):
+        super().__init__(float=source)
+        self.base = base
+
+    def __missing__(self, form):
+        folder = self.base / form.replace(" ", "-")
+        if form in TORCHAO:
+            self[form] = save_torchao_llama(folder, self["float"], *TORCHAO[form])
+        else:
+            preset, changes = FORMATS[form]
+            self[form] = save_quantized_llama(folder, self["float"], preset, **changes)
+        return self[form]
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +45,15 @@ def changed_llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def int8_llama(tmp_path_factory, llama):
+def quantized(tmp_path_factory, llama):
+    """Return the folders of the small Llama in each format, made by compressed-tensors and torchao themselves."""
+    return Formats(tmp_path_factory.mktemp("formats"), llama)
+
+
+@pytest.fixture(scope="session")
+def int8_llama(quantized):
     """Return the small Llama in int8 by compressed-tensors: a scale a row, activations quantized as they come."""
-    return save_quantized_llama(tmp_path_factory.mktemp("checkpoints") / "int8", llama)
+    return quantized["int8"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoint_folders import edited, peaks, save_llama, save_quantized_llama, suite
+from checkpoint_folders import FORMATS, edited, peaks, save_llama, suite
 from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint import CHECKS, Files, open_folder, problems_of
@@ -15,24 +15,6 @@ from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 
 DOWN = "model.layers.2.mlp.down_proj"
 QUERY = "model.layers.1.self_attn.q_proj"
-FORMATS = {
-    "int8": ("W8A8", {}),
-    "int4": ("W4A16", {"group_size": 16}),
-    "int4 with zero points": ("W4A16", {"group_size": 16, "symmetric": False}),
-    "fp8 with static inputs": ("FP8", {}),
-    "fp8 by channel": ("FP8_DYNAMIC", {}),
-}
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory, llama):
-    """Return the folder of each format, made by compressed-tensors itself."""
-    base = tmp_path_factory.mktemp("formats")
-    made = {
-        name: save_quantized_llama(base / str(index), llama, preset, **changes)
-        for index, (name, (preset, changes)) in enumerate(FORMATS.items())
-    }
-    return made | {"float": llama}
 
 
 def found(folder, metric="checkpoint_health", reference=None, **parameters):

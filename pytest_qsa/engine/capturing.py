@@ -22,7 +22,7 @@ from .modules import blocks_of, device_of, input_of, layers_of, packed_experts, 
 from .rehearsal import Rehearsal, without_data
 from .streaming import WAVE, Stream
 from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
-from .weights import observe_weights, packed
+from .weights import observe_weights
 
 Progress = Callable[[int, int], None]
 """Told after each batch: samples done, samples in all."""
@@ -58,9 +58,6 @@ def run_pass(
             numbers = _streamed(job, activations, weights, stream)
         else:
             numbers = _forwards(job, activations).numbers() if activations else {}
-            if not activations and packed(modules, weights):
-                with torch.no_grad():
-                    _forward(model, batches[0], device_of(model))
             numbers |= observe_weights(modules, weights)
     return job.capture({site: numbers[site] for site in wanted if site in numbers}, batches)
 

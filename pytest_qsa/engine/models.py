@@ -112,7 +112,9 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     with contextlib.ExitStack() as cleaning:
         if scratch is not None:
             cleaning.callback(scratch.cleanup)
-        model, info = kind.from_pretrained(path, output_loading_info=True, **common, **gguf, **arguments)
+        model, info = kind.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
+        )
         _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
         if "device_map" not in placement:
             model.to(device_for(memory))
@@ -124,6 +126,11 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
 
 def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:
     """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out."""
+    for key, stored, wanted in sorted(info.get("mismatched_keys") or ()):
+        raise InfraError(
+            f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: its configuration "
+            "is another model's, or the installed libraries can't load the format; compare them to the saver's"
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise InfraError(

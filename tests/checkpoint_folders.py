@@ -196,6 +196,7 @@ class Project:
         self.folder = folder
         self._logs = folder.parent / f"{folder.name}-logs"
         self._logs.mkdir(parents=True)
+        self.settings = {}
         folder.mkdir(exist_ok=True)
         self.write("pytest.ini", "[pytest]\npythonpath = .\n")
 
@@ -259,7 +260,7 @@ class Project:
             "XDG_CACHE_HOME": str(self._logs / "cache"),
             "MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "qsa-tests-fonts"),  # matplotlib's list takes seconds
         }
-        return kept | settings | (more or {})
+        return kept | settings | self.settings | (more or {})
 
 
 def save_quantized_llama(folder, source, preset="W8A8", **weights):

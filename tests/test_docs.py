@@ -1,65 +1,15 @@
-"""What the documentation shows is what there is: its suites load, its code runs, its options and metrics exist."""
+"""What the documentation says of options, keys, files and metrics is what there is; its blocks: test_documents.py."""
 
 import re
 from pathlib import Path
 
-import models
 import pytest
-import torch
 import yaml
 
-from pytest_qsa.config import load_suite
 from pytest_qsa.config.suite import ASSERTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def test_the_suite_of_the_readme_is_sound(tmp_path):
-    (text,) = blocks(README, "yaml")
-    (tmp_path / "gate.qsa.yaml").write_text(text)
-    assert [assertion.id for assertion in load_suite(tmp_path / "gate.qsa.yaml").assertions] == [
-        "residual-outliers",
-        "down-proj-drift",
-    ]
-
-
-@pytest.mark.parametrize("document", ["suites.md", "tiers-and-waivers.md", "baselines.md", "bounds.md", "evals.md"])
-def test_the_suites_of_a_document_are_sound(tmp_path, document):
-    files = {}
-    for text in blocks((ROOT / "docs" / document).read_text(encoding="utf-8"), "yaml"):
-        files[tmp_path / re.match(r"# (\S+\.qsa\.yaml)\n", text)[1]] = text
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert all(load_suite(path).assertions for path in files)
-
-
-def test_the_python_tests_of_the_readme_run(own_project, llama):
-    tests, fixtures = blocks(README, "python")
-    own_project.write("test_gate.py", tests)
-    own_project.write(
-        "gate.qsa.yaml",
-        f"model: {{name: llama, path: {llama}}}\ndata: {{num_samples: 2, seq_len: 32}}\n"
-        "assertions: [{id: a, metric: nonfinite, layers: x, site: input, max: 0}]\n",
-    )
-    arguments = ("test_gate.py", "--qsa-config=gate.qsa.yaml", "--qsa-report=never")
-    assert own_project.pytest(*arguments, "--snapshot-update").code == 0
-    assert own_project.pytest(*arguments).code == 0
-    compile(fixtures, "README.md", "exec")
-
-
-def test_the_library_is_used_as_documented(tmp_path, monkeypatch):
-    example = "\n".join(blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python"))
-    monkeypatch.chdir(tmp_path)
-    names = {"model": models.llama(), "batches": [models.token_batch(2, 12)], "tokenizer": None}
-    exec(compile(example, "docs/python.md", "exec"), names)
-    assert names["counts"].layers == names["cap"].output(r"layers\.\d+$").layers
-    assert torch.is_grad_enabled()
 
 
 def test_the_default_configuration_has_every_key_with_its_default():

@@ -114,6 +114,7 @@ class Reader:
         subprocess.run(["git", "init", "-q"], cwd=self.project.folder, check=True)
         self.project.write("stand_in.py", STAND_IN)
         shutil.copytree(ROOT / "configs", self.project.folder / "configs")
+        shutil.copytree(ROOT / "example_suites/team", self.project.folder / "example_suites/team")
 
     def follow(self, block):
         """Do what a block says."""

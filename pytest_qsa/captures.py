@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from .errors import InfraError
 from .files import write_atomically
 from .numbers import SiteNumbers
-from .plan import Request, Site, match_layers
+from .plan import LOGITS, Request, Site, match_layers
 from .selection import Selection
 from .sinks import Sinks, find_sinks
 
 FORMAT = "qsa-capture/1"
+REFERENCE = "reference/"
+"""What the names of the arrays begin with that are the reference's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Capture:
     `meta`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
     `plan`: what was asked for when it was made.
     `schemes`: quantized layer → its scheme (`w8a8_int`), in model order; None where nothing says how it is quantized.
+    `reference`: the numbers that the same pass left of the reference, which saw the same tokens.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -47,6 +50,7 @@ class Capture:
     meta: Mapping[str, Any] = field(default_factory=dict)
     plan: tuple[Request, ...] = ()
     schemes: Mapping[str, str] | None = None
+    reference: Capture | None = None
 
     @cached_property
     def sinks(self) -> Sinks:
@@ -77,6 +81,10 @@ class Capture:
         """Select the weights of the layers that the regex finds."""
         return self.select(layers, "weight", exclude)
 
+    def logits(self) -> Selection:
+        """Select what the whole model predicts, for the metrics of its logits."""
+        return self.select("", LOGITS)
+
     def select(self, layers: str, site: Site, exclude: str | None = None) -> Selection:
         """Select a site of the layers that the regex finds; the result offers every metric."""
         return Selection(self, layers, site, exclude)
@@ -97,6 +105,11 @@ class Capture:
         """Return the content of the capture's file; equal captures make equal bytes."""
         from safetensors.numpy import save
 
+        arrays, header = self._split()
+        return save(arrays, metadata={"qsa": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
+
+    def _split(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Split into named arrays and a header; `_joined` is the way back."""
         streams: dict[int, int] = {}
         arrays: dict[str, NDArray[Any]] = {}
         headers: list[dict[str, Any]] = []
@@ -110,21 +123,21 @@ class Capture:
         if self.tokens:
             arrays["tokens"] = np.concatenate(self.tokens)
             arrays["token_lengths"] = np.array([len(ids) for ids in self.tokens], dtype=np.int64)
-        header_text = json.dumps(
-            {
-                "format": FORMAT,
-                "meta": dict(self.meta),
-                "modules": list(self.modules),
-                "blocks": list(self.blocks),
-                "pieces": {str(token): piece for token, piece in self.pieces.items()},
-                "plan": [[r.pattern, r.site, r.exclude, sorted(r.statistics)] for r in self.plan],
-                "schemes": dict(self.schemes) if self.schemes is not None else None,
-                "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
-                "streams": headers,
-            },
-            sort_keys=True,
-        )
-        return save(arrays, metadata={"qsa": header_text})
+        reference = None
+        if self.reference is not None:
+            theirs, reference = self.reference._split()
+            arrays |= {f"{REFERENCE}{name}": array for name, array in theirs.items()}
+        return arrays, {
+            "meta": dict(self.meta),
+            "modules": list(self.modules),
+            "blocks": list(self.blocks),
+            "pieces": {str(token): piece for token, piece in self.pieces.items()},
+            "plan": [[r.pattern, r.site, r.exclude, sorted(r.statistics)] for r in self.plan],
+            "schemes": dict(self.schemes) if self.schemes is not None else None,
+            "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
+            "streams": headers,
+            "reference": reference,
+        }
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Capture:
@@ -149,6 +162,8 @@ class Capture:
 
     @classmethod
     def _joined(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> Capture:
+        theirs = {name.removeprefix(REFERENCE): array for name, array in arrays.items() if name.startswith(REFERENCE)}
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(REFERENCE)}
         streams = _streams(arrays, header["streams"])
         lengths = arrays.get("token_lengths", np.zeros(0, dtype=np.int64))
         tokens = np.split(arrays["tokens"], np.cumsum(lengths)[:-1]) if len(lengths) else []
@@ -161,6 +176,7 @@ class Capture:
             meta=header["meta"],
             schemes=header.get("schemes"),
             plan=tuple(Request(p, site, exclude, frozenset(stats)) for p, site, exclude, stats in header["plan"]),
+            reference=cls._joined(theirs, header["reference"]) if header.get("reference") else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

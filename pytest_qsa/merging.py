@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .captures import Capture
 from .errors import InfraError
 from .numbers import Merge, SiteNumbers
+from .plan import SITES
 
 Array = NDArray[Any]
 COUNTED = (("bins", "counts"), ("signed_bins", "signed_counts"), ("channel_bins", "channel_counts"))
@@ -53,7 +54,22 @@ def merge(captures: Sequence[Capture]) -> Capture:
         tokens=tuple(ids for capture in ordered for ids in capture.tokens),
         pieces=dict(sorted(pieces.items())),
         meta=_meta(ordered),
+        reference=_merged_references(ordered),
     )
+
+
+def _merged_references(captures: Sequence[Capture]) -> Capture | None:
+    """Merge what was kept of the reference; its captures are placed as the subject's are."""
+    kept = [capture.reference for capture in captures]
+    if any(reference is None for reference in kept):
+        return None
+    placed = [
+        replace(reference, meta={**reference.meta, **{k: v for k, v in capture.meta.items() if k == "samples"}})
+        for reference, capture in zip(kept, captures, strict=True)
+        if reference is not None
+    ]
+    merged = merge(placed)
+    return replace(merged, meta={name: value for name, value in merged.meta.items() if name != "samples"})
 
 
 def _known(merged: SiteNumbers, others: list[SiteNumbers]) -> SiteNumbers:
@@ -130,7 +146,7 @@ def _sites(captures: Sequence[Capture]) -> list[Any]:
     """Return the sites of all captures: an expert may have seen no token in some."""
     order = {name: index for index, name in enumerate(captures[0].modules)}
     sites = {site for capture in captures for site in capture.sites}
-    return sorted(sites, key=lambda site: (order.get(site[0], -1), ("input", "output", "weight").index(site[1])))
+    return sorted(sites, key=lambda site: (order.get(site[0], -1), SITES.index(site[1])))
 
 
 def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weight: bool) -> SiteNumbers:

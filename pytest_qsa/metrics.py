@@ -1,4 +1,4 @@
-"""Every metric of one model: the numbers of a site → one number per population, or one for all of them. numpy only.
+"""Every metric of one model's tensors: the numbers of a site → one number per population, or one for all. numpy only.
 
 A metric is a plain function. Its keyword parameters, with their types and defaults, are its parameters in a suite; the
 decorator adds what the planner and the baselines must know of it. A changed definition gets a new version.
@@ -13,7 +13,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from . import plan
+from . import fidelity, plan, scores
 from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
 from .errors import AnomalyError, SuiteError
@@ -21,7 +21,7 @@ from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, ord
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 
-__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View"]
+__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View", "fidelity", "scores"]
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]

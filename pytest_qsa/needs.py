@@ -11,7 +11,7 @@ from .config import MeasuredAssertion
 from .errors import SuiteError
 from .metrics import METRICS
 from .plan import ALL_STATISTICS, Request, massive_statistic
-from .selection import canonical_positions
+from .selection import positions_of
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
 """The statistics that a Python test gets where it names no metric."""
@@ -41,7 +41,7 @@ def _marked(item: pytest.Item, args: tuple[object, ...], wanted: dict[str, Any])
             unknown = set(wanted) - {*METRICS[metric].parameters, "positions"}
             if unknown:
                 raise SuiteError(f"{metric} has no parameter {', '.join(sorted(unknown))}")
-            statistics = METRICS[metric].needs(site, canonical_positions(wanted.pop("positions", "all")), wanted)
+            statistics = METRICS[metric].needs(site, positions_of(metric, site, wanted.pop("positions", None)), wanted)
         elif wanted:
             raise SuiteError(f"unknown keys {', '.join(wanted)}")
         return Request(layers, site, exclude, statistics)

@@ -16,11 +16,18 @@ MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
 """The columns of `moments`; m2 and m4 are the sums of powers of the deviations from the mean."""
 EXTREME_NAMES = ("largest", "smallest", "low", "high")
 """What `extremes` holds: of |x|, then of x; the last two are NaN where the signs were not counted."""
+ERROR_NAMES = ("signal", "error", "own", "largest")
+"""The columns of `error`, of one token: Σx², Σ(x − x̂)², Σx̂², max |x − x̂|, where x is the reference's."""
+SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
+"""The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
+reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""
 UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0
-"""Stands in `token_max` where a token is padding; a maximum of magnitudes is never negative."""
-NAMED = ("massive", "quantized", "features", "maps")
+"""Stands in `token_max` and `error` where a token is padding; a maximum of magnitudes is never negative."""
+NOT_COMPARED = -2.0
+"""Stands in `error` where a reference that was kept for some tokens has none."""
+NAMED = ("massive", "quantized", "features", "maps", "channel_error")
 """The fields that hold an array for each statistic of their kind, by its name."""
 Merge = Literal["populations", "named populations", "named sums", "union", "largest", "extremes"]
 """How an array is merged with that of other samples: side by side, added, by name, the larger, as `EXTREME_NAMES`."""
@@ -46,6 +53,11 @@ class SiteNumbers:
     `experts`: how many tokens of each population go to each expert of the layer, [P, E].
     `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
+    `error` [sum of lengths, 4] float32: `ERROR_NAMES` of each token, `PADDING` or `NOT_COMPARED`; [P, 4] where the
+    site has no token axis. `local_rows`, `local` [P, R], [P, R, 2]: the sampled tokens of each population, −1 for
+    none, and their Σy², Σ(y − ŷ)², ŷ the layer's output on the reference's input. `channel_error`: for each
+    `plan.channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
+    `scores` [sum of lengths, 4] float64: `SCORE_NAMES` of each position of the logits, NaN where there is none.
     Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.
     """
 
@@ -77,6 +89,14 @@ class SiteNumbers:
     experts: NDArray[np.int64] | None = field(default=None, metadata={"merge": "populations"})
     maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, metadata={"merge": "union"})
 
+    error: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
+    local_rows: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
+    local: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
+    channel_error: Mapping[str, NDArray[np.float64]] = field(
+        default_factory=dict, metadata={"merge": "named populations"}
+    )
+    scores: NDArray[np.float64] | None = field(default=None, metadata={"merge": "populations"})
+
     @property
     def populations(self) -> int:
         """How many populations there are; 0 means that the hook never fired."""
@@ -96,6 +116,13 @@ class SiteNumbers:
         """Return the token-wise maxima of one population, [T], −1 at padding."""
         assert self.token_max is not None
         return self.token_max[self.offsets[population] : self.offsets[population + 1]]
+
+    def error_of(self, population: int) -> NDArray[np.float32]:
+        """Return `ERROR_NAMES` of the tokens of one population, [T, 4]; one row where there is no token axis."""
+        assert self.error is not None
+        if not self.token_axis:
+            return self.error[population : population + 1]
+        return self.error[self.offsets[population] : self.offsets[population + 1]]
 
     def moment(self, name: str) -> NDArray[np.float64]:
         """Return one column of `moments`, [P]."""

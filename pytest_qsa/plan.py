@@ -13,8 +13,10 @@ from typing import Literal, get_args
 
 from .errors import AnomalyError, SuiteError
 
-Site = Literal["input", "output", "weight"]
+Site = Literal["input", "output", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)
+LOGITS: Site = "logits"
+"""What the whole model returns: the scores of every next token. It is no layer's; the others are a layer's."""
 
 TOKENS = "tokens"
 CHANNELS = "channels"
@@ -25,9 +27,17 @@ SIGNED_COUNTS = "signed_counts"
 SINKS = "sinks"
 EXPERTS = "experts"
 CHANNEL_COUNTS = "channel_counts"
+SCORES = "scores"
 """The statistics: token-wise maxima; channel-wise maxima; order statistics of the elements; power sums; counts of |x|
 and of x; at the outputs of the blocks, the tokens that may be sinks; the tokens of each expert, where there are some;
-and counts of x in each channel."""
+counts of x in each channel; and how likely the model found each token that came."""
+
+ERROR = "error"
+AGREEMENT = "agreement"
+REFERENCE_TOKENS = "reference_tokens"
+REFERENCE_SINKS = "reference_sinks"
+"""The statistics that a second model is run for: the powers of each token's error; how far the two models' predictions
+are apart; the reference's own token-wise maxima; and those at its blocks' outputs, where sinks are found."""
 
 ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS, EXPERTS})
 """What is kept where nothing is chosen: all but what costs much, which only a site that names it gets."""
@@ -48,10 +58,26 @@ def features_statistic(absolute: float) -> str:
     return f"features:{absolute:.17g}"
 
 
+def local_statistic(rows: int) -> str:
+    """Name the statistic of a layer's own error, on so many sampled tokens of a sample."""
+    return f"local:{rows}"
+
+
+def channel_error_statistic(positions: str) -> str:
+    """Name the statistic of the error of each channel, which has to know during the pass which tokens count."""
+    return f"channel_error:{positions}"
+
+
+def against_reference(statistics: frozenset[str]) -> frozenset[str]:
+    """Return those of the statistics that a second model is run for."""
+    kinds = {ERROR, AGREEMENT, REFERENCE_TOKENS, REFERENCE_SINKS, "local", "channel_error"}
+    return frozenset(statistic for statistic in statistics if statistic.partition(":")[0] in kinds)
+
+
 def need_tokens(statistics: frozenset[str]) -> bool:
     """Say whether some of the statistics exist only at a site with a token axis."""
     kinds = {statistic.partition(":")[0] for statistic in statistics}
-    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, "quantized", "features"})
+    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, REFERENCE_TOKENS, "quantized", "features", "local"})
 
 
 def map_statistic(sample: int) -> str:

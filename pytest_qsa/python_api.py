@@ -18,7 +18,7 @@ from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
 from .plan import Request, Site
-from .selection import NotMeasuredError, Positions, Selection, canonical_positions, query_of
+from .selection import NotMeasuredError, Positions, Selection, positions_of, query_of
 from .series import Judge, Series
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class PlannedSelection(Selection):
     test: Qsa = field(kw_only=True)
 
     def series(
-        self, metric: str, reduce: Reduce | None = None, positions: Positions = "all", **parameters: Any
+        self, metric: str, reduce: Reduce | None = None, positions: Positions | None = None, **parameters: Any
     ) -> Series:
         """Compute a metric; on a site that the pass left out, pass again."""
         capture = self.capture
@@ -40,12 +40,12 @@ class PlannedSelection(Selection):
             try:
                 return super().series(metric, reduce, positions, **parameters)
             except NotMeasuredError:
-                needs = METRICS[metric].needs(self.site, canonical_positions(positions), parameters)
+                needs = METRICS[metric].needs(self.site, positions_of(metric, self.site, positions), parameters)
                 capture = self.test.recapture(Request(self.pattern, self.site, self.exclude, EVERYTHING | needs))
             selection = Selection(capture, self.pattern, self.site, self.exclude, self.test.judge_of(capture))
             return selection.series(metric, reduce, positions, **parameters)
         except QsaError as error:
-            where = canonical_positions(positions)
+            where = positions_of(metric, self.site, positions)
             query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
             raise self.test.stopped(anomaly(error, query), capture) from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from .numbers import PADDING, SiteNumbers, lower_median
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
-Per = Literal["layer", "model", "expert"]
+Per = Literal["layer", "model", "expert", "logits"]
 Values = NDArray[np.float64]
 
 REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
@@ -27,25 +27,42 @@ REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A number that is known from `count` drawn values: within `low` … `high` in 95 of 100 cases."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
 class View:
-    """One site as a metric sees it: its numbers, and which tokens count."""
+    """One site as a metric sees it: its numbers, and which tokens count.
+
+    `reference`: the reference's own numbers there, if any. `sampled`: the reference was kept for some tokens only.
+    """
 
     numbers: SiteNumbers
     site: plan.Site
     positions: str
     sinks: Sinks
     layer: str = ""
+    reference: SiteNumbers | None = None
+    sampled: bool = False
+
+    def of_reference(self) -> View:
+        """Return the same site of the reference, where the same tokens count."""
+        assert self.reference is not None
+        return replace(self, numbers=self.reference, reference=None)
+
+    def among(self, population: int, counting: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return those of a population's tokens that count, [T] booleans, that `positions` names."""
+        return self.sinks.among(self.positions, counting, int(self.numbers.sample[population]), self.layer)
 
     def kept(self, population: int) -> NDArray[np.bool_]:
         """Return [T] booleans, true at the tokens that count: no padding, and what `positions` says."""
-        tokens = self.numbers.tokens_of(population)
-        kept: NDArray[np.bool_] = tokens != PADDING
-        if self.positions.startswith("skip_first:"):
-            kept[np.flatnonzero(kept)[: int(self.positions.partition(":")[2])]] = False
-        elif self.positions != "all":
-            sinks = self.sinks.mask(int(self.numbers.sample[population]), len(tokens), self.layer)
-            kept &= sinks if self.positions == "sink" else ~sinks
-        return kept
+        return self.among(population, self.numbers.tokens_of(population) != PADDING)
 
     def ratios(self, population: int) -> NDArray[np.float32]:
         """Return [T] multiples of the lower median of the tokens that count; −∞ elsewhere, or if it isn't above 0."""
@@ -67,7 +84,9 @@ class Metric(Definition):
 
     `reduce`: how the samples are folded by default; None where the metric pools them itself.
     `per`: what one number is about; of a `model` it is computed from the views of all layers, for the `expert`s of a
-    layer it is [P, E]. `statistics`: what a pass has to keep for these parameters and positions at this site.
+    layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
+    for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
+    be asked for.
     """
 
     reduce: Reduce | None
@@ -76,6 +95,18 @@ class Metric(Definition):
     unit: str
     per: Per
     statistics: Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]]
+    against: bool
+    sites: tuple[plan.Site, ...]
+
+    def positions_at(self, site: plan.Site) -> str:
+        """Return which tokens count unless told: against a reference all but the sinks (metrics.md)."""
+        return "no_sink" if self.against and self.positional and site != "weight" else "all"
+
+    def counts_tokens(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> bool:
+        """Say whether the tokens that count can be chosen here."""
+        if site == "weight" or not self.positional:
+            return False
+        return self.against or plan.TOKENS in self.needs(site, positions, parameters)
 
     def needs(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
         """Return the statistics that a pass has to keep."""
@@ -83,6 +114,8 @@ class Metric(Definition):
         needed = self.statistics(site, positions, {**defaults, **parameters})
         if plan.TOKENS in needed and site != "weight":
             needed |= {plan.SINKS}
+        if self.against and positions in ("sink", "no_sink") and site != "weight":
+            needed |= {plan.REFERENCE_SINKS}
         return needed
 
 
@@ -98,14 +131,17 @@ def metric(
     positional: bool = False,
     per: Per = "layer",
     version: int = 1,
+    against: bool = False,
+    sites: tuple[plan.Site, ...] = ("input", "output", "weight"),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name; `needs`: the statistic, or what names them."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
         METRICS[function.__name__] = Metric(
-            function.__name__, version, function, reduce, tokenwise, positional or tokenwise, unit, per, statistics
-        )
+            function.__name__, version, function, reduce, tokenwise, positional or tokenwise, unit, per, statistics,
+            against, (plan.LOGITS,) if per == "logits" else sites,
+        )  # fmt: skip
         return function
 
     return register

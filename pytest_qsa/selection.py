@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from . import plan
 from .channels import BandStat, channel_bands
 from .errors import AnomalyError, SuiteError, did_you_mean
+from .fidelity import By, WeightBy
 from .metrics import (
     METRICS,
     REDUCTIONS,
@@ -26,9 +27,11 @@ from .metrics import (
     magnitudes,
 )
 from .numbers import PADDING
-from .plan import Site, match_layers, no_match
+from .plan import LOGITS, Site, match_layers, no_match
 from .quantization import Granularity, Scheme
-from .series import Judge, Query, Series
+from .registry import Estimate
+from .scores import DeltaStat, KlStat
+from .series import Judge, Query, Series, sound
 
 if TYPE_CHECKING:
     from .captures import Capture
@@ -162,6 +165,66 @@ class Selection:
         """Tokens that the router sends to each expert of packed experts; a number for `layer[0]`, `layer[1]`, …."""
         return self.series("expert_tokens", reduce)
 
+    def sqnr(self, by: By = "tensor", *, positions: Positions | None = None) -> Series:
+        """Signal over error against the reference in dB: of the tensor, or of its worst token or channel."""
+        return self.series("sqnr", None, positions, by=by)
+
+    def nmse(self, *, positions: Positions | None = None) -> Series:
+        """Σ(x − x̂)² / Σx², x the reference's."""
+        return self.series("nmse", None, positions)
+
+    def relative_l2(self, *, positions: Positions | None = None) -> Series:
+        """‖x − x̂‖ / ‖x‖, x the reference's."""
+        return self.series("relative_l2", None, positions)
+
+    def cosine(self, *, positions: Positions | None = None) -> Series:
+        """The cosine between x and x̂; blind to scale."""
+        return self.series("cosine", None, positions)
+
+    def max_abs_diff(self, *, positions: Positions | None = None) -> Series:
+        """The largest |x − x̂|."""
+        return self.series("max_abs_diff", None, positions)
+
+    def local_sqnr(self, rows: int = 32, *, positions: Positions | None = None) -> Series:
+        """The layer's own SQNR: its output on the reference's input, of some drawn tokens a sample."""
+        return self.series("local_sqnr", None, positions, rows=rows)
+
+    def weight_sqnr(self, by: WeightBy = "tensor") -> Series:
+        """The SQNR of the dequantized weight against the reference's."""
+        return self.series("weight_sqnr", by=by)
+
+    def new_outliers(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
+    ) -> Series:
+        """Outlier tokens that the reference doesn't have."""
+        return self.series("new_outliers", reduce, positions, threshold=float(threshold))
+
+    def lost_outliers(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
+    ) -> Series:
+        """Outlier tokens that only the reference has."""
+        return self.series("lost_outliers", reduce, positions, threshold=float(threshold))
+
+    def kl_divergence(self, stat: KlStat = "mean") -> Series:
+        """How far the predictions are from the reference's, in nats; of `logits()`."""
+        return self.series("kl_divergence", stat=stat)
+
+    def same_top(self) -> Series:
+        """The share of positions where both models find the same token likeliest; of `logits()`."""
+        return self.series("same_top")
+
+    def delta_p(self, stat: DeltaStat = "rms") -> Series:
+        """By how much the probability of the token that came differs from the reference's; of `logits()`."""
+        return self.series("delta_p", stat=stat)
+
+    def perplexity(self) -> Series:
+        """The perplexity over all samples; of `logits()`."""
+        return self.series("perplexity")
+
+    def ln_ppl_ratio(self) -> Series:
+        """The logarithm of the perplexity over the reference's; of `logits()`."""
+        return self.series("ln_ppl_ratio")
+
     def zero_fraction(self) -> Series:
         """The share of exact zeros."""
         return self.series("zero_fraction")
@@ -182,6 +245,8 @@ class Selection:
             AnomalyError: the pattern finds nothing in the model.
             NotMeasuredError: the model has such layers, the capture doesn't.
         """
+        if self.site == LOGITS:
+            return self._logits()
         found = match_layers(self.capture.modules, self.pattern, self.exclude)
         if not found:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
@@ -193,8 +258,13 @@ class Selection:
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
+    def _logits(self) -> list[str]:
+        if (LOGITS, LOGITS) not in self.capture.sites:
+            raise NotMeasuredError("the capture holds nothing of the model's logits")
+        return [LOGITS]
+
     def series(
-        self, metric: str, reduce: Reduce | None = None, positions: Positions = "all", **parameters: Any
+        self, metric: str, reduce: Reduce | None = None, positions: Positions | None = None, **parameters: Any
     ) -> Series:
         """Compute a metric by name, as a suite does.
 
@@ -214,12 +284,12 @@ class Selection:
         return self._series(query, results)
 
     def _asked(
-        self, metric: str, reduce: Reduce | None, positions: Positions, parameters: Mapping[str, Any]
+        self, metric: str, reduce: Reduce | None, positions: Positions | None, parameters: Mapping[str, Any]
     ) -> tuple[list[str], Query]:
         """Check that the capture can answer; return the layers, and what is asked for."""
         definition = METRICS[metric]
         layers = self.layers
-        where = canonical_positions(positions)
+        where = positions_of(metric, self.site, positions)
         _check_arguments(definition, self.site, where, reduce, parameters)
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
@@ -228,22 +298,28 @@ class Selection:
         return layers, replace(query, estimated=wide and not needs.isdisjoint({plan.COUNTS, plan.SIGNED_COUNTS}))
 
     def _view(self, layer: str, query: Query) -> View:
-        return View(
-            self.capture.sites[layer, self.site], self.site, query.positions or "all", self.capture.sinks, layer
-        )
+        numbers, where = self.capture.sites[layer, self.site], query.positions or "all"
+        reference = self.capture.reference
+        if reference is None or not METRICS[query.metric].against:
+            return View(numbers, self.site, where, self.capture.sinks, layer)
+        theirs, sampled = reference.sites.get((layer, self.site)), reference.meta.get("rows") is not None
+        return View(numbers, self.site, where, reference.sinks, layer, theirs, sampled)
 
     def _series(self, query: Query, results: Mapping[str, Any]) -> Series:
         """Fold what a metric returned for each layer: one number, or one for each population."""
         populations = {layer: result for layer, result in results.items() if isinstance(result, np.ndarray)}
         fold = REDUCTIONS[query.reduce or "max"]
-        values = {layer: float(fold(result) if layer in populations else result) for layer, result in results.items()}
-        bad = [layer for layer, value in values.items() if not np.isfinite(value)]
+        estimates = {layer: result for layer, result in results.items() if isinstance(result, Estimate)}
+        plain = {**results, **{layer: estimate.value for layer, estimate in estimates.items()}}
+        values = {layer: float(fold(result) if layer in populations else result) for layer, result in plain.items()}
+        bad = [layer for layer, value in values.items() if not sound(value, query.unit)]
         problems = {
             name: _why_not_finite(self._view(name, query)) if (name, self.site) in self.capture.sites else
             "one of the layers holds NaN or Inf; the metric nonfinite says which" for name in bad
         }  # fmt: skip
         array = np.array(list(values.values()), dtype=np.float64)
-        return Series(list(values), array, query, populations, problems, self.judge)
+        intervals = {layer: (of.low, of.high, of.count) for layer, of in estimates.items()}
+        return Series(list(values), array, query, populations, problems, self.judge, intervals)
 
     def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Mapping[str, Any]) -> None:
         needs = metric.needs(self.site, positions, parameters)
@@ -262,10 +338,11 @@ class Selection:
                     f"{metric.name} needs a token axis, which the {self.site} of {layer} (shape {shape}) doesn't have; "
                     "elementwise metrics such as absmax, rms, kurtosis or quantile work there"
                 )
-            if not needs <= numbers.statistics | {"sinks"}:
+            if not needs <= numbers.statistics | {plan.SINKS, plan.REFERENCE_SINKS}:
                 missing = ", ".join(sorted(needs - numbers.statistics))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
-        if (metric.name == "sink_tokens" or positions in ("sink", "no_sink")) and not self.capture.sinks.searched:
+        finder = self.capture.reference if metric.against and self.capture.reference else self.capture
+        if (metric.name == "sink_tokens" or positions in ("sink", "no_sink")) and not finder.sinks.searched:
             raise AnomalyError(
                 "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
                 "blocks; say positions: all or {skip_first: n}"
@@ -282,7 +359,10 @@ def _check_arguments(
     if reduce is not None and (metric.reduce is None or reduce not in REDUCTIONS):
         takes = ", ".join(REDUCTIONS) if metric.reduce else "none, for it pools all samples itself"
         raise SuiteError(f"{metric.name}: reduce is one of {takes}; not {reduce!r}", "reduce")
-    if positions != "all" and (site == "weight" or plan.TOKENS not in metric.needs(site, positions, parameters)):
+    if site not in metric.sites:
+        places = " or ".join(metric.sites)
+        raise SuiteError(f"{metric.name} is a metric of the {places}, not of the {site}", "site")
+    if positions != "all" and not metric.counts_tokens(site, positions, parameters):
         raise SuiteError(f"{metric.name} counts no tokens here, so it takes no positions", "positions")
 
 
@@ -318,6 +398,15 @@ def query_of(
         None,
         definition.unit,
     )
+
+
+def positions_of(metric: str, site: Site, positions: Positions | None) -> str:
+    """Return which tokens count, in canonical form: the metric's own choice where nothing is said.
+
+    Raises:
+        ValueError: as `canonical_positions`.
+    """
+    return canonical_positions(METRICS[metric].positions_at(site) if positions is None else positions)
 
 
 def canonical_positions(positions: Positions) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AnomalyError
+from .plan import LOGITS
 
 CHECKPOINT = "checkpoint"
 """What stands for the site in the query of a static check: no tensor stream, but the files."""
@@ -87,7 +88,7 @@ class Query:
         """Write it in one line, as a failure shows it."""
         arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
         where = {CHECKPOINT: "in the files, layers", EVALS: "of"}.get(self.site, f"at the {self.site} of")
-        text = f"{self.metric}({arguments}) {where} '{self.layers}'"
+        text = f"{self.metric}({arguments})" + ("" if self.site == LOGITS else f" {where} '{self.layers}'")
         if self.reduce:
             text += f", {self.reduce} over samples"
         text += f", {self.over} over {self.of}" if self.over else ""
@@ -106,11 +107,17 @@ class Query:
 Judge = Callable[["Series", Bounds], bool]
 
 
+def sound(value: float, unit: str) -> bool:
+    """Say whether a value can be compared with a bound: a finite one, and +∞ dB, which nothing different has."""
+    return math.isfinite(value) or (unit == "dB" and value == math.inf)
+
+
 @dataclass(frozen=True, eq=False)
 class Series:
     """One number per layer. `values` [L] float64 in model order; `populations`: layer → the values before folding.
 
-    `problems`: layer → why its value is not finite. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
+    `problems`: layer → why its value is not finite. `intervals`: layer → the 95 % interval of an estimated value, and
+    from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
     and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
     """
 
@@ -120,6 +127,7 @@ class Series:
     populations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     judge: Judge | None = None
+    intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -131,7 +139,8 @@ class Series:
         """
         if not self.layers:
             raise AnomalyError("the series is empty: no layer was measured")
-        bad = [layer for layer, value in zip(self.layers, self.values, strict=True) if not np.isfinite(value)]
+        values = zip(self.layers, self.values.tolist(), strict=True)
+        bad = [layer for layer, value in values if not sound(value, self.query.unit)]
         if bad:
             first = bad[0]
             reason = self.problems.get(first, "the value is not finite")

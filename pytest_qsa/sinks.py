@@ -51,6 +51,16 @@ class Sinks:
         ] = True
         return mask
 
+    def among(self, positions: str, counting: NDArray[np.bool_], sample: int, layer: str) -> NDArray[np.bool_]:
+        """Return those of a sample's tokens that count, [T] booleans, that `positions` names, in canonical form."""
+        named = counting.copy()
+        if positions.startswith("skip_first:"):
+            named[np.flatnonzero(named)[: int(positions.partition(":")[2])]] = False
+        elif positions != "all":
+            sinks = self.mask(sample, len(named), layer)
+            named &= sinks if positions == "sink" else ~sinks
+        return named
+
     def _trunk(self, layer: str) -> str | None:
         """Return the trunk beside which a layer stands; None, for all of them, where it stands beside none."""
         beside = (trunk for trunk in self.trunks if layer.startswith(trunk.rpartition(".")[0] + "."))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import plan
 from ..captures import Capture
 from ..numbers import SiteNumbers
-from ..plan import Request, match_layers, merge_requests
+from ..plan import LOGITS, Request, match_layers, merge_requests
 from .batches import Batch, row_count, rows_of, token_ids
-from .modules import blocks_of, device_of, input_of, layers_of, packed_experts, routing_of, tensor_of
-from .rehearsal import Rehearsal, without_data
+from .companion import CompanionChanged
+from .hooks import evaluating, hooked, run_batch
+from .modules import blocks_of, device_of, layers_of
+from .pair_numbers import renumbered
+from .pairing import PairedVisits, Partner
+from .predictions import Predictions
+from .rehearsal import NOTHING_LEARNED, rehearsal_of
 from .streaming import WAVE, Stream
 from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
 from .weights import observe_weights
@@ -28,6 +32,7 @@ Progress = Callable[[int, int], None]
 """Told after each batch: samples done, samples in all."""
 Keep = Callable[[Callable[[], Capture], int], None]
 """Told after each batch but the last (each wave of a streamed pass): what makes the capture so far, its samples."""
+Wanted = Mapping[SiteKey, frozenset[str]]
 
 
 def run_pass(
@@ -40,26 +45,33 @@ def run_pass(
     stream: Stream | None = None,
     first_sample: int = 0,
     keep: Keep | None = None,
+    partner: Partner | None = None,
 ) -> Capture:
     """Run the model once over the batches and reduce every tensor that the requests name.
 
     `batches`: tensors [B, T] (or whatever the model takes), or dicts of forward arguments. `decode`: token ids → texts.
     `stream`: reads the weights while the model runs; without it they are in memory. `first_sample`: the number of the
-    first row among all samples of the subject. `keep`: see `Keep`. The model's mode and hooks are as before afterwards.
+    first row among all samples of the subject. `keep`: see `Keep`. `partner`: the reference, where the requests compare
+    the model with one. The model's mode and hooks are as before afterwards.
     """
     modules = layers_of(model)
     requests = merge_requests(requests)
-    job = _Job(model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep)
+    job = _Job(model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep, partner)
     wanted = wanted_sites(list(modules), job.blocks, requests)
     activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
     weights = {site: statistics for site, statistics in wanted.items() if site[1] == "weight"}
-    with _evaluating(model):
+    forwards = bool(activations or job.scores)
+    with evaluating(model), ExitStack() as stack:
+        if partner is not None:
+            stack.enter_context(partner.ready(batches, first_sample, wanted, job.scores))
         if stream is not None:
             numbers = _streamed(job, activations, weights, stream)
         else:
-            numbers = _forwards(job, activations).numbers() if activations else {}
+            numbers = _forwards(job, activations).numbers() if forwards else {}
             numbers |= observe_weights(modules, weights)
-    return job.capture({site: numbers[site] for site in wanted if site in numbers}, batches)
+        if partner is not None:
+            numbers = partner.weighed(modules, weights, numbers, stream)
+    return job.capture({site: numbers[site] for site in [*wanted, (LOGITS, LOGITS)] if site in numbers}, batches)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,12 @@ class _Job:
     progress: Progress | None
     first_sample: int
     keep: Keep | None
+    partner: Partner | None
+
+    @cached_property
+    def scores(self) -> frozenset[str]:
+        """What is wanted of the model's predictions."""
+        return frozenset().union(*(request.statistics for request in self.requests if request.site == LOGITS))
 
     @cached_property
     def ends(self) -> list[int]:
@@ -86,15 +104,16 @@ class _Job:
         ids = [row for batch in batches for row in token_ids(batch)]
         unique = sorted({int(token) for row in ids for token in set(row.tolist())})
         return Capture(
-            sites=_renumbered(numbers, self.first_sample),
+            sites=renumbered(numbers, self.first_sample),
             modules=tuple(self.modules),
             blocks=tuple(self.blocks),
             tokens=tuple(row.numpy().astype(np.int32) for row in ids),
             pieces=self.decode(unique) if self.decode else {},
             plan=self.requests,
+            reference=self.partner.capture(self.first_sample) if self.partner else None,
         )
 
-    def done(self, state: Visits, count: int) -> None:
+    def done(self, state: _Pass, count: int) -> None:
         """Tell how far the pass is: `count` batches have run."""
         samples = self.ends[count - 1]
         if self.progress is not None:
@@ -103,19 +122,14 @@ class _Job:
             self.keep(lambda: self.capture(state.numbers(), self.batches[:count]), samples)
 
 
-def _renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:
-    if not first:
-        return dict(numbers)
-    own = {id(n): n if site[1] == "weight" else replace(n, sample=n.sample - first) for site, n in numbers.items()}
-    return {site: own[id(n)] for site, n in numbers.items()}
-
-
 def wanted_sites(
     modules: Sequence[str], blocks: Sequence[str], requests: Iterable[Request]
 ) -> dict[SiteKey, frozenset[str]]:
     """Return what is to be measured at each site, in model order; where sinks matter, the blocks' outputs as well."""
     wanted: dict[SiteKey, frozenset[str]] = {}
     for request in requests:
+        if request.site == LOGITS:
+            continue
         for layer in match_layers(modules, request.pattern, request.exclude):
             site: SiteKey = (layer, request.site)
             wanted[site] = wanted.get(site, frozenset()) | request.statistics
@@ -126,71 +140,113 @@ def wanted_sites(
     return dict(sorted(wanted.items(), key=lambda item: (order[item[0][0]], plan.SITES.index(item[0][1]))))
 
 
+@dataclass
+class _Pass:
+    """One try at all forwards: what the hooks reduced, and what the model predicted."""
+
+    visits: Visits
+    predictions: Predictions | None
+
+    def numbers(self) -> dict[SiteKey, SiteNumbers]:
+        """Fetch the numbers of every site."""
+        found = self.visits.numbers()
+        if self.predictions is not None:
+            found[LOGITS, LOGITS] = self.predictions.numbers()
+        return found
+
+
 def _forwards(
     job: _Job,
-    wanted: Mapping[SiteKey, frozenset[str]],
+    wanted: Wanted,
     stream: Stream | None = None,
     rehearsed: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None),
-) -> Visits:
+) -> _Pass:
     """Run all batches; again where what the first one told turns out not to hold for all."""
     unshared, order = rehearsed
-    may_stop = True
+    may_stop = not job.scores
     while True:
-        state = Visits(wanted, job.modules, unshared, may_stop=may_stop and stream is None)
-        state.order = order if may_stop else None
+        predictions = Predictions(job.model, job.scores) if job.scores else None
+        state = _Pass(_visits(job, wanted, unshared, may_stop=may_stop and stream is None), predictions)
+        state.visits.order = order if may_stop else None
         try:
-            with torch.no_grad(), _hooked(job.modules, state):
-                if stream is None:
-                    _run_batches(job, state)
-                else:
+            with torch.no_grad(), hooked(job.modules, state.visits):
+                if stream is not None or (job.partner and job.partner.stream):
                     _run_stream(job, state, stream)
+                else:
+                    _run_batches(job, state)
             return state
         except SharingChanged as change:
             unshared |= {change.site}
         except CallsChanged:
             may_stop = False
+        except CompanionChanged as change:
+            assert job.partner is not None
+            job.partner.learn(change)
 
 
-def _run_batches(job: _Job, state: Visits) -> None:
+def _visits(job: _Job, wanted: Wanted, unshared: frozenset[SiteKey], *, may_stop: bool) -> Visits:
+    if job.partner is None:
+        return Visits(wanted, job.modules, unshared, may_stop=may_stop)
+    alone = {site: statistics - plan.against_reference(statistics) for site, statistics in wanted.items()}
+    pairs = job.partner.begin(job.modules)
+    return PairedVisits(alone, job.modules, unshared, may_stop=may_stop, pairs=pairs)
+
+
+def _run_one(job: _Job, state: _Pass, batch: Batch, forward: Forward, device: torch.device) -> None:
+    """Run one batch, and the reference beside it."""
+    if job.partner is not None:
+        job.partner.fly(batch, forward)
+    output = None
+    with suppress(PassComplete):
+        output = run_batch(job.model, batch, device)
+    reference = forward.flight.end(whole=bool(state.predictions)) if forward.flight else None
+    if state.predictions is not None:
+        state.predictions.add(batch, forward.rows, output, reference)
+    state.visits.end(forward)
+
+
+def _run_batches(job: _Job, state: _Pass) -> None:
     device = device_of(job.model)
     sample = job.first_sample
     for index, batch in enumerate(job.batches):
-        state.forward = Forward(rows_of(batch, sample, device), first=index == 0)
-        with suppress(PassComplete):
-            _forward(job.model, batch, device)
-        state.end(state.forward)
-        sample += len(state.forward.rows.samples)
+        state.visits.forward = forward = Forward(rows_of(batch, sample, device), first=index == 0)
+        _run_one(job, state, batch, forward, device)
+        sample += len(forward.rows.samples)
         job.done(state, index + 1)
 
 
-def _run_stream(job: _Job, state: Visits, stream: Stream) -> None:
+def _run_stream(job: _Job, state: _Pass, stream: Stream | None) -> None:
     """Run the batches side by side, a wave at a time: as many as may wait at once."""
     sample = job.first_sample
+    device = stream.device if stream is not None else device_of(job.model)
+    driving = stream or (job.partner.stream if job.partner else None)
+    assert driving is not None
+    if stream is not None and job.partner is not None:
+        stream.stand_beside(job.partner.stream, lambda: _settle(state.visits.forward))
     for start in range(0, len(job.batches), WAVE):
         wave = job.batches[start : start + WAVE]
         forwards = []
         for index, batch in enumerate(wave, start):
-            forwards.append(Forward(rows_of(batch, sample, stream.device), first=index == 0))
+            forwards.append(Forward(rows_of(batch, sample, device), first=index == 0))
             sample += len(forwards[-1].rows.samples)
 
         def run(index: int, wave: Sequence[Batch] = wave, forwards: Sequence[Forward] = forwards) -> None:
-            with suppress(PassComplete):
-                _forward(job.model, wave[index], stream.device)
-            state.end(forwards[index])
+            _run_one(job, state, wave[index], forwards[index], device)
 
         def resumed(index: int, forwards: Sequence[Forward] = forwards) -> None:
-            state.forward = forwards[index]
+            state.visits.forward = forwards[index]
 
-        stream.run([partial(run, index) for index in range(len(wave))], resumed)
+        driving.run([partial(run, index) for index in range(len(wave))], resumed)
         job.done(state, start + len(wave))
 
 
-def _streamed(
-    job: _Job,
-    activations: Mapping[SiteKey, frozenset[str]],
-    weights: Mapping[SiteKey, frozenset[str]],
-    stream: Stream,
-) -> dict[SiteKey, SiteNumbers]:
+def _settle(forward: Forward | None) -> None:
+    """Let the reference come to a place where it holds little, before the subject waits for weights."""
+    if forward is not None and forward.flight is not None:
+        forward.flight.settle()
+
+
+def _streamed(job: _Job, activations: Wanted, weights: Wanted, stream: Stream) -> dict[SiteKey, SiteNumbers]:
     """Run the pass while the weights are read; weights that are sites are reduced when they come by."""
     left = dict(weights)
     found: dict[SiteKey, SiteNumbers] = {}
@@ -199,89 +255,9 @@ def _streamed(
         here = {site: left.pop(site) for site in list(left) if site[0] in modules}
         found.update(observe_weights(job.modules, here))
 
-    rehearsed = _rehearsed(job, activations) if activations else (frozenset[SiteKey](), None)
+    rehearsed = rehearsal_of(job.model, job.modules, job.batches[0], activations) if activations else NOTHING_LEARNED
     with stream.ready(loading):
-        numbers = _forwards(job, activations, stream, rehearsed).numbers() if activations else {}
+        runs = bool(activations or job.scores)
+        numbers = _forwards(job, activations, stream, rehearsed).numbers() if runs else {}
         stream.visit_rest(lambda modules: any(site[0] in modules for site in left))
     return numbers | found
-
-
-def _rehearsed(job: _Job, wanted: Mapping[SiteKey, frozenset[str]]) -> tuple[frozenset[SiteKey], Order | None]:
-    """Run the first batch on tensors without data; learn what is not shared, and the last call that is needed.
-
-    All samples of a streamed pass are under way at once, so that the first can't tell the others. A model whose calls
-    depend on values (the experts of a MoE) can't be run so; it then runs to its end.
-    """
-    batch = job.batches[0]
-    tensors = {"": batch} if isinstance(batch, Tensor) else dict(batch)
-    empty = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in tensors.items()}
-    unshared: frozenset[SiteKey] = frozenset()
-    while True:
-        state = Rehearsal(wanted, job.modules, unshared)
-        state.forward = Forward(rows_of(batch, 0, torch.device("cpu")), first=True)
-        try:
-            with torch.no_grad(), _hooked(job.modules, state), without_data(job.model):
-                _forward(job.model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
-            state.end(state.forward)
-            return unshared, state.order
-        except SharingChanged as change:
-            unshared |= {change.site}
-        except Exception:  # whatever a model does with a value that isn't there
-            return unshared, None
-
-
-def _forward(model: nn.Module, batch: Batch, device: torch.device) -> None:
-    if isinstance(batch, Tensor):
-        model(batch.to(device))
-    else:
-        model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
-
-
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], state: Visits) -> Iterator[None]:
-    handles = []
-    for layer, site in state.wanted:
-        if site == "input":
-            experts = packed_experts(modules[layer]) if plan.EXPERTS in state.wanted[layer, site] else 0
-            hook = _input_hook(state, layer, experts)
-            handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        else:
-            handles.append(modules[layer].register_forward_hook(_output_hook(state, layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_hook(state: Visits, layer: str, experts: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routing = routing_of(experts, args, kwargs) if experts else None
-        state.visit((layer, "input"), input_of(args, kwargs), routing)
-
-    return hook
-
-
-def _output_hook(state: Visits, layer: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        state.visit((layer, "output"), tensor_of(output))
-
-    return hook
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode and its cache off, and back afterwards."""
-    training = {name: module.training for name, module in model.named_modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    model.eval()
-    if isinstance(use_cache, bool):
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-        if isinstance(use_cache, bool):
-            config.use_cache = use_cache  # type: ignore[union-attr]

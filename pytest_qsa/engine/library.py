@@ -15,6 +15,7 @@ from ..plan import ALL_STATISTICS, Request, Site, massive_statistic, merge_reque
 from .batches import Batch
 from .capturing import Progress, run_pass
 from .modules import layers_of
+from .pairing import Partner
 from .tokens import decoder_of
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
@@ -35,6 +36,7 @@ def capture(
     statistics: Statistics = "all",
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    reference: nn.Module | None = None,
 ) -> Capture:
     """Run a model once over batches of data and keep the numbers of the named sites.
 
@@ -42,37 +44,54 @@ def capture(
         model: any module; it is run in evaluation mode without gradients and left as it was.
         batches: tensors [B, T], or dicts of forward arguments, with `attention_mask` [B, T] where there is padding.
             A sample is a row.
-        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output` or `weight`.
+        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output` or `weight`; and
+            `("", "logits")` for what the model predicts.
         statistics: `"all"`, or the names of the metrics that will be asked for; a metric that must know its thresholds
             in the pass comes as `("massive_activations", {"abs": 50.0, "ratio": 500.0})`.
         tokenizer: where given, the texts of the tokens are kept as well.
         progress: called after each batch with the samples done and the samples in all.
+        reference: another model of the same layers, usually the unquantized original: both run side by side over the
+            batches, and the metrics against a reference can be asked for, those of `logits()` as well where the models
+            return logits.
 
     Raises:
         AnomalyError: there is no batch, or a pattern matches no layer.
         SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
     """
-    requests = merge_requests(Request(pattern, site, None, _statistics(statistics, site)) for pattern, site in sites)
+    beside = reference is not None
+    requests = merge_requests(
+        Request(pattern, site, None, _statistics(statistics, site, beside=beside)) for pattern, site in sites
+    )
     samples = list(batches)
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
     modules = list(layers_of(model))
     for request in requests:
-        if not plan.match_layers(modules, request.pattern):
+        if request.site != plan.LOGITS and not plan.match_layers(modules, request.pattern):
             raise plan.no_match(modules, request.pattern, None)
-    return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress)
+    partner = Partner(reference) if reference is not None else None
+    return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress, partner=partner)
 
 
-def _statistics(statistics: Statistics, site: Site) -> frozenset[str]:
+def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozenset[str]:
     if statistics == "all":
-        return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
+        return _all_statistics(site, beside=beside)
     wanted: frozenset[str] = frozenset()
     for entry in [statistics] if isinstance(statistics, str) else statistics:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
         if name not in METRICS:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, site, parameters)
+    if plan.against_reference(wanted) and not beside:
+        raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
     return wanted
+
+
+def _all_statistics(site: Site, *, beside: bool) -> frozenset[str]:
+    if site == plan.LOGITS:
+        return frozenset({plan.SCORES, plan.AGREEMENT} if beside else {plan.SCORES})
+    both = {plan.ERROR, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS} if beside else set()
+    return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)} | both
 
 
 def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[str]:
@@ -83,5 +102,5 @@ def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> f
         choices = [{"reduce_dim": -1}, {"reduce_dim": -2}, {"reduce_dim": None}]
     elif parameters is None and name == "quantile":
         choices = [{"signed": False}, {"signed": True}]
-    positions = ("all", "no_sink") if metric.positional else ("all",)
+    positions = ("all", "no_sink") if metric.positional and site != "weight" else ("all",)
     return frozenset().union(*(metric.needs(site, where, choice) for choice in choices for where in positions))

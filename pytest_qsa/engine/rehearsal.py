@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .batches import Rows
+from .batches import Batch, Rows, rows_of
+from .hooks import hooked, run_batch
 from .observers import StreamObserver
-from .visits import SiteKey, Visits
+from .visits import Forward, Order, SharingChanged, SiteKey, Visits
+
+NOTHING_LEARNED: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None)
+
+
+def rehearsal_of(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, wanted: Mapping[SiteKey, frozenset[str]]
+) -> tuple[frozenset[SiteKey], Order | None]:
+    """Run a batch on tensors without data; learn what is not shared, and the last call that is needed.
+
+    All samples of a streamed pass are under way at once, so that the first can't tell the others. A model whose calls
+    depend on values (the experts of a MoE) can't be run so; it then runs to its end.
+    """
+    tensors = {"": batch} if isinstance(batch, Tensor) else dict(batch)
+    empty = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    unshared: frozenset[SiteKey] = frozenset()
+    while True:
+        state = Rehearsal(wanted, modules, unshared)
+        state.forward = Forward(rows_of(batch, 0, torch.device("cpu")), first=True)
+        try:
+            with torch.no_grad(), hooked(modules, state), without_data(model):
+                run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
+            state.end(state.forward)
+            return unshared, state.order
+        except SharingChanged as change:
+            unshared |= {change.site}
+        except Exception:  # whatever a model does with a value that isn't there
+            return unshared, None
 
 
 class Rehearsal(Visits):

@@ -46,6 +46,21 @@ class Stream:
         self._after = {unit: after for unit, after in pairwise(self.units) if _siblings(unit.name, after.name)}
         self._loaded: Unit | None = None
         self._next: tuple[Unit, Future[Weights]] | None = None
+        self._beside: Stream | None = None
+        self._before_waiting: Callable[[], None] | None = None
+
+    def stand_beside(self, other: Stream | None, before_waiting: Callable[[], None]) -> None:
+        """Load the units of another streamed model as well, which run in the same flights.
+
+        `before_waiting`: called before a flight waits for a unit of this one.
+        """
+        self._beside, self._before_waiting = other, before_waiting
+
+    def enter_module(self, module: nn.Module) -> None:
+        """Load the unit that holds the weights of a module, if it isn't always there."""
+        unit = self._owned.get(module)
+        if unit is not None:
+            self._enter(unit)
 
     @contextmanager
     def ready(self, loading: Loading | None = None) -> Iterator[None]:
@@ -78,7 +93,7 @@ class Stream:
             self._pass(flights, range(len(flights)), waiting, resumed)
             while waiting:
                 unit = waiting[min(waiting)]
-                self._enter(unit)
+                self._home(unit)._enter(unit)
                 passing = sorted(index for index, awaited in waiting.items() if awaited is unit)
                 self._pass(flights, passing, waiting, resumed)
         finally:
@@ -101,10 +116,18 @@ class Stream:
             waiting.pop(index, None)
             if not flights[index].dead:
                 waiting[index] = awaited
-                if position == 0 and awaited is not self._loaded:  # the first sample tells what the others need next
-                    if self._loaded is not None:
-                        self._after[self._loaded] = awaited
-                    self._prefetch(awaited)
+                if position == 0:  # the first sample tells what the others need next
+                    self._home(awaited)._foresee(awaited)
+
+    def _home(self, unit: Unit) -> Stream:
+        """Return the stream whose unit it is."""
+        return self._beside if self._beside is not None and unit in self._beside.units else self
+
+    def _foresee(self, awaited: Unit) -> None:
+        if awaited is not self._loaded:
+            if self._loaded is not None:
+                self._after[self._loaded] = awaited
+            self._prefetch(awaited)
 
     def visit_rest(self, wanted: Callable[[Sequence[str]], bool]) -> None:
         """Load the units that a caller still wants to look at, though no forward came by."""
@@ -116,6 +139,8 @@ class Stream:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._loaded is unit:
                 return
+            if self._before_waiting is not None:
+                self._before_waiting()
             held = self.spill.hold(input_of(args, kwargs))
             while self._loaded is not unit:
                 grad = torch.is_grad_enabled()

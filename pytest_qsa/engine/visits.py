@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ class Forward:
     calls: dict[SiteKey, int] = field(default_factory=dict)
     seen: dict[int, _Seen] = field(default_factory=dict)
     last: tuple[SiteKey, int] | None = None
+    flight: Any = None
+    """The forward of the reference over the same rows, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,13 @@ class Visits:
     forward: Forward | None = None
     order: Order | None = None
 
-    def visit(self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None) -> None:
+    def visit(
+        self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
+    ) -> None:
         """Reduce a site's tensor, or note that it has been reduced at another site of this forward.
 
-        `routing`: where the tensor's tokens go, which another site that reads it need not know.
+        `routing`: where the tensor's tokens go, which another site that reads it need not know. `inputs`: what went
+        into the layer, which only a reference has to know.
         """
         forward = self.forward
         if tensor is None or forward is None:

@@ -1,0 +1,263 @@
+"""What two models make of one site: the powers of their difference, row by row, so that batching changes nothing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import plan
+from ..errors import AnomalyError, InfraError
+from ..numbers import NOT_COMPARED, PADDING, SiteNumbers
+from .batches import Rows
+from .modules import channels_first, tensor_of
+from .pair_reductions import channel_powers, powers_of
+
+SiteKey = tuple[str, plan.Site]
+LEAST_AGREEMENT = 100.0
+"""A layer that treats tokens one by one gives the same for a few of them: Σy² is this many times the error, or more."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What the reference has at a site: its tensor, and what went into the layer.
+
+    `rows`: where it was kept for some tokens only, the positions of each sample of the batch.
+    """
+
+    tensor: Tensor
+    inputs: Tensor | None = None
+    rows: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class PairWants:
+    """The statistics of one site that two models are needed for. `channels`: name → which tokens count."""
+
+    error: bool
+    local: Mapping[str, int]
+    channels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, statistics: frozenset[str]) -> PairWants:
+        """Read the names."""
+        parts = {name: name.partition(":") for name in sorted(statistics)}
+        return cls(
+            error=plan.ERROR in statistics,
+            local={name: int(rest) for name, (kind, _, rest) in parts.items() if kind == "local"},
+            channels={name: rest for name, (kind, _, rest) in parts.items() if kind == "channel_error"},
+        )
+
+
+Named = Callable[[str, NDArray[np.bool_], int, str], NDArray[np.bool_]]
+"""Which tokens of a sample count: positions, those that are no padding, sample, layer → [T] booleans."""
+
+
+@dataclass
+class _Found:
+    """What was computed of two tensors, while both live unchanged."""
+
+    tensors: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
+    versions: tuple[int, int]
+    wants: PairWants
+    rows: list[dict[str, Any]]
+
+    def fits(self, pair: tuple[Tensor, Tensor], versions: tuple[int, int], wants: PairWants) -> bool:
+        """Say whether the same would be computed again. What a layer makes itself of its input is its own affair."""
+        same = all(kept() is tensor for kept, tensor in zip(self.tensors, pair, strict=True))
+        return same and self.versions == versions and self.wants == wants and not (wants.local or wants.channels)
+
+
+@dataclass
+class PairObserver:
+    """The rows of one site: whose they are, and their numbers."""
+
+    token_axis: bool = False
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    owners: list[tuple[int, int, int]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Pairs:
+    """The state of one pass of two models. `wanted`: the statistics of each site; `named`: which tokens count."""
+
+    wanted: Mapping[SiteKey, frozenset[str]]
+    modules: Mapping[str, nn.Module]
+    named: Named
+    observers: dict[SiteKey, PairObserver] = field(default_factory=dict)
+    _found: dict[tuple[int, int], _Found] = field(default_factory=dict)
+
+    def compare(self, rows: Rows, site: SiteKey, call: int, met: Met | None, own: Tensor) -> None:
+        """Compare what both models have at a site.
+
+        Raises:
+            InfraError: the reference has no such tensor, or one of another shape.
+        """
+        if met is None:
+            raise InfraError(f"the reference doesn't call {site[0]} (call {call + 1}), so its {site[1]} has no partner")
+        first = channels_first(self.modules[site[0]])
+        shaped, token_axis = rows.shaped(own, first)
+        observer = self.observers.setdefault(site, PairObserver(token_axis, _dtype(own), tuple(shaped.shape[1:])))
+        wants = PairWants.of(self.wanted[site])
+        for (sample, length), found in zip(
+            _owners(rows, shaped, token_axis), self._of(rows, site, met, own, shaped, wants), strict=True
+        ):
+            if found:
+                observer.owners.append((sample, call, length))
+                observer.rows.append(found)
+
+    def forget(self) -> None:
+        """Forget the tensors of a forward that has ended."""
+        self._found.clear()
+
+    def _of(
+        self, rows: Rows, site: SiteKey, met: Met, own: Tensor, shaped: Tensor, wants: PairWants
+    ) -> list[dict[str, Any]]:
+        key = (id(met.tensor), id(own))
+        known = self._found.get(key)
+        versions = (_version(met.tensor), _version(own))
+        if known and known.fits((met.tensor, own), versions, wants):
+            return known.rows
+        found = self._compared(rows, site, met, shaped, wants)
+        self._found[key] = _Found((weakref.ref(met.tensor), weakref.ref(own)), versions, wants, found)
+        return found
+
+    def _compared(self, rows: Rows, site: SiteKey, met: Met, shaped: Tensor, wants: PairWants) -> list[dict[str, Any]]:
+        reference = (
+            met.tensor if met.rows is not None else rows.shaped(met.tensor, channels_first(self.modules[site[0]]))[0]
+        )
+        if met.rows is None and reference.shape != shaped.shape:
+            theirs, ours = ("×".join(map(str, tensor.shape[1:])) for tensor in (reference, shaped))
+            raise InfraError(f"the {site[1]} of {site[0]} is {ours} here and {theirs} in the reference")
+        token_axis = shaped.dim() == 3
+        keep = rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(rows.samples)
+        found: list[dict[str, Any]] = []
+        for index, kept in enumerate(keep):
+            if kept is not None and not len(kept):
+                found.append({})
+                continue
+            x = reference[index] if token_axis else reference[index][None]
+            y = shaped[index] if token_axis else shaped[index][None]
+            found.append(self._row(rows.samples[index], site, (x, y), kept, met, index, wants))
+        return found
+
+    def _row(
+        self,
+        sample: int,
+        site: SiteKey,
+        pair: tuple[Tensor, Tensor],
+        kept: Tensor | None,
+        met: Met,
+        index: int,
+        wants: PairWants,
+    ) -> dict[str, Any]:
+        (x, y), found = pair, {}
+        places = met.rows[index] if met.rows is not None else None
+        if wants.error:
+            found["error"] = powers_of(x, y, kept) if places is None else _some_powers(x, y, kept, places)
+        for name, count in wants.local.items():
+            drawn = drawn_rows(sample, len(y), kept, count) if places is None else places
+            found["local_rows"], found["local"] = self._local(site[0], met, x, index, drawn, count, name)
+        for name, positions in wants.channels.items():
+            counting = np.ones(len(y), dtype=bool)
+            if kept is not None:
+                counting[:] = False
+                counting[kept.cpu().numpy()] = True
+            chosen = np.flatnonzero(self.named(positions, counting, sample, site[0]))
+            if places is not None:
+                raise InfraError("a reference that was kept has no channels of all tokens: by: channel needs the model")
+            found[name] = channel_powers(x, y, torch.from_numpy(chosen).to(y.device))
+        return found
+
+    def _local(
+        self, layer: str, met: Met, x: Tensor, index: int, drawn: Tensor, count: int, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer on some of the reference's tokens; return their positions [R] and powers [R, 2]."""
+        if met.inputs is None:
+            raise InfraError(
+                f"the reference that was kept has no input of {layer}, which local_sqnr feeds to the layer"
+            )
+        inputs = met.inputs[index] if met.rows is not None else met.inputs[index].index_select(0, drawn)
+        outputs = x if met.rows is not None else x.index_select(0, drawn)
+        own = run_rows(self.modules[layer], layer, inputs)
+        powers = powers_of(outputs, own, None)[:, :2]
+        positions = torch.full((count,), -1, dtype=torch.int32)
+        table = torch.zeros((count, 2), dtype=torch.float32, device=powers.device)
+        positions[: len(drawn)] = drawn.cpu().int()
+        table[: len(drawn)] = powers
+        return positions, table
+
+    def numbers(self, numbers: Mapping[SiteKey, SiteNumbers]) -> dict[SiteKey, SiteNumbers]:
+        """Add what was compared to what was reduced of one model; sites with the same numbers go on sharing them."""
+        from .pair_numbers import joined
+
+        return joined(numbers, self.observers, self.wanted)
+
+
+def run_rows(module: nn.Module, layer: str, inputs: Tensor) -> Tensor:
+    """Run a layer on some tokens [R, C], past its hooks; return [R, C'].
+
+    Raises:
+        AnomalyError: the layer can't be run on single tokens.
+    """
+    try:
+        output = tensor_of(module.forward(inputs[None]))
+    except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise _mixes(layer) from error
+    if output is None or output.dim() != 3:
+        raise _mixes(layer)
+    return output[0]
+
+
+def check_rows(module: nn.Module, layer: str, inputs: Tensor, outputs: Tensor) -> None:
+    """Check that a layer gives the same for some tokens [R, C] alone as among the others.
+
+    Raises:
+        AnomalyError: it doesn't.
+    """
+    signal, error = powers_of(outputs, run_rows(module, layer, inputs), None)[:, :2].sum(dim=0).tolist()
+    if error * LEAST_AGREEMENT > signal:
+        raise _mixes(layer)
+
+
+def _mixes(layer: str) -> AnomalyError:
+    return AnomalyError(
+        f"local_sqnr feeds a layer with single tokens of the reference, and {layer} needs more than that (attention, a "
+        "block): name its linear layers, or gate sqnr there"
+    )
+
+
+def drawn_rows(sample: int, length: int, kept: Tensor | None, count: int) -> Tensor:
+    """Return the positions that stand for a sample's tokens, ascending, [≤ count]; the same in every run."""
+    places = np.arange(length) if kept is None else kept.cpu().numpy()
+    if len(places) > count:
+        places = np.sort(np.random.default_rng([sample, length]).choice(places, count, replace=False))
+    device = kept.device if kept is not None else None
+    return torch.from_numpy(places.astype(np.int64)).to(device)
+
+
+def _some_powers(x: Tensor, y: Tensor, kept: Tensor | None, places: Tensor) -> Tensor:
+    found = torch.full((len(y), 4), PADDING if kept is not None else NOT_COMPARED, device=y.device)
+    if kept is not None:
+        found.index_fill_(0, kept, NOT_COMPARED)
+    return found.index_copy_(0, places, powers_of(x, y.index_select(0, places), None))
+
+
+def _owners(rows: Rows, shaped: Tensor, token_axis: bool) -> list[tuple[int, int]]:
+    return [(sample, shaped.shape[1] if token_axis else 0) for sample in rows.samples]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,185 @@
+"""Fused reductions of two tensors, or two rows of logits, on the CPU, compiled by numba.
+
+`pair_reductions.py` does the same with torch's operators: on accelerators, without numba, and as the tests' oracle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import overload
+
+_CHUNK = 512
+"""So many exponentials are made at a time, so that they stay in the nearest cache."""
+_SIGNLESS, _MAGNITUDE = np.uint32(0x7FFFFFFF), np.int32(0x7FFFFFFF)
+_LOG2E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
+_MATH = {"reassoc", "contract", "nsz", "arcp"}
+
+_inner = njit(nogil=True, boundscheck=False, fastmath=_MATH)
+_parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True, fastmath=_MATH)
+
+
+@_inner
+def _powers(reference, own, difference, patterns, found):
+    """Fill found [4] with Σx², Σ(x − x̂)², Σx̂² and max |x − x̂| of two rows of float32.
+
+    difference, patterns: x − x̂ and its bits, one memory. Signless bits order as magnitudes do, with NaN above all.
+    """
+    signal = error = power = np.float32(0)
+    for channel in range(own.shape[0]):
+        x, y = reference[channel], own[channel]
+        apart = x - y
+        difference[channel] = apart
+        signal += x * x
+        error += apart * apart
+        power += y * y
+    largest = np.uint32(0)
+    for channel in range(own.shape[0]):
+        largest = max(largest, np.uint32(patterns[channel] & _SIGNLESS))
+    patterns[0] = largest
+    found[0], found[1], found[2], found[3] = signal, error, power, difference[0]
+
+
+@_parallel
+def powers32(reference, own, found, threads):
+    """Fill found [T, 4] with `ERROR_NAMES` of each row of two float32 tensors [T, C]."""
+    share = (own.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        bits = np.empty(own.shape[1], dtype=np.uint32)
+        for token in range(thread * share, min((thread + 1) * share, own.shape[0])):
+            _powers(reference[token], own[token], bits.view(np.float32), bits, found[token])
+
+
+@_parallel
+def powers16(reference, own, found, threads):
+    """As `powers32`, of the patterns of two bfloat16 tensors, uint16 [T, C]."""
+    share, width = (own.shape[0] + threads - 1) // threads, own.shape[1]
+    for thread in prange(threads):
+        bits = np.empty((3, width), dtype=np.uint32)
+        x, y, patterns = bits[0], bits[1], bits[2]
+        for token in range(thread * share, min((thread + 1) * share, own.shape[0])):
+            theirs, ours = reference[token], own[token]
+            for channel in range(width):
+                x[channel] = np.uint32(theirs[channel]) << np.uint32(16)
+            for channel in range(width):
+                y[channel] = np.uint32(ours[channel]) << np.uint32(16)
+            _powers(x.view(np.float32), y.view(np.float32), patterns.view(np.float32), patterns, found[token])
+
+
+def _widen16(row, bits, floats):
+    for at in range(row.shape[0]):
+        bits[at] = np.int32(np.uint32(row[at]) << np.uint32(16))
+
+
+def _widen32(row, bits, floats):
+    for at in range(row.shape[0]):
+        floats[at] = row[at]
+
+
+def _widen(row, bits, floats):
+    """Fill bits, which are also floats, with a row of float32, or of the patterns of bfloat16."""
+
+
+@overload(_widen, inline="always")
+def _widen_any(row, bits, floats):
+    if row.dtype == types.uint16:
+        return _widen16
+    return _widen32
+
+
+@_inner
+def _top(bits):
+    """Return where the largest of a row of float32 is, by its bits, int32: they order as the values do, NaN above all.
+
+    The first such place, where some are equal.
+    """
+    top = np.int32(-(1 << 31))
+    for at in range(bits.shape[0]):
+        top = max(top, np.int32(bits[at] ^ ((bits[at] >> np.int32(31)) & _MAGNITUDE)))
+    top ^= (top >> np.int32(31)) & _MAGNITUDE
+    for at in range(bits.shape[0]):
+        if bits[at] == top:
+            return at
+    return 0
+
+
+@_inner
+def _exponentials(logits, top, found, powers, exponents):
+    """Fill found with e^(x − top) of float32 logits, within 1e-11 of itself; below e^−700 it is taken for that.
+
+    powers, exponents: where powers of two are made, one memory, whose exponents are set as integers.
+    """
+    for at in range(logits.shape[0]):
+        x = max(np.float64(logits[at]) - top, -700.0)
+        turns = np.floor(x * _LOG2E + 0.5)
+        r = (x - turns * _LN2_HIGH) - turns * _LN2_LOW
+        tail = 1 / 120 + r * (1 / 720 + r * (1 / 5040 + r * (1 / 40320 + r * (1 / 362880))))
+        found[at] = 1.0 + r * (1.0 + r * (0.5 + r * (1 / 6 + r * (1 / 24 + r * tail))))
+        exponents[at] = (np.int64(turns) + 1023) << 52
+    for at in range(logits.shape[0]):
+        found[at] *= powers[at]
+
+
+@_inner
+def _nll(own, token, top, scratch, exponents):
+    """Return −ln of the probability of a token."""
+    mass = 0.0
+    for start in range(0, own.shape[0], _CHUNK):
+        part = own[start : start + _CHUNK]
+        _exponentials(part, top, scratch[0], scratch[1], exponents)
+        for at in range(part.shape[0]):
+            mass += scratch[0, at]
+    return top + np.log(mass) - np.float64(own[token])
+
+
+@_inner
+def _compare(reference, own, tops, token, scratch, exponents, found):
+    """Fill found [4] with `SCORE_NAMES` of two rows; tops [2]: their largest values."""
+    mass = rest = weighted = 0.0
+    for start in range(0, own.shape[0], _CHUNK):
+        x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
+        _exponentials(x, tops[0], scratch[0], scratch[1], exponents)
+        _exponentials(y, tops[1], scratch[2], scratch[1], exponents)
+        for at in range(x.shape[0]):
+            mass += scratch[0, at]
+            rest += scratch[2, at]
+            weighted += scratch[0, at] * (np.float64(x[at]) - np.float64(y[at]))
+    normaliser, other = tops[0] + np.log(mass), tops[1] + np.log(rest)
+    if token >= 0:
+        found[0] = other - np.float64(own[token])
+        found[1] = normaliser - np.float64(reference[token])
+    found[2] = weighted / mass - normaliser + other
+
+
+@_parallel
+def score_rows(own, following, found, threads):
+    """Fill found [T] with −ln of the probability of the token that follows, of logits [T, V]; NaN stays where it is −1.
+
+    own: float32, or the patterns of bfloat16, uint16.
+    """
+    share = (own.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        scratch, bits = np.empty((2, _CHUNK), dtype=np.float64), np.empty(own.shape[1], dtype=np.int32)
+        logits = bits.view(np.float32)
+        for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
+            if following[row] >= 0:
+                _widen(own[row], bits, logits)
+                top = np.float64(logits[_top(bits)])
+                found[row] = _nll(logits, following[row], top, scratch, scratch.view(np.int64)[1])
+
+
+@_parallel
+def compare_rows(reference, own, following, found, threads):
+    """Fill found [T, 4] with `SCORE_NAMES` of two logits [T, V], as those of `score_rows`; following: −1 for none."""
+    share = (own.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        scratch, bits = np.empty((3, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.int32)
+        x, y, tops = bits[0].view(np.float32), bits[1].view(np.float32), np.empty(2)
+        for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
+            _widen(reference[row], bits[0], x)
+            _widen(own[row], bits[1], y)
+            likeliest = _top(bits[0])
+            tops[0], tops[1] = x[likeliest], y[_top(bits[1])]
+            _compare(x, y, tops, following[row], scratch, scratch.view(np.int64)[1], found[row])
+            found[row, 3] = 1.0 if y[likeliest] == tops[1] else 0.0

@@ -1,0 +1,204 @@
+"""The partner of a pass: the reference model that every sample of the subject is compared with, as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import plan
+from ..captures import Capture
+from ..errors import AnomalyError
+from ..numbers import SiteNumbers
+from ..plan import Request
+from ..sinks import Sinks, find_sinks
+from .batches import Batch, rows_of
+from .companion import Companion, CompanionChanged, ReferenceVisits
+from .comparing import Pairs
+from .hooks import evaluating, hooked, run_batch
+from .modules import Routing, blocks_of, device_of, layers_of
+from .pair_numbers import renumbered
+from .rehearsal import rehearsal_of
+from .streaming import WAVE, Stream
+from .visits import Forward, Order, SiteKey, Visits
+from .weight_pairs import weighed
+
+Wanted = Mapping[SiteKey, frozenset[str]]
+
+
+@dataclass
+class PairedVisits(Visits):
+    """The subject's hooks, where a reference runs beside it."""
+
+    pairs: Pairs = field(kw_only=True)
+
+    def visit(
+        self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
+    ) -> None:
+        """Meet the reference, then reduce what is wanted of the subject alone."""
+        forward = self.forward
+        if tensor is not None and forward is not None and site in self.pairs.wanted:
+            call = forward.calls.get(site, 0)
+            self.pairs.compare(forward.rows, site, call, forward.flight.at(site, call), tensor)
+        super().visit(site, tensor, routing)
+
+    def end(self, forward: Forward) -> None:
+        """End a forward."""
+        super().end(forward)
+        self.pairs.forget()
+
+    def numbers(self) -> dict[SiteKey, SiteNumbers]:
+        """Fetch the numbers of every site, with what was compared."""
+        return self.pairs.numbers(super().numbers())
+
+
+@dataclass
+class Partner:
+    """A reference that runs beside the subject. `stream`: reads its weights while it runs."""
+
+    model: nn.Module
+    stream: Stream | None = None
+    modules: Mapping[str, nn.Module] = field(init=False)
+    _scores: bool = False
+    _pairs: Wanted = field(default_factory=dict)
+    _own: Wanted = field(default_factory=dict)
+    _unshared: frozenset[SiteKey] = frozenset()
+    _order: Order | None = None
+    _may_stop: bool = True
+    _sinks: Sinks = field(default_factory=lambda: Sinks((), searched=False))
+    _companion: Companion | None = None
+    _hooks: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.modules = layers_of(self.model)
+
+    @contextmanager
+    def ready(
+        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
+    ) -> Iterator[None]:
+        """Prepare for a pass over these batches; afterwards the reference is as it was.
+
+        Raises:
+            AnomalyError: it lacks a layer that it is to be compared at.
+        """
+        self._plan(wanted, scores)
+        with evaluating(self.model), ExitStack() as stack:
+            stack.callback(lambda: self._hooks.close())
+            if self.stream is not None:
+                if self._own:
+                    self._unshared, self._order = rehearsal_of(self.model, self.modules, batches[0], self._own)
+                stack.enter_context(self.stream.ready())
+            if any("no_sink" in name or name.endswith(":sink") for names in self._pairs.values() for name in names):
+                self._sinks = self._find_sinks(batches, first_sample)
+            yield
+
+    def _plan(self, wanted: Wanted, scores: frozenset[str]) -> None:
+        self._scores = plan.AGREEMENT in scores
+        pairs = {site: plan.against_reference(statistics) for site, statistics in wanted.items()}
+        absent = [site[0] for site, statistics in pairs.items() if statistics and site[0] not in self.modules]
+        if absent:
+            raise AnomalyError(
+                f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
+                "is model.reference the original of this model?"
+            )
+        activations = {site: names for site, names in pairs.items() if names and site[1] != "weight"}
+        own = {
+            site: frozenset({plan.TOKENS}) if plan.REFERENCE_TOKENS in names else frozenset()
+            for site, names in activations.items()
+        }
+        if any(plan.REFERENCE_SINKS in names for names in activations.values()):
+            own |= {
+                (block, "output"): own.get((block, "output"), frozenset()) | {plan.TOKENS, plan.SINKS}
+                for block in blocks_of(self.model)
+            }
+        self._own = own
+        alone = {plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS}
+        self._pairs = {site: names for site, names in activations.items() if names - alone}
+
+    def begin(self, modules: Mapping[str, nn.Module]) -> Pairs:
+        """Begin a try of the pass over the subject's `modules`."""
+        self._hooks.close()
+        locals_ = {site for site, names in self._pairs.items() if any(name.startswith("local:") for name in names)}
+        may_stop = self._may_stop and not self._scores and self.stream is None
+        state = ReferenceVisits(
+            self._own, self.modules, self._unshared, may_stop=may_stop, pairs=frozenset(self._pairs)
+        )
+        state.order = self._order if self._may_stop and not self._scores else None
+        self._hooks.enter_context(hooked(self.modules, state, frozenset(locals_)))
+        self._companion = Companion(self.model, state, self._device, run_batch, self.stream)
+        return Pairs(self._pairs, modules, self._sinks.among)
+
+    def fly(self, batch: Batch, forward: Forward) -> None:
+        """Let the reference begin one forward of the subject as well, where it is needed."""
+        assert self._companion is not None
+        if self._own or self._scores:
+            own = Forward(rows_of(batch, forward.rows.samples[0], self._device), first=forward.first)
+            forward.flight = self._companion.flight(batch, own)
+
+    def learn(self, change: CompanionChanged) -> None:
+        """Take note of what the first forward of the reference didn't tell."""
+        if change.site is None:
+            self._may_stop = False
+        else:
+            self._unshared |= {change.site}
+
+    def capture(self, first_sample: int) -> Capture:
+        """Return the reference's own numbers; its samples are numbered from 0."""
+        found = self._companion.state.numbers() if self._companion else {}
+        own = {site: numbers for site, numbers in found.items() if self._own[site]}
+        return Capture(
+            sites=renumbered(own, first_sample), modules=tuple(self.modules), blocks=tuple(blocks_of(self.model))
+        )
+
+    def weighed(
+        self,
+        modules: Mapping[str, nn.Module],
+        wanted: Wanted,
+        numbers: Mapping[SiteKey, SiteNumbers],
+        stream: Stream | None,
+    ) -> dict[SiteKey, SiteNumbers]:
+        """Add what the weights of both models say; those of a streamed model are read for it once more."""
+        compared = [site for site, names in wanted.items() if plan.ERROR in names]
+        return {**numbers, **weighed(compared, (self.modules, modules), (self.stream, stream), numbers)}
+
+    @property
+    def _device(self) -> torch.device:
+        return self.stream.device if self.stream is not None else device_of(self.model)
+
+    def _find_sinks(self, batches: Sequence[Batch], first_sample: int) -> Sinks:
+        """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
+        wanted: Wanted = {(block, "output"): frozenset({plan.TOKENS, plan.SINKS}) for block in blocks_of(self.model)}
+        if not wanted:
+            return Sinks((), searched=False)
+        state = Visits(wanted, self.modules, frozenset(wanted), may_stop=False)
+        forwards, sample = [], first_sample
+        for batch in batches:
+            forwards.append(Forward(rows_of(batch, sample, self._device), first=False))
+            sample += len(forwards[-1].rows.samples)
+
+        def run(index: int) -> None:
+            run_batch(self.model, batches[index], self._device)
+            state.end(forwards[index])
+
+        def resumed(start: int, index: int) -> None:
+            state.forward = forwards[start + index]
+
+        with torch.no_grad(), hooked(self.modules, state):
+            for start in range(0, len(batches), WAVE):
+                wave = range(start, min(start + WAVE, len(batches)))
+                if self.stream is not None:
+                    self.stream.run([partial(run, index) for index in wave], partial(resumed, start))
+                    continue
+                for index in wave:
+                    resumed(0, index)
+                    run(index)
+        return find_sinks({layer: numbers for (layer, _), numbers in state.numbers().items()})
+
+
+def reference_requests(requests: Sequence[Request]) -> bool:
+    """Say whether some of the requests compare the subject with its reference."""
+    return any(plan.against_reference(request.statistics) for request in requests)

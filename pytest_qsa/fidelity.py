@@ -1,0 +1,202 @@
+"""How close a model is to its reference at one site, from the powers of signal and error of each token. numpy only.
+
+Power sums are pooled over all tokens that count and divided once: decibels are never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, Le
+from numpy.typing import NDArray
+
+from . import plan
+from .errors import AnomalyError
+from .numbers import ERROR_NAMES, PADDING
+from .registry import Estimate, Values, View, metric
+
+SIGNAL, ERROR, OWN, LARGEST = range(len(ERROR_NAMES))
+By = Literal["tensor", "token", "channel"]
+WeightBy = Literal["tensor", "channel"]
+Rows = Annotated[int, Ge(2), Le(4096)]
+TWO_SIDED_95 = 1.959963984540054
+"""The quantile of the normal distribution for 95 % on both sides."""
+
+
+def _error_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    if parameters.get("by") == "channel" and site != "weight":
+        return frozenset({plan.channel_error_statistic(positions)})
+    return frozenset({plan.ERROR})
+
+
+@metric(_error_needs, reduce=None, unit="dB", positional=True, against=True)
+def sqnr(view: View, *, by: By = "tensor") -> float | Estimate:
+    """Take 10·log10(Σx² / Σ(x − x̂)²), x the reference's; of the tensor, or of its worst token or channel.
+
+    torch.ao.ns `compute_sqnr`. Identical tensors have +∞. Over all samples at once; a token or channel of which the
+    reference has only zeros is left out unless the model has something else there.
+    """
+    if by == "channel":
+        return _worst(*_by_channel(view))
+    tokens = compared(view)
+    if by == "token":
+        return _worst(tokens[:, SIGNAL], tokens[:, ERROR])
+    return _estimated(view, tokens[:, SIGNAL], tokens[:, ERROR])
+
+
+@metric(plan.ERROR, reduce=None, positional=True, against=True)
+def nmse(view: View) -> float:
+    """Take Σ(x − x̂)² / Σx², x the reference's (torch.ao, NNCF)."""
+    return _ratio(compared(view))
+
+
+@metric(plan.ERROR, reduce=None, positional=True, against=True)
+def relative_l2(view: View) -> float:
+    """Take the root of `nmse`: ‖x − x̂‖ / ‖x‖."""
+    return float(np.sqrt(_ratio(compared(view))))
+
+
+@metric(plan.ERROR, reduce=None, positional=True, against=True)
+def cosine(view: View) -> float:
+    """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
+    signal, error, own = compared(view)[:, :LARGEST].sum(axis=0).tolist()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float((signal + own - error) / 2 / np.sqrt(np.float64(signal) * own))
+
+
+@metric(plan.ERROR, reduce=None, positional=True, against=True)
+def max_abs_diff(view: View) -> float:
+    """Take the largest |x − x̂|; of sampled tokens only, where the reference was kept so."""
+    return float(compared(view)[:, LARGEST].max())
+
+
+def _local_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.local_statistic(parameters["rows"])})
+
+
+@metric(_local_needs, reduce=None, unit="dB", positional=True, against=True, sites=("output",))
+def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
+    """Take the layer's own SQNR: its output on the reference's input against the reference's output.
+
+    onnxruntime `qdq_err`. Of that many tokens a sample, drawn with a fixed seed.
+    """
+    numbers = view.numbers
+    assert numbers.local is not None
+    assert numbers.local_rows is not None
+    found = []
+    for population in range(numbers.populations):
+        at = numbers.local_rows[population]
+        drawn = at >= 0
+        drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
+        found.append(numbers.local[population][drawn])
+    powers = np.concatenate(found).astype(np.float64)
+    return _interval(_some(view, powers)[:, 0], powers[:, 1])
+
+
+def _weight_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.ERROR})
+
+
+@metric(_weight_needs, reduce=None, unit="dB", against=True, sites=("weight",))
+def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
+    """Take the SQNR of the dequantized weight against the reference's; `channel`: its worst output channel, a row."""
+    numbers = view.numbers
+    assert numbers.error is not None
+    powers = numbers.error.astype(np.float64)
+    if by == "channel":
+        return _worst(powers[:, SIGNAL], powers[:, ERROR])
+    return decibels(*powers[:, :OWN].sum(axis=0).tolist())
+
+
+def _outlier_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({plan.TOKENS, plan.REFERENCE_TOKENS})
+
+
+@metric(_outlier_needs, reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+def new_outliers(view: View, *, threshold: float = 64.0) -> Values:
+    """Count the tokens above threshold × the median of their sample here that are not in the reference."""
+    return _outliers_of_one(view, view.of_reference(), threshold)
+
+
+@metric(_outlier_needs, reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+def lost_outliers(view: View, *, threshold: float = 64.0) -> Values:
+    """Count the tokens above threshold × the median of their sample in the reference that are not here."""
+    return _outliers_of_one(view.of_reference(), view, threshold)
+
+
+def _outliers_of_one(one: View, other: View, threshold: float) -> Values:
+    counts = []
+    for population in range(one.numbers.populations):
+        above = [view.ratios(population) > np.float32(threshold) for view in (one, other)]
+        counts.append(float(np.count_nonzero(above[0] & ~above[1])))
+    return np.array(counts, dtype=np.float64)
+
+
+def compared(view: View) -> NDArray[np.float64]:
+    """Return `ERROR_NAMES` of every token that counts and was compared, [N, 4].
+
+    Raises:
+        AnomalyError: there is none.
+    """
+    rows = [view.numbers.error_of(population) for population in range(view.numbers.populations)]
+    if view.numbers.token_axis and view.site != "weight":
+        rows = [row[view.among(population, row[:, SIGNAL] != PADDING)] for population, row in enumerate(rows)]
+    tokens = np.concatenate(rows)
+    return _some(view, tokens[~(tokens[:, SIGNAL] < 0)].astype(np.float64))
+
+
+def _some(view: View, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not len(tokens):
+        raise AnomalyError(f"no token at {view.layer} counts under positions: {view.positions}")
+    return tokens
+
+
+def _by_channel(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if view.site == "weight":
+        tokens = compared(view)
+        return tokens[:, SIGNAL], tokens[:, ERROR]
+    signal, error = view.numbers.channel_error[plan.channel_error_statistic(view.positions)].sum(axis=0)
+    return signal, error
+
+
+def _estimated(view: View, signal: NDArray[np.float64], error: NDArray[np.float64]) -> float | Estimate:
+    if view.sampled:
+        return _interval(signal, error)
+    return decibels(float(signal.sum()), float(error.sum()))
+
+
+def _interval(signal: NDArray[np.float64], error: NDArray[np.float64]) -> Estimate:
+    """Return the pooled SQNR of sampled tokens within its 95 % interval.
+
+    The delta method on the logarithm of a ratio of sums (Cochran, Sampling Techniques, 6.4).
+    """
+    value = decibels(float(signal.sum()), float(error.sum()))
+    if not np.isfinite(value):
+        return Estimate(value, value, value, len(signal))
+    spread = np.sqrt(np.sum((signal / signal.sum() - error / error.sum()) ** 2) * len(signal) / max(1, len(signal) - 1))
+    half = 10 / np.log(10) * TWO_SIDED_95 * float(spread)
+    return Estimate(value, value - half, value + half, len(signal))
+
+
+def _worst(signal: NDArray[np.float64], error: NDArray[np.float64]) -> float:
+    pairs = zip(signal.tolist(), error.tolist(), strict=True)
+    values = [decibels(x, e) for x, e in pairs if x != 0 or e != 0]
+    return min(values, default=float("inf")) if not np.isnan(values).any() else float("nan")
+
+
+def _ratio(tokens: NDArray[np.float64]) -> float:
+    signal, error = tokens[:, :OWN].sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(error / signal)
+
+
+def decibels(signal: float, error: float) -> float:
+    """Return 10·log10(signal / error): +∞ where nothing differs, −∞ where the reference is zero, NaN beside NaN."""
+    if np.isnan(signal) or np.isnan(error) or np.isinf(signal):
+        return float("nan")
+    if error == 0:
+        return float("inf")
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10(np.float64(signal) / error))

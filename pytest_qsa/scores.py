@@ -1,0 +1,136 @@
+"""What the whole model predicts, against the tokens that came and against its reference. numpy only.
+
+One position is one row of the logits: position t has read the tokens up to t and says how likely each next one is. The
+last position of a sample has no next token, so it counts for what compares the two models only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plan
+from .errors import AnomalyError
+from .numbers import SCORE_NAMES, SiteNumbers
+from .registry import Estimate, View, metric
+
+NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
+KlStat = Literal["mean", "median", "p99", "max"]
+DeltaStat = Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"]
+TWO_SIDED_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """The scores of one sample of T tokens, in nats; NaN where a number isn't known.
+
+    `nll`, `reference_nll` [T]: −ln of the probability of the token at t + 1. `kl` [T]: Σ p·(ln p − ln q), p the
+    reference's. `same_top` [T]: 1 where the reference's likeliest token is one of the model's own, else 0.
+    """
+
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64] | None = None
+    kl: NDArray[np.float64] | None = None
+    same_top: NDArray[np.float64] | None = None
+
+    def table(self) -> NDArray[np.float64]:
+        """Return `SCORE_NAMES` of each position, [T, 4]."""
+        unknown = np.full(len(self.nll), np.nan)
+        columns = (self.nll, self.reference_nll, self.kl, self.same_top)
+        return np.stack([unknown if column is None else column for column in columns], axis=1).astype(np.float64)
+
+
+def numbers_of(
+    samples: Sequence[TokenScores], indices: Sequence[int], statistics: frozenset[str], dtype: str
+) -> SiteNumbers:
+    """Return the scores of some samples as the numbers of the site `logits`; `indices`: which samples they are."""
+    lengths = np.array([len(sample.nll) for sample in samples], dtype=np.int64)
+    return SiteNumbers(
+        dtype=dtype,
+        shape=(),
+        token_axis=True,
+        statistics=statistics,
+        sample=np.array(indices, dtype=np.int32),
+        call=np.zeros(len(samples), dtype=np.int32),
+        lengths=lengths,
+        scores=np.concatenate([sample.table() for sample in samples]),
+    )
+
+
+@metric(plan.AGREEMENT, reduce=None, unit="nats", per="logits", against=True)
+def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
+    """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all.
+
+    llama.cpp `--kl-divergence`. The mean has a 95 % interval.
+    """
+    values = _known(view, KL)
+    if stat == "mean":
+        return _mean(values)
+    return float(np.percentile(values, {"median": 50, "p99": 99, "max": 100}[stat]))
+
+
+@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+def same_top(view: View) -> float:
+    """Take the share of positions where both models find the same token likeliest; a tie is no difference."""
+    return float(_known(view, SAME_TOP).mean())
+
+
+@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
+    """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions.
+
+    llama.cpp. Symmetric: noise; skewed: harm. `rms` is the root of the mean square.
+    """
+    own, reference = _pairs(view)
+    values = np.exp(-own) - np.exp(-reference)
+    plain: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max}
+    if stat == "rms":
+        return float(np.sqrt(np.mean(values * values)))
+    return float(plain[stat](values) if stat in plain else np.percentile(values, float(stat[1:])))
+
+
+@metric(plan.SCORES, reduce=None, per="logits")
+def perplexity(view: View) -> float:
+    """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
+    return float(np.exp(_known(view, NLL).mean()))
+
+
+@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+def ln_ppl_ratio(view: View) -> Estimate:
+    """Take the mean of nll_q − nll_p, position by position: ln of the ratio of the perplexities (llama.cpp).
+
+    The 95 % interval comes from the standard error of the paired differences, far smaller than either model's.
+    """
+    own, reference = _pairs(view)
+    return _mean(own - reference)
+
+
+def _mean(values: NDArray[np.float64]) -> Estimate:
+    """Return the mean within 1.96 standard errors of it."""
+    mean = float(values.mean())
+    half = TWO_SIDED_95 * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(mean, mean - float(half), mean + float(half), len(values))
+
+
+def _known(view: View, column: int) -> NDArray[np.float64]:
+    assert view.numbers.scores is not None
+    scores = view.numbers.scores
+    values: NDArray[np.float64] = scores[~np.isnan(scores[:, column]), column]
+    if not len(values):
+        raise AnomalyError(
+            "no token of the samples has a next one that the model predicts: "
+            f"{SCORE_NAMES[column]} is known of causal models only, and needs samples of two tokens or more"
+        )
+    return values
+
+
+def _pairs(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    _known(view, NLL)
+    assert view.numbers.scores is not None
+    scores = view.numbers.scores
+    both = ~np.isnan(scores[:, NLL]) & ~np.isnan(scores[:, REFERENCE_NLL])
+    return scores[both, NLL], scores[both, REFERENCE_NLL]

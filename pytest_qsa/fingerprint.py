@@ -19,7 +19,7 @@ from typing import Any
 from .captures import Capture
 from .files import write_atomically
 from .hub_sets import hub_set_of, local_path
-from .subjects import Subject
+from .subjects import Subject, kept_reference, reference_of
 
 LIBRARIES = (
     "pytest-qsa", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "gguf",
@@ -83,8 +83,11 @@ def _stamp(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
-    """Return the hash of a subject; None where no hash can cover it: a factory, a fixture, files that aren't here."""
+def fingerprint_of(subject: Subject, hashes: FileHashes, *, beside: bool = False) -> str | None:
+    """Return the hash of a subject, of its reference as well where that runs `beside` it.
+
+    None where no hash can cover it: a factory, a fixture, files that aren't here.
+    """
     folder = local_folder(subject)
     if folder is None or subject.model is None:
         return None
@@ -92,7 +95,10 @@ def fingerprint_of(subject: Subject, hashes: FileHashes) -> str | None:
     if hub_set is not None and not hub_set.copies:
         return None
     digest = hashlib.sha256()
-    for part in _parts(subject, folder, hashes):
+    reference = _reference_files(subject) if beside else []
+    if reference is None:
+        return None
+    for part in (*_parts(subject, folder, hashes), [[name, hashes.of(file)] for name, file in reference]):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -102,12 +108,30 @@ def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Captur
     folder = local_folder(subject)
     weights = _weights_hash(folder, hashes) if folder else None
     model = {**capture.meta["model"], "path": subject.path, "weights": weights}
+    if capture.reference is not None and subject.model and subject.model.reference and not kept_reference(subject):
+        reference = identified(capture.reference, reference_of(subject), hashes)
+        capture = replace(capture, reference=reference)
     return replace(capture, meta={**capture.meta, "model": model})
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder that hold weights."""
     return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+
+
+def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
+    """Return the files of the reference under their names; None where they aren't here."""
+    if subject.model is None or subject.model.reference is None:
+        return None
+    if (kept := kept_reference(subject)) is not None:
+        return [("reference", kept)]
+    folder = local_folder(reference_of(subject))
+    return _named_files(folder) if folder is not None else None
+
+
+def _named_files(folder: Path) -> list[tuple[str, Path]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    return [(str(file.relative_to(folder)), file) for file in files]
 
 
 def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
@@ -135,12 +159,12 @@ def local_folder(subject: Subject) -> Path | None:
 
 def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     assert subject.model is not None
-    yield "qsa-fingerprint/3"
+    yield "qsa-fingerprint/4"
     yield subject.model.model_dump(exclude={"name", "path", "reference", "previous"})
     yield subject.data.model_dump()
     yield subject.memory.model_dump()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts):
-        yield [str(file.relative_to(folder)), hashes.of(file)]
+    for name, file in _named_files(folder):
+        yield [name, hashes.of(file)]
     if subject.data.source == "sample":
         text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_bytes()
         yield hashlib.sha256(text).hexdigest()

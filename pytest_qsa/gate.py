@@ -216,7 +216,9 @@ class Gate:
                 return capture
             model = request.getfixturevalue("qsa_model")
             loaded = loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
-            return capture_loaded(subject, loaded, request.getfixturevalue("qsa_batches"), plan, progress)
+            batches, other = request.getfixturevalue("qsa_batches"), request.getfixturevalue("qsa_reference")
+            reference = loaded_from_fixture(other, None, "qsa_reference") if other is not None else None
+            return capture_loaded(subject, loaded, batches, plan, progress, reference=reference)
 
     @staticmethod
     def _warn_unpinned(request: pytest.FixtureRequest, subject: Subject, capture: Capture) -> None:

@@ -15,6 +15,7 @@ from .errors import AnomalyError, SuiteError
 
 Site = Literal["input", "output", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)
+LayerSite = Literal["input", "output", "weight"]
 LOGITS: Site = "logits"
 """What the whole model returns: the scores of every next token. It is no layer's; the others are a layer's."""
 
@@ -143,6 +144,11 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
         f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
         "`qsa layers` lists them all"
     )
+
+
+def compares(requests: Iterable[Request]) -> bool:
+    """Say whether some of the requests need the reference beside the subject."""
+    return any(against_reference(request.statistics) for request in requests)
 
 
 def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:

@@ -146,6 +146,12 @@ def qsa_batches() -> Any:
 
 
 @pytest.fixture(scope="session")
+def qsa_reference() -> object:
+    """Override it to compare the model of `qsa_model` with another one: return a torch.nn.Module."""
+    return None
+
+
+@pytest.fixture(scope="session")
 def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
     from .gate import Gate

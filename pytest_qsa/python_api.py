@@ -17,7 +17,7 @@ from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
-from .plan import Request, Site
+from .plan import LOGITS, Request, Site
 from .selection import NotMeasuredError, Positions, Selection, positions_of, query_of
 from .series import Judge, Series
 
@@ -72,6 +72,10 @@ class Qsa:
     def stopped(self, verdict: Verdict, capture: Capture | None) -> GateFailure:
         """Make the failure of a test that an error stopped before it could compare."""
         return self._gate.stopped(self._request, verdict, capture)
+
+    def logits(self) -> Selection:
+        """Select what the whole model predicts, for the metrics of its logits."""
+        return self._select("", LOGITS, None)
 
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""

@@ -17,7 +17,7 @@ from .errors import AnomalyError, InfraError, QsaError
 from .files import write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
 from .partial import PartialSums
-from .plan import Request, merge_requests
+from .plan import Request, compares, merge_requests
 from .subjects import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
@@ -78,7 +78,7 @@ class Captures:
 
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         hashes = self._hashes()
-        fingerprint = fingerprint_of(subject, hashes) if self.cache else None
+        fingerprint = fingerprint_of(subject, hashes, beside=compares(requests)) if self.cache else None
 
         def known(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
             return identified(make(plan, sums), subject, hashes)

@@ -36,18 +36,39 @@ class Subject:
         if self.checkpoint is not None:
             return self.checkpoint
         named = (self.model.path if self.model else None) or ""
-        local = self.folder / named
-        return os.path.abspath(local) if named and local.exists() else named
+        return located(self.folder, named) if named else named
 
     @property
     def key(self) -> str:
         """Equal for subjects that share one pass, whatever their names and suites."""
-        model = self.model.model_dump(exclude={"name", "path", "reference", "previous"}) if self.model else None
+        model = self.model.model_dump(exclude={"name", "path", "reference", "previous"}) if self.model else {}
+        if self.model and self.model.reference:
+            model["reference"] = located(self.folder, self.model.reference)
         data = self.data.model_dump()
         if (own := local_path(self.data, self.folder)) is not None:
             data["source"] = f"custom:{own.resolve()}"
         text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def located(folder: Path, named: str) -> str:
+    """Return the absolute path of what a suite in `folder` names, if it is there; else the name: a hub id."""
+    local = folder / named
+    return os.path.abspath(local) if local.exists() else named
+
+
+def reference_of(subject: Subject) -> Subject:
+    """Return the reference as a subject of the same data; `org/name@revision` pins a hub id."""
+    assert subject.model is not None
+    assert subject.model.reference is not None
+    return replace(_other(subject, subject.model.reference), fixture="")
+
+
+def kept_reference(subject: Subject) -> Path | None:
+    """Return the file of a reference that was kept as a capture; None where it is a model."""
+    named = subject.model.reference if subject.model else None
+    local = subject.folder / named if named else None
+    return local if local is not None and local.is_file() else None
 
 
 def files_of(subject: Subject) -> Files:
@@ -71,7 +92,12 @@ def previous_of(subject: Subject) -> Subject:
     """Return the last release as a subject of the same data; `org/name@revision` pins a hub id."""
     assert subject.model is not None
     assert subject.model.previous is not None
-    named = subject.model.previous
+    return _other(subject, subject.model.previous)
+
+
+def _other(subject: Subject, named: str) -> Subject:
+    """Return another checkpoint as a subject of the same data."""
+    assert subject.model is not None
     path, _, revision = (named, "", "") if (subject.folder / named).exists() else named.partition("@")
     model = subject.model.model_copy(
         update={"path": path, "factory": None, "revision": revision or None, "gguf_file": None, "previous": None}

@@ -29,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     from ..engine.outline import layer_names
     from ..engine.running import Share, capture_subject
     from ..fingerprint import FileHashes, fingerprint_of, identified
+    from ..plan import compares
     from ..progress import progress_bar
     from .overrides import parse_with_overrides
 
@@ -40,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         raise InfraError(f"there is no folder {shown_path(output.absolute().parent)} to write {output.name} in")
     requests = _requests(file, layer_names(model, subject.path, subject.memory, allow_code=code))
     hashes = FileHashes(None)
-    share = Share(samples=samples, sums=_sums(output, fingerprint_of(subject, hashes)))
+    share = Share(samples=samples, sums=_sums(output, fingerprint_of(subject, hashes, beside=compares(requests))))
     with progress_bar(subject.name) as progress:
         capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     keep(identified(capture, subject, hashes), output)
@@ -80,10 +81,10 @@ def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
     """Return what the assertions need, else what the pictures do; every pattern has to find one of the layers."""
     from ..config.suite import MeasuredAssertion
-    from ..plan import match_layers, no_match
+    from ..plan import LOGITS, match_layers, no_match
 
     requests = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     for request in requests:
-        if not match_layers(names, request.pattern, request.exclude):
+        if request.site != LOGITS and not match_layers(names, request.pattern, request.exclude):
             raise no_match(names, request.pattern, request.exclude)
     return requests or list(planned(file, names).requests)

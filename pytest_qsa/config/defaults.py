@@ -40,7 +40,7 @@ def _takes(entry: dict[str, Any], key: str) -> bool:
         return False
     metric = METRICS.get(name)
     if metric is not None and key == "positions":
-        return metric.positional and entry.get("site") != "weight"
+        return metric.positional and entry.get("site", metric.sites[0]) != "weight"
     return metric is None or key != "reduce" or metric.reduce is not None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import SuiteError, did_you_mean, shown_path
+from ..metrics import METRICS
 from .assertion import BUDGET, Assertion
 from .bounds import Relative
 from .defaults import apply_defaults
@@ -82,6 +83,7 @@ def make_suite(
             entry.pop("noise", None)
         suite = Suite.model_validate(source.data)
         _check_previous(source, suite)
+        _check_reference(source, suite)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
@@ -170,6 +172,19 @@ def _check_previous(source: YamlSource, suite: Suite) -> None:
         if key and not isinstance(assertion, MeasuredAssertion):
             raise source.error(
                 ("assertions", index, key), f"{assertion.metric} is of one checkpoint alone: write a number"
+            )
+
+
+def _check_reference(source: YamlSource, suite: Suite) -> None:
+    """Find an assertion that compares with a reference which nothing names; a fixture may bring one without `model`."""
+    assertions: Sequence[Assertion] = suite.assertions or ()
+    for index, assertion in enumerate(assertions):
+        metric = METRICS.get(assertion.metric)
+        if metric is not None and metric.against and suite.model is not None and suite.model.reference is None:
+            raise source.error(
+                ("assertions", index, "metric"),
+                f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
+                "kept reference capture)",
             )
 
 

@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from ..checkpoint import CHECKS, Check, query_of_check
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
-from ..plan import TOKENS, Request, Site
-from ..selection import canonical_positions, query_of
+from ..plan import LayerSite, Request
+from ..selection import canonical_positions, positions_of, query_of
 from ..series import Query
 from .assertion import Assertion
 from .bounds import Stated
@@ -138,8 +138,8 @@ class MeasuredAssertion(Assertion):
 
     layers: Regex
     exclude: Regex | None = None
-    site: Site
-    positions: Positions = "all"
+    site: LayerSite
+    positions: Positions | None = None
     reduce: Reduce | None = None
     baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
 
@@ -152,9 +152,12 @@ class MeasuredAssertion(Assertion):
             raise SuiteError(f"{self.metric} is one number for all layers, so it takes no over", "over")
         if self.reduce is not None and definition.reduce is None:
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
-        if self.positions != "all" and not definition.positional:
+        if self.site not in definition.sites:
+            raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
+        chosen = self.positions not in (None, "all")
+        if chosen and not definition.positional:
             raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
-        if self.positions != "all" and (self.site == "weight" or TOKENS not in self.request.statistics):
+        if chosen and not definition.counts_tokens(self.site, self.where, self.parameters):
             raise SuiteError(
                 f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
             )
@@ -170,7 +173,7 @@ class MeasuredAssertion(Assertion):
     @property
     def where(self) -> str:
         """The positions in canonical form."""
-        return canonical_positions(self.positions)  # type: ignore[arg-type]
+        return positions_of(self.metric, self.site, self.positions)  # type: ignore[arg-type]
 
     @property
     def query(self) -> Query:
@@ -209,15 +212,37 @@ class CheckpointAssertion(Assertion):
         return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
 
 
+class LogitsAssertion(MeasuredAssertion):
+    """An assertion on what the whole model predicts."""
+
+    layers: Literal[""] = ""
+    site: Literal["logits"] = "logits"  # type: ignore[assignment]
+
+
+class ReferenceAssertion(MeasuredAssertion):
+    """An assertion on how close a layer is to the reference's."""
+
+    site: LayerSite = "output"
+
+
+def _measured(metric: Metric) -> type[Assertion]:
+    """Return what the assertions on a metric have in common."""
+    if metric.per == "logits":
+        return LogitsAssertion
+    return ReferenceAssertion if metric.against else MeasuredAssertion
+
+
 def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
+    if isinstance(metric, Metric) and len(metric.sites) == 1:
+        own["site"] = (Literal[metric.sites[0]], metric.sites[0])
     title = "".join(word.title() for word in metric.name.split("_"))
     doc = (metric.compute.__doc__ or "").splitlines()[0]
     return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
 
 
 ASSERTIONS: Mapping[str, type[Assertion]] = {
-    **{name: _assertion_model(metric, MeasuredAssertion) for name, metric in METRICS.items()},
+    **{name: _assertion_model(metric, _measured(metric)) for name, metric in METRICS.items()},
     **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
     "external": ExternalAssertion,
 }

@@ -14,7 +14,6 @@ from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError
 from ..numbers import SiteNumbers
-from ..plan import Request
 from ..sinks import Sinks, find_sinks
 from .batches import Batch, rows_of
 from .companion import Companion, CompanionChanged, ReferenceVisits
@@ -197,8 +196,3 @@ class Partner:
                     resumed(0, index)
                     run(index)
         return find_sinks({layer: numbers for (layer, _), numbers in state.numbers().items()})
-
-
-def reference_requests(requests: Sequence[Request]) -> bool:
-    """Say whether some of the requests compare the subject with its reference."""
-    return any(plan.against_reference(request.statistics) for request in requests)

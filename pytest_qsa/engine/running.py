@@ -18,12 +18,13 @@ from ..errors import AnomalyError, InfraError
 from ..fingerprint import local_folder
 from ..merging import merge
 from ..partial import PartialSums
-from ..plan import Request
-from ..subjects import Subject
+from ..plan import Request, compares
+from ..subjects import Subject, reference_of
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
 from .models import Loaded, describe, load_model, quiet
+from .pairing import Partner
 from .ranks import Ranks
 from .schemes import schemes_of
 from .tokens import decoder_of, tokenizer_identity
@@ -39,6 +40,14 @@ class Share:
     samples: tuple[int, int] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     sums: PartialSums | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The subject, and the reference that runs beside it."""
+
+    subject: Loaded
+    partner: Partner | None = None
 
 
 def capture_subject(
@@ -57,14 +66,31 @@ def capture_subject(
     if subject.model is None:
         raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    reference: Loaded | None = None
     try:
-        return capture_loaded(subject, loaded, None, requests, progress, share)
+        if compares(requests):
+            reference = _load_reference(subject, allow_code=allow_code)
+        return capture_loaded(subject, loaded, None, requests, progress, share, reference)
     finally:
-        loaded.close()
-        del loaded
+        for held in (loaded, reference):
+            if held is not None:
+                held.close()
+        del loaded, reference, held
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
+    assert subject.model is not None
+    if subject.model.reference is None:
+        raise InfraError("there is nothing to compare with: name the original, model.reference")
+    reference = reference_of(subject)
+    assert reference.model is not None
+    try:
+        return load_model(reference.model, reference.path, subject.memory, allow_code=allow_code)
+    except InfraError as error:
+        raise InfraError(f"model.reference: {error}") from error
 
 
 def capture_loaded(
@@ -74,19 +100,29 @@ def capture_loaded(
     requests: Sequence[Request],
     progress: Progress | None = None,
     share: Share = Share(),
+    reference: Loaded | None = None,
 ) -> Capture:
-    """Run a loaded model over its own batches or over the subject's data, or over a share of them."""
+    """Run a loaded model over its own batches or over the subject's data, or over a share of them.
+
+    `reference`: the model that it is compared with, where the requests ask for that.
+    """
+    if compares(requests) and reference is None:
+        raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
     every = list(batches) if batches is not None else _batches(subject, loaded)
     if not every:
         raise AnomalyError("there are no batches: nothing would be measured")
     starts = [0, *accumulate(map(row_count, every))]
     selected = _selected(starts, share.samples)
     own = selected[share.ranks.share(len(selected))]
+    models = Models(loaded, Partner(reference.model, reference.stream) if reference else None)
     capture = share.ranks.gathered(
-        lambda: _part(loaded, every, starts, own, requests, progress, share.sums) if own else None
+        lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
     )
     meta = _meta(subject, loaded, every, own_batches=batches is not None)
     placed = {name: value for name, value in capture.meta.items() if name == "samples"}
+    if capture.reference is not None and reference is not None:
+        theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
+        capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
     return replace(capture, meta=meta | placed, schemes=schemes_of(loaded.model))
 
 
@@ -108,7 +144,7 @@ def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
 
 
 def _part(
-    loaded: Loaded,
+    models: Models,
     every: Sequence[Batch],
     starts: Sequence[int],
     own: range,
@@ -136,7 +172,7 @@ def _part(
         if progress is not None:
             progress(position - first + count, end - first)
 
-    capture = placed(_run(loaded, rest, requests, told, position, keep), end)
+    capture = placed(_run(models, rest, requests, told, position, keep), end)
     if sums is not None:
         sums.discard()
     whole = (first, end) == (0, total)
@@ -144,13 +180,14 @@ def _part(
 
 
 def _run(
-    loaded: Loaded,
+    models: Models,
     batches: Sequence[Batch],
     requests: Sequence[Request],
     progress: Progress,
     first_sample: int,
     keep: Keep,
 ) -> Capture:
+    loaded = models.subject
     try:
         with quiet():  # compressed-tensors shows bars of its own at the first forward
             return run_pass(
@@ -162,6 +199,7 @@ def _run(
                 stream=loaded.stream,
                 first_sample=first_sample,
                 keep=keep,
+                partner=models.partner,
             )
     except InfraError:
         raise
@@ -213,8 +251,8 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def loaded_from_fixture(model: object, tokenizer: object | None) -> Loaded:
-    """Take what the fixture `qsa_model` returned: a module, or a pair of a module and a tokenizer.
+def loaded_from_fixture(model: object, tokenizer: object | None, fixture: str = "qsa_model") -> Loaded:
+    """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
 
     Raises:
         InfraError: it is something else.
@@ -222,5 +260,5 @@ def loaded_from_fixture(model: object, tokenizer: object | None) -> Loaded:
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
     if not isinstance(model, nn.Module):
-        raise InfraError(f"the fixture qsa_model returned {type(model).__name__}, not a torch.nn.Module")
+        raise InfraError(f"the fixture {fixture} returned {type(model).__name__}, not a torch.nn.Module")
     return Loaded(model, tokenizer)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from .dequantized import dequantized
 from .pair_reductions import powers_of
 from .streaming import Stream
 from .visits import SiteKey
-from .weights import weight_of
 
 
 def weighed(
@@ -49,7 +49,7 @@ def _weight(module: nn.Module, stream: Stream | None) -> Tensor | None:
     if stream is not None:
         stream.enter_module(module)
     with torch.no_grad(), align_module_device(module):
-        return weight_of(module)
+        return dequantized(module)
 
 
 def _numbers(reference: Tensor, own: Tensor, known: SiteNumbers | None) -> SiteNumbers:

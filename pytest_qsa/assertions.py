@@ -313,6 +313,14 @@ def accepted(series: Series, text: str, bound: str) -> Verdict:
     return Verdict("", "", Kind.PASSED, text, series.query.plain(), bound=bound)
 
 
+def detailed(verdict: Verdict, detail: str) -> Verdict:
+    """Say of a verdict's one row what its value was made of; nothing, for nothing."""
+    if not detail:
+        return verdict
+    rows = [replace(row, detail=detail) for row in verdict.rows]
+    return replace(verdict, rows=rows, headline=f"{verdict.headline} ({detail})")
+
+
 def softened(verdict: Verdict, level: str) -> Verdict:
     """Apply `level: warn`: an exceeded bound becomes a warning; an assertion that saw nothing still fails."""
     if level == "warn" and verdict.kind is Kind.REGRESSION:

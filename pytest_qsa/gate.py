@@ -206,9 +206,13 @@ class Gate:
     def _make(
         self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request], sums: PartialSums | None
     ) -> Capture:
-        from .engine.running import Share, capture_loaded, capture_subject, loaded_from_fixture
-
         with self._progress(subject) as progress:
+            if subject.model is not None and subject.model.told:
+                from .served.capturing import capture_served
+
+                return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
+            from .engine.running import Share, capture_loaded, capture_subject, loaded_from_fixture
+
             if subject.model is not None:
                 code, share = self.options.allow_code, Share(sums=sums)
                 capture = capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
@@ -340,7 +344,7 @@ def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
     name = (checkpoint.name if checkpoint else None) or (suite.model.id if suite.model else "model")
     model = suite.model
     if checkpoint is not None:
-        base = model.model_dump(exclude={"factory", "path"}) if model else {}
+        base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
         model = Model(**base, path=checkpoint.path)
     return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds, softened
+from .assertions import Kind, Tolerance, Verdict, anomaly, detailed, judge_bounds, softened
 from .budgets import Budget, budget_of
 from .captures import Capture
 from .checkpoint import Files, problems_of
@@ -25,6 +25,7 @@ from .measuring import measured
 from .previous import kept_release, previous_values
 from .ratchet import limits_of
 from .series import Series
+from .served.judging import settled
 from .waivers import apply_waivers, joint_uses
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         else:
             assert isinstance(assertion, MeasuredAssertion)
             capture = gate.capture_of(request)
-            verdict, key = _judged(request, assertion, capture, waive)
+            decides, known = settled(assertion, capture)
+            verdict, key = _judged(request, assertion, decides, waive)
+            verdict = detailed(verdict, known)
         verdict = softened(verdict, assertion.level)
     except QsaError as error:
         verdict = anomaly(error, assertion.query)
@@ -102,7 +105,7 @@ def _external(request: pytest.FixtureRequest, assertion: ExternalAssertion, waiv
     subject = gate.subject_of(request.node)
     assert subject is not None
     verdict, budget = judge_scores(assertion, subject.folder, subject.name)
-    verdict = waive(verdict)
+    verdict = waive(replace(verdict, run={"model": {"path": subject.path}, **verdict.run}))
     return verdict, _exceeded(verdict, budget)
 
 

@@ -17,8 +17,17 @@ def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
     Raises:
         AnomalyError: there is nothing to compute from, or a value is not finite.
     """
-    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
-    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
-    series = series.folded(assertion.over)
+    series = series_of(assertion, capture)
     series.check()
     return series
+
+
+def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series of a capture, whatever is in it.
+
+    Raises:
+        AnomalyError: there is nothing to compute from.
+    """
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
+    return series.folded(assertion.over)

@@ -32,10 +32,15 @@ class Subject:
 
     @cached_property
     def path(self) -> str:
-        """The checkpoint's folder if there is one, else the hub id; empty for a factory or a fixture."""
+        """The checkpoint's folder if there is one, else the hub id; empty for a factory or a fixture.
+
+        Of a served model its address, or the file of what it said.
+        """
         if self.checkpoint is not None:
             return self.checkpoint
-        named = (self.model.path if self.model else None) or ""
+        if self.model is not None and self.model.served is not None:
+            return self.model.served.url
+        named = (self.model.path or self.model.logprobs if self.model else None) or ""
         return located(self.folder, named) if named else named
 
     @property
@@ -78,8 +83,8 @@ def files_of(subject: Subject) -> Files:
         InfraError: the subject is no checkpoint, or isn't here.
     """
     model = subject.model
-    if model is None or not subject.path:
-        raise InfraError("static checks read a checkpoint's files, and this subject comes from code: give model.path")
+    if model is None or not subject.path or model.told:
+        raise InfraError("static checks read a checkpoint's files, and this subject has none here: give model.path")
     reference = None
     if model.reference is not None:
         local = subject.folder / model.reference
@@ -99,9 +104,8 @@ def _other(subject: Subject, named: str) -> Subject:
     """Return another checkpoint as a subject of the same data."""
     assert subject.model is not None
     path, _, revision = (named, "", "") if (subject.folder / named).exists() else named.partition("@")
-    model = subject.model.model_copy(
-        update={"path": path, "factory": None, "revision": revision or None, "gguf_file": None, "previous": None}
-    )
+    sources = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None}
+    model = subject.model.model_copy(update={**sources, "revision": revision or None, "previous": None})
     return replace(subject, name=named, model=model, checkpoint=None)
 
 

@@ -129,7 +129,7 @@ def ran(verdict: Verdict) -> str:
     data: dict[str, Any] = dict(verdict.run.get("data") or {})
     parts = [verdict.subject]
     if model.get("path"):
-        parts[0] += f": {shown_path(Path(model['path']))}"
+        parts[0] += f": {_place(model['path'])}"
     if model.get("weights"):
         parts[0] += f" ({short_hash(model['weights'])})"
     if "tensors" in model:
@@ -137,6 +137,10 @@ def ran(verdict: Verdict) -> str:
         parts.append(f"{model['tensors']} tensors in {files}, {model['quantization']}; no forward")
     if evals := verdict.run.get("evals"):
         parts.append(", ".join(f"{word} {text}" for word, text in evals.items()))
+    if model.get("served"):
+        parts.append(f"{model['served']}, {model['logprobs']} logprobs of each position")
+        if reference := verdict.run.get("reference"):
+            parts.append(f"against {reference['path']}")
     if model.get("class"):
         parts.append(f"{model['class']} {model.get('dtype')} on {model.get('device')}")
     if "num_samples" in data:
@@ -145,8 +149,14 @@ def ran(verdict: Verdict) -> str:
             f"({short_hash(data['fingerprint'])})"
         )
     elif data.get("fingerprint"):
-        parts.append(f"batches of the fixture ({short_hash(data['fingerprint'])})")
+        source = "batches of the fixture" if data.get("source") == "fixture" else f"the tokens of {data.get('source')}"
+        parts.append(f"{source} ({short_hash(data['fingerprint'])})")
     return "; ".join(parts)
+
+
+def _place(path: str) -> str:
+    """Return a path as a user would type it; an address as it is."""
+    return path if "://" in path else shown_path(Path(path))
 
 
 def short_hash(digest: str) -> str:

@@ -92,7 +92,8 @@ def test_recovery_and_drop_are_of_the_reference_whichever_way_is_better(evals):
     )
     report = evals.project.read("qsa-results/report.html")
     assert "0.549 ± 0.0134 against 0.61 ± 0.0134" in report
-    assert "evals.reference" in report
+    assert "reference=base.json" in report
+    assert report.count("Nothing is known of the run") == 1
 
 
 def test_an_excess_within_the_error_of_the_difference_is_allowed_and_one_beyond_it_is_not(evals):

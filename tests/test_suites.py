@@ -142,8 +142,8 @@ def changed(old, new):
         ),
         pytest.param(BOMB + GOOD, 1, "expands to more than", id="alias bomb"),
         pytest.param("a: &a [*a]\n", 1, "expands to more than", id="a list that holds itself"),
-        pytest.param(changed("path: x", "path: x, factory: a:b"), 1, "one of path and factory", id="two models"),
-        pytest.param(changed("path: x", "name: x"), 1, "one of path and factory", id="no path"),
+        pytest.param(changed("path: x", "path: x, factory: a:b"), 1, "give one of path, factory", id="two models"),
+        pytest.param(changed("path: x", "name: x"), 1, "give one of path, factory", id="no path"),
         pytest.param("a: !!python/object/apply:os.getcwd []\n", 1, "not valid YAML", id="a Python object"),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -255,10 +255,12 @@ def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
         return list(inner.model_fields)
     model: Any = Suite
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation
-        model = next(
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        )
+        model = _model_in(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """Return the section that a key may hold, through unions and what annotates them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)

@@ -25,6 +25,7 @@ from .assertion import Assertion
 from .bounds import Stated
 from .external import ExternalAssertion
 from .fields import Regex, Strict
+from .served import Served, Tail
 from .visualization import Visualization
 
 
@@ -50,6 +51,9 @@ class Model(Strict):
 
     path: str | None = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
+    served: Served | None = None
+    logprobs: Annotated[str | None, Field(description="a file of what a served model said: .json or .jsonl")] = None
+    tail: Annotated[Tail, Field(description="what may be assumed of the tokens that aren't told")] = "unknown"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
     reference: str | None = None
     previous: Annotated[
@@ -67,14 +71,20 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
-        if (self.path is None) == (self.factory is None):
-            raise ValueError("give one of path and factory")
+        if sum(source is not None for source in (self.path, self.factory, self.served, self.logprobs)) != 1:
+            raise ValueError("give one of path, factory, served and logprobs")
         return self
+
+    @property
+    def told(self) -> bool:
+        """Whether only what a served model says of tokens is known, not its layers."""
+        return self.served is not None or self.logprobs is not None
 
     @property
     def id(self) -> str:
         """The subject's name: the folder of its baselines."""
-        return self.name or (self.path or self.factory or "model").rstrip("/").rpartition("/")[2]
+        served = (self.served.model or "served") if self.served else self.logprobs
+        return self.name or (self.path or self.factory or served or "model").rstrip("/").rpartition("/")[2]
 
 
 class CustomData(Strict):

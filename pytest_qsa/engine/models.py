@@ -57,6 +57,10 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     Raises:
         InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
     """
+    if spec.told:
+        raise InfraError(
+            "a served model can't be loaded, for only its answers are known: give the checkpoint, model.path"
+        )
     if spec.factory is not None:
         return _from_factory(spec.factory, allow_code=allow_code)
     if spec.trust_remote_code and not allow_code:
@@ -121,7 +125,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         model.eval()
         stream = stream_of(model, device_for(memory)) if streamed else None
         cleaning.pop_all()  # from here on Loaded.close cleans up
-    return Loaded(model, _tokenizer(path, common | gguf), scratch, stream)
+    return Loaded(model, tokenizer_of(path, common | gguf), scratch, stream)
 
 
 def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:
@@ -166,7 +170,8 @@ def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
     return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
 
 
-def _tokenizer(path: str, arguments: dict[str, Any]) -> Any:
+def tokenizer_of(path: str, arguments: dict[str, Any]) -> Any:
+    """Load the tokenizer of a checkpoint; None where it has none."""
     import transformers
 
     try:

@@ -30,6 +30,7 @@ _POSITIONS = {
 }  # fmt: skip
 _FACTS = {
     "Model": ("path", "model"),
+    "Served": ("served",),
     "Weights": ("weights", "sha256", "weights_sha256"),
     "Class": ("class",),
     "Tokenizer": ("tokenizer",),
@@ -161,7 +162,7 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
     found: dict[str, dict[str, Any]] = {}
     for card in cards:
-        flat = dict(flattened(card["run"]))
+        flat = {key: text for key, text in flattened(card["run"]) if not key.startswith("evals.")}
         empty = {"name": card["subject"], "all": flat, "cards": 0, "failed": 0}
         entry = found.setdefault(repr((card["subject"], flat)), empty)
         entry["facts"] = main_facts(flat)
@@ -190,6 +191,6 @@ def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
     facts = {}
     for label, names in _FACTS.items():
         known = [text for name in names for key, text in flat.items() if key.rpartition(".")[2] == name]
-        if told := [text for text in known if text not in ("", "None")]:
+        if told := [text for text in known if text not in ("", "None", "unknown")]:
             facts[label] = told[0]
     return facts

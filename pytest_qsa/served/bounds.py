@@ -1,0 +1,84 @@
+"""What the likeliest tokens of a served model say of its KL divergence from a reference: a bound from each side.
+
+Let p be the reference, q the served model, S the tokens that are known of q (and of p), and P, Q what p and q have
+outside S. KL(p ‖ q) = Σ_S p ln(p/q) + Σ_∉S p ln(p/q), and of the second sum only P and Q are known.
+
+*From below.* Putting all tokens outside S into one can't raise a divergence (the data-processing inequality; here the
+log-sum inequality, Cover & Thomas, Elements of Information Theory, 2.7.1), so
+
+    KL ≥ Σ_S p ln(p/q) + P ln(P/Q)
+
+with equality where q shares out its rest as p does. *From above.* q may have next to nothing where p has something, so
+that nothing finite holds unless something is known of the rest: that ln q is at least f there. Then
+
+    KL ≤ Σ_S p ln(p/q) + Σ_∉S p ln p − f·P
+
+For S the whole vocabulary both are the divergence itself. numpy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+ROUNDED = 1e-6
+"""By so much the sum of the probabilities that a server tells may be off: they are float32. It widens the bound."""
+NOTHING = 1e-12
+"""What the reference has outside counts as nothing below this: the rounding of a sum in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """Numbers of T positions that are known to lie between two others, [T] each."""
+
+    low: Floats
+    high: Floats
+
+
+def kl_bounds(
+    at_known: Floats, logprobs: Floats, negentropy: Floats, floor: float | None, nothing: float = NOTHING
+) -> Between:
+    """Bound KL(p ‖ q) at each position, in nats.
+
+    `at_known` [T, k]: ln p of the tokens that are known of q; `logprobs` [T, k]: ln q of them; both −∞ where absent.
+    `negentropy` [T]: Σ p ln p over the vocabulary. `floor`: the least that ln q is outside; None where nothing is
+    known. `nothing`: up to which P is the rounding of the sum of the others.
+    """
+    p = np.exp(at_known)
+    outside = np.clip(1 - p.sum(axis=1), 0, 1)
+    outside = np.where(outside > nothing, outside, 0.0)
+    inside = _sum(p, at_known - np.where(p > 0, logprobs, 0.0))
+    left = np.clip(1 - np.exp(logprobs).sum(axis=1) + ROUNDED, ROUNDED, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = inside + np.where(outside > 0, outside * (np.log(outside) - np.log(left)), 0.0)
+        tail = negentropy - _sum(p, at_known)
+        high = inside + np.where(outside > 0, tail - _least(floor) * outside, 0.0)
+    low = np.maximum(low, 0.0)
+    return Between(low, np.maximum(high, low))
+
+
+def _least(floor: float | None) -> float:
+    return -np.inf if floor is None else floor
+
+
+def _sum(p: Floats, values: Floats) -> Floats:
+    """Return Σ p·x of each row, where p = 0 adds nothing, whatever x is."""
+    with np.errstate(invalid="ignore"):
+        products: Floats = np.where(p > 0, p * np.where(p > 0, values, 0.0), 0.0)
+    sums: Floats = products.sum(axis=1)
+    return sums
+
+
+def nll_bounds(came: Floats, logprobs: Floats, floor: float | None) -> Between:
+    """Bound −ln q of the token that came, [T]; exact where it is known.
+
+    A token that isn't among the likeliest is no likelier than the last of them, nor than all that they leave.
+    """
+    left = np.clip(1 - np.exp(logprobs).sum(axis=1) + ROUNDED, ROUNDED, 1)
+    least = np.where(np.isfinite(logprobs), logprobs, np.inf).min(axis=1)
+    known = ~np.isnan(came)
+    low = np.where(known, -came, -np.minimum(least, np.log(left)))
+    return Between(low, np.where(known, -came, -_least(floor)))

@@ -1,0 +1,227 @@
+"""A served subject → a capture of its predictions, each number exact or between two bounds.
+
+The site `logits` holds what is known exactly, NaN for a number that isn't; beside it stand the least and the most that
+each may be, so that a capture's file keeps all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import plan
+from ..captures import Capture
+from ..config.served import Floor, Served
+from ..errors import AnomalyError, InfraError
+from ..numbers import SiteNumbers
+from ..plan import LOGITS, Request, Site
+from ..scores import TokenScores, numbers_of
+from ..subjects import Subject, located, reference_of
+from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
+from .bounds import Between, Floats
+from .client import Client
+from .files import read_logprobs
+from .tables import Table
+
+if TYPE_CHECKING:
+    from ..engine.models import Loaded
+
+AT_LEAST, AT_MOST = "at least", "at most"
+"""The names under which a capture keeps the two bounds of the site `logits`."""
+FILES = (".json", ".jsonl")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a served model is compared with: a model, or a file of logprobs; neither where nothing compares."""
+
+    loaded: Loaded | None = None
+    tables: Sequence[Table] | None = None
+
+
+def capture_served(
+    subject: Subject, requests: Sequence[Request], *, allow_code: bool = False, progress: Progress | None = None
+) -> Capture:
+    """Ask the served model, or read its file, and its reference where something is compared.
+
+    Raises:
+        InfraError: a file, the server or the reference fails.
+        AnomalyError: there is nothing sound in what they say, or they have other tokens.
+    """
+    assert subject.model is not None
+    with _reference(subject, requests, allow_code=allow_code) as reference:
+        tokens, tokenizer = _tokens(subject, reference)
+        recorded = subject.model.logprobs
+        tables = read_logprobs(subject.folder / recorded) if recorded else _asked(subject, tokens, progress)
+        rows = _rows(reference, tables, progress)
+    tail = subject.model.tail
+    floor = tail.at_least if isinstance(tail, Floor) else None
+    found = [agreement_of(t, r, floor=floor, alike=tail == "as_reference") for t, r in zip(tables, rows, strict=True)]
+    return _capture(subject, requests, tables, found, tokenizer)
+
+
+@contextmanager
+def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: bool) -> Iterator[_Reference]:
+    assert subject.model is not None
+    named = subject.model.reference
+    if named is None or not plan.compares(requests):
+        yield _Reference()
+        return
+    local = subject.folder / named
+    if local.suffix in FILES:
+        yield _Reference(tables=read_logprobs(local))
+        return
+    if local.is_file():
+        raise InfraError(
+            f"model.reference {named}: a served model is compared with a checkpoint, or a .json or .jsonl of logprobs"
+        )
+    from ..engine.models import load_model
+
+    model = reference_of(subject)
+    assert model.model is not None
+    try:
+        loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code)
+    except InfraError as error:
+        raise InfraError(f"model.reference: {error}") from error
+    try:
+        yield _Reference(loaded=loaded)
+    finally:
+        loaded.close()
+
+
+def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[int]], Any]:
+    """Return the token ids to ask for, and the tokenizer that they come from, if any."""
+    assert subject.model is not None
+    tokenizer = reference.loaded.tokenizer if reference.loaded else None
+    if reference.tables is not None:
+        return [table.tokens.tolist() for table in reference.tables], tokenizer
+    if subject.model.served is None:
+        return [], tokenizer
+    from ..engine.answering import tokenizer_at, windows
+
+    named = subject.model.served.tokenizer or subject.model.reference
+    if tokenizer is None and named is not None:
+        tokenizer = tokenizer_at(located(subject.folder, named))
+    if tokenizer is None:
+        raise InfraError(
+            "there is no tokenizer to make prompts of the data with: name the original, model.reference, or "
+            "served.tokenizer"
+        )
+    return windows(subject, tokenizer), tokenizer
+
+
+def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress | None) -> list[Table]:
+    served: Served | None = subject.model.served if subject.model else None
+    assert served is not None
+    client = Client.connect(served)
+    tables = []
+    for sample, ids in enumerate(tokens):
+        tables.append(client.table(ids, sample))
+        if progress is not None:
+            progress(sample + 1, len(tokens))
+    return tables
+
+
+def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | None) -> Sequence[ReferenceRows | None]:
+    if reference.tables is not None:
+        theirs = [table.tokens.tolist() for table in reference.tables]
+        if theirs != [table.tokens.tolist() for table in tables]:
+            raise AnomalyError("the logprobs of the reference are of other tokens: nothing can be compared")
+        return [rows_of_table(one, other) for one, other in zip(reference.tables, tables, strict=True)]
+    if reference.loaded is None:
+        return [None] * len(tables)
+    from ..engine.answering import rows_of_model
+
+    return rows_of_model(reference.loaded, tables, progress)
+
+
+def _capture(
+    subject: Subject, requests: Sequence[Request], tables: Sequence[Table], found: Sequence[Agreement], tokenizer: Any
+) -> Capture:
+    statistics = frozenset({plan.SCORES} | ({plan.AGREEMENT} if found[0].kl is not None else set()))
+    nll = [each.nll for each in found]
+    kl = [each.kl for each in found if each.kl is not None]
+
+    def numbers(chosen: Callable[[Sequence[Between]], Sequence[Floats]]) -> SiteNumbers:
+        divergences = chosen(kl) if kl else [None] * len(found)
+        scores = [
+            TokenScores(*(_padded(column) for column in (own, each.reference_nll, divergence, each.same_top)))
+            for own, divergence, each in zip(chosen(nll), divergences, found, strict=True)
+        ]
+        return numbers_of(scores, range(len(scores)), statistics, "float32")
+
+    sites: dict[tuple[str, Site], SiteNumbers] = {
+        (LOGITS, LOGITS): numbers(_exact),
+        (AT_LEAST, LOGITS): numbers(lambda bounds: [each.low for each in bounds]),
+        (AT_MOST, LOGITS): numbers(lambda bounds: [each.high for each in bounds]),
+    }
+    pieces = _pieces(tables, tokenizer)
+    meta = _meta(subject, tables, found)
+    return Capture(
+        sites, tokens=tuple(table.tokens for table in tables), pieces=pieces, meta=meta, plan=tuple(requests)
+    )
+
+
+def _exact(bounds: Sequence[Between]) -> list[Floats]:
+    """Return the numbers themselves where all are known; where one isn't, none: a share of them would mislead."""
+    exact = all(np.array_equal(each.low, each.high) for each in bounds)
+    return [each.low if exact else np.full_like(each.low, np.nan) for each in bounds]
+
+
+def _padded(column: Floats | None) -> Any:
+    """Add the last position of a sample, of which a server tells nothing."""
+    return None if column is None else np.append(column, np.nan)
+
+
+def _pieces(tables: Sequence[Table], tokenizer: Any) -> dict[int, str]:
+    if tokenizer is None:
+        return {}
+    from ..engine.tokens import decoder_of
+
+    decode = decoder_of(tokenizer)
+    assert decode is not None
+    return dict(decode(sorted({int(token) for table in tables for token in table.tokens.tolist()})))
+
+
+def _meta(subject: Subject, tables: Sequence[Table], found: Sequence[Agreement]) -> dict[str, Any]:
+    """Say who said what of which tokens. A server tells neither its dtype nor its device, and they aren't guessed."""
+    model = subject.model
+    assert model is not None
+    served = f"{model.served.model or model.id} by {model.served.api}" if model.served else "from a file"
+    outside = [each.outside for each in found if each.outside is not None]
+    told = {
+        "served": served, "logprobs": min(table.least for table in tables),
+        "outside": float(np.concatenate(outside).mean()) if outside else None,
+        "tail": model.tail if isinstance(model.tail, str) else f"at least {model.tail.at_least:g}",
+    }  # fmt: skip
+    versions: dict[str, str] = {}
+    unknown = {"dtype": "unknown", "device": "unknown", "device_class": "served", "weights": None, "versions": versions}
+    source = model.logprobs or subject.data.source
+    lengths = {len(table.tokens) for table in tables}
+    shape = {"num_samples": len(tables), "seq_len": max(lengths), "seed": subject.data.seed} if model.served else {}
+    reference = {"reference": {"path": model.reference}} if outside else {}
+    data = {"source": source, **shape, "fingerprint": fingerprint(tables)}
+    return {"model": {"path": subject.path, **told, **unknown}, "data": data, **reference}
+
+
+def fingerprint(tables: Sequence[Table]) -> str:
+    """Return the SHA-256 of the tokens: the one that a pass over the same windows notes."""
+    digest = hashlib.sha256()
+    for table in tables:
+        ids = table.tokens.astype("<i8")
+        digest.update(f"input_idstorch.int64{ids.shape}".encode() + ids.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def bounded(capture: Capture) -> tuple[Capture, Capture] | None:
+    """Return the captures of the least and of the most that a served model's numbers may be; None for any other."""
+    if (AT_LEAST, LOGITS) not in capture.sites:
+        return None
+    low, high = (capture.sites[name, LOGITS] for name in (AT_LEAST, AT_MOST))
+    return replace(capture, sites={(LOGITS, LOGITS): low}), replace(capture, sites={(LOGITS, LOGITS): high})

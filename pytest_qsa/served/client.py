@@ -1,0 +1,150 @@
+"""A served model → tables: the prompt's logprobs as vLLM, SGLang and llama.cpp's server give them.
+
+Prompts are sent as token ids, so that no server tokenizes anything again, and answers are held against them: as many
+tokens as were sent, and the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.served import Served
+from ..errors import AnomalyError, InfraError
+from .endpoint import Endpoint, key_of
+from .files import number_of, rows_of
+from .tables import Table, table_of
+
+
+@dataclass(frozen=True)
+class Client:
+    """A served model. `model`: its name there; `longest`: the tokens that a request may have, None for unknown."""
+
+    served: Served
+    endpoint: Endpoint
+    model: str
+    longest: int | None = None
+
+    @classmethod
+    def connect(cls, served: Served) -> Client:
+        """Find the model that is meant among those that the endpoint serves.
+
+        Raises:
+            InfraError: it serves none of this name, or can't be asked.
+        """
+        endpoint = Endpoint(served.root, served.timeout, key_of(served.api_key_env))
+        listed = endpoint.get("/v1/models")
+        entries = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InfraError(
+                f"{served.url} lists no models: is it an OpenAI-compatible endpoint, such as http://host:8000/v1?"
+            )
+        models = {str(entry.get("id")): entry for entry in entries}
+        name = served.model or (next(iter(models)) if len(models) == 1 else None)
+        if name not in models:
+            meant = f"'{served.model}' is not served" if served.model else "say which model is meant, served.model"
+            raise InfraError(f"{served.url}: {meant}; there are {', '.join(models) or 'none'}")
+        longest = models[name].get("max_model_len")
+        return cls(served, endpoint, name, longest if isinstance(longest, int) else None)
+
+    def table(self, tokens: Sequence[int], sample: int) -> Table:
+        """Ask for the logprobs of one sample.
+
+        Raises:
+            InfraError: the server refuses, breaks off, or counts other tokens.
+            AnomalyError: what it gives are no log-probabilities.
+        """
+        where = f"{self.served.url}, sample {sample}"
+        if self.longest is not None and len(tokens) + 1 > self.longest:
+            raise InfraError(
+                f"{self.served.url} takes {self.longest} tokens and a sample has {len(tokens)} and one more: lower "
+                "data.seq_len"
+            )
+        ask = {"vllm": self._vllm, "sglang": self._sglang, "llama.cpp": self._llama_cpp}[self.served.api]
+        rows = ask([int(token) for token in tokens], where)
+        return table_of(tokens, rows, where)
+
+    def _answer(self, path: str, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+        answer = self.endpoint.post(path, content)
+        if answer is None:
+            raise InfraError(f"{where}: there is no {path}: is it a server of the kind '{self.served.api}'?")
+        if not isinstance(answer, dict):
+            raise InfraError(f"{where}: the answer is no object")
+        return answer
+
+    def _vllm(self, tokens: list[int], where: str) -> Sequence[Mapping[int, float]]:
+        content = {
+            "model": self.model, "prompt": tokens, "max_tokens": 1, "temperature": 0,
+            "prompt_logprobs": self.served.top_logprobs,
+        }  # fmt: skip
+        answer = self._answer("/v1/completions", content, where)
+        choices = answer.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        positions = choice.get("prompt_logprobs", answer.get("prompt_logprobs"))
+        if positions is None:
+            raise InfraError(
+                f"{where}: the answer has no prompt_logprobs: the server is another one, or too old; SGLang and "
+                "llama.cpp have served.api of their own"
+            )
+        self._check(answer, positions, tokens, where)
+        rows = rows_of(positions, where)
+        for at, row in enumerate(rows, 1):
+            if tokens[at] not in row:
+                raise InfraError(
+                    f"{where}: the token {tokens[at]} at position {at} is not in the answer: another prompt"
+                )
+        return rows
+
+    def _check(self, answer: Mapping[str, Any], positions: Any, tokens: list[int], where: str) -> None:
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        found = len(positions) if isinstance(positions, list) else 0
+        if found != len(tokens) or counted not in (None, len(tokens)):
+            raise InfraError(f"{where}: {len(tokens)} tokens were sent, the answer is about {counted or found}")
+        if answer.get("model") not in (None, self.model):
+            raise InfraError(f"{where}: the answer is of the model '{answer['model']}', not '{self.model}'")
+
+    def _sglang(self, tokens: list[int], where: str) -> Sequence[Mapping[int, float]]:
+        content = {
+            "input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "return_logprob": True,
+            "logprob_start_len": 0, "top_logprobs_num": self.served.top_logprobs,
+        }  # fmt: skip
+        meta = self._answer("/generate", content, where).get("meta_info")
+        came = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+        top = meta.get("input_top_logprobs") if isinstance(meta, dict) else None
+        if not isinstance(came, list) or not isinstance(top, list) or not len(came) == len(top) == len(tokens):
+            told = f"{len(came)} tokens" if isinstance(came, list) else "no input_token_logprobs"
+            raise InfraError(f"{where}: {len(tokens)} tokens were sent, the answer has {told}")
+        try:
+            rows = [{**_pairs(entries), **_pairs([own])} for own, entries in zip(came[1:], top[1:], strict=True)]
+            if [int(entry[1]) for entry in came] != tokens:
+                raise InfraError(f"{where}: the answer is of other tokens than were sent")
+        except (TypeError, ValueError, KeyError, IndexError):
+            raise AnomalyError(f"{where}: the logprobs are no lists of [logprob, token id, text]") from None
+        return rows
+
+    def _llama_cpp(self, tokens: list[int], where: str) -> Sequence[Mapping[int, float]]:
+        return [self._next(tokens[:end], f"{where}, position {end}") for end in range(1, len(tokens))]
+
+    def _next(self, prefix: list[int], where: str) -> Mapping[int, float]:
+        """Ask for the prediction after a prefix: llama.cpp's server gives no logprobs of a prompt, but keeps it."""
+        content = {
+            "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
+            "cache_prompt": True, "post_sampling_probs": False,
+        }  # fmt: skip
+        answer = self._answer("/completion", content, where)
+        if answer.get("tokens_evaluated") not in (None, len(prefix)):
+            raise InfraError(
+                f"{where}: {len(prefix)} tokens were sent, the answer is about {answer['tokens_evaluated']}"
+            )
+        try:
+            return {
+                int(entry["id"]): number_of(entry) for entry in answer["completion_probabilities"][0]["top_logprobs"]
+            }
+        except (TypeError, ValueError, KeyError, IndexError):
+            raise AnomalyError(f"{where}: the answer has no top_logprobs with ids") from None
+
+
+def _pairs(entries: Any) -> dict[int, float]:
+    return {int(entry[1]): number_of(entry[0]) for entry in entries}

@@ -1,0 +1,87 @@
+"""Which bound of a served model's number decides an assertion: the one that proves what is said, or none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..assertions import number
+from ..budgets import budget_of
+from ..captures import Capture
+from ..errors import AnomalyError
+from ..measuring import series_of
+from ..plan import LOGITS
+from ..series import Series
+from .capturing import bounded
+
+if TYPE_CHECKING:
+    from ..config import MeasuredAssertion
+
+
+def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:
+    """Return the capture to judge an assertion by, and what is known of its number, in words.
+
+    Of a served model a `max` fails by the least that the number may be, and holds by the most.
+
+    Raises:
+        AnomalyError: the bound lies between them, so that nothing is proved; or the assertion is on layers.
+    """
+    pair = bounded(capture)
+    if pair is None:
+        return capture, ""
+    if assertion.site != LOGITS:
+        raise AnomalyError(
+            f"{assertion.metric} is measured at layers, and a served model tells of its predictions only: give the "
+            "checkpoint, model.path or --qsa-model"
+        )
+    with np.errstate(invalid="ignore", over="ignore"):
+        series = [series_of(assertion, each) for each in pair]
+    values = [_value(each) for each in series]
+    if values[0] == values[1]:
+        return pair[0], _assumed(assertion, capture)
+    low, high = min(values), max(values)
+    between = f"between {number(low)} and {_number(high)}{_outside(capture)}"
+    decides = None if assertion.metric == "delta_p" else _deciding(assertion, series[0], low, high)
+    if decides is None:
+        raise AnomalyError(
+            f"{assertion.metric} is {between}; that decides nothing. Ask for more (served.top_logprobs; vLLM allows "
+            "it by --max-logprobs), say what may be assumed of the rest (model.tail), or gate ln_ppl_ratio and same_top"
+        )
+    return pair[values.index(decides)], between
+
+
+def _value(series: Series) -> float:
+    value = float(series.values[0])
+    return float("inf") if np.isnan(value) else value
+
+
+def _deciding(assertion: MeasuredAssertion, series: Series, low: float, high: float) -> float | None:
+    """Return the end of the interval that decides: both are out of bounds on one side, or both within."""
+    if not assertion.stated or assertion.follows or assertion.baseline is not None:
+        return None
+    (bounds,) = budget_of(assertion.stated, series.layers, None).bounds
+    least, most = bounds.excess(low), bounds.excess(high)
+    if least > 0 and most > 0:
+        return low
+    if least < 0 and most < 0:
+        return high
+    return (high if bounds.high is not None else low) if least == most == 0 else None
+
+
+def _number(value: float) -> str:
+    return "∞" if value == float("inf") else number(value)
+
+
+def _outside(capture: Capture) -> str:
+    told = capture.meta["model"]
+    if told["outside"] is None:
+        return ""
+    return f": {told['logprobs']} tokens of a position are told, and the reference has {told['outside']:.3%} outside"
+
+
+def _assumed(assertion: MeasuredAssertion, capture: Capture) -> str:
+    """Say what a number rests on that was not told: the rest, shared out as the reference does."""
+    if assertion.metric != "kl_divergence" or capture.meta["model"]["tail"] != "as_reference":
+        return ""
+    return f"at least; the rest is taken to be shared out as the reference's{_outside(capture)}"

@@ -102,9 +102,7 @@ def test_the_worst_token_and_channel_are_those_of_the_tensor(pair):
     np.testing.assert_allclose(tokens, min(decibels(a, b) for a, b in zip(x, y, strict=True)), rtol=1e-5)
     model = models.llama(num_hidden_layers=3)
     other = damaged(model)
-    cap = capture(
-        other, BATCHES, sites=[(BLOCKS, "output")], statistics=[("sqnr", {"by": "channel"})], reference=model
-    )
+    cap = capture(other, BATCHES, sites=[(BLOCKS, "output")], statistics=[("sqnr", {"by": "channel"})], reference=model)
     channels = cap.output(f"{layer}$").sqnr("channel", positions="all").values
     np.testing.assert_allclose(channels, min(decibels(a, b) for a, b in zip(x.T, y.T, strict=True)), rtol=1e-5)
 
@@ -136,9 +134,11 @@ def test_local_error_is_that_of_the_layer_on_the_references_input(pair):
         low, high, count = series.intervals[layer]
         assert low < value < high
         assert count == 72
-    few = capture(
-        other, BATCHES, sites=[(LINEAR, "output")], statistics=[("local_sqnr", {"rows": 8})], reference=model
-    ).output(LINEAR).local_sqnr(8, positions="all")
+    few = (
+        capture(other, BATCHES, sites=[(LINEAR, "output")], statistics=[("local_sqnr", {"rows": 8})], reference=model)
+        .output(LINEAR)
+        .local_sqnr(8, positions="all")
+    )
     inside = [few.intervals[layer][0] <= value <= few.intervals[layer][1] for layer, value in
               zip(series.layers, series.values, strict=True)]  # fmt: skip
     assert sum(inside) >= 17  # 95 of 100 intervals hold the number of all tokens
@@ -147,9 +147,7 @@ def test_local_error_is_that_of_the_layer_on_the_references_input(pair):
 def test_a_layer_that_mixes_tokens_has_no_local_error():
     model = models.llama()
     with pytest.raises(AnomalyError, match=r"layers\.0\.self_attn needs more than that"):
-        capture(
-            damaged(model), BATCHES, sites=[("self_attn$", "output")], statistics=["local_sqnr"], reference=model
-        )
+        capture(damaged(model), BATCHES, sites=[("self_attn$", "output")], statistics=["local_sqnr"], reference=model)
 
 
 def test_predictions_are_compared_over_the_whole_vocabulary(pair):
@@ -250,7 +248,12 @@ def test_a_reference_of_another_shape_is_told():
     with pytest.raises(InfraError, match="is 24×32 here and 24×16 in the reference"):
         capture(models.llama(), BATCHES, sites=[(BLOCKS, "output")], reference=models.llama(hidden_size=16))
     with pytest.raises(AnomalyError, match="the reference has no layer"):
-        capture(models.llama(num_hidden_layers=3), BATCHES, sites=[(BLOCKS, "output")], reference=models.llama(num_hidden_layers=2))
+        capture(
+            models.llama(num_hidden_layers=3),
+            BATCHES,
+            sites=[(BLOCKS, "output")],
+            reference=models.llama(num_hidden_layers=2),
+        )
 
 
 def test_metrics_against_a_reference_need_one():

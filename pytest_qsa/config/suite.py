@@ -251,8 +251,13 @@ def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Asse
     return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
 
 
+def _in_order() -> list[str]:
+    """Return the metrics' names, those of one model's tensors first."""
+    return sorted(METRICS, key=lambda name: METRICS[name].against or METRICS[name].per == "logits")
+
+
 ASSERTIONS: Mapping[str, type[Assertion]] = {
-    **{name: _assertion_model(metric, _measured(metric)) for name, metric in METRICS.items()},
+    **{name: _assertion_model(METRICS[name], _measured(METRICS[name])) for name in _in_order()},
     **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
     "external": ExternalAssertion,
 }

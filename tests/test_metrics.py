@@ -25,7 +25,7 @@ LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 PATTERN = r"mlp\.down_proj$"
 OF_ONE_TENSOR = [name for name, metric in METRICS.items() if not metric.against and metric.per != "logits"]
 PADDINGS = ("none", "left", "right")
-EVERY = list(METRICS)
+EVERY = OF_ONE_TENSOR
 SOME_STATISTICS = [
     "outlier_tokens",
     "magnitude",

@@ -241,7 +241,7 @@ def planned(tmp_path_factory, zeros):
 
 
 def test_a_plan_names_the_tests_and_runs_none(planned):
-    run = planned.pytest("--qsa-plan", "--qsa-config=a.qsa.yaml")
+    run = planned.pytest("--qsa-plan", "--qsa-cache=empty", "--qsa-config=a.qsa.yaml")
     assert run.code == 0, run.out
     assert run.reports == {}
     assert "tests       2 from one pass, 1 from the files alone (files)" in run.out

@@ -215,7 +215,7 @@ def test_a_default_goes_only_to_metrics_that_take_it(write):
             "  {id: d, metric: magnitude, site: weight}]\n",
         )
     )
-    assert [a.positions for a in file.assertions] == ["no_sink", "all", "all", "all"]
+    assert [a.positions for a in file.assertions] == ["no_sink", None, None, None]
     assert [a.reduce for a in file.assertions] == ["mean", None, None, "mean"]
     assert (file.assertions[0].threshold, file.assertions[2].q) == (7, 0.5)
 

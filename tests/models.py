@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pytest_qsa.engine.hooks import run_batch
+
 torch.set_num_threads(1)  # two xdist workers on two cores; and sums don't depend on the machine
 
 VOCABULARY = 64
@@ -158,14 +160,15 @@ def record(model, batches, layer, site, *, mask=None, tokens=None):
         calls.append((value[0] if isinstance(value, (tuple, list)) else value).detach().clone())
 
     populations = []
+    device = next(model.parameters()).device
     handle = model.get_submodule(layer).register_forward_hook(hook, with_kwargs=True)
     try:
         for batch in batches:
             calls.clear()
             with torch.no_grad():
-                model(**batch) if isinstance(batch, dict) else model(batch)
+                run_batch(model, batch, device)
             for call in calls:
-                value = call.double().numpy()
+                value = call.double().cpu().numpy()
                 value = value.reshape(-1, tokens, value.shape[-1]) if tokens else value
                 keep = batch[mask].numpy().astype(bool) if mask else None
                 populations += [row if keep is None else row[keep[index]] for index, row in enumerate(value)]

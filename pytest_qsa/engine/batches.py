@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InfraError
 
 Batch = Tensor | Mapping[str, Any]
+CPU = torch.device("cpu")
 _TOKEN_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
 
 
@@ -24,10 +25,20 @@ _ENCODER_STATES = re.compile(
 
 @dataclass(frozen=True)
 class Padding:
-    """A mask [B, T] as the observers use it: for each row the indices of the tokens that count; None where all do."""
+    """A mask [B, T] as the observers use it: for each row the indices of the tokens that count; None where all do.
+
+    `rows`: on the CPU. A copy for each device that asks is made once, and no device is waited for.
+    """
 
     length: int
     rows: list[Tensor | None]
+    _copies: dict[torch.device, list[Tensor | None]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> list[Tensor | None]:
+        """Return the same on a device."""
+        if device not in self._copies:
+            self._copies[device] = [None if row is None else row.to(device, non_blocking=True) for row in self.rows]
+        return self._copies[device]
 
 
 @dataclass(frozen=True)
@@ -65,14 +76,14 @@ class Rows:
             )
         return x.reshape(count, -1), False
 
-    def kept(self, layer: str, length: int) -> list[Tensor | None]:
-        """Return, for each row, the indices of the tokens that are no padding; None where all count."""
+    def kept(self, layer: str, length: int, device: torch.device = CPU) -> list[Tensor | None]:
+        """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count."""
         in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
         padding = self.decoder_padding if in_decoder else self.padding
-        return padding.rows if padding and padding.length == length else [None] * len(self.samples)
+        return padding.on(device) if padding and padding.length == length else [None] * len(self.samples)
 
 
-def rows_of(batch: Batch, first_sample: int, device: torch.device) -> Rows:
+def rows_of(batch: Batch, first_sample: int) -> Rows:
     """Describe a batch that is about to run; its rows are the samples from `first_sample` on.
 
     Raises:
@@ -88,8 +99,8 @@ def rows_of(batch: Batch, first_sample: int, device: torch.device) -> Rows:
     return Rows(
         samples=list(range(first_sample, first_sample + row_count(batch))),
         lengths=lengths,
-        padding=_padding(tensors, "attention_mask", device),
-        decoder_padding=_padding(tensors, "decoder_attention_mask", device),
+        padding=_padding(tensors, "attention_mask"),
+        decoder_padding=_padding(tensors, "decoder_attention_mask"),
         has_decoder="decoder_input_ids" in tensors,
     )
 
@@ -102,13 +113,13 @@ def row_count(batch: Batch) -> int:
     return len(next((tensors[key] for key in _TOKEN_KEYS if key in tensors), next(iter(tensors.values()))))
 
 
-def _padding(batch: Mapping[str, Tensor], key: str, device: torch.device) -> Padding | None:
+def _padding(batch: Mapping[str, Tensor], key: str) -> Padding | None:
     mask = batch.get(key)
     if mask is None or bool(mask.all()):
         return None
     if mask.dim() != 2:
         raise InfraError(f"the {key} of a batch has the shape {tuple(mask.shape)}; a mask of padding is [B, T]")
-    rows = [None if bool(row.all()) else row.nonzero().flatten().to(device) for row in mask.cpu()]
+    rows = [None if bool(row.all()) else row.nonzero().flatten() for row in mask.cpu()]
     return Padding(int(mask.shape[1]), rows)
 
 

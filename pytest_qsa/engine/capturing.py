@@ -209,7 +209,7 @@ def _run_batches(job: _Job, state: _Pass) -> None:
     device = device_of(job.model)
     sample = job.first_sample
     for index, batch in enumerate(job.batches):
-        state.visits.forward = forward = Forward(rows_of(batch, sample, device), first=index == 0)
+        state.visits.forward = forward = Forward(rows_of(batch, sample), first=index == 0)
         _run_one(job, state, batch, forward, device)
         sample += len(forward.rows.samples)
         job.done(state, index + 1)
@@ -227,7 +227,7 @@ def _run_stream(job: _Job, state: _Pass, stream: Stream | None) -> None:
         wave = job.batches[start : start + WAVE]
         forwards = []
         for index, batch in enumerate(wave, start):
-            forwards.append(Forward(rows_of(batch, sample, device), first=index == 0))
+            forwards.append(Forward(rows_of(batch, sample), first=index == 0))
             sample += len(forwards[-1].rows.samples)
 
         def run(index: int, wave: Sequence[Batch] = wave, forwards: Sequence[Forward] = forwards) -> None:

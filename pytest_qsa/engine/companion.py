@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import InfraError
 from .batches import Batch
-from .comparing import Met, check_rows, drawn_rows
+from .comparing import Met, check_rows, drawn_rows, run_rows
 from .modules import Routing
+from .pair_reductions import powers_of
 from .streaming import Stream
 from .units import Unit
 from .visits import CallsChanged, Forward, PassComplete, SharingChanged, SiteKey, Visits
@@ -41,6 +42,7 @@ class ReferenceVisits(Visits):
 
     pairs: frozenset[SiteKey] = frozenset()
     inputs: frozenset[SiteKey] = frozenset()
+    _checks: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def visit(
         self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
@@ -57,8 +59,17 @@ class ReferenceVisits(Visits):
     def _check(self, layer: str, inputs: Tensor, tensor: Tensor, forward: Forward) -> None:
         rows = forward.rows
         kept = rows.kept(layer, tensor.shape[1])[0] if tensor.dim() == 3 else None
-        drawn = drawn_rows(rows.samples[0], tensor.shape[1], kept, 8)
-        check_rows(self.modules[layer], layer, inputs[0].index_select(0, drawn), tensor[0].index_select(0, drawn))
+        drawn = drawn_rows(rows.samples[0], tensor.shape[1], kept, 8).to(tensor.device, non_blocking=True)
+        alone = run_rows(self.modules[layer], layer, inputs[0].index_select(0, drawn))
+        powers = powers_of(tensor[0].index_select(0, drawn), alone, None)
+        self._checks.append((layer, powers[:, :2].sum(dim=0)))
+
+    def end(self, forward: Forward) -> None:
+        """End a forward; the first one tells which layers can be run on single tokens."""
+        checks, self._checks = self._checks, []
+        for layer, powers in checks:
+            check_rows(layer, powers)
+        super().end(forward)
 
 
 @dataclass

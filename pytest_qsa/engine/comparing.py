@@ -139,6 +139,7 @@ class Pairs:
             raise InfraError(f"the {site[1]} of {site[0]} is {ours} here and {theirs} in the reference")
         token_axis = shaped.dim() == 3
         keep = rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(rows.samples)
+        reference = reference.to(shaped.device, non_blocking=True)
         found: list[dict[str, Any]] = []
         for index, kept in enumerate(keep):
             if kept is not None and not len(kept):
@@ -159,10 +160,12 @@ class Pairs:
         index: int,
         wants: PairWants,
     ) -> dict[str, Any]:
+        """Return the numbers of one sample. `kept`: its tokens that are no padding, on the CPU."""
         (x, y), found = pair, {}
         places = met.rows[index] if met.rows is not None else None
         if wants.error:
-            found["error"] = powers_of(x, y, kept) if places is None else _some_powers(x, y, kept, places)
+            there = None if kept is None else placed(kept, y.device)
+            found["error"] = powers_of(x, y, there) if places is None else _some_powers(x, y, there, places)
         for name, count in wants.local.items():
             drawn = drawn_rows(sample, len(y), kept, count) if places is None else places
             found["local_rows"], found["local"] = self._local(site[0], met, x, index, drawn, count, name)
@@ -170,11 +173,11 @@ class Pairs:
             counting = np.ones(len(y), dtype=bool)
             if kept is not None:
                 counting[:] = False
-                counting[kept.cpu().numpy()] = True
+                counting[kept.numpy()] = True
             chosen = np.flatnonzero(self.named(positions, counting, sample, site[0]))
             if places is not None:
                 raise InfraError("a reference that was kept has no channels of all tokens: by: channel needs the model")
-            found[name] = channel_powers(x, y, torch.from_numpy(chosen).to(y.device))
+            found[name] = channel_powers(x, y, placed(torch.from_numpy(chosen), y.device))
         return found
 
     def _local(
@@ -185,13 +188,15 @@ class Pairs:
             raise InfraError(
                 f"the reference that was kept has no input of {layer}, which local_sqnr feeds to the layer"
             )
-        inputs = met.inputs[index] if met.rows is not None else met.inputs[index].index_select(0, drawn)
-        outputs = x if met.rows is not None else x.index_select(0, drawn)
+        there = placed(drawn, x.device)
+        inputs = met.inputs[index].to(x.device, non_blocking=True)
+        if met.rows is None:
+            inputs, x = inputs.index_select(0, there), x.index_select(0, there)
         own = run_rows(self.modules[layer], layer, inputs)
-        powers = powers_of(outputs, own, None)[:, :2]
+        powers = powers_of(x, own, None)[:, :2]
         positions = torch.full((count,), -1, dtype=torch.int32)
         table = torch.zeros((count, 2), dtype=torch.float32, device=powers.device)
-        positions[: len(drawn)] = drawn.cpu().int()
+        positions[: len(drawn)] = drawn.int()
         table[: len(drawn)] = powers
         return positions, table
 
@@ -217,13 +222,13 @@ def run_rows(module: nn.Module, layer: str, inputs: Tensor) -> Tensor:
     return output[0]
 
 
-def check_rows(module: nn.Module, layer: str, inputs: Tensor, outputs: Tensor) -> None:
-    """Check that a layer gives the same for some tokens [R, C] alone as among the others.
+def check_rows(layer: str, powers: Tensor) -> None:
+    """Check that a layer gave the same for some tokens alone as among the others. `powers`: Σy² and Σ(y − ŷ)².
 
     Raises:
-        AnomalyError: it doesn't.
+        AnomalyError: it didn't.
     """
-    signal, error = powers_of(outputs, run_rows(module, layer, inputs), None)[:, :2].sum(dim=0).tolist()
+    signal, error = powers.tolist()
     if error * LEAST_AGREEMENT > signal:
         raise _mixes(layer)
 
@@ -236,12 +241,16 @@ def _mixes(layer: str) -> AnomalyError:
 
 
 def drawn_rows(sample: int, length: int, kept: Tensor | None, count: int) -> Tensor:
-    """Return the positions that stand for a sample's tokens, ascending, [≤ count]; the same in every run."""
-    places = np.arange(length) if kept is None else kept.cpu().numpy()
+    """Return the positions that stand for a sample's tokens, ascending, [≤ count] on the CPU; the same in every run."""
+    places = np.arange(length) if kept is None else kept.numpy()
     if len(places) > count:
         places = np.sort(np.random.default_rng([sample, length]).choice(places, count, replace=False))
-    device = kept.device if kept is not None else None
-    return torch.from_numpy(places.astype(np.int64)).to(device)
+    return torch.from_numpy(places.astype(np.int64))
+
+
+def placed(positions: Tensor, device: torch.device) -> Tensor:
+    """Return positions on a device, without waiting for what it is at."""
+    return positions.to(device, non_blocking=True)
 
 
 def _some_powers(x: Tensor, y: Tensor, kept: Tensor | None, places: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from .visits import SiteKey, Visits
 
 
 def run_batch(model: nn.Module, batch: Batch, device: torch.device) -> Any:
-    """Run one batch; return what the model returns."""
+    """Run one batch; return what the model returns. What the device is at is not waited for."""
     if isinstance(batch, Tensor):
-        return model(batch.to(device))
-    return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+        return model(batch.to(device, non_blocking=True))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return model(**{**batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}})
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class StreamObserver:
         fetched = {name: [rows[index] for index in order] for name, rows in self.rows.items()}
         for name, rows in fetched.items():
             if name in ("peaks", "peak_channels"):
-                arrays[name] = _padded([_fetched(row) for row in rows])
+                arrays[name] = _padded(rows)
             elif name == "token_max":
                 arrays[name] = _joined(rows)
             elif ":" not in name:
@@ -165,10 +165,10 @@ def _stacked(rows: list[Any]) -> NDArray[Any]:
     return torch.stack(rows).cpu().numpy() if isinstance(rows[0], Tensor) else np.stack(rows)
 
 
-def _padded(rows: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row)] = row
+def _padded(rows: list[Any]) -> NDArray[np.int32]:
+    lengths = np.array([len(row) for row in rows])
+    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = _joined(rows)
     return table
 
 

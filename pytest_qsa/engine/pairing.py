@@ -135,7 +135,7 @@ class Partner:
         """Let the reference begin one forward of the subject as well, where it is needed."""
         assert self._companion is not None
         if self._own or self._scores:
-            own = Forward(rows_of(batch, forward.rows.samples[0], self._device), first=forward.first)
+            own = Forward(rows_of(batch, forward.rows.samples[0]), first=forward.first)
             forward.flight = self._companion.flight(batch, own)
 
     def learn(self, change: CompanionChanged) -> None:
@@ -176,7 +176,7 @@ class Partner:
         state = Visits(wanted, self.modules, frozenset(wanted), may_stop=False)
         forwards, sample = [], first_sample
         for batch in batches:
-            forwards.append(Forward(rows_of(batch, sample, self._device), first=False))
+            forwards.append(Forward(rows_of(batch, sample), first=False))
             sample += len(forwards[-1].rows.samples)
 
         def run(index: int) -> None:

@@ -50,10 +50,10 @@ class Predictions:
             )
         self.dtype = str(own.dtype).removeprefix("torch.")
         following = following_tokens(batch, own.shape[:2], causal=not type(self.model).__name__.endswith(MASKED))
-        keep = rows.kept("decoder" if rows.has_decoder else "", own.shape[1])
+        keep = rows.kept("decoder" if rows.has_decoder else "", own.shape[1], own.device)
         for index, sample in enumerate(rows.samples):
-            pair = None if theirs is None else theirs[index]
-            found = scores_of(own[index], pair, following[index].to(own.device))
+            pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
+            found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
             self.samples[sample] = _blanked(found, keep[index])
 
     def numbers(self) -> SiteNumbers:
@@ -97,7 +97,7 @@ def _blanked(scores: Tensor, kept: Tensor | None) -> Tensor:
     blank = torch.full_like(scores, float("nan"))
     blank.index_copy_(0, kept, scores.index_select(0, kept))
     counts = torch.zeros(len(scores) + 1, dtype=torch.bool, device=scores.device)
-    counts[kept] = True
+    counts.index_fill_(0, kept, value=True)
     for column in (NLL, REFERENCE_NLL):
         blank[:, column].masked_fill_(~counts[1:], float("nan"))
     return blank

@@ -105,6 +105,13 @@ def _told() -> Iterator[None]:
         raise InfraError(f"another rank is gone: {str(error).splitlines()[0]}") from None
 
 
+def _backend(devices: int) -> str:
+    """Take this rank's GPU, in turns where there are fewer GPUs than ranks: nccl then can't join them, gloo can."""
+    if devices:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
+    return "nccl" if 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= devices else "gloo"
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun there is this one alone."""
@@ -112,10 +119,7 @@ def joined() -> Iterator[Ranks]:
     if size == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    distributed.init_process_group(_backend(torch.cuda.device_count()), timeout=PATIENCE)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

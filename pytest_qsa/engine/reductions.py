@@ -13,6 +13,9 @@ from .wants import Wants, peak_count, ranks_of
 class TorchReducer:
     """Keeps every result on the tensor's device; nothing here waits for it."""
 
+    def __init__(self) -> None:
+        self._ranks: dict[tuple[int, torch.device], Tensor] = {}
+
     def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
         counted = row if kept is None else row.index_select(0, kept)
@@ -22,11 +25,12 @@ class TorchReducer:
         if row.dim() == 2 and wants.tokens:
             found |= _tokens(magnitudes, kept, row.shape[0])
         if row.dim() == 2 and wants.channels:
-            found |= _channels(magnitudes, pooled)
+            found |= _channels(magnitudes, pooled, self._ranks_of(row.shape[1], row.device))
         if row.dim() == 2 and wants.on_request:
             found |= _on_request(wide.float(), wants, pooled)
         elements = magnitudes.flatten()
-        order = _distribution(counted.flatten(), elements, wants, pooled) if wants.counted else None
+        ranks = self._ranks_of(elements.numel(), row.device) if wants.ordered else None
+        order = _distribution(counted.flatten(), elements, wants, pooled, ranks) if wants.counted else None
         if wants.elements and order is not None:
             found["element_top"] = order
         if wants.moments:
@@ -37,6 +41,14 @@ class TorchReducer:
             count = ((elements > absolute) & (elements >= least)).sum()
             found[name] = count.masked_fill(least.isnan(), UNKNOWN)
         return found
+
+    def _ranks_of(self, count: int, device: torch.device) -> Tensor:
+        """Return `ranks_of` on a device, [7] int64. Filled there: a copy of numbers from the host would wait."""
+        key = (count, device)
+        if key not in self._ranks:
+            filled = [torch.full((), rank, dtype=torch.int64, device=device) for rank in ranks_of(count)]
+            self._ranks[key] = torch.stack(filled)
+        return self._ranks[key]
 
 
 def _tokens(magnitudes: Tensor, kept: Tensor | None, length: int) -> dict[str, Tensor]:
@@ -49,12 +61,11 @@ def _tokens(magnitudes: Tensor, kept: Tensor | None, length: int) -> dict[str, T
     return {"token_max": maxima, "peaks": peaks.int(), "peak_channels": channels.int()}
 
 
-def _channels(magnitudes: Tensor, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+def _channels(magnitudes: Tensor, pooled: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
     maxima = magnitudes.amax(dim=0).float()
     before = pooled.get("channel_max")
     pooled["channel_max"] = maxima if before is None else torch.maximum(before, maxima)
     count = maxima.numel()
-    ranks = torch.tensor(ranks_of(count), device=maxima.device)
     picked = maxima.sort().values[ranks.clamp(0, count - 1)]
     return {"channel_top": _blank_missing(picked, ranks, count)}
 
@@ -67,8 +78,10 @@ def _on_request(wide: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> dict[s
     return {name: quantizer.powers(wide) for name, quantizer in wants.quantizers.items()}
 
 
-def _distribution(raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> Tensor | None:
-    """Count the row's 16-bit patterns; return its order statistics where they are asked for."""
+def _distribution(
+    raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str, Tensor], ranks: Tensor | None
+) -> Tensor | None:
+    """Count the row's 16-bit patterns; return its order statistics at `ranks`, where they are asked for."""
     counts = _count(raw, signed=wants.signed)
     folded = counts[: 1 << 15] + counts[1 << 15 :] if wants.signed else counts
     for name, wanted, new in (("counts", wants.counts, folded), ("signed_counts", wants.signed, counts)):
@@ -78,7 +91,7 @@ def _distribution(raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str,
         ends = _extremes(raw, elements, signed=wants.signed)
         before = pooled.get("extremes")
         pooled["extremes"] = ends if before is None else _widened(before, ends)
-    return _counted_order(folded, elements, raw.dtype) if wants.ordered else None
+    return None if ranks is None else _counted_order(folded, elements, raw.dtype, ranks)
 
 
 def _extremes(raw: Tensor, elements: Tensor, *, signed: bool) -> Tensor:
@@ -108,10 +121,9 @@ def _count(x: Tensor, *, signed: bool) -> Tensor:
     return counts.scatter_add_(0, patterns.long(), ones)
 
 
-def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype, ranks: Tensor) -> Tensor:
     """Return the seven order statistics of |x|: exact for 16 bits; else the median within 2⁻⁸, the ends exact."""
     count = magnitudes.numel()
-    ranks = torch.tensor(ranks_of(count), device=counts.device)
     bins = torch.searchsorted(counts.cumsum(0), ranks.clamp(0, count - 1), right=True)
     if dtype in (torch.bfloat16, torch.float16):
         order = bins.to(torch.int16).view(dtype).float()

@@ -32,7 +32,7 @@ def rehearsal_of(
     unshared: frozenset[SiteKey] = frozenset()
     while True:
         state = Rehearsal(wanted, modules, unshared)
-        state.forward = Forward(rows_of(batch, 0, torch.device("cpu")), first=True)
+        state.forward = Forward(rows_of(batch, 0), first=True)
         try:
             with torch.no_grad(), hooked(modules, state), without_data(model):
                 run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))

@@ -142,7 +142,7 @@ class Visits:
             shaped, token_axis = rows.shaped(tensor, channels_first(self.modules[site[0]]))
         except InfraError as error:
             raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
-        keep = rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(rows.samples)
+        keep = rows.kept(site[0], shaped.shape[1], shaped.device) if token_axis else [None] * len(rows.samples)
         observer.add(shaped, keep, rows.samples, call, token_axis, routing)
 
     def end(self, forward: Forward) -> None:

@@ -1,0 +1,197 @@
+"""The pass on an accelerator: nothing in it waits for the device, and its numbers are those of the CPU.
+
+A machine without one runs the same operators on tensors of the meta device, which have no values to wait for; one with
+CUDA runs them there as well.
+"""
+
+import contextlib
+import copy
+
+import models
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_reference import damaged
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pytest_qsa import capture
+from pytest_qsa.engine import ranks
+from pytest_qsa.engine.batches import rows_of
+from pytest_qsa.engine.capturing import wanted_sites
+from pytest_qsa.engine.comparing import Met, Pairs
+from pytest_qsa.engine.hooks import hooked, run_batch
+from pytest_qsa.engine.modules import blocks_of, layers_of
+from pytest_qsa.engine.observers import Reducers, StreamObserver
+from pytest_qsa.engine.pair_reductions import scores_of
+from pytest_qsa.engine.visits import Forward, Visits
+from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
+
+CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
+HERE = [CUDA] if torch.cuda.is_available() else []
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+STATISTICS = ALL_STATISTICS | {
+    "massive:1:4", "quantized:fp8_e4m3:group:16", "quantized:int8:token:0", "features:1.5", CHANNEL_COUNTS,
+    map_statistic(0),
+}  # fmt: skip
+
+
+class Unhurried(TorchDispatchMode):
+    """Fails where a value is asked for, or where a tensor of one device meets one of another."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name().partition(".")[0]
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        out = operator(*args, **(kwargs or {}))
+        before, after = (
+            {leaf.device for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+            for values in ((args, kwargs), out)
+        )
+        if name in ("aten::_to_copy", "aten::copy_"):
+            assert before == {CPU} or CPU not in after, "brought to the host"
+        else:
+            assert len(before | after) <= 1, f"{name} of tensors on {before}"
+        return out
+
+
+@contextlib.contextmanager
+def unhurried(device):
+    """Let nothing wait for the device."""
+    with Unhurried():
+        if device == CUDA:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if device == CUDA:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def observed(x, keep, statistics=STATISTICS):
+    observer = StreamObserver(statistics, Reducers(fused=x.device.type == "cpu"))
+    observer.add(x, keep, list(range(len(x))), 0, token_axis=x.dim() == 3)
+    observer.add(x, [None] * len(x), list(range(len(x), 2 * len(x))), 0, token_axis=x.dim() == 3)
+    return observer
+
+
+@pytest.fixture(params=[META, *HERE], ids=str)
+def elsewhere(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 24), (2, 48)])
+def test_no_reduction_waits_for_the_device(elsewhere, dtype, shape):
+    x = torch.ones(shape, dtype=dtype, device=elsewhere)
+    keep = [torch.arange(3, device=elsewhere) if len(shape) == 3 else None, None]
+    with unhurried(elsewhere):
+        observer = observed(x, keep)
+    assert {tensor.device for rows in observer.rows.values() for tensor in rows} == {elsewhere}
+    assert {tensor.device for tensor in observer.pooled.values()} == {elsewhere}
+
+
+def test_no_hook_waits_for_the_device(elsewhere):
+    model = models.llama(torch.bfloat16).to(elsewhere)
+    requests = tuple(Request("", site, statistics=STATISTICS) for site in ("input", "output"))
+    modules = layers_of(model)
+    wanted = wanted_sites(list(modules), blocks_of(model), requests)
+    state = Visits(wanted, modules, frozenset(), may_stop=False, reducers=Reducers(fused=False))
+    state.forward = Forward(rows_of(models.padded_batch([9, 5]), 0), first=True)
+    ids = torch.zeros(2, 9, dtype=torch.int64, device=elsewhere)
+    visit = state.visit
+
+    def watched(*args, **kwargs):
+        with unhurried(elsewhere):
+            visit(*args, **kwargs)
+
+    state.visit = watched
+    with hooked(modules, state), torch.no_grad():
+        run_batch(model, ids, elsewhere)
+    assert len(state.observers) > 30
+
+
+@pytest.mark.parametrize("statistic", ["error", "channel_error:all", "local:4"])
+def test_no_comparison_waits_for_the_device(elsewhere, statistic):
+    site, module = ("layer", "output"), torch.nn.Linear(24, 24, bias=False, device=elsewhere)
+    x, y = (torch.ones(2, 9, 24, device=elsewhere) for _ in range(2))
+    pairs = Pairs(
+        {site: frozenset({statistic})}, {"layer": module}, lambda positions, counting, sample, layer: counting
+    )
+    rows = rows_of(models.padded_batch([9, 5]), 0)
+    with torch.no_grad(), unhurried(elsewhere):
+        pairs.compare(rows, site, 0, Met(x, x), y)
+    computed = [t for row in pairs.observers[site].rows for name, t in row.items() if name != "local_rows"]
+    assert {tensor.device for tensor in computed} == {elsewhere}
+
+
+def test_no_score_of_predictions_waits_for_the_device(elsewhere):
+    logits = torch.ones(9, 100, device=elsewhere, dtype=torch.bfloat16)
+    following = torch.zeros(9, dtype=torch.int64, device=elsewhere)
+    with unhurried(elsewhere):
+        assert scores_of(logits, logits, following).device == elsewhere
+
+
+@pytest.fixture(params=[CPU, *HERE], ids=str)
+def device(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_device_keeps_the_numbers_of_the_operators(device, dtype):
+    x = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 24)
+    x[1, 2, 3], x[0, 5] = float("inf"), 0
+    keep = [None, torch.arange(1, 30)]
+    here = observed(x.to(dtype).to(device), [None, keep[1].to(device)]).numbers(STATISTICS).to_arrays()[0]
+    there = observed(x.to(dtype), keep).numbers(STATISTICS).to_arrays()[0]
+    assert here.keys() == there.keys()
+    for name, array in there.items():
+        assert (here[name].dtype, here[name].shape) == (array.dtype, array.shape), name
+        tolerance = 1e-5 if name == "moments" or name.startswith("quantized") else 0
+        np.testing.assert_allclose(here[name], array, tolerance, 1e-9, err_msg=name)
+
+
+def test_a_capture_on_a_device_says_what_the_activations_say(device):
+    model = models.llama(torch.bfloat16, sink=True).to(device)
+    batches = [models.padded_batch([12, 7], bos=True), models.padded_batch([12, 12], seed=1, bos=True)]
+    cap = capture(model, batches, sites=[(r"layers\.\d$", "output"), ("down_proj$", "input"), ("q_proj$", "weight")])
+    site = cap.output(r"layers\.2$")
+    populations = models.record(model, batches, "model.layers.2", "output", mask="attention_mask")
+    assert site.outlier_tokens(threshold=6, positions="all").values == max(
+        oracle.outlier_tokens(x, 6) for x in populations
+    )
+    assert site.magnitude("median", reduce="max").values == max(oracle.magnitude(x, "median") for x in populations)
+    assert site.absmax().values == oracle.absmax(populations)
+    np.testing.assert_allclose(site.rms().values, oracle.rms(populations), 1e-6)
+
+
+def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
+    model = models.llama(torch.bfloat16)
+    sites = [("_proj$", "output"), (r"layers\.\d$", "output"), ("_proj$", "weight"), ("", "logits")]
+    batches = [models.padded_batch([12, 7], bos=True), models.padded_batch([12, 12], seed=1, bos=True)]
+    one, other = (
+        capture(damaged(model).to(place), batches, sites=sites, reference=copy.deepcopy(model).to(place))
+        for place in (CPU, device)
+    )
+    for name, pattern, site in (
+        ("sqnr", "_proj$", "output"),
+        ("cosine", r"layers\.\d$", "output"),
+        ("weight_sqnr", "q_proj$", "weight"),
+    ):
+        here, there = (getattr(cap.select(pattern, site), name)().values for cap in (one, other))
+        np.testing.assert_allclose(here, there, rtol=0.05 if site == "output" else 1e-5)
+    np.testing.assert_allclose(
+        one.logits().kl_divergence("mean").values, other.logits().kl_divergence("mean").values, rtol=0.1
+    )
+
+
+def test_ranks_share_the_devices_there_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    chosen = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        chosen += [ranks._backend(devices) for devices in (0, 2, 4)]
+    assert chosen == ["gloo", "gloo", "nccl"] * 3
+    assert taken == [0, 0, 1, 1, 0, 2]

@@ -114,7 +114,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     Raises:
         SuiteError: it is not a regular expression, or holds a control character, as `"\b"` in double quotes does.
     """
-    if any(ord(character) < 32 for character in pattern):
+    if min(pattern, default=" ") < " ":
         raise SuiteError(
             f"the regex {pattern!r} holds a control character: in YAML's double quotes \\b is a backspace; "
             "write it without quotes or in single ones"

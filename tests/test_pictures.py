@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 import os
+from itertools import combinations
 from pathlib import Path
 
 import models
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
+from matplotlib.container import Container
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
@@ -142,6 +146,38 @@ def test_the_same_capture_draws_the_same_bytes(tmp_path):
     second, _ = draw_picture(analysis.pictures[0], capture, settings, tmp_path / "b", "")
     assert [path.suffix for path in first.files] == [".png", ".svg"]
     assert [path.read_bytes() for path in first.files] == [path.read_bytes() for path in second.files]
+
+
+def look_of(handle):
+    """Return how a grey print tells a series: the sort of its mark, the mark itself, and its grey from 0 to 1."""
+    artist = handle[0] if isinstance(handle, Container) else handle
+    dash = artist.get_linestyle()
+    mark = (artist.get_marker(), artist.get_markerfacecolor()) if isinstance(artist, Line2D) else artist.get_hatch()
+    colour = artist.get_color() if isinstance(artist, Line2D) else artist.get_facecolor()
+    colour = np.atleast_2d(to_rgba(colour) if isinstance(artist, Line2D) else colour)
+    if not len(colour) or not colour[0, 3]:
+        colour = np.atleast_2d(artist.get_edgecolor())
+    return type(artist).__name__, str((mark, dash)), float(np.dot(colour[0, :3], (0.299, 0.587, 0.114)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *[(kind, KINDS[kind]) for kind in KINDS if kind not in ("magnitude_input", "heatmap_3d")],
+        ("percentile_range", {"percentile_range": {"style": "line"}}),
+    ],
+)
+def test_the_series_of_a_picture_can_be_told_apart_in_greyscale(tmp_path, monkeypatch, kind, settings):
+    settings, analysis, capture = analysed(8, enabled={kind: True}, **settings)
+    figures = []
+    monkeypatch.setattr("pytest_qsa.analysis.drawing.encoded", lambda figure, *_, **__: figures.append(figure) or b"")
+    for picture in analysis.pictures:
+        draw_picture(picture, capture, settings, tmp_path, "")
+    for figure in figures:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        assert labels
+        for (one, label), (other, other_label) in combinations(zip(map(look_of, handles), labels, strict=True), 2):
+            assert one[:2] != other[:2] or abs(one[2] - other[2]) > 0.07, (label, other_label)
 
 
 # What they show.

@@ -58,7 +58,7 @@ def draw_picture(
     except QsaError as error:
         return Drawn(picture, title, problem=str(error)), []
     formats = [form for form in IMAGES if form in visualization.output.formats]
-    png = encoded(figure, "png", visualization.dpi)
+    png = encoded(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
     for form in formats:
         path = folder / f"{picture.name}.{form}"

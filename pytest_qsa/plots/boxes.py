@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..distributions import counted_quantiles, sorted_counts
 from ..numbers import SiteNumbers
-from .depth import Depth, depth_of, spread
+from .depth import spread
+from .panels import panels_of
 from .style import (
     BLUE,
     GROUP_STYLES,
@@ -20,9 +20,6 @@ from .style import (
     MUTED,
     PALE,
     add_legend,
-    grid_of,
-    head,
-    new_figure,
     safe_text,
     scale_asinh,
     scale_log,
@@ -31,33 +28,20 @@ from .style import (
 
 SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """What a box shows: the extremes as dots, the whiskers, the box and its middle."""
-MOST_PANELS, MOST_CURVES, BINS = 9, 4, 120
-
-
-@dataclass(frozen=True)
-class Panels:
-    """A figure with a panel for each kind of layer, and its axes in order."""
-
-    figure: Figure
-    depth: Depth
-    axes: list[Axes]
+MOST_CURVES, BINS = 4, 120
 
 
 @styled
 def box_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
     """Draw a box for each layer, a panel for each kind of layer; y is linear near 0 and logarithmic beyond."""
     table = np.array([counted_quantiles(numbers, SHARES, signed=True) for numbers in sites.values()])
-    panels = _panels(list(sites), title, note)
-    for axes, members in zip(panels.axes, panels.depth.kinds.values(), strict=True):
+    panels = panels_of(list(sites), title, note)
+    for axes, _, members in panels:
         own = panels.depth.part(members)
-        own.label_axis(axes, most=24 // grid_of(len(panels.axes))[1])
-        if len(panels.axes) > 1:
-            axes.set_xlabel("block")
+        own.label_axis(axes, most=panels.ticks)
         _draw_boxes(axes, np.array(own.x), table[members].T)
-        axes.grid(axis="y")
     scale_asinh(panels.axes[0].yaxis, _width(np.abs(table[:, [2, 4]])))
-    for axes in panels.axes[:: grid_of(len(panels.axes))[1]]:
-        axes.set_ylabel("x")
+    panels.label("block", "x")
     if legend:
         add_legend(panels.figure, panels.axes[0])
     return panels.figure
@@ -80,23 +64,21 @@ def _draw_boxes(axes: Axes, x: NDArray[np.float64], table: NDArray[np.float64]) 
 @styled
 def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
     """Draw the share of elements in bins of equal width on the axis, for layers spread over the depth."""
-    panels = _panels(list(sites), title, note)
+    panels = panels_of(list(sites), title, note)
     names = list(sites)
-    for axes, (kind, members) in zip(panels.axes, panels.depth.kinds.items(), strict=True):
+    for axes, kind, members in panels:
         chosen = [members[index] for index in spread(len(members), MOST_CURVES)]
         own = panels.depth.part(chosen)
         word = "block " if panels.depth.numbered and len(panels.depth.kinds) == len(panels.axes) else ""
         labels = [f"{word}{own.short(i)}" for i in range(len(chosen))]
         _draw_curves(axes, [sites[names[index]] for index in chosen], labels)
-        axes.grid(axis="y")
-        axes.set_xlabel("x" if len(panels.axes) > 1 else f"x at {safe_text(kind, 80)}" if kind else "x")
+        axes.set_xlabel(f"x at {safe_text(kind, 80)}" if kind else "x")
         if legend:
             axes.legend(loc="upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
     low, high = panels.axes[0].get_ylim()
     panels.axes[0].set_ylim(low, high * 8 if legend else high)
     scale_log(panels.axes[0])
-    for axes in panels.axes[:: grid_of(len(panels.axes))[1]]:
-        axes.set_ylabel("share of the elements in a bin")
+    panels.label("x", "share of the elements in a bin")
     return panels.figure
 
 
@@ -115,21 +97,6 @@ def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]
     axes.set_yscale("log")
     axes.set_xlim(width * np.sinh(low), width * np.sinh(high))
     scale_asinh(axes.xaxis, width)
-
-
-def _panels(layers: Sequence[str], title: str, note: str) -> Panels:
-    depth = depth_of(layers, MOST_PANELS)
-    kinds = list(depth.kinds)
-    lines, columns = grid_of(len(kinds))
-    figure = new_figure((4.0, 6.2, 8.4)[lines - 1])
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for axes in grid[len(kinds) :]:
-        axes.remove()
-    head(figure, grid[0] if len(kinds) == 1 else None, title, [note])
-    if len(kinds) > 1:
-        for axes, kind in zip(grid, kinds, strict=False):
-            axes.set_title(safe_text(depth.kind_labels[kind], 40), color=MUTED)
-    return Panels(figure, depth, list(grid[: len(kinds)]))
 
 
 def _width(quartiles: NDArray[np.float64]) -> float:

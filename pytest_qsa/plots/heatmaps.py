@@ -53,6 +53,7 @@ def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note:
         pad=0.01,
     )
     bar.outline.set_visible(False)
+    bar.minorticks_off()  # they took as long as the maps
     head(figure, None, title, [note, _cells(maps, size)])
     return figure
 
@@ -67,7 +68,7 @@ def surface_figure(
         axes: Any = figure.add_subplot(1, len(maps), index + 1, projection="3d")
         _draw_surface(axes, _coarse(picture), size)
         axes.view_init(elev=angle[0], azim=angle[1])
-        axes.set_title(f"|x| at {safe_text(layer, 36)}", loc="center", color=MUTED, pad=-4)
+        axes.set_title(f"|x| at {safe_text(layer, 36)}", loc="center", color=MUTED, y=1.08)
     head(figure, None, title, [note, _cells({name: _coarse(picture) for name, picture in maps.items()}, size)])
     return figure
 

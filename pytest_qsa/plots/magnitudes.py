@@ -16,18 +16,17 @@ from ..captures import Capture
 from ..errors import QsaError
 from ..plan import Site
 from .captions import bound_label, population, samples_of
-from .depth import Depth, depth_of
+from .depth import Depth
+from .panels import Panels, panels_of
 from .style import (
     BLUE,
+    GREEN,
     INK,
-    MUTED,
+    OCHRE,
     PALE,
     RED,
+    VIOLET,
     add_legend,
-    grid_of,
-    head,
-    new_figure,
-    safe_text,
     scale_log,
     styled,
     wants_log,
@@ -35,13 +34,12 @@ from .style import (
 
 STATS: Mapping[str, tuple[str, str, Any]] = {
     "top1": (INK, "^", "-"),
-    "top2": ("#7a4a8c", "s", "--"),
-    "top3": ("#a86400", "v", ":"),
+    "top2": (VIOLET, "s", "--"),
+    "top3": (OCHRE, "v", ":"),
     "median": (BLUE, "o", "-"),
-    "min": ("#2f7d5b", "D", "-."),
+    "min": (GREEN, "D", "-."),
 }
 """Colour, marker and dash of each statistic."""
-MOST_PANELS = 9
 _OF = {"-1": "token-wise maxima", "-2": "channel-wise maxima", "None": "|x|"}
 
 
@@ -100,40 +98,22 @@ def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
 def magnitude_panels(
     numbers: Magnitudes, title: str, note: str, *, rows: Mapping[str, Row] | None = None, legend: bool = True
 ) -> Figure:
-    """Draw the statistics, a panel for each kind of layer; nine panels at most, more kinds share one."""
-    depth = depth_of(numbers.layers, MOST_PANELS)
-    panels = list(depth.kinds.items())
-    lines, columns = grid_of(len(panels))
-    figure = new_figure((4.0, 6.2, 8.4)[lines - 1])
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for axes, (_, members) in zip(grid, panels, strict=False):
-        _draw_panel(axes, numbers, depth, members, rows or {})
-    for axes in grid[len(panels) :]:
-        axes.remove()
+    """Draw the statistics, a panel for each kind of layer; many kinds share one."""
+    panels = panels_of(numbers.layers, title, note)
+    for axes, _, members in panels:
+        _draw_panel(axes, numbers, panels, members, rows or {})
     positive = [value for values in numbers.values.values() for value in values.tolist() if 0 < value < math.inf]
     if positive and wants_log(positive):
-        scale_log(grid[0])
-    _annotate(figure, grid, depth, title, note)
+        scale_log(panels.axes[0])
+    panels.label("block", "magnitude, |x|")
     if legend:
-        add_legend(figure, grid[0])
-    return figure
+        add_legend(panels.figure, panels.axes[0])
+    return panels.figure
 
 
-def _annotate(figure: Figure, grid: Any, depth: Depth, title: str, note: str) -> None:
-    panels = list(depth.kinds)
-    for index, (axes, name) in enumerate(zip(grid, panels, strict=False)):
-        axes.grid(axis="y")
-        if len(panels) > 1:
-            axes.set_title(safe_text(depth.kind_labels[name], 40), color=MUTED)
-            axes.set_xlabel("block")
-        if index % grid_of(len(panels))[1] == 0:
-            axes.set_ylabel("magnitude, |x|")
-    head(figure, grid[0] if len(panels) == 1 else None, title, [note])
-
-
-def _draw_panel(axes: Axes, numbers: Magnitudes, depth: Depth, members: list[int], rows: Mapping[str, Row]) -> None:
-    own = depth.part(members)
-    own.label_axis(axes, most=24 // min(len(depth.kinds), 3))
+def _draw_panel(axes: Axes, numbers: Magnitudes, panels: Panels, members: list[int], rows: Mapping[str, Row]) -> None:
+    own = panels.depth.part(members)
+    own.label_axis(axes, most=panels.ticks)
     if numbers.own is not None:
         _draw_allowed(axes, own, rows)
     scattered, size = len(set(own.x)) < len(own.x), 2.6 if len(own.x) > 60 else 4.2

@@ -1,7 +1,7 @@
 """The pass on an accelerator: nothing in it waits for the device, and its numbers are those of the CPU.
 
-A machine without one runs the same operators on tensors of the meta device, which have no values to wait for; one with
-CUDA runs them there as well.
+A machine without one runs the same operators on tensors of the meta device, which have no values to wait for, and the
+kernels for CUDA by Triton's interpreter; one with CUDA runs them there.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from pytest_qsa.engine.comparing import Met, Pairs
 from pytest_qsa.engine.hooks import hooked, run_batch
 from pytest_qsa.engine.modules import blocks_of, layers_of
 from pytest_qsa.engine.observers import Reducers, StreamObserver
-from pytest_qsa.engine.pair_reductions import scores_of
+from pytest_qsa.engine.pair_reductions import cuda_powers, cuda_scores, powers_of, scores_of
 from pytest_qsa.engine.visits import Forward, Visits
 from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 
@@ -68,8 +68,8 @@ def unhurried(device):
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def observed(x, keep, statistics=STATISTICS):
-    observer = StreamObserver(statistics, Reducers(fused=x.device.type == "cpu"))
+def observed(x, keep, statistics=STATISTICS, reducers=None):
+    observer = StreamObserver(statistics, reducers or Reducers(fused=x.device.type == "cuda"))
     observer.add(x, keep, list(range(len(x))), 0, token_axis=x.dim() == 3)
     observer.add(x, [None] * len(x), list(range(len(x), 2 * len(x))), 0, token_axis=x.dim() == 3)
     return observer
@@ -87,16 +87,17 @@ def test_no_reduction_waits_for_the_device(elsewhere, dtype, shape):
     keep = [torch.arange(3, device=elsewhere) if len(shape) == 3 else None, None]
     with unhurried(elsewhere):
         observer = observed(x, keep)
+        observer.reducers.finish()
     assert {tensor.device for rows in observer.rows.values() for tensor in rows} == {elsewhere}
     assert {tensor.device for tensor in observer.pooled.values()} == {elsewhere}
 
 
 def test_no_hook_waits_for_the_device(elsewhere):
-    model = models.llama(torch.bfloat16).to(elsewhere)
+    model = models.llama(torch.bfloat16, num_hidden_layers=1).to(elsewhere)
     requests = tuple(Request("", site, statistics=STATISTICS) for site in ("input", "output"))
     modules = layers_of(model)
     wanted = wanted_sites(list(modules), blocks_of(model), requests)
-    state = Visits(wanted, modules, frozenset(), may_stop=False, reducers=Reducers(fused=False))
+    state = Visits(wanted, modules, frozenset(), may_stop=False, reducers=Reducers(fused=elsewhere == CUDA))
     state.forward = Forward(rows_of(models.padded_batch([9, 5]), 0), first=True)
     ids = torch.zeros(2, 9, dtype=torch.int64, device=elsewhere)
     visit = state.visit
@@ -108,7 +109,7 @@ def test_no_hook_waits_for_the_device(elsewhere):
     state.visit = watched
     with hooked(modules, state), torch.no_grad():
         run_batch(model, ids, elsewhere)
-    assert len(state.observers) > 30
+    assert len(state.observers) > 10
 
 
 @pytest.mark.parametrize("statistic", ["error", "channel_error:all", "local:4"])
@@ -132,6 +133,96 @@ def test_no_score_of_predictions_waits_for_the_device(elsewhere):
         assert scores_of(logits, logits, following).device == elsewhere
 
 
+class ForCuda:
+    """Reducers that are the kernels for CUDA, wherever the tensor is."""
+
+    def __init__(self):
+        from pytest_qsa.engine.cuda import CudaReducer
+
+        self.only = CudaReducer()
+        self.finish = self.only.finish
+
+    def for_tensor(self, x):
+        return self.only
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Return the device that the kernels for CUDA run on: CUDA, or the CPU by Triton's interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not HERE:
+            patch.setenv("TRITON_INTERPRET", "1")
+        from pytest_qsa.engine import triton_kernels
+
+        assert triton_kernels
+        yield HERE[0] if HERE else CPU
+
+
+def assert_same(here, there):
+    assert here.keys() == there.keys()
+    for name, array in there.items():
+        assert (here[name].dtype, here[name].shape) == (array.dtype, array.shape), name
+        tolerance = 1e-5 if name == "moments" or name.startswith("quantized") else 0
+        np.testing.assert_allclose(here[name], array, tolerance, 1e-9, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of ∞ − ∞
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", ["plain", "zeros", "nan and inf", "two tokens", "tiny", "no token axis"])
+def test_the_kernel_for_cuda_keeps_the_numbers_of_the_operators(compiled, dtype, special):
+    x = torch.randn(10, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 24)
+    if special == "zeros":
+        x[0, 3], x[1] = 0, 0
+    elif special == "nan and inf":
+        x[1, 2, 3], x[2, 1, 1] = float("nan"), float("inf")
+    elif special == "two tokens":
+        x = x[:, :2]
+    elif special == "tiny":
+        x = x * 1e-4
+    elif special == "no token axis":
+        x = x.flatten(1)
+    keep = [None] * 10
+    if x.dim() == 3:
+        keep[1], keep[2] = torch.arange(1, x.shape[1]), torch.tensor([0])
+    there = [None if kept is None else kept.to(compiled) for kept in keep]
+    kernel = observed(x.to(dtype).to(compiled), there, reducers=ForCuda()).numbers(STATISTICS).to_arrays()[0]
+    assert_same(kernel, observed(x.to(dtype), keep).numbers(STATISTICS).to_arrays()[0])
+
+
+def test_rows_of_many_shapes_wait_for_others_of_their_shape(compiled):
+    rows = [torch.randn(1, 3 + index % 14, 4, device=compiled).bfloat16() for index in range(40)]
+    reducers = ForCuda()
+    observers = [StreamObserver(STATISTICS - {map_statistic(0)}, how) for how in (reducers, Reducers(fused=False))]
+    for index, row in enumerate(rows):
+        for observer in observers:
+            observer.add(row, [None], [index], 0, token_axis=True)
+    assert_same(*(observer.numbers(STATISTICS).to_arrays()[0] for observer in observers))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3000), (2, 1)])
+def test_the_kernels_for_cuda_compare_as_the_operators_do(compiled, dtype, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    y = (x + torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype).to(compiled)
+    x = x.to(dtype).to(compiled)
+    torch.testing.assert_close(cuda_powers(x, y), powers_of(x, y, None, fused=False), rtol=2e-6, atol=1e-7)
+    following = torch.arange(-1, shape[0] - 1, device=compiled).clamp(max=shape[1] - 1)
+    for reference in (x, None):
+        plain = scores_of(y, reference, following, fused=False)
+        torch.testing.assert_close(cuda_scores(y, reference, following), plain, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of ∞ − ∞
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible_on_cuda(compiled, poison):
+    x, y = torch.randn(3, 40, device=compiled), torch.randn(3, 40, device=compiled)
+    y[1, 7] = poison
+    assert (~cuda_powers(x, y)[:, 1].isfinite()).tolist() == [False, True, False]
+    scores = cuda_scores(y, x, torch.tensor([0, 1, 2], device=compiled))
+    assert (~scores[:, 2].isfinite()).tolist() == [False, True, False]
+
+
 @pytest.fixture(params=[CPU, *HERE], ids=str)
 def device(request):
     return request.param
@@ -144,11 +235,7 @@ def test_a_device_keeps_the_numbers_of_the_operators(device, dtype):
     keep = [None, torch.arange(1, 30)]
     here = observed(x.to(dtype).to(device), [None, keep[1].to(device)]).numbers(STATISTICS).to_arrays()[0]
     there = observed(x.to(dtype), keep).numbers(STATISTICS).to_arrays()[0]
-    assert here.keys() == there.keys()
-    for name, array in there.items():
-        assert (here[name].dtype, here[name].shape) == (array.dtype, array.shape), name
-        tolerance = 1e-5 if name == "moments" or name.startswith("quantized") else 0
-        np.testing.assert_allclose(here[name], array, tolerance, 1e-9, err_msg=name)
+    assert_same(here, there)
 
 
 def test_a_capture_on_a_device_says_what_the_activations_say(device):
@@ -166,7 +253,7 @@ def test_a_capture_on_a_device_says_what_the_activations_say(device):
 
 
 def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
-    model = models.llama(torch.bfloat16)
+    model = models.llama(torch.bfloat16, num_hidden_layers=2)
     sites = [("_proj$", "output"), (r"layers\.\d$", "output"), ("_proj$", "weight"), ("", "logits")]
     batches = [models.padded_batch([12, 7], bos=True), models.padded_batch([12, 12], seed=1, bos=True)]
     one, other = (

@@ -28,6 +28,9 @@ class Reducer(Protocol):
     def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Any]) -> dict[str, Any]:
         """Reduce [T, C], or [n] where there is no token axis."""
 
+    def finish(self) -> None:
+        """Complete the numbers of all rows."""
+
 
 @dataclass
 class Reducers:
@@ -50,7 +53,16 @@ class Reducers:
             from .cpu import CpuReducer
 
             return CpuReducer(x.dtype, torch.get_num_threads())
+        if self.fused and x.device.type == "cuda" and importlib.util.find_spec("triton"):
+            from .cuda import CudaReducer
+
+            return CudaReducer()
         return TorchReducer()
+
+    def finish(self) -> None:
+        """Complete the numbers of all rows that were reduced."""
+        for reducer in self._made.values():
+            reducer.finish()
 
 
 @cache
@@ -105,6 +117,7 @@ class StreamObserver:
 
     def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
         """Fetch everything from the device, once. `statistics`: what the site can say it has."""
+        self.reducers.finish()
         owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
         order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
         owners = owners[order]

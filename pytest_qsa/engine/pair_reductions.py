@@ -1,4 +1,4 @@
-"""What is kept of two tensors that stand for the same thing: by the kernels on the CPU, by torch's operators elsewhere.
+"""What is kept of two tensors that stand for one thing: by kernels on the CPU and CUDA, by operators elsewhere.
 
 Nothing here waits for an accelerator: the results stay on the device until the pass fetches them.
 """
@@ -23,7 +23,12 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
 
     NaN and ∞ stay in the sums of their row.
     """
-    found = _fused_powers(reference, own) if fused and _compiled(own) else _powers(reference, own)
+    if fused and _compiled(own):
+        found = _fused_powers(reference, own)
+    elif fused and _on_cuda(own):
+        found = cuda_powers(reference, own)
+    else:
+        found = _powers(reference, own)
     if kept is None:
         return found
     return torch.full_like(found, PADDING).index_copy_(0, kept, found.index_select(0, kept))
@@ -32,6 +37,19 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
 def _compiled(tensor: Tensor) -> bool:
     known = tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return known and tensor.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def cuda_powers(reference: Tensor, own: Tensor) -> Tensor:
+    """Return `ERROR_NAMES` of each row by the kernel for CUDA."""
+    from . import triton_kernels
+
+    found = torch.empty((len(own), 4), dtype=torch.float32, device=own.device)
+    triton_kernels.powers[(len(own),)](reference.contiguous(), own.contiguous(), found, own.shape[1], block=2048)
+    return found
 
 
 def _powers(reference: Tensor, own: Tensor) -> Tensor:
@@ -69,11 +87,26 @@ def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused
     """
     if fused and _compiled(own):
         return torch.from_numpy(_fused_scores(own, reference, following.numpy()))
+    if fused and _on_cuda(own):
+        return cuda_scores(own, reference, following)
     parts = []
     for start in range(0, len(own), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         parts.append(_scores(own[rows], None if reference is None else reference[rows], following[rows]))
     return torch.cat(parts)
+
+
+def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Tensor:
+    """Return `SCORE_NAMES` of each row by the kernel for CUDA, as `scores_of`."""
+    from . import triton_kernels
+
+    found = torch.full((len(own), 4), float("nan"), dtype=torch.float64, device=own.device)
+    other = own if reference is None else reference
+    triton_kernels.compare[(len(own),)](
+        other.contiguous(), own.contiguous(), following, found, own.shape[1], compared=reference is not None, block=1024
+    )
+    found[:, 2].clamp_(min=0)
+    return found
 
 
 def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:

@@ -10,11 +10,34 @@ from .channel_counts import count_channels, count_features, widen_channels
 from .wants import Wants, peak_count, ranks_of
 
 
+class Tables:
+    """Small tables on a device, made there once: a copy of numbers from the host would wait for it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    def ranks(self, count: int, device: torch.device) -> Tensor:
+        """Return `ranks_of`, [7] int64."""
+        key = (count, device)
+        if key not in self._made:
+            filled = [torch.full((), rank, dtype=torch.int64, device=device) for rank in ranks_of(count)]
+            self._made[key] = torch.stack(filled)
+        return self._made[key]
+
+    def values(self, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return what the first 16-bit patterns stand for, [bins] float32."""
+        key = (bins, dtype, device)
+        if key not in self._made:
+            patterns = torch.arange(bins, dtype=torch.int32, device=device).to(torch.int16)
+            self._made[key] = patterns.view(dtype).float()
+        return self._made[key]
+
+
 class TorchReducer:
     """Keeps every result on the tensor's device; nothing here waits for it."""
 
-    def __init__(self) -> None:
-        self._ranks: dict[tuple[int, torch.device], Tensor] = {}
+    def __init__(self, tables: Tables | None = None) -> None:
+        self._tables = tables or Tables()
 
     def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
@@ -25,11 +48,11 @@ class TorchReducer:
         if row.dim() == 2 and wants.tokens:
             found |= _tokens(magnitudes, kept, row.shape[0])
         if row.dim() == 2 and wants.channels:
-            found |= _channels(magnitudes, pooled, self._ranks_of(row.shape[1], row.device))
+            found |= _channels(magnitudes, pooled, self._tables.ranks(row.shape[1], row.device))
         if row.dim() == 2 and wants.on_request:
-            found |= _on_request(wide.float(), wants, pooled)
+            found |= on_request(wide.float(), wants, pooled)
         elements = magnitudes.flatten()
-        ranks = self._ranks_of(elements.numel(), row.device) if wants.ordered else None
+        ranks = self._tables.ranks(elements.numel(), row.device) if wants.ordered else None
         order = _distribution(counted.flatten(), elements, wants, pooled, ranks) if wants.counted else None
         if wants.elements and order is not None:
             found["element_top"] = order
@@ -42,13 +65,8 @@ class TorchReducer:
             found[name] = count.masked_fill(least.isnan(), UNKNOWN)
         return found
 
-    def _ranks_of(self, count: int, device: torch.device) -> Tensor:
-        """Return `ranks_of` on a device, [7] int64. Filled there: a copy of numbers from the host would wait."""
-        key = (count, device)
-        if key not in self._ranks:
-            filled = [torch.full((), rank, dtype=torch.int64, device=device) for rank in ranks_of(count)]
-            self._ranks[key] = torch.stack(filled)
-        return self._ranks[key]
+    def finish(self) -> None:
+        """Do nothing: the numbers of every row are complete."""
 
 
 def _tokens(magnitudes: Tensor, kept: Tensor | None, length: int) -> dict[str, Tensor]:
@@ -67,10 +85,11 @@ def _channels(magnitudes: Tensor, pooled: dict[str, Tensor], ranks: Tensor) -> d
     pooled["channel_max"] = maxima if before is None else torch.maximum(before, maxima)
     count = maxima.numel()
     picked = maxima.sort().values[ranks.clamp(0, count - 1)]
-    return {"channel_top": _blank_missing(picked, ranks, count)}
+    return {"channel_top": blank_missing(picked, ranks, count)}
 
 
-def _on_request(wide: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_request(wide: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what only a site that asks for it has of x [T, C] float32, and pool the rest of it."""
     if wants.channel_counts:
         count_channels(wide, pooled)
         widen_channels(wide, pooled)
@@ -90,7 +109,7 @@ def _distribution(
     if wants.counts or wants.signed:
         ends = _extremes(raw, elements, signed=wants.signed)
         before = pooled.get("extremes")
-        pooled["extremes"] = ends if before is None else _widened(before, ends)
+        pooled["extremes"] = ends if before is None else widened(before, ends)
     return None if ranks is None else _counted_order(folded, elements, raw.dtype, ranks)
 
 
@@ -101,7 +120,8 @@ def _extremes(raw: Tensor, elements: Tensor, *, signed: bool) -> Tensor:
     return torch.stack([end.float() for end in (elements.max(), smallest, low, high)])
 
 
-def _widened(before: Tensor, ends: Tensor) -> Tensor:
+def widened(before: Tensor, ends: Tensor) -> Tensor:
+    """Return `EXTREME_NAMES` of two tensors from those of each."""
     largest, least = torch.maximum(before, ends), torch.minimum(before, ends)
     return torch.stack([largest[0], least[1], least[2], largest[3]])
 
@@ -132,11 +152,12 @@ def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype, ranks
         few = min(3, count)
         order[:few] = magnitudes.topk(few).values.float()
         order[7 - few :] = magnitudes.topk(few, largest=False).values.flip(0).float()
-    return _blank_missing(order, ranks, count)
+    return blank_missing(order, ranks, count)
 
 
-def _blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
-    return values.masked_fill((ranks < 0) | (ranks >= count) | ~values[0].isfinite(), float("nan"))
+def blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
+    """Return order statistics [..., 7] with NaN for ranks that there are none of, and for all where the largest is."""
+    return values.masked_fill((ranks < 0) | (ranks >= count) | ~values[..., :1].isfinite(), float("nan"))
 
 
 def _moments(x: Tensor, magnitudes: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ from .series import Series
 
 FIGURES = 4
 """The significant digits of a mean and a sigma as a suite keeps them."""
+IDENTICAL = 200.0
+"""What stands for +∞ dB where nothing differs from the reference: float32's own rounding is at 150 dB."""
+STANDARD_ERRORS = 2 * 1.959963984540054
+"""So many are between the ends of a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of each layer on each part of the data, [parts, L], and on all of it, [L]."""
+    """The values of each layer on each part of the data, [parts, L], and on all of it, [L].
+
+    `errors` [L]: the standard error of a part's value, where it is an estimate from that part's tokens; else 0.
+    """
 
     layers: Sequence[str]
     parts: NDArray[np.float64]
     whole: NDArray[np.float64]
+    errors: NDArray[np.float64]
 
     @classmethod
     def of(cls, parts: Sequence[Series], whole: Series) -> Spread:
@@ -57,12 +65,17 @@ class Spread:
             raise AnomalyError("one part of the data says nothing of the noise: give two at least")
         if any(series.layers != whole.layers for series in parts):
             raise AnomalyError("the parts of the data have not the same layers, so their noise can't be told")
-        return cls(whole.layers, np.stack([series.values for series in parts]), whole.values)
+        errors = np.mean([_errors(part) for part in parts], axis=0)
+        return cls(whole.layers, np.stack([_finite(part) for part in parts]), _finite(whole), errors)
 
     @property
     def sigmas(self) -> NDArray[np.float64]:
-        """The standard deviation of each layer over the parts, [L]; exactly 0 where they are equal."""
-        return np.where(np.ptp(self.parts, axis=0) > 0, self.parts.std(axis=0, ddof=1), 0.0)
+        """The standard deviation of each layer over the parts, [L]; exactly 0 where they are equal.
+
+        An estimate's is no less than its standard error, for a few parts can lie together by chance.
+        """
+        apart = np.where(np.ptp(self.parts, axis=0) > 0, self.parts.std(axis=0, ddof=1), 0.0)
+        return np.maximum(apart, self.errors)
 
     def noise(self, index: int, k: float) -> Noise:
         """Return the noise of one layer, rounded as a suite keeps it."""
@@ -75,6 +88,16 @@ class Spread:
             shares = np.where(self.sigmas > 0, k * self.sigmas / np.abs(self.parts.mean(axis=0)), 0.0)
         worst = int(np.argmax(shares))
         return self.layers[worst], float(shares[worst])
+
+
+def _finite(series: Series) -> NDArray[np.float64]:
+    return np.minimum(series.values, IDENTICAL) if series.query.unit == "dB" else series.values
+
+
+def _errors(series: Series) -> NDArray[np.float64]:
+    ends = [series.intervals.get(layer, (0.0, 0.0, 0)) for layer in series.layers]
+    errors = [(high - low) / STANDARD_ERRORS if math.isfinite(high) else 0.0 for low, high, _ in ends]
+    return np.array(errors, dtype=np.float64)
 
 
 def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str] | None, k: float) -> list[Proposal]:
@@ -148,14 +171,17 @@ class Sampled:
 
     def repeats(self, assertions: Sequence[Assertion]) -> float:
         """Return by how much, relative to its value, any number of a repeated pass differs from the first one's."""
-        worst = 0.0
-        for assertion in assertions:
-            if isinstance(assertion, MeasuredAssertion):
-                first = measured(assertion, self.parts[0]).values
-                for again in self.repeated:
-                    apart = np.abs(measured(assertion, again).values - first)
-                    worst = max(worst, float((apart[apart > 0] / np.abs(first[apart > 0])).max(initial=0.0)))
-        return worst
+        own = [each for each in assertions if isinstance(each, MeasuredAssertion)]
+        return max((_apart(each, self.parts[0], again) for each in own for again in self.repeated), default=0.0)
+
+
+def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
+    try:
+        first, again = (_finite(measured(assertion, capture)) for capture in (one, other))
+    except AnomalyError:  # what has no sound number can't be calibrated either, and that is told there
+        return 0.0
+    apart = np.abs(again - first)
+    return float((apart[apart > 0] / np.abs(first[apart > 0])).max(initial=0.0))
 
 
 def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator[str]:

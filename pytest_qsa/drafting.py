@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -33,32 +33,140 @@ class Anatomy:
     @property
     def linear_pattern(self) -> str:
         r"""A regex that finds the linear layers by the last part of their names: `\.(q_proj|down_proj)$`."""
-        return rf"\.({'|'.join(dict.fromkeys(re.escape(name.rpartition('.')[2]) for name in self.linears))})$"
+        return rf"\.({'|'.join(self._kinds)})$"
+
+    @property
+    def linear_groups(self) -> list[str]:
+        r"""A regex for each kind of linear layer, `\.q_proj$`: kinds are alike from block to block."""
+        return [rf"\.{kind}$" for kind in self._kinds]
+
+    @property
+    def _kinds(self) -> list[str]:
+        return list(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in self.linears))
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One assertion. `why`: the comment above it; `keys`: its keys in order, those of `open` are bounds to be found."""
+    """One assertion. `why`: the comment above it; `keys`: its keys in order, those of `open` are bounds to be found.
+
+    `groups`: the regexes of layers that have a bound each; none for one bound for all.
+    """
 
     why: str
     keys: Mapping[str, Any]
     open: Sequence[str] = ()
+    groups: Sequence[str] = ()
 
     @property
     def entry(self) -> dict[str, Any]:
         """The assertion as a suite has it, with 0 for each bound that is to be found."""
-        return {**self.keys, **dict.fromkeys(self.open, 0)}
+        return {**self.keys, **{side: dict.fromkeys(self.groups, 0) if self.groups else 0 for side in self.open}}
 
 
 FILES = Draft(
     "What the files say, before any forward: scales, packed weights, keys, and settings beside a reference.",
     {"id": "files", "metric": "checkpoint_health"},
 )
+UNQUANTIZED = Draft(
+    "What is not quantized, norms and embeddings above all, is the original's to the last bit.",
+    {"id": "unquantized", "metric": "checkpoint_unquantized"},
+)
+Likeness = Literal["layers", "blocks", "logits"]
+"""What of a model can be held against its original: every layer; whole blocks, where scales were moved between layers;
+or only what it predicts, where the residual stream itself is another."""
+COMPARED: Mapping[Likeness, str] = {
+    "layers": "every layer is compared all the same",
+    "blocks": "as after smoothing, so that whole blocks are compared, not layers",
+    "logits": "as after a rotation, so that only predictions are compared",
+}
 
 
-def measured_drafts(anatomy: Anatomy) -> list[Draft]:
-    """Return the assertions that a pass answers, in the order in which they read best."""
-    return [*_activations(anatomy), *_weights(anatomy)]
+def likeness_of(changed: Sequence[str], *, rotated: bool) -> Likeness:
+    """Return what can be compared, from the unquantized layers that differ from the original's.
+
+    `rotated`: the configuration says that the weights are. Folded or smoothed norms leave whole blocks alike (arXiv
+    2211.10438), a rotation of the residual stream changes the embedding with them (2404.00456).
+    """
+    ends = [layer.rpartition(".")[2] for layer in changed]
+    if rotated or any("embed" in end or end == "wte" for end in ends):
+        return "logits"
+    return "blocks" if any("norm" in end or end.startswith("ln_") for end in ends) else "layers"
+
+
+def measured_drafts(anatomy: Anatomy, likeness: Likeness | None = None) -> list[Draft]:
+    """Return the assertions that a pass answers, in the order in which they read best.
+
+    `likeness`: what can be held against a reference; None without one.
+    """
+    compared = _against(anatomy, likeness) if likeness else []
+    return [*_activations(anatomy), *_weights(anatomy), *compared]
+
+
+def _against(anatomy: Anatomy, likeness: Likeness) -> list[Draft]:
+    """Return what holds a model against its original, from what is read in the files to what comes out."""
+    drafts = [*(_alone(anatomy) if likeness == "layers" else ()), *(_blocks(anatomy) if likeness != "logits" else ())]
+    return [*drafts, *_predictions()]
+
+
+def _alone(anatomy: Anatomy) -> list[Draft]:
+    kinds, weights = anatomy.linear_groups, {"layers": anatomy.linear_pattern, "site": "weight"}
+    return [
+        Draft(
+            "Each dequantized weight against the original's, before any forward.",
+            {"id": "weights-close", "metric": "weight_sqnr", **weights},
+            ("min",),
+            kinds,
+        ),
+        Draft(
+            "The same of its worst row: one scale that is off is one row in hundreds, and hardly moves the whole.",
+            {"id": "rows-close", "metric": "weight_sqnr", "by": "channel", **weights},
+            ("min",),
+            kinds,
+        ),
+        Draft(
+            "What each layer adds of its own: it gets the original's input, so this names the layer where it begins.",
+            {"id": "layers-alone", "metric": "local_sqnr", "layers": anatomy.linear_pattern},
+            ("min",),
+            kinds,
+        ),
+    ]
+
+
+def _blocks(anatomy: Anatomy) -> list[Draft]:
+    blocks = {"layers": anatomy.block_pattern}
+    return [
+        Draft(
+            "The error that has come together up to each block, the attention sinks left out.",
+            {"id": "blocks-close", "metric": "sqnr", **blocks},
+            ("min",),
+        ),
+        Draft(
+            "Outlier tokens that the original has not.",
+            {"id": "new-outliers", "metric": "new_outliers", **blocks, "threshold": 64},
+            ("max",),
+        ),
+    ]
+
+
+def _predictions() -> list[Draft]:
+    return [
+        Draft(
+            "How far the predictions are from the original's.",
+            {"id": "predictions-close", "metric": "kl_divergence", "stat": "mean"},
+            ("max",),
+        ),
+        Draft(
+            "The worst hundredth: a fault that only some tokens meet is lost in the mean.",
+            {"id": "predictions-close-everywhere", "metric": "kl_divergence", "stat": "p99"},
+            ("max",),
+        ),
+        Draft("How often both find the same token likeliest.", {"id": "same-words", "metric": "same_top"}, ("min",)),
+        Draft(
+            "ln of the ratio of the perplexities; sigma is no less than the standard error of the paired differences.",
+            {"id": "perplexity", "metric": "ln_ppl_ratio"},
+            ("max",),
+        ),
+    ]
 
 
 def _activations(anatomy: Anatomy) -> list[Draft]:

@@ -37,17 +37,40 @@ def calibrated(text: str, proposals: Mapping[str, Sequence[Proposal]], data: str
 
 def noise_text(proposals: Sequence[Proposal]) -> str:
     """Return the value of the key `noise`, on one line."""
-    sides: dict[str, list[str]] = {}
+    values = [f"{side}: {_flow(own)}" for side, own in _by_side(proposals).items()]
+    return f"{{{', '.join(values)}}}"
+
+
+def noise_lines(proposals: Sequence[Proposal], indent: str, newline: str) -> str:
+    """Return the value of the key `noise` with a line for each group."""
+    lines = []
+    for side, own in _by_side(proposals).items():
+        grouped = any(each.group for each in own)
+        lines += [f"{indent}{side}:"] if grouped else [f"{indent}{side}: {_flow(own)}"]
+        lines += [f"{indent}  {_key(each.group)}: {_figures(each)}" for each in own if grouped]
+    return newline.join(lines)
+
+
+def _by_side(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
+    sides: dict[str, list[Proposal]] = {}
     for each in proposals:
-        noise = each.noise
-        figures = f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
-        group = yaml.safe_dump([each.group], default_flow_style=True, width=1 << 20).strip()[1:-1]
-        sides.setdefault(each.side, []).append(f"{group}: {figures}" if each.group else figures)
-    values = {
-        side: f"{{{', '.join(own)}}}" if any(each.group for each in proposals if each.side == side) else own[0]
-        for side, own in sides.items()
-    }
-    return f"{{{', '.join(f'{side}: {value}' for side, value in values.items())}}}"
+        sides.setdefault(each.side, []).append(each)
+    return sides
+
+
+def _flow(proposals: Sequence[Proposal]) -> str:
+    if not any(each.group for each in proposals):
+        return _figures(proposals[0])
+    return f"{{{', '.join(f'{_key(each.group)}: {_figures(each)}' for each in proposals)}}}"
+
+
+def _figures(each: Proposal) -> str:
+    noise = each.noise
+    return f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
+
+
+def _key(group: str) -> str:
+    return yaml.safe_dump([group], default_flow_style=True, width=1 << 20).strip()[1:-1]
 
 
 def remark_text(proposals: Sequence[Proposal], data: str) -> str:
@@ -88,19 +111,33 @@ def _edits(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], da
             return None
         if each.proposed != each.bound:
             edits.append((number.start_mark.index, number.end_mark.index, f"{each.proposed:g}"))
-    noise = noise_text(proposals)
-    remark = "" if entry.flow_style else f"  {remark_text(proposals, data)}"
     if "noise" in keys:
-        start, end = keys["noise"].start_mark.index, _end(keys["noise"])
+        key = next(key for key, _ in entry.value if key.value == "noise")
+        start, end = key.end_mark.index, _end(keys["noise"])
         old = REMARK.match(text, end)
-        return [*edits, (start, old.end() if old else end, f"{noise}{remark}")]
+        return [*edits, (start, old.end() if old else end, _noise(text, entry, proposals, data))]
     last = max(_end(keys[each.side]) for each in proposals)
     if entry.flow_style:
-        return [*edits, (last, last, f", noise: {noise}")]
+        return [*edits, (last, last, f", noise{_noise(text, entry, proposals, data)}")]
     at = _line_end(text, last)
-    newline = "\r\n" if text[at : at + 1] == "\r" else "\n"
     indent = " " * entry.value[0][0].start_mark.column
-    return [*edits, (at, at, f"{newline}{indent}noise: {noise}{remark}")]
+    return [*edits, (at, at, f"{_newline(text, at)}{indent}noise{_noise(text, entry, proposals, data)}")]
+
+
+def _noise(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], data: str) -> str:
+    """Return what stands behind the key `noise`: in a block, groups have lines of their own."""
+    if entry.flow_style:
+        return f": {noise_text(proposals)}"
+    remark = remark_text(proposals, data)
+    if not any(each.group for each in proposals):
+        return f": {noise_text(proposals)}  {remark}"
+    newline = _newline(text, _line_end(text, entry.start_mark.index))
+    indent = " " * (entry.value[0][0].start_mark.column + 2)
+    return f":  {remark}{newline}{noise_lines(proposals, indent, newline)}"
+
+
+def _newline(text: str, at: int) -> str:
+    return "\r\n" if text[at : at + 1] == "\r" else "\n"
 
 
 def _end(node: yaml.Node) -> int:

@@ -49,8 +49,8 @@ def save_tokenizer(folder):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
 
 
-def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
-    """Save a Llama of 4 layers with random weights that are always the same; `change` edits its state dict."""
+def save_llama(folder, change=lambda weights: None, *, tokenizer=True, layers=4, width=32):
+    """Save a Llama with random weights that are always the same; `change` edits its state dict."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def save_llama(folder, change=lambda weights: None, *, tokenizer=True):
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=320, hidden_size=width, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

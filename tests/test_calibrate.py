@@ -1,16 +1,19 @@
 """`qsa calibrate`: the noise floor of a suite's numbers, and bounds that keep above it."""
 
 import math
+from types import SimpleNamespace
 
 import models
 import numpy as np
 import pytest
 from checkpoint_folders import suite
 
+from pytest_qsa.calibration import IDENTICAL, Spread, proposals_of
 from pytest_qsa.cli import main
 from pytest_qsa.config import Data, load_suite
 from pytest_qsa.engine.data import batches_of
 from pytest_qsa.errors import SuiteError
+from pytest_qsa.series import Query, Series
 from pytest_qsa.suite_edits import calibrated
 
 SUITE = """\
@@ -176,6 +179,64 @@ def test_a_bound_below_the_noise_floor_is_refused_with_the_figure(tmp_path, boun
     else:
         with pytest.raises(SuiteError, match=told):
             load_suite(file, [override] if override else [])
+
+
+def test_a_bound_of_a_group_above_the_floor_against_the_original_is_refused(tmp_path):
+    file = tmp_path / "g.qsa.yaml"
+    noise = "noise: {min: {q_proj: {mean: 41.5, sigma: 0.5, n: 8, k: 6}, default: {mean: 30, sigma: 0, n: 8, k: 6}}}"
+    file.write_text(suite("x", f"id: a, metric: sqnr, layers: x, min: {{q_proj: 40, default: 30}}, {noise}"))
+    with pytest.raises(
+        SuiteError, match=r"min of 'q_proj' 40 is above the noise floor 38.5 \(mean 41.5 − 6 × sigma 0.5"
+    ):
+        load_suite(file)
+
+
+def series(values, unit="dB", interval=None):
+    query = Query("sqnr", "1", "output", "x", unit=unit)
+    ends = {"a": (values[0] - interval, values[0] + interval, 9)} if interval else {}
+    return Series(["a", "b"][: len(values)], np.array(values), query, intervals=ends)
+
+
+def test_what_never_differs_from_the_original_has_to_stay_so():
+    spread = Spread.of([series([30.0, np.inf]), series([32.0, np.inf])], series([31.0, np.inf]))
+    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0}})
+    a, b = proposals_of(assertion, spread, None, 1)
+    assert (a.noise.mean, a.proposed) == (31.0, 29.0)
+    assert (b.noise.mean, b.noise.sigma, b.proposed) == (IDENTICAL, 0.0, IDENTICAL)
+
+
+def test_an_estimate_varies_by_its_standard_error_at_least():
+    near = [series([5.0 + 0.01 * part], unit="", interval=1.96) for part in range(3)]
+    assert Spread.of(near, near[0]).sigmas == pytest.approx([1.0], rel=1e-4)
+    far = [series([5.0 + 3 * part], unit="", interval=1.96) for part in range(3)]
+    assert Spread.of(far, far[0]).sigmas == pytest.approx([3.0])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, int8_llama, llama):
+    """Calibrate a suite against the original; return the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("original")
+    bounds = ("id: close, metric: nmse, layers: 'layers\\.\\d$', max: 9", "id: same, metric: same_top, min: 0")
+    sections = "memory: {device: cpu}\n"
+    text = suite(int8_llama, *bounds, sections=sections).replace("}\ndata", f", reference: {llama}}}\ndata", 1)
+    (folder / "gate.qsa.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch, (folder / "out.txt").open("w") as stream:
+        patch.setattr("sys.stdout", stream)
+        assert main(["calibrate", str(folder / "gate.qsa.yaml"), "--parts", "3", "--write"]) == 0
+    return folder
+
+
+def test_a_suite_with_a_reference_is_calibrated_against_it(original):
+    close, same = load_suite(original / "gate.qsa.yaml").assertions
+    assert 0 < close.noise.max.floor("max") <= close.max < 0.1
+    assert 0.5 < same.min <= same.noise.min.floor("min") < 1
+    assert "2 passes over one part are equal" in (original / "out.txt").read_text()
+
+
+def test_a_reference_that_was_kept_on_its_own_tokens_cannot_be_calibrated_against(original, capsys):
+    (original / "kept.qsa").write_bytes(b"")
+    assert main(["calibrate", str(original / "gate.qsa.yaml"), "--model.reference", "kept.qsa"]) == 1
+    assert "kept.qsa was kept on its own tokens" in capsys.readouterr().err
 
 
 def test_pytest_refuses_such_a_suite_as_wrong(own_project, llama):

@@ -1,14 +1,19 @@
 """`qsa init`: a first suite, calibrated, that a team can commit."""
 
+import json
+
 import models
 import pytest
+import torch
+import transformers
 import yaml
-from checkpoint_folders import Project
+from checkpoint_folders import Project, edited, save_llama
 
 from pytest_qsa import capture
 from pytest_qsa.cli import main
-from pytest_qsa.config import load_suite
-from pytest_qsa.drafting import Anatomy, sinks_of
+from pytest_qsa.config import Data, load_suite
+from pytest_qsa.drafting import Anatomy, likeness_of, measured_drafts, sinks_of
+from pytest_qsa.engine.data import batches_of
 
 SMALL = ("--parts", "4", "--data.num_samples", "2", "--data.seq_len", "24", "--memory.device", "cpu")
 
@@ -93,3 +98,151 @@ def test_the_patterns_find_blocks_and_linears_of_any_trunk():
     assert one.linear_pattern == r"\.(c_attn|c_fc)$"
     two = Anatomy(["encoder.block.0", "decoder.block.0"], [])
     assert two.block_pattern == r"^(encoder\.block|decoder\.block)\.\d+$"
+
+
+# Against an original.
+
+AGAINST = [
+    "files", "unquantized", "finite", "residual-outliers", "outliers-beside-the-sinks", "drift", "weight-scales",
+    "weights-without-bias", "weights-close", "rows-close", "layers-alone", "blocks-close", "new-outliers",
+    "predictions-close", "predictions-close-everywhere", "same-words", "perplexity",
+]  # fmt: skip
+DOWN = "model.layers.2.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def against(tmp_path_factory, int8_llama, llama):
+    """Write a first suite of the small int8 Llama against the one it was made from."""
+    project = Project(tmp_path_factory.mktemp("against") / "project")
+    out = project.folder / "out.txt"
+    with pytest.MonkeyPatch.context() as patch, out.open("w") as stream:
+        patch.chdir(project.folder)
+        patch.setattr("sys.stdout", stream)
+        assert main(["init", str(int8_llama), "--reference", str(llama), "-o", "gate.qsa.yaml", *SMALL]) == 0
+    return project
+
+
+@pytest.fixture(scope="module")
+def parts(int8_llama, llama):
+    """Return −ln of both models' probabilities of every token, [parts, windows·tokens, V], by plain forwards."""
+    both = [transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (int8_llama, llama)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    windows = batches_of(Data(num_samples=8, seq_len=24), tokenizer, llama)
+    ids = torch.cat([window["input_ids"] for window in windows]).reshape(4, 2, 24)
+    with torch.no_grad():
+        tables = [[-model(part).logits.double().log_softmax(-1) for part in ids] for model in both]
+    return ids, torch.stack(tables[0]), torch.stack(tables[1])
+
+
+def test_a_suite_against_the_original_compares_files_weights_layers_blocks_and_predictions(against, llama):
+    suite = load_suite(against.folder / "gate.qsa.yaml")
+    assert [assertion.id for assertion in suite.assertions] == AGAINST
+    reference = yaml.safe_load(against.read("gate.qsa.yaml"))["model"]["reference"]
+    assert (against.folder / reference).resolve() == llama.resolve()
+    assert set(suite.assertions[AGAINST.index("layers-alone")].min) == {
+        rf"\.{kind}_proj$" for kind in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+
+
+def test_the_floor_of_the_predictions_is_that_of_plain_forwards(against, parts):
+    ids, own, theirs = parts
+    assertions = {a.id: a for a in load_suite(against.folder / "gate.qsa.yaml").assertions}
+    kl = (theirs.neg().exp() * (own - theirs)).sum(-1).flatten(1)
+    following = ids[..., 1:, None]
+    apart = (own[..., :-1, :].gather(-1, following) - theirs[..., :-1, :].gather(-1, following)).flatten(1)
+    same = (own.argmin(-1) == theirs.argmin(-1)).double().flatten(1)
+    for name, tokens, side, sign in (
+        ("predictions-close", kl, "max", 1), ("perplexity", apart, "max", 1), ("same-words", same, "min", -1),
+    ):  # fmt: skip
+        noise, means = getattr(assertions[name].noise, side), tokens.mean(1)
+        paired = float((tokens.std(1) / tokens.shape[1] ** 0.5).mean()) if name != "same-words" else 0.0
+        sigma = max(float(means.std()), paired)
+        assert (noise.n, noise.k) == (4, 6)
+        assert noise.mean == pytest.approx(float(means.mean()), rel=2e-3)
+        assert noise.sigma == pytest.approx(sigma, rel=5e-3), name
+        floor = float(means.mean()) + sign * 6 * sigma
+        assert sign * getattr(assertions[name], side) >= sign * floor - 2e-3 * abs(floor)
+
+
+def test_the_floor_of_the_weights_is_that_of_the_worst_layer_of_each_kind(against, int8_llama, llama):
+    from safetensors.torch import load_file
+
+    quantized, original = (load_file(folder / "model.safetensors") for folder in (int8_llama, llama))
+    (bound,) = (a for a in load_suite(against.folder / "gate.qsa.yaml").assertions if a.id == "weights-close")
+    found = []
+    for layer in range(4):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        x, y = original[name].double(), quantized[name].double() * quantized[f"{name}_scale"].double()
+        found.append(float(10 * torch.log10((x**2).sum() / ((x - y) ** 2).sum())))
+    noise = bound.noise.min[r"\.down_proj$"]
+    assert noise.mean == pytest.approx(min(found), abs=0.01)
+    assert noise.sigma == 0
+    assert min(found) - 1 <= bound.min[r"\.down_proj$"] <= min(found)
+
+
+def test_it_holds_its_model_and_names_the_layer_of_a_fault(against, int8_llama, tmp_path):
+    broken = edited(int8_llama, tmp_path / "broken", lambda weights: weights[f"{DOWN}.weight_scale"].mul_(1.05))
+    both = (f"--qsa-model=sound={int8_llama}", f"--qsa-model=broken={broken}")
+    run = against.pytest("gate.qsa.yaml", "--qsa-report=never", "-k", "not drift and not weight-scales", *both)
+    failed = {name.partition("::")[2] for name, how in run.outcomes.items() if how == "failed"}
+    assert failed == {f"{name}[broken]" for name in ("weights-close", "rows-close", "layers-alone")}, run.out
+    for name in failed:
+        assert f"worst {DOWN}" in run.first_line(f"::{name}")
+
+
+def other_tokens(folder):
+    """Take the merges out of a tokenizer."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: save_llama(folder, layers=3), "the reference has 3 blocks (model.layers.0, …) and the model 4"),
+        (lambda folder: save_llama(folder, width=64), "model.embed_tokens is 320→32 here and 320→64 in the reference"),
+        (lambda folder: other_tokens(save_llama(folder)), "the reference's tokenizer makes other tokens of the data"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_is_not_the_original_is_refused_in_one_line(
+    int8_llama, tmp_path, monkeypatch, capsys, make, told
+):
+    make(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["init", str(int8_llama), "--reference", "other", "-o", "gate.qsa.yaml", *SMALL]) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("qsa: ") == error.count("\n") == 1
+    assert not (tmp_path / "gate.qsa.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "rotated", "kinds"),
+    [
+        ([], False, {"weight_sqnr", "local_sqnr", "sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
+        (["model.layers.0.input_layernorm"], False,
+         {"sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
+        (["model.embed_tokens", "model.norm"], False, {"kl_divergence", "same_top", "ln_ppl_ratio"}),
+        ([], True, {"kl_divergence", "same_top", "ln_ppl_ratio"}),
+    ],
+)  # fmt: skip
+def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(changed, rotated, kinds):
+    anatomy = Anatomy(["model.layers.0", "model.layers.1"], ["model.layers.0.mlp.down_proj"])
+    alone = {draft.keys["metric"] for draft in measured_drafts(anatomy)}
+    drafts = measured_drafts(anatomy, likeness_of(changed, rotated=rotated))
+    assert {draft.keys["metric"] for draft in drafts} - alone == kinds
+
+
+def test_a_suite_of_a_smoothed_model_says_so(int8_llama, llama, tmp_path, monkeypatch, capsys):
+    edited(llama, tmp_path / "other", lambda weights: weights["model.layers.1.input_layernorm.weight"].mul_(1.5))
+    monkeypatch.chdir(tmp_path)
+    few = ("--parts", "2", "--passes", "1")
+    assert main(["init", str(int8_llama), "--reference", "other", "-o", "gate.qsa.yaml", *SMALL, *few]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: unquantized"))
+    assert "model.layers.1.input_layernorm.weight" in told
+    assert "whole blocks are compared" in told
+    ids = [assertion.id for assertion in load_suite(tmp_path / "gate.qsa.yaml").assertions]
+    assert not {"unquantized", "layers-alone", "weights-close"} & set(ids)
+    assert "blocks-close" in ids

@@ -1,4 +1,7 @@
-"""`qsa init`: a first suite of a model, its bounds calibrated, each assertion with why it is there."""
+"""`qsa init`: a first suite of a model, its bounds calibrated, each assertion with why it is there.
+
+With an original, `--reference`, the suite also holds the model against it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from .sampling import add_sampling, data_text, lines_of, sample
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
     from ..config import SuiteFile
-    from ..drafting import Draft
+    from ..drafting import Draft, Likeness
+    from ..subjects import Subject
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -37,23 +41,28 @@ def run(arguments: Sequence[str]) -> int:
     target = options.output or Path(f"{_name(options.model)}.qsa.yaml")
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
-    file, sampled, drafts = _drafted(_sections(options, target), overrides, target, options)
+    file, sampled, drafts, told = _drafted(_sections(options, target), overrides, target, options)
     kept, findings, left = _calibrated(file, sampled, drafts, options.k)
     text = text_of(_head(file, sampled, options.k), _relative(file.source.data, target), kept)
     proposals = {each.id: each.proposals for each in findings if each.proposals}
     write_atomically(target, calibrated(text, proposals, data_text(sampled, file))[0])
-    print("\n".join([*lines_of(findings, sampled, file, stated=False), *left, *_health(file), *_next(target, kept)]))
+    print(
+        "\n".join(
+            [*lines_of(findings, sampled, file, stated=False), *told, *left, *_health(file), *_next(target, kept)]
+        )
+    )
     return OK
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qsa init", usage="qsa init MODEL [-o FILE.qsa.yaml] [options] [--KEY VALUE …]",
+        prog="qsa init", usage="qsa init MODEL [--reference ORIGINAL] [-o FILE.qsa.yaml] [options] [--KEY VALUE …]",
         description="Write a first suite of a model, whose bounds are what its numbers are over parts of the data, "
         "with room for how much they vary.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id")
+    parser.add_argument("--reference", metavar="ORIGINAL", help="what the model was made from: hold it against that")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the model's name, .qsa.yaml")
     add_sampling(parser)
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
@@ -68,16 +77,22 @@ def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, 
     """Return what the suite says of model and data unless the command line says otherwise."""
     from ..config import Data
 
-    path = Path(options.model).expanduser()
-    named = os.path.relpath(path, target.parent) if path.is_dir() else options.model
-    model = {"name": _name(options.model), "path": named}
+    model = {"name": _name(options.model), "path": _named(options.model, target)}
+    if options.reference is not None:
+        model["reference"] = _named(options.reference, target)
     return {"model": model, "data": Data().model_dump(include={"source", "num_samples", "seq_len", "seed"})}
+
+
+def _named(model: str, target: Path) -> str:
+    """Return a folder relative to the suite's, a hub id as it is."""
+    path = Path(model).expanduser()
+    return os.path.relpath(path, target.parent) if path.is_dir() else model
 
 
 def _drafted(
     sections: Sections, overrides: Sequence[str], target: Path, options: argparse.Namespace
-) -> tuple[SuiteFile, Sampled, list[Draft]]:
-    """Draft what a pass answers, make it, and draft the rest of what is then known."""
+) -> tuple[SuiteFile, Sampled, list[Draft], list[str]]:
+    """Draft what a pass answers, make it, and draft the rest of what is then known; say what can't be compared."""
     from ..config.loading import make_suite
     from ..config.yaml_source import YamlSource
     from ..drafting import FILES, measured_drafts, sinks_of
@@ -85,13 +100,42 @@ def _drafted(
 
     model, subject = subject_of(make_suite(YamlSource(target, sections), overrides, "--"))
     parts = anatomy(model, subject.path)
-    drafts = measured_drafts(parts)
+    unquantized, likeness, told = _likeness(subject)
+    drafts = measured_drafts(parts, likeness)
     source = YamlSource(target, {**sections, "assertions": [draft.entry for draft in drafts]})
     file = make_suite(source, overrides, "--")
     sampled = sample(file, options)
-    drafts = [FILES, *drafts, *sinks_of(sampled.whole, parts)]
+    drafts = [FILES, *unquantized, *drafts, *sinks_of(sampled.whole, parts)]
     source = YamlSource(target, {**source.data, "assertions": [draft.entry for draft in drafts]})
-    return make_suite(source), sampled, drafts
+    return make_suite(source), sampled, drafts, told
+
+
+def _likeness(subject: Subject) -> tuple[list[Draft], Likeness | None, list[str]]:
+    """Return the static draft that compares, what can be compared (None without a reference), and what is to be said.
+
+    Raises:
+        InfraError: the reference is no checkpoint that is here.
+    """
+    from ..checkpoint import problems_of
+    from ..drafting import COMPARED, UNQUANTIZED, likeness_of
+    from ..subjects import files_of, kept_reference
+
+    if subject.model is None or subject.model.reference is None:
+        return [], None, []
+    if kept_reference(subject) is not None:
+        return [], "layers", []  # the pass says that it takes the model itself
+    files = files_of(subject)
+    try:
+        found = problems_of(files, "checkpoint_unquantized")[1]
+    except AnomalyError as error:
+        return [], "layers", [f"left out: unquantized: {error}"]
+    rotated = bool(files.folder.quantization.get("transform_config"))
+    likeness = likeness_of([each.layer for each in found], rotated=rotated)
+    if not found:
+        told = [f"quantization_config has a transform_config, {COMPARED[likeness]}"] if rotated else []
+        return [UNQUANTIZED], likeness, told
+    first = f"{found[0].tensor}: {found[0].what}"
+    return [], likeness, [f"left out: unquantized: {first}; {COMPARED[likeness]}. If it is not meant so, mend it"]
 
 
 def _calibrated(

@@ -11,12 +11,13 @@ from ..captures import Capture
 from ..config import Data
 from ..errors import InfraError
 from ..merging import merge
-from ..plan import Request
-from ..subjects import Subject
+from ..plan import Request, compares
+from ..subjects import Subject, kept_reference
 from .capturing import Progress
 from .data import windows_available
+from .fitting import check_layers, check_tokens
 from .models import Loaded, load_model
-from .running import Share, capture_loaded
+from .running import Share, capture_loaded, load_reference
 
 
 def capture_parts(
@@ -30,27 +31,45 @@ def capture_parts(
 ) -> Sampled:
     """Capture `parts` parts of the data, of num_samples windows each, or as many as the text has for each.
 
-    `passes`: how many over the first part.
+    `passes`: how many over the first part. Where a request compares, the reference runs beside the subject.
 
     Raises:
-        InfraError: as `capture_subject`, or there is too little text for so many parts.
+        InfraError: as `capture_subject`; there is too little text for so many parts; or the reference does not fit.
     """
     assert subject.model is not None
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    reference: Loaded | None = None
     try:
+        if compares(requests):
+            reference = _reference(subject, loaded, allow_code=allow_code)
         size = part_size(subject.data, loaded, subject.folder, parts)
         batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
         data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
         subject = replace(subject, data=data)
+        if reference is not None:
+            check_tokens(data, loaded.tokenizer, reference.tokenizer, subject.folder)
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), Share(samples=(size * index, size * (index + 1)))
             told = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            captures.append(capture_loaded(subject, loaded, None, requests, told, share))
+            captures.append(capture_loaded(subject, loaded, None, requests, told, share, reference))
     finally:
-        loaded.close()
+        for held in (loaded, reference):
+            if held is not None:
+                held.close()
     return Sampled(captures[:parts], merge(captures[:parts]), captures[parts:])
+
+
+def _reference(subject: Subject, loaded: Loaded, *, allow_code: bool) -> Loaded:
+    if (kept := kept_reference(subject)) is not None:
+        raise InfraError(
+            f"model.reference: {kept.name} was kept on its own tokens, and the noise is measured on other parts of the "
+            "text: name the original itself, --model.reference"
+        )
+    reference = load_reference(subject, allow_code=allow_code)
+    check_layers(loaded.model, reference.model)
+    return reference
 
 
 def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:

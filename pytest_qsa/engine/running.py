@@ -69,7 +69,7 @@ def capture_subject(
     reference: Loaded | None = None
     try:
         if compares(requests):
-            reference = _load_reference(subject, allow_code=allow_code)
+            reference = load_reference(subject, allow_code=allow_code)
         return capture_loaded(subject, loaded, None, requests, progress, share, reference)
     finally:
         for held in (loaded, reference):
@@ -81,7 +81,12 @@ def capture_subject(
             torch.cuda.empty_cache()
 
 
-def _load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
+def load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
+    """Load what a subject is compared with.
+
+    Raises:
+        InfraError: the suite names none, or it can't be loaded.
+    """
     assert subject.model is not None
     if subject.model.reference is None:
         raise InfraError("there is nothing to compare with: name the original, model.reference")

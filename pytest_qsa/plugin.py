@@ -11,7 +11,7 @@ import pytest
 
 from .errors import SuiteError
 from .options import Options, add_options, read_options
-from .tiers import NOT_RUN, WORKER_NOT_RUN, split_by_tier
+from .tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
     from .collection import Overrides, QsaSuite
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     overrides = config.stash.get(OVERRIDES, None)
     problem = overrides.problem() if overrides else None
     if problem:
-        pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)
+        return _stop(config, items, problem)
     refusal = config.stash[OPTIONS].refused_update
     worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it
     if refusal and not worker and any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in items):
@@ -83,10 +83,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     try:
         items[:], later = split_by_tier(items, config.stash[OPTIONS].tier)
     except SuiteError as error:
-        pytest.exit(str(error), returncode=pytest.ExitCode.INTERRUPTED)
+        return _stop(config, items, str(error))
     if later:
         config.hook.pytest_deselected(items=list(later))
         config.stash[NOT_RUN] = {item.nodeid: tier for item, tier in later.items()}
+
+
+def _stop(config: pytest.Config, items: list[pytest.Item], problem: str) -> None:
+    """Stop before any test; a worker of xdist tells the process that reports, for an exit would be a crash to it."""
+    output = getattr(config, "workeroutput", None)
+    if output is None:
+        pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)
+    output[WORKER_PROBLEM] = problem
+    items.clear()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

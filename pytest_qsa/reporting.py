@@ -12,7 +12,7 @@ import pytest
 
 from .errors import scrubbed
 from .options import Options
-from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN
+from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 
 PACKAGE = Path(__file__).parent
 MOST_NOT_RUN = 20
@@ -118,6 +118,7 @@ class Reporter:
         self.started = time.time()
         self.written: str | None = None
         self.not_run: dict[str, str] = {}
+        self.problem: str | None = None
         self.suite_errors: list[str] = []
         self.selected: list[pytest.Item] = []
 
@@ -133,8 +134,10 @@ class Reporter:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take what a worker's tier left out; each worker collects all tests."""
-        self.not_run.update(getattr(node, "workeroutput", {}).get(WORKER_NOT_RUN, {}))
+        """Take what a worker's tier left out, or why it ran nothing; each worker collects all tests."""
+        output = getattr(node, "workeroutput", {})
+        self.not_run.update(output.get(WORKER_NOT_RUN, {}))
+        self.problem = output.get(WORKER_PROBLEM, self.problem)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Take what the tier left out of a run without workers, and the tests of a plan."""
@@ -143,8 +146,10 @@ class Reporter:
         self.not_run.update(left_out)
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write report.json and report.html."""
+        if self.problem:
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
@@ -175,6 +180,8 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say in one line how the gate stands and where the report lies."""
+        if self.problem:
+            terminalreporter.write_line(f"qsa: {self.problem}", red=True)
         for line in self._for_github():
             terminalreporter.write_line(line)
         if self.selected:

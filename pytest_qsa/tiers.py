@@ -17,6 +17,8 @@ NOT_RUN = pytest.StashKey[Mapping[str, str]]()
 
 WORKER_NOT_RUN = "qsa_not_run"
 """The key of an xdist worker's output that holds the same."""
+WORKER_PROBLEM = "qsa_problem"
+"""The key of its output that says why it ran nothing."""
 
 
 def tier_of(item: pytest.Item) -> Tier | None:

@@ -155,6 +155,24 @@ def test_one_forward_a_sample_answers_everything(tmp_path, llama, monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("options", [[], ["--redact"]])
+def test_a_redacted_analysis_writes_no_token_anywhere(tmp_path, llama, monkeypatch, options):
+    figures = []
+    keep = lambda figure, *_, **__: figures.append(figure) or b""  # noqa: E731
+    monkeypatch.setattr("pytest_qsa.analysis.drawing.encoded", keep)
+    output = {"formats": ["png", "html", "csv", "json"], "include_raw_data": True}
+    kinds = {"enabled": enabled("outlier_token"), "outlier": {"threshold": 1.01}, "output": output}
+    assert main([*configured(tmp_path, llama, kinds), *options]) == 0
+    redacted = bool(options)
+    capture = Capture.load(tmp_path / "figures/capture.qsa")
+    assert (len(capture.tokens), bool(capture.pieces)) == ((0, False) if redacted else (3, True))
+    (figure,) = figures
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert any(label.startswith("“") for label in labels) != redacted
+    assert any("redacted" in text for text in said) == redacted
+
+
 def test_the_first_layers_and_the_pictures_are_listed(tmp_path, llama, capsys):
     arguments = configured(tmp_path, llama, {"enabled": enabled("outlier_layer_wise")})
     assert main([*arguments, "--dry-run", "--verbose"]) == 0

@@ -311,6 +311,13 @@ def test_an_override_for_an_assertion_that_no_suite_has_is_an_error(usage):
     assert "no assertion 'peak' in a.qsa.yaml (did you mean 'peaks'?)" in run.out
 
 
+def test_workers_say_once_that_an_override_is_for_no_assertion(usage):
+    run = usage.pytest("--qsa-set", "assertions.peak.max=2", "-n2")
+    assert run.code == 2
+    assert run.out.count("no assertion 'peak' in a.qsa.yaml (did you mean 'peaks'?)") == 1
+    assert "crashed" not in run.out
+
+
 def test_an_override_for_an_assertion_reaches_the_suite_that_has_it(usage):
     usage.write("b.qsa.yaml", GOOD.replace("id: peaks", "id: other"))
     run = usage.pytest("--co", "-q", "--qsa-set", "assertions.other.max=2")

@@ -56,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     capture = _captured(subject, analysis, options)
     if capture is None:  # another process of torchrun's draws
         return OK
+    if options.redact:
+        capture = capture.redacted()
     if options.verbose:
         print(f"measured in {time.perf_counter() - started:.1f} s")
     return _written(suite, subject, analysis, capture, folder, arguments, verbose=options.verbose)
@@ -76,6 +78,12 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--qsa-no-cache", action="store_true", help="measure anew, and keep nothing")
     parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
+    parser.add_argument(
+        "--redact",
+        "--qsa-redact",
+        action="store_true",
+        help="leave tokens, their text and their ids, out of all that is written",
+    )
     return parse_with_overrides(parser, arguments)
 
 

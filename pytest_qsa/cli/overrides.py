@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from ..config import Suite, Visualization
+from ..config.fields import section_of
 from ..config.loading import check_override
 
 SECTIONS = ("model", "data", "memory", "visualization")
@@ -39,7 +40,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """
     for section in SECTIONS:
         group = parser.add_argument_group(f"keys of {section}", "each overrides the file's own value")
-        for key, kind, text in _keys(_model_of(Suite.model_fields[section].annotation), section):
+        model = section_of(Suite.model_fields[section].annotation)
+        assert model is not None
+        for key, kind, text in _keys(model, section):
             short = key.removeprefix("visualization.")
             words = [f"--{key}"] if short == key else [f"--{short}", f"--{key}"]
             group.add_argument(*words, dest=key, metavar=kind, default=argparse.SUPPRESS, help=text)
@@ -71,18 +74,13 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]
     """Yield (dotted key, type, help) of every value that a section can hold."""
     for name, field in model.model_fields.items():
         key = f"{prefix}.{name}"
-        inner = _model_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None:
             yield from _keys(inner, key)
             continue
         default = "" if field.default is None else f"default: {_written(field.get_default())}"
         text = "; ".join(part for part in (field.description, default) if part)
         yield key, _shown(field.annotation), text.replace("%", "%%")
-
-
-def _model_of(annotation: Any) -> Any:
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _written(value: Any) -> str:

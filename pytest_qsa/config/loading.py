@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +15,7 @@ from ..metrics import METRICS
 from .assertion import BUDGET, Assertion
 from .bounds import Relative
 from .defaults import apply_defaults
+from .fields import section_of
 from .inheritance import read_suite
 from .noise import Noise, Noises
 from .suite import ASSERTIONS, Baseline, MeasuredAssertion, Suite
@@ -130,20 +131,19 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
     key, equals, _ = override.partition("=")
     if not equals or not key:
         raise SuiteError(f"{option}{override}: write KEY=VALUE, such as data.num_samples=8")
-    model: Any = Suite
+    model: type[BaseModel] | None = Suite
     parts = key.split(".")
     if parts[0] in ("assertions", "defaults") and len(parts) > 1:
         return
     if parts[0] == "extends":
         raise SuiteError(f"{option}{override}: what a suite extends stands in its file")
     for index, part in enumerate(parts):
-        fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+        fields = model.model_fields if model else {}
         if part not in fields:
             raise SuiteError(
                 f"{option}{override}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
             )
-        annotation = fields[part].annotation
-        model = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)), None)
+        model = section_of(fields[part].annotation)
 
 
 def _check_assertions(source: YamlSource) -> None:
@@ -255,12 +255,5 @@ def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
         return list(inner.model_fields)
     model: Any = Suite
     for part in location[:-1]:
-        model = _model_in(model.model_fields[part].annotation)
+        model = section_of(model.model_fields[part].annotation)
     return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> Any:
-    """Return the section that a key may hold, through unions and what annotates them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)

@@ -107,11 +107,11 @@ def outlier_picture(
     figure = new_figure(3.6 if kind != "token" else 1.9 + 0.21 * max(min(len(texts), most), 5))
     axes = figure.subplots()
     head(figure, axes, title, [note])
-    if not len(outliers.layer):
-        axes.text(0.5, 0.5, "no token is above the threshold", ha="center", va="center", color=MUTED)
-        axes.set_axis_off()
-    elif kind == "token" and not texts:
-        axes.text(0.5, 0.5, "the data has no token ids", ha="center", va="center", color=MUTED)
+    missing = "" if len(outliers.layer) else "no token is above the threshold"
+    if kind == "token" and not texts:
+        missing = missing or "which tokens they are is not told: the data has no ids, or they are redacted"
+    if missing:
+        axes.text(0.5, 0.5, missing, ha="center", va="center", color=MUTED)
         axes.set_axis_off()
     elif kind == "token":
         _by_token(axes, texts, most)

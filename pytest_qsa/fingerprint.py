@@ -159,7 +159,7 @@ def local_folder(subject: Subject) -> Path | None:
 
 def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     assert subject.model is not None
-    yield "qsa-fingerprint/4"
+    yield "qsa-fingerprint/5"
     yield subject.model.model_dump(exclude={"name", "path", "reference", "previous"})
     yield subject.data.model_dump()
     yield subject.memory.model_dump()

@@ -23,6 +23,7 @@ from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
 from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import token_evidence
+from .execution import check_execution
 from .metrics import METRICS
 from .needs import requests_of
 from .options import Options
@@ -96,7 +97,10 @@ class Gate:
         if self._needs is None:
             self._needs = self._plan(request.session.items)
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
-        return self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
+        capture = self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
+        if subject.model is not None:
+            check_execution(capture.meta, subject.model)
+        return capture
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
         """Return the capture of the last release: one file, or one pass, for all tests whose bounds follow it.

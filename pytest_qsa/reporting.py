@@ -246,6 +246,8 @@ class Reporter:
             terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
 
     def _summarize(self, terminalreporter: Any) -> None:
+        from .execution import executed_as
+
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)
         kinds = ", ".join(sorted({result["kind"] for result in failed}))
@@ -253,6 +255,9 @@ class Reporter:
         text += f", {len(failed)} fail ({kinds})" if failed else ""
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
+        for subject, how in sorted({(result["subject"], executed_as(result["run"])) for result in self.results}):
+            if how:
+                terminalreporter.write_line(f"{subject} was executed as {how}")
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
             terminalreporter.write_line(f"waiver {use['text']}: {result['nodeid']}")

@@ -93,6 +93,16 @@ def files_of(subject: Subject) -> Files:
     return Files(open_folder(subject.path, model.revision, model.gguf_file), reference)
 
 
+def stored_quantized(subject: Subject) -> list[str]:
+    """Return the layers that the subject's files hold quantized; none without files, or for a part of a model."""
+    if subject.model is None or subject.model.submodule:
+        return []
+    try:
+        return files_of(subject).stored_quantized
+    except InfraError:  # a factory, a fixture, another format than safetensors
+        return []
+
+
 def previous_of(subject: Subject) -> Subject:
     """Return the last release as a subject of the same data; `org/name@revision` pins a hub id."""
     assert subject.model is not None
@@ -104,7 +114,7 @@ def _other(subject: Subject, named: str) -> Subject:
     """Return another checkpoint as a subject of the same data."""
     assert subject.model is not None
     path, _, revision = (named, "", "") if (subject.folder / named).exists() else named.partition("@")
-    sources = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None}
+    sources = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
     model = subject.model.model_copy(update={**sources, "revision": revision or None, "previous": None})
     return replace(subject, name=named, model=model, checkpoint=None)
 

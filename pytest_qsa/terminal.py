@@ -8,6 +8,7 @@ from typing import Any
 
 from .assertions import Row, TokenEvidence, Verdict, number
 from .errors import shown_path
+from .execution import executed_as
 from .findings import Finding
 
 MOST_ROWS = 8
@@ -142,7 +143,10 @@ def ran(verdict: Verdict) -> str:
         if reference := verdict.run.get("reference"):
             parts.append(f"against {reference['path']}")
     if model.get("class"):
-        parts.append(f"{model['class']} {model.get('dtype')} on {model.get('device')}")
+        how = executed_as(verdict.run)
+        parts.append(
+            f"{model['class']} {model.get('dtype')} on {model.get('device')}{f', executed as {how}' if how else ''}"
+        )
     if "num_samples" in data:
         parts.append(
             f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} "

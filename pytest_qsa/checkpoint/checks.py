@@ -53,6 +53,11 @@ class Files:
             self._found[key] = tuple(function(self, **parameters))
         return self._found[key]
 
+    @property
+    def stored_quantized(self) -> list[str]:
+        """The layers whose weight is stored in codes."""
+        return [name for name, parts in self.folder.layers.items() if codes_of(parts)]
+
     @cached_property
     def quantized(self) -> list[str]:
         """The layers that hold codes or scales."""

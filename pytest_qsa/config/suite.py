@@ -25,6 +25,7 @@ from .assertion import Assertion
 from .bounds import Stated
 from .external import ExternalAssertion
 from .fields import Regex, Strict
+from .requirement import Require
 from .served import Served, Tail
 from .visualization import Visualization
 
@@ -68,6 +69,10 @@ class Model(Strict):
     allow_unexpected: Annotated[
         Regex | None, Field(description="tensors of the checkpoint that loading may drop; others are an error")
     ] = None
+    allow_idle: Annotated[
+        Regex | None, Field(description="quantized modules that need not run; others that never do are an error")
+    ] = None
+    require: Annotated[Require | None, Field(description="what must be so for any number to count")] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -19,10 +19,11 @@ from ..subjects import Subject
 from .batches import token_ids
 from .data import batches_of
 from .hooks import evaluating, run_batch
-from .models import Loaded, quiet, tokenizer_of
+from .models import Loaded, tokenizer_of
 from .modules import device_of
 from .pair_reductions import ROWS_AT_ONCE
 from .predictions import logits_of
+from .quiet import quiet
 from .streaming import WAVE
 
 Progress = Callable[[int, int], None]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 
@@ -27,6 +27,7 @@ from .rehearsal import NOTHING_LEARNED, rehearsal_of
 from .streaming import WAVE, Stream
 from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
 from .weights import observe_weights
+from .witness import Witness
 
 Progress = Callable[[int, int], None]
 """Told after each batch: samples done, samples in all."""
@@ -46,28 +47,32 @@ def run_pass(
     first_sample: int = 0,
     keep: Keep | None = None,
     partner: Partner | None = None,
+    witness: Witness | None = None,
 ) -> Capture:
     """Run the model once over the batches and reduce every tensor that the requests name.
 
     `batches`: tensors [B, T] (or whatever the model takes), or dicts of forward arguments. `decode`: token ids → texts.
     `stream`: reads the weights while the model runs; without it they are in memory. `first_sample`: the number of the
     first row among all samples of the subject. `keep`: see `Keep`. `partner`: the reference, where the requests compare
-    the model with one. The model's mode and hooks are as before afterwards.
+    the model with one. `witness`: sees how quantized modules are run. Afterwards the model's mode and hooks are as they
+    were.
     """
     modules = layers_of(model)
     requests = merge_requests(requests)
-    job = _Job(model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep, partner)
+    job = _Job(
+        model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep, partner, witness
+    )
     wanted = wanted_sites(list(modules), job.blocks, requests)
     activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
     weights = {site: statistics for site, statistics in wanted.items() if site[1] == "weight"}
-    forwards = bool(activations or job.scores)
+    job = job if activations or job.scores else replace(job, batches=batches[:1], keep=None)
     with evaluating(model), ExitStack() as stack:
         if partner is not None:
             stack.enter_context(partner.ready(batches, first_sample, wanted, job.scores))
         if stream is not None:
             numbers = _streamed(job, activations, weights, stream)
         else:
-            numbers = _forwards(job, activations).numbers() if forwards else {}
+            numbers = _forwards(job, activations).numbers() if job.runs(activations) else {}
             numbers |= observe_weights(modules, weights)
         if partner is not None:
             numbers = partner.weighed(modules, weights, numbers, stream)
@@ -88,6 +93,15 @@ class _Job:
     first_sample: int
     keep: Keep | None
     partner: Partner | None
+    witness: Witness | None
+
+    def runs(self, activations: Wanted) -> bool:
+        """Say whether there are forwards: where only weights are measured, a witness may want one batch to run."""
+        return bool(activations or self.scores or (self.witness and self.witness.required))
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Let the witness see what is run."""
+        return self.witness.watching() if self.witness else nullcontext()
 
     @cached_property
     def scores(self) -> frozenset[str]:
@@ -169,11 +183,13 @@ def _forwards(
         state = _Pass(_visits(job, wanted, unshared, may_stop=may_stop and stream is None), predictions)
         state.visits.order = order if may_stop else None
         try:
-            with torch.no_grad(), hooked(job.modules, state.visits):
+            with torch.no_grad(), job.watching(), hooked(job.modules, state.visits):
                 if stream is not None or (job.partner and job.partner.stream):
                     _run_stream(job, state, stream)
                 else:
                     _run_batches(job, state)
+            if job.witness is not None:
+                job.witness.ended(order.last[0] if order and may_stop and order.last else None)
             return state
         except SharingChanged as change:
             unshared |= {change.site}
@@ -257,7 +273,6 @@ def _streamed(job: _Job, activations: Wanted, weights: Wanted, stream: Stream) -
 
     rehearsed = rehearsal_of(job.model, job.modules, job.batches[0], activations) if activations else NOTHING_LEARNED
     with stream.ready(loading):
-        runs = bool(activations or job.scores)
-        numbers = _forwards(job, activations, stream, rehearsed).numbers() if runs else {}
+        numbers = _forwards(job, activations, stream, rehearsed).numbers() if job.runs(activations) else {}
         stream.visit_rest(lambda modules: any(site[0] in modules for site in left))
     return numbers | found

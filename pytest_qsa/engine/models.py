@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +17,7 @@ from ..config import Memory, Model
 from ..errors import InfraError
 from .disk import check_format, skipping_packed, stream_of
 from .modules import device_of
+from .quiet import quiet
 from .retrying import once_more
 from .streaming import Stream
 
@@ -265,23 +263,6 @@ def device_class(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     architecture = str(getattr(properties, "gcnArchName", "")).partition(":")[0] if torch.version.hip else ""
     return architecture or f"sm_{properties.major}{properties.minor}"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers and of what it calls out of pytest's output; exceptions still come."""
-    from transformers.utils import logging as transformers_logging
-
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _one_line(error: BaseException) -> str:

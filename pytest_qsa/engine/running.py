@@ -19,15 +19,17 @@ from ..fingerprint import local_folder
 from ..merging import merge
 from ..partial import PartialSums
 from ..plan import Request, compares
-from ..subjects import Subject, reference_of
+from ..subjects import Subject, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
-from .models import Loaded, describe, load_model, quiet
+from .models import Loaded, describe, load_model
 from .pairing import Partner
+from .quiet import quiet
 from .ranks import Ranks
 from .schemes import schemes_of
 from .tokens import decoder_of, tokenizer_identity
+from .witness import Witness
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Models:
     """The subject, and the reference that runs beside it."""
 
     subject: Loaded
+    witness: Witness
     partner: Partner | None = None
 
 
@@ -119,7 +122,9 @@ def capture_loaded(
     starts = [0, *accumulate(map(row_count, every))]
     selected = _selected(starts, share.samples)
     own = selected[share.ranks.share(len(selected))]
-    models = Models(loaded, Partner(reference.model, reference.stream) if reference else None)
+    required = subject.model.require.executed_as if subject.model and subject.model.require else ()
+    witness = Witness(loaded.model, required=bool(required))
+    models = Models(loaded, witness, Partner(reference.model, reference.stream) if reference else None)
     capture = share.ranks.gathered(
         lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
     )
@@ -128,7 +133,8 @@ def capture_loaded(
     if capture.reference is not None and reference is not None:
         theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
         capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
-    return replace(capture, meta=meta | placed, schemes=schemes_of(loaded.model))
+    execution = {"execution": witness.testimony(stored_quantized(subject))}
+    return replace(capture, meta=meta | execution | placed, schemes=schemes_of(loaded.model))
 
 
 def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
@@ -205,6 +211,7 @@ def _run(
                 first_sample=first_sample,
                 keep=keep,
                 partner=models.partner,
+                witness=models.witness,
             )
     except InfraError:
         raise

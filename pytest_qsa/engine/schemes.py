@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .modules import layers_of
 
@@ -18,11 +19,42 @@ def schemes_of(model: nn.Module) -> dict[str, str] | None:
     stated = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = stated if isinstance(stated, dict) else stated.to_dict() if stated is not None else {}
     layers = layers_of(model)
-    own = {name: scheme for name, layer in layers.items() if (scheme := _compressed(layer)) is not None}
+    own = {name: scheme for name, layer in layers.items() if (scheme := _own_scheme(layer)) is not None}
     if own or not settings:
         return own
     scheme = _whole(settings)
     return None if scheme is None else {name: scheme for name, layer in layers.items() if _replaced(layer)}
+
+
+def bits_of(scheme: str) -> tuple[int, int]:
+    """Return the bits of the weights and of the activations of a scheme."""
+    weights, activations = re.findall(r"\d+", scheme)[:2]
+    return int(weights), int(activations)
+
+
+def keeps_codes(layer: nn.Module) -> bool:
+    """Say whether a layer's own weight is kept in codes: it dequantizes itself, or has a byte an element."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    return _dequantizes_itself(weight) or (weight.is_floating_point() and weight.dtype.itemsize == 1)
+
+
+def _dequantizes_itself(weight: Any) -> bool:
+    return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize")
+
+
+def _own_scheme(layer: nn.Module) -> str | None:
+    return _compressed(layer) or _torchao(getattr(layer, "weight", None))
+
+
+def _torchao(weight: Any) -> str | None:
+    """Read the scheme off a tensor of torchao that says its own."""
+    target = str(getattr(weight, "target_dtype", ""))
+    if not _dequantizes_itself(weight) or not re.search(r"\d+$", target):
+        return None
+    inputs = getattr(weight, "activation_quantization", None)
+    return _name(int(re.findall(r"\d+", target)[-1]), 8 if inputs else 16, floats="float" in target)
 
 
 def _compressed(layer: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..execution import executed_as
 from .layers import is_out, layer_table
 from .text import flattened, render
 
@@ -36,6 +37,7 @@ _FACTS = {
     "Tokenizer": ("tokenizer",),
     "Dtype": ("dtype",),
     "Device": ("device",),
+    "Executed as": ("executed_as",),
     "Attention": ("attention", "attn_implementation"),
     "Data": ("source",),
     "Samples": ("num_samples", "samples"),
@@ -162,7 +164,10 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
     found: dict[str, dict[str, Any]] = {}
     for card in cards:
-        flat = {key: text for key, text in flattened(card["run"]) if not key.startswith("evals.")}
+        run = card["run"]
+        flat = {key: text for key, text in flattened(run) if not key.startswith(("evals.", "execution."))}
+        if how := executed_as(run):
+            flat["model.executed_as"] = how
         empty = {"name": card["subject"], "all": flat, "cards": 0, "failed": 0}
         entry = found.setdefault(repr((card["subject"], flat)), empty)
         entry["facts"] = main_facts(flat)

@@ -1,11 +1,12 @@
 """What the pass holds beside the model: peak resident memory of a capture against that of the bare forward.
 
 `python benchmarks/memory.py`: SmolLM2 and a random Llama of hidden 2048, every site, all statistics; each in a process
-of its own. The growth with the data is measured between 8 samples and 16.
+of its own. The growth is that of resident memory from the 9th to the 32nd sample, a token and distinct tensor.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,41 +18,54 @@ from pytest_qsa import capture
 
 MODELS = {"SmolLM2": smollm2, "Llama 2048": wide_llama}
 SITES = [(".", "input"), (".", "output")]
+FEW, MANY, LENGTH = 8, 32, 512
 
 
 def main() -> None:
-    """Print peaks and ratios, or run one case where it is named on the command line."""
+    """Print peaks, ratios and growth, or run one case where it is named on the command line."""
     if len(sys.argv) > 1:
-        run(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        print(json.dumps(run(sys.argv[1], sys.argv[2])))
         return
     for name in MODELS:
-        bare, few, many = (peak(name, *case) for case in (("bare", 8), ("capture", 8), ("capture", 16)))
+        bare, held = one(name, "bare"), one(name, "capture")
+        grown = (held["end"] - held["few"]) * 2**20 / ((MANY - FEW) * LENGTH * held["streams"])
         print(
-            f"{name}: bare forward {bare:.0f} MB, capture {few:.0f} MB: {few / bare - 1:+.1%}; "
-            f"8 samples more: {many - few:+.1f} MB"
+            f"{name}: bare forward {bare['peak']:.0f} MB, capture {held['peak']:.0f} MB: "
+            f"{held['peak'] / bare['peak'] - 1:+.1%}; {grown:.1f} bytes more a token and distinct tensor"
         )
 
 
-def run(name: str, case: str, samples: int) -> None:
-    """Run one case and print this process's peak in MB, and the distinct token streams."""
-    model, batches = MODELS[name](), [batch % 32000 for batch in token_batches(samples, 512)]
+def run(name: str, case: str) -> dict[str, float]:
+    """Run one case; return this process's peak in MB, what it held after FEW and MANY samples, the distinct tensors."""
+    model, windows = MODELS[name](), token_batches(FEW, LENGTH)
+    batches = [windows[index % FEW].roll(index // FEW) % 32000 for index in range(MANY)]
     capture(model, batches[:1], sites=[("down_proj", "input")])  # what is compiled and imported once
-    if case == "capture":
-        capture(model, batches, sites=SITES)  # type: ignore[arg-type]
-    else:
+    held = {}
+
+    def told(samples: int, _: int) -> None:
+        held[samples] = resident("VmRSS")
+
+    if case == "bare":
         with torch.no_grad():
             for batch in batches:
                 model(batch, use_cache=False)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")  # `ru_maxrss` would begin with that of the parent
-    print(float(status.partition("VmHWM:")[2].split()[0]) / 1024)
+        return {"peak": resident("VmHWM")}
+    found = capture(model, batches, sites=SITES, progress=told)  # type: ignore[arg-type]
+    streams = len({id(numbers) for numbers in found.sites.values()})
+    return {"peak": resident("VmHWM"), "few": held[FEW], "end": held[MANY], "streams": streams}
 
 
-def peak(name: str, case: str, samples: int) -> float:
-    """Return the peak of a case in a process of its own, MB."""
-    done = subprocess.run(
-        [sys.executable, __file__, name, case, str(samples)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(done.stdout.split()[-1])
+def resident(which: str) -> float:
+    """Return what this process holds in memory, MB; `ru_maxrss` would begin with that of the parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return float(status.partition(f"{which}:")[2].split()[0]) / 1024
+
+
+def one(name: str, case: str) -> dict[str, float]:
+    """Run a case in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, name, case], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -167,11 +167,12 @@ def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weig
             arrays[field.name] = _RULES[rule](values)
     for bins, counts in COUNTED:
         if getattr(numbers[0], bins) is not None:
-            arrays[bins], arrays[counts] = _added([(getattr(n, bins), getattr(n, counts)) for n in numbers])
+            arrays[bins], arrays[counts] = added([(getattr(n, bins), getattr(n, counts)) for n in numbers])
     return replace(numbers[-1], statistics=numbers[0].statistics, **arrays)
 
 
-def _added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+def added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Return the bins of all tables, ascending, and the sums of their counts."""
     bins, where = np.unique(np.concatenate([bins for bins, _ in tables]), return_inverse=True)
     counts = np.zeros((len(bins), *tables[0][1].shape[1:]), dtype=tables[0][1].dtype)
     np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))

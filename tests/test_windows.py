@@ -19,16 +19,25 @@ def test_a_window_that_grows_forgets_nothing(runs):
     window, want = Window(True, True, "bfloat16", least=1), Counter()
     for low, length in runs:
         high = min(low + length, HALF - 1)
-        window.cover(low, high)
+        window.cover(low, high, 3)
         for bin in (0, low, high):
-            place = 0 if bin == 0 else bin - window.base + 1
-            window.magnitudes[place] += 1
-            window.signed[1, place] += 1
+            window.sums[1, 0 if bin == 0 else bin - window.base + 1] += 1
             want[bin] += 1
     found = window.arrays()
     for bins, counts, offset in (("bins", "counts", 0), ("signed_bins", "signed_counts", HALF)):
         assert found[bins].tolist() == [bin + offset for bin in sorted(want)]
         assert found[counts].tolist() == [want[bin] for bin in sorted(want)]
+
+
+def test_a_bin_counts_further_than_32_bits_go():
+    window = Window(True, True, "bfloat16", least=1)
+    half = 1 << 31
+    for bin in (5, 5, 300, 5):
+        window.cover(bin, bin, half)
+        window.sums[0, bin - window.base + 1] += half
+    found = window.arrays()
+    assert dict(zip(found["bins"].tolist(), found["counts"].tolist(), strict=True)) == {5: 3 * half, 300: half}
+    assert found["signed_counts"].tolist() == [3 * half, half]
 
 
 @settings(max_examples=40, deadline=None, database=None)

@@ -16,6 +16,7 @@ from ..distributions import bin_values
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .channel_counts import count_features, widen_channels
+from .keeping import bytes_apart
 from .wants import Wants, peak_count, ranks_of
 from .windows import Window, floats_of
 
@@ -37,8 +38,7 @@ class CpuReducer:
         self.scratch = np.zeros((threads, 1 << 16), dtype=np.uint32)
         self.smallest = np.zeros(threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
-        with np.errstate(invalid="ignore"):  # widening a signalling NaN
-            self.floats = self.values.astype(np.float32)
+        self.padding = torch.tensor(PADDING, dtype=dtype).view(self.integers).numpy().view(self.patterns)
         self._start_threads()
 
     def _start_threads(self) -> None:
@@ -89,21 +89,20 @@ class CpuReducer:
         length: int,
         found: dict[str, NDArray[Any]],
     ) -> tuple[int, int]:
-        """Find the peaks among `length` tokens, 0 for none; return the largest and the smallest pattern but zero."""
+        """Find the peaks among `length` tokens, 0 for none; return the largest and the smallest pattern but zero.
+
+        The maxima stay patterns, 2 bytes a token of a 16-bit tensor.
+        """
         count = peak_count(len(lines), length) if length else 0
         peaks, channels = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        floats = np.empty(len(lines) if length and not self.wide else 0, dtype=np.float32)
-        top, least = kernels.summarise(
-            lines, self.signless, maxima, self.smallest, peaks, channels, self.floats, floats
-        )
+        top, least = kernels.summarise(lines, self.signless, maxima, self.smallest, peaks, channels)
         if length:
-            floats = maxima.view(np.float32) if self.wide else floats
             if kept is not None:
                 index = kept.numpy()
-                whole = np.full(length, PADDING, dtype=np.float32)
-                whole[index] = floats
-                floats, peaks = whole, index[peaks].astype(np.int32)
-            found["token_max"], found["peaks"], found["peak_channels"] = floats, peaks, channels
+                whole = np.full(length, self.padding, dtype=self.patterns)
+                whole[index] = maxima
+                maxima, peaks = whole, index[peaks].astype(np.int32)
+            found["token_max"], found["peaks"], found["peak_channels"] = maxima, peaks, channels
         return top, least + 1
 
     def _channels(self, lines: NDArray[Any], pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
@@ -111,7 +110,11 @@ class CpuReducer:
         self.channel_maxima(lines, shares)
         maxima = shares.max(axis=0)
         floats = floats_of(maxima, self.name)
-        pooled["channel_max"] = np.maximum(pooled["channel_max"], floats) if "channel_max" in pooled else floats
+        if "channel_max" in pooled:
+            np.maximum(pooled["channel_max"], floats, out=pooled["channel_max"])
+        else:
+            pooled["channel_max"] = bytes_apart(floats.nbytes).view(np.float32)
+            pooled["channel_max"][:] = floats
         wanted, _, known = _ranks(len(maxima))
         found["channel_top"] = _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known)
 
@@ -123,7 +126,8 @@ class CpuReducer:
 
     def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
         if "channel_counts" not in pooled:
-            pooled["channel_counts"] = np.zeros((2 * CODES, wide.shape[1]), dtype=np.uint32)
+            counts = bytes_apart(4 * 2 * CODES * wide.shape[1]).view(np.uint32)
+            pooled["channel_counts"] = counts.reshape(2 * CODES, wide.shape[1])
         patterns = wide.view(torch.int32).numpy().view(np.uint32)
         kernels.count_channels(patterns, pooled["channel_counts"], len(self.scratch), SHIFT, FIRST_CODE, CODES)
         widen_channels(wide, pooled)
@@ -165,9 +169,8 @@ class CpuReducer:
         needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
         row = np.empty((2, max(1, high - low + 2) if needed else 0), dtype=np.uint32)
         window = pooled.get("window") or Window(wants.counts, wants.signed, self.name)
-        window.cover(low, high)
-        arrays = window.magnitudes, window.signed, window.base
-        zeros = kernels.settle(self.scratch, low, max(high, low - 1), *arrays, row)
+        window.cover(low, high, counted.numel())
+        zeros = kernels.settle(self.scratch, low, max(high, low - 1), window.sums, window.base, row)
         if wants.counts or wants.signed:
             pooled["window"] = window
             window.top, window.least = max(window.top, top), min(window.least, 0 if zeros else smallest)

@@ -82,11 +82,10 @@ def count_channels(patterns, counts, threads, shift, first, codes):
 
 
 @_compiled
-def summarise(patterns, signless, maxima, smallest, positions, channels, values, floats):
-    """Return the largest of maxima [T] and the least of smallest, and fill what is not empty of the rest.
+def summarise(patterns, signless, maxima, smallest, positions, channels):
+    """Return the largest of maxima [T] and the least of smallest, and fill positions and channels.
 
     positions [K]: the tokens of the largest maxima, largest first; channels [K]: where in patterns [T, C] these are.
-    floats [T]: the maxima as numbers, looked up in values.
     """
     top = maxima[0]
     for token in range(1, maxima.shape[0]):
@@ -102,8 +101,6 @@ def summarise(patterns, signless, maxima, smallest, positions, channels, values,
             if row[channel] & signless == maxima[positions[peak]]:
                 channels[peak] = channel
                 break
-    for token in range(floats.shape[0]):
-        floats[token] = values[maxima[token]]
     return np.int64(top), np.int64(least)
 
 
@@ -170,11 +167,12 @@ def survey32(patterns, maxima, smallest, scratch):
 
 
 @_compiled
-def settle(scratch, low, high, magnitudes, signed, base, row):
+def settle(scratch, low, high, sums, base, row):
     """Move the counts of a row out of scratch, which is then zero again; return how many zeros there were.
 
     row [2, high − low + 2] uint32: the counts of +x and −x; column 0 is zero itself, column 1 the pattern `low`.
-    magnitudes [W] and signed [2, W] are added to; their column 1 is the pattern `base`. What is empty is left alone.
+    sums [2, W], of +x and −x, or [1, W] of |x|, are added to; their column 1 is the pattern `base`. What is empty is
+    left alone.
     """
     zeros = 0
     place = low - base + 1
@@ -188,25 +186,18 @@ def settle(scratch, low, high, magnitudes, signed, base, row):
         if row.shape[1]:
             row[sign, 0] = scratch[0, zero]
             row[sign, 1:] = bins
-        if magnitudes.shape[0]:
-            magnitudes[0] += scratch[0, zero]
-            _add(magnitudes[place : place + bins.shape[0]], bins)
-        if signed.shape[1]:
-            signed[sign, 0] += scratch[0, zero]
-            _add(signed[sign, place : place + bins.shape[0]], bins)
+        if sums.shape[1]:
+            line = sums[sign % sums.shape[0]]
+            line[0] += scratch[0, zero]
+            _add_and_clear(line[place : place + bins.shape[0]], bins)
+        else:
+            bins[:] = 0
         zeros += scratch[0, zero]
         scratch[0, zero] = 0
-        bins[:] = 0
     return zeros
 
 
-# One plain loop each over slices of equal length: such loops the compiler turns into vector instructions.
-
-
-@_compiled
-def _add(sums, counts):
-    for index in range(counts.shape[0]):
-        sums[index] += counts[index]
+# A plain loop over slices of equal length: such loops the compiler turns into vector instructions.
 
 
 @_compiled

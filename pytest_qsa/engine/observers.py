@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,10 +17,11 @@ from torch import Tensor
 from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from .keeping import Column, Store
 from .modules import Routing
 from .reductions import TorchReducer
 from .wants import MAP_SIZE, Wants
-from .windows import Window
+from .windows import Window, floats_of
 
 
 class Reducer(Protocol):
@@ -80,8 +82,9 @@ class StreamObserver:
         self.dtype = ""
         self.shape: tuple[int, ...] = ()
         self.token_axis = False
-        self.owners: list[tuple[int, int, int]] = []
-        self.rows: dict[str, list[Any]] = {}
+        self.store = Store()
+        self.owners = array("q")
+        self.rows: dict[str, Any] = {}
         self.pooled: dict[str, Any] = {}
         self.maps: dict[str, Tensor] = {}
 
@@ -106,14 +109,24 @@ class StreamObserver:
         for row, kept, sample, route in zip(x.detach().unbind(), keep, samples, routes, strict=True):
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
-            self.owners.append((sample, call, row.shape[0] if token_axis else 0))
+            self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
             for name, value in reducer.reduce(row, kept, self.wants, self.pooled).items():
-                self.rows.setdefault(name, []).append(value)
+                self._keep(name, value)
             if routing is not None and route is not None:
                 counts = routing.counts(route if kept is None else route.index_select(0, kept))
-                self.rows.setdefault(plan.EXPERTS, []).append(counts)
+                self._keep(plan.EXPERTS, counts)
             if sample in self.wants.maps and token_axis:
                 self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
+
+    def _keep(self, name: str, value: Tensor | NDArray[Any]) -> None:
+        """Take what a population left; on an accelerator as it is."""
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            self.rows.setdefault(name, []).append(value)
+            return
+        value = value.numpy() if isinstance(value, Tensor) else value
+        if name not in self.rows:
+            self.rows[name] = Column(self.store, value.dtype, value.shape)
+        self.rows[name].append(value)
 
     def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
         """Fetch everything from the device, once. `statistics`: what the site can say it has."""
@@ -127,7 +140,8 @@ class StreamObserver:
             if name in ("peaks", "peak_channels"):
                 arrays[name] = _padded(rows)
             elif name == "token_max":
-                arrays[name] = _joined(rows)
+                joined = _joined(rows)
+                arrays[name] = joined if joined.dtype.kind == "f" else floats_of(joined, self.dtype)
             elif ":" not in name:
                 arrays[name] = _stacked(rows)
         for name, pooled in self.pooled.items():
@@ -140,7 +154,7 @@ class StreamObserver:
                 occurring = np.flatnonzero(counts.any(axis=1))
                 arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
             else:
-                arrays[name] = _fetched(pooled)
+                arrays[name] = np.array(_fetched(pooled))  # a copy: the pass may go on
         return SiteNumbers(
             dtype=self.dtype,
             shape=self.shape,

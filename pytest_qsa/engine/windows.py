@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..merging import added
+from .keeping import bytes_apart
+
+Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
+"""Bins, ascending, and their counts."""
 HALF = 1 << 15
 PAGE = 256
 """A window begins and ends at a multiple of this, two octaves of bfloat16, so that it seldom has to grow."""
+FULL = 1 << 32
+"""So many elements can't be counted in 32 bits: what has been counted is put aside before."""
 
 
 def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
@@ -26,8 +33,8 @@ def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 class Window:
     """The counts of one site. Column 0 is zero itself, column 1 the bin `base`, which is 1 or more.
 
-    `magnitudes` [W] int64 and `signed` [2, W], for +x and −x; either is empty where it isn't wanted. `top`, `least`:
-    the largest and the smallest signless pattern; `low`, `high`: the ends of x, where signs count.
+    `sums` [S, W] uint32: one line of |x|, or of +x and of −x where `signs` count; none where nothing does.
+    `top`, `least`: the largest and the smallest signless pattern; `low`, `high`: the ends of x, where signs count.
     """
 
     counts: bool
@@ -38,31 +45,34 @@ class Window:
     least: int = 0xFFFFFFFF
     low: np.float32 = field(default=np.float32("inf"))
     high: np.float32 = field(default=np.float32("-inf"))
+    _held: int = 0
+    _carried: list[list[Sparse]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.magnitudes, self.signed = self._zeros(0)
+        self.sums = self._zeros(0)
 
-    def _zeros(self, bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return (
-            np.zeros(bins + 1 if self.counts else 0, dtype=np.int64),
-            np.zeros((2, bins + 1 if self.signs else 0), dtype=np.int64),
-        )
+    def _zeros(self, bins: int) -> NDArray[np.uint32]:
+        lines = 2 if self.signs else int(self.counts)
+        return bytes_apart(4 * lines * (bins + 1)).view(np.uint32).reshape(lines, bins + 1 if lines else 0)
 
-    def cover(self, low: int, high: int) -> None:
-        """Make room for the bins from `low` to `high`; none where `high` is below."""
-        size = max(self.magnitudes.shape[0], self.signed.shape[1]) - 1
-        if high < low or (size and low >= self.base and high < self.base + size):
+    def cover(self, low: int, high: int, count: int) -> None:
+        """Make room for `count` elements in the bins from `low` to `high`; none where `high` is below."""
+        if self._held + count >= FULL:
+            self._carried.append(self._lines())
+            self.sums[:] = 0
+            self._held = 0
+        self._held += count
+        size = self.sums.shape[1] - 1
+        if high < low or (size > 0 and low >= self.base and high < self.base + size):
             return
-        if size:
+        if size > 0:
             low, high = min(low, self.base), max(high, self.base + size - 1)
         base = max(1, low // PAGE * PAGE)
-        end = min(HALF, (high // PAGE + 1) * PAGE)
-        magnitudes, signed = self._zeros(end - base)
-        for old, new in ((self.magnitudes[None], magnitudes[None]), (self.signed, signed)):
-            if old.shape[1]:
-                new[:, 0] = old[:, 0]
-                new[:, 1 + self.base - base : 1 + self.base - base + size] = old[:, 1:]
-        self.base, self.magnitudes, self.signed = base, magnitudes, signed
+        sums = self._zeros(min(HALF, (high // PAGE + 1) * PAGE) - base)
+        sums[:, :1] = self.sums[:, :1]
+        if size > 0:
+            sums[:, 1 + self.base - base : 1 + self.base - base + size] = self.sums[:, 1:]
+        self.base, self.sums = base, sums
 
     def widen(self, low: float, high: float) -> None:
         """Widen the ends of x; NaN stays."""
@@ -71,10 +81,11 @@ class Window:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the fields of `SiteNumbers`: bins that occur with their counts, and the extremes."""
         found: dict[str, NDArray[Any]] = {}
+        lines = [added(parts) for parts in zip(*self._carried, self._lines(), strict=True)]
         if self.counts:
-            found["bins"], found["counts"] = self._sparse(self.magnitudes)
+            found["bins"], found["counts"] = added(lines)
         if self.signs:
-            plus, minus = (self._sparse(counts) for counts in self.signed)
+            plus, minus = lines
             found["signed_bins"] = np.concatenate([plus[0], minus[0] + np.uint16(HALF)])
             found["signed_counts"] = np.concatenate([plus[1], minus[1]])
         ends = np.array([self.top, self.least], dtype=np.uint32 if self.dtype == "float32" else np.uint16)
@@ -83,6 +94,11 @@ class Window:
         found["extremes"] = extremes + np.float32(0)  # −0 is 0
         return found
 
-    def _sparse(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    def _lines(self) -> list[Sparse]:
+        """Return the bins of each line that occur, and how often."""
+        return [self._sparse(counts) for counts in self.sums]
+
+    def _sparse(self, counts: NDArray[np.uint32]) -> Sparse:
         columns = np.flatnonzero(counts)
-        return np.where(columns, self.base + columns - 1, 0).astype(np.uint16), counts[columns]
+        bins = np.where(columns, self.base + columns - 1, 0).astype(np.uint16)
+        return bins, counts[columns].astype(np.int64)

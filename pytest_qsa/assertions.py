@@ -59,7 +59,7 @@ class Row:
     """One layer under judgement. `low`, `high`: what it may be; `excess`: by how much it is out, with its sign.
 
     `depth`: its place in the model's order, among the layers of this assertion. `waived`: a waiver covers its excess.
-    `detail`: what the value was made of, in words.
+    `detail`: what the value was made of, in words. `reference`: what the reference has there, where that is known.
     """
 
     layer: str
@@ -71,17 +71,28 @@ class Row:
     depth: int = 0
     waived: bool = False
     detail: str = ""
+    reference: float | None = None
 
     @property
     def used(self) -> float | None:
-        """The share of the budget that is used: of the bound, or of the allowed distance from the baseline."""
+        """The share of the budget that is used: of the bound, or of the allowed distance from the baseline.
+
+        Of a lower bound it is the bound over the value. None where the bounds are 0 or below.
+        """
         if self.baseline is not None:
             allowed = max(abs(bound - self.baseline) for bound in (self.low, self.high) if bound is not None)
             moved = abs(self.value - self.baseline)
             return moved / allowed if allowed else (0.0 if not moved else float("inf"))
-        if self.high is not None and self.high > 0:
-            return self.value / self.high
-        return None
+        shares = [self.value / self.high] if self.high is not None and self.high > 0 else []
+        if self.low is not None and self.low > 0:
+            shares.append(self.low / self.value if self.value > 0 else float("inf"))
+        return max(shares, default=None)
+
+    @property
+    def room(self) -> float:
+        """How far the nearest bound is; below 0 where it is exceeded."""
+        above = self.high - self.value if self.high is not None else float("inf")
+        return min(above, self.value - self.low if self.low is not None else float("inf"))
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,7 @@ def _short(fingerprint: str | None) -> str:
 
 
 def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
-    rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0)))
+    rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0), row.room))
     failing = [row for row in rows if row.excess]
     worst = rows[0]
     if failing:

@@ -16,6 +16,7 @@ import pytest
 
 from ._compat import fixture_source
 from .assertions import Kind, Verdict
+from .beside import beside_reference, run_of
 from .captures import Capture
 from .checkpoint import Files
 from .ci import properties_of
@@ -265,7 +266,8 @@ class Gate:
             if verdict.rows and self._reported(verdict):
                 verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
         if capture is not None:
-            verdict = replace(verdict, run=capture.meta, sinks=capture.sinks.summary())
+            verdict = beside_reference(verdict, capture)
+            verdict = replace(verdict, run=run_of(capture), sinks=capture.sinks.summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
                 layers = (

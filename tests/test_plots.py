@@ -261,6 +261,38 @@ def test_layers_that_are_not_finite_are_marked_and_named_instead_of_vanishing(tm
     assert draw(capture, replace(verdict, rows=[replace(row, value=math.nan) for row in rows]), tmp_path)
 
 
+def test_layers_at_infinity_within_their_bound_are_marked_as_such(tmp_path):
+    capture = capture_of(maxima_of(4))
+    verdict = judge_bounds(capture.output(BLOCKS).outlier_ratio(), Bounds(min=0.1))
+    query = {**verdict.query, "unit": "dB"}
+    alike = [replace(row, value=math.inf if row.layer in ("model.layers.1", "model.layers.3") else row.value)
+             for row in verdict.rows]  # fmt: skip
+
+    figure = value_figure(replace(verdict, rows=alike, query=query), capture)
+
+    assert list(by_gid(figure, "∞")[0].get_xdata()) == [1, 3]
+    assert any("∞: 2 of 4 (1, 3)" in text for text in texts_of(figure))
+    assert not by_gid(figure, "not-finite")
+    every = replace(verdict, rows=[replace(row, value=math.inf) for row in verdict.rows], query=query)
+    assert "value" in draw(capture, every, tmp_path)
+
+
+def test_what_the_reference_has_is_drawn_beside_the_value():
+    capture = capture_of(maxima_of(4))
+    verdict = judge_bounds(capture.output(BLOCKS).outlier_ratio(), Bounds(max=30))
+    rows = [replace(row, reference=row.value * 50 if row.depth else None) for row in verdict.rows]
+
+    figure = value_figure(replace(verdict, rows=rows), capture)
+    figure.canvas.draw()
+
+    (reference,) = by_gid(figure, "reference")
+    theirs = {row.depth: row.reference for row in rows if row.depth}
+    drawn = dict(zip(reference.get_xdata(), reference.get_ydata(), strict=True))
+    assert {x: y for x, y in drawn.items() if not math.isnan(y)} == theirs
+    assert reference.get_label() == "reference"
+    assert figure.axes[0].get_ylim()[1] > max(theirs.values())
+
+
 def test_a_verdict_without_anything_to_draw_draws_nothing(tmp_path):
     assert draw(capture_of(maxima_of(4)), Verdict("a", "m", Kind.ANOMALOUS, "no layer matches"), tmp_path) == {}
     assert list(tmp_path.iterdir()) == []

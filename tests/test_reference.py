@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.assertions import judge_bounds
+from pytest_qsa.beside import beside_reference
 from pytest_qsa.engine.pair_reductions import powers_of, scores_of
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.series import Bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"
@@ -204,6 +207,23 @@ def test_new_and_lost_outliers_are_told_apart():
     assert cap.output(BLOCKS).new_outliers(10, positions="all").values[0] == 1
     assert cap.output(BLOCKS).lost_outliers(10, positions="all").values[0] == 0
     assert back.output(BLOCKS).lost_outliers(10, positions="all").values[0] == 1
+
+
+def test_what_the_reference_has_stands_beside_the_models_numbers_where_the_pass_kept_it():
+    model = models.llama(num_hidden_layers=2)
+    other = damaged(model)
+    sites = [(BLOCKS, "output")]
+    cap = capture(other, BATCHES, sites=sites, reference=model)
+    alone = capture(model, BATCHES, sites=sites).output(BLOCKS)
+    own = cap.output(BLOCKS)
+    verdict = beside_reference(judge_bounds(own.magnitude("top1"), Bounds(max=1e9)), cap)
+    assert {row.layer: row.reference for row in verdict.rows} == dict(
+        zip(alone.layers, alone.magnitude("top1").values.tolist(), strict=True)
+    )
+    assert any(row.reference != row.value for row in verdict.rows)
+    for series in (own.sqnr(), own.kurtosis()):  # a distance; and what the pass did not keep of the reference
+        rows = beside_reference(judge_bounds(series, Bounds(max=1e9)), cap).rows
+        assert [row.reference for row in rows] == [None] * 2
 
 
 def test_sinks_of_the_reference_are_left_out_by_default():

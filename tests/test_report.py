@@ -107,6 +107,27 @@ def test_the_json_is_versioned_and_every_parser_reads_it(tmp_path):
     assert result["rows"][1]["used"] == 0.5
 
 
+def test_a_lower_bound_has_a_share_that_is_used_and_infinity_uses_none(tmp_path):
+    rows = [Row("a", 20.0, 15.0, None, None, 0.0), Row("b", math.inf, 15.0, None, None, 0.0, 1),
+            Row("c", -3.0, 15.0, None, None, -18.0, 2)]  # fmt: skip
+    assert [row.used for row in rows] == [0.75, 0.0, math.inf]
+    text = Page(page_of(tmp_path, verdict_of(rows=rows))).text
+    for part in ("∞", "75 %", "At least"):
+        assert part in text, part
+    content = json.loads((tmp_path / "out/report.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert content["results"][0]["rows"][1]["value"] == "Infinity"
+
+
+def test_the_reference_is_named_and_its_numbers_stand_beside_the_models(tmp_path):
+    run = {**RUN, "reference": {"path": "checkpoints/tiny", "weights": f"sha256:{'cd34' * 16}"}}
+    rows = [Row(name, 3.0, None, 4.0, None, 0.0, reference=2.25) for name in "ab"]
+    page = Page(page_of(tmp_path, verdict_of(rows=rows, run=run)))
+    for part in ("checkpoints/tiny-int8", "checkpoints/tiny", "cd34cd34cd34", "Reference", "2.25"):
+        assert part in page.text, part
+    (table,) = (json.loads(script) for script in page.scripts if script.startswith('{"columns"'))
+    assert [row["cells"][0]["reference"] for row in table["rows"]] == [2.25, 2.25]
+
+
 def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
     run = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
     plain = to_plain(

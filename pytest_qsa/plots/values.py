@@ -50,6 +50,17 @@ class Judged:
         return [i for i, row in enumerate(self.rows) if math.isfinite(row.value)]
 
     @property
+    def endless(self) -> list[int]:
+        """The rows at +∞ that hold their bounds: what has no distance to its reference has an SQNR of ∞ dB."""
+        return [i for i, row in enumerate(self.rows) if row.value == math.inf and row.high is None and not row.excess]
+
+    @property
+    def broken(self) -> list[int]:
+        """The rows that are not finite, and ought to be."""
+        drawn = {*self.finite, *self.endless}
+        return [i for i in range(len(self.rows)) if i not in drawn]
+
+    @property
     def out(self) -> list[int]:
         """The rows out of bounds."""
         return [i for i, row in enumerate(self.rows) if row.excess]
@@ -89,7 +100,7 @@ def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
 def value_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     """Draw the assertion's value by layer with its bound or its baseline; None where there are no layers to show."""
     judged = judged_layers(verdict, capture)
-    if judged is None or not judged.finite:
+    if judged is None or not (judged.finite or judged.endless):
         return None
     figure = new_figure(5.4 if judged.compared else 4.0)
     if judged.compared:
@@ -103,6 +114,7 @@ def value_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     _draw_values(axes, judged, verdict.query.get("unit") in COUNTED)
     _scale(axes, judged, verdict.query.get("unit") in COUNTED)
     _draw_bounds(axes, judged)
+    _draw_reference(axes, judged)
     _mark(axes, judged)
     unit = verdict.query.get("unit") or ""
     axes.set_ylabel(safe_text(f"{verdict.query.get('metric', 'value')}{f' [{unit}]' if unit else ''}"))
@@ -125,9 +137,9 @@ def _notes(verdict: Verdict, capture: Capture, judged: Judged) -> list[str]:
     if judged.out:
         named = judged.depth.names_of(judged.out)
         lines.append(f"out of bounds: {len(judged.out)} of {len(judged.rows)} ({named})")
-    broken = [i for i in range(len(judged.rows)) if i not in set(judged.finite)]
-    if broken:
-        lines.append(f"not finite: {len(broken)} of {len(judged.rows)} ({judged.depth.names_of(broken)})")
+    for label, members in (("∞", judged.endless), ("not finite", judged.broken)):
+        if members:
+            lines.append(f"{label}: {len(members)} of {len(judged.rows)} ({judged.depth.names_of(members)})")
     return lines
 
 
@@ -193,6 +205,16 @@ def _draw_baseline(axes: Axes, judged: Judged) -> None:
     axes.set_ylim(bottom, top)
 
 
+def _draw_reference(axes: Axes, judged: Judged) -> None:
+    """Draw what the reference has at the same layers, as a stroke across each."""
+    values = [math.nan if row.reference is None else row.reference for row in judged.rows]
+    if any(map(math.isfinite, values)):
+        axes.plot(
+            judged.depth.x, values, linestyle="none", marker="_", markersize=13 if len(values) < 40 else 7,
+            markeredgewidth=2.0, color=INK, gid="reference", label="reference", zorder=4,
+        )  # fmt: skip
+
+
 def edges(rows: Sequence[Row], bottom: float, top: float) -> tuple[list[float], list[float], list[float]]:
     """Return what each row may be, and its baseline; where one side is free the band reaches to `bottom` or `top`."""
     low = [bottom if row.low is None else row.low for row in rows]
@@ -213,12 +235,12 @@ def _mark(axes: Axes, judged: Judged) -> None:
         )  # fmt: skip
         worst = max(out, key=lambda i: abs(rows[i].excess))
         _name(axes, depth, worst, rows[worst])
-    broken = [depth.x[i] for i in range(len(rows)) if i not in set(judged.finite)]
-    if broken:
-        axes.plot(
-            broken, [0.97] * len(broken), linestyle="none", marker="X", markersize=7, color=AMBER, gid="not-finite",
-            transform=axes.get_xaxis_transform(), label="not finite", zorder=5,
-        )  # fmt: skip
+    for members, label, marker, colour in ((judged.endless, "∞", "^", BLUE), (judged.broken, "not finite", "X", AMBER)):
+        if members:
+            axes.plot(
+                [depth.x[i] for i in members], [0.97] * len(members), linestyle="none", marker=marker, markersize=7,
+                color=colour, gid=label.replace(" ", "-"), transform=axes.get_xaxis_transform(), label=label, zorder=5,
+            )  # fmt: skip
 
 
 def _name(axes: Axes, depth: Depth, index: int, row: Row) -> None:
@@ -239,13 +261,14 @@ def _name(axes: Axes, depth: Depth, index: int, row: Row) -> None:
 def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
     """Choose a linear or logarithmic y that holds the values and, where it doesn't flatten them, the bounds."""
     values = [judged.rows[i].value for i in judged.finite]
-    bounds = [b for row in judged.rows for b in (row.low, row.high, row.baseline) if b is not None and math.isfinite(b)]
+    others = [b for row in judged.rows for b in (row.low, row.high, row.baseline, row.reference)]
+    bounds = [b for b in others if b is not None and math.isfinite(b)]
     if not counts and wants_log([*values, *bounds]):
         least, most = min(*values, *bounds), max(*values, *bounds)
         axes.set_ylim(least / (most / least) ** 0.06, most * (most / least) ** 0.16)
         scale_log(axes)
         return
-    low, high = min([*values, *bounds]), max([*values, *bounds])
+    low, high = min([*values, *bounds], default=0.0), max([*values, *bounds], default=0.0)
     if counts:
         low = min(low, 0)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -255,7 +278,8 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
             return
     room = (high - low) or abs(high) or 1.0
     at_floor = any(bound <= low for bound in bounds)
-    axes.set_ylim(low - (0.1 if not counts else 0.05 if at_floor else 0.0) * room, high + 0.18 * room)
+    below = 0.18 if any(row.excess < 0 for row in judged.rows) else 0.1  # the worst is named below its mark
+    axes.set_ylim(low - (below if not counts else 0.05 if at_floor else 0.0) * room, high + 0.18 * room)
 
 
 def _draw_used(axes: Axes, judged: Judged) -> None:

@@ -32,6 +32,8 @@ _POSITIONS = {
 _FACTS = {
     "Model": ("path", "model"),
     "Served": ("served",),
+    "Reference": ("reference.path", "reference.class"),
+    "Its weights": ("reference.weights",),
     "Weights": ("weights", "sha256", "weights_sha256"),
     "Class": ("class",),
     "Tokenizer": ("tokenizer",),
@@ -44,10 +46,10 @@ _FACTS = {
     "Tokens a sample": ("seq_len",),
     "Tokens": ("fingerprint", "tokens", "tokens_sha256"),
 }
-"""What a reader asks first → the keys of a run that may answer it."""
+"""What a reader asks first → the keys of a run that may answer it: the last word of one, or all of it with its dots."""
 
 
-_COLUMNS = ("low", "high", "baseline", "excess", "used")
+_COLUMNS = ("low", "high", "baseline", "reference", "excess", "used")
 _EMPTY: dict[str, Any] = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
     "since": "", "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
@@ -192,10 +194,12 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
-    """Pick what a reader asks first from a run's provenance, by the last word of its keys."""
+    """Pick what a reader asks first from a run's provenance."""
+    own = {key: text for key, text in flat.items() if not key.startswith("reference.")}
     facts = {}
     for label, names in _FACTS.items():
-        known = [text for name in names for key, text in flat.items() if key.rpartition(".")[2] == name]
+        short = [text for name in names for key, text in own.items() if key.rpartition(".")[2] == name]
+        known = [flat[name] for name in names if "." in name and name in flat] + short
         if told := [text for text in known if text not in ("", "None", "unknown")]:
             facts[label] = told[0]
     return facts

@@ -19,10 +19,11 @@ from .assertions import Kind, Verdict
 from .beside import beside_reference, run_of
 from .captures import Capture
 from .checkpoint import Files
+from .checkpoint.judging import by_design
 from .ci import properties_of
 from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
-from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
+from .errors import InfraError, QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import token_evidence
 from .execution import check_execution
 from .metrics import METRICS
@@ -258,6 +259,7 @@ class Gate:
         if capture is not None and self.options.redact:
             capture = capture.redacted()
         subject = self.subject_of(item)
+        verdict = self._by_design(request, verdict, capture) if capture is not None else verdict
         verdict = replace(
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
         )  # fmt: skip
@@ -282,6 +284,18 @@ class Gate:
         item.user_properties.extend(properties_of(verdict))
         item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
         return verdict
+
+    def _by_design(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture) -> Verdict:
+        """Look whether the model was smoothed or rotated, where it is out of bounds against its reference."""
+        metric = METRICS.get(verdict.query.get("metric", ""))
+        if metric is None or not metric.against or metric.per == "logits":
+            return verdict
+        if verdict.kind not in (Kind.REGRESSION, Kind.WARNED):
+            return verdict
+        try:
+            return by_design(verdict, self.files_of(request).relation, capture.blocks)
+        except InfraError:  # a model of a fixture or a factory has no files to tell by
+            return verdict
 
     def stopped(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> GateFailure:
         """Make the failure of a Python test that an error stopped before it could compare."""

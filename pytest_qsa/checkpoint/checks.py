@@ -28,6 +28,7 @@ from .packed import constant_weights, unsound_floats
 from .scales import missing_scales, outlying_scales, unequal_fused, unsound_scales
 from .schemes import codes_of, declared, scale_parts
 from .settings import changed_settings
+from .smoothing import Relation, compare_norms
 from .unquantized import changed_floats, kept_tensors
 
 Spread = Annotated[float, Gt(0)]
@@ -57,6 +58,11 @@ class Files:
     def stored_quantized(self) -> list[str]:
         """The layers whose weight is stored in codes."""
         return [name for name, parts in self.folder.layers.items() if codes_of(parts)]
+
+    @cached_property
+    def relation(self) -> Relation:
+        """What the checkpoint is to its reference; `same` where there is none to tell by."""
+        return compare_norms(self.folder, self.reference) if self.reference else Relation("same")
 
     @cached_property
     def quantized(self) -> list[str]:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..assertions import Verdict, judge_bounds
+from ..assertions import Kind, Verdict, judge_bounds
 from ..findings import Finding
 from ..series import Bounds, Series
 from .checks import Files
 from .schemes import declared
+from .smoothing import Relation
 
 
 def judge_problems(
@@ -35,6 +36,26 @@ def _unseen(series: Series, files: Files) -> str:
     if series.query.metric == "checkpoint_health" and files.reference is None:
         return "; settings were not compared, for the suite names no model.reference"
     return ""
+
+
+def by_design(verdict: Verdict, relation: Relation, blocks: Sequence[str]) -> Verdict:
+    """Say of layers that are out of bounds against the reference that they differ from it by design, where they do.
+
+    Whole blocks of a smoothed model can be compared, so what is out of bounds there stays a regression.
+    """
+    failing = [row.layer for row in verdict.rows if row.excess]
+    sound = relation.compare == "blocks" and any(layer in blocks for layer in failing)
+    if relation.compare == "layers" or sound:
+        return verdict
+    text = f"by design single layers can't be held against model.reference: {relation.why} ({relation.kind})"
+    kind = verdict.kind if verdict.kind is Kind.WARNED else Kind.ANOMALOUS
+    return replace(verdict, kind=kind, headline=text, hints=[*verdict.hints, _INSTEAD[relation.compare]])
+
+
+_INSTEAD = {
+    "blocks": "compare whole blocks (sqnr at the output of the blocks) or predictions (kl_divergence, same_top)",
+    "logits": "compare what the model predicts: kl_divergence, same_top, ln_ppl_ratio",
+}
 
 
 def provenance(files: Files) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""Smoothing and rotation: whether single layers of a checkpoint may differ from the original's by design.
+
+SmoothQuant and AWQ divide what a norm gives by a scale for each channel, and multiply the columns of the layers that
+read it by the same; QuaRot and SpinQuant turn the whole residual stream. Both leave what the model computes as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dequantizing import weight_columns, weight_rows
+from .folder import Folder, natural
+from .schemes import codes_of
+from .tensors import FLOATS, Tensor, decoded
+from .unquantized import ROUNDING
+
+MOST_NORMS = 8
+"""So many norms that differ are multiplied out, evenly spaced."""
+BUDGET = 4 << 20
+"""The bytes that are read of one matrix: evenly spaced rows of a large one."""
+AGREES = 0.05
+"""The median |ln| by which products may differ: rounding to 4 bits moves the norm of a column by about 2 %."""
+ROWS = 64
+"""So many rows of the embeddings are compared."""
+TABLES = ("embed_tokens", "wte", "tok_embeddings")
+HEADS = ("lm_head", "embed_out")
+Compare = Literal["layers", "blocks", "logits"]
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What a checkpoint is to its original. `norms`: those whose weights differ; `why`: in words, for a reader.
+
+    `same`: as it was, or nothing to tell by. `changed`: norms differ, and nothing makes up for it.
+    """
+
+    kind: Literal["same", "smoothed", "rotated", "changed"]
+    norms: Sequence[str] = ()
+    why: str = ""
+
+    @property
+    def compare(self) -> Compare:
+        """What can be compared with the original: every layer, whole blocks only, or only what the model predicts."""
+        return {"smoothed": "blocks", "rotated": "logits"}.get(self.kind, "layers")  # type: ignore[return-value]
+
+
+def compare_norms(folder: Folder, reference: Folder) -> Relation:
+    """Say whether a checkpoint was smoothed or rotated, from the norms, embeddings and matrices in the files of both.
+
+    It reads the norms, 64 rows of the embeddings and, where norms differ, at most 4 MiB of each matrix of 8 blocks. A
+    suite that is drafted against a reference asks `compare_norms(…).compare`: with `layers` all of sqnr, local_sqnr and
+    weight_sqnr make sense, with `blocks` sqnr at the outputs of whole blocks and the logits, with `logits` only these.
+
+    Raises:
+        InfraError: a file is missing or damaged.
+    """
+    if transforms := (folder.quantization.get("transform_config") or {}).get("config_groups"):
+        return Relation("rotated", (), f"its transform_config declares rotations ({', '.join(transforms)})")
+    differing = [name for name in _norms(folder, reference) if _differs(folder.tensors[name], reference.tensors[name])]
+    if turned := _turned(folder, reference):
+        return Relation("rotated", differing, turned)
+    if not differing:
+        return Relation("same")
+    chosen = [differing[i] for i in np.unique(np.linspace(0, len(differing) - 1, MOST_NORMS).astype(int))]
+    followed = [_made_up_for(folder, reference, name) for name in chosen]
+    many = f"the weights of {len(differing)} norm{'s' if differing[1:] else ''} differ ({differing[0]}"
+    many += ", …)" if differing[1:] else ")"
+    if all(answer is None for answer in followed):
+        return Relation("changed", differing, f"{many}, and the layers that read them can't be multiplied out here")
+    if 2 * sum(answer is True for answer in followed) > sum(answer is not None for answer in followed):
+        return Relation("smoothed", differing, f"{many}, and the columns of the layers that read them make up for it")
+    return Relation("changed", differing, f"{many}, and no layer that reads them makes up for it")
+
+
+def _norms(folder: Folder, reference: Folder) -> list[str]:
+    """Return the names of the vectors of norms that both have, in natural order."""
+    both = folder.tensors.keys() & reference.tensors.keys()
+    names = (name for name in both if _is_norm(folder.tensors[name]) and _is_norm(reference.tensors[name]))
+    return sorted(names, key=natural)
+
+
+def _is_norm(tensor: Tensor) -> bool:
+    last = tensor.layer.rpartition(".")[2].lower()
+    named = "norm" in last or last.startswith("ln_")
+    return named and tensor.part == "weight" and len(tensor.shape) == 1 and tensor.dtype in FLOATS
+
+
+def _differs(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.shape != theirs.shape:
+        return False  # another model: the settings say so
+    allowed = max(ROUNDING[mine.dtype], ROUNDING[theirs.dtype]) if mine.dtype != theirs.dtype else 0.0
+    x, y = mine.values(), theirs.values()
+    return not bool((np.abs(x - y) <= allowed * np.abs(y)).all())
+
+
+def _turned(folder: Folder, reference: Folder) -> str:
+    """Say how embeddings show a rotation: their rows are as long as the original's, and point elsewhere."""
+    for name, theirs in reference.tensors.items():
+        mine = folder.tensors.get(name)
+        if theirs.part != "weight" or theirs.layer.rpartition(".")[2] not in TABLES or mine is None:
+            continue
+        if mine.shape != theirs.shape or mine.dtype not in FLOATS or theirs.dtype not in FLOATS:
+            continue
+        rows = np.unique(np.linspace(0, len(theirs.raw()) - 1, ROWS).astype(int))
+        x, y = (decoded(np.asarray(t.raw()[rows]), t.dtype).astype(np.float64) for t in (mine, theirs))
+        lengths = np.linalg.norm(y, axis=1)
+        some = lengths > 0
+        moved = np.linalg.norm(x - y, axis=1)[some] / lengths[some]
+        longer = np.abs(np.linalg.norm(x, axis=1)[some] / lengths[some] - 1)
+        if some.any() and np.median(moved) > 0.3 and np.median(longer) < 0.02:
+            return f"the rows of {theirs.layer} are as long as the original's and point elsewhere"
+    return ""
+
+
+def _made_up_for(folder: Folder, reference: Folder, norm: str) -> bool | None:
+    """Say whether some layer of the norm's block undoes its change in its columns; None where none can be read."""
+    mine, theirs = folder.tensors[norm].values(), reference.tensors[norm].values()
+    readable = False
+    for layer in _readers(folder, reference, folder.tensors[norm]):
+        columns = _column_ratio(folder, reference, layer)
+        if columns is None:
+            continue
+        readable = True
+        for offset in (0.0, 1.0):  # some models multiply by 1 + weight
+            with np.errstate(all="ignore"):
+                change, product = (np.abs(np.log(np.abs(r))) for r in _ratios(mine + offset, theirs + offset, columns))
+            sound = np.isfinite(change) & np.isfinite(product)
+            if sound.any() and np.median(product[sound]) < min(AGREES, 0.5 * np.median(change[sound])):
+                return True
+    return False if readable else None
+
+
+def _ratios(mine: Vector, theirs: Vector, columns: Vector) -> tuple[Vector, Vector]:
+    ratio = mine / theirs
+    return ratio, ratio * columns
+
+
+def _readers(folder: Folder, reference: Folder, norm: Tensor) -> Iterator[str]:
+    """Yield the matrices of the norm's block that have an input for each of its channels; for a last norm the head."""
+    block, width = norm.layer.rpartition(".")[0], norm.shape[0]
+    within = any(part.isdigit() for part in block.split("."))
+    for layer, parts in folder.layers.items():
+        near = layer.startswith(f"{block}.") if within else layer.rpartition(".")[2] in HEADS
+        theirs = reference.layers.get(layer) if near else None
+        if theirs is not None and weight_columns(parts) == weight_columns(theirs) == width:
+            yield layer
+
+
+def _column_ratio(folder: Folder, reference: Folder, layer: str) -> Vector | None:
+    """Return the norms of a layer's columns over the original's, of the same rows."""
+    tensor = codes_of(reference.layers[layer]) or reference.layers[layer]["weight"]
+    rows = slice(None, None, max(1, (tensor.stop - tensor.start) // BUDGET))
+    mine, theirs = (weight_rows(side, layer, rows) for side in (folder, reference))
+    if mine is None or theirs is None or mine.shape != theirs.shape:
+        return None
+    with np.errstate(all="ignore"):
+        ratio: Vector = np.linalg.norm(mine, axis=0) / np.linalg.norm(theirs, axis=0)
+    return ratio

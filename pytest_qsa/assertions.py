@@ -288,7 +288,9 @@ def _judged(series: Series, rows: list[Row], bound: str) -> Verdict:
         )  # fmt: skip
     unit = _unit(series.query.unit, worst.value)
     used = f" ({worst.used:.0%} of what is allowed)" if worst.used is not None and np.isfinite(worst.used) else ""
-    text = f"{len(rows)} {series.query.of} within {bound}; nearest {worst.layer}: {number(worst.value)}{unit}{used}"
+    many = f"{len(rows)} {series.query.of} within {bound}; nearest {worst.layer}"
+    many = many if len(rows) > 1 else f"{worst.layer} is within {bound}"
+    text = f"{many}: {number(worst.value)}{unit}{used}"
     return Verdict("", "", Kind.PASSED, text, series.query.plain(), rows, bound, positions=series.query.positions)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import AnomalyError
 from .plan import LOGITS
+from .registry import METRICS
 
 CHECKPOINT = "checkpoint"
 """What stands for the site in the query of a static check: no tensor stream, but the files."""
@@ -96,8 +97,10 @@ class Query:
 
     @property
     def of(self) -> str:
-        """What its numbers are about: layers, or the tasks of an eval."""
-        return "tasks" if self.site == EVALS else "layers"
+        """What its numbers are about: layers, the experts in them, or the tasks of an eval."""
+        if self.site == EVALS:
+            return "tasks"
+        return "experts" if self.metric in METRICS and METRICS[self.metric].per == "expert" else "layers"
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, with its text."""

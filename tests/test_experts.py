@@ -74,6 +74,8 @@ def test_an_expert_without_tokens_is_named():
     assert dead
     assert {row.layer for row in verdict.failing_rows} == set(dead)
     assert dead[0] in verdict.headline
+    assert verdict.headline.startswith(f"{len(dead)} of {len(series.layers)} experts ")
+    assert verdict.query["of"] == "experts"
 
 
 def test_captures_of_disjoint_samples_add_their_tokens():

@@ -224,6 +224,15 @@ def test_every_layer_stands_once_with_the_numbers_of_all_its_assertions(tmp_path
     assert [(strip["name"], len(strip["rows"])) for strip in data["strips"]] == [("model.layers.*", LAYERS)]
 
 
+def test_experts_have_the_table_of_their_card_and_none_among_the_layers(tmp_path):
+    query = {"text": "expert_tokens()", "unit": "tokens", "of": "experts"}
+    rows = [Row(f"model.layers.0.mlp.experts[{index}]", 3.0, 1.0, None, None, 0.0, index) for index in range(40)]
+    page = Page(page_of(tmp_path, verdict_of(rows=rows, query=query), verdict_of(id="blocks")))
+    assert "All 40 experts" in page.text
+    (table,) = (json.loads(script) for script in page.scripts if script.startswith('{"columns"'))
+    assert len(table["rows"]) == LAYERS
+
+
 def test_a_waived_layer_is_not_counted_as_out_of_bounds_anywhere(tmp_path):
     rows = [Row(f"model.layers.{i}", 9.0, None, 4.0, None, 5.0, i, waived=i == 1) for i in range(3)]
     page = Page(page_of(tmp_path, verdict_of(rows=rows)))

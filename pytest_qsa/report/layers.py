@@ -23,9 +23,7 @@ def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns `columns` (an assertion each), `rows`: layer, worst share used, out, cells (one a column, or None), and
     `histograms`: those of its sites; and `strips`: the rows by kind of layer.
     """
-    shown = [
-        card for card in cards if card["rows"] and not (card["query"].get("over") or card["query"].get("of") == "tasks")
-    ]
+    shown = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for index, card in enumerate(shown):
         for row in card["rows"]:
@@ -49,6 +47,11 @@ def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rows": finished,
         "strips": strips_of(finished),
     }
+
+
+def _of_layers(card: Mapping[str, Any]) -> bool:
+    """Say whether an assertion is about layers: tasks and the many experts of a layer have their card's own table."""
+    return bool(card["query"].get("of", "layers") == "layers")
 
 
 def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

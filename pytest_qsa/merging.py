@@ -143,10 +143,10 @@ def _meta(captures: Sequence[Capture]) -> dict[str, Any]:
 
 
 def _sites(captures: Sequence[Capture]) -> list[Any]:
-    """Return the sites of all captures: an expert may have seen no token in some."""
+    """Return the sites of all captures, what the model predicts last: an expert may have seen no token in some."""
     order = {name: index for index, name in enumerate(captures[0].modules)}
     sites = {site for capture in captures for site in capture.sites}
-    return sorted(sites, key=lambda site: (order.get(site[0], -1), SITES.index(site[1])))
+    return sorted(sites, key=lambda site: (order.get(site[0], len(order)), SITES.index(site[1])))
 
 
 def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weight: bool) -> SiteNumbers:

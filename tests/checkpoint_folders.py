@@ -179,7 +179,7 @@ def _fork(folder, arguments, environment, log):
 
 
 @functools.cache
-def _forking():
+def forking():
     """Return the context of processes that are forks of one that has imported `preloaded`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
@@ -226,7 +226,7 @@ class Project:
         if not any("randomly" in argument for argument in arguments):
             arguments = ["-p", "no:randomly", *arguments]
         log = self._logs / f"{len(list(self._logs.glob('*.log')))}.log"
-        process = _forking().Process(
+        process = forking().Process(
             target=_fork, args=(self.folder / cwd, arguments, self._environment(environment), log)
         )
         process.start()

@@ -89,6 +89,33 @@ def test_a_layer_is_compared_as_its_formula_says(pair, name, pattern, site):
             np.testing.assert_allclose(value, FORMULAS[name](x, y), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_other_tools_and_float64_say_the_same(dtype):
+    """torch.ao.ns' functions; Polygraphy's distance metric, written out here; KL as torch.nn.functional defines it."""
+    from torch.ao.ns.fx.utils import compute_cosine_similarity, compute_sqnr
+
+    model = models.llama(dtype, num_hidden_layers=3)
+    other = damaged(model)
+    cap = capture(other, BATCHES, sites=[(BLOCKS, "output"), (LINEAR, "output"), ("", "logits")], reference=model)
+    (reference, logits), (own, own_logits) = raw(model), raw(other)
+    for layer in cap.output(f"{BLOCKS}|{LINEAR}").sqnr(positions="all").layers:
+        x, y = (np.concatenate(side[layer, "output"]).ravel() for side in (reference, own))
+        if np.array_equal(x, y):
+            continue
+        a, b = torch.from_numpy(x).float(), torch.from_numpy(y).float()
+        selected = cap.output(f"^{layer}$")
+        polygraphy = np.dot(x, y) / (np.linalg.norm(x) * np.linalg.norm(y))
+        for found, others in (
+            (selected.sqnr(positions="all"), [compute_sqnr(a, b), decibels(x, y)]),
+            (selected.cosine(positions="all"), [compute_cosine_similarity(a, b), polygraphy]),
+        ):
+            for value in others:
+                np.testing.assert_allclose(found.values, [float(value)], rtol=1e-5, err_msg=layer)
+    p, q = (torch.cat(side).log_softmax(1) for side in (logits, own_logits))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    np.testing.assert_allclose(cap.logits().kl_divergence().values, [float(kl)], rtol=1e-5)
+
+
 def test_identical_tensors_have_infinite_sqnr_and_pass_any_minimum():
     model = models.llama()
     cap = capture(copy.deepcopy(model), BATCHES, sites=[(BLOCKS, "output")], reference=model)

@@ -16,6 +16,7 @@ from .. import plan
 from ..errors import AnomalyError, InfraError
 from ..numbers import NOT_COMPARED, PADDING, SiteNumbers
 from .batches import Rows
+from .keeping import Store
 from .modules import channels_first, tensor_of
 from .pair_reductions import channel_powers, powers_of
 
@@ -93,6 +94,7 @@ class Pairs:
     modules: Mapping[str, nn.Module]
     named: Named
     observers: dict[SiteKey, PairObserver] = field(default_factory=dict)
+    _store: Store = field(default_factory=Store)
     _found: dict[tuple[int, int], _Found] = field(default_factory=dict)
 
     def compare(self, rows: Rows, site: SiteKey, call: int, met: Met | None, own: Tensor) -> None:
@@ -147,8 +149,17 @@ class Pairs:
                 continue
             x = reference[index] if token_axis else reference[index][None]
             y = shaped[index] if token_axis else shaped[index][None]
-            found.append(self._row(rows.samples[index], site, (x, y), kept, met, index, wants))
+            row = self._row(rows.samples[index], site, (x, y), kept, met, index, wants)
+            found.append({name: self._apart(value) for name, value in row.items()})
         return found
+
+    def _apart(self, value: Tensor) -> Tensor | NDArray[Any]:
+        """Put what stays away from the memory that the models work in; on an accelerator it stays as it is."""
+        if value.device.type != "cpu":
+            return value
+        kept = self._store.zeros(tuple(value.shape), value.numpy().dtype)
+        kept[...] = value.numpy()
+        return kept
 
     def _row(
         self,

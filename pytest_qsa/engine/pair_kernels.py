@@ -26,11 +26,11 @@ def _powers(reference, own, difference, patterns, found):
 
     difference, patterns: x − x̂ and its bits, one memory. Signless bits order as magnitudes do, with NaN above all.
     """
-    signal = error = power = np.float32(0)
     for channel in range(own.shape[0]):
-        x, y = reference[channel], own[channel]
-        apart = x - y
-        difference[channel] = apart
+        difference[channel] = reference[channel] - own[channel]
+    signal = error = power = np.float32(0)
+    for channel in range(own.shape[0]):  # nothing is stored here, so that where arrays lie can't change the order
+        x, y, apart = reference[channel], own[channel], difference[channel]
         signal += x * x
         error += apart * apart
         power += y * y

@@ -57,6 +57,8 @@ def _joined(own: SiteNumbers, observer: PairObserver, statistics: frozenset[str]
 def _fetched(rows: list[dict[str, Any]], name: str, *, joint: bool = False) -> NDArray[Any]:
     """Fetch one array of all rows from the device: one after the other where `joint`, else stacked."""
     tensors = [row[name] for row in rows]
+    if isinstance(tensors[0], np.ndarray):
+        return np.concatenate(tensors) if joint else np.stack(tensors)
     return (torch.cat(tensors) if joint else torch.stack(tensors)).cpu().numpy()
 
 

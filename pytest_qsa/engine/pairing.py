@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -162,7 +162,8 @@ class Partner:
     ) -> dict[SiteKey, SiteNumbers]:
         """Add what the weights of both models say; those of a streamed model are read for it once more."""
         compared = [site for site, names in wanted.items() if plan.ERROR in names]
-        return {**numbers, **weighed(compared, (self.modules, modules), (self.stream, stream), numbers)}
+        with stream.ready() if stream is not None and compared else nullcontext():
+            return {**numbers, **weighed(compared, (self.modules, modules), (self.stream, stream), numbers)}
 
     @property
     def _device(self) -> torch.device:

@@ -47,23 +47,31 @@ def sqnr(view: View, *, by: By = "tensor") -> float | Estimate:
 
 
 @metric(plan.ERROR, reduce=None, positional=True, against=True)
-def nmse(view: View) -> float:
+def nmse(view: View) -> float | Estimate:
     """Take Σ(x − x̂)² / Σx², x the reference's (torch.ao, NNCF)."""
-    return _ratio(compared(view))
+    tokens = compared(view)
+    return _from_decibels(tokens, 10) if view.sampled else _ratio(tokens)
 
 
 @metric(plan.ERROR, reduce=None, positional=True, against=True)
-def relative_l2(view: View) -> float:
+def relative_l2(view: View) -> float | Estimate:
     """Take the root of `nmse`: ‖x − x̂‖ / ‖x‖."""
-    return float(np.sqrt(_ratio(compared(view))))
+    tokens = compared(view)
+    return _from_decibels(tokens, 20) if view.sampled else float(np.sqrt(_ratio(tokens)))
 
 
 @metric(plan.ERROR, reduce=None, positional=True, against=True)
-def cosine(view: View) -> float:
+def cosine(view: View) -> float | Estimate:
     """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
-    signal, error, own = compared(view)[:, :LARGEST].sum(axis=0).tolist()
+    signal, error, own = compared(view)[:, :LARGEST].T
+    product = (signal + own - error) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float((signal + own - error) / 2 / np.sqrt(np.float64(signal) * own))
+        value = float(product.sum() / np.sqrt(signal.sum() * own.sum()))
+        if not view.sampled or not np.isfinite(value):
+            return value
+        parts = product / product.sum() - signal / signal.sum() / 2 - own / own.sum() / 2
+    half = TWO_SIDED_95 * abs(value) * _spread(parts)
+    return Estimate(value, value - half, min(1.0, value + half), len(signal))
 
 
 @metric(plan.ERROR, reduce=None, positional=True, against=True)
@@ -175,9 +183,20 @@ def _interval(signal: NDArray[np.float64], error: NDArray[np.float64]) -> Estima
     value = decibels(float(signal.sum()), float(error.sum()))
     if not np.isfinite(value):
         return Estimate(value, value, value, len(signal))
-    spread = np.sqrt(np.sum((signal / signal.sum() - error / error.sum()) ** 2) * len(signal) / max(1, len(signal) - 1))
-    half = 10 / np.log(10) * TWO_SIDED_95 * float(spread)
+    half = 10 / np.log(10) * TWO_SIDED_95 * _spread(signal / signal.sum() - error / error.sum())
     return Estimate(value, value - half, value + half, len(signal))
+
+
+def _spread(parts: NDArray[np.float64]) -> float:
+    """Return the standard error of the logarithm of a quotient of sums; `parts`: what each token adds to it."""
+    return float(np.sqrt(np.sum(parts**2) * len(parts) / max(1, len(parts) - 1)))
+
+
+def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
+    """Return what an SQNR and its interval are as a share; `step`: 10 of powers, 20 of norms."""
+    found = _interval(tokens[:, SIGNAL], tokens[:, ERROR])
+    value, high, low = (float(10 ** (-each / step)) for each in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.count)
 
 
 def _worst(signal: NDArray[np.float64], error: NDArray[np.float64]) -> float:

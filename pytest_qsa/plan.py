@@ -75,6 +75,11 @@ def against_reference(statistics: frozenset[str]) -> frozenset[str]:
     return frozenset(statistic for statistic in statistics if statistic.partition(":")[0] in kinds)
 
 
+def pairwise(statistics: frozenset[str]) -> frozenset[str]:
+    """Return those of the statistics for which the tensors of both models have to meet."""
+    return against_reference(statistics) - {REFERENCE_TOKENS, REFERENCE_SINKS}
+
+
 def need_tokens(statistics: frozenset[str]) -> bool:
     """Say whether some of the statistics exist only at a site with a token axis."""
     kinds = {statistic.partition(":")[0] for statistic in statistics}

@@ -69,6 +69,12 @@ def reference_of(subject: Subject) -> Subject:
     return replace(_other(subject, subject.model.reference), fixture="")
 
 
+def is_kept(subject: Subject) -> bool:
+    """Say whether the reference is a file that was kept, or is to be: its name says so before it is there."""
+    named = subject.model.reference if subject.model else None
+    return bool(named) and (str(named).endswith(".qsa") or kept_reference(subject) is not None)
+
+
 def kept_reference(subject: Subject) -> Path | None:
     """Return the file of a reference that was kept as a capture; None where it is a model."""
     named = subject.model.reference if subject.model else None

@@ -26,6 +26,7 @@ SCHEMAS = {".github/workflows/": "github-workflows", ".gitlab-ci.yml": "gitlab-c
 SMALL = ("--qsa-set=data.num_samples=4", "--qsa-set=data.seq_len=64")
 SMALLER = {
     "analyze": {"--save_dir": ["pictures"], "--dpi": ["40"], "--data.num_samples": ["2"], "--data.seq_len": ["32"]},
+    "capture --for-reference": {"--data.num_samples": ["4"], "--data.seq_len": ["64"]},
     "calibrate": {"--parts": ["2"], "--passes": ["1"]},
     "init": {"--parts": ["2"], "--passes": ["1"]},
     "selftest": {"--faults": ["nan_scale"], "--bisect": ["none"], "--": ["-k", "files"]},
@@ -183,7 +184,7 @@ class Reader:
 
     def _qsa(self, arguments, reason):
         command, *given = arguments
-        smaller = SMALLER.get(command, {})
+        smaller = SMALLER.get(f"{command} --for-reference" if "--for-reference" in given else command, {})
         more = [word for name, values in smaller.items() if name not in given for word in (name, *values)]
         if command == "selftest" and self.page.stem != "selftest":
             more = ["--list"]  # a run costs seconds: one page has it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InfraError, SuiteError, shown_path
+from . import keeping
 from .codes import OK
 from .common import keep, planned, subject_of
 
@@ -34,11 +35,15 @@ def run(arguments: Sequence[str]) -> int:
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
+    keeping.check_options(options)
+    if not options.output.absolute().parent.is_dir():
+        folder = shown_path(options.output.absolute().parent)
+        raise InfraError(f"there is no folder {folder} to write {options.output.name} in")
+    if options.for_reference:
+        return keeping.run(options, overrides)
     file = load_suite(options.config, overrides, "--")
     model, subject = subject_of(file)
     samples, output, code = _samples(options.samples), options.output, options.qsa_allow_code
-    if not output.absolute().parent.is_dir():
-        raise InfraError(f"there is no folder {shown_path(output.absolute().parent)} to write {output.name} in")
     requests = _requests(file, layer_names(model, subject.path, subject.memory, allow_code=code))
     hashes = FileHashes(None)
     share = Share(samples=samples, sums=_sums(output, fingerprint_of(subject, hashes, beside=compares(requests))))
@@ -51,13 +56,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qsa capture", usage="qsa capture --config FILE -o FILE [--samples A:B] [--KEY VALUE …]",
+        prog="qsa capture", usage="qsa capture --config FILE -o FILE [--samples A:B | --for-reference] [--KEY VALUE …]",
         description="Measure what a suite's assertions need (or, without any, a configuration's pictures), to a file.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a suite or configuration")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the capture goes")
     parser.add_argument("--samples", metavar="A:B", help="only the samples from A up to B, for `qsa merge`")
+    keeping.add_options(parser)
     parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
     return parser
 

@@ -186,6 +186,22 @@ def _check_reference(source: YamlSource, suite: Suite) -> None:
                 f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
                 "kept reference capture)",
             )
+        if metric is not None and metric.against:
+            _check_kept(source, suite, index, assertion)
+
+
+def _check_kept(source: YamlSource, suite: Suite, index: int, assertion: Assertion) -> None:
+    """Find what drawn tokens of the reference can't answer."""
+    named = suite.model.reference if suite.model else None
+    if not named or not (named.endswith(".qsa") or (source.path.parent / named).is_file()):
+        return
+    by_channel = getattr(assertion, "by", None) == "channel"
+    if getattr(assertion, "site", None) == "weight" or by_channel:
+        what = "by: channel sums up every token" if by_channel else f"{assertion.metric} reads weights"
+        raise source.error(
+            ("assertions", index, "metric"),
+            f"{what}, and {named} holds some tokens only: name the original, model.reference, in a suite of its own",
+        )
 
 
 def _unknown_id(source: YamlSource, index: int) -> str:

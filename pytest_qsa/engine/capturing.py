@@ -21,7 +21,7 @@ from .companion import CompanionChanged
 from .hooks import evaluating, hooked, run_batch
 from .modules import blocks_of, device_of, layers_of
 from .pair_numbers import renumbered
-from .pairing import PairedVisits, Partner
+from .pairing import Beside
 from .predictions import Predictions
 from .rehearsal import NOTHING_LEARNED, rehearsal_of
 from .streaming import WAVE, Stream
@@ -46,7 +46,7 @@ def run_pass(
     stream: Stream | None = None,
     first_sample: int = 0,
     keep: Keep | None = None,
-    partner: Partner | None = None,
+    partner: Beside | None = None,
     witness: Witness | None = None,
 ) -> Capture:
     """Run the model once over the batches and reduce every tensor that the requests name.
@@ -92,7 +92,7 @@ class _Job:
     progress: Progress | None
     first_sample: int
     keep: Keep | None
-    partner: Partner | None
+    partner: Beside | None
     witness: Witness | None
 
     def runs(self, activations: Wanted) -> bool:
@@ -203,9 +203,7 @@ def _forwards(
 def _visits(job: _Job, wanted: Wanted, unshared: frozenset[SiteKey], *, may_stop: bool) -> Visits:
     if job.partner is None:
         return Visits(wanted, job.modules, unshared, may_stop=may_stop)
-    alone = {site: statistics - plan.against_reference(statistics) for site, statistics in wanted.items()}
-    pairs = job.partner.begin(job.modules)
-    return PairedVisits(alone, job.modules, unshared, may_stop=may_stop, pairs=pairs)
+    return job.partner.visits(wanted, job.modules, unshared, may_stop=may_stop)
 
 
 def _run_one(job: _Job, state: _Pass, batch: Batch, forward: Forward, device: torch.device) -> None:

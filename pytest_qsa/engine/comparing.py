@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ LEAST_AGREEMENT = 100.0
 class Met:
     """What the reference has at a site: its tensor, and what went into the layer.
 
-    `rows`: where it was kept for some tokens only, the positions of each sample of the batch.
+    `rows`: where some tokens only were kept, which of each sample's that are no padding, ascending; the tensors are
+    then [B, ≥ R, C].
     """
 
     tensor: Tensor
@@ -97,6 +99,11 @@ class Pairs:
     _store: Store = field(default_factory=Store)
     _found: dict[tuple[int, int], _Found] = field(default_factory=dict)
 
+    @cached_property
+    def meeting(self) -> frozenset[SiteKey]:
+        """Where both tensors have to be there."""
+        return frozenset(site for site, statistics in self.wanted.items() if plan.pairwise(statistics))
+
     def compare(self, rows: Rows, site: SiteKey, call: int, met: Met | None, own: Tensor) -> None:
         """Compare what both models have at a site.
 
@@ -136,9 +143,7 @@ class Pairs:
         reference = (
             met.tensor if met.rows is not None else rows.shaped(met.tensor, channels_first(self.modules[site[0]]))[0]
         )
-        if met.rows is None and reference.shape != shaped.shape:
-            theirs, ours = ("×".join(map(str, tensor.shape[1:])) for tensor in (reference, shaped))
-            raise InfraError(f"the {site[1]} of {site[0]} is {ours} here and {theirs} in the reference")
+        self._check_shapes(site, met, reference, shaped)
         token_axis = shaped.dim() == 3
         keep = rows.kept(site[0], shaped.shape[1]) if token_axis else [None] * len(rows.samples)
         reference = reference.to(shaped.device, non_blocking=True)
@@ -161,6 +166,14 @@ class Pairs:
         kept[...] = value.numpy()
         return kept
 
+    @staticmethod
+    def _check_shapes(site: SiteKey, met: Met, reference: Tensor, own: Tensor) -> None:
+        """Check that the tensors fit; of a reference that was kept, only the channels can be compared."""
+        first = 1 if met.rows is None else -1
+        if reference.dim() != own.dim() or reference.shape[first:] != own.shape[first:]:
+            theirs, ours = ("×".join(map(str, tensor.shape[first:])) for tensor in (reference, own))
+            raise InfraError(f"the {site[1]} of {site[0]} is {ours} here and {theirs} in the reference")
+
     def _row(
         self,
         sample: int,
@@ -173,13 +186,15 @@ class Pairs:
     ) -> dict[str, Any]:
         """Return the numbers of one sample. `kept`: its tokens that are no padding, on the CPU."""
         (x, y), found = pair, {}
-        places = met.rows[index] if met.rows is not None else None
+        places = _positions(met.rows[index], kept, len(y), site) if met.rows is not None else None
+        if places is not None:
+            x = x[: len(places)]
         if wants.error:
             there = None if kept is None else placed(kept, y.device)
             found["error"] = powers_of(x, y, there) if places is None else _some_powers(x, y, there, places)
-        for name, count in wants.local.items():
+        for count in wants.local.values():
             drawn = drawn_rows(sample, len(y), kept, count) if places is None else places
-            found["local_rows"], found["local"] = self._local(site[0], met, x, index, drawn, count, name)
+            found["local_rows"], found["local"] = self._local(site[0], met, (x, y), index, drawn, count)
         for name, positions in wants.channels.items():
             counting = np.ones(len(y), dtype=bool)
             if kept is not None:
@@ -192,18 +207,20 @@ class Pairs:
         return found
 
     def _local(
-        self, layer: str, met: Met, x: Tensor, index: int, drawn: Tensor, count: int, name: str
+        self, layer: str, met: Met, pair: tuple[Tensor, Tensor], index: int, drawn: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """Run the layer on some of the reference's tokens; return their positions [R] and powers [R, 2]."""
         if met.inputs is None:
             raise InfraError(
                 f"the reference that was kept has no input of {layer}, which local_sqnr feeds to the layer"
             )
-        there = placed(drawn, x.device)
+        x, there = pair[0], placed(drawn, pair[0].device)
         inputs = met.inputs[index].to(x.device, non_blocking=True)
         if met.rows is None:
             inputs, x = inputs.index_select(0, there), x.index_select(0, there)
-        own = run_rows(self.modules[layer], layer, inputs)
+        else:
+            inputs, count = inputs[: len(drawn)], max(count, met.tensor.shape[1])
+        own = run_rows(self.modules[layer], layer, inputs.to(pair[1].dtype))
         powers = powers_of(x, own, None)[:, :2]
         positions = torch.full((count,), -1, dtype=torch.int32)
         table = torch.zeros((count, 2), dtype=torch.float32, device=powers.device)
@@ -264,7 +281,17 @@ def placed(positions: Tensor, device: torch.device) -> Tensor:
     return positions.to(device, non_blocking=True)
 
 
+def _positions(places: Tensor, kept: Tensor | None, length: int, site: SiteKey) -> Tensor:
+    """Return where in the sample the tokens stand that were kept: `places` counts those that are no padding."""
+    count = length if kept is None else len(kept)
+    if len(places) and int(places[-1]) >= count:
+        raise InfraError(f"the {site[1]} of {site[0]} has {count} tokens of a sample here, and more in the reference")
+    return places if kept is None else kept.index_select(0, places)
+
+
 def _some_powers(x: Tensor, y: Tensor, kept: Tensor | None, places: Tensor) -> Tensor:
+    """Return the powers of some tokens, [T, 4]; `places`: where they stand, on the CPU."""
+    places = placed(places, y.device)
     found = torch.full((len(y), 4), PADDING if kept is not None else NOT_COMPARED, device=y.device)
     if kept is not None:
         found.index_fill_(0, kept, NOT_COMPARED)

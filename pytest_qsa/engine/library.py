@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,8 +16,10 @@ from ..metrics import METRICS
 from ..plan import ALL_STATISTICS, Request, Site, massive_statistic, merge_requests
 from .batches import Batch
 from .capturing import Progress, run_pass
-from .modules import layers_of
-from .pairing import Partner
+from .kept_files import KeptFile
+from .kept_partner import KeptPartner
+from .modules import device_of, layers_of
+from .pairing import Beside, Partner
 from .tokens import decoder_of
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
@@ -36,7 +40,7 @@ def capture(
     statistics: Statistics = "all",
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | str | os.PathLike[str] | None = None,
 ) -> Capture:
     """Run a model once over batches of data and keep the numbers of the named sites.
 
@@ -52,7 +56,7 @@ def capture(
         progress: called after each batch with the samples done and the samples in all.
         reference: another model of the same layers, usually the unquantized original: both run side by side over the
             batches, and the metrics against a reference can be asked for, those of `logits()` as well where the models
-            return logits.
+            return logits. Or the file of one that was kept for reference; name the metrics then, as `statistics`.
 
     Raises:
         AnomalyError: there is no batch, or a pattern matches no layer.
@@ -69,7 +73,11 @@ def capture(
     for request in requests:
         if request.site != plan.LOGITS and not plan.match_layers(modules, request.pattern):
             raise plan.no_match(modules, request.pattern, None)
-    partner = Partner(reference) if reference is not None else None
+    partner: Beside | None = None
+    if isinstance(reference, nn.Module):
+        partner = Partner(reference)
+    elif reference is not None:
+        partner = KeptPartner(KeptFile.open(Path(reference)), device_of(model))
     return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress, partner=partner)
 
 

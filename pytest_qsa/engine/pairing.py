@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,42 @@ from .weight_pairs import weighed
 Wanted = Mapping[SiteKey, frozenset[str]]
 
 
+class Beside(Protocol):
+    """What stands beside the subject in its pass: a reference that runs, or one that was kept."""
+
+    @property
+    def stream(self) -> Stream | None:
+        """What reads its weights while it runs, if it has any."""
+
+    def ready(
+        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
+    ) -> AbstractContextManager[None]:
+        """Prepare for a pass over these batches."""
+
+    def visits(
+        self, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
+    ) -> Visits:
+        """Begin a try of the pass; return the subject's hooks."""
+
+    def fly(self, batch: Batch, forward: Forward) -> None:
+        """Begin one forward of the subject."""
+
+    def learn(self, change: CompanionChanged) -> None:
+        """Take note of what the first forward of the reference didn't tell."""
+
+    def capture(self, first_sample: int) -> Capture | None:
+        """Return the reference's own numbers; its samples are numbered from 0."""
+
+    def weighed(
+        self,
+        modules: Mapping[str, nn.Module],
+        wanted: Wanted,
+        numbers: Mapping[SiteKey, SiteNumbers],
+        stream: Stream | None,
+    ) -> dict[SiteKey, SiteNumbers]:
+        """Add what the weights of both models say."""
+
+
 @dataclass
 class PairedVisits(Visits):
     """The subject's hooks, where a reference runs beside it."""
@@ -40,7 +77,7 @@ class PairedVisits(Visits):
     ) -> None:
         """Meet the reference, then reduce what is wanted of the subject alone."""
         forward = self.forward
-        if tensor is not None and forward is not None and site in self.pairs.wanted:
+        if tensor is not None and forward is not None and site in self.pairs.meeting:
             call = forward.calls.get(site, 0)
             self.pairs.compare(forward.rows, site, call, forward.flight.at(site, call), tensor)
         super().visit(site, tensor, routing)
@@ -53,6 +90,14 @@ class PairedVisits(Visits):
     def numbers(self) -> dict[SiteKey, SiteNumbers]:
         """Fetch the numbers of every site, with what was compared."""
         return self.pairs.numbers(super().numbers())
+
+
+def paired(
+    pairs: Pairs, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
+) -> PairedVisits:
+    """Return the subject's hooks: what the reference isn't needed for is reduced of the subject alone."""
+    alone = {site: statistics - plan.against_reference(statistics) for site, statistics in wanted.items()}
+    return PairedVisits(alone, modules, unshared, may_stop=may_stop, pairs=pairs)
 
 
 @dataclass
@@ -115,21 +160,26 @@ class Partner:
                 for block in blocks_of(self.model)
             }
         self._own = own
-        alone = {plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS}
-        self._pairs = {site: names for site, names in activations.items() if names - alone}
+        self._pairs = activations
 
-    def begin(self, modules: Mapping[str, nn.Module]) -> Pairs:
+    def visits(
+        self, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
+    ) -> Visits:
         """Begin a try of the pass over the subject's `modules`."""
+        return paired(self._begin(modules), wanted, modules, unshared, may_stop=may_stop)
+
+    def _begin(self, modules: Mapping[str, nn.Module]) -> Pairs:
         self._hooks.close()
+        pairs = Pairs(self._pairs, modules, self._sinks.among)
         locals_ = {site for site, names in self._pairs.items() if any(name.startswith("local:") for name in names)}
         may_stop = self._may_stop and not self._scores and self.stream is None
         state = ReferenceVisits(
-            self._own, self.modules, self._unshared, may_stop=may_stop, pairs=frozenset(self._pairs)
+            self._own, self.modules, self._unshared, may_stop=may_stop, pairs=frozenset(pairs.meeting)
         )
         state.order = self._order if self._may_stop and not self._scores else None
         self._hooks.enter_context(hooked(self.modules, state, frozenset(locals_)))
         self._companion = Companion(self.model, state, self._device, run_batch, self.stream)
-        return Pairs(self._pairs, modules, self._sinks.among)
+        return pairs
 
     def fly(self, batch: Batch, forward: Forward) -> None:
         """Let the reference begin one forward of the subject as well, where it is needed."""

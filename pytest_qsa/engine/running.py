@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,16 +16,22 @@ from torch import Tensor, nn
 
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
-from ..fingerprint import local_folder
+from ..fingerprint import FileHashes, identified, local_folder
 from ..merging import merge
 from ..partial import PartialSums
 from ..plan import Request, compares
-from ..subjects import Subject, reference_of, stored_quantized
+from ..subjects import Subject, kept_reference, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
+from .heads import located_head
+from .kept_files import KeptFile
+from .kept_partner import KeptPartner, check_answerable
+from .kept_rows import Keep as KeepRows
+from .kept_rows import Kept, keep_model
 from .models import Loaded, describe, load_model
-from .pairing import Partner
+from .modules import device_of
+from .pairing import Beside, Partner
 from .quiet import quiet
 from .ranks import Ranks
 from .schemes import schemes_of
@@ -50,7 +57,7 @@ class Models:
 
     subject: Loaded
     witness: Witness
-    partner: Partner | None = None
+    partner: Beside | None = None
 
 
 def capture_subject(
@@ -68,20 +75,79 @@ def capture_subject(
     """
     if subject.model is None:
         raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
+    reference: Loaded | KeptFile | None = _opened_reference(subject, requests)
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
-    reference: Loaded | None = None
     try:
-        if compares(requests):
+        if compares(requests) and reference is None:
             reference = load_reference(subject, allow_code=allow_code)
         return capture_loaded(subject, loaded, None, requests, progress, share, reference)
     finally:
         for held in (loaded, reference):
-            if held is not None:
+            if isinstance(held, Loaded):
                 held.close()
         del loaded, reference, held
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _let_go()
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _opened_reference(subject: Subject, requests: Sequence[Request]) -> KeptFile | None:
+    """Open a reference that was kept, before anything is loaded; None where there is none or none is needed.
+
+    Raises:
+        InfraError: it isn't there, or can't answer what is requested.
+    """
+    kept, named = kept_reference(subject), subject.model.reference if subject.model else None
+    if not compares(requests) or named is None:
+        return None
+    if kept is None:
+        if named.endswith(".qsa"):
+            raise InfraError(
+                f"model.reference: there is no file {named}: make it of the original with `qsa capture --config … "
+                f"--model.path ORIGINAL --for-reference -o {Path(named).name}`"
+            )
+        return None
+    file = KeptFile.open(kept)
+    check_answerable(requests, file.shown)
+    return file
+
+
+def keep_subject(
+    subject: Subject,
+    requests: Sequence[Request],
+    keep: KeepRows,
+    output: Path,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+) -> Kept:
+    """Load a checkpoint, run it once over the subject's data and keep it as a reference, which goes to `output`.
+
+    Raises:
+        InfraError: it can't be loaded or run, its data can't be read, or its predictions are asked for and can't be
+            kept.
+    """
+    assert subject.model is not None
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    try:
+        every = _batches(subject, loaded)
+        revision, beside = subject.model.revision, output.absolute().parent
+        with _errors_of_a_pass(type(loaded.model).__name__):
+            kept = keep_model(
+                loaded.model, every, requests, keep, lambda head: located_head(head, subject.path, revision, beside),
+                stream=loaded.stream, progress=progress,
+            )  # fmt: skip
+        empty = Capture({}, meta=_meta(subject, loaded, every, own_batches=False))
+        meta = identified(empty, subject, FileHashes(None)).meta
+        return replace(kept, content=replace(kept.content, meta=meta))
+    finally:
+        loaded.close()
+        del loaded
+        _let_go()
 
 
 def load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
@@ -108,7 +174,7 @@ def capture_loaded(
     requests: Sequence[Request],
     progress: Progress | None = None,
     share: Share = Share(),
-    reference: Loaded | None = None,
+    reference: Loaded | KeptFile | None = None,
 ) -> Capture:
     """Run a loaded model over its own batches or over the subject's data, or over a share of them.
 
@@ -124,17 +190,25 @@ def capture_loaded(
     own = selected[share.ranks.share(len(selected))]
     required = subject.model.require.executed_as if subject.model and subject.model.require else ()
     witness = Witness(loaded.model, required=bool(required))
-    models = Models(loaded, witness, Partner(reference.model, reference.stream) if reference else None)
+    meta = _meta(subject, loaded, every, own_batches=batches is not None)
+    models = Models(loaded, witness, _beside(loaded, reference, meta))
     capture = share.ranks.gathered(
         lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
     )
-    meta = _meta(subject, loaded, every, own_batches=batches is not None)
     placed = {name: value for name, value in capture.meta.items() if name == "samples"}
-    if capture.reference is not None and reference is not None:
+    if capture.reference is not None and isinstance(reference, Loaded):
         theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
         capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
     execution = {"execution": witness.testimony(stored_quantized(subject))}
     return replace(capture, meta=meta | execution | placed, schemes=schemes_of(loaded.model))
+
+
+def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, meta: Mapping[str, Any]) -> Beside | None:
+    """Return what stands beside the subject. `meta`: the subject's, which may explain why samples differ."""
+    if isinstance(reference, KeptFile):
+        device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
+        return KeptPartner(reference, device, reference.origin(meta))
+    return Partner(reference.model, reference.stream) if reference is not None else None
 
 
 def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
@@ -199,30 +273,33 @@ def _run(
     keep: Keep,
 ) -> Capture:
     loaded = models.subject
+    with _errors_of_a_pass(type(loaded.model).__name__):
+        return run_pass(
+            loaded.model,
+            batches,
+            requests,
+            decode=decoder_of(loaded.tokenizer),
+            progress=progress,
+            stream=loaded.stream,
+            first_sample=first_sample,
+            keep=keep,
+            partner=models.partner,
+            witness=models.witness,
+        )
+
+
+@contextmanager
+def _errors_of_a_pass(name: str) -> Iterator[None]:
+    """Say in one line what stopped a pass over a model of the class `name`."""
     try:
         with quiet():  # compressed-tensors shows bars of its own at the first forward
-            return run_pass(
-                loaded.model,
-                batches,
-                requests,
-                decode=decoder_of(loaded.tokenizer),
-                progress=progress,
-                stream=loaded.stream,
-                first_sample=first_sample,
-                keep=keep,
-                partner=models.partner,
-                witness=models.witness,
-            )
-    except InfraError:
-        raise
+            yield
     except torch.OutOfMemoryError as error:
         raise InfraError(
             f"the pass ran out of memory ({str(error).splitlines()[0]}); lower data.seq_len or batch_size"
         ) from error
     except RuntimeError as error:
-        raise InfraError(
-            f"the forward pass of {type(loaded.model).__name__} failed: {str(error).splitlines()[0]}"
-        ) from error
+        raise InfraError(f"the forward pass of {name} failed: {str(error).splitlines()[0]}") from error
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:

@@ -16,7 +16,7 @@ import torch
 from ..checkpoint.tensors import Tensor, tensors_of
 from ..errors import InfraError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -60,11 +60,11 @@ class Shards:
                 f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}: "
                 "not its checkpoint"
             )
-        if stored.dtype not in _DTYPES:
+        if stored.dtype not in DTYPES:
             raise InfraError(f"{stored.path}: {stored.name} is of the type {stored.dtype}, which torch doesn't know")
         content = np.fromfile(stored.path, dtype=np.uint8, count=stored.stop - stored.start, offset=stored.start)
         self.bytes_read += content.size
-        tensor = torch.from_numpy(content).view(_DTYPES[stored.dtype]).reshape(stored.shape)
+        tensor = torch.from_numpy(content).view(DTYPES[stored.dtype]).reshape(stored.shape)
         wanted = self.index[key].get("dtype")
         return tensor.to(getattr(torch, wanted)) if wanted else tensor
 

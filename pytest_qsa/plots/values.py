@@ -270,7 +270,7 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
         return
     low, high = min([*values, *bounds], default=0.0), max([*values, *bounds], default=0.0)
     if counts:
-        low = min(low, 0)
+        low, high = min(low, 0), max(high, 1)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if high > 100:
             scale_log(axes, zero=True)

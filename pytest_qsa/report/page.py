@@ -32,9 +32,9 @@ _POSITIONS = {
 _FACTS = {
     "Model": ("path", "model"),
     "Served": ("served",),
+    "Weights": ("weights", "sha256", "weights_sha256"),
     "Reference": ("reference.path", "reference.class"),
     "Its weights": ("reference.weights",),
-    "Weights": ("weights", "sha256", "weights_sha256"),
     "Class": ("class",),
     "Tokenizer": ("tokenizer",),
     "Dtype": ("dtype",),

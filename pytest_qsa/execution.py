@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
 UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
 FLOAT = "float"
+NOTHING = "nothing, no forward ran"
 
 
 def executed_as(run: Mapping[str, Any]) -> str:
@@ -22,7 +23,7 @@ def executed_as(run: Mapping[str, Any]) -> str:
     if not seen:
         return ""
     if not seen["forward"]:
-        return "no forward ran"
+        return NOTHING
     kinds: Mapping[str, Any] = seen["kinds"]
     text = ", ".join(f"{words} ({_many(kind['modules'])})" for words, kind in kinds.items()) or FLOAT
     return text + (f"; {_many(seen['idle_experts'])} of experts saw no token" if seen["idle_experts"] else "")

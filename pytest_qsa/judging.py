@@ -21,6 +21,7 @@ from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .evals.judging import judge_scores
 from .gate import Gate, GateFailure
+from .loading import blamed
 from .measuring import measured
 from .previous import kept_release, previous_values
 from .ratchet import limits_of
@@ -57,6 +58,7 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
             capture = gate.capture_of(request)
             decides, known = settled(assertion, capture)
             verdict, key = _judged(request, assertion, decides, waive)
+            verdict = blamed(verdict, decides)
             verdict = detailed(verdict, known)
         verdict = softened(verdict, assertion.level)
     except QsaError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from . import fidelity, plan, scores
+from . import fidelity, loading, plan, scores
 from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
 from .errors import AnomalyError, SuiteError
@@ -21,7 +21,7 @@ from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, ord
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 
-__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View", "fidelity", "scores"]
+__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View", "fidelity", "loading", "scores"]
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]

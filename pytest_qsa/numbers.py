@@ -18,6 +18,8 @@ EXTREME_NAMES = ("largest", "smallest", "low", "high")
 """What `extremes` holds: of |x|, then of x; the last two are NaN where the signs were not counted."""
 ERROR_NAMES = ("signal", "error", "own", "largest")
 """The columns of `error`, of one token: Σx², Σ(x − x̂)², Σx̂², max |x − x̂|, where x is the reference's."""
+STORED_NAMES = ("signal", "error", "product", "own")
+"""What `stored` holds: Σw₀², Σ(w − w₀)², Σw·w₀, Σw², w₀ the file's weight and w the loaded one."""
 SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
 """The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
 reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""
@@ -58,6 +60,7 @@ class SiteNumbers:
     none, and their Σy², Σ(y − ŷ)², ŷ the layer's output on the reference's input. `channel_error`: for each
     `plan.channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
     `scores` [sum of lengths, 4] float64: `SCORE_NAMES` of each position of the logits, NaN where there is none.
+    `stored` [4] float64: `STORED_NAMES` of a weight that the files hold quantized.
     Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.
     """
 
@@ -96,6 +99,7 @@ class SiteNumbers:
         default_factory=dict, metadata={"merge": "named populations"}
     )
     scores: NDArray[np.float64] | None = field(default=None, metadata={"merge": "populations"})
+    stored: NDArray[np.float64] | None = None
 
     @property
     def populations(self) -> int:

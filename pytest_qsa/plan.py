@@ -33,6 +33,9 @@ SCORES = "scores"
 and of x; at the outputs of the blocks, the tokens that may be sinks; the tokens of each expert, where there are some;
 counts of x in each channel; and how likely the model found each token that came."""
 
+STORED = "stored"
+"""How far a loaded weight is from what the checkpoint's own files hold."""
+
 ERROR = "error"
 AGREEMENT = "agreement"
 REFERENCE_TOKENS = "reference_tokens"

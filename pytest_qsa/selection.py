@@ -193,6 +193,10 @@ class Selection:
         """The SQNR of the dequantized weight against the reference's."""
         return self.series("weight_sqnr", by=by)
 
+    def loaded_weights(self) -> Series:
+        """How far the loaded model's weights are from what the checkpoint's own files hold, relative."""
+        return self.series("loaded_weights")
+
     def new_outliers(
         self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
     ) -> Series:
@@ -258,6 +262,29 @@ class Selection:
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
+    def _stored(self, needs: frozenset[str]) -> list[str]:
+        """Return those of the layers that the checkpoint's files hold quantized.
+
+        Raises:
+            AnomalyError: there are none, or some of the files' have no place in the model where they could be compared.
+            NotMeasuredError: the capture was made without the files.
+        """
+        found = match_layers(self.capture.modules, self.pattern, self.exclude)
+        if not found:
+            raise no_match(self.capture.modules, self.pattern, self.exclude)
+        if not self.capture.covers([plan.Request(self.pattern, self.site, self.exclude, needs)]):
+            raise NotMeasuredError("the capture holds nothing of what is in the checkpoint's files")
+        if unmatched := self.capture.meta.get("unmatched"):
+            more = f" (and {len(unmatched) - 1} more)" if unmatched[1:] else ""
+            raise AnomalyError(
+                f"the files hold {unmatched[0]}{more} quantized, and the loaded model has no weight of its own for it, "
+                "so that what the loader made of it can't be told: use weight_sqnr against model.reference"
+            )
+        layers = [x for x in found if (n := self.capture.sites.get((x, self.site))) and n.stored is not None]
+        if not layers:
+            raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches is stored quantized")
+        return layers
+
     def _logits(self) -> list[str]:
         if (LOGITS, LOGITS) not in self.capture.sites:
             raise NotMeasuredError("the capture holds nothing of the model's logits")
@@ -288,12 +315,12 @@ class Selection:
     ) -> tuple[list[str], Query]:
         """Check that the capture can answer; return the layers, and what is asked for."""
         definition = METRICS[metric]
-        layers = self.layers
         where = positions_of(metric, self.site, positions)
         _check_arguments(definition, self.site, where, reduce, parameters)
+        needs = definition.needs(self.site, where, parameters)
+        layers = self._stored(needs) if plan.STORED in needs else self.layers
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
-        needs = definition.needs(self.site, where, parameters)
         wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
         return layers, replace(query, estimated=wide and not needs.isdisjoint({plan.COUNTS, plan.SIGNED_COUNTS}))
 
@@ -435,6 +462,8 @@ def _spot(view: View, population: int) -> str:
 
 def _why_not_finite(view: View) -> str:
     numbers = view.numbers
+    if numbers.stored is not None:
+        return "the loader made NaN or Inf of what is finite in the file, or the file's weight holds them"
     if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
         where = next((f", first in {_spot(view, int(p))}" for p in np.flatnonzero(numbers.moment("nonfinite"))), "")
         return f"{bad} elements are NaN or Inf{where}"

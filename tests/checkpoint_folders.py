@@ -330,6 +330,62 @@ def save_torchao_llama(folder, source, bits, group):
     return folder
 
 
+def save_gguf(folder, source, name="Q8_0"):
+    """Write a small Llama as llama.cpp's converter does: matrices quantized, rows of q and k in its order.
+
+    Matrices whose rows are no whole blocks stay in float.
+    """
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    kind = gguf.GGMLQuantizationType[name]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for key, tensor in load_file(source / "model.safetensors").items():
+        layer = key.removesuffix(".weight")
+        values = tensor.to(torch.float32)
+        if (count := heads.get(layer.rpartition(".")[2])) is not None:
+            values = values.reshape(count, 2, len(values) // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        values, to = values.numpy(), f"{names.get_name(layer)}.weight"
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(to, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(to, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def _add_tokenizer(writer, tokenizer, pre="gpt-2"):
+    """Write a byte-level BPE vocabulary as llama.cpp's converter does."""
+    model = tokenizer["model"]
+    words = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word == "<unk>" else 1 for word in words])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_unk_token_id(model["vocab"]["<unk>"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
 def _extremes(weight, scheme):
     """Return the least and the largest weight that share a scale."""
     import torch

@@ -70,7 +70,7 @@ def test_weights_that_the_loader_unpacked_are_executed_as_weights_only(unpacked)
 
 
 def test_weights_alone_need_no_forward_and_say_so(quantized):
-    assert told(quantized["int8"], WEIGHTS) == "no forward ran"
+    assert told(quantized["int8"], WEIGHTS) == "nothing, no forward ran"
 
 
 def test_inputs_that_are_not_rounded_are_told_whatever_the_configuration_declares(quantized):

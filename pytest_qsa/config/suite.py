@@ -38,6 +38,8 @@ def _positions(value: object) -> object:
 Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
 
 
+LOADED = 0.005
+"""How far a loaded weight may be from the file's: bfloat16 rounds by 0.002."""
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 
@@ -227,6 +229,18 @@ class CheckpointAssertion(Assertion):
         return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
 
 
+class LoadedAssertion(MeasuredAssertion):
+    """An assertion on what the loader made of the files. Without a bound it allows what rounding explains."""
+
+    layers: Regex = "."
+    site: Literal["weight"] = "weight"
+
+    @property
+    def stated(self) -> dict[str, Stated]:
+        """The bounds by their keys: the rounding of a dtype, where the suite gives none."""
+        return super().stated or ({} if self.baseline else {"max": LOADED})
+
+
 class LogitsAssertion(MeasuredAssertion):
     """An assertion on what the whole model predicts."""
 
@@ -244,6 +258,8 @@ def _measured(metric: Metric) -> type[Assertion]:
     """Return what the assertions on a metric have in common."""
     if metric.per == "logits":
         return LogitsAssertion
+    if metric.name == "loaded_weights":
+        return LoadedAssertion
     return ReferenceAssertion if metric.against else MeasuredAssertion
 
 

@@ -24,6 +24,7 @@ from .pair_numbers import renumbered
 from .pairing import Beside
 from .predictions import Predictions
 from .rehearsal import NOTHING_LEARNED, rehearsal_of
+from .stored import StoredWeights
 from .streaming import WAVE, Stream
 from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
 from .weights import observe_weights
@@ -48,20 +49,22 @@ def run_pass(
     keep: Keep | None = None,
     partner: Beside | None = None,
     witness: Witness | None = None,
+    stored: StoredWeights | None = None,
 ) -> Capture:
     """Run the model once over the batches and reduce every tensor that the requests name.
 
     `batches`: tensors [B, T] (or whatever the model takes), or dicts of forward arguments. `decode`: token ids → texts.
     `stream`: reads the weights while the model runs; without it they are in memory. `first_sample`: the number of the
     first row among all samples of the subject. `keep`: see `Keep`. `partner`: the reference, where the requests compare
-    the model with one. `witness`: sees how quantized modules are run. Afterwards the model's mode and hooks are as they
-    were.
+    the model with one. `witness`: sees how quantized modules are run. `stored`: the model's
+    files. Afterwards the model's mode and hooks are as they were.
     """
     modules = layers_of(model)
     requests = merge_requests(requests)
     job = _Job(
-        model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep, partner, witness
-    )
+        model, modules, blocks_of(model), batches, requests, decode, progress, first_sample, keep, partner, witness,
+        stored,
+    )  # fmt: skip
     wanted = wanted_sites(list(modules), job.blocks, requests)
     activations = {site: statistics for site, statistics in wanted.items() if site[1] != "weight"}
     weights = {site: statistics for site, statistics in wanted.items() if site[1] == "weight"}
@@ -73,7 +76,7 @@ def run_pass(
             numbers = _streamed(job, activations, weights, stream)
         else:
             numbers = _forwards(job, activations).numbers() if job.runs(activations) else {}
-            numbers |= observe_weights(modules, weights)
+            numbers |= observe_weights(modules, weights, stored)
         if partner is not None:
             numbers = partner.weighed(modules, weights, numbers, stream)
     return job.capture({site: numbers[site] for site in [*wanted, (LOGITS, LOGITS)] if site in numbers}, batches)
@@ -94,6 +97,7 @@ class _Job:
     keep: Keep | None
     partner: Beside | None
     witness: Witness | None
+    stored: StoredWeights | None
 
     def runs(self, activations: Wanted) -> bool:
         """Say whether there are forwards: where only weights are measured, a witness may want one batch to run."""
@@ -267,7 +271,7 @@ def _streamed(job: _Job, activations: Wanted, weights: Wanted, stream: Stream) -
 
     def loading(modules: Sequence[str]) -> None:
         here = {site: left.pop(site) for site in list(left) if site[0] in modules}
-        found.update(observe_weights(job.modules, here))
+        found.update(observe_weights(job.modules, here, job.stored))
 
     rehearsed = rehearsal_of(job.model, job.modules, job.batches[0], activations) if activations else NOTHING_LEARNED
     with stream.ready(loading):

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
 from ..fingerprint import FileHashes, identified, local_folder
 from ..merging import merge
 from ..partial import PartialSums
 from ..plan import Request, compares
-from ..subjects import Subject, kept_reference, reference_of, stored_quantized
+from ..subjects import Subject, files_of, kept_reference, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
@@ -30,11 +31,12 @@ from .kept_partner import KeptPartner, check_answerable
 from .kept_rows import Keep as KeepRows
 from .kept_rows import Kept, keep_model
 from .models import Loaded, describe, load_model
-from .modules import device_of
+from .modules import device_of, layers_of
 from .pairing import Beside, Partner
 from .quiet import quiet
 from .ranks import Ranks
 from .schemes import schemes_of
+from .stored import StoredWeights
 from .tokens import decoder_of, tokenizer_identity
 from .witness import Witness
 
@@ -58,6 +60,7 @@ class Models:
     subject: Loaded
     witness: Witness
     partner: Beside | None = None
+    stored: StoredWeights | None = None
 
 
 def capture_subject(
@@ -191,7 +194,8 @@ def capture_loaded(
     required = subject.model.require.executed_as if subject.model and subject.model.require else ()
     witness = Witness(loaded.model, required=bool(required))
     meta = _meta(subject, loaded, every, own_batches=batches is not None)
-    models = Models(loaded, witness, _beside(loaded, reference, meta))
+    stored = _stored(subject, loaded) if any(plan.STORED in request.statistics for request in requests) else None
+    models = Models(loaded, witness, _beside(loaded, reference, meta), stored)
     capture = share.ranks.gathered(
         lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
     )
@@ -200,7 +204,17 @@ def capture_loaded(
         theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
         capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
     execution = {"execution": witness.testimony(stored_quantized(subject))}
-    return replace(capture, meta=meta | execution | placed, schemes=schemes_of(loaded.model))
+    unmatched = {"unmatched": stored.unmatched} if stored and stored.unmatched else {}
+    return replace(capture, meta=meta | execution | unmatched | placed, schemes=schemes_of(loaded.model))
+
+
+def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
+    """Open the files that the subject was loaded from.
+
+    Raises:
+        InfraError: there are none, as of a factory's or a fixture's model.
+    """
+    return StoredWeights(files_of(subject), layers_of(loaded.model))
 
 
 def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, meta: Mapping[str, Any]) -> Beside | None:
@@ -285,6 +299,7 @@ def _run(
             keep=keep,
             partner=models.partner,
             witness=models.witness,
+            stored=models.stored,
         )
 
 

@@ -23,7 +23,7 @@ from pytest_qsa.series import Bounds, Query, Series
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 PATTERN = r"mlp\.down_proj$"
-OF_ONE_TENSOR = [name for name, metric in METRICS.items() if not metric.against and metric.per != "logits"]
+OF_ONE_TENSOR = [name for name, metric in METRICS.items() if not metric.against and "output" in metric.sites]
 PADDINGS = ("none", "left", "right")
 EVERY = OF_ONE_TENSOR
 SOME_STATISTICS = [

@@ -19,10 +19,10 @@ from .wants import Wants, peak_count
 HALF = 1 << 15
 ROWS_AT_ONCE = 8
 """So many rows are worked out together."""
-COPIES = 8
-"""Of a row's counts: programs that add to one address wait for one another."""
+COPIES = 64
+"""Of a row's counts, the most: programs that add to one address wait for one another."""
 DESKS = 12
-"""So many shapes wait at once; a desk with counts holds 8 to 17 MB."""
+"""So many shapes wait at once; a desk with counts holds some 2 to 4 MB."""
 ELEMENTS = 2048
 """So many values a program reads at a time."""
 
@@ -34,6 +34,7 @@ class CudaReducer:
         self._tables = Tables()
         self._operators = TorchReducer(self._tables)
         self._desks: dict[tuple[object, ...], Desk] = {}
+        self._copies: dict[tuple[object, ...], Tensor] = {}
 
     def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count.
@@ -49,12 +50,20 @@ class CudaReducer:
                 self._desks.pop(next(iter(self._desks))).work_out()
             self._desks[key] = Desk.for_rows(counted, row.shape[0], wants, self._tables)
         desk = self._desks[key]
-        found = desk.add(counted, kept, pooled)
+        found = desk.add(counted, kept, pooled, self._copies_for(counted, desk.bins))
         if len(desk.pooled) == ROWS_AT_ONCE:
             self._desks.pop(key).work_out()
         if row.dim() == 2 and wants.on_request:
             found |= on_request(counted.float(), wants, pooled)
         return found
+
+    def _copies_for(self, counted: Tensor, bins: int) -> Tensor:
+        """Return zeros where a row's programs count, [copies, bins]: fewer copies for a small row, none for no bins."""
+        copies = min(COPIES, _power_of_two(-(-counted.numel() // HALF))) if bins else 0
+        key = (copies, bins, counted.device)
+        if key not in self._copies:
+            self._copies[key] = torch.zeros((copies, bins), dtype=torch.int32, device=counted.device)
+        return self._copies[key]
 
     def finish(self) -> None:
         """Work out what still waits."""
@@ -66,16 +75,19 @@ class CudaReducer:
 class Desk:
     """Rows of one shape whose maxima and counts were taken, and where the numbers that follow from them will stand.
 
-    `length`: the tokens of a row, padding included. `scratch`: what the kernel fills; `found`: what a row is given.
+    `length`: the tokens of a row, padding included. `bins`: what is counted, 0 for nothing. `scratch`: what the kernel
+    fills; `found`: what a row is given; `views`: both, row by row.
     """
 
     wants: Wants
     dtype: torch.dtype
     length: int
     shape: torch.Size
+    bins: int
     scratch: dict[str, Tensor]
     found: dict[str, Tensor]
     tables: Tables
+    views: dict[str, tuple[Tensor, ...]] = field(init=False)
     pooled: list[dict[str, Tensor]] = field(default_factory=list)
     kept: list[Tensor | None] = field(default_factory=list)
 
@@ -95,24 +107,32 @@ class Desk:
             found["token_max"] = room(tokens, dtype=torch.float32)
         if table and wants.channels:
             scratch["channel_max"], found["channel_top"] = room(channels), room(7, dtype=torch.float32)
+        bins = 0
         if wants.counted or wants.moments:
-            scratch["counts"] = room(COPIES, 2 * HALF if wants.signed or wants.moments else HALF)
+            bins = 2 * HALF if wants.signed or wants.moments else HALF
+            scratch["counts"] = room(bins, dtype=torch.int64)
         if wants.elements:
             found["element_top"] = room(7, dtype=torch.float32)
         if wants.moments:
             found["moments"] = room(7, dtype=torch.float64)
         found |= {name: room(dtype=torch.int64) for name in wants.massive}
-        return cls(wants, counted.dtype, length, counted.shape, scratch, found, tables)
+        return cls(wants, counted.dtype, length, counted.shape, bins, scratch, found, tables)
 
-    def add(self, counted: Tensor, kept: Tensor | None, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the maxima and counts of a row; return where its numbers will stand."""
+    def __post_init__(self) -> None:
+        self.views = {name: values.unbind() for name, values in (self.scratch | self.found).items()}
+
+    def add(self, counted: Tensor, kept: Tensor | None, pooled: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
+        """Take the maxima and counts of a row; return where its numbers will stand. `copies`: zeros, also after."""
         index = len(self.pooled)
         self.pooled.append(pooled)
         self.kept.append(kept)
-        found = {name: values[index] for name, values in self.found.items()}
-        scratch = {name: values[index] for name, values in self.scratch.items()}
-        if scratch:
-            _survey(counted, found.get("token_max"), scratch)
+        views = {name: rows[index] for name, rows in self.views.items()}
+        found = {name: view for name, view in views.items() if name not in self.scratch}
+        if self.scratch:
+            _survey(counted, views, copies)
+        if self.bins:
+            torch.sum(copies, dim=0, out=views["counts"])
+            copies.zero_()
         if kept is not None and "token_max" in found:
             whole = torch.full((self.length,), PADDING, dtype=torch.float32, device=counted.device)
             found["token_max"] = whole.index_copy_(0, kept, found["token_max"])
@@ -128,7 +148,7 @@ class Desk:
         if "channel_max" in scratch:
             self._order_channels(scratch["channel_max"], found["channel_top"])
         if "counts" in scratch:
-            counts = scratch["counts"].sum(dim=1)
+            counts = scratch["counts"]
             folded = counts[:, :HALF] + counts[:, HALF:] if counts.shape[1] > HALF else counts
             self._pool(counts, folded)
             self._order_elements(folded, found)
@@ -184,26 +204,25 @@ class Desk:
             found[name].copy_(count.masked_fill(least[:, 0].isnan(), UNKNOWN))
 
 
-def _survey(counted: Tensor, token_max: Tensor | None, scratch: dict[str, Tensor]) -> None:
+def _survey(counted: Tensor, views: dict[str, Tensor], copies: Tensor) -> None:
     size = counted.numel()
     columns = counted.shape[1] if counted.dim() == 2 else min(size, ELEMENTS)
     block = min(_power_of_two(columns), ELEMENTS)
     rows = ELEMENTS // block
-    counts, channels = scratch.get("counts"), scratch.get("channel_max")
-    nothing = counted.view(torch.int16)  # stands for a pointer that is not used
+    patterns = counted.view(torch.int16)  # stands for each pointer that is not used as well
     triton_kernels.survey[(-(-size // (columns * rows)),)](
-        nothing,
-        nothing if token_max is None else token_max,
-        scratch.get("token_at", nothing),
-        nothing if channels is None else channels,
-        nothing if counts is None else counts,
+        patterns,
+        views.get("token_max", patterns),
+        views.get("token_at", patterns),
+        views.get("channel_max", patterns),
+        copies,
         size,
         columns,
         half=counted.dtype == torch.float16,
-        with_tokens=token_max is not None,
-        with_channels=channels is not None,
-        bins=0 if counts is None else counts.shape[1],
-        copies=COPIES,
+        with_tokens="token_at" in views,
+        with_channels="channel_max" in views,
+        bins=copies.shape[1],
+        copies=max(1, len(copies)),
         rows_each=rows,
         block=block,
         num_warps=4,

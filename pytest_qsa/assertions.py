@@ -156,7 +156,7 @@ class Verdict:
     (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what is other now.
     `histograms`: layer → its distributions, for the report.
     `findings`: what a static check found, in the layers' order. `waivers`: what each waiver of the assertion did.
-    `limits`: what `--qsa-ratchet` may tighten.
+    `limits`: what `--qsa-ratchet` may tighten. `origin`: where a difference from the reference comes from.
     """
 
     id: str
@@ -182,6 +182,7 @@ class Verdict:
     findings: Sequence[Finding] = ()
     waivers: Sequence[WaiverUse] = ()
     limits: Sequence[Limit] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -209,9 +210,18 @@ def judge_bounds(series: Series, bounds: Bounds | Sequence[Bounds], text: str = 
     budgets = [bounds] * len(series.layers) if isinstance(bounds, Bounds) else bounds
     values = enumerate(zip(series.layers, series.values.tolist(), budgets, strict=True))
     rows = [
-        Row(layer, value, own.low, own.high, None, own.excess(value), depth) for depth, (layer, value, own) in values
+        Row(layer, value, own.low, own.high, None, own.excess(value), depth, detail=_interval(series, layer))
+        for depth, (layer, value, own) in values
     ]
     return _judged(series, rows, text or str(budgets[0]))
+
+
+def _interval(series: Series, layer: str) -> str:
+    """Say how well an estimated value is known, nothing of an exact one."""
+    if layer not in series.intervals:
+        return ""
+    low, high, count = series.intervals[layer]
+    return f"95 %: {number(low)} … {number(high)}, from {count} tokens"
 
 
 def judge_baseline(

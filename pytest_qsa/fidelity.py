@@ -90,6 +90,12 @@ def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
 
     onnxruntime `qdq_err`. Of that many tokens a sample, drawn with a fixed seed.
     """
+    powers = local_powers(view)
+    return _interval(_some(view, powers)[:, 0], powers[:, 1])
+
+
+def local_powers(view: View) -> NDArray[np.float64]:
+    """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]: x̂ is made of the reference's input."""
     numbers = view.numbers
     assert numbers.local is not None
     assert numbers.local_rows is not None
@@ -99,8 +105,7 @@ def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
         drawn = at >= 0
         drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
         found.append(numbers.local[population][drawn])
-    powers = np.concatenate(found).astype(np.float64)
-    return _interval(_some(view, powers)[:, 0], powers[:, 1])
+    return np.concatenate(found).astype(np.float64)
 
 
 def _weight_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:

@@ -9,6 +9,7 @@ import shlex
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from .assertions import Kind, Verdict
 from .beside import beside_reference, run_of
 from .captures import Capture
 from .checkpoint import Files
-from .checkpoint.judging import by_design
 from .ci import properties_of
 from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
-from .errors import InfraError, QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
+from .diagnosis import diagnosed
+from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import token_evidence
 from .execution import check_execution
 from .metrics import METRICS
@@ -259,7 +260,6 @@ class Gate:
         if capture is not None and self.options.redact:
             capture = capture.redacted()
         subject = self.subject_of(item)
-        verdict = self._by_design(request, verdict, capture) if capture is not None else verdict
         verdict = replace(
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
         )  # fmt: skip
@@ -268,7 +268,7 @@ class Gate:
             if verdict.rows and self._reported(verdict):
                 verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
         if capture is not None:
-            verdict = beside_reference(verdict, capture)
+            verdict = diagnosed(beside_reference(verdict, capture), capture, partial(self.files_of, request))
             verdict = replace(verdict, run=run_of(capture), sinks=capture.sinks.summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
@@ -284,18 +284,6 @@ class Gate:
         item.user_properties.extend(properties_of(verdict))
         item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
         return verdict
-
-    def _by_design(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture) -> Verdict:
-        """Look whether the model was smoothed or rotated, where it is out of bounds against its reference."""
-        metric = METRICS.get(verdict.query.get("metric", ""))
-        if metric is None or not metric.against or metric.per == "logits":
-            return verdict
-        if verdict.kind not in (Kind.REGRESSION, Kind.WARNED):
-            return verdict
-        try:
-            return by_design(verdict, self.files_of(request).relation, capture.blocks)
-        except InfraError:  # a model of a fixture or a factory has no files to tell by
-            return verdict
 
     def stopped(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> GateFailure:
         """Make the failure of a Python test that an error stopped before it could compare."""

@@ -56,8 +56,8 @@ class SiteNumbers:
     `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
     `error` [sum of lengths, 4] float32: `ERROR_NAMES` of each token, `PADDING` or `NOT_COMPARED`; [P, 4] where the
-    site has no token axis. `local_rows`, `local` [P, R], [P, R, 2]: the sampled tokens of each population, −1 for
-    none, and their Σy², Σ(y − ŷ)², ŷ the layer's output on the reference's input. `channel_error`: for each
+    site has no token axis. `local_rows`, `local` [P, R], [P, R, 3]: the sampled tokens of each population, −1 for
+    none, and their Σy², Σ(y − ŷ)², Σŷ², ŷ the layer's output on the reference's input. `channel_error`: for each
     `plan.channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
     `scores` [sum of lengths, 4] float64: `SCORE_NAMES` of each position of the logits, NaN where there is none.
     `stored` [4] float64: `STORED_NAMES` of a weight that the files hold quantized.

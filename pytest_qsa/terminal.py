@@ -56,6 +56,7 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
             if first and len(verdict.rows) > 1 and verdict.query.get("of", "layers") == "layers"
             else None,
         ),
+        *verdict.origin.items(),
         ("ran", ran(verdict)),
         ("since", verdict.since),
         ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
@@ -140,13 +141,13 @@ def ran(verdict: Verdict) -> str:
         parts.append(", ".join(f"{word} {text}" for word, text in evals.items()))
     if model.get("served"):
         parts.append(f"{model['served']}, {model['logprobs']} logprobs of each position")
-        if reference := verdict.run.get("reference"):
-            parts.append(f"against {reference['path']}")
     if model.get("class"):
         how = executed_as(verdict.run)
         parts.append(
             f"{model['class']} {model.get('dtype')} on {model.get('device')}{f', executed as {how}' if how else ''}"
         )
+    if (reference := verdict.run.get("reference")) and reference.get("path"):
+        parts.append(f"against {_place(reference['path'])}")
     if "num_samples" in data:
         parts.append(
             f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} "

@@ -209,7 +209,7 @@ class Pairs:
     def _local(
         self, layer: str, met: Met, pair: tuple[Tensor, Tensor], index: int, drawn: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer on some of the reference's tokens; return their positions [R] and powers [R, 2]."""
+        """Run the layer on some of the reference's tokens; return their positions [R] and powers [R, 3]."""
         if met.inputs is None:
             raise InfraError(
                 f"the reference that was kept has no input of {layer}, which local_sqnr feeds to the layer"
@@ -221,9 +221,9 @@ class Pairs:
         else:
             inputs, count = inputs[: len(drawn)], max(count, met.tensor.shape[1])
         own = run_rows(self.modules[layer], layer, inputs.to(pair[1].dtype))
-        powers = powers_of(x, own, None)[:, :2]
+        powers = powers_of(x, own, None)[:, :3]
         positions = torch.full((count,), -1, dtype=torch.int32)
-        table = torch.zeros((count, 2), dtype=torch.float32, device=powers.device)
+        table = torch.zeros((count, 3), dtype=torch.float32, device=powers.device)
         positions[: len(drawn)] = drawn.int()
         table[: len(drawn)] = powers
         return positions, table

@@ -52,7 +52,7 @@ _FACTS = {
 _COLUMNS = ("low", "high", "baseline", "reference", "excess", "used")
 _EMPTY: dict[str, Any] = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
-    "since": "", "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
+    "since": "", "origin": {}, "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
 }  # fmt: skip
 
 

@@ -1,0 +1,198 @@
+"""Where a difference from the reference comes from: the layer that adds most of it, and what it looks like there.
+
+From the powers of signal and error that a capture holds of any of its sites. numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .assertions import number
+from .captures import Capture
+from .errors import AnomalyError
+from .fidelity import ERROR, OWN, SIGNAL, compared, decibels, local_powers
+from .findings import Finding
+from .plan import Site
+from .registry import View
+
+UNRELATED = 0.1
+"""A correlation below it is none."""
+LIKENESS = 0.05
+"""Less than this share of what the model has there is other than a multiple of the reference's: it is a multiple."""
+LEAST_GAIN = 0.02
+"""A multiple so near to 1 is no fault of a scale."""
+MOST_OF_THE_ERROR = 0.5
+"""So much of the error in a few channels is theirs."""
+FEW = 0.05
+"""The share of the channels that are few."""
+
+FindingsAt = Callable[[str], Sequence[Finding]]
+"""What the static checks say of a layer and of all below it."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How x̂ lies to x: x̂ ≈ gain · x, `correlation` ⟨x, x̂⟩ / (‖x‖·‖x̂‖); `empty` where x̂ is all zeros."""
+
+    gain: float
+    correlation: float
+    empty: bool
+
+    @classmethod
+    def of(cls, powers: NDArray[np.float64]) -> Likeness:
+        """Take it from Σx², Σ(x − x̂)², Σx̂²."""
+        signal, error, own = (float(powers[column]) for column in (SIGNAL, ERROR, OWN))
+        product = (signal + own - error) / 2
+        if not signal > 0 or not own > 0:
+            return cls(0.0, 0.0, empty=signal > 0 and own == 0)
+        return cls(product / signal, product / float(np.sqrt(signal * own)), empty=False)
+
+    def __str__(self) -> str:
+        """Say what it suggests, nothing where it suggests nothing."""
+        if self.empty:
+            return "all zeros: it was never filled"
+        if abs(self.correlation) < UNRELATED:
+            return (
+                f"unrelated to the reference's (correlation {self.correlation:.2f}): another order (rows, packed "
+                "nibbles, groups), or the weights of another layer"
+            )
+        if 1 - self.correlation**2 < LIKENESS and abs(self.gain - 1) > LEAST_GAIN:
+            return (
+                f"{self.gain:.3g} × the reference's and otherwise the same (correlation {self.correlation:.3f}): "
+                "a scale"
+            )
+        return ""
+
+
+def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> dict[str, str]:
+    """Return what is known of where the difference comes from: `adds most`, and a `suspect` where one shows.
+
+    The block at whose output the error grows most, and within it the layer that adds most of its own: on the
+    reference's input where that was measured, by its weight else.
+    """
+    weights = {layer: sums for layer in capture.modules if (sums := _summed(capture, layer, "weight")) is not None}
+    local = {layer: sums for layer in capture.modules if (sums := _local(capture, layer)) is not None}
+    block, rise = _steepest(capture)
+    told: dict[str, str] = {}
+    worst = ""
+    for own, how in (
+        (local, "on the reference's input its sqnr is {} dB"),
+        (weights, "the sqnr of its weight is {} dB"),
+    ):
+        ratios = {layer: sums[ERROR] / sums[SIGNAL] for layer, sums in own.items() if sums[SIGNAL] > 0}
+        worst = max(ratios, key=lambda layer: ratios[layer], default="")
+        if worst and ratios[worst] > 0 and (not block or worst.startswith(f"{block}.")):
+            value = number(decibels(own[worst][SIGNAL], own[worst][ERROR]))
+            told["adds most"] = f"{worst}: {how.format(value)}, the least of {len(own)} layers"
+            break
+        worst = ""
+    if "adds most" not in told and block:
+        told["adds most"] = f"{block}: {rise}"
+    suspicion = _suspicion(capture, worst or block, findings_at) if told else ""
+    return told | ({"suspect": suspicion} if suspicion else {})
+
+
+def _steepest(capture: Capture) -> tuple[str, str]:
+    """Return the block at whose output Σe²/Σx² grows most, and how it grows; nothing where blocks weren't compared."""
+    sums = {block: found for block in capture.blocks if (found := _summed(capture, block, "output")) is not None}
+    ratios = {block: found[ERROR] / found[SIGNAL] for block, found in sums.items() if found[SIGNAL] > 0}
+    if len(ratios) < 2:
+        return "", ""
+    values = np.array(list(ratios.values()))
+    steps = np.diff(values, prepend=0.0)
+    at = int(np.argmax(steps))
+    if not steps[at] > 0:
+        return "", ""
+    before = values[at - 1] if at else 0.0
+    text = f"the error at its output grows from {number(before)} to {number(values[at])} of the signal, more than at "
+    return list(ratios)[at], text + f"any other of {len(values)} blocks"
+
+
+def _suspicion(capture: Capture, place: str, findings_at: FindingsAt) -> str:
+    """Say what is odd at a layer or in a block: what its numbers look like, and what its files say."""
+    told = [_odd_numbers(capture, place), *(f"{finding.tensor}: {finding.what}" for finding in findings_at(place)[:1])]
+    return "; ".join(filter(None, told))
+
+
+def _odd_numbers(capture: Capture, place: str) -> str:
+    inside = [layer for layer in capture.modules if layer == place or layer.startswith(f"{place}.")]
+    for look, of in (
+        (_weight_looks, "the weight of {}"),
+        (_local_looks, "what {} makes of the reference's input"),
+        (_output_looks, "the output of {}"),
+    ):
+        for layer in inside:
+            text = look(capture, layer) if layer not in capture.blocks else ""
+            if text:
+                return f"{of.format(layer)} is {text}"
+    return ""
+
+
+def _weight_looks(capture: Capture, layer: str) -> str:
+    sums = _summed(capture, layer, "weight")
+    return "" if sums is None else str(Likeness.of(sums)) or _few_channels(capture, layer)
+
+
+def _local_looks(capture: Capture, layer: str) -> str:
+    sums = _local(capture, layer)
+    return "" if sums is None else str(Likeness.of(sums))
+
+
+def _output_looks(capture: Capture, layer: str) -> str:
+    sums = _summed(capture, layer, "output")
+    return "" if sums is None else str(Likeness.of(sums))
+
+
+def _few_channels(capture: Capture, layer: str) -> str:
+    """Say which few output channels of a weight hold most of its error."""
+    rows = _rows(capture, layer, "weight")
+    if rows is None or len(rows) < 1 / FEW or not rows[:, ERROR].sum() > 0:
+        return ""
+    order = np.argsort(-rows[:, ERROR])
+    shares = np.cumsum(rows[order, ERROR]) / rows[:, ERROR].sum()
+    count = int(np.searchsorted(shares, MOST_OF_THE_ERROR)) + 1
+    if count > FEW * len(rows):
+        return ""
+    names = ", ".join(map(str, sorted(order[:count].tolist())[:4])) + (", …" if count > 4 else "")
+    like = str(Likeness.of(rows[order[0]]))
+    detail = f"; channel {order[0]} is {like}" if like else ""
+    return f"wrong in few output channels: {shares[count - 1]:.0%} of its error is in {names} of {len(rows)}{detail}"
+
+
+def _view(capture: Capture, layer: str, site: Site) -> View | None:
+    """Return a site of a comparison as the metrics see it, the reference's sinks left out; None where there is none."""
+    numbers = capture.sites.get((layer, site))
+    if numbers is None or capture.reference is None:
+        return None
+    positions = "no_sink" if site != "weight" and capture.reference.sinks.searched else "all"
+    return View(numbers, site, positions, capture.reference.sinks, layer)
+
+
+def _rows(capture: Capture, layer: str, site: Site) -> NDArray[np.float64] | None:
+    view = _view(capture, layer, site)
+    if view is None or view.numbers.error is None:
+        return None
+    try:
+        return compared(view)
+    except AnomalyError:
+        return None
+
+
+def _summed(capture: Capture, layer: str, site: Site) -> NDArray[np.float64] | None:
+    """Return Σx², Σ(x − x̂)², Σx̂² of all tokens or rows of a site; None where it wasn't compared, or isn't finite."""
+    rows = _rows(capture, layer, site)
+    return None if rows is None else _finite(rows[:, : OWN + 1].sum(axis=0))
+
+
+def _local(capture: Capture, layer: str) -> NDArray[np.float64] | None:
+    """Return Σx², Σ(x − x̂)², Σx̂² of what a layer makes of the reference's input; None as in `_summed`."""
+    view = _view(capture, layer, "output")
+    return None if view is None or view.numbers.local is None else _finite(local_powers(view).sum(axis=0))
+
+
+def _finite(sums: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    return sums if np.isfinite(sums).all() else None

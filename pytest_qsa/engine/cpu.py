@@ -26,6 +26,8 @@ WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 class CpuReducer:
     """Reduces rows of one dtype. The scratch counts are zero between two rows."""
 
+    waits = False
+
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         self.name = str(dtype).removeprefix("torch.")
         self.wide = WIDTHS[dtype] == 32

@@ -30,6 +30,8 @@ ELEMENTS = 2048
 class CudaReducer:
     """Reduces rows of bfloat16 and float16 by the kernel, others by torch's operators."""
 
+    waits = True
+
     def __init__(self) -> None:
         self._tables = Tables()
         self._operators = TorchReducer(self._tables)

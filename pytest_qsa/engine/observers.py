@@ -25,7 +25,12 @@ from .windows import Window, floats_of
 
 
 class Reducer(Protocol):
-    """Reduces one population to named arrays, on its own device, and adds to the pooled ones."""
+    """Reduces one population to named arrays, on its own device, and adds to the pooled ones.
+
+    `waits`: what `reduce` returns is complete only after `finish`.
+    """
+
+    waits: bool
 
     def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Any]) -> dict[str, Any]:
         """Reduce [T, C], or [n] where there is no token axis."""
@@ -111,16 +116,16 @@ class StreamObserver:
                 continue
             self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
             for name, value in reducer.reduce(row, kept, self.wants, self.pooled).items():
-                self._keep(name, value)
+                self._keep(name, value, waits=reducer.waits)
             if routing is not None and route is not None:
                 counts = routing.counts(route if kept is None else route.index_select(0, kept))
                 self._keep(plan.EXPERTS, counts)
             if sample in self.wants.maps and token_axis:
                 self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
 
-    def _keep(self, name: str, value: Tensor | NDArray[Any]) -> None:
-        """Take what a population left; on an accelerator as it is."""
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+    def _keep(self, name: str, value: Tensor | NDArray[Any], *, waits: bool = False) -> None:
+        """Take what a population left; on an accelerator, or where it `waits` to be completed, as it is."""
+        if isinstance(value, Tensor) and (waits or value.device.type != "cpu"):
             self.rows.setdefault(name, []).append(value)
             return
         value = value.numpy() if isinstance(value, Tensor) else value

@@ -36,6 +36,8 @@ class Tables:
 class TorchReducer:
     """Keeps every result on the tensor's device; nothing here waits for it."""
 
+    waits = False
+
     def __init__(self, tables: Tables | None = None) -> None:
         self._tables = tables or Tables()
 

@@ -25,6 +25,7 @@ from pytest_qsa.engine.hooks import hooked, run_batch
 from pytest_qsa.engine.modules import blocks_of, layers_of
 from pytest_qsa.engine.observers import Reducers, StreamObserver
 from pytest_qsa.engine.pair_reductions import cuda_powers, cuda_scores, powers_of, scores_of
+from pytest_qsa.engine.transfers import Transfer
 from pytest_qsa.engine.visits import Forward, Visits
 from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 
@@ -35,6 +36,12 @@ STATISTICS = ALL_STATISTICS | {
     "massive:1:4", "quantized:fp8_e4m3:group:16", "quantized:int8:token:0", "features:1.5", CHANNEL_COUNTS,
     map_statistic(0),
 }  # fmt: skip
+
+
+KEPT = [
+    (5, torch.int32, (5,)), (1, torch.float64, ()), (6, torch.float32, (2, 3)), (0, torch.int64, (0,)),
+    (40, torch.int64, (8, 5)), (3, torch.int16, (3, 1)),
+]  # fmt: skip
 
 
 class Unhurried(TorchDispatchMode):
@@ -148,14 +155,8 @@ class ForCuda:
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return the device that the kernels for CUDA run on: CUDA, or the CPU by Triton's interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not HERE:
-            patch.setenv("TRITON_INTERPRET", "1")
-        from pytest_qsa.engine import triton_kernels
-
-        assert triton_kernels
-        yield HERE[0] if HERE else CPU
+    """Return the device that the kernels for CUDA run on: CUDA, or the CPU by Triton's interpreter (conftest.py)."""
+    return HERE[0] if HERE else CPU
 
 
 def assert_same(here, there):
@@ -270,6 +271,20 @@ def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
     np.testing.assert_allclose(
         one.logits().kl_divergence("mean").values, other.logits().kl_divergence("mean").values, rtol=0.1
     )
+
+
+def test_what_a_pass_has_kept_comes_to_the_host_together(device, monkeypatch):
+    monkeypatch.setattr("pytest_qsa.engine.transfers.AT_ONCE", 100)
+    kept = [torch.arange(n, dtype=kind).reshape(shape).to(device) for n, kind, shape in KEPT]
+    fetch = Transfer(kept)
+    if device == CPU:  # where nothing has to be brought
+        for group in (kept[:3], kept[4:]):
+            fetch._bring(group)
+    later = torch.ones(3, device=device)
+    for tensor in [*kept, later]:
+        values = fetch(tensor)
+        assert values.shape == tensor.shape
+        np.testing.assert_array_equal(values, tensor.cpu().numpy())
 
 
 def test_ranks_share_the_devices_there_are(monkeypatch):

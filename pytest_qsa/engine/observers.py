@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from ..numbers import SiteNumbers
 from .keeping import Column, Store
 from .modules import Routing
 from .reductions import TorchReducer
+from .transfers import Transfer
 from .wants import MAP_SIZE, Wants
 from .windows import Window, floats_of
 
@@ -133,33 +134,41 @@ class StreamObserver:
             self.rows[name] = Column(self.store, value.dtype, value.shape)
         self.rows[name].append(value)
 
-    def numbers(self, statistics: frozenset[str]) -> SiteNumbers:
-        """Fetch everything from the device, once. `statistics`: what the site can say it has."""
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what is kept as tensors, complete."""
         self.reducers.finish()
+        for rows in self.rows.values():
+            yield from (row for row in rows if isinstance(row, Tensor))
+        yield from (value for value in (*self.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
+
+    def numbers(self, statistics: frozenset[str], fetched: Transfer | None = None) -> SiteNumbers:
+        """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
+        self.reducers.finish()
+        fetch = fetched or Transfer(self.tensors())
         owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
         order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
         owners = owners[order]
         arrays: dict[str, Any] = {}
-        fetched = {name: [rows[index] for index in order] for name, rows in self.rows.items()}
-        for name, rows in fetched.items():
+        ordered = {name: [fetch(rows[index]) for index in order] for name, rows in self.rows.items()}
+        for name, rows in ordered.items():
             if name in ("peaks", "peak_channels"):
                 arrays[name] = _padded(rows)
             elif name == "token_max":
-                joined = _joined(rows)
+                joined = np.concatenate(rows)
                 arrays[name] = joined if joined.dtype.kind == "f" else floats_of(joined, self.dtype)
             elif ":" not in name:
-                arrays[name] = _stacked(rows)
+                arrays[name] = np.stack(rows)
         for name, pooled in self.pooled.items():
             if isinstance(pooled, Window):
                 arrays |= pooled.arrays()
             elif name in ("counts", "signed_counts"):
-                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(_fetched(pooled))
+                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(fetch(pooled))
             elif name == "channel_counts":
-                counts = _fetched(pooled)
+                counts = fetch(pooled)
                 occurring = np.flatnonzero(counts.any(axis=1))
                 arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
             else:
-                arrays[name] = np.array(_fetched(pooled))  # a copy: the pass may go on
+                arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
         return SiteNumbers(
             dtype=self.dtype,
             shape=self.shape,
@@ -168,10 +177,10 @@ class StreamObserver:
             sample=owners[:, 0].astype(np.int32),
             call=owners[:, 1].astype(np.int32),
             lengths=owners[:, 2],
-            massive={name: _stacked(fetched[name]) for name in self.wants.massive if name in fetched},
+            massive={name: np.stack(ordered[name]) for name in self.wants.massive if name in ordered},
             features={name: arrays.pop(name) for name in self.wants.features if name in arrays},
-            quantized={name: _stacked(fetched[name]) for name in self.wants.quantizers if name in fetched},
-            maps={name: _fetched(picture) for name, picture in self.maps.items()},
+            quantized={name: np.stack(ordered[name]) for name in self.wants.quantizers if name in ordered},
+            maps={name: fetch(picture) for name, picture in self.maps.items()},
             **arrays,
         )
 
@@ -185,22 +194,10 @@ def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
     return torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
 
 
-def _fetched(value: Any) -> NDArray[Any]:
-    return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _joined(rows: list[Any]) -> NDArray[Any]:
-    return torch.cat(rows).cpu().numpy() if isinstance(rows[0], Tensor) else np.concatenate(rows)
-
-
-def _stacked(rows: list[Any]) -> NDArray[Any]:
-    return torch.stack(rows).cpu().numpy() if isinstance(rows[0], Tensor) else np.stack(rows)
-
-
-def _padded(rows: list[Any]) -> NDArray[np.int32]:
+def _padded(rows: list[NDArray[Any]]) -> NDArray[np.int32]:
     lengths = np.array([len(row) for row in rows])
     table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = _joined(rows)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return table
 
 

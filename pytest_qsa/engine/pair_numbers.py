@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from .transfers import Transfer
 
 if TYPE_CHECKING:
     from .comparing import PairObserver, SiteKey
@@ -25,6 +25,8 @@ def joined(
     """Return the numbers of every site, with those of two models where they were wanted."""
     known: dict[tuple[Any, ...], SiteNumbers] = {}
     found = dict(numbers)
+    kept = (value for observer in observers.values() for row in observer.rows for value in row.values())
+    fetch = Transfer(value for value in kept if isinstance(value, Tensor))
     for site, statistics in wanted.items():
         observer = observers.get(site)
         if observer is None:
@@ -32,12 +34,14 @@ def joined(
             continue
         key = (id(numbers[site]), statistics, *(id(row) for row in observer.rows))
         if key not in known:
-            known[key] = _joined(numbers[site], observer, statistics, site)
+            known[key] = _joined(numbers[site], observer, statistics, site, fetch)
         found[site] = known[key]
     return found
 
 
-def _joined(own: SiteNumbers, observer: PairObserver, statistics: frozenset[str], site: SiteKey) -> SiteNumbers:
+def _joined(
+    own: SiteNumbers, observer: PairObserver, statistics: frozenset[str], site: SiteKey, fetch: Transfer
+) -> SiteNumbers:
     owners = np.array(observer.owners, dtype=np.int64).reshape(-1, 3)
     order = np.lexsort((owners[:, 1], owners[:, 0]))
     owners, rows = owners[order], [observer.rows[index] for index in order]
@@ -49,17 +53,14 @@ def _joined(own: SiteNumbers, observer: PairObserver, statistics: frozenset[str]
             raise InfraError(f"the {site[1]} of {site[0]} was compared in other calls than it was measured in")
     else:
         own = replace(own, dtype=observer.dtype, shape=observer.shape, token_axis=observer.token_axis, **placed)
-    arrays: dict[str, Any] = {name: _fetched(rows, name, joint=name == "error") for name in rows[0] if ":" not in name}
-    channels = {name: _fetched(rows, name) for name in rows[0] if ":" in name}
+    values = {name: [fetch(row[name]) for row in rows] for name in rows[0]}
+    arrays: dict[str, Any] = {
+        name: np.concatenate(found) if name == "error" else np.stack(found)
+        for name, found in values.items()
+        if ":" not in name
+    }
+    channels = {name: np.stack(found) for name, found in values.items() if ":" in name}
     return replace(own, statistics=own.statistics | statistics, channel_error=channels, **arrays)
-
-
-def _fetched(rows: list[dict[str, Any]], name: str, *, joint: bool = False) -> NDArray[Any]:
-    """Fetch one array of all rows from the device: one after the other where `joint`, else stacked."""
-    tensors = [row[name] for row in rows]
-    if isinstance(tensors[0], np.ndarray):
-        return np.concatenate(tensors) if joint else np.stack(tensors)
-    return (torch.cat(tensors) if joint else torch.stack(tensors)).cpu().numpy()
 
 
 def renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:

@@ -15,6 +15,7 @@ from ..numbers import SCORE_NAMES, SiteNumbers
 from ..scores import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from .batches import Batch, Rows
 from .pair_reductions import scores_of
+from .transfers import Transfer
 
 MASKED = ("MaskedLM", "PreTraining")
 """What the names of models end with that predict hidden tokens, not the next one."""
@@ -58,7 +59,8 @@ class Predictions:
 
     def numbers(self) -> SiteNumbers:
         """Fetch the scores of all samples, in their order."""
-        tables = [self.samples[sample].cpu().numpy() for sample in sorted(self.samples)]
+        fetch = Transfer(self.samples.values())
+        tables = [fetch(self.samples[sample]) for sample in sorted(self.samples)]
         columns = range(len(SCORE_NAMES))
         scores = [TokenScores(*(table[:, column] for column in columns)) for table in tables]
         return numbers_of(scores, sorted(self.samples), self.statistics, self.dtype)

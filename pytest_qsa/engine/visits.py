@@ -16,6 +16,7 @@ from ..plan import Site
 from .batches import Rows
 from .modules import Routing, channels_first
 from .observers import Reducers, StreamObserver
+from .transfers import Transfer
 
 SiteKey = tuple[str, Site]
 
@@ -156,7 +157,8 @@ class Visits:
 
     def numbers(self) -> dict[SiteKey, SiteNumbers]:
         """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
-        own = {site: observer.numbers(self.wanted[site]) for site, observer in self.observers.items()}
+        fetched = Transfer(tensor for observer in self.observers.values() for tensor in observer.tensors())
+        own = {site: observer.numbers(self.wanted[site], fetched) for site, observer in self.observers.items()}
         found = {
             site: own.get(site) or StreamObserver(statistics).numbers(statistics)
             for site, statistics in self.wanted.items()

@@ -1,12 +1,16 @@
 """The fused kernels against torch's operators, which the other tests hold against numpy."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from checkpoint_folders import forking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa.engine.observers import Reducers, StreamObserver
+from pytest_qsa.engine.pair_reductions import powers_of
 from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS
 
 STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", CHANNEL_COUNTS}
@@ -67,3 +71,17 @@ def test_a_capture_leaves_the_number_of_torchs_threads_alone():
         numbers_of(True, torch.randn(1, 64, 64), [None])
         assert torch.get_num_threads() == count
     torch.set_num_threads(before)
+
+
+def compare_on_one_thread():
+    """Exit with the number of torch's threads after the first kernel of a process, one for two tensors, on one."""
+    torch.set_num_threads(1)
+    powers_of(torch.randn(4, 8), torch.randn(4, 8), None)
+    sys.exit(torch.get_num_threads())
+
+
+def test_a_comparison_leaves_the_number_of_torchs_threads_alone():
+    process = forking().Process(target=compare_on_one_thread)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1

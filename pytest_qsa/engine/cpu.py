@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import config, set_num_threads
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .channel_counts import count_features, widen_channels
 from .keeping import bytes_apart
+from .threads import share_torchs_threads
 from .wants import Wants, peak_count, ranks_of
 from .windows import Window, floats_of
 
@@ -28,7 +28,7 @@ class CpuReducer:
 
     waits = False
 
-    def __init__(self, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.name = str(dtype).removeprefix("torch.")
         self.wide = WIDTHS[dtype] == 32
         self.integers = torch.int32 if self.wide else torch.int16
@@ -37,22 +37,10 @@ class CpuReducer:
         self.channel_maxima = kernels.channel_maxima32 if self.wide else kernels.channel_maxima16
         self.survey = kernels.survey32 if self.wide else kernels.survey16
         self.signless = kernels.SIGNLESS32 if self.wide else kernels.SIGNLESS16
-        self.scratch = np.zeros((threads, 1 << 16), dtype=np.uint32)
-        self.smallest = np.zeros(threads, dtype=self.patterns)
+        self.scratch = np.zeros((share_torchs_threads(), 1 << 16), dtype=np.uint32)
+        self.smallest = np.zeros(len(self.scratch), dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         self.padding = torch.tensor(PADDING, dtype=dtype).view(self.integers).numpy().view(self.patterns)
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        """Start numba's threads, as many as torch's: more would wait in the way of what torch does.
-
-        That may set the number of torch's as well: on one OpenMP runtime it is the same.
-        """
-        before = torch.get_num_threads()
-        set_num_threads(min(len(self.scratch), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        self.survey(np.zeros((0, 1), self.patterns), np.zeros(0, self.patterns), self.smallest, self.scratch)
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
 
     def reduce(
         self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, NDArray[Any]]

@@ -60,7 +60,7 @@ class Reducers:
         if self.fused and known and x.device.type == "cpu" and importlib.util.find_spec("numba"):
             from .cpu import CpuReducer
 
-            return CpuReducer(x.dtype, torch.get_num_threads())
+            return CpuReducer(x.dtype)
         if self.fused and x.device.type == "cuda" and importlib.util.find_spec("triton"):
             from .cuda import CudaReducer
 

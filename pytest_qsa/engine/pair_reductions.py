@@ -61,9 +61,10 @@ def _powers(reference: Tensor, own: Tensor) -> Tensor:
 
 def _fused_powers(reference: Tensor, own: Tensor) -> Tensor:
     from . import pair_kernels
+    from .threads import share_torchs_threads
 
     found = np.empty((len(own), 4), dtype=np.float32)
-    threads = torch.get_num_threads()
+    threads = share_torchs_threads()
     if reference.dtype == own.dtype == torch.bfloat16:
         pair_kernels.powers16(_patterns(reference), _patterns(own), found, threads)
     else:
@@ -111,9 +112,10 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
 
 def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:
     from . import pair_kernels
+    from .threads import share_torchs_threads
 
     found = np.full((len(own), 4), np.nan)
-    threads = torch.get_num_threads()
+    threads = share_torchs_threads()
     if reference is None:
         pair_kernels.score_rows(_rows(own), following, found[:, 0], threads)
     else:

@@ -1,0 +1,87 @@
+"""What a comparison with a reference costs beside the bare forwards of both models: `python benchmarks/pair.py`.
+
+SmolLM2's int8 checkpoint against SmolLM2, and two random Llamas of hidden 2048: the propagated error at the input and
+output of every layer, and the divergence of what they predict; then the local error of every linear layer as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from common import SMOLLM2, arguments, medians, smollm2, token_batches, wide_llama
+from overhead import bare
+from torch import Tensor, nn
+
+from pytest_qsa import plan
+from pytest_qsa.engine.capturing import run_pass
+from pytest_qsa.engine.pairing import Partner
+from pytest_qsa.plan import Request
+
+NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS})
+PROPAGATED = [
+    Request(r"layers\.", "input", None, NO_SINK),
+    Request(r"layers\.", "output", None, NO_SINK),
+    Request("", "logits", None, frozenset({plan.AGREEMENT, plan.SCORES})),
+]
+LOCAL = Request("_proj$", "output", None, frozenset({plan.local_statistic(32)}))
+"""What sqnr, kl_divergence and local_sqnr ask for."""
+
+
+def smollm2_int8() -> nn.Module:
+    """Load SmolLM2's int8 checkpoint, whose products compressed-tensors emulates in floats."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(SMOLLM2.with_name("smollm2-int8"), dtype=torch.bfloat16)
+    return model
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    """Copy a model, each weight rounded to 8 bits a row."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                scale = parameter.abs().amax(1, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return other
+
+
+def measure(name: str, model: nn.Module, reference: nn.Module, batches: list[Tensor], repeats: int) -> None:
+    """Print the ratios for one pair."""
+    for side in (model, reference):
+        side.config.use_cache = False  # type: ignore[union-attr]
+
+    def compared(requests: list[Request]) -> Callable[[], object]:
+        return lambda: run_pass(model, batches, requests, partner=Partner(reference))
+
+    taken = medians(
+        {
+            "model": bare(model, batches),
+            "reference": bare(reference, batches),
+            "propagated": compared(PROPAGATED),
+            "local": compared([*PROPAGATED, LOCAL]),
+        },
+        repeats,
+    )
+    both = taken["model"] + taken["reference"]
+    print(f"{name:<14} bare forwards: model {taken['model']:.2f} s, reference {taken['reference']:.2f} s")
+    for case, text in (
+        ("propagated", "every site and KL"),
+        ("local", "the linears' outputs, their local error and KL"),
+    ):
+        print(f"{name:<14} {text:<40} ÷ both bare forwards: {taken[case] / both:.3f}")
+
+
+def main() -> None:
+    """Measure both pairs."""
+    options = arguments(__doc__ or "")
+    batches = token_batches(options.samples, options.seq_len)
+    measure("SmolLM2, int8", smollm2_int8(), smollm2(), batches, options.repeats)
+    wide = wide_llama()
+    measure("Llama 2048×4", noisy(wide), wide, [batch % 32000 for batch in batches], options.repeats)
+
+
+if __name__ == "__main__":
+    main()

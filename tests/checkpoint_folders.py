@@ -309,7 +309,12 @@ FORMATS = {
     "fp8 by channel": ("FP8_DYNAMIC", {}),
 }
 """The formats of compressed-tensors that the tests make → the preset, and changes to its weight scheme."""
-TORCHAO = {"torchao int8": (8, None), "torchao int4": (4, 16)}
+TORCHAO = {
+    "torchao int8": (8, None),
+    "torchao int8 by group": (8, 32),
+    "torchao int4": (4, 16),
+    "torchao int4 by 32": (4, 32),
+}
 """Those of torchao → the bits of a weight, and the inputs that share a scale; None for a scale a row."""
 
 
@@ -330,7 +335,7 @@ def save_torchao_llama(folder, source, bits, group):
     return folder
 
 
-def save_gguf(folder, source, name="Q8_0"):
+def save_gguf(folder, source, name="Q8_0", pre="gpt-2"):
     """Write a small Llama as llama.cpp's converter does: matrices quantized, rows of q and k in its order.
 
     Matrices whose rows are no whole blocks stay in float.
@@ -351,7 +356,7 @@ def save_gguf(folder, source, name="Q8_0"):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()))
+    _add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()), pre)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     kind = gguf.GGMLQuantizationType[name]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -372,12 +377,13 @@ def save_gguf(folder, source, name="Q8_0"):
     return folder
 
 
-def _add_tokenizer(writer, tokenizer, pre="gpt-2"):
+def _add_tokenizer(writer, tokenizer, pre):
     """Write a byte-level BPE vocabulary as llama.cpp's converter does."""
     model = tokenizer["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(words)
     writer.add_token_types([3 if word == "<unk>" else 1 for word in words])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checkpoint_folders import FORMATS, TORCHAO
+from checkpoint_folders import FORMATS, TORCHAO, Project, suite
 from safetensors.torch import load_file
 
 from pytest_qsa.config import Data, Memory, Model
@@ -114,3 +114,36 @@ def test_a_tensor_that_the_loader_makes_no_place_for_is_named(quantized):
     text = r"layers\.0\.mlp\.down_proj\.weight_zero_point is \[4, 4\], and LlamaForCausalLM as it is loaded.*\[32, 4\]"
     with pytest.raises(InfraError, match=text):
         loaded(quantized["int4 with zero points"])
+
+
+WAYS = {
+    "int8": "W8A8 emulated", "int8 weights": "W8A16 weights only", "int4": "W4A16 weights only",
+    "fp8 with static inputs": "W8A8 FP emulated", "fp8 by channel": "W8A8 FP emulated",
+    "torchao int8 by group": "W8A16 weights only", "torchao int4 by 32": "W4A16 weights only",
+}  # fmt: skip
+"""The formats that are gated from a suite to its verdicts → what each is executed as."""
+
+
+@pytest.fixture(scope="module")
+def gated(quantized, tmp_path_factory):
+    """Gate a checkpoint of each format against its original, in one run."""
+    project = Project(tmp_path_factory.mktemp("formats") / "project")
+    assertions = (
+        "id: files, metric: checkpoint_health",
+        "id: loads, metric: loaded_weights, max: 0",
+        "id: weights, metric: weight_sqnr, layers: _proj$, min: 15",
+        "id: alone, metric: local_sqnr, layers: _proj$, min: 10",
+        "id: peaks, metric: absmax, layers: _proj$, site: input, max: 100",
+    )
+    for form, way in WAYS.items():
+        keys = f"reference: {quantized['float']}, require: {{executed_as: {way}}}, name"
+        text = suite(quantized[form], *assertions).replace("{name", f"{{{keys}")
+        project.write(f"{form.replace(' ', '-')}.qsa.yaml", text)
+    return project.pytest("--qsa-report=never")
+
+
+@pytest.mark.parametrize("form", WAYS)
+def test_a_checkpoint_of_each_format_is_gated_from_its_files_to_its_activations(gated, form):
+    name = f"{form.replace(' ', '-')}.qsa.yaml"
+    found = {test.partition("::")[2]: result for test, result in gated.outcomes.items() if test.startswith(name)}
+    assert found == dict.fromkeys(("files", "loads", "weights", "alone", "peaks"), "passed"), gated.out

@@ -25,6 +25,7 @@ from ..subjects import Subject, files_of, kept_reference, reference_of, stored_q
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of
+from .gguf_tokens import compare_gguf_tokens
 from .heads import located_head
 from .kept_files import KeptFile
 from .kept_partner import KeptPartner, check_answerable
@@ -185,6 +186,7 @@ def capture_loaded(
     """
     if compares(requests) and reference is None:
         raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
+    note = _tokens_note(subject, loaded) if batches is None else ""
     every = list(batches) if batches is not None else _batches(subject, loaded)
     if not every:
         raise AnomalyError("there are no batches: nothing would be measured")
@@ -194,6 +196,8 @@ def capture_loaded(
     required = subject.model.require.executed_as if subject.model and subject.model.require else ()
     witness = Witness(loaded.model, required=bool(required))
     meta = _meta(subject, loaded, every, own_batches=batches is not None)
+    if note:
+        meta["model"]["tokenizer"] = f"{meta['model']['tokenizer']}; {note}"
     stored = _stored(subject, loaded) if any(plan.STORED in request.statistics for request in requests) else None
     models = Models(loaded, witness, _beside(loaded, reference, meta), stored)
     capture = share.ranks.gathered(
@@ -315,6 +319,18 @@ def _errors_of_a_pass(name: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise InfraError(f"the forward pass of {name} failed: {str(error).splitlines()[0]}") from error
+
+
+def _tokens_note(subject: Subject, loaded: Loaded) -> str:
+    """Compare the tokenizer of a GGUF's run with the file's own; return what is to be said of it.
+
+    Raises:
+        InfraError: they give other ids.
+    """
+    folder = local_folder(subject)
+    if subject.model is None or subject.model.gguf_file is None or loaded.tokenizer is None or folder is None:
+        return ""
+    return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:

@@ -11,7 +11,7 @@ from .config import MeasuredAssertion
 from .errors import SuiteError
 from .metrics import METRICS
 from .plan import ALL_STATISTICS, Request, massive_statistic
-from .selection import positions_of
+from .queries import positions_of
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
 """The statistics that a Python test gets where it names no metric."""

@@ -18,7 +18,8 @@ from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
 from .plan import LOGITS, Request, Site
-from .selection import NotMeasuredError, Positions, Selection, positions_of, query_of
+from .queries import Positions, positions_of, query_of
+from .selection import NotMeasuredError, Selection
 from .series import Judge, Series
 
 if TYPE_CHECKING:

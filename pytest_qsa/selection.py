@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import plan
 from .channels import BandStat, channel_bands
-from .errors import AnomalyError, SuiteError, did_you_mean
+from .errors import AnomalyError
 from .fidelity import By, WeightBy
 from .metrics import (
     METRICS,
@@ -26,18 +25,16 @@ from .metrics import (
     View,
     magnitudes,
 )
-from .numbers import PADDING
 from .plan import LOGITS, Site, match_layers, no_match
 from .quantization import Granularity, Scheme
+from .queries import Positions, check_arguments, positions_of, query_of
 from .registry import Estimate
 from .scores import DeltaStat, KlStat
 from .series import Judge, Query, Series, sound
+from .unsound import why_not_finite
 
 if TYPE_CHECKING:
     from .captures import Capture
-
-Positions = str | Mapping[str, int]
-"""`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
 
 
 class NotMeasuredError(AnomalyError):
@@ -316,7 +313,7 @@ class Selection:
         """Check that the capture can answer; return the layers, and what is asked for."""
         definition = METRICS[metric]
         where = positions_of(metric, self.site, positions)
-        _check_arguments(definition, self.site, where, reduce, parameters)
+        check_arguments(definition, self.site, where, reduce, parameters)
         needs = definition.needs(self.site, where, parameters)
         layers = self._stored(needs) if plan.STORED in needs else self.layers
         self._check_measured(definition, layers, where, parameters)
@@ -341,7 +338,7 @@ class Selection:
         values = {layer: float(fold(result) if layer in populations else result) for layer, result in plain.items()}
         bad = [layer for layer, value in values.items() if not sound(value, query.unit)]
         problems = {
-            name: _why_not_finite(self._view(name, query)) if (name, self.site) in self.capture.sites else
+            name: why_not_finite(self._view(name, query)) if (name, self.site) in self.capture.sites else
             "one of the layers holds NaN or Inf; the metric nonfinite says which" for name in bad
         }  # fmt: skip
         array = np.array(list(values.values()), dtype=np.float64)
@@ -374,110 +371,3 @@ class Selection:
                 "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
                 "blocks; say positions: all or {skip_first: n}"
             )
-
-
-def _check_arguments(
-    metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Mapping[str, Any]
-) -> None:
-    for name, value in parameters.items():
-        choices = _choices(metric.parameters[name].annotation)
-        if choices and value not in choices:
-            raise SuiteError(f"{metric.name}: {name} is one of {', '.join(map(str, choices))}, not {value!r}", name)
-    if reduce is not None and (metric.reduce is None or reduce not in REDUCTIONS):
-        takes = ", ".join(REDUCTIONS) if metric.reduce else "none, for it pools all samples itself"
-        raise SuiteError(f"{metric.name}: reduce is one of {takes}; not {reduce!r}", "reduce")
-    if site not in metric.sites:
-        places = " or ".join(metric.sites)
-        raise SuiteError(f"{metric.name} is a metric of the {places}, not of the {site}", "site")
-    if positions != "all" and not metric.counts_tokens(site, positions, parameters):
-        raise SuiteError(f"{metric.name} counts no tokens here, so it takes no positions", "positions")
-
-
-def _choices(annotation: Any) -> list[Any]:
-    """Return the values of a Literal, or of a union with one; nothing for a type that is open."""
-    arms = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return list(arms)
-    return [choice for arm in arms for choice in ([None] if arm is type(None) else _choices(arm))]
-
-
-def query_of(
-    metric: str,
-    site: Site,
-    layers: str,
-    exclude: str | None,
-    parameters: Mapping[str, Any],
-    positions: str,
-    reduce: Reduce | None,
-) -> Query:
-    """Say what is asked for, with the metric's own defaults filled in."""
-    definition = METRICS[metric]
-    defaults = {name: p.default for name, p in definition.parameters.items()}
-    return Query(
-        metric,
-        definition.definition,
-        site,
-        layers,
-        exclude,
-        defaults | dict(parameters),
-        positions if definition.positional else None,
-        reduce or definition.reduce,
-        None,
-        definition.unit,
-    )
-
-
-def positions_of(metric: str, site: Site, positions: Positions | None) -> str:
-    """Return which tokens count, in canonical form: the metric's own choice where nothing is said.
-
-    Raises:
-        ValueError: as `canonical_positions`.
-    """
-    return canonical_positions(METRICS[metric].positions_at(site) if positions is None else positions)
-
-
-def canonical_positions(positions: Positions) -> str:
-    """Return `all`, `no_sink`, `sink` or `skip_first:n`.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if isinstance(positions, Mapping):
-        count = positions.get("skip_first")
-        if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-            return f"skip_first:{count}"
-    elif isinstance(positions, str) and re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions):
-        return positions
-    hint = did_you_mean(positions, ("no_sink", "sink")) if isinstance(positions, str) else ""
-    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}{hint}")
-
-
-def _spot(view: View, population: int) -> str:
-    """Name a population that holds NaN or Inf, and the first such token where tokens were kept."""
-    sample = f"sample {view.numbers.sample[population]}"
-    if view.numbers.token_max is None:
-        return sample
-    return f"{sample} at position {np.flatnonzero(~np.isfinite(view.numbers.tokens_of(population)))[0]}"
-
-
-def _why_not_finite(view: View) -> str:
-    numbers = view.numbers
-    if numbers.stored is not None:
-        return "the loader made NaN or Inf of what is finite in the file, or the file's weight holds them"
-    if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
-        where = next((f", first in {_spot(view, int(p))}" for p in np.flatnonzero(numbers.moment("nonfinite"))), "")
-        return f"{bad} elements are NaN or Inf{where}"
-    if numbers.token_max is None:
-        return "its formula divides by zero, or there are too few elements"
-    for population in range(numbers.populations):
-        tokens = numbers.tokens_of(population)
-        at = np.flatnonzero(~np.isfinite(tokens))
-        where = f"sample {numbers.sample[population]}"
-        if at.size:
-            return f"NaN or Inf in {at.size} of {tokens.size} tokens of {where}, first at position {at[0]}"
-        kept: NDArray[np.float32] = tokens[view.kept(population) & (tokens != PADDING)]
-        if not kept.size:
-            return f"no token of {where} counts under positions: {view.positions}"
-        if not kept.max() > 0:
-            return f"all values of {where} are zero"
-    return "too few tokens, or the median is zero"

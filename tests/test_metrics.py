@@ -17,7 +17,7 @@ from pytest_qsa import capture
 from pytest_qsa.errors import AnomalyError
 from pytest_qsa.metrics import METRICS, REDUCTIONS
 from pytest_qsa.plan import massive_statistic
-from pytest_qsa.selection import canonical_positions
+from pytest_qsa.queries import canonical_positions
 from pytest_qsa.series import Bounds, Query, Series
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

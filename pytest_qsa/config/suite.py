@@ -19,7 +19,7 @@ from ..checkpoint import CHECKS, Check, query_of_check
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import LayerSite, Request
-from ..selection import canonical_positions, positions_of, query_of
+from ..queries import canonical_positions, positions_of, query_of
 from ..series import Query
 from .assertion import Assertion
 from .bounds import Stated

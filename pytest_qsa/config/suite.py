@@ -273,8 +273,11 @@ def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Asse
 
 
 def _in_order() -> list[str]:
-    """Return the metrics' names, those of one model's tensors first."""
-    return sorted(METRICS, key=lambda name: METRICS[name].against or METRICS[name].per == "logits")
+    """Return the metrics' names, those of the tensors that one model's pass sees first."""
+    return sorted(
+        METRICS,
+        key=lambda name: METRICS[name].against or METRICS[name].per == "logits" or METRICS[name].sites == ("weight",),
+    )
 
 
 ASSERTIONS: Mapping[str, type[Assertion]] = {

@@ -247,8 +247,15 @@ def judge_baseline(
     for depth, (layer, exact) in enumerate(zip(series.layers, series.values.tolist(), strict=True)):
         value, kept = rounded(exact), baseline.values[layer]
         allowed = tolerance.bounds(kept)
-        rows.append(Row(layer, value, allowed.min, allowed.max, kept, allowed.excess(value), depth))
+        excess, detail = allowed.excess(value), _interval(series, layer)
+        rows.append(Row(layer, value, allowed.min, allowed.max, kept, excess, depth, detail=detail))
     return replace(_judged(series, rows, str(tolerance)), since=_since(baseline.made_with, made_with))
+
+
+def _interval(series: Series, layer: str) -> str:
+    """Write within what an estimated value lies, and from how many drawn ones; nothing for one that is known."""
+    low, high, count = series.intervals.get(layer, (0.0, 0.0, 0))
+    return f"95 %: {number(low)} … {number(high)}, of {count:,} tokens" if low < high else ""
 
 
 def _since(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

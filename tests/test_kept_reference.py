@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import checkpoint_folders as folders
 import models
@@ -24,8 +27,9 @@ from pytest_qsa.engine.kept_files import KeptFile, drawn
 from pytest_qsa.engine.kept_partner import KeptPartner
 from pytest_qsa.engine.kept_rows import Keep, keep_model
 from pytest_qsa.engine.pairing import Partner
-from pytest_qsa.engine.running import capture_subject
+from pytest_qsa.engine.running import Share, capture_subject
 from pytest_qsa.errors import AnomalyError, InfraError, QsaError, SuiteError
+from pytest_qsa.merging import merge
 from pytest_qsa.plan import Request, local_statistic
 
 BATCHES = [models.token_batch(2, 24, bos=True), models.token_batch(2, 24, seed=5, bos=True)]
@@ -118,7 +122,8 @@ def test_neither_order_nor_batches_nor_padding_change_which_rows_are_drawn(tmp_p
         for sample, index in one.samples.items():
             assert at[index].tolist() == also_at[other.samples[sample]].tolist()
             torch.testing.assert_close(rows[index], same[other.samples[sample]], rtol=0.1, atol=0.1)
-    assert drawn(0, "ab" * 32, 20, 4).tolist() != drawn(1, "ab" * 32, 20, 4).tolist()
+    others = [drawn(seed, text * 32, 20, 4).tolist() for seed, text in ((0, "ab"), (1, "ab"), (0, "cd"))]
+    assert others[0] not in others[1:]
 
 
 def test_a_suite_may_run_its_samples_in_another_order_and_in_other_batches(pair):
@@ -127,8 +132,8 @@ def test_a_suite_may_run_its_samples_in_another_order_and_in_other_batches(pair)
     kept = against(path, other, rows)
     np.testing.assert_allclose(kept.output(LINEAR).sqnr().values, live.output(LINEAR).sqnr().values, rtol=1e-2)
     np.testing.assert_allclose(kept.logits().kl_divergence().values, live.logits().kl_divergence().values, rtol=2e-2)
-    padded = {"input_ids": torch.cat([BATCHES[0], torch.zeros(2, 8, dtype=torch.long)], dim=1)}
-    padded["attention_mask"] = (torch.arange(32) < 24).long().expand(2, -1)
+    padded = {"input_ids": torch.cat([torch.zeros(2, 8, dtype=torch.long), BATCHES[0]], dim=1)}
+    padded["attention_mask"] = (torch.arange(32) >= 8).long().expand(2, -1)
     part, whole = against(path, other, [padded]), against(path, other, BATCHES[:1])
     for series in (lambda c: c.output(LINEAR).sqnr(), lambda c: c.logits().kl_divergence(),
                    lambda c: c.output(BLOCKS).new_outliers(1.5)):  # fmt: skip
@@ -142,7 +147,7 @@ def test_the_interval_of_drawn_rows_holds_the_number_of_all_tokens(tmp_path):
     requests = [Request(f"{BLOCKS}|{LINEAR}", "output", None, COMPARED)]
     live = run_pass(other, batches, requests, partner=Partner(model))
     inside = {name: [] for name in SHARES}
-    for seed in range(6):
+    for seed in range(4):
         kept = against(kept_file(tmp_path, model, batches, requests, seed=seed, rows=4), other, batches, requests)
         for name in SHARES:
             true, series = (getattr(c.output(f"{BLOCKS}|{LINEAR}"), name)(positions="all") for c in (live, kept))
@@ -285,16 +290,19 @@ def keep(folder, *options, suite="gate.qsa.yaml", output="ref.qsa"):
     assert main(["capture", *arguments]) == 0
 
 
-def gate(folder, text=SUITE, name="case.qsa.yaml"):
-    """Run what the assertions of a suite need."""
-    (folder / name).write_text(text)
-    file = load_suite(folder / name)
-    return capture_subject(subject_of(file)[1], [assertion.request for assertion in file.assertions])
+def gate(folder, text=SUITE, samples=None):
+    """Run what the assertions of a suite need, over all samples or some."""
+    (folder / "case.qsa.yaml").write_text(text)
+    file = load_suite(folder / "case.qsa.yaml")
+    requests = [assertion.request for assertion in file.assertions]
+    return capture_subject(subject_of(file)[1], requests, share=Share(samples=samples))
 
 
 def test_a_gate_needs_the_file_and_the_head_only(gated):
-    run = gated.pytest("gate.qsa.yaml")
-    assert set(run.outcomes.values()) == {"passed"}, run.out
+    run = gated.pytest("gate.qsa.yaml", "--qsa-set=assertions.blocks.min=200")
+    outcomes = {nodeid.rpartition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
+    assert outcomes == {"close": "passed", "blocks": "failed", "alone": "passed", "outliers": "passed"}, run.out
+    assert re.search(r"model\.layers\.3 .* ≥ 200 .* 95 %: [\d.]+ … [\d.]+, of \d+ tokens", run.out)
     live = gate(gated.folder, SUITE.replace("ref.qsa", "small"))
     kept = gate(gated.folder)
     np.testing.assert_allclose(kept.logits().kl_divergence().values, live.logits().kl_divergence().values, rtol=1e-2)
@@ -303,6 +311,30 @@ def test_a_gate_needs_the_file_and_the_head_only(gated):
     np.testing.assert_array_equal(
         kept.output(r"layers\.\d$").new_outliers(3.0).values, live.output(r"layers\.\d$").new_outliers(3.0).values
     )
+
+
+def test_parts_of_the_samples_merge_to_the_whole(gated):
+    parts = [gate(gated.folder, samples=part) for part in ((0, 1), (1, 4))]
+    same = merge(parts).to_bytes() == gate(gated.folder).to_bytes()
+    assert same
+
+
+@pytest.mark.slow
+def test_smollm2_fits_in_twelve_megabytes_and_its_predictions_are_those_of_both_models(tmp_path):
+    program = Path(__file__).parent.parent / "example_suites" / "checkpoints.py"
+    for command in ("fetch", "quantize"):
+        subprocess.run([sys.executable, program, command, "--into", tmp_path], check=True, capture_output=True)
+    text = SUITE.replace("small", "smollm2").replace("num_samples: 4, seq_len: 32", "num_samples: 16, seq_len: 512")
+    text = text.replace("  - {id: alone, metric: local_sqnr, layers: 'down_proj$', min: 0}\n", "")
+    (tmp_path / "gate.qsa.yaml").write_text(text)
+    keep(tmp_path, "--model.path", str(tmp_path / "smollm2"))
+    assert (tmp_path / "ref.qsa").stat().st_size <= 12_000_000
+    live, kept = (gate(tmp_path, text.replace("ref.qsa", name), samples=(0, 2)) for name in ("smollm2", "ref.qsa"))
+    for name in ("kl_divergence", "same_top", "delta_p", "ln_ppl_ratio"):
+        one, other = (getattr(c.logits(), name)().values for c in (live, kept))
+        np.testing.assert_allclose(other, one, rtol=1e-2)
+    true, series = (c.output(r"layers\.\d$").sqnr() for c in (live, kept))
+    np.testing.assert_allclose(series.values, true.values, atol=6)
 
 
 def test_the_command_says_what_it_kept(gated, capsys):

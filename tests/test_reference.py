@@ -276,6 +276,12 @@ def test_what_the_reference_has_stands_beside_the_models_numbers_where_the_pass_
         assert [row.reference for row in rows] == [None] * 2
 
 
+def test_outliers_may_be_all_that_is_asked_for():
+    model = models.llama(num_hidden_layers=2)
+    cap = capture(damaged(model), BATCHES, sites=[(BLOCKS, "output")], statistics=["new_outliers"], reference=model)
+    assert cap.output(BLOCKS).new_outliers(1.1, positions="all").values.sum() > 0
+
+
 def test_sinks_of_the_reference_are_left_out_by_default():
     model = models.llama(num_hidden_layers=3, sink=True)
     other = damaged(model)

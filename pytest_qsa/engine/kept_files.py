@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ class KeptFile:
         """The samples by their hashes."""
         return {sample: index for index, sample in enumerate(self.header["samples"])}
 
-    @property
+    @cached_property
     def calls(self) -> dict[Call, Mapping[str, Any]]:
         """What is kept of each site, by call."""
         return {(each["layer"], each["site"], each["call"]): each for each in self.header["streams"]}

@@ -252,12 +252,6 @@ def judge_baseline(
     return replace(_judged(series, rows, str(tolerance)), since=_since(baseline.made_with, made_with))
 
 
-def _interval(series: Series, layer: str) -> str:
-    """Write within what an estimated value lies, and from how many drawn ones; nothing for one that is known."""
-    low, high, count = series.intervals.get(layer, (0.0, 0.0, 0))
-    return f"95 %: {number(low)} … {number(high)}, of {count:,} tokens" if low < high else ""
-
-
 def _since(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say what a baseline was made with, and what of it is other now: that is reported, never failed."""
     made = f"the baseline was made with {then.get('model')} ({_short(then.get('weights'))})"

@@ -302,7 +302,7 @@ def test_a_gate_needs_the_file_and_the_head_only(gated):
     run = gated.pytest("gate.qsa.yaml", "--qsa-set=assertions.blocks.min=200")
     outcomes = {nodeid.rpartition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
     assert outcomes == {"close": "passed", "blocks": "failed", "alone": "passed", "outliers": "passed"}, run.out
-    assert re.search(r"model\.layers\.3 .* ≥ 200 .* 95 %: [\d.]+ … [\d.]+, of \d+ tokens", run.out)
+    assert re.search(r"model\.layers\.3 .* ≥ 200 .* 95 %: [\d.]+ … [\d.]+, from \d+ tokens", run.out)
     live = gate(gated.folder, SUITE.replace("ref.qsa", "small"))
     kept = gate(gated.folder)
     np.testing.assert_allclose(kept.logits().kl_divergence().values, live.logits().kl_divergence().values, rtol=1e-2)

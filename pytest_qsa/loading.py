@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ONE_FACTOR = 40.0
 """So many dB above what is left of a difference, one factor explains it."""
+ALIKE = 0.95
+"""The cosine above which several factors, near each other, do: projections that were packed together, say."""
 
 
 def _needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -48,6 +50,8 @@ def blame(numbers: SiteNumbers) -> str:
     if math.isfinite(gain) and decibels(own, max(left, 0.0)) > ONE_FACTOR:
         return f"the loader made it × {gain:.4g}"
     cosine = product / math.sqrt(signal * own) if signal else math.nan
+    if cosine > ALIKE:
+        return f"the loader made it about × {gain:.4g}"
     return f"the loader made another of it, cosine {cosine:.2f}"
 
 

@@ -300,6 +300,71 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
     return folder
 
 
+def save_quantized_moe(folder, preset, **weights):
+    """Save a small Qwen3-MoE whose experts and attention are quantized in its files, as llm-compressor leaves them.
+
+    The original lies beside it, `folder` with `-float`. `weights`: changes to the preset's weight scheme.
+    """
+    import torch
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    original = folder.with_name(f"{folder.name}-float")
+    Qwen3MoeForCausalLM(config).save_pretrained(original)
+    save_tokenizer(original)
+    shutil.copytree(original, folder)
+    scheme = preset_name_to_scheme(preset, targets=["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=weights)
+    tensors, form = {}, None
+    for name, tensor in load_file(original / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        form, packed = _packed(tensor, scheme)
+        tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*mlp.gate$"], format=form,
+        quantization_status="compressed",
+    )  # fmt: skip
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {**json.loads(stated.model_dump_json()), "quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _packed(weight, scheme):
+    """Return a format's name, and the tensors that its compressor makes of one weight."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import initialize_module_for_quantization
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    initialize_module_for_quantization(linear, scheme)
+    whole = {}
+    if hasattr(linear, "weight_global_scale"):
+        whole["global_scale"] = generate_gparam(*torch.aminmax(weight))
+        linear.weight_global_scale.data.copy_(whole["global_scale"])
+    scale, _ = calculate_qparams(*_extremes(weight, scheme.weights), scheme.weights, **whole)
+    linear.weight_scale.data = scale.reshape(linear.weight_scale.shape).to(linear.weight_scale.dtype)
+    form = infer_module_format(torch.nn.Linear, scheme)
+    held = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
+    form = getattr(form, "value", form)
+    return form, BaseCompressor.get_value_from_registry(form).compress(held, scheme)
+
+
 FORMATS = {
     "int8": ("W8A8", {}),
     "int8 weights": ("W8A16", {"group_size": None, "strategy": "channel"}),

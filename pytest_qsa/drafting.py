@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from .captures import Capture
+from .checkpoint.smoothing import Compare
 
 DRIFT = {"rel": 0.1}
 """What the median of a layer may move. W8A8 moves it by 2.4 % at most, a scale × 1.25 by 27 % (docs/metrics.md)."""
@@ -71,40 +72,25 @@ UNQUANTIZED = Draft(
     "What is not quantized, norms and embeddings above all, is the original's to the last bit.",
     {"id": "unquantized", "metric": "checkpoint_unquantized"},
 )
-Likeness = Literal["layers", "blocks", "logits"]
-"""What of a model can be held against its original: every layer; whole blocks, where scales were moved between layers;
-or only what it predicts, where the residual stream itself is another."""
-COMPARED: Mapping[Likeness, str] = {
-    "layers": "every layer is compared all the same",
-    "blocks": "as after smoothing, so that whole blocks are compared, not layers",
-    "logits": "as after a rotation, so that only predictions are compared",
+COMPARED: Mapping[Compare, str] = {
+    "layers": "every layer is compared",
+    "blocks": "whole blocks are compared, not layers",
+    "logits": "only predictions are compared",
 }
 
 
-def likeness_of(changed: Sequence[str], *, rotated: bool) -> Likeness:
-    """Return what can be compared, from the unquantized layers that differ from the original's.
-
-    `rotated`: the configuration says that the weights are. Folded or smoothed norms leave whole blocks alike (arXiv
-    2211.10438), a rotation of the residual stream changes the embedding with them (2404.00456).
-    """
-    ends = [layer.rpartition(".")[2] for layer in changed]
-    if rotated or any("embed" in end or end == "wte" for end in ends):
-        return "logits"
-    return "blocks" if any("norm" in end or end.startswith("ln_") for end in ends) else "layers"
-
-
-def measured_drafts(anatomy: Anatomy, likeness: Likeness | None = None) -> list[Draft]:
+def measured_drafts(anatomy: Anatomy, compare: Compare | None = None) -> list[Draft]:
     """Return the assertions that a pass answers, in the order in which they read best.
 
-    `likeness`: what can be held against a reference; None without one.
+    `compare`: what can be held against a reference; None without one.
     """
-    compared = _against(anatomy, likeness) if likeness else []
+    compared = _against(anatomy, compare) if compare else []
     return [*_activations(anatomy), *_weights(anatomy), *compared]
 
 
-def _against(anatomy: Anatomy, likeness: Likeness) -> list[Draft]:
+def _against(anatomy: Anatomy, compare: Compare) -> list[Draft]:
     """Return what holds a model against its original, from what is read in the files to what comes out."""
-    drafts = [*(_alone(anatomy) if likeness == "layers" else ()), *(_blocks(anatomy) if likeness != "logits" else ())]
+    drafts = [*(_alone(anatomy) if compare == "layers" else ()), *(_blocks(anatomy) if compare != "logits" else ())]
     return [*drafts, *_predictions()]
 
 

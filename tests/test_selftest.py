@@ -6,16 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_folders import edited, save_quantized_llama, suite
+import transformers
+from checkpoint_folders import Project, edited, save_quantized_llama, suite
 from safetensors.torch import load_file, save_file
 
 from pytest_qsa.checkpoint import Files, open_folder, problems_of
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
+from pytest_qsa.config import Data, load_suite
+from pytest_qsa.engine.data import batches_of
 from pytest_qsa.errors import SuiteError
 from pytest_qsa.selftest import FAULTS, Selftest
 from pytest_qsa.selftest.copies import Mutant
+from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside
+from pytest_qsa.selftest.recording import RESULTS
+from pytest_qsa.selftest.table import lines_of, markdown_of
 from pytest_qsa.selftest.testing import chosen, middle_of, score_of
+from pytest_qsa.subjects import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"
 QUIET = ("-p", "no:randomly", "-p", "no:hypothesispytest", "-p", "no:anyio")
@@ -206,7 +213,7 @@ def test_numbers_are_rounded_as_torch_does(name, dtype):
 class Judged(Selftest):
     """A self-test whose runs judge by the static check itself, in this process."""
 
-    def _pytest(self, checkpoint, file):
+    def _pytest(self, checkpoint, file, suites):
         found = problems_of(Files(open_folder(checkpoint)), "checkpoint_health")[1]
         layers = [finding.layer for finding in found]
         return [{"test": "a::files", "kind": "REGRESSION", "failed": bool(found), "layers": layers}]
@@ -286,9 +293,109 @@ def test_the_command_prints_the_table_and_fails_below_the_score(tested, capsys):
     assert [fault["caught"] for fault in content["faults"]] == [
         [{"test": "files", "kind": "REGRESSION", "named": True}], [],
     ]  # fmt: skip
+    assert content["faults"][0]["perplexity"] is None
+    assert r"| rows\_permuted |" in (folder / "out" / "selftest.md").read_text()
     page = (folder / "out" / "selftest.html").read_text()
     assert "slipped through" in page
     assert "rows_permuted" in page
+
+
+class Forked(Selftest):
+    """A self-test whose runs are forks of a process that has imported torch."""
+
+    project = None
+
+    def _pytest(self, checkpoint, file, suites):
+        words = (*suites, f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache")
+        plugin = ("-p", "pytest_qsa.selftest.recording")
+        assert self.project.pytest(*words, *plugin, environment={RESULTS: str(file)}).code in (0, 1)
+        return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory, int8_llama):
+    """Run the faults of a suite with a pass, and the gate on perplexity beside it; return the outcomes by fault."""
+    Forked.project = Project(tmp_path_factory.mktemp("beside") / "project")
+    text = suite(
+        int8_llama, "id: files, metric: checkpoint_health", "id: d, metric: absmax, site: output, layers: q, max: 99"
+    )
+    file = load_suite(Forked.project.write("a.qsa.yaml", text))
+    test = Forked(file.path, open_folder(int8_llama), beside=suite_beside(file), bisect="none")
+    faults = chosen(["scale_layer", "embedding_zeroed", "nan_scale", "scale_dropped"])
+    return {outcome.fault: outcome for outcome in test.run(faults, lambda text: None)}
+
+
+def perplexity_of(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.cat([batch["input_ids"] for batch in batches_of(Data(num_samples=2, seq_len=32), tokenizer, folder)])
+    with torch.no_grad():
+        nll = -model(ids).logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+    return float(nll.mean().exp())
+
+
+def test_a_gate_on_perplexity_is_told_from_the_same_run(beside, int8_llama, tmp_path):
+    mutant = Mutant(open_folder(int8_llama))
+    FAULTS["scale_layer"].inject(mutant, beside["scale_layer"].layer, 2.0)
+    expected = perplexity_of(mutant.save(tmp_path / "copy")) / perplexity_of(int8_llama)
+    gate = beside["scale_layer"].perplexity
+    assert gate.ratio == pytest.approx(expected, rel=1e-5)
+    assert gate.caught == (expected > 1.02)
+    assert str(beside["nan_scale"].perplexity) == "not finite, caught"
+    assert str(beside["scale_dropped"].perplexity) == "does not run, caught"
+    assert not beside["embedding_zeroed"].perplexity.caught
+    assert not any(catch.test.startswith(NAME) for outcome in beside.values() for catch in outcome.caught)
+
+
+def test_the_table_has_both_gates_and_both_scores(beside):
+    lines = list(lines_of(list(beside.values())))
+    assert lines[0].endswith("perplexity (≤ 1.02)")
+    assert "SLIPPED THROUGH" in lines[2]
+    assert lines[2].endswith(", missed")
+    caught = sum(outcome.perplexity.caught for outcome in beside.values())
+    assert lines[-2].startswith("mutation score 50%: 2 of 4")
+    assert lines[-1].endswith(f"catches {caught} of 4, {caught / 4:.0%}")
+    assert "does not run, caught |" in markdown_of(list(beside.values()))
+
+
+@pytest.mark.parametrize(
+    ("result", "healthy", "gate"),
+    [
+        ({"failed": False, "value": 10.2}, 10.0, PerplexityGate(1.02)),
+        ({"failed": True, "kind": "INFRA", "value": None}, 10.0, PerplexityGate(None, "does not run")),
+        ({"failed": True, "kind": "ANOMALOUS", "value": None}, 10.0, PerplexityGate(None, "not finite")),
+        (None, 10.0, None),
+        ({"failed": False, "value": 10.2}, None, None),
+    ],
+)
+def test_what_the_gate_on_perplexity_says(result, healthy, gate):
+    assert judged(result, healthy) == gate
+
+
+def test_the_gate_on_perplexity_allows_two_hundredths():
+    assert [PerplexityGate(ratio).caught for ratio in (0.9, 1.02, 1.0201, None)] == [False, False, True, True]
+
+
+def test_the_perplexity_is_of_the_very_subject_of_the_suite(tmp_path):
+    """One subject has one pass: nothing that a suite names relative to its folder may get lost."""
+    for name in ("original", "texts"):
+        (tmp_path / "gates" / name).mkdir(parents=True)
+    text = (
+        "model: {name: a, path: x, reference: original, dtype: float32}\n"
+        "data: {source: 'custom:texts', num_samples: 3, batch_size: 3}\nmemory: {device: cpu}\n"
+        "assertions: [{id: a, metric: same_top, min: 0}]\n"
+    )
+    (tmp_path / "gates" / "a.qsa.yaml").write_text(text)
+    (tmp_path / "b.qsa.yaml").write_text(suite_beside(load_suite(tmp_path / "gates" / "a.qsa.yaml")))
+    keys = set()
+    for file in ("gates/a.qsa.yaml", "b.qsa.yaml"):
+        loaded = load_suite(tmp_path / file)
+        parts = loaded.suite
+        keys.add(Subject("a", parts.model, parts.data, parts.memory, loaded.path.parent, "/copy").key)
+        assert makes_a_pass(loaded)
+    assert len(keys) == 1
+    (tmp_path / "c.qsa.yaml").write_text(suite("x", "id: files, metric: checkpoint_health"))
+    assert not makes_a_pass(load_suite(tmp_path / "c.qsa.yaml"))
 
 
 def test_a_suite_that_fails_on_the_healthy_checkpoint_tests_nothing(tested, int8_llama, tmp_path, capsys):

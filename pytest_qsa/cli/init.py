@@ -18,8 +18,9 @@ from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
+    from ..checkpoint.smoothing import Compare
     from ..config import SuiteFile
-    from ..drafting import Draft, Likeness
+    from ..drafting import Draft
     from ..subjects import Subject
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -100,8 +101,8 @@ def _drafted(
 
     model, subject = subject_of(make_suite(YamlSource(target, sections), overrides, "--"))
     parts = anatomy(model, subject.path)
-    unquantized, likeness, told = _likeness(subject)
-    drafts = measured_drafts(parts, likeness)
+    unquantized, compare, told = _comparable(subject)
+    drafts = measured_drafts(parts, compare)
     source = YamlSource(target, {**sections, "assertions": [draft.entry for draft in drafts]})
     file = make_suite(source, overrides, "--")
     sampled = sample(file, options)
@@ -110,14 +111,15 @@ def _drafted(
     return make_suite(source), sampled, drafts, told
 
 
-def _likeness(subject: Subject) -> tuple[list[Draft], Likeness | None, list[str]]:
+def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str]]:
     """Return the static draft that compares, what can be compared (None without a reference), and what is to be said.
 
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
     from ..checkpoint import problems_of
-    from ..drafting import COMPARED, UNQUANTIZED, likeness_of
+    from ..checkpoint.smoothing import compare_norms
+    from ..drafting import COMPARED, UNQUANTIZED
     from ..subjects import files_of, kept_reference
 
     if subject.model is None or subject.model.reference is None:
@@ -125,17 +127,17 @@ def _likeness(subject: Subject) -> tuple[list[Draft], Likeness | None, list[str]
     if kept_reference(subject) is not None:
         return [], "layers", []  # the pass says that it takes the model itself
     files = files_of(subject)
+    assert files.reference is not None
+    relation = compare_norms(files.folder, files.reference)
+    told = [f"{relation.why}: {COMPARED[relation.compare]}"] if relation.why else []
     try:
         found = problems_of(files, "checkpoint_unquantized")[1]
     except AnomalyError as error:
-        return [], "layers", [f"left out: unquantized: {error}"]
-    rotated = bool(files.folder.quantization.get("transform_config"))
-    likeness = likeness_of([each.layer for each in found], rotated=rotated)
+        return [], relation.compare, [*told, f"left out: unquantized: {error}"]
     if not found:
-        told = [f"quantization_config has a transform_config, {COMPARED[likeness]}"] if rotated else []
-        return [UNQUANTIZED], likeness, told
-    first = f"{found[0].tensor}: {found[0].what}"
-    return [], likeness, [f"left out: unquantized: {first}; {COMPARED[likeness]}. If it is not meant so, mend it"]
+        return [UNQUANTIZED], relation.compare, told
+    first = f"left out: unquantized: {found[0].tensor}: {found[0].what}; if it is not meant so, mend it"
+    return [], relation.compare, [*told, first]
 
 
 def _calibrated(

@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "--bisect", choices=("slipped", "all", "none"), default="slipped",
         help="look for the smallest strength that is caught (default: of what slipped through)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write selftest.json and selftest.html there")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write selftest.json, .md and .html there")
+    parser.add_argument(
+        "--perplexity", action=argparse.BooleanOptionalAction,
+        help="what a gate on perplexity alone would catch (default: where the suite makes a pass, and without --first)",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the faults")
     return parser
 
@@ -89,6 +93,7 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
     from ..checkpoint import open_folder
     from ..config import load_suite
     from ..selftest import Selftest
+    from ..selftest.perplexity import makes_a_pass, suite_beside
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")
@@ -99,9 +104,12 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
         raise SuiteError(f"{shown_path(options.suite)} names no checkpoint in model.path: give --model")
     local = (Path.cwd() if options.model else options.suite.parent) / path
     folder = open_folder(local if local.is_dir() else path, model.revision if model and not options.model else None)
+    wanted = options.perplexity
+    if wanted is None:
+        wanted = makes_a_pass(file) and not options.first
     return Selftest(
         options.suite, folder, arguments=tuple(word for word in more if word != "--"), layers=options.layers,
-        first_only=options.first, bisect=options.bisect,
+        first_only=options.first, bisect=options.bisect, beside=suite_beside(file) if wanted else "",
     )  # fmt: skip
 
 

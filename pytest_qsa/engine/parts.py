@@ -50,15 +50,23 @@ def capture_parts(
             check_tokens(data, loaded.tokenizer, reference.tokenizer, subject.folder)
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
+        activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), Share(samples=(size * index, size * (index + 1)))
             told = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            captures.append(capture_loaded(subject, loaded, None, requests, told, share, reference))
+            own = capture_loaded(subject, loaded, None, activations if captures else requests, told, share, reference)
+            captures.append(_with_weights(own, captures[0]) if captures else own)
     finally:
         for held in (loaded, reference):
             if held is not None:
                 held.close()
     return Sampled(captures[:parts], merge(captures[:parts]), captures[parts:])
+
+
+def _with_weights(capture: Capture, first: Capture) -> Capture:
+    """Take the weights from the first part: they are the same in all of them."""
+    weights = {site: numbers for site, numbers in first.sites.items() if site[1] == "weight"}
+    return replace(capture, sites={**weights, **capture.sites}, plan=first.plan)
 
 
 def _reference(subject: Subject, loaded: Loaded, *, allow_code: bool) -> Loaded:

@@ -29,7 +29,7 @@ class Recorder:
             self.results.append(
                 {
                     "test": verdict["nodeid"], "kind": verdict["kind"], "failed": verdict["failed"],
-                    "layers": layers,
+                    "layers": layers, "value": verdict["rows"][0]["value"] if len(verdict["rows"]) == 1 else None,
                 }
             )  # fmt: skip
 

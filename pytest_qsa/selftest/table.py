@@ -1,4 +1,4 @@
-"""The outcome of a self-test as a table: in the terminal, as JSON and as a page."""
+"""The outcome of a self-test as a table: in the terminal, as JSON, as Markdown and as a page."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from ..markdown import table_lines
 from ..report.plain import strict_json
 from ..report.text import render
+from .perplexity import RATIO
 from .testing import Outcome, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
@@ -18,12 +20,39 @@ MOST = 4
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yield the table, a fault a line, and the score."""
-    cells = [["fault", "layer", "strength", "caught by", "layer named", "smallest caught"], *map(_cells, outcomes)]
+    """Yield the table, a fault a line, and the scores."""
+    cells = [list(row) for row in _rows(outcomes)]
     widths = [max(len(cell[column]) for cell in cells) for column in range(len(cells[0]))]
     for cell in cells:
         yield "  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip()
+    yield from score_lines(outcomes)
+
+
+def markdown_of(outcomes: Sequence[Outcome]) -> str:
+    """Return the same table and scores in Markdown."""
+    heads, *rows = _rows(outcomes)
+    return "\n".join([*table_lines(heads, rows), "", *(f"{line}." for line in score_lines(outcomes))]) + "\n"
+
+
+def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
+    compared = any(outcome.perplexity for outcome in outcomes)
+    heads = ["fault", "layer", "strength", "caught by", "layer named", "smallest caught"]
+    yield heads + [f"perplexity (≤ {RATIO:g})"] * compared
+    for outcome in outcomes:
+        gate = outcome.perplexity
+        yield _cells(outcome) + [str(gate) if gate else ""] * compared
+
+
+def score_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield the mutation score, and that of a gate on perplexity alone on the same faults, where it is known."""
     yield score_line(outcomes)
+    gates = [outcome.perplexity for outcome in done_of(outcomes) if outcome.perplexity]
+    if gates:
+        caught = sum(gate.caught for gate in gates)
+        yield (
+            f"a gate on perplexity alone (at most {RATIO:g} × the unchanged checkpoint's) catches "
+            f"{caught} of {len(gates)}, {caught / len(gates):.0%}"
+        )
 
 
 def score_line(outcomes: Sequence[Outcome]) -> str:
@@ -74,16 +103,17 @@ def smallest_text(outcome: Outcome) -> str:
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str, Any]) -> Path:
-    """Write selftest.json and selftest.html into a folder; return the path of the page.
+    """Write selftest.json, selftest.md and selftest.html into a folder; return the path of the page.
 
     Raises:
         OSError: the folder can't be written.
     """
     score = score_of(outcomes)
-    rows = [asdict(outcome) | {"named": outcome.named} for outcome in outcomes]
+    rows = [asdict(outcome) | {"named": outcome.named, "perplexity": _plain(outcome)} for outcome in outcomes]
     write_atomically(
         folder / "selftest.json", strict_json({"schema": SCHEMA, "session": session, "score": score, "faults": rows})
     )
+    write_atomically(folder / "selftest.md", markdown_of(outcomes))
     shown = [
         {
             "outcome": outcome, "by": by_text(outcome), "strength": strength_text(outcome),
@@ -95,6 +125,12 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
     title = f"{sum(bool(outcome.caught) for outcome in done)} of {len(done)} faults are caught"
     page = folder / "selftest.html"
     write_atomically(
-        page, render("selftest.html.j2", session=session, rows=shown, line=score_line(outcomes), title=title)
+        page,
+        render("selftest.html.j2", session=session, rows=shown, lines=list(score_lines(outcomes)), title=title),
     )
     return page
+
+
+def _plain(outcome: Outcome) -> dict[str, Any] | None:
+    gate = outcome.perplexity
+    return {"ratio": gate.ratio, "problem": gate.problem, "caught": gate.caught} if gate else None

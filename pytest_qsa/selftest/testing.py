@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import InfraError, SuiteError, did_you_mean, shown_path
 from ..plan import match_layers
 from .copies import Mutant
 from .faults import FAULTS, Fault
+from .perplexity import FILE, PerplexityGate, judged, taken
 from .recording import RESULTS
 
 BISECTIONS = 4
@@ -39,7 +40,8 @@ class Catch:
 class Outcome:
     """What became of one fault. `caught`: by which tests; `smallest`: the smallest strength that is known to be caught.
 
-    `skipped`: why it could not be done to this checkpoint; such a fault doesn't count.
+    `skipped`: why it could not be done to this checkpoint; such a fault doesn't count. `perplexity`: what a gate on
+    perplexity alone says of it, where that is known.
     """
 
     fault: str
@@ -51,6 +53,7 @@ class Outcome:
     smallest: float | None = None
     strongest: float | None = None
     skipped: str = ""
+    perplexity: PerplexityGate | None = None
 
     @property
     def named(self) -> bool:
@@ -77,7 +80,10 @@ def score_of(outcomes: Sequence[Outcome]) -> float:
 
 @dataclass(frozen=True)
 class Selftest:
-    """A suite under test. `arguments`: more arguments for pytest; `layers`: a regex of where faults may be put."""
+    """A suite under test. `arguments`: more arguments for pytest; `layers`: a regex of where faults may be put.
+
+    `beside`: the text of a suite that asks for the perplexity of the same subject; empty to do without.
+    """
 
     suite: Path
     folder: Folder
@@ -85,6 +91,7 @@ class Selftest:
     layers: str | None = None
     first_only: bool = False
     bisect: str = "slipped"
+    beside: str = ""
 
     def run(self, faults: Sequence[Fault], told: Callable[[str], None]) -> Iterator[Outcome]:
         """Yield the outcome of each fault, after the suite has passed on an unchanged copy.
@@ -96,19 +103,24 @@ class Selftest:
         with tempfile.TemporaryDirectory(prefix="qsa-selftest-") as scratch:
             home = Path(scratch)
             told("the suite on an unchanged copy")
-            self._check_healthy(home)
+            healthy = self._healthy(home)
             for fault in faults:
-                yield self._outcome(fault, home, told)
+                yield self._outcome(fault, home, healthy, told)
 
-    def _check_healthy(self, home: Path) -> None:
-        failed = self._failures(Mutant(self.folder), home, "")
+    def _healthy(self, home: Path) -> float | None:
+        """Check that the suite passes on an unchanged copy; return its perplexity, where it has one."""
+        if self.beside:
+            (home / FILE).write_text(self.beside, encoding="utf-8")
+        failed, perplexity = self._run(Mutant(self.folder), home, "", beside=bool(self.beside))
         if failed:
             raise SuiteError(
                 f"{shown_path(self.suite)} fails on the checkpoint as it is ({failed[0].test}, {failed[0].kind}): "
                 "mend that first, for a fault is caught by what fails because of it"
             )
+        known = perplexity is not None and not perplexity["failed"]  # a model without logits has none
+        return float(perplexity["value"]) if perplexity is not None and known else None
 
-    def _outcome(self, fault: Fault, home: Path, told: Callable[[str], None]) -> Outcome:
+    def _outcome(self, fault: Fault, home: Path, healthy: float | None, told: Callable[[str], None]) -> Outcome:
         layer = self.target(fault)
         if layer is None:
             return Outcome(fault.name, fault.text, skipped="no layer of this checkpoint can have it")
@@ -117,7 +129,8 @@ class Selftest:
         mutant = self._mutant(fault, layer, fault.default)
         if not mutant.changed:
             return replace(outcome, skipped="it changes nothing here")
-        outcome = replace(outcome, caught=self._failures(mutant, home, layer))
+        caught, perplexity = self._run(mutant, home, layer, beside=healthy is not None)
+        outcome = replace(outcome, caught=caught, perplexity=judged(perplexity, healthy))
         if not fault.graded or self.bisect == "none":
             return outcome
         if outcome.caught:
@@ -165,20 +178,30 @@ class Selftest:
         return mutant
 
     def _failures(self, mutant: Mutant, home: Path, layer: str) -> tuple[Catch, ...]:
-        """Run the suite on a mutant, in a folder of ours that is gone afterwards; return what failed."""
+        return self._run(mutant, home, layer, beside=False)[0]
+
+    def _run(
+        self, mutant: Mutant, home: Path, layer: str, *, beside: bool
+    ) -> tuple[tuple[Catch, ...], Mapping[str, Any] | None]:
+        """Run the suite on a mutant, in a folder of ours that is gone afterwards.
+
+        Return what failed, and the verdict on the perplexity, where it ran beside.
+        """
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             copy = mutant.save(Path(scratch) / self.folder.path.name)
-            results = self._pytest(copy, Path(scratch) / "results.json")
+            suites = [self.suite, home / FILE] if beside else [self.suite]
+            results, perplexity = taken(self._pytest(copy, Path(scratch) / "results.json", suites))
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
-        return tuple(
+        failed = tuple(
             Catch(result["test"].partition("::")[2], result["kind"], bool(touched & set(result["layers"])))
             for result in results
             if result["failed"]
         )
+        return failed, perplexity
 
-    def _pytest(self, checkpoint: Path, file: Path) -> list[dict[str, Any]]:
+    def _pytest(self, checkpoint: Path, file: Path, suites: Sequence[Path]) -> list[dict[str, Any]]:
         command = [
-            sys.executable, "-m", "pytest", str(self.suite), f"--qsa-model={checkpoint}", "--qsa-report=never",
+            sys.executable, "-m", "pytest", *map(str, suites), f"--qsa-model={checkpoint}", "--qsa-report=never",
             "--qsa-no-cache", "-q", "-p", "pytest_qsa.selftest.recording", "-p", "no:cacheprovider",
             *(["-x"] if self.first_only else []), *self.arguments,
         ]  # fmt: skip

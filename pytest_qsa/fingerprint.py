@@ -160,7 +160,7 @@ def local_folder(subject: Subject) -> Path | None:
 def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     assert subject.model is not None
     yield "qsa-fingerprint/5"
-    yield subject.model.model_dump(exclude={"name", "path", "reference", "previous"})
+    yield subject.model.measured
     yield subject.data.model_dump()
     yield subject.memory.model_dump()
     for name, file in _named_files(folder):

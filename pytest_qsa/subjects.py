@@ -46,7 +46,7 @@ class Subject:
     @property
     def key(self) -> str:
         """Equal for subjects that share one pass, whatever their names and suites."""
-        model = self.model.model_dump(exclude={"name", "path", "reference", "previous"}) if self.model else {}
+        model = self.model.measured if self.model else {}
         if self.model and self.model.reference:
             model["reference"] = located(self.folder, self.model.reference)
         data = self.data.model_dump()

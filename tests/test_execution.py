@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoint_folders import Project, edited, peaks, suite
@@ -204,3 +206,12 @@ def test_a_way_to_run_that_does_not_exist_is_refused_at_its_line(own_project):
     out = own_project.pytest().out
     assert "a.qsa.yaml:1" in out
     assert "executed_as 'W8A8 emulatd' is no way to run: write W8A8 emulated" in out
+
+
+def test_what_is_allowed_and_required_of_a_run_changes_no_capture():
+    def key(**keys):
+        return Subject("a", Model(path="x", **keys), Data(), Memory(), Path()).key
+
+    assert key() == key(allow_idle="vision")
+    assert key(require={"executed_as": ["emulated"]}) == key(require={"executed_as": ["float"]})
+    assert key() != key(dtype="float32")

@@ -88,6 +88,12 @@ class Model(Strict):
         return self.served is not None or self.logprobs is not None
 
     @property
+    def measured(self) -> dict[str, Any]:
+        """What a capture depends on, but for where model and reference are."""
+        beside = {"name", "path", "reference", "previous", "allow_idle", "require"}
+        return {**self.model_dump(exclude=beside), "runs": self.require is not None}
+
+    @property
     def id(self) -> str:
         """The subject's name: the folder of its baselines."""
         served = (self.served.model or "served") if self.served else self.logprobs

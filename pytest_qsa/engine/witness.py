@@ -19,6 +19,8 @@ from .modules import input_of, layers_of, tensor_of
 from .schemes import bits_of, keeps_codes, schemes_of
 from .visits import SiteKey
 
+TRIES = 2
+"""So many calls of a module are looked at, if the first one, all zeros say, tells nothing."""
 ROWS = 8
 """So many tokens of a call are multiplied again."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.bfloat16: 4e-3}
@@ -72,8 +74,10 @@ class Witness:
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             self.calls[name] = self.calls.get(name, 0) + 1
+            if name in self.rounds or self.calls[name] > TRIES:
+                return
             inputs, outputs = input_of(args, kwargs), tensor_of(output)
-            if name not in self.rounds and inputs is not None and outputs is not None:
+            if inputs is not None and outputs is not None:
                 rounds = rounds_inputs(module, inputs, outputs)
                 if rounds is not None:
                     self.rounds[name] = rounds

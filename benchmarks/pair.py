@@ -19,7 +19,7 @@ from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.pairing import Partner
 from pytest_qsa.plan import Request
 
-NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS})
+NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_SINKS})
 PROPAGATED = [
     Request(r"layers\.", "input", None, NO_SINK),
     Request(r"layers\.", "output", None, NO_SINK),

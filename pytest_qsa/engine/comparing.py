@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,10 @@ class Pairs:
         """Where both tensors have to be there."""
         return frozenset(site for site, statistics in self.wanted.items() if plan.pairwise(statistics))
 
+    @cached_property
+    def _wants(self) -> dict[SiteKey, PairWants]:
+        return {site: PairWants.of(statistics) for site, statistics in self.wanted.items()}
+
     def compare(self, rows: Rows, site: SiteKey, call: int, met: Met | None, own: Tensor) -> None:
         """Compare what both models have at a site.
 
@@ -115,7 +119,7 @@ class Pairs:
         first = channels_first(self.modules[site[0]])
         shaped, token_axis = rows.shaped(own, first)
         observer = self.observers.setdefault(site, PairObserver(token_axis, _dtype(own), tuple(shaped.shape[1:])))
-        wants = PairWants.of(self.wanted[site])
+        wants = self._wants[site]
         for (sample, length), found in zip(
             _owners(rows, shaped, token_axis), self._of(rows, site, met, own, shaped, wants), strict=True
         ):
@@ -270,10 +274,18 @@ def _mixes(layer: str) -> AnomalyError:
 
 def drawn_rows(sample: int, length: int, kept: Tensor | None, count: int) -> Tensor:
     """Return the positions that stand for a sample's tokens, ascending, [≤ count] on the CPU; the same in every run."""
-    places = np.arange(length) if kept is None else kept.numpy()
-    if len(places) > count:
-        places = np.sort(np.random.default_rng([sample, length]).choice(places, count, replace=False))
-    return torch.from_numpy(places.astype(np.int64))
+    if kept is None:
+        return torch.from_numpy(_drawn(sample, length, length, count).copy())
+    places = kept.numpy()
+    return torch.from_numpy(places[_drawn(sample, length, len(places), count)].astype(np.int64))
+
+
+@lru_cache(1024)
+def _drawn(sample: int, length: int, counting: int, count: int) -> NDArray[np.int64]:
+    """Draw from so many tokens that count; every layer of a sample asks for the same."""
+    if counting <= count:
+        return np.arange(counting)
+    return np.sort(np.random.default_rng([sample, length]).choice(counting, count, replace=False))
 
 
 def placed(positions: Tensor, device: torch.device) -> Tensor:

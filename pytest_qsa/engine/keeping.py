@@ -6,6 +6,7 @@ there again. A few kilobytes a site and sample then cost hundreds of megabytes (
 
 from __future__ import annotations
 
+import math
 import mmap
 from array import array
 from bisect import bisect_right
@@ -37,7 +38,7 @@ class Store:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array of zeros."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._used + size > len(self._map):
             self._map, self._used = bytes_apart(-(-max(size, self._next) // mmap.PAGESIZE) * mmap.PAGESIZE), 0
             self._next = min(2 * len(self._map), LARGEST)
@@ -76,4 +77,4 @@ class Column:
         begin, end = self._ends[index - 1] if index else 0, self._ends[index]
         part = max(0, bisect_right(self._begins, begin) - 1)
         values = self._parts[part][begin - self._begins[part] : end - self._begins[part]]
-        return values.reshape(() if self._scalars else (len(values) // int(np.prod(self._rest)), *self._rest))
+        return values.reshape(() if self._scalars else (len(values) // math.prod(self._rest), *self._rest))

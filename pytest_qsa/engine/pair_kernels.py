@@ -11,7 +11,7 @@ from numba.extending import overload
 
 _CHUNK = 512
 """So many exponentials are made at a time, so that they stay in the nearest cache."""
-_SIGNLESS, _MAGNITUDE = np.uint32(0x7FFFFFFF), np.int32(0x7FFFFFFF)
+_SIGNLESS, _MAGNITUDE, _HALF = np.uint32(0x7FFFFFFF), np.int32(0x7FFFFFFF), np.uint32(16)
 _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -21,24 +21,15 @@ _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True, fastm
 
 
 @_inner
-def _powers(reference, own, difference, patterns, found):
-    """Fill found [4] with Σx², Σ(x − x̂)², Σx̂² and max |x − x̂| of two rows of float32.
+def _add_powers(x, y, sums):
+    signal, error, own, largest = sums
+    apart = np.float32(x - y)
+    bits = np.uint32(np.float32(apart).view(np.uint32) & _SIGNLESS)
+    return signal + x * x, error + apart * apart, own + y * y, max(largest, bits)
 
-    difference, patterns: x − x̂ and its bits, one memory. Signless bits order as magnitudes do, with NaN above all.
-    """
-    for channel in range(own.shape[0]):
-        difference[channel] = reference[channel] - own[channel]
-    signal = error = power = np.float32(0)
-    for channel in range(own.shape[0]):  # nothing is stored here, so that where arrays lie can't change the order
-        x, y, apart = reference[channel], own[channel], difference[channel]
-        signal += x * x
-        error += apart * apart
-        power += y * y
-    largest = np.uint32(0)
-    for channel in range(own.shape[0]):
-        largest = max(largest, np.uint32(patterns[channel] & _SIGNLESS))
-    patterns[0] = largest
-    found[0], found[1], found[2], found[3] = signal, error, power, difference[0]
+
+# Nothing is stored inside the loops over a row, so that where its arrays lie can't change the order of the sums. Signless
+# bits order as magnitudes do, with NaN above all.
 
 
 @_parallel
@@ -46,25 +37,29 @@ def powers32(reference, own, found, threads):
     """Fill found [T, 4] with `ERROR_NAMES` of each row of two float32 tensors [T, C]."""
     share = (own.shape[0] + threads - 1) // threads
     for thread in prange(threads):
-        bits = np.empty(own.shape[1], dtype=np.uint32)
         for token in range(thread * share, min((thread + 1) * share, own.shape[0])):
-            _powers(reference[token], own[token], bits.view(np.float32), bits, found[token])
+            theirs, ours = reference[token], own[token]
+            sums = np.float32(0), np.float32(0), np.float32(0), np.uint32(0)
+            for channel in range(ours.shape[0]):
+                sums = _add_powers(theirs[channel], ours[channel], sums)
+            found[token, 0], found[token, 1], found[token, 2] = sums[:3]
+            found[token, 3] = np.uint32(sums[3]).view(np.float32)
 
 
 @_parallel
 def powers16(reference, own, found, threads):
     """As `powers32`, of the patterns of two bfloat16 tensors, uint16 [T, C]."""
-    share, width = (own.shape[0] + threads - 1) // threads, own.shape[1]
+    share = (own.shape[0] + threads - 1) // threads
     for thread in prange(threads):
-        bits = np.empty((3, width), dtype=np.uint32)
-        x, y, patterns = bits[0], bits[1], bits[2]
         for token in range(thread * share, min((thread + 1) * share, own.shape[0])):
             theirs, ours = reference[token], own[token]
-            for channel in range(width):
-                x[channel] = np.uint32(theirs[channel]) << np.uint32(16)
-            for channel in range(width):
-                y[channel] = np.uint32(ours[channel]) << np.uint32(16)
-            _powers(x.view(np.float32), y.view(np.float32), patterns.view(np.float32), patterns, found[token])
+            sums = np.float32(0), np.float32(0), np.float32(0), np.uint32(0)
+            for channel in range(ours.shape[0]):
+                x = np.uint32(np.uint32(theirs[channel]) << _HALF).view(np.float32)
+                y = np.uint32(np.uint32(ours[channel]) << _HALF).view(np.float32)
+                sums = _add_powers(x, y, sums)
+            found[token, 0], found[token, 1], found[token, 2] = sums[:3]
+            found[token, 3] = np.uint32(sums[3]).view(np.float32)
 
 
 def _widen16(row, bits, floats):

@@ -28,8 +28,8 @@ def _add_powers(x, y, sums):
     return signal + x * x, error + apart * apart, own + y * y, max(largest, bits)
 
 
-# Nothing is stored inside the loops over a row, so that where its arrays lie can't change the order of the sums. Signless
-# bits order as magnitudes do, with NaN above all.
+# Nothing is stored inside the loops over a row, so that where its arrays lie can't change the order of the sums.
+# Signless bits order as magnitudes do, with NaN above all.
 
 
 @_parallel

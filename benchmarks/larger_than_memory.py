@@ -131,9 +131,7 @@ def compare(options: argparse.Namespace) -> None:
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
     print(f"checkpoint {size / 1e9:.2f} GB, {options.samples} × {options.seq_len} tokens, cold: {options.cold}")
-    print(
-        f"imports alone: {imports:.0f} MB resident; allowed {allowed:.0f} MB, the file is {size / 1e6 / allowed:.2f} × that"
-    )
+    print(f"imports alone: {imports:.0f} MB; allowed {allowed:.0f} MB: the file is {size / 1e6 / allowed:.2f} × that")
     for name, values in middle.items():
         print(
             f"{name:>10}: {values['seconds']:7.2f} s, peak {values['resident']:6.0f} MB, "

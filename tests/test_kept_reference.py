@@ -298,13 +298,19 @@ def gate(folder, text=SUITE, samples=None):
     return capture_subject(subject_of(file)[1], requests, share=Share(samples=samples))
 
 
-def test_a_gate_needs_the_file_and_the_head_only(gated):
+@pytest.fixture(scope="module")
+def judged(gated):
+    """What the suite's gate measures, all samples at once."""
+    return gate(gated.folder)
+
+
+def test_a_gate_needs_the_file_and_the_head_only(gated, judged):
     run = gated.pytest("gate.qsa.yaml", "--qsa-set=assertions.blocks.min=200")
     outcomes = {nodeid.rpartition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
     assert outcomes == {"close": "passed", "blocks": "failed", "alone": "passed", "outliers": "passed"}, run.out
     assert re.search(r"model\.layers\.3 .* ≥ 200 .* 95 %: [\d.]+ … [\d.]+, from \d+ tokens", run.out)
     live = gate(gated.folder, SUITE.replace("ref.qsa", "small"))
-    kept = gate(gated.folder)
+    kept = judged
     np.testing.assert_allclose(kept.logits().kl_divergence().values, live.logits().kl_divergence().values, rtol=1e-2)
     series = kept.output(r"layers\.\d$").sqnr()
     assert set(series.intervals) == set(series.layers)
@@ -313,9 +319,9 @@ def test_a_gate_needs_the_file_and_the_head_only(gated):
     )
 
 
-def test_parts_of_the_samples_merge_to_the_whole(gated):
+def test_parts_of_the_samples_merge_to_the_whole(gated, judged):
     parts = [gate(gated.folder, samples=part) for part in ((0, 1), (1, 4))]
-    same = merge(parts).to_bytes() == gate(gated.folder).to_bytes()
+    same = merge(parts).to_bytes() == judged.to_bytes()
     assert same
 
 
@@ -349,7 +355,7 @@ def test_the_command_says_what_it_kept(gated, capsys):
     assert one["streams"] == other["streams"]
 
 
-def test_a_reference_is_kept_while_its_weights_are_read_from_disk(gated):
+def test_a_reference_is_kept_while_its_weights_are_read_from_disk(gated, judged):
     keep(
         gated.folder, "--model.path", str(gated.folder / "small"), "--memory.offload_device", "disk", output="disk.qsa"
     )
@@ -360,8 +366,7 @@ def test_a_reference_is_kept_while_its_weights_are_read_from_disk(gated):
             for rows, same in zip(one.rows(call)[0], other.rows(call)[0], strict=True):
                 torch.testing.assert_close(rows, same, rtol=0, atol=0)
     streamed = gate(gated.folder, SUITE.replace("assertions", "memory: {offload_device: disk}\nassertions"))
-    plain = gate(gated.folder)
-    np.testing.assert_array_equal(streamed.logits().kl_divergence().values, plain.logits().kl_divergence().values)
+    np.testing.assert_array_equal(streamed.logits().kl_divergence().values, judged.logits().kl_divergence().values)
 
 
 def test_a_suite_may_not_be_its_own_reference(gated):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_folders import Project, edited, peaks, suite
 
+from pytest_qsa.comparing.sides import read_side
 from pytest_qsa.config import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded, capture_subject
@@ -69,6 +70,14 @@ def test_a_streamed_model_tells_it_too_and_modules_after_the_last_site_are_not_m
 
 def test_weights_that_the_loader_unpacked_are_executed_as_weights_only(unpacked):
     assert told(unpacked) == "weights only, dequantized when loaded (28 modules)"
+
+
+def test_a_comparison_of_two_captures_says_it_of_each(quantized, unpacked, tmp_path):
+    for name, folder in {"before": quantized["int8"], "after": unpacked}.items():
+        capture_subject(subject_of(folder), [BLOCKS]).save(tmp_path / f"{name}.qsa")
+    before, after = (read_side(str(tmp_path / f"{name}.qsa")).title for name in ("before", "after"))
+    assert "executed as W8A8 emulated (28 modules)" in before
+    assert "executed as weights only, dequantized when loaded (28 modules)" in after
 
 
 def test_weights_alone_need_no_forward_and_say_so(quantized):

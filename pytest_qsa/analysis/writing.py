@@ -10,6 +10,7 @@ from typing import Any
 
 from ..captures import Capture
 from ..config import Visualization
+from ..execution import executed_as
 from ..files import write_atomically
 from ..report.gallery import Gallery, Shown, Turning, render_gallery
 from ..report.surfaces import surface_data
@@ -136,7 +137,8 @@ def _gallery(
     model: Mapping[str, Any] = capture.meta["model"]
     facts = {
         "Model": model["path"], "Weights": model["weights"], "Class": model["class"], "Dtype": model["dtype"],
-        "Device": model["device"], "Attention": model["attention"], "Data": data_text(capture),
+        "Device": model["device"], "Attention": model["attention"],
+        "Executed as": executed_as(capture.meta), "Data": data_text(capture),
         "Tokens": capture.meta["data"]["fingerprint"],
         **model["versions"],
     }  # fmt: skip

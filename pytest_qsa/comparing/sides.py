@@ -12,6 +12,7 @@ from typing import Any
 from ..baseline_file import BaselineFile, is_baseline
 from ..captures import Capture
 from ..errors import InfraError, QsaError, SuiteError, shown_path
+from ..execution import executed_as
 from ..metrics import METRICS
 from ..numbers import SiteNumbers
 from ..plan import exactly
@@ -70,6 +71,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, str]:
         "weights": _short(model.get("weights")),
         "dtype": str(model.get("dtype") or ""),
         "device": str(model.get("device") or ""),
+        "executed as": executed_as(run),
         "tokens": _short(data.get("fingerprint")),
     }
 

@@ -136,9 +136,9 @@ def survey16(patterns, maxima, smallest, scratch):
             row = patterns[token]
             largest = np.uint16(0)
             for channel in range(row.shape[0]):
-                largest = max(largest, np.uint16(row[channel] & SIGNLESS16))
-            for channel in range(row.shape[0]):
-                least = min(least, np.uint16(np.uint16(row[channel] & SIGNLESS16) - np.uint16(1)))
+                magnitude = np.uint16(row[channel] & SIGNLESS16)
+                largest = max(largest, magnitude)
+                least = min(least, np.uint16(magnitude - np.uint16(1)))
             for channel in range(row.shape[0]):
                 bins[row[channel]] += np.uint32(1)
             maxima[token] = largest
@@ -157,9 +157,9 @@ def survey32(patterns, maxima, smallest, scratch):
             row = patterns[token]
             largest = np.uint32(0)
             for channel in range(row.shape[0]):
-                largest = max(largest, np.uint32(row[channel] & SIGNLESS32))
-            for channel in range(row.shape[0]):
-                least = min(least, np.uint32(np.uint32(row[channel] & SIGNLESS32) - np.uint32(1)))
+                magnitude = np.uint32(row[channel] & SIGNLESS32)
+                largest = max(largest, magnitude)
+                least = min(least, np.uint32(magnitude - np.uint32(1)))
             for channel in range(row.shape[0]):
                 bins[row[channel] >> np.uint32(16)] += np.uint32(1)
             maxima[token] = largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ class Window:
 
     def _zeros(self, bins: int) -> NDArray[np.uint32]:
         lines = 2 if self.signs else int(self.counts)
+        if not bins:
+            return np.zeros((lines, int(lines > 0)), dtype=np.uint32)
         return bytes_apart(4 * lines * (bins + 1)).view(np.uint32).reshape(lines, bins + 1 if lines else 0)
 
     def cover(self, low: int, high: int, count: int) -> None:
@@ -81,9 +84,9 @@ class Window:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the fields of `SiteNumbers`: bins that occur with their counts, and the extremes."""
         found: dict[str, NDArray[Any]] = {}
-        lines = [added(parts) for parts in zip(*self._carried, self._lines(), strict=True)]
+        lines = [_joined(parts) for parts in zip(*self._carried, self._lines(), strict=True)]
         if self.counts:
-            found["bins"], found["counts"] = added(lines)
+            found["bins"], found["counts"] = _joined(lines)
         if self.signs:
             plus, minus = lines
             found["signed_bins"] = np.concatenate([plus[0], minus[0] + np.uint16(HALF)])
@@ -102,3 +105,7 @@ class Window:
         columns = np.flatnonzero(counts)
         bins = np.where(columns, self.base + columns - 1, 0).astype(np.uint16)
         return bins, counts[columns].astype(np.int64)
+
+
+def _joined(parts: Sequence[Sparse]) -> Sparse:
+    return parts[0] if len(parts) == 1 else added(parts)

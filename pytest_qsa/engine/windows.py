@@ -16,7 +16,8 @@ Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
 """Bins, ascending, and their counts."""
 HALF = 1 << 15
 PAGE = 256
-"""A window begins and ends at a multiple of this, two octaves of bfloat16, so that it seldom has to grow."""
+"""A window begins and ends at a multiple of this, two octaves of bfloat16, with as much to spare: it seldom grows, and
+what is never counted in takes no memory."""
 FULL = 1 << 32
 """So many elements can't be counted in 32 bits: what has been counted is put aside before."""
 
@@ -70,8 +71,8 @@ class Window:
             return
         if size > 0:
             low, high = min(low, self.base), max(high, self.base + size - 1)
-        base = max(1, low // PAGE * PAGE)
-        sums = self._zeros(min(HALF, (high // PAGE + 1) * PAGE) - base)
+        base = max(1, (low // PAGE - 1) * PAGE)
+        sums = self._zeros(min(HALF, (high // PAGE + 2) * PAGE) - base)
         sums[:, :1] = self.sums[:, :1]
         if size > 0:
             sums[:, 1 + self.base - base : 1 + self.base - base + size] = self.sums[:, 1:]

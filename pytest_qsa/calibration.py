@@ -47,12 +47,14 @@ class Spread:
     """The values of each layer on each part of the data, [parts, L], and on all of it, [L].
 
     `errors` [L]: the standard error of a part's value, where it is an estimate from that part's tokens; else 0.
+    `tokens`: the values count tokens.
     """
 
     layers: Sequence[str]
     parts: NDArray[np.float64]
     whole: NDArray[np.float64]
     errors: NDArray[np.float64]
+    tokens: bool = False
 
     @classmethod
     def of(cls, parts: Sequence[Series], whole: Series) -> Spread:
@@ -66,7 +68,8 @@ class Spread:
         if any(series.layers != whole.layers for series in parts):
             raise AnomalyError("the parts of the data have not the same layers, so their noise can't be told")
         errors = np.mean([_errors(part) for part in parts], axis=0)
-        return cls(whole.layers, np.stack([_finite(part) for part in parts]), _finite(whole), errors)
+        values, tokens = np.stack([_finite(part) for part in parts]), whole.query.unit == "tokens"
+        return cls(whole.layers, values, _finite(whole), errors, tokens)
 
     @property
     def sigmas(self) -> NDArray[np.float64]:
@@ -104,7 +107,8 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
     """Return a proposal for each number that an assertion states as its `min` or `max`.
 
     A bound holds all layers of its group, so the layer whose mean ± k·sigma reaches farthest decides. It is rounded
-    outward to two digits (to a whole number where all values are), and never tighter than what all the data gave.
+    outward to two digits (to a whole number where all values are), and never tighter than what all the data gave. A
+    number of tokens that was the same in all parts gets room for one more: n parts don't tell what comes in one of 2n.
 
     Raises:
         AnomalyError: a layer is in no group.
@@ -136,6 +140,8 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
     decides = farthest(layers, key=lambda index: noises[index].floor(side))
     reached = farthest(noises[decides].floor(side), *spread.whole[layers].tolist())
     whole = bool((spread.parts[:, layers] == np.round(spread.parts[:, layers])).all())
+    if spread.tokens and side == "max" and not noises[decides].sigma:
+        reached += 1
     proposed = float(math.ceil(reached) if side == "max" else math.floor(reached)) if whole else outward(side, reached)
     return Proposal(side, group, spread.layers[decides], bound, proposed, noises[decides])
 

@@ -205,6 +205,18 @@ def test_what_never_differs_from_the_original_has_to_stay_so():
     assert (b.noise.mean, b.noise.sigma, b.proposed) == (IDENTICAL, 0.0, IDENTICAL)
 
 
+def test_a_number_of_tokens_that_never_varied_gets_room_for_one_more():
+    assertion = SimpleNamespace(stated={"max": 0.0})
+    for unit, parts, proposed in (
+        ("tokens", [1.0, 1.0], 2.0),
+        ("elements", [1.0, 1.0], 1.0),
+        ("tokens", [1.0, 3.0], 5.0),
+    ):
+        spread = Spread.of([series([value, value], unit=unit) for value in parts], series([max(parts)] * 2, unit=unit))
+        (found,) = proposals_of(assertion, spread, None, 2)
+        assert found.proposed == proposed, (unit, parts)
+
+
 def test_an_estimate_varies_by_its_standard_error_at_least():
     near = [series([5.0 + 0.01 * part], unit="", interval=1.96) for part in range(3)]
     assert Spread.of(near, near[0]).sigmas == pytest.approx([1.0], rel=1e-4)

@@ -74,9 +74,12 @@ def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
 
 
 @metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
-def same_top(view: View) -> float:
-    """Take the share of positions where both models find the same token likeliest; a tie is no difference."""
-    return float(_known(view, SAME_TOP).mean())
+def same_top(view: View) -> Estimate:
+    """Take the share of positions where both models find the same token likeliest; a tie is no difference.
+
+    With the 95 % interval of a share.
+    """
+    return _mean(_known(view, SAME_TOP))
 
 
 @metric(plan.AGREEMENT, reduce=None, per="logits", against=True)

@@ -155,7 +155,7 @@ def test_the_floor_of_the_predictions_is_that_of_plain_forwards(against, parts):
         ("predictions-close", kl, "max", 1), ("perplexity", apart, "max", 1), ("same-words", same, "min", -1),
     ):  # fmt: skip
         noise, means = getattr(assertions[name].noise, side), tokens.mean(1)
-        paired = float((tokens.std(1) / tokens.shape[1] ** 0.5).mean()) if name != "same-words" else 0.0
+        paired = float((tokens.std(1) / tokens.shape[1] ** 0.5).mean())
         sigma = max(float(means.std()), paired)
         assert (noise.n, noise.k) == (4, 6)
         assert noise.mean == pytest.approx(float(means.mean()), rel=2e-3)

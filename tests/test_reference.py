@@ -188,6 +188,11 @@ def test_predictions_are_compared_over_the_whole_vocabulary(pair):
                            ("p99", np.percentile(kl, 99))):  # fmt: skip
         np.testing.assert_allclose(cap.logits().kl_divergence(stat).values, [expected], rtol=1e-6)
     np.testing.assert_allclose(cap.logits().same_top().values, [np.mean(p.argmax(1) == q.argmax(1))])
+    same = (p.argmax(1) == q.argmax(1)).astype(float)
+    low, high, count = cap.logits().same_top().intervals["logits"]
+    np.testing.assert_allclose(
+        [low, high], same.mean() + np.array([-1.96, 1.96]) * same.std(ddof=1) / count**0.5, rtol=1e-4
+    )
     tokens = [row for batch in BATCHES for row in batch.tolist()]
     came = [(s * 24 + t, ids[t + 1]) for s, ids in enumerate(tokens) for t in range(23)]
     nll_p, nll_q = (np.array([-side[at] for at in came]) for side in (p, q))

@@ -234,7 +234,7 @@ def original(tmp_path_factory, int8_llama, llama):
     (folder / "gate.qsa.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch, (folder / "out.txt").open("w") as stream:
         patch.setattr("sys.stdout", stream)
-        assert main(["calibrate", str(folder / "gate.qsa.yaml"), "--parts", "3", "--write"]) == 0
+        assert main(["calibrate", str(folder / "gate.qsa.yaml"), "--parts", "3", "-k", "3", "--write"]) == 0
     return folder
 
 

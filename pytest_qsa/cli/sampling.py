@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..calibration import Finding, Proposal, Sampled
     from ..config import SuiteFile
 
-PARTS, PASSES, SIGMAS = 8, 2, 6.0
-"""The defaults. Of six sigmas, for a maximum over samples has a longer tail than a mean (docs/bounds.md)."""
+PARTS, PASSES, SIGMAS = 8, 2, 10.0
+"""The defaults. Of ten sigmas, for one that comes from eight parts is itself uncertain (docs/bounds.md)."""
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -264,11 +264,14 @@ def test_the_peak_of_a_real_run_is_within_the_stated_factor(planned, zeros, plac
 def test_what_is_kept_is_not_planned_anew_and_needs_no_engine(planned):
     assert planned.pytest("a.qsa.yaml::finite", "--qsa-report=never").code == 0
     planned.write("conftest.py", NO_ENGINE)
-    run = planned.pytest("a.qsa.yaml", "--co", "--qsa-plan")
+    try:
+        run = planned.pytest("a.qsa.yaml", "--co", "--qsa-plan")
+        files = planned.pytest("a.qsa.yaml::files", "--co", "--qsa-plan")
+    finally:
+        planned.write("conftest.py", WATCH)
     assert run.code == 0
     assert "kept        a capture that answers all of it: nothing would be loaded" in run.out
-    run = planned.pytest("a.qsa.yaml::files", "--co", "--qsa-plan")
-    assert "pass        none: no model is loaded" in run.out
+    assert "pass        none: no model is loaded" in files.out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -40,7 +41,9 @@ class Tolerance:
             raise ValueError(f"rel={self.rel:g}, abs={self.abs:g}: a tolerance is 0 or more")
 
     def bounds(self, baseline: float) -> Bounds:
-        """Return what a layer with this baseline may be."""
+        """Return what a layer with this baseline may be; where that is ∞ nothing finite is near it."""
+        if math.isinf(baseline):
+            return Bounds(None if self.direction == "up" else baseline, None if self.direction == "down" else baseline)
         allowed = max(self.abs, self.rel * abs(baseline))
         low = None if self.direction == "up" else baseline - allowed
         high = None if self.direction == "down" else baseline + allowed
@@ -80,6 +83,8 @@ class Row:
         Of a lower bound it is the bound over the value. None where the bounds are 0 or below.
         """
         if self.baseline is not None:
+            if math.isinf(self.baseline):
+                return 0.0 if self.value == self.baseline else float("inf")
             allowed = max(abs(bound - self.baseline) for bound in (self.low, self.high) if bound is not None)
             moved = abs(self.value - self.baseline)
             return moved / allowed if allowed else (0.0 if not moved else float("inf"))
@@ -91,8 +96,11 @@ class Row:
     @property
     def room(self) -> float:
         """How far the nearest bound is; below 0 where it is exceeded."""
-        above = self.high - self.value if self.high is not None else float("inf")
-        return min(above, self.value - self.low if self.low is not None else float("inf"))
+        gaps = [(self.high, self.value), (self.value, self.low)]
+        return min(
+            (0.0 if end == start else end - start for end, start in gaps if end is not None and start is not None),
+            default=math.inf,
+        )
 
 
 @dataclass(frozen=True)
@@ -322,7 +330,8 @@ def _unit(unit: str, value: float) -> str:
 
 
 def _percent(row: Row) -> str:
-    return f" ({(row.value - row.baseline) / abs(row.baseline):+.1%})" if row.baseline else ""
+    known = row.baseline and math.isfinite(row.baseline) and math.isfinite(row.value)
+    return f" ({(row.value - row.baseline) / abs(row.baseline):+.1%})" if known and row.baseline else ""
 
 
 def anomaly(error: QsaError, query: Query | None = None) -> Verdict:

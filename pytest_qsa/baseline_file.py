@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class BaselineFile:
             "format": FORMAT,
             "made_with": dict(sorted(self.made_with.items())),
             "query": dict(sorted(self.query.items())),
-            "values": {layer: int(v) if v == int(v) and abs(v) < 1e15 else v for layer, v in self.values.items()},
+            "values": {layer: _written(value) for layer, value in self.values.items()},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -71,6 +72,13 @@ def is_baseline(path: Path) -> bool:
         return f'"format": "{FORMAT.partition("/")[0]}/' in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _written(value: float) -> int | float | str:
+    """Write a number as JSON knows it: whole ones without a point, an SQNR of +∞ dB as a string, as in report.json."""
+    if not math.isfinite(value):
+        return str(value).replace("inf", "Infinity")
+    return int(value) if value == int(value) and abs(value) < 1e15 else value
 
 
 def rounded(value: float) -> float:

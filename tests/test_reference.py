@@ -1,6 +1,7 @@
 """A model against its reference: every number from raw activations of two forwards, in float64."""
 
 import copy
+import json
 
 import models
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.assertions import judge_bounds
+from pytest_qsa.assertions import Tolerance, judge_baseline, judge_bounds
+from pytest_qsa.baseline_file import BaselineFile
 from pytest_qsa.beside import beside_reference
 from pytest_qsa.engine.pair_reductions import powers_of, scores_of
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.plots import value_figure
 from pytest_qsa.series import Bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,6 +125,26 @@ def test_identical_tensors_have_infinite_sqnr_and_pass_any_minimum():
     series = cap.output(BLOCKS).sqnr(positions="all")
     assert np.isposinf(series.values).all()
     assert series >= 300
+
+
+@pytest.mark.parametrize(("direction", "kinds"), [("both", "PR"), ("down", "PR"), ("up", "PP")])
+def test_a_baseline_at_infinity_is_valid_json_and_nothing_finite_is_near_it(direction, kinds):
+    model = models.llama()
+    alike, other = (
+        capture(each, BATCHES, sites=[(BLOCKS, "output")], reference=model).output(BLOCKS).sqnr(positions="all")
+        for each in (copy.deepcopy(model), damaged(model))
+    )
+    text = BaselineFile.of(alike, "tokens", {}).dump()
+    json.loads(text, parse_constant=pytest.fail)
+    baseline = BaselineFile.parse(text)
+    assert list(baseline.values.values()) == [np.inf] * len(alike.layers)
+    tolerance = Tolerance(rel=0.5, abs=10, direction=direction)
+    verdicts = [judge_baseline(series, baseline, tolerance, "tokens", {}) for series in (alike, other)]
+    assert "".join(str(verdict.kind)[0] for verdict in verdicts) == kinds
+    assert verdicts[0].rows[0].used == 0
+    assert "nan" not in verdicts[1].headline
+    for verdict in verdicts:
+        value_figure(verdict, Capture({})).canvas.draw()
 
 
 def test_the_worst_token_and_channel_are_those_of_the_tensor(pair):

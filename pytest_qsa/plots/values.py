@@ -52,7 +52,10 @@ class Judged:
     @property
     def endless(self) -> list[int]:
         """The rows at +∞ that hold their bounds: what has no distance to its reference has an SQNR of ∞ dB."""
-        return [i for i, row in enumerate(self.rows) if row.value == math.inf and row.high is None and not row.excess]
+        return [
+            i for i, row in enumerate(self.rows)
+            if row.value == math.inf and row.high in (None, math.inf) and not row.excess
+        ]  # fmt: skip
 
     @property
     def broken(self) -> list[int]:

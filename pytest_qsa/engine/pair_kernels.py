@@ -16,8 +16,13 @@ _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
+_IN_ORDER = {"contract"}
+"""Sums that the compiler may reorder came out otherwise in the process that compiled them than where it is loaded."""
+
 _inner = njit(nogil=True, boundscheck=False, fastmath=_MATH)
 _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True, fastmath=_MATH)
+_ordered = njit(nogil=True, boundscheck=False, fastmath=_IN_ORDER)
+_parallel_ordered = njit(cache=True, nogil=True, boundscheck=False, parallel=True, fastmath=_IN_ORDER)
 
 
 @_inner
@@ -99,7 +104,7 @@ def _top(bits):
     return 0
 
 
-@_inner
+@_ordered
 def _exponentials(logits, top, found, powers, exponents):
     """Fill found with e^(x − top) of float32 logits, within 1e-11 of itself; below e^−700 it is taken for that.
 
@@ -116,19 +121,37 @@ def _exponentials(logits, top, found, powers, exponents):
         found[at] *= powers[at]
 
 
-@_inner
+@_ordered
+def _sum(values, count):
+    """Return the sum of the first so many values, in eight sums side by side."""
+    a = b = c = d = e = f = g = h = 0.0
+    whole = count - count % 8
+    for at in range(0, whole, 8):
+        a += values[at]
+        b += values[at + 1]
+        c += values[at + 2]
+        d += values[at + 3]
+        e += values[at + 4]
+        f += values[at + 5]
+        g += values[at + 6]
+        h += values[at + 7]
+    for at in range(whole, count):
+        a += values[at]
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+@_ordered
 def _nll(own, token, top, scratch, exponents):
     """Return −ln of the probability of a token."""
     mass = 0.0
     for start in range(0, own.shape[0], _CHUNK):
         part = own[start : start + _CHUNK]
         _exponentials(part, top, scratch[0], scratch[1], exponents)
-        for at in range(part.shape[0]):
-            mass += scratch[0, at]
+        mass += _sum(scratch[0], part.shape[0])
     return top + np.log(mass) - np.float64(own[token])
 
 
-@_inner
+@_ordered
 def _compare(reference, own, tops, token, scratch, exponents, found):
     """Fill found [4] with `SCORE_NAMES` of two rows; tops [2]: their largest values."""
     mass = rest = weighted = 0.0
@@ -136,10 +159,11 @@ def _compare(reference, own, tops, token, scratch, exponents, found):
         x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
         _exponentials(x, tops[0], scratch[0], scratch[1], exponents)
         _exponentials(y, tops[1], scratch[2], scratch[1], exponents)
+        mass += _sum(scratch[0], x.shape[0])
+        rest += _sum(scratch[2], x.shape[0])
         for at in range(x.shape[0]):
-            mass += scratch[0, at]
-            rest += scratch[2, at]
-            weighted += scratch[0, at] * (np.float64(x[at]) - np.float64(y[at]))
+            scratch[2, at] = scratch[0, at] * (np.float64(x[at]) - np.float64(y[at]))
+        weighted += _sum(scratch[2], x.shape[0])
     normaliser, other = tops[0] + np.log(mass), tops[1] + np.log(rest)
     if token >= 0:
         found[0] = other - np.float64(own[token])
@@ -147,7 +171,7 @@ def _compare(reference, own, tops, token, scratch, exponents, found):
     found[2] = weighted / mass - normaliser + other
 
 
-@_parallel
+@_parallel_ordered
 def score_rows(own, following, found, threads):
     """Fill found [T] with −ln of the probability of the token that follows, of logits [T, V]; NaN stays where it is −1.
 
@@ -164,7 +188,7 @@ def score_rows(own, following, found, threads):
                 found[row] = _nll(logits, following[row], top, scratch, scratch.view(np.int64)[1])
 
 
-@_parallel
+@_parallel_ordered
 def compare_rows(reference, own, following, found, threads):
     """Fill found [T, 4] with `SCORE_NAMES` of two logits [T, V], as those of `score_rows`; following: −1 for none."""
     share = (own.shape[0] + threads - 1) // threads

@@ -38,14 +38,15 @@ def smollm2(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 def wide_llama() -> nn.Module:
     """Make a random Llama of hidden 2048 with 4 layers in bfloat16."""
+    return random_llama(hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16)
+
+
+def random_llama(**shape: Any) -> nn.Module:
+    """Make a random Llama of a shape in bfloat16, on torch's default device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
-        vocab_size=32000,
-    )  # fmt: skip
-    model: nn.Module = LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(num_key_value_heads=8, vocab_size=32000, **shape))
     return model.to(torch.bfloat16).eval()
 
 

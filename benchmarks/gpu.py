@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, medians, wide_llama
+from common import arguments, medians, random_llama, wide_llama
 from overhead import EVERY, USUAL, bare
 from torch import Tensor, nn
 
@@ -25,20 +25,8 @@ PAIR: dict[str, Any] = {
 
 def eight_b_layers() -> nn.Module:
     """Make eight layers of the shape of a Llama of 8B parameters, random, in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=32000,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model: nn.Module = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model.eval()
+    with torch.device("cuda"):
+        return random_llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32)
 
 
 def awaited(run: Callable[[], object]) -> Callable[[], None]:

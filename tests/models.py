@@ -148,6 +148,25 @@ def padded_batch(lengths, side="right", seed=0, bos=False):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+SPECIAL = ("plain", "zeros", "nan and inf", "two tokens", "tiny", "no token axis")
+
+
+def special_rows(count, special):
+    """Return populations [count, 40, 24] whose channels spread differently, with something `SPECIAL` about them."""
+    x = torch.randn(count, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 24)
+    if special == "zeros":
+        x[0, 3], x[1] = 0, 0
+    elif special == "nan and inf":
+        x[1, 2, 3], x[2, 1, 1] = float("nan"), float("inf")
+    elif special == "two tokens":
+        x = x[:, :2]
+    elif special == "tiny":
+        x = x * 1e-4
+    elif special == "no token axis":
+        x = x.flatten(1)
+    return x
+
+
 def record(model, batches, layer, site, *, mask=None, tokens=None):
     """Return the populations of a site as float64 arrays, by plain hooks: batch by batch, call by call, row by row.
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -34,19 +35,9 @@ def assert_same(x, keep, statistics=STATISTICS):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("special", ["plain", "zeros", "nan and inf", "two tokens", "tiny", "no token axis"])
+@pytest.mark.parametrize("special", models.SPECIAL)
 def test_the_kernels_keep_the_same_numbers_as_the_operators(dtype, special):
-    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 24)
-    if special == "zeros":
-        x[0, 3], x[1] = 0, 0
-    elif special == "nan and inf":
-        x[1, 2, 3], x[2, 1, 1] = float("nan"), float("inf")
-    elif special == "two tokens":
-        x = x[:, :2]
-    elif special == "tiny":
-        x = x * 1e-4
-    elif special == "no token axis":
-        x = x.flatten(1)
+    x = models.special_rows(3, special)
     keep = [None] * 3 if x.dim() == 2 else [None, torch.arange(1, x.shape[1]), torch.tensor([0])]
     assert_same(x.to(dtype), keep)
 

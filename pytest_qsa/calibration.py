@@ -17,13 +17,14 @@ from .config.noise import SIDES, Noise, Side
 from .errors import AnomalyError
 from .measuring import measured
 from .ratchet import outward
+from .registry import TWO_SIDED_95
 from .series import Series
 
 FIGURES = 4
 """The significant digits of a mean and a sigma as a suite keeps them."""
 IDENTICAL = 200.0
 """What stands for +∞ dB where nothing differs from the reference: float32's own rounding is at 150 dB."""
-STANDARD_ERRORS = 2 * 1.959963984540054
+STANDARD_ERRORS = 2 * TWO_SIDED_95
 """So many are between the ends of a 95 % interval."""
 
 

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from . import plan
 from .errors import AnomalyError
 from .numbers import ERROR_NAMES, PADDING
-from .registry import Estimate, Values, View, metric
+from .registry import TWO_SIDED_95, Estimate, Values, View, metric
 
 SIGNAL, ERROR, OWN, LARGEST = range(len(ERROR_NAMES))
 By = Literal["tensor", "token", "channel"]
 WeightBy = Literal["tensor", "channel"]
 Rows = Annotated[int, Ge(2), Le(4096)]
-TWO_SIDED_95 = 1.959963984540054
-"""The quantile of the normal distribution for 95 % on both sides."""
 
 
 def _error_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:

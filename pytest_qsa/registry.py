@@ -18,6 +18,9 @@ Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Values = NDArray[np.float64]
 
+TWO_SIDED_95 = 1.959963984540054
+"""The quantile of the normal distribution for 95 % on both sides: so many standard errors to each end."""
+
 REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
     "max": lambda values: float(np.max(values)),
     "mean": lambda values: float(np.mean(values)),

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from . import plan
 from .errors import AnomalyError
 from .numbers import SCORE_NAMES, SiteNumbers
-from .registry import Estimate, View, metric
+from .registry import TWO_SIDED_95, Estimate, View, metric
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
 KlStat = Literal["mean", "median", "p99", "max"]
 DeltaStat = Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"]
-TWO_SIDED_95 = 1.959963984540054
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from .assertions import Kind, Verdict
 from .captures import Capture
@@ -16,11 +17,20 @@ from .findings import Finding
 from .metrics import METRICS
 from .origins import origin_of
 
+OF_LAYERS = ("checkpoint_scales", "checkpoint_weights", "checkpoint_formats", "checkpoint_keys")
+"""The checks that a layer can fail; settings are of the whole checkpoint, and take longer than all of these."""
 
-def diagnosed(verdict: Verdict, capture: Capture, files: Callable[[], Files]) -> Verdict:
+
+def diagnosed(
+    verdict: Verdict,
+    capture: Capture,
+    files: Callable[[], Files],
+    origins: MutableMapping[Capture, dict[str, str]],
+) -> Verdict:
     """Explain a verdict that is out of bounds against a reference; return any other as it is.
 
-    `files`: the checkpoint's, for its static checks; it raises `InfraError` where there is none.
+    `files`: the checkpoint's, for its static checks; it raises `InfraError` where there is none. `origins`: what has
+    been found of each capture, which is the same for all of its verdicts; it is filled here.
     """
     metric = METRICS.get(verdict.query.get("metric", ""))
     if metric is None or not metric.against or capture.reference is None:
@@ -33,10 +43,15 @@ def diagnosed(verdict: Verdict, capture: Capture, files: Callable[[], Files]) ->
     if verdict.kind is Kind.ANOMALOUS:
         return verdict
 
-    def findings_at(layer: str) -> Sequence[Finding]:
-        try:
-            return problems_of(files(), "checkpoint_health", rf"^{re.escape(layer)}(\.|$)")[1]
-        except QsaError:
-            return ()
+    if capture not in origins:
+        origins[capture] = origin_of(capture, partial(_findings, files))
+    return replace(verdict, origin=origins[capture])
 
-    return replace(verdict, origin=origin_of(capture, findings_at))
+
+def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:
+    """Return what the first check that finds something says of a layer and of all below it."""
+    for check in OF_LAYERS:
+        with suppress(QsaError):  # no files, or nothing there that this check looks at
+            if found := problems_of(files(), check, rf"^{re.escape(layer)}(\.|$)")[1]:
+                return found
+    return ()

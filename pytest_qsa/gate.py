@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import shlex
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class Gate:
     _fixtures: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
     _releases: dict[Path, Capture] = field(default_factory=dict)
+    _origins: MutableMapping[Capture, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
 
     def subject_of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
@@ -257,8 +258,6 @@ class Gate:
     ) -> Verdict:
         """Add to a verdict all that a reader needs, record it on the item, and draw it if it failed."""
         item = request.node
-        if capture is not None and self.options.redact:
-            capture = capture.redacted()
         subject = self.subject_of(item)
         verdict = replace(
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
@@ -268,7 +267,9 @@ class Gate:
             if verdict.rows and self._reported(verdict):
                 verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
         if capture is not None:
-            verdict = diagnosed(beside_reference(verdict, capture), capture, partial(self.files_of, request))
+            verdict = diagnosed(verdict, capture, partial(self.files_of, request), self._origins)
+            capture = capture.redacted() if self.options.redact else capture
+            verdict = beside_reference(verdict, capture)
             verdict = replace(verdict, run=run_of(capture), sinks=capture.sinks.summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []

@@ -9,7 +9,7 @@ import torch
 from checkpoint_folders import FORMATS, edited, peaks, save_llama, suite
 from safetensors.torch import save_file
 
-from pytest_qsa.checkpoint import CHECKS, Files, open_folder, problems_of
+from pytest_qsa.checkpoint import CHECKS, Files, checks, open_folder, problems_of
 from pytest_qsa.checkpoint.tensors import decoded
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 
@@ -419,6 +419,20 @@ def test_a_checkpoint_that_is_cut_short_or_absent_is_an_infra_error(int8_llama, 
         found(folder)
     with pytest.raises(InfraError, match="no hub id in the local cache"):
         found("nobody/nothing")
+
+
+def test_a_file_is_read_once_for_all_assertions_whether_they_say_the_defaults_or_not(int8_llama, monkeypatch):
+    read = []
+    looking = checks.unsound_scales
+    monkeypatch.setattr(checks, "unsound_scales", lambda folder: read.append(folder) or looking(folder))
+    files = Files(open_folder(int8_llama))
+    for metric, parameters in (
+        ("checkpoint_scales", {}),
+        ("checkpoint_scales", {"spread": 8.0}),
+        ("checkpoint_health", {}),
+    ):
+        problems_of(files, metric, **parameters)
+    assert len(read) == 1
 
 
 def test_nothing_passes_where_there_is_nothing_to_check(llama, int8_llama):

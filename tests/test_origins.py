@@ -5,11 +5,15 @@ import copy
 import models
 import pytest
 import torch
-from checkpoint_folders import Project, save_llama, suite
+from checkpoint_folders import Project, edited, save_llama, suite
 from test_reference import damaged
 
 from pytest_qsa import capture
+from pytest_qsa.assertions import judge_bounds
+from pytest_qsa.checkpoint import Files, open_folder
+from pytest_qsa.diagnosis import diagnosed
 from pytest_qsa.origins import origin_of
+from pytest_qsa.series import Bounds
 
 LAYER = "model.layers.2.mlp.down_proj"
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"
@@ -82,6 +86,27 @@ def test_identical_models_have_no_origin(original):
     assert origin_of(compared(original, copy.deepcopy(original), "weights")) == {}
 
 
+def test_settings_that_cannot_be_read_hide_no_scale_that_is_off(original, int8_llama, llama, tmp_path):
+    folder = edited(int8_llama, tmp_path / "broken", lambda weights: weights[f"{LAYER}.weight_scale"].mul_(4))
+    (folder / "tokenizer.json").write_text("{")
+    found = compared(original, with_weight(original, lambda weight: 2 * weight), "weights")
+    verdict = judge_bounds(found.weight(LINEAR).weight_sqnr(), Bounds(min=99))
+    files = Files(open_folder(folder), open_folder(llama))
+    told = diagnosed(verdict, found, lambda: files, {}).origin
+    assert f"; {LAYER}.weight_scale: the median scale is 4 × that of its 4 siblings" in told["suspect"]
+
+
+COUNTED = """\
+import pytest_qsa.diagnosis as diagnosis
+looked = diagnosis.origin_of
+def counting(*arguments):
+    with open("looks.txt", "a") as file:
+        file.write("look\\n")
+    return looked(*arguments)
+diagnosis.origin_of = counting
+"""
+
+
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
     """Gate a copy of a checkpoint with one weight tripled against it."""
@@ -95,6 +120,7 @@ def failed(tmp_path_factory):
         r"id: own, metric: local_sqnr, layers: _proj$, min: 99",
     )
     project.write("a.qsa.yaml", text.replace(f"path: {broken}", f"path: {broken}, reference: {kept}"))
+    project.write("conftest.py", COUNTED)
     project.run = project.pytest("--qsa-report=always")
     return project
 
@@ -113,3 +139,8 @@ def test_an_estimate_stands_in_its_interval(failed):
 def test_the_report_says_so_as_well(failed):
     page = failed.read("qsa-results/report.html")
     assert "on the reference&#39;s input its sqnr is" in page
+
+
+def test_what_fails_of_one_pass_is_explained_by_one_look(failed):
+    assert {failed.run.outcomes[f"a.qsa.yaml::{name}"] for name in ("predictions", "own")} == {"failed"}
+    assert failed.read("looks.txt").split() == ["look"]

@@ -84,7 +84,7 @@ def _check(layers: Callable[[Files], Sequence[str]]) -> Callable[[Callable[..., 
     def register(function: Callable[..., Iterable[Finding]]) -> Callable[..., tuple[Finding, ...]]:
         @wraps(function)
         def once(files: Files, **parameters: Any) -> tuple[Finding, ...]:
-            return files.once(function, parameters)
+            return files.once(function, (function.__kwdefaults__ or {}) | parameters)
 
         CHECKS[function.__name__] = Check(function.__name__, 1, once, layers)
         return once

@@ -17,7 +17,7 @@ from checkpoint_folders import peaks, suite
 from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
 from pytest_qsa.comparing.changes import Change
-from pytest_qsa.comparing.conditions import Condition
+from pytest_qsa.comparing.conditions import Condition, told
 from pytest_qsa.comparing.measures import Measure
 
 SITES = [(r"down_proj$", "output"), (r"layers\.\d$", "output"), (r"down_proj$", "weight")]
@@ -169,6 +169,32 @@ def test_numbers_that_are_not_finite_come_first_and_break_a_condition(qsa, folde
     assert Condition.parse("rms > +5%")._broken(change)
     assert not Condition.parse("rms > 5%")._broken(Change(measure, "x", math.inf, math.inf, 0))
     assert Change(measure, "x", 0.0, 1.0, 0).relative == math.inf
+
+
+def test_what_equals_its_reference_is_at_infinite_decibels_and_stays_reaches_or_leaves_them(qsa, folder):
+    layers = {"same": ("Infinity", "Infinity"), "reached": (30.0, "Infinity"), "left": ("Infinity", 30.0)}
+    for side, name in enumerate(("before", "after")):
+        values = {layer: pair[side] for layer, pair in layers.items()}
+        (folder / f"{name}.json").write_text(baseline(values, definition="sqnr/1", site="output", by="tensor"))
+    conditions = [word for text in ("sqnr > 1%", "sqnr > 3", "sqnr < -1%") for word in ("--fail-on", text)]
+    code, out, _ = qsa("before.json", "after.json", *conditions, "--html", "d.html")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+
+    assert code == 1
+    assert "2 numbers moved by more than 1 %, worst first" in lines
+    assert "reached sqnr @output 30 ∞ dB better: equal now" in lines
+    assert "left sqnr @output ∞ dB 30 equal no more" in lines
+    assert "FAILED sqnr > 1%: 2 × broken" in lines
+    assert "FAILED sqnr > 3: 2 × broken" in lines
+    assert lines[lines.index("FAILED sqnr < -1%: 1 × broken") + 1] == "left: sqnr @output ∞ dB → 30 (equal no more)"
+    assert "not finite" not in out + (folder / "d.html").read_text()
+    assert qsa("after.json", "after.json")[1].count("0 numbers moved") == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [(30.0, math.nan), (math.nan, math.inf), (30.0, -math.inf)])
+def test_decibels_that_are_not_sound_stay_not_finite(old, new):
+    assert told(Change(Measure("sqnr", "output"), "x", old, new, 0)) == "not finite"
+    assert told(Change(Measure("rms", "output"), "x", 1.0, math.inf, 0)) == "not finite"
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,11 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """(new − old) / |old|; infinite where something came from zero, NaN where a number is not finite."""
+        """(new − old) / |old|; infinite from zero and between a number and ∞ dB, NaN where one is not finite."""
         if not (math.isfinite(self.old) and math.isfinite(self.new)):
-            return 0.0 if self.old == self.new else math.nan
+            odd = [value for value in (self.old, self.new) if not math.isfinite(value)]
+            known = len(odd) == 1 and self.measure.is_perfect(odd[0])
+            return self.delta if known else 0.0 if self.old == self.new else math.nan
         if self.delta == 0:
             return 0.0
         return self.delta / abs(self.old) if self.old else math.copysign(math.inf, self.delta)

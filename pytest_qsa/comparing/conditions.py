@@ -70,11 +70,7 @@ class Condition:
         if not changes:
             shown = ", ".join(sorted({str(measure) for measure in comparison.measures}))
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
-        lines = [
-            f"{change.layer}: {change.measure} {change.old:.4g} → {change.new:.4g} ({percent(change.relative)})"
-            for change in changes
-            if self._broken(change)
-        ]
+        lines = [f"{change.layer}: {_values(change)} ({told(change)})" for change in changes if self._broken(change)]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", comparison.vanished), ("appeared", comparison.appeared)):
             lines += [f"{layer}: {word}, so {measure} has nothing to compare" for measure, layers in sides.items()
@@ -102,6 +98,19 @@ class Condition:
                 f"--fail-on '{self.text}': the outlier tokens are known only with a capture on both sides"
             )
         return [f"{len(tokens)} {self.name.replace('_', ' ')}"] if len(tokens) > self.limit else []
+
+
+def _values(change: Change) -> str:
+    return f"{change.measure} {change.measure.text_of(change.old)} → {change.measure.text_of(change.new)}"
+
+
+def told(change: Change) -> str:
+    """Write how far a number moved: `+5.2 %`; of one that reached ∞ dB, or left it, which of the two."""
+    if math.isinf(change.relative) and change.measure.is_perfect(change.new):
+        return "better: equal now"
+    if math.isinf(change.relative) and change.measure.is_perfect(change.old):
+        return "equal no more"
+    return percent(change.relative)
 
 
 def percent(change: float) -> str:

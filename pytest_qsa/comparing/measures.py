@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..assertions import number
 from ..baseline_file import BaselineFile
+from ..metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Measure:
         """The name by which `--fail-on` knows it: `magnitude.top1`."""
         stat = self.arguments.get("stat")
         return f"{self.metric}.{stat}" if stat is not None else self.metric
+
+    def is_perfect(self, value: float) -> bool:
+        """Say whether a value is the +∞ dB of what does not differ from the reference at all."""
+        return value == math.inf and self.metric in METRICS and METRICS[self.metric].unit == "dB"
+
+    def text_of(self, value: float) -> str:
+        """Write one of its values: `12.3`, `∞ dB`."""
+        return "∞ dB" if self.is_perfect(value) else number(value)
 
     def __str__(self) -> str:
         """Write it as short as a table's cell has to be: `magnitude.top1 @output`."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ..assertions import number
 from ..markdown import escaped, fitted, table_lines
 from ..terminal import visible
 from .changes import Change, Comparison, OutlierToken
-from .conditions import percent
+from .conditions import percent, told
 from .measures import Measure
 
 SUMMARY = ["measure", "layers", "moved", "median", "worst", "at"]
@@ -32,10 +32,17 @@ def summaries(comparison: Comparison, least: float = MOVED) -> Iterator[dict[str
             "measure": str(measure),
             "layers": len(changes),
             "moved": sum(change.size > least for change in changes),
-            "median": percent(median(change.relative for change in changes)),
-            "worst": percent(changes[0].relative),
+            "median": _median(changes),
+            "worst": told(changes[0]),
             "where": changes[0].layer if changes[0].size else "–",
         }
+
+
+def _median(changes: Sequence[Change]) -> str:
+    middle = median(change.relative for change in changes)
+    if math.isfinite(middle) or any(math.isnan(change.relative) for change in changes):
+        return percent(middle)
+    return told(sorted(changes, key=lambda change: change.relative)[len(changes) // 2])
 
 
 def remarks(comparison: Comparison) -> Iterator[str]:
@@ -91,7 +98,8 @@ def _summary_cells(comparison: Comparison, least: float) -> list[list[str]]:
 
 def cells(change: Change) -> list[str]:
     """Return a change as the cells of a table."""
-    return [change.layer, str(change.measure), number(change.old), number(change.new), percent(change.relative)]
+    measure = change.measure
+    return [change.layer, str(measure), measure.text_of(change.old), measure.text_of(change.new), told(change)]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -140,7 +148,7 @@ def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]
 
     rows = [
         {"layer": change.layer, "measure": str(change.measure), "old": change.old, "new": change.new,
-         "change": percent(change.relative), "size": change.size, "moved": change.size > least,
+         "change": told(change), "size": change.size, "moved": change.size > least,
          "heat": _heat(change), "depth": change.depth}
         for change in comparison.changes
     ]  # fmt: skip
@@ -159,8 +167,8 @@ def _strips(comparison: Comparison) -> list[tuple[Measure, list[dict[str, Any]]]
     for measure in comparison.measures:
         changes = sorted((c for c in comparison.changes if c.measure == measure), key=lambda change: change.depth)
         strips.append((measure, [
-            {"heat": _heat(change), "title": f"{change.layer}: {number(change.old)} → {number(change.new)} "
-             f"({percent(change.relative)})"} for change in changes
+            {"heat": _heat(change), "title": f"{change.layer}: {change.measure.text_of(change.old)} → "
+             f"{change.measure.text_of(change.new)} ({told(change)})"} for change in changes
         ]))  # fmt: skip
     return strips
 

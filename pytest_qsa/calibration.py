@@ -16,7 +16,7 @@ from .config.bounds import Relative, Stated
 from .config.noise import SIDES, Noise, Side
 from .errors import AnomalyError
 from .measuring import measured
-from .ratchet import outward
+from .ratchet import SPARE, outward
 from .registry import TWO_SIDED_95
 from .series import Series
 
@@ -141,8 +141,8 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
     decides = farthest(layers, key=lambda index: noises[index].floor(side))
     reached = farthest(noises[decides].floor(side), *spread.whole[layers].tolist())
     whole = bool((spread.parts[:, layers] == np.round(spread.parts[:, layers])).all())
-    if spread.tokens and side == "max" and not noises[decides].sigma:
-        reached += 1
+    if spread.tokens and side == "max" and noises[decides].steady:
+        reached += SPARE
     proposed = float(math.ceil(reached) if side == "max" else math.floor(reached)) if whole else outward(side, reached)
     return Proposal(side, group, spread.layers[decides], bound, proposed, noises[decides])
 

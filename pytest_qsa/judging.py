@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from .captures import Capture
 from .checkpoint import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
-from .config import CheckpointAssertion, ExternalAssertion, MeasuredAssertion
+from .config import Assertion, CheckpointAssertion, ExternalAssertion, MeasuredAssertion
 from .config.yaml_source import Location
 from .errors import QsaError, QsaWarning, SuiteError
 from .evals.judging import judge_scores
@@ -66,8 +66,8 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     place = suite.file.bound_place_of(index, key)
     if gate.options.ratchet:
         schemes, place_of = capture.schemes if capture else None, partial(suite.file.bound_place_of, index)
-        floors = assertion.noise.floors if assertion.noise else {}
-        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of, floors))
+        floors, spare = _room(assertion)
+        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of, floors, spare))
     verdict = replace(verdict, reason=assertion.reason)
     verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
     _warn_unused(request, suite, index, verdict)
@@ -75,6 +75,14 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
         raise_at(place, assertion.id, GateFailure(verdict))
     if verdict.kind is Kind.WARNED:
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
+
+
+def _room(assertion: Assertion) -> tuple[Mapping[tuple[str, ...], float], Collection[tuple[str, ...]]]:
+    """Return what calibration left beside the bounds: their floors, and which of them have room for one token more."""
+    if assertion.noise is None:
+        return {}, ()
+    tokens = assertion.query.unit == "tokens"
+    return assertion.noise.floors, {key for key in assertion.noise.steady if tokens and key[0] == "max"}
 
 
 def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .config.yaml_source import Location, Place
 
 DIGITS = 2
 """The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""
+SPARE = 1
+"""So many tokens of room has a number of tokens that calibration saw the same in all parts of the data."""
 
 
 def limits_of(
@@ -26,11 +28,12 @@ def limits_of(
     schemes: Mapping[str, str] | None,
     place: Callable[[Location], Place],
     floors: Mapping[tuple[str, ...], float],
+    spare: Collection[tuple[str, ...]] = (),
 ) -> list[Limit]:
     """Return each number that an assertion states as its `max` or `min`, with the value that comes nearest to it.
 
     Without rows, for nothing sound was seen, the bound itself is the nearest value: it stays as it is. `floors`: the
-    noise under a bound, which counts as a value.
+    noise under a bound, which counts as a value. `spare`: the bounds that calibration gave room for one token more.
     """
     rows = list(rows)
     nearest = dict(floors) if rows else {}
@@ -41,7 +44,7 @@ def limits_of(
                 nearest[key] = worse(nearest.get(key, row.value), row.value)
     limits = []
     for key, bound in _numbers(stated):
-        value = nearest.get(key, bound)
+        value = nearest[key] + SPARE * (key in spare) if key in nearest else bound
         at = place(key)
         limits.append(Limit(str(at.path), at.line, key[0], key[-1], bound, value))
     return limits
@@ -58,6 +61,8 @@ def _numbers(stated: Mapping[str, Stated]) -> Iterator[tuple[tuple[str, ...], fl
 
 def tighter(side: str, bound: float, nearest: float) -> float | None:
     """Return a bound that the nearest value still meets, if there is a tighter one: a whole number stays exact."""
+    if not math.isfinite(nearest):  # +∞ dB, of what equals its reference: there is no number to hold it by
+        return None
     proposed = outward(side, nearest)
     return proposed if (proposed < bound if side == "max" else proposed > bound) else None
 

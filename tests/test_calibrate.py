@@ -1,6 +1,7 @@
 """`qsa calibrate`: the noise floor of a suite's numbers, and bounds that keep above it."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import models
@@ -258,13 +259,19 @@ def test_pytest_refuses_such_a_suite_as_wrong(own_project, llama):
     assert "g.qsa.yaml:4: max 40 is below the noise floor 40.2" in run.out
 
 
-def test_the_ratchet_stops_at_the_noise_floor(own_project, llama):
-    noise = "noise: {max: {mean: 500, sigma: 10, n: 8, k: 6}}"
-    own_project.write(
-        "g.qsa.yaml", suite(llama, rf"id: a, metric: absmax, layers: layers\.\d$, site: output, max: 900, {noise}")
+def test_the_ratchet_stops_at_the_noise_floor_and_leaves_a_number_of_tokens_its_room_for_one_more(own_project, llama):
+    blocks, steady = r"layers: layers\.\d$, site: output", "noise: {max: {mean: 0, sigma: 0, n: 8, k: 6}}"
+    text = suite(
+        llama,
+        f"id: a, metric: absmax, {blocks}, max: 900, noise: {{max: {{mean: 500, sigma: 10, n: 8, k: 6}}}}",
+        f"id: calibrated, metric: outlier_tokens, {blocks}, max: 11, {steady}",
+        f"id: stated, metric: outlier_tokens, {blocks}, max: 12",
+        f"id: elements, metric: nonfinite, {blocks}, max: 13, {steady}",
     )
+    own_project.write("g.qsa.yaml", text)
     run = own_project.pytest("--qsa-ratchet", "--qsa-report=never")
-    assert "max: 560" in run.out, run.out
+    found = {name: int(bound) for name, bound in re.findall(r"^\+.*id: (\w+),.* max: (\d+)", run.out, re.MULTILINE)}
+    assert found == {"a": 560, "calibrated": 1, "stated": 0, "elements": 0}, run.out
 
 
 def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 
 import pytest
@@ -44,6 +45,7 @@ assertions:
         ("min", 1.0, 1.29, 1.2),
         ("min", -5.0, -1.21, -1.3),
         ("min", 1.0, 0.5, None),
+        ("min", 30.0, math.inf, None),
     ],
 )
 def test_a_proposal_is_rounded_away_from_the_values_and_only_ever_tighter(side, bound, nearest, proposed):

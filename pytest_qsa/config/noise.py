@@ -22,6 +22,11 @@ class Noise(Strict):
     n: Annotated[int, Field(ge=2, description="parts of the data")]
     k: Annotated[float, Field(ge=0, description="how many sigmas a bound has to leave")]
 
+    @property
+    def steady(self) -> bool:
+        """Whether the number was the same in all parts."""
+        return not self.sigma
+
     def floor(self, side: Side) -> float:
         """Return the tightest bound on that side: mean + k·sigma for a `max`, mean − k·sigma for a `min`."""
         return self.mean + self.k * self.sigma if side == "max" else self.mean - self.k * self.sigma
@@ -56,6 +61,16 @@ class Noises(Strict):
             for side in SIDES
             for group, own in _by_group(getattr(self, side))
         }
+
+    @property
+    def steady(self) -> frozenset[tuple[str, ...]]:
+        """The bounds whose number was the same in all parts, by the keys that lead to them."""
+        return frozenset(
+            (side, group) if group else (side,)
+            for side in SIDES
+            for group, own in _by_group(getattr(self, side))
+            if own.steady
+        )
 
     def check(self, stated: dict[str, Stated]) -> None:
         """Check that no bound is tighter than its noise allows.

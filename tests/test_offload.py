@@ -8,6 +8,7 @@ import pytest
 from pytest_qsa.config import Data, Memory, Model
 from pytest_qsa.engine import models
 from pytest_qsa.engine.running import capture_subject
+from pytest_qsa.errors import InfraError
 from pytest_qsa.plan import MOMENTS, TOKENS, Request
 from pytest_qsa.subjects import Subject
 
@@ -46,7 +47,15 @@ def test_a_model_larger_than_memory_is_offloaded_and_its_numbers_are_the_same(ll
 def test_what_was_offloaded_to_disk_is_removed_after_the_pass(llama, little_memory, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     captured(llama)
-    assert list(tmp_path.glob("qsa-offload-*")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_offloaded_is_removed_where_the_model_lacks_the_part_that_is_asked_for(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spec, memory = Model(path=str(llama), submodule="thinker"), Memory(device="cpu", offload_device="disk")
+    with pytest.raises(InfraError, match="'thinker' does not exist"):
+        models.load_model(spec, str(llama), memory, allow_code=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_offloading_can_be_forbidden(llama, little_memory):

@@ -48,6 +48,10 @@ def die_after(count, file, subject):
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits(llama, tmp_path, monkeypatch, disk):
     monkeypatch.setattr("pytest_qsa.engine.capturing.WAVE", 2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     file, subject = tmp_path / "sums.partial", subject_of(llama, disk)
     whole = capture_subject(subject, REQUESTS)
     child = multiprocessing.get_context("spawn").Process(target=die_after, args=(4, file, subject))
@@ -55,6 +59,7 @@ def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
     assert file.exists()
+    assert any(path.is_dir() for path in scratch.glob("qsa-offload-*")) == disk
     told = []
     resumed = capture_subject(
         subject, REQUESTS, progress=lambda done, total: told.append((done, total)), share=Share(sums=PartialSums(file))
@@ -63,6 +68,7 @@ def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits
     assert told[-1] == (6, 6)
     assert same(resumed, whole)
     assert not file.exists()
+    assert not any(path.is_dir() for path in scratch.glob("qsa-offload-*"))
 
 
 def test_sums_that_are_damaged_or_of_another_plan_are_not_gone_on_from(llama, tmp_path):

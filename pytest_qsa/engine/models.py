@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..config import Memory, Model
 from ..errors import InfraError
+from ..scratch import Scratch
 from .disk import check_format, skipping_packed, stream_of
 from .modules import device_of
 from .quiet import quiet
@@ -35,7 +35,7 @@ class Loaded:
         self,
         model: nn.Module,
         tokenizer: Any,
-        scratch: TemporaryDirectory[str] | None = None,
+        scratch: Scratch | None = None,
         stream: Stream | None = None,
     ) -> None:
         self.model = model
@@ -81,7 +81,11 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
         raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
     if spec.submodule:
-        loaded.model = submodule_of(loaded.model, spec.submodule)
+        try:
+            loaded.model = submodule_of(loaded.model, spec.submodule)
+        except InfraError:
+            loaded.close()
+            raise
     return loaded
 
 
@@ -108,7 +112,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         check_format(path, config, gguf=bool(spec.gguf_file))
         kind = skipping_packed(kind)
     placement = {"device_map": {"": "disk"}} if streamed else _placement(path, memory)
-    scratch = TemporaryDirectory(prefix="qsa-offload-") if placement else None
+    scratch = Scratch("qsa-offload") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
     arguments = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, **placement, **offload}
     with contextlib.ExitStack() as cleaning:

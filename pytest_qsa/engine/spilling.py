@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InfraError
+from ..scratch import Scratch
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Spill:
         self.limit = psutil.virtual_memory().available // 4 if limit is None else limit
         self.in_memory = 0
         self.spilled_bytes = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
         self._waiting: set[int] = set()
         self._number = 0
 
@@ -76,7 +76,7 @@ class Spill:
 
     def _write(self, held: Held) -> None:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="qsa-hidden-")
+            self._folder = Scratch("qsa-hidden")
         self._number += 1
         held.file = Path(self._folder.name) / str(self._number)
         try:

@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoint import Folder
 from ..errors import InfraError, SuiteError, did_you_mean, shown_path
 from ..plan import match_layers
+from ..scratch import Scratch
 from .copies import Mutant
 from .faults import FAULTS, Fault
 from .perplexity import FILE, PerplexityGate, judged, taken
@@ -100,7 +101,7 @@ class Selftest:
             SuiteError: the suite fails on the checkpoint as it is, so that a failure would mean nothing.
             InfraError: pytest could not run.
         """
-        with tempfile.TemporaryDirectory(prefix="qsa-selftest-") as scratch:
+        with Scratch("qsa-selftest") as scratch:
             home = Path(scratch)
             told("the suite on an unchanged copy")
             healthy = self._healthy(home)

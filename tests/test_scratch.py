@@ -1,0 +1,65 @@
+"""Temporary folders: none outlives its run for long, and nothing is removed that is not our own."""
+
+from pathlib import Path
+
+import pytest
+
+from pytest_qsa.scratch import Scratch
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def orphan(home, name="0123abcd"):
+    """Leave what a killed run leaves."""
+    (home / f"qsa-offload-{name}.lock").write_bytes(b"")
+    folder = home / f"qsa-offload-{name}-left"
+    folder.mkdir()
+    (folder / "weight.dat").write_bytes(b"0")
+    return folder
+
+
+def test_it_is_gone_with_its_lock_when_it_is_cleaned_up(home):
+    with Scratch("qsa-offload") as name:
+        Path(name, "weight.dat").write_bytes(b"0")
+        assert Path(name).parent == home
+    assert list(home.iterdir()) == []
+
+
+def test_the_next_one_removes_what_a_killed_run_has_left(home):
+    orphan(home)
+    with Scratch("qsa-offload") as name:
+        assert {path.name for path in home.iterdir() if path.is_dir()} == {Path(name).name}
+
+
+def test_a_folder_in_use_one_without_a_lock_and_one_of_another_kind_stay(home):
+    other, unknown = orphan(home, "ffffffff"), home / "qsa-offload-mine"
+    unknown.mkdir()
+    with Scratch("qsa-offload") as first, Scratch("qsa-hidden"), Scratch("qsa-offload"):
+        assert Path(first).is_dir()
+        assert unknown.is_dir()
+        assert not other.exists()
+    kept = orphan(home)
+    with Scratch("qsa-hidden"):
+        assert kept.is_dir()
+
+
+def test_no_link_in_a_shared_folder_leads_it_elsewhere(home, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "precious").write_bytes(b"1")
+    orphan(home)
+    (home / "qsa-offload-0123abcd-link").symlink_to(elsewhere)
+    (home / "qsa-offload-89.lock").symlink_to(elsewhere / "precious")
+    with Scratch("qsa-offload"):
+        pass
+    assert (elsewhere / "precious").read_bytes() == b"1"
+
+
+def test_what_another_user_has_left_is_not_ours(home, monkeypatch):
+    theirs = orphan(home)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with Scratch("qsa-offload"):
+        assert theirs.is_dir()

@@ -140,7 +140,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """A token behind a value: where it is, what it says (with its neighbours), and how far it stands out."""
+    """A token behind a value: where it is, what it says (with its neighbours), and how far it stands out.
+
+    `of`: what its `magnitude` is, of which `ratio` is the multiple of the median. `share`: of the error of all tokens
+    that count, where the value is one against the reference and each token's error was kept.
+    """
 
     layer: str
     sample: int
@@ -153,6 +157,8 @@ class TokenEvidence:
     channel: int
     sink: bool
     call: int = 0
+    of: str = "|x|"
+    share: float | None = None
 
 
 @dataclass(frozen=True)

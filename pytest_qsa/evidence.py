@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .assertions import TokenEvidence, Verdict
 from .captures import Capture
-from .metrics import View
-from .numbers import SiteNumbers
+from .fidelity import ERROR, LARGEST, SIGNAL, compared_tokens, local_tokens
+from .metrics import METRICS, View
+from .numbers import SiteNumbers, lower_median
+from .sinks import Sinks
 
 NEIGHBOURS = 6
 
@@ -17,20 +22,34 @@ NEIGHBOURS = 6
 def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *, most: int = 5) -> list[TokenEvidence]:
     """Return the most outlying tokens of the layers, largest multiple of the median first, of those that count.
 
-    Where the metric has a threshold, those above it; the one nearest to it where there are none.
+    Of an error against the reference, the tokens that have most of it, as far as it was kept of each. Where the metric
+    has a threshold, those above it; the one nearest to it where there are none.
     """
     site, positions = verdict.query["site"], verdict.positions or "all"
+    metric, sinks = METRICS[verdict.query["metric"]], sinks_behind(capture, verdict.query)
     found: list[TokenEvidence] = []
     for layer in layers:
         numbers = capture.sites.get((layer, site))
-        if numbers is not None and numbers.token_max is not None and site != "weight":
-            found += _of_layer(capture, layer, View(numbers, site, positions, capture.sinks, layer), most)
+        if numbers is None or site == "weight":
+            continue
+        view = View(numbers, site, positions, sinks, layer)
+        errors = _of_errors(capture, view, verdict.query, most) if metric.against and not metric.tokenwise else []
+        if not errors and numbers.token_max is not None:
+            errors = _of_magnitudes(capture, view, most)
+        found += errors
     found = sorted(found, key=lambda token: -token.ratio)[:most]
     threshold = verdict.query["parameters"].get("threshold", 0.0)
     return [token for token in found if token.ratio > threshold] or found[:1]
 
 
-def _of_layer(capture: Capture, layer: str, view: View, most: int) -> list[TokenEvidence]:
+def sinks_behind(capture: Capture, query: Mapping[str, Any]) -> Sinks:
+    """Return the sinks that `positions` is about: the reference's where a metric compares with it, else the model's."""
+    metric = METRICS.get(query.get("metric", ""))  # an error may have come before anything was asked
+    against = metric is not None and metric.against
+    return capture.reference.sinks if against and capture.reference is not None else capture.sinks
+
+
+def _of_magnitudes(capture: Capture, view: View, most: int) -> list[TokenEvidence]:
     numbers = view.numbers
     candidates: list[tuple[float, int, int]] = []
     for population in range(numbers.populations):
@@ -38,18 +57,57 @@ def _of_layer(capture: Capture, layer: str, view: View, most: int) -> list[Token
         top = np.argsort(-ratios, kind="stable")[:most]
         candidates += [(float(ratios[i]), population, int(i)) for i in top if np.isfinite(ratios[i])]
     largest = sorted(candidates, key=lambda item: -item[0])[:most]
-    return [_token(capture, layer, numbers, ratio, population, position) for ratio, population, position in largest]
+    found = []
+    for ratio, population, position in largest:
+        magnitude = float(numbers.tokens_of(population)[position])
+        found.append(_token(capture, view, population, position, magnitude=magnitude, ratio=ratio))
+    return found
+
+
+def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int) -> list[TokenEvidence]:
+    """Return the tokens with the largest error; none where no token's was kept, or none has any."""
+    numbers, local = view.numbers, query["metric"] == "local_sqnr"
+    if (numbers.local if local else numbers.error) is None or not numbers.token_axis:
+        return []
+    kept = [(local_tokens if local else compared_tokens)(view, each) for each in range(numbers.populations)]
+    populations = np.repeat(np.arange(len(kept)), [len(at) for at, _ in kept])
+    positions = np.concatenate([at for at, _ in kept])
+    powers = np.concatenate([rows for _, rows in kept])
+    of, sizes = _sizes(query, powers)
+    sizes = np.where(np.isfinite(sizes), sizes, 0.0)
+    whole, apart = float(powers[:, ERROR].sum()), sizes[sizes > 0]
+    if not apart.size or not np.isfinite(whole):
+        return []
+    median = lower_median(apart)
+    largest = [i for i in np.argsort(-sizes, kind="stable")[:most].tolist() if sizes[i] > 0]
+    found = []
+    for i in largest:
+        place = int(populations[i]), int(positions[i])
+        token = _token(capture, view, *place, magnitude=float(sizes[i]), ratio=float(sizes[i]) / median)
+        found.append(replace(token, of=of, share=float(powers[i, ERROR]) / whole, channel=-1))
+    return found
+
+
+def _sizes(query: Mapping[str, Any], powers: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+    """Return by what the tokens of a metric are ranked, and how large it is: [N] of powers [N, 3 or 4]."""
+    if query["metric"] == "max_abs_diff":
+        return "max |x − x̂|", powers[:, LARGEST]
+    error = np.sqrt(powers[:, ERROR])
+    if query["parameters"].get("by") != "token":
+        return "‖x − x̂‖", error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return "‖x − x̂‖ / ‖x‖", error / np.sqrt(powers[:, SIGNAL])
 
 
 def _token(
-    capture: Capture, layer: str, numbers: SiteNumbers, ratio: float, population: int, position: int
+    capture: Capture, view: View, population: int, position: int, *, magnitude: float, ratio: float
 ) -> TokenEvidence:
+    numbers = view.numbers
     sample = int(numbers.sample[population])
-    tokens = numbers.tokens_of(population)
     before, text, after = context(capture, sample, position)
-    sinks = capture.sinks.mask(sample, len(tokens), layer)
+    sinks = view.sinks.mask(sample, int(numbers.lengths[population]), view.layer)
     return TokenEvidence(
-        layer, sample, position, text, before, after, float(tokens[position]), ratio,
+        view.layer, sample, position, text, before, after, magnitude, ratio,
         channel_of(numbers, population, position), bool(sinks[position]), int(numbers.call[population]),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import plan
 from .errors import AnomalyError
-from .numbers import ERROR_NAMES, PADDING
+from .numbers import ERROR_NAMES, NOT_COMPARED, PADDING
 from .registry import TWO_SIDED_95, Estimate, Values, View, metric
 
 SIGNAL, ERROR, OWN, LARGEST = range(len(ERROR_NAMES))
@@ -94,16 +94,18 @@ def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
 
 def local_powers(view: View) -> NDArray[np.float64]:
     """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]: x̂ is made of the reference's input."""
+    return np.concatenate([local_tokens(view, population)[1] for population in range(view.numbers.populations)])
+
+
+def local_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return which tokens of a population were drawn and count, [N], and their powers as of `local_powers`, [N, 3]."""
     numbers = view.numbers
     assert numbers.local is not None
     assert numbers.local_rows is not None
-    found = []
-    for population in range(numbers.populations):
-        at = numbers.local_rows[population]
-        drawn = at >= 0
-        drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
-        found.append(numbers.local[population][drawn])
-    return np.concatenate(found).astype(np.float64)
+    at = numbers.local_rows[population]
+    drawn = at >= 0
+    drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
+    return at[drawn].astype(np.int64), numbers.local[population][drawn].astype(np.float64)
 
 
 def _weight_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -151,11 +153,18 @@ def compared(view: View) -> NDArray[np.float64]:
     Raises:
         AnomalyError: there is none.
     """
-    rows = [view.numbers.error_of(population) for population in range(view.numbers.populations)]
+    rows = [compared_tokens(view, population)[1] for population in range(view.numbers.populations)]
+    return _some(view, np.concatenate(rows))
+
+
+def compared_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return which tokens of a population count and were compared, [N], and their `ERROR_NAMES`, [N, 4]."""
+    rows = view.numbers.error_of(population)
+    counting = rows[:, SIGNAL] != PADDING
     if view.numbers.token_axis and view.site != "weight":
-        rows = [row[view.among(population, row[:, SIGNAL] != PADDING)] for population, row in enumerate(rows)]
-    tokens = np.concatenate(rows)
-    return _some(view, tokens[~(tokens[:, SIGNAL] < 0)].astype(np.float64))
+        counting = view.among(population, counting)
+    at = np.flatnonzero(counting & (rows[:, SIGNAL] != NOT_COMPARED))
+    return at, rows[at].astype(np.float64)
 
 
 def _some(view: View, tokens: NDArray[np.float64]) -> NDArray[np.float64]:

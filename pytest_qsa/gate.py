@@ -25,7 +25,7 @@ from .collection import QsaSuite
 from .config import Data, Memory, Model, SuiteFile, load_suite
 from .diagnosis import diagnosed
 from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
-from .evidence import token_evidence
+from .evidence import sinks_behind, token_evidence
 from .execution import check_execution
 from .metrics import METRICS
 from .needs import requests_of
@@ -270,7 +270,7 @@ class Gate:
             verdict = diagnosed(verdict, capture, partial(self.files_of, request), self._origins)
             capture = capture.redacted() if self.options.redact else capture
             verdict = beside_reference(verdict, capture)
-            verdict = replace(verdict, run=run_of(capture), sinks=capture.sinks.summary())
+            verdict = replace(verdict, run=run_of(capture), sinks=sinks_behind(capture, verdict.query).summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
                 layers = (

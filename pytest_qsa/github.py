@@ -11,7 +11,7 @@ from typing import Any
 
 from .assertions import number
 from .markdown import escaped, fitted, table_lines
-from .terminal import visible
+from .terminal import part_of_error, visible
 
 MOST_ANNOTATIONS = 10
 """GitHub shows so many errors and as many warnings of one step; the others it drops."""
@@ -99,7 +99,8 @@ def _details(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     for token in result["evidence"]:
         said = f"{escaped(token['before'])}**⟦{escaped(token['text'])}⟧**{escaped(token['after'])}"
-        yield f"- {token['ratio']:.1f} × median at sample {token['sample']}, position {token['position']}: {said}"
+        part = part_of_error(token.get("share"))
+        yield f"- {part}{token['ratio']:.1f} × median at sample {token['sample']}, position {token['position']}: {said}"
     commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]
     text = "\n".join(f"{name:<8}{visible(said)}" for name, said in commands if said)
     yield ""

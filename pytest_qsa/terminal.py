@@ -39,7 +39,8 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     if verdict.evidence:
         yield ""
         policy = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
-        yield f"the tokens that stand out most at {verdict.evidence[0].layer} ({policy})"
+        what = "that stand out most" if verdict.evidence[0].share is None else "with the largest error"
+        yield f"the tokens {what} at {verdict.evidence[0].layer} ({policy})"
         for token in verdict.evidence:
             yield f"  {token_line(token)}"
     yield ""
@@ -115,7 +116,13 @@ def token_line(token: TokenEvidence) -> str:
     call = f", call {token.call + 1}" if token.call else ""
     sink = ", a sink" if token.sink else ""
     where = f"sample {token.sample}, position {token.position}{call}"
-    return f"{token.ratio:.1f} × median ({number(token.magnitude)}{channel}{sink}) at {where}: {text}"
+    size = number(token.magnitude) if token.share is None else f"{token.of} {number(token.magnitude)}"
+    return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({size}{channel}{sink}) at {where}: {text}"
+
+
+def part_of_error(share: float | None) -> str:
+    """Write a token's share of the error, where it is known: `31.4 % of the error, `."""
+    return "" if share is None else f"{100 * share:.1f} % of the error, "
 
 
 def visible(text: str) -> str:

@@ -1,6 +1,7 @@
 """Where a difference from the original comes from: the layer that was damaged is named, and how it was."""
 
 import copy
+import re
 
 import models
 import pytest
@@ -134,6 +135,15 @@ def test_a_failure_of_what_the_model_predicts_names_the_layer(failed):
 
 def test_an_estimate_stands_in_its_interval(failed):
     assert "95 %: -6.0" in failed.run.text("::own")
+
+
+def test_the_tokens_with_the_largest_error_are_shown_in_the_terminal_and_the_report(failed):
+    text = failed.run.text("::own")
+    assert "the tokens with the largest error at model.layers.1.mlp.up_proj (positions: no_sink; sinks: " in text
+    assert re.search(
+        r"^E +\d+\.\d % of the error, \d+\.\d × median \(‖x − x̂‖ [\d.]+\) at sample \d, ", text, re.MULTILINE
+    )
+    assert re.search(r"% of the error, [\d.]+ × median</strong> · ‖x − x̂‖ ", failed.read("qsa-results/report.html"))
 
 
 def test_the_report_says_so_as_well(failed):

@@ -1,6 +1,7 @@
 """A model against its reference: every number from raw activations of two forwards, in float64."""
 
 import copy
+import dataclasses
 import json
 
 import models
@@ -16,8 +17,10 @@ from pytest_qsa.baseline_file import BaselineFile
 from pytest_qsa.beside import beside_reference
 from pytest_qsa.engine.pair_reductions import powers_of, scores_of
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.evidence import token_evidence
 from pytest_qsa.plots import value_figure
 from pytest_qsa.series import Bounds
+from pytest_qsa.sinks import Sink, Sinks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"
@@ -382,3 +385,80 @@ def test_what_is_not_finite_stays_visible(poison):
         assert (~powers_of(x, y, None, fused=fused)[:, 1].isfinite()).tolist() == [False, True, False]
         scores = scores_of(y, x, torch.tensor([0, 1, 2]), fused=fused)
         assert (~scores[:, 2].isfinite()).tolist() == [False, True, False]
+
+
+SIZES = {
+    "sqnr": ("‖x − x̂‖", lambda x, y: np.linalg.norm(x - y, axis=1)),
+    "cosine": ("‖x − x̂‖", lambda x, y: np.linalg.norm(x - y, axis=1)),
+    "sqnr by token": ("‖x − x̂‖ / ‖x‖", lambda x, y: np.linalg.norm(x - y, axis=1) / np.linalg.norm(x, axis=1)),
+    "max_abs_diff": ("max |x − x̂|", lambda x, y: np.abs(x - y).max(axis=1)),
+}
+
+
+def evidence(cap, layer, series):
+    """Return what a verdict on some numbers shows of the tokens at a layer."""
+    return token_evidence(cap, [layer], judge_bounds(series, Bounds(min=1e9)))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_failure_shows_the_tokens_with_the_largest_error(pair, name):
+    cap, (reference, _), (own, _) = pair
+    layer, (metric, _, by) = "model.layers.1.mlp.down_proj", name.partition(" by ")
+    parameters = {"by": by} if by else {}
+    shown = evidence(cap, layer, cap.output(f"^{layer}$").series(metric, None, "all", **parameters))
+    of, size_of = SIZES[name]
+    sides = list(zip(reference[layer, "output"], own[layer, "output"], strict=True))
+    sizes = {(sample, at): size for sample, (x, y) in enumerate(sides) for at, size in enumerate(size_of(x, y))}
+    whole = sum(np.sum((x - y) ** 2) for x, y in sides)
+    largest = sorted(sizes, key=lambda place: -sizes[place])[:5]
+    assert [(token.sample, token.position) for token in shown] == largest
+    for token in shown:
+        x, y = (side[token.position] for side in sides[token.sample])
+        size, middle = sizes[token.sample, token.position], sorted(sizes.values())[(len(sizes) - 1) // 2]
+        assert (token.of, token.channel) == (of, -1)
+        np.testing.assert_allclose(
+            [token.magnitude, token.ratio, token.share], [size, size / middle, np.sum((x - y) ** 2) / whole], rtol=1e-4
+        )
+
+
+def test_a_failure_of_a_layers_own_error_shows_the_drawn_tokens_that_have_most_of_it(pair):
+    _, (reference, _), _ = pair
+    layer, model = "model.layers.1.mlp.down_proj", models.llama(num_hidden_layers=3)
+    other = damaged(model)
+    asked = [("local_sqnr", {"rows": 8})]
+    cap = capture(other, BATCHES, sites=[(layer, "output")], statistics=asked, reference=model)
+    shown = evidence(cap, layer, cap.output(layer).local_sqnr(8, positions="all"))
+    weight = other.get_submodule(layer).weight.detach().double().numpy()
+    errors = [
+        np.linalg.norm(inputs @ weight.T - outputs, axis=1)
+        for inputs, outputs in zip(reference[layer, "input"], reference[layer, "output"], strict=True)
+    ]
+    drawn = cap.sites[layer, "output"].local_rows
+    places = [(sample, at) for sample, rows in enumerate(drawn.tolist()) for at in rows if at >= 0]
+    largest = sorted(places, key=lambda place: -errors[place[0]][place[1]])[:5]
+    assert [(token.sample, token.position) for token in shown] == largest
+
+
+def test_outliers_are_still_shown_by_what_makes_them_one(pair):
+    cap = pair[0]
+    shown = evidence(cap, "model.layers.1", cap.output(BLOCKS).new_outliers(positions="all"))
+    assert {(token.of, token.share) for token in shown} == {("|x|", None)}
+    maxima = cap.sites["model.layers.1", "output"].tokens_of(shown[0].sample)
+    assert shown[0].magnitude == maxima[shown[0].position]
+
+
+def test_sinks_of_the_reference_are_no_evidence_where_they_do_not_count(pair):
+    cap = pair[0]
+    worst = evidence(cap, "model.layers.1", cap.output(BLOCKS).sqnr(positions="all"))[0]
+    sink = Sink("model.layers", worst.sample, worst.position, 0, (), 99.0)
+    reference = dataclasses.replace(cap.reference)
+    vars(reference)["sinks"] = Sinks((sink,), searched=True, trunks=("model.layers",))
+    cap = dataclasses.replace(cap, reference=reference)
+    places = {
+        positions: (shown[0].sample, shown[0].position, shown[0].sink)
+        for positions in ("all", "no_sink")
+        if (shown := evidence(cap, "model.layers.1", cap.output(BLOCKS).sqnr(positions=positions)))
+    }
+    assert places["all"] == (worst.sample, worst.position, True)
+    assert places["no_sink"][:2] != (worst.sample, worst.position)
+    assert not places["no_sink"][2]

@@ -216,10 +216,10 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
         observer = StreamObserver(ALL_STATISTICS | {"massive:1:1"}, Reducers(fused))
         x = torch.randn(2, 40, 50).to(dtype)
         observer.add(x, [None, torch.arange(7)], [0, 1], 0, token_axis=True)
-        rows = [value for values in observer.rows.values() for value in values]
+        rows = [value for values in observer.kept.rows.values() for value in values]
         first, end = x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()
-        window = observer.pooled.get("window")
-        pooled = observer.pooled | (vars(window) if window else {})
+        window = observer.kept.pooled.get("window")
+        pooled = observer.kept.pooled | (vars(window) if window else {})
         arrays = [value for value in pooled.values() if isinstance(value, (np.ndarray, torch.Tensor))]
         kept = [memory(array).ctypes.data for array in [*rows, *arrays]]
         assert not any(first <= address < end for address in kept)

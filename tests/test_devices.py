@@ -95,8 +95,8 @@ def test_no_reduction_waits_for_the_device(elsewhere, dtype, shape):
     with unhurried(elsewhere):
         observer = observed(x, keep)
         observer.reducers.finish()
-    assert {tensor.device for rows in observer.rows.values() for tensor in rows} == {elsewhere}
-    assert {tensor.device for tensor in observer.pooled.values()} == {elsewhere}
+    assert {tensor.device for rows in observer.kept.rows.values() for tensor in rows} == {elsewhere}
+    assert {tensor.device for tensor in observer.kept.pooled.values()} == {elsewhere}
 
 
 def test_no_hook_waits_for_the_device(elsewhere):
@@ -140,17 +140,13 @@ def test_no_score_of_predictions_waits_for_the_device(elsewhere):
         assert scores_of(logits, logits, following).device == elsewhere
 
 
-class ForCuda:
+class ForCuda(Reducers):
     """Reducers that are the kernels for CUDA, wherever the tensor is."""
 
-    def __init__(self):
+    def _make(self, x):
         from pytest_qsa.engine.cuda import CudaReducer
 
-        self.only = CudaReducer()
-        self.finish = self.only.finish
-
-    def for_tensor(self, x):
-        return self.only
+        return CudaReducer()
 
 
 @pytest.fixture(scope="module")

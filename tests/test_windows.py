@@ -16,10 +16,11 @@ from pytest_qsa.engine.windows import HALF, Window
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(1, HALF - 1), st.integers(0, 600)), max_size=6))
 def test_a_window_that_grows_forgets_nothing(runs):
-    window, want = Window(True, True, "bfloat16", least=1), Counter()
+    window, want = Window(True, True, "bfloat16"), Counter()
     for low, length in runs:
         high = min(low + length, HALF - 1)
-        window.cover(low, high, 3)
+        window.expect(3)
+        window.cover(low, high)
         for bin in (0, low, high):
             window.sums[1, 0 if bin == 0 else bin - window.base + 1] += 1
             want[bin] += 1
@@ -30,10 +31,11 @@ def test_a_window_that_grows_forgets_nothing(runs):
 
 
 def test_a_bin_counts_further_than_32_bits_go():
-    window = Window(True, True, "bfloat16", least=1)
+    window = Window(True, True, "bfloat16")
     half = 1 << 31
     for bin in (5, 5, 300, 5):
-        window.cover(bin, bin, half)
+        window.expect(half)
+        window.cover(bin, bin)
         window.sums[0, bin - window.base + 1] += half
     found = window.arrays()
     assert dict(zip(found["bins"].tolist(), found["counts"].tolist(), strict=True)) == {5: 3 * half, 300: half}

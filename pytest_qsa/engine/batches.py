@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class Rows:
     decoder_padding: Padding | None = None
     has_decoder: bool = False
 
+    @cached_property
+    def all_count(self) -> list[Tensor | None]:
+        """Say of every row that each of its tokens counts."""
+        return [None] * len(self.samples)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Say whether a token of some row may not count."""
+        return self.padding is not None or self.decoder_padding is not None
+
     def shaped(self, x: Tensor, channels_first: bool) -> tuple[Tensor, bool]:
         """Bring a tensor to [B, T, C] (true) or, where it has no token axis, to [B, n] (false).
 
@@ -58,6 +69,9 @@ class Rows:
             InfraError: the rows of the batch can't be told apart in it.
         """
         count = len(self.samples)
+        shape = x.shape
+        if len(shape) == 3 and shape[0] == count and not channels_first:
+            return x, True
         if x.dim() and x.shape[0] == 1 != count:  # positions, masks: every sample sees it
             x = x.expand(count, *x.shape[1:])
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
@@ -80,7 +94,7 @@ class Rows:
         """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count."""
         in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
         padding = self.decoder_padding if in_decoder else self.padding
-        return padding.on(device) if padding and padding.length == length else [None] * len(self.samples)
+        return padding.on(device) if padding and padding.length == length else self.all_count
 
 
 def rows_of(batch: Batch, first_sample: int) -> Rows:

@@ -15,7 +15,8 @@ from ..distributions import bin_values
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .channel_counts import count_features, widen_channels
-from .keeping import bytes_apart
+from .keeping import Kept, bytes_apart
+from .records import maxima_of, peaks_of, record_size
 from .threads import share_torchs_threads
 from .wants import Wants, peak_count, ranks_of
 from .windows import Window, floats_of
@@ -26,119 +27,113 @@ WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 class CpuReducer:
     """Reduces rows of one dtype. The scratch counts are zero between two rows."""
 
-    waits = False
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.name = str(dtype).removeprefix("torch.")
         self.wide = WIDTHS[dtype] == 32
         self.integers = torch.int32 if self.wide else torch.int16
         self.patterns: Any = np.uint32 if self.wide else np.uint16
-        self.token_maxima = kernels.token_maxima32 if self.wide else kernels.token_maxima16
+        self.itemsize = 4 if self.wide else 2
+        self.tokens = kernels.tokens32 if self.wide else kernels.tokens16
         self.channel_maxima = kernels.channel_maxima32 if self.wide else kernels.channel_maxima16
         self.survey = kernels.survey32 if self.wide else kernels.survey16
-        self.signless = kernels.SIGNLESS32 if self.wide else kernels.SIGNLESS16
-        self.scratch = np.zeros((share_torchs_threads(), 1 << 16), dtype=np.uint32)
-        self.smallest = np.zeros(len(self.scratch), dtype=self.patterns)
+        self.threads = share_torchs_threads()
+        self.scratch = np.zeros((self.threads, 1 << 16), dtype=np.uint32)
+        self.counts = np.empty((2, (1 << 15) + 1), dtype=np.uint32)
+        self.no_counts = self.counts[:, :0]
+        self.smallest = np.zeros(self.threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         self.padding = torch.tensor(PADDING, dtype=dtype).view(self.integers).numpy().view(self.patterns)
 
-    def reduce(
-        self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+        """Reduce one population, [T, C] or [n]; `kept` says which tokens count."""
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
         patterns = counted.view(self.integers).numpy().view(self.patterns)
-        lines = patterns if patterns.ndim == 2 else patterns[None]
-        with_tokens = patterns.ndim == 2 and wants.tokens
-        found: dict[str, NDArray[Any]] = {}
-        maxima = np.empty(len(lines), dtype=self.patterns)
-        surveyed = wants.counted or (wants.moments and not self.wide)
-        if surveyed:
-            self.survey(lines, maxima, self.smallest, self.scratch)
-        elif wants.tokens or wants.moments:
-            self.token_maxima(lines, maxima)
-        top, smallest = self._tokens(lines, maxima, kept, row.shape[0] if with_tokens else 0, found)
-        if patterns.ndim == 2 and wants.channels:
-            self._channels(lines, pooled, found)
-        if patterns.ndim == 2 and wants.on_request:
-            self._on_request(counted.float(), wants, pooled, found)
-        if surveyed:
-            self._distribution(counted, lines, top, smallest, wants, pooled, found)
-        elif wants.moments:
-            found["moments"] = self._moments_of_values(counted, top)
-        return found
+        table = patterns.ndim == 2
+        lines = patterns if table else patterns[None]
+        length = 0 if not (table and wants.tokens) else len(lines) if kept is None else row.shape[0]
+        if wants.counted or (wants.moments and not self.wide):
+            self._surveyed(counted, lines, kept, length, wants, into)
+        elif length or wants.moments:
+            record, peaks = self._record(lines, length, kept, into)
+            top = self.tokens(lines, self.threads, record, peaks)
+            if kept is not None and length:
+                self._spread(record, kept, length, peaks, into)
+            if wants.moments:
+                into.add("moments", self._moments_of_values(counted, top))
+        if table and wants.channels:
+            self._channels(lines, into)
+        if table and wants.on_request:
+            self._on_request(counted.float(), wants, into)
 
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 
-    def _tokens(
-        self,
-        lines: NDArray[Any],
-        maxima: NDArray[Any],
-        kept: Tensor | None,
-        length: int,
-        found: dict[str, NDArray[Any]],
-    ) -> tuple[int, int]:
-        """Find the peaks among `length` tokens, 0 for none; return the largest and the smallest pattern but zero.
+    def _record(self, lines: NDArray[Any], length: int, kept: Tensor | None, into: Kept) -> tuple[NDArray[Any], int]:
+        """Return where the kernels write the maxima of the tokens that count, and how many peaks among `length`."""
+        peaks, size = _layout(len(lines), length, self.itemsize)
+        if length and kept is None:
+            return into.room("tokens", size, self.patterns), peaks
+        return np.empty(size, dtype=self.patterns), peaks
 
-        The maxima stay patterns, 2 bytes a token of a 16-bit tensor.
-        """
-        count = peak_count(len(lines), length) if length else 0
-        peaks, channels = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        top, least = kernels.summarise(lines, self.signless, maxima, self.smallest, peaks, channels)
-        if length:
-            if kept is not None:
-                index = kept.numpy()
-                whole = np.full(length, self.padding, dtype=self.patterns)
-                whole[index] = maxima
-                maxima, peaks = whole, index[peaks].astype(np.int32)
-            found["token_max"], found["peaks"], found["peak_channels"] = maxima, peaks, channels
-        return top, least + 1
+    def _spread(self, record: NDArray[Any], kept: Tensor, length: int, peaks: int, into: Kept) -> None:
+        """Keep the record of some tokens as that of all `length`, with padding between them."""
+        index = kept.numpy()
+        whole = into.room("tokens", record_size(length, peaks, self.itemsize), self.patterns)
+        maxima_of(whole, length)[:] = self.padding
+        maxima_of(whole, length)[index] = maxima_of(record, len(index))
+        found, placed = peaks_of(record, len(index)), peaks_of(whole, length)
+        placed[0], placed[1] = index[found[0]], found[1]
 
-    def _channels(self, lines: NDArray[Any], pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
-        shares = np.zeros((len(self.scratch), lines.shape[1]), dtype=self.patterns)
-        self.channel_maxima(lines, shares)
-        maxima = shares.max(axis=0)
-        floats = floats_of(maxima, self.name)
-        if "channel_max" in pooled:
-            np.maximum(pooled["channel_max"], floats, out=pooled["channel_max"])
-        else:
-            pooled["channel_max"] = bytes_apart(floats.nbytes).view(np.float32)
-            pooled["channel_max"][:] = floats
-        wanted, _, known = _ranks(len(maxima))
-        found["channel_top"] = _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known)
+    def _surveyed(
+        self, counted: Tensor, lines: NDArray[Any], kept: Tensor | None, length: int, wants: Wants, into: Kept
+    ) -> None:
+        """Reduce the tokens of a row, and what its counts tell."""
+        record, peaks = self._record(lines, length, kept, into)
+        window = into.pooled.get("window") or self._window(wants, into)
+        needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
+        counts = self.counts if needed else self.no_counts
+        signs = 1 + (wants.signed or wants.moments)
+        top, smallest, zeros = self.survey(
+            lines, record, peaks, self.smallest, self.scratch, signs, window.sums, window.base, window.marks, counts
+        )
+        if zeros < 0 or needed or wants.signed or wants.moments:
+            high, low = top, max(1, min(smallest, top))
+            if self.wide:
+                high, low = high >> 16, max(1, low >> 16)
+            if zeros < 0:
+                window.expect(lines.size)
+                window.cover(low, high)
+                zeros = kernels.settle(self.scratch, low, high, signs, window.sums, window.base, counts)
+                window.meet(top, 0 if zeros else smallest)
+            row = counts[:, : max(1, high - low + 2)]
+            if wants.signed:
+                window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
+            self._of_counts(counted, lines, row, low, top, wants, into)
+        if kept is not None and length:
+            self._spread(record, kept, length, peaks, into)
 
-    def _on_request(self, wide: Tensor, wants: Wants, pooled: dict[str, Any], found: dict[str, NDArray[Any]]) -> None:
-        if wants.channel_counts:
-            self._count_channels(wide, pooled)
-        count_features(wide, wants.features, pooled)
-        found |= {name: quantizer.powers(wide).numpy() for name, quantizer in wants.quantizers.items()}
+    def _window(self, wants: Wants, into: Kept) -> Window:
+        window = Window(wants.counts, wants.signed, self.name, into.store.zeros)
+        if wants.counts or wants.signed:
+            into.pooled["window"] = window
+        return window
 
-    def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
-        if "channel_counts" not in pooled:
-            counts = bytes_apart(4 * 2 * CODES * wide.shape[1]).view(np.uint32)
-            pooled["channel_counts"] = counts.reshape(2 * CODES, wide.shape[1])
-        patterns = wide.view(torch.int32).numpy().view(np.uint32)
-        kernels.count_channels(patterns, pooled["channel_counts"], len(self.scratch), SHIFT, FIRST_CODE, CODES)
-        widen_channels(wide, pooled)
-
-    def _distribution(
+    def _of_counts(
         self,
         counted: Tensor,
         lines: NDArray[Any],
+        row: NDArray[np.uint32],
+        low: int,
         top: int,
-        smallest: int,
         wants: Wants,
-        pooled: dict[str, Any],
-        found: dict[str, NDArray[Any]],
+        into: Kept,
     ) -> None:
-        row, low = self._settle(counted, top, smallest, wants, pooled)
+        """Keep what follows from the counts of a row, [2, bins] from the pattern `low` on."""
         order = self._order(lines.reshape(-1), row, low) if wants.ordered else None
         if wants.elements and order is not None:
-            found["element_top"] = order
+            into.add("element_top", order)
         if wants.moments:
-            wide = self.wide
-            found["moments"] = self._moments_of_values(counted, top) if wide else self._moments(row, low)
+            into.add("moments", self._moments_of_values(counted, top) if self.wide else self._moments(row, low))
         for name, (absolute, ratio) in wants.massive.items():
             assert order is not None
             least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
@@ -148,25 +143,35 @@ class CpuReducer:
                 count = kernels.massive_of_values(counted.flatten().numpy(), absolute, least)
             else:
                 count = kernels.massive_of_counts(row, low, self.values, absolute, least)
-            found[name] = np.array(count, dtype=np.int64)
+            into.add(name, np.array(count, dtype=np.int64))
 
-    def _settle(
-        self, counted: Tensor, top: int, smallest: int, wants: Wants, pooled: dict[str, Any]
-    ) -> tuple[NDArray[np.uint32], int]:
-        """Add a surveyed row to the pooled counts; return its own, [2, bins] from the pattern `low` on, if needed."""
-        shift = 16 if self.wide else 0
-        high, low = top >> shift, max(1, min(smallest, top) >> shift)
-        needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
-        row = np.empty((2, max(1, high - low + 2) if needed else 0), dtype=np.uint32)
-        window = pooled.get("window") or Window(wants.counts, wants.signed, self.name)
-        window.cover(low, high, counted.numel())
-        zeros = kernels.settle(self.scratch, low, max(high, low - 1), window.sums, window.base, row)
-        if wants.counts or wants.signed:
-            pooled["window"] = window
-            window.top, window.least = max(window.top, top), min(window.least, 0 if zeros else smallest)
-        if wants.signed:
-            window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
-        return row, low
+    def _channels(self, lines: NDArray[Any], into: Kept) -> None:
+        shares = np.zeros((self.threads, lines.shape[1]), dtype=self.patterns)
+        self.channel_maxima(lines, shares)
+        maxima = shares.max(axis=0)
+        floats = floats_of(maxima, self.name)
+        if "channel_max" in into.pooled:
+            np.maximum(into.pooled["channel_max"], floats, out=into.pooled["channel_max"])
+        else:
+            into.pooled["channel_max"] = into.store.zeros(floats.shape, np.float32)
+            into.pooled["channel_max"][:] = floats
+        wanted, _, known = _ranks(len(maxima))
+        into.add("channel_top", _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known))
+
+    def _on_request(self, wide: Tensor, wants: Wants, into: Kept) -> None:
+        if wants.channel_counts:
+            self._count_channels(wide, into.pooled)
+        count_features(wide, wants.features, into.pooled)
+        for name, quantizer in wants.quantizers.items():
+            into.add(name, quantizer.powers(wide).numpy())
+
+    def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
+        if "channel_counts" not in pooled:
+            counts = bytes_apart(4 * 2 * CODES * wide.shape[1]).view(np.uint32)
+            pooled["channel_counts"] = counts.reshape(2 * CODES, wide.shape[1])
+        patterns = wide.view(torch.int32).numpy().view(np.uint32)
+        kernels.count_channels(patterns, pooled["channel_counts"], self.threads, SHIFT, FIRST_CODE, CODES)
+        widen_channels(wide, pooled)
 
     def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
         wanted, ascending, known = _ranks(flat.size)
@@ -193,6 +198,13 @@ class CpuReducer:
         found[:4], found[5:] = sums[:4], sums[4:]
         found[4] = floats_of(np.array([top], dtype=self.patterns), self.name)[0]
         return found
+
+
+@lru_cache(1024)
+def _layout(count: int, length: int, itemsize: int) -> tuple[int, int]:
+    """Return how many peaks are kept of `count` tokens among `length`, 0 for no tokens, and the size of the record."""
+    peaks = peak_count(count, length) if length else 0
+    return peaks, record_size(count, peaks, itemsize)
 
 
 @lru_cache(1024)

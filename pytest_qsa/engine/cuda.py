@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import triton_kernels
+from .keeping import Kept
 from .reductions import Tables, TorchReducer, blank_missing, on_request, widened
 from .wants import Wants, peak_count
 
@@ -30,21 +31,17 @@ ELEMENTS = 2048
 class CudaReducer:
     """Reduces rows of bfloat16 and float16 by the kernel, others by torch's operators."""
 
-    waits = True
-
     def __init__(self) -> None:
         self._tables = Tables()
         self._operators = TorchReducer(self._tables)
         self._desks: dict[tuple[object, ...], Desk] = {}
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Reduce one population, [T, C] or [n]; `kept` says which tokens count.
-
-        What is returned, and what is pooled, is complete after `finish`.
-        """
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+        """Reduce one population, [T, C] or [n]; `kept` says which tokens count. It is complete after `finish`."""
         if row.dtype not in (torch.bfloat16, torch.float16):
-            return self._operators.reduce(row, kept, wants, pooled)
+            self._operators.reduce(row, kept, wants, into)
+            return
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
         key = (counted.shape, row.shape, row.dtype, row.device, id(wants))
         if key not in self._desks:
@@ -52,12 +49,13 @@ class CudaReducer:
                 self._desks.pop(next(iter(self._desks))).work_out()
             self._desks[key] = Desk.for_rows(counted, row.shape[0], wants, self._tables)
         desk = self._desks[key]
-        found = desk.add(counted, kept, pooled, self._copies_for(counted, desk.bins))
+        found = desk.add(counted, kept, into.pooled, self._copies_for(counted, desk.bins))
         if len(desk.pooled) == ROWS_AT_ONCE:
             self._desks.pop(key).work_out()
         if row.dim() == 2 and wants.on_request:
-            found |= on_request(counted.float(), wants, pooled)
-        return found
+            found |= on_request(counted.float(), wants, into.pooled)
+        for name, value in found.items():
+            into.hold(name, value)
 
     def _copies_for(self, counted: Tensor, bins: int) -> Tensor:
         """Return zeros where a row's programs count, [copies, bins]: fewer copies for a small row, none for no bins."""

@@ -1,7 +1,9 @@
 """Where a pass keeps its numbers: apart from the memory that the model works in.
 
 A number that stays, in a block that the model has just let go, keeps a tensor as large as that block from being put
-there again. A few kilobytes a site and sample then cost hundreds of megabytes (docs/benchmarks.md).
+there again. A few kilobytes a site and sample then cost hundreds of megabytes (docs/benchmarks.md). So they are written
+one after the other into maps of their own, whose pages are asked for some at a time: a page that is asked for by the
+first byte written to it costs as much as a small row's reduction.
 """
 
 from __future__ import annotations
@@ -10,71 +12,146 @@ import math
 import mmap
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FIRST, LARGEST = 1 << 14, 1 << 24
-"""The bytes of a store's first map, and of its largest; what has not been written to takes no memory."""
-ROWS = 16
-"""For so many rows a column takes room at a time."""
+SIZE = 1 << 26
+"""The bytes of a map, more for an array that is larger; what has not been asked for takes no memory."""
+AHEAD = 1 << 17
+"""So many bytes are asked for at a time."""
+POPULATE_WRITE = 23
+"""`MADV_POPULATE_WRITE` of Linux 5.14 and later, which not every Python names."""
 
 
 def bytes_apart(size: int) -> NDArray[np.uint8]:
     """Return zeros in pages of their own, which go back to the system with the last array that refers to them."""
-    if not size or not hasattr(mmap, "MAP_PRIVATE"):
-        return np.zeros(size, dtype=np.uint8)
-    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+    return np.zeros(size, dtype=np.uint8) if not size or not _maps() else np.frombuffer(_map(size), dtype=np.uint8)
+
+
+def _maps() -> bool:
+    return hasattr(mmap, "MAP_PRIVATE")
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Store:
-    """The memory of one site, in maps that grow as it does."""
+    """The memory of one pass, taken in the order in which its rows come."""
 
     def __init__(self) -> None:
-        self._map = bytes_apart(0)
+        self._maps: list[NDArray[np.uint8]] = []
+        self._starts: list[int] = []
+        self._map = np.zeros(0, dtype=np.uint8)
+        self._start = 0
         self._used = 0
-        self._next = FIRST
+        self._ready = 0
+        self._ask: Callable[[int, int, int], None] | None = None
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array of zeros."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        values: NDArray[Any] = self.take(math.prod(shape) * np.dtype(dtype).itemsize)[1].view(dtype)
+        return values.reshape(shape)
+
+    def take(self, size: int) -> tuple[int, NDArray[np.uint8]]:
+        """Return where `size` bytes begin, and these, which are zero."""
+        begin = self._used
+        if begin + size > self._ready:
+            begin = self._prepare(size)
+        self._used = (begin + size + 15) & ~15
+        return self._start + begin, self._map[begin : begin + size]
+
+    def at(self, place: int, size: int) -> NDArray[np.uint8]:
+        """Return the bytes that begin at a place."""
+        if not size:
+            return np.zeros(0, dtype=np.uint8)
+        index = bisect_right(self._starts, place) - 1
+        begin = place - self._starts[index]
+        return self._maps[index][begin : begin + size]
+
+    def _prepare(self, size: int) -> int:
+        """Ask for pages for `size` bytes; return where in the map they begin."""
         if self._used + size > len(self._map):
-            self._map, self._used = bytes_apart(-(-max(size, self._next) // mmap.PAGESIZE) * mmap.PAGESIZE), 0
-            self._next = min(2 * len(self._map), LARGEST)
-        taken: NDArray[Any] = self._map[self._used : self._used + size].view(dtype).reshape(shape)
-        self._used += -(-size // 16) * 16
-        return taken
+            self._begin_map(-(-max(size, SIZE) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        wanted = min(len(self._map), -(-(self._used + size) // AHEAD) * AHEAD)
+        if self._ask is not None:
+            with suppress(OSError):  # an older kernel gives pages as they are written to
+                self._ask(POPULATE_WRITE, self._ready, wanted - self._ready)
+        self._ready = wanted
+        return self._used
+
+    def _begin_map(self, size: int) -> None:
+        self._start += len(self._map)
+        self._map = bytes_apart(size)
+        self._used = self._ready = 0
+        self._ask = getattr(getattr(self._map.base, "obj", None), "madvise", None)
+        self._maps.append(self._map)
+        self._starts.append(self._start)
 
 
 class Column:
-    """What each population left under one name: arrays of one dtype, of any length, one after the other."""
+    """What each population left under one name: arrays of one dtype, of any length."""
 
     def __init__(self, store: Store, dtype: Any, shape: tuple[int, ...]) -> None:
         """Make room for arrays of a dtype, whose shapes are as this one but for the first dimension."""
         self._store = store
-        self._dtype = dtype
-        self._rest = shape[1:]
-        self._scalars = not shape
-        self._parts: list[NDArray[Any]] = []
-        self._begins: list[int] = []
-        self._ends = array("q")
+        self._dtype = np.dtype(dtype)
+        self._shape = (-1, *shape[1:]) if shape else ()
+        self._places, self._sizes = array("q"), array("q")
+
+    def room(self, count: int) -> NDArray[Any]:
+        """Return zeros for the next array, [count], to be filled."""
+        size = count * self._dtype.itemsize
+        place, taken = self._store.take(size)
+        self._places.append(place)
+        self._sizes.append(size)
+        return taken.view(self._dtype)
 
     def append(self, values: NDArray[Any]) -> None:
         """Take a copy of a population's values."""
-        begin = self._ends[-1] if self._ends else 0
-        if not self._parts or begin - self._begins[-1] + values.size > len(self._parts[-1]):
-            self._parts.append(self._store.zeros((ROWS * values.size,), self._dtype))
-            self._begins.append(begin)
-        start = begin - self._begins[-1]
-        self._parts[-1][start : start + values.size] = values.ravel()
-        self._ends.append(begin + values.size)
+        self.room(values.size)[:] = values.ravel()
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        begin, end = self._ends[index - 1] if index else 0, self._ends[index]
-        part = max(0, bisect_right(self._begins, begin) - 1)
-        values = self._parts[part][begin - self._begins[part] : end - self._begins[part]]
-        return values.reshape(() if self._scalars else (len(values) // math.prod(self._rest), *self._rest))
+        values: NDArray[Any] = self._store.at(self._places[index], self._sizes[index]).view(self._dtype)
+        return values.reshape(self._shape)
+
+
+class Kept:
+    """What is kept of one site: `rows`, what each population left by name, and `pooled`, sums over all of them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.rows: dict[str, Any] = {}
+        self.pooled: dict[str, Any] = {}
+
+    def room(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
+        """Return zeros [count] for what the next population leaves under a name."""
+        column = self.rows.get(name)
+        if column is None:
+            column = self.rows[name] = Column(self.store, dtype, (count,))
+        room: NDArray[Any] = column.room(count)
+        return room
+
+    def add(self, name: str, values: NDArray[Any]) -> None:
+        """Take a copy of what the next population left under a name."""
+        if name not in self.rows:
+            self.rows[name] = Column(self.store, values.dtype, values.shape)
+        self.rows[name].append(values)
+
+    def take(self, name: str, value: Any) -> None:
+        """Take a tensor that the next population left; one on an accelerator as it is."""
+        if value.device.type == "cpu":
+            self.add(name, value.numpy())
+        else:
+            self.hold(name, value)
+
+    def hold(self, name: str, value: Any) -> None:
+        """Take a tensor as it is: its values may come later."""
+        self.rows.setdefault(name, []).append(value)

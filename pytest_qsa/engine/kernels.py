@@ -12,31 +12,43 @@ from numba import njit, prange
 
 SIGNLESS16, SIGNLESS32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF)
 HALF = 1 << 15
+STEP = 64
+FULL = 1 << 32
+HELD, TOP, LEAST = 0, 1, 2
 
 _compiled = njit(cache=True, nogil=True, boundscheck=False)
 _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True)
 
 
-@_compiled
-def token_maxima16(patterns, maxima):
-    """Fill maxima [T] with the largest signless pattern of each row of patterns [T, C]."""
-    for token in range(patterns.shape[0]):
-        largest = np.uint16(0)
-        row = patterns[token]
-        for channel in range(row.shape[0]):
-            largest = max(largest, np.uint16(row[channel] & SIGNLESS16))
-        maxima[token] = largest
+@_parallel
+def tokens16(patterns, threads, record, peaks):
+    """Fill the record of patterns [T, C] (`records.py`), of whose largest tokens `peaks` keep their channel.
+
+    Returns the largest signless pattern. Each thread takes a share of the tokens.
+    """
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            largest = np.uint16(0)
+            for channel in range(row.shape[0]):
+                largest = max(largest, np.uint16(row[channel] & SIGNLESS16))
+            record[token] = largest
+    return _summarise(patterns, SIGNLESS16, record, peaks)
 
 
-@_compiled
-def token_maxima32(patterns, maxima):
-    """As `token_maxima16`, for float32."""
-    for token in range(patterns.shape[0]):
-        largest = np.uint32(0)
-        row = patterns[token]
-        for channel in range(row.shape[0]):
-            largest = max(largest, np.uint32(row[channel] & SIGNLESS32))
-        maxima[token] = largest
+@_parallel
+def tokens32(patterns, threads, record, peaks):
+    """As `tokens16`, for float32."""
+    share = (patterns.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
+            row = patterns[token]
+            largest = np.uint32(0)
+            for channel in range(row.shape[0]):
+                largest = max(largest, np.uint32(row[channel] & SIGNLESS32))
+            record[token] = largest
+    return _summarise(patterns, SIGNLESS32, record, peaks)
 
 
 @_parallel
@@ -82,26 +94,37 @@ def count_channels(patterns, counts, threads, shift, first, codes):
 
 
 @_compiled
-def summarise(patterns, signless, maxima, smallest, positions, channels):
-    """Return the largest of maxima [T] and the least of smallest, and fill positions and channels.
-
-    positions [K]: the tokens of the largest maxima, largest first; channels [K]: where in patterns [T, C] these are.
-    """
+def _summarise(patterns, signless, record, peaks):
+    """Write the peaks of patterns [T, C] into a record whose maxima are filled; return the largest of these."""
+    count = patterns.shape[0]
+    maxima = record[:count]
     top = maxima[0]
-    for token in range(1, maxima.shape[0]):
+    for token in range(1, count):
         top = max(top, maxima[token])
-    least = smallest[0]
-    for thread in range(1, smallest.shape[0]):
-        least = min(least, smallest[thread])
-    if positions.shape[0]:
+    if peaks:
+        numbers = record[count + count % 2 :].view(np.int32)
+        positions, channels = numbers[:peaks], numbers[peaks : 2 * peaks]
         _order_peaks(maxima, positions)
-    for peak in range(positions.shape[0]):
-        row = patterns[positions[peak]]
-        for channel in range(row.shape[0]):
-            if row[channel] & signless == maxima[positions[peak]]:
-                channels[peak] = channel
-                break
-    return np.int64(top), np.int64(least)
+        for peak in range(peaks):
+            channels[peak] = _first_of(patterns[positions[peak]], signless, maxima[positions[peak]])
+    return np.int64(top)
+
+
+@_compiled
+def _first_of(row, signless, magnitude):
+    """Return where in a row [C] a signless pattern first is, by steps of several elements that are compared at once."""
+    begin = 0
+    while begin < row.shape[0]:
+        found = False
+        for channel in range(begin, min(begin + STEP, row.shape[0])):
+            found |= row[channel] & signless == magnitude
+        if found:
+            break
+        begin += STEP
+    for channel in range(begin, row.shape[0]):
+        if row[channel] & signless == magnitude:
+            return channel
+    return 0
 
 
 @_compiled
@@ -121,62 +144,102 @@ def _order_peaks(maxima, positions):
 
 
 @_parallel
-def survey16(patterns, maxima, smallest, scratch):
-    """Count patterns [T, C] into scratch [threads, 65,536], and fill maxima [T] and smallest [threads] on the way.
+def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, marks, row):
+    """Fill the record of patterns [T, C] as `tokens16`; count them, with their sign or without it (`signs` 2 or 1).
 
-    Each thread takes a share of the tokens and has bins of its own. smallest: the least signless pattern that is not
-    zero, less one; 65,535 where there is none.
+    The counts are settled, and noted in marks (windows.py), where the sums have room for them. Returns the largest
+    signless pattern and the least but zero, 65,536 where there is none, and what `settle` returns. Each thread takes a
+    share of the tokens and has bins, scratch [threads, 65,536], and a least pattern of its own.
     """
     threads = scratch.shape[0]
     share = (patterns.shape[0] + threads - 1) // threads
+    known = np.uint16(0xFFFF) if signs == 2 else SIGNLESS16
     for thread in prange(threads):
         bins = scratch[thread]
         least = np.uint16(0xFFFF)
         for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
-            row = patterns[token]
+            line = patterns[token]
             largest = np.uint16(0)
-            for channel in range(row.shape[0]):
-                magnitude = np.uint16(row[channel] & SIGNLESS16)
+            for channel in range(line.shape[0]):
+                magnitude = np.uint16(line[channel] & SIGNLESS16)
                 largest = max(largest, magnitude)
                 least = min(least, np.uint16(magnitude - np.uint16(1)))
-            for channel in range(row.shape[0]):
-                bins[row[channel]] += np.uint32(1)
-            maxima[token] = largest
+            for channel in range(line.shape[0]):
+                bins[line[channel] & known] += np.uint32(1)
+            record[token] = largest
         smallest[thread] = least
+    top = _summarise(patterns, SIGNLESS16, record, peaks)
+    least = _least(smallest)
+    zeros = -1
+    if marks[HELD] + patterns.size < FULL:
+        zeros = settle(scratch, max(1, min(least, top)), top, signs, sums, base, row)
+    if zeros >= 0:
+        _mark(marks, patterns.size, top, 0 if zeros else least)
+    return top, least, zeros
 
 
 @_parallel
-def survey32(patterns, maxima, smallest, scratch):
+def survey32(patterns, record, peaks, smallest, scratch, signs, sums, base, marks, row):
     """As `survey16`, for float32, whose bins are its upper halves."""
     threads = scratch.shape[0]
     share = (patterns.shape[0] + threads - 1) // threads
+    known = np.uint32(0xFFFFFFFF) if signs == 2 else SIGNLESS32
     for thread in prange(threads):
         bins = scratch[thread]
         least = np.uint32(0xFFFFFFFF)
         for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
-            row = patterns[token]
+            line = patterns[token]
             largest = np.uint32(0)
-            for channel in range(row.shape[0]):
-                magnitude = np.uint32(row[channel] & SIGNLESS32)
+            for channel in range(line.shape[0]):
+                magnitude = np.uint32(line[channel] & SIGNLESS32)
                 largest = max(largest, magnitude)
                 least = min(least, np.uint32(magnitude - np.uint32(1)))
-            for channel in range(row.shape[0]):
-                bins[row[channel] >> np.uint32(16)] += np.uint32(1)
-            maxima[token] = largest
+            for channel in range(line.shape[0]):
+                bins[(line[channel] & known) >> np.uint32(16)] += np.uint32(1)
+            record[token] = largest
         smallest[thread] = least
+    top = _summarise(patterns, SIGNLESS32, record, peaks)
+    least = _least(smallest)
+    zeros = -1
+    if marks[HELD] + patterns.size < FULL:
+        zeros = settle(scratch, max(1, min(least, top) >> 16), top >> 16, signs, sums, base, row)
+    if zeros >= 0:
+        _mark(marks, patterns.size, top, 0 if zeros else least)
+    return top, least, zeros
 
 
 @_compiled
-def settle(scratch, low, high, sums, base, row):
+def _mark(marks, count, top, least):
+    """Note that `count` elements are settled, and the largest and the least pattern among them."""
+    marks[HELD] += count
+    marks[TOP] = max(marks[TOP], top)
+    marks[LEAST] = min(marks[LEAST], least)
+
+
+@_compiled
+def _least(smallest):
+    """Return the least of some patterns that each are one less than it was."""
+    least = smallest[0]
+    for thread in range(1, smallest.shape[0]):
+        least = min(least, smallest[thread])
+    return np.int64(least) + 1
+
+
+@_compiled
+def settle(scratch, low, high, signs, sums, base, row):
     """Move the counts of a row out of scratch, which is then zero again; return how many zeros there were.
 
-    row [2, high − low + 2] uint32: the counts of +x and −x; column 0 is zero itself, column 1 the pattern `low`.
-    sums [2, W], of +x and −x, or [1, W] of |x|, are added to; their column 1 is the pattern `base`. What is empty is
-    left alone.
+    row [2, ≥ high − low + 2] uint32, or [2, 0]: the counts of +x and −x, or of |x| and 0 where there is one sign;
+    column 0 is zero itself, column 1 the pattern `low`. sums [2, W], of +x and −x, or [1, W] of |x|, are added to;
+    their column 1 is the pattern `base`. What is empty is left alone. Returns −1, and leaves all as it is, where the
+    sums don't reach from `low` to `high`.
     """
+    high = max(high, low - 1)
     zeros = 0
     place = low - base + 1
-    for sign in range(2):
+    if sums.shape[1] and high >= low and (place < 1 or high - base + 2 > sums.shape[1]):
+        return -1
+    for sign in range(signs):
         zero, first = sign * HALF, sign * HALF + low
         bins = scratch[0, first : first + high - low + 1]
         for thread in range(1, scratch.shape[0]):
@@ -185,7 +248,7 @@ def settle(scratch, low, high, sums, base, row):
             scratch[thread, zero] = 0
         if row.shape[1]:
             row[sign, 0] = scratch[0, zero]
-            row[sign, 1:] = bins
+            row[sign, 1 : high - low + 2] = bins
         if sums.shape[1]:
             line = sums[sign % sums.shape[0]]
             line[0] += scratch[0, zero]
@@ -194,6 +257,8 @@ def settle(scratch, low, high, sums, base, row):
             bins[:] = 0
         zeros += scratch[0, zero]
         scratch[0, zero] = 0
+    if row.shape[1] and signs == 1:
+        row[1, : high - low + 2] = 0
     return zeros
 
 

@@ -47,6 +47,8 @@ def tensor_of(value: Any) -> Tensor | None:
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the floating-point tensor that stands for an input: the first positional one, else the first keyword."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return args[0]
     positional = next((item for item in args if isinstance(item, Tensor) and item.is_floating_point()), None)
     if positional is not None:
         return positional

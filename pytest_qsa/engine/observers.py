@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -17,8 +17,9 @@ from torch import Tensor
 from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
-from .keeping import Column, Store
+from .keeping import Kept, Store
 from .modules import Routing
+from .records import split_records
 from .reductions import TorchReducer
 from .transfers import Transfer
 from .wants import MAP_SIZE, Wants
@@ -26,14 +27,9 @@ from .windows import Window, floats_of
 
 
 class Reducer(Protocol):
-    """Reduces one population to named arrays, on its own device, and adds to the pooled ones.
+    """Reduces one population to named arrays, on its own device; they are complete after `finish`."""
 
-    `waits`: what `reduce` returns is complete only after `finish`.
-    """
-
-    waits: bool
-
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Any]) -> dict[str, Any]:
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
         """Reduce [T, C], or [n] where there is no token axis."""
 
     def finish(self) -> None:
@@ -45,6 +41,7 @@ class Reducers:
     """The reducers of one pass; `fused` off keeps to torch's operators."""
 
     fused: bool = True
+    store: Store = field(default_factory=Store)
     _made: dict[tuple[str, torch.dtype], Reducer] = field(default_factory=dict)
 
     def for_tensor(self, x: Tensor) -> Reducer:
@@ -82,16 +79,20 @@ def wants_of(statistics: frozenset[str]) -> Wants:
 class StreamObserver:
     """Reduces the populations of one site, one row at a time, so that batching can't change a definition."""
 
-    def __init__(self, statistics: frozenset[str], reducers: Reducers | None = None) -> None:
+    def __init__(
+        self, statistics: frozenset[str], reducers: Reducers | None = None, *, channels_first: bool = False
+    ) -> None:
+        """Keep what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
         self.wants = wants_of(statistics)
+        self.channels_first = channels_first
         self.reducers = reducers or Reducers()
         self.dtype = ""
-        self.shape: tuple[int, ...] = ()
+        self.last_shape: tuple[int, ...] = ()
         self.token_axis = False
-        self.store = Store()
+        self.kept = Kept(self.reducers.store)
+        self._dtype: torch.dtype | None = None
+        self._reducer: Reducer
         self.owners = array("q")
-        self.rows: dict[str, Any] = {}
-        self.pooled: dict[str, Any] = {}
         self.maps: dict[str, Tensor] = {}
 
     def add(
@@ -104,42 +105,39 @@ class StreamObserver:
         routing: Routing | None = None,
     ) -> None:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
-        dtype = str(x.dtype).removeprefix("torch.")
-        if self.dtype not in ("", dtype):
-            raise InfraError(f"one layer was called with {self.dtype} and with {dtype}: their counts can't be added")
-        self.dtype = dtype
-        self.shape = tuple(x.shape[1:])
+        reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
+        self.last_shape = x.shape
         self.token_axis = token_axis
-        reducer = self.reducers.for_tensor(x)
-        routes = routing.of_rows(len(x)) if routing is not None and self.wants.experts else [None] * len(x)
-        for row, kept, sample, route in zip(x.detach().unbind(), keep, samples, routes, strict=True):
+        rows = (x.detach() if x.requires_grad else x).unbind()
+        for row, kept, sample in zip(rows, keep, samples, strict=True):
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
             self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
-            for name, value in reducer.reduce(row, kept, self.wants, self.pooled).items():
-                self._keep(name, value, waits=reducer.waits)
-            if routing is not None and route is not None:
-                counts = routing.counts(route if kept is None else route.index_select(0, kept))
-                self._keep(plan.EXPERTS, counts)
-            if sample in self.wants.maps and token_axis:
+            reducer.reduce(row, kept, self.wants, self.kept)
+            if token_axis and sample in self.wants.maps:
                 self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
+        if routing is not None and self.wants.experts:
+            self._count_experts(routing, rows, keep)
 
-    def _keep(self, name: str, value: Tensor | NDArray[Any], *, waits: bool = False) -> None:
-        """Take what a population left; on an accelerator, or where it `waits` to be completed, as it is."""
-        if isinstance(value, Tensor) and (waits or value.device.type != "cpu"):
-            self.rows.setdefault(name, []).append(value)
-            return
-        value = value.numpy() if isinstance(value, Tensor) else value
-        if name not in self.rows:
-            self.rows[name] = Column(self.store, value.dtype, value.shape)
-        self.rows[name].append(value)
+    def _begin(self, x: Tensor) -> Reducer:
+        dtype = str(x.dtype).removeprefix("torch.")
+        if self.dtype not in ("", dtype):
+            raise InfraError(f"one layer was called with {self.dtype} and with {dtype}: their counts can't be added")
+        self.dtype, self._dtype, self._reducer = dtype, x.dtype, self.reducers.for_tensor(x)
+        return self._reducer
+
+    def _count_experts(self, routing: Routing, rows: Sequence[Tensor], keep: Sequence[Tensor | None]) -> None:
+        for row, kept, route in zip(rows, keep, routing.of_rows(len(rows)), strict=True):
+            if (kept is None or len(kept)) and row.numel():
+                counts = routing.counts(route if kept is None else route.index_select(0, kept))
+                self.kept.take(plan.EXPERTS, counts)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what is kept as tensors, complete."""
         self.reducers.finish()
-        for rows in self.rows.values():
+        for rows in self.kept.rows.values():
             yield from (row for row in rows if isinstance(row, Tensor))
-        yield from (value for value in (*self.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
+        yield from (value for value in (*self.kept.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
 
     def numbers(self, statistics: frozenset[str], fetched: Transfer | None = None) -> SiteNumbers:
         """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
@@ -148,30 +146,13 @@ class StreamObserver:
         owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
         order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
         owners = owners[order]
-        arrays: dict[str, Any] = {}
-        ordered = {name: [fetch(rows[index]) for index in order] for name, rows in self.rows.items()}
-        for name, rows in ordered.items():
-            if name in ("peaks", "peak_channels"):
-                arrays[name] = _padded(rows)
-            elif name == "token_max":
-                joined = np.concatenate(rows)
-                arrays[name] = joined if joined.dtype.kind == "f" else floats_of(joined, self.dtype)
-            elif ":" not in name:
-                arrays[name] = np.stack(rows)
-        for name, pooled in self.pooled.items():
-            if isinstance(pooled, Window):
-                arrays |= pooled.arrays()
-            elif name in ("counts", "signed_counts"):
-                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(fetch(pooled))
-            elif name == "channel_counts":
-                counts = fetch(pooled)
-                occurring = np.flatnonzero(counts.any(axis=1))
-                arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
-            else:
-                arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
+        ordered = {name: [fetch(rows[index]) for index in order] for name, rows in self.kept.rows.items()}
+        if "tokens" in ordered:
+            ordered |= split_records(ordered.pop("tokens"), owners[:, 2].tolist())
+        arrays = self._arrays_of_rows(ordered) | self._arrays_of_sums(fetch)
         return SiteNumbers(
             dtype=self.dtype,
-            shape=self.shape,
+            shape=tuple(self.last_shape[1:]),
             token_axis=self.token_axis,
             statistics=statistics,
             sample=owners[:, 0].astype(np.int32),
@@ -184,6 +165,33 @@ class StreamObserver:
             **arrays,
         )
 
+    def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]]) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        for name, rows in ordered.items():
+            if name in ("peaks", "peak_channels"):
+                arrays[name] = _padded(rows)
+            elif name == "token_max":
+                joined = np.concatenate(rows)
+                arrays[name] = joined if joined.dtype.kind == "f" else floats_of(joined, self.dtype)
+            elif ":" not in name:
+                arrays[name] = np.stack(rows)
+        return arrays
+
+    def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        for name, pooled in self.kept.pooled.items():
+            if isinstance(pooled, Window):
+                arrays |= pooled.arrays()
+            elif name in ("counts", "signed_counts"):
+                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(fetch(pooled))
+            elif name == "channel_counts":
+                counts = fetch(pooled)
+                occurring = np.flatnonzero(counts.any(axis=1))
+                arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
+            else:
+                arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
+        return arrays
+
 
 def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
     """Return |x| of [T, C] as at most MAP_SIZE × MAP_SIZE maxima, float32; padding counts as 0."""
@@ -195,9 +203,11 @@ def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _padded(rows: list[NDArray[Any]]) -> NDArray[np.int32]:
-    lengths = np.array([len(row) for row in rows])
-    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    lengths = [len(row) for row in rows]
+    if min(lengths) == max(lengths):
+        return np.stack(rows).astype(np.int32, copy=False)
+    table = np.full((len(rows), max(lengths)), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < np.array(lengths)[:, None]] = np.concatenate(rows)
     return table
 
 

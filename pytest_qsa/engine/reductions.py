@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..numbers import PADDING, TOP_NAMES, UNKNOWN
 from .channel_counts import count_channels, count_features, widen_channels
+from .keeping import Kept
 from .wants import Wants, peak_count, ranks_of
 
 
@@ -36,13 +37,15 @@ class Tables:
 class TorchReducer:
     """Keeps every result on the tensor's device; nothing here waits for it."""
 
-    waits = False
-
     def __init__(self, tables: Tables | None = None) -> None:
         self._tables = tables or Tables()
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Reduce one population, [T, C] or [n]; `kept` says which tokens count. Pooled sums are added to `pooled`."""
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+        """Reduce one population, [T, C] or [n]; `kept` says which tokens count."""
+        for name, value in self._reduced(row, kept, wants, into.pooled).items():
+            into.take(name, value)
+
+    def _reduced(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
         counted = row if kept is None else row.index_select(0, kept)
         wide = counted if counted.dtype in (torch.float32, torch.float64) else counted.float()
         magnitudes = wide.abs()

@@ -37,7 +37,7 @@ class SharingChanged(Exception):  # noqa: N818
         self.site = site
 
 
-@dataclass
+@dataclass(slots=True)
 class _Seen:
     """A tensor that was reduced in this forward; it lives on only if the model itself keeps it."""
 
@@ -81,6 +81,9 @@ class Visits:
     reducers: Reducers = field(default_factory=Reducers)
     forward: Forward | None = None
     order: Order | None = None
+    sharing: set[SiteKey] = field(default_factory=set)
+    learning: bool = True
+    _lacking: dict[SiteKey, frozenset[str]] = field(default_factory=dict)
 
     def visit(
         self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
@@ -95,8 +98,8 @@ class Visits:
             return
         call = forward.calls.get(site, 0)
         forward.calls[site] = call + 1
-        owner = self._owner(forward, site, tensor, call)
-        missing = self.wanted[site] - (self.wanted[owner] if owner else frozenset())
+        owner = self._owner(forward, site, tensor, call) if self.learning or site in self.sharing else None
+        missing = self.wanted[site] if owner is None else self._lacking[site]
         if routing is not None:
             missing |= self.wanted[site] & {plan.EXPERTS}
         if missing:
@@ -113,7 +116,7 @@ class Visits:
         fresh = seen is None or seen.tensor() is not tensor or seen.version != version or version is None
         known = self.shared.get(site)
         if known is not None:
-            if fresh or seen is None or (seen.site, seen.call) != (known, call):
+            if fresh or seen is None or seen.site != known or seen.call != call:
                 raise SharingChanged(site)
             return known
         if fresh or seen is None:
@@ -126,6 +129,8 @@ class Visits:
             and seen.site != site
         ):
             self.shared[site] = seen.site
+            self.sharing |= {site, seen.site}
+            self._lacking[site] = self.wanted[site] - self.wanted[seen.site]
             return seen.site
         return None
 
@@ -138,19 +143,26 @@ class Visits:
         statistics: frozenset[str],
         routing: Routing | None,
     ) -> None:
-        observer = self.observers.setdefault(site, StreamObserver(statistics, self.reducers))
+        observer = self.observers.get(site) or self._observer(site, statistics)
         try:
-            shaped, token_axis = rows.shaped(tensor, channels_first(self.modules[site[0]]))
+            shaped, token_axis = rows.shaped(tensor, observer.channels_first)
         except InfraError as error:
             raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
-        keep = rows.kept(site[0], shaped.shape[1], shaped.device) if token_axis else [None] * len(rows.samples)
+        padded = token_axis and rows.padded
+        keep = rows.kept(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
         observer.add(shaped, keep, rows.samples, call, token_axis, routing)
+
+    def _observer(self, site: SiteKey, statistics: frozenset[str]) -> StreamObserver:
+        first = channels_first(self.modules[site[0]])
+        made = self.observers[site] = StreamObserver(statistics, self.reducers, channels_first=first)
+        return made
 
     def end(self, forward: Forward) -> None:
         """End a forward; the first one tells which call is the last that is needed."""
         for site, owner in self.shared.items():
             if forward.calls.get(site, 0) != forward.calls.get(owner, 0):
                 raise SharingChanged(site)
+        self.learning &= not forward.first
         if forward.first and self.may_stop and all(site in forward.calls for site in self.wanted):
             self.order = Order(forward.last, dict(forward.calls))
         forward.seen.clear()

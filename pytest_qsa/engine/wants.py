@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from .. import plan
 from .quantizing import Quantizer
@@ -52,17 +53,17 @@ class Wants:
             maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
         )
 
-    @property
+    @cached_property
     def ordered(self) -> bool:
         """Whether the order statistics of a row's elements are needed."""
         return self.elements or bool(self.massive)
 
-    @property
+    @cached_property
     def on_request(self) -> bool:
         """Whether there is something that only a site that asks for it has."""
         return self.channel_counts or bool(self.quantizers) or bool(self.features)
 
-    @property
+    @cached_property
     def counted(self) -> bool:
         """Whether a row's patterns have to be counted."""
         return self.counts or self.signed or self.ordered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..merging import added
-from .keeping import bytes_apart
 
 Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
 """Bins, ascending, and their counts."""
@@ -36,18 +35,18 @@ class Window:
     """The counts of one site. Column 0 is zero itself, column 1 the bin `base`, which is 1 or more.
 
     `sums` [S, W] uint32: one line of |x|, or of +x and of −x where `signs` count; none where nothing does.
-    `top`, `least`: the largest and the smallest signless pattern; `low`, `high`: the ends of x, where signs count.
+    `zeros`: makes room. `marks`: how many elements the sums hold, the largest and the smallest signless pattern; `low`,
+    `high`: the ends of x, where signs count.
     """
 
     counts: bool
     signs: bool
     dtype: str
+    zeros: Callable[[tuple[int, ...], Any], NDArray[Any]] = np.zeros
     base: int = 1
-    top: int = 0
-    least: int = 0xFFFFFFFF
     low: np.float32 = field(default=np.float32("inf"))
     high: np.float32 = field(default=np.float32("-inf"))
-    _held: int = 0
+    marks: NDArray[np.int64] = field(default_factory=lambda: np.array([0, 0, 0xFFFFFFFF], dtype=np.int64))
     _carried: list[list[Sparse]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,15 +56,22 @@ class Window:
         lines = 2 if self.signs else int(self.counts)
         if not bins:
             return np.zeros((lines, int(lines > 0)), dtype=np.uint32)
-        return bytes_apart(4 * lines * (bins + 1)).view(np.uint32).reshape(lines, bins + 1 if lines else 0)
+        return self.zeros((lines, bins + 1 if lines else 0), np.uint32)
 
-    def cover(self, low: int, high: int, count: int) -> None:
-        """Make room for `count` elements in the bins from `low` to `high`; none where `high` is below."""
-        if self._held + count >= FULL:
+    def expect(self, count: int) -> None:
+        """Make sure that `count` more elements, in any bin, don't make a sum overflow."""
+        if self.marks[0] + count >= FULL:
             self._carried.append(self._lines())
             self.sums[:] = 0
-            self._held = 0
-        self._held += count
+            self.marks[0] = 0
+        self.marks[0] += count
+
+    def meet(self, top: int, least: int) -> None:
+        """Take note of a row's largest and smallest signless pattern."""
+        self.marks[1:] = max(self.marks[1], top), min(self.marks[2], least)
+
+    def cover(self, low: int, high: int) -> None:
+        """Make room for the bins from `low` to `high`; none where `high` is below."""
         size = self.sums.shape[1] - 1
         if high < low or (size > 0 and low >= self.base and high < self.base + size):
             return
@@ -92,7 +98,7 @@ class Window:
             plus, minus = lines
             found["signed_bins"] = np.concatenate([plus[0], minus[0] + np.uint16(HALF)])
             found["signed_counts"] = np.concatenate([plus[1], minus[1]])
-        ends = np.array([self.top, self.least], dtype=np.uint32 if self.dtype == "float32" else np.uint16)
+        ends = self.marks[1:].astype(np.uint32 if self.dtype == "float32" else np.uint16)
         signed = (self.low, self.high) if self.signs else (np.nan, np.nan)
         extremes = np.array([*floats_of(ends, self.dtype), *signed], dtype=np.float32)
         found["extremes"] = extremes + np.float32(0)  # −0 is 0
@@ -104,7 +110,9 @@ class Window:
 
     def _sparse(self, counts: NDArray[np.uint32]) -> Sparse:
         columns = np.flatnonzero(counts)
-        bins = np.where(columns, self.base + columns - 1, 0).astype(np.uint16)
+        bins = (columns + (self.base - 1)).astype(np.uint16)
+        if len(columns) and columns[0] == 0:
+            bins[0] = 0
         return bins, counts[columns].astype(np.int64)
 
 

@@ -6,6 +6,7 @@ kernels for CUDA by Triton's interpreter; one with CUDA runs them there.
 
 import contextlib
 import copy
+import warnings
 
 import models
 import numpy as np
@@ -67,7 +68,9 @@ def unhurried(device):
     """Let nothing wait for the device."""
     with Unhurried():
         if device == CUDA:
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some versions of torch say that this mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:

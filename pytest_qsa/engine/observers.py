@@ -19,7 +19,7 @@ from ..errors import InfraError
 from ..numbers import SiteNumbers
 from .keeping import Kept, Store
 from .modules import Routing
-from .records import split_records
+from .records import joined_records
 from .reductions import TorchReducer
 from .transfers import Transfer
 from .wants import MAP_SIZE, Wants
@@ -43,6 +43,7 @@ class Reducers:
     fused: bool = True
     store: Store = field(default_factory=Store)
     _made: dict[tuple[str, torch.dtype], Reducer] = field(default_factory=dict)
+    _owners: Owners | None = None
 
     def for_tensor(self, x: Tensor) -> Reducer:
         """Return the kernels for what they know, torch's operators for the rest."""
@@ -68,6 +69,27 @@ class Reducers:
         """Complete the numbers of all rows that were reduced."""
         for reducer in self._made.values():
             reducer.finish()
+
+    def owners_of(self, rows: array[int]) -> Owners:
+        """Return whose rows a site has, and in which order; most sites of a pass have those of the last."""
+        if self._owners is None or self._owners.rows != rows:
+            self._owners = Owners(rows)
+        return self._owners
+
+
+class Owners:
+    """Whose the rows of a site are. `rows`: sample, call and number of tokens of each, as they came.
+
+    `order`: how they are kept. A batch, or a streamed pass, visits all its samples by call.
+    """
+
+    def __init__(self, rows: array[int]) -> None:
+        self.rows = rows[:]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+        order = np.lexsort((table[:, 1], table[:, 0]))
+        self.order: list[int] = order.tolist()
+        self.sample, self.call = table[order, 0].astype(np.int32), table[order, 1].astype(np.int32)
+        self.lengths = table[order, 2]
 
 
 @cache
@@ -136,28 +158,25 @@ class StreamObserver:
         """Yield what is kept as tensors, complete."""
         self.reducers.finish()
         for rows in self.kept.rows.values():
-            yield from (row for row in rows if isinstance(row, Tensor))
+            if isinstance(rows, list):
+                yield from rows
         yield from (value for value in (*self.kept.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
 
     def numbers(self, statistics: frozenset[str], fetched: Transfer | None = None) -> SiteNumbers:
         """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
         self.reducers.finish()
         fetch = fetched or Transfer(self.tensors())
-        owners = np.array(self.owners, dtype=np.int64).reshape(-1, 3)
-        order = np.lexsort((owners[:, 1], owners[:, 0]))  # a batch, or a streamed pass, visits all its samples by call
-        owners = owners[order]
-        ordered = {name: [fetch(rows[index]) for index in order] for name, rows in self.kept.rows.items()}
-        if "tokens" in ordered:
-            ordered |= split_records(ordered.pop("tokens"), owners[:, 2].tolist())
-        arrays = self._arrays_of_rows(ordered) | self._arrays_of_sums(fetch)
+        owners = self.reducers.owners_of(self.owners)
+        ordered = {name: [fetch(rows[index]) for index in owners.order] for name, rows in self.kept.rows.items()}
+        arrays = self._arrays_of_rows(ordered, owners) | self._arrays_of_sums(fetch)
         return SiteNumbers(
             dtype=self.dtype,
             shape=tuple(self.last_shape[1:]),
             token_axis=self.token_axis,
             statistics=statistics,
-            sample=owners[:, 0].astype(np.int32),
-            call=owners[:, 1].astype(np.int32),
-            lengths=owners[:, 2],
+            sample=owners.sample,
+            call=owners.call,
+            lengths=owners.lengths,
             massive={name: np.stack(ordered[name]) for name in self.wants.massive if name in ordered},
             features={name: arrays.pop(name) for name in self.wants.features if name in arrays},
             quantized={name: np.stack(ordered[name]) for name in self.wants.quantizers if name in ordered},
@@ -165,14 +184,16 @@ class StreamObserver:
             **arrays,
         )
 
-    def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]]) -> dict[str, Any]:
+    def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]], owners: Owners) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
         for name, rows in ordered.items():
-            if name in ("peaks", "peak_channels"):
+            if name == "tokens":
+                maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
+                arrays["token_max"] = floats_of(maxima, self.dtype)
+            elif name in ("peaks", "peak_channels"):
                 arrays[name] = _padded(rows)
             elif name == "token_max":
-                joined = np.concatenate(rows)
-                arrays[name] = joined if joined.dtype.kind == "f" else floats_of(joined, self.dtype)
+                arrays[name] = np.concatenate(rows)
             elif ":" not in name:
                 arrays[name] = np.stack(rows)
         return arrays

@@ -28,11 +28,18 @@ def peaks_of(record: NDArray[Any], tokens: int) -> NDArray[np.int32]:
     return record[tokens + tokens % 2 :].view(np.int32).reshape(2, -1)
 
 
-def split_records(records: Sequence[NDArray[Any]], lengths: Sequence[int]) -> dict[str, list[NDArray[Any]]]:
-    """Return the parts of each record by the names that they have in a capture."""
-    pairs = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
-    return {
-        "token_max": [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)],
-        "peaks": [pair[0] for pair in pairs],
-        "peak_channels": [pair[1] for pair in pairs],
-    }
+def joined_records(
+    records: Sequence[NDArray[Any]], lengths: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
+    """Return the maxima of all records, [Σ T], and their peaks with the channels of these, [n, K] each; −1 for none."""
+    if len({*lengths}) == 1 and len({*map(len, records)}) == 1:
+        table = np.stack(records)
+        pairs = np.ascontiguousarray(table[:, lengths[0] + lengths[0] % 2 :]).view(np.int32)
+        peaks, channels = np.hsplit(pairs, 2)
+        return table[:, : lengths[0]].ravel(), peaks.copy(), channels.copy()
+    found = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
+    table = np.full((2, len(records), max(pair.shape[1] for pair in found)), -1, dtype=np.int32)
+    for index, pair in enumerate(found):
+        table[:, index, : pair.shape[1]] = pair
+    maxima = [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)]
+    return np.concatenate(maxima), table[0], table[1]

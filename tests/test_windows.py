@@ -66,3 +66,15 @@ def test_rows_of_very_different_scales_are_all_counted(octaves, dtype, seed):
     np.testing.assert_array_equal(numbers.counts, counts)
     magnitudes = x.double().abs().numpy()
     assert numbers.extremes.tolist() == [magnitudes.max(), magnitudes.min(), x.double().min(), x.double().max()]
+
+
+def test_counts_of_rows_that_32_bits_do_not_hold_are_whole():
+    observer, x = StreamObserver(frozenset({"counts"})), torch.ones(1, 6, dtype=torch.bfloat16)
+    observer.add(x, [None], [0], 0, token_axis=False)
+    window = observer.kept.pooled["window"]
+    missing = (1 << 32) - 8 - 6  # as if so many ones more had come before
+    window.sums[window.sums > 0] += np.uint32(missing)
+    window.expect(missing)
+    observer.add(x, [None], [1], 0, token_axis=False)
+    observer.add(x, [None], [2], 0, token_axis=False)
+    assert observer.numbers(frozenset({"counts"})).counts.tolist() == [missing + 18]

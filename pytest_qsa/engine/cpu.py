@@ -33,9 +33,8 @@ class CpuReducer:
         self.integers = torch.int32 if self.wide else torch.int16
         self.patterns: Any = np.uint32 if self.wide else np.uint16
         self.itemsize = 4 if self.wide else 2
-        self.tokens = kernels.tokens32 if self.wide else kernels.tokens16
-        self.channel_maxima = kernels.channel_maxima32 if self.wide else kernels.channel_maxima16
         self.survey = kernels.survey32 if self.wide else kernels.survey16
+        self.shift = 16 if self.wide else 0
         self.threads = share_torchs_threads()
         self.scratch = np.zeros((self.threads, 1 << 16), dtype=np.uint32)
         self.counts = np.empty((2, (1 << 15) + 1), dtype=np.uint32)
@@ -51,15 +50,17 @@ class CpuReducer:
         table = patterns.ndim == 2
         lines = patterns if table else patterns[None]
         length = 0 if not (table and wants.tokens) else len(lines) if kept is None else row.shape[0]
-        if wants.counted or (wants.moments and not self.wide):
-            self._surveyed(counted, lines, kept, length, wants, into)
-        elif length or wants.moments:
+        surveyed = wants.counted or (wants.moments and not self.wide)
+        if surveyed or length or wants.moments:
             record, peaks = self._record(lines, length, kept, into)
-            top = self.tokens(lines, self.threads, record, peaks)
+            if surveyed:
+                self._surveyed(counted, lines, record, peaks, wants, into)
+            else:
+                top = kernels.tokens_of(lines, self.threads, record, peaks)
+                if wants.moments:
+                    into.add("moments", self._moments_of_values(counted, top))
             if kept is not None and length:
                 self._spread(record, kept, length, peaks, into)
-            if wants.moments:
-                into.add("moments", self._moments_of_values(counted, top))
         if table and wants.channels:
             self._channels(lines, into)
         if table and wants.on_request:
@@ -85,10 +86,9 @@ class CpuReducer:
         placed[0], placed[1] = index[found[0]], found[1]
 
     def _surveyed(
-        self, counted: Tensor, lines: NDArray[Any], kept: Tensor | None, length: int, wants: Wants, into: Kept
+        self, counted: Tensor, lines: NDArray[Any], record: NDArray[Any], peaks: int, wants: Wants, into: Kept
     ) -> None:
         """Reduce the tokens of a row, and what its counts tell."""
-        record, peaks = self._record(lines, length, kept, into)
         window = into.pooled.get("window") or self._window(wants, into)
         needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
         counts = self.counts if needed else self.no_counts
@@ -97,9 +97,7 @@ class CpuReducer:
             lines, record, peaks, self.smallest, self.scratch, signs, window.sums, window.base, window.marks, counts
         )
         if zeros < 0 or needed or wants.signed or wants.moments:
-            high, low = top, max(1, min(smallest, top))
-            if self.wide:
-                high, low = high >> 16, max(1, low >> 16)
+            high, low = top >> self.shift, max(1, min(smallest, top) >> self.shift)
             if zeros < 0:
                 window.expect(lines.size)
                 window.cover(low, high)
@@ -109,8 +107,6 @@ class CpuReducer:
             if wants.signed:
                 window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
             self._of_counts(counted, lines, row, low, top, wants, into)
-        if kept is not None and length:
-            self._spread(record, kept, length, peaks, into)
 
     def _window(self, wants: Wants, into: Kept) -> Window:
         window = Window(wants.counts, wants.signed, self.name, into.store.zeros)
@@ -147,7 +143,7 @@ class CpuReducer:
 
     def _channels(self, lines: NDArray[Any], into: Kept) -> None:
         shares = np.zeros((self.threads, lines.shape[1]), dtype=self.patterns)
-        self.channel_maxima(lines, shares)
+        kernels.channel_maxima(lines, shares)
         maxima = shares.max(axis=0)
         floats = floats_of(maxima, self.name)
         if "channel_max" in into.pooled:

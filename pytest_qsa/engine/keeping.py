@@ -131,19 +131,17 @@ class Kept:
         self.rows: dict[str, Any] = {}
         self.pooled: dict[str, Any] = {}
 
-    def room(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
-        """Return zeros [count] for what the next population leaves under a name."""
+    def room(self, name: str, count: int, dtype: Any, shape: tuple[int, ...] = (0,)) -> NDArray[Any]:
+        """Return zeros [count] for what the next population leaves under a name; `shape`: see `Column`."""
         column = self.rows.get(name)
         if column is None:
-            column = self.rows[name] = Column(self.store, dtype, (count,))
+            column = self.rows[name] = Column(self.store, dtype, shape)
         room: NDArray[Any] = column.room(count)
         return room
 
     def add(self, name: str, values: NDArray[Any]) -> None:
         """Take a copy of what the next population left under a name."""
-        if name not in self.rows:
-            self.rows[name] = Column(self.store, values.dtype, values.shape)
-        self.rows[name].append(values)
+        self.room(name, values.size, values.dtype, values.shape)[:] = values.ravel()
 
     def take(self, name: str, value: Any) -> None:
         """Take a tensor that the next population left; one on an accelerator as it is."""

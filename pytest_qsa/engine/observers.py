@@ -19,7 +19,7 @@ from ..errors import InfraError
 from ..numbers import SiteNumbers
 from .keeping import Kept, Store
 from .modules import Routing
-from .records import joined_records
+from .records import joined_records, padded
 from .reductions import TorchReducer
 from .transfers import Transfer
 from .wants import MAP_SIZE, Wants
@@ -191,7 +191,7 @@ class StreamObserver:
                 maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
                 arrays["token_max"] = floats_of(maxima, self.dtype)
             elif name in ("peaks", "peak_channels"):
-                arrays[name] = _padded(rows)
+                arrays[name] = padded(rows)
             elif name == "token_max":
                 arrays[name] = np.concatenate(rows)
             elif ":" not in name:
@@ -221,15 +221,6 @@ def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
         magnitudes = torch.zeros_like(magnitudes).index_copy_(0, kept, magnitudes.index_select(0, kept))
     cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
     return torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
-
-
-def _padded(rows: list[NDArray[Any]]) -> NDArray[np.int32]:
-    lengths = [len(row) for row in rows]
-    if min(lengths) == max(lengths):
-        return np.stack(rows).astype(np.int32, copy=False)
-    table = np.full((len(rows), max(lengths)), -1, dtype=np.int32)
-    table[np.arange(table.shape[1]) < np.array(lengths)[:, None]] = np.concatenate(rows)
-    return table
 
 
 def _sparse(dense: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:

@@ -38,8 +38,13 @@ def joined_records(
         peaks, channels = np.hsplit(pairs, 2)
         return table[:, : lengths[0]].ravel(), peaks.copy(), channels.copy()
     found = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
-    table = np.full((2, len(records), max(pair.shape[1] for pair in found)), -1, dtype=np.int32)
-    for index, pair in enumerate(found):
-        table[:, index, : pair.shape[1]] = pair
     maxima = [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)]
-    return np.concatenate(maxima), table[0], table[1]
+    return np.concatenate(maxima), padded([pair[0] for pair in found]), padded([pair[1] for pair in found])
+
+
+def padded(rows: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    """Return rows of different lengths as one table, with −1 where there is nothing."""
+    lengths = np.array([len(row) for row in rows])
+    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return table

@@ -20,6 +20,9 @@ what is never counted in takes no memory."""
 FULL = 1 << 32
 """So many elements can't be counted in 32 bits: what has been counted is put aside before."""
 
+HELD, TOP, LEAST = 0, 1, 2
+"""The places of a window's marks."""
+
 
 def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Return the magnitudes that signless patterns stand for: uint32 of float32, uint16 of the others."""
@@ -60,15 +63,15 @@ class Window:
 
     def expect(self, count: int) -> None:
         """Make sure that `count` more elements, in any bin, don't make a sum overflow."""
-        if self.marks[0] + count >= FULL:
+        if self.marks[HELD] + count >= FULL:
             self._carried.append(self._lines())
             self.sums[:] = 0
-            self.marks[0] = 0
-        self.marks[0] += count
+            self.marks[HELD] = 0
+        self.marks[HELD] += count
 
     def meet(self, top: int, least: int) -> None:
         """Take note of a row's largest and smallest signless pattern."""
-        self.marks[1:] = max(self.marks[1], top), min(self.marks[2], least)
+        self.marks[TOP], self.marks[LEAST] = max(self.marks[TOP], top), min(self.marks[LEAST], least)
 
     def cover(self, low: int, high: int) -> None:
         """Make room for the bins from `low` to `high`; none where `high` is below."""
@@ -98,7 +101,7 @@ class Window:
             plus, minus = lines
             found["signed_bins"] = np.concatenate([plus[0], minus[0] + np.uint16(HALF)])
             found["signed_counts"] = np.concatenate([plus[1], minus[1]])
-        ends = self.marks[1:].astype(np.uint32 if self.dtype == "float32" else np.uint16)
+        ends = self.marks[[TOP, LEAST]].astype(np.uint32 if self.dtype == "float32" else np.uint16)
         signed = (self.low, self.high) if self.signs else (np.nan, np.nan)
         extremes = np.array([*floats_of(ends, self.dtype), *signed], dtype=np.float32)
         found["extremes"] = extremes + np.float32(0)  # −0 is 0

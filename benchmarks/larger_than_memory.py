@@ -63,7 +63,7 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     """Run one variant over random tokens; the checkpoint is loaded before the clock starts."""
     import torch
 
-    from pytest_qsa.config import Memory, Model
+    from pytest_qsa.config.suite import Memory, Model
     from pytest_qsa.engine import models
     from pytest_qsa.engine.capturing import run_pass
     from pytest_qsa.plan import COUNTS, TOKENS, Request

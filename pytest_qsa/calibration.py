@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from .budgets import key_of
 from .captures import Capture
-from .config import Assertion, MeasuredAssertion
+from .config.assertion import Assertion
 from .config.bounds import Relative, Stated
 from .config.noise import SIDES, Noise, Side
+from .config.suite import MeasuredAssertion
 from .errors import AnomalyError
 from .measuring import measured
 from .ratchet import SPARE, outward

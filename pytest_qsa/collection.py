@@ -19,7 +19,9 @@ import pytest
 from .errors import QsaWarning, SuiteError
 
 if TYPE_CHECKING:
-    from .config import Assertion, Place, SuiteFile
+    from .config.assertion import Assertion
+    from .config.loading import SuiteFile
+    from .config.yaml_source import Place
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
@@ -34,7 +36,7 @@ class Overrides:
 
     def of(self, suite: Path) -> list[str]:
         """Return those that a suite takes, and note those that it doesn't."""
-        from .config import misfit
+        from .config.loading import misfit
 
         taken = []
         for override in self.given:
@@ -77,7 +79,7 @@ class QsaSuite(pytest.Module):
         Raises:
             CollectError: one line that says where and what is wrong.
         """
-        from .config import load_suite
+        from .config.loading import load_suite
 
         try:
             return load_suite(self.path, self.overrides.of(self.path))

@@ -10,7 +10,7 @@ from functools import partial
 
 from .assertions import Kind, Verdict
 from .captures import Capture
-from .checkpoint import Files, problems_of
+from .checkpoint.checks import Files, problems_of
 from .checkpoint.judging import by_design
 from .errors import InfraError, QsaError
 from .findings import Finding

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .assertions import TokenEvidence, Verdict
 from .captures import Capture
-from .fidelity import ERROR, LARGEST, SIGNAL, compared_tokens, local_tokens
+from .fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
 from .metrics import METRICS, View
 from .numbers import SiteNumbers, lower_median
 from .sinks import Sinks
@@ -75,7 +75,7 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     powers = np.concatenate([rows for _, rows in kept])
     of, sizes = _sizes(query, powers)
     sizes = np.where(np.isfinite(sizes), sizes, 0.0)
-    whole, apart = float(powers[:, ERROR].sum()), sizes[sizes > 0]
+    whole, apart = float(powers[:, NOISE].sum()), sizes[sizes > 0]
     if not apart.size or not np.isfinite(whole):
         return []
     median = lower_median(apart)
@@ -84,7 +84,7 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     for i in largest:
         place = int(populations[i]), int(positions[i])
         token = _token(capture, view, *place, magnitude=float(sizes[i]), ratio=float(sizes[i]) / median)
-        found.append(replace(token, of=of, share=float(powers[i, ERROR]) / whole, channel=-1))
+        found.append(replace(token, of=of, share=float(powers[i, NOISE]) / whole, channel=-1))
     return found
 
 
@@ -92,7 +92,7 @@ def _sizes(query: Mapping[str, Any], powers: NDArray[np.float64]) -> tuple[str, 
     """Return by what the tokens of a metric are ranked, and how large it is: [N] of powers [N, 3 or 4]."""
     if query["metric"] == "max_abs_diff":
         return "max |x − x̂|", powers[:, LARGEST]
-    error = np.sqrt(powers[:, ERROR])
+    error = np.sqrt(powers[:, NOISE])
     if query["parameters"].get("by") != "token":
         return "‖x − x̂‖", error
     with np.errstate(divide="ignore", invalid="ignore"):

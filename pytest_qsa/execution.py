@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import AnomalyError, InfraError
 
 if TYPE_CHECKING:
-    from .config import Model
+    from .config.suite import Model
 
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
 UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"

@@ -12,21 +12,21 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from . import plan
 from .errors import AnomalyError
 from .numbers import ERROR_NAMES, NOT_COMPARED, PADDING
+from .plan import ERROR, REFERENCE_TOKENS, TOKENS, Site, channel_error_statistic, local_statistic
 from .registry import TWO_SIDED_95, Estimate, Values, View, metric
 
-SIGNAL, ERROR, OWN, LARGEST = range(len(ERROR_NAMES))
+SIGNAL, NOISE, OWN, LARGEST = range(len(ERROR_NAMES))
 By = Literal["tensor", "token", "channel"]
 WeightBy = Literal["tensor", "channel"]
 Rows = Annotated[int, Ge(2), Le(4096)]
 
 
-def _error_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _error_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     if parameters.get("by") == "channel" and site != "weight":
-        return frozenset({plan.channel_error_statistic(positions)})
-    return frozenset({plan.ERROR})
+        return frozenset({channel_error_statistic(positions)})
+    return frozenset({ERROR})
 
 
 @metric(_error_needs, reduce=None, unit="dB", positional=True, against=True)
@@ -40,25 +40,25 @@ def sqnr(view: View, *, by: By = "tensor") -> float | Estimate:
         return _worst(*_by_channel(view))
     tokens = compared(view)
     if by == "token":
-        return _worst(tokens[:, SIGNAL], tokens[:, ERROR])
-    return _estimated(view, tokens[:, SIGNAL], tokens[:, ERROR])
+        return _worst(tokens[:, SIGNAL], tokens[:, NOISE])
+    return _estimated(view, tokens[:, SIGNAL], tokens[:, NOISE])
 
 
-@metric(plan.ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True)
 def nmse(view: View) -> float | Estimate:
     """Take Σ(x − x̂)² / Σx², x the reference's (torch.ao, NNCF)."""
     tokens = compared(view)
     return _from_decibels(tokens, 10) if view.sampled else _ratio(tokens)
 
 
-@metric(plan.ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True)
 def relative_l2(view: View) -> float | Estimate:
     """Take the root of `nmse`: ‖x − x̂‖ / ‖x‖."""
     tokens = compared(view)
     return _from_decibels(tokens, 20) if view.sampled else float(np.sqrt(_ratio(tokens)))
 
 
-@metric(plan.ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True)
 def cosine(view: View) -> float | Estimate:
     """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
     signal, error, own = compared(view)[:, :LARGEST].T
@@ -72,14 +72,14 @@ def cosine(view: View) -> float | Estimate:
     return Estimate(value, value - half, min(1.0, value + half), len(signal))
 
 
-@metric(plan.ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True)
 def max_abs_diff(view: View) -> float:
     """Take the largest |x − x̂|; of sampled tokens only, where the reference was kept so."""
     return float(compared(view)[:, LARGEST].max())
 
 
-def _local_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.local_statistic(parameters["rows"])})
+def _local_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({local_statistic(parameters["rows"])})
 
 
 @metric(_local_needs, reduce=None, unit="dB", positional=True, against=True, sites=("output",))
@@ -108,8 +108,8 @@ def local_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArra
     return at[drawn].astype(np.int64), numbers.local[population][drawn].astype(np.float64)
 
 
-def _weight_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.ERROR})
+def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({ERROR})
 
 
 @metric(_weight_needs, reduce=None, unit="dB", against=True, sites=("weight",))
@@ -119,12 +119,12 @@ def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
     assert numbers.error is not None
     powers = numbers.error.astype(np.float64)
     if by == "channel":
-        return _worst(powers[:, SIGNAL], powers[:, ERROR])
+        return _worst(powers[:, SIGNAL], powers[:, NOISE])
     return decibels(*powers[:, :OWN].sum(axis=0).tolist())
 
 
-def _outlier_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.TOKENS, plan.REFERENCE_TOKENS})
+def _outlier_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({TOKENS, REFERENCE_TOKENS})
 
 
 @metric(_outlier_needs, reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
@@ -176,8 +176,8 @@ def _some(view: View, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
 def _by_channel(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if view.site == "weight":
         tokens = compared(view)
-        return tokens[:, SIGNAL], tokens[:, ERROR]
-    signal, error = view.numbers.channel_error[plan.channel_error_statistic(view.positions)].sum(axis=0)
+        return tokens[:, SIGNAL], tokens[:, NOISE]
+    signal, error = view.numbers.channel_error[channel_error_statistic(view.positions)].sum(axis=0)
     return signal, error
 
 
@@ -206,7 +206,7 @@ def _spread(parts: NDArray[np.float64]) -> float:
 
 def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
     """Return what an SQNR and its interval are as a share; `step`: 10 of powers, 20 of norms."""
-    found = _interval(tokens[:, SIGNAL], tokens[:, ERROR])
+    found = _interval(tokens[:, SIGNAL], tokens[:, NOISE])
     value, high, low = (float(10 ** (-each / step)) for each in (found.value, found.low, found.high))
     return Estimate(value, low, high, found.count)
 

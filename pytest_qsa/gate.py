@@ -19,10 +19,11 @@ from ._compat import fixture_source
 from .assertions import Kind, Verdict
 from .beside import beside_reference, run_of
 from .captures import Capture
-from .checkpoint import Files
+from .checkpoint.checks import Files
 from .ci import properties_of
 from .collection import QsaSuite
-from .config import Data, Memory, Model, SuiteFile, load_suite
+from .config.loading import SuiteFile, load_suite
+from .config.suite import Data, Memory, Model
 from .diagnosis import diagnosed
 from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import sinks_behind, token_evidence

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import plan
 from .numbers import SiteNumbers
+from .plan import STORED, Site
 from .quantization import decibels
 from .registry import View, metric
 
@@ -22,8 +22,8 @@ ALIKE = 0.95
 """The cosine above which several factors, near each other, do: projections that were packed together, say."""
 
 
-def _needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.STORED})
+def _needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({STORED})
 
 
 @metric(_needs, reduce=None, sites=("weight",))

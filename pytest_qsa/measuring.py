@@ -8,7 +8,7 @@ from .captures import Capture
 from .series import Series
 
 if TYPE_CHECKING:
-    from .config import MeasuredAssertion
+    from .config.suite import MeasuredAssertion
 
 
 def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:

@@ -13,11 +13,25 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from . import fidelity, loading, plan, scores
+from . import fidelity, loading, scores
 from .channels import BandStat, channel_bands
 from .distributions import counted_quantile
 from .errors import AnomalyError, SuiteError
 from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
+from .plan import (
+    CHANNEL_COUNTS,
+    CHANNELS,
+    COUNTS,
+    ELEMENTS,
+    EXPERTS,
+    MOMENTS,
+    SIGNED_COUNTS,
+    TOKENS,
+    Site,
+    features_statistic,
+    massive_statistic,
+    quantization_statistic,
+)
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 
@@ -39,7 +53,7 @@ ACROSS: Mapping[str, Callable[[Values], float]] = {
 SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
-@metric(plan.TOKENS, reduce="max", unit="tokens", tokenwise=True)
+@metric(TOKENS, reduce="max", unit="tokens", tokenwise=True)
 def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens whose maximum is above threshold × the lower median of the sample (arXiv 2410.05265)."""
     return np.array([_above(maxima, threshold) for maxima in view.token_maxima()], dtype=np.float64)
@@ -54,7 +68,7 @@ def _above(maxima: NDArray[np.float32], threshold: float) -> float:
     return float(np.count_nonzero(ratios > np.float32(threshold)))
 
 
-@metric(plan.TOKENS, reduce="max", unit="× median", tokenwise=True)
+@metric(TOKENS, reduce="max", unit="× median", tokenwise=True)
 def outlier_ratio(view: View) -> Values:
     """Divide the largest token-wise maximum of a sample by their lower median."""
     ratios = []
@@ -64,12 +78,12 @@ def outlier_ratio(view: View) -> Values:
     return np.array(ratios, dtype=np.float64)
 
 
-def _magnitude_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _magnitude_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     reduce_dim = _reduce_dim(site, parameters["reduce_dim"])
-    return frozenset({{-1: plan.TOKENS, -2: plan.CHANNELS, None: plan.ELEMENTS}[reduce_dim]})
+    return frozenset({{-1: TOKENS, -2: CHANNELS, None: ELEMENTS}[reduce_dim]})
 
 
-def _reduce_dim(site: plan.Site, reduce_dim: int | str | None) -> int | None:
+def _reduce_dim(site: Site, reduce_dim: int | str | None) -> int | None:
     if reduce_dim == "auto":
         return -2 if site == "weight" else -1
     return reduce_dim  # type: ignore[return-value]
@@ -99,7 +113,7 @@ def magnitudes(
     return {stat: table[:, TOP_NAMES.index(stat)].astype(np.float64) for stat in stats}
 
 
-@metric(plan.TOKENS, reduce="max", tokenwise=True)
+@metric(TOKENS, reduce="max", tokenwise=True)
 def sink_tokens(view: View, *, stat: SinkStat = "count") -> Values:
     """Describe the sinks of a sample at this layer: how many stand out here, the channel, the multiple of the median.
 
@@ -128,19 +142,19 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     return count, channel, float(ratios.max())
 
 
-def _massive_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.massive_statistic(parameters["abs"], parameters["ratio"])})
+def _massive_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({massive_statistic(parameters["abs"], parameters["ratio"])})
 
 
 @metric(_massive_needs, reduce="max", unit="elements")
 def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
     """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
-    counts = view.numbers.massive[plan.massive_statistic(abs, ratio)]
+    counts = view.numbers.massive[massive_statistic(abs, ratio)]
     return np.where(counts == UNKNOWN, np.nan, counts.astype(np.float64))
 
 
-def _absmax_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.MOMENTS if positions == "all" else plan.TOKENS})
+def _absmax_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({MOMENTS if positions == "all" else TOKENS})
 
 
 @metric(_absmax_needs, reduce=None, positional=True)
@@ -152,27 +166,27 @@ def absmax(view: View) -> float:
     return float(maxima.max()) if maxima.size else float("nan")
 
 
-@metric(plan.MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None)
 def rms(view: View) -> float:
     """Take the root of the mean square over all elements."""
     count, mean, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(mean * mean + m2 / count))
 
 
-@metric(plan.MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None)
 def mean(view: View) -> float:
     """Take the mean over all elements."""
     return pooled_moments(view.numbers)[1]
 
 
-@metric(plan.MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None)
 def std(view: View) -> float:
     """Take the standard deviation over all elements, of the population (divided by n)."""
     count, _, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(m2 / count))
 
 
-@metric(plan.MOMENTS, reduce="mean")
+@metric(MOMENTS, reduce="mean")
 def kurtosis(view: View) -> Values:
     """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
     count, m2, m4 = (view.numbers.moment(name) for name in ("n", "m2", "m4"))
@@ -180,15 +194,15 @@ def kurtosis(view: View) -> Values:
         return count * m4 / (m2 * m2)
 
 
-@metric(plan.MOMENTS, reduce=None, unit="× rms")
+@metric(MOMENTS, reduce=None, unit="× rms")
 def crest_factor(view: View) -> float:
     """Divide the largest |x| by the root mean square."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(absmax(view)) / rms(view))
 
 
-def _quantile_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.SIGNED_COUNTS if parameters["signed"] else plan.COUNTS})
+def _quantile_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({SIGNED_COUNTS if parameters["signed"] else COUNTS})
 
 
 @metric(_quantile_needs, reduce=None)
@@ -202,7 +216,7 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     return counted_quantile(view.numbers, q, signed=signed)
 
 
-@metric(plan.CHANNEL_COUNTS, reduce=None)
+@metric(CHANNEL_COUNTS, reduce=None)
 def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
     """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels.
 
@@ -214,14 +228,14 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
     return ACROSS[across](band)
 
 
-def _quantization_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _quantization_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     by, scheme = parameters["by"], parameters["scheme"]
-    return frozenset({plan.COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
+    return frozenset({COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
 
 
-def _scaled(site: plan.Site, scheme: str, by: str, group_size: int) -> str:
+def _scaled(site: Site, scheme: str, by: str, group_size: int) -> str:
     """Name the statistic; the output channels of a weight [out, in] are its rows, as tokens are elsewhere."""
-    return plan.quantization_statistic(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
+    return quantization_statistic(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
 
 
 @metric(_quantization_needs, reduce=None, unit="dB")
@@ -239,8 +253,8 @@ def quantization_sqnr(
     return decibels(signal, error)
 
 
-def _features_needs(site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({plan.features_statistic(parameters["abs"])})
+def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({features_statistic(parameters["abs"])})
 
 
 @metric(_features_needs, reduce=None, unit="channels", per="model")
@@ -252,7 +266,7 @@ def int8_outlier_features(
     Dettmers et al., arXiv 2208.07339. A layer counts where one of its tokens does. One number for all the
     layers that the pattern finds.
     """
-    name = plan.features_statistic(abs)
+    name = features_statistic(abs)
     tables = [view.numbers.features[name] for view in views]
     if len({len(table) for table in tables}) > 1:
         raise AnomalyError("int8_outlier_features follows channels through layers, and these have not the same number")
@@ -265,7 +279,7 @@ def int8_outlier_features(
     return float(np.count_nonzero(hits.any(axis=0) & in_layers & (hits.sum(axis=0) / tokens.sum() >= position_share)))
 
 
-@metric(plan.EXPERTS, reduce="sum", unit="tokens", per="expert")
+@metric(EXPERTS, reduce="sum", unit="tokens", per="expert")
 def expert_tokens(view: View) -> Values:
     """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
     if view.numbers.experts is None:
@@ -276,7 +290,7 @@ def expert_tokens(view: View) -> Values:
     return view.numbers.experts.astype(np.float64)
 
 
-@metric(plan.MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None)
 def zero_fraction(view: View) -> float:
     """Take the share of exact zeros."""
     if view.numbers.moment("nonfinite").any():
@@ -284,13 +298,13 @@ def zero_fraction(view: View) -> float:
     return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
 
 
-@metric(plan.MOMENTS, reduce="sum", unit="elements")
+@metric(MOMENTS, reduce="sum", unit="elements")
 def nonfinite(view: View) -> Values:
     """Count NaN, +Inf and −Inf."""
     return view.numbers.moment("nonfinite").copy()
 
 
-@metric(plan.MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None)
 def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
     """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
     return float(absmax(view)) / SERVED_MAX[dtype]

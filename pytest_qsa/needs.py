@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .collection import QsaSuite
-from .config import MeasuredAssertion
+from .config.suite import MeasuredAssertion
 from .errors import SuiteError
 from .metrics import METRICS
 from .plan import ALL_STATISTICS, Request, massive_statistic

@@ -48,17 +48,17 @@ class SiteNumbers:
     `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
     `channel_bins` [B], `channel_counts` [B, C] uint32: how often x falls into each bin of channels.py, bins that no
     channel has left out. `channel_extremes` [4, C] float32: `EXTREME_NAMES` of each channel, exact.
-    `massive`: for each `plan.massive_statistic` the count per population [P].
-    `quantized`: for each `plan.quantization_statistic` Σx² and Σ(x − x̂)² of each population, [P, 2] float64.
-    `features`: for each `plan.features_statistic` in how many tokens each channel reaches it, then how many tokens and
+    `massive`: for each `massive_statistic` the count per population [P].
+    `quantized`: for each `quantization_statistic` Σx² and Σ(x − x̂)² of each population, [P, 2] float64.
+    `features`: for each `features_statistic` in how many tokens each channel reaches it, then how many tokens and
     how many NaN and Inf there are, [C + 2].
     `experts`: how many tokens of each population go to each expert of the layer, [P, E].
-    `maps`: for each `plan.map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
+    `maps`: for each `map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
     rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
     `error` [sum of lengths, 4] float32: `ERROR_NAMES` of each token, `PADDING` or `NOT_COMPARED`; [P, 4] where the
     site has no token axis. `local_rows`, `local` [P, R], [P, R, 3]: the sampled tokens of each population, −1 for
     none, and their Σy², Σ(y − ŷ)², Σŷ², ŷ the layer's output on the reference's input. `channel_error`: for each
-    `plan.channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
+    `channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
     `scores` [sum of lengths, 4] float64: `SCORE_NAMES` of each position of the logits, NaN where there is none.
     `stored` [4] float64: `STORED_NAMES` of a weight that the files hold quantized.
     Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .assertions import number
 from .captures import Capture
 from .errors import AnomalyError
-from .fidelity import ERROR, OWN, SIGNAL, compared, decibels, local_powers
+from .fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
 from .findings import Finding
 from .plan import Site
 from .registry import View
@@ -45,7 +45,7 @@ class Likeness:
     @classmethod
     def of(cls, powers: NDArray[np.float64]) -> Likeness:
         """Take it from Σx², Σ(x − x̂)², Σx̂²."""
-        signal, error, own = (float(powers[column]) for column in (SIGNAL, ERROR, OWN))
+        signal, error, own = (float(powers[column]) for column in (SIGNAL, NOISE, OWN))
         product = (signal + own - error) / 2
         if not signal > 0 or not own > 0:
             return cls(0.0, 0.0, empty=signal > 0 and own == 0)
@@ -83,10 +83,10 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
         (local, "on the reference's input its sqnr is {} dB"),
         (weights, "the sqnr of its weight is {} dB"),
     ):
-        ratios = {layer: sums[ERROR] / sums[SIGNAL] for layer, sums in own.items() if sums[SIGNAL] > 0}
+        ratios = {layer: sums[NOISE] / sums[SIGNAL] for layer, sums in own.items() if sums[SIGNAL] > 0}
         worst = max(ratios, key=lambda layer: ratios[layer], default="")
         if worst and ratios[worst] > 0 and (not block or worst.startswith(f"{block}.")):
-            value = number(decibels(own[worst][SIGNAL], own[worst][ERROR]))
+            value = number(decibels(own[worst][SIGNAL], own[worst][NOISE]))
             told["adds most"] = f"{worst}: {how.format(value)}, the least of {len(own)} layers"
             break
         worst = ""
@@ -99,7 +99,7 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
 def _steepest(capture: Capture) -> tuple[str, str]:
     """Return the block at whose output Σe²/Σx² grows most, and how it grows; nothing where blocks weren't compared."""
     sums = {block: found for block in capture.blocks if (found := _summed(capture, block, "output")) is not None}
-    ratios = {block: found[ERROR] / found[SIGNAL] for block, found in sums.items() if found[SIGNAL] > 0}
+    ratios = {block: found[NOISE] / found[SIGNAL] for block, found in sums.items() if found[SIGNAL] > 0}
     if len(ratios) < 2:
         return "", ""
     values = np.array(list(ratios.values()))
@@ -150,10 +150,10 @@ def _output_looks(capture: Capture, layer: str) -> str:
 def _few_channels(capture: Capture, layer: str) -> str:
     """Say which few output channels of a weight hold most of its error."""
     rows = _rows(capture, layer, "weight")
-    if rows is None or len(rows) < 1 / FEW or not rows[:, ERROR].sum() > 0:
+    if rows is None or len(rows) < 1 / FEW or not rows[:, NOISE].sum() > 0:
         return ""
-    order = np.argsort(-rows[:, ERROR])
-    shares = np.cumsum(rows[order, ERROR]) / rows[:, ERROR].sum()
+    order = np.argsort(-rows[:, NOISE])
+    shares = np.cumsum(rows[order, NOISE]) / rows[:, NOISE].sum()
     count = int(np.searchsorted(shares, MOST_OF_THE_ERROR)) + 1
     if count > FEW * len(rows):
         return ""

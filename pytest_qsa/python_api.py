@@ -10,7 +10,7 @@ import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
 from .captures import Capture
-from .checkpoint import problems_of
+from .checkpoint.checks import problems_of
 from .checkpoint.judging import judge_problems
 from .errors import QsaError
 from .gate import Gate, GateFailure, caller

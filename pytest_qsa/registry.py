@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import plan
 from .definitions import Definition
 from .numbers import PADDING, SiteNumbers, lower_median
+from .plan import LOGITS, REFERENCE_SINKS, SINKS, TOKENS, Site
 from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
@@ -47,7 +47,7 @@ class View:
     """
 
     numbers: SiteNumbers
-    site: plan.Site
+    site: Site
     positions: str
     sinks: Sinks
     layer: str = ""
@@ -97,28 +97,28 @@ class Metric(Definition):
     positional: bool
     unit: str
     per: Per
-    statistics: Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]]
+    statistics: Callable[[Site, str, Mapping[str, Any]], frozenset[str]]
     against: bool
-    sites: tuple[plan.Site, ...]
+    sites: tuple[Site, ...]
 
-    def positions_at(self, site: plan.Site) -> str:
+    def positions_at(self, site: Site) -> str:
         """Return which tokens count unless told: against a reference all but the sinks (metrics.md)."""
         return "no_sink" if self.against and self.positional and site != "weight" else "all"
 
-    def counts_tokens(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> bool:
+    def counts_tokens(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> bool:
         """Say whether the tokens that count can be chosen here."""
         if site == "weight" or not self.positional:
             return False
-        return self.against or plan.TOKENS in self.needs(site, positions, parameters)
+        return self.against or TOKENS in self.needs(site, positions, parameters)
 
-    def needs(self, site: plan.Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    def needs(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
         """Return the statistics that a pass has to keep."""
         defaults = {name: p.default for name, p in self.parameters.items()}
         needed = self.statistics(site, positions, {**defaults, **parameters})
-        if plan.TOKENS in needed and site != "weight":
-            needed |= {plan.SINKS}
+        if TOKENS in needed and site != "weight":
+            needed |= {SINKS}
         if self.against and positions in ("sink", "no_sink") and site != "weight":
-            needed |= {plan.REFERENCE_SINKS}
+            needed |= {REFERENCE_SINKS}
         return needed
 
 
@@ -126,7 +126,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    needs: str | Callable[[plan.Site, str, Mapping[str, Any]], frozenset[str]],
+    needs: str | Callable[[Site, str, Mapping[str, Any]], frozenset[str]],
     *,
     reduce: Reduce | None,
     unit: str = "",
@@ -135,7 +135,7 @@ def metric(
     per: Per = "layer",
     version: int = 1,
     against: bool = False,
-    sites: tuple[plan.Site, ...] = ("input", "output", "weight"),
+    sites: tuple[Site, ...] = ("input", "output", "weight"),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name; `needs`: the statistic, or what names them."""
 
@@ -143,7 +143,7 @@ def metric(
         statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
         METRICS[function.__name__] = Metric(
             function.__name__, version, function, reduce, tokenwise, positional or tokenwise, unit, per, statistics,
-            against, (plan.LOGITS,) if per == "logits" else sites,
+            against, (LOGITS,) if per == "logits" else sites,
         )  # fmt: skip
         return function
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import plan
 from .errors import AnomalyError
 from .numbers import SCORE_NAMES, SiteNumbers
+from .plan import AGREEMENT, SCORES
 from .registry import TWO_SIDED_95, Estimate, View, metric
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
@@ -60,7 +60,7 @@ def numbers_of(
     )
 
 
-@metric(plan.AGREEMENT, reduce=None, unit="nats", per="logits", against=True)
+@metric(AGREEMENT, reduce=None, unit="nats", per="logits", against=True)
 def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all.
 
@@ -72,7 +72,7 @@ def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     return float(np.percentile(values, {"median": 50, "p99": 99, "max": 100}[stat]))
 
 
-@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+@metric(AGREEMENT, reduce=None, per="logits", against=True)
 def same_top(view: View) -> Estimate:
     """Take the share of positions where both models find the same token likeliest; a tie is no difference.
 
@@ -81,7 +81,7 @@ def same_top(view: View) -> Estimate:
     return _mean(_known(view, SAME_TOP))
 
 
-@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+@metric(AGREEMENT, reduce=None, per="logits", against=True)
 def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
     """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions.
 
@@ -95,13 +95,13 @@ def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
     return float(plain[stat](values) if stat in plain else np.percentile(values, float(stat[1:])))
 
 
-@metric(plan.SCORES, reduce=None, per="logits")
+@metric(SCORES, reduce=None, per="logits")
 def perplexity(view: View) -> float:
     """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
     return float(np.exp(_known(view, NLL).mean()))
 
 
-@metric(plan.AGREEMENT, reduce=None, per="logits", against=True)
+@metric(AGREEMENT, reduce=None, per="logits", against=True)
 def ln_ppl_ratio(view: View) -> Estimate:
     """Take the mean of nll_q − nll_p, position by position: ln of the ratio of the perplexities (llama.cpp).
 

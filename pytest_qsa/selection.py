@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import plan
 from .channels import BandStat, channel_bands
 from .errors import AnomalyError
 from .fidelity import By, WeightBy
@@ -25,7 +24,19 @@ from .metrics import (
     View,
     magnitudes,
 )
-from .plan import LOGITS, Site, match_layers, no_match
+from .plan import (
+    COUNTS,
+    LOGITS,
+    REFERENCE_SINKS,
+    SIGNED_COUNTS,
+    SINKS,
+    STORED,
+    Request,
+    Site,
+    match_layers,
+    need_tokens,
+    no_match,
+)
 from .quantization import Granularity, Scheme
 from .queries import Positions, check_arguments, positions_of, query_of
 from .registry import Estimate
@@ -269,7 +280,7 @@ class Selection:
         found = match_layers(self.capture.modules, self.pattern, self.exclude)
         if not found:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
-        if not self.capture.covers([plan.Request(self.pattern, self.site, self.exclude, needs)]):
+        if not self.capture.covers([Request(self.pattern, self.site, self.exclude, needs)]):
             raise NotMeasuredError("the capture holds nothing of what is in the checkpoint's files")
         if unmatched := self.capture.meta.get("unmatched"):
             more = f" (and {len(unmatched) - 1} more)" if unmatched[1:] else ""
@@ -315,11 +326,11 @@ class Selection:
         where = positions_of(metric, self.site, positions)
         check_arguments(definition, self.site, where, reduce, parameters)
         needs = definition.needs(self.site, where, parameters)
-        layers = self._stored(needs) if plan.STORED in needs else self.layers
+        layers = self._stored(needs) if STORED in needs else self.layers
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
-        return layers, replace(query, estimated=wide and not needs.isdisjoint({plan.COUNTS, plan.SIGNED_COUNTS}))
+        return layers, replace(query, estimated=wide and not needs.isdisjoint({COUNTS, SIGNED_COUNTS}))
 
     def _view(self, layer: str, query: Query) -> View:
         numbers, where = self.capture.sites[layer, self.site], query.positions or "all"
@@ -356,13 +367,13 @@ class Selection:
             )
         for layer in layers:
             numbers = self.capture.sites[layer, self.site]
-            if (metric.tokenwise and self.site == "weight") or (plan.need_tokens(needs) and not numbers.token_axis):
+            if (metric.tokenwise and self.site == "weight") or (need_tokens(needs) and not numbers.token_axis):
                 shape = "×".join(map(str, numbers.shape))
                 raise AnomalyError(
                     f"{metric.name} needs a token axis, which the {self.site} of {layer} (shape {shape}) doesn't have; "
                     "elementwise metrics such as absmax, rms, kurtosis or quantile work there"
                 )
-            if not needs <= numbers.statistics | {plan.SINKS, plan.REFERENCE_SINKS}:
+            if not needs <= numbers.statistics | {SINKS, REFERENCE_SINKS}:
                 missing = ", ".join(sorted(needs - numbers.statistics))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
         finder = self.capture.reference if metric.against and self.capture.reference else self.capture

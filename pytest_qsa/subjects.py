@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .checkpoint import Files, open_folder
-from .config import Data, Memory, Model
+from .checkpoint.checks import Files
+from .checkpoint.folder import open_folder
+from .config.suite import Data, Memory, Model
 from .errors import InfraError
 from .hub_sets import local_path
 

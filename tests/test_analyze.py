@@ -16,7 +16,7 @@ import yaml
 from pytest_qsa import Capture
 from pytest_qsa.analysis.planning import PatternError, plan_pictures
 from pytest_qsa.cli import main
-from pytest_qsa.config import Visualization
+from pytest_qsa.config.visualization import Visualization
 from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
 
 PARTS = ("", ".mlp.down_proj", ".mlp.up_proj", ".self_attn.q_proj", ".self_attn.o_proj")

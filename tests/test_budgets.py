@@ -12,7 +12,7 @@ from checkpoint_folders import Project, peaks
 
 from pytest_qsa import Capture
 from pytest_qsa.budgets import budget_of, scheme_of
-from pytest_qsa.config import load_suite
+from pytest_qsa.config.loading import load_suite
 from pytest_qsa.engine.schemes import schemes_of
 from pytest_qsa.errors import AnomalyError, SuiteError
 

@@ -9,7 +9,9 @@ import torch
 from checkpoint_folders import FORMATS, edited, peaks, save_llama, suite
 from safetensors.torch import save_file
 
-from pytest_qsa.checkpoint import CHECKS, Files, checks, open_folder, problems_of
+from pytest_qsa.checkpoint import checks
+from pytest_qsa.checkpoint.checks import CHECKS, Files, problems_of
+from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 
@@ -559,7 +561,7 @@ def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_ll
     ],
 )
 def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message):
-    from pytest_qsa.config import load_suite
+    from pytest_qsa.config.loading import load_suite
 
     (tmp_path / "a.qsa.yaml").write_text(suite("x", text))
     with pytest.raises(SuiteError, match=rf"a\.qsa\.yaml:4: .*{message}"):
@@ -567,7 +569,7 @@ def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message)
 
 
 def test_defaults_of_a_suite_give_a_static_assertion_what_it_can_have(tmp_path):
-    from pytest_qsa.config import load_suite
+    from pytest_qsa.config.loading import load_suite
 
     sections = "defaults: {site: output, reduce: mean, reason: agreed in June}\n"
     (tmp_path / "a.qsa.yaml").write_text(suite("x", "id: a, metric: checkpoint_health", sections=sections))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
 
-from pytest_qsa.checkpoint import CHECKS
+from pytest_qsa.checkpoint.checks import CHECKS
 from pytest_qsa.cli import main
 from pytest_qsa.metrics import METRICS
 

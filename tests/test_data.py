@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from pytest_qsa.config import Data
+from pytest_qsa.config.suite import Data
 from pytest_qsa.engine.data import batches_of, document_windows, read_texts, stream_windows, windows_of
 from pytest_qsa.errors import InfraError
 

@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_default_configuration_has_every_key_with_its_default():
-    from pytest_qsa.config import Data, Memory, Visualization
+    from pytest_qsa.config.suite import Data, Memory
+    from pytest_qsa.config.visualization import Visualization
 
     written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text(encoding="utf-8"))
     for section, defaults in (("visualization", Visualization()), ("data", Data()), ("memory", Memory())):
@@ -29,7 +30,7 @@ def test_the_default_configuration_is_one_that_qsa_analyze_takes(llama, capsys):
 
 
 def test_every_key_of_the_pictures_is_documented():
-    from pytest_qsa.config import Visualization
+    from pytest_qsa.config.visualization import Visualization
 
     text = (ROOT / "docs" / "analyze.md").read_text(encoding="utf-8")
     sections = {name: type(value) for name, value in Visualization()}

@@ -13,11 +13,13 @@ import torch
 from checkpoint_folders import Project, save_tokenizer, suite
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytest_qsa.checkpoint import Folder
-from pytest_qsa.config import Data, Memory, Model
-from pytest_qsa.estimating import Gpu, Machine, Work, settings_of, sizes_of
+from pytest_qsa.checkpoint.folder import Folder
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.estimating.gathering import Planned, gathered
-from pytest_qsa.estimating.settings import own_setting
+from pytest_qsa.estimating.machine import Gpu, Machine
+from pytest_qsa.estimating.settings import own_setting, settings_of
+from pytest_qsa.estimating.sizes import sizes_of
+from pytest_qsa.estimating.work import Work
 from pytest_qsa.estimating.writing import MEMORY_FACTOR, plan_lines
 from pytest_qsa.plan import COUNTS, TOKENS, Request
 from pytest_qsa.subjects import Subject

@@ -10,7 +10,7 @@ import sys
 import pytest
 from checkpoint_folders import Project
 
-from pytest_qsa.config import load_suite
+from pytest_qsa.config.loading import load_suite
 from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.evals.judging import judge_scores
 

@@ -9,7 +9,7 @@ import torch
 from checkpoint_folders import Project, edited, peaks, suite
 
 from pytest_qsa.comparing.sides import read_side
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded, capture_subject
 from pytest_qsa.engine.witness import Witness

@@ -8,7 +8,7 @@ import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, suite
 from safetensors.torch import load_file
 
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.dequantized import dequantized
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_subject

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from checkpoint_folders import Project, peaks, suite
 
-from pytest_qsa.config import Memory, Model
+from pytest_qsa.config.suite import Memory, Model
 from pytest_qsa.engine import models as loading
 from pytest_qsa.engine import retrying
 from pytest_qsa.errors import InfraError, scrubbed

@@ -7,7 +7,7 @@ import re
 import pytest
 from checkpoint_folders import Project, peaks
 
-from pytest_qsa.config import load_suite
+from pytest_qsa.config.loading import load_suite
 from pytest_qsa.errors import SuiteError
 
 BASE = """\

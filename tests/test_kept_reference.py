@@ -20,7 +20,7 @@ from pytest_qsa import capture
 from pytest_qsa.cli import capture as capture_command
 from pytest_qsa.cli import main
 from pytest_qsa.cli.common import subject_of
-from pytest_qsa.config import load_suite
+from pytest_qsa.config.loading import load_suite
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.heads import located_head, read_head
 from pytest_qsa.engine.kept_files import KeptFile, drawn

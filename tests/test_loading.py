@@ -7,7 +7,7 @@ import torch
 from checkpoint_folders import save_gguf, save_quantized_moe, suite
 from safetensors.torch import load_file
 
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded
 from pytest_qsa.errors import AnomalyError, InfraError

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import models
 from pytest_qsa.engine.running import capture_subject
 from pytest_qsa.errors import InfraError

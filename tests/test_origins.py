@@ -11,7 +11,8 @@ from test_reference import damaged
 
 from pytest_qsa import capture
 from pytest_qsa.assertions import judge_bounds
-from pytest_qsa.checkpoint import Files, open_folder
+from pytest_qsa.checkpoint.checks import Files
+from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.diagnosis import diagnosed
 from pytest_qsa.origins import origin_of
 from pytest_qsa.series import Bounds

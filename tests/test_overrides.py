@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from pytest_qsa.cli.overrides import add_overrides, read_overrides
-from pytest_qsa.config import load_suite
+from pytest_qsa.config.loading import load_suite
 from pytest_qsa.errors import SuiteError
 
 

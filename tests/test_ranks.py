@@ -15,7 +15,7 @@ from checkpoint_folders import peaks, suite
 from pytest_qsa import Capture
 from pytest_qsa.cache import CaptureCache
 from pytest_qsa.cli import main
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing
 from pytest_qsa.engine.running import Share, capture_subject
 from pytest_qsa.partial import PartialSums

@@ -12,7 +12,7 @@ from test_ranks import same, torchrun
 from test_streaming import differing
 
 from pytest_qsa import Capture, plan
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing, pairing
 from pytest_qsa.engine.running import Share, capture_subject
 from pytest_qsa.merging import merge

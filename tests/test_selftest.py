@@ -10,18 +10,20 @@ import transformers
 from checkpoint_folders import Project, edited, save_quantized_llama, suite
 from safetensors.torch import load_file, save_file
 
-from pytest_qsa.checkpoint import Files, open_folder, problems_of
+from pytest_qsa.checkpoint.checks import Files, problems_of
+from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
-from pytest_qsa.config import Data, load_suite
+from pytest_qsa.config.loading import load_suite
+from pytest_qsa.config.suite import Data
 from pytest_qsa.engine.data import batches_of
 from pytest_qsa.errors import SuiteError
-from pytest_qsa.selftest import FAULTS, Selftest
 from pytest_qsa.selftest.copies import Mutant
+from pytest_qsa.selftest.faults import FAULTS
 from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside
 from pytest_qsa.selftest.recording import RESULTS
 from pytest_qsa.selftest.table import lines_of, markdown_of
-from pytest_qsa.selftest.testing import chosen, middle_of, score_of
+from pytest_qsa.selftest.testing import Selftest, chosen, middle_of, score_of
 from pytest_qsa.subjects import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"

@@ -8,10 +8,10 @@ import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, edited, save_quantized_llama, save_torchao_llama, suite
 from safetensors.torch import load_file
 
-from pytest_qsa.checkpoint import open_folder
 from pytest_qsa.checkpoint.dequantizing import weight_rows
+from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.smoothing import compare_norms
-from pytest_qsa.config import Memory, Model
+from pytest_qsa.config.suite import Memory, Model
 from pytest_qsa.engine.dequantized import dequantized
 from pytest_qsa.engine.models import load_model
 

@@ -10,7 +10,7 @@ from checkpoint_folders import save_tokenizer
 from safetensors.torch import load_file, save_file
 from test_architectures import MODELS as ARCHITECTURES
 
-from pytest_qsa.config import Data, Memory, Model
+from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import streaming
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.models import load_model

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from pytest_qsa.config import load_suite
-from pytest_qsa.config.loading import check_override
+from pytest_qsa.config.loading import check_override, load_suite
 from pytest_qsa.errors import SuiteError
 
 GOOD = """\

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..captures import Capture
 from ..channels import channel_bands
-from ..config import Visualization
+from ..config.visualization import Visualization
 from ..errors import QsaError
 from ..files import write_atomically
 from ..plan import Site, exactly, map_statistic

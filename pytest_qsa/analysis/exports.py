@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..captures import Capture
 from ..channels import channel_bands
-from ..config import Visualization
+from ..config.visualization import Visualization
 from ..distributions import counted_quantiles
 from ..errors import AnomalyError
 from ..metrics import ACROSS, AcrossChannels

@@ -6,14 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .. import plan
 from ..captures import Capture
-from ..config import Visualization
+from ..config.visualization import Visualization
 from ..config.yaml_source import Location
 from ..errors import AnomalyError, SuiteError
 from ..metrics import METRICS
 from ..numbers import SiteNumbers
-from ..plan import Request, Site, exactly, map_statistic, match_layers, merge_requests, no_match
+from ..plan import (
+    CHANNEL_COUNTS,
+    SIGNED_COUNTS,
+    Request,
+    Site,
+    exactly,
+    map_statistic,
+    match_layers,
+    merge_requests,
+    no_match,
+)
 from ..plots.depth import spread
 
 Section = Literal[
@@ -152,7 +161,7 @@ def _distributions(finder: _Finder) -> Iterator[Picture]:
     found = finder.each(settings.patterns, ("distribution",))
     for form in dict.fromkeys(settings.plot_types):
         for name, layers in _grouped(found, f"distribution_{form}", together=True, names=finder.names):
-            yield Picture(name, "distribution", settings.site, layers, frozenset({plan.SIGNED_COUNTS}), form)
+            yield Picture(name, "distribution", settings.site, layers, frozenset({SIGNED_COUNTS}), form)
 
 
 def _percentiles(finder: _Finder) -> Iterator[Picture]:
@@ -162,7 +171,7 @@ def _percentiles(finder: _Finder) -> Iterator[Picture]:
     found = finder.each(settings.patterns, ("percentile_range",))
     for name, layers in _grouped(found, "percentile_range", together=False, names=finder.names):
         shown = tuple(layers[index] for index in spread(len(layers), settings.num_layers_to_show))
-        yield Picture(name, "percentile_range", settings.site, shown, frozenset({plan.CHANNEL_COUNTS}))
+        yield Picture(name, "percentile_range", settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
 def _heatmaps(finder: _Finder) -> Iterator[Picture]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import Capture
-from ..config import Visualization
+from ..config.visualization import Visualization
 from ..execution import executed_as
 from ..files import write_atomically
 from ..report.gallery import Gallery, Shown, Turning, render_gallery

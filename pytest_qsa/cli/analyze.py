@@ -18,7 +18,7 @@ from .codes import FAILED, OK
 if TYPE_CHECKING:
     from ..analysis.planning import Analysis
     from ..captures import Capture
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
     from ..partial import PartialSums
     from ..plan import Request
     from ..session import MakeCapture
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
     """
-    from ..config import load_suite
+    from ..config.loading import load_suite
     from ..engine.outline import layer_names
     from .common import planned, subject_of
 

@@ -13,7 +13,7 @@ from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or has nothing to calibrate.
         InfraError: the model or data can't be had, or the suite can't be written.
     """
-    from ..config import load_suite
+    from ..config.loading import load_suite
     from ..files import write_atomically
     from ..suite_edits import calibrated
     from .overrides import parse_with_overrides

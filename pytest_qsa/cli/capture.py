@@ -14,7 +14,7 @@ from .codes import OK
 from .common import keep, planned, subject_of
 
 if TYPE_CHECKING:
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
     from ..partial import PartialSums
     from ..plan import Request
 
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or asks for nothing that a pass measures.
         InfraError: the model or data can't be had, or the file can't be written.
     """
-    from ..config import load_suite
+    from ..config.loading import load_suite
     from ..engine.outline import layer_names
     from ..engine.running import Share, capture_subject
     from ..fingerprint import FileHashes, fingerprint_of, identified

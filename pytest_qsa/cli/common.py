@@ -11,7 +11,8 @@ from ..errors import InfraError, SuiteError, shown_path
 if TYPE_CHECKING:
     from ..analysis.planning import Analysis
     from ..captures import Capture
-    from ..config import Model, SuiteFile
+    from ..config.loading import SuiteFile
+    from ..config.suite import Model
     from ..subjects import Subject
 
 

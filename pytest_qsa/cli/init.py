@@ -19,7 +19,7 @@ from .sampling import add_sampling, data_text, lines_of, sample
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
     from ..checkpoint.smoothing import Compare
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
     from ..drafting import Draft
     from ..subjects import Subject
 
@@ -76,7 +76,7 @@ def _name(model: str) -> str:
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:
     """Return what the suite says of model and data unless the command line says otherwise."""
-    from ..config import Data
+    from ..config.suite import Data
 
     model = {"name": _name(options.model), "path": _named(options.model, target)}
     if options.reference is not None:
@@ -117,7 +117,7 @@ def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
-    from ..checkpoint import problems_of
+    from ..checkpoint.checks import problems_of
     from ..checkpoint.smoothing import compare_norms
     from ..drafting import COMPARED, UNQUANTIZED
     from ..subjects import files_of, kept_reference
@@ -177,7 +177,7 @@ def _head(file: SuiteFile, sampled: Sampled, k: float) -> list[str]:
 
 def _health(file: SuiteFile) -> Iterator[str]:
     """Say what the static checks find already: numbers of a broken checkpoint bound nothing."""
-    from ..checkpoint import problems_of
+    from ..checkpoint.checks import problems_of
     from ..subjects import files_of
 
     files = files_of(subject_of(file)[1])

@@ -12,7 +12,7 @@ from .codes import OK
 from .common import subject_of
 
 if TYPE_CHECKING:
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
     from ..engine.kept_rows import Kept
     from ..plan import Request
     from ..subjects import Subject

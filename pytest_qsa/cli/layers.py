@@ -12,7 +12,8 @@ from .codes import OK
 
 def run(arguments: Sequence[str]) -> int:
     """Print name, class, shape of the weight and number of parameters of the layers."""
-    from ..config import Data, Memory, Model, load_suite
+    from ..config.loading import load_suite
+    from ..config.suite import Data, Memory, Model
     from ..plan import match_layers, no_match
     from ..subjects import Subject
 

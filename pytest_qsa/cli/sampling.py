@@ -11,7 +11,7 @@ from .common import subject_of
 
 if TYPE_CHECKING:
     from ..calibration import Finding, Proposal, Sampled
-    from ..config import SuiteFile
+    from ..config.loading import SuiteFile
 
 PARTS, PASSES, SIGMAS = 8, 2, 10.0
 """The defaults. Of ten sigmas, for one that comes from eight parts is itself uncertain (docs/bounds.md)."""
@@ -50,7 +50,7 @@ def sample(file: SuiteFile, options: argparse.Namespace) -> Sampled:
         SuiteError: no assertion needs a pass.
         InfraError: it can't be run.
     """
-    from ..config import MeasuredAssertion
+    from ..config.suite import MeasuredAssertion
     from ..engine.parts import capture_parts
     from ..plan import merge_requests
     from ..progress import progress_bar

@@ -75,7 +75,7 @@ def _share(text: str) -> float:
 
 
 def _list() -> int:
-    from ..selftest import FAULTS
+    from ..selftest.faults import FAULTS
 
     for fault in FAULTS.values():
         strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
@@ -90,10 +90,10 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
         SuiteError: the suite names no checkpoint.
         InfraError: there is no such suite or checkpoint.
     """
-    from ..checkpoint import open_folder
-    from ..config import load_suite
-    from ..selftest import Selftest
+    from ..checkpoint.folder import open_folder
+    from ..config.loading import load_suite
     from ..selftest.perplexity import makes_a_pass, suite_beside
+    from ..selftest.testing import Selftest
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
-from ..checkpoint import CHECKS, Check, query_of_check
+from ..checkpoint.checks import CHECKS, Check, query_of_check
 from ..errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
 from ..plan import LayerSite, Request

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import plan
 from ..captures import Capture
 from ..numbers import SiteNumbers
-from ..plan import LOGITS, Request, match_layers, merge_requests
+from ..plan import LOGITS, SINKS, SITES, TOKENS, Request, match_layers, merge_requests
 from .batches import Batch, row_count, rows_of, token_ids
 from .companion import CompanionChanged
 from .hooks import evaluating, hooked, run_batch
@@ -151,11 +150,11 @@ def wanted_sites(
         for layer in match_layers(modules, request.pattern, request.exclude):
             site: SiteKey = (layer, request.site)
             wanted[site] = wanted.get(site, frozenset()) | request.statistics
-        if plan.SINKS in request.statistics and request.site != "weight":
+        if SINKS in request.statistics and request.site != "weight":
             for block in blocks:
-                wanted[block, "output"] = wanted.get((block, "output"), frozenset()) | {plan.TOKENS, plan.SINKS}
+                wanted[block, "output"] = wanted.get((block, "output"), frozenset()) | {TOKENS, SINKS}
     order = {name: index for index, name in enumerate(modules)}
-    return dict(sorted(wanted.items(), key=lambda item: (order[item[0][0]], plan.SITES.index(item[0][1]))))
+    return dict(sorted(wanted.items(), key=lambda item: (order[item[0][0]], SITES.index(item[0][1]))))
 
 
 @dataclass

@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import plan
 from ..errors import AnomalyError, InfraError
 from ..numbers import NOT_COMPARED, PADDING, SiteNumbers
+from ..plan import ERROR, Site, pairwise
 from .batches import Rows
 from .keeping import Store
 from .modules import channels_first, tensor_of
 from .pair_reductions import channel_powers, powers_of
 
-SiteKey = tuple[str, plan.Site]
+SiteKey = tuple[str, Site]
 LEAST_AGREEMENT = 100.0
 """A layer that treats tokens one by one gives the same for a few of them: Σy² is this many times the error, or more."""
 
@@ -52,7 +52,7 @@ class PairWants:
         """Read the names."""
         parts = {name: name.partition(":") for name in sorted(statistics)}
         return cls(
-            error=plan.ERROR in statistics,
+            error=ERROR in statistics,
             local={name: int(rest) for name, (kind, _, rest) in parts.items() if kind == "local"},
             channels={name: rest for name, (kind, _, rest) in parts.items() if kind == "channel_error"},
         )
@@ -102,7 +102,7 @@ class Pairs:
     @cached_property
     def meeting(self) -> frozenset[SiteKey]:
         """Where both tensors have to be there."""
-        return frozenset(site for site, statistics in self.wanted.items() if plan.pairwise(statistics))
+        return frozenset(site for site, statistics in self.wanted.items() if pairwise(statistics))
 
     @cached_property
     def _wants(self) -> dict[SiteKey, PairWants]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Data
+from ..config.suite import Data
 from ..errors import InfraError, did_you_mean, shown_path
 from ..hub_sets import BUILTIN, hub_set_of, local_path
 from .batches import Batch

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..config import Data
+from ..config.suite import Data
 from ..errors import InfraError, did_you_mean, shown_path
 from ..hub_sets import DOCUMENTS, HubSet, cache_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Data
+from ..config.suite import Data
 from ..errors import InfraError
 from .batches import Batch
 from .data import batches_of

@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..checkpoint import open_folder
+from ..checkpoint.folder import open_folder
 from ..checkpoint.tensors import Tensor as Stored
 from ..errors import InfraError
 from .dequantized import dequantized

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import plan
+from ..plan import EXPERTS
 from .batches import Batch
 from .modules import input_of, packed_experts, routing_of, tensor_of
 from .visits import SiteKey, Visits
@@ -30,7 +30,7 @@ def hooked(modules: Mapping[str, nn.Module], state: Visits, inputs: frozenset[Si
     for layer, site in state.wanted:
         module = modules[layer]
         if site == "input":
-            experts = packed_experts(module) if plan.EXPERTS in state.wanted[layer, site] else 0
+            experts = packed_experts(module) if EXPERTS in state.wanted[layer, site] else 0
             handles.append(module.register_forward_pre_hook(_input_hook(state, layer, experts), with_kwargs=True))
         elif (layer, site) in inputs:
             handles.append(module.register_forward_hook(_both_hook(state, layer), with_kwargs=True))

@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
 from ..numbers import PADDING, SiteNumbers
-from ..plan import Request, Site
+from ..plan import AGREEMENT, REFERENCE_TOKENS, SINKS, TOKENS, Request, Site, against_reference, pairwise
 from ..sinks import Sinks
 from .batches import Batch, Rows
 from .companion import CompanionChanged
@@ -39,7 +38,7 @@ def check_answerable(requests: Sequence[Request], shown: str) -> None:
         InfraError: weights, or channels of all tokens.
     """
     for request in requests:
-        names = plan.against_reference(request.statistics)
+        names = against_reference(request.statistics)
         by_channel = any(name.startswith("channel_error:") for name in names)
         if names and (request.site == "weight" or by_channel):
             what = "by: channel needs the error of every token" if by_channel else "weight_sqnr needs its weights"
@@ -72,16 +71,16 @@ class KeptPartner:
         Raises:
             AnomalyError: it lacks a site, what the model predicts, or a sample.
         """
-        self._scores = plan.AGREEMENT in scores
+        self._scores = AGREEMENT in scores
         if self._scores and self.file.header["hidden"] is None:
             raise AnomalyError(f"{self._name} holds nothing of what the model predicts: {ANEW}")
         if self._scores:
             _ = self._head
-        names = {site: plan.against_reference(statistics) for site, statistics in wanted.items()}
+        names = {site: against_reference(statistics) for site, statistics in wanted.items()}
         self._pairs = {site: each for site, each in names.items() if site[1] != "weight" and each}
-        self._own = frozenset(site for site, each in names.items() if plan.REFERENCE_TOKENS in each)
+        self._own = frozenset(site for site, each in names.items() if REFERENCE_TOKENS in each)
         for site, each in self._pairs.items():
-            if plan.pairwise(each):
+            if pairwise(each):
                 self._check(site, local=any(name.startswith("local:") for name in each))
         for site in self._own:
             self._check(site, part="maxima")
@@ -223,7 +222,7 @@ class KeptPartner:
             dtype=self.file.calls[calls[0]]["dtype"],
             shape=(),
             token_axis=True,
-            statistics=frozenset({plan.TOKENS, plan.SINKS}),
+            statistics=frozenset({TOKENS, SINKS}),
             sample=table[:, 0].astype(np.int32),
             call=table[:, 1].astype(np.int32),
             lengths=table[:, 2],

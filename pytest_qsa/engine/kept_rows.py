@@ -12,11 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
 from ..numbers import PADDING, SiteNumbers
-from ..plan import LOGITS, Request, match_layers
+from ..plan import (
+    LOGITS,
+    REFERENCE_TOKENS,
+    SCORES,
+    SINKS,
+    TOKENS,
+    Request,
+    against_reference,
+    compares,
+    exactly,
+    match_layers,
+)
 from ..scores import KL
 from .batches import Batch, Rows
 from .capturing import Progress, run_pass
@@ -59,14 +69,14 @@ class _Sites:
         local: set[str] = set()
         maxima: set[SiteKey] = set()
         for request in requests:
-            statistics = plan.against_reference(request.statistics)
+            statistics = against_reference(request.statistics)
             if not statistics or request.site in ("weight", LOGITS):
                 continue
             layers = match_layers(modules, request.pattern, request.exclude)
             rows |= {(layer, request.site) for layer in layers}
             if any(name.startswith("local:") for name in statistics):
                 local |= set(layers)
-            if plan.REFERENCE_TOKENS in statistics:
+            if REFERENCE_TOKENS in statistics:
                 maxima |= {(layer, request.site) for layer in layers}
         if not rows:
             rows = {(block, "output") for block in blocks}
@@ -75,10 +85,10 @@ class _Sites:
     def requests(self, blocks: Sequence[str]) -> Iterator[Request]:
         """Yield what a pass has to visit: the sinks' blocks as well."""
         for layer, site in sorted(self.rows):
-            own = frozenset({plan.TOKENS}) if (layer, site) in self.maxima else frozenset[str]()
-            yield Request(plan.exactly([layer]), site, None, own)
+            own = frozenset({TOKENS}) if (layer, site) in self.maxima else frozenset[str]()
+            yield Request(exactly([layer]), site, None, own)
         if blocks:
-            yield Request(plan.exactly(blocks), "output", None, frozenset({plan.TOKENS, plan.SINKS}))
+            yield Request(exactly(blocks), "output", None, frozenset({TOKENS, SINKS}))
 
 
 @dataclass
@@ -252,7 +262,7 @@ def keep_model(
     keeper = Keeper(model, keep, hashes, sites, head)
     own = [*sites.requests(blocks)]
     if head is not None:
-        own += [Request(plan.exactly([head]), "input", None, frozenset()), Request("", LOGITS, None, _WHOLE)]
+        own += [Request(exactly([head]), "input", None, frozenset()), Request("", LOGITS, None, _WHOLE)]
     capture = run_pass(model, batches, own, progress=progress, stream=stream, partner=keeper)
     problem, entry = keeper.problem, None
     weights: dict[str, Tensor] = {}
@@ -263,7 +273,7 @@ def keep_model(
             entry, weights = _head_entry(keeper.found, keep, locate)
         except InfraError as error:
             problem = f"its head can't be read alone ({error}): keep it in the file, --with-head"
-    if problem and any(request.site == LOGITS for request in requests if plan.compares([request])):
+    if problem and any(request.site == LOGITS for request in requests if compares([request])):
         raise InfraError(f"what the reference predicts can't be kept: {problem}")
     return Kept(_content(keeper, capture, entry, weights), problem, keeper.distance)
 
@@ -276,7 +286,7 @@ def halved(tensor: Tensor) -> Tensor:
     return half if bool((half.isfinite() | ~tensor.isfinite()).all()) else tensor.bfloat16()
 
 
-_WHOLE = frozenset({plan.SCORES})
+_WHOLE = frozenset({SCORES})
 """What makes the forward go on to the logits, which the head is checked against."""
 
 

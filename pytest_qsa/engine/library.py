@@ -9,11 +9,25 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError, SuiteError, did_you_mean
 from ..metrics import METRICS
-from ..plan import ALL_STATISTICS, Request, Site, massive_statistic, merge_requests
+from ..plan import (
+    AGREEMENT,
+    ALL_STATISTICS,
+    ERROR,
+    LOGITS,
+    REFERENCE_SINKS,
+    REFERENCE_TOKENS,
+    SCORES,
+    Request,
+    Site,
+    against_reference,
+    massive_statistic,
+    match_layers,
+    merge_requests,
+    no_match,
+)
 from .batches import Batch
 from .capturing import Progress, run_pass
 from .kept_files import KeptFile
@@ -71,8 +85,8 @@ def capture(
         raise AnomalyError("there are no batches: nothing would be measured")
     modules = list(layers_of(model))
     for request in requests:
-        if request.site != plan.LOGITS and not plan.match_layers(modules, request.pattern):
-            raise plan.no_match(modules, request.pattern, None)
+        if request.site != LOGITS and not match_layers(modules, request.pattern):
+            raise no_match(modules, request.pattern, None)
     partner: Beside | None = None
     if isinstance(reference, nn.Module):
         partner = Partner(reference)
@@ -90,15 +104,15 @@ def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozense
         if name not in METRICS:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, site, parameters)
-    if plan.against_reference(wanted) and not beside:
+    if against_reference(wanted) and not beside:
         raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
     return wanted
 
 
 def _all_statistics(site: Site, *, beside: bool) -> frozenset[str]:
-    if site == plan.LOGITS:
-        return frozenset({plan.SCORES, plan.AGREEMENT} if beside else {plan.SCORES})
-    both = {plan.ERROR, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS} if beside else set()
+    if site == LOGITS:
+        return frozenset({SCORES, AGREEMENT} if beside else {SCORES})
+    both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if beside else set()
     return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)} | both
 
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from ..config import Memory, Model
+from ..config.suite import Memory, Model
 from ..errors import InfraError
 from ..scratch import Scratch
 from .disk import check_format, skipping_packed, stream_of

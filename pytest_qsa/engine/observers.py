@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from ..plan import EXPERTS
 from .keeping import Kept, Store
 from .modules import Routing
 from .records import joined_records, padded
@@ -152,7 +152,7 @@ class StreamObserver:
         for row, kept, route in zip(rows, keep, routing.of_rows(len(rows)), strict=True):
             if (kept is None or len(kept)) and row.numel():
                 counts = routing.counts(route if kept is None else route.index_select(0, kept))
-                self.kept.take(plan.EXPERTS, counts)
+                self.kept.take(EXPERTS, counts)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what is kept as tensors, complete."""

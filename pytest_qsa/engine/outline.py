@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import Memory, Model
+from ..config.suite import Memory, Model
 from ..drafting import Anatomy
 from ..errors import InfraError
 from .models import class_of, load_model, submodule_of

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError
 from ..numbers import SiteNumbers
+from ..plan import AGREEMENT, ERROR, REFERENCE_SINKS, REFERENCE_TOKENS, SINKS, TOKENS, against_reference
 from ..sinks import Sinks, find_sinks
 from .batches import Batch, rows_of
 from .companion import Companion, CompanionChanged, ReferenceVisits
@@ -96,7 +96,7 @@ def paired(
     pairs: Pairs, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
 ) -> PairedVisits:
     """Return the subject's hooks: what the reference isn't needed for is reduced of the subject alone."""
-    alone = {site: statistics - plan.against_reference(statistics) for site, statistics in wanted.items()}
+    alone = {site: statistics - against_reference(statistics) for site, statistics in wanted.items()}
     return PairedVisits(alone, modules, unshared, may_stop=may_stop, pairs=pairs)
 
 
@@ -141,8 +141,8 @@ class Partner:
             yield
 
     def _plan(self, wanted: Wanted, scores: frozenset[str]) -> None:
-        self._scores = plan.AGREEMENT in scores
-        pairs = {site: plan.against_reference(statistics) for site, statistics in wanted.items()}
+        self._scores = AGREEMENT in scores
+        pairs = {site: against_reference(statistics) for site, statistics in wanted.items()}
         absent = [site[0] for site, statistics in pairs.items() if statistics and site[0] not in self.modules]
         if absent:
             raise AnomalyError(
@@ -151,12 +151,12 @@ class Partner:
             )
         activations = {site: names for site, names in pairs.items() if names and site[1] != "weight"}
         own = {
-            site: frozenset({plan.TOKENS}) if plan.REFERENCE_TOKENS in names else frozenset()
+            site: frozenset({TOKENS}) if REFERENCE_TOKENS in names else frozenset()
             for site, names in activations.items()
         }
-        if any(plan.REFERENCE_SINKS in names for names in activations.values()):
+        if any(REFERENCE_SINKS in names for names in activations.values()):
             own |= {
-                (block, "output"): own.get((block, "output"), frozenset()) | {plan.TOKENS, plan.SINKS}
+                (block, "output"): own.get((block, "output"), frozenset()) | {TOKENS, SINKS}
                 for block in blocks_of(self.model)
             }
         self._own = own
@@ -211,7 +211,7 @@ class Partner:
         stream: Stream | None,
     ) -> dict[SiteKey, SiteNumbers]:
         """Add what the weights of both models say; those of a streamed model are read for it once more."""
-        compared = [site for site, names in wanted.items() if plan.ERROR in names]
+        compared = [site for site, names in wanted.items() if ERROR in names]
         with stream.ready() if stream is not None and compared else nullcontext():
             return {**numbers, **weighed(compared, (self.modules, modules), (self.stream, stream), numbers)}
 
@@ -221,7 +221,7 @@ class Partner:
 
     def _find_sinks(self, batches: Sequence[Batch], first_sample: int) -> Sinks:
         """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
-        wanted: Wanted = {(block, "output"): frozenset({plan.TOKENS, plan.SINKS}) for block in blocks_of(self.model)}
+        wanted: Wanted = {(block, "output"): frozenset({TOKENS, SINKS}) for block in blocks_of(self.model)}
         if not wanted:
             return Sinks((), searched=False)
         state = Visits(wanted, self.modules, frozenset(wanted), may_stop=False)

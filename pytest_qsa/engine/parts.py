@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..calibration import Sampled
 from ..captures import Capture
-from ..config import Data
+from ..config.suite import Data
 from ..errors import InfraError
 from ..merging import merge
 from ..plan import Request, compares

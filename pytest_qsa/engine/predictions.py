@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import plan
 from ..errors import AnomalyError, InfraError
 from ..numbers import SCORE_NAMES, SiteNumbers
+from ..plan import AGREEMENT
 from ..scores import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from .batches import Batch, Rows
 from .pair_reductions import scores_of
@@ -33,7 +33,7 @@ class Predictions:
     @property
     def compared(self) -> bool:
         """Whether the reference's logits are needed."""
-        return plan.AGREEMENT in self.statistics
+        return AGREEMENT in self.statistics
 
     def add(self, batch: Batch, rows: Rows, output: Any, reference: Any) -> None:
         """Score the rows of one batch.

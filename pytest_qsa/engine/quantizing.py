@@ -25,7 +25,7 @@ class Quantizer:
 
     @classmethod
     def of(cls, statistic: str) -> Quantizer:
-        """Read the name that `plan.quantization_statistic` made."""
+        """Read the name that `quantization_statistic` made."""
         _, scheme, by, size = statistic.split(":")
         return cls(scheme, by, int(size))  # type: ignore[arg-type]
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import plan
 from ..captures import Capture
 from ..errors import AnomalyError, InfraError
 from ..fingerprint import FileHashes, identified, local_folder
 from ..merging import merge
 from ..partial import PartialSums
-from ..plan import Request, compares
+from ..plan import STORED, Request, compares
 from ..subjects import Subject, files_of, kept_reference, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
@@ -198,7 +197,7 @@ def capture_loaded(
     meta = _meta(subject, loaded, every, own_batches=batches is not None)
     if note:
         meta["model"]["tokenizer"] = f"{meta['model']['tokenizer']}; {note}"
-    stored = _stored(subject, loaded) if any(plan.STORED in request.statistics for request in requests) else None
+    stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
     models = Models(loaded, witness, _beside(loaded, reference, meta), stored)
     capture = share.ranks.gathered(
         lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..checkpoint import Files, Folder
+from ..checkpoint.checks import Files
 from ..checkpoint.dequantizing import weight_rows
+from ..checkpoint.folder import Folder
 from ..checkpoint.schemes import codes_of, matches
 from ..errors import InfraError
 from .dequantized import dequantized

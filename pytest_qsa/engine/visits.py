@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
-from ..plan import Site
+from ..plan import EXPERTS, Site
 from .batches import Rows
 from .modules import Routing, channels_first
 from .observers import Reducers, StreamObserver
@@ -101,7 +100,7 @@ class Visits:
         owner = self._owner(forward, site, tensor, call) if self.learning or site in self.sharing else None
         missing = self.wanted[site] if owner is None else self._lacking[site]
         if routing is not None:
-            missing |= self.wanted[site] & {plan.EXPERTS}
+            missing |= self.wanted[site] & {EXPERTS}
         if missing:
             self._reduce(forward.rows, site, tensor, call, missing, routing)
         forward.last = (site, call)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .. import plan
+from ..plan import CHANNEL_COUNTS, CHANNELS, COUNTS, ELEMENTS, EXPERTS, MOMENTS, SIGNED_COUNTS, TOKENS
 from .quantizing import Quantizer
 
 PEAKS_MIN = 16
@@ -37,14 +37,14 @@ class Wants:
         """Read the names."""
         massive = {name: _thresholds(name) for name in sorted(statistics) if name.startswith("massive:")}
         return cls(
-            tokens=plan.TOKENS in statistics,
-            channels=plan.CHANNELS in statistics,
-            elements=plan.ELEMENTS in statistics,
-            moments=plan.MOMENTS in statistics,
-            counts=plan.COUNTS in statistics,
-            signed=plan.SIGNED_COUNTS in statistics,
-            experts=plan.EXPERTS in statistics,
-            channel_counts=plan.CHANNEL_COUNTS in statistics,
+            tokens=TOKENS in statistics,
+            channels=CHANNELS in statistics,
+            elements=ELEMENTS in statistics,
+            moments=MOMENTS in statistics,
+            counts=COUNTS in statistics,
+            signed=SIGNED_COUNTS in statistics,
+            experts=EXPERTS in statistics,
+            channel_counts=CHANNEL_COUNTS in statistics,
             massive=massive,
             quantizers={name: Quantizer.of(name) for name in sorted(statistics) if name.startswith("quantized:")},
             features={

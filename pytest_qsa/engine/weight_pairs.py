@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from .. import plan
 from ..errors import InfraError
 from ..numbers import SiteNumbers
+from ..plan import ERROR
 from .dequantized import dequantized
 from .pair_reductions import powers_of
 from .streaming import Stream
@@ -60,4 +60,4 @@ def _numbers(reference: Tensor, own: Tensor, known: SiteNumbers | None) -> SiteN
         nothing = np.zeros(1, dtype=np.int32)
         dtype, lengths = str(own.dtype).removeprefix("torch."), np.array([len(y) if matrix else 0], dtype=np.int64)
         known = SiteNumbers(dtype, tuple(y.shape), matrix, frozenset(), nothing, nothing, lengths)
-    return replace(known, error=powers, statistics=known.statistics | {plan.ERROR})
+    return replace(known, error=powers, statistics=known.statistics | {ERROR})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..config import Memory
+from ..config.suite import Memory
 from .machine import Gpu, Machine
 from .sizes import Sizes
 from .work import WAVE, Work

@@ -10,10 +10,10 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ..checkpoint import Folder
+from ..checkpoint.folder import Folder
 from ..checkpoint.schemes import codes_of, declared, weight_shape
 from ..checkpoint.tensors import Tensor
-from ..config import Model
+from ..config.suite import Model
 from ..errors import InfraError
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import plan
-from ..config import Data
-from ..plan import Request, match_layers
+from ..config.suite import Data
+from ..plan import CHANNEL_COUNTS, COUNTS, ELEMENTS, SIGNED_COUNTS, Request, match_layers
 from .sizes import Sizes
 
-COUNTED = {plan.COUNTS, plan.SIGNED_COUNTS, plan.ELEMENTS, "massive"}
+COUNTED = {COUNTS, SIGNED_COUNTS, ELEMENTS, "massive"}
 BINS = 1 << 15
 CHANNEL_BINS = 6144
 """Bytes of the counts of one channel (docs/metrics.md)."""
@@ -68,8 +67,8 @@ class Work:
 def _kept(statistics: frozenset[str], tokens: int, channels: int) -> int:
     """Return the bytes that one site keeps: 4 a token, 8 a bin, and what is kept of each channel."""
     kinds = {statistic.partition(":")[0] for statistic in statistics}
-    bins = 8 * BINS * (len(kinds & {plan.COUNTS, plan.SIGNED_COUNTS}) or (1 if kinds & COUNTED else 0))
-    per_channel = 4 + (CHANNEL_BINS if plan.CHANNEL_COUNTS in kinds else 0)
+    bins = 8 * BINS * (len(kinds & {COUNTS, SIGNED_COUNTS}) or (1 if kinds & COUNTED else 0))
+    per_channel = 4 + (CHANNEL_BINS if CHANNEL_COUNTS in kinds else 0)
     return 4 * tokens + bins + per_channel * channels
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..checkpoint import Folder
+from ..checkpoint.folder import Folder
 from ..errors import InfraError, shown_path
 from ..fingerprint import local_folder, weight_files
 from ..plan import Request, match_layers

@@ -13,18 +13,7 @@ from ..distributions import counted_quantiles, sorted_counts
 from ..numbers import SiteNumbers
 from .depth import spread
 from .panels import panels_of
-from .style import (
-    BLUE,
-    GROUP_STYLES,
-    INK,
-    MUTED,
-    PALE,
-    add_legend,
-    safe_text,
-    scale_asinh,
-    scale_log,
-    styled,
-)
+from .style import BLUE, GROUP_STYLES, INK, MUTED, PALE, add_legend, safe_text, scale_asinh, scale_log, styled
 
 SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """What a box shows: the extremes as dots, the whiskers, the box and its middle."""

@@ -18,19 +18,7 @@ from ..plan import Site
 from .captions import bound_label, population, samples_of
 from .depth import Depth
 from .panels import Panels, panels_of
-from .style import (
-    BLUE,
-    GREEN,
-    INK,
-    OCHRE,
-    PALE,
-    RED,
-    VIOLET,
-    add_legend,
-    scale_log,
-    styled,
-    wants_log,
-)
+from .style import BLUE, GREEN, INK, OCHRE, PALE, RED, VIOLET, add_legend, scale_log, styled, wants_log
 
 STATS: Mapping[str, tuple[str, str, Any]] = {
     "top1": (INK, "^", "-"),

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Folder
-from ..checkpoint.folder import INDEX
+from ..checkpoint.folder import INDEX, Folder
 from ..checkpoint.tensors import Tensor, encoded
 from ..files import write_atomically
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Folder
-from ..checkpoint.folder import NUMBER
+from ..checkpoint.folder import NUMBER, Folder
 from ..checkpoint.schemes import codes_of, declared, element_count, scale_parts
 from ..checkpoint.tensors import FLOATS
 from .copies import Mutant

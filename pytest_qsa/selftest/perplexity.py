@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import MeasuredAssertion, SuiteFile
+from ..config.loading import SuiteFile
+from ..config.suite import MeasuredAssertion
 from ..hub_sets import local_path
 from ..subjects import located
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Folder
+from ..checkpoint.folder import Folder
 from ..errors import InfraError, SuiteError, did_you_mean, shown_path
 from ..plan import match_layers
 from ..scratch import Scratch

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import plan
 from ..captures import Capture
 from ..config.served import Floor, Served
 from ..errors import AnomalyError, InfraError
 from ..numbers import SiteNumbers
-from ..plan import LOGITS, Request, Site
+from ..plan import AGREEMENT, LOGITS, SCORES, Request, Site, compares
 from ..scores import TokenScores, numbers_of
 from ..subjects import Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
@@ -70,7 +69,7 @@ def capture_served(
 def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: bool) -> Iterator[_Reference]:
     assert subject.model is not None
     named = subject.model.reference
-    if named is None or not plan.compares(requests):
+    if named is None or not compares(requests):
         yield _Reference()
         return
     local = subject.folder / named
@@ -144,7 +143,7 @@ def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | N
 def _capture(
     subject: Subject, requests: Sequence[Request], tables: Sequence[Table], found: Sequence[Agreement], tokenizer: Any
 ) -> Capture:
-    statistics = frozenset({plan.SCORES} | ({plan.AGREEMENT} if found[0].kl is not None else set()))
+    statistics = frozenset({SCORES} | ({AGREEMENT} if found[0].kl is not None else set()))
     nll = [each.nll for each in found]
     kl = [each.kl for each in found if each.kl is not None]
 

@@ -16,7 +16,7 @@ from ..series import Series
 from .capturing import bounded
 
 if TYPE_CHECKING:
-    from ..config import MeasuredAssertion
+    from ..config.suite import MeasuredAssertion
 
 
 def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:

@@ -1,0 +1,1 @@
+"""Errors, files, text and progress: what every room uses and none owns."""

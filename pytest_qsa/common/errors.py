@@ -1,0 +1,77 @@
+"""The errors that a user meets: one line each, saying where, what, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""The variables that hold the token by which gated hub models are fetched."""
+SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+")
+
+
+def scrubbed(text: str) -> str:
+    """Return a text without the hub's token or a password in a URL, whoever wrote them into it."""
+    for token in filter(None, map(os.environ.get, TOKENS)):
+        text = text.replace(token, "…")
+    return SECRETS.sub("…", text)
+
+
+class QsaError(Exception):
+    """The base of all errors of this package; `kind` is the first word of its failure text."""
+
+    kind = "INFRA"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrubbed(message))
+
+
+class SuiteError(QsaError, ValueError):
+    """A suite, an override or a regular expression is wrong; `key` is the key of an assertion that it is about."""
+
+    kind = "SUITE"
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class InfraError(QsaError):
+    """The subject could not be loaded, fetched or run."""
+
+    kind = "INFRA"
+
+
+class AnomalyError(QsaError):
+    """There is nothing sound to judge: no layer, no token, a number that is not finite."""
+
+    kind = "ANOMALOUS"
+
+
+class BaselineError(AnomalyError):
+    """A baseline is missing or can't be compared; `--snapshot-update` would make it anew."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the nearest of the known words, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as a user would type it: relative to where they stand, if it is below."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+class QsaWarning(UserWarning):
+    """Something a reader of the run should know: a softened excess, a suite without assertions."""
+
+
+class QsaUnplannedCaptureWarning(QsaWarning):
+    """A Python test asked for sites that no `qsa` mark had announced, which took a second pass."""

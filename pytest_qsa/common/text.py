@@ -1,0 +1,28 @@
+"""Markdown that nothing in a name can break, and that fits where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..terminal import visible
+
+
+def table_lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table; the cells are escaped."""
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Escape what Markdown or HTML would act on; a line stays a line."""
+    text = "".join(f"\\{c}" if c in r"\`*_{}[]()#|~" else c for c in visible(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
+
+
+def fitted(text: str, most: int) -> str:
+    """Cut a text at a line so that it has at most so many bytes, and say so."""
+    if len(text.encode()) <= most:
+        return text
+    cut = text.encode()[: most - 60].decode("utf-8", "ignore").rpartition("\n")[0]
+    return f"{cut}\n\n… cut; the report has all of it.\n"

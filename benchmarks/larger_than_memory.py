@@ -62,11 +62,11 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
 def measured(options: argparse.Namespace) -> dict[str, float]:
     """Run one variant over random tokens; the checkpoint is loaded before the clock starts."""
     import torch
+    from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 
     from pytest_qsa.config.suite import Memory, Model
     from pytest_qsa.engine import models
     from pytest_qsa.engine.capturing import run_pass
-    from pytest_qsa.plan import COUNTS, TOKENS, Request
 
     if options.variant == "imports":
         return {"resident": resident(), "seconds": 0.0, "read": 0.0}

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from common import SMOLLM2, arguments, medians, smollm2, token_batches, wide_llama
 from overhead import bare
+from pytest_qsa.captures.capture.statistics import Request
 from torch import Tensor, nn
 
-from pytest_qsa import plan
+from pytest_qsa.captures.capture import statistics as plan
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.pairing import Partner
-from pytest_qsa.plan import Request
 
 NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_SINKS})
 PROPAGATED = [

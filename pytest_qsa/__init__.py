@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .captures import Capture
+    from .captures.capture import Capture
     from .engine import capture
     from .series import Series
 
 __all__ = ["Capture", "Series", "capture"]
 
-_HOMES = {"Capture": "captures", "Series": "series", "capture": "engine"}
+_HOMES = {"Capture": "captures.capture", "Series": "series", "capture": "engine"}
 
 
 def __getattr__(name: str) -> Any:

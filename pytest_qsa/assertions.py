@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .baseline_file import BaselineFile, rounded
-from .errors import BaselineError, QsaError
+from .common.errors import BaselineError, QsaError
 from .findings import Finding
 from .series import Bounds, Query, Series
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BaselineError
+from .common.errors import BaselineError
 from .series import Series
 
 FORMAT = "qsa-baseline/1"

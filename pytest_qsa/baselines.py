@@ -14,8 +14,8 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from .assertions import Kind, Tolerance, Verdict, accepted, judge_baseline
 from .baseline_file import BaselineFile, is_baseline
-from .errors import BaselineError, InfraError
-from .files import write_atomically
+from .common.errors import BaselineError, InfraError
+from .common.files import write_atomically
 from .series import Series
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from .assertions import Verdict
-from .captures import Capture
-from .errors import QsaError
+from .captures.capture import Capture
+from .captures.statistics import LOGITS, SINKS, exactly
+from .common.errors import QsaError
 from .metrics import METRICS
-from .plan import LOGITS, SINKS, exactly
 from .registry import Metric
 
 

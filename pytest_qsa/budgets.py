@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .captures.statistics import match_layers
+from .common.errors import AnomalyError
 from .config.bounds import DEFAULT, SCHEME, Relative, Stated
-from .errors import AnomalyError
-from .plan import match_layers
 from .series import Bounds
 
 

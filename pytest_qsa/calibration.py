@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budgets import key_of
-from .captures import Capture
+from .captures.capture import Capture
+from .common.errors import AnomalyError
 from .config.assertion import Assertion
 from .config.bounds import Relative, Stated
 from .config.noise import SIDES, Noise, Side
 from .config.suite import MeasuredAssertion
-from .errors import AnomalyError
 from .measuring import measured
 from .ratchet import SPARE, outward
 from .registry import TWO_SIDED_95

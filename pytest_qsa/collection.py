@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from .errors import QsaWarning, SuiteError
+from .common.errors import QsaWarning, SuiteError
 
 if TYPE_CHECKING:
     from .config.assertion import Assertion

@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 
 from .assertions import Kind, Verdict
-from .captures import Capture
+from .captures.capture import Capture
 from .checkpoint.checks import Files, problems_of
 from .checkpoint.judging import by_design
-from .errors import InfraError, QsaError
+from .common.errors import InfraError, QsaError
 from .findings import Finding
 from .metrics import METRICS
 from .origins import origin_of

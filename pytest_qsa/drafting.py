@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .captures import Capture
+from .captures.capture import Capture
 from .checkpoint.smoothing import Compare
 
 DRIFT = {"rel": 0.1}

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .assertions import TokenEvidence, Verdict
-from .captures import Capture
+from .captures.capture import Capture
+from .captures.numbers import SiteNumbers, lower_median
+from .captures.sinks import Sinks
 from .fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
 from .metrics import METRICS, View
-from .numbers import SiteNumbers, lower_median
-from .sinks import Sinks
 
 NEIGHBOURS = 6
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import AnomalyError, InfraError
+from .common.errors import AnomalyError, InfraError
 
 if TYPE_CHECKING:
     from .config.suite import Model

@@ -16,8 +16,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from .captures import Capture
-from .files import write_atomically
+from .captures.capture import Capture
+from .common.files import write_atomically
 from .hub_sets import hub_set_of, local_path
 from .subjects import Subject, kept_reference, reference_of
 

@@ -18,23 +18,23 @@ import pytest
 from ._compat import fixture_source
 from .assertions import Kind, Verdict
 from .beside import beside_reference, run_of
-from .captures import Capture
+from .captures.capture import Capture
+from .captures.partial import PartialSums
+from .captures.statistics import COUNTS, Request
 from .checkpoint.checks import Files
 from .ci import properties_of
 from .collection import QsaSuite
+from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
+from .common.progress import progress_bar
 from .config.loading import SuiteFile, load_suite
 from .config.suite import Data, Memory, Model
 from .diagnosis import diagnosed
-from .errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .evidence import sinks_behind, token_evidence
 from .execution import check_execution
 from .metrics import METRICS
 from .needs import requests_of
 from .options import Options
-from .partial import PartialSums
-from .plan import COUNTS, Request
 from .previous import kept_release
-from .progress import progress_bar
 from .session import Captures
 from .subjects import Checkpoint, Subject, files_of, previous_of
 from .terminal import failure_text
@@ -294,7 +294,7 @@ class Gate:
     def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
         if not self._reported(verdict) or not verdict.rows:
             return verdict
-        from .histograms import histograms_of
+        from .captures.histograms import histograms_of
         from .plots import draw
 
         query = verdict.query

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .assertions import number
-from .markdown import escaped, fitted, table_lines
+from .common.text import escaped, fitted, table_lines
 from .terminal import part_of_error, visible
 
 MOST_ANNOTATIONS = 10

@@ -12,15 +12,15 @@ import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, detailed, judge_bounds, softened
 from .budgets import Budget, budget_of
-from .captures import Capture
+from .captures.capture import Capture
 from .checkpoint.checks import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
+from .common.errors import QsaError, QsaWarning, SuiteError
 from .config.assertion import Assertion
 from .config.external import ExternalAssertion
 from .config.suite import CheckpointAssertion, MeasuredAssertion
 from .config.yaml_source import Location
-from .errors import QsaError, QsaWarning, SuiteError
 from .evals.judging import judge_scores
 from .gate import Gate, GateFailure
 from .loading import blamed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .captures import Capture
+from .captures.capture import Capture
 from .series import Series
 
 if TYPE_CHECKING:

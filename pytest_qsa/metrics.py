@@ -14,11 +14,10 @@ from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from . import fidelity, loading, scores
-from .channels import BandStat, channel_bands
-from .distributions import counted_quantile
-from .errors import AnomalyError, SuiteError
-from .numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
-from .plan import (
+from .captures.channels import BandStat, channel_bands
+from .captures.distributions import counted_quantile
+from .captures.numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
+from .captures.statistics import (
     CHANNEL_COUNTS,
     CHANNELS,
     COUNTS,
@@ -32,6 +31,7 @@ from .plan import (
     massive_statistic,
     quantization_statistic,
 )
+from .common.errors import AnomalyError, SuiteError
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from .captures.statistics import ALL_STATISTICS, Request, massive_statistic
 from .collection import QsaSuite
+from .common.errors import SuiteError
 from .config.suite import MeasuredAssertion
-from .errors import SuiteError
 from .metrics import METRICS
-from .plan import ALL_STATISTICS, Request, massive_statistic
 from .queries import positions_of
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}

@@ -53,7 +53,7 @@ class Options(NamedTuple):
         """Return the arguments that another run of one test needs."""
         arguments: list[str] = []
         if checkpoint is not None:
-            from .errors import shown_path
+            from .common.errors import shown_path
 
             path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
             arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
@@ -223,8 +223,8 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
 def _check_overrides(overrides: tuple[str, ...]) -> None:
     if not overrides:
         return
+    from .common.errors import SuiteError
     from .config.loading import check_override
-    from .errors import SuiteError
 
     for override in overrides:
         try:

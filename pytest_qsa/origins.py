@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .assertions import number
-from .captures import Capture
-from .errors import AnomalyError
+from .captures.capture import Capture
+from .captures.statistics import Site
+from .common.errors import AnomalyError
 from .fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
 from .findings import Finding
-from .plan import Site
 from .registry import View
 
 UNRELATED = 0.1

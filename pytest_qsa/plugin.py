@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .errors import SuiteError
+from .common.errors import SuiteError
 from .options import Options, add_options, read_options
 from .tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 

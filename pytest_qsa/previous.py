@@ -8,8 +8,8 @@ from pathlib import Path
 from .assertions import check_comparable
 from .baseline_file import BaselineFile
 from .baselines import baseline_folder
-from .captures import Capture
-from .errors import AnomalyError, BaselineError
+from .captures.capture import Capture
+from .common.errors import AnomalyError, BaselineError
 from .series import Series
 from .subjects import Subject
 

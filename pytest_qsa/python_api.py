@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
-from .captures import Capture
+from .captures.capture import Capture
+from .captures.statistics import LOGITS, Request, Site
 from .checkpoint.checks import problems_of
 from .checkpoint.judging import judge_problems
-from .errors import QsaError
+from .common.errors import QsaError
 from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
 from .metrics import METRICS, Reduce
 from .needs import EVERYTHING
-from .plan import LOGITS, Request, Site
 from .queries import Positions, positions_of, query_of
 from .selection import NotMeasuredError, Selection
 from .series import Judge, Series

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .captures.numbers import PADDING, SiteNumbers, lower_median
+from .captures.sinks import Sinks
+from .captures.statistics import LOGITS, REFERENCE_SINKS, SINKS, TOKENS, Site
 from .definitions import Definition
-from .numbers import PADDING, SiteNumbers, lower_median
-from .plan import LOGITS, REFERENCE_SINKS, SINKS, TOKENS, Site
-from .sinks import Sinks
 
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .errors import scrubbed
+from .common.errors import scrubbed
 from .options import Options
 from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 
@@ -39,7 +39,7 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
 
 
 def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    from .errors import QsaError
+    from .common.errors import QsaError
     from .gate import VERDICTS, GateFailure
     from .terminal import failure_text
 
@@ -100,7 +100,7 @@ def _stopped(item: pytest.Item, error: Any) -> Any:
     from dataclasses import replace
 
     from .assertions import anomaly
-    from .errors import shown_path
+    from .common.errors import shown_path
     from .gate import VERDICTS
 
     verdict = replace(anomaly(error), id=item.name, where=shown_path(item.path))
@@ -154,7 +154,7 @@ class Reporter:
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
         from . import report
-        from .errors import shown_path
+        from .common.errors import shown_path
 
         try:
             self.written = shown_path(report.write_report(self.results, self.options.output, self._session()))
@@ -217,8 +217,8 @@ class Reporter:
 
     def _propose(self, terminalreporter: Any) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""
-        from .errors import shown_path
-        from .files import write_atomically
+        from .common.errors import shown_path
+        from .common.files import write_atomically
         from .ratchet import patch_of, project_root
 
         limits = [limit for result in self.results for limit in result["limits"]]

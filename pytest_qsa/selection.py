@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .channels import BandStat, channel_bands
-from .errors import AnomalyError
+from .captures.channels import BandStat, channel_bands
+from .captures.statistics import (
+    COUNTS,
+    LOGITS,
+    REFERENCE_SINKS,
+    SIGNED_COUNTS,
+    SINKS,
+    STORED,
+    Request,
+    Site,
+    match_layers,
+    need_tokens,
+    no_match,
+)
+from .common.errors import AnomalyError
 from .fidelity import By, WeightBy
 from .metrics import (
     METRICS,
@@ -24,19 +37,6 @@ from .metrics import (
     View,
     magnitudes,
 )
-from .plan import (
-    COUNTS,
-    LOGITS,
-    REFERENCE_SINKS,
-    SIGNED_COUNTS,
-    SINKS,
-    STORED,
-    Request,
-    Site,
-    match_layers,
-    need_tokens,
-    no_match,
-)
 from .quantization import Granularity, Scheme
 from .queries import Positions, check_arguments, positions_of, query_of
 from .registry import Estimate
@@ -45,7 +45,7 @@ from .series import Judge, Query, Series, sound
 from .unsound import why_not_finite
 
 if TYPE_CHECKING:
-    from .captures import Capture
+    from .captures.capture import Capture
 
 
 class NotMeasuredError(AnomalyError):

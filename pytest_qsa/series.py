@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AnomalyError
-from .plan import LOGITS
+from .captures.statistics import LOGITS
+from .common.errors import AnomalyError
 from .registry import METRICS
 
 CHECKPOINT = "checkpoint"

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cache import CaptureCache
-from .captures import Capture
-from .errors import AnomalyError, InfraError, QsaError
-from .files import write_atomically
+from .captures.cache import CaptureCache
+from .captures.capture import Capture
+from .captures.partial import PartialSums
+from .captures.statistics import Request, compares, merge_requests
+from .common.errors import AnomalyError, InfraError, QsaError
+from .common.files import write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
-from .partial import PartialSums
-from .plan import Request, compares, merge_requests
 from .subjects import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .checkpoint.checks import Files
 from .checkpoint.folder import open_folder
+from .common.errors import InfraError
 from .config.suite import Data, Memory, Model
-from .errors import InfraError
 from .hub_sets import local_path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .assertions import Row, TokenEvidence, Verdict, number
-from .errors import shown_path
+from .common.errors import shown_path
 from .execution import executed_as
 from .findings import Finding
 

@@ -158,7 +158,7 @@ def many(tmp_path_factory, llama):
         (project.folder / HOME / f"{name}.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     rewritten(project, f"{HOME}/softened.json", scaled(0.5))
     rewritten(project, f"{HOME}/absolute.json", scaled(0.5))
-    project.run = project.pytest("--qsa-report=never", "-W", "default::pytest_qsa.errors.QsaWarning")
+    project.run = project.pytest("--qsa-report=never", "-W", "default::pytest_qsa.common.errors.QsaWarning")
     project.update = project.pytest("--qsa-report=never", "--snapshot-update")
     project.after = project.pytest("--qsa-report=never")
     return project

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint_folders import peaks, save_llama, suite
+from pytest_qsa.captures.capture.cache import CaptureCache
+from pytest_qsa.captures.capture.capture import Capture
+from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, TOKENS, Request
 
-from pytest_qsa.cache import CaptureCache
-from pytest_qsa.captures import Capture
+from pytest_qsa.common.errors import QsaWarning
 from pytest_qsa.config.suite import Data, Memory, Model
-from pytest_qsa.errors import QsaWarning
 from pytest_qsa.fingerprint import FileHashes, fingerprint_of
-from pytest_qsa.plan import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.subjects import Subject
 
 

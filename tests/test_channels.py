@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest_qsa.captures.capture.channels import SHARES
+from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.channels import SHARES
-from pytest_qsa.errors import AnomalyError
-from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.selection import NotMeasuredError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,7 @@ from pytest_qsa.checkpoint import checks
 from pytest_qsa.checkpoint.checks import CHECKS, Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded
-from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 
 DOWN = "model.layers.2.mlp.down_proj"
 QUERY = "model.layers.1.self_attn.q_proj"

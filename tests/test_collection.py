@@ -73,7 +73,7 @@ def test_an_unknown_id_is_not_found(mixed):
 
 def test_a_suite_without_assertions_is_collected_with_a_warning(own_project):
     own_project.write("seed.qsa.yaml", "model: {path: nowhere}\nvisualization: {dpi: 300}\n")
-    run = own_project.pytest("-W", "default::pytest_qsa.errors.QsaWarning")
+    run = own_project.pytest("-W", "default::pytest_qsa.common.errors.QsaWarning")
     assert run.code == 5
     assert [(warning["kind"], warning["text"]) for warning in run.warnings] == [
         ("QsaWarning", "seed.qsa.yaml has no assertions: nothing is checked")

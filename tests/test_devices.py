@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 from test_reference import damaged
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,6 @@ from pytest_qsa.engine.observers import Reducers, StreamObserver
 from pytest_qsa.engine.pair_reductions import cuda_powers, cuda_scores, powers_of, scores_of
 from pytest_qsa.engine.transfers import Transfer
 from pytest_qsa.engine.visits import Forward, Visits
-from pytest_qsa.plan import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 HERE = [CUDA] if torch.cuda.is_available() else []

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from pytest_qsa.captures.capture.distributions import bin_values, counted_quantile, sorted_counts
+from pytest_qsa.captures.capture.statistics import ALL_STATISTICS
 
 from pytest_qsa import capture
-from pytest_qsa.distributions import bin_values, counted_quantile, sorted_counts
 from pytest_qsa.engine.observers import StreamObserver
-from pytest_qsa.plan import ALL_STATISTICS
 
 EVERY_PATTERN = np.arange(65536, dtype=np.uint16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,7 +10,7 @@ from checkpoint_folders import Project
 from documents import ROOT, Block, Reader, blocks_of, pages
 
 from pytest_qsa import capture
-from pytest_qsa.errors import QsaWarning
+from pytest_qsa.common.errors import QsaWarning
 
 MOST_NOT_RUN = 4
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import Project, save_tokenizer, suite
+from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 from torch.utils.flop_counter import FlopCounterMode
 
 from pytest_qsa.checkpoint.folder import Folder
@@ -21,7 +22,6 @@ from pytest_qsa.estimating.settings import own_setting, settings_of
 from pytest_qsa.estimating.sizes import sizes_of
 from pytest_qsa.estimating.work import Work
 from pytest_qsa.estimating.writing import MEMORY_FACTOR, plan_lines
-from pytest_qsa.plan import COUNTS, TOKENS, Request
 from pytest_qsa.subjects import Subject
 
 GB = 10**9

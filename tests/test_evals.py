@@ -10,8 +10,8 @@ import sys
 import pytest
 from checkpoint_folders import Project
 
+from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.config.loading import load_suite
-from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.evals.judging import judge_scores
 
 BASE = {

@@ -6,11 +6,11 @@ import models
 import numpy as np
 import pytest
 import torch
+from pytest_qsa.captures.capture.merge import merge
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.assertions import judge_bounds
-from pytest_qsa.errors import AnomalyError
-from pytest_qsa.merging import merge
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.series import Bounds
 
 EXPERTS = r"mlp\.experts$"

@@ -203,7 +203,9 @@ def test_every_traceback_style_keeps_the_reason(failing, style):
 
 
 def test_a_warning_can_be_made_a_failure(failing):
-    run = failing.pytest("--qsa-report=never", "-W", "error::pytest_qsa.errors.QsaWarning", "a.qsa.yaml::softened")
+    run = failing.pytest(
+        "--qsa-report=never", "-W", "error::pytest_qsa.common.errors.QsaWarning", "a.qsa.yaml::softened"
+    )
     assert run.outcomes == {"a.qsa.yaml::softened": "failed"}
     assert "INTERNALERROR" not in run.out
 

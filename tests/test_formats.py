@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, suite
+from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, Request
 from safetensors.torch import load_file
 
+from pytest_qsa.common.errors import InfraError
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.dequantized import dequantized
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_subject
-from pytest_qsa.errors import InfraError
-from pytest_qsa.plan import COUNTS, MOMENTS, Request
 from pytest_qsa.subjects import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"

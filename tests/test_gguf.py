@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from checkpoint_folders import Project, peaks, save_gguf, suite
 
+from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.gguf_tokens import compare_gguf_tokens
 from pytest_qsa.engine.models import tokenizer_of
-from pytest_qsa.errors import InfraError
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import models
 import numpy as np
 import pytest
 import torch
+from pytest_qsa.captures.capture.merge import merge
+from pytest_qsa.captures.capture.statistics import Request, local_statistic
 from safetensors import safe_open
 from safetensors.torch import save
 from test_reference import BLOCKS, LINEAR, damaged
@@ -20,6 +22,7 @@ from pytest_qsa import capture
 from pytest_qsa.cli import capture as capture_command
 from pytest_qsa.cli import main
 from pytest_qsa.cli.common import subject_of
+from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
 from pytest_qsa.config.loading import load_suite
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.heads import located_head, read_head
@@ -28,9 +31,6 @@ from pytest_qsa.engine.kept_partner import KeptPartner
 from pytest_qsa.engine.kept_rows import Keep, keep_model
 from pytest_qsa.engine.pairing import Partner
 from pytest_qsa.engine.running import Share, capture_subject
-from pytest_qsa.errors import AnomalyError, InfraError, QsaError, SuiteError
-from pytest_qsa.merging import merge
-from pytest_qsa.plan import Request, local_statistic
 
 BATCHES = [models.token_batch(2, 24, bos=True), models.token_batch(2, 24, seed=5, bos=True)]
 COMPARED = frozenset({"error", "reference_tokens", "reference_sinks", "tokens", "sinks"})

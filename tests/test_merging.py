@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest_qsa.captures.capture.merge import COUNTED, merge
+from pytest_qsa.captures.capture.numbers import SiteNumbers
 
 from pytest_qsa import capture
-from pytest_qsa.errors import InfraError
-from pytest_qsa.merging import COUNTED, merge
-from pytest_qsa.numbers import SiteNumbers
+from pytest_qsa.common.errors import InfraError
 
 SITES = [(".", "input"), (".", "output"), (r"q_proj|norm", "weight")]
 BUILDERS = {

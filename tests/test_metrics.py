@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pytest_qsa.captures.capture.statistics import massive_statistic
 
 from pytest_qsa import capture
-from pytest_qsa.errors import AnomalyError
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics import METRICS, REDUCTIONS
-from pytest_qsa.plan import massive_statistic
 from pytest_qsa.queries import canonical_positions
 from pytest_qsa.series import Bounds, Query, Series
 

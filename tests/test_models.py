@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pytest_qsa import capture
-from pytest_qsa.errors import AnomalyError
+from pytest_qsa.common.errors import AnomalyError
 
 TOKEN_METRICS = [
     ("outlier_tokens", {"threshold": 1.3, "reduce": "sum"}),

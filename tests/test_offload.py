@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pytest_qsa.captures.capture.statistics import MOMENTS, TOKENS, Request
 
+from pytest_qsa.common.errors import InfraError
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import models
 from pytest_qsa.engine.running import capture_subject
-from pytest_qsa.errors import InfraError
-from pytest_qsa.plan import MOMENTS, TOKENS, Request
 from pytest_qsa.subjects import Subject
 
 REQUESTS = [

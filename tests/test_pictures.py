@@ -19,10 +19,10 @@ from matplotlib.container import Container
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
+from pytest_qsa.captures.capture.channels import channel_bands
 
 from pytest_qsa.analysis.drawing import draw_picture
 from pytest_qsa.analysis.planning import plan_pictures
-from pytest_qsa.channels import channel_bands
 from pytest_qsa.config.visualization import Visualization
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.plots.boxes import box_figure, histogram_figure

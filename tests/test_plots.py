@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import cbook
 from matplotlib.colors import to_rgb
+from pytest_qsa.captures.capture.capture import Capture
+from pytest_qsa.captures.capture.numbers import SiteNumbers
 
 from pytest_qsa.assertions import Kind, Row, Verdict, judge_bounds
-from pytest_qsa.captures import Capture
-from pytest_qsa.numbers import SiteNumbers
 from pytest_qsa.plots import draw, magnitude_figure, outlier_figure, style, value_figure
 from pytest_qsa.plots.depth import depth_of
 from pytest_qsa.plots.style import GROUP_STYLES, safe_text

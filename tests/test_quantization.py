@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.errors import AnomalyError
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.quantization import rounded_to
 from pytest_qsa.selection import NotMeasuredError
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 from checkpoint_folders import peaks, suite
+from pytest_qsa.captures.capture.cache import CaptureCache
+from pytest_qsa.captures.capture.partial import PartialSums
+from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, Request
 
 from pytest_qsa import Capture
-from pytest_qsa.cache import CaptureCache
 from pytest_qsa.cli import main
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing
 from pytest_qsa.engine.running import Share, capture_subject
-from pytest_qsa.partial import PartialSums
-from pytest_qsa.plan import ALL_STATISTICS, Request
 from pytest_qsa.subjects import Subject
 
 REQUESTS = [Request(r"layers\.\d$|down_proj", site, None, ALL_STATISTICS) for site in ("input", "output")]

@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest_qsa.captures.capture.sinks import Sink, Sinks
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.assertions import Tolerance, judge_baseline, judge_bounds
 from pytest_qsa.baseline_file import BaselineFile
 from pytest_qsa.beside import beside_reference
+from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.pair_reductions import powers_of, scores_of
-from pytest_qsa.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.evidence import token_evidence
 from pytest_qsa.plots import value_figure
 from pytest_qsa.series import Bounds
-from pytest_qsa.sinks import Sink, Sinks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"

@@ -8,16 +8,17 @@ from dataclasses import replace
 
 import pytest
 from checkpoint_folders import Project, forking, suite
+from pytest_qsa.captures.capture.merge import merge
+from pytest_qsa.captures.capture.partial import PartialSums
+from pytest_qsa.captures.capture.statistics import LOGITS, Request
 from test_ranks import same, torchrun
 from test_streaming import differing
 
-from pytest_qsa import Capture, plan
+from pytest_qsa import Capture
+from pytest_qsa.captures.capture import statistics as plan
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing, pairing
 from pytest_qsa.engine.running import Share, capture_subject
-from pytest_qsa.merging import merge
-from pytest_qsa.partial import PartialSums
-from pytest_qsa.plan import LOGITS, Request
 from pytest_qsa.subjects import Subject
 
 BLOCKS, LINEARS = r"layers\.\d$", r"_proj$"

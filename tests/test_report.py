@@ -14,9 +14,9 @@ import execnet
 import numpy as np
 import pytest
 from checkpoint_folders import peaks, suite
+from pytest_qsa.captures.capture.histograms import histogram
 
 from pytest_qsa.assertions import Kind, Row, TokenEvidence, Verdict
-from pytest_qsa.histograms import histogram
 from pytest_qsa.report import to_plain, write_report
 
 SESSION = {

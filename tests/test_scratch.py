@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qsa.scratch import Scratch
+from pytest_qsa.common.scratch import Scratch
 
 
 @pytest.fixture

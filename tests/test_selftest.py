@@ -14,10 +14,10 @@ from pytest_qsa.checkpoint.checks import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
+from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.config.loading import load_suite
 from pytest_qsa.config.suite import Data
 from pytest_qsa.engine.data import batches_of
-from pytest_qsa.errors import SuiteError
 from pytest_qsa.selftest.copies import Mutant
 from pytest_qsa.selftest.faults import FAULTS
 from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_qsa.errors import AnomalyError
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.served.agreement import ReferenceRows, agreement_of, rows_of_table
 from pytest_qsa.served.bounds import kl_bounds, nll_bounds
 from pytest_qsa.served.tables import ABSENT, table_of

@@ -10,8 +10,8 @@ import pytest
 import torch
 from served_models import ServedModel, serving
 
+from pytest_qsa.common.errors import InfraError, QsaError
 from pytest_qsa.config.served import Served
-from pytest_qsa.errors import InfraError, QsaError
 from pytest_qsa.served import endpoint
 from pytest_qsa.served.client import Client
 from pytest_qsa.served.files import read_logprobs

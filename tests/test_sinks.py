@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytest_qsa import capture
-from pytest_qsa.errors import AnomalyError
+from pytest_qsa.common.errors import AnomalyError
 
 SAMPLES, LENGTH, WIDTH = 2, 9, 6
 

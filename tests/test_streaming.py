@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 from checkpoint_folders import save_tokenizer
+from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, COUNTS, TOKENS, Request
 from safetensors.torch import load_file, save_file
 from test_architectures import MODELS as ARCHITECTURES
 
+from pytest_qsa.common.errors import InfraError, QsaWarning
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import streaming
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded
 from pytest_qsa.engine.shards import Shards
-from pytest_qsa.errors import InfraError, QsaWarning
-from pytest_qsa.plan import ALL_STATISTICS, COUNTS, TOKENS, Request
 from pytest_qsa.subjects import Subject
 
 EVERYWHERE = [Request(".", site, None, ALL_STATISTICS) for site in ("input", "output")]

@@ -313,7 +313,7 @@ def fixtures(tmp_path_factory, llama):
     )
     text = suite("x", peaks("max: 100"))
     project.write("suite/a.qsa.yaml", "\n".join(text.splitlines()[1:]))
-    return project.pytest("--qsa-report=never", "-W", "default::pytest_qsa.errors.QsaUnplannedCaptureWarning")
+    return project.pytest("--qsa-report=never", "-W", "default::pytest_qsa.common.errors.QsaUnplannedCaptureWarning")
 
 
 @pytest.mark.parametrize(

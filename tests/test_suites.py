@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.config.loading import check_override, load_suite
-from pytest_qsa.errors import SuiteError
 
 GOOD = """\
 model: {path: x}

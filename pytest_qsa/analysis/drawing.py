@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..captures import Capture
-from ..channels import channel_bands
+from ..captures.capture import Capture
+from ..captures.channels import channel_bands
+from ..captures.statistics import Site, exactly, map_statistic
+from ..common.errors import QsaError
+from ..common.files import write_atomically
 from ..config.visualization import Visualization
-from ..errors import QsaError
-from ..files import write_atomically
-from ..plan import Site, exactly, map_statistic
 from ..plots.boxes import box_figure, histogram_figure
 from ..plots.captions import counted, population, samples_of
 from ..plots.heatmaps import map_figure, surface_figure

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import Capture
-from ..channels import channel_bands
+from ..captures.capture import Capture
+from ..captures.channels import channel_bands
+from ..captures.distributions import counted_quantiles
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import Site, exactly
+from ..common.errors import AnomalyError
 from ..config.visualization import Visualization
-from ..distributions import counted_quantiles
-from ..errors import AnomalyError
 from ..metrics import ACROSS, AcrossChannels
-from ..numbers import SiteNumbers
-from ..plan import Site, exactly
 from ..plots.boxes import SHARES
 from ..plots.magnitudes import STATS
 from ..selection import Selection

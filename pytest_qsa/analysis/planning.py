@@ -6,13 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..captures import Capture
-from ..config.visualization import Visualization
-from ..config.yaml_source import Location
-from ..errors import AnomalyError, SuiteError
-from ..metrics import METRICS
-from ..numbers import SiteNumbers
-from ..plan import (
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import (
     CHANNEL_COUNTS,
     SIGNED_COUNTS,
     Request,
@@ -23,6 +19,10 @@ from ..plan import (
     merge_requests,
     no_match,
 )
+from ..common.errors import AnomalyError, SuiteError
+from ..config.visualization import Visualization
+from ..config.yaml_source import Location
+from ..metrics import METRICS
 from ..plots.depth import spread
 
 Section = Literal[

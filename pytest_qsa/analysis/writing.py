@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..captures import Capture
+from ..captures.capture import Capture
+from ..common.files import write_atomically
 from ..config.visualization import Visualization
 from ..execution import executed_as
-from ..files import write_atomically
 from ..report.gallery import Gallery, Shown, Turning, render_gallery
 from ..report.surfaces import surface_data
 from ..subjects import Subject

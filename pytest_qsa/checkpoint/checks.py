@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt
 
+from ..captures.statistics import match_layers, no_match
+from ..common.errors import AnomalyError, shown_path
 from ..definitions import Definition
-from ..errors import AnomalyError, shown_path
 from ..findings import Finding
-from ..plan import match_layers, no_match
 from ..series import CHECKPOINT, Query, Series
 from . import settings
 from .folder import Folder, natural

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InfraError, shown_path
+from ..common.errors import InfraError, shown_path
 from .codes import FAILED, OK
 
 if TYPE_CHECKING:
     from ..analysis.planning import Analysis
-    from ..captures import Capture
+    from ..captures.capture import Capture
+    from ..captures.partial import PartialSums
+    from ..captures.statistics import Request
     from ..config.loading import SuiteFile
-    from ..partial import PartialSums
-    from ..plan import Request
     from ..session import MakeCapture
     from ..subjects import Subject
 
@@ -126,9 +126,9 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
     """Return the capture; under torchrun on the first rank alone, made by all of them."""
     import platformdirs
 
+    from ..common.progress import progress_bar
     from ..engine.ranks import joined
     from ..engine.running import Share, capture_subject
-    from ..progress import progress_bar
     from ..session import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AnomalyError, InfraError, shown_path
+from ..common.errors import AnomalyError, InfraError, shown_path
 from .codes import OK
 from .sampling import add_sampling, data_text, lines_of, sample
 
@@ -23,8 +23,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or has nothing to calibrate.
         InfraError: the model or data can't be had, or the suite can't be written.
     """
+    from ..common.files import write_atomically
     from ..config.loading import load_suite
-    from ..files import write_atomically
     from ..suite_edits import calibrated
     from .overrides import parse_with_overrides
 

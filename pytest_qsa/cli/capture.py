@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InfraError, SuiteError, shown_path
+from ..common.errors import InfraError, SuiteError, shown_path
 from . import keeping
 from .codes import OK
 from .common import keep, planned, subject_of
 
 if TYPE_CHECKING:
+    from ..captures.partial import PartialSums
+    from ..captures.statistics import Request
     from ..config.loading import SuiteFile
-    from ..partial import PartialSums
-    from ..plan import Request
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,12 +26,12 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or asks for nothing that a pass measures.
         InfraError: the model or data can't be had, or the file can't be written.
     """
+    from ..captures.statistics import compares
+    from ..common.progress import progress_bar
     from ..config.loading import load_suite
     from ..engine.outline import layer_names
     from ..engine.running import Share, capture_subject
     from ..fingerprint import FileHashes, fingerprint_of, identified
-    from ..plan import compares
-    from ..progress import progress_bar
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -79,15 +79,15 @@ def _samples(text: str | None) -> tuple[int, int] | None:
 
 def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
     """Return the place of an unfinished pass, under a name that another model, data or machine doesn't find."""
-    from ..partial import PartialSums
+    from ..captures.partial import PartialSums
 
     return PartialSums(output.with_name(f"{output.name}.{fingerprint[:16]}.partial")) if fingerprint else None
 
 
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
     """Return what the assertions need, else what the pictures do; every pattern has to find one of the layers."""
+    from ..captures.statistics import LOGITS, match_layers, no_match
     from ..config.suite import MeasuredAssertion
-    from ..plan import LOGITS, match_layers, no_match
 
     requests = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     for request in requests:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InfraError, SuiteError, shown_path
+from ..common.errors import InfraError, SuiteError, shown_path
 
 if TYPE_CHECKING:
     from ..analysis.planning import Analysis
-    from ..captures import Capture
+    from ..captures.capture import Capture
     from ..config.loading import SuiteFile
     from ..config.suite import Model
     from ..subjects import Subject

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InfraError
+from ..common.errors import InfraError
 from .codes import FAILED, OK
 
 
@@ -69,7 +69,7 @@ def _share(text: str) -> float:
 
 
 def _write(path: Path, content: str) -> None:
-    from ..files import write_atomically
+    from ..common.files import write_atomically
 
     try:
         write_atomically(path, content)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AnomalyError, InfraError, shown_path
+from ..common.errors import AnomalyError, InfraError, shown_path
 from .codes import OK
 from .common import subject_of
 from .sampling import add_sampling, data_text, lines_of, sample
@@ -33,8 +33,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: an option is wrong.
         InfraError: the model or data can't be had, or the file is there already.
     """
+    from ..common.files import write_atomically
     from ..drafting import text_of
-    from ..files import write_atomically
     from ..suite_edits import calibrated
     from .overrides import parse_with_overrides
 

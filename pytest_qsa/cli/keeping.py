@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import InfraError, SuiteError, shown_path
+from ..common.errors import InfraError, SuiteError, shown_path
 from .codes import OK
 from .common import subject_of
 
 if TYPE_CHECKING:
+    from ..captures.statistics import Request
     from ..config.loading import SuiteFile
     from ..engine.kept_rows import Kept
-    from ..plan import Request
     from ..subjects import Subject
 
 MOST_ROWS = 4096
@@ -53,13 +53,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or doesn't say which model is the original.
         InfraError: the model or data can't be had, or the file can't be written.
     """
+    from ..captures.statistics import merge_requests
+    from ..common.files import write_atomically
+    from ..common.progress import progress_bar
     from ..config.inheritance import read_suite
     from ..config.loading import make_suite
     from ..engine.kept_rows import Keep
     from ..engine.running import keep_subject
-    from ..files import write_atomically
-    from ..plan import merge_requests
-    from ..progress import progress_bar
 
     output = options.output
     source = read_suite(options.config)
@@ -101,8 +101,8 @@ def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subj
 
 
 def _requests(file: SuiteFile) -> Iterator[Request]:
+    from ..captures.statistics import against_reference
     from ..config.suite import MeasuredAssertion
-    from ..plan import against_reference
 
     for assertion in file.assertions:
         if isinstance(assertion, MeasuredAssertion) and against_reference(assertion.request.statistics):

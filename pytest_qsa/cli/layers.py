@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import SuiteError
+from ..common.errors import SuiteError
 from .codes import OK
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print name, class, shape of the weight and number of parameters of the layers."""
+    from ..captures.statistics import match_layers, no_match
     from ..config.loading import load_suite
     from ..config.suite import Data, Memory, Model
-    from ..plan import match_layers, no_match
     from ..subjects import Subject
 
     parser = argparse.ArgumentParser(prog="qsa layers", description="List a model's layers without reading weights.")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import SuiteError, shown_path
+from ..common.errors import SuiteError, shown_path
 from .common import subject_of
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def sample(file: SuiteFile, options: argparse.Namespace) -> Sampled:
         SuiteError: no assertion needs a pass.
         InfraError: it can't be run.
     """
+    from ..captures.statistics import merge_requests
+    from ..common.progress import progress_bar
     from ..config.suite import MeasuredAssertion
     from ..engine.parts import capture_parts
-    from ..plan import merge_requests
-    from ..progress import progress_bar
 
     _, subject = subject_of(file)
     requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))

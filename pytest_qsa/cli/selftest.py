@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import InfraError, SuiteError, shown_path
+from ..common.errors import InfraError, SuiteError, shown_path
 from .codes import FAILED, OK
 
 

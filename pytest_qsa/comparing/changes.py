@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import AnomalyError
+from ..common.errors import AnomalyError
 from ..evidence import channel_of, context
 from ..metrics import View
 from .measures import Measure, Table

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import AnomalyError, SuiteError, did_you_mean
+from ..common.errors import AnomalyError, SuiteError, did_you_mean
 from ..metrics import METRICS
 from .changes import Change, Comparison
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..baseline_file import BaselineFile, is_baseline
-from ..captures import Capture
-from ..errors import InfraError, QsaError, SuiteError, shown_path
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import exactly
+from ..common.errors import InfraError, QsaError, SuiteError, shown_path
 from ..execution import executed_as
 from ..metrics import METRICS
-from ..numbers import SiteNumbers
-from ..plan import exactly
 from .measures import Measure, Table
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))

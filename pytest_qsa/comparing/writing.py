@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ..markdown import escaped, fitted, table_lines
+from ..common.text import escaped, fitted, table_lines
 from ..terminal import visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent, told

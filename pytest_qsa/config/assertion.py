@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ..errors import SuiteError
+from ..common.errors import SuiteError
 from ..series import Over, Query
 from ..tiers import Tier
 from .bounds import Stated, follows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import did_you_mean
+from ..common.errors import did_you_mean
 from ..metrics import METRICS
 from .suite import ASSERTIONS
 from .yaml_source import Location, YamlSource

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 from pydantic import AfterValidator, Field, model_validator
 
-from ..errors import SuiteError
+from ..common.errors import SuiteError
 from ..series import EVALS, Query
 from .assertion import Assertion
 from .fields import Regex

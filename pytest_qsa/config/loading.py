@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import SuiteError, did_you_mean, shown_path
+from ..common.errors import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import BUDGET, Assertion
 from .bounds import Relative

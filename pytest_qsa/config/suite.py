@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
+from ..captures.statistics import LayerSite, Request
 from ..checkpoint.checks import CHECKS, Check, query_of_check
-from ..errors import SuiteError
+from ..common.errors import SuiteError
 from ..metrics import METRICS, Metric, Reduce
-from ..plan import LayerSite, Request
 from ..queries import canonical_positions, positions_of, query_of
 from ..series import Query
 from .assertion import Assertion

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AnomalyError, InfraError
+from ..common.errors import AnomalyError, InfraError
 from ..served.agreement import ReferenceRows
 from ..served.tables import ABSENT, Table
 from ..subjects import Subject

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InfraError
+from ..common.errors import InfraError
 
 Batch = Tensor | Mapping[str, Any]
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..captures import Capture
-from ..numbers import SiteNumbers
-from ..plan import LOGITS, SINKS, SITES, TOKENS, Request, match_layers, merge_requests
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import LOGITS, SINKS, SITES, TOKENS, Request, match_layers, merge_requests
 from .batches import Batch, row_count, rows_of, token_ids
 from .companion import CompanionChanged
 from .hooks import evaluating, hooked, run_batch

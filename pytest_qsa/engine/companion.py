@@ -16,7 +16,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from ..errors import InfraError
+from ..common.errors import InfraError
 from .batches import Batch
 from .comparing import Met, check_rows, drawn_rows, run_rows
 from .modules import Routing

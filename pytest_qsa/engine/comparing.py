@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import AnomalyError, InfraError
-from ..numbers import NOT_COMPARED, PADDING, SiteNumbers
-from ..plan import ERROR, Site, pairwise
+from ..captures.numbers import NOT_COMPARED, PADDING, SiteNumbers
+from ..captures.statistics import ERROR, Site, pairwise
+from ..common.errors import AnomalyError, InfraError
 from .batches import Rows
 from .keeping import Store
 from .modules import channels_first, tensor_of

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..channels import CODES, FIRST_CODE, SHIFT
-from ..distributions import bin_values
-from ..numbers import PADDING, TOP_NAMES, UNKNOWN
+from ..captures.channels import CODES, FIRST_CODE, SHIFT
+from ..captures.distributions import bin_values
+from ..captures.numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import kernels
 from .channel_counts import count_features, widen_channels
 from .keeping import Kept, bytes_apart

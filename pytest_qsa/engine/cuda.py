@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..numbers import PADDING, TOP_NAMES, UNKNOWN
+from ..captures.numbers import PADDING, TOP_NAMES, UNKNOWN
 from . import triton_kernels
 from .keeping import Kept
 from .reductions import Tables, TorchReducer, blank_missing, on_request, widened

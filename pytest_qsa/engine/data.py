@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.errors import InfraError, did_you_mean, shown_path
 from ..config.suite import Data
-from ..errors import InfraError, did_you_mean, shown_path
 from ..hub_sets import BUILTIN, hub_set_of, local_path
 from .batches import Batch
 from .documents import read_folder, read_hub

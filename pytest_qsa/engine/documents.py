@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import InfraError, did_you_mean, shown_path
 from ..config.suite import Data
-from ..errors import InfraError, did_you_mean, shown_path
 from ..hub_sets import DOCUMENTS, HubSet, cache_folder
 
 Records = list[dict[str, Any]]

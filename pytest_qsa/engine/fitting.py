@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.errors import InfraError
 from ..config.suite import Data
-from ..errors import InfraError
 from .batches import Batch
 from .data import batches_of
 from .modules import blocks_of, layers_of

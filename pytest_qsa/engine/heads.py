@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from ..checkpoint.folder import open_folder
 from ..checkpoint.tensors import Tensor as Stored
-from ..errors import InfraError
+from ..common.errors import InfraError
 from .dequantized import dequantized
 from .shards import DTYPES
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import InfraError, shown_path
-from ..plan import Site
+from ..captures.statistics import Site
+from ..common.errors import InfraError, shown_path
 from .batches import Batch, row_count
 from .heads import Head, read_head
 

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..captures import Capture
-from ..errors import AnomalyError, InfraError
-from ..numbers import PADDING, SiteNumbers
-from ..plan import AGREEMENT, REFERENCE_TOKENS, SINKS, TOKENS, Request, Site, against_reference, pairwise
-from ..sinks import Sinks
+from ..captures.capture import Capture
+from ..captures.numbers import PADDING, SiteNumbers
+from ..captures.sinks import Sinks
+from ..captures.statistics import AGREEMENT, REFERENCE_TOKENS, SINKS, TOKENS, Request, Site, against_reference, pairwise
+from ..common.errors import AnomalyError, InfraError
 from .batches import Batch, Rows
 from .companion import CompanionChanged
 from .comparing import Met, Pairs

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..captures import Capture
-from ..errors import AnomalyError, InfraError
-from ..numbers import PADDING, SiteNumbers
-from ..plan import (
+from ..captures.capture import Capture
+from ..captures.numbers import PADDING, SiteNumbers
+from ..captures.statistics import (
     LOGITS,
     REFERENCE_TOKENS,
     SCORES,
@@ -27,6 +26,7 @@ from ..plan import (
     exactly,
     match_layers,
 )
+from ..common.errors import AnomalyError, InfraError
 from ..scores import KL
 from .batches import Batch, Rows
 from .capturing import Progress, run_pass

@@ -9,10 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..captures import Capture
-from ..errors import AnomalyError, SuiteError, did_you_mean
-from ..metrics import METRICS
-from ..plan import (
+from ..captures.capture import Capture
+from ..captures.statistics import (
     AGREEMENT,
     ALL_STATISTICS,
     ERROR,
@@ -28,6 +26,8 @@ from ..plan import (
     merge_requests,
     no_match,
 )
+from ..common.errors import AnomalyError, SuiteError, did_you_mean
+from ..metrics import METRICS
 from .batches import Batch
 from .capturing import Progress, run_pass
 from .kept_files import KeptFile

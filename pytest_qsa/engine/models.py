@@ -12,9 +12,9 @@ import psutil
 import torch
 from torch import nn
 
+from ..common.errors import InfraError
+from ..common.scratch import Scratch
 from ..config.suite import Memory, Model
-from ..errors import InfraError
-from ..scratch import Scratch
 from .disk import check_format, skipping_packed, stream_of
 from .modules import device_of
 from .quiet import quiet

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InfraError
-from ..numbers import SiteNumbers
-from ..plan import EXPERTS
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import EXPERTS
+from ..common.errors import InfraError
 from .keeping import Kept, Store
 from .modules import Routing
 from .records import joined_records, padded

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..common.errors import InfraError
 from ..config.suite import Memory, Model
 from ..drafting import Anatomy
-from ..errors import InfraError
 from .models import class_of, load_model, submodule_of
 from .modules import blocks_of, layers_of
 

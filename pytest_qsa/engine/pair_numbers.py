@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import InfraError
-from ..numbers import SiteNumbers
+from ..captures.numbers import SiteNumbers
+from ..common.errors import InfraError
 from .transfers import Transfer
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..captures import Capture
-from ..errors import AnomalyError
-from ..numbers import SiteNumbers
-from ..plan import AGREEMENT, ERROR, REFERENCE_SINKS, REFERENCE_TOKENS, SINKS, TOKENS, against_reference
-from ..sinks import Sinks, find_sinks
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers
+from ..captures.sinks import Sinks, find_sinks
+from ..captures.statistics import AGREEMENT, ERROR, REFERENCE_SINKS, REFERENCE_TOKENS, SINKS, TOKENS, against_reference
+from ..common.errors import AnomalyError
 from .batches import Batch, rows_of
 from .companion import Companion, CompanionChanged, ReferenceVisits
 from .comparing import Pairs

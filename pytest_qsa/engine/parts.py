@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..calibration import Sampled
-from ..captures import Capture
+from ..captures.capture import Capture
+from ..captures.merge import merge
+from ..captures.statistics import Request, compares
+from ..common.errors import InfraError
 from ..config.suite import Data
-from ..errors import InfraError
-from ..merging import merge
-from ..plan import Request, compares
 from ..subjects import Subject, kept_reference
 from .capturing import Progress
 from .data import windows_available

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AnomalyError, InfraError
-from ..numbers import SCORE_NAMES, SiteNumbers
-from ..plan import AGREEMENT
+from ..captures.numbers import SCORE_NAMES, SiteNumbers
+from ..captures.statistics import AGREEMENT
+from ..common.errors import AnomalyError, InfraError
 from ..scores import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from .batches import Batch, Rows
 from .pair_reductions import scores_of

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..captures import Capture
-from ..errors import AnomalyError, InfraError, QsaError
-from ..merging import merge
-from ..partial import PartialSums
-from ..plan import Request
+from ..captures.capture import Capture
+from ..captures.merge import merge
+from ..captures.partial import PartialSums
+from ..captures.statistics import Request
+from ..common.errors import AnomalyError, InfraError, QsaError
 from ..session import MakeCapture
 
 PATIENCE = timedelta(hours=12)

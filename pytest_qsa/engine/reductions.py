@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numbers import PADDING, TOP_NAMES, UNKNOWN
+from ..captures.numbers import PADDING, TOP_NAMES, UNKNOWN
 from .channel_counts import count_channels, count_features, widen_channels
 from .keeping import Kept
 from .wants import Wants, peak_count, ranks_of

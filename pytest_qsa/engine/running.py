@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..captures import Capture
-from ..errors import AnomalyError, InfraError
+from ..captures.capture import Capture
+from ..captures.merge import merge
+from ..captures.partial import PartialSums
+from ..captures.statistics import STORED, Request, compares
+from ..common.errors import AnomalyError, InfraError
 from ..fingerprint import FileHashes, identified, local_folder
-from ..merging import merge
-from ..partial import PartialSums
-from ..plan import STORED, Request, compares
 from ..subjects import Subject, files_of, kept_reference, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.tensors import Tensor, tensors_of
-from ..errors import InfraError
+from ..common.errors import InfraError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..errors import InfraError
-from ..scratch import Scratch
+from ..common.errors import InfraError
+from ..common.scratch import Scratch
 
 
 @dataclass

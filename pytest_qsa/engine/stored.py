@@ -18,7 +18,7 @@ from ..checkpoint.checks import Files
 from ..checkpoint.dequantizing import weight_rows
 from ..checkpoint.folder import Folder
 from ..checkpoint.schemes import codes_of, matches
-from ..errors import InfraError
+from ..common.errors import InfraError
 from .dequantized import dequantized
 from .modules import packed_experts
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InfraError
-from ..numbers import SiteNumbers
-from ..plan import EXPERTS, Site
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import EXPERTS, Site
+from ..common.errors import InfraError
 from .batches import Rows
 from .modules import Routing, channels_first
 from .observers import Reducers, StreamObserver

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import InfraError
-from ..numbers import SiteNumbers
-from ..plan import ERROR
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import ERROR
+from ..common.errors import InfraError
 from .dequantized import dequantized
 from .pair_reductions import powers_of
 from .streaming import Stream

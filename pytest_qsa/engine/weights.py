@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import InfraError
-from ..numbers import SiteNumbers
-from ..plan import STORED, Site
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import STORED, Site
+from ..common.errors import InfraError
 from .dequantized import dequantized
 from .observers import StreamObserver
 from .stored import StoredWeights

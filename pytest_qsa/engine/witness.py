@@ -12,7 +12,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..errors import InfraError
+from ..common.errors import InfraError
 from ..execution import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from .dequantized import dequantized
 from .modules import input_of, layers_of, tensor_of

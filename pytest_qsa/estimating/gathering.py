@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..captures import Capture
-from ..errors import InfraError
+from ..captures.capture import Capture
+from ..captures.statistics import Request, merge_requests
+from ..common.errors import InfraError
 from ..fingerprint import FileHashes, fingerprint_of, local_folder, weight_files
-from ..plan import Request, merge_requests
 from ..subjects import Subject
 
 HASHED_AT_ONCE = 2 << 30

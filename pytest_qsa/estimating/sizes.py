@@ -13,8 +13,8 @@ from typing import Any
 from ..checkpoint.folder import Folder
 from ..checkpoint.schemes import codes_of, declared, weight_shape
 from ..checkpoint.tensors import Tensor
+from ..common.errors import InfraError
 from ..config.suite import Model
-from ..errors import InfraError
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..captures.statistics import Request, match_layers
 from ..checkpoint.folder import Folder
-from ..errors import InfraError, shown_path
+from ..common.errors import InfraError, shown_path
 from ..fingerprint import local_folder, weight_files
-from ..plan import Request, match_layers
 from .gathering import Planned, kept
 from .machine import Machine
 from .settings import Setting, own_setting, settings_of, shown_bytes, waiting, working

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..assertions import number
-from ..errors import AnomalyError
+from ..common.errors import AnomalyError
 from ..series import OVER, Bounds, Over
 from .reading import Score
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..assertions import Verdict, judge_bounds
 from ..budgets import Budget, budget_of
+from ..common.errors import shown_path
 from ..config.external import NAME, ExternalAssertion
-from ..errors import shown_path
 from ..series import Series
 from .comparing import Compared, compared, conditions_of, folded, widened
 from .reading import Wanted, read_scores

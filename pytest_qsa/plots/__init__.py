@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..assertions import Verdict
-from ..captures import Capture
+from ..captures.capture import Capture
 from .magnitudes import magnitude_figure
 from .outliers import outlier_figure
 from .style import save_png

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..assertions import Row, Verdict
-from ..captures import Capture
-from ..errors import QsaError
-from ..plan import Site
+from ..captures.capture import Capture
+from ..captures.statistics import Site
+from ..common.errors import QsaError
 from .captions import bound_label, population, samples_of
 from .depth import Depth
 from .panels import Panels, panels_of

@@ -14,10 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..assertions import Verdict
-from ..captures import Capture
-from ..errors import QsaError
+from ..captures.capture import Capture
+from ..captures.statistics import Site
+from ..common.errors import QsaError
 from ..metrics import METRICS, View
-from ..plan import Site
 from .captions import counted, population, samples_of
 from .depth import depth_of
 from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled

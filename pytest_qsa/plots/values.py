@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..assertions import Row, Verdict, number
-from ..captures import Capture
-from ..errors import QsaError
+from ..captures.capture import Capture
+from ..common.errors import QsaError
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (

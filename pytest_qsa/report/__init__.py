@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..common.files import write_atomically
 from .plain import SCHEMA, builtins_of, strict_json, to_plain
 
 __all__ = ["to_plain", "write_report"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.folder import INDEX, Folder
 from ..checkpoint.tensors import Tensor, encoded
-from ..files import write_atomically
+from ..common.files import write_atomically
 
 CHUNK = 1 << 24
 

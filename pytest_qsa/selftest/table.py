@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
-from ..markdown import table_lines
+from ..common.files import write_atomically
+from ..common.text import table_lines
 from ..report.plain import strict_json
 from ..report.text import render
 from .perplexity import RATIO

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..captures.statistics import match_layers
 from ..checkpoint.folder import Folder
-from ..errors import InfraError, SuiteError, did_you_mean, shown_path
-from ..plan import match_layers
-from ..scratch import Scratch
+from ..common.errors import InfraError, SuiteError, did_you_mean, shown_path
+from ..common.scratch import Scratch
 from .copies import Mutant
 from .faults import FAULTS, Fault
 from .perplexity import FILE, PerplexityGate, judged, taken

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..captures import Capture
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import AGREEMENT, LOGITS, SCORES, Request, Site, compares
+from ..common.errors import AnomalyError, InfraError
 from ..config.served import Floor, Served
-from ..errors import AnomalyError, InfraError
-from ..numbers import SiteNumbers
-from ..plan import AGREEMENT, LOGITS, SCORES, Request, Site, compares
 from ..scores import TokenScores, numbers_of
 from ..subjects import Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.errors import AnomalyError, InfraError
 from ..config.served import Served
-from ..errors import AnomalyError, InfraError
 from .endpoint import Endpoint, key_of
 from .files import number_of, rows_of
 from .tables import Table, table_of

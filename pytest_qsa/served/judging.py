@@ -8,10 +8,10 @@ import numpy as np
 
 from ..assertions import number
 from ..budgets import budget_of
-from ..captures import Capture
-from ..errors import AnomalyError
+from ..captures.capture import Capture
+from ..captures.statistics import LOGITS
+from ..common.errors import AnomalyError
 from ..measuring import series_of
-from ..plan import LOGITS
 from ..series import Series
 from .capturing import bounded
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .captures import Capture
-from .errors import InfraError
+from ..common.errors import InfraError
+from .capture import Capture
 from .numbers import Merge, SiteNumbers
-from .plan import SITES
+from .statistics import SITES
 
 Array = NDArray[Any]
 COUNTED = (("bins", "counts"), ("signed_bins", "signed_counts"), ("channel_bins", "channel_counts"))

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .captures import Capture
-from .errors import InfraError, QsaWarning
-from .files import write_atomically
+from ..common.errors import InfraError, QsaWarning
+from ..common.files import write_atomically
+from .capture import Capture
 from .partial import PartialSums
-from .plan import Request, merge_requests
+from .statistics import Request, merge_requests
 
 LIMIT = 4 << 30
 """The bytes that a cache folder may hold; the captures that were not used for longest go first."""

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InfraError
-from .files import write_atomically
+from ..common.errors import InfraError
+from ..common.files import write_atomically
+from ..selection import Selection
 from .numbers import SiteNumbers
-from .plan import LOGITS, Request, Site, match_layers
-from .selection import Selection
 from .sinks import Sinks, find_sinks
+from .statistics import LOGITS, Request, Site, match_layers
 
 FORMAT = "qsa-capture/1"
 REFERENCE = "reference/"

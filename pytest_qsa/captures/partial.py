@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .captures import Capture
-from .errors import InfraError
-from .files import write_atomically
-from .plan import Request, merge_requests
+from ..common.errors import InfraError
+from ..common.files import write_atomically
+from .capture import Capture
+from .statistics import Request, merge_requests
 
 EVERY = 60.0
 """Seconds between two writes."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .captures.capture import Capture
     from .engine import capture
-    from .series import Series
+    from .metrics.series import Series
 
 __all__ = ["Capture", "Series", "capture"]
 

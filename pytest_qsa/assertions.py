@@ -13,7 +13,7 @@ import numpy as np
 from .baseline_file import BaselineFile, rounded
 from .common.errors import BaselineError, QsaError
 from .findings import Finding
-from .series import Bounds, Query, Series
+from .metrics.series import Bounds, Query, Series
 
 
 class Kind(StrEnum):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import BaselineError
-from .series import Series
+from .metrics.series import Series
 
 FORMAT = "qsa-baseline/1"
 DIGITS = 5

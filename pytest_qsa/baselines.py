@@ -16,7 +16,7 @@ from .assertions import Kind, Tolerance, Verdict, accepted, judge_baseline
 from .baseline_file import BaselineFile, is_baseline
 from .common.errors import BaselineError, InfraError
 from .common.files import write_atomically
-from .series import Series
+from .metrics.series import Series
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

@@ -10,8 +10,8 @@ from .assertions import Verdict
 from .captures.capture import Capture
 from .captures.statistics import LOGITS, SINKS, exactly
 from .common.errors import QsaError
-from .metrics import METRICS
-from .registry import Metric
+from .metrics.activations import METRICS
+from .metrics.registry import Metric
 
 
 def beside_reference(verdict: Verdict, capture: Capture) -> Verdict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .captures.statistics import match_layers
 from .common.errors import AnomalyError
 from .config.bounds import DEFAULT, SCHEME, Relative, Stated
-from .series import Bounds
+from .metrics.series import Bounds
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from .config.bounds import Relative, Stated
 from .config.noise import SIDES, Noise, Side
 from .config.suite import MeasuredAssertion
 from .measuring import measured
+from .metrics.registry import TWO_SIDED_95
+from .metrics.series import Series
 from .ratchet import SPARE, outward
-from .registry import TWO_SIDED_95
-from .series import Series
 
 FIGURES = 4
 """The significant digits of a mean and a sigma as a suite keeps them."""

@@ -14,7 +14,7 @@ from .checkpoint.checks import Files, problems_of
 from .checkpoint.judging import by_design
 from .common.errors import InfraError, QsaError
 from .findings import Finding
-from .metrics import METRICS
+from .metrics.activations import METRICS
 from .origins import origin_of
 
 OF_LAYERS = ("checkpoint_scales", "checkpoint_weights", "checkpoint_formats", "checkpoint_keys")

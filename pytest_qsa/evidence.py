@@ -13,8 +13,8 @@ from .assertions import TokenEvidence, Verdict
 from .captures.capture import Capture
 from .captures.numbers import SiteNumbers, lower_median
 from .captures.sinks import Sinks
-from .fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
-from .metrics import METRICS, View
+from .metrics.activations import METRICS, View
+from .metrics.fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
 
 NEIGHBOURS = 6
 

@@ -31,7 +31,7 @@ from .config.suite import Data, Memory, Model
 from .diagnosis import diagnosed
 from .evidence import sinks_behind, token_evidence
 from .execution import check_execution
-from .metrics import METRICS
+from .metrics.activations import METRICS
 from .needs import requests_of
 from .options import Options
 from .previous import kept_release

@@ -23,11 +23,11 @@ from .config.suite import CheckpointAssertion, MeasuredAssertion
 from .config.yaml_source import Location
 from .evals.judging import judge_scores
 from .gate import Gate, GateFailure
-from .loading import blamed
 from .measuring import measured
+from .metrics.loaded import blamed
+from .metrics.series import Series
 from .previous import kept_release, previous_values
 from .ratchet import limits_of
-from .series import Series
 from .served.judging import settled
 from .waivers import apply_waivers, joint_uses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .captures.capture import Capture
-from .series import Series
+from .metrics.series import Series
 
 if TYPE_CHECKING:
     from .config.suite import MeasuredAssertion

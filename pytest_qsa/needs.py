@@ -10,8 +10,8 @@ from .captures.statistics import ALL_STATISTICS, Request, massive_statistic
 from .collection import QsaSuite
 from .common.errors import SuiteError
 from .config.suite import MeasuredAssertion
-from .metrics import METRICS
-from .queries import positions_of
+from .metrics.activations import METRICS
+from .metrics.query import positions_of
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
 """The statistics that a Python test gets where it names no metric."""

@@ -15,9 +15,9 @@ from .assertions import number
 from .captures.capture import Capture
 from .captures.statistics import Site
 from .common.errors import AnomalyError
-from .fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
 from .findings import Finding
-from .registry import View
+from .metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
+from .metrics.registry import View
 
 UNRELATED = 0.1
 """A correlation below it is none."""

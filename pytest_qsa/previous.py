@@ -10,7 +10,7 @@ from .baseline_file import BaselineFile
 from .baselines import baseline_folder
 from .captures.capture import Capture
 from .common.errors import AnomalyError, BaselineError
-from .series import Series
+from .metrics.series import Series
 from .subjects import Subject
 
 Measure = Callable[[Capture], Series]

@@ -16,11 +16,11 @@ from .checkpoint.judging import judge_problems
 from .common.errors import QsaError
 from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
-from .metrics import METRICS, Reduce
+from .metrics.activations import METRICS, Reduce
+from .metrics.query import Positions, positions_of, query_of
+from .metrics.selection import NotMeasuredError, Selection
+from .metrics.series import Judge, Series
 from .needs import EVERYTHING
-from .queries import Positions, positions_of, query_of
-from .selection import NotMeasuredError, Selection
-from .series import Judge, Series
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

@@ -8,6 +8,7 @@ import models
 import numpy as np
 import pytest
 from checkpoint_folders import suite
+from pytest_qsa.metrics.activations.series import Query, Series
 
 from pytest_qsa.calibration import IDENTICAL, Spread, proposals_of
 from pytest_qsa.cli import main
@@ -15,7 +16,6 @@ from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.config.loading import load_suite
 from pytest_qsa.config.suite import Data
 from pytest_qsa.engine.data import batches_of
-from pytest_qsa.series import Query, Series
 from pytest_qsa.suite_edits import calibrated
 
 SUITE = """\

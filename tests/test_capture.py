@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pytest_qsa.captures.capture.numbers import SiteNumbers
 from pytest_qsa.captures.capture.statistics import Request, map_statistic
+from pytest_qsa.metrics.activations.selection import NotMeasuredError
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.capturing import run_pass
-from pytest_qsa.selection import NotMeasuredError
 
 quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

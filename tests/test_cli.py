@@ -10,10 +10,10 @@ import jsonschema
 import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
+from pytest_qsa.metrics.activations.activations import METRICS
 
 from pytest_qsa.checkpoint.checks import CHECKS
 from pytest_qsa.cli import main
-from pytest_qsa.metrics import METRICS
 
 EXAMPLES = Path(__file__).parent.parent / "example_suites"
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_qsa.captures.capture.merge import merge
+from pytest_qsa.metrics.activations.selection import NotMeasuredError
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.config.suite import ASSERTIONS
-from pytest_qsa.selection import NotMeasuredError
 
 SUITE_KEYS = {"id": "a", "metric": "int8_outlier_features", "layers": "x", "site": "input", "max": 7}
 

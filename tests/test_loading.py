@@ -6,13 +6,13 @@ import pytest
 import torch
 from checkpoint_folders import save_gguf, save_quantized_moe, suite
 from pytest_qsa.captures.capture.statistics import MOMENTS, STORED, Request
+from pytest_qsa.metrics.activations.loaded import blame
 from safetensors.torch import load_file
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded
-from pytest_qsa.loading import blame
 from pytest_qsa.subjects import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"

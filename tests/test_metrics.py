@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytest_qsa.captures.capture.statistics import massive_statistic
+from pytest_qsa.metrics.activations.activations import METRICS, REDUCTIONS
+from pytest_qsa.metrics.activations.query import canonical_positions
+from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
 from pytest_qsa import capture
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.metrics import METRICS, REDUCTIONS
-from pytest_qsa.queries import canonical_positions
-from pytest_qsa.series import Bounds, Query, Series
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]

@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 from checkpoint_folders import Project, edited, save_llama, suite
+from pytest_qsa.metrics.activations.series import Bounds
 from test_reference import damaged
 
 from pytest_qsa import capture
@@ -15,7 +16,6 @@ from pytest_qsa.checkpoint.checks import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.diagnosis import diagnosed
 from pytest_qsa.origins import origin_of
-from pytest_qsa.series import Bounds
 
 LAYER = "model.layers.2.mlp.down_proj"
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"

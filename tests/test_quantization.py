@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest_qsa.metrics.activations.quantization import rounded_to
+from pytest_qsa.metrics.activations.selection import NotMeasuredError
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.quantization import rounded_to
-from pytest_qsa.selection import NotMeasuredError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEMES = ("int8", "int4", "fp8_e4m3")

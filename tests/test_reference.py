@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_qsa.captures.capture.sinks import Sink, Sinks
+from pytest_qsa.metrics.activations.series import Bounds
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.assertions import Tolerance, judge_baseline, judge_bounds
@@ -20,7 +21,6 @@ from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.pair_reductions import powers_of, scores_of
 from pytest_qsa.evidence import token_evidence
 from pytest_qsa.plots import value_figure
-from pytest_qsa.series import Bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"

@@ -20,11 +20,11 @@ from ..captures.numbers import SiteNumbers
 from ..captures.statistics import Site, exactly
 from ..common.errors import AnomalyError
 from ..config.visualization import Visualization
-from ..metrics import ACROSS, AcrossChannels
+from ..metrics.activations import ACROSS, AcrossChannels
+from ..metrics.selection import Selection
+from ..metrics.series import Series
 from ..plots.boxes import SHARES
 from ..plots.magnitudes import STATS
-from ..selection import Selection
-from ..series import Series
 from .planning import Analysis, measured
 
 SCHEMA = "qsa-analysis/1"

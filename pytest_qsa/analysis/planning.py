@@ -22,7 +22,7 @@ from ..captures.statistics import (
 from ..common.errors import AnomalyError, SuiteError
 from ..config.visualization import Visualization
 from ..config.yaml_source import Location
-from ..metrics import METRICS
+from ..metrics.activations import METRICS
 from ..plots.depth import spread
 
 Section = Literal[

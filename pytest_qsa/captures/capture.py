@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import InfraError
 from ..common.files import write_atomically
-from ..selection import Selection
+from ..metrics.selection import Selection
 from .numbers import SiteNumbers
 from .sinks import Sinks, find_sinks
 from .statistics import LOGITS, Request, Site, match_layers

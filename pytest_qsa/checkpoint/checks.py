@@ -17,9 +17,9 @@ from annotated_types import Ge, Gt
 
 from ..captures.statistics import match_layers, no_match
 from ..common.errors import AnomalyError, shown_path
-from ..definitions import Definition
 from ..findings import Finding
-from ..series import CHECKPOINT, Query, Series
+from ..metrics.definitions import Definition
+from ..metrics.series import CHECKPOINT, Query, Series
 from . import settings
 from .folder import Folder, natural
 from .formats import misplaced_formats

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..assertions import Kind, Verdict, judge_bounds
 from ..findings import Finding
-from ..series import Bounds, Series
+from ..metrics.series import Bounds, Series
 from .checks import Files
 from .schemes import declared
 from .smoothing import Relation

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..common.errors import AnomalyError
 from ..evidence import channel_of, context
-from ..metrics import View
+from ..metrics.activations import View
 from .measures import Measure, Table
 from .sides import USUAL, Side, captured_tables, table_of, tokens_hash
 

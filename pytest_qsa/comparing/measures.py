@@ -10,7 +10,7 @@ from typing import Any
 
 from ..assertions import number
 from ..baseline_file import BaselineFile
-from ..metrics import METRICS
+from ..metrics.activations import METRICS
 
 
 @dataclass(frozen=True)

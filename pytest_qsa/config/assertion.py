@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ..common.errors import SuiteError
-from ..series import Over, Query
+from ..metrics.series import Over, Query
 from ..tiers import Tier
 from .bounds import Stated, follows
 from .fields import Strict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.errors import did_you_mean
-from ..metrics import METRICS
+from ..metrics.activations import METRICS
 from .suite import ASSERTIONS
 from .yaml_source import Location, YamlSource
 

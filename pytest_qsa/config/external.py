@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt
 from pydantic import AfterValidator, Field, model_validator
 
 from ..common.errors import SuiteError
-from ..series import EVALS, Query
+from ..metrics.series import EVALS, Query
 from .assertion import Assertion
 from .fields import Regex
 

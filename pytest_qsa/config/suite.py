@@ -18,9 +18,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from ..captures.statistics import LayerSite, Request
 from ..checkpoint.checks import CHECKS, Check, query_of_check
 from ..common.errors import SuiteError
-from ..metrics import METRICS, Metric, Reduce
-from ..queries import canonical_positions, positions_of, query_of
-from ..series import Query
+from ..metrics.activations import METRICS, Metric, Reduce
+from ..metrics.query import canonical_positions, positions_of, query_of
+from ..metrics.series import Query
 from .assertion import Assertion
 from .bounds import Stated
 from .external import ExternalAssertion

@@ -27,7 +27,7 @@ from ..captures.statistics import (
     match_layers,
 )
 from ..common.errors import AnomalyError, InfraError
-from ..scores import KL
+from ..metrics.predictions import KL
 from .batches import Batch, Rows
 from .capturing import Progress, run_pass
 from .companion import CompanionChanged

@@ -27,7 +27,7 @@ from ..captures.statistics import (
     no_match,
 )
 from ..common.errors import AnomalyError, SuiteError, did_you_mean
-from ..metrics import METRICS
+from ..metrics.activations import METRICS
 from .batches import Batch
 from .capturing import Progress, run_pass
 from .kept_files import KeptFile

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..captures.numbers import SCORE_NAMES, SiteNumbers
 from ..captures.statistics import AGREEMENT
 from ..common.errors import AnomalyError, InfraError
-from ..scores import NLL, REFERENCE_NLL, TokenScores, numbers_of
+from ..metrics.predictions import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from .batches import Batch, Rows
 from .pair_reductions import scores_of
 from .transfers import Transfer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..quantization import LARGEST, LEAST_EXPONENT, MANTISSA_BITS, Granularity, Scheme
+from ..metrics.quantization import LARGEST, LEAST_EXPONENT, MANTISSA_BITS, Granularity, Scheme
 
 
 @dataclass(frozen=True)

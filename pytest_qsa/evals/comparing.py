@@ -11,7 +11,7 @@ import numpy as np
 
 from ..assertions import number
 from ..common.errors import AnomalyError
-from ..series import OVER, Bounds, Over
+from ..metrics.series import OVER, Bounds, Over
 from .reading import Score
 
 Comparison = Literal["value", "recovery", "drop"]

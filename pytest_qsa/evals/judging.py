@@ -13,7 +13,7 @@ from ..assertions import Verdict, judge_bounds
 from ..budgets import Budget, budget_of
 from ..common.errors import shown_path
 from ..config.external import NAME, ExternalAssertion
-from ..series import Series
+from ..metrics.series import Series
 from .comparing import Compared, compared, conditions_of, folded, widened
 from .reading import Wanted, read_scores
 

@@ -17,7 +17,7 @@ from ..assertions import Verdict
 from ..captures.capture import Capture
 from ..captures.statistics import Site
 from ..common.errors import QsaError
-from ..metrics import METRICS, View
+from ..metrics.activations import METRICS, View
 from .captions import counted, population, samples_of
 from .depth import depth_of
 from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled

@@ -19,7 +19,7 @@ from ..captures.numbers import SiteNumbers
 from ..captures.statistics import AGREEMENT, LOGITS, SCORES, Request, Site, compares
 from ..common.errors import AnomalyError, InfraError
 from ..config.served import Floor, Served
-from ..scores import TokenScores, numbers_of
+from ..metrics.predictions import TokenScores, numbers_of
 from ..subjects import Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
 from .bounds import Between, Floats

@@ -12,7 +12,7 @@ from ..captures.capture import Capture
 from ..captures.statistics import LOGITS
 from ..common.errors import AnomalyError
 from ..measuring import series_of
-from ..series import Series
+from ..metrics.series import Series
 from .capturing import bounded
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .captures.channels import BandStat, channel_bands
-from .captures.statistics import (
+from ..captures.channels import BandStat, channel_bands
+from ..captures.statistics import (
     COUNTS,
     LOGITS,
     REFERENCE_SINKS,
@@ -23,9 +23,8 @@ from .captures.statistics import (
     need_tokens,
     no_match,
 )
-from .common.errors import AnomalyError
-from .fidelity import By, WeightBy
-from .metrics import (
+from ..common.errors import AnomalyError
+from .activations import (
     METRICS,
     REDUCTIONS,
     AcrossChannels,
@@ -37,15 +36,16 @@ from .metrics import (
     View,
     magnitudes,
 )
+from .fidelity import By, WeightBy
+from .predictions import DeltaStat, KlStat
 from .quantization import Granularity, Scheme
-from .queries import Positions, check_arguments, positions_of, query_of
+from .query import Positions, check_arguments, positions_of, query_of
 from .registry import Estimate
-from .scores import DeltaStat, KlStat
 from .series import Judge, Query, Series, sound
 from .unsound import why_not_finite
 
 if TYPE_CHECKING:
-    from .captures.capture import Capture
+    from ..captures.capture import Capture
 
 
 class NotMeasuredError(AnomalyError):

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .captures.numbers import SiteNumbers
-from .captures.statistics import STORED, Site
+from ..captures.numbers import SiteNumbers
+from ..captures.statistics import STORED, Site
 from .quantization import decibels
 from .registry import View, metric
 
 if TYPE_CHECKING:
-    from .assertions import Verdict
-    from .captures.capture import Capture
+    from ..assertions import Verdict
+    from ..captures.capture import Capture
 
 ONE_FACTOR = 40.0
 """So many dB above what is left of a difference, one factor explains it."""

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .captures.distributions import bin_values
-from .captures.numbers import EXTREME_NAMES, SiteNumbers
+from ..captures.distributions import bin_values
+from ..captures.numbers import EXTREME_NAMES, SiteNumbers
 
 Scheme = Literal["int8", "int4", "fp8_e4m3"]
 Granularity = Literal["tensor", "token", "channel", "group"]

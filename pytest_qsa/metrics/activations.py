@@ -13,11 +13,10 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from . import fidelity, loading, scores
-from .captures.channels import BandStat, channel_bands
-from .captures.distributions import counted_quantile
-from .captures.numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
-from .captures.statistics import (
+from ..captures.channels import BandStat, channel_bands
+from ..captures.distributions import counted_quantile
+from ..captures.numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
+from ..captures.statistics import (
     CHANNEL_COUNTS,
     CHANNELS,
     COUNTS,
@@ -31,7 +30,10 @@ from .captures.statistics import (
     massive_statistic,
     quantization_statistic,
 )
-from .common.errors import AnomalyError, SuiteError
+from ..common.errors import AnomalyError, SuiteError
+from . import fidelity
+from . import loaded as loading
+from . import predictions as scores
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from .captures.statistics import Site
-from .common.errors import SuiteError, did_you_mean
-from .metrics import METRICS, REDUCTIONS, Metric, Reduce
+from ..captures.statistics import Site
+from ..common.errors import SuiteError, did_you_mean
+from .activations import METRICS, REDUCTIONS, Metric, Reduce
 from .series import Query
 
 Positions = str | Mapping[str, int]

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from .baseline_file import BaselineFile, rounded
+from .checkpoint.findings import Finding
 from .common.errors import BaselineError, QsaError
-from .findings import Finding
 from .metrics.series import Bounds, Query, Series
 
 

@@ -10,10 +10,10 @@ from functools import partial
 
 from .assertions import Kind, Verdict
 from .captures.capture import Capture
-from .checkpoint.checks import Files, problems_of
+from .checkpoint.checks.health import Files, problems_of
+from .checkpoint.findings import Finding
 from .checkpoint.judging import by_design
 from .common.errors import InfraError, QsaError
-from .findings import Finding
 from .metrics.activations import METRICS
 from .origins import origin_of
 

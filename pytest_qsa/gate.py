@@ -21,7 +21,7 @@ from .beside import beside_reference, run_of
 from .captures.capture import Capture
 from .captures.partial import PartialSums
 from .captures.statistics import COUNTS, Request
-from .checkpoint.checks import Files
+from .checkpoint.checks.health import Files
 from .ci import properties_of
 from .collection import QsaSuite
 from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path

@@ -13,7 +13,7 @@ import pytest
 from .assertions import Kind, Tolerance, Verdict, anomaly, detailed, judge_bounds, softened
 from .budgets import Budget, budget_of
 from .captures.capture import Capture
-from .checkpoint.checks import Files, problems_of
+from .checkpoint.checks.health import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
 from .common.errors import QsaError, QsaWarning, SuiteError

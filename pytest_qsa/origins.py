@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .assertions import number
 from .captures.capture import Capture
 from .captures.statistics import Site
+from .checkpoint.findings import Finding
 from .common.errors import AnomalyError
-from .findings import Finding
 from .metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
 from .metrics.registry import View
 

@@ -11,7 +11,7 @@ import pytest
 from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
 from .captures.capture import Capture
 from .captures.statistics import LOGITS, Request, Site
-from .checkpoint.checks import problems_of
+from .checkpoint.checks.health import problems_of
 from .checkpoint.judging import judge_problems
 from .common.errors import QsaError
 from .gate import Gate, GateFailure, caller

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .checkpoint.checks import Files
+from .checkpoint.checks.health import Files
 from .checkpoint.folder import open_folder
 from .common.errors import InfraError
 from .config.suite import Data, Memory, Model

@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
+from pytest_qsa.checkpoint.checks.health.health import CHECKS
 from pytest_qsa.metrics.activations.activations import METRICS
 
-from pytest_qsa.checkpoint.checks import CHECKS
 from pytest_qsa.cli import main
 
 EXAMPLES = Path(__file__).parent.parent / "example_suites"

@@ -7,12 +7,12 @@ import models
 import pytest
 import torch
 from checkpoint_folders import Project, edited, save_llama, suite
+from pytest_qsa.checkpoint.checks.health.health import Files
 from pytest_qsa.metrics.activations.series import Bounds
 from test_reference import damaged
 
 from pytest_qsa import capture
 from pytest_qsa.assertions import judge_bounds
-from pytest_qsa.checkpoint.checks import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.diagnosis import diagnosed
 from pytest_qsa.origins import origin_of

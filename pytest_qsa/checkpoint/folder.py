@@ -29,7 +29,7 @@ class Folder:
 
     @cached_property
     def _gguf(self) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
-        from .gguf_files import read_gguf
+        from .formats.gguf import read_gguf
 
         assert self.gguf_file is not None
         return read_gguf(self.path / self.gguf_file)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..assertions import Kind, Verdict, judge_bounds
-from ..findings import Finding
 from ..metrics.series import Bounds, Series
-from .checks import Files
-from .schemes import declared
+from .checks.health import Files
+from .findings import Finding
+from .formats.declared import declared
 from .smoothing import Relation
 
 

@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .dequantizing import weight_columns, weight_rows
+from .checks.unquantized import ROUNDING
 from .folder import Folder, natural
-from .schemes import codes_of
+from .formats.declared import codes_of
+from .formats.dequantize import weight_columns, weight_rows
 from .tensors import FLOATS, Tensor, decoded
-from .unquantized import ROUNDING
 
 MOST_NORMS = 8
 """So many norms that differ are multiplied out, evenly spaced."""

@@ -117,7 +117,7 @@ def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
-    from ..checkpoint.checks import problems_of
+    from ..checkpoint.checks.health import problems_of
     from ..checkpoint.smoothing import compare_norms
     from ..drafting import COMPARED, UNQUANTIZED
     from ..subjects import files_of, kept_reference
@@ -177,7 +177,7 @@ def _head(file: SuiteFile, sampled: Sampled, k: float) -> list[str]:
 
 def _health(file: SuiteFile) -> Iterator[str]:
     """Say what the static checks find already: numbers of a broken checkpoint bound nothing."""
-    from ..checkpoint.checks import problems_of
+    from ..checkpoint.checks.health import problems_of
     from ..subjects import files_of
 
     files = files_of(subject_of(file)[1])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
 from ..captures.statistics import LayerSite, Request
-from ..checkpoint.checks import CHECKS, Check, query_of_check
+from ..checkpoint.checks.health import CHECKS, Check, query_of_check
 from ..common.errors import SuiteError
 from ..metrics.activations import METRICS, Metric, Reduce
 from ..metrics.query import canonical_positions, positions_of, query_of

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..checkpoint.checks import Files
-from ..checkpoint.dequantizing import weight_rows
+from ..checkpoint.checks.health import Files
 from ..checkpoint.folder import Folder
-from ..checkpoint.schemes import codes_of, matches
+from ..checkpoint.formats.declared import codes_of, matches
+from ..checkpoint.formats.dequantize import weight_rows
 from ..common.errors import InfraError
 from .dequantized import dequantized
 from .modules import packed_experts

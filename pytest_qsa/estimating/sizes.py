@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..checkpoint.folder import Folder
-from ..checkpoint.schemes import codes_of, declared, weight_shape
+from ..checkpoint.formats.declared import codes_of, declared, weight_shape
 from ..checkpoint.tensors import Tensor
 from ..common.errors import InfraError
 from ..config.suite import Model

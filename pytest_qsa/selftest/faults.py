@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.folder import NUMBER, Folder
-from ..checkpoint.schemes import codes_of, declared, element_count, scale_parts
+from ..checkpoint.formats.declared import codes_of, declared, element_count, scale_parts
 from ..checkpoint.tensors import FLOATS
 from .copies import Mutant
 

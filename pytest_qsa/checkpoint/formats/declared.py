@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from .folder import Folder
-from .tensors import EIGHT_BITS, FLOATS, Tensor
+from ..folder import Folder
+from ..tensors import EIGHT_BITS, FLOATS, Tensor
 
 SCALE = re.compile(r"(^|_)scales?(_inv|_2)?$")
 ZERO_POINT = re.compile(r"(^|_)(zero_point|qzeros)$")

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ..findings import Finding
-from .folder import Folder, kind_of
-from .schemes import Scheme, codes_of, declared, is_linear
-from .tensors import Tensor
+from ..folder import Folder, kind_of
+from ..formats.declared import Scheme, codes_of, declared, is_linear
+from ..tensors import Tensor
 
 _DECLARE = "quantize it, or name it in ignore"
 

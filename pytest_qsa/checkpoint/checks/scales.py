@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..findings import Finding
-from .folder import Folder, kind_of
-from .gguf_files import block_scales
-from .schemes import (
+from ..folder import Folder, kind_of
+from ..formats.declared import (
     ZERO_POINT,
     Declaration,
     Scheme,
@@ -22,7 +21,8 @@ from .schemes import (
     scale_parts,
     weight_shape,
 )
-from .tensors import RAW, Tensor, decoded
+from ..formats.gguf import block_scales
+from ..tensors import RAW, Tensor, decoded
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """Below it a scale is denormal; a float16 one only where fewer than 4 of its bits are left, for it is kept exactly."""

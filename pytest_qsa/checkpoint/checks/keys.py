@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ..findings import Finding
-from .folder import INDEX, NUMBER, Folder
-from .tensors import Tensor, layer_of
+from ..folder import INDEX, NUMBER, Folder
+from ..tensors import Tensor, layer_of
 
 ALIKE = 0.7
 """Blocks that share so much of their keys are of one kind, so that a difference is a fault and no architecture."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..findings import Finding
-from .folder import Folder
-from .schemes import SCALE, Scheme, codes_of, declared
-from .tensors import FLOATS, Tensor, decoded
+from ..folder import Folder
+from ..formats.declared import SCALE, Scheme, codes_of, declared
+from ..tensors import FLOATS, Tensor, decoded
 
 BUDGET = 4 << 20
 """The bytes that are read of one tensor: all of a small one, evenly spaced rows of a large one."""

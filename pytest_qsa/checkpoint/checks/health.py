@@ -15,20 +15,20 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ..captures.statistics import match_layers, no_match
-from ..common.errors import AnomalyError, shown_path
+from ...captures.statistics import match_layers, no_match
+from ...common.errors import AnomalyError, shown_path
+from ...metrics.definitions import Definition
+from ...metrics.series import CHECKPOINT, Query, Series
 from ..findings import Finding
-from ..metrics.definitions import Definition
-from ..metrics.series import CHECKPOINT, Query, Series
+from ..folder import Folder, natural
+from ..formats.declared import codes_of, declared, scale_parts
+from ..smoothing import Relation, compare_norms
 from . import settings
-from .folder import Folder, natural
-from .formats import misplaced_formats
+from .declared_formats import misplaced_formats
 from .keys import lost_keys
 from .packed import constant_weights, unsound_floats
 from .scales import missing_scales, outlying_scales, unequal_fused, unsound_scales
-from .schemes import codes_of, declared, scale_parts
 from .settings import changed_settings
-from .smoothing import Relation, compare_norms
 from .unquantized import changed_floats, kept_tensors
 
 Spread = Annotated[float, Gt(0)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..findings import Finding
-from .folder import Folder
+from ..folder import Folder
 
 HARMLESS = frozenset(
     {

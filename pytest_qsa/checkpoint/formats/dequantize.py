@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .folder import Folder
-from .schemes import codes_of, declared
-from .tensors import FLOATS, Tensor, decoded
+from ..folder import Folder
+from ..tensors import FLOATS, Tensor, decoded
+from .declared import codes_of, declared
 
 ZERO_POINTS = {"weight_scale": "weight_zero_point", "_weight_scale": "_weight_zero_point"}
 Matrix = NDArray[np.float64]

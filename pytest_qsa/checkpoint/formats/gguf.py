@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InfraError
-from .tensors import Tensor
+from ...common.errors import InfraError
+from ..tensors import Tensor
 
 BLOCKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
     "Q4_0": (18, (0,)), "Q4_1": (20, (0, 2)), "Q5_0": (22, (0,)), "Q5_1": (24, (0, 2)), "Q8_0": (34, (0,)),

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..findings import Finding
-from .folder import Folder
-from .schemes import codes_of
-from .tensors import FLOATS, Tensor, decoded
+from ..folder import Folder
+from ..formats.declared import codes_of
+from ..tensors import FLOATS, Tensor, decoded
 
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 """The relative distance of neighbouring numbers: what writing a tensor in another dtype may change."""

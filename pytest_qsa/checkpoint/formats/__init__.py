@@ -1,0 +1,1 @@
+"""What each quantization format declares, and how its tensors become numbers."""

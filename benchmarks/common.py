@@ -54,7 +54,7 @@ def token_batches(samples: int, length: int) -> list[Tensor]:
     """Return windows of SmolLM2's own tokens of the shipped text, [1, length] each."""
     from transformers import AutoTokenizer
 
-    text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(SMOLLM2)(text, verbose=False)["input_ids"]
     return [torch.tensor(ids[i * length : (i + 1) * length])[None] for i in range(samples)]
 

@@ -18,13 +18,13 @@ from typing import Any
 from larger_than_memory import make_checkpoint
 
 from pytest_qsa.checkpoint.folder import Folder
-from pytest_qsa.config.loading import load_suite
-from pytest_qsa.config.suite import MeasuredAssertion
 from pytest_qsa.engine.machine import this_machine
 from pytest_qsa.estimating.settings import Setting, settings_of
 from pytest_qsa.estimating.sizes import sizes_of
 from pytest_qsa.estimating.work import Work
-from pytest_qsa.fingerprint import weight_files
+from pytest_qsa.suite.fingerprint import weight_files
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.sections import MeasuredAssertion
 
 RUN = """
 import pathlib, pytest, re, sys

@@ -24,14 +24,14 @@ from pytest_qsa.captures.capture.statistics import Request, merge_requests
 from pytest_qsa.assertions import judge_bounds
 from pytest_qsa.budgets import budget_of
 from pytest_qsa.cli.common import subject_of
-from pytest_qsa.config.loading import SuiteFile, load_suite
-from pytest_qsa.config.noise import SIDES
-from pytest_qsa.config.suite import Data, MeasuredAssertion
 from pytest_qsa.engine.data import read_texts
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded, load_reference
 from pytest_qsa.measuring import measured
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.load import SuiteFile, load_suite
+from pytest_qsa.suite.noise import SIDES
+from pytest_qsa.suite.sections import Data, MeasuredAssertion
+from pytest_qsa.suite.subject import Subject
 
 
 def bounded(file: SuiteFile) -> list[MeasuredAssertion]:

@@ -64,9 +64,9 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 
-    from pytest_qsa.config.suite import Memory, Model
     from pytest_qsa.engine import models
     from pytest_qsa.engine.capturing import run_pass
+    from pytest_qsa.suite.sections import Memory, Model
 
     if options.variant == "imports":
         return {"resident": resident(), "seconds": 0.0, "read": 0.0}

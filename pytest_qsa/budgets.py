@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .captures.statistics import match_layers
 from .common.errors import AnomalyError
-from .config.bounds import DEFAULT, SCHEME, Relative, Stated
 from .metrics.series import Bounds
+from .suite.bounds import DEFAULT, SCHEME, Relative, Stated
 
 
 @dataclass(frozen=True)

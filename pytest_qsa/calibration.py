@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from .budgets import key_of
 from .captures.capture import Capture
 from .common.errors import AnomalyError
-from .config.assertion import Assertion
-from .config.bounds import Relative, Stated
-from .config.noise import SIDES, Noise, Side
-from .config.suite import MeasuredAssertion
 from .measuring import measured
 from .metrics.registry import TWO_SIDED_95
 from .metrics.series import Series
 from .ratchet import SPARE, outward
+from .suite.assertion import Assertion
+from .suite.bounds import Relative, Stated
+from .suite.noise import SIDES, Noise, Side
+from .suite.sections import MeasuredAssertion
 
 FIGURES = 4
 """The significant digits of a mean and a sigma as a suite keeps them."""

@@ -19,9 +19,9 @@ import pytest
 from .common.errors import QsaWarning, SuiteError
 
 if TYPE_CHECKING:
-    from .config.assertion import Assertion
-    from .config.loading import SuiteFile
-    from .config.yaml_source import Place
+    from .suite.assertion import Assertion
+    from .suite.load import SuiteFile
+    from .suite.yaml_source import Place
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
@@ -36,7 +36,7 @@ class Overrides:
 
     def of(self, suite: Path) -> list[str]:
         """Return those that a suite takes, and note those that it doesn't."""
-        from .config.loading import misfit
+        from .suite.load import misfit
 
         taken = []
         for override in self.given:
@@ -79,7 +79,7 @@ class QsaSuite(pytest.Module):
         Raises:
             CollectError: one line that says where and what is wrong.
         """
-        from .config.loading import load_suite
+        from .suite.load import load_suite
 
         try:
             return load_suite(self.path, self.overrides.of(self.path))

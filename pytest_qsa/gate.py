@@ -26,17 +26,17 @@ from .ci import properties_of
 from .collection import QsaSuite
 from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .common.progress import progress_bar
-from .config.loading import SuiteFile, load_suite
-from .config.suite import Data, Memory, Model
 from .diagnosis import diagnosed
 from .evidence import sinks_behind, token_evidence
-from .execution import check_execution
 from .metrics.activations import METRICS
 from .needs import requests_of
 from .options import Options
 from .previous import kept_release
-from .session import Captures
-from .subjects import Checkpoint, Subject, files_of, previous_of
+from .suite.execution import check_execution
+from .suite.load import SuiteFile, load_suite
+from .suite.sections import Data, Memory, Model
+from .suite.session import Captures
+from .suite.subject import Checkpoint, Subject, files_of, previous_of
 from .terminal import failure_text
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()

@@ -17,10 +17,6 @@ from .checkpoint.checks.health import Files, problems_of
 from .checkpoint.judging import judge_problems
 from .collection import QsaSuite, raise_at
 from .common.errors import QsaError, QsaWarning, SuiteError
-from .config.assertion import Assertion
-from .config.external import ExternalAssertion
-from .config.suite import CheckpointAssertion, MeasuredAssertion
-from .config.yaml_source import Location
 from .evals.judging import judge_scores
 from .gate import Gate, GateFailure
 from .measuring import measured
@@ -29,6 +25,10 @@ from .metrics.series import Series
 from .previous import kept_release, previous_values
 from .ratchet import limits_of
 from .served.judging import settled
+from .suite.assertion import Assertion
+from .suite.external_assertion import ExternalAssertion
+from .suite.sections import CheckpointAssertion, MeasuredAssertion
+from .suite.yaml_source import Location
 from .waivers import apply_waivers, joint_uses
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from .captures.capture import Capture
 from .metrics.series import Series
 
 if TYPE_CHECKING:
-    from .config.suite import MeasuredAssertion
+    from .suite.sections import MeasuredAssertion
 
 
 def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:

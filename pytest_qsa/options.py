@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
-from .tiers import TIERS, Tier
+from .suite.tiers import TIERS, Tier
 
 if TYPE_CHECKING:
-    from .subjects import Checkpoint
+    from .suite.subject import Checkpoint
 
 REPORT = ("on-failure", "always", "never")
 PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
@@ -224,7 +224,7 @@ def _check_overrides(overrides: tuple[str, ...]) -> None:
     if not overrides:
         return
     from .common.errors import SuiteError
-    from .config.loading import check_override
+    from .suite.load import check_override
 
     for override in overrides:
         try:

@@ -11,13 +11,13 @@ import pytest
 
 from .common.errors import SuiteError
 from .options import Options, add_options, read_options
-from .tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
+from .suite.tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
     from .collection import Overrides, QsaSuite
     from .gate import Gate
     from .python_api import Qsa, QsaBaseline
-    from .subjects import Checkpoint
+    from .suite.subject import Checkpoint
 
 OPTIONS = pytest.StashKey[Options]()
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
@@ -110,7 +110,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.stash[OPTIONS].models
     if not models or "qsa_checkpoint" not in metafunc.fixturenames:
         return
-    from .subjects import Checkpoint
+    from .suite.subject import Checkpoint
 
     checkpoints = Checkpoint.parse_all(models)
     ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
@@ -164,7 +164,7 @@ def qsa_reference() -> object:
 def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
     from .gate import Gate
-    from .session import Captures
+    from .suite.session import Captures
 
     worker = hasattr(request.config, "workerinput")
     shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent / "qsa-captures" if worker else None

@@ -11,7 +11,7 @@ from .baselines import baseline_folder
 from .captures.capture import Capture
 from .common.errors import AnomalyError, BaselineError
 from .metrics.series import Series
-from .subjects import Subject
+from .suite.subject import Subject
 
 Measure = Callable[[Capture], Series]
 

@@ -13,8 +13,8 @@ import yaml
 
 from .assertions import Limit, Row
 from .budgets import key_of
-from .config.bounds import Stated
-from .config.yaml_source import Location, Place
+from .suite.bounds import Stated
+from .suite.yaml_source import Location, Place
 
 DIGITS = 2
 """The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""

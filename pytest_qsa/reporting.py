@@ -12,7 +12,7 @@ import pytest
 
 from .common.errors import scrubbed
 from .options import Options
-from .tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
+from .suite.tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 
 PACKAGE = Path(__file__).parent
 MOST_NOT_RUN = 20
@@ -199,7 +199,7 @@ class Reporter:
         from .estimating.gathering import gathered
         from .estimating.writing import plan_lines
         from .gate import Gate, plain_name
-        from .session import Captures
+        from .suite.session import Captures
 
         def measured(dtype: str, weights: Path | None) -> Any:
             from .engine.machine import this_machine  # torch, only where a pass would run
@@ -246,7 +246,7 @@ class Reporter:
             terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
 
     def _summarize(self, terminalreporter: Any) -> None:
-        from .execution import executed_as
+        from .suite.execution import executed_as
 
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)

@@ -9,7 +9,7 @@ from typing import Any
 from .assertions import Row, TokenEvidence, Verdict, number
 from .checkpoint.findings import Finding
 from .common.errors import shown_path
-from .execution import executed_as
+from .suite.execution import executed_as
 
 MOST_ROWS = 8
 WIDTH = 9

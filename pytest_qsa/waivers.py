@@ -8,7 +8,7 @@ from datetime import date
 
 from .assertions import Kind, Row, Verdict, WaiverUse, out_of_bounds
 from .captures.statistics import match_layers
-from .config.waiver import Waiver
+from .suite.waiver import Waiver
 
 
 def apply_waivers(verdict: Verdict, waivers: Sequence[Waiver], today: date) -> Verdict:

@@ -37,7 +37,7 @@ def save_tokenizer(folder):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from pytest_qsa.cli import main
-from pytest_qsa.config.loading import load_suite
+from pytest_qsa.suite.load import load_suite
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)

@@ -26,7 +26,6 @@ import xdist.looponfail
 import xdist.plugin
 
 import pytest_qsa.baselines
-import pytest_qsa.config.suite
 import pytest_qsa.engine.library
 import pytest_qsa.engine.running
 import pytest_qsa.gate
@@ -34,11 +33,12 @@ import pytest_qsa.judging
 import pytest_qsa.plots
 import pytest_qsa.report.page
 import pytest_qsa.reporting
+import pytest_qsa.suite.sections
 import pytest_qsa.terminal
 from pytest_qsa.engine import cpu, kernels
 
 # What is made at its first use: the schema of suites, the page's templates.
-pytest_qsa.config.suite.Suite.model_rebuild()
+pytest_qsa.suite.sections.Suite.model_rebuild()
 pytest_qsa.report.page.render_page([], {"command": "", "started": "", "duration_s": 0.0, "counts": {}, "version": ""})
 # A first kernel makes numba ready, without its threads, which no fork would have.
 kernels.extremes32(*(np.zeros(1, np.uint32) for _ in range(3)))

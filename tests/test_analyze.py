@@ -16,8 +16,8 @@ import yaml
 from pytest_qsa import Capture
 from pytest_qsa.analysis.planning import PatternError, plan_pictures
 from pytest_qsa.cli import main
-from pytest_qsa.config.visualization import Visualization
 from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
+from pytest_qsa.suite.visualization import Visualization
 
 PARTS = ("", ".mlp.down_proj", ".mlp.up_proj", ".self_attn.q_proj", ".self_attn.o_proj")
 NAMES = [f"model.layers.{n}{part}" for n in range(4) for part in PARTS]

@@ -10,9 +10,9 @@ from pytest_qsa.captures.capture.capture import Capture
 from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, TOKENS, Request
 
 from pytest_qsa.common.errors import QsaWarning
-from pytest_qsa.config.suite import Data, Memory, Model
-from pytest_qsa.fingerprint import FileHashes, fingerprint_of
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.fingerprint import FileHashes, fingerprint_of
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 
 def subject_of(folder, **changed):

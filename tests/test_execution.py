@@ -10,12 +10,12 @@ from checkpoint_folders import Project, edited, peaks, suite
 from pytest_qsa.captures.capture.statistics import MOMENTS, Request
 
 from pytest_qsa.comparing.sides import read_side
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded, capture_subject
 from pytest_qsa.engine.witness import Witness
-from pytest_qsa.execution import executed_as
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.execution import executed_as
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 BLOCKS = Request(r"layers\.\d$", "output", None, frozenset({MOMENTS}))
 WEIGHTS = Request("down_proj$", "weight", None, frozenset({MOMENTS}))

@@ -10,11 +10,11 @@ from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, Request
 from safetensors.torch import load_file
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.dequantized import dequantized
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_subject
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"
 ROWS, COLUMNS = 32, 64

@@ -8,7 +8,7 @@ import pytest
 from checkpoint_folders import Project, peaks
 
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.config.loading import load_suite
+from pytest_qsa.suite.load import load_suite
 
 BASE = """\
 model: {path: x, dtype: float32}

@@ -13,7 +13,7 @@ from pytest_qsa.metrics.activations.selection import NotMeasuredError
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.config.suite import ASSERTIONS
+from pytest_qsa.suite.sections import ASSERTIONS
 
 SUITE_KEYS = {"id": "a", "metric": "int8_outlier_features", "layers": "x", "site": "input", "max": 7}
 

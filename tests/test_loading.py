@@ -10,10 +10,10 @@ from pytest_qsa.metrics.activations.loaded import blame
 from safetensors.torch import load_file
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"
 FORMS = ["int8", "int8 weights", "int4", "fp8 with static inputs", "fp8 by channel", "torchao int8", "torchao int4"]

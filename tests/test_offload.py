@@ -7,10 +7,10 @@ import pytest
 from pytest_qsa.captures.capture.statistics import MOMENTS, TOKENS, Request
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import models
 from pytest_qsa.engine.running import capture_subject
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 REQUESTS = [
     Request("down_proj$", site, None, frozenset({TOKENS, MOMENTS} if site != "weight" else {MOMENTS}))

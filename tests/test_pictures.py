@@ -23,12 +23,12 @@ from pytest_qsa.captures.capture.channels import channel_bands
 
 from pytest_qsa.analysis.drawing import draw_picture
 from pytest_qsa.analysis.planning import plan_pictures
-from pytest_qsa.config.visualization import Visualization
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.plots.boxes import box_figure, histogram_figure
 from pytest_qsa.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.plots.outliers import Outliers, outlier_picture
 from pytest_qsa.plots.percentiles import percentile_figure
+from pytest_qsa.suite.visualization import Visualization
 
 IMAGES = Path(__file__).parent / "images"
 SIZE = (120, 80)

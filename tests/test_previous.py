@@ -10,8 +10,8 @@ from checkpoint_folders import Project, suite
 from pytest_qsa import Capture
 from pytest_qsa.budgets import budget_of
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.config.bounds import Relative
-from pytest_qsa.config.loading import load_suite
+from pytest_qsa.suite.bounds import Relative
+from pytest_qsa.suite.load import load_suite
 
 ASKED = r"metric: absmax, layers: 'layers\.\d\.mlp\.down_proj$', site: output"
 TIMES = "{times: 1.1, of: previous}"

@@ -17,10 +17,10 @@ from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, Request
 
 from pytest_qsa import Capture
 from pytest_qsa.cli import main
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing
 from pytest_qsa.engine.running import Share, capture_subject
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 REQUESTS = [Request(r"layers\.\d$|down_proj", site, None, ALL_STATISTICS) for site in ("input", "output")]
 

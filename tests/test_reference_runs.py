@@ -16,10 +16,10 @@ from test_streaming import differing
 
 from pytest_qsa import Capture
 from pytest_qsa.captures.capture import statistics as plan
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import capturing, pairing
 from pytest_qsa.engine.running import Share, capture_subject
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 BLOCKS, LINEARS = r"layers\.\d$", r"_proj$"
 TOKENS = {plan.ERROR, plan.TOKENS, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS}

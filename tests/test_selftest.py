@@ -15,8 +15,6 @@ from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.config.loading import load_suite
-from pytest_qsa.config.suite import Data
 from pytest_qsa.engine.data import batches_of
 from pytest_qsa.selftest.copies import Mutant
 from pytest_qsa.selftest.faults import FAULTS
@@ -24,7 +22,9 @@ from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a
 from pytest_qsa.selftest.recording import RESULTS
 from pytest_qsa.selftest.table import lines_of, markdown_of
 from pytest_qsa.selftest.testing import Selftest, chosen, middle_of, score_of
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.sections import Data
+from pytest_qsa.suite.subject import Subject
 
 DOWN = "model.layers.2.mlp.down_proj"
 QUIET = ("-p", "no:randomly", "-p", "no:hypothesispytest", "-p", "no:anyio")

@@ -15,12 +15,12 @@ from served_models import ServedModel, logprobs_of, serving
 from pytest_qsa.assertions import detailed, judge_bounds
 from pytest_qsa.budgets import budget_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.config.loading import load_suite
 from pytest_qsa.engine.running import capture_subject
 from pytest_qsa.measuring import measured
 from pytest_qsa.served.capturing import capture_served
 from pytest_qsa.served.judging import settled
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.subject import Subject
 
 VOCABULARY, SAMPLES, LENGTH = 320, 3, 32
 EVERY = ("kl_divergence, max: 0", "same_top, min: 2", "perplexity, max: 0", "ln_ppl_ratio, max: -9", "delta_p, max: 0")

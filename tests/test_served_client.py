@@ -11,10 +11,10 @@ import torch
 from served_models import ServedModel, serving
 
 from pytest_qsa.common.errors import InfraError, QsaError
-from pytest_qsa.config.served import Served
 from pytest_qsa.served import endpoint
 from pytest_qsa.served.client import Client
 from pytest_qsa.served.files import read_logprobs
+from pytest_qsa.suite.served_model import Served
 
 TOKENS = [3, 11, 7, 7, 29, 0]
 VOCABULARY = 40

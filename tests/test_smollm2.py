@@ -10,8 +10,8 @@ import pytest
 import yaml
 from checkpoint_folders import Project
 
-from pytest_qsa.config.loading import load_suite
-from pytest_qsa.config.suite import MeasuredAssertion
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.sections import MeasuredAssertion
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "example_suites" / "smollm2.qsa.yaml"

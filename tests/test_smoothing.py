@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.smoothing import compare_norms
-from pytest_qsa.config.suite import Memory, Model
 from pytest_qsa.engine.dequantized import dequantized
 from pytest_qsa.engine.models import load_model
+from pytest_qsa.suite.sections import Memory, Model
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

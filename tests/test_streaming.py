@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_architectures import MODELS as ARCHITECTURES
 
 from pytest_qsa.common.errors import InfraError, QsaWarning
-from pytest_qsa.config.suite import Data, Memory, Model
 from pytest_qsa.engine import streaming
 from pytest_qsa.engine.capturing import run_pass
 from pytest_qsa.engine.models import load_model
 from pytest_qsa.engine.running import capture_loaded
 from pytest_qsa.engine.shards import Shards
-from pytest_qsa.subjects import Subject
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
 
 EVERYWHERE = [Request(".", site, None, ALL_STATISTICS) for site in ("input", "output")]
 EVERYWHERE.append(Request(r"proj$|\.[kqvo]$|dense$|norm$|head$|embed", "weight", None, frozenset({COUNTS})))

@@ -12,8 +12,8 @@ from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
 from pytest_qsa.assertions import Kind, anomaly, judge_bounds
 from pytest_qsa.common.errors import AnomalyError, SuiteError
-from pytest_qsa.config.loading import load_suite
-from pytest_qsa.config.waiver import Waiver
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.waiver import Waiver
 from pytest_qsa.waivers import apply_waivers
 
 UNTIL = date(2027, 1, 31)

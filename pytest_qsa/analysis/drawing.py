@@ -16,7 +16,6 @@ from ..captures.channels import channel_bands
 from ..captures.statistics import Site, exactly, map_statistic
 from ..common.errors import QsaError
 from ..common.files import write_atomically
-from ..config.visualization import Visualization
 from ..plots.boxes import box_figure, histogram_figure
 from ..plots.captions import counted, population, samples_of
 from ..plots.heatmaps import map_figure, surface_figure
@@ -24,6 +23,7 @@ from ..plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_ti
 from ..plots.outliers import outlier_picture, outliers_of, texts_of
 from ..plots.percentiles import percentile_figure
 from ..plots.style import encoded
+from ..suite.visualization import Visualization
 from .planning import Picture, measured
 
 IMAGES = ("png", "svg")

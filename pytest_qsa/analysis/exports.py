@@ -19,12 +19,12 @@ from ..captures.distributions import counted_quantiles
 from ..captures.numbers import SiteNumbers
 from ..captures.statistics import Site, exactly
 from ..common.errors import AnomalyError
-from ..config.visualization import Visualization
 from ..metrics.activations import ACROSS, AcrossChannels
 from ..metrics.selection import Selection
 from ..metrics.series import Series
 from ..plots.boxes import SHARES
 from ..plots.magnitudes import STATS
+from ..suite.visualization import Visualization
 from .planning import Analysis, measured
 
 SCHEMA = "qsa-analysis/1"

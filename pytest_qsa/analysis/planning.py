@@ -20,10 +20,10 @@ from ..captures.statistics import (
     no_match,
 )
 from ..common.errors import AnomalyError, SuiteError
-from ..config.visualization import Visualization
-from ..config.yaml_source import Location
 from ..metrics.activations import METRICS
 from ..plots.depth import spread
+from ..suite.visualization import Visualization
+from ..suite.yaml_source import Location
 
 Section = Literal[
     "magnitude_input", "magnitude_output", "magnitude_weight", "outlier_layer_wise", "outlier_position",

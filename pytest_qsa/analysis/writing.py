@@ -10,11 +10,11 @@ from typing import Any
 
 from ..captures.capture import Capture
 from ..common.files import write_atomically
-from ..config.visualization import Visualization
-from ..execution import executed_as
 from ..report.gallery import Gallery, Shown, Turning, render_gallery
 from ..report.surfaces import surface_data
-from ..subjects import Subject
+from ..suite.execution import executed_as
+from ..suite.subject import Subject
+from ..suite.visualization import Visualization
 from .drawing import Drawn, draw_picture, maps_of
 from .exports import as_csv, as_json, as_parquet, rows_of
 from .planning import Analysis

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..captures.capture import Capture
     from ..captures.partial import PartialSums
     from ..captures.statistics import Request
-    from ..config.loading import SuiteFile
-    from ..session import MakeCapture
-    from ..subjects import Subject
+    from ..suite.load import SuiteFile
+    from ..suite.session import MakeCapture
+    from ..suite.subject import Subject
 
 FIRST = 20
 """How many layers are listed, as in the seed."""
@@ -35,8 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
     """
-    from ..config.loading import load_suite
     from ..engine.outline import layer_names
+    from ..suite.load import load_suite
     from .common import planned, subject_of
 
     options, overrides = _options(arguments)
@@ -129,7 +129,7 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
     from ..common.progress import progress_bar
     from ..engine.ranks import joined
     from ..engine.running import Share, capture_subject
-    from ..session import Captures
+    from ..suite.session import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
     with joined() as ranks, progress_bar(subject.name) as progress:

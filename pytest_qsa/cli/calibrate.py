@@ -13,7 +13,7 @@ from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
-    from ..config.loading import SuiteFile
+    from ..suite.load import SuiteFile
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: the model or data can't be had, or the suite can't be written.
     """
     from ..common.files import write_atomically
-    from ..config.loading import load_suite
+    from ..suite.load import load_suite
     from ..suite_edits import calibrated
     from .overrides import parse_with_overrides
 

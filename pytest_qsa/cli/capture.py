@@ -16,7 +16,7 @@ from .common import keep, planned, subject_of
 if TYPE_CHECKING:
     from ..captures.partial import PartialSums
     from ..captures.statistics import Request
-    from ..config.loading import SuiteFile
+    from ..suite.load import SuiteFile
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,10 +28,10 @@ def run(arguments: Sequence[str]) -> int:
     """
     from ..captures.statistics import compares
     from ..common.progress import progress_bar
-    from ..config.loading import load_suite
     from ..engine.outline import layer_names
     from ..engine.running import Share, capture_subject
-    from ..fingerprint import FileHashes, fingerprint_of, identified
+    from ..suite.fingerprint import FileHashes, fingerprint_of, identified
+    from ..suite.load import load_suite
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -87,7 +87,7 @@ def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
     """Return what the assertions need, else what the pictures do; every pattern has to find one of the layers."""
     from ..captures.statistics import LOGITS, match_layers, no_match
-    from ..config.suite import MeasuredAssertion
+    from ..suite.sections import MeasuredAssertion
 
     requests = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     for request in requests:

@@ -11,9 +11,9 @@ from ..common.errors import InfraError, SuiteError, shown_path
 if TYPE_CHECKING:
     from ..analysis.planning import Analysis
     from ..captures.capture import Capture
-    from ..config.loading import SuiteFile
-    from ..config.suite import Model
-    from ..subjects import Subject
+    from ..suite.load import SuiteFile
+    from ..suite.sections import Model
+    from ..suite.subject import Subject
 
 
 def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
@@ -22,7 +22,7 @@ def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
     Raises:
         SuiteError: there is none.
     """
-    from ..subjects import Subject
+    from ..suite.subject import Subject
 
     suite = file.suite
     if suite.model is None:

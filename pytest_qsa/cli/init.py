@@ -19,9 +19,9 @@ from .sampling import add_sampling, data_text, lines_of, sample
 if TYPE_CHECKING:
     from ..calibration import Finding, Sampled
     from ..checkpoint.smoothing import Compare
-    from ..config.loading import SuiteFile
     from ..drafting import Draft
-    from ..subjects import Subject
+    from ..suite.load import SuiteFile
+    from ..suite.subject import Subject
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -76,7 +76,7 @@ def _name(model: str) -> str:
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:
     """Return what the suite says of model and data unless the command line says otherwise."""
-    from ..config.suite import Data
+    from ..suite.sections import Data
 
     model = {"name": _name(options.model), "path": _named(options.model, target)}
     if options.reference is not None:
@@ -94,10 +94,10 @@ def _drafted(
     sections: Sections, overrides: Sequence[str], target: Path, options: argparse.Namespace
 ) -> tuple[SuiteFile, Sampled, list[Draft], list[str]]:
     """Draft what a pass answers, make it, and draft the rest of what is then known; say what can't be compared."""
-    from ..config.loading import make_suite
-    from ..config.yaml_source import YamlSource
     from ..drafting import FILES, measured_drafts, sinks_of
     from ..engine.outline import anatomy
+    from ..suite.load import make_suite
+    from ..suite.yaml_source import YamlSource
 
     model, subject = subject_of(make_suite(YamlSource(target, sections), overrides, "--"))
     parts = anatomy(model, subject.path)
@@ -120,7 +120,7 @@ def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str
     from ..checkpoint.checks.health import problems_of
     from ..checkpoint.smoothing import compare_norms
     from ..drafting import COMPARED, UNQUANTIZED
-    from ..subjects import files_of, kept_reference
+    from ..suite.subject import files_of, kept_reference
 
     if subject.model is None or subject.model.reference is None:
         return [], None, []
@@ -178,7 +178,7 @@ def _head(file: SuiteFile, sampled: Sampled, k: float) -> list[str]:
 def _health(file: SuiteFile) -> Iterator[str]:
     """Say what the static checks find already: numbers of a broken checkpoint bound nothing."""
     from ..checkpoint.checks.health import problems_of
-    from ..subjects import files_of
+    from ..suite.subject import files_of
 
     files = files_of(subject_of(file)[1])
     for assertion in file.assertions:

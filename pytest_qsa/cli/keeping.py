@@ -13,9 +13,9 @@ from .common import subject_of
 
 if TYPE_CHECKING:
     from ..captures.statistics import Request
-    from ..config.loading import SuiteFile
     from ..engine.kept_rows import Kept
-    from ..subjects import Subject
+    from ..suite.load import SuiteFile
+    from ..suite.subject import Subject
 
 MOST_ROWS = 4096
 
@@ -56,10 +56,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from ..captures.statistics import merge_requests
     from ..common.files import write_atomically
     from ..common.progress import progress_bar
-    from ..config.inheritance import read_suite
-    from ..config.loading import make_suite
     from ..engine.kept_rows import Keep
     from ..engine.running import keep_subject
+    from ..suite.inherit import read_suite
+    from ..suite.load import make_suite
 
     output = options.output
     source = read_suite(options.config)
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subject:
     """Return which model is kept: the one of --model.path, else the suite's reference, else its model."""
-    from ..subjects import is_kept, reference_of
+    from ..suite.subject import is_kept, reference_of
 
     model, subject = subject_of(file)
     if any(each.startswith("model.path=") for each in overrides) or not named or model.reference is None:
@@ -102,7 +102,7 @@ def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subj
 
 def _requests(file: SuiteFile) -> Iterator[Request]:
     from ..captures.statistics import against_reference
-    from ..config.suite import MeasuredAssertion
+    from ..suite.sections import MeasuredAssertion
 
     for assertion in file.assertions:
         if isinstance(assertion, MeasuredAssertion) and against_reference(assertion.request.statistics):

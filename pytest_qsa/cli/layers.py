@@ -13,9 +13,9 @@ from .codes import OK
 def run(arguments: Sequence[str]) -> int:
     """Print name, class, shape of the weight and number of parameters of the layers."""
     from ..captures.statistics import match_layers, no_match
-    from ..config.loading import load_suite
-    from ..config.suite import Data, Memory, Model
-    from ..subjects import Subject
+    from ..suite.load import load_suite
+    from ..suite.sections import Data, Memory, Model
+    from ..suite.subject import Subject
 
     parser = argparse.ArgumentParser(prog="qsa layers", description="List a model's layers without reading weights.")
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ..config.fields import section_of
-from ..config.loading import check_override
-from ..config.suite import Suite
-from ..config.visualization import Visualization
+from ..suite.fields import section_of
+from ..suite.load import check_override
+from ..suite.sections import Suite
+from ..suite.visualization import Visualization
 
 SECTIONS = ("model", "data", "memory", "visualization")
 

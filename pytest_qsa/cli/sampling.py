@@ -11,7 +11,7 @@ from .common import subject_of
 
 if TYPE_CHECKING:
     from ..calibration import Finding, Proposal, Sampled
-    from ..config.loading import SuiteFile
+    from ..suite.load import SuiteFile
 
 PARTS, PASSES, SIGMAS = 8, 2, 10.0
 """The defaults. Of ten sigmas, for one that comes from eight parts is itself uncertain (docs/bounds.md)."""
@@ -52,8 +52,8 @@ def sample(file: SuiteFile, options: argparse.Namespace) -> Sampled:
     """
     from ..captures.statistics import merge_requests
     from ..common.progress import progress_bar
-    from ..config.suite import MeasuredAssertion
     from ..engine.parts import capture_parts
+    from ..suite.sections import MeasuredAssertion
 
     _, subject = subject_of(file)
     requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))

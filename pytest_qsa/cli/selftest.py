@@ -91,9 +91,9 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
         InfraError: there is no such suite or checkpoint.
     """
     from ..checkpoint.folder import open_folder
-    from ..config.loading import load_suite
     from ..selftest.perplexity import makes_a_pass, suite_beside
     from ..selftest.testing import Selftest
+    from ..suite.load import load_suite
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")

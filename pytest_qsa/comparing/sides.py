@@ -14,8 +14,8 @@ from ..captures.capture import Capture
 from ..captures.numbers import SiteNumbers
 from ..captures.statistics import exactly
 from ..common.errors import InfraError, QsaError, SuiteError, shown_path
-from ..execution import executed_as
 from ..metrics.activations import METRICS
+from ..suite.execution import executed_as
 from .measures import Measure, Table
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.errors import AnomalyError, InfraError
 from ..served.agreement import ReferenceRows
 from ..served.tables import ABSENT, Table
-from ..subjects import Subject
+from ..suite.subject import Subject
 from .batches import token_ids
 from .data import batches_of
 from .hooks import evaluating, run_batch

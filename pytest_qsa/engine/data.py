@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InfraError, did_you_mean, shown_path
-from ..config.suite import Data
-from ..hub_sets import BUILTIN, hub_set_of, local_path
+from ..suite.datasets import BUILTIN, hub_set_of, local_path
+from ..suite.sections import Data
 from .batches import Batch
 from .documents import read_folder, read_hub
 
@@ -66,7 +66,7 @@ def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
 def read_texts(data: Data, folder: Path) -> list[Any]:
     """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
     if data.source == "sample":
-        return [resources.files("pytest_qsa.data").joinpath("sample.txt").read_text(encoding="utf-8")]
+        return [resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")]
     spec = hub_set_of(data)
     if spec is not None:
         return _texts_of(read_hub(spec, data), data)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InfraError, did_you_mean, shown_path
-from ..config.suite import Data
-from ..hub_sets import DOCUMENTS, HubSet, cache_folder
+from ..suite.datasets import DOCUMENTS, HubSet, cache_folder
+from ..suite.sections import Data
 
 Records = list[dict[str, Any]]
 

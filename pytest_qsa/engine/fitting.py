@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..common.errors import InfraError
-from ..config.suite import Data
+from ..suite.sections import Data
 from .batches import Batch
 from .data import batches_of
 from .modules import blocks_of, layers_of

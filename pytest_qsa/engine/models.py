@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common.errors import InfraError
 from ..common.scratch import Scratch
-from ..config.suite import Memory, Model
+from ..suite.sections import Memory, Model
 from .disk import check_format, skipping_packed, stream_of
 from .modules import device_of
 from .quiet import quiet

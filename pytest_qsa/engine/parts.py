@@ -11,8 +11,8 @@ from ..captures.capture import Capture
 from ..captures.merge import merge
 from ..captures.statistics import Request, compares
 from ..common.errors import InfraError
-from ..config.suite import Data
-from ..subjects import Subject, kept_reference
+from ..suite.sections import Data
+from ..suite.subject import Subject, kept_reference
 from .capturing import Progress
 from .data import windows_available
 from .fitting import check_layers, check_tokens

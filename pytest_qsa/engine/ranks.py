@@ -17,7 +17,7 @@ from ..captures.merge import merge
 from ..captures.partial import PartialSums
 from ..captures.statistics import Request
 from ..common.errors import AnomalyError, InfraError, QsaError
-from ..session import MakeCapture
+from ..suite.session import MakeCapture
 
 PATIENCE = timedelta(hours=12)
 """How long a rank waits for the slowest one. A rank that dies is noticed at once."""

@@ -19,8 +19,8 @@ from ..captures.merge import merge
 from ..captures.partial import PartialSums
 from ..captures.statistics import STORED, Request, compares
 from ..common.errors import AnomalyError, InfraError
-from ..fingerprint import FileHashes, identified, local_folder
-from ..subjects import Subject, files_of, kept_reference, reference_of, stored_quantized
+from ..suite.fingerprint import FileHashes, identified, local_folder
+from ..suite.subject import Subject, files_of, kept_reference, reference_of, stored_quantized
 from .batches import Batch, row_count
 from .capturing import Keep, Progress, run_pass
 from .data import batches_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..common.errors import InfraError
-from ..execution import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
+from ..suite.execution import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from .dequantized import dequantized
 from .modules import input_of, layers_of, tensor_of
 from .schemes import bits_of, keeps_codes, schemes_of

@@ -14,7 +14,7 @@ from ..checkpoint.folder import Folder
 from ..checkpoint.formats.declared import codes_of, declared, weight_shape
 from ..checkpoint.tensors import Tensor
 from ..common.errors import InfraError
-from ..config.suite import Model
+from ..suite.sections import Model
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

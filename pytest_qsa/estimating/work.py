@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..captures.statistics import CHANNEL_COUNTS, COUNTS, ELEMENTS, SIGNED_COUNTS, Request, match_layers
-from ..config.suite import Data
+from ..suite.sections import Data
 from .sizes import Sizes
 
 COUNTED = {COUNTS, SIGNED_COUNTS, ELEMENTS, "massive"}

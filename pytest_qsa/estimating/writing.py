@@ -8,9 +8,9 @@ from pathlib import Path
 from ..captures.statistics import Request, match_layers
 from ..checkpoint.folder import Folder
 from ..common.errors import InfraError, shown_path
-from ..fingerprint import local_folder, weight_files
+from ..suite.fingerprint import local_folder, weight_files
+from ..suite.machine import Machine
 from .gathering import Planned, kept
-from .machine import Machine
 from .settings import Setting, own_setting, settings_of, shown_bytes, waiting, working
 from .sizes import Sizes, sizes_of
 from .work import Work

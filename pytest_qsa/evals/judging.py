@@ -12,8 +12,8 @@ import numpy as np
 from ..assertions import Verdict, judge_bounds
 from ..budgets import Budget, budget_of
 from ..common.errors import shown_path
-from ..config.external import NAME, ExternalAssertion
 from ..metrics.series import Series
+from ..suite.external_assertion import NAME, ExternalAssertion
 from .comparing import Compared, compared, conditions_of, folded, widened
 from .reading import Wanted, read_scores
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..execution import executed_as
+from ..suite.execution import executed_as
 from .layers import is_out, layer_table
 from .text import flattened, render
 

@@ -18,9 +18,9 @@ from ..captures.capture import Capture
 from ..captures.numbers import SiteNumbers
 from ..captures.statistics import AGREEMENT, LOGITS, SCORES, Request, Site, compares
 from ..common.errors import AnomalyError, InfraError
-from ..config.served import Floor, Served
 from ..metrics.predictions import TokenScores, numbers_of
-from ..subjects import Subject, located, reference_of
+from ..suite.served_model import Floor, Served
+from ..suite.subject import Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
 from .bounds import Between, Floats
 from .client import Client

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import AnomalyError, InfraError
-from ..config.served import Served
+from ..suite.served_model import Served
 from .endpoint import Endpoint, key_of
 from .files import number_of, rows_of
 from .tables import Table, table_of

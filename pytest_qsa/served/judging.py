@@ -16,7 +16,7 @@ from ..metrics.series import Series
 from .capturing import bounded
 
 if TYPE_CHECKING:
-    from ..config.suite import MeasuredAssertion
+    from ..suite.sections import MeasuredAssertion
 
 
 def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:

@@ -23,10 +23,10 @@ from ..metrics.query import canonical_positions, positions_of, query_of
 from ..metrics.series import Query
 from .assertion import Assertion
 from .bounds import Stated
-from .external import ExternalAssertion
+from .external_assertion import ExternalAssertion
 from .fields import Regex, Strict
 from .requirement import Require
-from .served import Served, Tail
+from .served_model import Served, Tail
 from .visualization import Visualization
 
 

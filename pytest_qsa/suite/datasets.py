@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .config.suite import Data
+    from .sections import Data
 
 DOCUMENTS = 10_000
 """So many documents of a set are looked at: the first ones, whether it is streamed or read from a copy."""

@@ -16,9 +16,9 @@ from .assertion import BUDGET, Assertion
 from .bounds import Relative
 from .defaults import apply_defaults
 from .fields import section_of
-from .inheritance import read_suite
+from .inherit import read_suite
 from .noise import Noise, Noises
-from .suite import ASSERTIONS, Baseline, MeasuredAssertion, Suite
+from .sections import ASSERTIONS, Baseline, MeasuredAssertion, Suite
 from .waiver import Waiver
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 

@@ -10,10 +10,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..common.errors import SuiteError
 from ..metrics.series import Over, Query
-from ..tiers import Tier
 from .bounds import Stated, follows
 from .fields import Strict
 from .noise import Noises
+from .tiers import Tier
 from .waiver import Waiver, Waivers
 
 RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .suite import Suite
+from .sections import Suite
 
 PARTIAL = "PartialAssertion"
 

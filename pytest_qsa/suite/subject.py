@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .checkpoint.checks.health import Files
-from .checkpoint.folder import open_folder
-from .common.errors import InfraError
-from .config.suite import Data, Memory, Model
-from .hub_sets import local_path
+from ..checkpoint.checks.health import Files
+from ..checkpoint.folder import open_folder
+from ..common.errors import InfraError
+from .datasets import local_path
+from .sections import Data, Memory, Model
 
 
 @dataclass(frozen=True)

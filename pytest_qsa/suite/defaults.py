@@ -6,7 +6,7 @@ from typing import Any
 
 from ..common.errors import did_you_mean
 from ..metrics.activations import METRICS
-from .suite import ASSERTIONS
+from .sections import ASSERTIONS
 from .yaml_source import Location, YamlSource
 
 DEFAULTS: Location = ("defaults",)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .common.errors import AnomalyError, InfraError
+from ..common.errors import AnomalyError, InfraError
 
 if TYPE_CHECKING:
-    from .config.suite import Model
+    from .sections import Model
 
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
 UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"

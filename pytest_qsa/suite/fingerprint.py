@@ -16,10 +16,10 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from .captures.capture import Capture
-from .common.files import write_atomically
-from .hub_sets import hub_set_of, local_path
-from .subjects import Subject, kept_reference, reference_of
+from ..captures.capture import Capture
+from ..common.files import write_atomically
+from .datasets import hub_set_of, local_path
+from .subject import Subject, kept_reference, reference_of
 
 LIBRARIES = (
     "pytest-qsa", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "gguf",
@@ -166,7 +166,7 @@ def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     for name, file in _named_files(folder):
         yield [name, hashes.of(file)]
     if subject.data.source == "sample":
-        text = resources.files("pytest_qsa.data").joinpath("sample.txt").read_bytes()
+        text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_bytes()
         yield hashlib.sha256(text).hexdigest()
     else:
         for file in _data_files(subject):

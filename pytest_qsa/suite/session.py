@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .captures.cache import CaptureCache
-from .captures.capture import Capture
-from .captures.partial import PartialSums
-from .captures.statistics import Request, compares, merge_requests
-from .common.errors import AnomalyError, InfraError, QsaError
-from .common.files import write_atomically
+from ..captures.cache import CaptureCache
+from ..captures.capture import Capture
+from ..captures.partial import PartialSums
+from ..captures.statistics import Request, compares, merge_requests
+from ..common.errors import AnomalyError, InfraError, QsaError
+from ..common.files import write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
-from .subjects import Subject
+from .subject import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
 """Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""

@@ -18,7 +18,7 @@ from typing import Any
 from larger_than_memory import make_checkpoint
 
 from pytest_qsa.checkpoint.folder import Folder
-from pytest_qsa.engine.machine import this_machine
+from pytest_qsa.engine.probe import this_machine
 from pytest_qsa.estimating.settings import Setting, settings_of
 from pytest_qsa.estimating.sizes import sizes_of
 from pytest_qsa.estimating.work import Work

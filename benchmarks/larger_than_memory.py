@@ -64,8 +64,8 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 
-    from pytest_qsa.engine import models
-    from pytest_qsa.engine.capturing import run_pass
+    from pytest_qsa.engine.load import models
+    from pytest_qsa.engine.run.forward import run_pass
     from pytest_qsa.suite.sections import Memory, Model
 
     if options.variant == "imports":

@@ -16,8 +16,8 @@ from pytest_qsa.captures.capture.statistics import Request
 from torch import Tensor, nn
 
 from pytest_qsa.captures.capture import statistics as plan
-from pytest_qsa.engine.capturing import run_pass
-from pytest_qsa.engine.pairing import Partner
+from pytest_qsa.engine.reference.live import Partner
+from pytest_qsa.engine.run.forward import run_pass
 
 NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_SINKS})
 PROPAGATED = [

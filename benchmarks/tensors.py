@@ -14,9 +14,9 @@ from overhead import EVERY, USUAL
 from torch import Tensor, nn
 
 from pytest_qsa import capture
-from pytest_qsa.engine import kernels
-from pytest_qsa.engine.cpu import CpuReducer
-from pytest_qsa.engine.visits import Visits
+from pytest_qsa.engine.reduce import cpu_kernels as kernels
+from pytest_qsa.engine.reduce.cpu import CpuReducer
+from pytest_qsa.engine.run.visits import Visits
 
 
 def timed(name: str) -> list[float]:

@@ -220,7 +220,7 @@ class Gate:
                 from .served.capturing import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
-            from .engine.running import Share, capture_loaded, capture_subject, loaded_from_fixture
+            from .engine.subject import Share, capture_loaded, capture_subject, loaded_from_fixture
 
             if subject.model is not None:
                 code, share = self.options.allow_code, Share(sums=sums)

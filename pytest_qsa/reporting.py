@@ -202,7 +202,7 @@ class Reporter:
         from .suite.session import Captures
 
         def measured(dtype: str, weights: Path | None) -> Any:
-            from .engine.machine import this_machine  # torch, only where a pass would run
+            from .engine.probe import this_machine  # torch, only where a pass would run
 
             return this_machine(dtype, weights)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pytest_qsa.engine.hooks import run_batch
+from pytest_qsa.engine.run.hooks import run_batch
 
 torch.set_num_threads(1)  # two xdist workers on two cores; and sums don't depend on the machine
 

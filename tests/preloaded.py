@@ -26,8 +26,8 @@ import xdist.looponfail
 import xdist.plugin
 
 import pytest_qsa.baselines
-import pytest_qsa.engine.library
-import pytest_qsa.engine.running
+import pytest_qsa.engine.api
+import pytest_qsa.engine.subject
 import pytest_qsa.gate
 import pytest_qsa.judging
 import pytest_qsa.plots
@@ -35,7 +35,8 @@ import pytest_qsa.report.page
 import pytest_qsa.reporting
 import pytest_qsa.suite.sections
 import pytest_qsa.terminal
-from pytest_qsa.engine import cpu, kernels
+from pytest_qsa.engine.reduce import cpu
+from pytest_qsa.engine.reduce import cpu_kernels as kernels
 
 # What is made at its first use: the schema of suites, the page's templates.
 pytest_qsa.suite.sections.Suite.model_rebuild()

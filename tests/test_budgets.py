@@ -13,7 +13,7 @@ from checkpoint_folders import Project, peaks
 from pytest_qsa import Capture
 from pytest_qsa.budgets import budget_of, scheme_of
 from pytest_qsa.common.errors import AnomalyError, SuiteError
-from pytest_qsa.engine.schemes import schemes_of
+from pytest_qsa.engine.formats.schemes import schemes_of
 from pytest_qsa.suite.load import load_suite
 
 LAYERS = [f"model.layers.{n}" for n in range(4)]

@@ -13,7 +13,7 @@ from pytest_qsa.metrics.activations.series import Query, Series
 from pytest_qsa.calibration import IDENTICAL, Spread, proposals_of
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.engine.data import batches_of
+from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.sections import Data
 from pytest_qsa.suite_edits import calibrated

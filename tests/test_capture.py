@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.engine.capturing import run_pass
+from pytest_qsa.engine.run.forward import run_pass
 
 quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -205,7 +205,7 @@ def test_no_activation_outlives_its_forward():
 def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
     from pytest_qsa.captures.capture.statistics import ALL_STATISTICS
 
-    from pytest_qsa.engine.observers import Reducers, StreamObserver
+    from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 
     def root(array):
         return array if array.base is None or not isinstance(array.base, np.ndarray) else root(array.base)
@@ -350,7 +350,7 @@ def test_a_change_in_place_between_two_sites_is_seen():
 def test_sharing_keeps_what_only_one_of_the_sites_needs():
     from pytest_qsa.captures.capture.statistics import Request
 
-    from pytest_qsa.engine.capturing import run_pass
+    from pytest_qsa.engine.run.forward import run_pass
 
     x, mask = samples_of(0, 3)
     batches = split(x, mask, [2])

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine.data import batches_of, document_windows, read_texts, stream_windows, windows_of
+from pytest_qsa.engine.load.data import batches_of, document_windows, read_texts, stream_windows, windows_of
 from pytest_qsa.suite.sections import Data
 
 BOS, EOS, UNKNOWN = 0, 1, 2

@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from pytest_qsa import capture
 from pytest_qsa.engine import ranks
-from pytest_qsa.engine.batches import rows_of
-from pytest_qsa.engine.capturing import wanted_sites
-from pytest_qsa.engine.comparing import Met, Pairs
-from pytest_qsa.engine.hooks import hooked, run_batch
 from pytest_qsa.engine.modules import blocks_of, layers_of
-from pytest_qsa.engine.observers import Reducers, StreamObserver
-from pytest_qsa.engine.pair_reductions import cuda_powers, cuda_scores, powers_of, scores_of
-from pytest_qsa.engine.transfers import Transfer
-from pytest_qsa.engine.visits import Forward, Visits
+from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
+from pytest_qsa.engine.reduce.pairs import cuda_powers, cuda_scores, powers_of, scores_of
+from pytest_qsa.engine.reduce.transfers import Transfer
+from pytest_qsa.engine.reference.compare import Met, Pairs
+from pytest_qsa.engine.run.batches import rows_of
+from pytest_qsa.engine.run.forward import wanted_sites
+from pytest_qsa.engine.run.hooks import hooked, run_batch
+from pytest_qsa.engine.run.visits import Forward, Visits
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 HERE = [CUDA] if torch.cuda.is_available() else []
@@ -147,7 +147,7 @@ class ForCuda(Reducers):
     """Reducers that are the kernels for CUDA, wherever the tensor is."""
 
     def _make(self, x):
-        from pytest_qsa.engine.cuda import CudaReducer
+        from pytest_qsa.engine.reduce.cuda import CudaReducer
 
         return CudaReducer()
 
@@ -263,7 +263,7 @@ def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
 
 
 def test_what_a_pass_has_kept_comes_to_the_host_together(device, monkeypatch):
-    monkeypatch.setattr("pytest_qsa.engine.transfers.AT_ONCE", 100)
+    monkeypatch.setattr("pytest_qsa.engine.reduce.transfers.AT_ONCE", 100)
     kept = [torch.arange(n, dtype=kind).reshape(shape).to(device) for n, kind, shape in KEPT]
     fetch = Transfer(kept)
     if device == CPU:  # where nothing has to be brought

@@ -14,7 +14,7 @@ from pytest_qsa.captures.capture.distributions import bin_values, counted_quanti
 from pytest_qsa.captures.capture.statistics import ALL_STATISTICS
 
 from pytest_qsa import capture
-from pytest_qsa.engine.observers import StreamObserver
+from pytest_qsa.engine.reduce.observer import StreamObserver
 
 EVERY_PATTERN = np.arange(65536, dtype=np.uint16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

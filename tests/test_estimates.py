@@ -130,7 +130,7 @@ def test_streaming_a_70b_takes_two_units_and_the_states_that_wait(seventy_b):
 
 @pytest.mark.parametrize("checkpoint", ["llama", "int8_llama"])
 def test_the_sizes_are_those_of_the_loaded_model(request, checkpoint):
-    from pytest_qsa.engine.models import load_model
+    from pytest_qsa.engine.load.models import load_model
     from pytest_qsa.engine.modules import layers_of
 
     folder = request.getfixturevalue(checkpoint)

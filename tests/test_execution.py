@@ -10,9 +10,9 @@ from checkpoint_folders import Project, edited, peaks, suite
 from pytest_qsa.captures.capture.statistics import MOMENTS, Request
 
 from pytest_qsa.comparing.sides import read_side
-from pytest_qsa.engine.models import load_model
-from pytest_qsa.engine.running import capture_loaded, capture_subject
-from pytest_qsa.engine.witness import Witness
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.run.observed_execution import Witness
+from pytest_qsa.engine.subject import capture_loaded, capture_subject
 from pytest_qsa.suite.execution import executed_as
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject

@@ -10,9 +10,9 @@ from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, Request
 from safetensors.torch import load_file
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine.dequantized import dequantized
-from pytest_qsa.engine.models import load_model
-from pytest_qsa.engine.running import capture_subject
+from pytest_qsa.engine.formats.dequantized import dequantized
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 

@@ -6,8 +6,8 @@ import pytest
 from checkpoint_folders import Project, peaks, save_gguf, suite
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine.gguf_tokens import compare_gguf_tokens
-from pytest_qsa.engine.models import tokenizer_of
+from pytest_qsa.engine.load.gguf_tokenizer import compare_gguf_tokens
+from pytest_qsa.engine.load.models import tokenizer_of
 
 
 @pytest.fixture(scope="module")

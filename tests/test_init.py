@@ -12,7 +12,7 @@ from checkpoint_folders import Project, edited, save_llama
 from pytest_qsa import capture
 from pytest_qsa.cli import main
 from pytest_qsa.drafting import Anatomy, measured_drafts, sinks_of
-from pytest_qsa.engine.data import batches_of
+from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.sections import Data
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_qsa.engine import keeping
-from pytest_qsa.engine.keeping import Column, Store
+from pytest_qsa.engine.reduce import storage as keeping
+from pytest_qsa.engine.reduce.storage import Column, Store
 
 
 def no_maps(monkeypatch):

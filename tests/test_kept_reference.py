@@ -23,13 +23,13 @@ from pytest_qsa.cli import capture as capture_command
 from pytest_qsa.cli import main
 from pytest_qsa.cli.common import subject_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
-from pytest_qsa.engine.capturing import run_pass
-from pytest_qsa.engine.heads import located_head, read_head
-from pytest_qsa.engine.kept_files import KeptFile, drawn
-from pytest_qsa.engine.kept_partner import KeptPartner
-from pytest_qsa.engine.kept_rows import Keep, keep_model
-from pytest_qsa.engine.pairing import Partner
-from pytest_qsa.engine.running import Share, capture_subject
+from pytest_qsa.engine.reference.head import located_head, read_head
+from pytest_qsa.engine.reference.keep import Keep, keep_model
+from pytest_qsa.engine.reference.kept import KeptPartner
+from pytest_qsa.engine.reference.kept_file import KeptFile, drawn
+from pytest_qsa.engine.reference.live import Partner
+from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite.load import load_suite
 
 BATCHES = [models.token_batch(2, 24, bos=True), models.token_batch(2, 24, seed=5, bos=True)]

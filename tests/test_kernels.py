@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS
 
-from pytest_qsa.engine.observers import Reducers, StreamObserver
-from pytest_qsa.engine.pair_reductions import powers_of
+from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
+from pytest_qsa.engine.reduce.pairs import powers_of
 
 STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", CHANNEL_COUNTS}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

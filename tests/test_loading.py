@@ -10,8 +10,8 @@ from pytest_qsa.metrics.activations.loaded import blame
 from safetensors.torch import load_file
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
-from pytest_qsa.engine.models import load_model
-from pytest_qsa.engine.running import capture_loaded
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 

@@ -7,8 +7,8 @@ import pytest
 from pytest_qsa.captures.capture.statistics import MOMENTS, TOKENS, Request
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine import models
-from pytest_qsa.engine.running import capture_subject
+from pytest_qsa.engine.load import models
+from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 

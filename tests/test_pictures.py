@@ -23,7 +23,7 @@ from pytest_qsa.captures.capture.channels import channel_bands
 
 from pytest_qsa.analysis.drawing import draw_picture
 from pytest_qsa.analysis.planning import plan_pictures
-from pytest_qsa.engine.capturing import run_pass
+from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.plots.boxes import box_figure, histogram_figure
 from pytest_qsa.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.plots.outliers import Outliers, outlier_picture

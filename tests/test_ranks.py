@@ -17,8 +17,8 @@ from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, Request
 
 from pytest_qsa import Capture
 from pytest_qsa.cli import main
-from pytest_qsa.engine import capturing
-from pytest_qsa.engine.running import Share, capture_subject
+from pytest_qsa.engine.run import forward as capturing
+from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 
@@ -47,7 +47,7 @@ def die_after(count, file, subject):
 
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits(llama, tmp_path, monkeypatch, disk):
-    monkeypatch.setattr("pytest_qsa.engine.capturing.WAVE", 2)
+    monkeypatch.setattr("pytest_qsa.engine.run.forward.WAVE", 2)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
@@ -178,7 +178,7 @@ PROGRAM = """
 import os, sys
 from pytest_qsa.cli import main
 if {dies} and os.environ["RANK"] == "1":
-    import pytest_qsa.engine.running as running
+    import pytest_qsa.engine.subject as running
     running.run_pass = lambda *a, **k: os._exit(9)
 sys.exit(main({arguments!r}))
 """

@@ -18,7 +18,7 @@ from pytest_qsa.assertions import Tolerance, judge_baseline, judge_bounds
 from pytest_qsa.baseline_file import BaselineFile
 from pytest_qsa.beside import beside_reference
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.engine.pair_reductions import powers_of, scores_of
+from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
 from pytest_qsa.evidence import token_evidence
 from pytest_qsa.plots import value_figure
 

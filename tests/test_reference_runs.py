@@ -16,8 +16,9 @@ from test_streaming import differing
 
 from pytest_qsa import Capture
 from pytest_qsa.captures.capture import statistics as plan
-from pytest_qsa.engine import capturing, pairing
-from pytest_qsa.engine.running import Share, capture_subject
+from pytest_qsa.engine.reference import live as pairing
+from pytest_qsa.engine.run import forward as capturing
+from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 
@@ -142,7 +143,7 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_reference_runs import captured, subject_of
 from pytest_qsa.engine.ranks import joined
-from pytest_qsa.engine.running import Share
+from pytest_qsa.engine.subject import Share
 
 with joined() as ranks:
     found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=Share(ranks=ranks))

@@ -294,7 +294,7 @@ def test_the_provenance_is_shown_whatever_its_keys(tmp_path):
 def test_a_report_names_its_tokenizer_by_content_whatever_it_was_called_with(own_project, llama):
     from transformers import AutoTokenizer
 
-    from pytest_qsa.engine.tokens import tokenizer_identity
+    from pytest_qsa.engine.load.tokenizer import tokenizer_identity
 
     tokenizer = AutoTokenizer.from_pretrained(llama)
     own_project.write("gate.qsa.yaml", suite(llama, peaks("max: 1")))

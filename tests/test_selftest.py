@@ -15,7 +15,7 @@ from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.engine.data import batches_of
+from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.selftest.copies import Mutant
 from pytest_qsa.selftest.faults import FAULTS
 from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.smoothing import compare_norms
-from pytest_qsa.engine.dequantized import dequantized
-from pytest_qsa.engine.models import load_model
+from pytest_qsa.engine.formats.dequantized import dequantized
+from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite.sections import Memory, Model
 
 READERS = {

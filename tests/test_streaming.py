@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_architectures import MODELS as ARCHITECTURES
 
 from pytest_qsa.common.errors import InfraError, QsaWarning
-from pytest_qsa.engine import streaming
-from pytest_qsa.engine.capturing import run_pass
-from pytest_qsa.engine.models import load_model
-from pytest_qsa.engine.running import capture_loaded
-from pytest_qsa.engine.shards import Shards
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.stream import stream as streaming
+from pytest_qsa.engine.stream.shards import Shards
+from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 
@@ -173,7 +173,7 @@ def test_hidden_states_that_do_not_fit_wait_on_disk_and_come_back_whole(folders,
 
 def test_more_samples_than_may_wait_at_once_pass_in_waves(folders, monkeypatch):
     whole, _ = captured(folders("llama"), samples=5, stream=False)
-    monkeypatch.setattr("pytest_qsa.engine.capturing.WAVE", 2)
+    monkeypatch.setattr("pytest_qsa.engine.run.forward.WAVE", 2)
     streamed, stream = captured(folders("llama"), samples=5)
     assert differing(whole, streamed) == []
     assert stream.shards.bytes_read > 2 * size_of(folders("llama"))
@@ -271,7 +271,7 @@ def test_a_full_disk_under_hidden_states_is_told_and_leaves_nothing(folders, tmp
 
 def test_a_model_without_blocks_is_offloaded_by_accelerate_with_a_warning(folders, monkeypatch):
     whole, _ = captured(folders("llama"), stream=False)
-    monkeypatch.setattr("pytest_qsa.engine.disk.blocks_of", lambda model: [])
+    monkeypatch.setattr("pytest_qsa.engine.stream.disk.blocks_of", lambda model: [])
     with pytest.warns(QsaWarning, match="LlamaForCausalLM has no list of blocks"):
         offloaded, stream = captured(folders("llama"))
     assert stream is None

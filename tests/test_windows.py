@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_qsa.engine.observers import StreamObserver
-from pytest_qsa.engine.windows import HALF, Window
+from pytest_qsa.engine.reduce.observer import StreamObserver
+from pytest_qsa.engine.reduce.windows import HALF, Window
 
 
 @settings(max_examples=100, deadline=None, database=None)

@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
     """
-    from ..engine.outline import layer_names
+    from ..engine.load.outline import layer_names
     from ..suite.load import load_suite
     from .common import planned, subject_of
 
@@ -128,7 +128,7 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
 
     from ..common.progress import progress_bar
     from ..engine.ranks import joined
-    from ..engine.running import Share, capture_subject
+    from ..engine.subject import Share, capture_subject
     from ..suite.session import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")

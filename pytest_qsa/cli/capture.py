@@ -28,8 +28,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     from ..captures.statistics import compares
     from ..common.progress import progress_bar
-    from ..engine.outline import layer_names
-    from ..engine.running import Share, capture_subject
+    from ..engine.load.outline import layer_names
+    from ..engine.subject import Share, capture_subject
     from ..suite.fingerprint import FileHashes, fingerprint_of, identified
     from ..suite.load import load_suite
     from .overrides import parse_with_overrides

@@ -95,7 +95,7 @@ def _drafted(
 ) -> tuple[SuiteFile, Sampled, list[Draft], list[str]]:
     """Draft what a pass answers, make it, and draft the rest of what is then known; say what can't be compared."""
     from ..drafting import FILES, measured_drafts, sinks_of
-    from ..engine.outline import anatomy
+    from ..engine.load.outline import anatomy
     from ..suite.load import make_suite
     from ..suite.yaml_source import YamlSource
 

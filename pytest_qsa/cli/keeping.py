@@ -13,7 +13,7 @@ from .common import subject_of
 
 if TYPE_CHECKING:
     from ..captures.statistics import Request
-    from ..engine.kept_rows import Kept
+    from ..engine.reference.keep import Kept
     from ..suite.load import SuiteFile
     from ..suite.subject import Subject
 
@@ -56,8 +56,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from ..captures.statistics import merge_requests
     from ..common.files import write_atomically
     from ..common.progress import progress_bar
-    from ..engine.kept_rows import Keep
-    from ..engine.running import keep_subject
+    from ..engine.reference.keep import Keep
+    from ..engine.subject import keep_subject
     from ..suite.inherit import read_suite
     from ..suite.load import make_suite
 

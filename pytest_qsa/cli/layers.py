@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     if model is None:
         raise SuiteError(f"{options.config}: there is no section 'model'")
     folder = options.config.parent if options.config else Path.cwd()
-    from ..engine.outline import outline
+    from ..engine.load.outline import outline
 
     rows = outline(model, Subject(model.id, model, Data(), Memory(), folder).path)
     names = [row[0] for row in rows]

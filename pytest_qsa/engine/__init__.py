@@ -1,5 +1,5 @@
 """The engine: the only part that imports torch, loads a model and runs it."""
 
-from .library import capture
+from .api import capture
 
 __all__ = ["capture"]

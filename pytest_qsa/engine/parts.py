@@ -13,11 +13,11 @@ from ..captures.statistics import Request, compares
 from ..common.errors import InfraError
 from ..suite.sections import Data
 from ..suite.subject import Subject, kept_reference
-from .capturing import Progress
-from .data import windows_available
-from .fitting import check_layers, check_tokens
-from .models import Loaded, load_model
-from .running import Share, capture_loaded, load_reference
+from .load.data import windows_available
+from .load.fit import check_layers, check_tokens
+from .load.models import Loaded, load_model
+from .run.forward import Progress
+from .subject import Share, capture_loaded, load_reference
 
 
 def capture_parts(

@@ -1,0 +1,128 @@
+"""`capture`: the pass as a function, without pytest and without a suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..captures.capture import Capture
+from ..captures.statistics import (
+    AGREEMENT,
+    ALL_STATISTICS,
+    ERROR,
+    LOGITS,
+    REFERENCE_SINKS,
+    REFERENCE_TOKENS,
+    SCORES,
+    Request,
+    Site,
+    against_reference,
+    massive_statistic,
+    match_layers,
+    merge_requests,
+    no_match,
+)
+from ..common.errors import AnomalyError, SuiteError, did_you_mean
+from ..metrics.activations import METRICS
+from .load.tokenizer import decoder_of
+from .modules import device_of, layers_of
+from .reference.kept import KeptPartner
+from .reference.kept_file import KeptFile
+from .reference.live import Beside, Partner
+from .run.batches import Batch
+from .run.forward import Progress, run_pass
+
+Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: token ids → text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of some tokens."""
+
+
+def capture(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    sites: Sequence[tuple[str, Site]],
+    statistics: Statistics = "all",
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    reference: nn.Module | str | os.PathLike[str] | None = None,
+) -> Capture:
+    """Run a model once over batches of data and keep the numbers of the named sites.
+
+    Args:
+        model: any module; it is run in evaluation mode without gradients and left as it was.
+        batches: tensors [B, T], or dicts of forward arguments, with `attention_mask` [B, T] where there is padding.
+            A sample is a row.
+        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output` or `weight`; and
+            `("", "logits")` for what the model predicts.
+        statistics: `"all"`, or the names of the metrics that will be asked for; a metric that must know its thresholds
+            in the pass comes as `("massive_activations", {"abs": 50.0, "ratio": 500.0})`.
+        tokenizer: where given, the texts of the tokens are kept as well.
+        progress: called after each batch with the samples done and the samples in all.
+        reference: another model of the same layers, usually the unquantized original: both run side by side over the
+            batches, and the metrics against a reference can be asked for, those of `logits()` as well where the models
+            return logits. Or the file of one that was kept for reference; name the metrics then, as `statistics`.
+
+    Raises:
+        AnomalyError: there is no batch, or a pattern matches no layer.
+        SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
+    """
+    beside = reference is not None
+    requests = merge_requests(
+        Request(pattern, site, None, _statistics(statistics, site, beside=beside)) for pattern, site in sites
+    )
+    samples = list(batches)
+    if not samples:
+        raise AnomalyError("there are no batches: nothing would be measured")
+    modules = list(layers_of(model))
+    for request in requests:
+        if request.site != LOGITS and not match_layers(modules, request.pattern):
+            raise no_match(modules, request.pattern, None)
+    partner: Beside | None = None
+    if isinstance(reference, nn.Module):
+        partner = Partner(reference)
+    elif reference is not None:
+        partner = KeptPartner(KeptFile.open(Path(reference)), device_of(model))
+    return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress, partner=partner)
+
+
+def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozenset[str]:
+    if statistics == "all":
+        return _all_statistics(site, beside=beside)
+    wanted: frozenset[str] = frozenset()
+    for entry in [statistics] if isinstance(statistics, str) else statistics:
+        name, parameters = (entry, None) if isinstance(entry, str) else entry
+        if name not in METRICS:
+            raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
+        wanted |= _of_metric(name, site, parameters)
+    if against_reference(wanted) and not beside:
+        raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
+    return wanted
+
+
+def _all_statistics(site: Site, *, beside: bool) -> frozenset[str]:
+    if site == LOGITS:
+        return frozenset({SCORES, AGREEMENT} if beside else {SCORES})
+    both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if beside else set()
+    return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)} | both
+
+
+def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[str]:
+    """Return the statistics of a metric: for these parameters, or for all that change what has to be kept."""
+    metric = METRICS[name]
+    choices: list[Mapping[str, Any]] = [parameters or {}]
+    if parameters is None and name == "magnitude":
+        choices = [{"reduce_dim": -1}, {"reduce_dim": -2}, {"reduce_dim": None}]
+    elif parameters is None and name == "quantile":
+        choices = [{"signed": False}, {"signed": True}]
+    positions = ("all", "no_sink") if metric.positional and site != "weight" else ("all",)
+    return frozenset().union(*(metric.needs(site, where, choice) for choice in choices for where in positions))

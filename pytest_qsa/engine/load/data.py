@@ -1,0 +1,220 @@
+"""Calibration data: text → packed windows of tokens. Windows are never padded; the same seed gives the same tokens."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.errors import InfraError, did_you_mean, shown_path
+from ...suite.datasets import BUILTIN, hub_set_of, local_path
+from ...suite.sections import Data
+from ..run.batches import Batch
+from .documents import read_folder, read_hub
+
+SUFFIXES = {
+    ".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv",
+}  # fmt: skip
+TRAINING_SHARE = 0.9
+"""PrefixQuant draws its calibration windows from the first nine tenths of a set."""
+TRIES = 200
+"""So many documents are tried for each window before a set counts as too short."""
+
+
+def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:
+    """Return the batches of token windows, [batch_size, seq_len] each.
+
+    `folder`: what a relative `custom:` path is relative to. `config`: the model's, which says whether it has a decoder.
+
+    Raises:
+        InfraError: the source is unknown or unreadable, or there is too little text for the windows.
+    """
+    texts = read_texts(data, folder)
+    spec = hub_set_of(data)
+    draw = {"packed": windows_of, "stream": stream_windows, "document": document_windows}[
+        spec.rule if spec else "packed"
+    ]
+    windows = draw(_prepared(texts, data, tokenizer), data, tokenizer)
+    rows = [windows[start : start + data.batch_size] for start in range(0, len(windows), data.batch_size)]
+    if getattr(config, "is_encoder_decoder", False):
+        return [{"input_ids": row, "decoder_input_ids": _shifted(row, config)} for row in rows]
+    return [{"input_ids": row} for row in rows]
+
+
+def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
+    """Return how many disjoint windows a source has; None where its rule draws them at random places.
+
+    Raises:
+        InfraError: as `batches_of`.
+    """
+    spec = hub_set_of(data)
+    if spec is not None and spec.rule != "packed":
+        return None
+    texts = _prepared(read_texts(data, folder), data, tokenizer)
+    return len(_stream(texts, tokenizer)) // _frame(data, tokenizer)[2]
+
+
+def read_texts(data: Data, folder: Path) -> list[Any]:
+    """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
+    if data.source == "sample":
+        return [resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")]
+    spec = hub_set_of(data)
+    if spec is not None:
+        return _texts_of(read_hub(spec, data), data)
+    path = local_path(data, folder)
+    if path is None:
+        raise InfraError(
+            f"unknown data source '{data.source}'{did_you_mean(data.source, [*BUILTIN, 'sample'])}: use sample, "
+            f"{', '.join(BUILTIN)}, hf:NAME, or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
+        )
+    parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
+    if path.is_dir() or parquet or data.source.startswith("hf:"):
+        return _texts_of(read_folder(path, data), data)
+    try:
+        return _read_custom(path, data)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
+
+
+def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:
+    return [_text_of(record, "text", index, chat=data.chat_template) for index, record in enumerate(records)]
+
+
+def _read_custom(path: Path, data: Data) -> list[Any]:
+    form: str = data.custom.format
+    if form == "auto":
+        form = SUFFIXES.get(path.suffix, "text")
+    text = path.read_text(encoding="utf-8-sig")
+    if form in ("text", "txt"):
+        return [text]
+    records: Sequence[Any]
+    if form == "csv":
+        records = list(csv.DictReader(io.StringIO(text, newline="")))
+    elif form == "jsonl":
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        loaded = json.loads(text)
+        records = loaded if isinstance(loaded, list) else [loaded]
+    return [
+        _text_of(record, data.custom.text_column, index, chat=data.chat_template)
+        for index, record in enumerate(records)
+    ]
+
+
+def _text_of(record: Any, column: str, index: int, *, chat: bool) -> Any:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict) and chat and isinstance(record.get(column), list):
+        return record[column]
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        known = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+        raise ValueError(f"record {index} has no text under '{column}'{known}; set data.custom.text_column")
+    return str(record[column])
+
+
+def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has its special tokens.
+
+    Where there are more windows than asked for, the seed chooses.
+    """
+    prefix, suffix, inner = _frame(data, tokenizer)
+    stream = _stream(texts, tokenizer)
+    available = len(stream) // inner
+    if available < data.num_samples:
+        raise InfraError(
+            f"too little text in '{data.source}': {len(stream)} tokens make {available} windows of {data.seq_len}, "
+            f"and data.num_samples asks for {data.num_samples}"
+        )
+    chosen = np.sort(np.random.default_rng(data.seed).choice(available, data.num_samples, replace=False))
+    return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
+
+
+def _stream(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    return [token for text in texts for token in _ids(tokenizer, text)]
+
+
+def stream_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Join the texts by blank lines and cut windows at random places, which may overlap (PrefixQuant's WikiText-2)."""
+    prefix, suffix, inner = _frame(data, tokenizer)
+    stream = _ids(tokenizer, "\n\n".join(texts))
+    last = int(len(stream) * TRAINING_SHARE) - inner - 1
+    if last < 0:
+        raise InfraError(f"too little text in '{data.source}': {len(stream)} tokens are too few for {data.seq_len}")
+    chance = random.Random(data.seed)
+    starts = [chance.randint(0, last) for _ in range(data.num_samples)]
+    return torch.tensor([[*prefix, *stream[start : start + inner], *suffix] for start in starts])
+
+
+def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+    """Cut each window at a random place of a random text that is longer than it (PrefixQuant's Pile, C4, RedPajama)."""
+    prefix, suffix, inner = _frame(data, tokenizer)
+    chance = random.Random(data.seed)
+    known: dict[int, list[int]] = {}
+    rows: list[list[int]] = []
+    for _ in range(data.num_samples * TRIES):
+        if len(rows) == data.num_samples:
+            break
+        index = chance.randint(0, max(int(len(texts) * TRAINING_SHARE) - 1, 0))
+        if index not in known:
+            known[index] = _ids(tokenizer, texts[index])
+        tokens = known[index]
+        if len(tokens) > inner:
+            start = chance.randint(0, len(tokens) - inner - 1)
+            rows.append([*prefix, *tokens[start : start + inner], *suffix])
+    if len(rows) < data.num_samples:
+        raise InfraError(
+            f"too few texts of '{data.source}' are longer than {inner} tokens: {len(rows)} windows were found, and "
+            f"data.num_samples asks for {data.num_samples}; lower data.seq_len"
+        )
+    return torch.tensor(rows)
+
+
+def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
+    """Return the special tokens before and after a window, and how many tokens of text fit between them."""
+    prefix, suffix = _special_tokens(tokenizer) if data.add_special_tokens else ([], [])
+    inner = data.seq_len - len(prefix) - len(suffix)
+    if inner < 1:
+        raise InfraError(
+            f"data.seq_len {data.seq_len} leaves no room beside {len(prefix) + len(suffix)} special tokens"
+        )
+    return prefix, suffix, inner
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _prepared(texts: Sequence[Any], data: Data, tokenizer: Any) -> Sequence[str]:
+    return [_templated(text, tokenizer) for text in texts] if data.chat_template else texts
+
+
+def _templated(text: Any, tokenizer: Any) -> str:
+    """Put a text, or the messages of a conversation, into the tokenizer's own chat template."""
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
+        raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return what the tokenizer puts before and after a text."""
+    bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def _shifted(row: Tensor, config: Any) -> Tensor:
+    start = getattr(config, "decoder_start_token_id", None)
+    return torch.cat([torch.full_like(row[:, :1], start if start is not None else 0), row[:, :-1]], dim=1)

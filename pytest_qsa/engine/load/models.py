@@ -1,0 +1,274 @@
+"""A checkpoint → a model, as transformers loads it, and what can be said of where it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ...common.errors import InfraError
+from ...common.scratch import Scratch
+from ...suite.sections import Memory, Model
+from ..modules import device_of
+from ..stream.disk import check_format, skipping_packed, stream_of
+from ..stream.stream import Stream
+from .quiet import quiet
+from .retry import once_more
+
+HEADROOM = 1.2
+"""A model fits if its weights times this do; the rest is for activations."""
+
+
+class Loaded:
+    """A loaded subject: the model, its tokenizer if it has one, and what it needs where it is not all in memory.
+
+    `scratch`: the folder of its offloaded part. `stream`: reads the weights while the model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        scratch: Scratch | None = None,
+        stream: Stream | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stream = stream
+        self._scratch = scratch
+
+    def close(self) -> None:
+        """Remove what was offloaded to disk."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> Loaded:
+    """Load a subject. `path`: the folder or hub id that the suite's path stands for.
+
+    Raises:
+        InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
+    """
+    if spec.told:
+        raise InfraError(
+            "a served model can't be loaded, for only its answers are known: give the checkpoint, model.path"
+        )
+    if spec.factory is not None:
+        return _from_factory(spec.factory, allow_code=allow_code)
+    if spec.trust_remote_code and not allow_code:
+        raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
+    try:
+        with quiet():
+            loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
+    except InfraError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InfraError(
+            f"{path} does not fit: {_one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
+        ) from error
+    except OSError as error:
+        raise InfraError(
+            f"'{path}' is no folder here, and as a hub id it can't be fetched: {_one_line(error)}"
+            if not Path(path).is_dir()
+            else f"{path} can't be loaded: {_one_line(error)}"
+        ) from error
+    except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
+        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
+    if spec.submodule:
+        try:
+            loaded.model = submodule_of(loaded.model, spec.submodule)
+        except InfraError:
+            loaded.close()
+            raise
+    return loaded
+
+
+def _check_path(path: str) -> None:
+    """Tell a folder that isn't there from a hub id: transformers would take the one for a malformed other."""
+    looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
+    if looks_like_a_folder and not Path(path).is_dir():
+        raise InfraError(f"there is no folder {path}, and it can't be a hub id")
+    for file in Path(path).glob("*.safetensors"):
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise InfraError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
+
+
+def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
+    import transformers
+
+    _check_path(path)
+    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
+    kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
+    streamed = memory.offload_device == "disk"
+    if streamed:
+        check_format(path, config, gguf=bool(spec.gguf_file))
+        kind = skipping_packed(kind)
+    placement = {"device_map": {"": "disk"}} if streamed else _placement(path, memory)
+    scratch = Scratch("qsa-offload") if placement else None
+    offload = {"offload_folder": scratch.name} if scratch else {}
+    arguments = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, **placement, **offload}
+    with contextlib.ExitStack() as cleaning:
+        if scratch is not None:
+            cleaning.callback(scratch.cleanup)
+        model, info = kind.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
+        )
+        _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
+        if "device_map" not in placement:
+            model.to(device_for(memory))
+        model.eval()
+        stream = stream_of(model, device_for(memory)) if streamed else None
+        cleaning.pop_all()  # from here on Loaded.close cleans up
+    return Loaded(model, tokenizer_of(path, common | gguf), scratch, stream)
+
+
+def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:
+    """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out."""
+    for key, stored, wanted in sorted(info.get("mismatched_keys") or ()):
+        raise InfraError(
+            f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: its configuration "
+            "is another model's, or the installed libraries can't load the format; compare them to the saver's"
+        )
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise InfraError(
+            f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+        )
+    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
+    if unexpected:
+        many = f"{len(unexpected)} tensor{'s' if len(unexpected) > 1 else ''}"
+        raise InfraError(
+            f"{path} holds {many} that {name} has no place for, and that loading drops: "
+            f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}; "
+            "name them in model.allow_unexpected (a regex) if the model does without them"
+        )
+
+
+def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
+    """Return the class that the checkpoint's configuration names, whatever its task is."""
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or ())
+    auto_map = getattr(config, "auto_map", None) or {}
+    if remote and auto_map:
+        return getattr(transformers, next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel"))
+    known = next((name for name in names if hasattr(transformers, name)), None)
+    if known:
+        return getattr(transformers, known)
+    if names and auto_map:
+        raise InfraError(
+            f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code "
+            "and allow it with --qsa-allow-code"
+        )
+    return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
+
+
+def tokenizer_of(path: str, arguments: dict[str, Any]) -> Any:
+    """Load the tokenizer of a checkpoint; None where it has none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **arguments)
+    except Exception:  # many subjects have none; data that needs one says so
+        return None
+
+
+def device_for(memory: Memory) -> torch.device:
+    """Return the device that `memory.device` names; `auto` is CUDA where there is one."""
+    if memory.device != "auto":
+        return _existing(torch.device(memory.device))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _existing(device: torch.device) -> torch.device:
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        count = backend.device_count() if backend.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InfraError(f"memory.device {device}: torch sees no such device here; write auto or cpu")
+    return device
+
+
+def _placement(path: str, memory: Memory) -> dict[str, Any]:
+    """Return a device_map for a model that does not fit where it should run; nothing for one that does."""
+    folder = Path(path)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    device = device_for(memory)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if not memory.auto_offload or weights * HEADROOM < free:
+        return {}
+    rest = int(psutil.virtual_memory().available / HEADROOM)
+    limits = {"cpu": rest} if device.type == "cpu" else {device.index or 0: int(free / HEADROOM), "cpu": rest}
+    return {"device_map": "auto", "max_memory": limits}
+
+
+def _from_factory(name: str, *, allow_code: bool) -> Loaded:
+    if not allow_code:
+        raise InfraError(f"model.factory '{name}' runs code that the suite names: allow it with --qsa-allow-code")
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # a user's code may raise anything
+        raise InfraError(f"model.factory '{name}' failed: {type(error).__name__}: {_one_line(error)}") from error
+    model, tokenizer = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise InfraError(
+            f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module or a pair with a tokenizer"
+        )
+    return Loaded(model.eval(), tokenizer)
+
+
+def submodule_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the part of a model that the suite names.
+
+    Raises:
+        InfraError: there is none of that name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise InfraError(
+            f"model.submodule '{name}' does not exist in {type(model).__name__}; it has {children}"
+        ) from None
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what a report says of a running model: class, dtype, device, attention implementation, versions."""
+    import transformers
+
+    device = device_of(model)
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "none")).removeprefix(
+            "torch."
+        ),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device_class": device_class(device),
+        "attention": str(getattr(config, "_attn_implementation", None) or "none"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def device_class(device: torch.device) -> str:
+    """Return what decides which kernels run: `cpu`, `mps`, `xpu`, a CUDA architecture `sm_90`, a ROCm one `gfx942`."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    architecture = str(getattr(properties, "gcnArchName", "")).partition(":")[0] if torch.version.hip else ""
+    return architecture or f"sm_{properties.major}{properties.minor}"
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

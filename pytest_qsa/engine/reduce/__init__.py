@@ -1,0 +1,1 @@
+"""Streaming reductions of tensors: kernels for the CPU and for CUDA, torch's operators as their oracle."""

@@ -1,0 +1,228 @@
+"""Observers: all that is kept of a tensor stream, added up row by row, fetched from the device once at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...captures.numbers import SiteNumbers
+from ...captures.statistics import EXPERTS
+from ...common.errors import InfraError
+from ..modules import Routing
+from .records import joined_records, padded
+from .storage import Kept, Store
+from .torch_ops import TorchReducer
+from .transfers import Transfer
+from .wanted import MAP_SIZE, Wants
+from .windows import Window, floats_of
+
+
+class Reducer(Protocol):
+    """Reduces one population to named arrays, on its own device; they are complete after `finish`."""
+
+    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+        """Reduce [T, C], or [n] where there is no token axis."""
+
+    def finish(self) -> None:
+        """Complete the numbers of all rows."""
+
+
+@dataclass
+class Reducers:
+    """The reducers of one pass; `fused` off keeps to torch's operators."""
+
+    fused: bool = True
+    store: Store = field(default_factory=Store)
+    _made: dict[tuple[str, torch.dtype], Reducer] = field(default_factory=dict)
+    _owners: Owners | None = None
+
+    def for_tensor(self, x: Tensor) -> Reducer:
+        """Return the kernels for what they know, torch's operators for the rest."""
+        key = (x.device.type, x.dtype)
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._make(x)
+        return made
+
+    def _make(self, x: Tensor) -> Reducer:
+        known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if self.fused and known and x.device.type == "cpu" and importlib.util.find_spec("numba"):
+            from .cpu import CpuReducer
+
+            return CpuReducer(x.dtype)
+        if self.fused and x.device.type == "cuda" and importlib.util.find_spec("triton"):
+            from .cuda import CudaReducer
+
+            return CudaReducer()
+        return TorchReducer()
+
+    def finish(self) -> None:
+        """Complete the numbers of all rows that were reduced."""
+        for reducer in self._made.values():
+            reducer.finish()
+
+    def owners_of(self, rows: array[int]) -> Owners:
+        """Return whose rows a site has, and in which order; most sites of a pass have those of the last."""
+        if self._owners is None or self._owners.rows != rows:
+            self._owners = Owners(rows)
+        return self._owners
+
+
+class Owners:
+    """Whose the rows of a site are. `rows`: sample, call and number of tokens of each, as they came.
+
+    `order`: how they are kept. A batch, or a streamed pass, visits all its samples by call.
+    """
+
+    def __init__(self, rows: array[int]) -> None:
+        self.rows = rows[:]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+        order = np.lexsort((table[:, 1], table[:, 0]))
+        self.order: list[int] = order.tolist()
+        self.sample, self.call = table[order, 0].astype(np.int32), table[order, 1].astype(np.int32)
+        self.lengths = table[order, 2]
+
+
+@cache
+def wants_of(statistics: frozenset[str]) -> Wants:
+    """Work out what is to be kept; equal statistics are worked out once."""
+    return Wants.of(statistics)
+
+
+class StreamObserver:
+    """Reduces the populations of one site, one row at a time, so that batching can't change a definition."""
+
+    def __init__(
+        self, statistics: frozenset[str], reducers: Reducers | None = None, *, channels_first: bool = False
+    ) -> None:
+        """Keep what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
+        self.wants = wants_of(statistics)
+        self.channels_first = channels_first
+        self.reducers = reducers or Reducers()
+        self.dtype = ""
+        self.last_shape: tuple[int, ...] = ()
+        self.token_axis = False
+        self.kept = Kept(self.reducers.store)
+        self._dtype: torch.dtype | None = None
+        self._reducer: Reducer
+        self.owners = array("q")
+        self.maps: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        x: Tensor,
+        keep: Sequence[Tensor | None],
+        samples: Sequence[int],
+        call: int,
+        token_axis: bool,
+        routing: Routing | None = None,
+    ) -> None:
+        """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
+        reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
+        self.last_shape = x.shape
+        self.token_axis = token_axis
+        rows = (x.detach() if x.requires_grad else x).unbind()
+        for row, kept, sample in zip(rows, keep, samples, strict=True):
+            if (kept is not None and not len(kept)) or not row.numel():
+                continue
+            self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
+            reducer.reduce(row, kept, self.wants, self.kept)
+            if token_axis and sample in self.wants.maps:
+                self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
+        if routing is not None and self.wants.experts:
+            self._count_experts(routing, rows, keep)
+
+    def _begin(self, x: Tensor) -> Reducer:
+        dtype = str(x.dtype).removeprefix("torch.")
+        if self.dtype not in ("", dtype):
+            raise InfraError(f"one layer was called with {self.dtype} and with {dtype}: their counts can't be added")
+        self.dtype, self._dtype, self._reducer = dtype, x.dtype, self.reducers.for_tensor(x)
+        return self._reducer
+
+    def _count_experts(self, routing: Routing, rows: Sequence[Tensor], keep: Sequence[Tensor | None]) -> None:
+        for row, kept, route in zip(rows, keep, routing.of_rows(len(rows)), strict=True):
+            if (kept is None or len(kept)) and row.numel():
+                counts = routing.counts(route if kept is None else route.index_select(0, kept))
+                self.kept.take(EXPERTS, counts)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what is kept as tensors, complete."""
+        self.reducers.finish()
+        for rows in self.kept.rows.values():
+            if isinstance(rows, list):
+                yield from rows
+        yield from (value for value in (*self.kept.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
+
+    def numbers(self, statistics: frozenset[str], fetched: Transfer | None = None) -> SiteNumbers:
+        """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
+        self.reducers.finish()
+        fetch = fetched or Transfer(self.tensors())
+        owners = self.reducers.owners_of(self.owners)
+        ordered = {name: [fetch(rows[index]) for index in owners.order] for name, rows in self.kept.rows.items()}
+        arrays = self._arrays_of_rows(ordered, owners) | self._arrays_of_sums(fetch)
+        return SiteNumbers(
+            dtype=self.dtype,
+            shape=tuple(self.last_shape[1:]),
+            token_axis=self.token_axis,
+            statistics=statistics,
+            sample=owners.sample,
+            call=owners.call,
+            lengths=owners.lengths,
+            massive={name: np.stack(ordered[name]) for name in self.wants.massive if name in ordered},
+            features={name: arrays.pop(name) for name in self.wants.features if name in arrays},
+            quantized={name: np.stack(ordered[name]) for name in self.wants.quantizers if name in ordered},
+            maps={name: fetch(picture) for name, picture in self.maps.items()},
+            **arrays,
+        )
+
+    def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]], owners: Owners) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        for name, rows in ordered.items():
+            if name == "tokens":
+                maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
+                arrays["token_max"] = floats_of(maxima, self.dtype)
+            elif name in ("peaks", "peak_channels"):
+                arrays[name] = padded(rows)
+            elif name == "token_max":
+                arrays[name] = np.concatenate(rows)
+            elif ":" not in name:
+                arrays[name] = np.stack(rows)
+        return arrays
+
+    def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        for name, pooled in self.kept.pooled.items():
+            if isinstance(pooled, Window):
+                arrays |= pooled.arrays()
+            elif name in ("counts", "signed_counts"):
+                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(fetch(pooled))
+            elif name == "channel_counts":
+                counts = fetch(pooled)
+                occurring = np.flatnonzero(counts.any(axis=1))
+                arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
+            else:
+                arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
+        return arrays
+
+
+def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
+    """Return |x| of [T, C] as at most MAP_SIZE × MAP_SIZE maxima, float32; padding counts as 0."""
+    magnitudes = row.abs().float()
+    if kept is not None:
+        magnitudes = torch.zeros_like(magnitudes).index_copy_(0, kept, magnitudes.index_select(0, kept))
+    cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
+    return torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
+
+
+def _sparse(dense: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    bins = np.flatnonzero(dense)
+    return bins.astype(np.uint16), dense[bins].astype(np.int64)

@@ -1,0 +1,154 @@
+"""What is kept of two tensors that stand for one thing: by kernels on the CPU and CUDA, by operators elsewhere.
+
+Nothing here waits for an accelerator: the results stay on the device until the pass fetches them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...captures.numbers import PADDING
+
+ROWS_AT_ONCE = 64
+"""So many rows of logits are widened to float64 at a time by torch's operators."""
+
+
+def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: bool = True) -> Tensor:
+    """Return `ERROR_NAMES` of each row of two tensors [T, C], [T, 4] float32; `PADDING` where a row doesn't count.
+
+    NaN and ∞ stay in the sums of their row.
+    """
+    if fused and _compiled(own):
+        found = _fused_powers(reference, own)
+    elif fused and _on_cuda(own):
+        found = cuda_powers(reference, own)
+    else:
+        found = _powers(reference, own)
+    if kept is None:
+        return found
+    return torch.full_like(found, PADDING).index_copy_(0, kept, found.index_select(0, kept))
+
+
+def _compiled(tensor: Tensor) -> bool:
+    known = tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and tensor.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def cuda_powers(reference: Tensor, own: Tensor) -> Tensor:
+    """Return `ERROR_NAMES` of each row by the kernel for CUDA."""
+    from . import cuda_kernels as triton_kernels
+
+    found = torch.empty((len(own), 4), dtype=torch.float32, device=own.device)
+    triton_kernels.powers[(len(own),)](reference.contiguous(), own.contiguous(), found, own.shape[1], block=2048)
+    return found
+
+
+def _powers(reference: Tensor, own: Tensor) -> Tensor:
+    x, y = reference.double(), own.double()
+    difference = x - y
+    columns = (x.square().sum(1), difference.square().sum(1), y.square().sum(1), difference.abs().amax(1))
+    return torch.stack(columns, dim=1).float()
+
+
+def _fused_powers(reference: Tensor, own: Tensor) -> Tensor:
+    from . import pairs_kernels as pair_kernels
+    from .threads import share_torchs_threads
+
+    found = np.empty((len(own), 4), dtype=np.float32)
+    threads = share_torchs_threads()
+    if reference.dtype == own.dtype == torch.bfloat16:
+        pair_kernels.powers16(_patterns(reference), _patterns(own), found, threads)
+    else:
+        pair_kernels.powers32(_floats(reference), _floats(own), found, threads)
+    return torch.from_numpy(found)
+
+
+def channel_powers(reference: Tensor, own: Tensor, kept: Tensor | None) -> Tensor:
+    """Return Σx² and Σ(x − x̂)² of each channel of two tensors [T, C], [2, C] float64, over the rows that count."""
+    if kept is not None:
+        reference, own = reference.index_select(0, kept), own.index_select(0, kept)
+    x = reference.float()
+    difference = x - own.float()
+    return torch.stack([x.square().sum(0, dtype=torch.float64), difference.square().sum(0, dtype=torch.float64)])
+
+
+def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused: bool = True) -> Tensor:
+    """Return `SCORE_NAMES` of each row of logits [T, V], [T, 4] float64; NaN where a number isn't known.
+
+    `following` [T] int64: the token that came next, −1 for none.
+    """
+    if fused and _compiled(own):
+        return torch.from_numpy(_fused_scores(own, reference, following.numpy()))
+    if fused and _on_cuda(own):
+        return cuda_scores(own, reference, following)
+    parts = []
+    for start in range(0, len(own), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        parts.append(_scores(own[rows], None if reference is None else reference[rows], following[rows]))
+    return torch.cat(parts)
+
+
+def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Tensor:
+    """Return `SCORE_NAMES` of each row by the kernel for CUDA, as `scores_of`."""
+    from . import cuda_kernels as triton_kernels
+
+    found = torch.full((len(own), 4), float("nan"), dtype=torch.float64, device=own.device)
+    other = own if reference is None else reference
+    triton_kernels.compare[(len(own),)](
+        other.contiguous(), own.contiguous(), following, found, own.shape[1], compared=reference is not None, block=1024
+    )
+    found[:, 2].clamp_(min=0)
+    return found
+
+
+def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:
+    from . import pairs_kernels as pair_kernels
+    from .threads import share_torchs_threads
+
+    found = np.full((len(own), 4), np.nan)
+    threads = share_torchs_threads()
+    if reference is None:
+        pair_kernels.score_rows(_rows(own), following, found[:, 0], threads)
+    else:
+        pair_kernels.compare_rows(_rows(reference), _rows(own), following, found, threads)
+        found[:, 2] = np.maximum(found[:, 2], 0.0)
+    return found
+
+
+def _scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Tensor:
+    q = own.double().log_softmax(1)
+    unknown = torch.full_like(q[:, 0], float("nan"))
+    columns = [_nll(q, following), unknown, unknown, unknown]
+    if reference is not None:
+        p = reference.double().log_softmax(1)
+        columns[1] = _nll(p, following)
+        columns[2] = (p.exp() * (p - q)).sum(1).clamp_min(0)
+        columns[3] = (own.gather(1, reference.argmax(1)[:, None])[:, 0] == own.amax(1)).double()
+    return torch.stack(columns, dim=1)
+
+
+def _nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
+    picked = -log_probabilities.gather(1, following.clamp_min(0)[:, None])[:, 0]
+    return picked.masked_fill(following < 0, float("nan"))
+
+
+def _patterns(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def _rows(tensor: Tensor) -> Any:
+    """Return a tensor as the kernels read it: the patterns of bfloat16, or float32."""
+    return _patterns(tensor) if tensor.dtype == torch.bfloat16 else _floats(tensor)
+
+
+def _floats(tensor: Tensor) -> Any:
+    return tensor.float().contiguous().numpy()

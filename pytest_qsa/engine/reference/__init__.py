@@ -1,0 +1,1 @@
+"""A second model that the subject is compared with, live or kept in a file."""

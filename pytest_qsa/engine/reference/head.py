@@ -1,0 +1,150 @@
+"""A model's head alone: what makes logits of the last hidden states, found in its checkpoint and read again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ...checkpoint.folder import open_folder
+from ...checkpoint.tensors import Tensor as Stored
+from ...common.errors import InfraError
+from ..formats.dequantized import dequantized
+from ..stream.shards import DTYPES
+
+SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""What configurations call that which is done to a head's output before it is returned (Gemma; Cohere; Granite)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The weights [V, H] and perhaps a bias [V]. `scaling`: one of `SCALINGS` with its number, or nothing."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scaling: Mapping[str, float]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] of hidden states [..., H], as the model computes them."""
+        found = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if cap := self.scaling.get("final_logit_softcapping"):
+            found = torch.tanh(found / cap) * cap
+        if factor := self.scaling.get("logit_scale"):
+            found = found * factor
+        if divisor := self.scaling.get("logits_scaling"):
+            found = found / divisor
+        return found
+
+    def to(self, device: torch.device) -> Head:
+        """Return it on a device."""
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.scaling)
+
+
+def head_of(model: nn.Module) -> str | None:
+    """Return the name of the layer whose output is the logits, as transformers' models tell; None where none does."""
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if getter is not None else None
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(found)) if isinstance(found, nn.Module) else None
+
+
+def loaded_head(model: nn.Module, name: str) -> Head:
+    """Return the head of a model that is loaded, its weight dequantized.
+
+    Raises:
+        InfraError: it isn't a weight and a bias.
+    """
+    module = model.get_submodule(name)
+    with torch.no_grad(), align_module_device(module):
+        weight, bias = dequantized(module), getattr(module, "bias", None)
+        if weight is None or weight.dim() != 2:
+            raise InfraError(f"{name} has no weight of a row for each token of the vocabulary")
+        return Head(weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None, {})
+
+
+def scalings_of(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Yield what may have been done to the head's output: nothing, or what the configuration says."""
+    yield {}
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = ((name, getattr(config, name, None)) for name in SCALINGS)
+    found = {name: float(value) for name, value in named if isinstance(value, (int, float)) and value}
+    if found:
+        yield found
+
+
+def located_head(head: Head, path: str, revision: str | None, beside: Path) -> dict[str, Any]:
+    """Find the head's weights in the checkpoint, by their content; return where they are, for `read_head`.
+
+    `beside`: the folder that a path on this machine is written relative to.
+
+    Raises:
+        InfraError: they don't lie there as they are, in a safetensors file.
+    """
+    folder = open_folder(path, revision)
+    local = Path(path).is_dir()
+    entry: dict[str, Any] = {
+        "path": os.path.relpath(path, beside) if local else path,
+        "revision": None if local else folder.path.name,
+        "dtype": str(head.weight.dtype).removeprefix("torch."),
+        "scaling": dict(head.scaling),
+    }
+    for part, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None:
+            stored = next((each for each in folder.tensors.values() if _is(each, tensor)), None)
+            if stored is None:
+                raise InfraError(f"{path} holds no tensor that equals the head's {part}")
+            entry[part] = {"name": stored.name, "sha256": hashlib.sha256(_bytes(stored)).hexdigest()}
+    return entry
+
+
+def read_head(entry: Mapping[str, Any], kept: Path) -> Head:
+    """Read a head alone from its checkpoint, as `located_head` found it. `kept`: the file that says so.
+
+    Raises:
+        InfraError: the checkpoint is gone or isn't what it was.
+    """
+    local = kept.parent / entry["path"]
+    way_out = "bring that checkpoint back, or make the reference anew (--with-head keeps the head in the file)"
+    try:
+        tensors = open_folder(local if local.is_dir() else entry["path"], entry["revision"]).tensors
+    except InfraError:
+        raise InfraError(
+            f"{kept}: the reference's head is read from {entry['path']}, which isn't here: {way_out}"
+        ) from None
+    parts: dict[str, Tensor | None] = {"weight": None, "bias": None}
+    for part in parts:
+        if part in entry:
+            stored = tensors.get(entry[part]["name"])
+            content = _bytes(stored) if stored is not None else None
+            if stored is None or content is None or hashlib.sha256(content).hexdigest() != entry[part]["sha256"]:
+                raise InfraError(
+                    f"{kept}: the reference's head, {entry[part]['name']} in {entry['path']}, isn't what it was when "
+                    f"the reference was kept: {way_out}"
+                )
+            parts[part] = _decoded(stored, content).to(getattr(torch, entry["dtype"]))
+    assert parts["weight"] is not None
+    return Head(parts["weight"], parts["bias"], entry["scaling"])
+
+
+def _is(stored: Stored, tensor: Tensor) -> bool:
+    if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES or not DTYPES[stored.dtype].is_floating_point:
+        return False
+    return torch.equal(_decoded(stored, _bytes(stored)).to(tensor.dtype), tensor.cpu())
+
+
+def _bytes(stored: Stored) -> Any:
+    return np.fromfile(stored.path, dtype=np.uint8, count=stored.stop - stored.start, offset=stored.start)
+
+
+def _decoded(stored: Stored, content: Any) -> Tensor:
+    return torch.from_numpy(content).view(DTYPES[stored.dtype]).reshape(stored.shape)

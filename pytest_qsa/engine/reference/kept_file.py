@@ -1,0 +1,251 @@
+"""The file of a reference that was kept: drawn rows of its sites, its last hidden states, and where its head lies.
+
+safetensors, with one JSON text under the metadata key `qsa`; docs/capture-format.md specifies it. A sample is known
+by the hash of its content, a token by its place among those that are no padding: neither order nor batches matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...captures.statistics import Site
+from ...common.errors import InfraError, shown_path
+from ..run.batches import Batch, row_count
+from .head import Head, read_head
+
+FORMAT = "qsa-reference/1"
+Call = tuple[str, Site, int]
+"""A layer, its input or output, and which of the layer's calls in a forward."""
+MASKS = {
+    "input_ids": "attention_mask",
+    "inputs_embeds": "attention_mask",
+    "decoder_input_ids": "decoder_attention_mask",
+}
+
+
+def hashes_of(batch: Batch) -> list[str]:
+    """Return the SHA-256 of each row of a batch; padding and the width of whole numbers don't count."""
+    named: Mapping[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    count = row_count(batch)
+    tensors = {n: t for n, t in sorted(named.items()) if isinstance(t, Tensor) and t.dim() and len(t) == count}
+    found = []
+    for row in range(count):
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            if name in MASKS.values():
+                continue
+            values, mask = tensor[row].detach().cpu(), tensors.get(MASKS.get(name, ""))
+            if mask is not None and mask.shape[1:] == values.shape[:1]:
+                values = values[mask[row].bool().cpu()]
+            values = values.double() if values.is_floating_point() else values.long()
+            digest.update(f"{name}{tuple(values.shape)}".encode() + values.contiguous().numpy().tobytes())
+        found.append(digest.hexdigest())
+    return found
+
+
+def drawn(seed: int, sample: str, count: int, rows: int) -> NDArray[np.int32]:
+    """Return which of a sample's `count` tokens are kept, ascending; it depends on the sample's hash alone."""
+    if count <= rows:
+        return np.arange(count, dtype=np.int32)
+    generator = np.random.default_rng([seed, int(sample[:16], 16), count])
+    return np.sort(generator.choice(count, rows, replace=False)).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """What is kept of one call of a site, sample after sample.
+
+    `counts` [S]: the tokens of each sample. `rows` [N, C]: those that were drawn, `at` [N] which ones; all where that
+    is None. `maxima` [sum of counts]: the largest |x| of every token, where that was asked for.
+    """
+
+    counts: NDArray[np.int64]
+    rows: Tensor | None = None
+    at: NDArray[np.int32] | None = None
+    maxima: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """All that a file holds. `samples`: their hashes. `sinks`: sample, place, channel and layers of each.
+
+    `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
+    """
+
+    meta: Mapping[str, Any]
+    seed: int
+    rows: int
+    samples: Sequence[str]
+    modules: Sequence[str]
+    blocks: Sequence[str]
+    sinks: Sequence[Any]
+    streams: Mapping[Call, Stream]
+    hidden: Stream | None = None
+    head: Mapping[str, Any] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return the file; equal arrays are in it once."""
+        tensors = _Tensors()
+        for part, tensor in self.weights.items():
+            tensors.named[f"head/{part}"] = tensor.contiguous()
+        streams = []
+        for (layer, site, call), stream in self.streams.items():
+            entry: dict[str, Any] = {"layer": layer, "site": site, "call": call}
+            entry["counts"] = tensors.add("counts", torch.from_numpy(stream.counts))
+            if stream.rows is not None:
+                entry["rows"] = tensors.add("rows", stream.rows)
+            if stream.at is not None:
+                entry["at"] = tensors.add("at", torch.from_numpy(stream.at))
+            if stream.maxima is not None:
+                entry["dtype"] = str(stream.maxima.dtype).removeprefix("torch.")
+                entry["maxima"] = tensors.add("maxima", _deflated(stream.maxima))
+            streams.append(entry)
+        hidden = None
+        if self.hidden is not None and self.hidden.rows is not None:
+            counts = tensors.add("counts", torch.from_numpy(self.hidden.counts))
+            hidden = {"counts": counts, "rows": tensors.add("hidden", self.hidden.rows)}
+        header = {
+            "format": FORMAT, "meta": dict(self.meta), "seed": self.seed, "rows": self.rows, "streams": streams,
+            "samples": list(self.samples), "modules": list(self.modules), "blocks": list(self.blocks),
+            "sinks": list(self.sinks), "hidden": hidden, "head": self.head,
+        }  # fmt: skip
+        return save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)})
+
+
+@dataclass
+class _Tensors:
+    named: dict[str, Tensor] = field(default_factory=dict)
+    _known: dict[Any, str] = field(default_factory=dict)
+
+    def add(self, kind: str, tensor: Tensor) -> str:
+        content = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        key = (kind, tensor.dtype, tuple(tensor.shape), hashlib.sha256(content.tobytes()).digest())
+        if key not in self._known:
+            self._known[key] = name = f"{kind}/{len(self._known)}"
+            self.named[name] = tensor.contiguous()
+        return self._known[key]
+
+
+def _deflated(values: Tensor) -> Tensor:
+    """Compress numbers without loss, all first bytes before all second ones: neighbours have the same exponent."""
+    planes = values.contiguous().view(torch.uint8).numpy().reshape(-1, values.element_size()).T
+    return torch.from_numpy(np.frombuffer(zlib.compress(planes.tobytes(), 9), dtype=np.uint8).copy())
+
+
+def _inflated(content: Tensor, dtype: torch.dtype) -> Tensor:
+    planes = np.frombuffer(zlib.decompress(content.numpy().tobytes()), dtype=np.uint8)
+    return torch.from_numpy(planes.reshape(dtype.itemsize, -1).T.copy()).view(dtype).flatten()
+
+
+@dataclass(eq=False)
+class KeptFile:
+    """A file that `Content.to_bytes` made, open; its arrays are read where they are needed."""
+
+    path: Path
+    header: Mapping[str, Any]
+    _file: Any
+
+    @classmethod
+    def open(cls, path: Path) -> KeptFile:
+        """Open a file and read its header.
+
+        Raises:
+            InfraError: it is missing, damaged, or of another kind.
+        """
+        shown = shown_path(path)
+        try:
+            file: Any = safe_open(str(path), framework="pt")
+            header = json.loads((file.metadata() or {}).get("qsa", "{}"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InfraError(
+                f"model.reference: {shown} can't be read as a kept reference ({error}): copy it again, or make it anew "
+                "with `qsa capture --for-reference`"
+            ) from None
+        form = header.get("format") if isinstance(header, dict) else None
+        if form != FORMAT:
+            what = "a capture without rows to compare with" if str(form).startswith("qsa-capture") else "no reference"
+            raise InfraError(
+                f"model.reference: {shown} is {what} (format {form!r}, not {FORMAT}): make it with "
+                "`qsa capture --for-reference`"
+            )
+        return cls(path, header, file)
+
+    @property
+    def shown(self) -> str:
+        """Its path, for a message."""
+        return shown_path(self.path)
+
+    def origin(self, meta: Mapping[str, Any]) -> str:
+        """Say of what data it was made, and whether by another tokenizer than a subject's, whose `meta` is given."""
+        own, data = self.header["meta"], self.header["meta"].get("data", {})
+        if "num_samples" not in data:
+            return ""
+        text = f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']}"
+        theirs, ours = (str(each.get("model", {}).get("tokenizer")) for each in (own, meta))
+        return f" ({text}{'' if theirs == ours else f', of the tokenizer {theirs}, here {ours}'})"
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """The samples by their hashes."""
+        return {sample: index for index, sample in enumerate(self.header["samples"])}
+
+    @cached_property
+    def calls(self) -> dict[Call, Mapping[str, Any]]:
+        """What is kept of each site, by call."""
+        return {(each["layer"], each["site"], each["call"]): each for each in self.header["streams"]}
+
+    def rows(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the rows [R, C] that are kept of each sample, and which of its tokens they are, [R] int64."""
+        entry = self.calls[call]
+        sizes = np.minimum(self._counts(entry), self.header["rows"]).tolist()
+        rows, at = self._tensor(entry["rows"]), self._tensor(entry["at"]).long()
+        return list(torch.split(rows, sizes)), list(torch.split(at, sizes))
+
+    def hidden(self, sample: int) -> Tensor:
+        """Return the last hidden states of one sample, [T, H]; nothing else is read."""
+        entry = self.header["hidden"]
+        ends = np.cumsum(self._counts(entry)).tolist()
+        first = ends[sample - 1] if sample else 0
+        found: Tensor = self._file.get_slice(entry["rows"])[first : ends[sample]]
+        return found
+
+    def maxima(self, call: Call) -> list[Tensor]:
+        """Return the largest |x| of every token of each sample, [T]."""
+        entry = self.calls[call]
+        whole = _inflated(self._tensor(entry["maxima"]), getattr(torch, entry["dtype"]))
+        return list(torch.split(whole.float(), self._counts(entry).tolist()))
+
+    def head(self) -> Head:
+        """Return the head that makes logits of the hidden states.
+
+        Raises:
+            InfraError: its checkpoint is gone or has changed.
+        """
+        entry = self.header["head"]
+        if "path" in entry:
+            return read_head(entry, self.path)
+        parts = {part: self._tensor(f"head/{part}").to(getattr(torch, entry["dtype"])) for part in entry["kept"]}
+        return Head(parts["weight"], parts.get("bias"), entry["scaling"])
+
+    def _counts(self, entry: Mapping[str, Any]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = self._tensor(entry["counts"]).numpy()
+        return found
+
+    def _tensor(self, name: str) -> Tensor:
+        found: Tensor = self._file.get_tensor(name)
+        return found

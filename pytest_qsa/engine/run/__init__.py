@@ -1,0 +1,1 @@
+"""The pass: hooks, forwards, and who takes part in them."""

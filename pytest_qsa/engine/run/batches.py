@@ -1,0 +1,145 @@
+"""One batch as the observers need it: whose rows they are, which axis the tokens have, and which tokens count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.errors import InfraError
+
+Batch = Tensor | Mapping[str, Any]
+CPU = torch.device("cpu")
+_TOKEN_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
+
+
+_ENCODER_STATES = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\..*\b(k|v|key|value|[kv]_proj)$"
+)
+"""The layers of a decoder that read the encoder's output: the keys and values of cross-attention."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A mask [B, T] as the observers use it: for each row the indices of the tokens that count; None where all do.
+
+    `rows`: on the CPU. A copy for each device that asks is made once, and no device is waited for.
+    """
+
+    length: int
+    rows: list[Tensor | None]
+    _copies: dict[torch.device, list[Tensor | None]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> list[Tensor | None]:
+        """Return the same on a device."""
+        if device not in self._copies:
+            self._copies[device] = [None if row is None else row.to(device, non_blocking=True) for row in self.rows]
+        return self._copies[device]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one batch. `lengths`: the numbers of tokens by which a token axis is known."""
+
+    samples: list[int]
+    lengths: frozenset[int]
+    padding: Padding | None = None
+    decoder_padding: Padding | None = None
+    has_decoder: bool = False
+
+    @cached_property
+    def all_count(self) -> list[Tensor | None]:
+        """Say of every row that each of its tokens counts."""
+        return [None] * len(self.samples)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Say whether a token of some row may not count."""
+        return self.padding is not None or self.decoder_padding is not None
+
+    def shaped(self, x: Tensor, channels_first: bool) -> tuple[Tensor, bool]:
+        """Bring a tensor to [B, T, C] (true) or, where it has no token axis, to [B, n] (false).
+
+        Raises:
+            InfraError: the rows of the batch can't be told apart in it.
+        """
+        count = len(self.samples)
+        shape = x.shape
+        if len(shape) == 3 and shape[0] == count and not channels_first:
+            return x, True
+        if x.dim() and x.shape[0] == 1 != count:  # positions, masks: every sample sees it
+            x = x.expand(count, *x.shape[1:])
+        flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
+        if flat_tokens and x.shape[0] != count and not channels_first:
+            return x.reshape(count, flat_tokens[0], -1), True
+        if x.dim() >= 3 and x.shape[0] == count and not channels_first:
+            if x.shape[1] in self.lengths:
+                return x.flatten(2), True
+            if x.dim() == 3:
+                return x, True
+        picked = x.dim() == 2 and bool(self.lengths) and x.shape[0] != count > 1  # an expert's tokens, of any sample
+        if x.dim() == 0 or x.shape[0] % count or picked:
+            raise InfraError(
+                f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; "
+                "set data.batch_size to 1"
+            )
+        return x.reshape(count, -1), False
+
+    def kept(self, layer: str, length: int, device: torch.device = CPU) -> list[Tensor | None]:
+        """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count."""
+        in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
+        padding = self.decoder_padding if in_decoder else self.padding
+        return padding.on(device) if padding and padding.length == length else self.all_count
+
+
+def rows_of(batch: Batch, first_sample: int) -> Rows:
+    """Describe a batch that is about to run; its rows are the samples from `first_sample` on.
+
+    Raises:
+        InfraError: it has no tensor, or one of its masks is not [B, T].
+    """
+    if isinstance(batch, Tensor):
+        tokens = [batch] if batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point()) else []
+        return Rows(list(range(first_sample, first_sample + len(batch))), frozenset(int(t.shape[1]) for t in tokens))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if not tensors:
+        raise InfraError(f"a batch with the keys {sorted(batch)} holds no tensor")
+    lengths = frozenset(int(tensors[key].shape[1]) for key in _TOKEN_KEYS if key in tensors and tensors[key].dim() >= 2)
+    return Rows(
+        samples=list(range(first_sample, first_sample + row_count(batch))),
+        lengths=lengths,
+        padding=_padding(tensors, "attention_mask"),
+        decoder_padding=_padding(tensors, "decoder_attention_mask"),
+        has_decoder="decoder_input_ids" in tensors,
+    )
+
+
+def row_count(batch: Batch) -> int:
+    """Return the number of rows of a batch: those of its tokens where it has some, else of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    return len(next((tensors[key] for key in _TOKEN_KEYS if key in tensors), next(iter(tensors.values()))))
+
+
+def _padding(batch: Mapping[str, Tensor], key: str) -> Padding | None:
+    mask = batch.get(key)
+    if mask is None or bool(mask.all()):
+        return None
+    if mask.dim() != 2:
+        raise InfraError(f"the {key} of a batch has the shape {tuple(mask.shape)}; a mask of padding is [B, T]")
+    rows = [None if bool(row.all()) else row.nonzero().flatten() for row in mask.cpu()]
+    return Padding(int(mask.shape[1]), rows)
+
+
+def token_ids(batch: Batch) -> list[Tensor]:
+    """Return the token ids of each row, [T] int32 on the CPU; empty tensors where the batch has none."""
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+        return []
+    return list(ids.cpu().int())

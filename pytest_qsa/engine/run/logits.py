@@ -1,0 +1,105 @@
+"""What a model predicts for the next token, sample by sample, alone and beside its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...captures.numbers import SCORE_NAMES, SiteNumbers
+from ...captures.statistics import AGREEMENT
+from ...common.errors import AnomalyError, InfraError
+from ...metrics.predictions import NLL, REFERENCE_NLL, TokenScores, numbers_of
+from ..reduce.pairs import scores_of
+from ..reduce.transfers import Transfer
+from .batches import Batch, Rows
+
+MASKED = ("MaskedLM", "PreTraining")
+"""What the names of models end with that predict hidden tokens, not the next one."""
+
+
+@dataclass
+class Predictions:
+    """The scores of the samples so far. `model`: whose logits they are."""
+
+    model: nn.Module
+    statistics: frozenset[str]
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    dtype: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the reference's logits are needed."""
+        return AGREEMENT in self.statistics
+
+    def add(self, batch: Batch, rows: Rows, output: Any, reference: Any) -> None:
+        """Score the rows of one batch.
+
+        Raises:
+            AnomalyError: the model returns no logits.
+            InfraError: the reference has another vocabulary.
+        """
+        own = logits_of(output, self.model)
+        theirs = logits_of(reference, self.model) if self.compared else None
+        if theirs is not None and theirs.shape != own.shape:
+            raise InfraError(
+                f"the model predicts {own.shape[-1]} tokens and its reference {theirs.shape[-1]}: "
+                "they can't be compared"
+            )
+        self.dtype = str(own.dtype).removeprefix("torch.")
+        following = following_tokens(batch, own.shape[:2], causal=not type(self.model).__name__.endswith(MASKED))
+        keep = rows.kept("decoder" if rows.has_decoder else "", own.shape[1], own.device)
+        for index, sample in enumerate(rows.samples):
+            pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
+            found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
+            self.samples[sample] = _blanked(found, keep[index])
+
+    def numbers(self) -> SiteNumbers:
+        """Fetch the scores of all samples, in their order."""
+        fetch = Transfer(self.samples.values())
+        tables = [fetch(self.samples[sample]) for sample in sorted(self.samples)]
+        columns = range(len(SCORE_NAMES))
+        scores = [TokenScores(*(table[:, column] for column in columns)) for table in tables]
+        return numbers_of(scores, sorted(self.samples), self.statistics, self.dtype)
+
+
+def logits_of(output: Any, model: nn.Module) -> Tensor:
+    """Return the logits [B, T, V] of what a model returned.
+
+    Raises:
+        AnomalyError: there are none.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+        raise AnomalyError(
+            f"{type(model).__name__} returns no logits for every token, which this metric reads: compare its layers "
+            "instead, as with sqnr"
+        )
+    return logits.detach()
+
+
+def following_tokens(batch: Batch, shape: tuple[int, ...], *, causal: bool) -> Tensor:
+    """Return the token after each position, [B, T] int64; −1 at the last one, or where the model foretells none."""
+    following = torch.full(tuple(shape), -1, dtype=torch.int64)
+    ids = batch if isinstance(batch, Tensor) else batch.get("decoder_input_ids", batch.get("input_ids"))
+    if causal and isinstance(ids, Tensor) and not ids.is_floating_point() and tuple(ids.shape) == tuple(shape):
+        following[:, :-1] = ids[:, 1:].cpu()
+    return following
+
+
+def _blanked(scores: Tensor, kept: Tensor | None) -> Tensor:
+    """Leave out padding: its own rows, and the prediction of a token that is none."""
+    if kept is None:
+        return scores
+    blank = torch.full_like(scores, float("nan"))
+    blank.index_copy_(0, kept, scores.index_select(0, kept))
+    counts = torch.zeros(len(scores) + 1, dtype=torch.bool, device=scores.device)
+    counts.index_fill_(0, kept, value=True)
+    for column in (NLL, REFERENCE_NLL):
+        blank[:, column].masked_fill_(~counts[1:], float("nan"))
+    return blank

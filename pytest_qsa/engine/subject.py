@@ -1,0 +1,383 @@
+"""Load a subject, run its one pass, let the model go, and say what was run."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..captures.capture import Capture
+from ..captures.merge import merge
+from ..captures.partial import PartialSums
+from ..captures.statistics import STORED, Request, compares
+from ..common.errors import AnomalyError, InfraError
+from ..suite.fingerprint import FileHashes, identified, local_folder
+from ..suite.subject import Subject, files_of, kept_reference, reference_of, stored_quantized
+from .formats.schemes import schemes_of
+from .formats.stored import StoredWeights
+from .load.data import batches_of
+from .load.gguf_tokenizer import compare_gguf_tokens
+from .load.models import Loaded, describe, load_model
+from .load.quiet import quiet
+from .load.tokenizer import decoder_of, tokenizer_identity
+from .modules import device_of, layers_of
+from .ranks import Ranks
+from .reference.head import located_head
+from .reference.keep import Keep as KeepRows
+from .reference.keep import Kept, keep_model
+from .reference.kept import KeptPartner, check_answerable
+from .reference.kept_file import KeptFile
+from .reference.live import Beside, Partner
+from .run.batches import Batch, row_count
+from .run.forward import Keep, Progress, run_pass
+from .run.observed_execution import Witness
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the samples is run here, and how it goes on where an earlier run was stopped.
+
+    `samples`: first and end, None for all. `ranks`: the processes that run a part each. `sums`: of an unfinished pass.
+    """
+
+    samples: tuple[int, int] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    sums: PartialSums | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The subject, and the reference that runs beside it."""
+
+    subject: Loaded
+    witness: Witness
+    partner: Beside | None = None
+    stored: StoredWeights | None = None
+
+
+def capture_subject(
+    subject: Subject,
+    requests: Sequence[Request],
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    share: Share = Share(),
+) -> Capture:
+    """Load the subject's checkpoint, run it once, and free it.
+
+    Raises:
+        InfraError: it can't be loaded or run, or its data can't be read.
+    """
+    if subject.model is None:
+        raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
+    reference: Loaded | KeptFile | None = _opened_reference(subject, requests)
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    try:
+        if compares(requests) and reference is None:
+            reference = load_reference(subject, allow_code=allow_code)
+        return capture_loaded(subject, loaded, None, requests, progress, share, reference)
+    finally:
+        for held in (loaded, reference):
+            if isinstance(held, Loaded):
+                held.close()
+        del loaded, reference, held
+        _let_go()
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _opened_reference(subject: Subject, requests: Sequence[Request]) -> KeptFile | None:
+    """Open a reference that was kept, before anything is loaded; None where there is none or none is needed.
+
+    Raises:
+        InfraError: it isn't there, or can't answer what is requested.
+    """
+    kept, named = kept_reference(subject), subject.model.reference if subject.model else None
+    if not compares(requests) or named is None:
+        return None
+    if kept is None:
+        if named.endswith(".qsa"):
+            raise InfraError(
+                f"model.reference: there is no file {named}: make it of the original with `qsa capture --config … "
+                f"--model.path ORIGINAL --for-reference -o {Path(named).name}`"
+            )
+        return None
+    file = KeptFile.open(kept)
+    check_answerable(requests, file.shown)
+    return file
+
+
+def keep_subject(
+    subject: Subject,
+    requests: Sequence[Request],
+    keep: KeepRows,
+    output: Path,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+) -> Kept:
+    """Load a checkpoint, run it once over the subject's data and keep it as a reference, which goes to `output`.
+
+    Raises:
+        InfraError: it can't be loaded or run, its data can't be read, or its predictions are asked for and can't be
+            kept.
+    """
+    assert subject.model is not None
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    try:
+        every = _batches(subject, loaded)
+        revision, beside = subject.model.revision, output.absolute().parent
+        with _errors_of_a_pass(type(loaded.model).__name__):
+            kept = keep_model(
+                loaded.model, every, requests, keep, lambda head: located_head(head, subject.path, revision, beside),
+                stream=loaded.stream, progress=progress,
+            )  # fmt: skip
+        empty = Capture({}, meta=_meta(subject, loaded, every, own_batches=False))
+        meta = identified(empty, subject, FileHashes(None)).meta
+        return replace(kept, content=replace(kept.content, meta=meta))
+    finally:
+        loaded.close()
+        del loaded
+        _let_go()
+
+
+def load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
+    """Load what a subject is compared with.
+
+    Raises:
+        InfraError: the suite names none, or it can't be loaded.
+    """
+    assert subject.model is not None
+    if subject.model.reference is None:
+        raise InfraError("there is nothing to compare with: name the original, model.reference")
+    reference = reference_of(subject)
+    assert reference.model is not None
+    try:
+        return load_model(reference.model, reference.path, subject.memory, allow_code=allow_code)
+    except InfraError as error:
+        raise InfraError(f"model.reference: {error}") from error
+
+
+def capture_loaded(
+    subject: Subject,
+    loaded: Loaded,
+    batches: Iterable[Batch] | None,
+    requests: Sequence[Request],
+    progress: Progress | None = None,
+    share: Share = Share(),
+    reference: Loaded | KeptFile | None = None,
+) -> Capture:
+    """Run a loaded model over its own batches or over the subject's data, or over a share of them.
+
+    `reference`: the model that it is compared with, where the requests ask for that.
+    """
+    if compares(requests) and reference is None:
+        raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
+    note = _tokens_note(subject, loaded) if batches is None else ""
+    every = list(batches) if batches is not None else _batches(subject, loaded)
+    if not every:
+        raise AnomalyError("there are no batches: nothing would be measured")
+    starts = [0, *accumulate(map(row_count, every))]
+    selected = _selected(starts, share.samples)
+    own = selected[share.ranks.share(len(selected))]
+    required = subject.model.require.executed_as if subject.model and subject.model.require else ()
+    witness = Witness(loaded.model, required=bool(required))
+    meta = _meta(subject, loaded, every, own_batches=batches is not None)
+    if note:
+        meta["model"]["tokenizer"] = f"{meta['model']['tokenizer']}; {note}"
+    stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
+    models = Models(loaded, witness, _beside(loaded, reference, meta), stored)
+    capture = share.ranks.gathered(
+        lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
+    )
+    placed = {name: value for name, value in capture.meta.items() if name == "samples"}
+    if capture.reference is not None and isinstance(reference, Loaded):
+        theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
+        capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
+    execution = {"execution": witness.testimony(stored_quantized(subject))}
+    unmatched = {"unmatched": stored.unmatched} if stored and stored.unmatched else {}
+    return replace(capture, meta=meta | execution | unmatched | placed, schemes=schemes_of(loaded.model))
+
+
+def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
+    """Open the files that the subject was loaded from.
+
+    Raises:
+        InfraError: there are none, as of a factory's or a fixture's model.
+    """
+    return StoredWeights(files_of(subject), layers_of(loaded.model))
+
+
+def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, meta: Mapping[str, Any]) -> Beside | None:
+    """Return what stands beside the subject. `meta`: the subject's, which may explain why samples differ."""
+    if isinstance(reference, KeptFile):
+        device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
+        return KeptPartner(reference, device, reference.origin(meta))
+    return Partner(reference.model, reference.stream) if reference is not None else None
+
+
+def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
+    """Return which batches hold the wanted samples. `starts`: the first sample of each batch, and the end of the last.
+
+    Raises:
+        InfraError: they are no whole batches.
+    """
+    if samples is None:
+        return range(len(starts) - 1)
+    first, end = samples[0], min(samples[1], starts[-1])
+    if first not in starts or end not in starts or first >= end:
+        raise InfraError(
+            f"the samples {samples[0]}:{samples[1]} are no whole batches: there are {starts[-1]} samples "
+            f"in batches of {starts[1]}"
+        )
+    return range(starts.index(first), starts.index(end))
+
+
+def _part(
+    models: Models,
+    every: Sequence[Batch],
+    starts: Sequence[int],
+    own: range,
+    requests: Sequence[Request],
+    progress: Progress | None,
+    sums: PartialSums | None,
+) -> Capture:
+    """Run some of all batches, from where an earlier run was stopped on."""
+    first, end, total = starts[own.start], starts[own.stop], starts[-1]
+    done = sums.load(requests) if sums else None
+    position = done.meta["samples"][1] if done else first
+    if done is None or done.meta["samples"][0] != first or position not in starts or not first < position < end:
+        done, position = None, first
+    rest = every[starts.index(position) : own.stop]
+
+    def placed(capture: Capture, to: int) -> Capture:
+        part = replace(capture, meta={"samples": [position, to, total]})
+        return merge([done, part]) if done else part
+
+    def keep(make: Callable[[], Capture], count: int) -> None:
+        if sums is not None:
+            sums.keep(lambda: placed(make(), position + count))
+
+    def told(count: int, _: int) -> None:
+        if progress is not None:
+            progress(position - first + count, end - first)
+
+    capture = placed(_run(models, rest, requests, told, position, keep), end)
+    if sums is not None:
+        sums.discard()
+    whole = (first, end) == (0, total)
+    return replace(capture, meta={} if whole else {"samples": [first, end, total]})
+
+
+def _run(
+    models: Models,
+    batches: Sequence[Batch],
+    requests: Sequence[Request],
+    progress: Progress,
+    first_sample: int,
+    keep: Keep,
+) -> Capture:
+    loaded = models.subject
+    with _errors_of_a_pass(type(loaded.model).__name__):
+        return run_pass(
+            loaded.model,
+            batches,
+            requests,
+            decode=decoder_of(loaded.tokenizer),
+            progress=progress,
+            stream=loaded.stream,
+            first_sample=first_sample,
+            keep=keep,
+            partner=models.partner,
+            witness=models.witness,
+            stored=models.stored,
+        )
+
+
+@contextmanager
+def _errors_of_a_pass(name: str) -> Iterator[None]:
+    """Say in one line what stopped a pass over a model of the class `name`."""
+    try:
+        with quiet():  # compressed-tensors shows bars of its own at the first forward
+            yield
+    except torch.OutOfMemoryError as error:
+        raise InfraError(
+            f"the pass ran out of memory ({str(error).splitlines()[0]}); lower data.seq_len or batch_size"
+        ) from error
+    except RuntimeError as error:
+        raise InfraError(f"the forward pass of {name} failed: {str(error).splitlines()[0]}") from error
+
+
+def _tokens_note(subject: Subject, loaded: Loaded) -> str:
+    """Compare the tokenizer of a GGUF's run with the file's own; return what is to be said of it.
+
+    Raises:
+        InfraError: they give other ids.
+    """
+    folder = local_folder(subject)
+    if subject.model is None or subject.model.gguf_file is None or loaded.tokenizer is None or folder is None:
+        return ""
+    return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)
+
+
+def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
+    if loaded.tokenizer is None:
+        raise InfraError(
+            f"{subject.path or subject.name} has no tokenizer to make token batches with; save one beside the weights, "
+            "or give batches in a fixture qsa_batches"
+        )
+    return batches_of(subject.data, loaded.tokenizer, subject.folder, getattr(loaded.model, "config", None))
+
+
+def _meta(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> dict[str, Any]:
+    data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
+    folder = local_folder(subject)
+    fetched = folder is not None and not Path(subject.path).is_dir()
+    revision = {"revision": folder.name} if folder is not None and fetched else {}  # the hub's cache names it so
+    return {
+        "model": {
+            "path": subject.path,
+            **revision,
+            **describe(loaded.model),
+            "tokenizer": tokenizer_identity(loaded.tokenizer),
+        },
+        "data": {**data, "fingerprint": fingerprint(batches)},
+    }
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """Return the SHA-256 of all tensors of the batches; how the rows are batched doesn't matter."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        named: Mapping[str, Any] = {"": batch} if isinstance(batch, Tensor) else batch
+        tensors = {name: value for name, value in sorted(named.items()) if isinstance(value, Tensor)}
+        for rows in zip(*tensors.values(), strict=False):
+            for name, row in zip(tensors, rows, strict=True):
+                digest.update(f"{name}{row.dtype}{tuple(row.shape)}".encode())
+                digest.update(row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b"")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def loaded_from_fixture(model: object, tokenizer: object | None, fixture: str = "qsa_model") -> Loaded:
+    """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
+
+    Raises:
+        InfraError: it is something else.
+    """
+    if isinstance(model, tuple) and len(model) == 2:
+        model, tokenizer = model
+    if not isinstance(model, nn.Module):
+        raise InfraError(f"the fixture {fixture} returned {type(model).__name__}, not a torch.nn.Module")
+    return Loaded(model, tokenizer)

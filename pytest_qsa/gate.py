@@ -217,7 +217,7 @@ class Gate:
     ) -> Capture:
         with self._progress(subject) as progress:
             if subject.model is not None and subject.model.told:
-                from .served.capturing import capture_served
+                from .external.served.ask import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
             from .engine.subject import Share, capture_loaded, capture_subject, loaded_from_fixture

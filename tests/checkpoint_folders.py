@@ -26,7 +26,8 @@ import pytest
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
 QUIET = [
     "-p", "no:hypothesispytest", "-p", "no:anyio",  # a second to import, and nothing to do with ours
-    "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-W", "default::pytest_qsa.common.errors.QsaWarning",
+    "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+    "-W", "default::pytest_qsa.common.errors.QsaWarning",
 ]  # fmt: skip
 """What every run gets: a warning of anyone but us is an error."""
 SECONDS = 240

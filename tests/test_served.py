@@ -16,8 +16,8 @@ from pytest_qsa.assertions import detailed, judge_bounds
 from pytest_qsa.budgets import budget_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.subject import capture_subject
+from pytest_qsa.external.served.ask import capture_served
 from pytest_qsa.measuring import measured
-from pytest_qsa.served.capturing import capture_served
 from pytest_qsa.served.judging import settled
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.subject import Subject

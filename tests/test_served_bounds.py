@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.served.agreement import ReferenceRows, agreement_of, rows_of_table
-from pytest_qsa.served.bounds import kl_bounds, nll_bounds
-from pytest_qsa.served.tables import ABSENT, table_of
+from pytest_qsa.external.served.agreement import ReferenceRows, agreement_of, rows_of_table
+from pytest_qsa.external.served.tables import ABSENT, table_of
+from pytest_qsa.external.served.top_tokens import kl_bounds, nll_bounds
 
 VOCABULARY = 24
 

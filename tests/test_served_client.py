@@ -11,9 +11,9 @@ import torch
 from served_models import ServedModel, serving
 
 from pytest_qsa.common.errors import InfraError, QsaError
-from pytest_qsa.served import endpoint
-from pytest_qsa.served.client import Client
-from pytest_qsa.served.files import read_logprobs
+from pytest_qsa.external.served import endpoint
+from pytest_qsa.external.served.client import Client
+from pytest_qsa.external.served.logprob_files import read_logprobs
 from pytest_qsa.suite.served_model import Served
 
 TOKENS = [3, 11, 7, 7, 29, 0]

@@ -11,9 +11,9 @@ from ..budgets import budget_of
 from ..captures.capture import Capture
 from ..captures.statistics import LOGITS
 from ..common.errors import AnomalyError
+from ..external.served.ask import bounded
 from ..measuring import series_of
 from ..metrics.series import Series
-from .capturing import bounded
 
 if TYPE_CHECKING:
     from ..suite.sections import MeasuredAssertion

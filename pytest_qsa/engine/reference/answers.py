@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...common.errors import AnomalyError, InfraError
-from ...served.agreement import ReferenceRows
-from ...served.tables import ABSENT, Table
+from ...external.served.agreement import ReferenceRows
+from ...external.served.tables import ABSENT, Table
 from ...suite.subject import Subject
 from ..load.data import batches_of
 from ..load.models import Loaded, tokenizer_of

@@ -12,7 +12,7 @@ import numpy as np
 from ..assertions import number
 from ..common.errors import AnomalyError
 from ..metrics.series import OVER, Bounds, Over
-from .reading import Score
+from .evals import Score
 
 Comparison = Literal["value", "recovery", "drop"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)

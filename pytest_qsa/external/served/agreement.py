@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import NOTHING, ROUNDED, Between, Floats, kl_bounds, nll_bounds
 from .tables import ABSENT, Table
+from .top_tokens import NOTHING, ROUNDED, Between, Floats, kl_bounds, nll_bounds
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 
 from ._compat import fixture_source
-from .assertions import Kind, Verdict
-from .beside import beside_reference, run_of
 from .captures.capture import Capture
 from .captures.partial import PartialSums
 from .captures.statistics import COUNTS, Request
@@ -26,18 +24,20 @@ from .ci import properties_of
 from .collection import QsaSuite
 from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .common.progress import progress_bar
-from .diagnosis import diagnosed
-from .evidence import sinks_behind, token_evidence
 from .metrics.activations import METRICS
 from .needs import requests_of
 from .options import Options
-from .previous import kept_release
 from .suite.execution import check_execution
 from .suite.load import SuiteFile, load_suite
 from .suite.sections import Data, Memory, Model
 from .suite.session import Captures
 from .suite.subject import Checkpoint, Subject, files_of, previous_of
 from .terminal import failure_text
+from .verdicts.beside import beside_reference, run_of
+from .verdicts.evidence import sinks_behind, token_evidence
+from .verdicts.explain import diagnosed
+from .verdicts.previous import kept_release
+from .verdicts.verdict import Kind, Verdict
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
@@ -161,7 +161,7 @@ class Gate:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
-        from .baselines import HOME, NAME, baseline_folder
+        from .verdicts.baselines import HOME, NAME, baseline_folder
 
         item.stash[HOME] = baseline_folder(item.path, subject.name)
         item.stash[NAME] = plain_name(item)

@@ -183,9 +183,9 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
     """Return a function that makes what a series must equal, within a tolerance: `rel=0.05`, say; it is kept in git."""
-    from .assertions import Tolerance
     from .judging import baseline_snapshot
     from .python_api import QsaBaseline
+    from .verdicts.verdict import Tolerance
 
     snapshot = baseline_snapshot(request)
 

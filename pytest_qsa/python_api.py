@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .assertions import Kind, Tolerance, Verdict, anomaly, judge_bounds
 from .captures.capture import Capture
 from .captures.statistics import LOGITS, Request, Site
 from .checkpoint.checks.health import problems_of
-from .checkpoint.judging import judge_problems
 from .common.errors import QsaError
 from .gate import Gate, GateFailure, caller
 from .judging import against_baseline
@@ -21,6 +19,8 @@ from .metrics.query import Positions, positions_of, query_of
 from .metrics.selection import NotMeasuredError, Selection
 from .metrics.series import Judge, Series
 from .needs import EVERYTHING
+from .verdicts.static import judge_problems
+from .verdicts.verdict import Kind, Tolerance, Verdict, anomaly, judge_bounds
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

@@ -99,9 +99,9 @@ def _stopped(item: pytest.Item, error: Any) -> Any:
     """Make the verdict of a Python test that an error stopped before it could compare."""
     from dataclasses import replace
 
-    from .assertions import anomaly
     from .common.errors import shown_path
     from .gate import VERDICTS
+    from .verdicts.verdict import anomaly
 
     verdict = replace(anomaly(error), id=item.name, where=shown_path(item.path))
     item.stash.setdefault(VERDICTS, []).append(verdict)
@@ -219,7 +219,7 @@ class Reporter:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""
         from .common.errors import shown_path
         from .common.files import write_atomically
-        from .ratchet import patch_of, project_root
+        from .verdicts.ratchet import patch_of, project_root
 
         limits = [limit for result in self.results for limit in result["limits"]]
         patch = patch_of(limits, project_root(self.config.rootpath))

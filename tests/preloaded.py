@@ -25,7 +25,6 @@ import transformers.tokenization_utils_tokenizers
 import xdist.looponfail
 import xdist.plugin
 
-import pytest_qsa.baselines
 import pytest_qsa.engine.api
 import pytest_qsa.engine.subject
 import pytest_qsa.gate
@@ -35,6 +34,7 @@ import pytest_qsa.report.page
 import pytest_qsa.reporting
 import pytest_qsa.suite.sections
 import pytest_qsa.terminal
+import pytest_qsa.verdicts.baselines
 from pytest_qsa.engine.reduce import cpu
 from pytest_qsa.engine.reduce import cpu_kernels as kernels
 

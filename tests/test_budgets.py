@@ -11,10 +11,10 @@ import torch
 from checkpoint_folders import Project, peaks
 
 from pytest_qsa import Capture
-from pytest_qsa.budgets import budget_of, scheme_of
 from pytest_qsa.common.errors import AnomalyError, SuiteError
 from pytest_qsa.engine.formats.schemes import schemes_of
 from pytest_qsa.suite.load import load_suite
+from pytest_qsa.verdicts.budgets import budget_of, scheme_of
 
 LAYERS = [f"model.layers.{n}" for n in range(4)]
 SCHEMES = {

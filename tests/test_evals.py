@@ -11,8 +11,8 @@ import pytest
 from checkpoint_folders import Project
 
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.evals.judging import judge_scores
 from pytest_qsa.suite.load import load_suite
+from pytest_qsa.verdicts.external import judge_scores
 
 BASE = {
     "results": {

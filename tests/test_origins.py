@@ -12,10 +12,10 @@ from pytest_qsa.metrics.activations.series import Bounds
 from test_reference import damaged
 
 from pytest_qsa import capture
-from pytest_qsa.assertions import judge_bounds
 from pytest_qsa.checkpoint.folder import open_folder
-from pytest_qsa.diagnosis import diagnosed
-from pytest_qsa.origins import origin_of
+from pytest_qsa.verdicts.explain import diagnosed
+from pytest_qsa.verdicts.origins import origin_of
+from pytest_qsa.verdicts.verdict import judge_bounds
 
 LAYER = "model.layers.2.mlp.down_proj"
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"
@@ -99,7 +99,7 @@ def test_settings_that_cannot_be_read_hide_no_scale_that_is_off(original, int8_l
 
 
 COUNTED = """\
-import pytest_qsa.diagnosis as diagnosis
+import pytest_qsa.verdicts.explain as diagnosis
 looked = diagnosis.origin_of
 def counting(*arguments):
     with open("looks.txt", "a") as file:

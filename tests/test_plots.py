@@ -19,11 +19,11 @@ from pytest_qsa.captures.capture.capture import Capture
 from pytest_qsa.captures.capture.numbers import SiteNumbers
 from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
-from pytest_qsa.assertions import Kind, Row, Verdict, judge_bounds
 from pytest_qsa.plots import draw, magnitude_figure, outlier_figure, style, value_figure
 from pytest_qsa.plots.depth import depth_of
 from pytest_qsa.plots.style import GROUP_STYLES, safe_text
 from pytest_qsa.plots.values import judged_layers
+from pytest_qsa.verdicts.verdict import Kind, Row, Verdict, judge_bounds
 
 BLOCKS = r"layers\.\d+$"
 

@@ -8,10 +8,10 @@ import pytest
 from checkpoint_folders import Project, suite
 
 from pytest_qsa import Capture
-from pytest_qsa.budgets import budget_of
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.suite.bounds import Relative
 from pytest_qsa.suite.load import load_suite
+from pytest_qsa.verdicts.budgets import budget_of
 
 ASKED = r"metric: absmax, layers: 'layers\.\d\.mlp\.down_proj$', site: output"
 TIMES = "{times: 1.1, of: previous}"

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_folders import Project, peaks, suite
 
 from pytest_qsa import Capture
-from pytest_qsa.ratchet import tighter
+from pytest_qsa.verdicts.ratchet import tighter
 
 BASE = """\
 # a base of two suites

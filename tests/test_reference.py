@@ -14,13 +14,13 @@ from pytest_qsa.captures.capture.sinks import Sink, Sinks
 from pytest_qsa.metrics.activations.series import Bounds
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.assertions import Tolerance, judge_baseline, judge_bounds
-from pytest_qsa.baseline_file import BaselineFile
-from pytest_qsa.beside import beside_reference
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
-from pytest_qsa.evidence import token_evidence
 from pytest_qsa.plots import value_figure
+from pytest_qsa.verdicts.baseline_file import BaselineFile
+from pytest_qsa.verdicts.beside import beside_reference
+from pytest_qsa.verdicts.evidence import token_evidence
+from pytest_qsa.verdicts.verdict import Tolerance, judge_baseline, judge_bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS, LINEAR = r"layers\.\d+$", r"_proj$"

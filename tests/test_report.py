@@ -16,8 +16,8 @@ import pytest
 from checkpoint_folders import peaks, suite
 from pytest_qsa.captures.capture.histograms import histogram
 
-from pytest_qsa.assertions import Kind, Row, TokenEvidence, Verdict
 from pytest_qsa.report import to_plain, write_report
+from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 
 SESSION = {
     "command": "pytest gate.qsa.yaml --qsa-report always", "started": "2026-01-02T03:04:05+00:00", "duration_s": 4.2,

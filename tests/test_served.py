@@ -12,15 +12,15 @@ from checkpoint_folders import Project, save_llama
 from pytest_qsa.captures.capture.capture import Capture
 from served_models import ServedModel, logprobs_of, serving
 
-from pytest_qsa.assertions import detailed, judge_bounds
-from pytest_qsa.budgets import budget_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.external.served.ask import capture_served
-from pytest_qsa.measuring import measured
-from pytest_qsa.served.judging import settled
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.subject import Subject
+from pytest_qsa.verdicts.budgets import budget_of
+from pytest_qsa.verdicts.judge import measured
+from pytest_qsa.verdicts.served import settled
+from pytest_qsa.verdicts.verdict import detailed, judge_bounds
 
 VOCABULARY, SAMPLES, LENGTH = 320, 3, 32
 EVERY = ("kl_divergence, max: 0", "same_top, min: 2", "perplexity, max: 0", "ln_ppl_ratio, max: -9", "delta_p, max: 0")

@@ -10,11 +10,11 @@ import pytest
 from checkpoint_folders import Project, peaks, suite
 from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
-from pytest_qsa.assertions import Kind, anomaly, judge_bounds
 from pytest_qsa.common.errors import AnomalyError, SuiteError
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.waiver import Waiver
-from pytest_qsa.waivers import apply_waivers
+from pytest_qsa.verdicts.verdict import Kind, anomaly, judge_bounds
+from pytest_qsa.verdicts.waivers import apply_waivers
 
 UNTIL = date(2027, 1, 31)
 WAIVE = "waive: {layers: 'layers.[01]$', owner: 'team-x', reason: known since June, until: 2027-01-31}"

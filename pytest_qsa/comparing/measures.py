@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..assertions import number
-from ..baseline_file import BaselineFile
 from ..metrics.activations import METRICS
+from ..verdicts.baseline_file import BaselineFile
+from ..verdicts.verdict import number
 
 
 @dataclass(frozen=True)

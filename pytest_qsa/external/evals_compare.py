@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..assertions import number
 from ..common.errors import AnomalyError
 from ..metrics.series import OVER, Bounds, Over
+from ..verdicts.verdict import number
 from .evals import Score
 
 Comparison = Literal["value", "recovery", "drop"]

@@ -13,8 +13,8 @@ from .quantization import decibels
 from .registry import View, metric
 
 if TYPE_CHECKING:
-    from ..assertions import Verdict
     from ..captures.capture import Capture
+    from ..verdicts.verdict import Verdict
 
 ONE_FACTOR = 40.0
 """So many dB above what is left of a difference, one factor explains it."""

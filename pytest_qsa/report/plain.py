@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
 
-from ..assertions import Verdict
+from ..verdicts.verdict import Verdict
 
 SCHEMA = "qsa-report/1"
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .assertions import Verdict
-from .captures.capture import Capture
-from .captures.statistics import LOGITS, SINKS, exactly
-from .common.errors import QsaError
-from .metrics.activations import METRICS
-from .metrics.registry import Metric
+from ..captures.capture import Capture
+from ..captures.statistics import LOGITS, SINKS, exactly
+from ..common.errors import QsaError
+from ..metrics.activations import METRICS
+from ..metrics.registry import Metric
+from .verdict import Verdict
 
 
 def beside_reference(verdict: Verdict, capture: Capture) -> Verdict:

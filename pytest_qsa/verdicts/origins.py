@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .assertions import number
-from .captures.capture import Capture
-from .captures.statistics import Site
-from .checkpoint.findings import Finding
-from .common.errors import AnomalyError
-from .metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
-from .metrics.registry import View
+from ..captures.capture import Capture
+from ..captures.statistics import Site
+from ..checkpoint.findings import Finding
+from ..common.errors import AnomalyError
+from ..metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
+from ..metrics.registry import View
+from .verdict import number
 
 UNRELATED = 0.1
 """A correlation below it is none."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..assertions import number
-from ..budgets import budget_of
 from ..captures.capture import Capture
 from ..captures.statistics import LOGITS
 from ..common.errors import AnomalyError
 from ..external.served.ask import bounded
-from ..measuring import series_of
 from ..metrics.series import Series
+from .budgets import budget_of
+from .judge import series_of
+from .verdict import number
 
 if TYPE_CHECKING:
     from ..suite.sections import MeasuredAssertion

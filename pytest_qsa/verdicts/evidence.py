@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .assertions import TokenEvidence, Verdict
-from .captures.capture import Capture
-from .captures.numbers import SiteNumbers, lower_median
-from .captures.sinks import Sinks
-from .metrics.activations import METRICS, View
-from .metrics.fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
+from ..captures.capture import Capture
+from ..captures.numbers import SiteNumbers, lower_median
+from ..captures.sinks import Sinks
+from ..metrics.activations import METRICS, View
+from ..metrics.fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
+from .verdict import TokenEvidence, Verdict
 
 NEIGHBOURS = 6
 

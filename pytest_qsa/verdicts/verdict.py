@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..checkpoint.findings import Finding
+from ..common.errors import BaselineError, QsaError
+from ..metrics.series import Bounds, Query, Series
 from .baseline_file import BaselineFile, rounded
-from .checkpoint.findings import Finding
-from .common.errors import BaselineError, QsaError
-from .metrics.series import Bounds, Query, Series
 
 
 class Kind(StrEnum):

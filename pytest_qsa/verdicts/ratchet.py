@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from .assertions import Limit, Row
+from ..suite.bounds import Stated
+from ..suite.yaml_source import Location, Place
 from .budgets import key_of
-from .suite.bounds import Stated
-from .suite.yaml_source import Location, Place
+from .verdict import Limit, Row
 
 DIGITS = 2
 """The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""

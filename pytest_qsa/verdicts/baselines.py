@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
-from .assertions import Kind, Tolerance, Verdict, accepted, judge_baseline
+from ..common.errors import BaselineError, InfraError
+from ..common.files import write_atomically
+from ..metrics.series import Series
 from .baseline_file import BaselineFile, is_baseline
-from .common.errors import BaselineError, InfraError
-from .common.files import write_atomically
-from .metrics.series import Series
+from .verdict import Kind, Tolerance, Verdict, accepted, judge_baseline
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

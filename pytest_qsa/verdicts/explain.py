@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from .assertions import Kind, Verdict
-from .captures.capture import Capture
-from .checkpoint.checks.health import Files, problems_of
-from .checkpoint.findings import Finding
-from .checkpoint.judging import by_design
-from .common.errors import InfraError, QsaError
-from .metrics.activations import METRICS
+from ..captures.capture import Capture
+from ..checkpoint.checks.health import Files, problems_of
+from ..checkpoint.findings import Finding
+from ..common.errors import InfraError, QsaError
+from ..metrics.activations import METRICS
 from .origins import origin_of
+from .static import by_design
+from .verdict import Kind, Verdict
 
 OF_LAYERS = ("checkpoint_scales", "checkpoint_weights", "checkpoint_formats", "checkpoint_keys")
 """The checks that a layer can fail; settings are of the whole checkpoint, and take longer than all of these."""

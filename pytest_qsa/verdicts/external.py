@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..assertions import Verdict, judge_bounds
-from ..budgets import Budget, budget_of
 from ..common.errors import shown_path
 from ..external.evals import Wanted, read_scores
 from ..external.evals_compare import Compared, compared, conditions_of, folded, widened
 from ..metrics.series import Series
 from ..suite.external_assertion import NAME, ExternalAssertion
+from .budgets import Budget, budget_of
+from .verdict import Verdict, judge_bounds
 
 
 def judge_scores(assertion: ExternalAssertion, folder: Path, name: str) -> tuple[Verdict, Budget]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..assertions import Kind, Verdict, judge_bounds
+from ..checkpoint.checks.health import Files
+from ..checkpoint.findings import Finding
+from ..checkpoint.formats.declared import declared
+from ..checkpoint.smoothing import Relation
 from ..metrics.series import Bounds, Series
-from .checks.health import Files
-from .findings import Finding
-from .formats.declared import declared
-from .smoothing import Relation
+from .verdict import Kind, Verdict, judge_bounds
 
 
 def judge_problems(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 
-from .assertions import Kind, Row, Verdict, WaiverUse, out_of_bounds
-from .captures.statistics import match_layers
-from .suite.waiver import Waiver
+from ..captures.statistics import match_layers
+from ..suite.waiver import Waiver
+from .verdict import Kind, Row, Verdict, WaiverUse, out_of_bounds
 
 
 def apply_waivers(verdict: Verdict, waivers: Sequence[Waiver], today: date) -> Verdict:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .assertions import check_comparable
+from ..captures.capture import Capture
+from ..common.errors import AnomalyError, BaselineError
+from ..metrics.series import Series
+from ..suite.subject import Subject
 from .baseline_file import BaselineFile
 from .baselines import baseline_folder
-from .captures.capture import Capture
-from .common.errors import AnomalyError, BaselineError
-from .metrics.series import Series
-from .suite.subject import Subject
+from .verdict import check_comparable
 
 Measure = Callable[[Capture], Series]
 

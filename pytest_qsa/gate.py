@@ -20,19 +20,19 @@ from .captures.capture import Capture
 from .captures.partial import PartialSums
 from .captures.statistics import COUNTS, Request
 from .checkpoint.checks.health import Files
-from .ci import properties_of
 from .collection import QsaSuite
 from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
 from .common.progress import progress_bar
 from .metrics.activations import METRICS
 from .needs import requests_of
 from .options import Options
+from .report.ci import properties_of
+from .report.terminal import failure_text
 from .suite.execution import check_execution
 from .suite.load import SuiteFile, load_suite
 from .suite.sections import Data, Memory, Model
 from .suite.session import Captures
 from .suite.subject import Checkpoint, Subject, files_of, previous_of
-from .terminal import failure_text
 from .verdicts.beside import beside_reference, run_of
 from .verdicts.evidence import sinks_behind, token_evidence
 from .verdicts.explain import diagnosed
@@ -295,7 +295,7 @@ class Gate:
         if not self._reported(verdict) or not verdict.rows:
             return verdict
         from .captures.histograms import histograms_of
-        from .plots import draw
+        from .report.plots import draw
 
         query = verdict.query
         layers = capture.select(query["layers"], query["site"], query["exclude"]).layers

@@ -27,8 +27,8 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
         _describe_failure(item, call, report)
     if verdicts := item.stash.get(VERDICTS, None):
-        from .ci import attach
         from .report import to_plain
+        from .report.ci import attach
 
         if not report.failed:  # a comparison that the test itself took back, or an expected failure
             verdicts = [verdict for verdict in verdicts if not verdict.failed]
@@ -41,7 +41,7 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
 def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
     from .common.errors import QsaError
     from .gate import VERDICTS, GateFailure
-    from .terminal import failure_text
+    from .report.terminal import failure_text
 
     assert call.excinfo is not None
     error = call.excinfo.value
@@ -268,7 +268,7 @@ class Reporter:
         """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""
         if os.environ.get("GITHUB_ACTIONS") != "true" or not (self.results or self.suite_errors):
             return []
-        from .github import annotation_lines, append_summary
+        from .report.github import annotation_lines, append_summary
 
         lines = list(annotation_lines(self.results, self.suite_errors))
         if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):

@@ -29,11 +29,11 @@ import pytest_qsa.engine.api
 import pytest_qsa.engine.subject
 import pytest_qsa.gate
 import pytest_qsa.judging
-import pytest_qsa.plots
 import pytest_qsa.report.page
+import pytest_qsa.report.plots
+import pytest_qsa.report.terminal
 import pytest_qsa.reporting
 import pytest_qsa.suite.sections
-import pytest_qsa.terminal
 import pytest_qsa.verdicts.baselines
 from pytest_qsa.engine.reduce import cpu
 from pytest_qsa.engine.reduce import cpu_kernels as kernels

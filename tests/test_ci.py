@@ -15,7 +15,7 @@ import pytest
 from checkpoint_folders import Project, peaks, suite
 from junit_format import violations
 
-from pytest_qsa.github import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
+from pytest_qsa.report.github import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "</summary><img src=x>|`@team`\n::error::no%\u202e"

@@ -24,10 +24,10 @@ from pytest_qsa.captures.capture.channels import channel_bands
 from pytest_qsa.analysis.drawing import draw_picture
 from pytest_qsa.analysis.planning import plan_pictures
 from pytest_qsa.engine.run.forward import run_pass
-from pytest_qsa.plots.boxes import box_figure, histogram_figure
-from pytest_qsa.plots.heatmaps import map_figure, surface_figure
-from pytest_qsa.plots.outliers import Outliers, outlier_picture
-from pytest_qsa.plots.percentiles import percentile_figure
+from pytest_qsa.report.plots.boxes import box_figure, histogram_figure
+from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
+from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
+from pytest_qsa.report.plots.percentiles import percentile_figure
 from pytest_qsa.suite.visualization import Visualization
 
 IMAGES = Path(__file__).parent / "images"
@@ -260,7 +260,7 @@ def test_a_token_of_any_script_is_drawn_safely(text):
 def test_a_glyph_that_only_another_font_has_is_drawn_by_it(monkeypatch):
     from matplotlib import get_data_path
 
-    from pytest_qsa.plots import style
+    from pytest_qsa.report.plots import style
 
     own, other = "fonts/ttf/DejaVuSans.ttf", "fonts/ttf/STIXGeneral.ttf"
     assert style.safe_text("\u1d81x") == "U+1D81x"

@@ -16,7 +16,7 @@ from pytest_qsa.metrics.activations.series import Bounds
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
-from pytest_qsa.plots import value_figure
+from pytest_qsa.report.plots import value_figure
 from pytest_qsa.verdicts.baseline_file import BaselineFile
 from pytest_qsa.verdicts.beside import beside_reference
 from pytest_qsa.verdicts.evidence import token_evidence

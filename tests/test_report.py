@@ -435,7 +435,7 @@ def test_a_command_is_copied_as_it_is(opened):
 
 @pytest.mark.slow
 def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
-    from pytest_qsa.plots.style import new_figure, save_png
+    from pytest_qsa.report.plots.style import new_figure, save_png
 
     picture = save_png(new_figure(4.0), tmp_path / "value.png")
     long = "model." + "a_module_with_a_name_beyond_all_measure." * 6 + "proj"

@@ -16,13 +16,13 @@ from ..captures.channels import channel_bands
 from ..captures.statistics import Site, exactly, map_statistic
 from ..common.errors import QsaError
 from ..common.files import write_atomically
-from ..plots.boxes import box_figure, histogram_figure
-from ..plots.captions import counted, population, samples_of
-from ..plots.heatmaps import map_figure, surface_figure
-from ..plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
-from ..plots.outliers import outlier_picture, outliers_of, texts_of
-from ..plots.percentiles import percentile_figure
-from ..plots.style import encoded
+from ..report.plots.boxes import box_figure, histogram_figure
+from ..report.plots.captions import counted, population, samples_of
+from ..report.plots.heatmaps import map_figure, surface_figure
+from ..report.plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
+from ..report.plots.outliers import outlier_picture, outliers_of, texts_of
+from ..report.plots.percentiles import percentile_figure
+from ..report.plots.style import encoded
 from ..suite.visualization import Visualization
 from .planning import Picture, measured
 

@@ -22,8 +22,8 @@ from ..common.errors import AnomalyError
 from ..metrics.activations import ACROSS, AcrossChannels
 from ..metrics.selection import Selection
 from ..metrics.series import Series
-from ..plots.boxes import SHARES
-from ..plots.magnitudes import STATS
+from ..report.plots.boxes import SHARES
+from ..report.plots.magnitudes import STATS
 from ..suite.visualization import Visualization
 from .planning import Analysis, measured
 

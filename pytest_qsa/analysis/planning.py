@@ -21,7 +21,7 @@ from ..captures.statistics import (
 )
 from ..common.errors import AnomalyError, SuiteError
 from ..metrics.activations import METRICS
-from ..plots.depth import spread
+from ..report.plots.depth import spread
 from ..suite.visualization import Visualization
 from ..suite.yaml_source import Location
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..terminal import visible
+from ..report.terminal import visible
 
 
 def table_lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

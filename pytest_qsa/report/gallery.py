@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .text import render
+from .html import render
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..suite.execution import executed_as
-from .layers import is_out, layer_table
-from .text import flattened, render
+from .html import flattened, render
+from .page_layers import is_out, layer_table
 
 KINDS = ("REGRESSION", "ANOMALOUS", "INFRA", "WARNED", "PASSED")
 """The kinds of verdict, worst first."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..common.files import write_atomically
 from ..common.text import table_lines
+from ..report.html import render
 from ..report.plain import strict_json
-from ..report.text import render
 from .perplexity import RATIO
 from .testing import Outcome, done_of, score_of
 

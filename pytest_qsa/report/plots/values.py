@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..captures.capture import Capture
-from ..common.errors import QsaError
-from ..verdicts.verdict import Row, Verdict, number
+from ...captures.capture import Capture
+from ...common.errors import QsaError
+from ...verdicts.verdict import Row, Verdict, number
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..captures.capture import Capture
-from ..verdicts.verdict import Verdict
+from ...captures.capture import Capture
+from ...verdicts.verdict import Verdict
 from .magnitudes import magnitude_figure
 from .outliers import outlier_figure
 from .style import save_png

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.findings import Finding
-from .common.errors import shown_path
-from .suite.execution import executed_as
-from .verdicts.verdict import Row, TokenEvidence, Verdict, number
+from ..checkpoint.findings import Finding
+from ..common.errors import shown_path
+from ..suite.execution import executed_as
+from ..verdicts.verdict import Row, TokenEvidence, Verdict, number
 
 MOST_ROWS = 8
 WIDTH = 9

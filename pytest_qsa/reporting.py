@@ -196,10 +196,10 @@ class Reporter:
     def _plan(self, terminalreporter: Any) -> None:
         """Say what would run: sites, sizes, time, and the settings that fit."""
         from .collection import QsaSuite
-        from .estimating.gathering import gathered
-        from .estimating.writing import plan_lines
         from .gate import Gate, plain_name
         from .suite.session import Captures
+        from .tools.plan.explain_plan import plan_lines
+        from .tools.plan.gather import gathered
 
         def measured(dtype: str, weights: Path | None) -> Any:
             from .engine.probe import this_machine  # torch, only where a pass would run

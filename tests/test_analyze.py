@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from pytest_qsa import Capture
-from pytest_qsa.analysis.planning import PatternError, plan_pictures
 from pytest_qsa.cli import main
 from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
 from pytest_qsa.suite.visualization import Visualization
+from pytest_qsa.tools.analyze.pictures import PatternError, plan_pictures
 
 PARTS = ("", ".mlp.down_proj", ".mlp.up_proj", ".self_attn.q_proj", ".self_attn.o_proj")
 NAMES = [f"model.layers.{n}{part}" for n in range(4) for part in PARTS]
@@ -159,7 +159,7 @@ def test_one_forward_a_sample_answers_everything(tmp_path, llama, monkeypatch):
 def test_a_redacted_analysis_writes_no_token_anywhere(tmp_path, llama, monkeypatch, options):
     figures = []
     keep = lambda figure, *_, **__: figures.append(figure) or b""  # noqa: E731
-    monkeypatch.setattr("pytest_qsa.analysis.drawing.encoded", keep)
+    monkeypatch.setattr("pytest_qsa.tools.analyze.draw.encoded", keep)
     output = {"formats": ["png", "html", "csv", "json"], "include_raw_data": True}
     kinds = {"enabled": enabled("outlier_token"), "outlier": {"threshold": 1.01}, "output": output}
     assert main([*configured(tmp_path, llama, kinds), *options]) == 0

@@ -16,9 +16,9 @@ from checkpoint_folders import peaks, suite
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
-from pytest_qsa.comparing.changes import Change
-from pytest_qsa.comparing.conditions import Condition, told
-from pytest_qsa.comparing.measures import Measure
+from pytest_qsa.tools.diff.changes import Change
+from pytest_qsa.tools.diff.conditions import Condition, told
+from pytest_qsa.tools.diff.measures import Measure
 
 SITES = [(r"down_proj$", "output"), (r"layers\.\d$", "output"), (r"down_proj$", "weight")]
 CHANGED = "model.layers.1.mlp.down_proj"

@@ -15,14 +15,14 @@ from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 from torch.utils.flop_counter import FlopCounterMode
 
 from pytest_qsa.checkpoint.folder import Folder
-from pytest_qsa.estimating.gathering import Planned, gathered
-from pytest_qsa.estimating.settings import own_setting, settings_of
-from pytest_qsa.estimating.sizes import sizes_of
-from pytest_qsa.estimating.work import Work
-from pytest_qsa.estimating.writing import MEMORY_FACTOR, plan_lines
 from pytest_qsa.suite.machine import Gpu, Machine
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
+from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, plan_lines
+from pytest_qsa.tools.plan.gather import Planned, gathered
+from pytest_qsa.tools.plan.placements import own_setting, settings_of
+from pytest_qsa.tools.plan.sizes import sizes_of
+from pytest_qsa.tools.plan.work import Work
 
 GB = 10**9
 DEFAULT = Memory()

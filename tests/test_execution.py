@@ -9,13 +9,13 @@ import torch
 from checkpoint_folders import Project, edited, peaks, suite
 from pytest_qsa.captures.capture.statistics import MOMENTS, Request
 
-from pytest_qsa.comparing.sides import read_side
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import Witness
 from pytest_qsa.engine.subject import capture_loaded, capture_subject
 from pytest_qsa.suite.execution import executed_as
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
+from pytest_qsa.tools.diff.sides import read_side
 
 BLOCKS = Request(r"layers\.\d$", "output", None, frozenset({MOMENTS}))
 WEIGHTS = Request("down_proj$", "weight", None, frozenset({MOMENTS}))

@@ -21,14 +21,14 @@ from matplotlib.text import Text
 from PIL import Image
 from pytest_qsa.captures.capture.channels import channel_bands
 
-from pytest_qsa.analysis.drawing import draw_picture
-from pytest_qsa.analysis.planning import plan_pictures
 from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.report.plots.boxes import box_figure, histogram_figure
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
 from pytest_qsa.report.plots.percentiles import percentile_figure
 from pytest_qsa.suite.visualization import Visualization
+from pytest_qsa.tools.analyze.draw import draw_picture
+from pytest_qsa.tools.analyze.pictures import plan_pictures
 
 IMAGES = Path(__file__).parent / "images"
 SIZE = (120, 80)
@@ -170,7 +170,7 @@ def look_of(handle):
 def test_the_series_of_a_picture_can_be_told_apart_in_greyscale(tmp_path, monkeypatch, kind, settings):
     settings, analysis, capture = analysed(8, enabled={kind: True}, **settings)
     figures = []
-    monkeypatch.setattr("pytest_qsa.analysis.drawing.encoded", lambda figure, *_, **__: figures.append(figure) or b"")
+    monkeypatch.setattr("pytest_qsa.tools.analyze.draw.encoded", lambda figure, *_, **__: figures.append(figure) or b"")
     for picture in analysis.pictures:
         draw_picture(picture, capture, settings, tmp_path, "")
     for figure in figures:

@@ -16,15 +16,15 @@ from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.selftest.copies import Mutant
-from pytest_qsa.selftest.faults import FAULTS
-from pytest_qsa.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside
-from pytest_qsa.selftest.recording import RESULTS
-from pytest_qsa.selftest.table import lines_of, markdown_of
-from pytest_qsa.selftest.testing import Selftest, chosen, middle_of, score_of
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.sections import Data
 from pytest_qsa.suite.subject import Subject
+from pytest_qsa.tools.selftest.copies import Mutant
+from pytest_qsa.tools.selftest.faults import FAULTS
+from pytest_qsa.tools.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside
+from pytest_qsa.tools.selftest.recording import RESULTS
+from pytest_qsa.tools.selftest.run import Selftest, chosen, middle_of, score_of
+from pytest_qsa.tools.selftest.table import lines_of, markdown_of
 
 DOWN = "model.layers.2.mlp.down_proj"
 QUIET = ("-p", "no:randomly", "-p", "no:hypothesispytest", "-p", "no:anyio")
@@ -309,7 +309,7 @@ class Forked(Selftest):
 
     def _pytest(self, checkpoint, file, suites):
         words = (*suites, f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache")
-        plugin = ("-p", "pytest_qsa.selftest.recording")
+        plugin = ("-p", "pytest_qsa.tools.selftest.recording")
         assert self.project.pytest(*words, *plugin, environment={RESULTS: str(file)}).code in (0, 1)
         return json.loads(file.read_text())
 

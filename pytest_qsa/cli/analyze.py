@@ -16,13 +16,13 @@ from ..common.errors import InfraError, shown_path
 from .codes import FAILED, OK
 
 if TYPE_CHECKING:
-    from ..analysis.planning import Analysis
     from ..captures.capture import Capture
     from ..captures.partial import PartialSums
     from ..captures.statistics import Request
     from ..suite.load import SuiteFile
     from ..suite.session import MakeCapture
     from ..suite.subject import Subject
+    from ..tools.analyze.pictures import Analysis
 
 FIRST = 20
 """How many layers are listed, as in the seed."""
@@ -154,7 +154,7 @@ def _written(
     *,
     verbose: bool,
 ) -> int:
-    from ..analysis.writing import write_analysis
+    from ..tools.analyze.write import write_analysis
 
     report: Callable[[str], None] = print if verbose else lambda _: None
     try:

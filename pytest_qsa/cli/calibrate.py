@@ -12,8 +12,8 @@ from .codes import OK
 from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
-    from ..calibration import Finding, Sampled
     from ..suite.load import SuiteFile
+    from ..tools.calibrate.measure import Finding, Sampled
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     from ..common.files import write_atomically
     from ..suite.load import load_suite
-    from ..suite_edits import calibrated
+    from ..tools.calibrate.edit import calibrated
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)

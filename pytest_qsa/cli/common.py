@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from ..common.errors import InfraError, SuiteError, shown_path
 
 if TYPE_CHECKING:
-    from ..analysis.planning import Analysis
     from ..captures.capture import Capture
     from ..suite.load import SuiteFile
     from ..suite.sections import Model
     from ..suite.subject import Subject
+    from ..tools.analyze.pictures import Analysis
 
 
 def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
@@ -36,7 +36,7 @@ def planned(file: SuiteFile, names: Sequence[str]) -> Analysis:
     Raises:
         SuiteError: nothing is enabled, a pattern finds no layer, or there is no such sample; at its line.
     """
-    from ..analysis.planning import PatternError, plan_pictures
+    from ..tools.analyze.pictures import PatternError, plan_pictures
 
     visualization, data = file.suite.visualization, file.suite.data
     if visualization.enabled.heatmap_3d and visualization.heatmap_3d.sample_idx >= data.num_samples:

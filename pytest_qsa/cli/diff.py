@@ -17,10 +17,10 @@ def run(arguments: Sequence[str]) -> int:
         QsaError: a side can't be read, or the two can't be compared.
     """
     options = _parser().parse_args(arguments)
-    from ..comparing.changes import compare
-    from ..comparing.conditions import parse_all
-    from ..comparing.sides import read_side
-    from ..comparing.writing import markdown_of, page_of, text_of
+    from ..tools.diff.changes import compare
+    from ..tools.diff.conditions import parse_all
+    from ..tools.diff.render import markdown_of, page_of, text_of
+    from ..tools.diff.sides import read_side
 
     conditions = parse_all(options.fail_on)
     also = [condition.metric for condition in conditions if condition.metric is not None]

@@ -17,11 +17,11 @@ from .common import subject_of
 from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
-    from ..calibration import Finding, Sampled
     from ..checkpoint.smoothing import Compare
-    from ..drafting import Draft
     from ..suite.load import SuiteFile
     from ..suite.subject import Subject
+    from ..tools.calibrate.measure import Finding, Sampled
+    from ..tools.draft import Draft
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -34,8 +34,8 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: the model or data can't be had, or the file is there already.
     """
     from ..common.files import write_atomically
-    from ..drafting import text_of
-    from ..suite_edits import calibrated
+    from ..tools.calibrate.edit import calibrated
+    from ..tools.draft import text_of
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -94,10 +94,10 @@ def _drafted(
     sections: Sections, overrides: Sequence[str], target: Path, options: argparse.Namespace
 ) -> tuple[SuiteFile, Sampled, list[Draft], list[str]]:
     """Draft what a pass answers, make it, and draft the rest of what is then known; say what can't be compared."""
-    from ..drafting import FILES, measured_drafts, sinks_of
     from ..engine.load.outline import anatomy
     from ..suite.load import make_suite
     from ..suite.yaml_source import YamlSource
+    from ..tools.draft import FILES, measured_drafts, sinks_of
 
     model, subject = subject_of(make_suite(YamlSource(target, sections), overrides, "--"))
     parts = anatomy(model, subject.path)
@@ -119,8 +119,8 @@ def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str
     """
     from ..checkpoint.checks.health import problems_of
     from ..checkpoint.smoothing import compare_norms
-    from ..drafting import COMPARED, UNQUANTIZED
     from ..suite.subject import files_of, kept_reference
+    from ..tools.draft import COMPARED, UNQUANTIZED
 
     if subject.model is None or subject.model.reference is None:
         return [], None, []

@@ -10,8 +10,8 @@ from ..common.errors import SuiteError, shown_path
 from .common import subject_of
 
 if TYPE_CHECKING:
-    from ..calibration import Finding, Proposal, Sampled
     from ..suite.load import SuiteFile
+    from ..tools.calibrate.measure import Finding, Proposal, Sampled
 
 PARTS, PASSES, SIGMAS = 8, 2, 10.0
 """The defaults. Of ten sigmas, for one that comes from eight parts is itself uncertain (docs/bounds.md)."""

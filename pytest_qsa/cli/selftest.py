@@ -15,8 +15,8 @@ from .codes import FAILED, OK
 
 def run(arguments: Sequence[str]) -> int:
     """Print what became of each fault; return 1 where the mutation score is below what is asked for."""
-    from ..selftest.table import lines_of, score_line, write_outcomes
-    from ..selftest.testing import chosen, score_of
+    from ..tools.selftest.run import chosen, score_of
+    from ..tools.selftest.table import lines_of, score_line, write_outcomes
 
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
@@ -75,7 +75,7 @@ def _share(text: str) -> float:
 
 
 def _list() -> int:
-    from ..selftest.faults import FAULTS
+    from ..tools.selftest.faults import FAULTS
 
     for fault in FAULTS.values():
         strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
@@ -91,9 +91,9 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
         InfraError: there is no such suite or checkpoint.
     """
     from ..checkpoint.folder import open_folder
-    from ..selftest.perplexity import makes_a_pass, suite_beside
-    from ..selftest.testing import Selftest
     from ..suite.load import load_suite
+    from ..tools.selftest.perplexity import makes_a_pass, suite_beside
+    from ..tools.selftest.run import Selftest
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..calibration import Sampled
 from ..captures.capture import Capture
 from ..captures.merge import merge
 from ..captures.statistics import Request, compares
 from ..common.errors import InfraError
 from ..suite.sections import Data
 from ..suite.subject import Subject, kept_reference
+from ..tools.calibrate.measure import Sampled
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
 from .load.models import Loaded, load_model

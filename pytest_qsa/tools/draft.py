@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .captures.capture import Capture
-from .checkpoint.smoothing import Compare
+from ..captures.capture import Capture
+from ..checkpoint.smoothing import Compare
 
 DRIFT = {"rel": 0.1}
 """What the median of a layer may move. W8A8 moves it by 2.4 % at most, a scale × 1.25 by 27 % (docs/metrics.md)."""

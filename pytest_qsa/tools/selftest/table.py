@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_atomically
-from ..common.text import table_lines
-from ..report.html import render
-from ..report.plain import strict_json
+from ...common.files import write_atomically
+from ...common.text import table_lines
+from ...report.html import render
+from ...report.plain import strict_json
 from .perplexity import RATIO
-from .testing import Outcome, done_of, score_of
+from .run import Outcome, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
 MOST = 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from .calibration import Proposal
+from .measure import Proposal
 
 REMARK = re.compile(r"[ \t]*# calibrated: [^\r\n]*")
 """What an earlier calibration wrote behind its figures."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..captures.statistics import match_layers
-from ..checkpoint.folder import Folder
-from ..common.errors import InfraError, SuiteError, did_you_mean, shown_path
-from ..common.scratch import Scratch
+from ...captures.statistics import match_layers
+from ...checkpoint.folder import Folder
+from ...common.errors import InfraError, SuiteError, did_you_mean, shown_path
+from ...common.scratch import Scratch
 from .copies import Mutant
 from .faults import FAULTS, Fault
 from .perplexity import FILE, PerplexityGate, judged, taken
@@ -203,7 +203,7 @@ class Selftest:
     def _pytest(self, checkpoint: Path, file: Path, suites: Sequence[Path]) -> list[dict[str, Any]]:
         command = [
             sys.executable, "-m", "pytest", *map(str, suites), f"--qsa-model={checkpoint}", "--qsa-report=never",
-            "--qsa-no-cache", "-q", "-p", "pytest_qsa.selftest.recording", "-p", "no:cacheprovider",
+            "--qsa-no-cache", "-q", "-p", "pytest_qsa.tools.selftest.recording", "-p", "no:cacheprovider",
             *(["-x"] if self.first_only else []), *self.arguments,
         ]  # fmt: skip
         environment = os.environ | {RESULTS: str(file)}

@@ -11,20 +11,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..captures.capture import Capture
-from ..captures.channels import channel_bands
-from ..captures.statistics import Site, exactly, map_statistic
-from ..common.errors import QsaError
-from ..common.files import write_atomically
-from ..report.plots.boxes import box_figure, histogram_figure
-from ..report.plots.captions import counted, population, samples_of
-from ..report.plots.heatmaps import map_figure, surface_figure
-from ..report.plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
-from ..report.plots.outliers import outlier_picture, outliers_of, texts_of
-from ..report.plots.percentiles import percentile_figure
-from ..report.plots.style import encoded
-from ..suite.visualization import Visualization
-from .planning import Picture, measured
+from ...captures.capture import Capture
+from ...captures.channels import channel_bands
+from ...captures.statistics import Site, exactly, map_statistic
+from ...common.errors import QsaError
+from ...common.files import write_atomically
+from ...report.plots.boxes import box_figure, histogram_figure
+from ...report.plots.captions import counted, population, samples_of
+from ...report.plots.heatmaps import map_figure, surface_figure
+from ...report.plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
+from ...report.plots.outliers import outlier_picture, outliers_of, texts_of
+from ...report.plots.percentiles import percentile_figure
+from ...report.plots.style import encoded
+from ...suite.visualization import Visualization
+from .pictures import Picture, measured
 
 IMAGES = ("png", "svg")
 _SITES = {"input": "inputs", "output": "outputs", "weight": "weights"}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ..common.text import escaped, fitted, table_lines
-from ..report.terminal import visible
+from ...common.text import escaped, fitted, table_lines
+from ...report.terminal import visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent, told
 from .measures import Measure
@@ -144,7 +144,7 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
 
 def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]], least: float) -> str:
     """Return the comparison as one self-contained page."""
-    from ..report.html import render
+    from ...report.html import render
 
     rows = [
         {"layer": change.layer, "measure": str(change.measure), "old": change.old, "new": change.new,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..captures.capture import Capture
-from ..common.files import write_atomically
-from ..report.gallery import Gallery, Shown, Turning, render_gallery
-from ..report.surfaces import surface_data
-from ..suite.execution import executed_as
-from ..suite.subject import Subject
-from ..suite.visualization import Visualization
-from .drawing import Drawn, draw_picture, maps_of
-from .exports import as_csv, as_json, as_parquet, rows_of
-from .planning import Analysis
+from ...captures.capture import Capture
+from ...common.files import write_atomically
+from ...report.gallery import Gallery, Shown, Turning, render_gallery
+from ...report.surfaces import surface_data
+from ...suite.execution import executed_as
+from ...suite.subject import Subject
+from ...suite.visualization import Visualization
+from .draw import Drawn, draw_picture, maps_of
+from .export import as_csv, as_json, as_parquet, rows_of
+from .pictures import Analysis
 
 HEADINGS = {
     "magnitude_input": "Magnitudes of inputs", "magnitude_output": "Magnitudes of outputs",

@@ -1,0 +1,1 @@
+"""What `qsa` does beside gating, a room a tool."""

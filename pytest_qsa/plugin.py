@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .common.errors import SuiteError
-from .options import Options, add_options, read_options
+from .gate.options import Options, add_options, read_options
 from .suite.tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
-    from .collection import Overrides, QsaSuite
-    from .gate import Gate
-    from .python_api import Qsa, QsaBaseline
+    from .gate.collection import Overrides, QsaSuite
+    from .gate.fixtures import Qsa, QsaBaseline
+    from .gate.gate import Gate
     from .suite.subject import Checkpoint
 
 OPTIONS = pytest.StashKey[Options]()
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARK)
     options = config.stash[OPTIONS] = read_options(config)
     if not hasattr(config, "workerinput"):
-        from .reporting import Reporter
+        from .gate.reporting import Reporter
 
         config.pluginmanager.register(Reporter(config, options), "qsa-reporter")
 
@@ -60,8 +60,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
     suite_like = any(fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites"))
     if not named and (base or not suite_like):
         return None
-    from .collection import Overrides, QsaSuite
-    from .judging import run_assertion
+    from .gate.assertions import run_assertion
+    from .gate.collection import Overrides, QsaSuite
 
     suite: QsaSuite = QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
@@ -124,7 +124,7 @@ def pytest_runtest_makereport(
     """Show a red verdict as its own text, and hand the verdicts to the report."""
     report = yield
     if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
-        from .reporting import describe
+        from .gate.reporting import describe
 
         describe(item, call, report)
     return report
@@ -163,7 +163,7 @@ def qsa_reference() -> object:
 @pytest.fixture(scope="session")
 def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
-    from .gate import Gate
+    from .gate.gate import Gate
     from .suite.session import Captures
 
     worker = hasattr(request.config, "workerinput")
@@ -175,7 +175,7 @@ def qsa_gate(request: pytest.FixtureRequest) -> Gate:
 @pytest.fixture
 def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoint | None) -> Qsa:
     r"""The subject's numbers: `assert qsa.output(r"layers\.\d+$").outlier_tokens(threshold=64) <= 1`."""
-    from .python_api import Qsa
+    from .gate.fixtures import Qsa
 
     return Qsa(qsa_gate, request)
 
@@ -183,8 +183,8 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
     """Return a function that makes what a series must equal, within a tolerance: `rel=0.05`, say; it is kept in git."""
-    from .judging import baseline_snapshot
-    from .python_api import QsaBaseline
+    from .gate.assertions import baseline_snapshot
+    from .gate.fixtures import QsaBaseline
     from .verdicts.verdict import Tolerance
 
     snapshot = baseline_snapshot(request)

@@ -27,12 +27,12 @@ import xdist.plugin
 
 import pytest_qsa.engine.api
 import pytest_qsa.engine.subject
-import pytest_qsa.gate
-import pytest_qsa.judging
+import pytest_qsa.gate.assertions
+import pytest_qsa.gate.gate
+import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
 import pytest_qsa.report.plots
 import pytest_qsa.report.terminal
-import pytest_qsa.reporting
 import pytest_qsa.suite.sections
 import pytest_qsa.verdicts.baselines
 from pytest_qsa.engine.reduce import cpu

@@ -18,7 +18,8 @@ def test_probe():
 
 
 @pytest.mark.parametrize(
-    "module", ["pytest_qsa", "pytest_qsa.plugin", "pytest_qsa.options", "pytest_qsa.reporting", "pytest_qsa.cli"]
+    "module",
+    ["pytest_qsa", "pytest_qsa.plugin", "pytest_qsa.gate.options", "pytest_qsa.gate.reporting", "pytest_qsa.cli"],
 )
 def test_importing_imports_nothing_heavy(tmp_path, module):
     project = Project(tmp_path / "project")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ...reporting import FIELD
+from ...gate.reporting import FIELD
 
 RESULTS = "QSA_SELFTEST_RESULTS"
 """The environment variable that names the file."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from .captures.statistics import ALL_STATISTICS, Request, massive_statistic
+from ..captures.statistics import ALL_STATISTICS, Request, massive_statistic
+from ..common.errors import SuiteError
+from ..metrics.activations import METRICS
+from ..metrics.query import positions_of
+from ..suite.sections import MeasuredAssertion
 from .collection import QsaSuite
-from .common.errors import SuiteError
-from .metrics.activations import METRICS
-from .metrics.query import positions_of
-from .suite.sections import MeasuredAssertion
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
 """The statistics that a Python test gets where it names no metric."""

@@ -15,29 +15,29 @@ from typing import Any
 
 import pytest
 
+from ..captures.capture import Capture
+from ..captures.partial import PartialSums
+from ..captures.statistics import COUNTS, Request
+from ..checkpoint.checks.health import Files
+from ..common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
+from ..common.progress import progress_bar
+from ..metrics.activations import METRICS
+from ..report.ci import properties_of
+from ..report.terminal import failure_text
+from ..suite.execution import check_execution
+from ..suite.load import SuiteFile, load_suite
+from ..suite.sections import Data, Memory, Model
+from ..suite.session import Captures
+from ..suite.subject import Checkpoint, Subject, files_of, previous_of
+from ..verdicts.beside import beside_reference, run_of
+from ..verdicts.evidence import sinks_behind, token_evidence
+from ..verdicts.explain import diagnosed
+from ..verdicts.previous import kept_release
+from ..verdicts.verdict import Kind, Verdict
 from ._compat import fixture_source
-from .captures.capture import Capture
-from .captures.partial import PartialSums
-from .captures.statistics import COUNTS, Request
-from .checkpoint.checks.health import Files
 from .collection import QsaSuite
-from .common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
-from .common.progress import progress_bar
-from .metrics.activations import METRICS
 from .needs import requests_of
 from .options import Options
-from .report.ci import properties_of
-from .report.terminal import failure_text
-from .suite.execution import check_execution
-from .suite.load import SuiteFile, load_suite
-from .suite.sections import Data, Memory, Model
-from .suite.session import Captures
-from .suite.subject import Checkpoint, Subject, files_of, previous_of
-from .verdicts.beside import beside_reference, run_of
-from .verdicts.evidence import sinks_behind, token_evidence
-from .verdicts.explain import diagnosed
-from .verdicts.previous import kept_release
-from .verdicts.verdict import Kind, Verdict
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
@@ -161,7 +161,7 @@ class Gate:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
-        from .verdicts.baselines import HOME, NAME, baseline_folder
+        from ..verdicts.baselines import HOME, NAME, baseline_folder
 
         item.stash[HOME] = baseline_folder(item.path, subject.name)
         item.stash[NAME] = plain_name(item)
@@ -217,10 +217,10 @@ class Gate:
     ) -> Capture:
         with self._progress(subject) as progress:
             if subject.model is not None and subject.model.told:
-                from .external.served.ask import capture_served
+                from ..external.served.ask import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
-            from .engine.subject import Share, capture_loaded, capture_subject, loaded_from_fixture
+            from ..engine.subject import Share, capture_loaded, capture_subject, loaded_from_fixture
 
             if subject.model is not None:
                 code, share = self.options.allow_code, Share(sums=sums)
@@ -294,8 +294,8 @@ class Gate:
     def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
         if not self._reported(verdict) or not verdict.rows:
             return verdict
-        from .captures.histograms import histograms_of
-        from .report.plots import draw
+        from ..captures.histograms import histograms_of
+        from ..report.plots import draw
 
         query = verdict.query
         layers = capture.select(query["layers"], query["site"], query["exclude"]).layers

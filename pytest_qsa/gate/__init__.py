@@ -1,0 +1,1 @@
+"""The gate of one pytest session: options, collection, planning, fixtures and reports."""

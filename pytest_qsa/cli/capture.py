@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InfraError, SuiteError, shown_path
-from . import keeping
+from . import capture_reference as keeping
 from .codes import OK
 from .common import keep, planned, subject_of
 

@@ -1,1 +1,1 @@
-"""What a pass leaves: statistics, the numbers of each site, the capture and its file, merging, the cache. numpy only."""
+"""What a pass leaves: statistics, numbers of each site, the capture and its file, merging, the cache. numpy only."""

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from pytest_qsa import capture
 from pytest_qsa.engine import ranks
+from pytest_qsa.engine.load.batches import rows_of
 from pytest_qsa.engine.modules import blocks_of, layers_of
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import cuda_powers, cuda_scores, powers_of, scores_of
 from pytest_qsa.engine.reduce.transfers import Transfer
 from pytest_qsa.engine.reference.compare import Met, Pairs
-from pytest_qsa.engine.run.batches import rows_of
 from pytest_qsa.engine.run.forward import wanted_sites
 from pytest_qsa.engine.run.hooks import hooked, run_batch
 from pytest_qsa.engine.run.visits import Forward, Visits

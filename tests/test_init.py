@@ -12,9 +12,10 @@ from checkpoint_folders import Project, edited, save_llama
 from pytest_qsa import capture
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
+from pytest_qsa.suite.anatomy import Anatomy
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.sections import Data
-from pytest_qsa.tools.draft import Anatomy, measured_drafts, sinks_of
+from pytest_qsa.tools.draft import measured_drafts, sinks_of
 
 SMALL = ("--parts", "4", "--data.num_samples", "2", "--data.seq_len", "24", "--memory.device", "cpu")
 

@@ -12,17 +12,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import InfraError
 from ..common.files import write_atomically
-from ..metrics.selection import Selection
 from .numbers import SiteNumbers
 from .sinks import Sinks, find_sinks
 from .statistics import LOGITS, Request, Site, match_layers
+
+if TYPE_CHECKING:
+    from ..metrics.selection import Selection
 
 FORMAT = "qsa-capture/1"
 REFERENCE = "reference/"
@@ -87,6 +89,8 @@ class Capture:
 
     def select(self, layers: str, site: Site, exclude: str | None = None) -> Selection:
         """Select a site of the layers that the regex finds; the result offers every metric."""
+        from ..metrics.selection import Selection  # a metric is made of a capture: only this face looks up
+
         return Selection(self, layers, site, exclude)
 
     def covers(self, requests: Iterable[Request]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .statistics import SiteKey
 
 TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
 """The columns of `channel_top` and `element_top`."""
@@ -178,3 +180,11 @@ def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, fl
     known = {name: ranks[name] for name in names if 0 <= ranks[name] < size}
     ordered = np.partition(values, sorted(set(known.values()))) if known else values
     return {name: float(ordered[known[name]]) if name in known else float("nan") for name in names}
+
+
+def renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:
+    """Return the numbers with their samples counted from 0, where the first one here is `first`."""
+    if not first:
+        return dict(numbers)
+    own = {id(n): n if site[1] == "weight" else replace(n, sample=n.sample - first) for site, n in numbers.items()}
+    return {site: own[id(n)] for site, n in numbers.items()}

@@ -15,6 +15,8 @@ from ..common.errors import AnomalyError, SuiteError
 
 Site = Literal["input", "output", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)
+SiteKey = tuple[str, Site]
+"""A layer and its site."""
 LayerSite = Literal["input", "output", "weight"]
 LOGITS: Site = "logits"
 """What the whole model returns: the scores of every next token. It is no layer's; the others are a layer's."""

@@ -50,19 +50,22 @@ def sample(file: SuiteFile, options: argparse.Namespace) -> Sampled:
         SuiteError: no assertion needs a pass.
         InfraError: it can't be run.
     """
+    from ..captures.merge import merge
     from ..captures.statistics import merge_requests
     from ..common.progress import progress_bar
     from ..engine.parts import capture_parts
     from ..suite.sections import MeasuredAssertion
+    from ..tools.calibrate.measure import Sampled
 
     _, subject = subject_of(file)
     requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))
     if not requests:
         raise SuiteError(f"{shown_path(file.path)}:1: no assertion measures anything that could vary")
     with progress_bar(subject.name) as progress:
-        return capture_parts(
+        parts, repeated = capture_parts(
             subject, requests, options.parts, options.passes, allow_code=options.qsa_allow_code, progress=progress
         )
+    return Sampled(parts, merge(parts), repeated)
 
 
 def data_text(sampled: Sampled, file: SuiteFile) -> str:

@@ -28,12 +28,13 @@ from ..captures.statistics import (
 )
 from ..common.errors import AnomalyError, SuiteError, did_you_mean
 from ..metrics.activations import METRICS
+from .load.batches import Batch
 from .load.tokenizer import decoder_of
 from .modules import device_of, layers_of
 from .reference.kept import KeptPartner
 from .reference.kept_file import KeptFile
-from .reference.live import Beside, Partner
-from .run.batches import Batch
+from .reference.live import Partner
+from .run.beside import Beside
 from .run.forward import Progress, run_pass
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]

@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..captures.capture import Capture
-from ..captures.merge import merge
 from ..captures.statistics import Request, compares
 from ..common.errors import InfraError
 from ..suite.sections import Data
 from ..suite.subject import Subject, kept_reference
-from ..tools.calibrate.measure import Sampled
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
 from .load.models import Loaded, load_model
@@ -28,8 +26,10 @@ def capture_parts(
     *,
     allow_code: bool = False,
     progress: Progress | None = None,
-) -> Sampled:
-    """Capture `parts` parts of the data, of num_samples windows each, or as many as the text has for each.
+) -> tuple[list[Capture], list[Capture]]:
+    """Capture `parts` disjoint parts of the data, of num_samples windows each, or as many as the text has for each.
+
+    Returns the captures of the parts, and those of the further passes over the first part.
 
     `passes`: how many over the first part. Where a request compares, the reference runs beside the subject.
 
@@ -60,7 +60,7 @@ def capture_parts(
         for held in (loaded, reference):
             if held is not None:
                 held.close()
-    return Sampled(captures[:parts], merge(captures[:parts]), captures[parts:])
+    return captures[:parts], captures[parts:]
 
 
 def _with_weights(capture: Capture, first: Capture) -> Capture:

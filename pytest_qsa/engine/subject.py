@@ -23,6 +23,7 @@ from ..suite.fingerprint import FileHashes, identified, local_folder
 from ..suite.subject import Subject, files_of, kept_reference, reference_of, stored_quantized
 from .formats.schemes import schemes_of
 from .formats.stored import StoredWeights
+from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.gguf_tokenizer import compare_gguf_tokens
 from .load.models import Loaded, describe, load_model
@@ -35,8 +36,8 @@ from .reference.keep import Keep as KeepRows
 from .reference.keep import Kept, keep_model
 from .reference.kept import KeptPartner, check_answerable
 from .reference.kept_file import KeptFile
-from .reference.live import Beside, Partner
-from .run.batches import Batch, row_count
+from .reference.live import Partner
+from .run.beside import Beside
 from .run.forward import Keep, Progress, run_pass
 from .run.observed_execution import Witness
 

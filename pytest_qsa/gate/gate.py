@@ -328,7 +328,7 @@ class Gate:
 
 def caller() -> str:
     """Return the file:line of the test that compares."""
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parent.parent)
     for frame in inspect.stack(context=0):
         if not frame.filename.startswith(package):
             return f"{shown_path(Path(frame.filename))}:{frame.lineno}"

@@ -14,10 +14,10 @@ from ..common.errors import scrubbed
 from ..suite.tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import Options
 
-PACKAGE = Path(__file__).parent
-MOST_NOT_RUN = 20
+PACKAGE = Path(__file__).parent.parent
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
+MOST_NOT_RUN = 20
 
 
 def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:

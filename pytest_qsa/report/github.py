@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.text import escaped, fitted, table_lines
-from ..verdicts.verdict import number
-from .terminal import part_of_error, visible
+from ..common.text import escaped, fitted, number, table_lines, visible
+from .terminal import part_of_error
 
 MOST_ANNOTATIONS = 10
 """GitHub shows so many errors and as many warnings of one step; the others it drops."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..checkpoint.findings import Finding
 from ..common.errors import shown_path
+from ..common.text import number, short_hash, visible
 from ..suite.execution import executed_as
-from ..verdicts.verdict import Row, TokenEvidence, Verdict, number
+from ..verdicts.verdict import Row, TokenEvidence, Verdict
 
 MOST_ROWS = 8
 WIDTH = 9
@@ -125,11 +126,6 @@ def part_of_error(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} % of the error, "
 
 
-def visible(text: str) -> str:
-    """Escape what would move the cursor, turn the text around or not show at all; spaces stay."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def ran(verdict: Verdict) -> str:
     """Write in one line what was run: the checkpoint and its hash, class, dtype, device, tokens."""
     if not verdict.run:
@@ -169,9 +165,3 @@ def ran(verdict: Verdict) -> str:
 def _place(path: str) -> str:
     """Return a path as a user would type it; an address as it is."""
     return path if "://" in path else shown_path(Path(path))
-
-
-def short_hash(digest: str) -> str:
-    """Shorten `sha256:…` to what tells two of them apart."""
-    name, _, value = digest.partition(":")
-    return f"{name} {value[:12]}"

@@ -15,9 +15,9 @@ from ..captures.capture import Capture
 from ..captures.statistics import Site
 from ..checkpoint.findings import Finding
 from ..common.errors import AnomalyError
+from ..common.text import number
 from ..metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
 from ..metrics.registry import View
-from .verdict import number
 
 UNRELATED = 0.1
 """A correlation below it is none."""

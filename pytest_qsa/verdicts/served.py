@@ -9,11 +9,11 @@ import numpy as np
 from ..captures.capture import Capture
 from ..captures.statistics import LOGITS
 from ..common.errors import AnomalyError
+from ..common.text import number
 from ..external.served.ask import bounded
 from ..metrics.series import Series
 from .budgets import budget_of
 from .judge import series_of
-from .verdict import number
 
 if TYPE_CHECKING:
     from ..suite.sections import MeasuredAssertion

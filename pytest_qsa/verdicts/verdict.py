@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checkpoint.findings import Finding
 from ..common.errors import BaselineError, QsaError
+from ..common.text import number
 from ..metrics.series import Bounds, Query, Series
 from .baseline_file import BaselineFile, rounded
 
@@ -365,9 +366,3 @@ def softened(verdict: Verdict, level: str) -> Verdict:
     if level == "warn" and verdict.kind is Kind.REGRESSION:
         return replace(verdict, kind=Kind.WARNED)
     return verdict
-
-
-def number(value: float, *, signed: bool = False) -> str:
-    """Write a number as a person would: 3, 0.0123, 1.54e+04."""
-    text = f"{value:+.4g}" if signed else f"{value:.4g}"
-    return text.replace("-", "−") if signed else text

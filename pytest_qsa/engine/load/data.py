@@ -18,7 +18,7 @@ from torch import Tensor
 from ...common.errors import InfraError, did_you_mean, shown_path
 from ...suite.datasets import BUILTIN, hub_set_of, local_path
 from ...suite.sections import Data
-from ..run.batches import Batch
+from .batches import Batch
 from .documents import read_folder, read_hub
 
 SUFFIXES = {

@@ -11,7 +11,7 @@ from torch import nn
 from ...common.errors import InfraError
 from ...suite.sections import Data
 from ..modules import blocks_of, layers_of
-from ..run.batches import Batch
+from .batches import Batch
 from .data import batches_of
 
 

@@ -9,24 +9,29 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.errors import AnomalyError, InfraError
-from ...external.served.agreement import ReferenceRows
-from ...external.served.tables import ABSENT, Table
 from ...suite.subject import Subject
+from ..load.batches import token_ids
 from ..load.data import batches_of
 from ..load.models import Loaded, tokenizer_of
 from ..load.quiet import quiet
 from ..modules import device_of
 from ..reduce.pairs import ROWS_AT_ONCE
-from ..run.batches import token_ids
 from ..run.hooks import evaluating, run_batch
 from ..run.logits import logits_of
 from ..stream.stream import WAVE
 
 Progress = Callable[[int, int], None]
+ABSENT = -1
+"""Stands in the ids of a row that asks for fewer tokens than others."""
+Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
+"""Of T − 1 positions: ln p of the k tokens that were asked for (−∞ where absent), ln p of the token that came, the
+likeliest token, and Σ p ln p; all in nats."""
 
 
 def tokenizer_at(path: str) -> Any:
@@ -40,31 +45,37 @@ def windows(subject: Subject, tokenizer: Any) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in token_ids(batch)]
 
 
-def rows_of_model(loaded: Loaded, tables: Sequence[Table], progress: Progress | None = None) -> list[ReferenceRows]:
-    """Run a model over the tokens of each table; return what it says of the tables' tokens.
+def answers_of(
+    loaded: Loaded,
+    samples: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]],
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Run a model over the tokens of each sample; return what it says of the tokens that are asked for.
+
+    `samples`: the tokens [T] of each, and which are asked for after each but the last, [T − 1, k].
 
     Raises:
-        AnomalyError: the model has fewer tokens than the tables, or predicts none, or NaN.
+        AnomalyError: the model has fewer tokens than are asked for, or predicts none, or NaN.
         InfraError: it can't be run.
     """
-    found: dict[int, ReferenceRows] = {}
+    found: dict[int, Answer] = {}
 
     def answer(index: int) -> None:
-        table = tables[index]
-        batch = torch.from_numpy(table.tokens.astype("int64"))[None]
+        tokens, ids = samples[index]
+        batch = torch.from_numpy(tokens.astype("int64"))[None]
         device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
-        found[index] = _rows(logits_of(run_batch(loaded.model, batch, device), loaded.model)[0], table)
+        found[index] = _rows(logits_of(run_batch(loaded.model, batch, device), loaded.model)[0], tokens, ids)
         if progress is not None:
-            progress(len(found), len(tables))
+            progress(len(found), len(samples))
 
     try:
         with torch.no_grad(), evaluating(loaded.model), quiet():
-            _run(loaded, [partial(answer, index) for index in range(len(tables))])
+            _run(loaded, [partial(answer, index) for index in range(len(samples))])
     except torch.OutOfMemoryError as error:
         raise InfraError(f"the reference ran out of memory ({str(error).splitlines()[0]}): lower seq_len") from error
     except (RuntimeError, IndexError) as error:
         raise InfraError(f"the forward pass of the reference failed: {str(error).splitlines()[0]}") from error
-    return [found[index] for index in range(len(tables))]
+    return [found[index] for index in range(len(samples))]
 
 
 def _run(loaded: Loaded, jobs: Sequence[Callable[[], None]]) -> None:
@@ -77,15 +88,15 @@ def _run(loaded: Loaded, jobs: Sequence[Callable[[], None]]) -> None:
             loaded.stream.run(jobs[start : start + WAVE], lambda index: None)
 
 
-def _rows(logits: Tensor, table: Table) -> ReferenceRows:
-    """Reduce the logits [T, V] of one sample to what a table asks for."""
-    ids = torch.from_numpy(table.ids.astype("int64"))
+def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -> Answer:
+    """Reduce the logits [T, V] of one sample to what is asked for."""
+    ids = torch.from_numpy(asked.astype("int64"))
     if int(ids.max()) >= logits.shape[1]:
         raise AnomalyError(
             f"the served model predicts the token {int(ids.max())} and the reference has {logits.shape[1]} of them: "
             "another vocabulary"
         )
-    following = torch.from_numpy(table.tokens[1:].astype("int64"))
+    following = torch.from_numpy(tokens[1:].astype("int64"))
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(ids), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(ids)))
@@ -96,4 +107,4 @@ def _rows(logits: Tensor, table: Table) -> ReferenceRows:
     if any(torch.isnan(part[1]).any() for part in parts):
         raise AnomalyError("the reference predicts NaN or Inf: there is nothing sound to compare with")
     at_known, came, likeliest, entropies = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return ReferenceRows(at_known, came, likeliest, entropies)
+    return at_known, came, likeliest, entropies

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...captures.numbers import NOT_COMPARED, PADDING, SiteNumbers
 from ...captures.statistics import ERROR, Site, pairwise
 from ...common.errors import AnomalyError, InfraError
+from ..load.batches import Rows
 from ..modules import channels_first, tensor_of
 from ..reduce.pairs import channel_powers, powers_of
 from ..reduce.storage import Store
-from ..run.batches import Rows
 
 SiteKey = tuple[str, Site]
 LEAST_AGREEMENT = 100.0

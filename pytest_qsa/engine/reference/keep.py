@@ -21,6 +21,7 @@ from ...captures.statistics import (
     SINKS,
     TOKENS,
     Request,
+    SiteKey,
     against_reference,
     compares,
     exactly,
@@ -28,18 +29,17 @@ from ...captures.statistics import (
 )
 from ...common.errors import AnomalyError, InfraError
 from ...metrics.predictions import KL
+from ..load.batches import Batch, Rows
 from ..modules import Routing, blocks_of, channels_first, layers_of
 from ..reduce.pairs import powers_of, scores_of
-from ..run.batches import Batch, Rows
 from ..run.forward import Progress, run_pass
 from ..run.logits import logits_of
-from ..run.visits import Forward, SiteKey, Visits
+from ..run.visits import CompanionChanged, Forward, Visits
 from ..stream.stream import Stream
 from .compare import check_rows, run_rows
 from .head import Head, head_of, loaded_head, scalings_of
 from .kept_file import Call, Content, drawn, hashes_of
 from .kept_file import Stream as KeptStream
-from .lockstep import CompanionChanged
 
 FARTHEST = 1e-5
 """The most that logits made again may differ from the model's own, in nats: 1 % of the least KL divergence of healthy

@@ -24,18 +24,18 @@ from ...captures.statistics import (
     TOKENS,
     Request,
     Site,
+    SiteKey,
     against_reference,
     pairwise,
 )
 from ...common.errors import AnomalyError, InfraError
-from ..run.batches import Batch, Rows
-from ..run.visits import Forward, SiteKey, Visits
+from ..load.batches import Batch, Rows
+from ..run.visits import CompanionChanged, Forward, Visits
 from ..stream.stream import Stream
 from .compare import Met, Pairs
 from .head import Head
 from .kept_file import Call, KeptFile, hashes_of
 from .live import Wanted, paired
-from .lockstep import CompanionChanged
 
 ANEW = "make it anew with `qsa capture --for-reference` of a suite that compares there"
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...captures.statistics import Site
 from ...common.errors import InfraError, shown_path
-from ..run.batches import Batch, row_count
+from ..load.batches import Batch, row_count
 from .head import Head, read_head
 
 FORMAT = "qsa-reference/1"

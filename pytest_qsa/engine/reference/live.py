@@ -3,67 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
+from ...captures.numbers import SiteNumbers, renumbered
 from ...captures.sinks import Sinks, find_sinks
-from ...captures.statistics import AGREEMENT, ERROR, REFERENCE_SINKS, REFERENCE_TOKENS, SINKS, TOKENS, against_reference
+from ...captures.statistics import (
+    AGREEMENT,
+    ERROR,
+    REFERENCE_SINKS,
+    REFERENCE_TOKENS,
+    SINKS,
+    TOKENS,
+    SiteKey,
+    against_reference,
+)
 from ...common.errors import AnomalyError
+from ..load.batches import Batch, rows_of
 from ..modules import Routing, blocks_of, device_of, layers_of
-from ..run.batches import Batch, rows_of
 from ..run.hooks import evaluating, hooked, run_batch
 from ..run.rehearsal import rehearsal_of
-from ..run.visits import Forward, Order, SiteKey, Visits
+from ..run.visits import CompanionChanged, Forward, Order, Visits
 from ..stream.stream import WAVE, Stream
 from .compare import Pairs
-from .lockstep import Companion, CompanionChanged, ReferenceVisits
-from .pair_numbers import renumbered
+from .lockstep import Companion, ReferenceVisits
 from .weight_pairs import weighed
 
 Wanted = Mapping[SiteKey, frozenset[str]]
-
-
-class Beside(Protocol):
-    """What stands beside the subject in its pass: a reference that runs, or one that was kept."""
-
-    @property
-    def stream(self) -> Stream | None:
-        """What reads its weights while it runs, if it has any."""
-
-    def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
-    ) -> AbstractContextManager[None]:
-        """Prepare for a pass over these batches."""
-
-    def visits(
-        self, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
-    ) -> Visits:
-        """Begin a try of the pass; return the subject's hooks."""
-
-    def fly(self, batch: Batch, forward: Forward) -> None:
-        """Begin one forward of the subject."""
-
-    def learn(self, change: CompanionChanged) -> None:
-        """Take note of what the first forward of the reference didn't tell."""
-
-    def capture(self, first_sample: int) -> Capture | None:
-        """Return the reference's own numbers; its samples are numbered from 0."""
-
-    def weighed(
-        self,
-        modules: Mapping[str, nn.Module],
-        wanted: Wanted,
-        numbers: Mapping[SiteKey, SiteNumbers],
-        stream: Stream | None,
-    ) -> dict[SiteKey, SiteNumbers]:
-        """Add what the weights of both models say."""
 
 
 @dataclass

@@ -16,24 +16,17 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from ...captures.statistics import SiteKey
 from ...common.errors import InfraError
+from ..load.batches import Batch
 from ..modules import Routing
 from ..reduce.pairs import powers_of
-from ..run.batches import Batch
-from ..run.visits import CallsChanged, Forward, PassComplete, SharingChanged, SiteKey, Visits
+from ..run.visits import CallsChanged, CompanionChanged, Forward, PassComplete, SharingChanged, Visits
 from ..stream.stream import Stream
 from ..stream.units import Unit
 from .compare import Met, check_rows, drawn_rows, run_rows
 
 Run = Callable[[nn.Module, Batch, torch.device], Any]
-
-
-class CompanionChanged(Exception):  # noqa: N818 - a signal, not an error
-    """The reference shares its tensors, or calls its layers, otherwise than its first forward told."""
-
-    def __init__(self, site: SiteKey | None) -> None:
-        super().__init__(site)
-        self.site = site
 
 
 @dataclass

@@ -14,7 +14,8 @@ from ...common.errors import InfraError
 from ..reduce.transfers import Transfer
 
 if TYPE_CHECKING:
-    from .compare import PairObserver, SiteKey
+    from ...captures.statistics import SiteKey
+    from .compare import PairObserver
 
 
 def joined(
@@ -61,11 +62,3 @@ def _joined(
     }
     channels = {name: np.stack(found) for name, found in values.items() if ":" in name}
     return replace(own, statistics=own.statistics | statistics, channel_error=channels, **arrays)
-
-
-def renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:
-    """Return the numbers with their samples counted from 0, where the first one here is `first`."""
-    if not first:
-        return dict(numbers)
-    own = {id(n): n if site[1] == "weight" else replace(n, sample=n.sample - first) for site, n in numbers.items()}
-    return {site: own[id(n)] for site, n in numbers.items()}

@@ -11,11 +11,10 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...captures.numbers import SiteNumbers
-from ...captures.statistics import ERROR
+from ...captures.statistics import ERROR, SiteKey
 from ...common.errors import InfraError
 from ..formats.dequantized import dequantized
 from ..reduce.pairs import powers_of
-from ..run.visits import SiteKey
 from ..stream.stream import Stream
 
 

@@ -13,20 +13,18 @@ import torch
 from torch import nn
 
 from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import LOGITS, SINKS, SITES, TOKENS, Request, match_layers, merge_requests
+from ...captures.numbers import SiteNumbers, renumbered
+from ...captures.statistics import LOGITS, SINKS, SITES, TOKENS, Request, SiteKey, match_layers, merge_requests
 from ..formats.stored import StoredWeights
+from ..load.batches import Batch, row_count, rows_of, token_ids
 from ..modules import blocks_of, device_of, layers_of
-from ..reference.live import Beside
-from ..reference.lockstep import CompanionChanged
-from ..reference.pair_numbers import renumbered
 from ..stream.stream import WAVE, Stream
-from .batches import Batch, row_count, rows_of, token_ids
+from .beside import Beside
 from .hooks import evaluating, hooked, run_batch
 from .logits import Predictions
 from .observed_execution import Witness
 from .rehearsal import NOTHING_LEARNED, rehearsal_of
-from .visits import CallsChanged, Forward, Order, PassComplete, SharingChanged, SiteKey, Visits
+from .visits import CallsChanged, CompanionChanged, Forward, Order, PassComplete, SharingChanged, Visits
 from .weights import observe_weights
 
 Progress = Callable[[int, int], None]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...captures.statistics import EXPERTS
+from ...captures.statistics import EXPERTS, SiteKey
+from ..load.batches import Batch
 from ..modules import input_of, packed_experts, routing_of, tensor_of
-from .batches import Batch
-from .visits import SiteKey, Visits
+from .visits import Visits
 
 
 def run_batch(model: nn.Module, batch: Batch, device: torch.device) -> Any:

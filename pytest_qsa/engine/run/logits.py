@@ -13,9 +13,9 @@ from ...captures.numbers import SCORE_NAMES, SiteNumbers
 from ...captures.statistics import AGREEMENT
 from ...common.errors import AnomalyError, InfraError
 from ...metrics.predictions import NLL, REFERENCE_NLL, TokenScores, numbers_of
+from ..load.batches import Batch, Rows
 from ..reduce.pairs import scores_of
 from ..reduce.transfers import Transfer
-from .batches import Batch, Rows
 
 MASKED = ("MaskedLM", "PreTraining")
 """What the names of models end with that predict hidden tokens, not the next one."""

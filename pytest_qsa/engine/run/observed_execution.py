@@ -12,12 +12,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ...captures.statistics import SiteKey
 from ...common.errors import InfraError
 from ...suite.execution import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.dequantized import dequantized
 from ..formats.schemes import bits_of, keeps_codes, schemes_of
 from ..modules import input_of, layers_of, tensor_of
-from .visits import SiteKey
 
 TRIES = 2
 """So many calls of a module are looked at, if the first one, all zeros say, tells nothing."""

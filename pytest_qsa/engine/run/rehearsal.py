@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...captures.statistics import SiteKey
+from ..load.batches import Batch, Rows, rows_of
 from ..reduce.observer import StreamObserver
-from .batches import Batch, Rows, rows_of
 from .hooks import hooked, run_batch
-from .visits import Forward, Order, SharingChanged, SiteKey, Visits
+from .visits import Forward, Order, SharingChanged, Visits
 
 NOTHING_LEARNED: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None)
 

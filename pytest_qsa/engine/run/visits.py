@@ -10,18 +10,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...captures.numbers import SiteNumbers
-from ...captures.statistics import EXPERTS, Site
+from ...captures.statistics import EXPERTS, SiteKey
 from ...common.errors import InfraError
+from ..load.batches import Rows
 from ..modules import Routing, channels_first
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.transfers import Transfer
-from .batches import Rows
-
-SiteKey = tuple[str, Site]
 
 
 class PassComplete(Exception):  # noqa: N818 - a signal, not an error
     """Raised in the hook of the last planned call: nothing after it is needed."""
+
+
+class CompanionChanged(Exception):  # noqa: N818 - a signal, not an error
+    """The reference shares its tensors, or calls its layers, otherwise than its first forward told."""
+
+    def __init__(self, site: SiteKey | None) -> None:
+        super().__init__(site)
+        self.site = site
 
 
 class CallsChanged(Exception):  # noqa: N818

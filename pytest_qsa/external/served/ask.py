@@ -135,9 +135,10 @@ def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | N
         return [rows_of_table(one, other) for one, other in zip(reference.tables, tables, strict=True)]
     if reference.loaded is None:
         return [None] * len(tables)
-    from ...engine.reference.answers import rows_of_model
+    from ...engine.reference.answers import answers_of
 
-    return rows_of_model(reference.loaded, tables, progress)
+    answers = answers_of(reference.loaded, [(table.tokens, table.ids) for table in tables], progress)
+    return [ReferenceRows(*answer) for answer in answers]
 
 
 def _capture(

@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ...captures.capture import Capture
 from ...common.errors import QsaError
-from ...verdicts.verdict import Row, Verdict, number
+from ...common.text import number
+from ...verdicts.verdict import Row, Verdict
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common.text import escaped, fitted, table_lines
-from ...report.terminal import visible
+from ...common.text import escaped, fitted, table_lines, visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent, told
 from .measures import Measure

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ...gate.reporting import FIELD
-
+VERDICTS = "qsa_verdicts"
+"""The attribute of a test report that carries its verdicts."""
 RESULTS = "QSA_SELFTEST_RESULTS"
 """The environment variable that names the file."""
 
@@ -23,7 +23,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep of each verdict what a self-test asks for."""
-        for verdict in getattr(report, FIELD, ()):
+        for verdict in getattr(report, VERDICTS, ()):
             layers = [row["layer"] for row in verdict["rows"] if row["excess"]]
             layers += [finding["layer"] for finding in verdict["findings"]]
             self.results.append(

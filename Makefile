@@ -41,6 +41,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A warning (a link without a target, a page that no table of contents names) is an error.
 docs: $(VENV)/.installed

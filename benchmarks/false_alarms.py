@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytest_qsa.captures.capture.capture import Capture
-from pytest_qsa.captures.capture.statistics import Request, merge_requests
 
+from pytest_qsa.captures.capture import Capture
+from pytest_qsa.captures.statistics import Request, merge_requests
 from pytest_qsa.cli.common import subject_of
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model

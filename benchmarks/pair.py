@@ -12,20 +12,19 @@ from collections.abc import Callable
 import torch
 from common import SMOLLM2, arguments, medians, smollm2, token_batches, wide_llama
 from overhead import bare
-from pytest_qsa.captures.capture.statistics import Request
 from torch import Tensor, nn
 
-from pytest_qsa.captures.capture import statistics as plan
+from pytest_qsa.captures.statistics import AGREEMENT, ERROR, REFERENCE_SINKS, SCORES, Request, local_statistic
 from pytest_qsa.engine.reference.live import Partner
 from pytest_qsa.engine.run.forward import run_pass
 
-NO_SINK = frozenset({plan.ERROR, plan.REFERENCE_SINKS})
+NO_SINK = frozenset({ERROR, REFERENCE_SINKS})
 PROPAGATED = [
     Request(r"layers\.", "input", None, NO_SINK),
     Request(r"layers\.", "output", None, NO_SINK),
-    Request("", "logits", None, frozenset({plan.AGREEMENT, plan.SCORES})),
+    Request("", "logits", None, frozenset({AGREEMENT, SCORES})),
 ]
-LOCAL = Request("_proj$", "output", None, frozenset({plan.local_statistic(32)}))
+LOCAL = Request("_proj$", "output", None, frozenset({local_statistic(32)}))
 """What sqnr, kl_divergence and local_sqnr ask for."""
 
 

@@ -10,23 +10,6 @@ As a library, without pytest::
 Importing the package imports nothing heavy; torch comes with the first call of `capture`.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .captures.capture import Capture
-    from .engine import capture
-    from .metrics.series import Series
-
-__all__ = ["Capture", "Series", "capture"]
-
-_HOMES = {"Capture": "captures.capture", "Series": "series", "capture": "engine"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .common.errors import SuiteError
-from .gate.options import Options, add_options, read_options
-from .suite.tiers import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
+from .common import SuiteError
+from .gate import Options, add_options, read_options
+from .suite import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
-    from .gate.collection import Overrides, QsaSuite
-    from .gate.fixtures import Qsa, QsaBaseline
-    from .gate.gate import Gate
-    from .suite.subject import Checkpoint
+    from .gate import Gate, Overrides, Qsa, QsaBaseline, QsaSuite
+    from .suite import Checkpoint
 
 OPTIONS = pytest.StashKey[Options]()
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
@@ -45,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARK)
     options = config.stash[OPTIONS] = read_options(config)
     if not hasattr(config, "workerinput"):
-        from .gate.reporting import Reporter
+        from .gate import Reporter
 
         config.pluginmanager.register(Reporter(config, options), "qsa-reporter")
 
@@ -60,8 +58,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
     suite_like = any(fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites"))
     if not named and (base or not suite_like):
         return None
-    from .gate.assertions import run_assertion
-    from .gate.collection import Overrides, QsaSuite
+    from .gate import Overrides, QsaSuite, run_assertion
 
     suite: QsaSuite = QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
@@ -110,7 +107,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.stash[OPTIONS].models
     if not models or "qsa_checkpoint" not in metafunc.fixturenames:
         return
-    from .suite.subject import Checkpoint
+    from .suite import Checkpoint
 
     checkpoints = Checkpoint.parse_all(models)
     ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
@@ -124,7 +121,7 @@ def pytest_runtest_makereport(
     """Show a red verdict as its own text, and hand the verdicts to the report."""
     report = yield
     if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
-        from .gate.reporting import describe
+        from .gate import describe
 
         describe(item, call, report)
     return report
@@ -163,8 +160,8 @@ def qsa_reference() -> object:
 @pytest.fixture(scope="session")
 def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
-    from .gate.gate import Gate
-    from .suite.session import Captures
+    from .gate import Gate
+    from .suite import Captures
 
     worker = hasattr(request.config, "workerinput")
     shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent / "qsa-captures" if worker else None
@@ -175,7 +172,7 @@ def qsa_gate(request: pytest.FixtureRequest) -> Gate:
 @pytest.fixture
 def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoint | None) -> Qsa:
     r"""The subject's numbers: `assert qsa.output(r"layers\.\d+$").outlier_tokens(threshold=64) <= 1`."""
-    from .gate.fixtures import Qsa
+    from .gate import Qsa
 
     return Qsa(qsa_gate, request)
 
@@ -183,9 +180,8 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
     """Return a function that makes what a series must equal, within a tolerance: `rel=0.05`, say; it is kept in git."""
-    from .gate.assertions import baseline_snapshot
-    from .gate.fixtures import QsaBaseline
-    from .verdicts.verdict import Tolerance
+    from .gate import QsaBaseline, baseline_snapshot
+    from .verdicts import Tolerance
 
     snapshot = baseline_snapshot(request)
 

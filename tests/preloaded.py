@@ -31,12 +31,11 @@ import pytest_qsa.gate.assertions
 import pytest_qsa.gate.gate
 import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
-import pytest_qsa.report.plots
+import pytest_qsa.report.plots.figures
 import pytest_qsa.report.terminal
 import pytest_qsa.suite.sections
 import pytest_qsa.verdicts.baselines
-from pytest_qsa.engine.reduce import cpu
-from pytest_qsa.engine.reduce import cpu_kernels as kernels
+from pytest_qsa.engine.reduce import cpu, cpu_kernels as kernels
 
 # What is made at its first use: the schema of suites, the page's templates.
 pytest_qsa.suite.sections.Suite.model_rebuild()

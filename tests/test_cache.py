@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 from checkpoint_folders import peaks, save_llama, suite
-from pytest_qsa.captures.capture.cache import CaptureCache
-from pytest_qsa.captures.capture.capture import Capture
-from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, TOKENS, Request
 
+from pytest_qsa.captures.cache import CaptureCache
+from pytest_qsa.captures.capture import Capture
+from pytest_qsa.captures.statistics import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.common.errors import QsaWarning
 from pytest_qsa.suite.fingerprint import FileHashes, fingerprint_of
 from pytest_qsa.suite.sections import Data, Memory, Model

@@ -8,11 +8,11 @@ import models
 import numpy as np
 import pytest
 from checkpoint_folders import suite
-from pytest_qsa.metrics.activations.series import Query, Series
 
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
+from pytest_qsa.metrics.series import Query, Series
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.sections import Data
 from pytest_qsa.tools.calibrate.edit import calibrated

@@ -12,17 +12,16 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.numbers import SiteNumbers
-from pytest_qsa.captures.capture.statistics import Request, map_statistic
-from pytest_qsa.metrics.activations.selection import NotMeasuredError
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.statistics import Request, map_statistic
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.metrics.selection import NotMeasuredError
 
 quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -203,8 +202,7 @@ def test_no_activation_outlives_its_forward():
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernels", "operators"])
 def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
-    from pytest_qsa.captures.capture.statistics import ALL_STATISTICS
-
+    from pytest_qsa.captures.statistics import ALL_STATISTICS
     from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 
     def root(array):
@@ -348,8 +346,7 @@ def test_a_change_in_place_between_two_sites_is_seen():
 
 
 def test_sharing_keeps_what_only_one_of_the_sites_needs():
-    from pytest_qsa.captures.capture.statistics import Request
-
+    from pytest_qsa.captures.statistics import Request
     from pytest_qsa.engine.run.forward import run_pass
 
     x, mask = samples_of(0, 3)

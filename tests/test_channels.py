@@ -7,14 +7,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.channels import SHARES
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS
-from pytest_qsa.metrics.activations.selection import NotMeasuredError
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.channels import SHARES
+from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.selection import NotMeasuredError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 quick = settings(max_examples=25, deadline=None, database=None)

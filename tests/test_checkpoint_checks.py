@@ -521,7 +521,7 @@ def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_ll
     own_project.write(
         "conftest.py",
         """
-        from pytest_qsa.engine import running
+        from pytest_qsa.engine import subject as running
 
         def no_pass(*arguments, **options):
             raise AssertionError("a pass was made")
@@ -578,7 +578,7 @@ def test_defaults_of_a_suite_give_a_static_assertion_what_it_can_have(tmp_path):
 
 
 def test_every_check_is_a_method_of_python_tests():
-    from pytest_qsa.gate.gate.fixtures import QsaCheckpoint
+    from pytest_qsa.gate.fixtures import QsaCheckpoint
 
     for name, check in CHECKS.items():
         method = getattr(QsaCheckpoint, name.removeprefix("checkpoint_"))

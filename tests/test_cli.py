@@ -11,9 +11,9 @@ import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
 from pytest_qsa.checkpoint.checks.health.health import CHECKS
-from pytest_qsa.metrics.activations.activations import METRICS
 
 from pytest_qsa.cli import main
+from pytest_qsa.metrics.activations import METRICS
 
 EXAMPLES = Path(__file__).parent.parent / "example_suites"
 

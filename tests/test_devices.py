@@ -13,12 +13,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 from test_reference import damaged
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pytest_qsa import capture
+from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
 from pytest_qsa.engine import ranks
 from pytest_qsa.engine.load.batches import rows_of
 from pytest_qsa.engine.modules import blocks_of, layers_of

@@ -7,13 +7,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as npst
-from pytest_qsa.captures.capture.distributions import bin_values, counted_quantile, sorted_counts
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS
 
 from pytest_qsa import capture
+from pytest_qsa.captures.distributions import bin_values, counted_quantile, sorted_counts
+from pytest_qsa.captures.statistics import ALL_STATISTICS
 from pytest_qsa.engine.reduce.observer import StreamObserver
 
 EVERY_PATTERN = np.arange(65536, dtype=np.uint16)

@@ -6,12 +6,11 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.metrics.activations.divergence import ks, psi, wasserstein
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import capture
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.divergence import ks, psi, wasserstein
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 quick = settings(max_examples=25, deadline=None, database=None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import Project, save_tokenizer, suite
-from pytest_qsa.captures.capture.statistics import COUNTS, TOKENS, Request
 from torch.utils.flop_counter import FlopCounterMode
 
+from pytest_qsa.captures.statistics import COUNTS, TOKENS, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.suite.machine import Gpu, Machine
 from pytest_qsa.suite.sections import Data, Memory, Model

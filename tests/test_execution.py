@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import Project, edited, peaks, suite
-from pytest_qsa.captures.capture.statistics import MOMENTS, Request
 
+from pytest_qsa.captures.statistics import MOMENTS, Request
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import Witness
 from pytest_qsa.engine.subject import capture_loaded, capture_subject

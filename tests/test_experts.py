@@ -6,11 +6,11 @@ import models
 import numpy as np
 import pytest
 import torch
-from pytest_qsa.captures.capture.merge import merge
-from pytest_qsa.metrics.activations.series import Bounds
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.merging import merge
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.verdicts.verdict import judge_bounds
 
 EXPERTS = r"mlp\.experts$"

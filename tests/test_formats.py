@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, suite
-from pytest_qsa.captures.capture.statistics import COUNTS, MOMENTS, Request
 from safetensors.torch import load_file
 
+from pytest_qsa.captures.statistics import COUNTS, MOMENTS, Request
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.formats.dequantized import dequantized
 from pytest_qsa.engine.load.models import load_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 import models
 import numpy as np
 import torch
-from pytest_qsa.captures.capture.histograms import PER_OCTAVE, histogram, histograms_of
 
 from pytest_qsa import capture
+from pytest_qsa.captures.histograms import PER_OCTAVE, histogram, histograms_of
 
 
 def test_bins_hold_what_numpy_counts_between_their_edges():

@@ -13,10 +13,10 @@ import pytest
 import torch
 from checkpoint_folders import Project, edited, suite
 from pytest_qsa.checkpoint.checks.health.health import Files, problems_of
-from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
 from pytest_qsa import capture
 from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind, judge_bounds
 
 DOWN, UP = "model.layers.2.mlp.down_proj", "model.layers.0.mlp.up_proj"

@@ -8,8 +8,7 @@ import pytest
 from checkpoint_folders import Project, peaks, suite
 
 from pytest_qsa.common.errors import InfraError, scrubbed
-from pytest_qsa.engine.load import models as loading
-from pytest_qsa.engine.load import retry as retrying
+from pytest_qsa.engine.load import models as loading, retry as retrying
 from pytest_qsa.suite.sections import Memory, Model
 
 DRIFT = "id: drift, metric: rms, layers: down_proj$, site: output, baseline: {rel: 0.05}"

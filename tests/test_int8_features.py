@@ -6,13 +6,12 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.merge import merge
-from pytest_qsa.metrics.activations.selection import NotMeasuredError
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.merging import merge
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.selection import NotMeasuredError
 from pytest_qsa.suite.sections import ASSERTIONS
 
 SUITE_KEYS = {"id": "a", "metric": "int8_outlier_features", "layers": "x", "site": "input", "max": 7}

@@ -12,15 +12,14 @@ import models
 import numpy as np
 import pytest
 import torch
-from pytest_qsa.captures.capture.merge import merge
-from pytest_qsa.captures.capture.statistics import Request, local_statistic
 from safetensors import safe_open
 from safetensors.torch import save
 from test_reference import BLOCKS, LINEAR, damaged
 
 from pytest_qsa import capture
-from pytest_qsa.cli import capture as capture_command
-from pytest_qsa.cli import main
+from pytest_qsa.captures.merging import merge
+from pytest_qsa.captures.statistics import Request, local_statistic
+from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.cli.common import subject_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
 from pytest_qsa.engine.reference.head import located_head, read_head

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import forking
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, CHANNEL_COUNTS
+from hypothesis import given, settings, strategies as st
 
+from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import powers_of
 

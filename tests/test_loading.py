@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoint_folders import save_gguf, save_quantized_moe, suite
-from pytest_qsa.captures.capture.statistics import MOMENTS, STORED, Request
-from pytest_qsa.metrics.activations.loaded import blame
 from safetensors.torch import load_file
 
+from pytest_qsa.captures.statistics import MOMENTS, STORED, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
+from pytest_qsa.metrics.loaded import blame
 from pytest_qsa.suite.sections import Data, Memory, Model
 from pytest_qsa.suite.subject import Subject
 
@@ -160,7 +160,7 @@ def test_a_model_without_files_can_not_be_compared(llama):
 FACTORY = """
 from pathlib import Path
 import torch
-from pytest_qsa.engine import models
+from pytest_qsa.engine.load import models
 
 original = models._from_checkpoint
 

@@ -9,12 +9,11 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.merge import COUNTED, merge
-from pytest_qsa.captures.capture.numbers import SiteNumbers
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import capture
+from pytest_qsa.captures.merging import COUNTED, merge
+from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.common.errors import InfraError
 
 SITES = [(".", "input"), (".", "output"), (r"q_proj|norm", "weight")]

@@ -10,15 +10,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.statistics import massive_statistic
-from pytest_qsa.metrics.activations.activations import METRICS, REDUCTIONS
-from pytest_qsa.metrics.activations.query import canonical_positions
-from pytest_qsa.metrics.activations.series import Bounds, Query, Series
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_qsa import capture
+from pytest_qsa.captures.statistics import massive_statistic
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.activations import METRICS
+from pytest_qsa.metrics.query import canonical_positions
+from pytest_qsa.metrics.registry import REDUCTIONS
+from pytest_qsa.metrics.series import Bounds, Query, Series
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from checkpoint_folders import Project, edited, save_llama, suite
 from pytest_qsa.checkpoint.checks.health.health import Files
-from pytest_qsa.metrics.activations.series import Bounds
 from test_reference import damaged
 
 from pytest_qsa import capture
 from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.verdicts.explain import diagnosed
 from pytest_qsa.verdicts.origins import origin_of
 from pytest_qsa.verdicts.verdict import judge_bounds

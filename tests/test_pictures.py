@@ -19,8 +19,8 @@ from matplotlib.container import Container
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
-from pytest_qsa.captures.capture.channels import channel_bands
 
+from pytest_qsa.captures.channels import channel_bands
 from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.report.plots.boxes import box_figure, histogram_figure
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure

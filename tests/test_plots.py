@@ -11,18 +11,20 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from matplotlib import cbook
 from matplotlib.colors import to_rgb
-from pytest_qsa.captures.capture.capture import Capture
-from pytest_qsa.captures.capture.numbers import SiteNumbers
-from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
-from pytest_qsa.report.plots import draw, magnitude_figure, outlier_figure, style, value_figure
+from pytest_qsa.captures.capture import Capture
+from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.report.plots import style
 from pytest_qsa.report.plots.depth import depth_of
+from pytest_qsa.report.plots.figures import draw
+from pytest_qsa.report.plots.magnitudes import magnitude_figure
+from pytest_qsa.report.plots.outliers import outlier_figure
 from pytest_qsa.report.plots.style import GROUP_STYLES, safe_text
-from pytest_qsa.report.plots.values import judged_layers
+from pytest_qsa.report.plots.values import judged_layers, value_figure
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict, judge_bounds
 
 BLOCKS = r"layers\.\d+$"
@@ -325,7 +327,10 @@ def test_the_users_matplotlib_settings_neither_change_nor_matter(tmp_path):
 
 
 def test_drawing_needs_neither_pyplot_nor_torch_nor_pytest():
-    code = "import sys, pytest_qsa.report.plots; print(*{'matplotlib.pyplot', 'torch', 'pytest'} & set(sys.modules))"
+    code = (
+        "import sys, pytest_qsa.report.plots.figures; "
+        "print(*{'matplotlib.pyplot', 'torch', 'pytest'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

@@ -74,7 +74,7 @@ def test_a_static_check_follows_nothing(tmp_path):
 NOTING = """
 from pathlib import Path
 
-from pytest_qsa.engine import running
+from pytest_qsa.engine import subject as running
 
 original = running.capture_subject
 

@@ -6,13 +6,12 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.metrics.activations.quantization import rounded_to
-from pytest_qsa.metrics.activations.selection import NotMeasuredError
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics.quantization import rounded_to
+from pytest_qsa.metrics.selection import NotMeasuredError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEMES = ("int8", "int4", "fp8_e4m3")

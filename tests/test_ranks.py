@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from checkpoint_folders import peaks, suite
-from pytest_qsa.captures.capture.cache import CaptureCache
-from pytest_qsa.captures.capture.partial import PartialSums
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, Request
 
 from pytest_qsa import Capture
+from pytest_qsa.captures.cache import CaptureCache
+from pytest_qsa.captures.partial import PartialSums
+from pytest_qsa.captures.statistics import ALL_STATISTICS, Request
 from pytest_qsa.cli import main
 from pytest_qsa.engine.run import forward as capturing
 from pytest_qsa.engine.subject import Share, capture_subject

@@ -8,15 +8,14 @@ import models
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pytest_qsa.captures.capture.sinks import Sink, Sinks
-from pytest_qsa.metrics.activations.series import Bounds
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.sinks import Sink, Sinks
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
-from pytest_qsa.report.plots import value_figure
+from pytest_qsa.metrics.series import Bounds
+from pytest_qsa.report.plots.values import value_figure
 from pytest_qsa.verdicts.baseline_file import BaselineFile
 from pytest_qsa.verdicts.beside import beside_reference
 from pytest_qsa.verdicts.evidence import token_evidence

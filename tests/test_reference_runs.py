@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 from checkpoint_folders import Project, forking, suite
-from pytest_qsa.captures.capture.merge import merge
-from pytest_qsa.captures.capture.partial import PartialSums
-from pytest_qsa.captures.capture.statistics import LOGITS, Request
 from test_ranks import same, torchrun
 from test_streaming import differing
 
 from pytest_qsa import Capture
 from pytest_qsa.captures.capture import statistics as plan
+from pytest_qsa.captures.merging import merge
+from pytest_qsa.captures.partial import PartialSums
+from pytest_qsa.captures.statistics import LOGITS, Request
 from pytest_qsa.engine.reference import live as pairing
 from pytest_qsa.engine.run import forward as capturing
 from pytest_qsa.engine.subject import Share, capture_subject

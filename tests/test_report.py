@@ -14,9 +14,10 @@ import execnet
 import numpy as np
 import pytest
 from checkpoint_folders import peaks, suite
-from pytest_qsa.captures.capture.histograms import histogram
 
-from pytest_qsa.report import to_plain, write_report
+from pytest_qsa.captures.histograms import histogram
+from pytest_qsa.report.plain import to_plain
+from pytest_qsa.report.report import write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 
 SESSION = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import Project, save_llama
-from pytest_qsa.captures.capture.capture import Capture
 from served_models import ServedModel, logprobs_of, serving
 
+from pytest_qsa.captures.capture import Capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.external.served.ask import capture_served

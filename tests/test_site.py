@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pytest_qsa.metrics.activations.activations import METRICS
+
+from pytest_qsa.metrics.activations import METRICS
 
 ROOT = Path(__file__).parent.parent
 STRICT = ("--quiet", "--fail-on-warning", "--keep-going", "--nitpicky", "--builder", "html")

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from checkpoint_folders import save_tokenizer
-from pytest_qsa.captures.capture.statistics import ALL_STATISTICS, COUNTS, TOKENS, Request
 from safetensors.torch import load_file, save_file
 from test_architectures import MODELS as ARCHITECTURES
 
+from pytest_qsa.captures.statistics import ALL_STATISTICS, COUNTS, TOKENS, Request
 from pytest_qsa.common.errors import InfraError, QsaWarning
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.forward import run_pass

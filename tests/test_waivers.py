@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from checkpoint_folders import Project, peaks, suite
-from pytest_qsa.metrics.activations.series import Bounds, Query, Series
 
 from pytest_qsa.common.errors import AnomalyError, SuiteError
+from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.waiver import Waiver
 from pytest_qsa.verdicts.verdict import Kind, anomaly, judge_bounds

@@ -6,8 +6,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pytest_qsa.engine.reduce.observer import StreamObserver
 from pytest_qsa.engine.reduce.windows import HALF, Window

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.errors import InfraError, QsaWarning
-from ..common.files import write_atomically
+from ..common import InfraError, QsaWarning, write_atomically
 from .capture import Capture
 from .partial import PartialSums
 from .statistics import Request, merge_requests

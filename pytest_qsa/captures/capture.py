@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InfraError
-from ..common.files import write_atomically
+from ..common import InfraError, write_atomically
 from .numbers import SiteNumbers
 from .sinks import Sinks, find_sinks
 from .statistics import LOGITS, Request, Site, match_layers
 
 if TYPE_CHECKING:
-    from ..metrics.selection import Selection
+    from ..metrics import Selection
 
 FORMAT = "qsa-capture/1"
 REFERENCE = "reference/"
@@ -89,7 +88,7 @@ class Capture:
 
     def select(self, layers: str, site: Site, exclude: str | None = None) -> Selection:
         """Select a site of the layers that the regex finds; the result offers every metric."""
-        from ..metrics.selection import Selection  # a metric is made of a capture: only this face looks up
+        from ..metrics import Selection  # a metric is made of a capture: only this face looks up
 
         return Selection(self, layers, site, exclude)
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.errors import InfraError
-from ..common.files import write_atomically
+from ..common import InfraError, write_atomically
 from .capture import Capture
 from .statistics import Request, merge_requests
 

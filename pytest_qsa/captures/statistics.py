@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..common.errors import AnomalyError, SuiteError
+from ..common import AnomalyError, SuiteError
 
 Site = Literal["input", "output", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)

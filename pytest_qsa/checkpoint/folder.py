@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InfraError
+from ..common import InfraError
 from .tensors import Tensor, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from ..common.errors import QsaError, SuiteError
+from ..common import QsaError, SuiteError
 from .codes import FAILED, OK, SUITE_IS_WRONG, USAGE
 
 COMMANDS: Mapping[str, str] = {

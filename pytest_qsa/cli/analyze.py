@@ -12,17 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import InfraError, shown_path
+from ..common import InfraError, shown_path
 from .codes import FAILED, OK
 
 if TYPE_CHECKING:
-    from ..captures.capture import Capture
-    from ..captures.partial import PartialSums
-    from ..captures.statistics import Request
-    from ..suite.load import SuiteFile
-    from ..suite.session import MakeCapture
-    from ..suite.subject import Subject
-    from ..tools.analyze.pictures import Analysis
+    from ..captures import Capture, PartialSums, Request
+    from ..suite import MakeCapture, Subject, SuiteFile
+    from ..tools import Analysis
 
 FIRST = 20
 """How many layers are listed, as in the seed."""
@@ -35,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
     """
-    from ..engine.load.outline import layer_names
-    from ..suite.load import load_suite
+    from ..engine import layer_names
+    from ..suite import load_suite
     from .common import planned, subject_of
 
     options, overrides = _options(arguments)
@@ -126,10 +122,9 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
     """Return the capture; under torchrun on the first rank alone, made by all of them."""
     import platformdirs
 
-    from ..common.progress import progress_bar
-    from ..engine.ranks import joined
-    from ..engine.subject import Share, capture_subject
-    from ..suite.session import Captures
+    from ..common import progress_bar
+    from ..engine import Share, capture_subject, joined
+    from ..suite import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
     with joined() as ranks, progress_bar(subject.name) as progress:
@@ -154,7 +149,7 @@ def _written(
     *,
     verbose: bool,
 ) -> int:
-    from ..tools.analyze.write import write_analysis
+    from ..tools import write_analysis
 
     report: Callable[[str], None] = print if verbose else lambda _: None
     try:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import AnomalyError, InfraError, shown_path
+from ..common import AnomalyError, InfraError, shown_path
 from .codes import OK
 from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
-    from ..suite.load import SuiteFile
-    from ..tools.calibrate.measure import Finding, Sampled
+    from ..suite import SuiteFile
+    from ..tools import Finding, Sampled
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,9 +23,9 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or has nothing to calibrate.
         InfraError: the model or data can't be had, or the suite can't be written.
     """
-    from ..common.files import write_atomically
-    from ..suite.load import load_suite
-    from ..tools.calibrate.edit import calibrated
+    from ..common import write_atomically
+    from ..suite import load_suite
+    from ..tools import calibrated
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)

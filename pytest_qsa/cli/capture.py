@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import InfraError, SuiteError, shown_path
+from ..common import InfraError, SuiteError, shown_path
 from . import capture_reference as keeping
 from .codes import OK
 from .common import keep, planned, subject_of
 
 if TYPE_CHECKING:
-    from ..captures.partial import PartialSums
-    from ..captures.statistics import Request
-    from ..suite.load import SuiteFile
+    from ..captures import PartialSums, Request
+    from ..suite import SuiteFile
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,12 +25,10 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or asks for nothing that a pass measures.
         InfraError: the model or data can't be had, or the file can't be written.
     """
-    from ..captures.statistics import compares
-    from ..common.progress import progress_bar
-    from ..engine.load.outline import layer_names
-    from ..engine.subject import Share, capture_subject
-    from ..suite.fingerprint import FileHashes, fingerprint_of, identified
-    from ..suite.load import load_suite
+    from ..captures import compares
+    from ..common import progress_bar
+    from ..engine import Share, capture_subject, layer_names
+    from ..suite import FileHashes, fingerprint_of, identified, load_suite
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -79,15 +76,15 @@ def _samples(text: str | None) -> tuple[int, int] | None:
 
 def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
     """Return the place of an unfinished pass, under a name that another model, data or machine doesn't find."""
-    from ..captures.partial import PartialSums
+    from ..captures import PartialSums
 
     return PartialSums(output.with_name(f"{output.name}.{fingerprint[:16]}.partial")) if fingerprint else None
 
 
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
     """Return what the assertions need, else what the pictures do; every pattern has to find one of the layers."""
-    from ..captures.statistics import LOGITS, match_layers, no_match
-    from ..suite.sections import MeasuredAssertion
+    from ..captures import LOGITS, match_layers, no_match
+    from ..suite import MeasuredAssertion
 
     requests = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     for request in requests:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..common.errors import InfraError, SuiteError, shown_path
+from ..common import InfraError, SuiteError, shown_path
 from .codes import OK
 from .common import subject_of
 
 if TYPE_CHECKING:
-    from ..captures.statistics import Request
-    from ..engine.reference.keep import Kept
-    from ..suite.load import SuiteFile
-    from ..suite.subject import Subject
+    from ..captures import Request
+    from ..engine import Kept
+    from ..suite import Subject, SuiteFile
 
 MOST_ROWS = 4096
 
@@ -53,13 +52,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or doesn't say which model is the original.
         InfraError: the model or data can't be had, or the file can't be written.
     """
-    from ..captures.statistics import merge_requests
-    from ..common.files import write_atomically
-    from ..common.progress import progress_bar
-    from ..engine.reference.keep import Keep
-    from ..engine.subject import keep_subject
-    from ..suite.inherit import read_suite
-    from ..suite.load import make_suite
+    from ..captures import merge_requests
+    from ..common import progress_bar, write_atomically
+    from ..engine import Keep, keep_subject
+    from ..suite import make_suite, read_suite
 
     output = options.output
     source = read_suite(options.config)
@@ -85,7 +81,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subject:
     """Return which model is kept: the one of --model.path, else the suite's reference, else its model."""
-    from ..suite.subject import is_kept, reference_of
+    from ..suite import is_kept, reference_of
 
     model, subject = subject_of(file)
     if any(each.startswith("model.path=") for each in overrides) or not named or model.reference is None:
@@ -101,8 +97,8 @@ def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subj
 
 
 def _requests(file: SuiteFile) -> Iterator[Request]:
-    from ..captures.statistics import against_reference
-    from ..suite.sections import MeasuredAssertion
+    from ..captures import against_reference
+    from ..suite import MeasuredAssertion
 
     for assertion in file.assertions:
         if isinstance(assertion, MeasuredAssertion) and against_reference(assertion.request.statistics):

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import InfraError, SuiteError, shown_path
+from ..common import InfraError, SuiteError, shown_path
 
 if TYPE_CHECKING:
-    from ..captures.capture import Capture
-    from ..suite.load import SuiteFile
-    from ..suite.sections import Model
-    from ..suite.subject import Subject
-    from ..tools.analyze.pictures import Analysis
+    from ..captures import Capture
+    from ..suite import Model, Subject, SuiteFile
+    from ..tools import Analysis
 
 
 def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
@@ -22,7 +20,7 @@ def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
     Raises:
         SuiteError: there is none.
     """
-    from ..suite.subject import Subject
+    from ..suite import Subject
 
     suite = file.suite
     if suite.model is None:
@@ -36,7 +34,7 @@ def planned(file: SuiteFile, names: Sequence[str]) -> Analysis:
     Raises:
         SuiteError: nothing is enabled, a pattern finds no layer, or there is no such sample; at its line.
     """
-    from ..tools.analyze.pictures import PatternError, plan_pictures
+    from ..tools import PatternError, plan_pictures
 
     visualization, data = file.suite.visualization, file.suite.data
     if visualization.enabled.heatmap_3d and visualization.heatmap_3d.sample_idx >= data.num_samples:

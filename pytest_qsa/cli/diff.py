@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.errors import InfraError
+from ..common import InfraError
 from .codes import FAILED, OK
 
 
@@ -17,16 +17,13 @@ def run(arguments: Sequence[str]) -> int:
         QsaError: a side can't be read, or the two can't be compared.
     """
     options = _parser().parse_args(arguments)
-    from ..tools.diff.changes import compare
-    from ..tools.diff.conditions import parse_all
-    from ..tools.diff.render import markdown_of, page_of, text_of
-    from ..tools.diff.sides import read_side
+    from ..tools import compare, diff_text, markdown_of, page_of, parse_all, read_side
 
     conditions = parse_all(options.fail_on)
     also = [condition.metric for condition in conditions if condition.metric is not None]
     comparison = compare(read_side(options.old), read_side(options.new), also, options.threshold)
     failures = [(condition.text, condition.violations(comparison)) for condition in conditions]
-    print(text_of(comparison, options.top, options.least))
+    print(diff_text(comparison, options.top, options.least))
     if options.html is not None:
         _write(options.html, page_of(comparison, failures, options.least))
     if options.markdown is not None:
@@ -69,7 +66,7 @@ def _share(text: str) -> float:
 
 
 def _write(path: Path, content: str) -> None:
-    from ..common.files import write_atomically
+    from ..common import write_atomically
 
     try:
         write_atomically(path, content)

@@ -11,17 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import AnomalyError, InfraError, shown_path
+from ..common import AnomalyError, InfraError, shown_path
 from .codes import OK
 from .common import subject_of
 from .sampling import add_sampling, data_text, lines_of, sample
 
 if TYPE_CHECKING:
-    from ..checkpoint.smoothing import Compare
-    from ..suite.load import SuiteFile
-    from ..suite.subject import Subject
-    from ..tools.calibrate.measure import Finding, Sampled
-    from ..tools.draft import Draft
+    from ..checkpoint import Compare
+    from ..suite import Subject, SuiteFile
+    from ..tools import Draft, Finding, Sampled
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -33,9 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: an option is wrong.
         InfraError: the model or data can't be had, or the file is there already.
     """
-    from ..common.files import write_atomically
-    from ..tools.calibrate.edit import calibrated
-    from ..tools.draft import text_of
+    from ..common import write_atomically
+    from ..tools import calibrated, draft_text
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -44,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
     file, sampled, drafts, told = _drafted(_sections(options, target), overrides, target, options)
     kept, findings, left = _calibrated(file, sampled, drafts, options.k)
-    text = text_of(_head(file, sampled, options.k), _relative(file.source.data, target), kept)
+    text = draft_text(_head(file, sampled, options.k), _relative(file.source.data, target), kept)
     proposals = {each.id: each.proposals for each in findings if each.proposals}
     write_atomically(target, calibrated(text, proposals, data_text(sampled, file))[0])
     print(
@@ -76,7 +73,7 @@ def _name(model: str) -> str:
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:
     """Return what the suite says of model and data unless the command line says otherwise."""
-    from ..suite.sections import Data
+    from ..suite import Data
 
     model = {"name": _name(options.model), "path": _named(options.model, target)}
     if options.reference is not None:
@@ -94,10 +91,9 @@ def _drafted(
     sections: Sections, overrides: Sequence[str], target: Path, options: argparse.Namespace
 ) -> tuple[SuiteFile, Sampled, list[Draft], list[str]]:
     """Draft what a pass answers, make it, and draft the rest of what is then known; say what can't be compared."""
-    from ..engine.load.outline import anatomy
-    from ..suite.load import make_suite
-    from ..suite.yaml_source import YamlSource
-    from ..tools.draft import FILES, measured_drafts, sinks_of
+    from ..engine import anatomy
+    from ..suite import YamlSource, make_suite
+    from ..tools import FILES, measured_drafts, sinks_of
 
     model, subject = subject_of(make_suite(YamlSource(target, sections), overrides, "--"))
     parts = anatomy(model, subject.path)
@@ -117,10 +113,9 @@ def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
-    from ..checkpoint.checks.health import problems_of
-    from ..checkpoint.smoothing import compare_norms
-    from ..suite.subject import files_of, kept_reference
-    from ..tools.draft import COMPARED, UNQUANTIZED
+    from ..checkpoint import compare_norms, problems_of
+    from ..suite import files_of, kept_reference
+    from ..tools import COMPARED, UNQUANTIZED
 
     if subject.model is None or subject.model.reference is None:
         return [], None, []
@@ -177,8 +172,8 @@ def _head(file: SuiteFile, sampled: Sampled, k: float) -> list[str]:
 
 def _health(file: SuiteFile) -> Iterator[str]:
     """Say what the static checks find already: numbers of a broken checkpoint bound nothing."""
-    from ..checkpoint.checks.health import problems_of
-    from ..suite.subject import files_of
+    from ..checkpoint import problems_of
+    from ..suite import files_of
 
     files = files_of(subject_of(file)[1])
     for assertion in file.assertions:

@@ -6,16 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.errors import SuiteError
+from ..common import SuiteError
 from .codes import OK
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print name, class, shape of the weight and number of parameters of the layers."""
-    from ..captures.statistics import match_layers, no_match
-    from ..suite.load import load_suite
-    from ..suite.sections import Data, Memory, Model
-    from ..suite.subject import Subject
+    from ..captures import match_layers, no_match
+    from ..suite import Data, Memory, Model, Subject, load_suite
 
     parser = argparse.ArgumentParser(prog="qsa layers", description="List a model's layers without reading weights.")
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
@@ -28,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     if model is None:
         raise SuiteError(f"{options.config}: there is no section 'model'")
     folder = options.config.parent if options.config else Path.cwd()
-    from ..engine.load.outline import outline
+    from ..engine import outline
 
     rows = outline(model, Subject(model.id, model, Data(), Memory(), folder).path)
     names = [row[0] for row in rows]

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.errors import shown_path
+from ..common import shown_path
 from .codes import OK
 from .common import keep
 
@@ -17,8 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         InfraError: a file is no capture, or they can't be merged, or the result can't be written.
     """
-    from ..captures.capture import Capture
-    from ..captures.merge import merge
+    from ..captures import Capture, merge
 
     parser = argparse.ArgumentParser(prog="qsa merge", description="Merge captures of disjoint samples.")
     parser.add_argument("captures", nargs="+", type=Path, metavar="CAPTURE", help="a file of `qsa capture --samples`")

@@ -10,10 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ..suite.fields import section_of
-from ..suite.load import check_override
-from ..suite.sections import Suite
-from ..suite.visualization import Visualization
+from ..suite import Suite, Visualization, check_override, section_of
 
 SECTIONS = ("model", "data", "memory", "visualization")
 

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..common.errors import SuiteError, shown_path
+from ..common import SuiteError, shown_path
 from .common import subject_of
 
 if TYPE_CHECKING:
-    from ..suite.load import SuiteFile
-    from ..tools.calibrate.measure import Finding, Proposal, Sampled
+    from ..suite import SuiteFile
+    from ..tools import Finding, Proposal, Sampled
 
 PARTS, PASSES, SIGMAS = 8, 2, 10.0
 """The defaults. Of ten sigmas, for one that comes from eight parts is itself uncertain (docs/bounds.md)."""
@@ -50,12 +50,11 @@ def sample(file: SuiteFile, options: argparse.Namespace) -> Sampled:
         SuiteError: no assertion needs a pass.
         InfraError: it can't be run.
     """
-    from ..captures.merge import merge
-    from ..captures.statistics import merge_requests
-    from ..common.progress import progress_bar
-    from ..engine.parts import capture_parts
-    from ..suite.sections import MeasuredAssertion
-    from ..tools.calibrate.measure import Sampled
+    from ..captures import merge, merge_requests
+    from ..common import progress_bar
+    from ..engine import capture_parts
+    from ..suite import MeasuredAssertion
+    from ..tools import Sampled
 
     _, subject = subject_of(file)
     requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))

@@ -11,7 +11,7 @@ from .codes import OK
 
 def run(arguments: Sequence[str]) -> int:
     """Print the schema."""
-    from ..suite.schema import suite_schema
+    from ..suite import suite_schema
 
     argparse.ArgumentParser(prog="qsa schema", description="Print the JSON Schema of suites.").parse_args(arguments)
     print(json.dumps(suite_schema(), indent=2))

@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InfraError, SuiteError, shown_path
+from ..common import InfraError, SuiteError, shown_path
 from .codes import FAILED, OK
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print what became of each fault; return 1 where the mutation score is below what is asked for."""
-    from ..tools.selftest.run import chosen, score_of
-    from ..tools.selftest.table import lines_of, score_line, write_outcomes
+    from ..tools import chosen, lines_of, score_line, score_of, write_outcomes
 
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
@@ -75,7 +74,7 @@ def _share(text: str) -> float:
 
 
 def _list() -> int:
-    from ..tools.selftest.faults import FAULTS
+    from ..tools import FAULTS
 
     for fault in FAULTS.values():
         strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
@@ -90,10 +89,9 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
         SuiteError: the suite names no checkpoint.
         InfraError: there is no such suite or checkpoint.
     """
-    from ..checkpoint.folder import open_folder
-    from ..suite.load import load_suite
-    from ..tools.selftest.perplexity import makes_a_pass, suite_beside
-    from ..tools.selftest.run import Selftest
+    from ..checkpoint import open_folder
+    from ..suite import load_suite
+    from ..tools import Selftest, makes_a_pass, suite_beside
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")

@@ -1,1 +1,5 @@
 """Errors, files, text and progress: what every room uses and none owns."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,5 +1,5 @@
-"""The engine: the only part that imports torch, loads a model and runs it."""
+"""The engine: the only room that imports torch, loads a model and runs it."""
 
-from .api import capture
+import lazy_loader
 
-__all__ = ["capture"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

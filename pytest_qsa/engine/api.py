@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..captures.capture import Capture
-from ..captures.statistics import (
+from ..captures import (
     AGREEMENT,
     ALL_STATISTICS,
     ERROR,
@@ -18,6 +17,7 @@ from ..captures.statistics import (
     REFERENCE_SINKS,
     REFERENCE_TOKENS,
     SCORES,
+    Capture,
     Request,
     Site,
     against_reference,
@@ -26,8 +26,8 @@ from ..captures.statistics import (
     merge_requests,
     no_match,
 )
-from ..common.errors import AnomalyError, SuiteError, did_you_mean
-from ..metrics.activations import METRICS
+from ..common import AnomalyError, SuiteError, did_you_mean
+from ..metrics import METRICS
 from .load.batches import Batch
 from .load.tokenizer import decoder_of
 from .modules import device_of, layers_of

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..captures.capture import Capture
-from ..captures.statistics import Request, compares
-from ..common.errors import InfraError
-from ..suite.sections import Data
-from ..suite.subject import Subject, kept_reference
+from ..captures import Capture, Request, compares
+from ..common import InfraError
+from ..suite import Data, Subject, kept_reference
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
 from .load.models import Loaded, load_model

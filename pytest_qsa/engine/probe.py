@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..suite.machine import Gpu, Machine
+from ..suite import Gpu, Machine
 
 PART = 32 << 20
 """Bytes that are read to time the files."""

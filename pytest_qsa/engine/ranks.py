@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..captures.capture import Capture
-from ..captures.merge import merge
-from ..captures.partial import PartialSums
-from ..captures.statistics import Request
-from ..common.errors import AnomalyError, InfraError, QsaError
-from ..suite.session import MakeCapture
+from ..captures import Capture, PartialSums, Request, merge
+from ..common import AnomalyError, InfraError, QsaError
+from ..suite import MakeCapture
 
 PATIENCE = timedelta(hours=12)
 """How long a rank waits for the slowest one. A rank that dies is noticed at once."""

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..captures.capture import Capture
-from ..captures.merge import merge
-from ..captures.partial import PartialSums
-from ..captures.statistics import STORED, Request, compares
-from ..common.errors import AnomalyError, InfraError
-from ..suite.fingerprint import FileHashes, identified, local_folder
-from ..suite.subject import Subject, files_of, kept_reference, reference_of, stored_quantized
+from ..captures import STORED, Capture, PartialSums, Request, compares, merge
+from ..common import AnomalyError, InfraError
+from ..suite import (
+    FileHashes,
+    Subject,
+    files_of,
+    identified,
+    kept_reference,
+    local_folder,
+    reference_of,
+    stored_quantized,
+)
 from .formats.schemes import schemes_of
 from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
@@ -32,8 +37,7 @@ from .load.tokenizer import decoder_of, tokenizer_identity
 from .modules import device_of, layers_of
 from .ranks import Ranks
 from .reference.head import located_head
-from .reference.keep import Keep as KeepRows
-from .reference.keep import Kept, keep_model
+from .reference.keep import Keep as KeepRows, Kept, keep_model
 from .reference.kept import KeptPartner, check_answerable
 from .reference.kept_file import KeptFile
 from .reference.live import Partner

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..captures.statistics import match_layers
-from ..common.errors import AnomalyError, InfraError, did_you_mean, shown_path
+from ..captures import match_layers
+from ..common import AnomalyError, InfraError, did_you_mean, shown_path
 
 LATEST = "results_*.json"
 """What lm-eval calls its files, with the time of the run, so that the last name is the latest."""

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..common.errors import AnomalyError
-from ..common.text import number
-from ..metrics.series import OVER, Bounds, Over
+from ..common import AnomalyError, number
+from ..metrics import OVER, Bounds, Over
 from .evals import Score
 
 Comparison = Literal["value", "recovery", "drop"]

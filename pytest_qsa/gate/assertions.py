@@ -10,24 +10,31 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ..captures.capture import Capture
-from ..checkpoint.checks.health import Files, problems_of
-from ..common.errors import QsaError, QsaWarning, SuiteError
-from ..metrics.loaded import blamed
-from ..metrics.series import Series
-from ..suite.assertion import Assertion
-from ..suite.external_assertion import ExternalAssertion
-from ..suite.sections import CheckpointAssertion, MeasuredAssertion
-from ..suite.yaml_source import Location
-from ..verdicts.budgets import Budget, budget_of
-from ..verdicts.external import judge_scores
-from ..verdicts.judge import measured
-from ..verdicts.previous import kept_release, previous_values
-from ..verdicts.ratchet import limits_of
-from ..verdicts.served import settled
-from ..verdicts.static import judge_problems
-from ..verdicts.verdict import Kind, Tolerance, Verdict, anomaly, detailed, judge_bounds, softened
-from ..verdicts.waivers import apply_waivers, joint_uses
+from ..captures import Capture
+from ..checkpoint import Files, problems_of
+from ..common import QsaError, QsaWarning, SuiteError
+from ..metrics import Series, blamed
+from ..suite import Assertion, CheckpointAssertion, ExternalAssertion, Location, MeasuredAssertion
+from ..verdicts import (
+    Budget,
+    Kind,
+    Tolerance,
+    Verdict,
+    anomaly,
+    apply_waivers,
+    budget_of,
+    detailed,
+    joint_uses,
+    judge_bounds,
+    judge_problems,
+    judge_scores,
+    kept_release,
+    limits_of,
+    measured,
+    previous_values,
+    settled,
+    softened,
+)
 from .collection import QsaSuite, raise_at
 from .gate import Gate, GateFailure
 
@@ -176,7 +183,7 @@ def _exceeded(verdict: Verdict, budget: Budget) -> Location:
 
 def _choose_class(request: pytest.FixtureRequest, series: Series, tolerance: Tolerance, capture: Capture) -> None:
     """Name the baseline of this run's class of devices."""
-    from ..verdicts.baselines import HOME, NAME, name_for_class
+    from ..verdicts import HOME, NAME, name_for_class
 
     stash = request.node.stash
     made_with, data = _made_with(capture, "device_class"), capture.meta["data"]["fingerprint"]
@@ -193,7 +200,7 @@ def against_baseline(
     Raises:
         BaselineError: there is no baseline yet, or it can't be compared.
     """
-    from ..verdicts.baselines import judge_against_baseline
+    from ..verdicts import judge_against_baseline
 
     data = capture.meta["data"]["fingerprint"]
     return judge_against_baseline(series, tolerance, snapshot, data, _made_with(capture, per))
@@ -219,7 +226,7 @@ def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
     Raises:
         SuiteError: syrupy is disabled, or another plugin's fixture has taken its name.
     """
-    from ..verdicts.baselines import QsaBaselineExtension
+    from ..verdicts import QsaBaselineExtension
 
     try:
         snapshot = request.getfixturevalue("snapshot")

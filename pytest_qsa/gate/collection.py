@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from ..common.errors import QsaWarning, SuiteError
+from ..common import QsaWarning, SuiteError
 
 if TYPE_CHECKING:
-    from ..suite.assertion import Assertion
-    from ..suite.load import SuiteFile
-    from ..suite.yaml_source import Place
+    from ..suite import Assertion, Place, SuiteFile
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
@@ -36,7 +34,7 @@ class Overrides:
 
     def of(self, suite: Path) -> list[str]:
         """Return those that a suite takes, and note those that it doesn't."""
-        from ..suite.load import misfit
+        from ..suite import misfit
 
         taken = []
         for override in self.given:
@@ -79,7 +77,7 @@ class QsaSuite(pytest.Module):
         Raises:
             CollectError: one line that says where and what is wrong.
         """
-        from ..suite.load import load_suite
+        from ..suite import load_suite
 
         try:
             return load_suite(self.path, self.overrides.of(self.path))

@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ..captures.capture import Capture
-from ..captures.statistics import LOGITS, Request, Site
-from ..checkpoint.checks.health import problems_of
-from ..common.errors import QsaError
-from ..metrics.activations import METRICS, Reduce
-from ..metrics.query import Positions, positions_of, query_of
-from ..metrics.selection import NotMeasuredError, Selection
-from ..metrics.series import Judge, Series
-from ..verdicts.static import judge_problems
-from ..verdicts.verdict import Kind, Tolerance, Verdict, anomaly, judge_bounds
+from ..captures import LOGITS, Capture, Request, Site
+from ..checkpoint import problems_of
+from ..common import QsaError
+from ..metrics import METRICS, Judge, NotMeasuredError, Positions, Reduce, Selection, Series, positions_of, query_of
+from ..verdicts import Kind, Tolerance, Verdict, anomaly, judge_bounds, judge_problems
 from .assertions import against_baseline
 from .gate import Gate, GateFailure, caller
 from .needs import EVERYTHING

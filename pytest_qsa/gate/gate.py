@@ -15,25 +15,25 @@ from typing import Any
 
 import pytest
 
-from ..captures.capture import Capture
-from ..captures.partial import PartialSums
-from ..captures.statistics import COUNTS, Request
-from ..checkpoint.checks.health import Files
-from ..common.errors import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, shown_path
-from ..common.progress import progress_bar
-from ..metrics.activations import METRICS
-from ..report.ci import properties_of
-from ..report.terminal import failure_text
-from ..suite.execution import check_execution
-from ..suite.load import SuiteFile, load_suite
-from ..suite.sections import Data, Memory, Model
-from ..suite.session import Captures
-from ..suite.subject import Checkpoint, Subject, files_of, previous_of
-from ..verdicts.beside import beside_reference, run_of
-from ..verdicts.evidence import sinks_behind, token_evidence
-from ..verdicts.explain import diagnosed
-from ..verdicts.previous import kept_release
-from ..verdicts.verdict import Kind, Verdict
+from ..captures import COUNTS, Capture, PartialSums, Request
+from ..checkpoint import Files
+from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar, shown_path
+from ..metrics import METRICS
+from ..report import failure_text, properties_of
+from ..suite import (
+    Captures,
+    Checkpoint,
+    Data,
+    Memory,
+    Model,
+    Subject,
+    SuiteFile,
+    check_execution,
+    files_of,
+    load_suite,
+    previous_of,
+)
+from ..verdicts import Kind, Verdict, beside_reference, diagnosed, kept_release, run_of, sinks_behind, token_evidence
 from ._compat import fixture_source
 from .collection import QsaSuite
 from .needs import requests_of
@@ -161,7 +161,7 @@ class Gate:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
-        from ..verdicts.baselines import HOME, NAME, baseline_folder
+        from ..verdicts import HOME, NAME, baseline_folder
 
         item.stash[HOME] = baseline_folder(item.path, subject.name)
         item.stash[NAME] = plain_name(item)
@@ -217,10 +217,10 @@ class Gate:
     ) -> Capture:
         with self._progress(subject) as progress:
             if subject.model is not None and subject.model.told:
-                from ..external.served.ask import capture_served
+                from ..external import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
-            from ..engine.subject import Share, capture_loaded, capture_subject, loaded_from_fixture
+            from ..engine import Share, capture_loaded, capture_subject, loaded_from_fixture
 
             if subject.model is not None:
                 code, share = self.options.allow_code, Share(sums=sums)
@@ -294,8 +294,8 @@ class Gate:
     def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
         if not self._reported(verdict) or not verdict.rows:
             return verdict
-        from ..captures.histograms import histograms_of
-        from ..report.plots import draw
+        from ..captures import histograms_of
+        from ..report import draw
 
         query = verdict.query
         layers = capture.select(query["layers"], query["site"], query["exclude"]).layers

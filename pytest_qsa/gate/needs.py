@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from ..captures.statistics import ALL_STATISTICS, Request, massive_statistic
-from ..common.errors import SuiteError
-from ..metrics.activations import METRICS
-from ..metrics.query import positions_of
-from ..suite.sections import MeasuredAssertion
+from ..captures import ALL_STATISTICS, Request, massive_statistic
+from ..common import SuiteError
+from ..metrics import METRICS, positions_of
+from ..suite import MeasuredAssertion
 from .collection import QsaSuite
 
 EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}

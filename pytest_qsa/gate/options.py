@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
-from ..suite.tiers import TIERS, Tier
+from ..suite import TIERS, Tier
 
 if TYPE_CHECKING:
-    from ..suite.subject import Checkpoint
+    from ..suite import Checkpoint
 
 REPORT = ("on-failure", "always", "never")
 PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
@@ -53,7 +53,7 @@ class Options(NamedTuple):
         """Return the arguments that another run of one test needs."""
         arguments: list[str] = []
         if checkpoint is not None:
-            from ..common.errors import shown_path
+            from ..common import shown_path
 
             path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
             arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
@@ -223,8 +223,8 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
 def _check_overrides(overrides: tuple[str, ...]) -> None:
     if not overrides:
         return
-    from ..common.errors import SuiteError
-    from ..suite.load import check_override
+    from ..common import SuiteError
+    from ..suite import check_override
 
     for override in overrides:
         try:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ..common.errors import scrubbed
-from ..suite.tiers import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
+from ..common import scrubbed
+from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import Options
 
 PACKAGE = Path(__file__).parent.parent
@@ -27,8 +27,7 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
         _describe_failure(item, call, report)
     if verdicts := item.stash.get(VERDICTS, None):
-        from ..report import to_plain
-        from ..report.ci import attach
+        from ..report import attach, to_plain
 
         if not report.failed:  # a comparison that the test itself took back, or an expected failure
             verdicts = [verdict for verdict in verdicts if not verdict.failed]
@@ -39,8 +38,8 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
 
 
 def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    from ..common.errors import QsaError
-    from ..report.terminal import failure_text
+    from ..common import QsaError
+    from ..report import failure_text
     from .gate import VERDICTS, GateFailure
 
     assert call.excinfo is not None
@@ -99,8 +98,8 @@ def _stopped(item: pytest.Item, error: Any) -> Any:
     """Make the verdict of a Python test that an error stopped before it could compare."""
     from dataclasses import replace
 
-    from ..common.errors import shown_path
-    from ..verdicts.verdict import anomaly
+    from ..common import shown_path
+    from ..verdicts import anomaly
     from .gate import VERDICTS
 
     verdict = replace(anomaly(error), id=item.name, where=shown_path(item.path))
@@ -153,11 +152,11 @@ class Reporter:
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
-        from .. import report
-        from ..common.errors import shown_path
+        from ..common import shown_path
+        from ..report import write_report
 
         try:
-            self.written = shown_path(report.write_report(self.results, self.options.output, self._session()))
+            self.written = shown_path(write_report(self.results, self.options.output, self._session()))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
 
@@ -195,14 +194,13 @@ class Reporter:
 
     def _plan(self, terminalreporter: Any) -> None:
         """Say what would run: sites, sizes, time, and the settings that fit."""
-        from ..suite.session import Captures
-        from ..tools.plan.explain_plan import plan_lines
-        from ..tools.plan.gather import gathered
+        from ..suite import Captures
+        from ..tools import gathered, plan_lines
         from .collection import QsaSuite
         from .gate import Gate, plain_name
 
         def measured(dtype: str, weights: Path | None) -> Any:
-            from ..engine.probe import this_machine  # torch, only where a pass would run
+            from ..engine import this_machine  # torch, only where a pass would run
 
             return this_machine(dtype, weights)
 
@@ -217,9 +215,8 @@ class Reporter:
 
     def _propose(self, terminalreporter: Any) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""
-        from ..common.errors import shown_path
-        from ..common.files import write_atomically
-        from ..verdicts.ratchet import patch_of, project_root
+        from ..common import shown_path, write_atomically
+        from ..verdicts import patch_of, project_root
 
         limits = [limit for result in self.results for limit in result["limits"]]
         patch = patch_of(limits, project_root(self.config.rootpath))
@@ -246,7 +243,7 @@ class Reporter:
             terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
 
     def _summarize(self, terminalreporter: Any) -> None:
-        from ..suite.execution import executed_as
+        from ..suite import executed_as
 
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)
@@ -268,7 +265,7 @@ class Reporter:
         """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""
         if os.environ.get("GITHUB_ACTIONS") != "true" or not (self.results or self.suite_errors):
             return []
-        from ..report.github import annotation_lines, append_summary
+        from ..report import annotation_lines, append_summary
 
         lines = list(annotation_lines(self.results, self.suite_errors))
         if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):

@@ -1,1 +1,5 @@
 """Capture → one number per layer: the registry of metrics, `Series` and `Selection`. numpy only."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,27 +13,31 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from ..captures.channels import BandStat, channel_bands
-from ..captures.distributions import counted_quantile
-from ..captures.numbers import PADDING, TOP_NAMES, UNKNOWN, SiteNumbers, lower_median, order_statistics
-from ..captures.statistics import (
+from ..captures import (
     CHANNEL_COUNTS,
     CHANNELS,
     COUNTS,
     ELEMENTS,
     EXPERTS,
     MOMENTS,
+    PADDING,
     SIGNED_COUNTS,
     TOKENS,
+    TOP_NAMES,
+    UNKNOWN,
+    BandStat,
     Site,
+    SiteNumbers,
+    channel_bands,
+    counted_quantile,
     features_statistic,
+    lower_median,
     massive_statistic,
+    order_statistics,
     quantization_statistic,
 )
-from ..common.errors import AnomalyError, SuiteError
-from . import fidelity
-from . import loaded as loading
-from . import predictions as scores
+from ..common import AnomalyError, SuiteError
+from . import fidelity, loaded as loading, predictions as scores
 from .quantization import Granularity, Scheme, counted_powers, decibels
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.distributions import sorted_counts
-from ..captures.numbers import SiteNumbers
-from ..captures.statistics import Site
-from ..common.errors import AnomalyError, SuiteError
+from ..captures import Site, SiteNumbers, sorted_counts
+from ..common import AnomalyError, SuiteError
 from .series import Query, Series
 
 if TYPE_CHECKING:
-    from ..captures.capture import Capture
+    from ..captures import Capture
 
 LEAST_SHARE = 1e-4
 """What stands for an empty bin in `psi`, whose logarithm has no value there."""

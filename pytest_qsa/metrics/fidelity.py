@@ -12,9 +12,18 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from ..captures.numbers import ERROR_NAMES, NOT_COMPARED, PADDING
-from ..captures.statistics import ERROR, REFERENCE_TOKENS, TOKENS, Site, channel_error_statistic, local_statistic
-from ..common.errors import AnomalyError
+from ..captures import (
+    ERROR,
+    ERROR_NAMES,
+    NOT_COMPARED,
+    PADDING,
+    REFERENCE_TOKENS,
+    TOKENS,
+    Site,
+    channel_error_statistic,
+    local_statistic,
+)
+from ..common import AnomalyError
 from .registry import TWO_SIDED_95, Estimate, Values, View, metric
 
 SIGNAL, NOISE, OWN, LARGEST = range(len(ERROR_NAMES))

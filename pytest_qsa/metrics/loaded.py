@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..captures.numbers import SiteNumbers
-from ..captures.statistics import STORED, Site
+from ..captures import STORED, Site, SiteNumbers
 from .quantization import decibels
 from .registry import View, metric
 
 if TYPE_CHECKING:
-    from ..captures.capture import Capture
-    from ..verdicts.verdict import Verdict
+    from ..captures import Capture
+    from ..verdicts import Verdict
 
 ONE_FACTOR = 40.0
 """So many dB above what is left of a difference, one factor explains it."""

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.numbers import SCORE_NAMES, SiteNumbers
-from ..captures.statistics import AGREEMENT, SCORES
-from ..common.errors import AnomalyError
+from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers
+from ..common import AnomalyError
 from .registry import TWO_SIDED_95, Estimate, View, metric
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))

@@ -12,12 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.distributions import bin_values
-from ..captures.numbers import EXTREME_NAMES, SiteNumbers
+from ..captures import EXTREME_NAMES, SiteNumbers, bin_values
 
 Scheme = Literal["int8", "int4", "fp8_e4m3"]
 Granularity = Literal["tensor", "token", "channel", "group"]
-LARGEST: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
+LARGEST_CODE: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
 """The largest number of each grid: −128 and −8 are not used; fp8_e4m3 is the OCP's e4m3, without infinities."""
 MANTISSA_BITS, LEAST_EXPONENT = 3, -6
 """Of e4m3; below 2⁻⁶ its numbers are as far apart as there."""
@@ -50,7 +49,7 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
         return float("nan"), float("nan")
     values, weights = _magnitudes(numbers)
     values = np.minimum(values, largest)
-    scale = largest / LARGEST[scheme] or 1.0
+    scale = largest / LARGEST_CODE[scheme] or 1.0
     errors = values - rounded_to(scheme, values / scale) * scale
     return float(np.sum(weights * values**2)), float(np.sum(weights * errors**2))
 

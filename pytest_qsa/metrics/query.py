@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from ..captures.statistics import Site
-from ..common.errors import SuiteError, did_you_mean
-from .activations import METRICS, REDUCTIONS, Metric, Reduce
+from ..captures import Site
+from ..common import SuiteError, did_you_mean
+from .activations import METRICS
+from .registry import REDUCTIONS, Metric, Reduce
 from .series import Query
 
 Positions = str | Mapping[str, int]

@@ -9,9 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.numbers import PADDING, SiteNumbers, lower_median
-from ..captures.sinks import Sinks
-from ..captures.statistics import LOGITS, REFERENCE_SINKS, SINKS, TOKENS, Site
+from ..captures import LOGITS, PADDING, REFERENCE_SINKS, SINKS, TOKENS, Sinks, Site, SiteNumbers, lower_median
 from .definitions import Definition
 
 Reduce = Literal["max", "mean", "sum", "p95"]

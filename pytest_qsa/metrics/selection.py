@@ -9,43 +9,33 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.channels import BandStat, channel_bands
-from ..captures.statistics import (
+from ..captures import (
     COUNTS,
     LOGITS,
     REFERENCE_SINKS,
     SIGNED_COUNTS,
     SINKS,
     STORED,
+    BandStat,
     Request,
     Site,
+    channel_bands,
     match_layers,
     need_tokens,
     no_match,
 )
-from ..common.errors import AnomalyError
-from .activations import (
-    METRICS,
-    REDUCTIONS,
-    AcrossChannels,
-    MagnitudeStat,
-    Metric,
-    Reduce,
-    ServedDtype,
-    SinkStat,
-    View,
-    magnitudes,
-)
+from ..common import AnomalyError
+from .activations import METRICS, AcrossChannels, MagnitudeStat, ServedDtype, SinkStat, magnitudes
 from .fidelity import By, WeightBy
 from .predictions import DeltaStat, KlStat
 from .quantization import Granularity, Scheme
 from .query import Positions, check_arguments, positions_of, query_of
-from .registry import Estimate
+from .registry import REDUCTIONS, Estimate, Metric, Reduce, View
 from .series import Judge, Query, Series, sound
 from .unsound import why_not_finite
 
 if TYPE_CHECKING:
-    from ..captures.capture import Capture
+    from ..captures import Capture
 
 
 class NotMeasuredError(AnomalyError):

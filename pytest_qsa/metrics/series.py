@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.statistics import LOGITS
-from ..common.errors import AnomalyError
+from ..captures import LOGITS
+from ..common import AnomalyError
 from .registry import METRICS
 
 CHECKPOINT = "checkpoint"

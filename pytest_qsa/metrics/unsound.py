@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.numbers import PADDING
+from ..captures import PADDING
 from .registry import View
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from ..verdicts.verdict import Verdict
+    from ..verdicts import Verdict
 
 
 def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.text import escaped, fitted, number, table_lines, visible
+from ..common import escaped, fitted, number, table_lines, visible
 from .terminal import part_of_error
 
 MOST_ANNOTATIONS = 10

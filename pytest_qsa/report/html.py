@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from ..common.errors import shown_path
+from ..common import shown_path
 from .plain import strict_json
 
 _SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..suite.execution import executed_as
+from ..suite import executed_as
 from .html import flattened, render
 from .page_layers import is_out, layer_table
 

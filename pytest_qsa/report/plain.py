@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
 
-from ..verdicts.verdict import Verdict
+from ..verdicts import Verdict
 
 SCHEMA = "qsa-report/1"
 

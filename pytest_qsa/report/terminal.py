@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.findings import Finding
-from ..common.errors import shown_path
-from ..common.text import number, short_hash, visible
-from ..suite.execution import executed_as
-from ..verdicts.verdict import Row, TokenEvidence, Verdict
+from ..checkpoint import Finding
+from ..common import number, short_hash, shown_path, visible
+from ..suite import executed_as
+from ..verdicts import Row, TokenEvidence, Verdict
 
 MOST_ROWS = 8
 WIDTH = 9

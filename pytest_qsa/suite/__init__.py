@@ -1,1 +1,5 @@
 """The suite: what a user writes, typed, validated, and traced to its line."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ..common.errors import SuiteError
-from ..metrics.series import Over, Query
+from ..common import SuiteError
+from ..metrics import Over, Query
 from .bounds import Stated, follows
 from .fields import Strict
 from .noise import Noises

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from ..captures.statistics import compile_pattern
-from ..common.errors import SuiteError
+from ..captures import compile_pattern
+from ..common import SuiteError
 from .fields import Strict
 
 DEFAULT, SCHEME = "default", "scheme:"

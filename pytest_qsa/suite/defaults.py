@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..common.errors import did_you_mean
-from ..metrics.activations import METRICS
+from ..common import did_you_mean
+from ..metrics import METRICS
 from .sections import ASSERTIONS
 from .yaml_source import Location, YamlSource
 

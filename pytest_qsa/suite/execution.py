@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError
 
 if TYPE_CHECKING:
     from .sections import Model

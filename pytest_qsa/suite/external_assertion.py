@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 from pydantic import AfterValidator, Field, model_validator
 
-from ..common.errors import SuiteError
-from ..metrics.series import EVALS, Query
+from ..common import SuiteError
+from ..metrics import EVALS, Query
 from .assertion import Assertion
 from .fields import Regex
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from ..captures.statistics import compile_pattern
+from ..captures import compile_pattern
 
 
 class Strict(BaseModel):

@@ -16,8 +16,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from ..captures.capture import Capture
-from ..common.files import write_atomically
+from ..captures import Capture
+from ..common import write_atomically
 from .datasets import hub_set_of, local_path
 from .subject import Subject, kept_reference, reference_of
 

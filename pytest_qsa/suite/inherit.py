@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import SuiteError, did_you_mean, shown_path
+from ..common import SuiteError, did_you_mean, shown_path
 from .yaml_source import Location, Place, YamlSource, read_yaml
 
 ASSERTIONS: Location = ("assertions",)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..common.errors import SuiteError, did_you_mean, shown_path
-from ..metrics.activations import METRICS
+from ..common import SuiteError, did_you_mean, shown_path
+from ..metrics import METRICS
 from .assertion import BUDGET, Assertion
 from .bounds import Relative
 from .defaults import apply_defaults

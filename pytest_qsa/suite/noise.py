@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
-from ..common.errors import SuiteError
+from ..common import SuiteError
 from .bounds import Relative, Stated
 from .fields import Strict
 

@@ -15,12 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
-from ..captures.statistics import LayerSite, Request
-from ..checkpoint.checks.health import CHECKS, Check, query_of_check
-from ..common.errors import SuiteError
-from ..metrics.activations import METRICS, Metric, Reduce
-from ..metrics.query import canonical_positions, positions_of, query_of
-from ..metrics.series import Query
+from ..captures import LayerSite, Request
+from ..checkpoint import CHECKS, Check, query_of_check
+from ..common import SuiteError
+from ..metrics import METRICS, Metric, Query, Reduce, canonical_positions, positions_of, query_of
 from .assertion import Assertion
 from .bounds import Stated
 from .external_assertion import ExternalAssertion

@@ -11,12 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..captures.cache import CaptureCache
-from ..captures.capture import Capture
-from ..captures.partial import PartialSums
-from ..captures.statistics import Request, compares, merge_requests
-from ..common.errors import AnomalyError, InfraError, QsaError
-from ..common.files import write_atomically
+from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
+from ..common import AnomalyError, InfraError, QsaError, write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
 from .subject import Subject
 

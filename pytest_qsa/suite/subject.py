@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoint.checks.health import Files
-from ..checkpoint.folder import open_folder
-from ..common.errors import InfraError
+from ..checkpoint import Files, open_folder
+from ..common import InfraError
 from .datasets import local_path
 from .sections import Data, Memory, Model
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from ..common.errors import SuiteError, did_you_mean
+from ..common import SuiteError, did_you_mean
 
 Tier = Literal["pr", "nightly", "release"]
 TIERS: tuple[Tier, ...] = get_args(Tier)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from ..captures.statistics import Site
+from ..captures import Site
 from .fields import Regex, Strict
 
 Count = Annotated[int, Field(gt=0)]

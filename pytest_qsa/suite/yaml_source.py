@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..common.errors import SuiteError, shown_path
+from ..common import SuiteError, shown_path
 
 MAX_NODES = 100_000
 Key = str | int

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from ..captures.capture import Capture
-from ..checkpoint.smoothing import Compare
-from ..suite.anatomy import Anatomy
+from ..captures import Capture
+from ..checkpoint import Compare
+from ..suite import Anatomy
 
 DRIFT = {"rel": 0.1}
 """What the median of a layer may move. W8A8 moves it by 2.4 % at most, a scale × 1.25 by 27 % (docs/metrics.md)."""
@@ -191,7 +191,7 @@ def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
     return [Draft(why, keys)]
 
 
-def text_of(head: Sequence[str], sections: Mapping[str, Mapping[str, Any]], drafts: Sequence[Draft]) -> str:
+def draft_text(head: Sequence[str], sections: Mapping[str, Mapping[str, Any]], drafts: Sequence[Draft]) -> str:
     """Write a suite: comment lines, its sections, and its assertions, each below why it is there."""
     lines = [*(f"# {line}".rstrip() for line in head)]
     for name, keys in sections.items():

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import BaselineError
-from ..metrics.series import Series
+from ..common import BaselineError
+from ..metrics import Series
 
 FORMAT = "qsa-baseline/1"
 DIGITS = 5

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
-from ..common.errors import BaselineError, InfraError
-from ..common.files import write_atomically
-from ..metrics.series import Series
+from ..common import BaselineError, InfraError, write_atomically
+from ..metrics import Series
 from .baseline_file import BaselineFile, is_baseline
 from .verdict import Kind, Tolerance, Verdict, accepted, judge_baseline
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..captures.capture import Capture
-from ..captures.statistics import LOGITS, SINKS, exactly
-from ..common.errors import QsaError
-from ..metrics.activations import METRICS
-from ..metrics.registry import Metric
+from ..captures import LOGITS, SINKS, Capture, exactly
+from ..common import QsaError
+from ..metrics import METRICS, Metric
 from .verdict import Verdict
 
 

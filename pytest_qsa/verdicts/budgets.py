@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..captures.statistics import match_layers
-from ..common.errors import AnomalyError
-from ..metrics.series import Bounds
-from ..suite.bounds import DEFAULT, SCHEME, Relative, Stated
+from ..captures import match_layers
+from ..common import AnomalyError
+from ..metrics import Bounds
+from ..suite import DEFAULT, SCHEME, Relative, Stated
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.capture import Capture
-from ..captures.numbers import SiteNumbers, lower_median
-from ..captures.sinks import Sinks
-from ..metrics.activations import METRICS, View
-from ..metrics.fidelity import LARGEST, NOISE, SIGNAL, compared_tokens, local_tokens
+from ..captures import Capture, Sinks, SiteNumbers, lower_median
+from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, View, compared_tokens, local_tokens
 from .verdict import TokenEvidence, Verdict
 
 NEIGHBOURS = 6

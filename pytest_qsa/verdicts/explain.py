@@ -8,11 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from ..captures.capture import Capture
-from ..checkpoint.checks.health import Files, problems_of
-from ..checkpoint.findings import Finding
-from ..common.errors import InfraError, QsaError
-from ..metrics.activations import METRICS
+from ..captures import Capture
+from ..checkpoint import Files, Finding, problems_of
+from ..common import InfraError, QsaError
+from ..metrics import METRICS
 from .origins import origin_of
 from .static import by_design
 from .verdict import Kind, Verdict

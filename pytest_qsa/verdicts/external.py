@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import shown_path
-from ..external.evals import Wanted, read_scores
-from ..external.evals_compare import Compared, compared, conditions_of, folded, widened
-from ..metrics.series import Series
-from ..suite.external_assertion import NAME, ExternalAssertion
+from ..common import shown_path
+from ..external import Compared, Wanted, compared, conditions_of, folded, read_scores, widened
+from ..metrics import Series
+from ..suite import NAME, ExternalAssertion
 from .budgets import Budget, budget_of
 from .verdict import Verdict, judge_bounds
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..captures.capture import Capture
-from ..metrics.series import Series
+from ..captures import Capture
+from ..metrics import Series
 
 if TYPE_CHECKING:
-    from ..suite.sections import MeasuredAssertion
+    from ..suite import MeasuredAssertion
 
 
 def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:

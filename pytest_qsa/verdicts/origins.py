@@ -11,13 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures.capture import Capture
-from ..captures.statistics import Site
-from ..checkpoint.findings import Finding
-from ..common.errors import AnomalyError
-from ..common.text import number
-from ..metrics.fidelity import NOISE, OWN, SIGNAL, compared, decibels, local_powers
-from ..metrics.registry import View
+from ..captures import Capture, Site
+from ..checkpoint import Finding
+from ..common import AnomalyError, number
+from ..metrics import NOISE, OWN, SIGNAL, View, compared, decibels, local_powers
 
 UNRELATED = 0.1
 """A correlation below it is none."""

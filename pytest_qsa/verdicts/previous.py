@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..captures.capture import Capture
-from ..common.errors import AnomalyError, BaselineError
-from ..metrics.series import Series
-from ..suite.subject import Subject
+from ..captures import Capture
+from ..common import AnomalyError, BaselineError
+from ..metrics import Series
+from ..suite import Subject
 from .baseline_file import BaselineFile
 from .baselines import baseline_folder
 from .verdict import check_comparable

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..suite.bounds import Stated
-from ..suite.yaml_source import Location, Place
+from ..suite import Location, Place, Stated
 from .budgets import key_of
 from .verdict import Limit, Row
 

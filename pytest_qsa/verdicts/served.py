@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..captures.capture import Capture
-from ..captures.statistics import LOGITS
-from ..common.errors import AnomalyError
-from ..common.text import number
-from ..external.served.ask import bounded
-from ..metrics.series import Series
+from ..captures import LOGITS, Capture
+from ..common import AnomalyError, number
+from ..external import bounded
+from ..metrics import Series
 from .budgets import budget_of
 from .judge import series_of
 
 if TYPE_CHECKING:
-    from ..suite.sections import MeasuredAssertion
+    from ..suite import MeasuredAssertion
 
 
 def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:

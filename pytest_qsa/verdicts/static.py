@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.checks.health import Files
-from ..checkpoint.findings import Finding
-from ..checkpoint.formats.declared import declared
-from ..checkpoint.smoothing import Relation
-from ..metrics.series import Bounds, Series
+from ..checkpoint import Files, Finding, Relation, declared
+from ..metrics import Bounds, Series
 from .verdict import Kind, Verdict, judge_bounds
 
 

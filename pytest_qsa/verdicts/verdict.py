@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..checkpoint.findings import Finding
-from ..common.errors import BaselineError, QsaError
-from ..common.text import number
-from ..metrics.series import Bounds, Query, Series
+from ..checkpoint import Finding
+from ..common import BaselineError, QsaError, number
+from ..metrics import Bounds, Query, Series
 from .baseline_file import BaselineFile, rounded
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 
-from ..captures.statistics import match_layers
-from ..suite.waiver import Waiver
+from ..captures import match_layers
+from ..suite import Waiver
 from .verdict import Kind, Row, Verdict, WaiverUse, out_of_bounds
 
 

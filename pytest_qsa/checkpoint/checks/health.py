@@ -15,10 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ...captures.statistics import match_layers, no_match
-from ...common.errors import AnomalyError, shown_path
-from ...metrics.definitions import Definition
-from ...metrics.series import CHECKPOINT, Query, Series
+from ...captures import match_layers, no_match
+from ...common import AnomalyError, shown_path
+from ...metrics import CHECKPOINT, Definition, Query, Series
 from ..findings import Finding
 from ..folder import Folder, natural
 from ..formats.declared import codes_of, declared, scale_parts

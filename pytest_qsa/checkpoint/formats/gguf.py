@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common.errors import InfraError
+from ...common import InfraError
 from ..tensors import Tensor
 
 BLOCKS: Mapping[str, tuple[int, tuple[int, ...]]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.errors import InfraError
+from ...common import InfraError
 
 
 def dequantized(module: nn.Module) -> Tensor | None:

@@ -14,11 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...checkpoint.checks.health import Files
-from ...checkpoint.folder import Folder
-from ...checkpoint.formats.declared import codes_of, matches
-from ...checkpoint.formats.dequantize import weight_rows
-from ...common.errors import InfraError
+from ...checkpoint import Files, Folder, codes_of, matches, weight_rows
+from ...common import InfraError
 from ..modules import packed_experts
 from .dequantized import dequantized
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.errors import InfraError
+from ...common import InfraError
 
 Batch = Tensor | Mapping[str, Any]
 CPU = torch.device("cpu")

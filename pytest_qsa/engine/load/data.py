@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.errors import InfraError, did_you_mean, shown_path
-from ...suite.datasets import BUILTIN, hub_set_of, local_path
-from ...suite.sections import Data
+from ...common import InfraError, did_you_mean, shown_path
+from ...suite import BUILTIN, Data, hub_set_of, local_path
 from .batches import Batch
 from .documents import read_folder, read_hub
 

@@ -8,9 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import InfraError, did_you_mean, shown_path
-from ...suite.datasets import DOCUMENTS, HubSet, cache_folder
-from ...suite.sections import Data
+from ...common import InfraError, did_you_mean, shown_path
+from ...suite import DOCUMENTS, Data, HubSet, cache_folder
 
 Records = list[dict[str, Any]]
 

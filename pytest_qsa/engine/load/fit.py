@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...common.errors import InfraError
-from ...suite.sections import Data
+from ...common import InfraError
+from ...suite import Data
 from ..modules import blocks_of, layers_of
 from .batches import Batch
 from .data import batches_of

@@ -12,9 +12,8 @@ import psutil
 import torch
 from torch import nn
 
-from ...common.errors import InfraError
-from ...common.scratch import Scratch
-from ...suite.sections import Memory, Model
+from ...common import InfraError, Scratch
+from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.disk import check_format, skipping_packed, stream_of
 from ..stream.stream import Stream

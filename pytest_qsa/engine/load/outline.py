@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...common.errors import InfraError
-from ...suite.anatomy import Anatomy
-from ...suite.sections import Memory, Model
+from ...common import InfraError
+from ...suite import Anatomy, Memory, Model
 from ..modules import blocks_of, layers_of
 from .models import class_of, load_model, submodule_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...captures.channels import CODES, FIRST_CODE, SHIFT
+from ...captures import CODES, FIRST_CODE, SHIFT
 
 
 def count_channels(x: Tensor, pooled: dict[str, Any]) -> None:

@@ -10,9 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures.channels import CODES, FIRST_CODE, SHIFT
-from ...captures.distributions import bin_values
-from ...captures.numbers import PADDING, TOP_NAMES, UNKNOWN
+from ...captures import CODES, FIRST_CODE, PADDING, SHIFT, TOP_NAMES, UNKNOWN, bin_values
 from . import cpu_kernels as kernels
 from .channel_counts import count_features, widen_channels
 from .records import maxima_of, peaks_of, record_size

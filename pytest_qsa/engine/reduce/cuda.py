@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...captures.numbers import PADDING, TOP_NAMES, UNKNOWN
+from ...captures import PADDING, TOP_NAMES, UNKNOWN
 from . import cuda_kernels as triton_kernels
 from .storage import Kept
 from .torch_ops import Tables, TorchReducer, blank_missing, on_request, widened

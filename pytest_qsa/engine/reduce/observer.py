@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import EXPERTS
-from ...common.errors import InfraError
+from ...captures import EXPERTS, SiteNumbers
+from ...common import InfraError
 from ..modules import Routing
 from .records import joined_records, padded
 from .storage import Kept, Store

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...captures.numbers import PADDING
+from ...captures import PADDING
 
 ROWS_AT_ONCE = 64
 """So many rows of logits are widened to float64 at a time by torch's operators."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...metrics.quantization import LARGEST, LEAST_EXPONENT, MANTISSA_BITS, Granularity, Scheme
+from ...metrics import LARGEST_CODE, LEAST_EXPONENT, MANTISSA_BITS, Granularity, Scheme
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Quantizer:
             largest = magnitudes.reshape(len(x), -1, self.size).amax(dim=2)
         else:
             largest = magnitudes.amax(dim=1 if self.by == "token" else 0, keepdim=True)
-        scales: Tensor = largest / LARGEST[self.scheme]
+        scales: Tensor = largest / LARGEST_CODE[self.scheme]
         return scales.masked_fill(scales == 0, 1.0)
 
     def powers(self, x: Tensor) -> Tensor:

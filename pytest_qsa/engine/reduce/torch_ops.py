@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...captures.numbers import PADDING, TOP_NAMES, UNKNOWN
+from ...captures import PADDING, TOP_NAMES, UNKNOWN
 from .channel_counts import count_channels, count_features, widen_channels
 from .storage import Kept
 from .wanted import Wants, peak_count, ranks_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...captures.statistics import CHANNEL_COUNTS, CHANNELS, COUNTS, ELEMENTS, EXPERTS, MOMENTS, SIGNED_COUNTS, TOKENS
+from ...captures import CHANNEL_COUNTS, CHANNELS, COUNTS, ELEMENTS, EXPERTS, MOMENTS, SIGNED_COUNTS, TOKENS
 from .quantizing import Quantizer
 
 PEAKS_MIN = 16

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...captures.merge import added
+from ...captures import added
 
 Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
 """Bins, ascending, and their counts."""

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...common.errors import AnomalyError, InfraError
-from ...suite.subject import Subject
+from ...common import AnomalyError, InfraError
+from ...suite import Subject
 from ..load.batches import token_ids
 from ..load.data import batches_of
 from ..load.models import Loaded, tokenizer_of

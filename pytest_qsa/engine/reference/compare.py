@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures.numbers import NOT_COMPARED, PADDING, SiteNumbers
-from ...captures.statistics import ERROR, Site, pairwise
-from ...common.errors import AnomalyError, InfraError
+from ...captures import ERROR, NOT_COMPARED, PADDING, Site, SiteNumbers, pairwise
+from ...common import AnomalyError, InfraError
 from ..load.batches import Rows
 from ..modules import channels_first, tensor_of
 from ..reduce.pairs import channel_powers, powers_of

@@ -15,9 +15,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...checkpoint.folder import open_folder
-from ...checkpoint.tensors import Tensor as Stored
-from ...common.errors import InfraError
+from ...checkpoint import Tensor as Stored, open_folder
+from ...common import InfraError
 from ..formats.dequantized import dequantized
 from ..stream.shards import DTYPES
 

@@ -12,23 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...captures.capture import Capture
-from ...captures.numbers import PADDING, SiteNumbers
-from ...captures.statistics import (
+from ...captures import (
     LOGITS,
+    PADDING,
     REFERENCE_TOKENS,
     SCORES,
     SINKS,
     TOKENS,
+    Capture,
     Request,
     SiteKey,
+    SiteNumbers,
     against_reference,
     compares,
     exactly,
     match_layers,
 )
-from ...common.errors import AnomalyError, InfraError
-from ...metrics.predictions import KL
+from ...common import AnomalyError, InfraError
+from ...metrics import KL
 from ..load.batches import Batch, Rows
 from ..modules import Routing, blocks_of, channels_first, layers_of
 from ..reduce.pairs import powers_of, scores_of
@@ -38,8 +39,7 @@ from ..run.visits import CompanionChanged, Forward, Visits
 from ..stream.stream import Stream
 from .compare import check_rows, run_rows
 from .head import Head, head_of, loaded_head, scalings_of
-from .kept_file import Call, Content, drawn, hashes_of
-from .kept_file import Stream as KeptStream
+from .kept_file import Call, Content, Stream as KeptStream, drawn, hashes_of
 
 FARTHEST = 1e-5
 """The most that logits made again may differ from the model's own, in nats: 1 % of the least KL divergence of healthy

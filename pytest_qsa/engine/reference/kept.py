@@ -14,21 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures.capture import Capture
-from ...captures.numbers import PADDING, SiteNumbers
-from ...captures.sinks import Sinks
-from ...captures.statistics import (
+from ...captures import (
     AGREEMENT,
+    PADDING,
     REFERENCE_TOKENS,
     SINKS,
     TOKENS,
+    Capture,
     Request,
+    Sinks,
     Site,
     SiteKey,
+    SiteNumbers,
     against_reference,
     pairwise,
 )
-from ...common.errors import AnomalyError, InfraError
+from ...common import AnomalyError, InfraError
 from ..load.batches import Batch, Rows
 from ..run.visits import CompanionChanged, Forward, Visits
 from ..stream.stream import Stream

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...captures.statistics import Site
-from ...common.errors import InfraError, shown_path
+from ...captures import Site
+from ...common import InfraError, shown_path
 from ..load.batches import Batch, row_count
 from .head import Head, read_head
 

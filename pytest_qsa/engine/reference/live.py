@@ -10,20 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers, renumbered
-from ...captures.sinks import Sinks, find_sinks
-from ...captures.statistics import (
+from ...captures import (
     AGREEMENT,
     ERROR,
     REFERENCE_SINKS,
     REFERENCE_TOKENS,
     SINKS,
     TOKENS,
+    Capture,
+    Sinks,
     SiteKey,
+    SiteNumbers,
     against_reference,
+    find_sinks,
+    renumbered,
 )
-from ...common.errors import AnomalyError
+from ...common import AnomalyError
 from ..load.batches import Batch, rows_of
 from ..modules import Routing, blocks_of, device_of, layers_of
 from ..run.hooks import evaluating, hooked, run_batch

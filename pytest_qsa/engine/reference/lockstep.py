@@ -16,8 +16,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from ...captures.statistics import SiteKey
-from ...common.errors import InfraError
+from ...captures import SiteKey
+from ...common import InfraError
 from ..load.batches import Batch
 from ..modules import Routing
 from ..reduce.pairs import powers_of

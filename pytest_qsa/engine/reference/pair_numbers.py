@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ...captures.numbers import SiteNumbers
-from ...common.errors import InfraError
+from ...captures import SiteNumbers
+from ...common import InfraError
 from ..reduce.transfers import Transfer
 
 if TYPE_CHECKING:
-    from ...captures.statistics import SiteKey
+    from ...captures import SiteKey
     from .compare import PairObserver
 
 

@@ -10,9 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import ERROR, SiteKey
-from ...common.errors import InfraError
+from ...captures import ERROR, SiteKey, SiteNumbers
+from ...common import InfraError
 from ..formats.dequantized import dequantized
 from ..reduce.pairs import powers_of
 from ..stream.stream import Stream

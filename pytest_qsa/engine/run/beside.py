@@ -8,9 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import SiteKey
+from ...captures import Capture, SiteKey, SiteNumbers
 from ..load.batches import Batch
 from ..stream.stream import Stream
 from .visits import CompanionChanged, Forward, Visits

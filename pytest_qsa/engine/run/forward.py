@@ -12,9 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers, renumbered
-from ...captures.statistics import LOGITS, SINKS, SITES, TOKENS, Request, SiteKey, match_layers, merge_requests
+from ...captures import (
+    LOGITS,
+    SINKS,
+    SITES,
+    TOKENS,
+    Capture,
+    Request,
+    SiteKey,
+    SiteNumbers,
+    match_layers,
+    merge_requests,
+    renumbered,
+)
 from ..formats.stored import StoredWeights
 from ..load.batches import Batch, row_count, rows_of, token_ids
 from ..modules import blocks_of, device_of, layers_of

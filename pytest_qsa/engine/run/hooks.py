@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...captures.statistics import EXPERTS, SiteKey
+from ...captures import EXPERTS, SiteKey
 from ..load.batches import Batch
 from ..modules import input_of, packed_experts, routing_of, tensor_of
 from .visits import Visits

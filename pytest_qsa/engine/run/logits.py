@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...captures.numbers import SCORE_NAMES, SiteNumbers
-from ...captures.statistics import AGREEMENT
-from ...common.errors import AnomalyError, InfraError
-from ...metrics.predictions import NLL, REFERENCE_NLL, TokenScores, numbers_of
+from ...captures import AGREEMENT, SCORE_NAMES, SiteNumbers
+from ...common import AnomalyError, InfraError
+from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..load.batches import Batch, Rows
 from ..reduce.pairs import scores_of
 from ..reduce.transfers import Transfer

@@ -12,9 +12,9 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...captures.statistics import SiteKey
-from ...common.errors import InfraError
-from ...suite.execution import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
+from ...captures import SiteKey
+from ...common import InfraError
+from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.dequantized import dequantized
 from ..formats.schemes import bits_of, keeps_codes, schemes_of
 from ..modules import input_of, layers_of, tensor_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...captures.statistics import SiteKey
+from ...captures import SiteKey
 from ..load.batches import Batch, Rows, rows_of
 from ..reduce.observer import StreamObserver
 from .hooks import hooked, run_batch

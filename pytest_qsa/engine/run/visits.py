@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import EXPERTS, SiteKey
-from ...common.errors import InfraError
+from ...captures import EXPERTS, SiteKey, SiteNumbers
+from ...common import InfraError
 from ..load.batches import Rows
 from ..modules import Routing, channels_first
 from ..reduce.observer import Reducers, StreamObserver

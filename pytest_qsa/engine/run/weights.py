@@ -10,9 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import STORED, Site
-from ...common.errors import InfraError
+from ...captures import STORED, Site, SiteNumbers
+from ...common import InfraError
 from ..formats.dequantized import dequantized
 from ..formats.stored import StoredWeights
 from ..reduce.observer import StreamObserver

@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from torch import nn
 
-from ...common.errors import InfraError, QsaWarning
+from ...common import InfraError, QsaWarning
 from ..modules import blocks_of
 from .shards import Shards
 from .stream import Stream

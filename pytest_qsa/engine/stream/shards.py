@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...checkpoint.tensors import Tensor, tensors_of
-from ...common.errors import InfraError
+from ...checkpoint import Tensor, tensors_of
+from ...common import InfraError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,8 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ...common.errors import InfraError
-from ...common.scratch import Scratch
+from ...common import InfraError, Scratch
 
 
 @dataclass

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import AGREEMENT, LOGITS, SCORES, Request, Site, compares
-from ...common.errors import AnomalyError, InfraError
-from ...metrics.predictions import TokenScores, numbers_of
-from ...suite.served_model import Floor, Served
-from ...suite.subject import Subject, located, reference_of
+from ...captures import AGREEMENT, LOGITS, SCORES, Capture, Request, Site, SiteNumbers, compares
+from ...common import AnomalyError, InfraError
+from ...metrics import TokenScores, numbers_of
+from ...suite import Floor, Served, Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
 from .client import Client
 from .logprob_files import read_logprobs
@@ -28,7 +25,7 @@ from .tables import Table
 from .top_tokens import Between, Floats
 
 if TYPE_CHECKING:
-    from ...engine.load.models import Loaded
+    from ...engine import Loaded
 
 AT_LEAST, AT_MOST = "at least", "at most"
 """The names under which a capture keeps the two bounds of the site `logits`."""
@@ -80,7 +77,7 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
         raise InfraError(
             f"model.reference {named}: a served model is compared with a checkpoint, or a .json or .jsonl of logprobs"
         )
-    from ...engine.load.models import load_model
+    from ...engine import load_model
 
     model = reference_of(subject)
     assert model.model is not None
@@ -102,7 +99,7 @@ def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[
         return [table.tokens.tolist() for table in reference.tables], tokenizer
     if subject.model.served is None:
         return [], tokenizer
-    from ...engine.reference.answers import tokenizer_at, windows
+    from ...engine import tokenizer_at, windows
 
     named = subject.model.served.tokenizer or subject.model.reference
     if tokenizer is None and named is not None:
@@ -135,7 +132,7 @@ def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | N
         return [rows_of_table(one, other) for one, other in zip(reference.tables, tables, strict=True)]
     if reference.loaded is None:
         return [None] * len(tables)
-    from ...engine.reference.answers import answers_of
+    from ...engine import answers_of
 
     answers = answers_of(reference.loaded, [(table.tokens, table.ids) for table in tables], progress)
     return [ReferenceRows(*answer) for answer in answers]
@@ -182,7 +179,7 @@ def _padded(column: Floats | None) -> Any:
 def _pieces(tables: Sequence[Table], tokenizer: Any) -> dict[int, str]:
     if tokenizer is None:
         return {}
-    from ...engine.load.tokenizer import decoder_of
+    from ...engine import decoder_of
 
     decode = decoder_of(tokenizer)
     assert decode is not None

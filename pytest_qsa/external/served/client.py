@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...common.errors import AnomalyError, InfraError
-from ...suite.served_model import Served
+from ...common import AnomalyError, InfraError
+from ...suite import Served
 from .endpoint import Endpoint, key_of
 from .logprob_files import number_of, rows_of
 from .tables import Table, table_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...common.errors import InfraError
+from ...common import InfraError
 
 PAUSE = 1.0
 """Seconds before the second try."""

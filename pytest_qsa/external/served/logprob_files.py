@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import AnomalyError, InfraError, shown_path
+from ...common import AnomalyError, InfraError, shown_path
 from .tables import Table, table_of
 
 TOKENS, LOGPROBS = "prompt_token_ids", "prompt_logprobs"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common.errors import AnomalyError
+from ...common import AnomalyError
 
 ABSENT = -1
 """Stands in `ids` where a row has fewer tokens than others."""

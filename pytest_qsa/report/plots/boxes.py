@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...captures.distributions import counted_quantiles, sorted_counts
-from ...captures.numbers import SiteNumbers
+from ...captures import SiteNumbers, counted_quantiles, sorted_counts
 from .depth import spread
 from .panels import panels_of
 from .style import BLUE, GROUP_STYLES, INK, MUTED, PALE, add_legend, safe_text, scale_asinh, scale_log, styled

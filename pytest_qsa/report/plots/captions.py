@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...captures.capture import Capture
-from ...captures.statistics import Site
+from ...captures import Capture, Site
 
 POSITIONS = {"all": "all positions", "no_sink": "positions without the sinks", "sink": "sinks only"}
 

@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...captures.capture import Capture
-from ...captures.statistics import Site
-from ...common.errors import QsaError
-from ...verdicts.verdict import Row, Verdict
+from ...captures import Capture, Site
+from ...common import QsaError
+from ...verdicts import Row, Verdict
 from .captions import bound_label, population, samples_of
 from .depth import Depth
 from .panels import Panels, panels_of

@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ...captures.capture import Capture
-from ...captures.statistics import Site
-from ...common.errors import QsaError
-from ...metrics.activations import METRICS, View
-from ...verdicts.verdict import Verdict
+from ...captures import Capture, Site
+from ...common import QsaError
+from ...metrics import METRICS, View
+from ...verdicts import Verdict
 from .captions import counted, population, samples_of
 from .depth import depth_of
 from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled

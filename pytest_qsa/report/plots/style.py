@@ -22,7 +22,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from ...common.files import write_atomically
+from ...common import write_atomically
 
 DPI = 120
 WIDTH = 9.0

@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ...captures.capture import Capture
-from ...common.errors import QsaError
-from ...common.text import number
-from ...verdicts.verdict import Row, Verdict
+from ...captures import Capture
+from ...common import QsaError, number
+from ...verdicts import Row, Verdict
 from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (

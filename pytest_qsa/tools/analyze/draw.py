@@ -11,19 +11,27 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...captures.capture import Capture
-from ...captures.channels import channel_bands
-from ...captures.statistics import Site, exactly, map_statistic
-from ...common.errors import QsaError
-from ...common.files import write_atomically
-from ...report.plots.boxes import box_figure, histogram_figure
-from ...report.plots.captions import counted, population, samples_of
-from ...report.plots.heatmaps import map_figure, surface_figure
-from ...report.plots.magnitudes import STATS, Magnitudes, magnitude_panels, magnitude_title
-from ...report.plots.outliers import outlier_picture, outliers_of, texts_of
-from ...report.plots.percentiles import percentile_figure
-from ...report.plots.style import encoded
-from ...suite.visualization import Visualization
+from ...captures import Capture, Site, channel_bands, exactly, map_statistic
+from ...common import QsaError, write_atomically
+from ...report import (
+    STATS,
+    Magnitudes,
+    box_figure,
+    counted,
+    encoded,
+    histogram_figure,
+    magnitude_panels,
+    magnitude_title,
+    map_figure,
+    outlier_picture,
+    outliers_of,
+    percentile_figure,
+    population,
+    samples_of,
+    surface_figure,
+    texts_of,
+)
+from ...suite import Visualization
 from .pictures import Picture, measured
 
 IMAGES = ("png", "svg")

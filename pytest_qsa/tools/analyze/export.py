@@ -13,18 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...captures.capture import Capture
-from ...captures.channels import channel_bands
-from ...captures.distributions import counted_quantiles
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import Site, exactly
-from ...common.errors import AnomalyError
-from ...metrics.activations import ACROSS, AcrossChannels
-from ...metrics.selection import Selection
-from ...metrics.series import Series
-from ...report.plots.boxes import SHARES
-from ...report.plots.magnitudes import STATS
-from ...suite.visualization import Visualization
+from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
+from ...common import AnomalyError
+from ...metrics import ACROSS, AcrossChannels, Selection, Series
+from ...report import SHARES, STATS
+from ...suite import Visualization
 from .pictures import Analysis, measured
 
 SCHEMA = "qsa-analysis/1"

@@ -6,24 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import (
+from ...captures import (
     CHANNEL_COUNTS,
     SIGNED_COUNTS,
+    Capture,
     Request,
     Site,
+    SiteNumbers,
     exactly,
     map_statistic,
     match_layers,
     merge_requests,
     no_match,
 )
-from ...common.errors import AnomalyError, SuiteError
-from ...metrics.activations import METRICS
-from ...report.plots.depth import spread
-from ...suite.visualization import Visualization
-from ...suite.yaml_source import Location
+from ...common import AnomalyError, SuiteError
+from ...metrics import METRICS
+from ...report import spread
+from ...suite import Location, Visualization
 
 Section = Literal[
     "magnitude_input", "magnitude_output", "magnitude_weight", "outlier_layer_wise", "outlier_position",

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...captures.capture import Capture
-from ...common.files import write_atomically
-from ...report.gallery import Gallery, Shown, Turning, render_gallery
-from ...report.surfaces import surface_data
-from ...suite.execution import executed_as
-from ...suite.subject import Subject
-from ...suite.visualization import Visualization
+from ...captures import Capture
+from ...common import write_atomically
+from ...report import Gallery, Shown, Turning, render_gallery, surface_data
+from ...suite import Subject, Visualization, executed_as
 from .draw import Drawn, draw_picture, maps_of
 from .export import as_csv, as_json, as_parquet, rows_of
 from .pictures import Analysis

@@ -9,17 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...captures.capture import Capture
-from ...common.errors import AnomalyError
-from ...metrics.registry import TWO_SIDED_95
-from ...metrics.series import Series
-from ...suite.assertion import Assertion
-from ...suite.bounds import Relative, Stated
-from ...suite.noise import SIDES, Noise, Side
-from ...suite.sections import MeasuredAssertion
-from ...verdicts.budgets import key_of
-from ...verdicts.judge import measured
-from ...verdicts.ratchet import SPARE, outward
+from ...captures import Capture
+from ...common import AnomalyError
+from ...metrics import TWO_SIDED_95, Series
+from ...suite import SIDES, Assertion, MeasuredAssertion, Noise, Relative, Side, Stated
+from ...verdicts import SPARE, key_of, measured, outward
 
 FIGURES = 4
 """The significant digits of a mean and a sigma as a suite keeps them."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...common.errors import AnomalyError
-from ...metrics.activations import View
-from ...verdicts.evidence import channel_of, context
+from ...common import AnomalyError
+from ...metrics import View
+from ...verdicts import channel_of, context
 from .measures import Measure, Table
 from .sides import USUAL, Side, captured_tables, table_of, tokens_hash
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...common.errors import AnomalyError, SuiteError, did_you_mean
-from ...metrics.activations import METRICS
+from ...common import AnomalyError, SuiteError, did_you_mean
+from ...metrics import METRICS
 from .changes import Change, Comparison
 
 TOKENS = ("new_outliers", "lost_outliers")

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...common.text import number
-from ...metrics.activations import METRICS
-from ...verdicts.baseline_file import BaselineFile
+from ...common import number
+from ...metrics import METRICS
+from ...verdicts import BaselineFile
 
 
 @dataclass(frozen=True)

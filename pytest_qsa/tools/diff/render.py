@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common.text import escaped, fitted, table_lines, visible
+from ...common import escaped, fitted, table_lines, visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent, told
 from .measures import Measure
@@ -60,7 +60,7 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def text_of(comparison: Comparison, most: int, least: float = MOVED) -> str:
+def diff_text(comparison: Comparison, most: int, least: float = MOVED) -> str:
     """Return what the terminal shows."""
     return "\n".join(_lines(comparison, most, least))
 
@@ -143,7 +143,7 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
 
 def page_of(comparison: Comparison, failures: Sequence[tuple[str, Sequence[str]]], least: float) -> str:
     """Return the comparison as one self-contained page."""
-    from ...report.html import render
+    from ...report import render
 
     rows = [
         {"layer": change.layer, "measure": str(change.measure), "old": change.old, "new": change.new,

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...captures.capture import Capture
-from ...captures.numbers import SiteNumbers
-from ...captures.statistics import exactly
-from ...common.errors import InfraError, QsaError, SuiteError, shown_path
-from ...metrics.activations import METRICS
-from ...suite.execution import executed_as
-from ...verdicts.baseline_file import BaselineFile, is_baseline
+from ...captures import Capture, SiteNumbers, exactly
+from ...common import InfraError, QsaError, SuiteError, shown_path
+from ...metrics import METRICS
+from ...suite import executed_as
+from ...verdicts import BaselineFile, is_baseline
 from .measures import Measure, Table
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ...captures.statistics import Request, match_layers
-from ...checkpoint.folder import Folder
-from ...common.errors import InfraError, shown_path
-from ...suite.fingerprint import local_folder, weight_files
-from ...suite.machine import Machine
+from ...captures import Request, match_layers
+from ...checkpoint import Folder
+from ...common import InfraError, shown_path
+from ...suite import Machine, local_folder, weight_files
 from .gather import Planned, kept
 from .placements import Setting, own_setting, settings_of, shown_bytes, waiting, working
 from .sizes import Sizes, sizes_of

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...captures.capture import Capture
-from ...captures.statistics import Request, merge_requests
-from ...common.errors import InfraError
-from ...suite.fingerprint import FileHashes, fingerprint_of, local_folder, weight_files
-from ...suite.subject import Subject
+from ...captures import Capture, Request, merge_requests
+from ...common import InfraError
+from ...suite import FileHashes, Subject, fingerprint_of, local_folder, weight_files
 
 HASHED_AT_ONCE = 2 << 30
 """Bytes of weights that a plan hashes to look for a capture; of larger ones it must have been done before."""

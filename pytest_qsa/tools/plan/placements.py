@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...suite.machine import Gpu, Machine
-from ...suite.sections import Memory
+from ...suite import Gpu, Machine, Memory
 from .sizes import Sizes
 from .work import WAVE, Work
 

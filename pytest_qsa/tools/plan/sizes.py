@@ -10,11 +10,9 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ...checkpoint.folder import Folder
-from ...checkpoint.formats.declared import codes_of, declared, weight_shape
-from ...checkpoint.tensors import Tensor
-from ...common.errors import InfraError
-from ...suite.sections import Model
+from ...checkpoint import Folder, Tensor, codes_of, declared, weight_shape
+from ...common import InfraError
+from ...suite import Model
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

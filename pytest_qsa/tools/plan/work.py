@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...captures.statistics import CHANNEL_COUNTS, COUNTS, ELEMENTS, SIGNED_COUNTS, Request, match_layers
-from ...suite.sections import Data
+from ...captures import CHANNEL_COUNTS, COUNTS, ELEMENTS, SIGNED_COUNTS, Request, match_layers
+from ...suite import Data
 from .sizes import Sizes
 
 COUNTED = {COUNTS, SIGNED_COUNTS, ELEMENTS, "massive"}

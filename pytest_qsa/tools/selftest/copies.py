@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.folder import INDEX, Folder
-from ...checkpoint.tensors import Tensor, encoded
-from ...common.files import write_atomically
+from ...checkpoint import INDEX, Folder, Tensor, encoded
+from ...common import write_atomically
 
 CHUNK = 1 << 24
 

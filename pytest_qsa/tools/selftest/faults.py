@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.folder import NUMBER, Folder
-from ...checkpoint.formats.declared import codes_of, declared, element_count, scale_parts
-from ...checkpoint.tensors import FLOATS
+from ...checkpoint import FLOATS, NUMBER, Folder, codes_of, declared, element_count, scale_parts
 from .copies import Mutant
 
 Inject = Callable[[Mutant, str, float], None]

@@ -10,10 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...suite.datasets import local_path
-from ...suite.load import SuiteFile
-from ...suite.sections import MeasuredAssertion
-from ...suite.subject import located
+from ...suite import MeasuredAssertion, SuiteFile, local_path, located
 
 RATIO = 1.02
 """What such a gate allows. Of the unchanged checkpoint's perplexity, for that is what it passes today."""

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...captures.statistics import match_layers
-from ...checkpoint.folder import Folder
-from ...common.errors import InfraError, SuiteError, did_you_mean, shown_path
-from ...common.scratch import Scratch
+from ...captures import match_layers
+from ...checkpoint import Folder
+from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
 from .copies import Mutant
 from .faults import FAULTS, Fault
 from .perplexity import FILE, PerplexityGate, judged, taken

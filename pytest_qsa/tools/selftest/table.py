@@ -7,10 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...common.files import write_atomically
-from ...common.text import table_lines
-from ...report.html import render
-from ...report.plain import strict_json
+from ...common import table_lines, write_atomically
+from ...report import render, strict_json
 from .perplexity import RATIO
 from .run import Outcome, done_of, score_of
 

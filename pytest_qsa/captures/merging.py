@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InfraError
+from ..common import InfraError
 from .capture import Capture
 from .numbers import Merge, SiteNumbers
 from .statistics import SITES

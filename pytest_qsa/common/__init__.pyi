@@ -1,0 +1,23 @@
+from .errors import (
+    AnomalyError as AnomalyError,
+    BaselineError as BaselineError,
+    InfraError as InfraError,
+    QsaError as QsaError,
+    QsaUnplannedCaptureWarning as QsaUnplannedCaptureWarning,
+    QsaWarning as QsaWarning,
+    SuiteError as SuiteError,
+    did_you_mean as did_you_mean,
+    scrubbed as scrubbed,
+    shown_path as shown_path,
+)
+from .files import write_atomically as write_atomically
+from .progress import progress_bar as progress_bar
+from .scratch import Scratch as Scratch
+from .text import (
+    escaped as escaped,
+    fitted as fitted,
+    number as number,
+    short_hash as short_hash,
+    table_lines as table_lines,
+    visible as visible,
+)

@@ -1,0 +1,46 @@
+from .activations import ACROSS as ACROSS, METRICS as METRICS, AcrossChannels as AcrossChannels
+from .definitions import Definition as Definition
+from .fidelity import (
+    LARGEST as LARGEST,
+    NOISE as NOISE,
+    OWN as OWN,
+    SIGNAL as SIGNAL,
+    compared as compared,
+    compared_tokens as compared_tokens,
+    decibels as decibels,
+    local_powers as local_powers,
+    local_tokens as local_tokens,
+)
+from .loaded import blamed as blamed
+from .predictions import (
+    KL as KL,
+    NLL as NLL,
+    REFERENCE_NLL as REFERENCE_NLL,
+    TokenScores as TokenScores,
+    numbers_of as numbers_of,
+)
+from .quantization import (
+    LARGEST_CODE as LARGEST_CODE,
+    LEAST_EXPONENT as LEAST_EXPONENT,
+    MANTISSA_BITS as MANTISSA_BITS,
+    Granularity as Granularity,
+    Scheme as Scheme,
+)
+from .query import (
+    Positions as Positions,
+    canonical_positions as canonical_positions,
+    positions_of as positions_of,
+    query_of as query_of,
+)
+from .registry import TWO_SIDED_95 as TWO_SIDED_95, Metric as Metric, Reduce as Reduce, View as View
+from .selection import NotMeasuredError as NotMeasuredError, Selection as Selection
+from .series import (
+    CHECKPOINT as CHECKPOINT,
+    EVALS as EVALS,
+    OVER as OVER,
+    Bounds as Bounds,
+    Judge as Judge,
+    Over as Over,
+    Query as Query,
+    Series as Series,
+)

@@ -50,7 +50,7 @@ def run(name: str, case: str) -> dict[str, float]:
             for batch in batches:
                 model(batch, use_cache=False)
         return {"peak": resident("VmHWM")}
-    found = capture(model, batches, sites=SITES, progress=told)
+    found = capture(model, batches, sites=SITES, progress=told)  # type: ignore[arg-type]
     streams = len({id(numbers) for numbers in found.sites.values()})
     return {"peak": resident("VmHWM"), "few": held[FEW], "end": held[MANY], "streams": streams}
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import arguments, medians, smollm2, token_batches
+from pytest_qsa.captures.statistics import SITES, Site
 from torch import Tensor, nn
 
 from pytest_qsa import capture
-from pytest_qsa.captures.statistics import SITES, Site
 
 MAGNITUDES = [r"mlp\.down_proj", r"mlp\.up_proj", r"self_attn\.q_proj", r"self_attn\.o_proj"]
 BLOCKS = r"layers\.\d+$"
@@ -87,7 +87,7 @@ def main() -> None:
     theirs = with_hooks(model, batches, MAGNITUDES[0], "input", top_and_median)
     for row, stat in enumerate(("top1", "top2", "top3", "median", "min")):
         expected = [float(torch.stack(values).double().mean(dim=0)[row]) for values in theirs.values()]
-        got = cap.input(MAGNITUDES[0]).magnitude(stat).values
+        got = cap.input(MAGNITUDES[0]).magnitude(stat).values  # type: ignore[arg-type]
         print(f"{stat}: largest relative difference {np.max(np.abs(got / expected - 1)):.1e}")
 
 

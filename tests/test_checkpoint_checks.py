@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, edited, peaks, save_llama, suite
-from pytest_qsa.checkpoint.checks.health.health import CHECKS, Files, problems_of
+from pytest_qsa.checkpoint.checks.health import CHECKS, Files, problems_of
 from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint.checks.health import health as checks

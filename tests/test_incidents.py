@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import Project, edited, suite
-from pytest_qsa.checkpoint.checks.health.health import Files, problems_of
+from pytest_qsa.checkpoint.checks.health import Files, problems_of
 
 from pytest_qsa import capture
 from pytest_qsa.checkpoint.folder import open_folder

@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 from checkpoint_folders import Project, edited, save_llama, suite
-from pytest_qsa.checkpoint.checks.health.health import Files
+from pytest_qsa.checkpoint.checks.health import Files
 from test_reference import damaged
 
 from pytest_qsa import capture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, edited, save_quantized_llama, save_torchao_llama, suite
-from pytest_qsa.checkpoint.checks.declared_formats.dequantize import weight_rows
+from pytest_qsa.checkpoint.formats.dequantize import weight_rows
 from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint.folder import open_folder

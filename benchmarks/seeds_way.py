@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import arguments, medians, smollm2, token_batches
-from pytest_qsa.captures.statistics import SITES, Site
 from torch import Tensor, nn
 
 from pytest_qsa import capture
+from pytest_qsa.captures.statistics import SITES, Site
 
 MAGNITUDES = [r"mlp\.down_proj", r"mlp\.up_proj", r"self_attn\.q_proj", r"self_attn\.o_proj"]
 BLOCKS = r"layers\.\d+$"

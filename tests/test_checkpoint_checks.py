@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, edited, peaks, save_llama, suite
-from pytest_qsa.checkpoint.checks.health import CHECKS, Files, problems_of
 from safetensors.torch import save_file
 
-from pytest_qsa.checkpoint.checks.health import health as checks
+from pytest_qsa.checkpoint.checks.health import CHECKS, Files, health as checks, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError

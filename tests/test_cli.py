@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 import yaml
 from checkpoint_folders import Project, peaks, suite
-from pytest_qsa.checkpoint.checks.health import CHECKS
 
+from pytest_qsa.checkpoint.checks.health import CHECKS
 from pytest_qsa.cli import main
 from pytest_qsa.metrics.activations import METRICS
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import Project, edited, suite
-from pytest_qsa.checkpoint.checks.health import Files, problems_of
 
 from pytest_qsa import capture
+from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind, judge_bounds

@@ -7,10 +7,10 @@ import models
 import pytest
 import torch
 from checkpoint_folders import Project, edited, save_llama, suite
-from pytest_qsa.checkpoint.checks.health import Files
 from test_reference import damaged
 
 from pytest_qsa import capture
+from pytest_qsa.checkpoint.checks.health import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.verdicts.explain import diagnosed

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from checkpoint_folders import Project, edited, save_quantized_llama, suite
-from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from safetensors.torch import load_file, save_file
 
+from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import FORMATS, TORCHAO, Project, edited, save_quantized_llama, save_torchao_llama, suite
-from pytest_qsa.checkpoint.formats.dequantize import weight_rows
 from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.checkpoint.formats.dequantize import weight_rows
 from pytest_qsa.checkpoint.smoothing import compare_norms
 from pytest_qsa.engine.formats.dequantized import dequantized
 from pytest_qsa.engine.load.models import load_model

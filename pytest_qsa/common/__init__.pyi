@@ -16,8 +16,9 @@ from .scratch import Scratch as Scratch
 from .text import (
     escaped as escaped,
     fitted as fitted,
+    markdown_table as markdown_table,
     number as number,
     short_hash as short_hash,
-    table_lines as table_lines,
+    text_table as text_table,
     visible as visible,
 )

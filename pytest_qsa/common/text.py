@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 
-def table_lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table; the cells are escaped."""
+def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), indent: str = "") -> Iterator[str]:
+    """Yield the rows of a table with aligned columns. `right`: the indices of the columns that are flush right."""
+    rows = list(table)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield f"{indent}{'  '.join(cells)}".rstrip()
+
+
+def markdown_table(table: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table; the first row is its head, and the cells are escaped."""
+    heads, *rows = table
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common import escaped, fitted, number, table_lines, visible
+from ..common import escaped, fitted, markdown_table, number, visible
 from .terminal import part_of_error
 
 MOST_ANNOTATIONS = 10
@@ -75,7 +75,8 @@ def step_summary(results: Sequence[Mapping[str, Any]]) -> str:
     order = list(_SIGNS)
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
     lines = [f"## {'❌' if failed else '✅'} qsa: {len(results) - len(failed)} of {len(results)} assertions hold", ""]
-    lines += table_lines(["", "assertion", "subject", "worst layer", "value", "bound", "used"], map(_cells, ordered))
+    heads = ["", "assertion", "subject", "worst layer", "value", "bound", "used"]
+    lines += markdown_table([heads, *map(_cells, ordered)])
     lines.append("")
     for result in (result for result in ordered if result["failed"] or result["kind"] == "WARNED"):
         lines += _details(result)

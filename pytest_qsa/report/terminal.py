@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Finding
-from ..common import number, short_hash, shown_path, visible
+from ..common import number, short_hash, shown_path, text_table, visible
 from ..suite import executed_as
 from ..verdicts import Row, TokenEvidence, Verdict
 
@@ -76,16 +76,13 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
 def table(rows: list[Row], of: str = "layers") -> Iterator[str]:
     """Yield the worst rows as a table, and how many more there are."""
     shown = rows[:MOST_ROWS]
-    heads = [of.removesuffix("s"), "value", "allowed", "excess"]
-    cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True)] for row in shown]
+    heads = [of.removesuffix("s"), "value", "allowed", "excess", ""]
+    cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True), row.detail] for row in shown]
     if any(row.baseline is not None for row in shown):
         heads.insert(1, "baseline")
         for cell, row in zip(cells, shown, strict=True):
             cell.insert(1, "–" if row.baseline is None else number(row.baseline))
-    widths = [max(len(head), *(len(cell[i]) for cell in cells)) for i, head in enumerate(heads)]
-    for cell, detail in zip([heads, *cells], ["", *(row.detail for row in shown)], strict=True):
-        numbers = "".join(f"  {text:>{width}}" for text, width in zip(cell[1:], widths[1:], strict=True))
-        yield f"  {cell[0].ljust(widths[0])}{numbers}  {detail}".rstrip()
+    yield from text_table([heads, *cells], right=range(1, len(heads) - 1), indent="  ")
     if len(rows) > len(shown):
         yield f"  … and {len(rows) - len(shown)} more {of} out of bounds; the report has them all"
 

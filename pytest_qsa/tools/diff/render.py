@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common import escaped, fitted, table_lines, visible
+from ...common import escaped, fitted, markdown_table, text_table, visible
 from .changes import Change, Comparison, OutlierToken
 from .conditions import percent, told
 from .measures import Measure
@@ -69,14 +69,14 @@ def _lines(comparison: Comparison, most: int, least: float) -> Iterator[str]:
     yield f"old  {comparison.old.title}"
     yield f"new  {comparison.new.title}"
     yield ""
-    yield from aligned([SUMMARY, *_summary_cells(comparison, least)])
+    yield from text_table([SUMMARY, *_summary_cells(comparison, least)], right=range(1, 5), indent="  ")
     changes = moved(comparison, least)
     yield ""
     yield f"{len(changes)} numbers moved by more than {percent(least).lstrip('+')}" + (
         ", worst first" if changes else ""
     )
     if changes:
-        yield from aligned([CHANGE, *map(cells, changes[:most])])
+        yield from text_table([CHANGE, *map(cells, changes[:most])], right=range(2, 5), indent="  ")
     if len(changes) > most:
         yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
     for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):
@@ -101,16 +101,6 @@ def cells(change: Change) -> list[str]:
     return [change.layer, str(measure), measure.text_of(change.old), measure.text_of(change.new), told(change)]
 
 
-def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the rows of a table of text, names on the left and numbers on the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    left = [not any(character.isdigit() for row in table[1:] for character in row[i][:1]) for i in range(len(widths))]
-    left = [is_left and table[0][i] in ("layer", "measure", "at") for i, is_left in enumerate(left)]
-    for row in table:
-        parts = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True)]
-        yield f"  {'  '.join(parts)}".rstrip()
-
-
 def token_text(token: OutlierToken) -> str:
     """Write a token in its context."""
     said = f"{visible(token.before)}⟦{visible(token.text)}⟧{visible(token.after)}" if token.text else "(no text kept)"
@@ -128,9 +118,9 @@ def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[s
     lines = [f"### {verdict} {len(changes)} numbers moved by more than {percent(least).lstrip('+')}", ""]
     lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
     lines += ["", f"old: {escaped(comparison.old.title)}  ", f"new: {escaped(comparison.new.title)}", ""]
-    lines += [*table_lines(SUMMARY, _summary_cells(comparison, least)), ""]
+    lines += [*markdown_table([SUMMARY, *_summary_cells(comparison, least)]), ""]
     if changes:
-        lines += [*table_lines(CHANGE, map(cells, changes[:most])), ""]
+        lines += [*markdown_table([CHANGE, *map(cells, changes[:most])]), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
     for name, tokens in (("new", comparison.new_tokens), ("lost", comparison.lost_tokens)):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...common import table_lines, write_atomically
+from ...common import markdown_table, text_table, write_atomically
 from ...report import render, strict_json
 from .perplexity import RATIO
 from .run import Outcome, done_of, score_of
@@ -19,17 +19,13 @@ MOST = 4
 
 def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield the table, a fault a line, and the scores."""
-    cells = [list(row) for row in _rows(outcomes)]
-    widths = [max(len(cell[column]) for cell in cells) for column in range(len(cells[0]))]
-    for cell in cells:
-        yield "  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip()
+    yield from text_table(_rows(outcomes))
     yield from score_lines(outcomes)
 
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
     """Return the same table and scores in Markdown."""
-    heads, *rows = _rows(outcomes)
-    return "\n".join([*table_lines(heads, rows), "", *(f"{line}." for line in score_lines(outcomes))]) + "\n"
+    return "\n".join([*markdown_table(_rows(outcomes)), "", *(f"{line}." for line in score_lines(outcomes))]) + "\n"
 
 
 def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:

@@ -12,4 +12,7 @@ Importing the package imports nothing heavy; torch comes with the first call of 
 
 import lazy_loader
 
+from .common import find_moved_modules
+
+find_moved_modules()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from checkpoint_folders import HEAVY, Project
+
+import pytest_qsa
+from pytest_qsa.common import moved
 
 PROBE = """
 import sys
@@ -53,9 +60,78 @@ def test_collecting_a_suite_imports_no_torch(tmp_path):
 
 
 def test_the_public_names_come_from_the_package():
-    import pytest_qsa
-
     assert set(pytest_qsa.__all__) == {"Capture", "Series", "capture"}
     assert all(getattr(pytest_qsa, name) for name in pytest_qsa.__all__)
     with pytest.raises(AttributeError, match="captures_"):
         pytest_qsa.captures_  # noqa: B018
+
+
+def test_the_plugin_loads_its_options_and_tiers_alone(tmp_path):
+    project = Project(tmp_path / "project")
+    code = (
+        "import sys, pytest_qsa.plugin; print(sorted(name for name in sys.modules if name.startswith('pytest_qsa.')))"
+    )
+    loaded = set(ast.literal_eval(project.program(sys.executable, "-c", code).stdout))
+    faces = {"pytest_qsa.plugin", "pytest_qsa.common", "pytest_qsa.gate", "pytest_qsa.suite"}
+    light = {"pytest_qsa.common.errors", "pytest_qsa.common.moved", "pytest_qsa.gate.options", "pytest_qsa.suite.tiers"}
+    assert loaded <= faces | light
+
+
+FACES = sorted(stub.parent.name for stub in Path(pytest_qsa.__file__).parent.glob("*/__init__.pyi"))
+
+
+def test_every_room_has_a_face():
+    rooms = {path.name for path in Path(pytest_qsa.__file__).parent.iterdir() if (path / "__init__.py").exists()}
+    assert rooms - {"cli"} == set(FACES)  # nothing stands above the command line, which has `main` alone
+
+
+@pytest.mark.parametrize("room", FACES)
+def test_a_face_imports_no_torch_and_has_every_name_that_it_says(tmp_path, room):
+    code = (
+        f"import sys, pytest_qsa.{room} as face\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "missing = [name for name in face.__all__ if not hasattr(face, name)]\n"
+        "print([heavy, missing, 'torch' in sys.modules])"
+    )
+    heavy, missing, torch = ast.literal_eval(Project(tmp_path / "p").program(sys.executable, "-c", code).stdout)
+    assert (heavy, missing) == ([], [])
+    assert torch == (room in TORCH)
+
+
+TORCH = {"engine"}
+"""The rooms whose names need torch, once they are used."""
+
+MOVED = {
+    "pytest_qsa.divergence": ["ks", "psi", "wasserstein"],
+    "pytest_qsa.errors": ["QsaWarning", "QsaError", "SuiteError"],
+    "pytest_qsa.checkpoint.smoothing": ["compare_norms"],
+}
+"""The import paths and names that the documentation of earlier releases showed."""
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_import_path_works_and_names_the_new_one(old):
+    sys.modules.pop(old, None)
+    new = importlib.import_module(moved.MOVED[old])
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        module = importlib.import_module(old)
+    if module.__spec__.loader is moved.MovedModules:  # else a room has a module of this name still
+        assert [str(w.message) for w in shown] == [f"{old} has moved: import its names from {new.__name__}"]
+    assert [getattr(module, name) for name in MOVED[old]] == [getattr(new, name) for name in MOVED[old]]
+    with pytest.raises(AttributeError):
+        _ = module.nothing
+
+
+def test_a_module_that_never_existed_is_still_unknown():
+    with pytest.raises(ModuleNotFoundError, match=r"pytest_qsa\.divergences"):
+        importlib.import_module("pytest_qsa.divergences")
+
+
+def test_a_filter_of_warnings_may_name_the_old_path_behind_error(tmp_path):
+    project = Project(tmp_path / "project")
+    project.write("pytest.ini", "[pytest]\nfilterwarnings =\n  error\n  default::pytest_qsa.errors.QsaWarning\n")
+    project.write("test_nothing.py", "def test_nothing(): pass\n")
+    done = project.program(sys.executable, "-m", "pytest", "-q", "-p", "no:randomly")
+    assert done.returncode == 0, done.stdout
+    assert "pytest_qsa.errors has moved" in done.stdout

@@ -1,5 +1,6 @@
 from .activations import ACROSS as ACROSS, METRICS as METRICS, AcrossChannels as AcrossChannels
 from .definitions import Definition as Definition
+from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
     LARGEST as LARGEST,
     NOISE as NOISE,

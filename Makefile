@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 SUITES := example_suites
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint generate docs clean
 
 # One stamp for both: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +42,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+# What documentation and editors take from the code: tables of docs/ and stubs.
+generate: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
 
 # A warning (a link without a target, a page that no table of contents names) is an error.
 docs: $(VENV)/.installed

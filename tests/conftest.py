@@ -10,7 +10,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches out
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
-from checkpoint_folders import FORMATS, TORCHAO, Project, save_llama, save_quantized_llama, save_torchao_llama
+from support.checkpoints import FORMATS, TORCHAO, save_llama, save_quantized_llama, save_torchao_llama
+from support.projects import Project
 
 
 class Formats(dict):

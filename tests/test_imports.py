@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import HEAVY, Project
 
 import pytest_qsa
 from pytest_qsa.common import moved
+from support.projects import HEAVY, Project
 
 PROBE = """
 import sys

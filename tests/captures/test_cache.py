@@ -1,0 +1,197 @@
+"""Captures that outlive a run: when one is taken again, and when it must not be."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from pytest_qsa.captures.cache import CaptureCache
+from pytest_qsa.captures.capture import Capture
+from pytest_qsa.captures.statistics import COUNTS, MOMENTS, TOKENS, Request
+from pytest_qsa.common.errors import QsaWarning
+from pytest_qsa.suite.fingerprint import FileHashes, fingerprint_of
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
+from support.checkpoints import save_llama
+from support.projects import peaks, suite
+
+
+def subject_of(folder, **changed):
+    sections = {"model": {}, "data": {}, "memory": {}} | changed
+    model = Model(path=str(folder), **sections["model"])
+    return Subject("llama", model, Data(**sections["data"]), Memory(**sections["memory"]), folder.parent)
+
+
+def fingerprint(folder, **changed):
+    return fingerprint_of(subject_of(folder, **changed), FileHashes(None))
+
+
+@pytest.fixture
+def own_llama(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "llama")
+
+
+def test_an_edited_threshold_runs_no_model_and_imports_no_torch(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100")))
+    first = own_project.pytest("--qsa-report=never")
+    again = own_project.pytest("--qsa-report=never", "--qsa-set=assertions.peaks.max=1")
+    assert (first.code, again.code) == (0, 1)
+    assert "torch" in first.heavy
+    assert "REGRESSION" in again.out
+
+
+def test_the_verdict_from_a_cached_capture_is_that_of_the_pass(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1")))
+    texts = [own_project.pytest("--qsa-report=never").text("peaks") for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"attn_implementation": "eager"}},
+        {"data": {"seed": 1}},
+        {"data": {"num_samples": 3}},
+        {"data": {"add_special_tokens": False}},
+        {"memory": {"device": "cpu"}},
+    ],
+    ids=str,
+)
+def test_a_setting_that_can_change_a_number_changes_the_fingerprint(own_llama, changed):
+    assert fingerprint(own_llama, **changed) != fingerprint(own_llama)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "modeling_own.py"])
+def test_a_changed_file_of_the_checkpoint_changes_the_fingerprint(own_llama, file):
+    before = fingerprint(own_llama)
+    content = bytearray((own_llama / file).read_bytes() if (own_llama / file).exists() else b"x = 1")
+    content[-1] ^= 1
+    (own_llama / file).write_bytes(content)
+    assert fingerprint(own_llama) != before
+
+
+def test_changed_data_changes_the_fingerprint_and_its_place_does_not(own_llama):
+    text = own_llama.parent / "words.txt"
+    text.write_text("one two")
+    before = fingerprint(own_llama, data={"source": "custom:words.txt"})
+    text.write_text("one too")
+    assert fingerprint(own_llama, data={"source": "custom:words.txt"}) != before
+    moved = own_llama.rename(own_llama.with_name("moved"))
+    assert fingerprint(moved) == fingerprint(shutil.copytree(moved, own_llama))
+
+
+def test_a_changed_file_of_a_data_folder_changes_the_fingerprint(own_llama):
+    folder = own_llama.parent / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}')
+    before = fingerprint(own_llama, data={"source": "custom:texts"})
+    (folder / "train.jsonl").write_text('{"text": "two"}')
+    assert fingerprint(own_llama, data={"source": "custom:texts"}) != before
+
+
+def test_a_set_of_the_hub_is_known_by_its_copy_and_not_cached_without_one(own_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) is None
+    copy = tmp_path / "cache" / "Salesforce___wikitext" / "x" / "wikitext-train.arrow"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"one")
+    before = fingerprint(own_llama, data={"source": "wikitext2"})
+    copy.write_bytes(b"two")
+    assert before is not None
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) not in (None, before)
+
+
+def test_what_no_hash_can_cover_is_never_cached(tmp_path):
+    assert fingerprint_of(Subject("x", None, Data(), Memory(), tmp_path), FileHashes(None)) is None
+    factory = Subject("x", Model(factory="a:b"), Data(), Memory(), tmp_path)
+    assert fingerprint_of(factory, FileHashes(None)) is None
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path):
+    file, memory = tmp_path / "weights.safetensors", tmp_path / "hashes.json"
+    file.write_bytes(bytes(2 << 20))
+    first = FileHashes(memory).of(file)
+    remembered = FileHashes(memory)
+    assert remembered.of(file) == first
+    file.write_bytes(bytes(2 << 20)[:-1] + b"x")
+    assert FileHashes(memory).of(file) != first
+    memory.write_text("{broken")
+    assert FileHashes(memory).of(file) != first
+
+
+REQUESTS = [Request("a", "output", None, frozenset({TOKENS}))]
+
+
+class Passes:
+    """Stands in for the pass, which other tests cover: counts how often and for what it was run."""
+
+    def __init__(self):
+        self.plans = []
+
+    def __call__(self, plan, sums=None):
+        self.plans.append(tuple(plan))
+        return Capture(sites={}, modules=("a",), plan=tuple(plan), tokens=(np.arange(3, dtype=np.int32),))
+
+
+def test_what_is_asked_for_the_second_time_is_not_captured_again(tmp_path):
+    cache, passes = CaptureCache(tmp_path), Passes()
+    captures = [cache.get_or_make("f", REQUESTS, passes) for _ in range(2)]
+    assert len(passes.plans) == 1
+    assert captures[0].to_bytes() == captures[1].to_bytes()
+
+
+def test_a_capture_grows_by_what_is_asked_for(tmp_path):
+    cache, passes = CaptureCache(tmp_path), Passes()
+    more = [Request("a", "output", None, frozenset({COUNTS})), Request("a", "input", None, frozenset({MOMENTS}))]
+    cache.get_or_make("f", REQUESTS, passes)
+    cache.get_or_make("f", more, passes)
+    cache.get_or_make("f", REQUESTS, passes)
+    assert len(passes.plans) == 2
+    assert Request("a", "output", None, frozenset({COUNTS, TOKENS})) in passes.plans[1]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-3], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])], ids=range(3)
+)
+def test_a_damaged_capture_is_noticed_and_made_anew(tmp_path, damage):
+    cache, passes = CaptureCache(tmp_path), Passes()
+    cache.get_or_make("f", REQUESTS, passes)
+    file = tmp_path / "f.qsa"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(QsaWarning, match="damaged"):
+        cache.get_or_make("f", REQUESTS, passes)
+    cache.get_or_make("f", REQUESTS, passes)
+    assert len(passes.plans) == 2
+
+
+def test_a_folder_that_can_not_be_made_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("")
+    passes = Passes()
+    with pytest.warns(QsaWarning, match="can't be used"):
+        CaptureCache(tmp_path / "file" / "cache").get_or_make("f", REQUESTS, passes)
+    assert len(passes.plans) == 1
+
+
+def test_the_folder_stays_within_its_size_and_loses_nothing_that_is_not_a_capture(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    passes = Passes()
+    size = len(passes(REQUESTS).to_bytes())
+    cache = CaptureCache(tmp_path, limit=2 * size)
+    for name in "abcd":
+        cache.get_or_make(name, REQUESTS, passes)
+    kept = sorted(file.name for file in tmp_path.glob("*.qsa"))
+    assert "d.qsa" in kept
+    assert len(kept) == 2
+    assert len(list(tmp_path.glob("*.sha256"))) == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_another_checkpoint_in_the_same_folder_is_captured_anew(own_project, own_llama):
+    def larger(weights):
+        weights["model.layers.1.mlp.down_proj.weight"] *= 100
+
+    own_project.write("a.qsa.yaml", suite(own_llama, peaks("max: 100")))
+    assert own_project.pytest("--qsa-report=never").code == 0
+    save_llama(own_llama, larger)
+    assert own_project.pytest("--qsa-report=never").code == 1

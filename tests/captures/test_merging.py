@@ -1,0 +1,128 @@
+"""Captures of disjoint samples merge to the capture of all of them, to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from pytest_qsa import capture
+from pytest_qsa.captures.merging import COUNTED, merge
+from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.common.errors import InfraError
+from support import models
+
+SITES = [(".", "input"), (".", "output"), (r"q_proj|norm", "weight")]
+BUILDERS = {
+    "llama": lambda: models.llama(torch.bfloat16, sink=True),
+    "mixtral": models.mixtral,
+    "albert": models.albert,
+}
+
+
+def batches(count=6):
+    lengths = [16, 5, 40, 16, 9, 24]
+    return [models.token_batch(1, lengths[index % 6], seed=index, bos=True) for index in range(count)]
+
+
+def told(part, first, end, total):
+    """Say which samples a capture holds, as `qsa capture --samples` and the ranks of torchrun do."""
+    return replace(part, meta={**part.meta, "samples": [first, end, total]})
+
+
+def assert_same_bytes(one, other):
+    same = one.to_bytes() == other.to_bytes()
+    assert same  # a capture's repr takes minutes
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def parts_and_whole(request):
+    model = BUILDERS[request.param]()
+    return [capture(model, [batch], sites=SITES) for batch in batches()], capture(model, batches(), sites=SITES)
+
+
+@settings(max_examples=10, deadline=None, database=None)
+@given(cuts=st.sets(st.integers(1, 5)), seed=st.integers(0, 99))
+def test_any_split_merges_to_the_bytes_of_one_pass(parts_and_whole, cuts, seed):
+    parts, whole = parts_and_whole
+    edges = [0, *sorted(cuts), 6]
+    groups = [told(merge(parts[start:stop]), start, stop, 6) for start, stop in pairwise(edges)]
+    shuffled = [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
+    assert_same_bytes(merge(shuffled), whole)
+
+
+def test_samples_that_say_nothing_of_their_place_are_numbered_in_the_order_given(parts_and_whole):
+    parts, whole = parts_and_whole
+    assert_same_bytes(merge(parts), whole)
+
+
+ASKED_FOR = [
+    "channel_band",
+    "int8_outlier_features",
+    ("quantization_sqnr", {"scheme": "int4", "by": "group", "group_size": 12}),
+]
+
+
+def test_what_only_the_sites_that_ask_for_it_have_merges_as_well():
+    model = models.llama(torch.bfloat16, sink=True)
+    parts = [capture(model, [batch], sites=SITES[:2], statistics=ASKED_FOR) for batch in batches(3)]
+    assert_same_bytes(merge(parts), capture(model, batches(3), sites=SITES[:2], statistics=ASKED_FOR))
+
+
+def test_an_incomplete_merge_says_which_samples_it_holds(parts_and_whole):
+    parts, _ = parts_and_whole
+    merged = merge([told(parts[1], 1, 2, 6), told(parts[0], 0, 1, 6)])
+    assert merged.meta["samples"] == [0, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("samples", "text"),
+    [([[0, 2, 6], [1, 3, 6]], "overlap"), ([[0, 1, 6], [3, 6, 6]], "the samples 1:3 are in none")],
+)
+def test_samples_that_overlap_or_are_missing_are_refused(parts_and_whole, samples, text):
+    parts, _ = parts_and_whole
+    with pytest.raises(InfraError, match=text):
+        merge([told(part, *place) for part, place in zip(parts, samples, strict=False)])
+
+
+def test_captures_of_different_subjects_are_refused(parts_and_whole):
+    parts, _ = parts_and_whole
+    one = replace(parts[0], meta={"model": {"weights": "sha256:1", "path": "a"}, "data": {"seed": 0}})
+    with pytest.raises(InfraError, match="their weights differ"):
+        merge([one, replace(one, meta={"model": {"weights": "sha256:2", "path": "b"}, "data": {"seed": 0}})])
+    with pytest.raises(InfraError, match="their data differ"):
+        merge([one, replace(one, meta={"model": {"weights": "sha256:1", "path": "a"}, "data": {"seed": 1}})])
+    other = capture(models.llama(torch.bfloat16), batches(1), sites=[("q_proj", "input")])
+    with pytest.raises(InfraError, match=r"modules differ|plan differ"):
+        merge([parts[0], other])
+
+
+def test_captures_made_in_different_precision_are_refused():
+    halves = [
+        capture(models.llama(dtype), batches(1), sites=[("q_proj", "input")])
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    with pytest.raises(InfraError, match="bfloat16 and in float32"):
+        merge(halves)
+
+
+def test_every_array_of_a_site_says_how_it_is_merged():
+    counted = {name for pair in COUNTED for name in pair}
+    header = {"dtype", "shape", "token_axis", "statistics"}
+    of_weights = {"stored"}  # every part has seen the whole of a weight
+    silent = {field.name for field in fields(SiteNumbers) if "merge" not in field.metadata}
+    assert silent == counted | header | of_weights
+
+
+def test_a_row_that_holds_nan_taints_the_extremes_as_in_one_pass():
+    script = np.ones((3, 4, 8), dtype=np.float32)
+    script[1, 2, 3] = np.nan
+    model = models.Scripted(script)
+    sites = [(r"layers\.0", "output")]
+    parts = [capture(model, [models.numbered(model, index, index + 1)], sites=sites) for index in range(3)]
+    whole = capture(model, [models.numbered(model)], sites=sites)
+    assert_same_bytes(merge(parts), whole)

@@ -1,0 +1,211 @@
+"""Checkpoints whose scales were moved between layers, or turned: told from broken ones, and compared as can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.checkpoint.formats.dequantize import weight_rows
+from pytest_qsa.checkpoint.smoothing import compare_norms
+from pytest_qsa.engine.formats.dequantized import dequantized
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.suite.sections import Memory, Model
+from support.checkpoints import FORMATS, TORCHAO, edited, save_quantized_llama, save_torchao_llama
+from support.projects import Project, suite
+
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+DOWN = "model.layers.2.mlp.down_proj"
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def smooth(weights):
+    """Divide every norm by scales of its channels, and multiply the columns that read it by the same (SmoothQuant)."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(4):
+        for norm, readers in READERS.items():
+            scales = torch.rand(32, generator=generator) * 3 + 0.3
+            weights[f"model.layers.{index}.{norm}.weight"] /= scales
+            for reader in readers:
+                weights[f"model.layers.{index}.{reader}.weight"] *= scales
+
+
+def rotate(weights):
+    """Fold every norm into what reads it, and turn the residual stream by one orthogonal matrix (QuaRot)."""
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    weights["model.embed_tokens.weight"] = (weights["model.embed_tokens.weight"].double() @ turn).float()
+    read = {
+        f"model.layers.{i}.{norm}": [f"model.layers.{i}.{r}" for r in of]
+        for i in range(4)
+        for norm, of in READERS.items()
+    }
+    for norm, readers in {**read, "model.norm": ["lm_head"]}.items():
+        gains = weights[f"{norm}.weight"].double()
+        for reader in readers:
+            weights[f"{reader}.weight"] = (weights[f"{reader}.weight"].double() * gains @ turn).float()
+        weights[f"{norm}.weight"] = torch.ones(32)
+    for index in range(4):
+        for writer in WRITERS:
+            name = f"model.layers.{index}.{writer}.weight"
+            weights[name] = (turn.T @ weights[name].double()).float()
+
+
+def learned(weights):
+    """Give norms weights that are not 1, as training does."""
+    generator = torch.Generator().manual_seed(2)
+    for name in weights:
+        if "norm" in name:
+            weights[name] = torch.rand(32, generator=generator) + 0.5
+
+
+@pytest.fixture(scope="module")
+def folders(llama, tmp_path_factory):
+    """Return a Llama with learned norms, and what was made of it without changing what it computes."""
+    base = tmp_path_factory.mktemp("smoothing")
+    original = edited(llama, base / "original", learned)
+    made = {"original": original, "smoothed": edited(original, base / "smoothed", smooth)}
+    made["rotated"] = edited(original, base / "rotated", rotate)
+    for form in ("int8", "int4"):
+        preset, changes = FORMATS[form]
+        made[f"smoothed {form}"] = save_quantized_llama(base / f"smoothed-{form}", made["smoothed"], preset, **changes)
+    made["smoothed torchao"] = save_torchao_llama(base / "smoothed-torchao", made["smoothed"], *TORCHAO["torchao int4"])
+    made["int8"] = save_quantized_llama(base / "int8", original)
+    return made
+
+
+def relation(folders, name):
+    return compare_norms(open_folder(folders[name]), open_folder(folders["original"]))
+
+
+@pytest.mark.parametrize("name", ["smoothed", "rotated"])
+def test_the_models_of_these_tests_compute_what_the_original_does(folders, name):
+    ids = torch.arange(32)[None]
+    one, other = (
+        load_model(Model(path=str(f)), str(f), Memory(device="cpu"), allow_code=False).model(ids).logits.detach()
+        for f in (folders[name], folders["original"])
+    )
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["smoothed", "smoothed int8", "smoothed int4", "smoothed torchao"])
+def test_norms_whose_change_the_next_layers_undo_are_a_smoothing(folders, name):
+    found = relation(folders, name)
+    assert (found.kind, found.compare, len(found.norms)) == ("smoothed", "blocks", 8)
+    assert "the weights of 8 norms differ (model.layers.0.input_layernorm.weight, …)" in found.why
+
+
+def test_embeddings_as_long_as_before_that_point_elsewhere_are_a_rotation(folders):
+    found = relation(folders, "rotated")
+    assert (found.kind, found.compare) == ("rotated", "logits")
+    assert "the rows of model.embed_tokens are as long as the original's and point elsewhere" in found.why
+
+
+def test_a_transform_config_declares_a_rotation(folders, tmp_path):
+    def declare(config):
+        config["quantization_config"]["transform_config"] = {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}
+
+    folder = edited(folders["int8"], tmp_path / "declared", config=declare)
+    found = compare_norms(open_folder(folder), open_folder(folders["original"]))
+    assert (found.kind, found.compare) == ("rotated", "logits")
+
+
+@pytest.mark.parametrize("name", ["original", "int8"])
+def test_an_ordinary_checkpoint_is_compared_layer_by_layer(folders, name):
+    assert (relation(folders, name).kind, relation(folders, name).compare) == ("same", "layers")
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.02, torch.linspace(0.5, 2, 32)])
+def test_a_norm_that_nothing_makes_up_for_is_no_smoothing(folders, tmp_path, factor):
+    def change(weights):
+        weights["model.layers.2.input_layernorm.weight"] *= factor
+
+    found = compare_norms(
+        open_folder(edited(folders["int8"], tmp_path / "x", change)), open_folder(folders["original"])
+    )
+    assert (found.kind, found.compare) == ("changed", "layers")
+    assert found.why.endswith("no layer that reads them makes up for it")
+
+
+@pytest.mark.parametrize(
+    "form", ["float", "int8", "int8 weights", "int4", "fp8 by channel", "torchao int8", "torchao int4"]
+)
+def test_rows_of_a_file_are_the_dequantized_weights_of_the_model(quantized, form):
+    folder, layer = quantized[form], DOWN
+    model = load_model(Model(path=str(folder)), str(folder), Memory(device="cpu"), allow_code=False).model
+    want = dequantized(model.get_submodule(layer)).double().numpy()
+    got = weight_rows(open_folder(folder), layer, slice(None, None, 3))
+    np.testing.assert_allclose(got, want[::3], rtol=1e-6)
+
+
+def test_fp8_rows_are_scaled_block_by_block(tmp_path, llama):
+    name = f"{DOWN}.weight"
+
+    def change(weights):
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    folder = edited(llama, tmp_path / "fp8", change)
+    codes = load_file(folder / "model.safetensors")[name].double().numpy()
+    want = codes * np.repeat(np.repeat([[1.0, 2.0], [3.0, 4.0]], 16, axis=0), 32, axis=1)
+    np.testing.assert_array_equal(weight_rows(open_folder(folder), DOWN, slice(5, 20)), want[5:20])
+
+
+LAYERS = "id: layers, metric: weight_sqnr, layers: q_proj$, min: 20"
+BLOCKS = "id: blocks, metric: sqnr, layers: 'layers.\\d$', min: {bound}"
+
+
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory):
+    """Hold smoothed, rotated and broken models against the original, in one run."""
+    project = Project(tmp_path_factory.mktemp("smoothed") / "project")
+
+    def halve(weights):
+        weights["model.layers.2.self_attn.q_proj.weight_scale"] /= 2
+
+    broken = edited(folders["int8"], project.folder.parent / "broken", halve)
+    close, closer = BLOCKS.format(bound=10), BLOCKS.format(bound=200).replace("id: blocks", "id: closer")
+    for name, (folder, *assertions) in {
+        "smoothed": (folders["smoothed int8"], LAYERS, close, closer),
+        "warned": (folders["smoothed int8"], f"{LAYERS}, level: warn"),
+        "rotated": (folders["rotated"], LAYERS, close, "id: same, metric: same_top, min: 0.9"),
+        "broken": (broken, LAYERS),
+    }.items():
+        text = suite(folder, *assertions)
+        project.write(f"{name}.qsa.yaml", text.replace("{name", f"{{reference: {folders['original']}, name"))
+    return project.pytest("--qsa-report=never")
+
+
+def test_single_layers_of_a_smoothed_model_are_not_held_against_the_original(run):
+    text = run.first_line("smoothed.qsa.yaml::layers")
+    assert text.startswith(
+        "ANOMALOUS layers: by design single layers can't be held against model.reference: the weights of"
+    )
+    assert "columns of the layers that read them make up for it" in text
+    assert any("compare whole blocks" in hint for hint in run.labelled("smoothed.qsa.yaml::layers")["next"])
+
+
+def test_whole_blocks_of_a_smoothed_model_are_compared_as_ever(run):
+    assert run.outcomes["smoothed.qsa.yaml::blocks"] == "passed"
+    assert run.first_line("smoothed.qsa.yaml::closer").startswith("REGRESSION closer")
+
+
+def test_a_warning_says_so_as_well_and_stays_one(run):
+    assert run.outcomes["warned.qsa.yaml::layers"] == "passed"
+    assert any("by design single layers" in warning["text"] for warning in run.warnings)
+
+
+def test_of_a_rotated_model_only_predictions_are_compared(run):
+    for test in ("layers", "blocks"):
+        assert "point elsewhere" in run.first_line(f"rotated.qsa.yaml::{test}")
+    assert run.outcomes["rotated.qsa.yaml::same"] == "passed"
+
+
+def test_a_broken_layer_of_an_ordinary_checkpoint_is_still_a_regression(run):
+    text = run.first_line("broken.qsa.yaml::layers")
+    assert text.startswith("REGRESSION")
+    assert "model.layers.2.self_attn.q_proj" in text

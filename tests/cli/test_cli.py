@@ -1,0 +1,163 @@
+"""The program `qsa`: what editors and people ask of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from pytest_qsa.checkpoint.checks.health import CHECKS
+from pytest_qsa.cli import main
+from pytest_qsa.metrics.activations import METRICS
+from support.paths import ROOT
+from support.projects import Project, peaks, suite
+
+EXAMPLES = ROOT / "example_suites"
+
+
+@pytest.fixture
+def schema(capsys):
+    assert main(["schema"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_schema_has_every_metric_with_its_parameters(schema):
+    named = {
+        d["properties"]["metric"]["const"]: d
+        for d in schema["$defs"].values()
+        if "const" in d["properties"].get("metric", {})
+    }
+    assert set(named) == {*METRICS, *CHECKS, "external"}
+    for name, metric in [*METRICS.items(), *CHECKS.items()]:
+        assert set(metric.parameters) <= set(named[name]["properties"])
+        assert named[name]["additionalProperties"] is False
+
+
+def test_the_schema_knows_the_sections_and_refuses_others(schema):
+    assert set(schema["properties"]) == {
+        "extends",
+        "defaults",
+        "model",
+        "data",
+        "memory",
+        "visualization",
+        "assertions",
+    }
+    assert schema["additionalProperties"] is False
+
+
+def fits(value, schema):
+    return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.qsa.yaml")), ids=lambda path: path.name)
+def test_the_schema_accepts_the_example_suites(schema, path):
+    assert fits(yaml.safe_load(path.read_text(encoding="utf-8")), schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("{positions: {skip_first: 4}, baseline: {rel: 0.1}}", True),
+        ("{equals: 3, over: sum, level: warn, reason: x, exclude: y}", True),
+        ("{max: many}", False),
+        ("{treshold: 3}", False),
+        ("{level: wran}", False),
+    ],
+)
+def test_the_schema_tells_right_from_wrong(schema, text, right):
+    base = {"id": "a", "metric": "absmax", "layers": "x", "site": "output"}
+    value = {"assertions": [base | yaml.safe_load(text)]}
+    assert fits(value, schema) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("{extends: a.yaml, assertions: [{id: a, max: 3}]}", True),
+        ("{extends: [a.yaml], assertions: {a: {max: 3, min: null}, b: null}}", True),
+        ("{defaults: {site: output, max: 1}, assertions: [{id: a, metric: rms, layers: x}]}", True),
+        ("{assertions: [{id: a, max: 3}]}", False),
+        ("{extends: 3}", False),
+        ("{extends: a.yaml, assertions: [{max: 3}]}", False),
+        ("{extends: a.yaml, assertions: {a: {mx: 3}}}", False),
+        ("{extends: a.yaml, assertions: {a: {max: many}}}", False),
+        ("{defaults: {sight: output}}", False),
+    ],
+)
+def test_the_schema_knows_suites_that_extend_and_share(schema, text, right):
+    assert fits(yaml.safe_load(text), schema) == right
+
+
+def test_the_schema_documents_its_keys(schema):
+    assert schema["$defs"]["Data"]["description"]
+    assert schema["$defs"]["OutlierTokens"]["description"]
+
+
+def test_layers_lists_all_layers_without_reading_weights(llama, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    assert main(["layers", "--model", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "57 of 57 layers"
+    row = next(line.split() for line in lines if line.startswith("model.layers.0.mlp.down_proj"))
+    assert row == ["model.layers.0.mlp.down_proj", "Linear", "32×64", "2,048"]
+
+
+def test_layers_shows_what_a_regex_finds(llama, capsys):
+    assert main(["layers", "--model", str(llama), r"layers\.\d$"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [f"model.layers.{n}" for n in range(4)]
+    assert lines[-1] == "4 of 57 layers"
+
+
+def test_layers_takes_the_model_of_a_suite_relative_to_it(llama, tmp_path, capsys):
+    (tmp_path / "here").symlink_to(llama)
+    (tmp_path / "a.qsa.yaml").write_text(suite("here", peaks("max: 1")))
+    assert main(["layers", "--config", str(tmp_path / "a.qsa.yaml"), "lm_head"]) == 0
+    assert "1 of 57 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 4, "usage: qsa"),
+        (["nothing"], 4, "invalid choice: 'nothing'"),
+        (["schema", "--deep"], 4, "unrecognized arguments: --deep"),
+        (["layers"], 4, "give one of --config and --model"),
+        (["layers", "--config", "a.yaml", "--model", "x"], 4, "give one of --config and --model"),
+        (["layers", "--config", "nowhere.qsa.yaml"], 2, "nowhere.qsa.yaml"),
+        (["layers", "--config", "wrong.qsa.yaml"], 2, "wrong.qsa.yaml:1: unknown key 'modle' (did you mean 'model'?)"),
+        (["layers", "--config", "none.qsa.yaml"], 2, "there is no section 'model'"),
+        (["layers", "--model", "{llama}", "lyers"], 1, "no layer matches 'lyers'; the nearest names of 57: "),
+        (["layers", "--model", "{llama}", "layers("], 2, "'layers(' is not a regular expression"),
+        (["layers", "--model", "./nowhere"], 1, "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_wrong_use_is_one_line_and_the_code_of_pytest(tmp_path, monkeypatch, capsys, llama, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.qsa.yaml").write_text("modle: {path: x}\n")
+    (tmp_path / "none.qsa.yaml").write_text("data: {seed: 1}\n")
+    assert main([argument.format(llama=llama) for argument in arguments]) == code
+    output = capsys.readouterr()
+    assert said in output.err
+    assert not output.out
+    assert len(output.err.strip().splitlines()) == 1 or output.err.startswith("usage: ")
+
+
+def test_help_is_no_mistake(capsys):
+    assert main(["--help"]) == 0
+    assert "layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [["-m", "pytest_qsa"], None])
+def test_the_program_runs_by_its_name_and_as_a_module(tmp_path, program):
+    project = Project(tmp_path / "project")
+    words = [sys.executable, *program] if program else [Path(sys.executable).with_name("qsa")]
+    done = project.program(*words, "schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["title"] == "Suite"
+    assert project.program(*words, "nothing").returncode == 4

@@ -1,0 +1,227 @@
+"""What a quantized model is really run as, where the suite requires something else, and modules that never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytest_qsa.captures.statistics import MOMENTS, Request
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.run.observed_execution import Witness
+from pytest_qsa.engine.subject import capture_loaded, capture_subject
+from pytest_qsa.suite.execution import executed_as
+from pytest_qsa.suite.sections import Data, Memory, Model
+from pytest_qsa.suite.subject import Subject
+from pytest_qsa.tools.diff.sides import read_side
+from support.checkpoints import edited
+from support.projects import Project, peaks, suite
+
+BLOCKS = Request(r"layers\.\d$", "output", None, frozenset({MOMENTS}))
+WEIGHTS = Request("down_proj$", "weight", None, frozenset({MOMENTS}))
+
+
+def subject_of(folder, **memory):
+    data = Data(num_samples=1, seq_len=16)
+    return Subject("llama", Model(path=str(folder)), data, Memory(device="cpu", **memory), folder.parent)
+
+
+def told(folder, request=BLOCKS, **memory):
+    return executed_as(capture_subject(subject_of(folder, **memory), [request]).meta)
+
+
+def dequantizing(config):
+    config["quantization_config"]["dequantize"] = True
+
+
+def too_small(weights):
+    for name in weights:
+        if name.endswith(".input_scale"):
+            weights[name] = weights[name] / 50
+
+
+@pytest.fixture(scope="module")
+def unpacked(quantized, tmp_path_factory):
+    """Return the int8 checkpoint, its configuration asking for weights that are dequantized when they are loaded."""
+    return edited(quantized["int8"], tmp_path_factory.mktemp("unpacked") / "int8", config=dequantizing)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("int8", "W8A8 emulated (28 modules)"),
+        ("int8 weights", "W8A16 weights only (28 modules)"),
+        ("int4", "W4A16 weights only (28 modules)"),
+        ("fp8 with static inputs", "W8A8 FP emulated (28 modules)"),
+        ("fp8 by channel", "W8A8 FP emulated (28 modules)"),
+        ("torchao int8", "W8A16 weights only (28 modules)"),
+        ("torchao int4", "W4A16 weights only (28 modules)"),
+        ("float", "float"),
+    ],
+)
+def test_a_capture_tells_what_each_format_was_executed_as(quantized, form, words):
+    assert told(quantized[form]) == words
+
+
+def test_a_streamed_model_tells_it_too_and_modules_after_the_last_site_are_not_missed(quantized):
+    request = Request(r"layers\.1$", "output", None, frozenset({MOMENTS}))
+    assert told(quantized["int8"], request, offload_device="disk") == "W8A8 emulated (14 modules)"
+
+
+def test_weights_that_the_loader_unpacked_are_executed_as_weights_only(unpacked):
+    assert told(unpacked) == "weights only, dequantized when loaded (28 modules)"
+
+
+def test_a_comparison_of_two_captures_says_it_of_each(quantized, unpacked, tmp_path):
+    for name, folder in {"before": quantized["int8"], "after": unpacked}.items():
+        capture_subject(subject_of(folder), [BLOCKS]).save(tmp_path / f"{name}.qsa")
+    before, after = (read_side(str(tmp_path / f"{name}.qsa")).title for name in ("before", "after"))
+    assert "executed as W8A8 emulated (28 modules)" in before
+    assert "executed as weights only, dequantized when loaded (28 modules)" in after
+
+
+def test_weights_alone_need_no_forward_and_say_so(quantized):
+    assert told(quantized["int8"], WEIGHTS) == "nothing, no forward ran"
+
+
+def test_inputs_that_are_not_rounded_are_told_whatever_the_configuration_declares(quantized):
+    model = load_model(Model(path=str(quantized["int8"])), str(quantized["int8"]), Memory(), allow_code=False)
+    for module in model.model.model.layers[1].modules():
+        module.quantization_enabled = False
+    meta = capture_loaded(subject_of(quantized["int8"]), model, None, [BLOCKS]).meta
+    assert executed_as(meta) == "W8A8 emulated (21 modules), W8A16 weights only (7 modules)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torchao_inputs_that_are_rounded_as_they_come_are_seen(llama, dtype):
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis
+
+    model = load_model(Model(path=str(llama)), str(llama), Memory(), allow_code=False).model.to(dtype)
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_granularity=PerAxis(0)))
+    witness = Witness(model)
+    with torch.no_grad(), witness.watching():
+        model(torch.arange(16)[None])
+    assert list(witness.testimony()["kinds"]) == ["W8A8 emulated"]
+
+
+def of_model(text, *keys):
+    """Add keys to the section `model` of a suite."""
+    return text.replace("model: {", f"model: {{{', '.join(keys)}, ")
+
+
+def required(path, ways, *assertions):
+    return of_model(suite(path, *(assertions or [peaks("max: 40")])), f"require: {{executed_as: {ways}}}")
+
+
+IDLE = """
+import copy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def made():
+    model = AutoModelForCausalLM.from_pretrained({path!r})
+    model.model.layers[2].mlp.spare_proj = copy.deepcopy(model.model.layers[2].mlp.up_proj)
+    return model, AutoTokenizer.from_pretrained({path!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def run(quantized, unpacked, tmp_path_factory):
+    """Run suites that require how their model is executed, all in one run."""
+    project = Project(tmp_path_factory.mktemp("required") / "project")
+    static = quantized["fp8 with static inputs"]
+    broken = edited(static, tmp_path_factory.mktemp("broken") / "fp8", too_small)
+    dropping = edited(broken, tmp_path_factory.mktemp("dropping") / "fp8", config=dequantizing)
+    original, lax = f"reference: {quantized['float']}", "allow_unexpected: input_scale$"
+    close = "id: close, metric: sqnr, layers: 'layers.3$', min: 5"
+    project.write("idle.py", IDLE.format(path=str(quantized["int8"])))
+    factory = suite("x", peaks("max: 40")).replace("path: x", "factory: 'idle:made'")
+    weights = "id: weights, metric: rms, layers: down_proj$, site: weight, max: 40"
+    for name, text in {
+        "as-required": required(quantized["int8"], "W8A8 emulated"),
+        "one-of-two": required(quantized["int4"], "[W8A8 emulated, weights only]"),
+        "unpacked": required(unpacked, "emulated"),
+        "float": required(quantized["float"], "weights only"),
+        "weights-alone": required(quantized["int8"], "W8A8", weights),
+        "not-required": suite(unpacked, peaks("max: 1")),
+        "noisy": suite(quantized["torchao int4"], peaks("max: 1")),
+        "idle": factory,
+        "idle-allowed": of_model(factory, "allow_idle: spare_proj$"),
+        "broken": of_model(suite(broken, close), original),
+        "broken-unpacked": of_model(required(dropping, "emulated", close), original, lax),
+        "broken-unseen": of_model(suite(dropping, close), original, lax),
+    }.items():
+        project.write(f"{name}.qsa.yaml", text)
+    result = project.pytest("--qsa-allow-code")
+    return project, result, project.read("qsa-results/report.html")
+
+
+@pytest.mark.parametrize("name", ["as-required", "one-of-two", "weights-alone", "idle-allowed"])
+def test_a_model_that_runs_as_required_passes(run, name):
+    _, result, _ = run
+    assert [outcome for test, outcome in result.outcomes.items() if test.startswith(f"{name}.")] == ["passed"], (
+        result.out
+    )
+
+
+OTHERWISE = {
+    "unpacked": "INFRA peaks: model.require: executed_as: emulated is not what ran: 28 modules, the first "
+    "model.layers.0.mlp.down_proj, ran as weights only, dequantized when loaded: the loader unpacked the weights",
+    "float": "INFRA peaks: model.require: executed_as: weights only is not what ran: the model ran in floating point",
+    "idle": "ANOMALOUS peaks: the quantized module model.layers.2.mlp.spare_proj never ran",
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_model_that_ran_otherwise_or_in_part_fails_and_names_the_module(run, name):
+    _, result, _ = run
+    text = next(report["text"] for test, report in result.reports.items() if test == f"{name}.qsa.yaml::peaks")
+    assert f"E   {OTHERWISE[name]}" in text
+
+
+def test_a_failure_and_the_report_say_what_the_model_was_executed_as(run):
+    _, result, report = run
+    words = "executed as weights only, dequantized when loaded (28 modules)"
+    assert words in result.labelled("not-required.qsa.yaml::peaks")["ran"][0]
+    assert "llama was executed as W8A8 emulated (28 modules)" in result.out
+    assert "weights only, dequantized when loaded (28 modules)" in report
+
+
+def test_what_torchao_says_of_other_machines_is_in_no_failure(run):
+    _, result, _ = run
+    assert "W4A16 weights only" in result.text("noisy.qsa.yaml::peaks")
+    assert "Failed to load" not in result.out
+    assert "Captured log" not in result.out
+    assert "KernelPreference" not in result.out
+
+
+def test_a_static_scale_that_is_too_large_is_seen_where_inputs_are_rounded_and_only_there(run):
+    """With weights that are dequantized at load, the numbers are sound: only the requirement tells."""
+    _, result, _ = run
+    assert result.first_line("broken.qsa.yaml::close").startswith("REGRESSION")
+    assert result.first_line("broken-unpacked.qsa.yaml::close").startswith("INFRA close: model.require")
+    assert result.outcomes["broken-unseen.qsa.yaml::close"] == "passed"
+
+
+def test_a_cached_capture_still_tells_and_meets_the_requirement(run):
+    project, _, _ = run
+    project.write("again.qsa.yaml", project.read("unpacked.qsa.yaml").replace("max: 40", "max: 41"))
+    again = project.pytest("again.qsa.yaml")
+    assert again.first_line("::peaks").startswith("INFRA peaks: model.require: executed_as: emulated is not what ran")
+
+
+def test_a_way_to_run_that_does_not_exist_is_refused_at_its_line(own_project):
+    own_project.write("a.qsa.yaml", required("x", "W8A8 emulatd"))
+    out = own_project.pytest().out
+    assert "a.qsa.yaml:1" in out
+    assert "executed_as 'W8A8 emulatd' is no way to run: write W8A8 emulated" in out
+
+
+def test_what_is_allowed_and_required_of_a_run_changes_no_capture():
+    def key(**keys):
+        return Subject("a", Model(path="x", **keys), Data(), Memory(), Path()).key
+
+    assert key() == key(allow_idle="vision")
+    assert key(require={"executed_as": ["emulated"]}) == key(require={"executed_as": ["float"]})
+    assert key() != key(dtype="float32")

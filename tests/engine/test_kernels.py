@@ -1,0 +1,77 @@
+"""The fused kernels against torch's operators, which the other tests hold against numpy."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS
+from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
+from pytest_qsa.engine.reduce.pairs import powers_of
+from support import models
+from support.processes import forking
+
+STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", CHANNEL_COUNTS}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def numbers_of(fused, x, keep, statistics=STATISTICS):
+    observer = StreamObserver(statistics, Reducers(fused))
+    observer.add(x, keep, list(range(len(x))), 0, token_axis=x.dim() == 3)
+    observer.add(x.flip(1), [None] * len(x), list(range(len(x), 2 * len(x))), 0, token_axis=x.dim() == 3)
+    return observer.numbers(statistics).to_arrays()[0]
+
+
+def assert_same(x, keep, statistics=STATISTICS):
+    kernels, operators = numbers_of(True, x, keep, statistics), numbers_of(False, x, keep, statistics)
+    assert kernels.keys() == operators.keys()
+    for name, array in kernels.items():
+        assert (array.dtype, array.shape) == (operators[name].dtype, operators[name].shape), name
+        rtol, atol = (2e-5, 1e-9) if name == "moments" else (0, 0)
+        np.testing.assert_allclose(array, operators[name], rtol, atol, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", models.SPECIAL)
+def test_the_kernels_keep_the_same_numbers_as_the_operators(dtype, special):
+    x = models.special_rows(3, special)
+    keep = [None] * 3 if x.dim() == 2 else [None, torch.arange(1, x.shape[1]), torch.tensor([0])]
+    assert_same(x.to(dtype), keep)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    statistics=st.sets(st.sampled_from(sorted(STATISTICS)), min_size=1),
+    scale=st.integers(-20, 10),
+    seed=st.integers(0, 99),
+)
+def test_any_choice_of_statistics_comes_out_the_same(shape, dtype, statistics, scale, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**scale
+    assert_same(x.to(dtype), [None] * shape[0], frozenset(statistics))
+
+
+def test_a_capture_leaves_the_number_of_torchs_threads_alone():
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        numbers_of(True, torch.randn(1, 64, 64), [None])
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(before)
+
+
+def compare_on_one_thread():
+    """Exit with the number of torch's threads after the first kernel of a process, one for two tensors, on one."""
+    torch.set_num_threads(1)
+    powers_of(torch.randn(4, 8), torch.randn(4, 8), None)
+    sys.exit(torch.get_num_threads())
+
+
+def test_a_comparison_leaves_the_number_of_torchs_threads_alone():
+    process = forking().Process(target=compare_on_one_thread)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1

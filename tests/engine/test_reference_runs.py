@@ -1,0 +1,116 @@
+"""A pass of two models that is streamed, split, stopped or shared gives the bits of one process in memory."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from pytest_qsa import Capture
+from pytest_qsa.captures.merging import merge
+from pytest_qsa.captures.partial import PartialSums
+from pytest_qsa.engine.reference import live as pairing
+from pytest_qsa.engine.run import forward as capturing
+from pytest_qsa.engine.subject import Share
+from support.captures import assert_equal
+from support.paths import TESTS
+from support.processes import die_after, forking, torchrun
+from support.projects import Project, suite
+from support.reference_runs import EVERYTHING, captured, subject_of
+
+
+@pytest.fixture(scope="module")
+def whole(int8_llama, llama):
+    return captured(subject_of(int8_llama, llama))
+
+
+@pytest.fixture
+def small_waves(monkeypatch):
+    monkeypatch.setattr(capturing, "WAVE", 2)
+    monkeypatch.setattr(pairing, "WAVE", 2)
+
+
+def test_two_streamed_models_give_the_bits_of_two_in_memory(changed_llama, llama):
+    streamed, held = (captured(subject_of(changed_llama, llama, disk=disk)) for disk in (True, False))
+    assert_equal(streamed, held)
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_a_streamed_int8_model_and_its_original_give_the_same_bits_in_waves(int8_llama, llama, whole):
+    assert_equal(captured(subject_of(int8_llama, llama, disk=True)), whole)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_each_comparison_alone_streams_with_the_same_bits(int8_llama, llama, name):
+    streamed, held = (captured(subject_of(int8_llama, llama, disk=disk), name) for disk in (True, False))
+    assert_equal(streamed, held)
+
+
+def test_parts_against_a_reference_merge_to_the_whole(int8_llama, llama, whole):
+    subject = subject_of(int8_llama, llama)
+    assert_equal(merge([captured(subject, share=Share(samples=ends)) for ends in ((2, 5), (0, 2))]), whole)
+
+
+@pytest.mark.usefixtures("small_waves")
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bits(
+    int8_llama, llama, whole, tmp_path, disk
+):
+    file, subject = tmp_path / "sums.partial", subject_of(int8_llama, llama, disk=disk)
+    child = forking().Process(target=die_after, args=(4, file, subject, list(EVERYTHING.values())))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert file.exists()
+    told = []
+    resumed = captured(subject, progress=lambda done, _: told.append(done), share=Share(sums=PartialSums(file)))
+    assert told[0] > 2
+    assert_equal(resumed, whole)
+    assert not file.exists()
+
+
+@pytest.mark.slow
+def test_workers_share_one_pass_of_two_models(tmp_path, int8_llama, llama):
+    project = Project(tmp_path / "project")
+    bounds = (
+        "id: close, metric: kl_divergence, max: 1",
+        r"id: blocks, metric: sqnr, layers: 'layers\.\d$', min: 500",
+        "id: alone, metric: local_sqnr, layers: _proj$, min: 10",
+        "id: weights, metric: weight_sqnr, layers: _proj$, min: 10",
+    )
+    project.write("a.qsa.yaml", suite(f"{int8_llama}, reference: {llama}", *bounds))
+    runs = {
+        workers: project.pytest("--qsa-report=never", f"--qsa-cache=cache{workers}", f"-n{workers}")
+        for workers in (0, 2)
+    }
+    entries = {workers: list((project.folder / f"cache{workers}").glob("*.qsa")) for workers in runs}
+    assert [len(found) for found in entries.values()] == [1, 1]
+    assert_equal(*(Capture.load(found) for (found,) in entries.values()))
+    assert runs[2].outcomes == runs[0].outcomes
+    assert runs[0].outcomes["a.qsa.yaml::blocks"] == "failed"
+    assert runs[0].outcomes["a.qsa.yaml::close"] == "passed"
+
+
+RANKS = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from support.reference_runs import captured, subject_of
+from pytest_qsa.engine.ranks import joined
+from pytest_qsa.engine.subject import Share
+
+with joined() as ranks:
+    found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=Share(ranks=ranks))
+    found.save({file!r} + str(ranks.rank))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_two_ranks_with_two_models_give_the_bits_of_one_process(int8_llama, llama, whole, tmp_path, disk):
+    paths, file = [str(TESTS)], str(tmp_path / "rank")
+    program = RANKS.format(paths=paths, own=str(int8_llama), original=str(llama), disk=disk, file=file)
+    done = torchrun(program, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        assert_equal(Capture.load(f"{file}{rank}"), whole)

@@ -1,0 +1,154 @@
+"""Beside other plugins, and without those that one may switch off."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.projects import Project, peaks, suite
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory, llama):
+    """Return a project in which one assertion holds, one fails, and one has a baseline."""
+    project = Project(tmp_path_factory.mktemp("gate") / "project")
+    lines = [peaks("max: 100", "holds"), peaks("max: 1", "above"), peaks("baseline: {rel: 0.05}", "drift")]
+    project.write("a.qsa.yaml", suite(llama, *lines))
+    project.write("test_plain.py", "def test_plain():\n    '''\n    >>> 1\n    1\n    '''\n")
+    made = project.pytest("--snapshot-update", "--qsa-report=never")
+    project.usual = made.outcomes
+    return project
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-p", "no:cacheprovider"],
+        ["-p", "no:terminal"],
+        ["-p", "no:tmpdir"],
+        ["-p", "no:warnings"],
+        ["-p", "no:logging"],
+        ["-p", "no:capture"],
+        ["-p", "no:junitxml"],
+        ["-s", "-vv"],
+        ["--doctest-modules"],
+        ["--import-mode=importlib"],
+        ["-x", "--maxfail=9"],
+        ["--setup-show"],
+        ["-n0"],
+        ["--color=yes"],
+        ["-rA", "--durations=3"],
+        ["--strict-markers", "--strict-config"],
+    ],
+    ids=" ".join,
+)
+def test_the_gate_says_the_same(gate, arguments):
+    run = gate.pytest(*arguments, "--qsa-report=never")
+    assert run.code == 1, run.out
+    assert "INTERNALERROR" not in run.out
+    assert {nodeid: run.outcomes[nodeid] for nodeid in gate.usual} == gate.usual
+    assert run.report("::above")["crash"].startswith("REGRESSION: 4 of 4 layers are out of bounds (max 1)")
+
+
+def test_without_syrupy_a_baseline_says_so_and_the_rest_works(gate):
+    run = gate.pytest("-p", "no:syrupy", "--qsa-report=never")
+    assert run.outcomes["a.qsa.yaml::holds"] == "passed"
+    assert run.first_line("::above").startswith("REGRESSION above: ")
+    line = run.first_line("::drift")
+    assert "a baseline needs syrupy" in line
+    assert "-p no:syrupy" in line
+    assert ".py:" not in run.text("::drift")
+
+
+def test_another_fixture_of_the_name_snapshot_is_told(own_project, llama):
+    own_project.write("conftest.py", "import pytest\n@pytest.fixture\ndef snapshot(): return 3\n")
+    own_project.write("a.qsa.yaml", suite(llama, peaks("baseline: {rel: 0.05}")))
+    line = own_project.pytest("--qsa-report=never").first_line("::peaks")
+    assert "the fixture 'snapshot' is not syrupy's" in line
+
+
+def test_plugins_can_be_named_instead_of_found(gate):
+    plugins = ("-p", "pytest_qsa.plugin", "-p", "syrupy")
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = gate.pytest(*plugins, "--qsa-report=never", environment=environment)
+    assert {nodeid: run.outcomes[nodeid] for nodeid in gate.usual} == gate.usual
+    run = gate.pytest(*plugins[:2], "--qsa-report=never", environment=environment)
+    assert run.outcomes["a.qsa.yaml::holds"] == "passed"
+    assert "a baseline needs syrupy" in run.first_line("::drift")
+
+
+def test_without_the_plugin_suites_are_no_tests(gate):
+    run = gate.pytest("-p", "no:qsa", "-W", "ignore")
+    assert run.outcomes == {"test_plain.py::test_plain": "passed"}
+
+
+def test_pytest_html_shows_the_failure(gate):
+    run = gate.pytest("--html=page.html", "--self-contained-html", "--qsa-report=never")
+    assert run.code == 1
+    page = gate.read("page.html")
+    assert "REGRESSION above: 4 of 4 layers are out of bounds (max 1)" in page
+
+
+def test_reruns_run_it_again_and_report_it_once(gate):
+    run = gate.pytest("--reruns=1", "a.qsa.yaml::above", "a.qsa.yaml::holds", "--qsa-output=again")
+    assert run.code == 1
+    assert "1 rerun" in run.out
+    assert run.first_line("::above").startswith("REGRESSION above: ")
+    results = [result["nodeid"] for result in gate.json("again/report.json")["results"]]
+    assert sorted(results) == ["a.qsa.yaml::above", "a.qsa.yaml::holds"]
+    assert "qsa: 1 of 2 assertions hold, 1 fail (REGRESSION)" in run.out
+
+
+def test_random_order_changes_nothing(gate):
+    runs = [gate.pytest("--randomly-seed", seed, "--qsa-report=never") for seed in (1, 2, 3)]
+    assert [run.outcomes for run in runs] == [gate.usual] * 3
+    assert len({tuple(run.collected) for run in runs}) > 1
+
+
+def test_an_annotation_of_a_ci_points_into_the_suite(gate):
+    run = gate.pytest("--qsa-report=never", "a.qsa.yaml::above", environment={"CI": "true", "GITHUB_ACTIONS": "true"})
+    line = next(line for line in run.out.splitlines() if line.startswith("FAILED a.qsa.yaml::above"))
+    assert line.startswith("FAILED a.qsa.yaml::above - REGRESSION: 4 of 4 layers are out of bounds (max 1)")
+
+
+def test_a_mark_of_skip_or_xfail_can_be_added_to_an_assertion(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1", "skipped"), peaks("max: 1", "expected")))
+    own_project.write(
+        "conftest.py",
+        """
+        import pytest
+
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item.add_marker(pytest.mark.skip("later") if item.name == "skipped" else pytest.mark.xfail(strict=True))
+        """,
+    )
+    run = own_project.pytest()
+    assert run.code == 0, run.out
+    assert "1 skipped, 1 xfailed" in run.out
+
+
+def test_an_expected_failure_is_no_failure_of_the_gate(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1", "expected")))
+    own_project.write(
+        "conftest.py",
+        """
+        import pytest
+
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item.add_marker(pytest.mark.xfail)
+        """,
+    )
+    run = own_project.pytest()
+    assert run.code == 0
+    assert "1 fail" not in run.out
+    assert not (own_project.folder / "qsa-results/report.html").exists()
+
+
+def test_interrupting_leaves_the_verdicts_so_far(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1", "above")))
+    own_project.write("test_z.py", "def test_z():\n    raise KeyboardInterrupt\n")
+    run = own_project.pytest()
+    assert run.code == 2
+    assert "INTERNALERROR" not in run.out
+    assert [result["id"] for result in own_project.json("qsa-results/report.json")["results"]] == ["above"]

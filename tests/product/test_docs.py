@@ -1,0 +1,59 @@
+"""What the documentation says of options, keys, files and metrics is what there is; its blocks: test_documents.py."""
+
+import re
+
+import pytest
+import yaml
+
+from pytest_qsa.suite.sections import ASSERTIONS
+from support.paths import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_default_configuration_has_every_key_with_its_default():
+    from pytest_qsa.suite.sections import Data, Memory
+    from pytest_qsa.suite.visualization import Visualization
+
+    written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text(encoding="utf-8"))
+    for section, defaults in (("visualization", Visualization()), ("data", Data()), ("memory", Memory())):
+        assert written[section] == defaults.model_dump()
+
+
+def test_the_default_configuration_is_one_that_qsa_analyze_takes(llama, capsys):
+    from pytest_qsa.cli import main
+
+    config = str(ROOT / "configs" / "default.yaml")
+    assert main(["analyze", "--config", config, "--model.path", str(llama), "--dry-run"]) == 0
+    assert "magnitude_input" in capsys.readouterr().out
+
+
+def test_every_key_of_the_pictures_is_documented():
+    from pytest_qsa.suite.visualization import Visualization
+
+    text = (ROOT / "docs" / "analyze.md").read_text(encoding="utf-8")
+    sections = {name: type(value) for name, value in Visualization()}
+    keys = [key for kind in sections.values() for key in getattr(kind, "model_fields", {})]
+    assert [name for name, kind in sections.items() if name not in text] == []
+    assert [key for key in keys if not re.search(rf"\b{key}\b|`_?{key.partition('_')[2]}`", text)] == []
+
+
+def test_every_metric_is_documented():
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in ASSERTIONS if not re.search(rf"`{name}[`(]", text)] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/analyze.md"])
+def test_every_file_that_a_document_names_is_there(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
+        r"`((?:pytest_qsa|benchmarks|tests|docs|configs)/[\w./]+)`", text
+    )
+    named += re.findall(r"(?:python|pytest) ((?:benchmarks|tests)/[\w.]+)", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_option_of_the_readme_exists_and_none_is_missing():
+    documented = set(re.findall(r"--qsa-[a-z-]+", README))
+    source = (ROOT / "pytest_qsa" / "options.py").read_text(encoding="utf-8")
+    assert documented == set(re.findall(r'"(--qsa-[a-z-]+)"', source))

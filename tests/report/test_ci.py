@@ -1,0 +1,238 @@
+"""Where CI shows a run: pytest-html, Allure, JUnit, GitHub and GitLab, each as its real plugin or format has it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from pytest_qsa.report.github import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
+from support.junit_format import violations
+from support.paths import ROOT
+from support.projects import Project, peaks, suite
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HOSTILE = "</summary><img src=x>|`@team`\n::error::no%\u202e"
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory, llama):
+    """Return a project with three assertions on one model: one fails, one warns, one holds."""
+    project = Project(tmp_path_factory.mktemp("ci") / "project")
+    project.write("suites/gate.qsa.yaml", suite(
+        llama, peaks("max: 1", id="fails"), peaks("max: 2, level: warn", id="warns"), peaks("max: 1000", id="holds"),
+    ))  # fmt: skip
+    return project
+
+
+@pytest.fixture(scope="module")
+def on_gitlab(gate):
+    """Run it with everything that is active at once, as a job of GitLab; the results lie in `gitlab/`."""
+    return gate.pytest(
+        "suites", "--html=gitlab/out.html", "--alluredir=gitlab/allure", "--junit-xml=gitlab/out.xml",
+        "-o", "junit_family=xunit1", "-o", "junit_logging=system-out",
+        environment={"GITLAB_CI": "true", "CI_PROJECT_DIR": str(gate.folder)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_github(gate):
+    """Run it in a worker of pytest-xdist, as a step of GitHub Actions; the results lie in `github/`."""
+    return gate.pytest(
+        "suites", "-n", "1", "--html=github/out.html", "--self-contained-html", "--alluredir=github/allure",
+        "--junit-xml=github/out.xml", environment={
+            "GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": str(gate.folder.parent),
+            "GITHUB_STEP_SUMMARY": str(gate.folder / "github/summary.md"),
+        },
+    )  # fmt: skip
+
+
+def result_of(kind="REGRESSION", **fields):
+    """Return a result as `to_plain` gives it."""
+    made = {
+        "id": "a", "subject": "m", "kind": kind, "headline": "h", "reason": None, "where": "gate.qsa.yaml:7",
+        "rows": [{"layer": "l", "value": 2.0, "used": 2.0}], "bound": "max 1", "evidence": [], "command": "pytest x",
+        "accept": "", "failed": kind not in ("PASSED", "WARNED"),
+    }  # fmt: skip
+    return made | fields
+
+
+def test_pytest_html_embeds_the_plots_of_what_failed(gate, on_github):
+    page = gate.read("github/out.html")
+    data = json.loads(html.unescape(re.search(r'data-jsonblob="([^"]*)"', page)[1]))
+    extras = {test.rpartition("::")[2]: entries[0]["extras"] for test, entries in data["tests"].items()}
+
+    assert [extra["name"] for extra in extras["fails"]][:1] == ["fails: value"]
+    for extra in extras["fails"]:
+        kind, _, content = extra["content"].partition(";base64,")
+        assert kind == "data:image/png"
+        assert base64.b64decode(content).startswith(PNG)
+    assert extras["holds"] == []
+
+
+def test_pytest_html_beside_its_assets_has_pictures_that_are_there(gate, on_gitlab):
+    assets = [content for name, content in gate.files("gitlab/assets").items() if name.endswith(".png")]
+    assert assets
+    assert all(content.startswith(PNG) for content in assets)
+
+
+@pytest.mark.parametrize("service", ["github", "gitlab"])
+def test_allure_has_the_plots_as_attachments_of_the_test_that_failed(gate, on_github, on_gitlab, service):
+    results = [gate.json(name) for name in gate.files(f"{service}/allure") if name.endswith("-result.json")]
+    by_name = {result["name"]: result for result in results}
+
+    assert {name: result["status"] for name, result in by_name.items()} == {
+        "fails": "failed", "warns": "passed", "holds": "passed",
+    }  # fmt: skip
+    attachments = [each for each in by_name["fails"]["attachments"] if each["name"].startswith("fails: ")]
+    assert attachments[0]["name"] == "fails: value"
+    for attachment in attachments:
+        assert attachment["type"] == "image/png"
+        assert (gate.folder / service / "allure" / attachment["source"]).read_bytes().startswith(PNG)
+    assert not by_name["holds"].get("attachments")
+
+
+def junit(gate, service):
+    (found,) = ElementTree.parse(gate.folder / service / "out.xml").getroot()
+    return {case.get("name"): case for case in found.iter("testcase")}
+
+
+@pytest.mark.parametrize("service", ["github", "gitlab"])
+def test_the_junit_file_fits_its_format(gate, on_github, on_gitlab, service):
+    root = ElementTree.parse(gate.folder / service / "out.xml").getroot()
+    xunit1 = service == "gitlab"
+    assert violations(root, xunit1=xunit1) == []
+    (found,) = root
+    cases = list(found.iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None]
+    assert (int(found.get("tests")), int(found.get("failures")), int(found.get("errors"))) == (3, len(failed), 0)
+    assert {case.find("properties") is not None for case in cases} == {True}
+    cases[0].append(ElementTree.Element("attachment"))
+    cases[1].find("properties")[0].attrib.pop("value")
+    cases[2].set("time", "soon")
+    assert violations(root, xunit1=xunit1) == [
+        "testcase has a child attachment", "property lacks value", "testcase: time is 'soon'"
+    ]  # fmt: skip
+
+
+def test_junit_has_the_numbers_as_properties_in_the_formats_order(gate, on_github):
+    cases = junit(gate, "github")
+    case = cases["fails"]
+
+    assert [child.tag for child in case] == ["properties", "failure"]  # the order that the schema asks for
+    assert set(case.keys()) == {"classname", "name", "time"}
+    (properties,) = case.findall("properties")
+    assert all(set(entry.keys()) == {"name", "value"} and not len(entry) for entry in properties)
+    told = {entry.get("name"): entry.get("value") for entry in properties}
+    row = gate.json("qsa-results/report.json")["results"][0]["rows"][0]
+    assert told["qsa_kind"] == "REGRESSION"
+    assert told["qsa_worst_layer"] == row["layer"]
+    assert float(told["qsa_value"]) == row["value"] == float(told["qsa_used"])  # of a bound of 1
+    assert (told["qsa_bound"], told["qsa_where"].partition(":")[0]) == ("max 1", "suites/gate.qsa.yaml")
+    assert case.find("failure").get("message").startswith("REGRESSION: ")
+    assert {entry.get("value") for entry in cases["warns"].iter("property")} >= {"WARNED", "max 2"}
+
+
+def test_gitlab_finds_the_file_and_the_plot_of_what_failed(gate, on_gitlab):
+    cases = junit(gate, "gitlab")
+    assert cases["fails"].get("file") == "suites/gate.qsa.yaml"
+    assert cases["fails"].get("classname") == "suites.gate.qsa.yaml"
+    (path,) = re.findall(r"\[\[ATTACHMENT\|(.+)\]\]", cases["fails"].find("system-out").text)
+    assert (gate.folder / path).read_bytes().startswith(PNG)
+    assert not Path(path).is_absolute()
+    assert "ATTACHMENT" not in ElementTree.tostring(cases["holds"], encoding="unicode")
+
+
+def test_github_gets_annotations_at_the_suites_lines_and_a_summary(gate, on_github):
+    lines = gate.read("suites/gate.qsa.yaml").splitlines()
+    at = {name: 1 + next(i for i, line in enumerate(lines) if f"id: {name}" in line) for name in ("fails", "warns")}
+    folder = gate.folder.name
+
+    marked = [line for line in on_github.out.splitlines() if line.startswith("::")]
+    assert [line.partition("::")[2].partition("::")[0] for line in marked] == [
+        f"error file={folder}/suites/gate.qsa.yaml,line={at['fails']},title=REGRESSION fails",
+        f"warning file={folder}/suites/gate.qsa.yaml,line={at['warns']},title=WARNED warns",
+    ]
+    summary = gate.read("github/summary.md")
+    assert summary.startswith("## ❌ qsa: 2 of 3 assertions hold")
+    row = r"^\| ❌ REGRESSION \| fails \| llama \| model.layers.\d \| [\d.]+ \| max 1 \| \d+% \|$"
+    assert re.search(row, summary, re.MULTILINE)
+    assert "again   pytest suites/gate.qsa.yaml::fails" in summary
+
+
+def test_a_run_that_is_not_in_github_prints_no_annotation(on_gitlab):
+    assert on_gitlab.code == 1
+    assert not [line for line in on_gitlab.out.splitlines() if line.startswith("::")]
+
+
+def test_a_summary_that_cannot_be_written_changes_no_verdict(gate):
+    environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(gate.folder)}
+    run = gate.pytest("suites/gate.qsa.yaml::holds", environment=environment)
+    assert run.code == 0
+    assert "the step summary was not written" in run.out
+
+
+def test_a_wrong_suite_is_annotated_at_its_line(gate):
+    gate.write("bad/bad.qsa.yaml", "assertions:\n  - {id: a, metrc: rms, layers: x, site: input, max: 1}\n")
+    run = gate.pytest("bad", environment={"GITHUB_ACTIONS": "true"})
+    assert run.code == 2
+    (line,) = [line for line in run.out.splitlines() if line.startswith("::")]
+    assert line.startswith("::error file=bad/bad.qsa.yaml,line=2,title=wrong suite::")
+
+
+def test_an_annotation_is_escaped_as_github_asks():
+    line = command("error", "a,b:c.yaml", "7", "100%: x", "first\nsecond % \r\x1b[0m\u202e")
+    assert line == r"::error file=a%2Cb%3Ac.yaml,line=7,title=100%25%3A x::first%0Asecond %25 \r\x1b[0m\u202e"
+
+
+def test_github_gets_no_more_annotations_than_it_shows():
+    lines = list(annotation_lines([result_of() for _ in range(30)] + [result_of("WARNED") for _ in range(30)]))
+    assert [line[:4] for line in lines] == ["::er"] * 10 + ["::wa"] * 10
+
+
+def test_a_summary_is_cut_below_githubs_limit_whatever_another_tool_wrote_before(tmp_path):
+    path = tmp_path / "summary.md"
+    path.write_text("x" * 400_000)
+    token = {"before": "b" * 500, "text": "é" * 500, "after": "", "ratio": 9.0, "sample": 0, "position": 0}
+    append_summary(path, [result_of(id=f"a{i}", evidence=[token] * 5) for i in range(400)])
+
+    assert 800_000 < path.stat().st_size <= SUMMARY_BYTES
+    assert path.read_text(encoding="utf-8").rstrip().endswith("… cut; the report has all of it.")
+
+
+def test_no_text_breaks_the_summary():
+    token = {"before": HOSTILE, "text": HOSTILE, "after": HOSTILE, "ratio": 9.0, "sample": 0, "position": 0}
+    hostile = dict.fromkeys(("id", "subject", "headline", "reason", "where", "bound", "command", "accept"), HOSTILE)
+    text = step_summary([result_of(rows=[{"layer": HOSTILE, "value": 1.0, "used": None}], evidence=[token], **hostile)])
+
+    assert text.count("</summary>") == 1
+    assert "<img" not in text
+    assert "\u202e" not in text
+    assert "@team" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
+    (row,) = [line for line in text.splitlines() if line.startswith("| ❌")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 8
+
+
+@pytest.mark.parametrize(("job", "schema"), [("runs-on", "github-workflows"), ("script", "gitlab-ci")])
+def test_the_documented_pipelines_fit_their_services_schemas(tmp_path, job, schema):
+    text = (ROOT / "docs/ci.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    pipeline = next(block for block in blocks if f" {job}:" in block)  # tests/documents.py runs what all of them say
+
+    def check(content):
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(content, encoding="utf-8")
+        words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(path)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    assert check(pipeline).returncode == 0, check(pipeline).stdout
+    assert check(re.sub(rf"(?m)^( +){job}:", r"\1unknown-key:", pipeline)).returncode == 1
+    options = set(re.findall(r"--qsa-[a-z]+", text))
+    assert options <= set(re.findall(r"--qsa-[a-z]+", (ROOT / "README.md").read_text("utf-8")))

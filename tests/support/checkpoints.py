@@ -1,0 +1,264 @@
+"""Small checkpoints on disk, in each format that the tests need, made by the libraries that make such files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+
+
+def save_tokenizer(folder):
+    """Save a byte-level tokenizer of 320 entries, trained on the shipped sample."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def save_llama(folder, change=lambda weights: None, *, tokenizer=True, layers=4, width=32):
+    """Save a Llama with random weights that are always the same; `change` edits its state dict."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=width, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        save_tokenizer(folder)
+    return folder
+
+
+def save_quantized_llama(folder, source, preset="W8A8", **weights):
+    """Quantize a small Llama with compressed-tensors, every Linear but the head, and save it; as checkpoints.py does.
+
+    `weights`: changes to the preset's weight scheme. Static inputs get a scale for activations up to 6 + block.
+    """
+    import torch
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    scheme = preset_name_to_scheme(preset, targets=["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=weights)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config, show_progress=False)
+    for name, module in model.named_modules():
+        if not is_module_quantized(module):
+            continue
+        low, high = _extremes(module.weight.detach(), scheme.weights)
+        scale, zero_point = calculate_qparams(low, high, scheme.weights)
+        module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data.copy_(zero_point.reshape(module.weight_zero_point.shape))
+        if hasattr(module, "input_scale"):
+            module.input_scale.data.copy_(torch.full_like(module.input_scale, (6 + int(name.split(".")[2])) / 448))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    if (source / "tokenizer.json").exists():
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def save_quantized_moe(folder, preset, **weights):
+    """Save a small Qwen3-MoE whose experts and attention are quantized in its files, as llm-compressor leaves them.
+
+    The original lies beside it, `folder` with `-float`. `weights`: changes to the preset's weight scheme.
+    """
+    import torch
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    original = folder.with_name(f"{folder.name}-float")
+    Qwen3MoeForCausalLM(config).save_pretrained(original)
+    save_tokenizer(original)
+    shutil.copytree(original, folder)
+    scheme = preset_name_to_scheme(preset, targets=["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=weights)
+    tensors, form = {}, None
+    for name, tensor in load_file(original / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        form, packed = _packed(tensor, scheme)
+        tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*mlp.gate$"], format=form,
+        quantization_status="compressed",
+    )  # fmt: skip
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {**json.loads(stated.model_dump_json()), "quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _packed(weight, scheme):
+    """Return a format's name, and the tensors that its compressor makes of one weight."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import initialize_module_for_quantization
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    initialize_module_for_quantization(linear, scheme)
+    whole = {}
+    if hasattr(linear, "weight_global_scale"):
+        whole["global_scale"] = generate_gparam(*torch.aminmax(weight))
+        linear.weight_global_scale.data.copy_(whole["global_scale"])
+    scale, _ = calculate_qparams(*_extremes(weight, scheme.weights), scheme.weights, **whole)
+    linear.weight_scale.data = scale.reshape(linear.weight_scale.shape).to(linear.weight_scale.dtype)
+    form = infer_module_format(torch.nn.Linear, scheme)
+    held = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
+    form = getattr(form, "value", form)
+    return form, BaseCompressor.get_value_from_registry(form).compress(held, scheme)
+
+
+FORMATS = {
+    "int8": ("W8A8", {}),
+    "int8 weights": ("W8A16", {"group_size": None, "strategy": "channel"}),
+    "int4": ("W4A16", {"group_size": 16}),
+    "int4 with zero points": ("W4A16", {"group_size": 16, "symmetric": False}),
+    "fp8 with static inputs": ("FP8", {}),
+    "fp8 by channel": ("FP8_DYNAMIC", {}),
+}
+"""The formats of compressed-tensors that the tests make → the preset, and changes to its weight scheme."""
+TORCHAO = {
+    "torchao int8": (8, None),
+    "torchao int8 by group": (8, 32),
+    "torchao int4": (4, 16),
+    "torchao int4 by 32": (4, 32),
+}
+"""Those of torchao → the bits of a weight, and the inputs that share a scale; None for a scale a row."""
+
+
+def save_torchao_llama(folder, source, bits, group):
+    """Quantize a small Llama's weights with torchao as transformers does, and save it."""
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    granularity = PerGroup(group) if group else PerAxis(0)
+    scheme = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=TorchAoConfig(scheme))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def save_gguf(folder, source, name="Q8_0", pre="gpt-2"):
+    """Write a small Llama as llama.cpp's converter does: matrices quantized, rows of q and k in its order.
+
+    Matrices whose rows are no whole blocks stay in float.
+    """
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()), pre)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    kind = gguf.GGMLQuantizationType[name]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for key, tensor in load_file(source / "model.safetensors").items():
+        layer = key.removesuffix(".weight")
+        values = tensor.to(torch.float32)
+        if (count := heads.get(layer.rpartition(".")[2])) is not None:
+            values = values.reshape(count, 2, len(values) // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        values, to = values.numpy(), f"{names.get_name(layer)}.weight"
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(to, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(to, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def _add_tokenizer(writer, tokenizer, pre):
+    """Write a byte-level BPE vocabulary as llama.cpp's converter does."""
+    model = tokenizer["model"]
+    words = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word == "<unk>" else 1 for word in words])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_unk_token_id(model["vocab"]["<unk>"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
+def _extremes(weight, scheme):
+    """Return the least and the largest weight that share a scale."""
+    import torch
+
+    if scheme.group_size:
+        return torch.aminmax(weight.reshape(weight.shape[0], -1, scheme.group_size), dim=-1)
+    return torch.aminmax(weight, dim=1, keepdim=True) if scheme.strategy == "channel" else torch.aminmax(weight)
+
+
+def edited(source, folder, change=lambda weights: None, *, config=lambda config: None):
+    """Copy a checkpoint folder of one file with `change` applied to its tensors and `config` to its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    config(settings)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder

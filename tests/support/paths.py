@@ -1,0 +1,6 @@
+"""Where the tests and the repository lie."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent

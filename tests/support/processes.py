@@ -1,0 +1,52 @@
+"""Processes of their own: forks of one that has imported torch, ranks of torchrun, and passes that are killed."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import forkserver
+
+import pytest
+
+from .paths import TESTS
+
+
+@functools.cache
+def forking():
+    """Return the context of processes that are forks of one that has imported `support.preloaded`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
+def torchrun(program, tmp_path, ranks=2):
+    script = tmp_path / "program.py"
+    script.write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path, env=environment
+    )
+
+
+def die_after(count, file, subject, requests):
+    """Capture in this process, which kills itself when `count` samples are done."""
+    from pytest_qsa.captures.partial import PartialSums
+    from pytest_qsa.engine.reference import live
+    from pytest_qsa.engine.run import forward
+    from pytest_qsa.engine.subject import Share, capture_subject
+
+    forward.WAVE = live.WAVE = 2
+
+    def progress(done, total):
+        if done == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    capture_subject(subject, requests, progress=progress, share=Share(sums=PartialSums(file, every=0)))

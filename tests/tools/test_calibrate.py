@@ -1,0 +1,300 @@
+"""`qsa calibrate`: the noise floor of a suite's numbers, and bounds that keep above it."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pytest_qsa.cli import main
+from pytest_qsa.common.errors import SuiteError
+from pytest_qsa.engine.load.data import batches_of
+from pytest_qsa.metrics.series import Query, Series
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.sections import Data
+from pytest_qsa.tools.calibrate.edit import calibrated
+from pytest_qsa.tools.calibrate.measure import IDENTICAL, Spread, proposals_of
+from support import models
+from support.projects import suite
+
+SUITE = """\
+# the gate of a small model
+model: {{name: small, path: {path}}}
+data: {{num_samples: 2, seq_len: 24}}
+memory: {{device: cpu}}
+assertions:
+  # why it is there
+  - id: peaks
+    metric: absmax
+    layers: layers\\.\\d$   # the blocks
+    site: output
+    max: 1000   # loose
+    min: 1e-3
+    reason: a reason
+  - id: groups
+    metric: absmax
+    layers: layers\\.\\d$
+    site: output
+    max:
+      'layers\\.[01]$': 500
+      default: 600
+  - {{id: finite, metric: nonfinite, layers: layers\\.\\d$, site: output, max: 7}}
+  - {{id: files, metric: checkpoint_keys}}
+  - {{id: drift, metric: magnitude, stat: median, layers: down_proj$, site: output, baseline: {{rel: 0.1}}}}
+  - {{id: token, metric: sink_tokens, layers: layers\\.\\d$, site: output, equals: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory, llama):
+    """Calibrate a suite once, into a copy beside it; return the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    (folder / "gate.qsa.yaml").write_text(SUITE.format(path=llama))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        out = folder / "out.txt"
+        with out.open("w") as stream:
+            patch.setattr("sys.stdout", stream)
+            assert main(["calibrate", "gate.qsa.yaml", "--parts", "4", "-k", "3", "-o", "new.qsa.yaml"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peaks(llama):
+    """Return the largest |x| at the outputs of the four blocks on each of four parts, [4, 4], by plain hooks."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    windows = batches_of(Data(num_samples=8, seq_len=24), tokenizer, llama)
+    rows = []
+    for part in range(4):
+        batches = [batch["input_ids"] for batch in windows[2 * part : 2 * part + 2]]
+        layers = [models.record(model, batches, f"model.layers.{layer}", "output") for layer in range(4)]
+        rows.append([max(np.abs(sample).max() for sample in layer) for layer in layers])
+    assert len({tuple(batch["input_ids"][0].tolist()) for batch in windows}) == 8
+    return np.array(rows)
+
+
+def written(calibration, name):
+    return next(a for a in load_suite(calibration / "new.qsa.yaml").assertions if a.id == name)
+
+
+def test_a_bound_is_the_mean_and_k_sigma_of_the_layer_that_reaches_farthest(calibration, peaks):
+    means, sigmas = peaks.mean(axis=0), peaks.std(axis=0, ddof=1)
+    top, bottom = int(np.argmax(means + 3 * sigmas)), int(np.argmin(means - 3 * sigmas))
+    assertion = written(calibration, "peaks")
+    for side, layer, sign, worst in (("max", top, 1, peaks.max()), ("min", bottom, -1, peaks.min())):
+        noise = getattr(assertion.noise, side)
+        assert (noise.n, noise.k) == (4, 3)
+        assert noise.mean == pytest.approx(means[layer], rel=1e-3)
+        assert noise.sigma == pytest.approx(sigmas[layer], rel=1e-3)
+        floor = means[layer] + sign * 3 * sigmas[layer]
+        reached = sign * max(sign * floor, sign * worst)
+        assert getattr(assertion, side) == pytest.approx(reached, rel=0.1)
+        assert sign * getattr(assertion, side) >= sign * reached - 1e-3 * abs(reached)
+
+
+def test_each_group_of_layers_has_a_bound_of_its_own(calibration, peaks):
+    floors = peaks.mean(axis=0) + 3 * peaks.std(axis=0, ddof=1)
+    bounds = written(calibration, "groups").max
+    first, rest = max(floors[:2].max(), peaks[:, :2].max()), max(floors[2:].max(), peaks[:, 2:].max())
+    for bound, floor in ((bounds[r"layers\.[01]$"], first), (bounds["default"], rest)):
+        unit = 10 ** (math.floor(math.log10(floor)) - 1)
+        assert floor * (1 - 1e-3) <= bound <= floor + unit
+
+
+def test_counts_get_whole_numbers(calibration):
+    assert written(calibration, "finite").max == 0
+    assert written(calibration, "finite").noise.max.sigma == 0
+
+
+def test_comments_and_layout_stay_and_the_figures_stand_beside_the_bound(calibration, llama):
+    before, after = (SUITE.format(path=llama).splitlines(), (calibration / "new.qsa.yaml").read_text().splitlines())
+    kept = [
+        line for line in before if not any(word in line for word in ("max: 1000", "min: 1e", "500", "600", "finite"))
+    ]
+    assert [line for line in after if line in kept] == kept
+    assert any(line.startswith("    max: ") and line.endswith("   # loose") for line in after)
+    added = [line for line in after if line.lstrip().startswith("noise:")]
+    assert len(added) == 2
+    assert all("# calibrated: model.layers." in line and "4 parts of 2 × 24 tokens" in line for line in added)
+    assert next(line for line in after if "id: finite" in line).endswith("n: 4, k: 3}}}")
+
+
+def test_the_table_says_what_was_measured_and_what_could_not_be(calibration):
+    lines = (calibration / "out.txt").read_text().splitlines()
+    assert lines[0] == "small: 4 parts of 2 × 24 tokens of sample; 2 passes over one part are equal"
+    rows = [line.split()[0] for line in lines[1:]]
+    assert rows[:6] == ["assertion", "peaks", "peaks", "groups", "groups", "finite"]
+    assert "files: reads files, which do not vary" in lines
+    assert any(
+        line.startswith("drift: a baseline is held on its own text; another one moves model.layers") for line in lines
+    )
+    assert "token: equals 0.0: 0 in the 4 parts" in lines
+
+
+def test_calibrating_what_is_calibrated_changes_nothing(calibration, monkeypatch, capsys):
+    monkeypatch.chdir(calibration)
+    text = (calibration / "new.qsa.yaml").read_text()
+    (calibration / "again.qsa.yaml").write_text(text)
+    assert main(["calibrate", "again.qsa.yaml", "--parts", "4", "-k", "3", "--passes", "1", "--write"]) == 0
+    assert (calibration / "again.qsa.yaml").read_text() == text
+    assert "no pass was repeated" in capsys.readouterr().out
+
+
+def test_a_file_that_is_there_is_not_replaced_without_force(calibration, monkeypatch, capsys):
+    monkeypatch.chdir(calibration)
+    text = (calibration / "new.qsa.yaml").read_text()
+    assert main(["calibrate", "gate.qsa.yaml", "-o", "new.qsa.yaml"]) == 1
+    assert "new.qsa.yaml exists: give --force" in capsys.readouterr().err
+    assert (calibration / "new.qsa.yaml").read_text() == text
+
+
+def test_too_little_text_for_the_parts_is_said(calibration, monkeypatch, capsys):
+    monkeypatch.chdir(calibration)
+    (calibration / "short.txt").write_text("a few words " * 9)
+    assert main(["calibrate", "gate.qsa.yaml", "--data.source", "custom:short.txt"]) == 1
+    assert "too little text in 'custom:" in capsys.readouterr().err
+
+
+NOISE = "max: 40, noise: {max: {mean: 31.2, sigma: 1.5, n: 8, k: 6}}"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "override", "told"),
+    [
+        ("max: 40", None, r"g.qsa.yaml:4: max 40 is below the noise floor 40.2 \(mean 31.2 \+ 6 × sigma 1.5 over 8"),
+        ("max: 41", "assertions.a.max=39", r"--qsa-set assertions.a.max=39: max 39 is below the noise floor 40.2"),
+        ("min: 40", None, "noise.max stands beside no max"),
+        ("max: {'layers': 50}", None, "noise.max is of another form than max"),
+        ("max: 41", None, None),
+    ],
+)  # fmt: skip
+def test_a_bound_below_the_noise_floor_is_refused_with_the_figure(tmp_path, bounds, override, told):
+    file = tmp_path / "g.qsa.yaml"
+    noise = "noise: {max: {mean: 31.2, sigma: 1.5, n: 8, k: 6}}"
+    file.write_text(suite("x", f"id: a, metric: absmax, layers: x, site: output, {bounds}, {noise}"))
+    if told is None:
+        assert load_suite(file).assertions[0].max == 41
+    else:
+        with pytest.raises(SuiteError, match=told):
+            load_suite(file, [override] if override else [])
+
+
+def test_a_bound_of_a_group_above_the_floor_against_the_original_is_refused(tmp_path):
+    file = tmp_path / "g.qsa.yaml"
+    noise = "noise: {min: {q_proj: {mean: 41.5, sigma: 0.5, n: 8, k: 6}, default: {mean: 30, sigma: 0, n: 8, k: 6}}}"
+    file.write_text(suite("x", f"id: a, metric: sqnr, layers: x, min: {{q_proj: 40, default: 30}}, {noise}"))
+    with pytest.raises(
+        SuiteError, match=r"min of 'q_proj' 40 is above the noise floor 38.5 \(mean 41.5 − 6 × sigma 0.5"
+    ):
+        load_suite(file)
+
+
+def series(values, unit="dB", interval=None):
+    query = Query("sqnr", "1", "output", "x", unit=unit)
+    ends = {"a": (values[0] - interval, values[0] + interval, 9)} if interval else {}
+    return Series(["a", "b"][: len(values)], np.array(values), query, intervals=ends)
+
+
+def test_what_never_differs_from_the_original_has_to_stay_so():
+    spread = Spread.of([series([30.0, np.inf]), series([32.0, np.inf])], series([31.0, np.inf]))
+    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0}})
+    a, b = proposals_of(assertion, spread, None, 1)
+    assert (a.noise.mean, a.proposed) == (31.0, 29.0)
+    assert (b.noise.mean, b.noise.sigma, b.proposed) == (IDENTICAL, 0.0, IDENTICAL)
+
+
+def test_a_number_of_tokens_that_never_varied_gets_room_for_one_more():
+    assertion = SimpleNamespace(stated={"max": 0.0})
+    for unit, parts, proposed in (
+        ("tokens", [1.0, 1.0], 2.0),
+        ("elements", [1.0, 1.0], 1.0),
+        ("tokens", [1.0, 3.0], 5.0),
+    ):
+        spread = Spread.of([series([value, value], unit=unit) for value in parts], series([max(parts)] * 2, unit=unit))
+        (found,) = proposals_of(assertion, spread, None, 2)
+        assert found.proposed == proposed, (unit, parts)
+
+
+def test_an_estimate_varies_by_its_standard_error_at_least():
+    near = [series([5.0 + 0.01 * part], unit="", interval=1.96) for part in range(3)]
+    assert Spread.of(near, near[0]).sigmas == pytest.approx([1.0], rel=1e-4)
+    far = [series([5.0 + 3 * part], unit="", interval=1.96) for part in range(3)]
+    assert Spread.of(far, far[0]).sigmas == pytest.approx([3.0])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, int8_llama, llama):
+    """Calibrate a suite against the original; return the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("original")
+    bounds = ("id: close, metric: nmse, layers: 'layers\\.\\d$', max: 9", "id: same, metric: same_top, min: 0")
+    sections = "memory: {device: cpu}\n"
+    text = suite(int8_llama, *bounds, sections=sections).replace("}\ndata", f", reference: {llama}}}\ndata", 1)
+    (folder / "gate.qsa.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch, (folder / "out.txt").open("w") as stream:
+        patch.setattr("sys.stdout", stream)
+        assert main(["calibrate", str(folder / "gate.qsa.yaml"), "--parts", "3", "-k", "3", "--write"]) == 0
+    return folder
+
+
+def test_a_suite_with_a_reference_is_calibrated_against_it(original):
+    close, same = load_suite(original / "gate.qsa.yaml").assertions
+    assert 0 < close.noise.max.floor("max") <= close.max < 0.1
+    assert 0.5 < same.min <= same.noise.min.floor("min") < 1
+    assert "2 passes over one part are equal" in (original / "out.txt").read_text()
+
+
+def test_a_reference_that_was_kept_on_its_own_tokens_cannot_be_calibrated_against(original, capsys):
+    (original / "kept.qsa").write_bytes(b"")
+    assert main(["calibrate", str(original / "gate.qsa.yaml"), "--model.reference", "kept.qsa"]) == 1
+    assert "kept.qsa was kept on its own tokens" in capsys.readouterr().err
+
+
+def test_pytest_refuses_such_a_suite_as_wrong(own_project, llama):
+    own_project.write("g.qsa.yaml", suite(llama, f"id: a, metric: absmax, layers: x, site: output, {NOISE}"))
+    run = own_project.pytest("g.qsa.yaml")
+    assert run.code == 2
+    assert "g.qsa.yaml:4: max 40 is below the noise floor 40.2" in run.out
+
+
+def test_the_ratchet_stops_at_the_noise_floor_and_leaves_a_number_of_tokens_its_room_for_one_more(own_project, llama):
+    blocks, steady = r"layers: layers\.\d$, site: output", "noise: {max: {mean: 0, sigma: 0, n: 8, k: 6}}"
+    text = suite(
+        llama,
+        f"id: a, metric: absmax, {blocks}, max: 900, noise: {{max: {{mean: 500, sigma: 10, n: 8, k: 6}}}}",
+        f"id: calibrated, metric: outlier_tokens, {blocks}, max: 11, {steady}",
+        f"id: stated, metric: outlier_tokens, {blocks}, max: 12",
+        f"id: elements, metric: nonfinite, {blocks}, max: 13, {steady}",
+    )
+    own_project.write("g.qsa.yaml", text)
+    run = own_project.pytest("--qsa-ratchet", "--qsa-report=never")
+    found = {name: int(bound) for name, bound in re.findall(r"^\+.*id: (\w+),.* max: (\d+)", run.out, re.MULTILINE)}
+    assert found == {"a": 560, "calibrated": 1, "stated": 0, "elements": 0}, run.out
+
+
+def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):
+    from pytest_qsa.suite.noise import Noise
+    from pytest_qsa.tools.calibrate.measure import Proposal
+
+    def proposal(bound):
+        return Proposal("max", "", "layers.1", bound, 3.0, Noise(mean=2, sigma=0.1, n=4, k=6))
+
+    text = (
+        "x: &shared {metric: absmax, max: 9}\n"
+        "assertions:\n"
+        "  inherits: {site: input}\n"
+        "  aliased: *shared\n"
+        "  first: &both {max: 7}\n"
+        "  second: *both\n"
+        "  own:\r\n    max: 8 # eight\r\n    site: input\r\n"
+    )
+    names = ["inherits", "aliased", "first", "second", "absent", "own"]
+    changed, left = calibrated(text, {name: [proposal(8.0)] for name in names}, "4 parts")
+    assert left == names[:-1]
+    assert changed == text.replace(
+        "max: 8 # eight\r\n",
+        "max: 3 # eight\r\n    noise: {max: {mean: 2, sigma: 0.1, n: 4, k: 6}}  # calibrated: layers.1, 4 parts\r\n",
+    )

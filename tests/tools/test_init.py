@@ -1,0 +1,256 @@
+"""`qsa init`: a first suite, calibrated, that a team can commit."""
+
+import json
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from pytest_qsa import capture
+from pytest_qsa.cli import main
+from pytest_qsa.engine.load.data import batches_of
+from pytest_qsa.suite.anatomy import Anatomy
+from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite.sections import Data
+from pytest_qsa.tools.draft import measured_drafts, sinks_of
+from support import models
+from support.checkpoints import edited, save_llama
+from support.projects import Project
+
+SMALL = ("--parts", "4", "--data.num_samples", "2", "--data.seq_len", "24", "--memory.device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, int8_llama):
+    """Write a first suite of the small int8 Llama, from the folder above; return the user's project."""
+    project = Project(tmp_path_factory.mktemp("init") / "project")
+    out = project.folder / "out.txt"
+    with pytest.MonkeyPatch.context() as patch, out.open("w") as stream:
+        patch.chdir(project.folder.parent)
+        patch.setattr("sys.stdout", stream)
+        assert main(["init", str(int8_llama), "-o", "project/gate.qsa.yaml", *SMALL]) == 0
+    return project
+
+
+def test_every_assertion_says_why_it_is_there(first):
+    lines = first.read("gate.qsa.yaml").splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("  - id: ")]
+    ids = [lines[number].partition(": ")[2] for number in starts]
+    assert ids == [
+        "files", "finite", "residual-outliers", "outliers-beside-the-sinks", "drift", "weight-scales",
+        "weights-without-bias",
+    ]  # fmt: skip
+    assert all(lines[number - 1].startswith("  # ") for number in starts)
+
+
+def test_what_the_command_line_said_stands_in_it_and_paths_are_relative_to_it(first, int8_llama):
+    sections = yaml.safe_load(first.read("gate.qsa.yaml"))
+    assert (first.folder / sections["model"]["path"]).resolve() == int8_llama.resolve()
+    assert sections["model"]["path"].startswith("..")
+    assert sections["data"] == {"source": "sample", "num_samples": 2, "seq_len": 24, "seed": 0}
+    assert sections["memory"] == {"device": "cpu"}
+
+
+def test_its_bounds_are_calibrated(first):
+    assertions = {a.id: a for a in load_suite(first.folder / "gate.qsa.yaml").assertions}
+    for name in ("residual-outliers", "outliers-beside-the-sinks", "weights-without-bias"):
+        assert assertions[name].noise.max.n == 4, name
+        assert assertions[name].max >= assertions[name].noise.max.floor("max")
+    assert assertions["weights-without-bias"].noise.min.sigma == 0
+
+
+def test_it_passes_on_its_model_once_its_baselines_are_made(first):
+    assert "pytest project/gate.qsa.yaml --snapshot-update" in first.read("out.txt")
+    assert first.pytest("gate.qsa.yaml", "--qsa-cache=cache", "--snapshot-update").code == 0
+    run = first.pytest("gate.qsa.yaml", "--qsa-cache=cache", "--qsa-report=never")
+    assert run.code == 0, run.out
+    assert set(run.outcomes.values()) == {"passed"}
+
+
+def test_a_file_that_is_there_stays_without_force(first, int8_llama, monkeypatch, capsys):
+    monkeypatch.chdir(first.folder)
+    before = first.read("gate.qsa.yaml")
+    assert main(["init", str(int8_llama), "-o", "gate.qsa.yaml", *SMALL]) == 1
+    assert "gate.qsa.yaml exists: give --force to replace it, or another -o" in capsys.readouterr().err
+    assert first.read("gate.qsa.yaml") == before
+
+
+def test_a_model_that_is_nowhere_leaves_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "./nowhere", *SMALL]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_that_every_sample_has_is_gated_where_it_is_clear():
+    model = models.llama(sink=True)
+    anatomy = Anatomy([f"model.layers.{index}" for index in range(4)], ["model.layers.0.mlp.down_proj"])
+    batches = [models.token_batch(3, 24, seed=seed, bos=True) for seed in range(2)]
+    seen = capture(model, batches, sites=[(anatomy.block_pattern, "output")])
+    (draft,) = sinks_of(seen, anatomy)
+    assert draft.keys["equals"] == models.SINK_CHANNEL
+    assert seen.output(draft.keys["layers"]).sink_tokens("ratio").values.min() >= 128
+    without = [models.token_batch(2, 24, bos=True), models.token_batch(1, 24)]
+    assert sinks_of(capture(model, without, sites=[(anatomy.block_pattern, "output")]), anatomy) == []
+
+
+def test_the_patterns_find_blocks_and_linears_of_any_trunk():
+    one = Anatomy(["transformer.h.0", "transformer.h.1"], ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"])
+    assert one.block_pattern == r"^transformer\.h\.\d+$"
+    assert one.linear_pattern == r"\.(c_attn|c_fc)$"
+    two = Anatomy(["encoder.block.0", "decoder.block.0"], [])
+    assert two.block_pattern == r"^(encoder\.block|decoder\.block)\.\d+$"
+
+
+# Against an original.
+
+AGAINST = [
+    "files", "unquantized", "finite", "residual-outliers", "outliers-beside-the-sinks", "drift", "weight-scales",
+    "weights-without-bias", "weights-close", "rows-close", "layers-alone", "blocks-close", "new-outliers",
+    "predictions-close", "predictions-close-everywhere", "same-words", "perplexity",
+]  # fmt: skip
+DOWN = "model.layers.2.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def against(tmp_path_factory, int8_llama, llama):
+    """Write a first suite of the small int8 Llama against the one it was made from."""
+    project = Project(tmp_path_factory.mktemp("against") / "project")
+    out = project.folder / "out.txt"
+    with pytest.MonkeyPatch.context() as patch, out.open("w") as stream:
+        patch.chdir(project.folder)
+        patch.setattr("sys.stdout", stream)
+        assert main(["init", str(int8_llama), "--reference", str(llama), "-o", "gate.qsa.yaml", *SMALL]) == 0
+    return project
+
+
+@pytest.fixture(scope="module")
+def parts(int8_llama, llama):
+    """Return −ln of both models' probabilities of every token, [parts, windows·tokens, V], by plain forwards."""
+    both = [transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (int8_llama, llama)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    windows = batches_of(Data(num_samples=8, seq_len=24), tokenizer, llama)
+    ids = torch.cat([window["input_ids"] for window in windows]).reshape(4, 2, 24)
+    with torch.no_grad():
+        tables = [[-model(part).logits.double().log_softmax(-1) for part in ids] for model in both]
+    return ids, torch.stack(tables[0]), torch.stack(tables[1])
+
+
+def test_a_suite_against_the_original_compares_files_weights_layers_blocks_and_predictions(against, llama):
+    suite = load_suite(against.folder / "gate.qsa.yaml")
+    assert [assertion.id for assertion in suite.assertions] == AGAINST
+    reference = yaml.safe_load(against.read("gate.qsa.yaml"))["model"]["reference"]
+    assert (against.folder / reference).resolve() == llama.resolve()
+    assert set(suite.assertions[AGAINST.index("layers-alone")].min) == {
+        rf"\.{kind}_proj$" for kind in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+
+
+def test_the_floor_of_the_predictions_is_that_of_plain_forwards(against, parts):
+    ids, own, theirs = parts
+    assertions = {a.id: a for a in load_suite(against.folder / "gate.qsa.yaml").assertions}
+    kl = (theirs.neg().exp() * (own - theirs)).sum(-1).flatten(1)
+    following = ids[..., 1:, None]
+    apart = (own[..., :-1, :].gather(-1, following) - theirs[..., :-1, :].gather(-1, following)).flatten(1)
+    same = (own.argmin(-1) == theirs.argmin(-1)).double().flatten(1)
+    for name, tokens, side, sign in (
+        ("predictions-close", kl, "max", 1), ("perplexity", apart, "max", 1), ("same-words", same, "min", -1),
+    ):  # fmt: skip
+        noise, means = getattr(assertions[name].noise, side), tokens.mean(1)
+        paired = float((tokens.std(1) / tokens.shape[1] ** 0.5).mean())
+        sigma = max(float(means.std()), paired)
+        assert (noise.n, noise.k) == (4, 10)
+        assert noise.mean == pytest.approx(float(means.mean()), rel=2e-3)
+        assert noise.sigma == pytest.approx(sigma, rel=5e-3), name
+        floor = float(means.mean()) + sign * 10 * sigma
+        assert sign * getattr(assertions[name], side) >= sign * floor - 2e-3 * abs(floor)
+
+
+def test_the_floor_of_the_weights_is_that_of_the_worst_layer_of_each_kind(against, int8_llama, llama):
+    from safetensors.torch import load_file
+
+    quantized, original = (load_file(folder / "model.safetensors") for folder in (int8_llama, llama))
+    (bound,) = (a for a in load_suite(against.folder / "gate.qsa.yaml").assertions if a.id == "weights-close")
+    found = []
+    for layer in range(4):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        x, y = original[name].double(), quantized[name].double() * quantized[f"{name}_scale"].double()
+        found.append(float(10 * torch.log10((x**2).sum() / ((x - y) ** 2).sum())))
+    noise = bound.noise.min[r"\.down_proj$"]
+    assert noise.mean == pytest.approx(min(found), abs=0.01)
+    assert noise.sigma == 0
+    assert min(found) - 1 <= bound.min[r"\.down_proj$"] <= min(found)
+
+
+def test_it_holds_its_model_and_names_the_layer_of_a_fault(against, int8_llama, tmp_path):
+    broken = edited(int8_llama, tmp_path / "broken", lambda weights: weights[f"{DOWN}.weight_scale"].mul_(1.05))
+    both = (f"--qsa-model=sound={int8_llama}", f"--qsa-model=broken={broken}")
+    run = against.pytest("gate.qsa.yaml", "--qsa-report=never", "-k", "not drift and not weight-scales", *both)
+    failed = {name.partition("::")[2] for name, how in run.outcomes.items() if how == "failed"}
+    assert failed == {f"{name}[broken]" for name in ("weights-close", "rows-close", "layers-alone")}, run.out
+    for name in failed:
+        assert f"worst {DOWN}" in run.first_line(f"::{name}")
+
+
+def other_tokens(folder):
+    """Take the merges out of a tokenizer."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: save_llama(folder, layers=3), "the reference has 3 blocks (model.layers.0, …) and the model 4"),
+        (lambda folder: save_llama(folder, width=64), "model.embed_tokens is 320→32 here and 320→64 in the reference"),
+        (lambda folder: other_tokens(save_llama(folder)), "the reference's tokenizer makes other tokens of the data"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_is_not_the_original_is_refused_in_one_line(
+    int8_llama, tmp_path, monkeypatch, capsys, make, told
+):
+    make(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["init", str(int8_llama), "--reference", "other", "-o", "gate.qsa.yaml", *SMALL]) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("qsa: ") == error.count("\n") == 1
+    assert not (tmp_path / "gate.qsa.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("compare", "kinds"),
+    [
+        ("layers", {"weight_sqnr", "local_sqnr", "sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
+        ("blocks", {"sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
+        ("logits", {"kl_divergence", "same_top", "ln_ppl_ratio"}),
+    ],
+)
+def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(compare, kinds):
+    anatomy = Anatomy(["model.layers.0", "model.layers.1"], ["model.layers.0.mlp.down_proj"])
+    alone = {draft.keys["metric"] for draft in measured_drafts(anatomy)}
+    assert {draft.keys["metric"] for draft in measured_drafts(anatomy, compare)} - alone == kinds
+
+
+def test_a_suite_of_a_smoothed_model_says_so(int8_llama, llama, tmp_path, monkeypatch, capsys):
+    def smooth(weights):
+        """Undo a smoothing of the int8 model, in the original: a norm gives more, and the columns take it back."""
+        block, gain = "model.layers.1", torch.linspace(1.2, 3.0, 32)
+        weights[f"{block}.input_layernorm.weight"] *= gain
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weights[f"{block}.self_attn.{name}.weight"] /= gain
+
+    edited(llama, tmp_path / "other", smooth)
+    monkeypatch.chdir(tmp_path)
+    few = ("--parts", "2", "--passes", "1")
+    assert main(["init", str(int8_llama), "--reference", "other", "-o", "gate.qsa.yaml", *SMALL, *few]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("make up for it: whole blocks are compared, not layers") for line in lines)
+    left = next(line for line in lines if line.startswith("left out: unquantized"))
+    assert "model.layers.1.input_layernorm.weight" in left
+    ids = [assertion.id for assertion in load_suite(tmp_path / "gate.qsa.yaml").assertions]
+    assert not {"unquantized", "layers-alone", "weights-close"} & set(ids)
+    assert "blocks-close" in ids

@@ -19,9 +19,7 @@ from larger_than_memory import make_checkpoint
 
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.engine.probe import this_machine
-from pytest_qsa.suite.fingerprint import weight_files
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.sections import MeasuredAssertion
+from pytest_qsa.suite import MeasuredAssertion, load_suite, weight_files
 from pytest_qsa.tools.plan.placements import Setting, settings_of
 from pytest_qsa.tools.plan.sizes import sizes_of
 from pytest_qsa.tools.plan.work import Work

@@ -25,10 +25,7 @@ from pytest_qsa.cli.common import subject_of
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
-from pytest_qsa.suite.load import SuiteFile, load_suite
-from pytest_qsa.suite.noise import SIDES
-from pytest_qsa.suite.sections import Data, MeasuredAssertion
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, Subject, SuiteFile, load_suite
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judge import measured
 from pytest_qsa.verdicts.verdict import judge_bounds

@@ -66,7 +66,7 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     from pytest_qsa.captures.statistics import COUNTS, TOKENS, Request
     from pytest_qsa.engine.load import models
     from pytest_qsa.engine.run.forward import run_pass
-    from pytest_qsa.suite.sections import Memory, Model
+    from pytest_qsa.suite import Memory, Model
 
     if options.variant == "imports":
         return {"resident": resident(), "seconds": 0.0, "read": 0.0}

@@ -216,7 +216,7 @@ class Gate:
         self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request], sums: PartialSums | None
     ) -> Capture:
         with self._progress(subject) as progress:
-            if subject.model is not None and subject.model.told:
+            if subject.model is not None and subject.model.logprobs_only:
                 from ..external import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)

@@ -1,6 +1,21 @@
-from .anatomy import Anatomy as Anatomy
-from .assertion import Assertion as Assertion
-from .bounds import DEFAULT as DEFAULT, SCHEME as SCHEME, Relative as Relative, Stated as Stated
+from .assertion import (
+    ASSERTIONS as ASSERTIONS,
+    NAME_PLACEHOLDER as NAME_PLACEHOLDER,
+    Assertion as Assertion,
+    CheckpointAssertion as CheckpointAssertion,
+    ExternalAssertion as ExternalAssertion,
+    MeasuredAssertion as MeasuredAssertion,
+)
+from .bounds import (
+    DEFAULT as DEFAULT,
+    SCHEME as SCHEME,
+    SIDES as SIDES,
+    Noise as Noise,
+    Relative as Relative,
+    Side as Side,
+    Stated as Stated,
+    Waiver as Waiver,
+)
 from .datasets import (
     BUILTIN as BUILTIN,
     DOCUMENTS as DOCUMENTS,
@@ -18,7 +33,7 @@ from .execution import (
     check_execution as check_execution,
     executed_as as executed_as,
 )
-from .external_assertion import NAME as NAME, ExternalAssertion as ExternalAssertion
+from .facts import Anatomy as Anatomy, Gpu as Gpu, Machine as Machine
 from .fields import section_of as section_of
 from .fingerprint import (
     FileHashes as FileHashes,
@@ -35,18 +50,8 @@ from .load import (
     make_suite as make_suite,
     misfit as misfit,
 )
-from .machine import Gpu as Gpu, Machine as Machine
-from .noise import SIDES as SIDES, Noise as Noise, Side as Side
-from .schema import suite_schema as suite_schema
-from .sections import (
-    CheckpointAssertion as CheckpointAssertion,
-    Data as Data,
-    MeasuredAssertion as MeasuredAssertion,
-    Memory as Memory,
-    Model as Model,
-    Suite as Suite,
-)
-from .served_model import Floor as Floor, Served as Served
+from .schema import Suite as Suite, suite_schema as suite_schema
+from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as Model, Served as Served
 from .session import Captures as Captures, MakeCapture as MakeCapture
 from .subject import (
     Checkpoint as Checkpoint,
@@ -68,5 +73,4 @@ from .tiers import (
     split_by_tier as split_by_tier,
 )
 from .visualization import Visualization as Visualization
-from .waiver import Waiver as Waiver
 from .yaml_source import Location as Location, Place as Place, YamlSource as YamlSource

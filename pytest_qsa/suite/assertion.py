@@ -1,22 +1,32 @@
-"""What every assertion of a suite has, whatever it is about."""
+"""The assertions of a suite, typed: a pydantic model for each metric.
+
+The fields of a model are the parameters of the metric, taken from the signature of its function, so that YAML, Python
+and the JSON Schema accept the same.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce as fold
+from operator import or_
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from annotated_types import Ge, Gt
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
+from ..captures import LayerSite, Request
+from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
-from ..metrics import Over, Query
-from .bounds import Stated, follows
-from .fields import Strict
-from .noise import Noises
+from ..metrics import EVALS, METRICS, Metric, Over, Query, Reduce, canonical_positions, positions_of, query_of
+from .bounds import Noises, Stated, Waiver, Waivers, is_relative
+from .fields import Regex, Strict
 from .tiers import Tier
-from .waiver import Waiver, Waivers
 
 RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")
+"""Names that pytest acts on when it finds them in a module: hooks, and setup and teardown."""
 
 
 def _id(name: str) -> str:
@@ -25,12 +35,12 @@ def _id(name: str) -> str:
     return name
 
 
-BUDGET = ("max", "min", "equals")
-"""The keys of an assertion that bound it absolutely, in the order in which a failure names their place."""
+BOUND_KEYS = ("max", "min", "equals")
+"""In the order in which a failure looks for the line of the bound."""
 
 
 class Assertion(Strict, ABC):
-    """What every assertion has, whatever its metric."""
+    """The keys that every assertion has, whatever its metric."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
     metric: str
@@ -45,7 +55,7 @@ class Assertion(Strict, ABC):
     reason: str | None = None
 
     @model_validator(mode="after")
-    def _possible(self) -> Assertion:
+    def _consistent(self) -> Assertion:
         if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
             raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
         if self.equals is not None and (self.min is not None or self.max is not None):
@@ -59,20 +69,257 @@ class Assertion(Strict, ABC):
 
     @property
     def follows(self) -> str | None:
-        """The key of a bound that follows the last release; None where there is none."""
-        return next((key for key, stated in self.stated.items() if follows(stated)), None)
+        """The key of the first bound that follows the last release; None where there is none."""
+        return next((key for key, stated in self.stated.items() if is_relative(stated)), None)
 
     @property
     def waivers(self) -> list[Waiver]:
-        """The waivers, however many the suite writes."""
+        """The waivers as a list, whichever form the suite has."""
         return self.waive if isinstance(self.waive, list) else [self.waive] if self.waive else []
 
     @property
     def stated(self) -> dict[str, Stated]:
-        """The bounds by their keys, as the suite states them."""
-        return {key: stated for key in BUDGET if (stated := getattr(self, key)) is not None}
+        """The bounds as the suite states them, by `max`, `min` and `equals`."""
+        return {key: stated for key in BOUND_KEYS if (stated := getattr(self, key)) is not None}
 
     @property
     @abstractmethod
     def query(self) -> Query:
-        """What the assertion asks, for the text of a failure that came before any number."""
+        """What the assertion asks for; a failure that comes before any number shows it."""
+
+
+def _positions(value: object) -> object:
+    canonical_positions(value)  # type: ignore[arg-type]
+    return value
+
+
+Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
+
+
+class Baseline(Strict):
+    """How far a layer may be from its baseline: max(abs, rel·|baseline|), in one direction or both."""
+
+    rel: Annotated[float, Field(ge=0)] = 0.0
+    abs: Annotated[float, Field(ge=0)] = 0.0
+    direction: Literal["both", "up", "down"] = "both"
+    per: Annotated[
+        Literal["device_class"] | None,
+        Field(description="a class of devices (cpu, sm_90, …) whose numbers don't fit the shared baseline has its own"),
+    ] = None
+
+
+def _baseline(value: object) -> object:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(
+            f"baseline: write {{rel: {value:g}}} for a relative tolerance, {{abs: {value:g}}} for an absolute one"
+        )
+    return value
+
+
+class MeasuredAssertion(Assertion):
+    """An assertion on the numbers that a pass measures at a site."""
+
+    layers: Regex
+    exclude: Regex | None = None
+    site: LayerSite
+    positions: Positions | None = None
+    reduce: Reduce | None = None
+    baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> MeasuredAssertion:
+        definition = METRICS[self.metric]
+        if self.baseline is None and not self.stated:
+            raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
+        if self.over is not None and definition.per == "model":
+            raise SuiteError(f"{self.metric} is one number for all layers, so it takes no over", "over")
+        if self.reduce is not None and definition.reduce is None:
+            raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
+        if self.site not in definition.sites:
+            raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
+        chosen = self.positions not in (None, "all")
+        if chosen and not definition.positional:
+            raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
+        if chosen and not definition.counts_tokens(self.site, self.where, self.parameters):
+            raise SuiteError(
+                f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
+            )
+        if definition.tokenwise and self.site == "weight":
+            raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of the metric's own parameters."""
+        return {name: getattr(self, name) for name in METRICS[self.metric].parameters}
+
+    @property
+    def where(self) -> str:
+        """The positions in canonical form."""
+        return positions_of(self.metric, self.site, self.positions)  # type: ignore[arg-type]
+
+    @property
+    def query(self) -> Query:
+        """See `Assertion`."""
+        return replace(
+            query_of(self.metric, self.site, self.layers, self.exclude, self.parameters, self.where, self.reduce),
+            over=self.over,
+        )
+
+    @property
+    def request(self) -> Request:
+        """The site and the statistics that a capture must hold to answer the assertion."""
+        needs = METRICS[self.metric].needs(self.site, self.where, self.parameters)
+        return Request(self.layers, self.site, self.exclude, needs)
+
+
+LOADED_MAX = 0.005
+"""How far a loaded weight may be from the file's: bfloat16 rounds by 0.002."""
+
+
+class LoadedAssertion(MeasuredAssertion):
+    """An assertion on how far loaded weights are from the files. Without a bound it allows what rounding explains."""
+
+    layers: Regex = "."
+    site: Literal["weight"] = "weight"
+
+    @property
+    def stated(self) -> dict[str, Stated]:
+        """The bounds of the suite; without any, and without a baseline, the rounding of a dtype."""
+        return super().stated or ({} if self.baseline else {"max": LOADED_MAX})
+
+
+class LogitsAssertion(MeasuredAssertion):
+    """An assertion on what the whole model predicts."""
+
+    layers: Literal[""] = ""
+    site: Literal["logits"] = "logits"  # type: ignore[assignment]
+
+
+class ReferenceAssertion(MeasuredAssertion):
+    """An assertion on the distance of a layer's tensors from the reference's."""
+
+    site: LayerSite = "output"
+
+
+class CheckpointAssertion(Assertion):
+    """An assertion on a checkpoint's files, before any forward. Without a bound it allows no problem."""
+
+    layers: Regex = "."
+    exclude: Regex | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of the check's own parameters."""
+        return {name: getattr(self, name) for name in CHECKS[self.metric].parameters}
+
+    @property
+    def stated(self) -> dict[str, Stated]:
+        """The bounds of the suite; without any, no problem is allowed."""
+        return super().stated or {"max": 0.0}
+
+    @property
+    def query(self) -> Query:
+        """See `Assertion`."""
+        return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
+
+
+NAME_PLACEHOLDER = "{name}"
+"""A path may hold it in place of the subject's name, so that one suite serves the evals of many checkpoints."""
+
+
+def _pointer(pointer: str) -> str:
+    if pointer and not pointer.startswith("/"):
+        raise ValueError(f"a JSON Pointer begins with a slash, such as /scores/gsm8k, not '{pointer}'")
+    return pointer
+
+
+Pointer = Annotated[str, AfterValidator(_pointer)]
+
+
+class ExternalAssertion(Assertion):
+    """An assertion on results of another program: lm-eval's, or a number in any JSON file. No model runs for it."""
+
+    metric: Literal["external"]
+    file: Annotated[str, Field(min_length=1, description="of results, or a folder of lm-eval's; {name}: the subject's")]
+    reference: Annotated[str | None, Field(min_length=1, description="the results of the original")] = None
+    tasks: Annotated[Regex, Field(description="which of lm-eval's tasks")] = "."
+    exclude: Regex | None = None
+    score: Annotated[str | None, Field(description="`metric`, or `metric,filter`, of lm-eval")] = None
+    pointer: Annotated[Pointer | None, Field(description="a JSON Pointer to the number, of any other JSON")] = None
+    stderr: Annotated[Pointer | None, Field(description="a JSON Pointer to its standard error")] = None
+    higher_is_better: Annotated[bool | None, Field(description="default: as lm-eval says, or by the name")] = None
+    compare: Literal["value", "recovery", "drop"] = "value"
+    sigmas: Annotated[float, Ge(0), Field(description="standard errors of the difference that are allowed more")] = 0.0
+    implausible_gain: Annotated[float, Gt(0), Field(description="share of the reference")] = 0.1
+
+    @model_validator(mode="after")
+    def _sound(self) -> ExternalAssertion:
+        if not self.stated:
+            raise ValueError("an assertion on an eval needs a bound: min, max or equals")
+        if (self.score is None) == (self.pointer is None):
+            raise ValueError("say which number: score: exact_match,strict-match of lm-eval, or pointer: /scores/gsm8k")
+        self._check_pointed()
+        self._check_compared()
+        return self
+
+    def _check_pointed(self) -> None:
+        if self.pointer is None and self.stderr is not None:
+            raise SuiteError("lm-eval's results have their standard errors: stderr stands beside a pointer", "stderr")
+        if self.pointer is not None and (self.tasks != "." or self.exclude is not None):
+            raise SuiteError("a pointer leads to one number, so it takes no tasks and no exclude", "pointer")
+
+    def _check_compared(self) -> None:
+        if self.compare != "value" and self.reference is None:
+            raise SuiteError(f"{self.compare} is against a reference: name its file", "compare")
+        if self.compare == "value" and self.reference is not None:
+            raise SuiteError("say how the reference counts: compare: recovery or compare: drop", "reference")
+        if self.sigmas and self.reference is None:
+            raise SuiteError(
+                "sigmas are of the difference to a reference: a tolerance from the suspect alone lets through what is "
+                "uncertain because it is broken",
+                "sigmas",
+            )
+        if self.sigmas and self.equals is not None:
+            raise SuiteError("sigmas let out min and max, and equals is neither", "sigmas")
+
+    @property
+    def query(self) -> Query:
+        """See `Assertion`."""
+        names = ("file", "score", "reference", "compare", "sigmas")
+        parameters: dict[str, Any] = {name: value for name in names if (value := getattr(self, name))}
+        where = self.tasks if self.pointer is None else self.pointer
+        return Query("external", "external/1", EVALS, where, self.exclude, parameters, over=self.over)
+
+
+def _base_of(metric: Metric) -> type[Assertion]:
+    if metric.per == "logits":
+        return LogitsAssertion
+    if metric.name == "loaded_weights":
+        return LoadedAssertion
+    return ReferenceAssertion if metric.against else MeasuredAssertion
+
+
+def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
+    own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
+    if isinstance(metric, Metric) and len(metric.sites) == 1:
+        own["site"] = (Literal[metric.sites[0]], metric.sites[0])
+    title = "".join(word.title() for word in metric.name.split("_"))
+    doc = (metric.compute.__doc__ or "").splitlines()[0]
+    return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
+
+
+def _in_order() -> list[str]:
+    """Return the names of the metrics, those on activations of one model first, as error messages list them."""
+    return sorted(
+        METRICS,
+        key=lambda name: METRICS[name].against or METRICS[name].per == "logits" or METRICS[name].sites == ("weight",),
+    )
+
+
+ASSERTIONS: Mapping[str, type[Assertion]] = {
+    **{name: _assertion_model(METRICS[name], _base_of(METRICS[name])) for name in _in_order()},
+    **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
+    "external": ExternalAssertion,
+}
+AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]

@@ -1,25 +1,27 @@
-"""How a suite states a bound: a number, one that follows the last release, or either by group of layers."""
+"""What an assertion allows: its bounds, the noise that they have to leave room for, and its waivers."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from datetime import date
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from ..captures import compile_pattern
 from ..common import SuiteError
-from .fields import Strict
+from .fields import Regex, Strict
 
 DEFAULT, SCHEME = "default", "scheme:"
-"""Keys of a bound by group: every other layer; layers that are quantized in one way."""
+"""Keys of a bound by group: all other layers; the layers of one quantization scheme."""
 SCHEMES = re.compile(r"none|mixed|w\d+a\d+(_(int|fp))?")
-"""`none` is not quantized; `mixed` holds layers of several schemes; `w4a16_int` has weights and activations of so many
-bits, the weights integers. Without its type a scheme stands for both."""
+"""`none`: not quantized. `mixed`: holds layers of several schemes. `w4a16_int`: the bits of weights and activations,
+then the type of the weights; without a type the scheme stands for both."""
 
 
 class Relative(Strict):
-    """A bound that follows the last release: times · its value + plus, held between `at_least` and `at_most`."""
+    """A bound that follows the last release: times · its value + plus, clamped to `at_least` and `at_most`."""
 
     of: Annotated[Literal["previous"], Field(description="model.previous, layer by layer")]
     times: Annotated[float, Field(gt=0)] = 1.0
@@ -28,13 +30,13 @@ class Relative(Strict):
     at_most: float | None = None
 
     def number(self, previous: float) -> float:
-        """Return the bound for a layer whose value in the last release is known."""
+        """Return the bound of a layer, given its value in the last release."""
         number = self.times * previous + self.plus
         number = number if self.at_most is None else min(number, self.at_most)
         return number if self.at_least is None else max(number, self.at_least)
 
     def __str__(self) -> str:
-        """Write it in words: `1.1 × previous, at most 4`."""
+        """Return the bound in words: `1.1 × previous, at most 4`."""
         parts = [f"{self.times:g} × previous" + (f" {self.plus:+g}" if self.plus else "")]
         parts += [f"at least {self.at_least:g}"] if self.at_least is not None else []
         return ", ".join([*parts, *([f"at most {self.at_most:g}"] if self.at_most is not None else [])])
@@ -46,6 +48,7 @@ def _form(value: Any) -> str:
     return "[groups]" if isinstance(value, dict) else "[number]"
 
 
+# A union with tags: without them pydantic reports the mistakes of all arms, and none of them at the right key.
 Bound = Annotated[Annotated[float, Tag("[number]")] | Annotated[Relative, Tag("[relative]")], Discriminator(_form)]
 
 
@@ -70,8 +73,121 @@ Stated = Annotated[
     Annotated[float, Tag("[number]")] | Annotated[Relative, Tag("[relative]")] | Annotated[Groups, Tag("[groups]")],
     Discriminator(_form),
 ]
+"""A bound as the suite states it."""
 
 
-def follows(stated: Stated) -> bool:
-    """Say whether a bound needs the numbers of the last release."""
+def is_relative(stated: Stated) -> bool:
+    """Return whether a bound, or that of a group, follows the last release."""
     return any(isinstance(bound, Relative) for bound in (stated.values() if isinstance(stated, dict) else [stated]))
+
+
+Side = Literal["min", "max"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+class Noise(Strict):
+    """How a number varied over n parts of the data on a healthy model. `sigma`: with n − 1 in its denominator."""
+
+    mean: float
+    sigma: Annotated[float, Field(ge=0)]
+    n: Annotated[int, Field(ge=2, description="parts of the data")]
+    k: Annotated[float, Field(ge=0, description="how many sigmas a bound has to leave")]
+
+    @property
+    def steady(self) -> bool:
+        """Whether the number was the same in all parts."""
+        return not self.sigma
+
+    def floor(self, side: Side) -> float:
+        """Return the tightest bound on a side: mean + k·sigma for a `max`, mean − k·sigma for a `min`."""
+        return self.mean + self.k * self.sigma if side == "max" else self.mean - self.k * self.sigma
+
+    def text(self, side: Side) -> str:
+        """Return the floor and how it is computed."""
+        sign = "+" if side == "max" else "−"
+        figures = f"mean {self.mean:g} {sign} {self.k:g} × sigma {self.sigma:g} over {self.n} parts"
+        return f"{self.floor(side):.4g} ({figures})"
+
+
+ByGroup = Annotated[
+    Annotated[Noise, Tag("[noise]")] | Annotated[dict[str, Noise], Tag("[groups]")],
+    Discriminator(lambda value: "[groups]" if isinstance(value, dict) and "mean" not in value else "[noise]"),
+]
+
+
+class Noises(Strict):
+    """The noise under each bound of an assertion, in the form of the bound: one, or one for each group."""
+
+    min: ByGroup | None = None
+    max: ByGroup | None = None
+
+    @property
+    def floors(self) -> dict[tuple[str, ...], float]:
+        """The tightest allowed number of each bound, by (side,) or (side, group)."""
+        return {(side, group) if group else (side,): noise.floor(side) for side, group, noise in self._each()}
+
+    @property
+    def steady(self) -> frozenset[tuple[str, ...]]:
+        """The bounds, as in `floors`, whose number was the same in all parts."""
+        return frozenset((side, group) if group else (side,) for side, group, noise in self._each() if noise.steady)
+
+    def check(self, stated: dict[str, Stated]) -> None:
+        """Check that no bound is tighter than its noise allows.
+
+        Raises:
+            SuiteError: a bound is tighter than its noise allows, is missing, or has another form than its noise.
+        """
+        for side, group, noise in self._each():
+            if side not in stated:
+                raise SuiteError(f"noise.{side} stands beside no {side}: take it out, or calibrate again", "noise")
+            bound = stated[side]
+            _check_bound(side, group, bound.get(group) if group and isinstance(bound, dict) else bound, noise)
+
+    def _each(self) -> Iterator[tuple[Side, str, Noise]]:
+        """Yield (side, group, noise); the group is empty for a bound of all layers."""
+        for side in SIDES:
+            noise: Noise | dict[str, Noise] | None = getattr(self, side)
+            for group, own in (noise if isinstance(noise, dict) else {"": noise} if noise else {}).items():
+                yield side, group, own
+
+
+def _check_bound(side: Side, group: str, bound: Any, noise: Noise) -> None:
+    if isinstance(bound, Relative | dict) or bound is None:
+        raise SuiteError(f"noise.{side} is of another form than {side}: calibrate again, or take it out", "noise")
+    floor = noise.floor(side)
+    if bound < floor if side == "max" else bound > floor:
+        name = f"{side} of '{group}'" if group else side
+        word = "below" if side == "max" else "above"
+        raise SuiteError(
+            f"{name} {bound:g} is {word} the noise floor {noise.text(side)}: a healthy model would fail on other text; "
+            "give it more room, or run qsa calibrate again",
+            side,
+        )
+
+
+def _date(value: Any) -> Any:
+    # YAML makes a date of 2027-01-31 and a datetime, which is a date too, of a day with a time.
+    if isinstance(value, date) and type(value) is date:
+        return value
+    try:
+        return date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"until: write a day, such as 2027-01-31, not {value!r}") from None
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
+class Waiver(Strict):
+    """Softens the excess of the layers that it names, up to and including its last day."""
+
+    layers: Regex
+    owner: Annotated[Text, Field(description="who answers for it")]
+    reason: Text
+    until: Annotated[date, BeforeValidator(_date), Field(description="its last day")]
+
+
+Waivers = Annotated[
+    Annotated[Waiver, Tag("[one]")] | Annotated[list[Waiver], Field(min_length=1), Tag("[many]")],
+    Discriminator(lambda value: "[many]" if isinstance(value, list) else "[one]"),
+]

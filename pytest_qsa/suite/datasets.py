@@ -1,6 +1,6 @@
-"""Data sets by name: where they lie, how windows are drawn from them, and the copies in the cache.
+"""Data sets by name: where they are on the hub, how windows are drawn from them, and their copies in the cache.
 
-Imports nothing heavy: the fingerprint asks for the copies as well as the loader.
+It imports nothing heavy, because the fingerprint reads the copies as well, without the loader.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .sections import Data
 
 DOCUMENTS = 10_000
-"""So many documents of a set are looked at: the first ones, whether it is streamed or read from a copy."""
+"""How many documents of a set are read: the first ones, so that streaming and a copy in the cache give the same."""
 
 Rule = Literal["packed", "stream", "document"]
-"""How windows are drawn: the texts packed and cut, the seed choosing; random places in the joined texts; a random
-place in a random text that is long enough."""
+"""How windows are drawn. `packed`: the texts are joined and cut into windows, of which the seed chooses. `stream`: at
+random offsets of the joined texts. `document`: at a random offset of a random text that is long enough."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class HubSet:
 
     @property
     def files(self) -> dict[str, str] | None:
-        """The part of the set that is read, as `datasets` wants it; a copy is found by the same words only."""
+        """The `data_files` argument of `load_dataset`; a cached copy is found only by the same argument."""
         return {self.split: self.data_files} if self.data_files else None
 
     @property
     def fetch(self) -> str:
-        """The command that leaves a copy in the cache."""
+        """The command that downloads a copy into the cache."""
         words = [repr(self.repository), *([repr(self.subset)] if self.subset else [])]
         words += [f"data_files={self.files!r}"] if self.files else []
         words += [f"revision={self.revision!r}"] if self.revision else []
@@ -56,7 +56,7 @@ class HubSet:
 
     @property
     def copies(self) -> list[Path]:
-        """The files of copies in the cache; none for a set that was only streamed."""
+        """The files of the copies in the cache; streaming leaves none."""
         folder = cache_folder() / self.repository.replace("/", "___")
         return sorted(file for file in folder.rglob("*") if file.suffix == ".arrow")
 
@@ -97,6 +97,6 @@ def local_path(data: Data, folder: Path) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Return where `datasets` keeps its copies."""
+    """Return the cache folder of the library `datasets`."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets").expanduser()

@@ -145,7 +145,7 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
 
 def local_folder(subject: Subject) -> Path | None:
     """Return the folder of a subject's files: its path, or the hub's cache of its id."""
-    if subject.model is None or not subject.path or subject.model.told:
+    if subject.model is None or not subject.path or subject.model.logprobs_only:
         return None
     if Path(subject.path).is_dir():
         return Path(subject.path)

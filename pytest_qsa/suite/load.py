@@ -1,4 +1,4 @@
-"""A suite file → a validated Suite whose every value knows its line."""
+"""A suite file, with overrides → a validated `Suite` in which every value knows its line."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
-from .assertion import BUDGET, Assertion
-from .bounds import Relative
-from .defaults import apply_defaults
-from .fields import section_of
-from .inherit import read_suite
-from .noise import Noise, Noises
-from .sections import ASSERTIONS, Baseline, MeasuredAssertion, Suite
-from .waiver import Waiver
+from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
+from .fields import fields_at
+from .inherit import apply_defaults, read_suite
+from .schema import Suite
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
 @dataclass(frozen=True)
 class SuiteFile:
-    """A suite and the file that it came from."""
+    """A suite and the file that it comes from."""
 
     path: Path
     suite: Suite
@@ -33,22 +29,22 @@ class SuiteFile:
 
     @property
     def assertions(self) -> Sequence[Assertion]:
-        """The assertions in the order of the file; none for a seed configuration."""
+        """The assertions in the order of the file; none for a configuration of the seed."""
         return self.suite.assertions or ()
 
     def place_of(self, index: int) -> Place:
-        """Return where an assertion begins, in the suite itself or in one that it extends."""
+        """Return the place where an assertion begins, in the suite itself or in one that it extends."""
         return self.source.place(("assertions", index))
 
     def bound_place_of(self, index: int, key: Location = ()) -> Place:
-        """Return where a bound of an assertion was set; without a key its first bound, or else its baseline."""
-        keys: list[Location] = [key] if key else [(name,) for name in (*BUDGET, "baseline")]
+        """Return the place of a bound of an assertion; without a key, of its first bound or else of its baseline."""
+        keys: list[Location] = [key] if key else [(name,) for name in (*BOUND_KEYS, "baseline")]
         places = [self.source.places.get(("assertions", index, *name)) for name in keys]
         return next((place for place in places if place is not None), self.place_of(index))
 
 
 def misfit(path: Path, override: str) -> str | None:
-    """Say why an override of an assertion is not for this suite: it has none of that name; None where it fits."""
+    """Return why an override doesn't fit a suite: it names an assertion that the suite hasn't; None where it fits."""
     if not override.startswith("assertions."):
         return None
     source = read_suite(path)
@@ -62,9 +58,10 @@ def misfit(path: Path, override: str) -> str | None:
 def load_suite(
     path: Path, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
 ) -> SuiteFile:
-    """Read and validate a suite, with `KEY=VALUE` overrides applied first. `option`: what the user wrote before them.
+    """Read a suite, apply `KEY=VALUE` overrides and validate it.
 
-    `noise`: whether bounds are held against what an earlier calibration measured.
+    `option`: how the user gives an override, for error messages. `noise`: whether bounds are checked against the noise
+    that an earlier calibration measured.
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
@@ -75,7 +72,7 @@ def load_suite(
 def make_suite(
     source: YamlSource, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
 ) -> SuiteFile:
-    """Validate a suite that is read already, or has no file yet; as `load_suite`."""
+    """Validate a document that is already read, or that is no file yet; otherwise as `load_suite`."""
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
         apply_defaults(source)
@@ -109,12 +106,13 @@ def _apply(source: YamlSource, override: str, option: str) -> Location:
 
 
 def _split(source: YamlSource, key: str) -> Location:
-    """Split a dotted key; an assertion is named by its id, which may hold dots itself."""
+    """Split a dotted key into a location. An assertion is named by its id, which may contain dots itself."""
     head, _, rest = key.partition(".")
     if head != "assertions":
         return tuple(key.split("."))
     entries = source.data.get("assertions") or []
     ids = {str(entry["id"]): index for index, entry in enumerate(entries) if isinstance(entry, dict) and "id" in entry}
+    # With the ids `a` and `a.b`, `a.b.max` is of `a.b`.
     name = max((known for known in ids if rest.startswith(f"{known}.")), key=len, default=None)
     if name is None:
         wrong = rest.partition(".")[0]
@@ -123,31 +121,29 @@ def _split(source: YamlSource, key: str) -> Location:
 
 
 def check_override(override: str, option: str = "--qsa-set ") -> None:
-    """Check an override before any suite is read: its form, and that its key exists.
+    """Check the form of an override and that its key exists; no suite has to be read for it.
 
     Raises:
-        SuiteError: naming the key.
+        SuiteError: the form is wrong, or there is no such key.
     """
     key, equals, _ = override.partition("=")
     if not equals or not key:
         raise SuiteError(f"{option}{override}: write KEY=VALUE, such as data.num_samples=8")
-    model: type[BaseModel] | None = Suite
     parts = key.split(".")
     if parts[0] in ("assertions", "defaults") and len(parts) > 1:
         return
     if parts[0] == "extends":
         raise SuiteError(f"{option}{override}: what a suite extends stands in its file")
     for index, part in enumerate(parts):
-        fields = model.model_fields if model else {}
+        fields = fields_at(Suite, parts[:index])
         if part not in fields:
             raise SuiteError(
                 f"{option}{override}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
             )
-        model = section_of(fields[part].annotation)
 
 
 def _check_assertions(source: YamlSource) -> None:
-    """Find what a schema would say badly: no assertion left, no metric or one that there isn't."""
+    """Check what pydantic would report unclearly: no assertion is left, or a metric is missing or unknown."""
     if "assertions" not in source.data:
         return
     if not source.data["assertions"]:
@@ -163,7 +159,7 @@ def _check_assertions(source: YamlSource) -> None:
 
 
 def _check_previous(source: YamlSource, suite: Suite) -> None:
-    """Find a bound that follows a release which nothing names, or which nothing can measure."""
+    """Check that each bound that follows the last release finds `model.previous`, and a metric that it can measure."""
     assertions: Sequence[Assertion] = suite.assertions or ()
     for index, assertion in enumerate(assertions):
         key = assertion.follows
@@ -176,7 +172,7 @@ def _check_previous(source: YamlSource, suite: Suite) -> None:
 
 
 def _check_reference(source: YamlSource, suite: Suite) -> None:
-    """Find an assertion that compares with a reference which nothing names; a fixture may bring one without `model`."""
+    """Check that each metric that compares finds `model.reference`. Without `model`, a fixture may bring one."""
     assertions: Sequence[Assertion] = suite.assertions or ()
     for index, assertion in enumerate(assertions):
         metric = METRICS.get(assertion.metric)
@@ -191,7 +187,7 @@ def _check_reference(source: YamlSource, suite: Suite) -> None:
 
 
 def _check_kept(source: YamlSource, suite: Suite, index: int, assertion: Assertion) -> None:
-    """Find what drawn tokens of the reference can't answer."""
+    """Check that a reference file, which holds a sample of the tokens only, can answer a metric."""
     named = suite.model.reference if suite.model else None
     if not named or not (named.endswith(".qsa") or (source.path.parent / named).is_file()):
         return
@@ -205,7 +201,7 @@ def _check_kept(source: YamlSource, suite: Suite, index: int, assertion: Asserti
 
 
 def _unknown_id(source: YamlSource, index: int) -> str:
-    """Say of an assertion of an extending suite that it may have meant one of a base."""
+    """Return a hint for an extending suite: an assertion without a metric may have meant one of a base."""
     if "extends" not in source.data:
         return ""
     entries = source.data["assertions"]
@@ -215,9 +211,10 @@ def _unknown_id(source: YamlSource, index: int) -> str:
 
 
 def _explain(source: YamlSource, error: ValidationError, overridden: dict[Location, str]) -> SuiteError:
-    """Turn pydantic's first error into one line at the right place."""
+    """Turn the first of pydantic's errors into one line at the right place."""
     problems = error.errors(include_url=False)
 
+    # A misspelt key also makes a field that is missing: the unknown key is the error to show.
     def order(problem: Any) -> tuple[bool, int]:
         return problem["type"] != "extra_forbidden", source.place(_location(problem["loc"])).line
 
@@ -234,7 +231,7 @@ def _explain(source: YamlSource, error: ValidationError, overridden: dict[Locati
 
 
 def _location(loc: tuple[int | str, ...]) -> Location:
-    """Drop what pydantic adds to a location: the tag of the assertion's model, and the arms of a union."""
+    """Drop from a location what pydantic adds: the metric as the tag of an assertion, and the arms of unions."""
     if loc[:1] == ("assertions",) and len(loc) > 2:
         loc = (*loc[:2], *loc[3:])
     return tuple(
@@ -262,14 +259,7 @@ def _message(problem: Any, location: Location) -> str:
 
 
 def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are allowed beside the last one of a location."""
     if location[0] == "assertions" and len(loc) >= 4:
-        if len(location) == 3:
-            return list(ASSERTIONS[str(loc[2])].model_fields)
-        noise = Noises if len(location) == 4 else Noise
-        models: dict[str, type[BaseModel]] = {"waive": Waiver, "baseline": Baseline, "noise": noise}
-        inner = models.get(str(location[2]), Relative)
-        return list(inner.model_fields)
-    model: Any = Suite
-    for part in location[:-1]:
-        model = section_of(model.model_fields[part].annotation)
-    return list(model.model_fields)
+        return list(fields_at(ASSERTIONS[str(loc[2])], location[2:-1]))
+    return list(fields_at(Suite, location[:-1]))

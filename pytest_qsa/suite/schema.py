@@ -1,16 +1,41 @@
-"""The JSON Schema of suite files, by which editors complete and check what someone writes."""
+"""A whole suite, typed, and the JSON Schema by which editors complete and check one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .sections import Suite
+from pydantic import Field
+
+from .assertion import AnyAssertion
+from .fields import Strict
+from .sections import Data, Memory, Model
+from .visualization import Visualization
+
+
+class Suite(Strict):
+    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject.
+
+    `extends` and `defaults` are applied before a suite is validated (inherit.py), so nothing else reads them.
+    """
+
+    extends: str | list[str] | None = None
+    defaults: dict[str, Any] = Field(default={})
+    model: Model | None = None
+    data: Data = Data()
+    memory: Memory = Memory()
+    visualization: Visualization = Visualization()
+    assertions: list[AnyAssertion] | None = None  # type: ignore[valid-type]
+
 
 PARTIAL = "PartialAssertion"
+"""The name of the schema of an assertion whose other keys come from a base or from `defaults`."""
 
 
 def suite_schema() -> dict[str, Any]:
-    """Return the schema of a file: whole assertions, unless it extends a suite or has defaults that complete them."""
+    """Return the JSON Schema of a suite file.
+
+    An assertion must be complete unless the file extends another one or has defaults that may complete it.
+    """
     schema = Suite.model_json_schema()
     properties, definitions = schema["properties"], schema["$defs"]
     whole = next(arm for arm in properties["assertions"]["anyOf"] if arm.get("type") == "array")
@@ -32,7 +57,7 @@ def suite_schema() -> dict[str, Any]:
 
 
 def _partial(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of an assertion of which another file or the defaults say the rest."""
+    """Return the schema of an assertion that may lack any key and may set each to null."""
     properties: dict[str, list[Any]] = {}
     for model in models:
         for name, schema in model["properties"].items():

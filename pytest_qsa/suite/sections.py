@@ -1,48 +1,100 @@
-"""The typed suite: the seed's sections, key for key, and the assertions.
+"""The sections of a suite that say what is measured: model, data and memory.
 
-Each metric gets a model of its own whose fields are the metric's parameters, made from the signature of its function,
-so that a suite, Python and the JSON Schema can't disagree.
+They are the configuration of activation-distribution-analysis, key for key, with additions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import reduce as fold
-from operator import or_
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
+from annotated_types import Gt, Le
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from ..captures import LayerSite, Request
-from ..checkpoint import CHECKS, Check, query_of_check
-from ..common import SuiteError
-from ..metrics import METRICS, Metric, Query, Reduce, canonical_positions, positions_of, query_of
-from .assertion import Assertion
-from .bounds import Stated
-from .external_assertion import ExternalAssertion
 from .fields import Regex, Strict
-from .requirement import Require
-from .served_model import Served, Tail
-from .visualization import Visualization
 
 
-def _positions(value: object) -> object:
-    canonical_positions(value)  # type: ignore[arg-type]
-    return value
+def _url(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or parts.query or parts.fragment:
+        raise ValueError(f"url: write an address such as http://localhost:8000/v1, not '{url}'")
+    if parts.username or parts.password:
+        raise ValueError("url: a password has no place in a suite: name the variable that holds the key, api_key_env")
+    return url
 
 
-Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
+class Floor(Strict):
+    """A lower bound on ln q of the tokens that a server leaves out of its answer."""
+
+    at_least: Annotated[float, Le(0), Field(description="nats, such as -25")]
 
 
-LOADED = 0.005
-"""How far a loaded weight may be from the file's: bfloat16 rounds by 0.002."""
-DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+Tail = Annotated[
+    Annotated[Literal["unknown", "as_reference"], Tag("[word]")] | Annotated[Floor, Tag("[floor]")],
+    Discriminator(lambda value: "[floor]" if isinstance(value, dict | Floor) else "[word]"),
+]
+
+
+class Served(Strict):
+    """A model behind an OpenAI-compatible endpoint that returns the logprobs of a prompt. No other address is asked."""
+
+    url: Annotated[str, AfterValidator(_url)]
+    model: Annotated[str | None, Field(min_length=1, description="its name there, if there are several")] = None
+    api: Literal["vllm", "sglang", "llama.cpp"] = "vllm"
+    top_logprobs: Annotated[
+        int, Gt(0), Field(description="tokens that it returns for each position; vLLM: --max-logprobs")
+    ] = 20
+    timeout: Annotated[float, Gt(0), Field(description="seconds for an answer")] = 120.0
+    tokenizer: Annotated[str | None, Field(description="a folder or hub id; default: that of model.reference")] = None
+    api_key_env: Annotated[
+        str | None, Field(pattern=r"^QSA_[A-Z0-9_]+$", description="the environment variable that holds the key")
+    ] = None
+
+    @property
+    def root(self) -> str:
+        """The address without the `/v1` that OpenAI's clients append."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+
+EXECUTION = re.compile(
+    r"(W\d+A\d+ )?(FP )?(emulated|by kernels|kernels|weights only)|(W\d+A\d+)( FP)?|float", re.IGNORECASE
+)
+
+
+def _executions(value: object) -> object:
+    executions = [value] if isinstance(value, str) else value
+    for each in executions if isinstance(executions, list) else ():
+        if not isinstance(each, str) or not EXECUTION.fullmatch(each):
+            raise ValueError(
+                f"executed_as '{each}' is no way to run: write W8A8 emulated, W8A8 kernels, W4A16 weights only, "
+                "weights only, emulated or float, or a list of them"
+            )
+    return executions
+
+
+Executions = Annotated[
+    list[str], BeforeValidator(_executions, json_schema_input_type=str | list[str]), Field(min_length=1)
+]
+
+
+class Require(Strict):
+    """What must hold of the running model; otherwise every assertion on it fails as INFRA."""
+
+    executed_as: Annotated[
+        Executions, Field(description="how its quantized modules must run: W8A8 emulated, weights only")
+    ]
+
+
+DEVICES = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 
 def _device(name: str) -> str:
-    if not DEVICE.fullmatch(name):
+    if not DEVICES.fullmatch(name):
         raise ValueError(f"device '{name}' is none of auto, cpu, cuda, cuda:N, xpu, mps")
     return name
 
@@ -53,8 +105,8 @@ class Model(Strict):
     path: str | None = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
     served: Served | None = None
-    logprobs: Annotated[str | None, Field(description="a file of what a served model said: .json or .jsonl")] = None
-    tail: Annotated[Tail, Field(description="what may be assumed of the tokens that aren't told")] = "unknown"
+    logprobs: Annotated[str | None, Field(description="a file of a served model's answers: .json or .jsonl")] = None
+    tail: Annotated[Tail, Field(description="what to assume of the tokens that an answer leaves out")] = "unknown"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
     reference: str | None = None
     previous: Annotated[
@@ -72,7 +124,7 @@ class Model(Strict):
     allow_idle: Annotated[
         Regex | None, Field(description="quantized modules that need not run; others that never do are an error")
     ] = None
-    require: Annotated[Require | None, Field(description="what must be so for any number to count")] = None
+    require: Annotated[Require | None, Field(description="what must hold for any number to count")] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -81,19 +133,20 @@ class Model(Strict):
         return self
 
     @property
-    def told(self) -> bool:
-        """Whether only what a served model says of tokens is known, not its layers."""
+    def logprobs_only(self) -> bool:
+        """Whether the subject is known by the logprobs of a served model alone, so that it has no layers here."""
         return self.served is not None or self.logprobs is not None
 
     @property
     def measured(self) -> dict[str, Any]:
-        """What a capture depends on, but for where model and reference are."""
-        beside = {"name", "path", "reference", "previous", "allow_idle", "require"}
-        return {**self.model_dump(exclude=beside), "runs": self.require is not None}
+        """The settings that a capture depends on, without the locations of model and reference."""
+        other = {"name", "path", "reference", "previous", "allow_idle", "require"}
+        # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
+        return {**self.model_dump(exclude=other), "runs": self.require is not None}
 
     @property
     def id(self) -> str:
-        """The subject's name: the folder of its baselines."""
+        """The subject's name, which is also the folder of its baselines."""
         served = (self.served.model or "served") if self.served else self.logprobs
         return self.name or (self.path or self.factory or served or "model").rstrip("/").rpartition("/")[2]
 
@@ -127,181 +180,8 @@ class Data(Strict):
 
 
 class Memory(Strict):
-    """Where the model runs, and where the part of it that doesn't fit is kept."""
+    """Where the model runs, and where the part of it goes that doesn't fit there."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
     auto_offload: bool = True
     offload_device: Literal["cpu", "disk"] = "cpu"
-
-
-class Baseline(Strict):
-    """How far from its baseline a layer may be: max(abs, rel·|baseline|), in one direction or both."""
-
-    rel: Annotated[float, Field(ge=0)] = 0.0
-    abs: Annotated[float, Field(ge=0)] = 0.0
-    direction: Literal["both", "up", "down"] = "both"
-    per: Annotated[
-        Literal["device_class"] | None,
-        Field(description="a class of devices (cpu, sm_90, …) whose numbers don't fit the shared baseline has its own"),
-    ] = None
-
-
-def _baseline(value: object) -> object:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError(
-            f"baseline: write {{rel: {value:g}}} for a relative tolerance, {{abs: {value:g}}} for an absolute one"
-        )
-    return value
-
-
-class MeasuredAssertion(Assertion):
-    """An assertion on what a pass measures: the numbers of a site."""
-
-    layers: Regex
-    exclude: Regex | None = None
-    site: LayerSite
-    positions: Positions | None = None
-    reduce: Reduce | None = None
-    baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
-
-    @model_validator(mode="after")
-    def _sound(self) -> MeasuredAssertion:
-        definition = METRICS[self.metric]
-        if self.baseline is None and not self.stated:
-            raise ValueError("an assertion needs a bound or a baseline: min, max, equals or baseline")
-        if self.over is not None and definition.per == "model":
-            raise SuiteError(f"{self.metric} is one number for all layers, so it takes no over", "over")
-        if self.reduce is not None and definition.reduce is None:
-            raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
-        if self.site not in definition.sites:
-            raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
-        chosen = self.positions not in (None, "all")
-        if chosen and not definition.positional:
-            raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
-        if chosen and not definition.counts_tokens(self.site, self.where, self.parameters):
-            raise SuiteError(
-                f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
-            )
-        if definition.tokenwise and self.site == "weight":
-            raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
-        return self
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The metric's own parameters with their values."""
-        return {name: getattr(self, name) for name in METRICS[self.metric].parameters}
-
-    @property
-    def where(self) -> str:
-        """The positions in canonical form."""
-        return positions_of(self.metric, self.site, self.positions)  # type: ignore[arg-type]
-
-    @property
-    def query(self) -> Query:
-        """What the assertion asks, for the text of a failure that came before any number."""
-        return replace(
-            query_of(self.metric, self.site, self.layers, self.exclude, self.parameters, self.where, self.reduce),
-            over=self.over,
-        )
-
-    @property
-    def request(self) -> Request:
-        """What this assertion needs of a capture."""
-        needs = METRICS[self.metric].needs(self.site, self.where, self.parameters)
-        return Request(self.layers, self.site, self.exclude, needs)
-
-
-class CheckpointAssertion(Assertion):
-    """An assertion on a checkpoint's files, before any forward. Without a bound it allows no problem at all."""
-
-    layers: Regex = "."
-    exclude: Regex | None = None
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The check's own parameters with their values."""
-        return {name: getattr(self, name) for name in CHECKS[self.metric].parameters}
-
-    @property
-    def stated(self) -> dict[str, Stated]:
-        """The bounds by their keys: no problem, where the suite gives none."""
-        return super().stated or {"max": 0.0}
-
-    @property
-    def query(self) -> Query:
-        """What the assertion asks, for the text of a failure that came before any number."""
-        return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
-
-
-class LoadedAssertion(MeasuredAssertion):
-    """An assertion on what the loader made of the files. Without a bound it allows what rounding explains."""
-
-    layers: Regex = "."
-    site: Literal["weight"] = "weight"
-
-    @property
-    def stated(self) -> dict[str, Stated]:
-        """The bounds by their keys: the rounding of a dtype, where the suite gives none."""
-        return super().stated or ({} if self.baseline else {"max": LOADED})
-
-
-class LogitsAssertion(MeasuredAssertion):
-    """An assertion on what the whole model predicts."""
-
-    layers: Literal[""] = ""
-    site: Literal["logits"] = "logits"  # type: ignore[assignment]
-
-
-class ReferenceAssertion(MeasuredAssertion):
-    """An assertion on how close a layer is to the reference's."""
-
-    site: LayerSite = "output"
-
-
-def _measured(metric: Metric) -> type[Assertion]:
-    """Return what the assertions on a metric have in common."""
-    if metric.per == "logits":
-        return LogitsAssertion
-    if metric.name == "loaded_weights":
-        return LoadedAssertion
-    return ReferenceAssertion if metric.against else MeasuredAssertion
-
-
-def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
-    own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
-    if isinstance(metric, Metric) and len(metric.sites) == 1:
-        own["site"] = (Literal[metric.sites[0]], metric.sites[0])
-    title = "".join(word.title() for word in metric.name.split("_"))
-    doc = (metric.compute.__doc__ or "").splitlines()[0]
-    return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
-
-
-def _in_order() -> list[str]:
-    """Return the metrics' names, those of the tensors that one model's pass sees first."""
-    return sorted(
-        METRICS,
-        key=lambda name: METRICS[name].against or METRICS[name].per == "logits" or METRICS[name].sites == ("weight",),
-    )
-
-
-ASSERTIONS: Mapping[str, type[Assertion]] = {
-    **{name: _assertion_model(METRICS[name], _measured(METRICS[name])) for name in _in_order()},
-    **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
-    "external": ExternalAssertion,
-}
-AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
-
-
-class Suite(Strict):
-    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject.
-
-    `extends` and `defaults` have done their work when a suite is made: `inheritance` and `defaults` read them.
-    """
-
-    extends: str | list[str] | None = None
-    defaults: dict[str, Any] = Field(default={})
-    model: Model | None = None
-    data: Data = Data()
-    memory: Memory = Memory()
-    visualization: Visualization = Visualization()
-    assertions: list[AnyAssertion] | None = None  # type: ignore[valid-type]

@@ -89,7 +89,7 @@ def files_of(subject: Subject) -> Files:
         InfraError: the subject is no checkpoint, or isn't here.
     """
     model = subject.model
-    if model is None or not subject.path or model.told:
+    if model is None or not subject.path or model.logprobs_only:
         raise InfraError("static checks read a checkpoint's files, and this subject has none here: give model.path")
     reference = None
     if model.reference is not None:

@@ -54,13 +54,13 @@ class OutlierPlot(Strict):
 
 
 class OneSide(Strict):
-    """A picture of what goes into the layers, or of what comes out of them."""
+    """A picture of the inputs of layers, or of their outputs."""
 
     is_input: bool = True
 
     @property
     def site(self) -> Site:
-        """The site that it is of."""
+        """The site that the picture shows."""
         return "input" if self.is_input else "output"
 
 
@@ -95,7 +95,7 @@ class PercentilePlot(OneSide):
 
 
 class LayerSelection(Strict):
-    """Narrows the layers of magnitudes, distributions and percentiles to those that one of the patterns finds."""
+    """Narrows the layers of magnitudes, distributions and percentiles to those that match one of the patterns."""
 
     patterns: list[Regex] = Field(default=[])
 
@@ -107,7 +107,7 @@ def _plain_name(name: str) -> str:
 
 
 class Output(Strict):
-    """What is written beside the pictures' folder: the report, and the numbers behind it."""
+    """The files that are written beside the pictures: the report, and the numbers in it."""
 
     formats: Annotated[list[Format], Field(min_length=1)] = Field(default=["png", "html"])
     report_name: Annotated[str, AfterValidator(_plain_name)] = "analysis_report.html"
@@ -117,7 +117,7 @@ class Output(Strict):
 
     @property
     def report_file(self) -> str:
-        """The report's name with its suffix."""
+        """The name of the report with its suffix."""
         return self.report_name if self.report_name.endswith((".html", ".htm")) else f"{self.report_name}.html"
 
 

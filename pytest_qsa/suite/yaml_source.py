@@ -1,4 +1,4 @@
-"""YAML text → plain data that still knows in which file and on which line each value stands."""
+"""YAML text → plain data, and for each key and value the file and the line where it is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from ..common import SuiteError, shown_path
 
 MAX_NODES = 100_000
+"""How many values a document may have with its aliases expanded; a few lines can expand to billions."""
 Key = str | int
 Location = tuple[Key, ...]
 
@@ -29,7 +30,7 @@ _Loader.add_implicit_resolver(
 
 
 class LocatedError(SuiteError):
-    """A mistake at a location of a document; `what` is its text without the place."""
+    """A mistake at a location of a document. `what`: its text without file and line."""
 
     def __init__(self, message: str, location: Location, what: str) -> None:
         super().__init__(message)
@@ -38,40 +39,40 @@ class LocatedError(SuiteError):
 
 
 class Place(NamedTuple):
-    """A line of a file, counted from 1."""
+    """A file and a line in it, counted from 1."""
 
     path: Path
     line: int
 
     def __str__(self) -> str:
-        """Write `file:line`, the file as a user would type it."""
+        """Return `file:line`, with the file as a user would type it."""
         return f"{shown_path(self.path)}:{self.line}"
 
 
 @dataclass
 class YamlSource:
-    """A parsed document: `data`, and the place of each key and value; all are in `path`, unless it extends others."""
+    """A parsed document: `data`, and the place of each value, which is in another file where a suite extends others."""
 
     path: Path
     data: Any
     places: dict[Location, Place] = field(default_factory=dict)
 
     def place(self, location: Location) -> Place:
-        """Return the place of a location, or of the nearest of its parents that is in a file."""
+        """Return the place of a location; where it has none, as for an absent key, that of its nearest parent."""
         while location and location not in self.places:
             location = location[:-1]
         return self.places.get(location, Place(self.path, 1))
 
     def error(self, location: Location, message: str) -> SuiteError:
-        """Make the one-line error for a location: `file:line: message`."""
+        """Return the error for a location, `file:line: message`."""
         return LocatedError(f"{self.place(location)}: {message}", location, message)
 
 
 def read_yaml(path: Path) -> YamlSource:
-    """Read a YAML file safely; every error names its line.
+    """Read a YAML file without running any of its tags; every error names its line.
 
     Raises:
-        SuiteError: the file can't be read, is not YAML, is empty, repeats a key, or expands without end.
+        SuiteError: the file can't be read, is not YAML, is empty, repeats a key, or its aliases expand to too much.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,7 +100,7 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def read_value(text: str) -> Any:
-    """Read the value of `KEY=VALUE` by the rules of a suite, so that `1e-3` and `[a, b]` mean the same there."""
+    """Read the VALUE of an override `KEY=VALUE` as YAML, so that `1e-3` and `[a, b]` mean what they mean in a suite."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -107,12 +108,12 @@ def read_value(text: str) -> Any:
 
 
 class _Walk:
-    """Records lines, and refuses what plain PyYAML lets through: repeated keys and exponential aliases."""
+    """Records the line of each value, and refuses what PyYAML accepts: repeated keys, aliases that expand too far."""
 
     def __init__(self, source: YamlSource) -> None:
         self.source = source
         self.nodes = 0
-        self.open: set[int] = set()
+        self.open: set[int] = set()  # the nodes around the current one: an alias to one of them never ends
 
     def visit(self, node: yaml.Node, location: Location) -> None:
         self.nodes += 1

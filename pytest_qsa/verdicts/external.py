@@ -12,7 +12,7 @@ import numpy as np
 from ..common import shown_path
 from ..external import Compared, Wanted, compared, conditions_of, folded, read_scores, widened
 from ..metrics import Series
-from ..suite import NAME, ExternalAssertion
+from ..suite import NAME_PLACEHOLDER, ExternalAssertion
 from .budgets import Budget, budget_of
 from .verdict import Verdict, judge_bounds
 
@@ -24,8 +24,8 @@ def judge_scores(assertion: ExternalAssertion, folder: Path, name: str) -> tuple
         InfraError: a file is missing or no JSON.
         AnomalyError: there is nothing sound in it, or nothing that can be compared.
     """
-    file = folder / assertion.file.replace(NAME, name)
-    other = folder / assertion.reference.replace(NAME, name) if assertion.reference else None
+    file = folder / assertion.file.replace(NAME_PLACEHOLDER, name)
+    other = folder / assertion.reference.replace(NAME_PLACEHOLDER, name) if assertion.reference else None
     scores = _scores(assertion, file, other)
     values = np.array([score.value for score in scores])
     series = Series([score.score.name for score in scores], values, assertion.query)

@@ -9,9 +9,7 @@ from pytest_qsa.captures.cache import CaptureCache
 from pytest_qsa.captures.capture import Capture
 from pytest_qsa.captures.statistics import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.common.errors import QsaWarning
-from pytest_qsa.suite.fingerprint import FileHashes, fingerprint_of
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint_of
 from support.checkpoints import save_llama
 from support.projects import peaks, suite
 

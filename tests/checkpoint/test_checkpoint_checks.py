@@ -562,7 +562,7 @@ def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_ll
     ],
 )
 def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message):
-    from pytest_qsa.suite.load import load_suite
+    from pytest_qsa.suite import load_suite
 
     (tmp_path / "a.qsa.yaml").write_text(suite("x", text))
     with pytest.raises(SuiteError, match=rf"a\.qsa\.yaml:4: .*{message}"):
@@ -570,7 +570,7 @@ def test_a_wrong_static_assertion_is_told_with_its_line(tmp_path, text, message)
 
 
 def test_defaults_of_a_suite_give_a_static_assertion_what_it_can_have(tmp_path):
-    from pytest_qsa.suite.load import load_suite
+    from pytest_qsa.suite import load_suite
 
     sections = "defaults: {site: output, reduce: mean, reason: agreed in June}\n"
     (tmp_path / "a.qsa.yaml").write_text(suite("x", "id: a, metric: checkpoint_health", sections=sections))

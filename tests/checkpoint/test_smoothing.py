@@ -12,7 +12,7 @@ from pytest_qsa.checkpoint.formats.dequantize import weight_rows
 from pytest_qsa.checkpoint.smoothing import compare_norms
 from pytest_qsa.engine.formats.dequantized import dequantized
 from pytest_qsa.engine.load.models import load_model
-from pytest_qsa.suite.sections import Memory, Model
+from pytest_qsa.suite import Memory, Model
 from support.checkpoints import FORMATS, TORCHAO, edited, save_quantized_llama, save_torchao_llama
 from support.projects import Project, suite
 

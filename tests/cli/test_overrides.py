@@ -8,7 +8,7 @@ import pytest
 
 from pytest_qsa.cli.overrides import add_overrides, read_overrides
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import load_suite
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.load.data import batches_of, document_windows, read_texts, stream_windows, windows_of
-from pytest_qsa.suite.sections import Data
+from pytest_qsa.suite import Data
 
 BOS, EOS, UNKNOWN = 0, 1, 2
 WORDS = {f"w{index}": index + 3 for index in range(100)}

@@ -11,9 +11,7 @@ from pytest_qsa.captures.statistics import MOMENTS, Request
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import Witness
 from pytest_qsa.engine.subject import capture_loaded, capture_subject
-from pytest_qsa.suite.execution import executed_as
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject, executed_as
 from pytest_qsa.tools.diff.sides import read_side
 from support.checkpoints import edited
 from support.projects import Project, peaks, suite

@@ -12,8 +12,7 @@ from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.formats.dequantized import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_subject
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.checkpoints import FORMATS, TORCHAO
 from support.projects import Project, suite
 

@@ -25,7 +25,7 @@ from pytest_qsa.engine.reference.kept_file import KeptFile, drawn
 from pytest_qsa.engine.reference.live import Partner
 from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.engine.subject import Share, capture_subject
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import load_suite
 from support import checkpoints, models, projects
 from support.models import BLOCKS, LINEAR, damaged
 from support.paths import ROOT

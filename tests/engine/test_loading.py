@@ -11,8 +11,7 @@ from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.metrics.loaded import blame
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.checkpoints import save_gguf, save_quantized_moe
 from support.projects import suite
 

@@ -9,8 +9,7 @@ from pytest_qsa.captures.statistics import MOMENTS, TOKENS, Request
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.load import models
 from pytest_qsa.engine.subject import capture_subject
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 
 REQUESTS = [
     Request("down_proj$", site, None, frozenset({TOKENS, MOMENTS} if site != "weight" else {MOMENTS}))

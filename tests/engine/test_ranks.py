@@ -14,8 +14,7 @@ from pytest_qsa.captures.partial import PartialSums
 from pytest_qsa.captures.statistics import ALL_STATISTICS, Request
 from pytest_qsa.cli import main
 from pytest_qsa.engine.subject import Share, capture_subject
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.captures import same
 from support.processes import die_after, torchrun
 from support.projects import peaks, suite

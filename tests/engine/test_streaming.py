@@ -15,8 +15,7 @@ from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.engine.stream import stream as streaming
 from pytest_qsa.engine.stream.shards import Shards
 from pytest_qsa.engine.subject import capture_loaded
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.architectures import MODELS as ARCHITECTURES
 from support.captures import differing
 from support.checkpoints import save_tokenizer

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import load_suite
 from pytest_qsa.verdicts.external import judge_scores
 from support.projects import Project
 

@@ -13,8 +13,7 @@ from pytest_qsa.captures.capture import Capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.external.served.ask import capture_served
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Subject, load_suite
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judge import measured
 from pytest_qsa.verdicts.served import settled
@@ -91,7 +90,7 @@ class Judge:
             file = load_suite(self.project.write("gate.qsa.yaml", suite(model, *every) + sections))
             spec = file.suite
             subject = Subject("m", spec.model, spec.data, spec.memory, self.project.folder)
-            run = capture_served if spec.model.told else capture_subject
+            run = capture_served if spec.model.logprobs_only else capture_subject
             self.captures[model] = run(subject, [assertion.request for assertion in file.assertions])
         return self.captures[model]
 

@@ -13,7 +13,7 @@ from pytest_qsa.common.errors import InfraError, QsaError
 from pytest_qsa.external.served import endpoint
 from pytest_qsa.external.served.client import Client
 from pytest_qsa.external.served.logprob_files import read_logprobs
-from pytest_qsa.suite.served_model import Served
+from pytest_qsa.suite import Served
 from support.served_models import ServedModel, serving
 
 TOKENS = [3, 11, 7, 7, 29, 0]

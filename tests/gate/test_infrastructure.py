@@ -8,7 +8,7 @@ import pytest
 
 from pytest_qsa.common.errors import InfraError, scrubbed
 from pytest_qsa.engine.load import models as loading, retry as retrying
-from pytest_qsa.suite.sections import Memory, Model
+from pytest_qsa.suite import Memory, Model
 from support.projects import Project, peaks, suite
 
 DRIFT = "id: drift, metric: rms, layers: down_proj$, site: output, baseline: {rel: 0.05}"

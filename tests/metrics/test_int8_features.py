@@ -11,7 +11,7 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.selection import NotMeasuredError
-from pytest_qsa.suite.sections import ASSERTIONS
+from pytest_qsa.suite import ASSERTIONS
 from support import models
 
 SUITE_KEYS = {"id": "a", "metric": "int8_outlier_features", "layers": "x", "site": "input", "max": 7}

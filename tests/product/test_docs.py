@@ -5,15 +5,14 @@ import re
 import pytest
 import yaml
 
-from pytest_qsa.suite.sections import ASSERTIONS
+from pytest_qsa.suite import ASSERTIONS
 from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_default_configuration_has_every_key_with_its_default():
-    from pytest_qsa.suite.sections import Data, Memory
-    from pytest_qsa.suite.visualization import Visualization
+    from pytest_qsa.suite import Data, Memory, Visualization
 
     written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text(encoding="utf-8"))
     for section, defaults in (("visualization", Visualization()), ("data", Data()), ("memory", Memory())):
@@ -29,7 +28,7 @@ def test_the_default_configuration_is_one_that_qsa_analyze_takes(llama, capsys):
 
 
 def test_every_key_of_the_pictures_is_documented():
-    from pytest_qsa.suite.visualization import Visualization
+    from pytest_qsa.suite import Visualization
 
     text = (ROOT / "docs" / "analyze.md").read_text(encoding="utf-8")
     sections = {name: type(value) for name, value in Visualization()}

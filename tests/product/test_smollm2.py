@@ -8,8 +8,7 @@ from importlib.metadata import files
 import pytest
 import yaml
 
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.sections import MeasuredAssertion
+from pytest_qsa.suite import MeasuredAssertion, load_suite
 from support.paths import ROOT
 from support.projects import Project
 

@@ -25,7 +25,7 @@ from pytest_qsa.report.plots.boxes import box_figure, histogram_figure
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
 from pytest_qsa.report.plots.percentiles import percentile_figure
-from pytest_qsa.suite.visualization import Visualization
+from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.draw import draw_picture
 from pytest_qsa.tools.analyze.pictures import plan_pictures
 from support import models

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import load_suite
 from support.projects import Project, peaks
 
 BASE = """\

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.suite.load import check_override, load_suite
+from pytest_qsa.suite import check_override, load_suite
 
 GOOD = """\
 model: {path: x}

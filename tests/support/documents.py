@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from pytest_qsa.cli import main
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import load_suite
 
 from .paths import ROOT
 

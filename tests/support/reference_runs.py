@@ -5,8 +5,7 @@ from __future__ import annotations
 from pytest_qsa.captures import statistics as plan
 from pytest_qsa.captures.statistics import LOGITS, Request
 from pytest_qsa.engine.subject import capture_subject
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Memory, Model, Subject
 
 BLOCKS, LINEARS = r"layers\.\d$", r"_proj$"
 TOKENS = {plan.ERROR, plan.TOKENS, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS}

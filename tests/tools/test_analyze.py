@@ -14,7 +14,7 @@ import yaml
 from pytest_qsa import Capture
 from pytest_qsa.cli import main
 from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
-from pytest_qsa.suite.visualization import Visualization
+from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.pictures import PatternError, plan_pictures
 from support import models, oracle
 

@@ -11,8 +11,7 @@ from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.metrics.series import Query, Series
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.sections import Data
+from pytest_qsa.suite import Data, load_suite
 from pytest_qsa.tools.calibrate.edit import calibrated
 from pytest_qsa.tools.calibrate.measure import IDENTICAL, Spread, proposals_of
 from support import models
@@ -276,7 +275,7 @@ def test_the_ratchet_stops_at_the_noise_floor_and_leaves_a_number_of_tokens_its_
 
 
 def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):
-    from pytest_qsa.suite.noise import Noise
+    from pytest_qsa.suite import Noise
     from pytest_qsa.tools.calibrate.measure import Proposal
 
     def proposal(bound):

@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pytest_qsa.captures.statistics import COUNTS, TOKENS, Request
 from pytest_qsa.checkpoint.folder import Folder
-from pytest_qsa.suite.machine import Gpu, Machine
-from pytest_qsa.suite.sections import Data, Memory, Model
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Gpu, Machine, Memory, Model, Subject
 from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, plan_lines
 from pytest_qsa.tools.plan.gather import Planned, gathered
 from pytest_qsa.tools.plan.placements import own_setting, settings_of

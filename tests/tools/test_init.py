@@ -10,9 +10,7 @@ import yaml
 from pytest_qsa import capture
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.suite.anatomy import Anatomy
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.sections import Data
+from pytest_qsa.suite import Anatomy, Data, load_suite
 from pytest_qsa.tools.draft import measured_drafts, sinks_of
 from support import models
 from support.checkpoints import edited, save_llama

@@ -14,9 +14,7 @@ from pytest_qsa.checkpoint.tensors import decoded, encoded
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.sections import Data
-from pytest_qsa.suite.subject import Subject
+from pytest_qsa.suite import Data, Subject, load_suite
 from pytest_qsa.tools.selftest.copies import Mutant
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside

@@ -8,8 +8,7 @@ import pytest
 
 from pytest_qsa import Capture
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.suite.bounds import Relative
-from pytest_qsa.suite.load import load_suite
+from pytest_qsa.suite import Relative, load_suite
 from pytest_qsa.verdicts.budgets import budget_of
 from support.projects import Project, suite
 

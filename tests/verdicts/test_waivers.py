@@ -10,8 +10,7 @@ import pytest
 
 from pytest_qsa.common.errors import AnomalyError, SuiteError
 from pytest_qsa.metrics.series import Bounds, Query, Series
-from pytest_qsa.suite.load import load_suite
-from pytest_qsa.suite.waiver import Waiver
+from pytest_qsa.suite import Waiver, load_suite
 from pytest_qsa.verdicts.verdict import Kind, anomaly, judge_bounds
 from pytest_qsa.verdicts.waivers import apply_waivers
 from support.projects import Project, peaks, suite

@@ -54,7 +54,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     Raises:
         InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
     """
-    if spec.told:
+    if spec.logprobs_only:
         raise InfraError(
             "a served model can't be loaded, for only its answers are known: give the checkpoint, model.path"
         )

@@ -61,7 +61,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
 
 def _why_unknown(planned: Planned) -> str:
     subject = planned.subject
-    if subject.model is not None and subject.model.told:
+    if subject.model is not None and subject.model.logprobs_only:
         return "a served model is asked, not loaded; its reference runs once over the same tokens"
     if subject.path:
         return f"{subject.path} is not in the local cache of the hub; `hf download {subject.path}` fetches it"

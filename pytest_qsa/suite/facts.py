@@ -1,15 +1,15 @@
-"""Which layers of a model a suite names: its blocks, and the linear layers in them."""
+"""What the engine finds out about a model and a machine, as plain values: rooms without torch work with them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a suite has to know of a model: its blocks, and the linear layers in them, in model order."""
+    """The blocks of a model and the linear layers in them, in model order."""
 
     blocks: Sequence[str]
     linears: Sequence[str]
@@ -27,9 +27,34 @@ class Anatomy:
 
     @property
     def linear_groups(self) -> list[str]:
-        r"""A regex for each kind of linear layer, `\.q_proj$`: kinds are alike from block to block."""
+        r"""A regex for each kind of linear layer, such as `\.q_proj$`: a bound of its own suits each kind."""
         return [rf"\.{kind}$" for kind in self._kinds]
 
     @property
     def _kinds(self) -> list[str]:
         return list(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in self.linears))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator; bytes."""
+
+    name: str
+    memory: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine of a run.
+
+    `memory`, `free`: bytes. `rates`: device type → FLOP/s of a matrix product in the model's dtype.
+    `reading`: bytes/s from the checkpoint's files.
+    """
+
+    cores: int
+    memory: int
+    free: int
+    gpus: tuple[Gpu, ...]
+    rates: Mapping[str, float]
+    reading: float

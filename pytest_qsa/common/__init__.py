@@ -1,4 +1,4 @@
-"""Errors, files, text and progress: what every room uses and none owns."""
+"""Errors, files, text and progress, for every room."""
 
 import lazy_loader
 

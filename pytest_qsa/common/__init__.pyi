@@ -10,10 +10,9 @@ from .errors import (
     scrubbed as scrubbed,
     shown_path as shown_path,
 )
-from .files import write_atomically as write_atomically
+from .files import Scratch as Scratch, write_atomically as write_atomically
 from .moved import find_moved_modules as find_moved_modules
 from .progress import progress_bar as progress_bar
-from .scratch import Scratch as Scratch
 from .text import (
     escaped as escaped,
     fitted as fitted,

@@ -1,4 +1,4 @@
-"""The errors that a user meets: one line each, saying where, what, and what to do."""
+"""The errors and warnings that a user meets. Each text is one line: where, what, and what to do."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S
 
 
 def scrubbed(text: str) -> str:
-    """Return a text without the hub's token or a password in a URL, whoever wrote them into it."""
+    """Replace the hub's token and passwords in URLs: libraries put both into the texts of their errors."""
     for token in filter(None, map(os.environ.get, TOKENS)):
         text = text.replace(token, "…")
     return SECRETS.sub("…", text)
 
 
 class QsaError(Exception):
-    """The base of all errors of this package; `kind` is the first word of its failure text."""
+    """The base of all errors of this package; `kind` is the first word of a failure."""
 
     kind = "INFRA"
 
@@ -30,7 +30,7 @@ class QsaError(Exception):
 
 
 class SuiteError(QsaError, ValueError):
-    """A suite, an override or a regular expression is wrong; `key` is the key of an assertion that it is about."""
+    """A suite, an override or a regular expression is wrong. `key`: the key of an assertion that it is about."""
 
     kind = "SUITE"
 
@@ -40,29 +40,29 @@ class SuiteError(QsaError, ValueError):
 
 
 class InfraError(QsaError):
-    """The subject could not be loaded, fetched or run."""
+    """The subject could not be loaded, fetched or run: the machine or the installation is at fault, not the numbers."""
 
     kind = "INFRA"
 
 
 class AnomalyError(QsaError):
-    """There is nothing sound to judge: no layer, no token, a number that is not finite."""
+    """There is nothing sound to judge: no layer matches, no token was seen, a number is not finite."""
 
     kind = "ANOMALOUS"
 
 
 class BaselineError(AnomalyError):
-    """A baseline is missing or can't be compared; `--snapshot-update` would make it anew."""
+    """A baseline is missing or can't be compared; `--snapshot-update` writes a new one."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the nearest of the known words, or an empty string."""
+    """Return ` (did you mean 'x'?)` for the known word nearest to `word`; empty if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as a user would type it: relative to where they stand, if it is below."""
+    """Return a path as a user would type it: relative to the current folder if it is in it."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
@@ -70,8 +70,8 @@ def shown_path(path: Path) -> str:
 
 
 class QsaWarning(UserWarning):
-    """Something a reader of the run should know: a softened excess, a suite without assertions."""
+    """The base of all warnings of this package: a softened excess, a suite without assertions."""
 
 
 class QsaUnplannedCaptureWarning(QsaWarning):
-    """A Python test asked for sites that no `qsa` mark had announced, which took a second pass."""
+    """A Python test asked for sites that no `qsa` mark announces, which took a second pass."""

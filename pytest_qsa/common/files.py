@@ -1,14 +1,22 @@
-"""Writing files so that a reader sees the old one or the new one, never half of it."""
+"""Files that are never half written, and temporary folders that no run leaves behind."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside the target and rename; folders are made as needed.
+    """Write to a temporary file in the same folder, then rename it; missing folders are made.
+
+    A reader sees the old file or the new one, never a part of it.
 
     Raises:
         OSError: the folder can't be written; nothing is left behind.
@@ -18,8 +26,50 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp makes it readable for its owner alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class Scratch(tempfile.TemporaryDirectory[str]):
+    """A temporary folder, `PREFIX-…`. After a kill, the next run of the same user removes it.
+
+    The owner holds a lock file beside the folder from before the folder is made until it is gone. The system releases
+    the lock when the process ends, however it ends. A folder without such a lock file is not ours, so it stays.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        home = Path(tempfile.gettempdir())
+        _remove_orphans(home, prefix)
+        self._file = home / f"{prefix}-{secrets.token_hex(4)}.lock"
+        self._lock = FileLock(self._file, thread_local=False)
+        try:
+            self._lock.acquire(timeout=0)
+        except (OSError, NotImplementedError):  # no locks on this file system: nobody may take the folder for an orphan
+            self._file.unlink(missing_ok=True)
+        super().__init__(prefix=f"{self._file.stem}-", dir=home)
+
+    def cleanup(self) -> None:
+        """Remove the folder, then the lock file."""
+        super().cleanup()
+        self._lock.release()
+        self._file.unlink(missing_ok=True)
+
+
+def _remove_orphans(home: Path, prefix: str) -> None:
+    """Remove the folders of this user whose owner is gone."""
+    for file in home.glob(f"{prefix}-*.lock"):
+        with suppress(OSError, NotImplementedError, Timeout):
+            if _is_own_file(file):
+                with FileLock(file, timeout=0, thread_local=False):
+                    for folder in home.glob(f"{file.stem}-*"):
+                        shutil.rmtree(folder, ignore_errors=True)
+                    file.unlink(missing_ok=True)
+
+
+def _is_own_file(file: Path) -> bool:
+    """Return whether it is a regular file of this user: in a shared folder, another user's link may lead anywhere."""
+    found = file.lstat()
+    return stat.S_ISREG(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())

@@ -1,4 +1,4 @@
-"""The bar of a pass, for whoever runs one. tqdm is imported when it is shown."""
+"""The progress bar of a pass. tqdm is imported only when one is shown."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show how many samples are done; yield what is to be told: samples done, samples in all.
+    """Show a bar of samples; yield the callback that moves it: `progress(done, total)`.
 
-    `disable`: None shows it on a terminal only.
+    `disable`: None shows the bar on a terminal only.
     """
     from tqdm import tqdm
 

@@ -1,10 +1,10 @@
-"""Temporary folders: none outlives its run for long, and nothing is removed that is not our own."""
+"""Files are written whole or not at all; no temporary folder outlives its run for long, and no other is removed."""
 
 from pathlib import Path
 
 import pytest
 
-from pytest_qsa.common.scratch import Scratch
+from pytest_qsa.common import Scratch, write_atomically
 
 
 @pytest.fixture
@@ -63,3 +63,17 @@ def test_what_another_user_has_left_is_not_ours(home, monkeypatch):
     monkeypatch.setattr("os.getuid", lambda: 12345)
     with Scratch("qsa-offload"):
         assert theirs.is_dir()
+
+
+def test_a_file_is_written_with_its_folders_and_readable_for_all(tmp_path):
+    write_atomically(tmp_path / "a/b.txt", "é")
+    assert (tmp_path / "a/b.txt").read_bytes() == "é".encode()
+    assert (tmp_path / "a/b.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a.txt", b"old")
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_atomically(tmp_path / "a.txt", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.txt", b"old")]

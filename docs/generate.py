@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from rooms import rooms_picture, rooms_table
+
 from pytest_qsa.metrics import METRICS, Metric
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,24 @@ def _plain(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+@generates("docs/rooms.svg")
+def rooms_drawing(text: str) -> str:
+    """Draw the rooms of the package in the order of the contracts."""
+    return rooms_picture()
+
+
+@generates("docs/architecture.md")
+def architecture_page(text: str) -> str:
+    """List the rooms of the engine."""
+    return between(text, "engine", rooms_table("engine", "pytest_qsa.engine"))
+
+
+@generates("CONTRIBUTING.md")
+def contributing_page(text: str) -> str:
+    """List the rooms of the package."""
+    return between(text, "rooms", rooms_table("rooms"))
 
 
 def main(check: bool) -> int:

@@ -1,4 +1,4 @@
-"""The pytest plugin: hooks and fixtures, nothing else. It imports nothing heavy; a run without a gate pays nothing."""
+"""The hooks and fixtures of the pytest plugin. It imports nothing heavy; a run without a gate pays nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass leaves: statistics, numbers of each site, the capture and its file, merging, the cache. numpy only."""
+"""What a pass leaves: statistics, the numbers of each site, the capture file, merging, the cache."""
 
 import lazy_loader
 

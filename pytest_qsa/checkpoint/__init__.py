@@ -1,4 +1,4 @@
-"""Static checks: what the files of a checkpoint say, before any forward. numpy only; neither torch nor a model."""
+"""The files of a checkpoint, read without torch: tensors, quantization formats, static checks."""
 
 import lazy_loader
 

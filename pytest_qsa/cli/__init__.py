@@ -1,4 +1,4 @@
-"""The program `qsa`; also `python -m pytest_qsa`. Each command is a module here with one function `run`."""
+"""The commands of `qsa`: arguments and printing. `python -m pytest_qsa` is the same program."""
 
 from __future__ import annotations
 

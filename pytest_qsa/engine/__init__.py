@@ -1,4 +1,4 @@
-"""The engine: the only room that imports torch, loads a model and runs it."""
+"""Loads a model and runs its one pass; the only room that imports torch."""
 
 import lazy_loader
 

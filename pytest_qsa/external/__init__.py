@@ -1,4 +1,4 @@
-"""Evals as evidence: what another program has measured, read from its file. Neither torch nor a model."""
+"""Numbers that other programs measured: evals, read from their files, and models that a server runs."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The gate of one pytest session: options, collection, planning, fixtures and reports."""
+"""A pytest session with gates: options, collection, the plan of the passes, fixtures, report hooks."""
 
 import lazy_loader
 

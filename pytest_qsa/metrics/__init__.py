@@ -1,4 +1,4 @@
-"""Capture → one number per layer: the registry of metrics, `Series` and `Selection`. numpy only."""
+"""From a capture to one number per layer: the registry of metrics, `Series`, `Selection`. It needs numpy alone."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The report: verdicts in the terminal, as a page, as plots, for CI services and as JSON."""
+"""Verdicts drawn: in the terminal, as a page, as plots, for CI services and as JSON."""
 
 import lazy_loader
 

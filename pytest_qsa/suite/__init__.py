@@ -1,4 +1,4 @@
-"""The suite: what a user writes, typed, validated, and traced to its line."""
+"""What a user writes, typed, validated and traced to its line; and the subject that it stands for."""
 
 import lazy_loader
 

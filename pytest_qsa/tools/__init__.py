@@ -1,4 +1,4 @@
-"""What `qsa` does beside gating, a room a tool."""
+"""What the commands of `qsa` do beside gating: analyze, diff, calibrate, selftest, plan, draft."""
 
 import lazy_loader
 

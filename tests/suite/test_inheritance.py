@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.suite import load_suite
+from pytest_qsa.common import SuiteError
+from pytest_qsa.suite import load_suite, read_suite
 from support.projects import Project, peaks
 
 BASE = """\
@@ -133,6 +133,77 @@ def test_an_assertion_and_its_bound_stand_in_the_files_that_say_them(extending):
     assert place(file, "drift") == ("one.qsa.yaml", 3)
     assert place(file, "drift", ("max",)) == ("one.qsa.yaml", 4)
     assert place(file, "drift", ("baseline",)) == ("w8a8.qsa.yaml", 9)
+
+
+MERGED = {
+    # case: (what the base says, what the suite says, what both say together)
+    "a key that only the base has": ("data: {a: 1}", "model: {b: 2}", {"data": {"a": 1}, "model": {"b": 2}}),
+    "a key that both have": ("data: {seed: 1, seq_len: 8}", "data: {seed: 2}", {"data": {"seed": 2, "seq_len": 8}}),
+    "an order": ("data: {a: 1, b: 2}", "data: {b: 3, c: 4}", {"data": {"b": 3, "c": 4, "a": 1}}),
+    "a mapping of mappings": ("x: {y: {a: 1, b: 2}}", "x: {y: {b: 3}}", {"x": {"y": {"b": 3, "a": 1}}}),
+    "a list": ("x: {y: [1, 2, 3]}", "x: {y: [4]}", {"x": {"y": [4]}}),
+    "a list by a mapping": ("x: {y: [1, 2]}", "x: {y: {a: 1}}", {"x": {"y": {"a": 1}}}),
+    "a mapping by a number": ("x: {y: {a: 1}}", "x: {y: 3}", {"x": {"y": 3}}),
+    "a number by a mapping": ("x: {y: 3}", "x: {y: {a: 1}}", {"x": {"y": {"a": 1}}}),
+    "null takes out a key": ("x: {y: 1, z: 2}", "x: {y: null}", {"x": {"z": 2}}),
+    "null takes out a section": ("x: {y: 1}\nz: 2", "x: null", {"z": 2}),
+    "null of the suite's own stays": ("x: {y: 1}", "x: {z: null}", {"x": {"z": None, "y": 1}}),
+    "null of the base is said again": ("x: {y: null}", "x: {y: 1}", {"x": {"y": 1}}),
+    "assertions by id": (
+        "assertions: [{id: a, max: 1}, {id: b, max: 2}]", "assertions: [{id: c, max: 3}, {id: b, min: 0}]",
+        {"assertions": [{"id": "a", "max": 1}, {"id": "b", "min": 0, "max": 2}, {"id": "c", "max": 3}]},
+    ),
+    "assertions in a mapping": (
+        "assertions: {a: {max: 1}, 7: {max: 2}}", "assertions: {7: {max: 3}}",
+        {"assertions": [{"id": "a", "max": 1}, {"id": "7", "max": 3}]},
+    ),
+    "a list over a mapping of assertions": (
+        "assertions: {a: {max: 1}}", "assertions: [{id: a, max: 2}]", {"assertions": [{"id": "a", "max": 2}]},
+    ),
+    "an assertion taken out": (
+        "assertions: [{id: a, max: 1}, {id: b}]", "assertions: {a: null}", {"assertions": [{"id": "b"}]},
+    ),
+    "a number that is an id": (
+        "assertions: [{id: 1, max: 1}]", "assertions: [{id: '1', max: 2}]", {"assertions": [{"id": "1", "max": 2}]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_suite_is_laid_over_its_base(write, case):
+    base, own, both = MERGED[case]
+    write("base.yaml", base + "\n")
+    found = read_suite(write("own.yaml", f"extends: base.yaml\n{own}\n")).data
+    assert found.pop("extends") == "base.yaml"
+    assert found == both
+    assert all(list(found[key]) == list(both[key]) for key in both if isinstance(both[key], dict))
+
+
+PATHS = {
+    # case: (what the base in ../base says, what is then said in own/)
+    "a folder that is there": ("model: {path: here}", {"model": {"path": "../base/here"}}),
+    "a name of a hub": ("model: {path: org/name}", {"model": {"path": "org/name"}}),
+    "the reference and the last release": (
+        "model: {reference: here, previous: here}",
+        {"model": {"reference": "../base/here", "previous": "../base/here"}},
+    ),
+    "a text of one's own": ("data: {source: 'custom:a.txt'}", {"data": {"source": "custom:../base/a.txt"}}),
+    "a built-in text": ("data: {source: sample}", {"data": {"source": "sample"}}),
+    "files of assertions": (
+        "assertions: [{id: a, file: evals/a.json, reference: b.json}]",
+        {"assertions": [{"id": "a", "file": "../base/evals/a.json", "reference": "../base/b.json"}]},
+    ),
+    "files of defaults": ("defaults: {file: a.json}", {"defaults": {"file": "../base/a.json"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_a_path_of_a_base_leads_to_the_same_file_from_the_suite(write, case):
+    base, seen = PATHS[case]
+    write("base/here/config.json", "{}")
+    write("base/base.yaml", base + "\n")
+    found = read_suite(write("own/own.yaml", "extends: ../base/base.yaml\n")).data
+    assert {key: found[key] for key in seen} == seen
 
 
 @pytest.mark.parametrize(

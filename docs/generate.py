@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rooms import rooms_picture, rooms_table
 
+from pytest_qsa.cli import COMMANDS
 from pytest_qsa.metrics import METRICS, Metric
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,20 @@ def _plain(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+@generates("docs/commands.md")
+def commands_page(text: str) -> str:
+    """List the commands, each with its help and the page that shows most of it."""
+    pages = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+    del pages["commands.md"]
+    rows = ["| command | what it does | more |", "|---|---|---|"]
+    for name, what in COMMANDS.items():
+        shown = {page: len(re.findall(rf"^\$ qsa {name}\b", content, re.MULTILINE)) for page, content in pages.items()}
+        page = max(shown, key=shown.__getitem__)
+        title = pages[page].partition("\n")[0].removeprefix("# ")
+        rows.append(f"| `qsa {name}` | {what} | {f'[{title}]({page})' if shown[page] else ''} |")
+    return between(text, "commands", "\n".join(rows))
 
 
 @generates("docs/rooms.svg")

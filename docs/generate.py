@@ -16,6 +16,7 @@ from rooms import rooms_picture, rooms_table
 
 from pytest_qsa.cli import COMMANDS
 from pytest_qsa.metrics import METRICS, Metric
+from pytest_qsa.tools import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATORS: dict[str, Callable[[str], str]] = {}
@@ -80,6 +81,17 @@ def commands_page(text: str) -> str:
         title = pages[page].partition("\n")[0].removeprefix("# ")
         rows.append(f"| `qsa {name}` | {what} | {f'[{title}]({page})' if shown[page] else ''} |")
     return between(text, "commands", "\n".join(rows))
+
+
+@generates("docs/selftest.md")
+def selftest_page(text: str) -> str:
+    """List the faults of the selftest with the strengths that it tries."""
+    rows = ["| fault | what it does | default, strongest |", "|---|---|---|"]
+    for fault in FAULTS.values():
+        strengths = ", ".join(f"{strength:g}" for strength in sorted({fault.default, fault.strongest}))
+        counted = f"all {fault.unit}" if fault.unit.startswith("of ") else f"{strengths} {fault.unit}"
+        rows.append(f"| `{fault.name}` | {fault.text.removesuffix('.')} | {counted if fault.graded else ''} |")
+    return between(text, "faults", "\n".join(rows))
 
 
 @generates("docs/rooms.svg")

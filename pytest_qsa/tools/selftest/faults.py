@@ -147,7 +147,7 @@ def zero_scale(mutant: Mutant, layer: str, strength: float) -> None:
 
 @_fault(_quantized, "scales", default=1.0, strongest=256.0, whole=True)
 def nan_scale(mutant: Mutant, layer: str, strength: float) -> None:
-    """NaN in a scale."""
+    """The scale of one group (of one channel, without groups) NaN."""
     _one_scale(mutant, layer, float("nan"), int(strength))
 
 
@@ -159,7 +159,7 @@ def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
 
 @_fault(_quantized, "of the rows")
 def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
-    """The packed weights of one layer constant."""
+    """The rows of one layer's weight one code throughout."""
     name = _codes_name(mutant.source, layer)
     codes = mutant.raw(name)
     codes[_rows(len(codes), strength)] = codes.flat[0] or 1
@@ -168,7 +168,7 @@ def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
 
 @_fault(_packed, "of the rows")
 def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
-    """The two 4-bit halves of each byte swapped."""
+    """The two 4-bit halves of each byte swapped (4-bit checkpoints)."""
     name = _codes_name(mutant.source, layer)
     codes = mutant.raw(name)
     rows = _rows(len(codes), strength)
@@ -231,7 +231,7 @@ def _added(words: NDArray[np.uint32], step: int) -> NDArray[np.uint32]:
 
 @_fault(_whole_codes)
 def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
-    """One layer left unquantized: its weight in 16 bits, its scales gone."""
+    """One layer left unquantized: its weight in 16 bits, its scales gone (8-bit checkpoints)."""
     name, scale = _codes_name(mutant.source, layer), _scale_name(mutant.source, layer)
     mutant.replace(name, "BF16", mutant.values(name) * mutant.values(scale))
     mutant.drop(scale)
@@ -286,7 +286,7 @@ def _experts(folder: Folder) -> list[str]:
 
 @_fault(_experts, "of the rows")
 def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
-    """The weight of one expert random, as a loader leaves what it can't map."""
+    """The weight of one expert random, as a loader leaves what it can't map (mixtures of experts)."""
     parts = mutant.source.layers[layer]
     tensor = codes_of(parts) or next(t for t in parts.values() if len(t.shape) >= 2)
     raw = mutant.raw(tensor.name)
@@ -348,7 +348,7 @@ def _signed(folder: Folder) -> list[str]:
 
 @_fault(_signed, "of the rows")
 def signs_lost(mutant: Mutant, layer: str, strength: float) -> None:
-    """The signs of one layer's weights lost."""
+    """The signs of one layer's weights lost (8-bit checkpoints)."""
     name = _codes_name(mutant.source, layer)
     raw = mutant.raw(name)
     rows = _rows(len(raw), strength)

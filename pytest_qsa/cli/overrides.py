@@ -76,7 +76,8 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]
         if inner is not None:
             yield from _keys(inner, key)
             continue
-        default = "" if field.default is None else f"default: {_written(field.get_default())}"
+        stated = not field.is_required() and field.default is not None
+        default = f"default: {_written(field.get_default())}" if stated else ""
         text = "; ".join(part for part in (field.description, default) if part)
         yield key, _shown(field.annotation), text.replace("%", "%%")
 

@@ -29,6 +29,21 @@ from .numbers import (
     renumbered as renumbered,
 )
 from .partial import PartialSums as PartialSums
+from .provenance import (
+    FLOAT as FLOAT,
+    UNKNOWN_MODEL as UNKNOWN_MODEL,
+    UNKNOWN_RUN as UNKNOWN_RUN,
+    DataProvenance as DataProvenance,
+    ExecutedModules as ExecutedModules,
+    Execution as Execution,
+    FilesProvenance as FilesProvenance,
+    ModelProvenance as ModelProvenance,
+    Provenance as Provenance,
+    SampleRange as SampleRange,
+    ServedProvenance as ServedProvenance,
+    module_count as module_count,
+    since_text as since_text,
+)
 from .sinks import Sinks as Sinks, find_sinks as find_sinks
 from .statistics import (
     AGREEMENT as AGREEMENT,

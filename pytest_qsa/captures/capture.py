@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..common import InfraError, write_atomically
 from .numbers import SiteNumbers
+from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
 from .statistics import LOGITS, Request, Site, match_layers
 
@@ -37,7 +38,7 @@ class Capture:
     `sites`: (layer, site) → numbers, in model order; sites that read the same tensor share one `SiteNumbers`.
     `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
     `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
-    `meta`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
+    `provenance`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
     `plan`: what was asked for when it was made.
     `schemes`: quantized layer → its scheme (`w8a8_int`), in model order; None where nothing says how it is quantized.
     `reference`: the numbers that the same pass left of the reference, which saw the same tokens.
@@ -48,10 +49,15 @@ class Capture:
     blocks: tuple[str, ...] = ()
     tokens: tuple[NDArray[np.int32], ...] = ()
     pieces: Mapping[int, str] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = UNKNOWN_RUN
     plan: tuple[Request, ...] = ()
     schemes: Mapping[str, str] | None = None
     reference: Capture | None = None
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """The provenance as the capture's file holds it."""
+        return self.provenance.plain()
 
     @cached_property
     def sinks(self) -> Sinks:
@@ -131,7 +137,7 @@ class Capture:
             theirs, reference = self.reference._split()
             arrays |= {f"{REFERENCE}{name}": array for name, array in theirs.items()}
         return arrays, {
-            "meta": dict(self.meta),
+            "meta": self.provenance.plain(),
             "modules": list(self.modules),
             "blocks": list(self.blocks),
             "pieces": {str(token): piece for token, piece in self.pieces.items()},
@@ -176,7 +182,7 @@ class Capture:
             blocks=tuple(header["blocks"]),
             tokens=tuple(tokens),
             pieces={int(token): piece for token, piece in header["pieces"].items()},
-            meta=header["meta"],
+            provenance=Provenance.of(header["meta"]),
             schemes=header.get("schemes"),
             plan=tuple(Request(p, site, exclude, frozenset(stats)) for p, site, exclude, stats in header["plan"]),
             reference=cls._joined(theirs, header["reference"]) if header.get("reference") else None,

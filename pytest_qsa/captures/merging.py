@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..common import InfraError
 from .capture import Capture
 from .numbers import Merge, SiteNumbers
+from .provenance import Provenance, SampleRange
 from .statistics import SITES
 
 Array = NDArray[Any]
@@ -26,8 +27,8 @@ COUNTED = (("bins", "counts"), ("signed_bins", "signed_counts"), ("channel_bins"
 def merge(captures: Sequence[Capture]) -> Capture:
     """Merge captures of one subject over disjoint samples.
 
-    Captures that say which samples they hold (`meta["samples"]`: first, end, how many there are in all) are put in
-    that order, others stay in the given one.
+    Captures that say which samples they hold (`provenance.samples`) are put in that order, others stay in the given
+    one.
 
     Raises:
         InfraError: they are not of one subject and one plan, or their samples overlap.
@@ -53,7 +54,7 @@ def merge(captures: Sequence[Capture]) -> Capture:
         sites=sites,
         tokens=tuple(ids for capture in ordered for ids in capture.tokens),
         pieces=dict(sorted(pieces.items())),
-        meta=_meta(ordered),
+        provenance=_provenance(ordered),
         reference=_merged_references(ordered),
     )
 
@@ -64,12 +65,12 @@ def _merged_references(captures: Sequence[Capture]) -> Capture | None:
     if any(reference is None for reference in kept):
         return None
     placed = [
-        replace(reference, meta={**reference.meta, **{k: v for k, v in capture.meta.items() if k == "samples"}})
+        replace(reference, provenance=replace(reference.provenance, samples=capture.provenance.samples))
         for reference, capture in zip(kept, captures, strict=True)
         if reference is not None
     ]
     merged = merge(placed)
-    return replace(merged, meta={name: value for name, value in merged.meta.items() if name != "samples"})
+    return replace(merged, provenance=replace(merged.provenance, samples=None))
 
 
 def _known(merged: SiteNumbers, others: list[SiteNumbers]) -> SiteNumbers:
@@ -93,16 +94,23 @@ def _equal(one: SiteNumbers, other: SiteNumbers) -> bool:
 
 
 def _in_order(captures: Sequence[Capture]) -> list[Capture]:
-    if not all("samples" in capture.meta for capture in captures):
+    ranges = _ranges(captures)
+    if ranges is None:
         return list(captures)
-    ordered = sorted(captures, key=lambda capture: tuple(capture.meta["samples"]))
-    for before, after in pairwise(ordered):
-        (first, end, _), (start, stop, _) = before.meta["samples"], after.meta["samples"]
+    ordered = [captures[index] for index in sorted(range(len(captures)), key=ranges.__getitem__)]
+    for (first, end, _), (start, stop, _) in pairwise(sorted(ranges)):
         if start < end:
             raise InfraError(f"the captures overlap: one holds the samples {first}:{end}, another {start}:{stop}")
         if start > end:
             raise InfraError(f"the samples {end}:{start} are in none of the captures")
     return ordered
+
+
+def _ranges(captures: Sequence[Capture]) -> list[SampleRange] | None:
+    """Return the samples that each capture holds; None where one does not say it."""
+    ranges = [capture.provenance.samples for capture in captures]
+    known = [each for each in ranges if each is not None]
+    return known if len(known) == len(ranges) else None
 
 
 def _check(captures: Sequence[Capture]) -> None:
@@ -111,35 +119,34 @@ def _check(captures: Sequence[Capture]) -> None:
         for name in ("modules", "blocks", "plan"):
             if getattr(capture, name) != getattr(first, name):
                 raise InfraError(f"the captures are not of one subject and one plan: their {name} differ")
-        if differing := _differing(first.meta, capture.meta):
+        if differing := _differing(first.provenance, capture.provenance):
             raise InfraError(f"the captures are not of one subject and its data: their {differing} differ")
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _differing(one: Provenance, other: Provenance) -> str:
     """Name what differs between two subjects; where a checkpoint lay does not matter."""
-    if one.get("data") != other.get("data"):
+    if one.data != other.data:
         return "data"
-    models = [dict(meta.get("model", {})) for meta in (one, other)]
-    names = sorted({name for model in models for name in model} - {"path"})
-    return ", ".join(name for name in names if models[0].get(name) != models[1].get(name))
+    ours, theirs = one.model.plain(), other.model.plain()
+    names = sorted({*ours, *theirs} - {"path"})
+    return ", ".join(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def _offsets(captures: Sequence[Capture]) -> list[int]:
     """Return what is to be added to the sample numbers of each capture."""
-    if all("samples" in capture.meta for capture in captures):
-        return [capture.meta["samples"][0] - captures[0].meta["samples"][0] for capture in captures]
+    if ranges := _ranges(captures):
+        return [each.first - ranges[0].first for each in ranges]
     counts = [max((int(n.sample.max()) + 1 for n in c.sites.values() if n.populations), default=0) for c in captures]
     counts = [max(count, len(capture.tokens)) for count, capture in zip(counts, captures, strict=True)]
     return [sum(counts[:index]) for index in range(len(counts))]
 
 
-def _meta(captures: Sequence[Capture]) -> dict[str, Any]:
-    meta = {name: value for name, value in captures[0].meta.items() if name != "samples"}
-    if "samples" not in captures[0].meta:
-        return meta
-    first, _, total = captures[0].meta["samples"]
-    end = captures[-1].meta["samples"][1]
-    return meta if (first, end) == (0, total) else {**meta, "samples": [first, end, total]}
+def _provenance(captures: Sequence[Capture]) -> Provenance:
+    provenance, ranges = captures[0].provenance, _ranges(captures)
+    if ranges is None:
+        return replace(provenance, samples=None)
+    joined = SampleRange(ranges[0].first, ranges[-1].end, ranges[0].total)
+    return replace(provenance, samples=None if (joined.first, joined.end) == (0, joined.total) else joined)
 
 
 def _sites(captures: Sequence[Capture]) -> list[Any]:

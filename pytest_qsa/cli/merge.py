@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     merged = merge([Capture.load(path) for path in options.captures])
     keep(merged, options.output)
-    held = merged.meta.get("samples")
-    missing = f", samples {held[0]}:{held[1]} of {held[2]}" if held else ""
+    held = merged.provenance.samples
+    missing = f", samples {held.first}:{held.end} of {held.total}" if held else ""
     print(f"{shown_path(options.output)}: {len(options.captures)} captures merged{missing}")
     return OK

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..captures import STORED, Capture, PartialSums, Request, compares, merge
+from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
 from ..common import AnomalyError, InfraError
 from ..suite import (
     FileHashes,
@@ -31,7 +31,7 @@ from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.gguf_tokenizer import compare_gguf_tokens
-from .load.models import Loaded, describe, load_model
+from .load.models import Loaded, load_model, provenance_of
 from .load.quiet import quiet
 from .load.tokenizer import decoder_of, tokenizer_identity
 from .modules import device_of, layers_of
@@ -149,9 +149,9 @@ def keep_subject(
                 loaded.model, every, requests, keep, lambda head: located_head(head, subject.path, revision, beside),
                 stream=loaded.stream, progress=progress,
             )  # fmt: skip
-        empty = Capture({}, meta=_meta(subject, loaded, every, own_batches=False))
-        meta = identified(empty, subject, FileHashes(None)).meta
-        return replace(kept, content=replace(kept.content, meta=meta))
+        empty = Capture({}, provenance=_provenance(subject, loaded, every, own_batches=False))
+        provenance = identified(empty, subject, FileHashes(None)).provenance
+        return replace(kept, content=replace(kept.content, provenance=provenance))
     finally:
         loaded.close()
         del loaded
@@ -199,21 +199,25 @@ def capture_loaded(
     own = selected[share.ranks.share(len(selected))]
     required = subject.model.require.executed_as if subject.model and subject.model.require else ()
     witness = Witness(loaded.model, required=bool(required))
-    meta = _meta(subject, loaded, every, own_batches=batches is not None)
+    provenance = _provenance(subject, loaded, every, own_batches=batches is not None)
     if note:
-        meta["model"]["tokenizer"] = f"{meta['model']['tokenizer']}; {note}"
+        tokenizer = f"{provenance.model.tokenizer}; {note}"
+        provenance = replace(provenance, model=replace(provenance.model, tokenizer=tokenizer))
     stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
-    models = Models(loaded, witness, _beside(loaded, reference, meta), stored)
+    models = Models(loaded, witness, _beside(loaded, reference, provenance), stored)
     capture = share.ranks.gathered(
         lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
     )
-    placed = {name: value for name, value in capture.meta.items() if name == "samples"}
     if capture.reference is not None and isinstance(reference, Loaded):
-        theirs = {**describe(reference.model), "path": reference_of(subject).path if subject.model else ""}
-        capture = replace(capture, reference=replace(capture.reference, meta={"model": theirs}))
-    execution = {"execution": witness.testimony(stored_quantized(subject))}
-    unmatched = {"unmatched": stored.unmatched} if stored and stored.unmatched else {}
-    return replace(capture, meta=meta | execution | unmatched | placed, schemes=schemes_of(loaded.model))
+        theirs = provenance_of(reference.model, reference_of(subject).path if subject.model else "")
+        capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
+    provenance = replace(
+        provenance,
+        execution=witness.execution(stored_quantized(subject)),
+        unmatched=tuple(stored.unmatched) if stored else (),
+        samples=capture.provenance.samples,
+    )
+    return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model))
 
 
 def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
@@ -225,11 +229,11 @@ def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
     return StoredWeights(files_of(subject), layers_of(loaded.model))
 
 
-def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, meta: Mapping[str, Any]) -> Beside | None:
-    """Return what stands beside the subject. `meta`: the subject's, which may explain why samples differ."""
+def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, provenance: Provenance) -> Beside | None:
+    """Return what stands beside the subject. `provenance`: the subject's, which may explain why samples differ."""
     if isinstance(reference, KeptFile):
         device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
-        return KeptPartner(reference, device, reference.origin(meta))
+        return KeptPartner(reference, device, reference.origin(provenance))
     return Partner(reference.model, reference.stream) if reference is not None else None
 
 
@@ -262,13 +266,14 @@ def _part(
     """Run some of all batches, from where an earlier run was stopped on."""
     first, end, total = starts[own.start], starts[own.stop], starts[-1]
     done = sums.load(requests) if sums else None
-    position = done.meta["samples"][1] if done else first
-    if done is None or done.meta["samples"][0] != first or position not in starts or not first < position < end:
+    held = done.provenance.samples if done else None
+    position = held.end if held else first
+    if held is None or held.first != first or position not in starts or not first < position < end:
         done, position = None, first
     rest = every[starts.index(position) : own.stop]
 
     def placed(capture: Capture, to: int) -> Capture:
-        part = replace(capture, meta={"samples": [position, to, total]})
+        part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
         return merge([done, part]) if done else part
 
     def keep(make: Callable[[], Capture], count: int) -> None:
@@ -282,8 +287,8 @@ def _part(
     capture = placed(_run(models, rest, requests, told, position, keep), end)
     if sums is not None:
         sums.discard()
-    whole = (first, end) == (0, total)
-    return replace(capture, meta={} if whole else {"samples": [first, end, total]})
+    samples = None if (first, end) == (0, total) else SampleRange(first, end, total)
+    return replace(capture, provenance=Provenance(samples=samples))
 
 
 def _run(
@@ -346,20 +351,16 @@ def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
     return batches_of(subject.data, loaded.tokenizer, subject.folder, getattr(loaded.model, "config", None))
 
 
-def _meta(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> dict[str, Any]:
+def _provenance(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> Provenance:
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
     folder = local_folder(subject)
     fetched = folder is not None and not Path(subject.path).is_dir()
-    revision = {"revision": folder.name} if folder is not None and fetched else {}  # the hub's cache names it so
-    return {
-        "model": {
-            "path": subject.path,
-            **revision,
-            **describe(loaded.model),
-            "tokenizer": tokenizer_identity(loaded.tokenizer),
-        },
-        "data": {**data, "fingerprint": fingerprint(batches)},
-    }
+    model = replace(
+        provenance_of(loaded.model, subject.path),
+        revision=folder.name if folder is not None and fetched else None,  # the hub's cache names the folder so
+        tokenizer=tokenizer_identity(loaded.tokenizer),
+    )
+    return Provenance(model, DataProvenance.of({**data, "fingerprint": fingerprint(batches)}))
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ..captures import Capture
+from ..captures import Capture, ModelProvenance
 from ..checkpoint import Files, problems_of
 from ..common import QsaError, QsaWarning, SuiteError
 from ..metrics import Series, blamed
@@ -124,7 +123,7 @@ def _external(request: pytest.FixtureRequest, assertion: ExternalAssertion, waiv
     subject = gate.subject_of(request.node)
     assert subject is not None
     verdict, budget = judge_scores(assertion, subject.folder, subject.name)
-    verdict = waive(replace(verdict, run={"model": {"path": subject.path}, **verdict.run}))
+    verdict = waive(replace(verdict, run=replace(verdict.run, model=ModelProvenance(subject.path))))
     return verdict, _exceeded(verdict, budget)
 
 
@@ -165,7 +164,7 @@ def _previous(
     assert subject.model.previous is not None
     return previous_values(
         series,
-        capture.meta["data"]["fingerprint"],
+        capture.provenance.data.fingerprint,
         subject.model.previous,
         kept_release(subject, request.node.path),
         assertion.id,
@@ -186,7 +185,7 @@ def _choose_class(request: pytest.FixtureRequest, series: Series, tolerance: Tol
     from ..verdicts import HOME, NAME, name_for_class
 
     stash = request.node.stash
-    made_with, data = _made_with(capture, "device_class"), capture.meta["data"]["fingerprint"]
+    made_with, data = capture.provenance.model, capture.provenance.data.fingerprint
     updating = bool(request.config.getoption("update_snapshots", False))
     shared = stash[HOME] / f"{stash[NAME]}.json"
     stash[NAME] = name_for_class(shared, series, tolerance, data, made_with, updating=updating)
@@ -202,22 +201,11 @@ def against_baseline(
     """
     from ..verdicts import judge_against_baseline
 
-    data = capture.meta["data"]["fingerprint"]
-    return judge_against_baseline(series, tolerance, snapshot, data, _made_with(capture, per))
-
-
-def _made_with(capture: Capture, per: str | None) -> dict[str, object]:
-    """Return what a baseline says of the run that made it."""
-    model = capture.meta["model"]
-    return {
-        "model": _shown_model(model["path"]), "weights": model["weights"], "dtype": model["dtype"],
-        "device": model["device"], **model["versions"], **({per: model[per]} if per else {}),
-    }  # fmt: skip
-
-
-def _shown_model(path: str) -> str:
-    """Return a path without the folders of one machine: baselines are read by everyone."""
-    return Path(path).name if Path(path).is_absolute() else path
+    data = capture.provenance.data.fingerprint
+    made_with = capture.provenance.model
+    if per is None:  # a baseline of all devices names none
+        made_with = replace(made_with, device_class=None)
+    return judge_against_baseline(series, tolerance, snapshot, data, made_with)
 
 
 def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ..captures import COUNTS, Capture, PartialSums, Request
+from ..captures import COUNTS, UNKNOWN_RUN, Capture, ModelProvenance, PartialSums, Provenance, Request
 from ..checkpoint import Files
 from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar, shown_path
 from ..metrics import METRICS
@@ -33,7 +33,16 @@ from ..suite import (
     load_suite,
     previous_of,
 )
-from ..verdicts import Kind, Verdict, beside_reference, diagnosed, kept_release, run_of, sinks_behind, token_evidence
+from ..verdicts import (
+    Kind,
+    Verdict,
+    beside_reference,
+    diagnosed,
+    kept_release,
+    provenance_of,
+    sinks_behind,
+    token_evidence,
+)
 from ._compat import fixture_source
 from .collection import QsaSuite
 from .needs import requests_of
@@ -104,7 +113,7 @@ class Gate:
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
         capture = self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
         if subject.model is not None:
-            check_execution(capture.meta, subject.model)
+            check_execution(capture.provenance.execution, subject.model)
         return capture
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
@@ -236,7 +245,7 @@ class Gate:
     @staticmethod
     def _warn_unpinned(request: pytest.FixtureRequest, subject: Subject, capture: Capture) -> None:
         """Warn of a hub id without a revision: it names other weights whenever their author pushes."""
-        commit = capture.meta["model"].get("revision")
+        commit = capture.provenance.model.revision
         if commit and subject.model and subject.model.revision in (None, "main") and not Path(subject.path).is_dir():
             request.node.warn(
                 QsaWarning(f"{subject.path} may be other weights tomorrow: pin what ran with model.revision: {commit}")
@@ -264,14 +273,15 @@ class Gate:
             verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
         )  # fmt: skip
         if capture is None and subject is not None:
-            verdict = replace(verdict, run=verdict.run or {"model": {"path": subject.path}})
+            if verdict.run == UNKNOWN_RUN:
+                verdict = replace(verdict, run=Provenance(ModelProvenance(subject.path)))
             if verdict.rows and self._reported(verdict):
                 verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
         if capture is not None:
             verdict = diagnosed(verdict, capture, partial(self.files_of, request), self._origins)
             capture = capture.redacted() if self.options.redact else capture
             verdict = beside_reference(verdict, capture)
-            verdict = replace(verdict, run=run_of(capture), sinks=sinks_behind(capture, verdict.query).summary())
+            verdict = replace(verdict, run=provenance_of(capture), sinks=sinks_behind(capture, verdict.query).summary())
             if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
                 layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
                 layers = (

@@ -243,7 +243,7 @@ class Reporter:
             terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
 
     def _summarize(self, terminalreporter: Any) -> None:
-        from ..suite import executed_as
+        from ..captures import Provenance
 
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)
@@ -252,7 +252,8 @@ class Reporter:
         text += f", {len(failed)} fail ({kinds})" if failed else ""
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
-        for subject, how in sorted({(result["subject"], executed_as(result["run"])) for result in self.results}):
+        runs = {(result["subject"], Provenance.of(result["run"]).executed_as) for result in self.results}
+        for subject, how in sorted(runs):
             if how:
                 terminalreporter.write_line(f"{subject} was executed as {how}")
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]

@@ -272,7 +272,7 @@ class Selection:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
         if not self.capture.covers([Request(self.pattern, self.site, self.exclude, needs)]):
             raise NotMeasuredError("the capture holds nothing of what is in the checkpoint's files")
-        if unmatched := self.capture.meta.get("unmatched"):
+        if unmatched := self.capture.provenance.unmatched:
             more = f" (and {len(unmatched) - 1} more)" if unmatched[1:] else ""
             raise AnomalyError(
                 f"the files hold {unmatched[0]}{more} quantized, and the loaded model has no weight of its own for it, "
@@ -327,7 +327,7 @@ class Selection:
         reference = self.capture.reference
         if reference is None or not METRICS[query.metric].against:
             return View(numbers, self.site, where, self.capture.sinks, layer)
-        theirs, sampled = reference.sites.get((layer, self.site)), reference.meta.get("rows") is not None
+        theirs, sampled = reference.sites.get((layer, self.site)), reference.provenance.rows is not None
         return View(numbers, self.site, where, reference.sinks, layer, theirs, sampled)
 
     def _series(self, query: Query, results: Mapping[str, Any]) -> Series:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..suite import executed_as
+from ..captures import Provenance
 from .html import flattened, render
 from .page_layers import is_out, layer_table
 
@@ -29,26 +29,6 @@ _POSITIONS = {
     "no_sink": "positions without the attention sinks",
     "sink": "the attention sinks only",
 }  # fmt: skip
-_FACTS = {
-    "Model": ("path", "model"),
-    "Served": ("served",),
-    "Weights": ("weights", "sha256", "weights_sha256"),
-    "Reference": ("reference.path", "reference.class"),
-    "Its weights": ("reference.weights",),
-    "Class": ("class",),
-    "Tokenizer": ("tokenizer",),
-    "Dtype": ("dtype",),
-    "Device": ("device",),
-    "Executed as": ("executed_as",),
-    "Attention": ("attention", "attn_implementation"),
-    "Data": ("source",),
-    "Samples": ("num_samples", "samples"),
-    "Tokens a sample": ("seq_len",),
-    "Tokens": ("fingerprint", "tokens", "tokens_sha256"),
-}
-"""What a reader asks first → the keys of a run that may answer it: the last word of one, or all of it with its dots."""
-
-
 _COLUMNS = ("low", "high", "baseline", "reference", "excess", "used")
 _EMPTY: dict[str, Any] = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
@@ -166,13 +146,12 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
     found: dict[str, dict[str, Any]] = {}
     for card in cards:
-        run = card["run"]
-        flat = {key: text for key, text in flattened(run) if not key.startswith(("evals.", "execution."))}
-        if how := executed_as(run):
-            flat["model.executed_as"] = how
-        empty = {"name": card["subject"], "all": flat, "cards": 0, "failed": 0}
+        provenance = Provenance.of(card["run"])
+        flat = {key: text for key, text in flattened(card["run"]) if not key.startswith(("evals.", "execution."))}
+        if provenance.execution:
+            flat["model.executed_as"] = provenance.executed_as
+        empty = {"name": card["subject"], "all": flat, "facts": provenance.facts(), "cards": 0, "failed": 0}
         entry = found.setdefault(repr((card["subject"], flat)), empty)
-        entry["facts"] = main_facts(flat)
         entry["cards"] += 1
         entry["failed"] += card["failed"]
 
@@ -191,15 +170,3 @@ def subjects_of(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             whole["failed"] += entry["failed"]
     told = {entry["name"] for entry in entries if entry["all"]}
     return [entry for entry in entries if entry["all"] or entry["name"] not in told]
-
-
-def main_facts(flat: Mapping[str, str]) -> dict[str, str]:
-    """Pick what a reader asks first from a run's provenance."""
-    own = {key: text for key, text in flat.items() if not key.startswith("reference.")}
-    facts = {}
-    for label, names in _FACTS.items():
-        short = [text for name in names for key, text in own.items() if key.rpartition(".")[2] == name]
-        known = [flat[name] for name in names if "." in name and name in flat] + short
-        if told := [text for text in known if text not in ("", "None", "unknown")]:
-            facts[label] = told[0]
-    return facts

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 from ..checkpoint import Finding
-from ..common import number, short_hash, shown_path, text_table, visible
-from ..suite import executed_as
+from ..common import number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
 
 MOST_ROWS = 8
@@ -58,7 +55,7 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
             else None,
         ),
         *verdict.origin.items(),
-        ("ran", ran(verdict)),
+        ("ran", verdict.run.summary(verdict.subject)),
         ("since", verdict.since),
         ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
         *(("waiver", str(use)) for use in verdict.waivers),
@@ -120,44 +117,3 @@ def token_line(token: TokenEvidence) -> str:
 def part_of_error(share: float | None) -> str:
     """Write a token's share of the error, where it is known: `31.4 % of the error, `."""
     return "" if share is None else f"{100 * share:.1f} % of the error, "
-
-
-def ran(verdict: Verdict) -> str:
-    """Write in one line what was run: the checkpoint and its hash, class, dtype, device, tokens."""
-    if not verdict.run:
-        return ""
-    model: dict[str, Any] = dict(verdict.run.get("model") or {})
-    data: dict[str, Any] = dict(verdict.run.get("data") or {})
-    parts = [verdict.subject]
-    if model.get("path"):
-        parts[0] += f": {_place(model['path'])}"
-    if model.get("weights"):
-        parts[0] += f" ({short_hash(model['weights'])})"
-    if "tensors" in model:
-        files = f"{model['files']} file{'s' if model['files'] > 1 else ''}"
-        parts.append(f"{model['tensors']} tensors in {files}, {model['quantization']}; no forward")
-    if evals := verdict.run.get("evals"):
-        parts.append(", ".join(f"{word} {text}" for word, text in evals.items()))
-    if model.get("served"):
-        parts.append(f"{model['served']}, {model['logprobs']} logprobs of each position")
-    if model.get("class"):
-        how = executed_as(verdict.run)
-        parts.append(
-            f"{model['class']} {model.get('dtype')} on {model.get('device')}{f', executed as {how}' if how else ''}"
-        )
-    if (reference := verdict.run.get("reference")) and reference.get("path"):
-        parts.append(f"against {_place(reference['path'])}")
-    if "num_samples" in data:
-        parts.append(
-            f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']} "
-            f"({short_hash(data['fingerprint'])})"
-        )
-    elif data.get("fingerprint"):
-        source = "batches of the fixture" if data.get("source") == "fixture" else f"the tokens of {data.get('source')}"
-        parts.append(f"{source} ({short_hash(data['fingerprint'])})")
-    return "; ".join(parts)
-
-
-def _place(path: str) -> str:
-    """Return a path as a user would type it; an address as it is."""
-    return path if "://" in path else shown_path(Path(path))

@@ -31,7 +31,6 @@ from .execution import (
     UNPROVED as UNPROVED,
     WEIGHTS_ONLY as WEIGHTS_ONLY,
     check_execution as check_execution,
-    executed_as as executed_as,
 )
 from .facts import Anatomy as Anatomy, Gpu as Gpu, Machine as Machine
 from .fields import section_of as section_of

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ..captures import FLOAT, ExecutedModules, Execution, module_count
 from ..common import AnomalyError, InfraError
 
 if TYPE_CHECKING:
@@ -13,36 +14,18 @@ if TYPE_CHECKING:
 
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
 UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
-FLOAT = "float"
-NOTHING = "nothing, no forward ran"
 
 
-def executed_as(run: Mapping[str, Any]) -> str:
-    """Say in words how a run's modules were executed: `W8A8 emulated (28 modules)`; nothing where nothing is known."""
-    seen = run.get("execution")
-    if not seen:
-        return ""
-    if not seen["forward"]:
-        return NOTHING
-    kinds: Mapping[str, Any] = seen["kinds"]
-    text = ", ".join(f"{words} ({_many(kind['modules'])})" for words, kind in kinds.items()) or FLOAT
-    return text + (f"; {_many(seen['idle_experts'])} of experts saw no token" if seen["idle_experts"] else "")
-
-
-def _many(count: int) -> str:
-    return f"{count} module{'' if count == 1 else 's'}"
-
-
-def check_execution(run: Mapping[str, Any], model: Model) -> None:
+def check_execution(execution: Execution | None, model: Model) -> None:
     """Check that every quantized module ran, and ran as the suite requires, where it does.
 
     Raises:
         AnomalyError: a quantized module never ran, so that nothing is known of it.
         InfraError: the model ran otherwise than required.
     """
-    seen = run.get("execution")
     allowed = model.allow_idle
-    idle = [name for name in (seen or {}).get("idle", ()) if not (allowed and re.search(allowed, name))]
+    idle = execution.idle if execution else ()
+    idle = tuple(name for name in idle if not (allowed and re.search(allowed, name)))
     if idle:
         others = f" (and {len(idle) - 1} more)" if idle[1:] else ""
         raise AnomalyError(
@@ -50,17 +33,16 @@ def check_execution(run: Mapping[str, Any], model: Model) -> None:
             "that reach it, or name it in model.allow_idle (a regex)"
         )
     if model.require is not None:
-        _check_required(seen, model.require.executed_as)
+        _check_required(execution, model.require.executed_as)
 
 
-def _check_required(seen: Mapping[str, Any] | None, required: Sequence[str]) -> None:
+def _check_required(execution: Execution | None, required: Sequence[str]) -> None:
     wanted = " or ".join(required)
-    if not seen or not seen["forward"]:
+    if not execution or not execution.forward:
         raise InfraError(f"model.require: executed_as: {wanted} can't be told here: no forward of the checkpoint ran")
-    kinds: Mapping[str, Any] = seen["kinds"] or {FLOAT: {"modules": 0, "first": ""}}
-    for words, kind in kinds.items():
+    for words, kind in (execution.kinds or {FLOAT: ExecutedModules(0, "")}).items():
         if not any(_fits(way, words) for way in required):
-            what = f"{_many(kind['modules'])}, the first {kind['first']}, ran as {words}" if kind["first"] else ""
+            what = f"{module_count(kind.modules)}, the first {kind.first}, ran as {words}" if kind.first else ""
             raise InfraError(
                 f"model.require: executed_as: {wanted} is not what ran: "
                 f"{what or 'the model ran in floating point'}{_advice(words)}"

@@ -104,14 +104,14 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, beside: bool = False
 
 
 def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:
-    """Say in a capture's `meta` which checkpoint it is of: its path here, and the SHA-256 of its weight files."""
+    """Say in a capture's provenance which checkpoint it is of: its path here, and the SHA-256 of its weight files."""
     folder = local_folder(subject)
     weights = _weights_hash(folder, hashes) if folder else None
-    model = {**capture.meta["model"], "path": subject.path, "weights": weights}
+    model = replace(capture.provenance.model, path=subject.path, weights=weights)
     if capture.reference is not None and subject.model and subject.model.reference and not kept_reference(subject):
         reference = identified(capture.reference, reference_of(subject), hashes)
         capture = replace(capture, reference=reference)
-    return replace(capture, meta={**capture.meta, "model": model})
+    return replace(capture, provenance=replace(capture.provenance, model=model))
 
 
 def weight_files(folder: Path) -> list[Path]:

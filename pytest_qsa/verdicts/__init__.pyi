@@ -7,7 +7,7 @@ from .baselines import (
     judge_against_baseline as judge_against_baseline,
     name_for_class as name_for_class,
 )
-from .beside import beside_reference as beside_reference, run_of as run_of
+from .beside import beside_reference as beside_reference, provenance_of as provenance_of
 from .budgets import Budget as Budget, budget_of as budget_of, key_of as key_of
 from .evidence import (
     channel_of as channel_of,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..common import BaselineError
 from ..metrics import Series
 
@@ -23,10 +24,10 @@ class BaselineFile:
     values: Mapping[str, float]
     query: Mapping[str, Any]
     data: str | None
-    made_with: Mapping[str, Any]
+    made_with: ModelProvenance = UNKNOWN_MODEL
 
     @classmethod
-    def of(cls, series: Series, data: str | None, made_with: Mapping[str, Any]) -> BaselineFile:
+    def of(cls, series: Series, data: str | None, made_with: ModelProvenance = UNKNOWN_MODEL) -> BaselineFile:
         """Make the baseline of a series."""
         query = series.query
         asked = {
@@ -41,7 +42,7 @@ class BaselineFile:
         content = {
             "data": self.data,
             "format": FORMAT,
-            "made_with": dict(sorted(self.made_with.items())),
+            "made_with": dict(sorted(self.made_with.for_baseline().items())),
             "query": dict(sorted(self.query.items())),
             "values": {layer: _written(value) for layer, value in self.values.items()},
         }
@@ -59,7 +60,7 @@ class BaselineFile:
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
             values = {layer: float(value) for layer, value in content["values"].items()}
-            return cls(values, content["query"], content["data"], content["made_with"])
+            return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
 

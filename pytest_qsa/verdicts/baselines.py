@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
+from ..captures import ModelProvenance
 from ..common import BaselineError, InfraError, write_atomically
 from ..metrics import Series
 from .baseline_file import BaselineFile, is_baseline
@@ -110,7 +111,7 @@ def name_for_class(
     series: Series,
     tolerance: Tolerance,
     data: str | None,
-    made_with: dict[str, object],
+    made_with: ModelProvenance,
     *,
     updating: bool,
 ) -> str:
@@ -118,23 +119,23 @@ def name_for_class(
 
     A class gets one of its own by an update, where its numbers don't fit what another class has made.
     """
-    own = f"{shared.stem}@{made_with['device_class']}"
+    own = f"{shared.stem}@{made_with.device_class}"
     if shared.with_name(f"{own}.json").exists():
         return own
     if updating and shared.exists():
         verdict, _ = _verdict(shared, series, tolerance, data, made_with)
-        if (verdict is None or verdict.failed) and _class_of(shared) not in (None, made_with["device_class"]):
+        if (verdict is None or verdict.failed) and _class_of(shared) not in (None, made_with.device_class):
             return own
     return shared.stem
 
 
-def _class_of(baseline: Path) -> object:
+def _class_of(baseline: Path) -> str | None:
     """Return the device class that made a baseline; None for one that can't be read, which is made anew."""
     try:
         made_with = BaselineFile.parse(baseline.read_text(encoding="utf-8")).made_with
     except (OSError, BaselineError):
         return None
-    return made_with.get("device_class") or ("cpu" if made_with.get("device") == "cpu" else "another")
+    return made_with.device_class or ("cpu" if made_with.device == "cpu" else "another")
 
 
 def baseline_folder(suite: Path, model: str) -> Path:
@@ -144,7 +145,7 @@ def baseline_folder(suite: Path, model: str) -> Path:
 
 
 def judge_against_baseline(
-    series: Series, tolerance: Tolerance, snapshot: SnapshotAssertion, data: str | None, made_with: dict[str, object]
+    series: Series, tolerance: Tolerance, snapshot: SnapshotAssertion, data: str | None, made_with: ModelProvenance
 ) -> Verdict:
     """Hold a series against its baseline; with `--snapshot-update` the baseline follows where it doesn't fit.
 
@@ -172,7 +173,7 @@ def judge_against_baseline(
 
 
 def _verdict(
-    location: Path, series: Series, tolerance: Tolerance, data: str | None, made_with: dict[str, object]
+    location: Path, series: Series, tolerance: Tolerance, data: str | None, made_with: ModelProvenance
 ) -> tuple[Verdict | None, BaselineError | None]:
     try:
         kept = location.read_bytes().decode("utf-8", "replace")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..captures import LOGITS, SINKS, Capture, exactly
+from ..captures import LOGITS, SINKS, Capture, Provenance, exactly
 from ..common import QsaError
 from ..metrics import METRICS, Metric
 from .verdict import Verdict
@@ -41,9 +41,8 @@ def _known(reference: Capture, layer: str, metric: Metric, query: Mapping[str, A
     return metric.needs(query["site"], query["positions"] or "all", query["parameters"]) <= numbers.statistics | {SINKS}
 
 
-def run_of(capture: Capture) -> Mapping[str, Any]:
-    """Return where the numbers come from, those of the reference under `reference`."""
+def provenance_of(capture: Capture) -> Provenance:
+    """Return where the numbers come from, with the model that the reference's come from."""
     if capture.reference is None:
-        return capture.meta
-    theirs = capture.reference.meta
-    return {**capture.meta, "reference": theirs.get("model", theirs)}
+        return capture.provenance
+    return replace(capture.provenance, reference=capture.reference.provenance.model)

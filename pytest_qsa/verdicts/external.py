@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ..captures import Provenance
 from ..common import shown_path
 from ..external import Compared, Wanted, compared, conditions_of, folded, read_scores, widened
 from ..metrics import Series
@@ -51,8 +51,8 @@ def _scores(assertion: ExternalAssertion, file: Path, other: Path | None) -> Seq
     return folded(compared(scores, references, assertion.compare, implausible_gain=gain), assertion.over)
 
 
-def provenance(file: Path, reference: Path | None, scores: Sequence[Compared]) -> dict[str, Any]:
+def provenance(file: Path, reference: Path | None, scores: Sequence[Compared]) -> Provenance:
     """Return what was read: the files, and under which conditions the scores were measured."""
     conditions = conditions_of([each.score for each in scores])
     evals = {"file": shown_path(file), **conditions} | ({"reference": shown_path(reference)} if reference else {})
-    return {"evals": evals}
+    return Provenance(evals=evals)

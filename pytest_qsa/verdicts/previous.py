@@ -47,7 +47,7 @@ def previous_values(
     else:
         capture = run()
         exact = measure(capture)
-        release = BaselineFile.of(exact, capture.meta.get("data", {}).get("fingerprint"), {})
+        release = BaselineFile.of(exact, capture.provenance.data.fingerprint)
     try:
         check_comparable(series, release, data)
     except BaselineError as error:

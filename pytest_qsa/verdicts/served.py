@@ -72,14 +72,15 @@ def _number(value: float) -> str:
 
 
 def _outside(capture: Capture) -> str:
-    told = capture.meta["model"]
-    if told["outside"] is None:
+    served = capture.provenance.model.served
+    if served is None or served.outside is None:
         return ""
-    return f": {told['logprobs']} tokens of a position are told, and the reference has {told['outside']:.3%} outside"
+    return f": {served.logprobs} tokens of a position are told, and the reference has {served.outside:.3%} outside"
 
 
 def _assumed(assertion: MeasuredAssertion, capture: Capture) -> str:
     """Say what a number rests on that was not told: the rest, shared out as the reference does."""
-    if assertion.metric != "kl_divergence" or capture.meta["model"]["tail"] != "as_reference":
+    served = capture.provenance.model.served
+    if assertion.metric != "kl_divergence" or served is None or served.tail != "as_reference":
         return ""
     return f"at least; the rest is taken to be shared out as the reference's{_outside(capture)}"

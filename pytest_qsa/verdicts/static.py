@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from ..captures import FilesProvenance, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, Relation, declared
 from ..metrics import Bounds, Series
 from .verdict import Kind, Verdict, judge_bounds
@@ -55,13 +55,13 @@ _INSTEAD = {
 }
 
 
-def provenance(files: Files) -> dict[str, Any]:
+def provenance(files: Files) -> Provenance:
     """Return what the checks read: the folder, how many files and tensors, the declared format, the reference."""
     folder, quantization = files.folder, files.folder.quantization
     names = {tensor.file for tensor in folder.tensors.values()}
     form = quantization.get("format") or quantization.get("bits") or ""
-    model = {
-        "path": str(folder.path), "files": len(names), "tensors": len(folder.tensors),
-        "quantization": f"{declared(folder).method} {form}".strip(),
-    }  # fmt: skip
-    return {"model": model} | ({"reference": {"path": str(files.reference.path)}} if files.reference else {})
+    read = FilesProvenance(len(names), len(folder.tensors), f"{declared(folder).method} {form}".strip())
+    return Provenance(
+        ModelProvenance(str(folder.path), files=read),
+        reference=ModelProvenance(str(files.reference.path)) if files.reference else None,
+    )

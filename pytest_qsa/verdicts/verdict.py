@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..captures import UNKNOWN_RUN, ModelProvenance, Provenance, since_text
 from ..checkpoint import Finding
 from ..common import BaselineError, QsaError, number
 from ..metrics import Bounds, Query, Series
@@ -186,7 +187,7 @@ class Verdict:
     sinks: str = ""
     evidence: Sequence[TokenEvidence] = ()
     hints: Sequence[str] = ()
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: Provenance = UNKNOWN_RUN
     command: str = ""
     accept: str = ""
     artefacts: Mapping[str, str] = field(default_factory=dict)
@@ -239,9 +240,9 @@ def _interval(series: Series, layer: str) -> str:
 
 
 def judge_baseline(
-    series: Series, baseline: BaselineFile, tolerance: Tolerance, data: str | None, made_with: Mapping[str, Any]
+    series: Series, baseline: BaselineFile, tolerance: Tolerance, data: str | None, made_with: ModelProvenance
 ) -> Verdict:
-    """Hold every layer against its own baseline. `data`: the hash of the present tokens; `made_with`: of this run.
+    """Hold every layer against its own baseline. `data`: the hash of the present tokens; `made_with`: this model.
 
     Raises:
         AnomalyError: as `judge_bounds`.
@@ -255,17 +256,7 @@ def judge_baseline(
         allowed = tolerance.bounds(kept)
         excess, detail = allowed.excess(value), _interval(series, layer)
         rows.append(Row(layer, value, allowed.min, allowed.max, kept, excess, depth, detail=detail))
-    return replace(_judged(series, rows, str(tolerance)), since=_since(baseline.made_with, made_with))
-
-
-def _since(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say what a baseline was made with, and what of it is other now: that is reported, never failed."""
-    made = f"the baseline was made with {then.get('model')} ({_short(then.get('weights'))})"
-    names = [
-        name for name in sorted({*then, *now}) if name not in ("model", "weights") and then.get(name) != now.get(name)
-    ]
-    changed = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
-    return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])
+    return replace(_judged(series, rows, str(tolerance)), since=since_text(baseline.made_with, made_with))
 
 
 def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
@@ -274,7 +265,7 @@ def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -
     Raises:
         BaselineError: it is not; the text says what differs.
     """
-    now = BaselineFile.of(series, data, {})
+    now = BaselineFile.of(series, data)
     if now.query != baseline.query:
         changed = [
             key for key in sorted({*now.query, *baseline.query}) if now.query.get(key) != baseline.query.get(key)

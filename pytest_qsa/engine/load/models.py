@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import nn
 
+from ...captures import ModelProvenance
 from ...common import InfraError, Scratch
 from ...suite import Memory, Model
 from ..modules import device_of
@@ -241,22 +242,22 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what a report says of a running model: class, dtype, device, attention implementation, versions."""
+def provenance_of(model: nn.Module, path: str = "") -> ModelProvenance:
+    """Return what is known of a loaded model: class, dtype, device, attention implementation, versions of libraries."""
     import transformers
 
     device = device_of(model)
     config = getattr(model, "config", None)
-    return {
-        "class": type(model).__name__,
-        "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "none")).removeprefix(
-            "torch."
-        ),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "device_class": device_class(device),
-        "attention": str(getattr(config, "_attn_implementation", None) or "none"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "none")
+    return ModelProvenance(
+        path,
+        class_name=type(model).__name__,
+        dtype=dtype.removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        device_class=device_class(device),
+        attention=str(getattr(config, "_attn_implementation", None) or "none"),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
 
 
 def device_class(device: torch.device) -> str:

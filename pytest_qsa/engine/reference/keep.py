@@ -19,6 +19,7 @@ from ...captures import (
     SCORES,
     SINKS,
     TOKENS,
+    UNKNOWN_RUN,
     Capture,
     Request,
     SiteKey,
@@ -334,8 +335,8 @@ def _content(
         for s in capture.sinks.found
     ]
     return Content(
-        {}, keeper.keep.seed, keeper.keep.rows, samples, capture.modules, capture.blocks, sinks, streams, hidden, head,
-        weights,
+        UNKNOWN_RUN, keeper.keep.seed, keeper.keep.rows, samples, capture.modules, capture.blocks, sinks, streams,
+        hidden, head, weights,
     )  # fmt: skip
 
 

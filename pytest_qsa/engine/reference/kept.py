@@ -21,6 +21,7 @@ from ...captures import (
     SINKS,
     TOKENS,
     Capture,
+    Provenance,
     Request,
     Sinks,
     Site,
@@ -146,11 +147,7 @@ class KeptPartner:
             sites={site: self._numbers(site, each, first_sample) for site, each in sites.items()},
             modules=tuple(self.file.header["modules"]),
             blocks=tuple(self.file.header["blocks"]),
-            meta={
-                "model": self.file.header["meta"].get("model", {}),
-                "rows": self.file.header["rows"],
-                "kept": self.file.shown,
-            },
+            provenance=Provenance(self.file.provenance.model, rows=self.file.header["rows"], kept=self.file.shown),
         )
 
     def weighed(

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...captures import Site
+from ...captures import Provenance, Site
 from ...common import InfraError, shown_path
 from ..load.batches import Batch, row_count
 from .head import Head, read_head
@@ -86,7 +86,7 @@ class Content:
     `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
     """
 
-    meta: Mapping[str, Any]
+    provenance: Provenance
     seed: int
     rows: int
     samples: Sequence[str]
@@ -120,7 +120,7 @@ class Content:
             counts = tensors.add("counts", torch.from_numpy(self.hidden.counts))
             hidden = {"counts": counts, "rows": tensors.add("hidden", self.hidden.rows)}
         header = {
-            "format": FORMAT, "meta": dict(self.meta), "seed": self.seed, "rows": self.rows, "streams": streams,
+            "format": FORMAT, "meta": self.provenance.plain(), "seed": self.seed, "rows": self.rows, "streams": streams,
             "samples": list(self.samples), "modules": list(self.modules), "blocks": list(self.blocks),
             "sinks": list(self.sinks), "hidden": hidden, "head": self.head,
         }  # fmt: skip
@@ -190,14 +190,19 @@ class KeptFile:
         """Its path, for a message."""
         return shown_path(self.path)
 
-    def origin(self, meta: Mapping[str, Any]) -> str:
-        """Say of what data it was made, and whether by another tokenizer than a subject's, whose `meta` is given."""
-        own, data = self.header["meta"], self.header["meta"].get("data", {})
-        if "num_samples" not in data:
+    @cached_property
+    def provenance(self) -> Provenance:
+        """The model and the data that it was made of."""
+        return Provenance.of(self.header["meta"])
+
+    def origin(self, subject: Provenance) -> str:
+        """Say of what data it was made, and whether by another tokenizer than the subject's."""
+        data = self.provenance.data
+        if data.num_samples is None:
             return ""
-        text = f"{data['num_samples']} × {data['seq_len']} tokens of {data['source']}, seed {data['seed']}"
-        theirs, ours = (str(each.get("model", {}).get("tokenizer")) for each in (own, meta))
-        return f" ({text}{'' if theirs == ours else f', of the tokenizer {theirs}, here {ours}'})"
+        theirs, ours = self.provenance.model.tokenizer, subject.model.tokenizer
+        other = "" if theirs == ours else f", of the tokenizer {theirs}, here {ours}"
+        return f" ({data.size}, seed {data.seed}{other})"
 
     @property
     def samples(self) -> dict[str, int]:

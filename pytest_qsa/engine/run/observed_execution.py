@@ -12,7 +12,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...captures import SiteKey
+from ...captures import ExecutedModules, Execution, SiteKey
 from ...common import InfraError
 from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.dequantized import dequantized
@@ -84,8 +84,8 @@ class Witness:
 
         return hook
 
-    def testimony(self, stored: Sequence[str] = ()) -> dict[str, Any]:
-        """Return what was seen, as plain values. `stored`: the layers that the checkpoint's files hold quantized."""
+    def execution(self, stored: Sequence[str] = ()) -> Execution:
+        """Return what was seen. `stored`: the layers that the checkpoint's files hold quantized."""
         kinds: dict[str, list[str]] = {}
         never = [name for name in self.modules if name not in self.calls and name not in self._unseen]
         for name in self.modules:
@@ -93,12 +93,12 @@ class Witness:
                 kinds.setdefault(self._words(name), []).append(name)
         if unpacked := _absent(stored, self.modules):
             kinds[UNPACKED] = unpacked
-        return {
-            "forward": self._ran,
-            "kinds": {words: {"modules": len(names), "first": names[0]} for words, names in kinds.items()},
-            "idle": [name for name in never if "expert" not in name] if self._ran else [],
-            "idle_experts": sum("expert" in name for name in never) if self._ran else 0,
-        }
+        return Execution(
+            self._ran,
+            {words: ExecutedModules(len(names), names[0]) for words, names in kinds.items()},
+            idle=tuple(name for name in never if "expert" not in name) if self._ran else (),
+            idle_experts=sum("expert" in name for name in never) if self._ran else 0,
+        )
 
     def _words(self, name: str) -> str:
         scheme = self._schemes.get(name)

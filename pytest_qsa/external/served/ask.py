@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...captures import AGREEMENT, LOGITS, SCORES, Capture, Request, Site, SiteNumbers, compares
+from ...captures import (
+    AGREEMENT,
+    LOGITS,
+    SCORES,
+    Capture,
+    DataProvenance,
+    ModelProvenance,
+    Provenance,
+    Request,
+    ServedProvenance,
+    Site,
+    SiteNumbers,
+    compares,
+)
 from ...common import AnomalyError, InfraError
 from ...metrics import TokenScores, numbers_of
 from ...suite import Floor, Served, Subject, located, reference_of
@@ -159,9 +172,13 @@ def _capture(
         (AT_MOST, LOGITS): numbers(lambda bounds: [each.high for each in bounds]),
     }
     pieces = _pieces(tables, tokenizer)
-    meta = _meta(subject, tables, found)
+    provenance = _provenance(subject, tables, found)
     return Capture(
-        sites, tokens=tuple(table.tokens for table in tables), pieces=pieces, meta=meta, plan=tuple(requests)
+        sites,
+        tokens=tuple(table.tokens for table in tables),
+        pieces=pieces,
+        provenance=provenance,
+        plan=tuple(requests),
     )
 
 
@@ -186,25 +203,32 @@ def _pieces(tables: Sequence[Table], tokenizer: Any) -> dict[int, str]:
     return dict(decode(sorted({int(token) for table in tables for token in table.tokens.tolist()})))
 
 
-def _meta(subject: Subject, tables: Sequence[Table], found: Sequence[Agreement]) -> dict[str, Any]:
+def _provenance(subject: Subject, tables: Sequence[Table], found: Sequence[Agreement]) -> Provenance:
     """Say who said what of which tokens. A server tells neither its dtype nor its device, and they aren't guessed."""
     model = subject.model
     assert model is not None
     served = f"{model.served.model or model.id} by {model.served.api}" if model.served else "from a file"
     outside = [each.outside for each in found if each.outside is not None]
-    told = {
-        "served": served, "logprobs": min(table.least for table in tables),
-        "outside": float(np.concatenate(outside).mean()) if outside else None,
-        "tail": model.tail if isinstance(model.tail, str) else f"at least {model.tail.at_least:g}",
-    }  # fmt: skip
-    versions: dict[str, str] = {}
-    unknown = {"dtype": "unknown", "device": "unknown", "device_class": "served", "weights": None, "versions": versions}
-    source = model.logprobs or subject.data.source
-    lengths = {len(table.tokens) for table in tables}
-    shape = {"num_samples": len(tables), "seq_len": max(lengths), "seed": subject.data.seed} if model.served else {}
-    reference = {"reference": {"path": model.reference}} if outside else {}
-    data = {"source": source, **shape, "fingerprint": fingerprint(tables)}
-    return {"model": {"path": subject.path, **told, **unknown}, "data": data, **reference}
+    answers = ServedProvenance(
+        served=served,
+        logprobs=min(table.least for table in tables),
+        outside=float(np.concatenate(outside).mean()) if outside else None,
+        tail=model.tail if isinstance(model.tail, str) else f"at least {model.tail.at_least:g}",
+    )
+    known = ModelProvenance(
+        subject.path,
+        served=answers,
+        dtype="unknown",
+        device="unknown",
+        device_class="served",
+        versions={},
+        weights=None,
+    )
+    data = DataProvenance(model.logprobs or subject.data.source, fingerprint=fingerprint(tables))
+    if model.served:
+        longest = max(len(table.tokens) for table in tables)
+        data = replace(data, num_samples=len(tables), seq_len=longest, seed=subject.data.seed)
+    return Provenance(known, data, reference=ModelProvenance(model.reference or "") if outside else None)
 
 
 def fingerprint(tables: Sequence[Table]) -> str:

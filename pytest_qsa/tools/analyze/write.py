@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...captures import Capture
 from ...common import write_atomically
 from ...report import Gallery, Shown, Turning, render_gallery, surface_data
-from ...suite import Subject, Visualization, executed_as
+from ...suite import Subject, Visualization
 from .draw import Drawn, draw_picture, maps_of
 from .export import as_csv, as_json, as_parquet, rows_of
 from .pictures import Analysis
@@ -75,15 +74,8 @@ def write_analysis(
 
 def run_text(subject: Subject, capture: Capture) -> str:
     """Say in a few words what was measured on what: `smollm2, bfloat16, 8 × 512 tokens of sample`."""
-    dtype = capture.meta["model"].get("dtype", "")
-    return f"{subject.name}, {dtype}, {data_text(capture)}"
-
-
-def data_text(capture: Capture) -> str:
-    """Say which data it was: `8 × 512 tokens of sample`."""
-    data = capture.meta["data"]
-    size = f"{data['num_samples']} × {data['seq_len']} tokens of " if "num_samples" in data else ""
-    return f"{size}{data['source']}"
+    provenance = capture.provenance
+    return f"{subject.name}, {provenance.model.dtype or ''}, {provenance.data.size}"
 
 
 def _tables(
@@ -97,7 +89,7 @@ def _tables(
     wanted = [form for form in TABLES if form in visualization.output.formats]
     rows = rows_of(analysis, capture, visualization) if wanted else []
     about = {
-        "name": subject.name, "meta": dict(capture.meta), "visualization": visualization.model_dump(),
+        "name": subject.name, "meta": capture.provenance.plain(), "visualization": visualization.model_dump(),
         "pictures": [
             {"name": each.picture.name, "title": each.title, "site": each.picture.site, "problem": each.problem or None,
              "files": [path.name for path in each.files], "layers": list(each.picture.layers)}
@@ -131,17 +123,9 @@ def _gallery(
     for each in written.drawn:
         shown = Shown(each.title, each.picture.name, each.png, each.problem)
         sections.setdefault(HEADINGS[each.picture.section], []).append(shown)
-    model: Mapping[str, Any] = capture.meta["model"]
-    facts = {
-        "Model": model["path"], "Weights": model["weights"], "Class": model["class"], "Dtype": model["dtype"],
-        "Device": model["device"], "Attention": model["attention"],
-        "Executed as": executed_as(capture.meta), "Data": data_text(capture),
-        "Tokens": capture.meta["data"]["fingerprint"],
-        **model["versions"],
-    }  # fmt: skip
     return Gallery(
         title=f"Analysis of {subject.name}",
-        facts={label: str(text) for label, text in facts.items() if text},
+        facts={**capture.provenance.facts(), **(capture.provenance.model.versions or {})},
         sections=sections,
         warnings=[*warnings, *written.warnings],
         layers=capture.modules,

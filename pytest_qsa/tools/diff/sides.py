@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...captures import Capture, SiteNumbers, exactly
+from ...captures import Capture, DataProvenance, Provenance, SiteNumbers, exactly
 from ...common import InfraError, QsaError, SuiteError, shown_path
 from ...metrics import METRICS
-from ...suite import executed_as
 from ...verdicts import BaselineFile, is_baseline
 from .measures import Measure, Table
 
@@ -59,23 +58,14 @@ def read_side(given: str) -> Side:
 
 
 def _captured(path: Path, capture: Capture) -> Side:
-    return Side(shown_path(path), _facts(capture.meta), capture=capture)
+    return Side(shown_path(path), _facts(capture.provenance), capture=capture)
 
 
-def _facts(run: Mapping[str, Any]) -> dict[str, str]:
-    model, data = run.get("model") or {}, run.get("data") or {}
-    return {
-        "model": Path(str(model.get("path") or "")).name,
-        "weights": _short(model.get("weights")),
-        "dtype": str(model.get("dtype") or ""),
-        "device": str(model.get("device") or ""),
-        "executed as": executed_as(run),
-        "tokens": _short(data.get("fingerprint")),
-    }
-
-
-def _short(digest: object) -> str:
-    return str(digest or "").removeprefix("sha256:")[:12]
+def _facts(provenance: Provenance) -> dict[str, str]:
+    """Return the facts that tell two runs of one model apart."""
+    facts = provenance.facts() | {"Model": Path(provenance.model.path).name}
+    named = ("Model", "Weights", "Dtype", "Device", "Executed as", "Tokens")
+    return {label.lower(): facts[label].removeprefix("sha256:") for label in named if label in facts}
 
 
 def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
@@ -87,8 +77,7 @@ def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
             continue
         baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
         measure, table = Measure.of(baseline.query), Table.of_baseline(baseline)
-        facts = {**_facts({"model": baseline.made_with}), "model": str(baseline.made_with.get("model", ""))}
-        facts["tokens"] = _short(baseline.data)
+        facts = _facts(Provenance(baseline.made_with, DataProvenance(fingerprint=baseline.data)))
         tables[measure] = _joined(tables.get(measure), table, seen.get(measure), file)
         seen[measure] = file
     if not tables:
@@ -135,12 +124,11 @@ def _of_results(path: Path, results: Iterable[Mapping[str, Any]], subject: str) 
     for result in kept:
         measure = Measure.of(result["query"])
         values = {row["layer"]: float(row["value"]) for row in sorted(result["rows"], key=lambda row: row["depth"])}
-        data = ((result["run"] or {}).get("data") or {}).get("fingerprint")
-        table = Table(result["query"]["definition"], data, values)
+        table = Table(result["query"]["definition"], Provenance.of(result["run"] or {}).data.fingerprint, values)
         tables[measure] = _joined(tables.get(measure), table, path, result["id"])
     if not tables:
         raise SuiteError(f"{path}: no assertion in it was measured")
-    return Side(shown_path(path), _facts(kept[0]["run"] or {}), tables)
+    return Side(shown_path(path), _facts(Provenance.of(kept[0]["run"] or {})), tables)
 
 
 def captured_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) -> dict[Measure, Table]:
@@ -191,7 +179,7 @@ def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[s
 
 def tokens_hash(capture: Capture) -> str | None:
     """Return the hash of the tokens of a capture: what the run noted, or, of a library capture, of the token ids."""
-    noted = (capture.meta.get("data") or {}).get("fingerprint")
+    noted = capture.provenance.data.fingerprint
     if noted or not capture.tokens:
         return noted
     digest = hashlib.sha256()

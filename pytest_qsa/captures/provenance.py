@@ -1,0 +1,334 @@
+"""Where the numbers of a run come from: the model, its data, and how the model was executed.
+
+In memory these are dataclasses; `plain` and `of` write and read the JSON of captures, reports and baselines. A reader
+ignores the keys that it does not know, so that it opens the files of a newer version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from ..common import short_hash, shown_path
+
+FLOAT = "float"
+"""What a model without quantized modules was executed as."""
+NOTHING_RAN = "nothing, no forward ran"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A dataclass that reads and writes its fields as JSON; those at their defaults are left out."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read it from plain data."""
+        known = {_key(each): each.name for each in fields(cls)}
+        return cls(**{known[key]: value for key, value in content.items() if key in known})
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        values = ((each, getattr(self, each.name)) for each in fields(self))
+        return {_key(each): value for each, value in values if value != each.default}
+
+
+def _key(each: Any) -> str:
+    return str(each.metadata.get("key", each.name))
+
+
+@dataclass(frozen=True)
+class ServedProvenance(_Record):
+    """What a server, or a file of its answers, told of a model.
+
+    `served`: which model, by which API. `logprobs`: the tokens told of each position, at least. `outside`: the mean
+    probability that the reference gives to all others, None without a reference. `tail`: what is assumed of those.
+    """
+
+    served: str
+    logprobs: int
+    outside: float | None
+    tail: str
+
+
+@dataclass(frozen=True)
+class FilesProvenance(_Record):
+    """What static checks read of a checkpoint: how many files and tensors, and the quantization that it declares."""
+
+    files: int
+    tensors: int
+    quantization: str
+
+    def __str__(self) -> str:
+        """Write it in words."""
+        files = f"{self.files} file{'s' if self.files > 1 else ''}"
+        return f"{self.tensors} tensors in {files}, {self.quantization}; no forward"
+
+
+@dataclass(frozen=True)
+class ModelProvenance(_Record):
+    """A model: where it lies, and what ran.
+
+    `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `revision`: the commit of a
+    hub id. `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what
+    decides which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `tokenizer` and `weights`
+    are None where the model has none, and empty where nobody has looked.
+    """
+
+    path: str = ""
+    revision: str | None = None
+    served: ServedProvenance | None = None
+    files: FilesProvenance | None = None
+    class_name: str | None = field(default=None, metadata={"key": "class"})
+    dtype: str | None = None
+    device: str | None = None
+    device_class: str | None = None
+    attention: str | None = None
+    versions: Mapping[str, str] | None = None
+    tokenizer: str | None = ""
+    weights: str | None = ""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read it from plain data, in which the parts stand among the other keys."""
+        parts = {name: part.of(content) for name, part in _PARTS.items() if name in content}
+        return super().of({**content, **parts})
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data, the parts among the other keys; nothing where nothing is known."""
+        content: dict[str, Any] = {}
+        for key, value in super().plain().items():
+            content |= value.plain() if isinstance(value, _Record) else {key: value}
+        return {"path": self.path, **content} if content else {}
+
+    @classmethod
+    def of_baseline(cls, header: Mapping[str, Any]) -> Self:
+        """Read it from the header of a baseline, where the versions stand among the other keys."""
+        names = {"weights", "dtype", "device", "device_class"}
+        versions = {name: str(version) for name, version in header.items() if name not in {*names, "model"}}
+        known = {name: header[name] for name in names if name in header}
+        return cls(path=str(header.get("model", "")), versions=versions, **known)
+
+    def for_baseline(self) -> dict[str, Any]:
+        """Return what a baseline says of the model that made it; a path without the folders of one machine."""
+        name = Path(self.path).name if Path(self.path).is_absolute() else self.path
+        known = {"weights": self.weights or None, "dtype": self.dtype, "device": self.device}
+        classes = {"device_class": self.device_class} if self.device_class is not None else {}
+        return {"model": name, **known, **(self.versions or {}), **classes}
+
+    @property
+    def place(self) -> str:
+        """The path as a user would type it; an address as it is."""
+        return self.path if not self.path or "://" in self.path else shown_path(Path(self.path))
+
+    def __str__(self) -> str:
+        """Write where it lies and which weights it has: `checkpoints/int8 (sha256 0123456789ab)`."""
+        return f"{self.place} {f'({short_hash(self.weights)})' if self.weights else ''}".strip()
+
+
+_PARTS: Mapping[str, type[_Record]] = {"served": ServedProvenance, "files": FilesProvenance}
+"""The parts of a model's provenance: the key that says that there is one → its class."""
+
+
+UNKNOWN_MODEL = ModelProvenance()
+
+
+@dataclass(frozen=True)
+class DataProvenance(_Record):
+    """The data of a run. `fingerprint`: the SHA-256 of its tokens. `settings`: the rest of the suite's section `data`.
+
+    `source`: as a suite names it; `fixture` for batches of a test's own.
+    """
+
+    source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read it from plain data, in which the settings stand among the other keys."""
+        own = {each.name for each in fields(cls)}
+        return super().of({**content, "settings": {k: v for k, v in content.items() if k not in own}})
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data, the settings among the other keys; nothing where nothing is known."""
+        content = super().plain()
+        settings = content.pop("settings")
+        return {"source": self.source} | settings | content if settings or content else {}
+
+    @property
+    def size(self) -> str:
+        """How much data it is: `8 × 512 tokens of sample`."""
+        return f"{f'{self.num_samples} × {self.seq_len} tokens of ' if self.num_samples else ''}{self.source}"
+
+    def __str__(self) -> str:
+        """Write it in words: `8 × 512 tokens of sample, seed 0 (sha256 0123456789ab)`."""
+        known = f" ({short_hash(self.fingerprint)})" if self.fingerprint else ""
+        if self.num_samples:
+            return f"{self.size}, seed {self.seed}{known}"
+        source = "batches of the fixture" if self.source == "fixture" else f"the tokens of {self.source}"
+        return f"{source}{known}" if known else ""
+
+
+class ExecutedModules(NamedTuple):
+    """The modules that ran in one way: how many, and the name of the first."""
+
+    modules: int
+    first: str
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the quantized modules of a model were executed, as the pass saw it.
+
+    `forward`: whether any forward ran. `kinds`: words such as `W8A8 emulated` → the modules that ran so.
+    `idle`: the quantized modules that never ran, experts aside. `idle_experts`: how many experts' modules never ran.
+    """
+
+    forward: bool
+    kinds: Mapping[str, ExecutedModules] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    idle_experts: int = 0
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read it from plain data."""
+        kinds = {words: ExecutedModules(kind["modules"], kind["first"]) for words, kind in content["kinds"].items()}
+        return cls(content["forward"], kinds, tuple(content["idle"]), content["idle_experts"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        kinds = {words: kind._asdict() for words, kind in self.kinds.items()}
+        return {"forward": self.forward, "kinds": kinds, "idle": list(self.idle), "idle_experts": self.idle_experts}
+
+    def __str__(self) -> str:
+        """Write it in words: `W8A8 emulated (28 modules)`."""
+        if not self.forward:
+            return NOTHING_RAN
+        text = ", ".join(f"{words} ({module_count(kind.modules)})" for words, kind in self.kinds.items()) or FLOAT
+        return text + (f"; {module_count(self.idle_experts)} of experts saw no token" if self.idle_experts else "")
+
+
+def module_count(count: int) -> str:
+    """Write `1 module`, `28 modules`."""
+    return f"{count} module{'' if count == 1 else 's'}"
+
+
+class SampleRange(NamedTuple):
+    """The samples that a capture holds of all: from `first` up to `end`, of `total`."""
+
+    first: int
+    end: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a capture or of a verdict come from; all of it is empty where nothing is known.
+
+    `samples`: which of all samples it holds, None for all. `unmatched`: the layers that the files hold quantized and
+    the loaded model has no weight of its own for. `reference`: the model that it was compared with. `rows`, `kept`: of
+    a kept reference, how many tokens of a sample and site it has, and its file. `evals`: the file of another program's
+    results, and the conditions that they share.
+    """
+
+    model: ModelProvenance = UNKNOWN_MODEL
+    data: DataProvenance = field(default_factory=DataProvenance)
+    execution: Execution | None = None
+    unmatched: tuple[str, ...] = ()
+    samples: SampleRange | None = None
+    reference: ModelProvenance | None = None
+    rows: int | None = None
+    kept: str = ""
+    evals: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Read it from plain data."""
+        execution, reference, samples = (content.get(name) for name in ("execution", "reference", "samples"))
+        return cls(
+            model=ModelProvenance.of(content.get("model") or {}),
+            data=DataProvenance.of(content.get("data") or {}),
+            execution=Execution.of(execution) if execution else None,
+            unmatched=tuple(content.get("unmatched") or ()),
+            samples=SampleRange(*samples) if samples else None,
+            reference=ModelProvenance.of(reference) if reference else None,
+            rows=content.get("rows"),
+            kept=content.get("kept") or "",
+            evals=content.get("evals") or {},
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data, without what is not known."""
+        content = {
+            "model": self.model.plain(),
+            "data": self.data.plain(),
+            "execution": self.execution.plain() if self.execution else None,
+            "unmatched": list(self.unmatched),
+            "samples": list(self.samples or ()),
+            "reference": self.reference.plain() if self.reference else None,
+            "rows": self.rows,
+            "kept": self.kept,
+            "evals": dict(self.evals),
+        }
+        return {key: value for key, value in content.items() if value}
+
+    @property
+    def executed_as(self) -> str:
+        """How the modules were executed, in words; empty where nothing is known."""
+        return str(self.execution or "")
+
+    def facts(self) -> dict[str, str]:
+        """Return what a reader asks first: label → text, without what is not known."""
+        model, data, reference = self.model, self.data, self.reference or UNKNOWN_MODEL
+        facts = {
+            "Model": model.path,
+            "Served": model.served.served if model.served else None,
+            "Weights": model.weights,
+            "Reference": reference.path or reference.class_name,
+            "Its weights": reference.weights,
+            "Class": model.class_name,
+            "Tokenizer": model.tokenizer,
+            "Dtype": model.dtype,
+            "Device": model.device,
+            "Executed as": self.executed_as,
+            "Attention": model.attention,
+            "Data": data.source,
+            "Samples": data.num_samples,
+            "Tokens a sample": data.seq_len,
+            "Tokens": data.fingerprint,
+        }
+        return {label: str(fact) for label, fact in facts.items() if fact not in (None, "", "unknown")}
+
+    def summary(self, subject: str) -> str:
+        """Write in one line what was run: the checkpoint with its hash, class, dtype, device, reference and tokens."""
+        model, served = self.model, self.model.served
+        how = f", executed as {self.executed_as}" if self.execution else ""
+        parts = [
+            f"{subject}: {model}" if str(model) else subject,
+            str(model.files or ""),
+            ", ".join(f"{name} {text}" for name, text in self.evals.items()),
+            f"{served.served}, {served.logprobs} logprobs of each position" if served else "",
+            f"{model.class_name} {model.dtype} on {model.device}{how}" if model.class_name else "",
+            f"against {self.reference.place}" if self.reference and self.reference.path else "",
+            str(self.data),
+        ]
+        return "; ".join(part for part in parts if part) if self != UNKNOWN_RUN else ""
+
+
+UNKNOWN_RUN = Provenance()
+
+
+def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
+    """Say what a baseline was made with, and what is different now: that is reported, never failed."""
+    before, after = then.for_baseline(), now.for_baseline()
+    names = sorted({*before, *after} - {"model", "weights"})
+    changed = [
+        f"{name} was {before.get(name)}, is {after.get(name)}" for name in names if before.get(name) != after.get(name)
+    ]
+    made = f"the baseline was made with {then}"
+    return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from pytest_qsa import capture
 from pytest_qsa.captures.merging import COUNTED, merge
 from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance, SampleRange
 from pytest_qsa.common.errors import InfraError
 from support import models
 
@@ -29,9 +30,13 @@ def batches(count=6):
     return [models.token_batch(1, lengths[index % 6], seed=index, bos=True) for index in range(count)]
 
 
+def of_subject(weights, path, seed):
+    return Provenance(ModelProvenance(path, weights=weights), DataProvenance(seed=seed))
+
+
 def told(part, first, end, total):
     """Say which samples a capture holds, as `qsa capture --samples` and the ranks of torchrun do."""
-    return replace(part, meta={**part.meta, "samples": [first, end, total]})
+    return replace(part, provenance=replace(part.provenance, samples=SampleRange(first, end, total)))
 
 
 def assert_same_bytes(one, other):
@@ -76,7 +81,7 @@ def test_what_only_the_sites_that_ask_for_it_have_merges_as_well():
 def test_an_incomplete_merge_says_which_samples_it_holds(parts_and_whole):
     parts, _ = parts_and_whole
     merged = merge([told(parts[1], 1, 2, 6), told(parts[0], 0, 1, 6)])
-    assert merged.meta["samples"] == [0, 2, 6]
+    assert merged.provenance.samples == (0, 2, 6)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +96,11 @@ def test_samples_that_overlap_or_are_missing_are_refused(parts_and_whole, sample
 
 def test_captures_of_different_subjects_are_refused(parts_and_whole):
     parts, _ = parts_and_whole
-    one = replace(parts[0], meta={"model": {"weights": "sha256:1", "path": "a"}, "data": {"seed": 0}})
+    one = replace(parts[0], provenance=of_subject("sha256:1", "a", seed=0))
     with pytest.raises(InfraError, match="their weights differ"):
-        merge([one, replace(one, meta={"model": {"weights": "sha256:2", "path": "b"}, "data": {"seed": 0}})])
+        merge([one, replace(one, provenance=of_subject("sha256:2", "b", seed=0))])
     with pytest.raises(InfraError, match="their data differ"):
-        merge([one, replace(one, meta={"model": {"weights": "sha256:1", "path": "a"}, "data": {"seed": 1}})])
+        merge([one, replace(one, provenance=of_subject("sha256:1", "a", seed=1))])
     other = capture(models.llama(torch.bfloat16), batches(1), sites=[("q_proj", "input")])
     with pytest.raises(InfraError, match=r"modules differ|plan differ"):
         merge([parts[0], other])

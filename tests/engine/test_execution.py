@@ -11,7 +11,7 @@ from pytest_qsa.captures.statistics import MOMENTS, Request
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import Witness
 from pytest_qsa.engine.subject import capture_loaded, capture_subject
-from pytest_qsa.suite import Data, Memory, Model, Subject, executed_as
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.tools.diff.sides import read_side
 from support.checkpoints import edited
 from support.projects import Project, peaks, suite
@@ -26,7 +26,7 @@ def subject_of(folder, **memory):
 
 
 def told(folder, request=BLOCKS, **memory):
-    return executed_as(capture_subject(subject_of(folder, **memory), [request]).meta)
+    return capture_subject(subject_of(folder, **memory), [request]).provenance.executed_as
 
 
 def dequantizing(config):
@@ -87,8 +87,8 @@ def test_inputs_that_are_not_rounded_are_told_whatever_the_configuration_declare
     model = load_model(Model(path=str(quantized["int8"])), str(quantized["int8"]), Memory(), allow_code=False)
     for module in model.model.model.layers[1].modules():
         module.quantization_enabled = False
-    meta = capture_loaded(subject_of(quantized["int8"]), model, None, [BLOCKS]).meta
-    assert executed_as(meta) == "W8A8 emulated (21 modules), W8A16 weights only (7 modules)"
+    capture = capture_loaded(subject_of(quantized["int8"]), model, None, [BLOCKS])
+    assert capture.provenance.executed_as == "W8A8 emulated (21 modules), W8A16 weights only (7 modules)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,7 +101,7 @@ def test_torchao_inputs_that_are_rounded_as_they_come_are_seen(llama, dtype):
     witness = Witness(model)
     with torch.no_grad(), witness.watching():
         model(torch.arange(16)[None])
-    assert list(witness.testimony()["kinds"]) == ["W8A8 emulated"]
+    assert list(witness.execution().kinds) == ["W8A8 emulated"]
 
 
 def of_model(text, *keys):

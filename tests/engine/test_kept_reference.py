@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from pytest_qsa import capture
 from pytest_qsa.captures.merging import merge
+from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.captures.statistics import Request, local_statistic
 from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.cli.common import subject_of
@@ -429,7 +430,7 @@ def made_for_errors(folder):
 
 def test_another_tokenizer_is_named(gated):
     header = KeptFile.open(gated.folder / "ref.qsa")
-    own = {"model": {"tokenizer": "Other, 5 entries"}}
+    own = Provenance(ModelProvenance(tokenizer="Other, 5 entries"))
     assert re.search(r"of the tokenizer \w+, 320 entries, sha256 \w+, here Other, 5 entries\)$", header.origin(own))
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.provenance import UNKNOWN_MODEL
 from pytest_qsa.captures.sinks import Sink, Sinks
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
@@ -125,12 +126,12 @@ def test_a_baseline_at_infinity_is_valid_json_and_nothing_finite_is_near_it(dire
         capture(each, BATCHES, sites=[(BLOCKS, "output")], reference=model).output(BLOCKS).sqnr(positions="all")
         for each in (copy.deepcopy(model), damaged(model))
     )
-    text = BaselineFile.of(alike, "tokens", {}).dump()
+    text = BaselineFile.of(alike, "tokens").dump()
     json.loads(text, parse_constant=pytest.fail)
     baseline = BaselineFile.parse(text)
     assert list(baseline.values.values()) == [np.inf] * len(alike.layers)
     tolerance = Tolerance(rel=0.5, abs=10, direction=direction)
-    verdicts = [judge_baseline(series, baseline, tolerance, "tokens", {}) for series in (alike, other)]
+    verdicts = [judge_baseline(series, baseline, tolerance, "tokens", UNKNOWN_MODEL) for series in (alike, other)]
     assert "".join(str(verdict.kind)[0] for verdict in verdicts) == kinds
     assert verdicts[0].rows[0].used == 0
     assert "nan" not in verdicts[1].headline

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from pytest_qsa.captures.histograms import histogram
+from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.report.plain import to_plain
 from pytest_qsa.report.report import write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
@@ -24,7 +26,7 @@ SESSION = {
     "command": "pytest gate.qsa.yaml --qsa-report always", "started": "2026-01-02T03:04:05+00:00", "duration_s": 4.2,
     "counts": {"passed": 1, "failed": 2}, "version": "0.1.0",
 }  # fmt: skip
-RUN = {
+RUN = Provenance.of({
     "model": {
         "path": "checkpoints/tiny-int8",
         "weights": f"sha256:{'ab12' * 16}",
@@ -32,7 +34,7 @@ RUN = {
         "device": "cpu",
     },
     "data": {"source": "wikitext2", "num_samples": 8, "an_unknown_key": {"of": ["the", "future"]}},
-}
+})  # fmt: skip
 HOSTILE = "</script><script>alert(1)</script>\"'\u202e\u200f\x1b[0m\x00<mark>&amp;"
 LAYERS = 30
 
@@ -120,7 +122,7 @@ def test_a_lower_bound_has_a_share_that_is_used_and_infinity_uses_none(tmp_path)
 
 
 def test_the_reference_is_named_and_its_numbers_stand_beside_the_models(tmp_path):
-    run = {**RUN, "reference": {"path": "checkpoints/tiny", "weights": f"sha256:{'cd34' * 16}"}}
+    run = replace(RUN, reference=ModelProvenance("checkpoints/tiny", weights=f"sha256:{'cd34' * 16}"))
     rows = [Row(name, 3.0, None, 4.0, None, 0.0, reference=2.25) for name in "ab"]
     page = Page(page_of(tmp_path, verdict_of(rows=rows, run=run)))
     for part in ("checkpoints/tiny-int8", "checkpoints/tiny", "cd34cd34cd34", "Reference", "2.25"):
@@ -130,13 +132,16 @@ def test_the_reference_is_named_and_its_numbers_stand_beside_the_models(tmp_path
 
 
 def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
-    run = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
+    odd = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
+    run = Provenance(data=DataProvenance("wikitext2", odd))
     plain = to_plain(
         verdict_of(run=run, evidence=[token_of("lone \ud800 surrogate")], artefacts={"value": Path("v.png")})
     )
 
     assert execnet.loads(execnet.dumps(plain)) == plain
-    assert plain["run"] == {"path": "a/b", "count": 3, "share": 0.5, "7": [1, 2], "kinds": ["INFRA"]}
+    assert plain["run"]["data"] == {
+        "source": "wikitext2", "path": "a/b", "count": 3, "share": 0.5, "7": [1, 2], "kinds": ["INFRA"],
+    }  # fmt: skip
     assert type(plain["kind"]) is str
     assert plain["evidence"][0]["text"] == r"lone \ud800 surrogate"
     assert json.loads(json.dumps(plain)) == plain
@@ -175,7 +180,8 @@ def test_hostile_text_anywhere_is_shown_and_breaks_nothing(tmp_path):
     )
     html = page_of(tmp_path, verdict_of(
         **hostile, hints=[HOSTILE], evidence=[token_of(HOSTILE, before=HOSTILE, after=HOSTILE, layer=HOSTILE)],
-        run={HOSTILE: HOSTILE}, rows=[Row(HOSTILE, 9.0, None, 4.0, None, 5.0)], artefacts={HOSTILE: "gone.png"},
+        run=Provenance(evals={HOSTILE: HOSTILE}, data=DataProvenance(HOSTILE, {HOSTILE: HOSTILE})),
+        rows=[Row(HOSTILE, 9.0, None, 4.0, None, 5.0)], artefacts={HOSTILE: "gone.png"},
     ), session={HOSTILE: HOSTILE})  # fmt: skip
 
     page = Page(html)

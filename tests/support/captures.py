@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from pytest_qsa.captures import UNKNOWN_RUN
+
 
 def same(one, other):
     return one.to_bytes() == other.to_bytes()
@@ -19,7 +21,7 @@ def differing(one, other):
 
 def assert_equal(found, whole):
     """Compare to the last bit; never the bytes in an assert, whose text would take minutes."""
-    found, whole = (replace(capture, meta={}) for capture in (found, whole))
+    found, whole = (replace(capture, provenance=UNKNOWN_RUN) for capture in (found, whole))
     assert differing(whole, found) == []
     equal = same(found, whole)
     assert equal

@@ -1,8 +1,17 @@
-from .ci import attach as attach, properties_of as properties_of
-from .gallery import Gallery as Gallery, Shown as Shown, Turning as Turning, render_gallery as render_gallery
-from .github import annotation_lines as annotation_lines, append_summary as append_summary
+from .ci import (
+    annotation_lines as annotation_lines,
+    append_summary as append_summary,
+    attach as attach,
+    properties_of as properties_of,
+)
+from .gallery import (
+    Gallery as Gallery,
+    Shown as Shown,
+    Turning as Turning,
+    render_gallery as render_gallery,
+    surface_data as surface_data,
+)
 from .html import render as render
-from .plain import strict_json as strict_json, to_plain as to_plain
 from .plots.boxes import SHARES as SHARES, box_figure as box_figure, histogram_figure as histogram_figure
 from .plots.captions import counted as counted, population as population, samples_of as samples_of
 from .plots.depth import spread as spread
@@ -17,6 +26,5 @@ from .plots.magnitudes import (
 from .plots.outliers import outlier_picture as outlier_picture, outliers_of as outliers_of, texts_of as texts_of
 from .plots.percentiles import percentile_figure as percentile_figure
 from .plots.style import encoded as encoded
-from .report import write_report as write_report
-from .surfaces import surface_data as surface_data
+from .report import strict_json as strict_json, to_plain as to_plain, write_report as write_report
 from .terminal import failure_text as failure_text

@@ -1,17 +1,29 @@
-"""What CI systems show beside a test: its plots and its numbers, each where its plugin or service is active."""
+"""What CI systems show of a run: JUnit, pytest-html, Allure and GitLab beside a test; GitHub at the suite's lines."""
 
 from __future__ import annotations
 
 import base64
+import html
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ..common import escaped, fitted, markdown_table, number, visible
+from .terminal import part_of_error
+
 if TYPE_CHECKING:
     from ..verdicts import Verdict
+
+MOST_ANNOTATIONS = 10
+"""GitHub shows so many errors and as many warnings of one step; the others it drops."""
+SUMMARY_BYTES = 900_000
+"""A summary beyond 1 MiB is dropped as a whole."""
+_SUITE_ERROR = re.compile(r"^(?P<file>[^:\n]+\.ya?ml):(?P<line>\d+)(?::\d+)?: (?P<text>.+)", re.MULTILINE)
+_SIGNS = {"REGRESSION": "❌", "ANOMALOUS": "❓", "INFRA": "🔧", "WARNED": "⚠️", "PASSED": "✅"}
 
 
 def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
@@ -71,3 +83,92 @@ def _in_project(path: Path) -> str:
         return str(path.resolve().relative_to(Path(os.environ.get("CI_PROJECT_DIR", ".")).resolve()))
     except ValueError:
         return str(path)
+
+
+def annotation_lines(results: Sequence[Mapping[str, Any]], suite_errors: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the workflow commands that mark the lines of the suites: what failed, what only warns, what is wrong."""
+    for text in suite_errors:
+        if match := _SUITE_ERROR.search(text):
+            yield command("error", match["file"], match["line"], "wrong suite", match["text"])
+    for level, chosen in (
+        ("error", [result for result in results if result["failed"]]),
+        ("warning", [result for result in results if result["kind"] == "WARNED"]),
+    ):
+        for result in chosen[:MOST_ANNOTATIONS]:
+            file, _, line = result["where"].rpartition(":")
+            message = "\n".join(text for text in (result["headline"], result["reason"], result["command"]) if text)
+            yield command(level, file or result["where"], line, f"{result['kind']} {result['id']}", message)
+
+
+def command(level: str, file: str, line: str, title: str, message: str) -> str:
+    """Return `::error file=…,line=…,title=…::message`; paths are relative to the repository, all is escaped."""
+    properties = {"file": _in_repository(file), "line": line if line.isdigit() else "", "title": title}
+    told = ",".join(f"{name}={_property(value)}" for name, value in properties.items() if value)
+    return f"::{level} {told}::{_data(message)}"
+
+
+def _data(text: str) -> str:
+    text = "".join(c if c == "\n" else visible(c) for c in text)
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _in_repository(file: str) -> str:
+    root = os.environ.get("GITHUB_WORKSPACE")
+    if root and Path(file).resolve().is_relative_to(Path(root).resolve()):
+        return Path(file).resolve().relative_to(Path(root).resolve()).as_posix()
+    return file
+
+
+def append_summary(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Add the run to the step's summary, which other tools may have begun.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    begun = path.stat().st_size if path.exists() else 0
+    with path.open("a", encoding="utf-8") as file:
+        file.write(fitted(step_summary(results), max(SUMMARY_BYTES - begun, 1000)))
+
+
+def step_summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a run as Markdown: the verdict, a line an assertion, and what one needs to act on each failure."""
+    failed = [result for result in results if result["failed"]]
+    order = list(_SIGNS)
+    ordered = sorted(results, key=lambda result: order.index(result["kind"]))
+    lines = [f"## {'❌' if failed else '✅'} qsa: {len(results) - len(failed)} of {len(results)} assertions hold", ""]
+    heads = ["", "assertion", "subject", "worst layer", "value", "bound", "used"]
+    lines += markdown_table([heads, *map(_cells, ordered)])
+    lines.append("")
+    for result in (result for result in ordered if result["failed"] or result["kind"] == "WARNED"):
+        lines += _details(result)
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: Mapping[str, Any]) -> list[str]:
+    worst = result["rows"][0] if result["rows"] else None
+    value = number(worst["value"]) if worst else ""
+    used = f"{worst['used']:.0%}" if worst and worst["used"] is not None else ""
+    sign = f"{_SIGNS[result['kind']]} {result['kind']}"
+    return [sign, result["id"], result["subject"], worst["layer"] if worst else "", value, result["bound"], used]
+
+
+def _details(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"<details><summary><b>{escaped(result['id'])}</b>: {escaped(result['headline'])}</summary>"
+    yield ""
+    if result["reason"]:
+        yield f"{escaped(result['reason'])}"
+        yield ""
+    for token in result["evidence"]:
+        said = f"{escaped(token['before'])}**⟦{escaped(token['text'])}⟧**{escaped(token['after'])}"
+        part = part_of_error(token.get("share"))
+        yield f"- {part}{token['ratio']:.1f} × median at sample {token['sample']}, position {token['position']}: {said}"
+    commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]
+    text = "\n".join(f"{name:<8}{visible(said)}" for name, said in commands if said)
+    yield ""
+    yield f"<pre>{html.escape(text)}</pre>"
+    yield "</details>"
+    yield ""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from ..common import shown_path
-from .plain import strict_json
+from .report import strict_json
 
 _SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 

@@ -1,13 +1,32 @@
-"""The report: results → report.json for machines, report.html for people."""
+"""Verdicts → report.json and report.html. As builtins they also cross from a pytest-xdist worker to its controller."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ..common import write_atomically
-from .plain import SCHEMA, builtins_of, strict_json
+from ..verdicts import Verdict
+
+SCHEMA = "qsa-report/1"
+
+
+def to_plain(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as builtins only, with `used` for each row, and `failed`."""
+    fields = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
+    content: dict[str, Any] = builtins_of(fields | {"run": verdict.run.plain()})
+    content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
+    content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
+    content["findings"] = [dataclasses.asdict(finding) for finding in verdict.findings]
+    content["waivers"] = [builtins_of({**dataclasses.asdict(use), "text": str(use)}) for use in verdict.waivers]
+    content["limits"] = [dataclasses.asdict(limit) for limit in verdict.limits]
+    content["failed"] = verdict.failed
+    return content
 
 
 def write_report(results: Sequence[Mapping[str, Any]], folder: Path, session: Mapping[str, Any]) -> Path:
@@ -26,3 +45,37 @@ def write_report(results: Sequence[Mapping[str, Any]], folder: Path, session: Ma
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))
     return page
+
+
+def builtins_of(value: Any) -> Any:
+    """Return a value made of str, int, float, bool, None, list and dict; what is none of them becomes its text."""
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Enum):
+        return builtins_of(value.value)
+    if isinstance(value, str):
+        return str(value).encode("utf-8", "backslashreplace").decode()  # a lone surrogate can't be written
+    if isinstance(value, Mapping):
+        return {str(builtins_of(str(key))): builtins_of(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted((builtins_of(item) for item in value), key=str)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [builtins_of(item) for item in value]
+    if hasattr(value, "tolist"):
+        return builtins_of(value.tolist())
+    return str(value)
+
+
+def strict_json(content: Mapping[str, Any]) -> str:
+    """Write JSON that every parser reads: NaN and the infinities are the strings NaN, Infinity and -Infinity."""
+    return json.dumps(_named(builtins_of(content)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    return value

@@ -10,12 +10,13 @@ from ..verdicts import Row, TokenEvidence, Verdict
 
 MOST_ROWS = 8
 WIDTH = 9
-"""The width of the labels of the lines at the end."""
+"""The width of the labels of the facts, at least."""
 
 
 def failure_text(verdict: Verdict) -> str:
     """Return the whole text; its first line says the kind, the assertion and the numbers."""
-    return "\n".join(_lines(verdict))
+    sections = (list(section(verdict)) for section in SECTIONS)
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
 def first_line(verdict: Verdict) -> str:
@@ -23,37 +24,35 @@ def first_line(verdict: Verdict) -> str:
     return f"{verdict.kind} {verdict.id}: {verdict.headline}"
 
 
-def _lines(verdict: Verdict) -> Iterator[str]:
+def _headline(verdict: Verdict) -> Iterator[str]:
     yield first_line(verdict)
     if verdict.query:
         yield f"  {verdict.query['text']}"
+
+
+def _broken(verdict: Verdict) -> Iterator[str]:
     if verdict.findings:
-        yield ""
         yield from findings_text(verdict.findings)
     elif verdict.failing_rows:
-        yield ""
-        yield from table(verdict.failing_rows, verdict.query.get("of", "layers"))
-    if verdict.evidence:
-        yield ""
-        policy = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
-        what = "that stand out most" if verdict.evidence[0].share is None else "with the largest error"
-        yield f"the tokens {what} at {verdict.evidence[0].layer} ({policy})"
-        for token in verdict.evidence:
-            yield f"  {token_line(token)}"
-    yield ""
-    yield from _labelled(verdict)
+        yield from table(verdict.failing_rows, _noun(verdict))
 
 
-def _labelled(verdict: Verdict) -> Iterator[str]:
+def _tokens(verdict: Verdict) -> Iterator[str]:
+    if not verdict.evidence:
+        return
+    worst = verdict.evidence[0]
+    positions = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
+    which = "that stand out most" if worst.share is None else "with the largest error"
+    yield f"the tokens {which} at {worst.layer} ({positions})"
+    yield from (f"  {token_line(token)}" for token in verdict.evidence)
+
+
+def _facts(verdict: Verdict) -> Iterator[str]:
     first = verdict.first_failing
+    begins = first is not None and len(verdict.rows) > 1 and _noun(verdict) == "layers"
     facts = [
         ("reason", verdict.reason),
-        (
-            "begins",
-            f"{first.layer}, the first layer out of bounds in the model's order"
-            if first and len(verdict.rows) > 1 and verdict.query.get("of", "layers") == "layers"
-            else None,
-        ),
+        ("begins", f"{first.layer}, the first layer out of bounds in the model's order" if first and begins else None),
         *verdict.origin.items(),
         ("ran", verdict.run.summary(verdict.subject)),
         ("since", verdict.since),
@@ -62,15 +61,23 @@ def _labelled(verdict: Verdict) -> Iterator[str]:
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),
         ("accept", verdict.accept),
-        *((title, path) for title, path in verdict.artefacts.items()),
+        *verdict.artefacts.items(),
     ]
-    width = max([WIDTH, *(len(label) + 1 for label, text in facts if text)])
-    for label, text in facts:
-        if text:
-            yield f"{label:<{width}}{text}"
+    known = [(label, text) for label, text in facts if text]
+    width = max([WIDTH, *(len(label) + 1 for label, _ in known)])
+    yield from (f"{label:<{width}}{text}" for label, text in known)
 
 
-def table(rows: list[Row], of: str = "layers") -> Iterator[str]:
+SECTIONS = (_headline, _broken, _tokens, _facts)
+"""The text from top to bottom: functions that yield the lines of a section, none where there is nothing to say."""
+
+
+def _noun(verdict: Verdict) -> str:
+    """Name what the rows are: layers, or the tasks of an eval."""
+    return str(verdict.query.get("of", "layers"))
+
+
+def table(rows: Sequence[Row], of: str) -> Iterator[str]:
     """Yield the worst rows as a table, and how many more there are."""
     shown = rows[:MOST_ROWS]
     heads = [of.removesuffix("s"), "value", "allowed", "excess", ""]

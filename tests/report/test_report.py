@@ -17,8 +17,7 @@ import pytest
 
 from pytest_qsa.captures.histograms import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
-from pytest_qsa.report.plain import to_plain
-from pytest_qsa.report.report import write_report
+from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 from support.projects import peaks, suite
 

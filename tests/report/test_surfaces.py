@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pytest_qsa.report.gallery import Gallery, Turning, render_gallery
-from pytest_qsa.report.surfaces import surface_data
+from pytest_qsa.report.gallery import Gallery, Turning, render_gallery, surface_data
 
 HOSTILE = "</script><script>alert(1)</script>\u202e"
 

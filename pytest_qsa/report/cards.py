@@ -1,0 +1,197 @@
+"""A result as a card of the page, and the layers of all cards in one table."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Card = Mapping[str, Any]
+"""A result as `to_plain` gives it, with what the page shows of it."""
+MOST_STRIPS = 16
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
+_PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
+_POSITIONS = {
+    "all": "all positions, sinks included",
+    "no_sink": "positions without the attention sinks",
+    "sink": "the attention sinks only",
+}  # fmt: skip
+_COLUMNS = ("low", "high", "baseline", "reference", "excess", "used")
+_EMPTY: dict[str, Any] = {
+    "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
+    "since": "", "origin": {}, "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
+}  # fmt: skip
+
+
+def is_out(row: Mapping[str, Any]) -> bool:
+    """Say whether a layer is out of bounds with no waiver that covers it."""
+    return bool(row.get("excess")) and not row.get("waived")
+
+
+def worst_first(results: Iterable[Mapping[str, Any]], ranks: Mapping[str, int]) -> list[Mapping[str, Any]]:
+    """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
+    return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
+
+
+def _worst_used(result: Mapping[str, Any]) -> float:
+    used = (row.get("used") for row in result.get("rows", ()))
+    return max((value for value in used if isinstance(value, float | int) and not math.isnan(value)), default=0.0)
+
+
+def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return all that the template shows of one result; keys that a result lacks are empty."""
+    rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
+    used = _worst_used(result)
+    measured = any(row.get("used") is not None for row in rows)
+    return {
+        **_EMPTY,
+        **result,
+        "anchor": f"a{index}",
+        "rows": rows,
+        "query": result.get("query") or {},
+        "run": result.get("run") or {},
+        "used": used if measured else None,
+        "strip": list(strip_of(rows)),
+        "evidence": grouped_tokens(result.get("evidence") or ()),
+        "positions": positions_text(result.get("positions")),
+        "plots": list(plots_of(result.get("artefacts") or {})),
+        "out": sum(map(is_out, rows)),
+        "columns": [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)],
+    }
+
+
+def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a cell of the heat strip for each layer: its heat from 0 to 1, by budget used, else by value."""
+    values = [row["value"] for row in rows if math.isfinite(row["value"])]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    for row in rows:
+        heat = row.get("used")
+        if heat is None:
+            heat = (row["value"] - low) / (high - low) if high > low else 0.0
+        heat = min(max(heat, 0.0), 1.0) if not math.isnan(heat) else 1.0
+        yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": is_out(row)}
+
+
+def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join the sightings of one token at several layers; the strongest speaks for all."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for token in evidence:
+        key = (token["sample"], token["position"], token["text"])
+        groups.setdefault(key, {**token, "also": []})
+        if groups[key]["layer"] != token["layer"]:
+            groups[key]["also"].append(token["layer"])
+    return list(groups.values())
+
+
+def positions_text(positions: str | None) -> str:
+    """Say in words which positions counted."""
+    if not positions:
+        return ""
+    skipped = positions.partition("skip_first:")[2]
+    return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
+
+
+def plots_of(artefacts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the pictures with their content; a picture that isn't there any more says so."""
+    for title, path in artefacts.items():
+        if not path.endswith(".png"):
+            continue
+        try:
+            picture = Path(path).read_bytes()
+        except OSError:
+            picture = b""
+        width, height = struct.unpack(">II", picture[16:24]) if len(picture) > 24 else (0, 0)
+        data = base64.b64encode(picture).decode("ascii")
+        yield {"title": _PLOTS.get(title, title), "path": path, "data": data, "width": width, "height": height}
+
+
+def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the rows of all cards by layer, in the order of their names, numbers by size.
+
+    Returns `columns` (an assertion each), `rows`: layer, worst share used, out, cells (one a column, or None), and
+    `histograms`: those of its sites; and `strips`: the rows by kind of layer.
+    """
+    shown = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for index, card in enumerate(shown):
+        for row in card["rows"]:
+            key = (card["subject"], row["layer"])
+            entry = rows.setdefault(key, {"layer": row["layer"], "cells": [None] * len(shown), "histograms": []})
+            entry["cells"][index] = {name: row[name] for name in _FIELDS if row.get(name) is not None}
+    for card in cards:
+        site = card["query"].get("site", "")
+        for layer, histograms in (card.get("histograms") or {}).items():
+            entry = rows.setdefault(
+                (card["subject"], layer), {"layer": layer, "cells": [None] * len(shown), "histograms": []}
+            )
+            known = {(each["site"], each["of"]) for each in entry["histograms"]}
+            new = [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
+            entry["histograms"] += new
+    ordered = sorted(rows, key=lambda key: (key[0], _by_number(key[1])))
+    subjects = {subject for subject, _ in rows}
+    finished = [_finished(rows[key], key[0] if len(subjects) > 1 else "") for key in ordered]
+    return {
+        "columns": [_column(card, several=len(subjects) > 1) for card in shown],
+        "rows": finished,
+        "strips": strips_of(finished),
+    }
+
+
+def _of_layers(card: Mapping[str, Any]) -> bool:
+    """Say whether an assertion is about layers: tasks and the many experts of a layer have their card's own table."""
+    return bool(card["query"].get("of", "layers") == "layers")
+
+
+def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Group rows into a few heat strips over depth: those of one kind, `model.layers.*.mlp.down_proj`, stand together.
+
+    Experts and other second numbers share a strip where each by itself would make too many.
+    """
+    for count in (1, 0):
+        strips: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            kind = _NUMBER.sub("*", row["layer"], count=count)
+            strips.setdefault(f"{row['subject']} {kind}".strip(), []).append(index)
+        if len(strips) <= MOST_STRIPS:
+            return [{"name": name, "rows": members} for name, members in strips.items()]
+    return [{"name": "", "rows": [*range(len(rows))]}]
+
+
+def _column(card: Mapping[str, Any], *, several: bool) -> dict[str, Any]:
+    return {
+        "id": card["id"],
+        "subject": card["subject"] if several else "",
+        "anchor": card["anchor"],
+        "kind": card["kind"],
+        "unit": card["query"].get("unit", ""),
+        "site": card["query"].get("site", ""),
+        "text": card["query"].get("text", ""),
+        "bound": card["bound"],
+        "threshold": (card["query"].get("parameters") or {}).get("threshold"),
+    }
+
+
+def _finished(entry: dict[str, Any], subject: str) -> dict[str, Any]:
+    cells = [cell for cell in entry["cells"] if cell]
+    used = [cell["used"] for cell in cells if "used" in cell and not math.isnan(cell["used"])]
+    worst = max(used, default=None)
+    for cell in cells:
+        cell["heat"] = round(min(max(cell.get("used", 0.0), 0.0), 1.0), 3)
+        cell["out"] = is_out(cell)
+    return {
+        **entry,
+        "subject": subject,
+        "used": worst,
+        "out": any(cell["out"] for cell in cells),
+        "heat": round(min(max(worst or 0.0, 0.0), 1.0), 3),
+    }
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that puts `layers.9` before `layers.10`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]

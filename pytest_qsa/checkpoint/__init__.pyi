@@ -5,16 +5,20 @@ from .checks.health import (
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
-from .findings import Finding as Finding
-from .folder import INDEX as INDEX, NUMBER as NUMBER, Folder as Folder, open_folder as open_folder
-from .formats.declared import (
-    codes_of as codes_of,
-    declared as declared,
-    element_count as element_count,
-    matches as matches,
-    scale_parts as scale_parts,
-    weight_shape as weight_shape,
+from .folder import (
+    INDEX as INDEX,
+    NUMBER as NUMBER,
+    Finding as Finding,
+    Folder as Folder,
+    open_folder as open_folder,
 )
-from .formats.dequantize import weight_rows as weight_rows
+from .formats.format import (
+    Format as Format,
+    element_count as element_count,
+    format_of as format_of,
+    libraries_of_formats as libraries_of_formats,
+    streams_from_disk as streams_from_disk,
+)
+from .formats.scheme import Declaration as Declaration, Scheme as Scheme, matches as matches
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
 from .tensors import FLOATS as FLOATS, Tensor as Tensor, encoded as encoded, tensors_of as tensors_of

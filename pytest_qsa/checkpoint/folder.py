@@ -1,4 +1,4 @@
-"""A checkpoint's folder as the static checks see it: its tensors by name, its configuration, its layers in order."""
+"""A checkpoint's folder without a model: its tensors by name, its configuration, its layers in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common import InfraError
+from ..common import AnomalyError, InfraError
+from .gguf_file import GgufFile, read_gguf
 from .tensors import Tensor, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -18,8 +19,24 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One problem of a checkpoint. `layer`: the module; `tensor`: the tensor or the setting; `file`: where it is."""
+
+    layer: str
+    tensor: str
+    file: str
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        """Write it in one line: `tensor (file): what; advice`."""
+        where = f" ({self.file})" if self.file else ""
+        return f"{self.tensor}{where}: {self.what}; {self.advice}"
+
+
+@dataclass(frozen=True)
 class Folder:
-    """A checkpoint on disk. Nothing is read before it is asked for; tensors come from the headers.
+    """A checkpoint on disk, read lazily: of the tensors first the headers alone.
 
     `gguf_file`: the one file that is read instead of safetensors.
     """
@@ -28,27 +45,30 @@ class Folder:
     gguf_file: str | None = None
 
     @cached_property
-    def _gguf(self) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
-        from .formats.gguf import read_gguf
+    def _gguf(self) -> GgufFile | None:
+        return read_gguf(self.path / self.gguf_file) if self.gguf_file else None
 
-        assert self.gguf_file is not None
-        return read_gguf(self.path / self.gguf_file)
+    @property
+    def architecture(self) -> str:
+        """The architecture that a GGUF file names; empty for a folder, whose config.json names a class."""
+        return self._gguf.architecture if self._gguf else ""
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """The tokens of a GGUF file by id; empty for a folder, whose tokenizer.json has more to say."""
-        return self._gguf[2] if self.gguf_file else {}
+        """The tokens of a GGUF file → their ids; empty for a folder, whose tokenizer.json has more to say."""
+        return self._gguf.vocabulary if self._gguf else {}
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors by name, in the natural order of their names.
 
         Raises:
-            InfraError: there are none, or a file is damaged.
+            AnomalyError: a file is damaged.
+            InfraError: there is no file, or one can't be read.
         """
         files = sorted(self.path.glob("*.safetensors"))
-        if self.gguf_file:
-            found = {tensor.name: tensor for tensor in self._gguf[0]}
+        if self._gguf:
+            found = {tensor.name: tensor for tensor in self._gguf.tensors}
         elif files:
             found = {tensor.name: tensor for file in files for tensor in tensors_of(file)}
         else:
@@ -68,13 +88,16 @@ class Folder:
         """The content of config.json, or what a GGUF file says in its place.
 
         Raises:
-            InfraError: it is missing or no JSON.
+            AnomalyError: it is no JSON object.
+            InfraError: there is none.
         """
-        if self.gguf_file:
-            return self._gguf[1]
+        if self._gguf:
+            return self._gguf.settings
         content = self.json("config.json")
-        if not isinstance(content, dict):
+        if content is None:
             raise InfraError(f"{self.path} holds no config.json")
+        if not isinstance(content, dict):
+            raise AnomalyError(f"{self.path / 'config.json'} is no JSON object but a {type(content).__name__}")
         return content
 
     @property
@@ -85,7 +108,9 @@ class Folder:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The `quantization_config`; empty for a checkpoint that declares none."""
+        """The `quantization_config`; empty for a checkpoint that declares none, and for a GGUF file."""
+        if self.gguf_file:
+            return {}
         declared = self.text_config.get("quantization_config")
         return declared if isinstance(declared, dict) else {}
 
@@ -93,15 +118,18 @@ class Folder:
         """Return a JSON file's content; None where there is no such file.
 
         Raises:
-            InfraError: it is no JSON.
+            AnomalyError: it is no JSON.
+            InfraError: it can't be read.
         """
         file = self.path / name
         if not file.is_file():
             return None
         try:
             return json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
-            raise InfraError(f"{file} is no JSON: {error}") from None
+            raise AnomalyError(f"{file} is no JSON: {error}") from None
 
     @cached_property
     def indexed(self) -> Mapping[str, str]:
@@ -109,24 +137,45 @@ class Folder:
         index = self.json(INDEX) or {}
         return dict(index.get("weight_map") or {})
 
+    def check_files(self) -> None:
+        """Check what every loader needs: JSON that can be read, whole tensor files, and all files of the index.
+
+        Loaders report these faults in words of their own, by which a broken checkpoint can't be told from a broken
+        machine.
+
+        Raises:
+            AnomalyError: a file of the checkpoint is damaged, or one that its index names is not there.
+            InfraError: a file can't be read, or is a pointer of git-lfs.
+        """
+        for name in ("config.json", "generation_config.json"):
+            self.json(name)
+        for file in sorted(set(self.indexed.values())):
+            if not (self.path / file).is_file():
+                raise AnomalyError(f"{self.path}: {INDEX} names {file}, which is not there: copy or download it again")
+        if self._gguf is None and any(self.path.glob("*.safetensors")):
+            _ = self.tensors  # which reads the header of every file
+
 
 def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> Folder:
     """Open a folder, or the local copy of a hub id; nothing is fetched.
 
     Raises:
-        InfraError: there is no such folder and no such id in the local cache.
+        InfraError: there is no such folder and no such id in the local cache, or the cache can't be read.
     """
     if Path(path).is_dir():
         return Folder(Path(path), gguf_file)
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    try:
         return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)), gguf_file)
-    except Exception:  # a malformed id and an absent one are the same to the reader
+    except (HFValidationError, LocalEntryNotFoundError):  # a malformed id is a folder that isn't there
         raise InfraError(
             f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "
             f"run `hf download {path}` first, or give a folder"
         ) from None
+    except OSError as error:
+        raise InfraError(f"the local cache of the hub can't be read for '{path}': {error}") from error
 
 
 def natural(name: str) -> list[tuple[int, str]]:

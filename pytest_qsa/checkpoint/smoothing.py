@@ -13,20 +13,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks.unquantized import ROUNDING
+from .checks.weights import ROUNDING
 from .folder import Folder, natural
-from .formats.declared import codes_of
-from .formats.dequantize import weight_columns, weight_rows
-from .tensors import FLOATS, Tensor, decoded
+from .formats.format import BUDGET, Format, decoded_rows, format_of
+from .tensors import FLOATS, Tensor
 
 MOST_NORMS = 8
-"""So many norms that differ are multiplied out, evenly spaced."""
-BUDGET = 4 << 20
-"""The bytes that are read of one matrix: evenly spaced rows of a large one."""
+"""The number of norms that are followed into the matrices which read them, evenly spaced among those that differ."""
 AGREES = 0.05
 """The median |ln| by which products may differ: rounding to 4 bits moves the norm of a column by about 2 %."""
 ROWS = 64
-"""So many rows of the embeddings are compared."""
+"""The number of rows of the embeddings that are compared."""
 TABLES = ("embed_tokens", "wte", "tok_embeddings")
 HEADS = ("lm_head", "embed_out")
 Compare = Literal["layers", "blocks", "logits"]
@@ -58,7 +55,8 @@ def compare_norms(folder: Folder, reference: Folder) -> Relation:
     weight_sqnr make sense, with `blocks` sqnr at the outputs of whole blocks and the logits, with `logits` only these.
 
     Raises:
-        InfraError: a file is missing or damaged.
+        AnomalyError: a file is damaged.
+        InfraError: a file is missing or can't be read.
     """
     if transforms := (folder.quantization.get("transform_config") or {}).get("config_groups"):
         return Relation("rotated", (), f"its transform_config declares rotations ({', '.join(transforms)})")
@@ -68,7 +66,8 @@ def compare_norms(folder: Folder, reference: Folder) -> Relation:
     if not differing:
         return Relation("same")
     chosen = [differing[i] for i in np.unique(np.linspace(0, len(differing) - 1, MOST_NORMS).astype(int))]
-    followed = [_made_up_for(folder, reference, name) for name in chosen]
+    mine, theirs = format_of(folder), format_of(reference)
+    followed = [_made_up_for(mine, theirs, name) for name in chosen]
     many = f"the weights of {len(differing)} norm{'s' if differing[1:] else ''} differ ({differing[0]}"
     many += ", …)" if differing[1:] else ")"
     if all(answer is None for answer in followed):
@@ -107,8 +106,8 @@ def _turned(folder: Folder, reference: Folder) -> str:
             continue
         if mine.shape != theirs.shape or mine.dtype not in FLOATS or theirs.dtype not in FLOATS:
             continue
-        rows = np.unique(np.linspace(0, len(theirs.raw()) - 1, ROWS).astype(int))
-        x, y = (decoded(np.asarray(t.raw()[rows]), t.dtype).astype(np.float64) for t in (mine, theirs))
+        rows = np.unique(np.linspace(0, len(theirs.raw()) - 1, ROWS).astype(np.intp))
+        x, y = (decoded_rows(tensor, rows) for tensor in (mine, theirs))
         lengths = np.linalg.norm(y, axis=1)
         some = lengths > 0
         moved = np.linalg.norm(x - y, axis=1)[some] / lengths[some]
@@ -118,47 +117,43 @@ def _turned(folder: Folder, reference: Folder) -> str:
     return ""
 
 
-def _made_up_for(folder: Folder, reference: Folder, norm: str) -> bool | None:
+def _made_up_for(mine: Format, theirs: Format, norm: str) -> bool | None:
     """Say whether some layer of the norm's block undoes its change in its columns; None where none can be read."""
-    mine, theirs = folder.tensors[norm].values(), reference.tensors[norm].values()
+    own, original = mine.folder.tensors[norm].values(), theirs.folder.tensors[norm].values()
     readable = False
-    for layer in _readers(folder, reference, folder.tensors[norm]):
-        columns = _column_ratio(folder, reference, layer)
+    for layer in _readers(mine, theirs, mine.folder.tensors[norm]):
+        columns = _column_ratio(mine, theirs, layer)
         if columns is None:
             continue
         readable = True
-        for offset in (0.0, 1.0):  # some models multiply by 1 + weight
+        for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
             with np.errstate(all="ignore"):
-                change, product = (np.abs(np.log(np.abs(r))) for r in _ratios(mine + offset, theirs + offset, columns))
+                ratio = (own + offset) / (original + offset)
+                change, product = np.abs(np.log(np.abs(ratio))), np.abs(np.log(np.abs(ratio * columns)))
             sound = np.isfinite(change) & np.isfinite(product)
             if sound.any() and np.median(product[sound]) < min(AGREES, 0.5 * np.median(change[sound])):
                 return True
     return False if readable else None
 
 
-def _ratios(mine: Vector, theirs: Vector, columns: Vector) -> tuple[Vector, Vector]:
-    ratio = mine / theirs
-    return ratio, ratio * columns
-
-
-def _readers(folder: Folder, reference: Folder, norm: Tensor) -> Iterator[str]:
+def _readers(mine: Format, theirs: Format, norm: Tensor) -> Iterator[str]:
     """Yield the matrices of the norm's block that have an input for each of its channels; for a last norm the head."""
     block, width = norm.layer.rpartition(".")[0], norm.shape[0]
     within = any(part.isdigit() for part in block.split("."))
-    for layer, parts in folder.layers.items():
+    for layer in mine.folder.layers:
         near = layer.startswith(f"{block}.") if within else layer.rpartition(".")[2] in HEADS
-        theirs = reference.layers.get(layer) if near else None
-        if theirs is not None and weight_columns(parts) == weight_columns(theirs) == width:
+        if near and all((form.weight_shape(layer) or (0, 0))[1] == width for form in (mine, theirs)):
             yield layer
 
 
-def _column_ratio(folder: Folder, reference: Folder, layer: str) -> Vector | None:
+def _column_ratio(mine: Format, theirs: Format, layer: str) -> Vector | None:
     """Return the norms of a layer's columns over the original's, of the same rows."""
-    tensor = codes_of(reference.layers[layer]) or reference.layers[layer]["weight"]
-    rows = slice(None, None, max(1, (tensor.stop - tensor.start) // BUDGET))
-    mine, theirs = (weight_rows(side, layer, rows) for side in (folder, reference))
-    if mine is None or theirs is None or mine.shape != theirs.shape:
+    original = theirs.weight_of(layer)
+    assert original is not None  # it has a shape
+    rows = slice(None, None, max(1, (original.stop - original.start) // BUDGET))
+    one, other = (form.rows(layer, rows) for form in (mine, theirs))
+    if one is None or other is None or one.shape != other.shape:
         return None
     with np.errstate(all="ignore"):
-        ratio: Vector = np.linalg.norm(mine, axis=0) / np.linalg.norm(theirs, axis=0)
+        ratio: Vector = np.linalg.norm(one, axis=0) / np.linalg.norm(other, axis=0)
     return ratio

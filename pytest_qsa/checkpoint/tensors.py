@@ -15,14 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import InfraError
+from ..common import AnomalyError, InfraError
 
 RAW: dict[str, str] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
-    "BOOL": "u1",
-}  # fmt: skip
-"""The dtypes of safetensors → how numpy sees their bytes."""
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "BOOL"), "u1"),
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+}
+"""The dtypes of safetensors → the numpy dtype that holds their bytes."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 LONGEST_HEADER = 100_000_000
@@ -55,7 +64,13 @@ class Tensor:
         return self.path.name
 
     def raw(self) -> NDArray[Any]:
-        """Return a read-only view of the bytes, in the tensor's shape; what isn't touched isn't read."""
+        """Return a memory map of the bytes, read-only and in the tensor's shape.
+
+        Raises:
+            InfraError: its dtype isn't known here.
+        """
+        if self.dtype not in RAW:
+            raise InfraError(f"{self.path}: {self.name} has the dtype {self.dtype}, which isn't known here")
         kind = np.dtype(RAW[self.dtype])
         count = prod(self.shape)
         if not count:
@@ -123,7 +138,8 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
     """Yield the tensors of a file by its header alone.
 
     Raises:
-        InfraError: it is no whole safetensors file, or a pointer of git-lfs.
+        AnomalyError: it is no whole safetensors file.
+        InfraError: it can't be read, or is a pointer of git-lfs.
     """
     try:
         with path.open("rb") as file:
@@ -132,20 +148,23 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
             if head.startswith(b"version "):
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
-                raise InfraError(f"{path} is not a safetensors file: its header would have {length} bytes")
-            header = json.loads(file.read(length))
+                raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
+            header = file.read(length)
         size = path.stat().st_size
-        for name, entry in header.items():
+    except OSError as error:
+        raise InfraError(f"{path} can't be read: {error.strerror or error}") from None
+    try:
+        for name, entry in json.loads(header).items():
             if name != "__metadata__":
                 yield _tensor(path, name, entry, 8 + length, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InfraError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
     start, stop = entry["data_offsets"]
     if base + stop > size:
-        raise InfraError(
+        raise AnomalyError(
             f"{path} is cut short: {name} ends at byte {base + stop:,} of {size:,}; copy or download it again"
         )
     shape = tuple(int(length) for length in entry["shape"])

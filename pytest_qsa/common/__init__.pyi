@@ -10,6 +10,7 @@ from .errors import (
     scrubbed as scrubbed,
     shown_path as shown_path,
 )
+from .extensions import Registry as Registry
 from .files import Scratch as Scratch, write_atomically as write_atomically
 from .moved import find_moved_modules as find_moved_modules
 from .progress import progress_bar as progress_bar

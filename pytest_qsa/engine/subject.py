@@ -26,7 +26,7 @@ from ..suite import (
     reference_of,
     stored_quantized,
 )
-from .formats.schemes import schemes_of
+from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
 from .load.data import batches_of

@@ -17,14 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import Capture
+from ..checkpoint import Folder, libraries_of_formats
 from ..common import write_atomically
 from .datasets import hub_set_of, local_path
 from .subject import Subject, kept_reference, reference_of
 
 LIBRARIES = (
-    "pytest-qsa", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "numba", "gguf",
-    "compressed-tensors", "torchao", "datasets",
-)  # fmt: skip
+    "pytest-qsa",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "numba",
+    "datasets",
+)
+"""The packages that can change a number, whatever the format of the checkpoint."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 SMALL = 1 << 20
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
@@ -171,7 +180,8 @@ def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     else:
         for file in _data_files(subject):
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"
-    yield {name: _version(name) for name in LIBRARIES}
+    formats = libraries_of_formats(Folder(folder, subject.model.gguf_file))
+    yield {name: _version(name) for name in (*LIBRARIES, *formats)}
     yield machine()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..captures import FilesProvenance, ModelProvenance, Provenance
-from ..checkpoint import Files, Finding, Relation, declared
+from ..checkpoint import Files, Finding, Relation
 from ..metrics import Bounds, Series
 from .verdict import Kind, Verdict, judge_bounds
 
@@ -60,7 +60,7 @@ def provenance(files: Files) -> Provenance:
     folder, quantization = files.folder, files.folder.quantization
     names = {tensor.file for tensor in folder.tensors.values()}
     form = quantization.get("format") or quantization.get("bits") or ""
-    read = FilesProvenance(len(names), len(folder.tensors), f"{declared(folder).method} {form}".strip())
+    read = FilesProvenance(len(names), len(folder.tensors), f"{files.format.label} {form}".strip())
     return Provenance(
         ModelProvenance(str(folder.path), files=read),
         reference=ModelProvenance(str(files.reference.path)) if files.reference else None,

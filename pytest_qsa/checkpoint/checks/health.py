@@ -18,24 +18,21 @@ from annotated_types import Ge, Gt
 from ...captures import match_layers, no_match
 from ...common import AnomalyError, shown_path
 from ...metrics import CHECKPOINT, Definition, Query, Series
-from ..findings import Finding
-from ..folder import Folder, natural
-from ..formats.declared import codes_of, declared, scale_parts
+from ..folder import Finding, Folder, natural
+from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
 from . import settings
-from .declared_formats import misplaced_formats
 from .keys import lost_keys
-from .packed import constant_weights, unsound_floats
-from .scales import missing_scales, outlying_scales, unequal_fused, unsound_scales
+from .placement import misplaced_formats
+from .scales import outlying_scales, unequal_fused, unsound_scales
 from .settings import changed_settings
-from .unquantized import changed_floats, kept_tensors
+from .weights import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 Spread = Annotated[float, Gt(0)]
 Tolerance = Annotated[float, Ge(0)]
 
-
 SETTINGS = (settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE)
-"""What stands for a layer where a setting is wrong."""
+"""The names that stand for a layer where a setting is wrong."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,21 @@ class Files:
     _found: dict[Any, tuple[Finding, ...]] = field(default_factory=dict, compare=False)
 
     def once(self, function: Callable[..., Iterable[Finding]], parameters: Mapping[str, Any]) -> tuple[Finding, ...]:
-        """Return what a check finds; what one assertion has made it read is not read again for the next."""
+        """Return what a check finds; several assertions that ask for the same read the files once."""
         key = (function.__name__, *sorted(parameters.items()))
         if key not in self._found:
             self._found[key] = tuple(function(self, **parameters))
         return self._found[key]
 
+    @cached_property
+    def format(self) -> Format:
+        """The format that the checkpoint declares."""
+        return format_of(self.folder)
+
     @property
     def stored_quantized(self) -> list[str]:
         """The layers whose weight is stored in codes."""
-        return [name for name, parts in self.folder.layers.items() if codes_of(parts)]
+        return [name for name in self.folder.layers if self.format.codes_of(name)]
 
     @cached_property
     def relation(self) -> Relation:
@@ -66,7 +68,7 @@ class Files:
     @cached_property
     def quantized(self) -> list[str]:
         """The layers that hold codes or scales."""
-        return [name for name, parts in self.folder.layers.items() if codes_of(parts) or scale_parts(parts)]
+        return [name for name in self.folder.layers if self.format.codes_of(name) or self.format.scales_of(name)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _all_layers(files: Files) -> list[str]:
 
 
 def _quantized_layers(files: Files) -> list[str]:
-    if not files.quantized and not declared(files.folder).names_layers:
+    if not files.quantized and not files.format.declaration.names_layers:
         raise AnomalyError(
             f"{shown_path(files.folder.path)} is not quantized: it has no scales, no packed weights and no "
             "quantization_config; use checkpoint_keys and checkpoint_settings, or leave this out"
@@ -105,8 +107,8 @@ def _quantized_layers(files: Files) -> list[str]:
 
 
 def _declared_layers(files: Files) -> list[str]:
-    if files.folder.gguf_file:
-        raise AnomalyError("a GGUF file declares no layers to quantize: leave checkpoint_formats out")
+    if not files.format.uniform:
+        raise AnomalyError(f"a {files.format.label} file declares no layers to quantize: leave checkpoint_formats out")
     return _quantized_layers(files)
 
 
@@ -119,7 +121,7 @@ def _settings(files: Files) -> list[str]:
 def _kept_layers(files: Files) -> list[str]:
     if files.reference is None:
         raise AnomalyError("what is unquantized is compared with model.reference, and the suite names none: add it")
-    kept = list(dict.fromkeys(theirs.layer for theirs, _ in kept_tensors(files.folder, files.reference)))
+    kept = list(dict.fromkeys(theirs.layer for theirs, _ in kept_tensors(files.format, files.reference)))
     if not kept:
         raise AnomalyError("the checkpoint and its reference have no float tensor of the same name: nothing to compare")
     return sorted(kept, key=natural)
@@ -132,24 +134,25 @@ def _everything(files: Files) -> list[str]:
 @_check(_quantized_layers)
 def checkpoint_scales(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings."""
-    yield from missing_scales(files.folder)
-    yield from unsound_scales(files.folder)
-    yield from outlying_scales(files.folder, spread=spread)
-    yield from unequal_fused(files.folder, always=fused_equal)
+    for layer in files.folder.layers:
+        yield from files.format.findings(layer)
+    yield from unsound_scales(files.format)
+    yield from outlying_scales(files.format, spread=spread)
+    yield from unequal_fused(files.format, always=fused_equal)
 
 
 @_check(_all_layers)
 def checkpoint_weights(files: Files) -> Iterator[Finding]:
     """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf."""
-    yield from constant_weights(files.folder)
-    yield from unsound_floats(files.folder)
+    yield from constant_weights(files.format)
+    yield from unsound_floats(files.format)
 
 
 @_check(_declared_layers)
 def checkpoint_formats(files: Files) -> Iterator[Finding]:
     """Count layers that are left unquantized or quantized against the configuration, or stored in another format."""
-    if not files.folder.gguf_file:
-        yield from misplaced_formats(files.folder)
+    if files.format.uniform:
+        yield from misplaced_formats(files.format)
 
 
 @_check(_all_layers)
@@ -169,7 +172,7 @@ def checkpoint_settings(files: Files) -> Iterator[Finding]:
 def checkpoint_unquantized(files: Files, *, rel: Tolerance = 0.0) -> Iterator[Finding]:
     """Count float tensors that differ from the reference's by more than rel × its values, or are lost."""
     if files.reference is not None:
-        yield from changed_floats(files.folder, files.reference, rel=rel)
+        yield from changed_floats(files.format, files.reference, rel=rel)
 
 
 @_check(_everything)
@@ -186,8 +189,8 @@ def problems_of(
     """Run a check; return the number of problems of each layer, and the findings, in the layers' order.
 
     Raises:
-        AnomalyError: the pattern finds nothing, or there is nothing that the check could look at.
-        InfraError: a file is missing or damaged.
+        AnomalyError: no layer matches, there is nothing that the check could look at, or a file is damaged.
+        InfraError: a file is missing or can't be read.
     """
     check = CHECKS[metric]
     looked_at = list(check.layers(files))
@@ -197,8 +200,8 @@ def problems_of(
     matched = match_layers(ordered, layers, exclude)
     if not matched:
         raise no_match(ordered, layers, exclude)
-    place = {layer: index for index, layer in enumerate(matched)}
-    found = sorted((f for f in found if f.layer in place), key=lambda finding: place[finding.layer])
+    position = {layer: index for index, layer in enumerate(matched)}
+    found = sorted((f for f in found if f.layer in position), key=lambda finding: position[finding.layer])
     counts = Counter(finding.layer for finding in found)
     values = np.array([counts[layer] for layer in matched], dtype=np.float64)
     return Series(matched, values, query_of_check(metric, layers, exclude, parameters)), found

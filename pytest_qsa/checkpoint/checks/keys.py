@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ..findings import Finding
-from ..folder import INDEX, NUMBER, Folder
+from ..folder import INDEX, NUMBER, Finding, Folder
 from ..tensors import Tensor, layer_of
 
 ALIKE = 0.7

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..findings import Finding
-from ..folder import Folder
+from ..folder import Finding, Folder
 
 HARMLESS = frozenset(
     {

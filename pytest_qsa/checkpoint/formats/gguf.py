@@ -1,65 +1,87 @@
-"""A GGUF file as the static checks see it: its tensors, and its settings under the names of a config.json."""
+"""GGUF: quantized blocks of a tensor with their scales inside them, under llama.cpp's names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common import InfraError
+from ..folder import Finding, Folder
 from ..tensors import Tensor
+from .format import AGAIN, Format, Matrix
 
 BLOCKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
-    "Q4_0": (18, (0,)), "Q4_1": (20, (0, 2)), "Q5_0": (22, (0,)), "Q5_1": (24, (0, 2)), "Q8_0": (34, (0,)),
-    "Q2_K": (84, (80, 82)), "Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,)),
-}  # fmt: skip
-"""The quantized types → the bytes of a block, and where in it a float16 scale or minimum stands (ggml-common.h)."""
-SETTINGS: Mapping[str, str] = {
-    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "layer_norm_eps",
-    "rope.freq_base": "rope_theta", "vocab_size": "vocab_size", "expert_count": "num_local_experts",
-    "expert_used_count": "num_experts_per_tok",
-}  # fmt: skip
-"""The keys of an architecture → those of transformers."""
+    "Q4_0": (18, (0,)),
+    "Q4_1": (20, (0, 2)),
+    "Q5_0": (22, (0,)),
+    "Q5_1": (24, (0, 2)),
+    "Q8_0": (34, (0,)),
+    "Q2_K": (84, (80, 82)),
+    "Q3_K": (110, (108,)),
+    "Q4_K": (144, (0, 2)),
+    "Q5_K": (176, (0, 2)),
+    "Q6_K": (210, (208,)),
+}
+"""The quantized types → the bytes of a block, and the offsets of its float16 scales and minima (ggml-common.h)."""
+HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
 
-def read_gguf(path: Path) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
-    """Return a file's tensors, its settings as transformers names them, and its vocabulary.
+class Gguf(Format):
+    """One GGUF file (`model.gguf_file`). It declares no layers to quantize: each tensor has the type that it has."""
 
-    Raises:
-        InfraError: the package gguf is not installed, or the file is missing or damaged.
-    """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InfraError(f"reading {path.name} takes the package gguf: pip install gguf") from None
-    try:
-        reader = GGUFReader(path)
-        tensors = [_tensor(path, entry) for entry in reader.tensors]
-        fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        settings = dict(_settings({name: field.contents() for name, field in fields.items()}))
-        tokens = reader.fields.get("tokenizer.ggml.tokens")
-        words = tokens.contents() if tokens is not None else []
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InfraError(f"{path} can't be read as GGUF: {error}; copy or download it again") from None
-    return tensors, settings, {word: index for index, word in enumerate(words)}
+    name = "gguf"
+    libraries = ("gguf",)
+    uniform = False
+    codes = ("weight",)
 
+    @classmethod
+    def declared_in(cls, folder: Folder) -> bool:
+        """Say whether the folder is read as a GGUF file."""
+        return folder.gguf_file is not None
 
-def _tensor(path: Path, entry: Any) -> Tensor:
-    shape = tuple(int(length) for length in reversed(entry.shape))
-    kind, start = entry.tensor_type.name, int(entry.data_offset)
-    return Tensor(entry.name, kind, shape, path, start, start + int(entry.n_bytes))
+    @property
+    def label(self) -> str:
+        """The name of the format as people write it."""
+        return "GGUF"
 
+    def layers_of(self, modules: Collection[str]) -> dict[str, str]:
+        """Return module → tensor by the name map of the file's architecture."""
+        import gguf
 
-def _settings(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    architecture = fields.get("general.architecture", "")
-    for key, name in SETTINGS.items():
-        if f"{architecture}.{key}" in fields:
-            yield name, fields[f"{architecture}.{key}"]
+        arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}.get(self.folder.architecture)
+        if arch is None:
+            return {name: name for name in modules}
+        known = gguf.get_tensor_name_map(arch, int(self.folder.config.get("num_hidden_layers") or 0))
+        return {name: str(known.get_name(name) or name) for name in modules}
+
+    def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
+        """Dequantize a tensor by the package gguf, its rows in the order of transformers."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        content = _bytes_of(codes).reshape(*codes.shape[:-1], -1)
+        try:
+            weight = dequantize(content, GGMLQuantizationType[codes.dtype]).reshape(codes.shape)
+        except NotImplementedError:  # a type that the installed gguf can name and not read
+            return None
+        heads = HEADS.get(layer.rpartition(".")[2])
+        if heads is not None and self.folder.architecture == "llama":
+            # llama.cpp's converter interleaves the two halves of every head of llama's q and k, for its rotary kernel
+            count = int(self.folder.config.get(heads) or self.folder.config["num_attention_heads"])
+            halves = weight.reshape(count, len(weight) // count // 2, 2, -1)
+            weight = halves.swapaxes(1, 2).reshape(weight.shape)
+        return np.asarray(weight[rows], dtype=np.float64)
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield tensors with blocks whose scale is NaN or infinite."""
+        yield from super().findings(layer)
+        for tensor in self.parts(layer).values():
+            scales = block_scales(tensor)
+            bad = 0 if scales is None else int(np.count_nonzero(~np.isfinite(scales).all(axis=1)))
+            if scales is not None and bad:
+                what = f"{bad} of {len(scales)} blocks have a scale that is NaN or infinite"
+                yield Finding(layer, tensor.name, tensor.file, what, AGAIN)
 
 
 def block_scales(tensor: Tensor) -> NDArray[np.float16] | None:
@@ -67,7 +89,10 @@ def block_scales(tensor: Tensor) -> NDArray[np.float16] | None:
     if tensor.dtype not in BLOCKS:
         return None
     size, offsets = BLOCKS[tensor.dtype]
-    content = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=tensor.stop - tensor.start)
-    blocks = content.reshape(-1, size)
+    blocks = _bytes_of(tensor).reshape(-1, size)
     columns = [np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")[:, 0] for offset in offsets]
     return np.stack(columns, axis=1)
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    return np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=tensor.stop - tensor.start)

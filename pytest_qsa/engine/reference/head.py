@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from ...checkpoint import Tensor as Stored, open_folder
 from ...common import InfraError
-from ..formats.dequantized import dequantized
+from ..formats.format import dequantized
 from ..stream.shards import DTYPES
 
 SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...captures import ERROR, SiteKey, SiteNumbers
 from ...common import InfraError
-from ..formats.dequantized import dequantized
+from ..formats.format import dequantized
 from ..reduce.pairs import powers_of
 from ..stream.stream import Stream
 

@@ -15,8 +15,7 @@ from torch.nn.functional import linear
 from ...captures import ExecutedModules, Execution, SiteKey
 from ...common import InfraError
 from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
-from ..formats.dequantized import dequantized
-from ..formats.schemes import bits_of, keeps_codes, schemes_of
+from ..formats.format import bits_of, dequantized, is_quantized, owner_of, schemes_of
 from ..modules import input_of, layers_of, tensor_of
 
 TRIES = 2
@@ -47,7 +46,7 @@ class Witness:
     def __post_init__(self) -> None:
         schemes = schemes_of(self.model) or {}
         layers = layers_of(self.model)
-        self.modules = {name: layer for name, layer in layers.items() if name in schemes or keeps_codes(layer)}
+        self.modules = {name: layer for name, layer in layers.items() if name in schemes or is_quantized(layer)}
         self._schemes = schemes
 
     @contextmanager
@@ -112,14 +111,9 @@ class Witness:
             return f"{kind}A{activations}{floats} {UNPROVED}"
         if not rounds:
             return f"{kind}A16{floats} {WEIGHTS_ONLY}" if weights else WEIGHTS_ONLY
-        how = EMULATED if _emulates(self.modules[name]) else KERNELS
+        form = owner_of(self.modules[name])
+        how = EMULATED if form and form.emulates(self.modules[name]) else KERNELS
         return f"{kind}A{activations if activations and activations < 16 else '?'}{floats} {how}"
-
-
-def _emulates(module: nn.Module) -> bool:
-    """Say whether inputs are rounded in floating point before an ordinary multiplication."""
-    emulated = getattr(module, "quantization_scheme", None) is not None
-    return emulated or "Unpacked" in type(getattr(module, "weight", None)).__name__
 
 
 def _absent(stored: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -163,11 +157,10 @@ def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor)
     plain = plain[plain.isfinite()]
     if not len(plain):
         return None
-    scheme: Any = getattr(module, "quantization_scheme", None)
-    if scheme is not None and scheme.input_activations is not None:
-        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-
-        rounded = distances(forward_quantize(module, inputs, "input", scheme.input_activations))
+    form = owner_of(module)
+    rounded_inputs = form.rounded_inputs(module, inputs) if form else None
+    if rounded_inputs is not None:
+        rounded = distances(rounded_inputs)
         nearer = float(plain.sum() - rounded[rounded.isfinite()].sum())
         return nearer > 0 if nearer else None
     return bool(plain.median() > TOLERANCE.get(inputs.dtype, OTHERWISE))

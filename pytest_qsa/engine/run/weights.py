@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...captures import STORED, Site, SiteNumbers
 from ...common import InfraError
-from ..formats.dequantized import dequantized
+from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
 from ..reduce.observer import StreamObserver
 

@@ -13,7 +13,9 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from torch import nn
 
+from ...checkpoint import streams_from_disk
 from ...common import InfraError, QsaWarning
+from ..formats.format import owner_of
 from ..modules import blocks_of
 from .shards import Shards
 from .stream import Stream
@@ -27,8 +29,8 @@ def check_format(path: str, config: Any, *, gguf: bool) -> None:
     """
     settings = getattr(config, "quantization_config", None) or {}
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    method = getattr(method, "value", method)
-    if gguf or method not in (None, "compressed-tensors"):
+    method = getattr(method, "value", method)  # an enum in the library's own configuration
+    if gguf or not streams_from_disk(method or ""):
         raise InfraError(
             f"{path} is {'GGUF' if gguf else method}, which transformers can't leave on disk (memory.offload_device: "
             "disk): write offload_device: cpu, or convert it to safetensors in float or compressed-tensors"
@@ -41,7 +43,7 @@ def skipping_packed(kind: type[Any]) -> type[Any]:
     class Streamed(kind):  # type: ignore[misc]
         def initialize_weights(self) -> None:
             for module in self.modules():
-                if getattr(module, "quantization_scheme", None) is not None:
+                if owner_of(module) is not None:
                     module._is_hf_initialized = True
             super().initialize_weights()
 
@@ -62,9 +64,8 @@ def stream_of(model: nn.Module, device: torch.device) -> Stream | None:
         return None
     index = _index(model)
     remove_hook_from_module(model, recurse=True)
-    unpacking: Any = getattr(model, "ct_decompress_hook", None)
-    if unpacking is not None:  # it would unpack the whole model at the first forward
-        unpacking.remove()
+    for form in {type(form): form for module in model.modules() if (form := owner_of(module))}.values():
+        form.prepare_streaming(model)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.format import owner_of
 from ..modules import blocks_of
 from .shards import Place, Shards
 
@@ -44,7 +45,8 @@ class Unit:
             table = slot.module._parameters if slot.name in slot.module._parameters else slot.module._buffers
             table[slot.name] = weights[shards.place(slot.key)]
         for owner in owners.values():
-            _unpack(owner)
+            if form := owner_of(owner):
+                form.unpack(owner)
 
     def detach(self) -> None:
         """Leave the modules as they were before."""
@@ -92,15 +94,3 @@ def _stored(name: str, module: nn.Module, shards: Shards) -> Iterator[Slot]:
         key = f"{name}.{own}" if name else own
         if isinstance(tensor, Tensor) and tensor.device.type == "meta" and key in shards:
             yield Slot(module, own, key, tensor.shape)
-
-
-def _unpack(module: nn.Module) -> None:
-    """Decompress what compressed-tensors keeps packed, as its hook does for a whole model before its first forward."""
-    if getattr(module, "quantization_scheme", None) is None:
-        return
-    from compressed_tensors.compressors import decompress_module
-    from compressed_tensors.quantization import QuantizationStatus
-
-    if module.quantization_status == QuantizationStatus.COMPRESSED:
-        with torch.no_grad():
-            decompress_module(module)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ...checkpoint import Folder, Tensor, codes_of, declared, weight_shape
+from ...checkpoint import Folder, Format, format_of, streams_from_disk
 from ...common import InfraError
 from ...suite import Model
 
@@ -60,7 +60,7 @@ class Sizes:
     @property
     def streams(self) -> bool:
         """Whether transformers can leave the weights on disk."""
-        return self.method in ("none", "compressed-tensors")
+        return streams_from_disk(self.method)
 
     @cached_property
     def streamed(self) -> int:
@@ -93,7 +93,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
     heads = _number(config, "num_attention_heads", "n_head", "num_heads")
     return Sizes(
         architecture=next(iter(folder.config.get("architectures") or ()), str(config.get("model_type") or "a model")),
-        method="gguf" if folder.gguf_file else declared(folder).method,
+        method=format_of(folder).label,
         dtype=_dtype(folder, model, found["stored_dtype"]),
         stored=found["stored"],
         files=found["files"],
@@ -118,10 +118,9 @@ def _from_headers(folder: Folder) -> dict[str, Any]:
     units: dict[str, int] = {}
     experts: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    declaration = declared(folder)
+    form = format_of(folder)
     for layer, parts in folder.layers.items():
-        scheme = declaration.of(layer)
-        count = _unpacked(parts, scheme.bits if scheme else 8)
+        count = _unpacked(form, layer)
         units[unit_of(layer)] = units.get(unit_of(layer), 0) + count
         if ".experts" in layer:
             experts[unit_of(layer)] = experts.get(unit_of(layer), 0) + count
@@ -138,12 +137,12 @@ def _from_headers(folder: Folder) -> dict[str, Any]:
     }
 
 
-def _unpacked(parts: Mapping[str, Tensor], bits: int) -> int:
+def _unpacked(form: Format, layer: str) -> int:
     """Count the parameters that a layer has once it is unpacked; scales and zero points are none."""
-    codes = codes_of(parts)
+    codes, parts = form.codes_of(layer), form.parts(layer)
     if codes is None:
         return sum(prod(tensor.shape) for tensor in parts.values())
-    shape = weight_shape(parts, bits)
+    shape = form.weight_shape(layer)
     return prod(shape or codes.shape) + sum(prod(t.shape) for part, t in parts.items() if part == "bias")
 
 

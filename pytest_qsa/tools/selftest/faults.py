@@ -7,14 +7,13 @@ strengths it has. They are those of the field's reports: scales, packing, order,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint import FLOATS, NUMBER, Folder, codes_of, declared, element_count, scale_parts
+from ...checkpoint import FLOATS, NUMBER, Folder, Tensor, element_count, format_of
 from .copies import Mutant
 
 Inject = Callable[[Mutant, str, float], None]
@@ -68,50 +67,39 @@ def _fault(
 
 
 def _quantized(folder: Folder) -> list[str]:
-    return [name for name, parts in folder.layers.items() if codes_of(parts) and weight_scale(parts)]
+    form = format_of(folder)
+    return [name for name in folder.layers if form.codes_of(name) and form.weight_scale_of(name)]
 
 
-def weight_scale(parts: Mapping[str, Any]) -> str | None:
-    """Return the part that holds the scales of a layer's weight."""
-    found = [part for part in scale_parts(parts) if not part.startswith(("input", "output", "k_", "v_", "q_"))]
-    return next((part for part in found if "global" not in part), None)
+def _scale(folder: Folder, layer: str) -> Tensor:
+    scale = format_of(folder).weight_scale_of(layer)
+    assert scale is not None
+    return scale
 
 
-def _scale_name(folder: Folder, layer: str) -> str:
-    return f"{layer}.{weight_scale(folder.layers[layer])}"
-
-
-def _codes_name(folder: Folder, layer: str) -> str:
-    codes = codes_of(folder.layers[layer])
+def _codes(folder: Folder, layer: str) -> Tensor:
+    codes = format_of(folder).codes_of(layer)
     assert codes is not None
-    return codes.name
+    return codes
 
 
 def _many_scales(folder: Folder) -> list[str]:
-    return [n for n in _quantized(folder) if element_count(folder.tensors[_scale_name(folder, n)]) > 1]
-
-
-def _count(folder: Folder, layer: str) -> int:
-    return int(np.prod(folder.tensors[_scale_name(folder, layer)].shape))
+    return [name for name in _quantized(folder) if element_count(_scale(folder, name)) > 1]
 
 
 def _packed(folder: Folder) -> list[str]:
-    """Return the layers whose codes share a byte with another."""
-    declaration = declared(folder)
-    return [
-        layer for layer in _quantized(folder)
-        if folder.tensors[_codes_name(folder, layer)].dtype in ("I32", "U8")
-        and getattr(declaration.of(layer), "bits", 4) == 4
-    ]  # fmt: skip
+    """Return the layers with two codes a byte."""
+    form = format_of(folder)
+    return [name for name in _quantized(folder) if form.code_bits(name, _codes(folder, name)) == 4]
 
 
 def _whole_codes(folder: Folder) -> list[str]:
-    return [n for n in _quantized(folder) if folder.tensors[_codes_name(folder, n)].dtype == "I8"]
+    return [name for name in _quantized(folder) if _codes(folder, name).dtype == "I8"]
 
 
 def _zero_points(folder: Folder) -> list[str]:
-    names = [n for n, parts in folder.layers.items() if {"weight_zero_point", "qzeros"} & set(parts)]
-    return names or _whole_codes(folder)
+    form = format_of(folder)
+    return [name for name in folder.layers if form.zero_point_of(name)] or _whole_codes(folder)
 
 
 def _rows(size: int, share: float) -> NDArray[np.int64]:
@@ -122,7 +110,7 @@ def _rows(size: int, share: float) -> NDArray[np.int64]:
 @_fault(_quantized, "× scale", neutral=1.0, default=2.0, strongest=16.0)
 def scale_layer(mutant: Mutant, layer: str, strength: float) -> None:
     """All scales of one layer × s."""
-    name = _scale_name(mutant.source, layer)
+    name = _scale(mutant.source, layer).name
     mutant.put_values(name, mutant.values(name) * strength)
 
 
@@ -133,7 +121,7 @@ def scale_channel(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _one_scale(mutant: Mutant, layer: str, factor: float, many: int = 1) -> None:
-    name = _scale_name(mutant.source, layer)
+    name = _scale(mutant.source, layer).name
     values = mutant.values(name)
     values.flat[_rows(values.size, many / values.size)] *= factor
     mutant.put_values(name, values)
@@ -154,13 +142,13 @@ def nan_scale(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_quantized)
 def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
     """The scales of one layer left out of the file."""
-    mutant.drop(_scale_name(mutant.source, layer))
+    mutant.drop(_scale(mutant.source, layer).name)
 
 
 @_fault(_quantized, "of the rows")
 def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight one code throughout."""
-    name = _codes_name(mutant.source, layer)
+    name = _codes(mutant.source, layer).name
     codes = mutant.raw(name)
     codes[_rows(len(codes), strength)] = codes.flat[0] or 1
     mutant.put(name, codes)
@@ -169,7 +157,7 @@ def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_packed, "of the rows")
 def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     """The two 4-bit halves of each byte swapped (4-bit checkpoints)."""
-    name = _codes_name(mutant.source, layer)
+    name = _codes(mutant.source, layer).name
     codes = mutant.raw(name)
     rows = _rows(len(codes), strength)
     halves = np.ascontiguousarray(codes[rows]).view(np.uint8)
@@ -180,7 +168,7 @@ def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_quantized, "of the rows")
 def rows_permuted(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight in another order, their scales in the old one."""
-    name = _codes_name(mutant.source, layer)
+    name = _codes(mutant.source, layer).name
     codes = mutant.raw(name)
     rows = _rows(len(codes), max(strength, 2 / len(codes)))
     codes[rows] = codes[np.roll(rows, 1)]
@@ -198,8 +186,8 @@ def _with_sibling(first: str, second: str) -> Targets:
 @_fault(_with_sibling("q_proj", "k_proj"), "of the rows")
 def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     """The scales of q and k swapped; where k has fewer rows, as many of them."""
-    one = _scale_name(mutant.source, layer)
-    other = _scale_name(mutant.source, f"{layer.rpartition('.')[0]}.k_proj")
+    one = _scale(mutant.source, layer).name
+    other = _scale(mutant.source, f"{layer.rpartition('.')[0]}.k_proj").name
     q, k = mutant.values(one), mutant.values(other)
     rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
     q[rows], k[rows] = k[rows].copy(), q[rows].copy()
@@ -210,9 +198,8 @@ def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_zero_points, "steps", default=1.0, strongest=16.0, whole=True)
 def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
-    parts = mutant.source.layers[layer]
-    packed = next((part for part in ("weight_zero_point", "qzeros") if part in parts), None)
-    name = f"{layer}.{packed}" if packed else _codes_name(mutant.source, layer)
+    zero_point = format_of(mutant.source).zero_point_of(layer)
+    name = (zero_point or _codes(mutant.source, layer)).name
     raw = mutant.raw(name)
     if raw.dtype == np.int32:
         raw = _added(raw.view(np.uint32), int(strength)).view(np.int32)
@@ -229,12 +216,18 @@ def _added(words: NDArray[np.uint32], step: int) -> NDArray[np.uint32]:
     return out
 
 
-@_fault(_whole_codes)
+def _readable_codes(folder: Folder) -> list[str]:
+    form = format_of(folder)
+    return [name for name in _whole_codes(folder) if form.rows(name, slice(0, 1)) is not None]
+
+
+@_fault(_readable_codes)
 def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
     """One layer left unquantized: its weight in 16 bits, its scales gone (8-bit checkpoints)."""
-    name, scale = _codes_name(mutant.source, layer), _scale_name(mutant.source, layer)
-    mutant.replace(name, "BF16", mutant.values(name) * mutant.values(scale))
-    mutant.drop(scale)
+    weight = format_of(mutant.source).rows(layer)
+    assert weight is not None
+    mutant.replace(_codes(mutant.source, layer).name, "BF16", weight)
+    mutant.drop(_scale(mutant.source, layer).name)
 
 
 def _with_next(folder: Folder) -> list[str]:
@@ -278,17 +271,19 @@ def norm_scaled(mutant: Mutant, layer: str, strength: float) -> None:
 
 def _experts(folder: Folder) -> list[str]:
     """Return the experts' layers, and what holds all experts of a block in one tensor."""
+    form = format_of(folder)
     return [
-        layer for layer, parts in folder.layers.items()
-        if "experts" in layer.split(".") and (codes_of(parts) or len(next(iter(parts.values())).shape) >= 2)
-    ]  # fmt: skip
+        layer
+        for layer, parts in folder.layers.items()
+        if "experts" in layer.split(".") and (form.codes_of(layer) or len(next(iter(parts.values())).shape) >= 2)
+    ]
 
 
 @_fault(_experts, "of the rows")
 def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
     """The weight of one expert random, as a loader leaves what it can't map (mixtures of experts)."""
     parts = mutant.source.layers[layer]
-    tensor = codes_of(parts) or next(t for t in parts.values() if len(t.shape) >= 2)
+    tensor = format_of(mutant.source).codes_of(layer) or next(t for t in parts.values() if len(t.shape) >= 2)
     raw = mutant.raw(tensor.name)
     random = np.random.default_rng(0)
     rows = _rows(len(raw), strength)
@@ -316,14 +311,16 @@ def embedding_zeroed(mutant: Mutant, layer: str, strength: float) -> None:
 
 def _channelwise(folder: Folder) -> list[str]:
     """Return the layers with a scale a row: where the largest is the channel that stands out."""
-    layers = [n for n in _many_scales(folder) if _count(folder, n) == folder.tensors[_codes_name(folder, n)].shape[0]]
+    layers = [
+        name for name in _many_scales(folder) if element_count(_scale(folder, name)) == _codes(folder, name).shape[0]
+    ]
     return [name for name in layers if name.rpartition(".")[2] in ("down_proj", "o_proj")] or layers
 
 
 @_fault(_channelwise, "÷ scale", neutral=1.0, default=4.0, strongest=4096.0)
 def outlier_clipped(mutant: Mutant, layer: str, strength: float) -> None:
     """The channel that stands out clipped: the largest scale of a layer that writes the residual stream ÷ s."""
-    name = _scale_name(mutant.source, layer)
+    name = _scale(mutant.source, layer).name
     values = mutant.values(name)
     values.flat[int(np.argmax(values))] /= strength
     mutant.put_values(name, values)
@@ -341,15 +338,13 @@ def kv_bias_dropped(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _signed(folder: Folder) -> list[str]:
-    return _whole_codes(folder) or [
-        n for n in _quantized(folder) if folder.tensors[_codes_name(folder, n)].dtype == "F8_E4M3"
-    ]
+    return _whole_codes(folder) or [name for name in _quantized(folder) if _codes(folder, name).dtype == "F8_E4M3"]
 
 
 @_fault(_signed, "of the rows")
 def signs_lost(mutant: Mutant, layer: str, strength: float) -> None:
     """The signs of one layer's weights lost (8-bit checkpoints)."""
-    name = _codes_name(mutant.source, layer)
+    name = _codes(mutant.source, layer).name
     raw = mutant.raw(name)
     rows = _rows(len(raw), strength)
     if raw.dtype == np.int8:

@@ -1,0 +1,143 @@
+"""Weights: codes that hold nothing, floats with NaN or Inf, and floats that differ from the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..folder import Finding, Folder
+from ..formats.format import BUDGET, UNSIGNED, Format
+from ..formats.scheme import Scheme
+from ..tensors import FLOATS, Tensor, decoded
+
+ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+"""The relative distance of neighbouring numbers: what writing a tensor in another dtype may change."""
+PIECE = 1 << 22
+"""The number of elements that are compared at a time."""
+_PACK_AGAIN = "pack and save the layer again"
+_SAVE_AGAIN = "save the checkpoint again from the original"
+_RESTORE = "take it from the reference; a smoothing or a rotation changes it by design: then exclude it"
+
+
+def constant_weights(form: Format) -> Iterator[Finding]:
+    """Yield quantized weights that are one code throughout, and rows or groups that are one code other than zero."""
+    for layer in form.folder.layers:
+        codes = form.codes_of(layer)
+        if codes is not None and len(codes.shape) >= 2 and 0 not in codes.shape and codes.dtype in UNSIGNED:
+            yield from _constant(form, layer, codes)
+
+
+def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
+    words, step = form.words(layer, codes)
+    if (words == words.ravel()[0]).all():
+        what = f"all of it is one value, {int(words.ravel()[0]):#x}: nothing was packed"
+        yield Finding(layer, codes.name, codes.file, what, _PACK_AGAIN)
+        return
+    bits = form.code_bits(layer, codes)
+    for noun, lanes in _lanes(words, form.scheme_of(layer), bits):
+        code = _constant_codes(lanes, bits)
+        dead = np.flatnonzero((code >= 0) & ~np.isin(code, form.zero_codes(layer, codes)))
+        if dead.size:
+            share = f"{dead.size} of {len(code)} {noun}s are" if dead.size > 1 else f"{noun} {dead[0]} is"
+            first = f", the first {noun} {dead[0]}" if dead.size > 1 else ""
+            read = f" (every {step}th row was read)" if step > 1 else ""
+            what = f"{share} one code throughout{first}{read}"
+            yield Finding(layer, codes.name, codes.file, what, _PACK_AGAIN)
+            return
+
+
+def _lanes(words: NDArray[Any], scheme: Scheme | None, bits: int) -> Iterator[tuple[str, NDArray[Any]]]:
+    yield "row", words
+    width = words.dtype.itemsize * 8 // bits
+    size = scheme.group if scheme is not None and isinstance(scheme.group, int) else 0
+    if size and size % width == 0 and words.shape[1] % (size // width) == 0 and size // width < words.shape[1]:
+        yield "group", words.reshape(-1, size // width)
+
+
+def _constant_codes(lanes: NDArray[Any], bits: int) -> NDArray[np.int64]:
+    """Return the one code of each lane [lanes, words]; −1 where it has several."""
+    first = lanes[:, 0]
+    same = (lanes == first[:, None]).all(axis=1)
+    size = lanes.dtype.itemsize * 8
+    if size % bits == 0 and size > bits:
+        kind = lanes.dtype.type
+        turned = (first >> kind(bits)) | (first << kind(size - bits))
+        same &= turned == first
+        first = first & kind((1 << bits) - 1)
+    return np.where(same, first.astype(np.int64), -1)
+
+
+def unsound_floats(form: Format) -> Iterator[Finding]:
+    """Yield tensors in floating point that hold NaN or Inf, and matrices of one number; scales have their own check."""
+    for layer, parts in form.folder.layers.items():
+        for tensor in parts.values():
+            if tensor.dtype not in FLOATS or not tensor.shape or 0 in tensor.shape or form.scales.search(tensor.part):
+                continue
+            raw = tensor.raw().reshape(tensor.shape[0], -1)
+            values = decoded(np.asarray(raw[:: max(1, raw.nbytes // BUDGET)]), tensor.dtype)
+            bad = int(np.count_nonzero(~np.isfinite(values)))
+            if bad:
+                yield Finding(layer, tensor.name, tensor.file, f"{bad} elements are NaN or infinite", _SAVE_AGAIN)
+            elif tensor.part == "weight" and min(raw.shape) > 1 and (values == values.flat[0]).all():
+                yield Finding(layer, tensor.name, tensor.file, f"all of it is {values.flat[0]:g}", _SAVE_AGAIN)
+
+
+def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield each tensor that both keep in floating point, the reference's first; None for one that was lost."""
+    for name, theirs in reference.tensors.items():
+        mine = form.folder.tensors.get(name)
+        if theirs.dtype not in FLOATS or theirs.layer not in form.folder.layers:
+            continue
+        quantized = theirs.part == "weight" and form.codes_of(theirs.layer) is not None
+        if not quantized and (mine is None or (mine.dtype in FLOATS and 0 not in theirs.shape)):
+            yield theirs, mine
+
+
+def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[Finding]:
+    """Yield float tensors that are missing, of another shape, or differ by more than rel × the reference's value."""
+    for theirs, mine in kept_tensors(form, reference):
+        if mine is None:
+            what = "missing, the reference has it"
+            yield Finding(theirs.layer, theirs.name, "", what, "a loader leaves it out or fills it with random numbers")
+        elif mine.shape != theirs.shape:
+            size, other = ("×".join(map(str, tensor.shape)) or "scalar" for tensor in (mine, theirs))
+            yield Finding(mine.layer, mine.name, mine.file, f"shape {size}, in the reference {other}", _RESTORE)
+        elif difference := _difference(mine, theirs, rel):
+            yield Finding(mine.layer, mine.name, mine.file, difference, _RESTORE)
+
+
+def _difference(mine: Tensor, theirs: Tensor, rel: float) -> str:
+    allowed = max(rel, *(ROUNDING[t.dtype] for t in (mine, theirs))) if mine.dtype != theirs.dtype else rel
+    width = theirs.shape[-1] if len(theirs.shape) > 1 else 1
+    one, other = mine.raw().reshape(-1, width), theirs.raw().reshape(-1, width)
+    rows, first, gains = 0, -1, np.zeros(0)
+    step = max(1, PIECE // width)
+    for start in range(0, len(one), step):
+        mine_raw, their_raw = one[start : start + step], other[start : start + step]
+        if mine.dtype == theirs.dtype and np.array_equal(mine_raw, their_raw):
+            continue
+        x = decoded(np.asarray(mine_raw), mine.dtype).astype(np.float64)
+        y = decoded(np.asarray(their_raw), theirs.dtype).astype(np.float64)
+        wrong = ~(np.abs(x - y) <= allowed * np.abs(y)).all(axis=1)
+        if wrong.any():
+            first = first if first >= 0 else start + int(np.flatnonzero(wrong)[0])
+            rows += int(wrong.sum())
+            x, y = x[wrong], y[wrong]
+            gains = np.concatenate([gains, (x[y != 0] / y[y != 0]).ravel()])
+    if not rows:
+        return ""
+    noun = "rows" if width > 1 else "elements"
+    return f"{rows} of {len(one)} {noun} differ from the reference's, the first {first}{_pattern(gains)}"
+
+
+def _pattern(gains: NDArray[np.float64]) -> str:
+    """Say what the ratios to the reference have in common: zeros, or one factor; empty for neither."""
+    if not gains.size or not np.isfinite(gains).all():
+        return ""
+    middle = float(np.median(gains))
+    if not gains.any():
+        return "; they are zero"
+    return f"; all are × {middle:.3g}" if np.allclose(gains, middle, rtol=0.02) and abs(middle - 1) > 0.02 else ""

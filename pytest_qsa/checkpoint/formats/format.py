@@ -1,0 +1,312 @@
+"""The numpy half of a quantization format: how it is declared, which tensors a layer has, and what their codes mean.
+
+Each format is one module of this folder with a subclass of `Format`, and its torch half in `engine/formats/`. Formats
+of other packages register by the entry point group `pytest_qsa.formats`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...common import AnomalyError, Registry
+from ..folder import Finding, Folder
+from ..tensors import FLOATS, RAW, Tensor, decoded
+from .scheme import Declaration, Scheme
+
+Matrix = NDArray[np.float64]
+
+NOT_LINEAR = re.compile(
+    r"(embed|wte|wpe|norm|rotary|router|conv|position)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
+)
+"""Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
+UNSIGNED = {"I8": "u1", "U8": "u1", "F8_E4M3": "u1", "F8_E5M2": "u1", "I32": "u4", "U32": "u4", "I64": "u8"}
+"""The dtypes of codes → the unsigned integers of the same width."""
+BUDGET = 4 << 20
+"""The bytes that a check reads of one tensor: all of a small one, evenly spaced rows of a large one."""
+AGAIN = "quantize and save the layer again"
+
+
+class Format:
+    """A quantization format, bound to one checkpoint folder.
+
+    A subclass that sets `name` is registered by it. The defaults fit a format that stores one code an element and
+    one scale a row, group, block or tensor; a subclass overrides what differs.
+
+    Attributes:
+        name: the `quant_method` by which a configuration declares the format.
+        libraries: the packages that unpack it; their versions are part of the fingerprint of a capture.
+        streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
+        uniform: layers of one kind are stored alike, so that one which isn't is a fault.
+        codes: the parts that may hold a layer's codes, in the order in which they are looked for.
+        scales: matches the parts that hold scales, those of inputs, outputs and KV caches too.
+        zero_points: matches the parts that hold zero points.
+    """
+
+    name: ClassVar[str] = ""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    streams: ClassVar[bool] = False
+    uniform: ClassVar[bool] = True
+    codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")
+    scales: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)scales?(_inv|_2)?$")
+    zero_points: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)(zero_point|qzeros)$")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            FORMATS.add(cls.name, cls)
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    @classmethod
+    def declared_in(cls, folder: Folder) -> bool:
+        """Say whether a checkpoint declares this format."""
+        return folder.quantization.get("quant_method") == cls.name
+
+    @property
+    def label(self) -> str:
+        """The name of the format as the configuration declares it."""
+        return self.name
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        """What the configuration declares of each layer; nothing, unless a format overrides it."""
+        return Declaration()
+
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """Return the scheme that a layer is declared to have; None for none."""
+        return self.declaration.scheme_of(layer)
+
+    def parts(self, layer: str) -> Mapping[str, Tensor]:
+        """Return the tensors of a layer by part; empty where the files have no such layer."""
+        return self.folder.layers.get(layer, {})
+
+    def codes_of(self, layer: str) -> Tensor | None:
+        """Return the tensor that holds a layer's quantized weight; None for a layer in floating point."""
+        parts = self.parts(layer)
+        for part in self.codes:
+            tensor = parts.get(part)
+            if tensor is not None and not (part == "weight" and tensor.dtype in FLOATS):
+                return tensor
+        return None
+
+    def weight_of(self, layer: str) -> Tensor | None:
+        """Return the tensor that holds a layer's weight, as codes or in floating point; None where it has none."""
+        return self.codes_of(layer) or self.parts(layer).get("weight")
+
+    def scales_of(self, layer: str) -> dict[str, Tensor]:
+        """Return the scales of a layer by part: of its weight, inputs, outputs and KV cache."""
+        found = {part: tensor for part, tensor in self.parts(layer).items() if self.scales.search(part)}
+        found.pop("scale", None)  # the weight of some norms
+        if "scales" in found and "qweight" not in self.parts(layer):
+            found.pop("scales")
+        return found
+
+    def weight_scale_of(self, layer: str) -> Tensor | None:
+        """Return the scales of a layer's weight; None where it has none."""
+        other = ("input", "output", "k_", "v_", "q_")
+        found = (
+            tensor
+            for part, tensor in self.scales_of(layer).items()
+            if not part.startswith(other) and "global" not in part
+        )
+        return next(found, None)
+
+    def zero_point_of(self, layer: str) -> Tensor | None:
+        """Return the zero points of a layer's weight; None where it has none."""
+        return next((tensor for part, tensor in self.parts(layer).items() if self._is_zero_point(part)), None)
+
+    def _is_zero_point(self, part: str) -> bool:
+        return self.zero_points.search(part) is not None and not part.startswith(("input", "output"))
+
+    def is_linear(self, layer: str) -> bool:
+        """Say whether a target `Linear` means a layer: one with codes, or a matrix that isn't named as an embedding."""
+        if self.codes_of(layer) is not None:
+            return True
+        weight = self.parts(layer).get("weight")
+        return weight is not None and len(weight.shape) == 2 and min(weight.shape) > 1 and not NOT_LINEAR.search(layer)
+
+    def code_bits(self, layer: str, codes: Tensor) -> int:
+        """Return the bits that one code takes in its word."""
+        return 4 if codes.dtype in ("I32", "U8") else 8
+
+    def weight_shape(self, layer: str) -> tuple[int, int] | None:
+        """Return [out, in] of a layer's weight, unpacked; None where it is no matrix or its packing isn't known."""
+        weight = self.weight_of(layer)
+        return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else None
+
+    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+        """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.
+
+        A row holds the codes of one output, whatever the order in the file.
+        """
+        raw = codes.raw().view(UNSIGNED[codes.dtype])
+        raw = raw.reshape(-1, raw.shape[-1])
+        step = max(1, raw.nbytes // BUDGET)
+        return np.asarray(raw[::step]), step
+
+    def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
+        """Return the codes that stand for zero: a row of them is a pruned output and no fault."""
+        if codes.dtype in ("F8_E4M3", "F8_E5M2"):
+            return 0x00, 0x80
+        return (0, 8) if codes.dtype == "U8" else (0,)
+
+    def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
+        """Return rows of a layer's weight [rows, in] in float64, dequantized; None where this format can't.
+
+        Raises:
+            AnomalyError: a tensor is missing or doesn't fit the others.
+        """
+        codes = self.codes_of(layer)
+        if codes is None:
+            plain = self.parts(layer).get("weight")
+            return decoded_rows(plain, rows) if plain is not None and plain.dtype in FLOATS else None
+        try:
+            return self.dequantized(layer, codes, rows)
+        except (ValueError, IndexError) as error:  # numpy's, of shapes that can't be broadcast
+            raise AnomalyError(f"{codes.path}: the tensors of {layer} don't fit one another: {error}") from error
+
+    def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
+        """Return rows of a layer that is stored in codes, [rows, in] in float64; None where this format can't.
+
+        A format that doesn't override it is never read as numbers.
+        """
+        return None
+
+    def layers_of(self, modules: Collection[str]) -> dict[str, str]:
+        """Return module → layer of the files, by the names of the modules of the loaded model.
+
+        Multimodal models name what stands before the block in several ways, so that an end which only one layer and
+        one module have joins the two.
+        """
+        layers: dict[str, list[str]] = {}
+        owners: dict[str, int] = {}
+        for layer in self.folder.layers:
+            layers.setdefault(_end(layer), []).append(layer)
+        for name in modules:
+            owners[_end(name)] = owners.get(_end(name), 0) + 1
+        named = {}
+        for name in modules:
+            same_end = layers.get(_end(name), [])
+            unique = len(same_end) == 1 and owners[_end(name)] == 1
+            named[name] = same_end[0] if unique and name not in self.folder.layers else name
+        return named
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield the parts of a layer that its scheme needs and that it doesn't know, and scales of a wrong shape."""
+        codes = self.codes_of(layer)
+        scheme = self.scheme_of(layer) if self.is_linear(layer) else None
+        if codes is None:
+            if self.declaration.names_layers:
+                yield from self._orphaned_scales(layer)
+        elif scheme is not None:
+            yield from self._against_scheme(layer, codes, scheme)
+        elif not self.scales_of(layer) and codes.dtype in RAW and codes.dtype not in ("I64", "BOOL"):
+            yield Finding(layer, codes.name, codes.file, f"its {codes.dtype} codes have no scale", AGAIN)
+
+    def _orphaned_scales(self, layer: str) -> Iterator[Finding]:
+        """Yield the weight's scales of a layer that has no codes: nothing would apply them."""
+        for part, tensor in self.scales_of(layer).items():
+            dense = any(scheme.form == "dense" for _, scheme in self.declaration.groups)
+            if part.startswith(("weight", "_weight")) and not dense:
+                yield Finding(
+                    layer,
+                    tensor.name,
+                    tensor.file,
+                    "a scale beside a weight that isn't quantized",
+                    "the weight was replaced, or the layer belongs into ignore",
+                )
+
+    def _against_scheme(self, layer: str, codes: Tensor, scheme: Scheme) -> Iterator[Finding]:
+        parts, scales = self.parts(layer), self.scales_of(layer)
+        for choice in scheme.required:
+            if not any(part in parts for part in choice):
+                what = f"missing, though the scheme {scheme.form} needs it"
+                advice = "a loader fills it with random numbers or ones: save the checkpoint again"
+                yield Finding(layer, f"{layer}.{choice[0]}", codes.file, what, advice)
+        known = {part for choice in scheme.required for part in choice} | scheme.allowed
+        for part, tensor in parts.items():
+            if (part in scales or self.zero_points.search(part)) and part not in known:
+                what = f"unexpected: the scheme {scheme.form} has no {part}"
+                advice = "a loader drops it silently: correct quantization_config, or save the checkpoint again"
+                yield Finding(layer, tensor.name, tensor.file, what, advice)
+        scale, shape = self.weight_scale_of(layer), self.weight_shape(layer)
+        expected = scheme.scale_count(*shape) if shape else None
+        if scale is not None and expected is not None and element_count(scale) != expected:
+            size = "×".join(map(str, scale.shape)) or "scalar"
+            what = f"shape {size}, but {scheme.strategy}-wise scales of a weight {shape} are {expected}"
+            advice = "correct strategy and group_size in quantization_config, or quantize the layer again"
+            yield Finding(layer, scale.name, scale.file, what, advice)
+
+
+FORMATS: Registry[type[Format]] = Registry("pytest_qsa.formats", __package__)
+
+
+def format_of(folder: Folder) -> Format:
+    """Return the format that a checkpoint declares; an `UnknownFormat` where nothing that is installed claims it.
+
+    Raises:
+        InfraError: an entry point of the group `pytest_qsa.formats` can't be loaded.
+    """
+    found = next((kind for kind in FORMATS.built_in() if kind.declared_in(folder)), None)
+    found = found or next((kind for kind in FORMATS.all() if kind.declared_in(folder)), UnknownFormat)
+    return found(folder)
+
+
+class UnknownFormat(Format):
+    """A declared format that nothing claims: its layers are compared with their siblings, its codes never read."""
+
+    @property
+    def label(self) -> str:
+        """The `quant_method` that the configuration declares."""
+        return str(self.folder.quantization.get("quant_method") or "unknown")
+
+
+def streams_from_disk(method: str) -> bool:
+    """Say whether transformers can leave the weights of a format on disk, by its `quant_method`; empty for floats."""
+    return (FORMATS.find(method or "none") or UnknownFormat).streams
+
+
+def libraries_of_formats(folder: Folder) -> list[str]:
+    """Return the packages that unpack the built-in formats and that of a checkpoint, sorted.
+
+    Raises:
+        AnomalyError: the configuration is no JSON.
+        InfraError: there is none.
+    """
+    kinds = [*FORMATS.built_in(), type(format_of(folder))]
+    return sorted({library for kind in kinds for library in kind.libraries})
+
+
+def element_count(tensor: Tensor) -> int:
+    """Return how many elements a tensor has."""
+    return prod(tensor.shape)
+
+
+def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
+    """Return some rows of a tensor as float64."""
+    return decoded(np.asarray(tensor.raw()[rows]), tensor.dtype).astype(np.float64)
+
+
+def spread(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:
+    """Return the scale of each element of some rows of a weight, [rows, in].
+
+    `shape`: [out, in] of the weight. The scales are one, one a row, or one a block of rows and columns.
+    """
+    values = scale.values()
+    table = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+    down = np.repeat(table, -(-shape[0] // len(table)), axis=0)[: shape[0]][rows]
+    elements: Matrix = np.repeat(down, -(-shape[1] // table.shape[1]), axis=1)[:, : shape[1]]
+    return elements
+
+
+def _end(name: str) -> str:
+    """Return a layer's name from its block's number on."""
+    return name[found.start() :] if (found := re.search(r"(?<![^.])(layers|h|blocks)\.\d+\.", name)) else name

@@ -1,0 +1,79 @@
+"""What a configuration declares: the quantization scheme of each layer, and the layers that it leaves out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weight of a layer is quantized.
+
+    `form`: the storage format by its own name, for messages; `dense` stores floats. `bits`: of one weight.
+    `strategy`: what shares a scale: `tensor`, `channel` (a row), `group`, `tensor_group` or `block`; any other leaves
+    it open. `group`: the columns of a group, or the rows and columns of a block. `required`: the parts that a layer
+    must have, each a choice of names. `allowed`: parts that it may have. `dtypes`: those of the stored weight; empty
+    where any is right.
+    """
+
+    form: str
+    bits: int
+    strategy: str = "any"
+    group: int | tuple[int, int] | None = None
+    required: tuple[tuple[str, ...], ...] = ()
+    allowed: frozenset[str] = frozenset()
+    dtypes: tuple[str, ...] = ()
+
+    def scale_count(self, rows: int, columns: int) -> int | None:
+        """Return how many scales a weight [rows, columns] has; None where the scheme leaves it open."""
+        if self.strategy == "tensor":
+            return 1
+        if self.strategy == "channel":
+            return rows
+        if self.strategy in ("group", "tensor_group") and isinstance(self.group, int) and self.group > 0:
+            return rows * ceil(columns / self.group)
+        if self.strategy == "block" and isinstance(self.group, tuple):
+            return ceil(rows / self.group[0]) * ceil(columns / self.group[1])
+        return None
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a configuration declares of all layers.
+
+    `groups`: targets and their scheme; the first group that targets a layer wins. `ignore`: layers that are left out.
+    `names_layers`: the configuration decides for every linear layer whether it is quantized; without, a layer can only
+    be compared with its siblings in the other blocks.
+    """
+
+    groups: Sequence[tuple[Sequence[str], Scheme]] = ()
+    ignore: Sequence[str] = ()
+    names_layers: bool = False
+
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """Return the scheme that a linear layer of this name is declared to have; None for none."""
+        if any(matches(layer, pattern) for pattern in self.ignore):
+            return None
+        for targets, scheme in self.groups:
+            if any(target == "Linear" or matches(layer, target) for target in targets):
+                return scheme
+        return None
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Match a layer as compressed-tensors does: `re:` for a regex from the start, else the whole name.
+
+    Files and modules of multimodal models name what stands before the block in several ways, so that a name which ends
+    in the other counts as the same.
+    """
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], layer) is not None
+    return layer == pattern or layer.endswith(f".{pattern}") or pattern.endswith(f".{layer}")
+
+
+def block_of(size: object) -> tuple[int, int] | None:
+    """Return [rows, columns] of a block as configurations write it; None for anything else."""
+    return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None

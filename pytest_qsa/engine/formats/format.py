@@ -1,0 +1,199 @@
+"""The torch half of a quantization format: what its loaded modules look like, and what weight they multiply by.
+
+Each format is one module of this folder with a subclass of `EngineFormat`, and its numpy half in
+`checkpoint/formats/`. Formats of other packages register by the entry point group `pytest_qsa.engine_formats`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import Format, Tensor as StoredTensor
+from ...common import InfraError, Registry
+from ..modules import layers_of
+
+
+class EngineFormat:
+    """A quantization format as its loader leaves it in a model. A subclass that sets `name` is registered by it.
+
+    Attributes:
+        name: that of the numpy half, `pytest_qsa.Format`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            ENGINE_FORMATS.add(cls.name, cls)
+
+    def owns(self, module: nn.Module) -> bool:
+        """Say whether a module keeps its weight in this format."""
+        return False
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """Return the weight of an owned module as its forward uses it, in floating point; None where it has none.
+
+        The module stays as it was.
+        """
+        raise NotImplementedError
+
+    def scheme(self, module: nn.Module) -> str | None:
+        """Return how an owned module is quantized (see `scheme_name`); None where the module doesn't say."""
+        return None
+
+    def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
+        """Return the one scheme of all layers that a `quantization_config` states; None for another format.
+
+        For quantizers whose modules don't say their scheme, and whose classes replace every layer that is quantized.
+        """
+        return None
+
+    def emulates(self, module: nn.Module) -> bool:
+        """Say whether an owned module that rounds its inputs does so in floats, before an ordinary multiplication."""
+        return False
+
+    def rounded_inputs(self, module: nn.Module, inputs: Tensor) -> Tensor | None:
+        """Return inputs [..., in] rounded as an owned module does; None where it rounds none, or it isn't known how."""
+        return None
+
+    def prepare_streaming(self, model: nn.Module) -> None:
+        """Take away what would load or unpack a whole model at once, before its weights stream from disk."""
+
+    def unpack(self, module: nn.Module) -> None:
+        """Unpack a module in place whose weights have come from disk, as the forward needs it."""
+
+    def stored_weight(self, stored: Format, layer: str) -> Tensor | None:
+        """Return a layer's weight [out, in] as the format's own library reads it in the files; None where it can't.
+
+        The numpy half reads it where there is no such library.
+        """
+        rows = stored.rows(layer)
+        return None if rows is None else torch.from_numpy(rows)
+
+
+ENGINE_FORMATS: Registry[type[EngineFormat]] = Registry("pytest_qsa.engine_formats", __package__)
+
+
+def engine_format_of(stored: Format) -> EngineFormat:
+    """Return the torch half of a format; the defaults where it has none.
+
+    Raises:
+        InfraError: an entry point of the group `pytest_qsa.engine_formats` can't be loaded.
+    """
+    found = ENGINE_FORMATS.find(stored.name) if stored.name else None
+    return (found or EngineFormat)()
+
+
+def owner_of(module: nn.Module) -> EngineFormat | None:
+    """Return the format in which a module keeps its weight; None for a plain module, and for a format that isn't known.
+
+    Raises:
+        InfraError: an entry point of the group `pytest_qsa.engine_formats` can't be loaded.
+    """
+    found = _claiming(module, ENGINE_FORMATS.built_in())
+    weight = getattr(module, "weight", None)
+    if found is None and isinstance(weight, Tensor) and not _plain(weight):
+        return _claiming(module, ENGINE_FORMATS.all())
+    return found
+
+
+def _claiming(module: nn.Module, kinds: Sequence[type[EngineFormat]]) -> EngineFormat | None:
+    return next((form for kind in kinds if (form := kind()).owns(module)), None)
+
+
+def _plain(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def dequantized(module: nn.Module) -> Tensor | None:
+    """Return a module's own weight as its forward uses it, a plain float tensor; None where it has none.
+
+    The module stays as it was; an offloaded weight must have been brought in. A weight that the loader has unpacked,
+    as transformers does of a GGUF file, is plain.
+
+    Raises:
+        InfraError: it is stored in a format that isn't known.
+    """
+    form = owner_of(module)
+    weight = form.weight(module) if form else getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if not _plain(weight):
+        raise InfraError(
+            f"a weight of {type(module).__name__} is kept as {str(weight.dtype).removeprefix('torch.')} in a format "
+            "that can't be dequantized here: leave its layers out of site: weight, or load the checkpoint dequantized"
+        )
+    return weight.detach()
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Say whether a module keeps its weight in codes: a format owns it, or its weight has a byte an element."""
+    weight = getattr(module, "weight", None)
+    one_byte = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize == 1
+    return one_byte or owner_of(module) is not None
+
+
+def schemes_of(model: nn.Module) -> dict[str, str] | None:
+    """Return quantized layer → scheme (see `scheme_name`), in model order.
+
+    None where the checkpoint is quantized in a way that can't be told from the model.
+    """
+    layers = layers_of(model)
+    own = {name: scheme for name, layer in layers.items() if (scheme := _scheme_of(layer)) is not None}
+    stated = getattr(getattr(model, "config", None), "quantization_config", None)
+    settings = stated if isinstance(stated, dict) else stated.to_dict() if stated is not None else {}
+    if own or not settings:
+        return own
+    scheme = _declared_scheme(settings, ENGINE_FORMATS.built_in()) or _declared_scheme(settings, ENGINE_FORMATS.all())
+    return {name: scheme for name, layer in layers.items() if _replaces_linear(layer)} if scheme else None
+
+
+def _scheme_of(module: nn.Module) -> str | None:
+    form = owner_of(module)
+    return form.scheme(module) if form else None
+
+
+def _declared_scheme(settings: Mapping[str, Any], kinds: Sequence[type[EngineFormat]]) -> str | None:
+    return next((scheme for kind in kinds if (scheme := kind().declared_scheme(settings))), None)
+
+
+def _replaces_linear(layer: nn.Module) -> bool:
+    return type(layer) is not nn.Linear and "Linear" in type(layer).__name__
+
+
+def scheme_name(weight_bits: int, input_bits: int, *, floats: bool) -> str:
+    """Return a scheme in one word, `w8a16_int`: the bits of the weights and of the inputs, and the kind of number."""
+    return f"w{weight_bits}a{input_bits}_{'fp' if floats else 'int'}"
+
+
+def bits_of(scheme: str) -> tuple[int, int]:
+    """Return the bits of the weights and of the inputs of a scheme."""
+    weights, inputs = re.findall(r"\d+", scheme)[:2]
+    return int(weights), int(inputs)
+
+
+def read_layer(stored: Format, layer: str) -> dict[str, Tensor]:
+    """Return the tensors of a layer by part, as safetensors gives them to torch."""
+    from safetensors import safe_open
+
+    tensors = {}
+    for path in {tensor.path for tensor in stored.parts(layer).values()}:
+        with safe_open(path, "pt") as file:
+            for part, tensor in stored.parts(layer).items():
+                if tensor.path == path:
+                    tensors[part] = file.get_tensor(tensor.name)
+    return tensors
+
+
+def read_metadata(tensor: StoredTensor) -> dict[str, str]:
+    """Return what the file of a tensor says beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.path, "pt") as file:
+        return dict(file.metadata() or {})

@@ -1,0 +1,38 @@
+"""Fine-grained FP8: a float8 weight with a scale a block, where transformers keeps it so; without a GPU it unpacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .format import EngineFormat, scheme_name
+
+
+class Fp8(EngineFormat):
+    """`weight` in float8 times `weight_scale_inv`."""
+
+    name = "fp8"
+
+    def owns(self, module: nn.Module) -> bool:
+        """Say whether a module has codes of a byte and the scales of their blocks."""
+        weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale_inv", None)
+        return isinstance(weight, Tensor) and isinstance(scale, Tensor) and weight.dtype.itemsize == 1
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """Multiply codes [out, in] by their scales [row blocks, column blocks], or by one."""
+        codes: Any = module.weight
+        scale: Any = module.weight_scale_inv
+        codes, scale = codes.detach(), scale.detach()
+        if scale.dim() == 2:
+            for axis in (0, 1):
+                block = -(-codes.shape[axis] // scale.shape[axis])
+                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])
+        weight: Tensor = codes.float() * scale.float()
+        return weight
+
+    def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
+        """Return 8 bits for weights and inputs."""
+        method = str(settings.get("quant_method", "")).lower()
+        return scheme_name(8, 8, floats=True) if method in ("fp8", "fbgemm_fp8", "finegrained_fp8") else None

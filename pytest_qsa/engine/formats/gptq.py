@@ -1,0 +1,25 @@
+"""GPTQ and AWQ: modules of their own kernels, which round no inputs and don't say their scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .format import EngineFormat, scheme_name
+
+
+class Gptq(EngineFormat):
+    """Modules whose packed weight isn't read here; the configuration states the bits."""
+
+    name = "gptq"
+
+    def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
+        """Return the bits of the configuration, and inputs in 16 bits."""
+        method = str(settings.get("quant_method", "")).lower()
+        return scheme_name(int(settings.get("bits") or 4), 16, floats=False) if method == self.name else None
+
+
+class Awq(Gptq):
+    """AWQ's modules, of which the same is known."""
+
+    name = "awq"

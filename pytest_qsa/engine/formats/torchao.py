@@ -1,0 +1,57 @@
+"""torchao: plain modules whose weight is a tensor subclass that dequantizes itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...checkpoint import Format
+from .format import EngineFormat, read_layer, read_metadata, scheme_name
+
+
+class TorchAo(EngineFormat):
+    """The subclass knows its codes, scales and zero points; its own `dequantize()` is what its kernels compute with."""
+
+    name = "torchao"
+
+    def owns(self, module: nn.Module) -> bool:
+        """Say whether a module's weight is a tensor subclass with a `dequantize` method."""
+        weight = getattr(module, "weight", None)
+        plain = type(weight) in (Tensor, nn.Parameter)  # every tensor of torch has a method of that name
+        return isinstance(weight, Tensor) and not plain and hasattr(weight, "dequantize")
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """Dequantize the weight."""
+        weight: Any = module.weight
+        made: Tensor = weight.dequantize()
+        return made
+
+    def scheme(self, module: nn.Module) -> str | None:
+        """Read the scheme off a tensor that says its own."""
+        target = str(getattr(module.weight, "target_dtype", ""))
+        if not re.search(r"\d+$", target):
+            return None
+        inputs = getattr(module.weight, "activation_quantization", None)
+        return scheme_name(int(re.findall(r"\d+", target)[-1]), 8 if inputs else 16, floats="float" in target)
+
+    def emulates(self, module: nn.Module) -> bool:
+        """Say whether the codes lie unpacked: then there are no kernels for them, and the product is of floats."""
+        return "Unpacked" in type(module.weight).__name__
+
+    def stored_weight(self, stored: Format, layer: str) -> Tensor | None:
+        """Put a tensor together again by the metadata of its file, and dequantize it."""
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+        codes = stored.codes_of(layer)
+        if codes is None:
+            return None
+        name = f"{layer}.weight"
+        own = {key: value for key, value in read_metadata(codes).items() if key == name}
+        tensors = {f"{layer}.{part}": tensor for part, tensor in read_layer(stored, layer).items()}
+        made: Any = unflatten_tensor_state_dict(tensors, {**own, "tensor_names": json.dumps(list(own))})
+        made = made[0] if isinstance(made, tuple) else made
+        weight: Tensor = made[name].dequantize()
+        return weight

@@ -1,4 +1,5 @@
 from .captures import Capture as Capture
+from .checkpoint import Format as Format
 from .common import (
     AnomalyError as AnomalyError,
     BaselineError as BaselineError,

@@ -414,14 +414,58 @@ def test_small_floats_are_decoded_as_torch_does(name, dtype):
     np.testing.assert_array_equal(decoded(codes, name), expected)
 
 
-def test_a_checkpoint_that_is_cut_short_or_absent_is_an_infra_error(int8_llama, tmp_path):
-    folder = edited(int8_llama, tmp_path / "cut")
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(InfraError, match="cut short"):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGED = {
+    "cut short": ("model.safetensors", cut, AnomalyError, "is cut short: model.*ends at byte"),
+    "no safetensors": (
+        "model.safetensors",
+        lambda path: path.write_bytes(b"\xff" * 64),
+        AnomalyError,
+        "not a safetensors file",
+    ),
+    "a header that is no JSON": (
+        "model.safetensors",
+        lambda path: path.write_bytes((8).to_bytes(8, "little") + b"{not json"),
+        AnomalyError,
+        "can't be read as safetensors",
+    ),
+    "a git-lfs pointer": (
+        "model.safetensors",
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        InfraError,
+        "git-lfs pointer",
+    ),
+    "no weights": ("model.safetensors", lambda path: path.unlink(), InfraError, r"holds no \.safetensors file"),
+    "config.json no JSON": ("config.json", lambda path: path.write_text("{"), AnomalyError, r"config\.json is no JSON"),
+    "config.json a list": ("config.json", lambda path: path.write_text("[]"), AnomalyError, "is no JSON object"),
+    "no config.json": ("config.json", lambda path: path.unlink(), InfraError, r"holds no config\.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_the_checkpoint_s_fault_and_an_absent_one_the_machine_s(int8_llama, tmp_path, damage):
+    name, change, kind, text = DAMAGED[damage]
+    folder = edited(int8_llama, tmp_path / "damaged")
+    change(folder / name)
+    with pytest.raises(kind, match=text):
         found(folder)
+
+
+def test_a_path_that_is_neither_a_folder_nor_in_the_cache_is_an_infra_error():
     with pytest.raises(InfraError, match="no hub id in the local cache"):
         found("nobody/nothing")
+
+
+def test_a_cache_that_can_not_be_read_is_told_apart_from_an_id_that_is_not_in_it(monkeypatch):
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "/cache/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", denied)
+    with pytest.raises(InfraError, match=r"the local cache of the hub can't be read for 'nobody/nothing'.*denied"):
+        open_folder("nobody/nothing")
 
 
 def test_a_file_is_read_once_for_all_assertions_whether_they_say_the_defaults_or_not(int8_llama, monkeypatch):

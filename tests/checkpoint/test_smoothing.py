@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint.folder import open_folder
-from pytest_qsa.checkpoint.formats.dequantize import weight_rows
+from pytest_qsa.checkpoint.formats.format import format_of
 from pytest_qsa.checkpoint.smoothing import compare_norms
-from pytest_qsa.engine.formats.dequantized import dequantized
+from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite import Memory, Model
 from support.checkpoints import FORMATS, TORCHAO, edited, save_quantized_llama, save_torchao_llama
@@ -138,7 +138,7 @@ def test_rows_of_a_file_are_the_dequantized_weights_of_the_model(quantized, form
     folder, layer = quantized[form], DOWN
     model = load_model(Model(path=str(folder)), str(folder), Memory(device="cpu"), allow_code=False).model
     want = dequantized(model.get_submodule(layer)).double().numpy()
-    got = weight_rows(open_folder(folder), layer, slice(None, None, 3))
+    got = format_of(open_folder(folder)).rows(layer, slice(None, None, 3))
     np.testing.assert_allclose(got, want[::3], rtol=1e-6)
 
 
@@ -149,10 +149,15 @@ def test_fp8_rows_are_scaled_block_by_block(tmp_path, llama):
         weights[name] = weights[name].to(torch.float8_e4m3fn)
         weights[f"{name}_scale_inv"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
-    folder = edited(llama, tmp_path / "fp8", change)
+    def declare(config):
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+
+    undeclared = edited(llama, tmp_path / "undeclared", change)
+    assert format_of(open_folder(undeclared)).rows(DOWN) is None  # codes that nothing declares are never numbers
+    folder = edited(llama, tmp_path / "fp8", change, config=declare)
     codes = load_file(folder / "model.safetensors")[name].double().numpy()
     want = codes * np.repeat(np.repeat([[1.0, 2.0], [3.0, 4.0]], 16, axis=0), 32, axis=1)
-    np.testing.assert_array_equal(weight_rows(open_folder(folder), DOWN, slice(5, 20)), want[5:20])
+    np.testing.assert_array_equal(format_of(open_folder(folder)).rows(DOWN, slice(5, 20)), want[5:20])
 
 
 LAYERS = "id: layers, metric: weight_sqnr, layers: q_proj$, min: 20"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pytest_qsa.captures.statistics import COUNTS, MOMENTS, Request
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine.formats.dequantized import dequantized
+from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject

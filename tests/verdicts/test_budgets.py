@@ -10,7 +10,7 @@ import torch
 
 from pytest_qsa import Capture
 from pytest_qsa.common.errors import AnomalyError, SuiteError
-from pytest_qsa.engine.formats.schemes import schemes_of
+from pytest_qsa.engine.formats.format import schemes_of
 from pytest_qsa.suite import load_suite
 from pytest_qsa.verdicts.budgets import budget_of, scheme_of
 from support import models

@@ -84,9 +84,7 @@ def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
     Raises:
         InfraError: there is no tokenizer, or not one window for each part.
     """
-    if loaded.tokenizer is None:
-        raise InfraError("the model has no tokenizer to make windows with: save one beside the weights")
-    available = windows_available(data, loaded.tokenizer, folder)
+    available = windows_available(data, loaded.required_tokenizer("the model"), folder)
     size = data.num_samples if available is None else min(data.num_samples, available // parts)
     if size < 1:
         raise InfraError(

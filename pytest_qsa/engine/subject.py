@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
-from ..common import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError, QsaError
 from ..suite import (
     FileHashes,
     Subject,
@@ -30,10 +30,8 @@ from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
 from .load.data import batches_of
-from .load.gguf_tokenizer import compare_gguf_tokens
-from .load.models import Loaded, load_model, provenance_of
-from .load.quiet import quiet
-from .load.tokenizer import decoder_of, tokenizer_identity
+from .load.models import Loaded, load_model, provenance_of, quiet
+from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
 from .modules import device_of, layers_of
 from .ranks import Ranks
 from .reference.head import located_head
@@ -171,8 +169,8 @@ def load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
     assert reference.model is not None
     try:
         return load_model(reference.model, reference.path, subject.memory, allow_code=allow_code)
-    except InfraError as error:
-        raise InfraError(f"model.reference: {error}") from error
+    except QsaError as error:
+        raise type(error)(f"model.reference: {error}") from error
 
 
 def capture_loaded(
@@ -343,12 +341,8 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
 
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
-    if loaded.tokenizer is None:
-        raise InfraError(
-            f"{subject.path or subject.name} has no tokenizer to make token batches with; save one beside the weights, "
-            "or give batches in a fixture qsa_batches"
-        )
-    return batches_of(subject.data, loaded.tokenizer, subject.folder, getattr(loaded.model, "config", None))
+    tokenizer = loaded.required_tokenizer(subject.path or subject.name)
+    return batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
 
 
 def _provenance(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> Provenance:

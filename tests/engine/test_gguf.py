@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_qsa.common.errors import InfraError
-from pytest_qsa.engine.load.gguf_tokenizer import compare_gguf_tokens
-from pytest_qsa.engine.load.models import tokenizer_of
+from pytest_qsa.engine.load.tokenizer import compare_gguf_tokens, load_tokenizer
 from support.checkpoints import save_gguf
 from support.projects import Project, peaks, suite
 
@@ -51,18 +50,18 @@ def test_ids_that_are_not_the_files_own_fail_and_the_first_is_named(run, name, p
 
 def test_a_kind_of_tokenizer_that_is_not_known_is_told_and_fails_nothing(run, files):
     assert run.outcomes["unknown.qsa.yaml::peaks"] == "passed"
-    tokenizer = tokenizer_of(str(files["unknown"]), {"gguf_file": "model.gguf"})
+    tokenizer = load_tokenizer(str(files["unknown"]), {"gguf_file": "model.gguf"})
     said = compare_gguf_tokens(files["unknown"] / "model.gguf", tokenizer)
     assert said == "not compared with the GGUF's own, whose kind (gpt2 tekken) is not known here"
 
 
 def test_the_ids_are_those_of_the_tokenizer_that_the_file_was_made_from(files, llama):
-    original = tokenizer_of(str(llama), {})
+    original = load_tokenizer(str(llama), {})
     assert compare_gguf_tokens(files["sound"] / "model.gguf", original) == "the GGUF's own ids (gpt-2) on sample texts"
 
 
 def test_a_tokenizer_with_other_words_is_not_the_files_own(files, llama):
-    original = tokenizer_of(str(llama), {})
+    original = load_tokenizer(str(llama), {})
 
     def shifted(text, **how):
         return {"input_ids": [token + 1 for token in original(text, **how)["input_ids"]]}

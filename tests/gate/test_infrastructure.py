@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from pytest_qsa.common.errors import InfraError, scrubbed
-from pytest_qsa.engine.load import models as loading, retry as retrying
+from pytest_qsa.engine.load import models as loading
 from pytest_qsa.suite import Memory, Model
 from support.projects import Project, peaks, suite
 
@@ -154,7 +154,7 @@ def test_what_a_second_try_can_help_is_tried_once_more(monkeypatch, error, tries
         calls.append(arguments)
         raise OSError("wrapped") from error
 
-    monkeypatch.setattr(retrying.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(loading.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(loading, "_from_checkpoint", load)
     with pytest.raises(InfraError, match="wrapped"):
         loading.load_model(Model(path="org/x"), "org/x", Memory(), allow_code=False)
@@ -170,4 +170,4 @@ def test_a_second_try_that_works_is_a_load(monkeypatch):
             raise answer
         return answer
 
-    assert retrying.once_more(attempt, pause=0) == "loaded"
+    assert loading.once_more(attempt, pause=0) == "loaded"

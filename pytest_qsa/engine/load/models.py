@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import logging
 import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import nn
 
 from ...captures import ModelProvenance
-from ...common import InfraError, Scratch
+from ...checkpoint import Folder, Format, format_of, open_folder
+from ...common import AnomalyError, InfraError, QsaError, Scratch
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.disk import check_format, skipping_packed, stream_of
 from ..stream.stream import Stream
-from .quiet import quiet
-from .retry import once_more
+from .tokenizer import load_tokenizer
+
+T = TypeVar("T")
 
 HEADROOM = 1.2
 """A model fits if its weights times this do; the rest is for activations."""
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of the machine and of each other when torchao is imported: kernels for other GPUs, enums."""
+PAUSE = 2.0
+"""Seconds before the second try of a download."""
+BROKEN = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "WriteTimeout")
+"""Errors of the hub's HTTP client, by name: which client it is changes with the hub's library."""
+BUSY = (429, 500, 502, 503, 504)
 
 
 class Loaded:
     """A loaded subject: the model, its tokenizer if it has one, and what it needs where it is not all in memory.
 
-    `scratch`: the folder of its offloaded part. `stream`: reads the weights while the model runs.
+    `stream`: reads the weights while the model runs. `scratch`: the folder of its offloaded part. `tokenizer_error`:
+    why there is no tokenizer, where it has one that can't be loaded; only data that need a tokenizer raise it.
     """
 
     def __init__(
@@ -37,11 +51,27 @@ class Loaded:
         tokenizer: Any,
         scratch: Scratch | None = None,
         stream: Stream | None = None,
+        tokenizer_error: QsaError | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stream = stream
         self._scratch = scratch
+        self._tokenizer_error = tokenizer_error
+
+    def required_tokenizer(self, name: str) -> Any:
+        """Return the tokenizer. `name`: what the text of an error calls the subject.
+
+        Raises:
+            AnomalyError: one of its files is no JSON.
+            InfraError: there is none, or it can't be loaded.
+        """
+        if self.tokenizer is None:
+            raise self._tokenizer_error or InfraError(
+                f"{name} has no tokenizer to make token batches with; save one beside the weights, or give batches in "
+                "a fixture qsa_batches"
+            )
+        return self.tokenizer
 
     def close(self) -> None:
         """Remove what was offloaded to disk."""
@@ -53,7 +83,8 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     """Load a subject. `path`: the folder or hub id that the suite's path stands for.
 
     Raises:
-        InfraError: it can't be loaded, runs code that nobody allowed, or lacks weights.
+        AnomalyError: its files are damaged, or their tensors aren't those of the model.
+        InfraError: it can't be loaded, or runs code that nobody allowed.
     """
     if spec.logprobs_only:
         raise InfraError(
@@ -66,7 +97,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
     try:
         with quiet():
             loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
-    except InfraError:
+    except QsaError:
         raise
     except torch.OutOfMemoryError as error:
         raise InfraError(
@@ -79,6 +110,8 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
             else f"{path} can't be loaded: {_one_line(error)}"
         ) from error
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
+        if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
+            Folder(Path(path), spec.gguf_file).check_files()
         raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
     if spec.submodule:
         try:
@@ -94,15 +127,14 @@ def _check_path(path: str) -> None:
     looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if looks_like_a_folder and not Path(path).is_dir():
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
-    for file in Path(path).glob("*.safetensors"):
-        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise InfraError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
 
 
 def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     import transformers
 
     _check_path(path)
+    if Path(path).is_dir() and not spec.gguf_file:
+        Folder(Path(path)).check_files()
     common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
@@ -121,36 +153,58 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         model, info = kind.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
         )
-        _check_complete(path, type(model).__name__, info, spec.allow_unexpected)
+        _check_complete(spec, path, type(model).__name__, info)
         if "device_map" not in placement:
             model.to(device_for(memory))
         model.eval()
         stream = stream_of(model, device_for(memory)) if streamed else None
         cleaning.pop_all()  # from here on Loaded.close cleans up
-    return Loaded(model, tokenizer_of(path, common | gguf), scratch, stream)
+    try:
+        return Loaded(model, once_more(lambda: load_tokenizer(path, common | gguf)), scratch, stream)
+    except QsaError as error:
+        return Loaded(model, None, scratch, stream, error)
 
 
-def _check_complete(path: str, name: str, info: dict[str, Any], allowed: str | None) -> None:
-    """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out."""
-    for key, stored, wanted in sorted(info.get("mismatched_keys") or ()):
-        raise InfraError(
-            f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: its configuration "
-            "is another model's, or the installed libraries can't load the format; compare them to the saver's"
-        )
-    missing = sorted(info.get("missing_keys") or ())
+def _check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> None:
+    """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out.
+
+    `name`: the model's class. `info`: what `from_pretrained` says of the keys.
+    """
+    mismatched, missing = sorted(info.get("mismatched_keys") or ()), sorted(info.get("missing_keys") or ())
+    allowed = spec.allow_unexpected
+    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
+    if not (mismatched or missing or unexpected):
+        return
+    form = format_of(open_folder(path, spec.revision, spec.gguf_file))
+    # A declared format that nothing here knows is left unread by transformers as well: the files may be sound.
+    kind: type[QsaError] = AnomalyError if form.name or not form.folder.quantization else InfraError
+    for key, stored, wanted in mismatched:
+        text = f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: "
+        if _sound(form, key.rpartition(".")[0]):
+            raise InfraError(f"{text}the installed libraries can't load the format; compare them to the saver's")
+        raise kind(f"{text}its configuration is another model's, or the tensor is damaged")
     if missing:
-        raise InfraError(
+        raise kind(
             f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
         )
-    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
-    if unexpected:
-        many = f"{len(unexpected)} tensor{'s' if len(unexpected) > 1 else ''}"
-        raise InfraError(
-            f"{path} holds {many} that {name} has no place for, and that loading drops: "
-            f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}; "
-            "name them in model.allow_unexpected (a regex) if the model does without them"
-        )
+    many = f"{len(unexpected)} tensor{'s' if len(unexpected) > 1 else ''}"
+    listed = f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}"
+    if any(_belongs_to_quantization(form, key) for key in unexpected):
+        advice = "the codes of a weight mean nothing without them: compare the installed libraries to the saver's"
+    else:
+        advice = "name them in model.allow_unexpected (a regex) if the model does without them"
+    raise kind(f"{path} holds {many} that {name} has no place for, and that loading drops: {listed}; {advice}")
+
+
+def _sound(form: Format, layer: str) -> bool:
+    """Say whether the files hold a layer as its declared scheme wants it, so that a wrong shape is the loader's."""
+    return form.codes_of(layer) is not None and next(form.findings(layer), None) is None
+
+
+def _belongs_to_quantization(form: Format, key: str) -> bool:
+    part = key.rpartition(".")[2]
+    return bool(form.scales.search(part) or form.zero_points.search(part) or part in set(form.codes) - {"weight"})
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
@@ -170,16 +224,6 @@ def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
             "and allow it with --qsa-allow-code"
         )
     return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
-
-
-def tokenizer_of(path: str, arguments: dict[str, Any]) -> Any:
-    """Load the tokenizer of a checkpoint; None where it has none."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, **arguments)
-    except Exception:  # many subjects have none; data that needs one says so
-        return None
 
 
 def device_for(memory: Memory) -> torch.device:
@@ -272,3 +316,68 @@ def device_class(device: torch.device) -> str:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else "no message"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars of transformers and of what it calls out of pytest's output; exceptions still come."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), _errors_only(NOISY):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _errors_only(names: tuple[str, ...]) -> Iterator[None]:
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def once_more(attempt: Callable[[], T], *, pause: float = PAUSE) -> T:
+    """Return what the attempt returns; after an error of the network, of a second attempt.
+
+    Raises:
+        Exception: whatever the last attempt raised.
+    """
+    try:
+        return attempt()
+    except Exception as error:
+        if not is_transient(error):
+            raise
+    time.sleep(pause)
+    return attempt()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether the network broke or the server was busy: whether the next try may succeed."""
+    chain = list(_causes(error))
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
+        return False
+    return any(
+        isinstance(cause, (ConnectionError, TimeoutError))
+        or type(cause).__name__ in BROKEN
+        or getattr(getattr(cause, "response", None), "status_code", None) in BUSY
+        for cause in chain
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

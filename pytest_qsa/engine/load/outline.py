@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from ...common import InfraError
+from ...checkpoint import Folder
+from ...common import InfraError, QsaError
 from ...suite import Anatomy, Memory, Model
 from ..modules import blocks_of, layers_of
 from .models import class_of, load_model, submodule_of
@@ -14,7 +17,8 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
     """Return (name, class, shape of the weight, number of parameters) of each layer, in model order.
 
     Raises:
-        InfraError: the configuration can't be read, or the model needs code of its own.
+        AnomalyError: the configuration is no JSON.
+        InfraError: it can't be read, or the model needs code of its own.
     """
     rows = []
     for name, module in layers_of(_empty(spec, path)).items():
@@ -46,12 +50,13 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
     import transformers
 
     try:
+        Folder(Path(path)).json("config.json")  # transformers says of a broken one what it says of a missing one
         config = transformers.AutoConfig.from_pretrained(
             path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
         )
         with torch.device("meta"):
             model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
-    except InfraError:
+    except QsaError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
         raise InfraError(f"{path}: no model can be made of it: {str(error).splitlines()[0]}") from error

@@ -18,8 +18,8 @@ from ...common import AnomalyError, InfraError
 from ...suite import Subject
 from ..load.batches import token_ids
 from ..load.data import batches_of
-from ..load.models import Loaded, tokenizer_of
-from ..load.quiet import quiet
+from ..load.models import Loaded, quiet
+from ..load.tokenizer import load_tokenizer
 from ..modules import device_of
 from ..reduce.pairs import ROWS_AT_ONCE
 from ..run.hooks import evaluating, run_batch
@@ -35,8 +35,13 @@ likeliest token, and Σ p ln p; all in nats."""
 
 
 def tokenizer_at(path: str) -> Any:
-    """Load a tokenizer alone; None where there is none."""
-    return tokenizer_of(path, {"trust_remote_code": False})
+    """Load a tokenizer alone; None for a folder that has none.
+
+    Raises:
+        AnomalyError: a tokenizer file is no JSON.
+        InfraError: it can't be loaded for any other reason.
+    """
+    return load_tokenizer(path, {"trust_remote_code": False})
 
 
 def windows(subject: Subject, tokenizer: Any) -> list[list[int]]:

@@ -28,7 +28,7 @@ from ...captures import (
     SiteNumbers,
     compares,
 )
-from ...common import AnomalyError, InfraError
+from ...common import AnomalyError, InfraError, QsaError
 from ...metrics import TokenScores, numbers_of
 from ...suite import Floor, Served, Subject, located, reference_of
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
@@ -96,8 +96,8 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
     assert model.model is not None
     try:
         loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code)
-    except InfraError as error:
-        raise InfraError(f"model.reference: {error}") from error
+    except QsaError as error:
+        raise type(error)(f"model.reference: {error}") from error
     try:
         yield _Reference(loaded=loaded)
     finally:

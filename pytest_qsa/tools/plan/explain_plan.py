@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...captures import Request, match_layers
 from ...checkpoint import Folder
-from ...common import InfraError, shown_path
+from ...common import QsaError, shown_path
 from ...suite import Machine, local_folder, weight_files
 from .gather import Planned, kept
 from .placements import Setting, own_setting, settings_of, shown_bytes, waiting, working
@@ -44,7 +44,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
         return
     try:
         sizes = sizes_of(Folder(folder, subject.model.gguf_file), subject.model)
-    except InfraError as error:
+    except QsaError as error:
         yield f"size        not known: {error}"
         return
     work = Work.of(subject.data, planned.requests, sizes)

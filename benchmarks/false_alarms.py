@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_qsa.captures import Request, merge_requests
 from pytest_qsa.captures.capture import Capture
-from pytest_qsa.captures.statistics import Request, merge_requests
 from pytest_qsa.cli.common import subject_of
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model

@@ -63,7 +63,7 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     """Run one variant over random tokens; the checkpoint is loaded before the clock starts."""
     import torch
 
-    from pytest_qsa.captures.statistics import COUNTS, TOKENS, Request
+    from pytest_qsa.captures import COUNTS, TOKENS, Request
     from pytest_qsa.engine.load import models
     from pytest_qsa.engine.run.forward import run_pass
     from pytest_qsa.suite import Memory, Model

@@ -14,7 +14,7 @@ from common import SMOLLM2, arguments, medians, smollm2, token_batches, wide_lla
 from overhead import bare
 from torch import Tensor, nn
 
-from pytest_qsa.captures.statistics import AGREEMENT, ERROR, REFERENCE_SINKS, SCORES, Request, local_statistic
+from pytest_qsa.captures import AGREEMENT, ERROR, REFERENCE_SINKS, SCORES, LocalError, Request
 from pytest_qsa.engine.reference.live import Partner
 from pytest_qsa.engine.run.forward import run_pass
 
@@ -24,7 +24,7 @@ PROPAGATED = [
     Request(r"layers\.", "output", None, NO_SINK),
     Request("", "logits", None, frozenset({AGREEMENT, SCORES})),
 ]
-LOCAL = Request("_proj$", "output", None, frozenset({local_statistic(32)}))
+LOCAL = Request("_proj$", "output", None, frozenset({LocalError(32)}))
 """What sqnr, kl_divergence and local_sqnr ask for."""
 
 

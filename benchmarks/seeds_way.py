@@ -13,7 +13,7 @@ from common import arguments, medians, smollm2, token_batches
 from torch import Tensor, nn
 
 from pytest_qsa import capture
-from pytest_qsa.captures.statistics import SITES, Site
+from pytest_qsa.captures import SITES, Site
 
 MAGNITUDES = [r"mlp\.down_proj", r"mlp\.up_proj", r"self_attn\.q_proj", r"self_attn\.o_proj"]
 BLOCKS = r"layers\.\d+$"

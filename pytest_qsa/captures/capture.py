@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from ..common import InfraError, write_atomically
 from .numbers import SiteNumbers
 from .provenance import UNKNOWN_RUN, Provenance
+from .requests import LOGITS, Request, Site, match_layers
 from .sinks import Sinks, find_sinks
-from .statistics import LOGITS, Request, Site, match_layers
+from .statistics import Statistic
 
 if TYPE_CHECKING:
     from ..metrics import Selection
@@ -141,7 +142,7 @@ class Capture:
             "modules": list(self.modules),
             "blocks": list(self.blocks),
             "pieces": {str(token): piece for token, piece in self.pieces.items()},
-            "plan": [[r.pattern, r.site, r.exclude, sorted(r.statistics)] for r in self.plan],
+            "plan": [[r.pattern, r.site, r.exclude, sorted(map(str, r.statistics))] for r in self.plan],
             "schemes": dict(self.schemes) if self.schemes is not None else None,
             "sites": [[layer, site, streams[id(numbers)]] for (layer, site), numbers in self.sites.items()],
             "streams": headers,
@@ -184,7 +185,10 @@ class Capture:
             pieces={int(token): piece for token, piece in header["pieces"].items()},
             provenance=Provenance.of(header["meta"]),
             schemes=header.get("schemes"),
-            plan=tuple(Request(p, site, exclude, frozenset(stats)) for p, site, exclude, stats in header["plan"]),
+            plan=tuple(
+                Request(pattern, site, exclude, frozenset(map(Statistic.parse, statistics)))
+                for pattern, site, exclude, statistics in header["plan"]
+            ),
             reference=cls._joined(theirs, header["reference"]) if header.get("reference") else None,
         )
 

@@ -5,23 +5,19 @@ What a population left is put side by side in sample order; counts are added, ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..common import InfraError
 from .capture import Capture
-from .numbers import Merge, SiteNumbers
+from .numbers import SiteNumbers
 from .provenance import Provenance, SampleRange
-from .statistics import SITES
-
-Array = NDArray[Any]
-COUNTED = (("bins", "counts"), ("signed_bins", "signed_counts"), ("channel_bins", "channel_counts"))
-"""Which arrays say for which bins the others hold counts."""
+from .requests import SITES
+from .statistics import LAYOUTS, Array
 
 
 def merge(captures: Sequence[Capture]) -> Capture:
@@ -166,16 +162,28 @@ def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weig
     numbers = [part for part, _ in seen]
     if len({part.dtype for part in numbers}) > 1:
         raise InfraError(f"the captures hold one layer in {numbers[0].dtype} and in {numbers[-1].dtype}")
-    arrays: dict[str, Any] = {"sample": np.concatenate([part.sample + np.int32(offset) for part, offset in seen])}
-    for field in fields(SiteNumbers):
-        rule = field.metadata.get("merge")
-        values = [getattr(part, field.name) for part in numbers]
-        if rule is not None and field.name != "sample" and values[0] is not None:
-            arrays[field.name] = _RULES[rule](values)
-    for bins, counts in COUNTED:
-        if getattr(numbers[0], bins) is not None:
-            arrays[bins], arrays[counts] = added([(getattr(n, bins), getattr(n, counts)) for n in numbers])
-    return replace(numbers[-1], statistics=numbers[0].statistics, **arrays)
+    return replace(
+        numbers[-1],
+        statistics=numbers[0].statistics,
+        sample=np.concatenate([part.sample + np.int32(offset) for part, offset in seen]),
+        call=np.concatenate([part.call for part in numbers]),
+        lengths=np.concatenate([part.lengths for part in numbers]),
+        arrays={**numbers[-1].arrays, **_merged_arrays([part.arrays for part in numbers])},
+    )
+
+
+def _merged_arrays(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Merge each array as its layout says."""
+    merged: dict[str, Array] = {}
+    for name in dict.fromkeys(chain.from_iterable(tables)):
+        layout = LAYOUTS.get(name.partition("/")[0])
+        if layout is None or not (layout.partial or name in tables[0]):
+            continue
+        if layout.bins:
+            merged[layout.bins], merged[name] = added([(table[layout.bins], table[name]) for table in tables])
+        elif layout.merge is not None:
+            merged[name] = layout.merge([table[name] for table in tables if name in table or not layout.partial])
+    return merged
 
 
 def added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -184,37 +192,3 @@ def added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     counts = np.zeros((len(bins), *tables[0][1].shape[1:]), dtype=tables[0][1].dtype)
     np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))
     return bins, counts
-
-
-def _side_by_side(arrays: Sequence[Array]) -> Array:
-    """Concatenate along the populations; tables of peaks may be of different widths."""
-    if arrays[0].ndim == 2:
-        width = max(array.shape[1] for array in arrays)
-        arrays = [
-            np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=-1)
-            if array.shape[1] < width
-            else array
-            for array in arrays
-        ]
-    return np.concatenate(arrays)
-
-
-def _extremes(arrays: Sequence[Array]) -> Array:
-    """Fold `EXTREME_NAMES`: the largest, the smallest, the low and the high."""
-    table = np.stack(arrays)
-    folded = [np.maximum.reduce(table[:, 0]), np.minimum.reduce(table[:, 1]), np.minimum.reduce(table[:, 2])]
-    return np.array([*folded, np.maximum.reduce(table[:, 3])], dtype=table.dtype)
-
-
-def _named(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-
-
-_RULES: Mapping[Merge, Callable[[Sequence[Any]], Any]] = {
-    "populations": _side_by_side,
-    "named populations": _named,
-    "named sums": lambda tables: {name: np.sum([table[name] for table in tables], axis=0) for name in tables[0]},
-    "union": lambda tables: {name: array for table in tables for name, array in sorted(table.items())},
-    "largest": lambda arrays: np.maximum.reduce(list(arrays)),
-    "extremes": _extremes,
-}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .statistics import SiteKey
+from .requests import SiteKey
+from .statistics import LAYOUTS, Statistic
 
 TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
 """The columns of `channel_top` and `element_top`."""
@@ -31,10 +32,19 @@ PADDING = -1.0
 """Stands in `token_max` and `error` where a token is padding; a maximum of magnitudes is never negative."""
 NOT_COMPARED = -2.0
 """Stands in `error` where a reference that was kept for some tokens has none."""
-NAMED = ("massive", "quantized", "features", "maps", "channel_error")
-"""The fields that hold an array for each statistic of their kind, by its name."""
-Merge = Literal["populations", "named populations", "named sums", "union", "largest", "extremes"]
-"""How an array is merged with that of other samples: side by side, added, by name, the larger, as `EXTREME_NAMES`."""
+POPULATIONS = ("sample", "call", "lengths")
+"""The fields of `SiteNumbers` that say whose populations they are; every site has them."""
+D = TypeVar("D", bound=np.generic)
+
+
+class KeptArray(Generic[D]):
+    """An attribute of `SiteNumbers`: one of its arrays by name, None where the pass didn't keep it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, numbers: SiteNumbers, owner: type) -> NDArray[D] | None:
+        return numbers.arrays.get(self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,66 +52,40 @@ class SiteNumbers:
     """The numbers of one tensor stream. A population is one call of the layer for one sample (a row of a batch).
 
     `sample`, `call` [P]: whose population it is. `lengths` [P]: its tokens, 0 where the site has no token axis.
-    `token_max` [sum of lengths] float32: max over channels of |x|, populations one after the other; −1 marks padding.
-    `peaks` [P, K]: the positions of the K largest tokens, largest first; `peak_channels` [P, K]: where; −1: none.
-    `channel_top`, `element_top` [P, 7]: order statistics (`TOP_NAMES`) of the channel-wise maxima and of |x|.
-    `channel_max` [C]: channel-wise maxima over all populations. `moments` [P, 7] float64: `MOMENT_NAMES`.
-    `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
-    `bins`, `counts`: how often each 16-bit pattern of |x| occurs (of x for `signed_`), zero counts left out.
-    `channel_bins` [B], `channel_counts` [B, C] uint32: how often x falls into each bin of channels.py, bins that no
-    channel has left out. `channel_extremes` [4, C] float32: `EXTREME_NAMES` of each channel, exact.
-    `massive`: for each `massive_statistic` the count per population [P].
-    `quantized`: for each `quantization_statistic` Σx² and Σ(x − x̂)² of each population, [P, 2] float64.
-    `features`: for each `features_statistic` in how many tokens each channel reaches it, then how many tokens and
-    how many NaN and Inf there are, [C + 2].
-    `experts`: how many tokens of each population go to each expert of the layer, [P, E].
-    `maps`: for each `map_statistic` |x| of that sample's first call, [≤ 128, ≤ 128] float32: the largest of each
-    rectangle of equally many tokens and channels; 0 where all of its tokens are padding.
-    `error` [sum of lengths, 4] float32: `ERROR_NAMES` of each token, `PADDING` or `NOT_COMPARED`; [P, 4] where the
-    site has no token axis. `local_rows`, `local` [P, R], [P, R, 3]: the sampled tokens of each population, −1 for
-    none, and their Σy², Σ(y − ŷ)², Σŷ², ŷ the layer's output on the reference's input. `channel_error`: for each
-    `channel_error_statistic` Σx², Σ(x − x̂)² of each population and channel, [P, 2, C] float64.
-    `scores` [sum of lengths, 4] float64: `SCORE_NAMES` of each position of the logits, NaN where there is none.
-    `stored` [4] float64: `STORED_NAMES` of a weight that the files hold quantized.
-    Each array says how it is merged with that of other samples (`merging`); counts are added bin by bin.
+    `statistics`: what the site has. `arrays`: what they keep, by the names that the classes of `statistics` give and
+    explain; most are attributes as well.
     """
 
     dtype: str
     shape: tuple[int, ...]
     token_axis: bool
-    statistics: frozenset[str]
-    sample: NDArray[np.int32] = field(metadata={"merge": "populations"})
-    call: NDArray[np.int32] = field(metadata={"merge": "populations"})
-    lengths: NDArray[np.int64] = field(metadata={"merge": "populations"})
-    token_max: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
-    peaks: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
-    peak_channels: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
-    channel_top: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
-    channel_max: NDArray[np.float32] | None = field(default=None, metadata={"merge": "largest"})
-    element_top: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
-    moments: NDArray[np.float64] | None = field(default=None, metadata={"merge": "populations"})
-    extremes: NDArray[np.float32] | None = field(default=None, metadata={"merge": "extremes"})
-    bins: NDArray[np.uint16] | None = None
-    counts: NDArray[np.int64] | None = None
-    signed_bins: NDArray[np.uint16] | None = None
-    signed_counts: NDArray[np.int64] | None = None
-    channel_bins: NDArray[np.uint16] | None = None
-    channel_counts: NDArray[np.uint32] | None = None
-    channel_extremes: NDArray[np.float32] | None = field(default=None, metadata={"merge": "extremes"})
-    massive: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, metadata={"merge": "named populations"})
-    quantized: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, metadata={"merge": "named populations"})
-    features: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, metadata={"merge": "named sums"})
-    experts: NDArray[np.int64] | None = field(default=None, metadata={"merge": "populations"})
-    maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, metadata={"merge": "union"})
+    statistics: frozenset[Statistic]
+    sample: NDArray[np.int32]
+    call: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
-    error: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
-    local_rows: NDArray[np.int32] | None = field(default=None, metadata={"merge": "populations"})
-    local: NDArray[np.float32] | None = field(default=None, metadata={"merge": "populations"})
-    channel_error: Mapping[str, NDArray[np.float64]] = field(
-        default_factory=dict, metadata={"merge": "named populations"}
-    )
-    scores: NDArray[np.float64] | None = field(default=None, metadata={"merge": "populations"})
-    stored: NDArray[np.float64] | None = None
+    token_max = KeptArray[np.float32]()
+    peaks = KeptArray[np.int32]()
+    peak_channels = KeptArray[np.int32]()
+    channel_top = KeptArray[np.float32]()
+    channel_max = KeptArray[np.float32]()
+    element_top = KeptArray[np.float32]()
+    moments = KeptArray[np.float64]()
+    extremes = KeptArray[np.float32]()
+    bins = KeptArray[np.uint16]()
+    counts = KeptArray[np.int64]()
+    signed_bins = KeptArray[np.uint16]()
+    signed_counts = KeptArray[np.int64]()
+    channel_bins = KeptArray[np.uint16]()
+    channel_counts = KeptArray[np.uint32]()
+    channel_extremes = KeptArray[np.float32]()
+    experts = KeptArray[np.int64]()
+    error = KeptArray[np.float32]()
+    local_rows = KeptArray[np.int32]()
+    local = KeptArray[np.float32]()
+    scores = KeptArray[np.float64]()
+    stored = KeptArray[np.float64]()
 
     @property
     def populations(self) -> int:
@@ -135,31 +119,37 @@ class SiteNumbers:
         assert self.moments is not None
         return self.moments[:, MOMENT_NAMES.index(name)]
 
+    def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, NDArray[Any]]) -> SiteNumbers:
+        """Return the same with more statistics and their arrays."""
+        return replace(self, statistics=self.statistics | {*statistics}, arrays={**self.arrays, **arrays})
+
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Split into named arrays and a JSON header; `from_arrays` is the way back."""
-        arrays = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
-        arrays |= {f"{kind}/{name}": array for kind in NAMED for name, array in getattr(self, kind).items()}
         header = {
             "dtype": self.dtype,
             "shape": list(self.shape),
             "token_axis": self.token_axis,
-            "statistics": sorted(self.statistics),
+            "statistics": sorted(map(str, self.statistics)),
         }
-        return arrays, header
+        return {**{name: getattr(self, name) for name in POPULATIONS}, **self.arrays}, header
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
-        """Join what `to_arrays` split."""
-        own: dict[str, Any] = {kind: {} for kind in NAMED}
-        for name, array in arrays.items():
-            kind, slash, rest = name.partition("/")
-            (own[kind] if slash else own)[rest if slash else name] = array
+        """Join what `to_arrays` split.
+
+        Raises:
+            ValueError: there is an array that no statistic keeps.
+        """
+        kept = {name: array for name, array in arrays.items() if name not in POPULATIONS}
+        if unknown := sorted({name.partition("/")[0] for name in kept} - {*LAYOUTS}):
+            raise ValueError(f"no statistic keeps an array '{unknown[0]}'")
         return cls(
             dtype=header["dtype"],
             shape=tuple(header["shape"]),
             token_axis=header["token_axis"],
-            statistics=frozenset(header["statistics"]),
-            **own,
+            statistics=frozenset(map(Statistic.parse, header["statistics"])),
+            **{name: arrays[name] for name in POPULATIONS},
+            arrays=kept,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common import InfraError, write_atomically
 from .capture import Capture
-from .statistics import Request, merge_requests
+from .requests import Request, merge_requests
 
 EVERY = 60.0
 """Seconds between two writes."""

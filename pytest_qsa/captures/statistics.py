@@ -1,171 +1,458 @@
-"""What a capture has to measure: the union of the sites and statistics that the selected assertions need.
+"""Statistics: what a pass can keep of a tensor stream, one class each. numpy only.
 
-Plain data, so that the planner, the cache and the engine speak of the same thing without importing one another.
+A class says under which name a suite's plan, a capture's file and the cache know it, which arrays it keeps, how these
+are joined from the populations of a site and merged with those of other samples, and what it needs of the site. Its
+reduction by torch is in engine/reduce, under the same name. A population is one call of a layer for one sample.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_type_hints
 
-from ..common import AnomalyError, SuiteError
+import numpy as np
+from numpy.typing import NDArray
 
-Site = Literal["input", "output", "weight", "logits"]
-SITES: tuple[Site, ...] = get_args(Site)
-SiteKey = tuple[str, Site]
-"""A layer and its site."""
-LayerSite = Literal["input", "output", "weight"]
-LOGITS: Site = "logits"
-"""What the whole model returns: the scores of every next token. It is no layer's; the others are a layer's."""
+from ..common import SuiteError, did_you_mean
 
-TOKENS = "tokens"
-CHANNELS = "channels"
-ELEMENTS = "elements"
-MOMENTS = "moments"
-COUNTS = "counts"
-SIGNED_COUNTS = "signed_counts"
-SINKS = "sinks"
-EXPERTS = "experts"
-CHANNEL_COUNTS = "channel_counts"
-SCORES = "scores"
-"""The statistics: token-wise maxima; channel-wise maxima; order statistics of the elements; power sums; counts of |x|
-and of x; at the outputs of the blocks, the tokens that may be sinks; the tokens of each expert, where there are some;
-counts of x in each channel; and how likely the model found each token that came."""
-
-STORED = "stored"
-"""How far a loaded weight is from what the checkpoint's own files hold."""
-
-ERROR = "error"
-AGREEMENT = "agreement"
-REFERENCE_TOKENS = "reference_tokens"
-REFERENCE_SINKS = "reference_sinks"
-"""The statistics that a second model is run for: the powers of each token's error; how far the two models' predictions
-are apart; the reference's own token-wise maxima; and those at its blocks' outputs, where sinks are found."""
-
-ALL_STATISTICS = frozenset({TOKENS, CHANNELS, ELEMENTS, MOMENTS, COUNTS, SIGNED_COUNTS, SINKS, EXPERTS})
-"""What is kept where nothing is chosen: all but what costs much, which only a site that names it gets."""
+Array = NDArray[Any]
 
 
-def massive_statistic(absolute: float, ratio: float) -> str:
-    """Name the statistic of massive activations, which has to know its two thresholds during the pass."""
-    return f"massive:{absolute:.17g}:{ratio:.17g}"
+@dataclass(frozen=True)
+class Layout:
+    """How an array of a site is made. `join`: of what its populations left, `merge`: of those of several captures.
 
-
-def quantization_statistic(scheme: str, by: str, group_size: int) -> str:
-    """Name the statistic of a simulated quantization whose scales are those of tokens, channels or groups."""
-    return f"quantized:{scheme}:{by}:{group_size if by == 'group' else 0}"
-
-
-def features_statistic(absolute: float) -> str:
-    """Name the statistic of outlier features, which has to know its threshold during the pass."""
-    return f"features:{absolute:.17g}"
-
-
-def local_statistic(rows: int) -> str:
-    """Name the statistic of a layer's own error, on so many sampled tokens of a sample."""
-    return f"local:{rows}"
-
-
-def channel_error_statistic(positions: str) -> str:
-    """Name the statistic of the error of each channel, which has to know during the pass which tokens count."""
-    return f"channel_error:{positions}"
-
-
-def against_reference(statistics: frozenset[str]) -> frozenset[str]:
-    """Return those of the statistics that a second model is run for."""
-    kinds = {ERROR, AGREEMENT, REFERENCE_TOKENS, REFERENCE_SINKS, "local", "channel_error"}
-    return frozenset(statistic for statistic in statistics if statistic.partition(":")[0] in kinds)
-
-
-def pairwise(statistics: frozenset[str]) -> frozenset[str]:
-    """Return those of the statistics for which the tensors of both models have to meet."""
-    return against_reference(statistics) - {REFERENCE_TOKENS, REFERENCE_SINKS}
-
-
-def need_tokens(statistics: frozenset[str]) -> bool:
-    """Say whether some of the statistics exist only at a site with a token axis."""
-    kinds = {statistic.partition(":")[0] for statistic in statistics}
-    return not kinds.isdisjoint({TOKENS, CHANNELS, CHANNEL_COUNTS, REFERENCE_TOKENS, "quantized", "features", "local"})
-
-
-def map_statistic(sample: int) -> str:
-    """Name the statistic that keeps a bounded picture of |x| of one sample."""
-    return f"map:{sample}"
-
-
-def exactly(layers: Sequence[str]) -> str:
-    """Write the pattern that finds these layers and no other."""
-    return f"^(?:{'|'.join(map(re.escape, layers))})$"
-
-
-@dataclass(frozen=True, order=True)
-class Request:
-    """One demand on a capture: these statistics of every layer that the pattern finds, at this site."""
-
-    pattern: str
-    site: Site
-    exclude: str | None = None
-    statistics: frozenset[str] = ALL_STATISTICS
-
-    def __post_init__(self) -> None:
-        if self.site not in SITES:
-            raise SuiteError(f"unknown site '{self.site}': a site is one of {', '.join(SITES)}")
-        for pattern in (self.pattern, self.exclude):
-            if pattern is not None:
-                compile_pattern(pattern)
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    r"""Compile a layer pattern.
-
-    Raises:
-        SuiteError: it is not a regular expression, or holds a control character, as `"\b"` in double quotes does.
+    `bins`: the name of the array that says for which bins this one holds counts; both are merged bin by bin.
+    `partial`: only the captures that hold a certain sample have the array.
     """
-    if min(pattern, default=" ") < " ":
-        raise SuiteError(
-            f"the regex {pattern!r} holds a control character: in YAML's double quotes \\b is a backspace; "
-            "write it without quotes or in single ones"
-        )
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None
+
+    join: Callable[[Sequence[Array]], Array]
+    merge: Callable[[Sequence[Array]], Array] | None
+    bins: str = ""
+    partial: bool = False
 
 
-def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = None) -> list[str]:
-    """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order."""
-    wanted = compile_pattern(pattern)
-    unwanted = compile_pattern(exclude) if exclude is not None else None
-    return [name for name in modules if wanted.search(name) and not (unwanted and unwanted.search(name))]
+def _one(arrays: Sequence[Array]) -> Array:
+    return arrays[0]
 
 
-def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
-    """Make the error for a pattern that finds nothing: it names the layers that come nearest to it."""
-    if exclude is not None and match_layers(modules, pattern):
-        return AnomalyError(
-            f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
-        )
-    plain = re.sub(r"\\d[+*]?", "0", pattern).replace("\\.", ".").strip("^$")
-    near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or list(modules[:3])
-    return AnomalyError(
-        f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
-        "`qsa layers` lists them all"
+def padded(rows: Sequence[Array]) -> NDArray[np.int32]:
+    """Return 1-D arrays of different lengths as one table, with −1 where there is nothing."""
+    lengths = np.array([len(row) for row in rows])
+    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return table
+
+
+def _ragged(tables: Sequence[Array]) -> Array:
+    """Concatenate tables of different widths, with −1 where there is nothing."""
+    width = max(table.shape[1] for table in tables)
+    return np.concatenate(
+        [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1) for table in tables]
     )
 
 
-def compares(requests: Iterable[Request]) -> bool:
-    """Say whether some of the requests need the reference beside the subject."""
-    return any(against_reference(request.statistics) for request in requests)
+def _extremes(arrays: Sequence[Array]) -> Array:
+    """Fold `EXTREME_NAMES`: the largest, the smallest, the low and the high."""
+    largest, smallest, low, high = np.stack(arrays).swapaxes(0, 1)
+    ends = [np.maximum.reduce(largest), np.minimum.reduce(smallest), np.minimum.reduce(low), np.maximum.reduce(high)]
+    return np.array(ends, dtype=arrays[0].dtype)
 
 
-def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:
-    """Union the statistics of equal sites; sorted, so that equal demands make equal plans."""
-    union: dict[tuple[str, Site, str | None], frozenset[str]] = {}
-    for request in requests:
-        key = (request.pattern, request.site, request.exclude)
-        union[key] = union.get(key, frozenset()) | request.statistics
-    ordered = sorted(union.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or ""))
-    return tuple(Request(pattern, site, exclude, stats) for (pattern, site, exclude), stats in ordered)
+PER_TOKEN = Layout(np.concatenate, np.concatenate)
+"""A row, or a number, for each token, populations one after the other."""
+PER_POPULATION = Layout(np.stack, np.concatenate)
+RAGGED = Layout(padded, _ragged)
+"""A row for each population, filled up with −1."""
+SUM = Layout(_one, lambda arrays: np.sum(arrays, axis=0))
+LARGEST = Layout(_one, lambda arrays: np.maximum.reduce(list(arrays)))
+EXTREMES = Layout(_one, _extremes)
+OF_A_SAMPLE = Layout(_one, lambda arrays: arrays[-1], partial=True)
+OF_THE_WEIGHT = Layout(_one, None)
+BINS = Layout(_one, None)
+"""Merged with the counts that name them."""
+
+
+def _counts(bins: str) -> Layout:
+    return Layout(_one, None, bins=bins)
+
+
+STATISTICS: dict[str, type[Statistic]] = {}
+"""Name → class."""
+LAYOUTS: dict[str, Layout] = {}
+"""Array → how it is made."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic with its parameters, which are the fields of its class. Its text is the name and the parameters.
+
+    `arrays`: the arrays of `SiteNumbers` that it keeps. `by_parameters`: it keeps its array once for each set of
+    parameters. `needs_tokens`: only a site with a token axis has it. `reference`: whether it is taken of the subject
+    alone, of the reference's own tensors, or of both models' tensors as a pair. `default`: it is kept where nothing is
+    chosen; the others cost much, so that only a site that names them gets them.
+    """
+
+    name: ClassVar[str] = ""
+    arrays: ClassVar[Mapping[str, Layout]] = {}
+    by_parameters: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
+    reference: ClassVar[Literal["", "own", "pair"]] = ""
+    default: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Register the class under its name, and the layouts of its arrays."""
+        STATISTICS[cls.name] = cls
+        LAYOUTS.update(cls.arrays)
+
+    def __str__(self) -> str:
+        """Return the text by which plans, captures and the cache know it: `massive:100:1000`."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return ":".join([self.name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)])
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: Statistic) -> bool:
+        return str(self) < str(other)
+
+    @property
+    def key(self) -> str:
+        """The name of its array, of the first one where it keeps several."""
+        array = next(iter(self.arrays), "")
+        return f"{array}/{self}" if self.by_parameters else array
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """Return about how many bytes it keeps of one site, over `samples` samples of `tokens` tokens in all."""
+        return 0
+
+    @staticmethod
+    @lru_cache
+    def parse(text: str) -> Statistic:
+        """Read what `str` wrote.
+
+        Raises:
+            SuiteError: there is no such statistic, or it doesn't take these parameters.
+        """
+        name, _, rest = text.partition(":")
+        kind = STATISTICS.get(name)
+        if kind is None:
+            raise SuiteError(f"unknown statistic '{text}'{did_you_mean(name, STATISTICS)}")
+        types = [get_type_hints(kind)[field.name] for field in fields(kind)]
+        values = rest.split(":", len(types) - 1) if rest and types else [rest] if rest else []
+        try:
+            return kind(*(of(value) for of, value in zip(types, values, strict=True)))
+        except ValueError:
+            names = "".join(f":{field.name}" for field in fields(kind))
+            raise SuiteError(f"the statistic '{text}' is not of the form {name}{names}") from None
+
+
+BIN_BYTES = 8 << 15
+"""What counts of |x| take, which has 16 bits without the sign."""
+CHANNEL_BYTES = 6144
+"""About what the counts of one channel take (docs/metrics.md)."""
+
+
+class Tokens(Statistic):
+    """The largest |x| of each token, and which tokens are the largest.
+
+    `token_max` [sum of lengths] float32: populations one after the other, −1 at padding. `peaks` [P, K]: the positions
+    of the K largest tokens, largest first. `peak_channels` [P, K]: their channels.
+    """
+
+    name = "tokens"
+    arrays: ClassVar = {"token_max": PER_TOKEN, "peaks": RAGGED, "peak_channels": RAGGED}
+    needs_tokens = True
+    default = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """A float32 a token."""
+        return 4 * tokens
+
+
+class Channels(Statistic):
+    """The largest |x| of each channel.
+
+    `channel_top` [P, 7] float32: order statistics (`TOP_NAMES`) of each population's. `channel_max` [C] float32: of
+    all populations.
+    """
+
+    name = "channels"
+    arrays: ClassVar = {"channel_top": PER_POPULATION, "channel_max": LARGEST}
+    needs_tokens = True
+    default = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """A float32 a channel."""
+        return 4 * channels
+
+
+class Elements(Statistic):
+    """Order statistics of |x|: `element_top` [P, 7] float32, `TOP_NAMES`."""
+
+    name = "elements"
+    arrays: ClassVar = {"element_top": PER_POPULATION}
+    default = True
+
+
+class Moments(Statistic):
+    """Power sums: `moments` [P, 7] float64, `MOMENT_NAMES`."""
+
+    name = "moments"
+    arrays: ClassVar = {"moments": PER_POPULATION}
+    default = True
+
+
+class Counts(Statistic):
+    """How often each 16-bit pattern of |x| occurs: `bins`, `counts` int64, zero counts left out.
+
+    `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
+    """
+
+    name = "counts"
+    arrays: ClassVar = {"counts": _counts("bins"), "bins": BINS, "extremes": EXTREMES}
+    default = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """8 bytes a bin."""
+        return BIN_BYTES
+
+
+class SignedCounts(Statistic):
+    """The same of x: `signed_bins`, `signed_counts`, `extremes`."""
+
+    name = "signed_counts"
+    arrays: ClassVar = {"signed_counts": _counts("signed_bins"), "signed_bins": BINS, "extremes": EXTREMES}
+    default = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """8 bytes a bin of either sign."""
+        return 2 * BIN_BYTES
+
+
+class SinkTokens(Statistic):
+    """The tokens that may be attention sinks: the statistic `tokens` at the outputs of the blocks."""
+
+    name = "sinks"
+    default = True
+
+
+class Experts(Statistic):
+    """How many tokens the router sends to each expert of a layer of packed experts: `experts` [P, E] int64."""
+
+    name = "experts"
+    arrays: ClassVar = {"experts": PER_POPULATION}
+    default = True
+
+
+class ChannelCounts(Statistic):
+    """How often x falls into each bin of `CODES`, channel by channel.
+
+    `channel_bins` [B], `channel_counts` [B, C] uint32: bins that no channel has left out. `channel_extremes` [4, C]
+    float32: `EXTREME_NAMES` of each channel, exact.
+    """
+
+    name = "channel_counts"
+    arrays: ClassVar = {"channel_counts": _counts("channel_bins"), "channel_bins": BINS, "channel_extremes": EXTREMES}
+    needs_tokens = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """The bins that occur."""
+        return CHANNEL_BYTES * channels
+
+
+class Scores(Statistic):
+    """How likely the model found each token that came: `scores` [sum of lengths, 4] float64, `SCORE_NAMES`.
+
+    NaN where there is no next token, or no reference.
+    """
+
+    name = "scores"
+    arrays: ClassVar = {"scores": PER_TOKEN}
+
+
+class PredictionAgreement(Statistic):
+    """How far the predictions of two models are apart: the columns of `scores` that need the reference."""
+
+    name = "agreement"
+    arrays: ClassVar = {"scores": PER_TOKEN}
+    reference = "pair"
+
+
+class StoredError(Statistic):
+    """How far a loaded weight is from what the checkpoint's files hold: `stored` [4] float64, `STORED_NAMES`."""
+
+    name = "stored"
+    arrays: ClassVar = {"stored": OF_THE_WEIGHT}
+
+
+class TokenError(Statistic):
+    """The powers of each token's error: `error` [sum of lengths, 4] float32, `ERROR_NAMES`.
+
+    `PADDING` at padding, `NOT_COMPARED` where the reference has no such token. [P, 4] without a token axis.
+    """
+
+    name = "error"
+    arrays: ClassVar = {"error": PER_TOKEN}
+    reference = "pair"
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """Four float32 a token."""
+        return 16 * tokens
+
+
+class ReferenceTokens(Statistic):
+    """The statistic `tokens` of the reference."""
+
+    name = "reference_tokens"
+    needs_tokens = True
+    reference = "own"
+
+
+class ReferenceSinks(Statistic):
+    """The statistic `sinks` of the reference."""
+
+    name = "reference_sinks"
+    reference = "own"
+
+
+@dataclass(frozen=True)
+class Massive(Statistic):
+    """How many elements have |x| > absolute and |x| ≥ ratio × the population's median: an array `massive` [P] int64.
+
+    The pass has to know both thresholds. `UNKNOWN` where the population holds NaN or Inf.
+    """
+
+    absolute: float
+    ratio: float
+    name = "massive"
+    arrays: ClassVar = {"massive": PER_POPULATION}
+    by_parameters = True
+
+
+@dataclass(frozen=True)
+class QuantizationPowers(Statistic):
+    """Σx² and Σ(x − x̂)² under a simulated quantization: an array `quantized` [P, 2] float64.
+
+    `by`: whose scale it is, a `token`'s, `channel`'s or `group`'s of `group_size` neighbours (0 for the others).
+    """
+
+    scheme: str
+    by: str
+    group_size: int
+    name = "quantized"
+    arrays: ClassVar = {"quantized": PER_POPULATION}
+    by_parameters = True
+    needs_tokens = True
+
+    def __post_init__(self) -> None:
+        if self.by != "group":
+            object.__setattr__(self, "group_size", 0)
+
+
+@dataclass(frozen=True)
+class FeatureCounts(Statistic):
+    """In how many tokens each channel reaches |x| ≥ absolute: an array `features` [C + 2] int64.
+
+    The last two are how many tokens and how many NaN and Inf there are. The pass has to know the threshold.
+    """
+
+    absolute: float
+    name = "features"
+    arrays: ClassVar = {"features": SUM}
+    by_parameters = True
+    needs_tokens = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """8 bytes a channel."""
+        return 8 * channels
+
+
+@dataclass(frozen=True)
+class HeatMap(Statistic):
+    """|x| of the first call of one sample, made smaller: an array `maps` [≤ 128, ≤ 128] float32.
+
+    Each cell is the largest of a rectangle of equally many tokens and channels, 0 where all its tokens are padding.
+    """
+
+    sample: int
+    name = "map"
+    arrays: ClassVar = {"maps": OF_A_SAMPLE}
+    by_parameters = True
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """At most 128 × 128 float32."""
+        return 4 * 128 * 128
+
+
+@dataclass(frozen=True)
+class LocalError(Statistic):
+    """A layer's own error: its output on the reference's input, of `rows` sampled tokens of each sample.
+
+    `local_rows` [P, R]: which tokens, −1 for none. `local` [P, R, 3] float32: their Σy², Σ(y − ŷ)², Σŷ².
+    """
+
+    rows: int
+    name = "local"
+    arrays: ClassVar = {"local_rows": RAGGED, "local": PER_POPULATION}
+    needs_tokens = True
+    reference = "pair"
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """16 bytes a sampled token."""
+        return 16 * self.rows * samples
+
+
+@dataclass(frozen=True)
+class ChannelError(Statistic):
+    """Σx² and Σ(x − x̂)² of each channel over the tokens that `positions` names: an array `channel_error` [P, 2, C].
+
+    The pass has to know which tokens count. float64.
+    """
+
+    positions: str
+    name = "channel_error"
+    arrays: ClassVar = {"channel_error": PER_POPULATION}
+    by_parameters = True
+    reference = "pair"
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """Two float64 a sample and channel."""
+        return 16 * samples * channels
+
+
+TOKENS: Statistic = Tokens()
+CHANNELS: Statistic = Channels()
+ELEMENTS: Statistic = Elements()
+MOMENTS: Statistic = Moments()
+COUNTS: Statistic = Counts()
+SIGNED_COUNTS: Statistic = SignedCounts()
+SINKS: Statistic = SinkTokens()
+EXPERTS: Statistic = Experts()
+CHANNEL_COUNTS: Statistic = ChannelCounts()
+SCORES: Statistic = Scores()
+AGREEMENT: Statistic = PredictionAgreement()
+STORED: Statistic = StoredError()
+ERROR: Statistic = TokenError()
+REFERENCE_TOKENS: Statistic = ReferenceTokens()
+REFERENCE_SINKS: Statistic = ReferenceSinks()
+
+ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)
+"""What is kept where nothing is chosen."""
+
+
+def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
+    """Return those of the statistics that a second model is run for."""
+    return frozenset(statistic for statistic in statistics if statistic.reference)
+
+
+def pairwise(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
+    """Return those of the statistics for which the tensors of both models have to meet."""
+    return frozenset(statistic for statistic in statistics if statistic.reference == "pair")
+
+
+def need_tokens(statistics: Iterable[Statistic]) -> bool:
+    """Say whether some of the statistics exist only at a site with a token axis."""
+    return any(statistic.needs_tokens for statistic in statistics)

@@ -18,10 +18,11 @@ from ..captures import (
     REFERENCE_TOKENS,
     SCORES,
     Capture,
+    Massive,
     Request,
     Site,
+    Statistic,
     against_reference,
-    massive_statistic,
     match_layers,
     merge_requests,
     no_match,
@@ -96,10 +97,10 @@ def capture(
     return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress, partner=partner)
 
 
-def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozenset[str]:
+def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozenset[Statistic]:
     if statistics == "all":
         return _all_statistics(site, beside=beside)
-    wanted: frozenset[str] = frozenset()
+    wanted: frozenset[Statistic] = frozenset()
     for entry in [statistics] if isinstance(statistics, str) else statistics:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
         if name not in METRICS:
@@ -110,14 +111,14 @@ def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozense
     return wanted
 
 
-def _all_statistics(site: Site, *, beside: bool) -> frozenset[str]:
+def _all_statistics(site: Site, *, beside: bool) -> frozenset[Statistic]:
     if site == LOGITS:
         return frozenset({SCORES, AGREEMENT} if beside else {SCORES})
     both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if beside else set()
-    return ALL_STATISTICS | {massive_statistic(100.0, 1000.0)} | both
+    return ALL_STATISTICS | {Massive(100.0, 1000.0)} | both
 
 
-def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[str]:
+def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[Statistic]:
     """Return the statistics of a metric: for these parameters, or for all that change what has to be kept."""
     metric = METRICS[name]
     choices: list[Mapping[str, Any]] = [parameters or {}]

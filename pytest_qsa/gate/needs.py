@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from ..captures import ALL_STATISTICS, Request, massive_statistic
+from ..captures import ALL_STATISTICS, Massive, Request
 from ..common import SuiteError
 from ..metrics import METRICS, positions_of
 from ..suite import MeasuredAssertion
 from .collection import QsaSuite
 
-EVERYTHING = ALL_STATISTICS | {massive_statistic(100.0, 1000.0)}
+EVERYTHING = ALL_STATISTICS | {Massive(100.0, 1000.0)}
 """The statistics that a Python test gets where it names no metric."""
 
 

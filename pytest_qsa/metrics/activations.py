@@ -26,15 +26,16 @@ from ..captures import (
     TOP_NAMES,
     UNKNOWN,
     BandStat,
+    FeatureCounts,
+    Massive,
+    QuantizationPowers,
     Site,
     SiteNumbers,
+    Statistic,
     channel_bands,
     counted_quantile,
-    features_statistic,
     lower_median,
-    massive_statistic,
     order_statistics,
-    quantization_statistic,
 )
 from ..common import AnomalyError, SuiteError
 from . import fidelity, loaded as loading, predictions as scores
@@ -84,7 +85,7 @@ def outlier_ratio(view: View) -> Values:
     return np.array(ratios, dtype=np.float64)
 
 
-def _magnitude_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _magnitude_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     reduce_dim = _reduce_dim(site, parameters["reduce_dim"])
     return frozenset({{-1: TOKENS, -2: CHANNELS, None: ELEMENTS}[reduce_dim]})
 
@@ -148,18 +149,18 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     return count, channel, float(ratios.max())
 
 
-def _massive_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({massive_statistic(parameters["abs"], parameters["ratio"])})
+def _massive_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    return frozenset({Massive(parameters["abs"], parameters["ratio"])})
 
 
 @metric(_massive_needs, reduce="max", unit="elements")
 def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
     """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
-    counts = view.numbers.massive[massive_statistic(abs, ratio)]
+    counts = view.numbers.arrays[Massive(abs, ratio).key]
     return np.where(counts == UNKNOWN, np.nan, counts.astype(np.float64))
 
 
-def _absmax_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _absmax_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     return frozenset({MOMENTS if positions == "all" else TOKENS})
 
 
@@ -207,7 +208,7 @@ def crest_factor(view: View) -> float:
         return float(np.float64(absmax(view)) / rms(view))
 
 
-def _quantile_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _quantile_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     return frozenset({SIGNED_COUNTS if parameters["signed"] else COUNTS})
 
 
@@ -234,14 +235,14 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
     return ACROSS[across](band)
 
 
-def _quantization_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _quantization_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     by, scheme = parameters["by"], parameters["scheme"]
     return frozenset({COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
 
 
-def _scaled(site: Site, scheme: str, by: str, group_size: int) -> str:
+def _scaled(site: Site, scheme: str, by: str, group_size: int) -> QuantizationPowers:
     """Name the statistic; the output channels of a weight [out, in] are its rows, as tokens are elsewhere."""
-    return quantization_statistic(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
+    return QuantizationPowers(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
 
 
 @metric(_quantization_needs, reduce=None, unit="dB")
@@ -255,12 +256,12 @@ def quantization_sqnr(
     """
     if by == "tensor":
         return decibels(*counted_powers(view.numbers, scheme))
-    signal, error = view.numbers.quantized[_scaled(view.site, scheme, by, group_size)].sum(axis=0).tolist()
+    signal, error = view.numbers.arrays[_scaled(view.site, scheme, by, group_size).key].sum(axis=0).tolist()
     return decibels(signal, error)
 
 
-def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({features_statistic(parameters["abs"])})
+def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    return frozenset({FeatureCounts(parameters["abs"])})
 
 
 @metric(_features_needs, reduce=None, unit="channels", per="model")
@@ -272,8 +273,7 @@ def int8_outlier_features(
     Dettmers et al., arXiv 2208.07339. A layer counts where one of its tokens does. One number for all the
     layers that the pattern finds.
     """
-    name = features_statistic(abs)
-    tables = [view.numbers.features[name] for view in views]
+    tables = [view.numbers.arrays[FeatureCounts(abs).key] for view in views]
     if len({len(table) for table in tables}) > 1:
         raise AnomalyError("int8_outlier_features follows channels through layers, and these have not the same number")
     counts = np.stack(tables)

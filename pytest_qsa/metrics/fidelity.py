@@ -19,9 +19,10 @@ from ..captures import (
     PADDING,
     REFERENCE_TOKENS,
     TOKENS,
+    ChannelError,
+    LocalError,
     Site,
-    channel_error_statistic,
-    local_statistic,
+    Statistic,
 )
 from ..common import AnomalyError
 from .registry import TWO_SIDED_95, Estimate, Values, View, metric
@@ -32,9 +33,9 @@ WeightBy = Literal["tensor", "channel"]
 Rows = Annotated[int, Ge(2), Le(4096)]
 
 
-def _error_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _error_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     if parameters.get("by") == "channel" and site != "weight":
-        return frozenset({channel_error_statistic(positions)})
+        return frozenset({ChannelError(positions)})
     return frozenset({ERROR})
 
 
@@ -87,8 +88,8 @@ def max_abs_diff(view: View) -> float:
     return float(compared(view)[:, LARGEST].max())
 
 
-def _local_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset({local_statistic(parameters["rows"])})
+def _local_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    return frozenset({LocalError(parameters["rows"])})
 
 
 @metric(_local_needs, reduce=None, unit="dB", positional=True, against=True, sites=("output",))
@@ -117,7 +118,7 @@ def local_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArra
     return at[drawn].astype(np.int64), numbers.local[population][drawn].astype(np.float64)
 
 
-def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     return frozenset({ERROR})
 
 
@@ -132,7 +133,7 @@ def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
     return decibels(*powers[:, :OWN].sum(axis=0).tolist())
 
 
-def _outlier_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _outlier_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     return frozenset({TOKENS, REFERENCE_TOKENS})
 
 
@@ -186,7 +187,7 @@ def _by_channel(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if view.site == "weight":
         tokens = compared(view)
         return tokens[:, SIGNAL], tokens[:, NOISE]
-    signal, error = view.numbers.channel_error[channel_error_statistic(view.positions)].sum(axis=0)
+    signal, error = view.numbers.arrays[ChannelError(view.positions).key].sum(axis=0)
     return signal, error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..captures import STORED, Site, SiteNumbers
+from ..captures import STORED, Site, SiteNumbers, Statistic
 from .quantization import decibels
 from .registry import View, metric
 
@@ -21,7 +21,7 @@ ALIKE = 0.95
 """The cosine above which several factors, near each other, do: projections that were packed together, say."""
 
 
-def _needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+def _needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
     return frozenset({STORED})
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers
+from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers, Statistic
 from ..common import AnomalyError
 from .registry import TWO_SIDED_95, Estimate, View, metric
 
@@ -43,7 +43,7 @@ class TokenScores:
 
 
 def numbers_of(
-    samples: Sequence[TokenScores], indices: Sequence[int], statistics: frozenset[str], dtype: str
+    samples: Sequence[TokenScores], indices: Sequence[int], statistics: frozenset[Statistic], dtype: str
 ) -> SiteNumbers:
     """Return the scores of some samples as the numbers of the site `logits`; `indices`: which samples they are."""
     lengths = np.array([len(sample.nll) for sample in samples], dtype=np.int64)
@@ -55,7 +55,7 @@ def numbers_of(
         sample=np.array(indices, dtype=np.int32),
         call=np.zeros(len(samples), dtype=np.int32),
         lengths=lengths,
-        scores=np.concatenate([sample.table() for sample in samples]),
+        arrays={"scores": np.concatenate([sample.table() for sample in samples])},
     )
 
 

@@ -9,7 +9,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import LOGITS, PADDING, REFERENCE_SINKS, SINKS, TOKENS, Sinks, Site, SiteNumbers, lower_median
+from ..captures import (
+    LOGITS,
+    PADDING,
+    REFERENCE_SINKS,
+    SINKS,
+    TOKENS,
+    Sinks,
+    Site,
+    SiteNumbers,
+    Statistic,
+    lower_median,
+)
 from .definitions import Definition
 
 Reduce = Literal["max", "mean", "sum", "p95"]
@@ -95,7 +106,7 @@ class Metric(Definition):
     positional: bool
     unit: str
     per: Per
-    statistics: Callable[[Site, str, Mapping[str, Any]], frozenset[str]]
+    statistics: Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]]
     against: bool
     sites: tuple[Site, ...]
 
@@ -109,7 +120,7 @@ class Metric(Definition):
             return False
         return self.against or TOKENS in self.needs(site, positions, parameters)
 
-    def needs(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    def needs(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
         """Return the statistics that a pass has to keep."""
         defaults = {name: p.default for name, p in self.parameters.items()}
         needed = self.statistics(site, positions, {**defaults, **parameters})
@@ -124,7 +135,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    needs: str | Callable[[Site, str, Mapping[str, Any]], frozenset[str]],
+    needs: Statistic | Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]],
     *,
     reduce: Reduce | None,
     unit: str = "",

@@ -19,6 +19,7 @@ from ..captures import (
     BandStat,
     Request,
     Site,
+    Statistic,
     channel_bands,
     match_layers,
     need_tokens,
@@ -260,7 +261,7 @@ class Selection:
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
-    def _stored(self, needs: frozenset[str]) -> list[str]:
+    def _stored(self, needs: frozenset[Statistic]) -> list[str]:
         """Return those of the layers that the checkpoint's files hold quantized.
 
         Raises:
@@ -364,7 +365,7 @@ class Selection:
                     "elementwise metrics such as absmax, rms, kurtosis or quantile work there"
                 )
             if not needs <= numbers.statistics | {SINKS, REFERENCE_SINKS}:
-                missing = ", ".join(sorted(needs - numbers.statistics))
+                missing = ", ".join(map(str, sorted(needs - numbers.statistics)))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
         finder = self.capture.reference if metric.against and self.capture.reference else self.capture
         if (metric.name == "sink_tokens" or positions in ("sink", "no_sink")) and not finder.sinks.searched:

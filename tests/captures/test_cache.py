@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from pytest_qsa.captures import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.captures.cache import CaptureCache
 from pytest_qsa.captures.capture import Capture
-from pytest_qsa.captures.statistics import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.common.errors import QsaWarning
 from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint_of
 from support.checkpoints import save_llama

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import capture
-from pytest_qsa.captures.merging import COUNTED, merge
-from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance, SampleRange
+from pytest_qsa.captures.statistics import LAYOUTS
 from pytest_qsa.common.errors import InfraError
 from support import models
 
@@ -116,11 +116,10 @@ def test_captures_made_in_different_precision_are_refused():
 
 
 def test_every_array_of_a_site_says_how_it_is_merged():
-    counted = {name for pair in COUNTED for name in pair}
-    header = {"dtype", "shape", "token_axis", "statistics"}
-    of_weights = {"stored"}  # every part has seen the whole of a weight
-    silent = {field.name for field in fields(SiteNumbers) if "merge" not in field.metadata}
-    assert silent == counted | header | of_weights
+    counted = {name for counts, layout in LAYOUTS.items() if layout.bins for name in (counts, layout.bins)}
+    assert counted == {f"{kind}{what}" for kind in ("", "signed_", "channel_") for what in ("bins", "counts")}
+    silent = {name for name, layout in LAYOUTS.items() if layout.merge is None} - counted
+    assert silent == {"stored"}  # every part has seen the whole of a weight
 
 
 def test_a_row_that_holds_nan_taints_the_extremes_as_in_one_pass():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -15,29 +14,24 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures import HeatMap, Request
 from pytest_qsa.captures.numbers import SiteNumbers
-from pytest_qsa.captures.statistics import Request, map_statistic
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.metrics.selection import NotMeasuredError
 from support import models, oracle
+from support.captures import statistics
 
 quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def assert_same(one: SiteNumbers, other: SiteNumbers, but=()):
-    for field in fields(SiteNumbers):
-        if field.name in but:
-            continue
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype, field.name
-            np.testing.assert_array_equal(a, b, err_msg=field.name)
-        elif field.name in ("massive", "maps"):
-            assert a.keys() == b.keys()
-            assert all((a[key] == b[key]).all() for key in a)
-        else:
-            assert a == b, field.name
+    (arrays, header), (others, other_header) = one.to_arrays(), other.to_arrays()
+    assert header == other_header
+    assert arrays.keys() - {*but} == others.keys() - {*but}
+    for name in arrays.keys() - {*but}:
+        assert arrays[name].dtype == others[name].dtype, name
+        np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
 
 
 def all_equal(one: Capture, other: Capture):
@@ -201,7 +195,7 @@ def test_no_activation_outlives_its_forward():
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernels", "operators"])
 def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
-    from pytest_qsa.captures.statistics import ALL_STATISTICS
+    from pytest_qsa.captures import ALL_STATISTICS
     from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 
     def root(array):
@@ -211,7 +205,7 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
         return root(value.numpy() if isinstance(value, torch.Tensor) else value)
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        observer = StreamObserver(ALL_STATISTICS | {"massive:1:1"}, Reducers(fused))
+        observer = StreamObserver(ALL_STATISTICS | statistics("massive:1:1"), Reducers(fused))
         x = torch.randn(2, 40, 50).to(dtype)
         observer.add(x, [None, torch.arange(7)], [0, 1], 0, token_axis=True)
         rows = [value for values in observer.kept.rows.values() for value in values]
@@ -228,9 +222,9 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
 def test_a_map_keeps_the_largest_magnitude_of_each_rectangle_of_one_sample(length, width):
     values = torch.randn(3, length, width)
     model = models.Scripted(values)
-    wanted = [Request("layers", "output", None, frozenset({map_statistic(1)}))]
+    wanted = [Request("layers", "output", None, frozenset({HeatMap(1)}))]
     cap = run_pass(model, [models.numbered(model, 0, 2), models.numbered(model, 2)], wanted)
-    (picture,) = cap.sites["layers.0", "output"].maps.values()
+    picture = cap.sites["layers.0", "output"].arrays[HeatMap(1).key]
     tokens, channels = (-(-size // 128) for size in (length, width))
     x = np.abs(values[1].numpy())
     expected = [
@@ -244,8 +238,8 @@ def test_a_map_keeps_the_largest_magnitude_of_each_rectangle_of_one_sample(lengt
 def test_padding_is_black_on_a_map():
     model = models.Scripted(torch.ones(1, 4, 3))
     batch = {"input_ids": models.numbered(model), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
-    wanted = [Request("layers", "output", None, frozenset({map_statistic(0)}))]
-    (picture,) = run_pass(model, [batch], wanted).sites["layers.0", "output"].maps.values()
+    wanted = [Request("layers", "output", None, frozenset({HeatMap(0)}))]
+    picture = run_pass(model, [batch], wanted).sites["layers.0", "output"].arrays[HeatMap(0).key]
     assert picture.tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
 
 
@@ -345,14 +339,14 @@ def test_a_change_in_place_between_two_sites_is_seen():
 
 
 def test_sharing_keeps_what_only_one_of_the_sites_needs():
-    from pytest_qsa.captures.statistics import Request
+    from pytest_qsa.captures import Request
     from pytest_qsa.engine.run.forward import run_pass
 
     x, mask = samples_of(0, 3)
     batches = split(x, mask, [2])
     requests = [
-        Request("^q$", "input", None, frozenset({"tokens"})),
-        Request("^k$", "input", None, frozenset({"moments", "tokens"})),
+        Request("^q$", "input", None, statistics("tokens")),
+        Request("^k$", "input", None, statistics("moments", "tokens")),
     ]
     cap = run_pass(Shared(), batches, requests)
     for request in requests:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pytest_qsa import capture
-from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS, Request, map_statistic
+from pytest_qsa.captures import ALL_STATISTICS, HeatMap, Request
 from pytest_qsa.engine import ranks
 from pytest_qsa.engine.load.batches import rows_of
 from pytest_qsa.engine.modules import blocks_of, layers_of
@@ -27,15 +27,15 @@ from pytest_qsa.engine.run.forward import wanted_sites
 from pytest_qsa.engine.run.hooks import hooked, run_batch
 from pytest_qsa.engine.run.visits import Forward, Visits
 from support import models, oracle
+from support.captures import statistics
 from support.models import damaged
 
 CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 HERE = [CUDA] if torch.cuda.is_available() else []
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-STATISTICS = ALL_STATISTICS | {
-    "massive:1:4", "quantized:fp8_e4m3:group:16", "quantized:int8:token:0", "features:1.5", CHANNEL_COUNTS,
-    map_statistic(0),
-}  # fmt: skip
+STATISTICS = ALL_STATISTICS | statistics(
+    "massive:1:4", "quantized:fp8_e4m3:group:16", "quantized:int8:token:0", "features:1.5", "channel_counts", "map:0"
+)
 
 
 KEPT = [
@@ -125,9 +125,7 @@ def test_no_hook_waits_for_the_device(elsewhere):
 def test_no_comparison_waits_for_the_device(elsewhere, statistic):
     site, module = ("layer", "output"), torch.nn.Linear(24, 24, bias=False, device=elsewhere)
     x, y = (torch.ones(2, 9, 24, device=elsewhere) for _ in range(2))
-    pairs = Pairs(
-        {site: frozenset({statistic})}, {"layer": module}, lambda positions, counting, sample, layer: counting
-    )
+    pairs = Pairs({site: statistics(statistic)}, {"layer": module}, lambda positions, counting, sample, layer: counting)
     rows = rows_of(models.padded_batch([9, 5]), 0)
     with torch.no_grad(), unhurried(elsewhere):
         pairs.compare(rows, site, 0, Met(x, x), y)
@@ -181,7 +179,7 @@ def test_the_kernel_for_cuda_keeps_the_numbers_of_the_operators(compiled, dtype,
 def test_rows_of_many_shapes_wait_for_others_of_their_shape(compiled):
     rows = [torch.randn(1, 3 + index % 14, 4, device=compiled).bfloat16() for index in range(40)]
     reducers = ForCuda()
-    observers = [StreamObserver(STATISTICS - {map_statistic(0)}, how) for how in (reducers, Reducers(fused=False))]
+    observers = [StreamObserver(STATISTICS - {HeatMap(0)}, how) for how in (reducers, Reducers(fused=False))]
     for index, row in enumerate(rows):
         for observer in observers:
             observer.add(row, [None], [index], 0, token_axis=True)

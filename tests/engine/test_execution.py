@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytest_qsa.captures.statistics import MOMENTS, Request
+from pytest_qsa.captures import MOMENTS, Request
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import Witness
 from pytest_qsa.engine.subject import capture_loaded, capture_subject

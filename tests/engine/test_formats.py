@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pytest_qsa.captures.statistics import COUNTS, MOMENTS, Request
+from pytest_qsa.captures import COUNTS, MOMENTS, Request
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from pytest_qsa import capture
+from pytest_qsa.captures import Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import ModelProvenance, Provenance
-from pytest_qsa.captures.statistics import Request, local_statistic
 from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.cli.common import subject_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
@@ -28,16 +28,17 @@ from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite import load_suite
 from support import checkpoints, models, projects
+from support.captures import statistics
 from support.models import BLOCKS, LINEAR, damaged
 from support.paths import ROOT
 
 BATCHES = [models.token_batch(2, 24, bos=True), models.token_batch(2, 24, seed=5, bos=True)]
-COMPARED = frozenset({"error", "reference_tokens", "reference_sinks", "tokens", "sinks"})
-LOCAL = frozenset({local_statistic(24), "reference_sinks"})
+COMPARED = statistics("error", "reference_tokens", "reference_sinks", "tokens", "sinks")
+LOCAL = statistics("local:24", "reference_sinks")
 REQUESTS = (
     Request(BLOCKS, "output", None, COMPARED),
-    Request(LINEAR, "output", None, frozenset({"error", "reference_sinks", local_statistic(32)})),
-    Request("", "logits", None, frozenset({"scores", "agreement"})),
+    Request(LINEAR, "output", None, statistics("error", "reference_sinks", "local:32")),
+    Request("", "logits", None, statistics("scores", "agreement")),
 )
 SHARES = ("sqnr", "nmse", "relative_l2", "cosine")
 
@@ -227,9 +228,9 @@ def test_a_head_is_read_alone_from_its_checkpoint(tmp_path, tied):
 def test_a_site_that_the_file_does_not_hold_is_told(pair):
     *_, other, path = pair
     with pytest.raises(AnomalyError, match=r"ref.qsa holds no rows of the input of model.layers.0.mlp: make it anew"):
-        against(path, other, requests=[Request(r"mlp$", "input", None, frozenset({"error"}))])
+        against(path, other, requests=[Request(r"mlp$", "input", None, statistics("error"))])
     few = kept_file(path.parent / "..", models.llama(num_hidden_layers=3), requests=REQUESTS[:1])
-    maxima = [Request("q_proj", "output", None, frozenset({"reference_tokens"}))]
+    maxima = [Request("q_proj", "output", None, statistics("reference_tokens"))]
     with pytest.raises(AnomalyError, match="holds no maxima of the tokens of the output"):
         against(few, other, requests=maxima)
 
@@ -248,13 +249,13 @@ def test_a_layer_of_another_width_is_told(pair):
 
 def test_what_has_no_tokens_is_not_kept():
     model = models.ConvNet()
-    request = Request("conv", "output", None, frozenset({"error"}))
+    request = Request("conv", "output", None, statistics("error"))
     with pytest.raises(InfraError, match="the output of conv has no tokens of which some could be kept"):
         keep_model(model, [torch.randn(2, 3, 8, 8)], [request], Keep())
-    experts = Request(r"experts\.\d+$", "output", None, frozenset({"error"}))
+    experts = Request(r"experts\.\d+$", "output", None, statistics("error"))
     with pytest.raises(InfraError, match="isn't called for every sample"):
         keep_model(Chooses(), [torch.zeros(1, 8).long(), torch.ones(1, 8).long()], [experts], Keep())
-    local = Request(r"layers\.0\.self_attn$", "output", None, frozenset({local_statistic(32)}))
+    local = Request(r"layers\.0\.self_attn$", "output", None, statistics("local:32"))
     with pytest.raises(AnomalyError, match=r"layers\.0\.self_attn needs more than that"):
         keep_model(models.llama(), BATCHES, [local], Keep())
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pytest_qsa.captures.statistics import ALL_STATISTICS, CHANNEL_COUNTS
+from pytest_qsa.captures import ALL_STATISTICS
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import powers_of
 from support import models
+from support.captures import statistics
 from support.processes import forking
 
-STATISTICS = ALL_STATISTICS | {"massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", CHANNEL_COUNTS}
+STATISTICS = ALL_STATISTICS | statistics("massive:1:4", "quantized:fp8_e4m3:group:16", "features:1.5", "channel_counts")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

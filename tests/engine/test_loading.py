@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pytest_qsa.captures.statistics import MOMENTS, STORED, Request
+from pytest_qsa.captures import MOMENTS, STORED, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pytest_qsa.captures.statistics import MOMENTS, TOKENS, Request
+from pytest_qsa.captures import MOMENTS, TOKENS, Request
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.load import models
 from pytest_qsa.engine.subject import capture_subject

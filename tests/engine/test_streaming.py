@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pytest_qsa.captures.statistics import ALL_STATISTICS, COUNTS, TOKENS, Request
+from pytest_qsa.captures import ALL_STATISTICS, COUNTS, TOKENS, Request
 from pytest_qsa.common.errors import InfraError, QsaWarning
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.forward import run_pass

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from pytest_qsa.engine.reduce.observer import StreamObserver
 from pytest_qsa.engine.reduce.windows import HALF, Window
+from support.captures import statistics
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -48,12 +49,12 @@ def test_a_bin_counts_further_than_32_bits_go():
     st.integers(0, 99),
 )
 def test_rows_of_very_different_scales_are_all_counted(octaves, dtype, seed):
-    observer = StreamObserver(frozenset({"counts", "signed_counts"}))
+    observer = StreamObserver(statistics("counts", "signed_counts"))
     rows = [torch.randn(40, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(octaves))]
     rows = [(row.double() * 2.0**octave).to(dtype) for row, octave in zip(rows, octaves, strict=True)]
     for index, row in enumerate(rows):
         observer.add(row[None], [None], [index], 0, token_axis=False)
-    numbers = observer.numbers(frozenset({"counts", "signed_counts"}))
+    numbers = observer.numbers(statistics("counts", "signed_counts"))
     x = torch.cat(rows)
     patterns = x.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
     halves = patterns.view(np.uint16) if dtype == torch.bfloat16 else (patterns.view(np.uint32) >> 16).astype(np.uint16)
@@ -68,7 +69,7 @@ def test_rows_of_very_different_scales_are_all_counted(octaves, dtype, seed):
 
 
 def test_counts_of_rows_that_32_bits_do_not_hold_are_whole():
-    observer, x = StreamObserver(frozenset({"counts"})), torch.ones(1, 6, dtype=torch.bfloat16)
+    observer, x = StreamObserver(statistics("counts")), torch.ones(1, 6, dtype=torch.bfloat16)
     observer.add(x, [None], [0], 0, token_axis=False)
     window = observer.kept.pooled["window"]
     missing = (1 << 32) - 8 - 6  # as if so many ones more had come before
@@ -76,4 +77,4 @@ def test_counts_of_rows_that_32_bits_do_not_hold_are_whole():
     window.expect(missing)
     observer.add(x, [None], [1], 0, token_axis=False)
     observer.add(x, [None], [2], 0, token_axis=False)
-    assert observer.numbers(frozenset({"counts"})).counts.tolist() == [missing + 18]
+    assert observer.numbers(statistics("counts")).counts.tolist() == [missing + 18]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_qsa import capture
-from pytest_qsa.captures.statistics import massive_statistic
+from pytest_qsa.captures import Massive
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.activations import METRICS
 from pytest_qsa.metrics.query import canonical_positions
@@ -209,7 +209,7 @@ def test_massive_thresholds_keep_all_their_digits():
             model, [models.numbered(model)], sites=[("0", "output")], statistics=[("massive_activations", wanted)]
         )
         assert cap.output("0").massive_activations(**wanted).values == [count]
-    assert massive_statistic(1234566.0, 1.0) != massive_statistic(1234568.0, 1.0)
+    assert Massive(1234566.0, 1.0) != Massive(1234568.0, 1.0)
 
 
 # The traps that metrics.md names, one by one.

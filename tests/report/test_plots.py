@@ -26,6 +26,7 @@ from pytest_qsa.report.plots.outliers import outlier_figure
 from pytest_qsa.report.plots.style import GROUP_STYLES, safe_text
 from pytest_qsa.report.plots.values import judged_layers, value_figure
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict, judge_bounds
+from support.captures import statistics
 
 BLOCKS = r"layers\.\d+$"
 
@@ -35,9 +36,9 @@ def numbers_of(tokens):
     samples, positions = tokens.shape
     peaks = np.argsort(-tokens, axis=1)[:, :4].astype(np.int32)
     return SiteNumbers(
-        "float32", (positions, 8), True, frozenset({"tokens", "sinks"}), np.arange(samples, dtype=np.int32),
-        np.zeros(samples, np.int32), np.full(samples, positions), token_max=tokens.astype(np.float32).ravel(),
-        peaks=peaks, peak_channels=np.full_like(peaks, 5),
+        "float32", (positions, 8), True, statistics("tokens", "sinks"), np.arange(samples, dtype=np.int32),
+        np.zeros(samples, np.int32), np.full(samples, positions),
+        {"token_max": tokens.astype(np.float32).ravel(), "peaks": peaks, "peak_channels": np.full_like(peaks, 5)},
     )  # fmt: skip
 
 

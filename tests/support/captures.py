@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 
-from pytest_qsa.captures import UNKNOWN_RUN
+from pytest_qsa.captures import UNKNOWN_RUN, Statistic
+
+
+def statistics(*texts):
+    """Return the statistics of these texts."""
+    return frozenset(map(Statistic.parse, texts))
 
 
 def same(one, other):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pytest_qsa.captures import statistics as plan
-from pytest_qsa.captures.statistics import LOGITS, Request
+from pytest_qsa.captures import LOGITS, Request
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
+from support.captures import statistics
 
 BLOCKS, LINEARS = r"layers\.\d$", r"_proj$"
-TOKENS = {plan.ERROR, plan.TOKENS, plan.REFERENCE_TOKENS, plan.REFERENCE_SINKS}
+TOKENS = statistics("error", "tokens", "reference_tokens", "reference_sinks")
 EVERYTHING = {
-    "blocks": Request(BLOCKS, "output", None, frozenset(TOKENS)),
-    "channels": Request(
-        LINEARS, "input", None, frozenset({plan.ERROR, plan.COUNTS, plan.channel_error_statistic("no_sink")})
-    ),
-    "local": Request(LINEARS, "output", None, frozenset({plan.ERROR, plan.local_statistic(8)})),
-    "weights": Request(LINEARS, "weight", None, frozenset({plan.ERROR})),
-    "predictions": Request("", LOGITS, None, frozenset({plan.SCORES, plan.AGREEMENT})),
+    "blocks": Request(BLOCKS, "output", None, TOKENS),
+    "channels": Request(LINEARS, "input", None, statistics("error", "counts", "channel_error:no_sink")),
+    "local": Request(LINEARS, "output", None, statistics("error", "local:8")),
+    "weights": Request(LINEARS, "weight", None, statistics("error")),
+    "predictions": Request("", LOGITS, None, statistics("scores", "agreement")),
 }
 
 

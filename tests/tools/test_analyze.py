@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pytest_qsa import Capture
+from pytest_qsa.captures import HeatMap
 from pytest_qsa.cli import main
 from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
 from pytest_qsa.suite import Visualization
@@ -405,7 +406,7 @@ def test_the_layers_of_heat_maps_are_spread_over_the_depth():
     surfaces, maps = plan_pictures(visualization, names).pictures
     assert [layer.partition(".")[2] for layer in maps.layers] == ["0", "33", "66", "99"]
     assert [layer.partition(".")[2] for layer in surfaces.layers] == ["0", "50", "99"]
-    assert maps.statistics == {"map:2"}
+    assert maps.statistics == {HeatMap(2)}
 
 
 def test_an_unmatched_pattern_knows_its_place():

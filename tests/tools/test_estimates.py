@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytest_qsa.captures.statistics import COUNTS, TOKENS, Request
+from pytest_qsa.captures import COUNTS, TOKENS, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.suite import Data, Gpu, Machine, Memory, Model, Subject
 from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, plan_lines

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import EXPERTS, SiteNumbers
+from ...captures import EXPERTS, SiteNumbers, Statistic, padded
 from ...common import InfraError
 from ..modules import Routing
-from .records import joined_records, padded
+from .records import joined_records
 from .storage import Kept, Store
 from .torch_ops import TorchReducer
 from .transfers import Transfer
@@ -92,7 +92,7 @@ class Owners:
 
 
 @cache
-def wants_of(statistics: frozenset[str]) -> Wants:
+def wants_of(statistics: frozenset[Statistic]) -> Wants:
     """Work out what is to be kept; equal statistics are worked out once."""
     return Wants.of(statistics)
 
@@ -101,7 +101,7 @@ class StreamObserver:
     """Reduces the populations of one site, one row at a time, so that batching can't change a definition."""
 
     def __init__(
-        self, statistics: frozenset[str], reducers: Reducers | None = None, *, channels_first: bool = False
+        self, statistics: frozenset[Statistic], reducers: Reducers | None = None, *, channels_first: bool = False
     ) -> None:
         """Keep what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
         self.wants = wants_of(statistics)
@@ -151,7 +151,7 @@ class StreamObserver:
         for row, kept, route in zip(rows, keep, routing.of_rows(len(rows)), strict=True):
             if (kept is None or len(kept)) and row.numel():
                 counts = routing.counts(route if kept is None else route.index_select(0, kept))
-                self.kept.take(EXPERTS, counts)
+                self.kept.take(EXPERTS.key, counts)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what is kept as tensors, complete."""
@@ -161,7 +161,7 @@ class StreamObserver:
                 yield from rows
         yield from (value for value in (*self.kept.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
 
-    def numbers(self, statistics: frozenset[str], fetched: Transfer | None = None) -> SiteNumbers:
+    def numbers(self, statistics: frozenset[Statistic], fetched: Transfer | None = None) -> SiteNumbers:
         """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
         self.reducers.finish()
         fetch = fetched or Transfer(self.tensors())
@@ -176,11 +176,7 @@ class StreamObserver:
             sample=owners.sample,
             call=owners.call,
             lengths=owners.lengths,
-            massive={name: np.stack(ordered[name]) for name in self.wants.massive if name in ordered},
-            features={name: arrays.pop(name) for name in self.wants.features if name in arrays},
-            quantized={name: np.stack(ordered[name]) for name in self.wants.quantizers if name in ordered},
-            maps={name: fetch(picture) for name, picture in self.maps.items()},
-            **arrays,
+            arrays=arrays | {name: fetch(picture) for name, picture in self.maps.items()},
         )
 
     def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]], owners: Owners) -> dict[str, Any]:
@@ -193,7 +189,7 @@ class StreamObserver:
                 arrays[name] = padded(rows)
             elif name == "token_max":
                 arrays[name] = np.concatenate(rows)
-            elif ":" not in name:
+            else:
                 arrays[name] = np.stack(rows)
         return arrays
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...captures import QuantizationPowers
 from ...metrics import LARGEST_CODE, LEAST_EXPONENT, MANTISSA_BITS, Granularity, Scheme
 
 
@@ -24,10 +25,9 @@ class Quantizer:
     size: int
 
     @classmethod
-    def of(cls, statistic: str) -> Quantizer:
-        """Read the name that `quantization_statistic` made."""
-        _, scheme, by, size = statistic.split(":")
-        return cls(scheme, by, int(size))  # type: ignore[arg-type]
+    def of(cls, statistic: QuantizationPowers) -> Quantizer:
+        """Return the quantizer of a statistic."""
+        return cls(statistic.scheme, statistic.by, statistic.group_size)  # type: ignore[arg-type]
 
     def scales(self, x: Tensor) -> Tensor:
         """Return the scales of x [T, C] float32: [T, 1], [1, C] or [T, C / size rounded up]; 1 where all is zero."""

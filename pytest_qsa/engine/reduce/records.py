@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import padded
+
 
 def record_size(tokens: int, peaks: int, itemsize: int) -> int:
     """Return the length of a record."""
@@ -40,11 +42,3 @@ def joined_records(
     found = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
     maxima = [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)]
     return np.concatenate(maxima), padded([pair[0] for pair in found]), padded([pair[1] for pair in found])
-
-
-def padded(rows: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
-    """Return rows of different lengths as one table, with −1 where there is nothing."""
-    lengths = np.array([len(row) for row in rows])
-    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
-    return table

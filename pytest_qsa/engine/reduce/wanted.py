@@ -6,7 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...captures import CHANNEL_COUNTS, CHANNELS, COUNTS, ELEMENTS, EXPERTS, MOMENTS, SIGNED_COUNTS, TOKENS
+from ...captures import (
+    CHANNEL_COUNTS,
+    CHANNELS,
+    COUNTS,
+    ELEMENTS,
+    EXPERTS,
+    MOMENTS,
+    SIGNED_COUNTS,
+    TOKENS,
+    FeatureCounts,
+    HeatMap,
+    Massive,
+    QuantizationPowers,
+    Statistic,
+)
 from .quantizing import Quantizer
 
 PEAKS_MIN = 16
@@ -33,9 +47,9 @@ class Wants:
     maps: Mapping[int, str]
 
     @classmethod
-    def of(cls, statistics: frozenset[str]) -> Wants:
-        """Read the names."""
-        massive = {name: _thresholds(name) for name in sorted(statistics) if name.startswith("massive:")}
+    def of(cls, statistics: frozenset[Statistic]) -> Wants:
+        """Read the flags."""
+        ordered = sorted(statistics)
         return cls(
             tokens=TOKENS in statistics,
             channels=CHANNELS in statistics,
@@ -45,12 +59,10 @@ class Wants:
             signed=SIGNED_COUNTS in statistics,
             experts=EXPERTS in statistics,
             channel_counts=CHANNEL_COUNTS in statistics,
-            massive=massive,
-            quantizers={name: Quantizer.of(name) for name in sorted(statistics) if name.startswith("quantized:")},
-            features={
-                name: float(name.partition(":")[2]) for name in sorted(statistics) if name.startswith("features:")
-            },
-            maps={int(name.partition(":")[2]): name for name in sorted(statistics) if name.startswith("map:")},
+            massive={s.key: (s.absolute, s.ratio) for s in ordered if isinstance(s, Massive)},
+            quantizers={s.key: Quantizer.of(s) for s in ordered if isinstance(s, QuantizationPowers)},
+            features={s.key: s.absolute for s in ordered if isinstance(s, FeatureCounts)},
+            maps={s.sample: s.key for s in ordered if isinstance(s, HeatMap)},
         )
 
     @cached_property
@@ -67,11 +79,6 @@ class Wants:
     def counted(self) -> bool:
         """Whether a row's patterns have to be counted."""
         return self.counts or self.signed or self.ordered
-
-
-def _thresholds(name: str) -> tuple[float, float]:
-    _, absolute, ratio = name.split(":")
-    return float(absolute), float(ratio)
 
 
 def peak_count(counted: int, length: int) -> int:

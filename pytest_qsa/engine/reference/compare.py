@@ -13,7 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import ERROR, NOT_COMPARED, PADDING, Site, SiteNumbers, pairwise
+from ...captures import (
+    ERROR,
+    NOT_COMPARED,
+    PADDING,
+    ChannelError,
+    LocalError,
+    Site,
+    SiteNumbers,
+    Statistic,
+    pairwise,
+)
 from ...common import AnomalyError, InfraError
 from ..load.batches import Rows
 from ..modules import channels_first, tensor_of
@@ -40,20 +50,19 @@ class Met:
 
 @dataclass(frozen=True)
 class PairWants:
-    """The statistics of one site that two models are needed for. `channels`: name → which tokens count."""
+    """The statistics of one site that two models are needed for. `channels`: array → which tokens count."""
 
     error: bool
-    local: Mapping[str, int]
+    local: tuple[int, ...]
     channels: Mapping[str, str]
 
     @classmethod
-    def of(cls, statistics: frozenset[str]) -> PairWants:
-        """Read the names."""
-        parts = {name: name.partition(":") for name in sorted(statistics)}
+    def of(cls, statistics: frozenset[Statistic]) -> PairWants:
+        """Read the flags."""
         return cls(
             error=ERROR in statistics,
-            local={name: int(rest) for name, (kind, _, rest) in parts.items() if kind == "local"},
-            channels={name: rest for name, (kind, _, rest) in parts.items() if kind == "channel_error"},
+            local=tuple(s.rows for s in sorted(statistics) if isinstance(s, LocalError)),
+            channels={s.key: s.positions for s in sorted(statistics) if isinstance(s, ChannelError)},
         )
 
 
@@ -91,7 +100,7 @@ class PairObserver:
 class Pairs:
     """The state of one pass of two models. `wanted`: the statistics of each site; `named`: which tokens count."""
 
-    wanted: Mapping[SiteKey, frozenset[str]]
+    wanted: Mapping[SiteKey, frozenset[Statistic]]
     modules: Mapping[str, nn.Module]
     named: Named
     observers: dict[SiteKey, PairObserver] = field(default_factory=dict)
@@ -195,7 +204,7 @@ class Pairs:
         if wants.error:
             there = None if kept is None else placed(kept, y.device)
             found["error"] = powers_of(x, y, there) if places is None else _some_powers(x, y, there, places)
-        for count in wants.local.values():
+        for count in wants.local:
             drawn = drawn_rows(sample, len(y), kept, count) if places is None else places
             found["local_rows"], found["local"] = self._local(site[0], met, (x, y), index, drawn, count)
         for name, positions in wants.channels.items():

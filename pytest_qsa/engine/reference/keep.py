@@ -21,9 +21,11 @@ from ...captures import (
     TOKENS,
     UNKNOWN_RUN,
     Capture,
+    LocalError,
     Request,
     SiteKey,
     SiteNumbers,
+    Statistic,
     against_reference,
     compares,
     exactly,
@@ -75,7 +77,7 @@ class _Sites:
                 continue
             layers = match_layers(modules, request.pattern, request.exclude)
             rows |= {(layer, request.site) for layer in layers}
-            if any(name.startswith("local:") for name in statistics):
+            if any(isinstance(statistic, LocalError) for statistic in statistics):
                 local |= set(layers)
             if REFERENCE_TOKENS in statistics:
                 maxima |= {(layer, request.site) for layer in layers}
@@ -86,7 +88,7 @@ class _Sites:
     def requests(self, blocks: Sequence[str]) -> Iterator[Request]:
         """Yield what a pass has to visit: the sinks' blocks as well."""
         for layer, site in sorted(self.rows):
-            own = frozenset({TOKENS}) if (layer, site) in self.maxima else frozenset[str]()
+            own = frozenset({TOKENS}) if (layer, site) in self.maxima else frozenset[Statistic]()
             yield Request(exactly([layer]), site, None, own)
         if blocks:
             yield Request(exactly(blocks), "output", None, frozenset({TOKENS, SINKS}))
@@ -174,7 +176,7 @@ class Keeper:
     distance: float = 0.0
 
     @contextmanager
-    def ready(self, batches: Any, first_sample: int, wanted: Any, scores: frozenset[str]) -> Iterator[None]:
+    def ready(self, batches: Any, first_sample: int, wanted: Any, scores: frozenset[Statistic]) -> Iterator[None]:
         """Look at the first logits that the model returns."""
         handle = self.model.register_forward_hook(self._check_head)
         try:
@@ -183,7 +185,7 @@ class Keeper:
             handle.remove()
 
     def visits(
-        self, wanted: Mapping[SiteKey, frozenset[str]], modules: Mapping[str, nn.Module],
+        self, wanted: Mapping[SiteKey, frozenset[Statistic]], modules: Mapping[str, nn.Module],
         unshared: frozenset[SiteKey], *, may_stop: bool,
     ) -> Visits:  # fmt: skip
         """Begin a try of the pass."""

@@ -21,12 +21,15 @@ from ...captures import (
     SINKS,
     TOKENS,
     Capture,
+    ChannelError,
+    LocalError,
     Provenance,
     Request,
     Sinks,
     Site,
     SiteKey,
     SiteNumbers,
+    Statistic,
     against_reference,
     pairwise,
 )
@@ -50,7 +53,7 @@ def check_answerable(requests: Sequence[Request], shown: str) -> None:
     """
     for request in requests:
         names = against_reference(request.statistics)
-        by_channel = any(name.startswith("channel_error:") for name in names)
+        by_channel = any(isinstance(statistic, ChannelError) for statistic in names)
         if names and (request.site == "weight" or by_channel):
             what = "by: channel needs the error of every token" if by_channel else "weight_sqnr needs its weights"
             raise InfraError(
@@ -75,7 +78,7 @@ class KeptPartner:
 
     @contextmanager
     def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
+        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[Statistic]
     ) -> Iterator[None]:
         """Check that the file holds what is wanted, of these samples.
 
@@ -92,7 +95,7 @@ class KeptPartner:
         self._own = frozenset(site for site, each in names.items() if REFERENCE_TOKENS in each)
         for site, each in self._pairs.items():
             if pairwise(each):
-                self._check(site, local=any(name.startswith("local:") for name in each))
+                self._check(site, local=any(isinstance(statistic, LocalError) for statistic in each))
         for site in self._own:
             self._check(site, part="maxima")
         self._check_samples(batches)
@@ -233,9 +236,11 @@ class KeptPartner:
             sample=table[:, 0].astype(np.int32),
             call=table[:, 1].astype(np.int32),
             lengths=table[:, 2],
-            token_max=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.float32),
-            peaks=_table(peaks),
-            peak_channels=_table(channels),
+            arrays={
+                "token_max": np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.float32),
+                "peaks": _table(peaks),
+                "peak_channels": _table(channels),
+            },
         )
 
 

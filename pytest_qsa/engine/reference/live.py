@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from ...captures import (
     SINKS,
     TOKENS,
     Capture,
+    ChannelError,
+    LocalError,
     Sinks,
     SiteKey,
     SiteNumbers,
+    Statistic,
     against_reference,
     find_sinks,
     renumbered,
@@ -36,7 +40,7 @@ from .compare import Pairs
 from .lockstep import Companion, ReferenceVisits
 from .weight_pairs import weighed
 
-Wanted = Mapping[SiteKey, frozenset[str]]
+Wanted = Mapping[SiteKey, frozenset[Statistic]]
 
 
 @dataclass
@@ -73,6 +77,10 @@ def paired(
     return PairedVisits(alone, modules, unshared, may_stop=may_stop, pairs=pairs)
 
 
+def _needs_sinks(statistic: Statistic) -> bool:
+    return isinstance(statistic, ChannelError) and statistic.positions in ("sink", "no_sink")
+
+
 @dataclass
 class Partner:
     """A reference that runs beside the subject. `stream`: reads its weights while it runs."""
@@ -95,7 +103,7 @@ class Partner:
 
     @contextmanager
     def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
+        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[Statistic]
     ) -> Iterator[None]:
         """Prepare for a pass over these batches; afterwards the reference is as it was.
 
@@ -109,11 +117,11 @@ class Partner:
                 if self._own:
                     self._unshared, self._order = rehearsal_of(self.model, self.modules, batches[0], self._own)
                 stack.enter_context(self.stream.ready())
-            if any("no_sink" in name or name.endswith(":sink") for names in self._pairs.values() for name in names):
+            if any(map(_needs_sinks, chain.from_iterable(self._pairs.values()))):
                 self._sinks = self._find_sinks(batches, first_sample)
             yield
 
-    def _plan(self, wanted: Wanted, scores: frozenset[str]) -> None:
+    def _plan(self, wanted: Wanted, scores: frozenset[Statistic]) -> None:
         self._scores = AGREEMENT in scores
         pairs = {site: against_reference(statistics) for site, statistics in wanted.items()}
         absent = [site[0] for site, statistics in pairs.items() if statistics and site[0] not in self.modules]
@@ -144,7 +152,7 @@ class Partner:
     def _begin(self, modules: Mapping[str, nn.Module]) -> Pairs:
         self._hooks.close()
         pairs = Pairs(self._pairs, modules, self._sinks.among)
-        locals_ = {site for site, names in self._pairs.items() if any(name.startswith("local:") for name in names)}
+        locals_ = {site for site, names in self._pairs.items() if any(isinstance(name, LocalError) for name in names)}
         may_stop = self._may_stop and not self._scores and self.stream is None
         state = ReferenceVisits(
             self._own, self.modules, self._unshared, may_stop=may_stop, pairs=frozenset(pairs.meeting)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ...captures import SiteNumbers
+from ...captures import LAYOUTS, SiteNumbers, Statistic
 from ...common import InfraError
 from ..reduce.transfers import Transfer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def joined(
     numbers: Mapping[SiteKey, SiteNumbers],
     observers: Mapping[SiteKey, PairObserver],
-    wanted: Mapping[SiteKey, frozenset[str]],
+    wanted: Mapping[SiteKey, frozenset[Statistic]],
 ) -> dict[SiteKey, SiteNumbers]:
     """Return the numbers of every site, with those of two models where they were wanted."""
     known: dict[tuple[Any, ...], SiteNumbers] = {}
@@ -31,7 +31,7 @@ def joined(
     for site, statistics in wanted.items():
         observer = observers.get(site)
         if observer is None:
-            found[site] = replace(numbers[site], statistics=numbers[site].statistics | statistics)
+            found[site] = numbers[site].having(statistics, {})
             continue
         key = (id(numbers[site]), statistics, *(id(row) for row in observer.rows))
         if key not in known:
@@ -41,7 +41,7 @@ def joined(
 
 
 def _joined(
-    own: SiteNumbers, observer: PairObserver, statistics: frozenset[str], site: SiteKey, fetch: Transfer
+    own: SiteNumbers, observer: PairObserver, statistics: frozenset[Statistic], site: SiteKey, fetch: Transfer
 ) -> SiteNumbers:
     owners = np.array(observer.owners, dtype=np.int64).reshape(-1, 3)
     order = np.lexsort((owners[:, 1], owners[:, 0]))
@@ -55,10 +55,5 @@ def _joined(
     else:
         own = replace(own, dtype=observer.dtype, shape=observer.shape, token_axis=observer.token_axis, **placed)
     values = {name: [fetch(row[name]) for row in rows] for name in rows[0]}
-    arrays: dict[str, Any] = {
-        name: np.concatenate(found) if name == "error" else np.stack(found)
-        for name, found in values.items()
-        if ":" not in name
-    }
-    channels = {name: np.stack(found) for name, found in values.items() if ":" in name}
-    return replace(own, statistics=own.statistics | statistics, channel_error=channels, **arrays)
+    arrays = {name: LAYOUTS[name.partition("/")[0]].join(found) for name, found in values.items()}
+    return own.having(statistics, arrays)

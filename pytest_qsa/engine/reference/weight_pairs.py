@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,4 +57,4 @@ def _numbers(reference: Tensor, own: Tensor, known: SiteNumbers | None) -> SiteN
         nothing = np.zeros(1, dtype=np.int32)
         dtype, lengths = str(own.dtype).removeprefix("torch."), np.array([len(y) if matrix else 0], dtype=np.int64)
         known = SiteNumbers(dtype, tuple(y.shape), matrix, frozenset(), nothing, nothing, lengths)
-    return replace(known, error=powers, statistics=known.statistics | {ERROR})
+    return known.having({ERROR}, {"error": powers})

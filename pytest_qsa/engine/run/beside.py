@@ -8,12 +8,12 @@ from typing import Protocol
 
 from torch import nn
 
-from ...captures import Capture, SiteKey, SiteNumbers
+from ...captures import Capture, SiteKey, SiteNumbers, Statistic
 from ..load.batches import Batch
 from ..stream.stream import Stream
 from .visits import CompanionChanged, Forward, Visits
 
-Wanted = Mapping[SiteKey, frozenset[str]]
+Wanted = Mapping[SiteKey, frozenset[Statistic]]
 
 
 class Beside(Protocol):
@@ -24,7 +24,7 @@ class Beside(Protocol):
         """What reads its weights while it runs, if it has any."""
 
     def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[str]
+        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[Statistic]
     ) -> AbstractContextManager[None]:
         """Prepare for a pass over these batches."""
 

@@ -21,6 +21,7 @@ from ...captures import (
     Request,
     SiteKey,
     SiteNumbers,
+    Statistic,
     match_layers,
     merge_requests,
     renumbered,
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], None]
 """Told after each batch: samples done, samples in all."""
 Keep = Callable[[Callable[[], Capture], int], None]
 """Told after each batch but the last (each wave of a streamed pass): what makes the capture so far, its samples."""
-Wanted = Mapping[SiteKey, frozenset[str]]
+Wanted = Mapping[SiteKey, frozenset[Statistic]]
 
 
 def run_pass(
@@ -115,7 +116,7 @@ class _Job:
         return self.witness.watching() if self.witness else nullcontext()
 
     @cached_property
-    def scores(self) -> frozenset[str]:
+    def scores(self) -> frozenset[Statistic]:
         """What is wanted of the model's predictions."""
         return frozenset().union(*(request.statistics for request in self.requests if request.site == LOGITS))
 
@@ -149,9 +150,9 @@ class _Job:
 
 def wanted_sites(
     modules: Sequence[str], blocks: Sequence[str], requests: Iterable[Request]
-) -> dict[SiteKey, frozenset[str]]:
+) -> dict[SiteKey, frozenset[Statistic]]:
     """Return what is to be measured at each site, in model order; where sinks matter, the blocks' outputs as well."""
-    wanted: dict[SiteKey, frozenset[str]] = {}
+    wanted: dict[SiteKey, frozenset[Statistic]] = {}
     for request in requests:
         if request.site == LOGITS:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...captures import AGREEMENT, SCORE_NAMES, SiteNumbers
+from ...captures import AGREEMENT, SCORE_NAMES, SiteNumbers, Statistic
 from ...common import AnomalyError, InfraError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..load.batches import Batch, Rows
@@ -25,7 +25,7 @@ class Predictions:
     """The scores of the samples so far. `model`: whose logits they are."""
 
     model: nn.Module
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     samples: dict[int, Tensor] = field(default_factory=dict)
     dtype: str = ""
 

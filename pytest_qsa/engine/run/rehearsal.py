@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...captures import SiteKey
+from ...captures import SiteKey, Statistic
 from ..load.batches import Batch, Rows, rows_of
 from ..reduce.observer import StreamObserver
 from .hooks import hooked, run_batch
@@ -21,7 +21,7 @@ NOTHING_LEARNED: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None)
 
 
 def rehearsal_of(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, wanted: Mapping[SiteKey, frozenset[str]]
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, wanted: Mapping[SiteKey, frozenset[Statistic]]
 ) -> tuple[frozenset[SiteKey], Order | None]:
     """Run a batch on tensors without data; learn what is not shared, and the last call that is needed.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...captures import EXPERTS, SiteKey, SiteNumbers
+from ...captures import EXPERTS, SiteKey, SiteNumbers, Statistic
 from ...common import InfraError
 from ..load.batches import Rows
 from ..modules import Routing, channels_first
@@ -76,7 +76,7 @@ class Order:
 class Visits:
     """The state of one pass: observers by site, which site reads whose tensor, and the forward that is running."""
 
-    wanted: Mapping[SiteKey, frozenset[str]]
+    wanted: Mapping[SiteKey, frozenset[Statistic]]
     modules: Mapping[str, nn.Module]
     unshared: frozenset[SiteKey]
     may_stop: bool = True
@@ -87,7 +87,7 @@ class Visits:
     order: Order | None = None
     sharing: set[SiteKey] = field(default_factory=set)
     learning: bool = True
-    _lacking: dict[SiteKey, frozenset[str]] = field(default_factory=dict)
+    _lacking: dict[SiteKey, frozenset[Statistic]] = field(default_factory=dict)
 
     def visit(
         self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
@@ -144,7 +144,7 @@ class Visits:
         site: SiteKey,
         tensor: Tensor,
         call: int,
-        statistics: frozenset[str],
+        statistics: frozenset[Statistic],
         routing: Routing | None,
     ) -> None:
         observer = self.observers.get(site) or self._observer(site, statistics)
@@ -156,7 +156,7 @@ class Visits:
         keep = rows.kept(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
         observer.add(shaped, keep, rows.samples, call, token_axis, routing)
 
-    def _observer(self, site: SiteKey, statistics: frozenset[str]) -> StreamObserver:
+    def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:
         first = channels_first(self.modules[site[0]])
         made = self.observers[site] = StreamObserver(statistics, self.reducers, channels_first=first)
         return made
@@ -192,6 +192,4 @@ def _version(tensor: Tensor) -> int | None:
 
 def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
     """Join what was reduced at another site of the same tensor with what only this site asked for."""
-    arrays, _ = lent.to_arrays()
-    added, header = own.to_arrays()
-    return SiteNumbers.from_arrays(arrays | added, header | {"statistics": lent.statistics | own.statistics})
+    return lent.having(own.statistics, own.arrays)

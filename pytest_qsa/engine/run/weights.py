@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...captures import STORED, Site, SiteNumbers
+from ...captures import STORED, Site, SiteNumbers, Statistic
 from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
@@ -19,7 +18,7 @@ from ..reduce.observer import StreamObserver
 
 def observe_weights(
     modules: Mapping[str, nn.Module],
-    wanted: Mapping[tuple[str, Site], frozenset[str]],
+    wanted: Mapping[tuple[str, Site], frozenset[Statistic]],
     stored: StoredWeights | None = None,
 ) -> dict[tuple[str, Site], SiteNumbers]:
     """Reduce the weight of each wanted layer that owns one; the output channels stand where tokens do.
@@ -32,13 +31,13 @@ def observe_weights(
             numbers = _reduced(layer, modules[layer], statistics) if statistics - {STORED} else None
             powers = stored.powers(layer, modules[layer]) if stored and STORED in statistics else None
         if powers is not None:
-            numbers = replace(numbers or _nothing(statistics), stored=powers)
+            numbers = (numbers or _nothing(statistics)).having((), {"stored": powers})
         if numbers is not None:
             found[layer, site] = numbers
     return found
 
 
-def _reduced(layer: str, module: nn.Module, statistics: frozenset[str]) -> SiteNumbers | None:
+def _reduced(layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> SiteNumbers | None:
     weight = _dequantized(layer, module)
     if weight is None:
         return None
@@ -48,7 +47,7 @@ def _reduced(layer: str, module: nn.Module, statistics: frozenset[str]) -> SiteN
     return observer.numbers(statistics)
 
 
-def _nothing(statistics: frozenset[str]) -> SiteNumbers:
+def _nothing(statistics: frozenset[Statistic]) -> SiteNumbers:
     """Return the numbers of one weight of which nothing was reduced."""
     zero = np.zeros(1, dtype=np.int32)
     return SiteNumbers("", (), False, statistics, zero, zero, np.zeros(1, dtype=np.int64))

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...captures import Capture, Site, channel_bands, exactly, map_statistic
+from ...captures import Capture, HeatMap, Site, channel_bands, exactly
 from ...common import QsaError, write_atomically
 from ...report import (
     STATS,
@@ -141,7 +141,7 @@ def maps_of(
     """Return the map of one sample at each layer, and how many tokens and channels the largest stands for."""
     sites = {layer: capture.sites[layer, site] for layer in layers}
     tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
-    return {layer: numbers.maps[map_statistic(sample)] for layer, numbers in sites.items()}, (tokens, channels)
+    return {layer: numbers.arrays[HeatMap(sample).key] for layer, numbers in sites.items()}, (tokens, channels)
 
 
 def _percentile(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:

@@ -8,13 +8,16 @@ from typing import Literal
 
 from ...captures import (
     CHANNEL_COUNTS,
+    CHANNELS,
     SIGNED_COUNTS,
+    TOKENS,
     Capture,
+    HeatMap,
     Request,
     Site,
     SiteNumbers,
+    Statistic,
     exactly,
-    map_statistic,
     match_layers,
     merge_requests,
     no_match,
@@ -48,7 +51,7 @@ class Picture:
     section: Section
     site: Site
     layers: tuple[str, ...]
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     form: str = ""
 
 
@@ -178,7 +181,7 @@ def _heatmaps(finder: _Finder) -> Iterator[Picture]:
     if not finder.visualization.enabled.heatmap_3d:
         return
     layers = finder.whole(settings.pattern, "heatmap_3d")
-    needs = frozenset({map_statistic(settings.sample_idx)})
+    needs = frozenset({HeatMap(settings.sample_idx)})
     for form, most in (("surface", SURFACES), ("map", settings.num_2d_layers)):
         if most:
             shown = tuple(layers[index] for index in spread(len(layers), most))
@@ -209,14 +212,14 @@ def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
         return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
     if not numbers.populations:
         return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
-    if picture.section == "heatmap_3d" and not numbers.maps:
+    if picture.section == "heatmap_3d" and not any(s.key in numbers.arrays for s in picture.statistics):
         return "has no token axis, or the data has no such sample"
     tokens = {
-        "tokens": numbers.token_max,
-        "channels": numbers.channel_top,
-        "channel_counts": numbers.channel_counts,
+        TOKENS: numbers.token_max,
+        CHANNELS: numbers.channel_top,
+        CHANNEL_COUNTS: numbers.channel_counts,
     }
-    if any(name in picture.statistics and array is None for name, array in tokens.items()):
+    if any(statistic in picture.statistics and array is None for statistic, array in tokens.items()):
         return "has no token axis"
     return ""
 

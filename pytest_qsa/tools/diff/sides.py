@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...captures import Capture, DataProvenance, Provenance, SiteNumbers, exactly
+from ...captures import Capture, DataProvenance, Provenance, SiteNumbers, Statistic, exactly
 from ...common import InfraError, QsaError, SuiteError, shown_path
 from ...metrics import METRICS
 from ...verdicts import BaselineFile, is_baseline
@@ -171,7 +171,7 @@ def _can(capture: Capture, layer: str, site: Any, name: str, parameters: Mapping
     return needs <= numbers.statistics and bool(numbers.populations) and not _impossible(metric, site, numbers, needs)
 
 
-def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[str]) -> bool:
+def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[Statistic]) -> bool:
     if site == "weight" and metric.tokenwise:
         return True
     return bool(needs & {"tokens", "channels"}) and not numbers.token_axis

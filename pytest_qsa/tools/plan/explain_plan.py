@@ -85,7 +85,7 @@ def _site_lines(planned: Planned, sizes: Sizes) -> Iterator[str]:
         layers = len(match_layers(sizes.layers, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
         found = f"{layers} layers" if layers else "no layer that the files name"
-        statistics = ", ".join(sorted({statistic.partition(":")[0] for statistic in request.statistics}))
+        statistics = ", ".join(sorted({statistic.name for statistic in request.statistics}))
         yield f"{label:<12}{where}, {found}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"
         label = ""
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...captures import CHANNEL_COUNTS, COUNTS, ELEMENTS, SIGNED_COUNTS, Request, match_layers
+from ...captures import Request, match_layers
 from ...suite import Data
 from .sizes import Sizes
 
-COUNTED = {COUNTS, SIGNED_COUNTS, ELEMENTS, "massive"}
-BINS = 1 << 15
-CHANNEL_BINS = 6144
-"""Bytes of the counts of one channel (docs/metrics.md)."""
 WAVE = 256
 """Samples that wait at once when the weights stream (engine/streaming.py)."""
 
@@ -48,7 +44,11 @@ class Work:
         }
         tokens = data.num_samples * data.seq_len
         widths = {site: _channels(site[0], site[1], sizes) for site in sites}
-        sums = sum(_kept(statistics, tokens, widths[site]) for site, statistics in sites.items())
+        sums = sum(
+            statistic.kept_bytes(data.num_samples, tokens, widths[site])
+            for site, statistics in sites.items()
+            for statistic in statistics
+        )
         return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, sum(widths.values()))
 
     def flops(self, sizes: Sizes) -> float:
@@ -62,14 +62,6 @@ class Work:
         attention = 4 * self.tokens**2 * sizes.attention * layers
         head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * self.batch
         return self.samples * (trunk + attention) + head
-
-
-def _kept(statistics: frozenset[str], tokens: int, channels: int) -> int:
-    """Return the bytes that one site keeps: 4 a token, 8 a bin, and what is kept of each channel."""
-    kinds = {statistic.partition(":")[0] for statistic in statistics}
-    bins = 8 * BINS * (len(kinds & {COUNTS, SIGNED_COUNTS}) or (1 if kinds & COUNTED else 0))
-    per_channel = 4 + (CHANNEL_BINS if CHANNEL_COUNTS in kinds else 0)
-    return 4 * tokens + bins + per_channel * channels
 
 
 def _channels(layer: str, site: str, sizes: Sizes) -> int:

@@ -14,9 +14,11 @@ from .folder import (
 )
 from .formats.format import (
     Format as Format,
+    decoded_rows as decoded_rows,
     element_count as element_count,
     format_of as format_of,
     libraries_of_formats as libraries_of_formats,
+    spread as spread,
     streams_from_disk as streams_from_disk,
 )
 from .formats.scheme import Declaration as Declaration, Scheme as Scheme, matches as matches

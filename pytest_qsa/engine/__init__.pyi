@@ -1,4 +1,5 @@
 from .api import capture as capture
+from .formats.format import EngineFormat as EngineFormat, scheme_name as scheme_name
 from .load.models import Loaded as Loaded, load_model as load_model
 from .load.outline import anatomy as anatomy, layer_names as layer_names, outline as outline
 from .load.tokenizer import decoder_of as decoder_of

@@ -2,9 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
+from pytest_qsa.checkpoint import format_of, open_folder
 from pytest_qsa.suite import ASSERTIONS
 from support.paths import ROOT
 
@@ -60,3 +63,15 @@ def test_every_option_of_the_readme_exists_and_none_is_missing():
     documented = set(re.findall(r"--qsa-[a-z-]+", README))
     source = (ROOT / "pytest_qsa" / "gate" / "options.py").read_text(encoding="utf-8")
     assert documented == set(re.findall(r'"(--qsa-[a-z-]+)"', source))
+
+
+def test_the_documented_format_reads_a_checkpoint_of_its_own(tmp_path):
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(from pytest_qsa import Format.*?)```", page, flags=re.DOTALL)[1], {})
+    codes = np.array([[7, -14], [3, 0]], dtype=np.int8)
+    tensors = {"layers.0.up.weight": codes, "layers.0.up.weight_scale": np.array([[0.5], [2.0]], dtype=np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "sevenths"}}')
+    stored = format_of(open_folder(tmp_path))
+    assert stored.label == "sevenths"
+    assert stored.rows("layers.0.up").tolist() == [[0.5, -1.0], [6 / 7, 0.0]]

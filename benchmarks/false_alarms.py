@@ -27,8 +27,9 @@ from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
 from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, Subject, SuiteFile, load_suite
 from pytest_qsa.verdicts.budgets import budget_of
-from pytest_qsa.verdicts.judge import measured
-from pytest_qsa.verdicts.verdict import judge_bounds
+from pytest_qsa.verdicts.judgement import within_budget
+from pytest_qsa.verdicts.measurement import measured
+from pytest_qsa.verdicts.verdict import failing
 
 
 def bounded(file: SuiteFile) -> list[MeasuredAssertion]:
@@ -55,7 +56,7 @@ def verdict(assertion: MeasuredAssertion, capture: Capture) -> dict[str, Any]:
     """Return what is out of bounds, and how much of the room from the noise's mean to the bound is used, and where."""
     series = measured(assertion, capture)
     budget = budget_of(assertion.stated, series.layers, capture.schemes)
-    failing = judge_bounds(series, budget.bounds).failing_rows
+    out = failing(within_budget(series, budget).rows)
     used, where = 0.0, ""
     for side in SIDES:
         noise = getattr(assertion.noise, side) if assertion.noise else None
@@ -66,7 +67,7 @@ def verdict(assertion: MeasuredAssertion, capture: Capture) -> dict[str, Any]:
             room = getattr(own, side) - figures.mean
             share = (value - figures.mean) / room if room and figures.sigma else 0.0
             used, where = max((used, where), (share, layer))
-    return {"failing": [[row.layer, row.value] for row in failing], "used": round(used, 4), "where": where}
+    return {"failing": [[row.layer, row.value] for row in out], "used": round(used, 4), "where": where}
 
 
 def run(subject: Subject, asked: list[MeasuredAssertion], parts: int, runs: int, file: Path) -> None:

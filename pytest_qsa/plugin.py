@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .common import SuiteError
-from .gate import Options, add_options, read_options
+from .gate import HookSpecs, Options, add_options, read_options
 from .suite import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ MARK = (
     "qsa(layers, site, exclude, metric, ..., tier): what a Python test will ask of the one pass, and its tier; "
     "every suite's tests carry it"
 )
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register the hooks that others may implement."""
+    pluginmanager.add_hookspecs(HookSpecs)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

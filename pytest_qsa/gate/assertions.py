@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ..captures import Capture, ModelProvenance
-from ..checkpoint import Files, problems_of
+from ..captures import Capture
 from ..common import QsaError, QsaWarning, SuiteError
-from ..metrics import Series, blamed
-from ..suite import Assertion, CheckpointAssertion, ExternalAssertion, Location, MeasuredAssertion
+from ..metrics import Series
+from ..suite import Assertion, CheckpointAssertion, ExternalAssertion
 from ..verdicts import (
-    Budget,
+    BASELINE_FOLDER,
+    BASELINE_NAME,
+    NO_LENIENCY,
+    EvalFiles,
+    Evidence,
+    Judgement,
     Kind,
+    Leniency,
+    Measurement,
+    QsaBaselineExtension,
+    Release,
     Tolerance,
     Verdict,
-    anomaly,
-    apply_waivers,
-    budget_of,
-    detailed,
-    joint_uses,
-    judge_bounds,
-    judge_problems,
-    judge_scores,
+    judge_against_baseline,
+    judge_assertion,
     kept_release,
-    limits_of,
-    measured,
-    previous_values,
-    settled,
-    softened,
+    name_for_class,
 )
 from .collection import QsaSuite, raise_at
-from .gate import Gate, GateFailure
+from .gate import Gate
+from .outcomes import GateFailure
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
-
-
-Waive = Callable[[Verdict], Verdict]
 
 
 def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -> None:
@@ -53,44 +48,44 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     __tracebackhide__ = True
     gate: Gate = request.getfixturevalue("qsa_gate")
     assertion = suite.file.assertions[index]
-    capture: Capture | None = None
-    key: Location = ()
+    evidence: Evidence
     try:
-        waive = partial(apply_waivers, waivers=assertion.waivers, today=gate.options.today)
-        if isinstance(assertion, CheckpointAssertion):
-            verdict, key = _checked(assertion, gate.files_of(request), waive)
-        elif isinstance(assertion, ExternalAssertion):
-            verdict, key = _external(request, assertion, waive)
-        else:
-            assert isinstance(assertion, MeasuredAssertion)
-            capture = gate.capture_of(request)
-            decides, known = settled(assertion, capture)
-            verdict, key = _judged(request, assertion, decides, waive)
-            verdict = blamed(verdict, decides)
-            verdict = detailed(verdict, known)
-        verdict = softened(verdict, assertion.level)
+        evidence = _evidence(gate, request, assertion)
     except QsaError as error:
-        verdict = anomaly(error, assertion.query)
-    place = suite.file.bound_place_of(index, key)
-    if gate.options.ratchet:
-        schemes, place_of = capture.schemes if capture else None, partial(suite.file.bound_place_of, index)
-        floors, spare = _room(assertion)
-        verdict = replace(verdict, limits=limits_of(assertion.stated, verdict.rows, schemes, place_of, floors, spare))
-    verdict = replace(verdict, reason=assertion.reason)
-    verdict = gate.complete(request, verdict, capture, where=str(place), name=assertion.id)
+        evidence = error
+    test = gate.identity_of(request.node, assertion.id, partial(suite.file.bound_place_of, index))
+    options = gate.options
+    verdict = judge_assertion(assertion, evidence, test, options.today, ratchet=options.ratchet)
+    capture = evidence.capture if isinstance(evidence, Measurement) else None
+    verdict = gate.finish(request, verdict, capture)
     _warn_unused(request, suite, index, verdict)
     if verdict.failed:
-        raise_at(place, assertion.id, GateFailure(verdict))
+        assert verdict.where is not None
+        raise_at(verdict.where, assertion.id, GateFailure(verdict))
     if verdict.kind is Kind.WARNED:
-        request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({place})"))
+        request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({verdict.where})"))
 
 
-def _room(assertion: Assertion) -> tuple[Mapping[tuple[str, ...], float], Collection[tuple[str, ...]]]:
-    """Return what calibration left beside the bounds: their floors, and which of them have room for one token more."""
-    if assertion.noise is None:
-        return {}, ()
-    tokens = assertion.query.unit == "tokens"
-    return assertion.noise.floors, {key for key in assertion.noise.steady if tokens and key[0] == "max"}
+def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) -> Evidence:
+    """Get what an assertion is judged by; only a measured one needs a pass.
+
+    Raises:
+        QsaError: it could not be had.
+    """
+    if isinstance(assertion, CheckpointAssertion):
+        return gate.files_of(request)
+    subject = gate.subject_of(request.node)
+    assert subject is not None
+    if isinstance(assertion, ExternalAssertion):
+        return EvalFiles(subject.folder, subject.name)
+    capture = gate.capture_of(request)
+    release = None
+    if assertion.follows:
+        assert subject.model is not None
+        assert subject.model.previous is not None
+        kept = kept_release(subject, request.node.path)
+        release = Release(subject.model.previous, kept, partial(gate.previous_capture, request, subject))
+    return Measurement(capture, partial(_against_own_baseline, request, capture), release)
 
 
 def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:
@@ -107,105 +102,45 @@ def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, ve
             )
 
 
-def _checked(assertion: CheckpointAssertion, files: Files, waive: Waive) -> tuple[Verdict, Location]:
-    """Judge a static assertion: from the checkpoint's files, before and without any pass."""
-    series, found = problems_of(files, assertion.metric, assertion.layers, assertion.exclude, **assertion.parameters)
-    series = series.folded(assertion.over)
-    series.check()
-    budget = budget_of(assertion.stated, series.layers, None)
-    verdict = waive(judge_problems(series, found, budget.bounds, files, budget.text))
-    return verdict, _exceeded(verdict, budget)
+def _against_own_baseline(
+    request: pytest.FixtureRequest,
+    capture: Capture,
+    series: Series,
+    tolerance: Tolerance,
+    per: str | None,
+    leniency: Leniency,
+) -> Judgement:
+    """Hold a series against the baseline of a suite's assertion; as `HoldAgainstBaseline`.
 
-
-def _external(request: pytest.FixtureRequest, assertion: ExternalAssertion, waive: Waive) -> tuple[Verdict, Location]:
-    """Judge what another program has measured: from its file, without any pass."""
-    gate: Gate = request.getfixturevalue("qsa_gate")
-    subject = gate.subject_of(request.node)
-    assert subject is not None
-    verdict, budget = judge_scores(assertion, subject.folder, subject.name)
-    verdict = waive(replace(verdict, run=replace(verdict.run, model=ModelProvenance(subject.path))))
-    return verdict, _exceeded(verdict, budget)
-
-
-def _judged(
-    request: pytest.FixtureRequest, assertion: MeasuredAssertion, capture: Capture, waive: Waive
-) -> tuple[Verdict, Location]:
-    """Return the verdict, and the keys of the assertion that lead to the bound that it is about."""
-    series = measured(assertion, capture)
-    bounded: tuple[Verdict, Location] | None = None
-    if assertion.stated:
-        previous = _previous(request, assertion, series, capture) if assertion.follows else None
-        budget = budget_of(assertion.stated, series.layers, capture.schemes, previous)
-        verdict = waive(judge_bounds(series, budget.bounds, budget.text))
-        bounded = verdict, _exceeded(verdict, budget)
-    kept = assertion.baseline
-    if bounded is not None and (kept is None or bounded[0].failed):
-        return bounded
-    assert kept is not None
-    tolerance = Tolerance(kept.rel, kept.abs, kept.direction)
+    Raises:
+        SuiteError: as `baseline_snapshot`.
+    """
     snapshot = baseline_snapshot(request)
-    if kept.per is not None:
-        _choose_class(request, series, tolerance, capture)
-    verdict = waive(against_baseline(series, tolerance, capture, snapshot, per=kept.per))
-    if bounded is None:
-        return verdict, ("baseline",)
-    uses = joint_uses(bounded[0], verdict)
-    told = bounded if bounded[0].kind is Kind.WARNED and not verdict.failed else (verdict, ("baseline",))
-    return replace(told[0], waivers=uses), told[1]
-
-
-def _previous(
-    request: pytest.FixtureRequest, assertion: MeasuredAssertion, series: Series, capture: Capture
-) -> Mapping[str, float]:
-    gate: Gate = request.getfixturevalue("qsa_gate")
-    subject = gate.subject_of(request.node)
-    assert subject is not None
-    assert subject.model is not None
-    assert subject.model.previous is not None
-    return previous_values(
-        series,
-        capture.provenance.data.fingerprint,
-        subject.model.previous,
-        kept_release(subject, request.node.path),
-        assertion.id,
-        lambda release: measured(assertion, release),
-        lambda: gate.previous_capture(request, subject),
-    )
-
-
-def _exceeded(verdict: Verdict, budget: Budget) -> Location:
-    """Return the keys of the bound that the worst layer exceeded, or comes nearest to."""
-    worst = (verdict.failing_rows or verdict.rows)[0]
-    names = ("min", "equals", "max") if worst.excess < 0 else ("max", "equals", "min")
-    return next(budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys)
-
-
-def _choose_class(request: pytest.FixtureRequest, series: Series, tolerance: Tolerance, capture: Capture) -> None:
-    """Name the baseline of this run's class of devices."""
-    from ..verdicts import HOME, NAME, name_for_class
-
-    stash = request.node.stash
-    made_with, data = capture.provenance.model, capture.provenance.data.fingerprint
-    updating = bool(request.config.getoption("update_snapshots", False))
-    shared = stash[HOME] / f"{stash[NAME]}.json"
-    stash[NAME] = name_for_class(shared, series, tolerance, data, made_with, updating=updating)
+    if per is not None:
+        stash, updating = request.node.stash, bool(request.config.getoption("update_snapshots", False))
+        shared = stash[BASELINE_FOLDER] / f"{stash[BASELINE_NAME]}.json"
+        made_with, data = capture.provenance.model, capture.provenance.data.fingerprint
+        stash[BASELINE_NAME] = name_for_class(shared, series, tolerance, data, made_with, updating=updating)
+    return against_baseline(capture, snapshot, series, tolerance, per, leniency)
 
 
 def against_baseline(
-    series: Series, tolerance: Tolerance, capture: Capture, snapshot: SnapshotAssertion, per: str | None = None
-) -> Verdict:
-    """Hold a series against the next baseline of a test.
+    capture: Capture,
+    snapshot: SnapshotAssertion,
+    series: Series,
+    tolerance: Tolerance,
+    per: str | None = None,
+    leniency: Leniency = NO_LENIENCY,
+) -> Judgement:
+    """Hold a series of a capture against the next baseline of a test.
 
     Raises:
         BaselineError: there is no baseline yet, or it can't be compared.
     """
-    from ..verdicts import judge_against_baseline
-
-    data = capture.provenance.data.fingerprint
     made_with = capture.provenance.model
     if per is None:  # a baseline of all devices names none
         made_with = replace(made_with, device_class=None)
-    return judge_against_baseline(series, tolerance, snapshot, data, made_with)
+    return judge_against_baseline(series, tolerance, snapshot, capture.provenance.data.fingerprint, made_with, leniency)
 
 
 def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
@@ -214,8 +149,6 @@ def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
     Raises:
         SuiteError: syrupy is disabled, or another plugin's fixture has taken its name.
     """
-    from ..verdicts import QsaBaselineExtension
-
     try:
         snapshot = request.getfixturevalue("snapshot")
     except pytest.FixtureLookupError:

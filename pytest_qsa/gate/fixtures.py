@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ..captures import LOGITS, Capture, Request, Site
-from ..checkpoint import problems_of
+from ..checkpoint import Files, Finding, problems_of
 from ..common import QsaError
-from ..metrics import METRICS, Judge, NotMeasuredError, Positions, Reduce, Selection, Series, positions_of, query_of
-from ..verdicts import Kind, Tolerance, Verdict, anomaly, judge_bounds, judge_problems
+from ..metrics import (
+    METRICS,
+    Bounds,
+    Judge,
+    NotMeasuredError,
+    Positions,
+    Query,
+    Reduce,
+    Selection,
+    Series,
+    positions_of,
+    query_of,
+)
+from ..verdicts import Budget, Judgement, Kind, Tolerance, Verdict, concluded, judge_problems, stopped, within_budget
 from .assertions import against_baseline
-from .gate import Gate, GateFailure, caller
-from .needs import EVERYTHING
+from .gate import Gate
+from .items import EVERYTHING
+from .outcomes import GateFailure, caller
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -43,7 +57,7 @@ class PlannedSelection(Selection):
         except QsaError as error:
             where = positions_of(metric, self.site, positions)
             query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
-            raise self.test.stopped(anomaly(error, query), capture) from None
+            raise self.test.stopped(error, query, capture) from None
 
 
 class Qsa:
@@ -59,15 +73,15 @@ class Qsa:
         try:
             return self._gate.capture_of(self._request)
         except QsaError as error:
-            raise self.stopped(anomaly(error), None) from None
+            raise self.stopped(error) from None
 
     def recapture(self, need: Request) -> Capture:
         """Pass again for what no mark had announced."""
         return self._gate.recapture(self._request, need)
 
-    def stopped(self, verdict: Verdict, capture: Capture | None) -> GateFailure:
+    def stopped(self, error: QsaError, query: Query | None = None, capture: Capture | None = None) -> GateFailure:
         """Make the failure of a test that an error stopped before it could compare."""
-        return self._gate.stopped(self._request, verdict, capture)
+        return GateFailure(self._verdict(stopped(error, query), capture))
 
     def logits(self) -> Selection:
         """Select what the whole model predicts, for the metrics of its logits."""
@@ -96,19 +110,23 @@ class Qsa:
             files = self._gate.files_of(self._request)
             series, found = problems_of(files, metric, layers, exclude, **parameters)
         except QsaError as error:
-            raise self.stopped(anomaly(error), None) from None
-        return replace(
-            series, judge=lambda s, bounds: self._concluded(judge_problems(s, found, bounds, files), None)
-        )  # fmt: skip
+            raise self.stopped(error) from None
+        return replace(series, judge=partial(self._judge_problems, found, files))
+
+    def _judge_problems(self, found: Sequence[Finding], files: Files, series: Series, bounds: Bounds) -> bool:
+        __tracebackhide__ = True
+        return self._finish(judge_problems(series, found, Budget.of(bounds, series.layers), files), None)
 
     def _select(self, layers: str, site: Site, exclude: str | None) -> Selection:
         return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
 
     def judge_of(self, capture: Capture | None) -> Judge:
         """Return what judges the series of a capture; None stands for the planned one."""
-        return lambda series, bounds: self.conclude(lambda: judge_bounds(series, bounds), series, capture)
+        return lambda series, bounds: self.conclude(
+            lambda: within_budget(series, Budget.of(bounds, series.layers)), series, capture
+        )
 
-    def conclude(self, judge: Callable[[], Verdict], series: Series, capture: Capture | None = None) -> bool:
+    def conclude(self, judge: Callable[[], Judgement], series: Series, capture: Capture | None = None) -> bool:
         """Judge, record, and say whether it passed.
 
         Raises:
@@ -116,17 +134,22 @@ class Qsa:
         """
         __tracebackhide__ = True
         try:
-            verdict = judge()
+            judgement = judge()
         except QsaError as error:
-            verdict = anomaly(error, series.query)
-        return self._concluded(verdict, capture or self.capture)
+            judgement = stopped(error, series.query)
+        return self._finish(judgement, capture or self.capture)
 
-    def _concluded(self, verdict: Verdict, capture: Capture | None) -> bool:
+    def _finish(self, judgement: Judgement, capture: Capture | None) -> bool:
         __tracebackhide__ = True
-        verdict = self._gate.complete(self._request, verdict, capture, where=caller(), name=self._request.node.name)
+        verdict = self._verdict(judgement, capture)
         if verdict.failed and verdict.kind is not Kind.REGRESSION:
             raise GateFailure(verdict)
         return not verdict.failed
+
+    def _verdict(self, judgement: Judgement, capture: Capture | None) -> Verdict:
+        item, place = self._request.node, caller()
+        test = self._gate.identity_of(item, item.name, lambda key: place)
+        return self._gate.finish(self._request, concluded(judgement, test, capture), capture)
 
 
 @dataclass(frozen=True)
@@ -185,7 +208,7 @@ class QsaBaseline:
         if not isinstance(series, Series):
             return NotImplemented
         return self._qsa.conclude(
-            lambda: against_baseline(series, self._tolerance, self._qsa.capture, self._snapshot), series
+            lambda: against_baseline(self._qsa.capture, self._snapshot, series, self._tolerance), series
         )
 
     def __repr__(self) -> str:

@@ -3,62 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
-import shlex
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..captures import COUNTS, UNKNOWN_RUN, Capture, ModelProvenance, PartialSums, Provenance, Request
+from ..captures import COUNTS, Capture, PartialSums, Request
 from ..checkpoint import Files
-from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar, shown_path
-from ..metrics import METRICS
-from ..report import failure_text, properties_of
-from ..suite import (
-    Captures,
-    Checkpoint,
-    Data,
-    Memory,
-    Model,
-    Subject,
-    SuiteFile,
-    check_execution,
-    files_of,
-    load_suite,
-    previous_of,
-)
+from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar
+from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
 from ..verdicts import (
-    Kind,
+    BASELINE_FOLDER,
+    BASELINE_NAME,
+    Context,
+    Identity,
     Verdict,
-    beside_reference,
-    diagnosed,
+    baseline_folder,
+    explain,
     kept_release,
-    provenance_of,
-    sinks_behind,
-    token_evidence,
 )
-from ._compat import fixture_source
 from .collection import QsaSuite
-from .needs import requests_of
+from .hookspecs import call_hook
+from .items import Subjects, command_of, plain_name, requests_of
 from .options import Options
+from .outcomes import drawn, record
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
-VERDICTS = pytest.StashKey[list[Verdict]]()
-
-
-class GateFailure(AssertionError):  # noqa: N818 - as pytest says it: a failure, not an error
-    """A verdict that fails its test; its text is what the terminal shows."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(failure_text(verdict))
-        self.verdict = verdict
 
 
 @dataclass
@@ -68,35 +43,20 @@ class Gate:
     config: pytest.Config
     options: Options
     captures: Captures
-    _config_suite: SuiteFile | None = None
     _needs: dict[str, list[Request]] | None = None
     _fixtures: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
     _releases: dict[Path, Capture] = field(default_factory=dict)
     _origins: MutableMapping[Capture, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
+    _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
+
+    @cached_property
+    def _subjects(self) -> Subjects:
+        return Subjects(self.options)
 
     def subject_of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
-        checkpoint = checkpoint_of(item)
-        if isinstance(item.parent, QsaSuite):
-            subject = _subject(item.parent.file, checkpoint)
-            return subject if subject.model else replace(subject, fixture=fixture_source(item, "qsa_model"))
-        if "qsa" not in getattr(item, "fixturenames", ()):
-            return None
-        suite = self.config_suite
-        if suite is not None:
-            return _subject(suite, checkpoint)
-        model = Model(path=checkpoint.path) if checkpoint else None
-        name = (checkpoint.name if checkpoint else None) or (model.id if model else "model")
-        source = "" if model else fixture_source(item, "qsa_model")
-        return Subject(name, model, Data(), Memory(), item.path.parent, checkpoint.path if checkpoint else None, source)
-
-    @property
-    def config_suite(self) -> SuiteFile | None:
-        """The file of `--qsa-config`, which gives Python tests their subject."""
-        if self._config_suite is None and self.options.config is not None:
-            self._config_suite = load_suite(self.options.config, self.options.overrides)
-        return self._config_suite
+        return self._subjects.of(item)
 
     def capture_of(self, request: pytest.FixtureRequest) -> Capture:
         """Return the capture for a test: one pass for all selected tests of its subject.
@@ -111,7 +71,7 @@ class Gate:
         if self._needs is None:
             self._needs = self._plan(request.session.items)
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
-        capture = self.captures.get(key, subject, needs, lambda plan, sums: self._make(request, subject, plan, sums))
+        capture = self._captured(request, key, subject, needs)
         if subject.model is not None:
             check_execution(capture.provenance.execution, subject.model)
         return capture
@@ -129,10 +89,31 @@ class Gate:
             if kept not in self._releases:
                 self._releases[kept] = Capture.load(kept)
             return self._releases[kept]
-        needs = self._needs[release.key]
-        return self.captures.get(
-            release.key, release, needs, lambda plan, sums: self._make(request, release, plan, sums)
-        )
+        return self._captured(request, release.key, release, self._needs[release.key])
+
+    def _captured(
+        self, request: pytest.FixtureRequest, key: str, subject: Subject, needs: Sequence[Request]
+    ) -> Capture:
+        def announce(capture: Capture, cached: bool) -> None:
+            call_hook(
+                "pytest_qsa_capture",
+                self.config.hook,
+                self.config,
+                request.node.warn,
+                subject=subject,
+                capture=self._shown(capture),
+                cached=cached,
+            )
+
+        return self.captures.get(key, subject, needs, partial(self._make, request, subject), announce)
+
+    def _shown(self, capture: Capture) -> Capture:
+        """Return a capture as it may leave the gate: without tokens under `--qsa-redact`."""
+        if not self.options.redact:
+            return capture
+        if capture not in self._redacted:  # one for all verdicts: what is found of it is remembered by capture
+            self._redacted[capture] = capture.redacted()
+        return self._redacted[capture]
 
     def files_of(self, request: pytest.FixtureRequest) -> Files:
         """Return the files of a test's checkpoint, for static checks; nothing is loaded.
@@ -170,10 +151,8 @@ class Gate:
         """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
-        from ..verdicts import HOME, NAME, baseline_folder
-
-        item.stash[HOME] = baseline_folder(item.path, subject.name)
-        item.stash[NAME] = plain_name(item)
+        item.stash[BASELINE_FOLDER] = baseline_folder(item.path, subject.name)
+        item.stash[BASELINE_NAME] = plain_name(item)
 
     def _plan(self, items: Sequence[pytest.Item]) -> dict[str, list[Request]]:
         """Collect what all selected tests need, by subject; only now, so that every deselection is known."""
@@ -209,7 +188,7 @@ class Gate:
             self._warn_unannounced(request, need)
         if known := self.captures.covering(key, [need]):
             return known
-        return self.captures.extend(key, subject, [need], lambda plan, sums: self._make(request, subject, plan, sums))
+        return self.captures.extend(key, subject, [need], partial(self._make, request, subject))
 
     @staticmethod
     def _warn_unannounced(request: pytest.FixtureRequest, need: Request) -> None:
@@ -263,92 +242,20 @@ class Gate:
         with shown, progress_bar(subject.name, disable=False) as progress:
             yield progress
 
-    def complete(
-        self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None, *, where: str, name: str
-    ) -> Verdict:
-        """Add to a verdict all that a reader needs, record it on the item, and draw it if it failed."""
-        item = request.node
+    def identity_of(self, item: pytest.Item, id: str, place: Callable[[Location], Place | None]) -> Identity:
+        """Return what the verdicts of an item say of it. `place`: the keys of a bound → its line."""
         subject = self.subject_of(item)
-        verdict = replace(
-            verdict, id=name, subject=subject.name if subject else "", where=where, command=self.command(item),
-        )  # fmt: skip
-        if capture is None and subject is not None:
-            if verdict.run == UNKNOWN_RUN:
-                verdict = replace(verdict, run=Provenance(ModelProvenance(subject.path)))
-            if verdict.rows and self._reported(verdict):
-                verdict = replace(verdict, artefacts={"report": shown_path(self.options.output / "report.html")})
+        name, path = (subject.name, subject.path) if subject else ("", "")
+        return Identity(id, name, path, command_of(item, self.options), place)
+
+    def finish(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> Verdict:
+        """Explain a verdict, draw it, and keep it on its item. `capture`: where its numbers come from."""
+        capture = self._shown(capture) if capture is not None else None
         if capture is not None:
-            verdict = diagnosed(verdict, capture, partial(self.files_of, request), self._origins)
-            capture = capture.redacted() if self.options.redact else capture
-            verdict = beside_reference(verdict, capture)
-            verdict = replace(verdict, run=provenance_of(capture), sinks=sinks_behind(capture, verdict.query).summary())
-            if verdict.rows and METRICS[verdict.query["metric"]].positional and verdict.kind is not Kind.PASSED:
-                layers = [row.layer for row in verdict.failing_rows[:1]] if not verdict.query["over"] else []
-                layers = (
-                    layers
-                    or capture.select(verdict.query["layers"], verdict.query["site"], verdict.query["exclude"]).layers
-                )
-                verdict = replace(verdict, evidence=token_evidence(capture, layers, verdict))
-            verdict = self._drawn(item, verdict, capture)
-        if verdict.updatable:
-            verdict = replace(verdict, accept=f"{verdict.command} --snapshot-update")
-        item.stash.setdefault(VERDICTS, []).append(verdict)
-        item.user_properties.extend(properties_of(verdict))
-        item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
+            verdict = explain(verdict, Context(capture, partial(self.files_of, request), self._origins))
+        verdict = drawn(request.node, verdict, capture, self.options)
+        record(request.node, verdict)
         return verdict
-
-    def stopped(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> GateFailure:
-        """Make the failure of a Python test that an error stopped before it could compare."""
-        return GateFailure(self.complete(request, verdict, capture, where=caller(), name=request.node.name))
-
-    def _drawn(self, item: pytest.Item, verdict: Verdict, capture: Capture) -> Verdict:
-        if not self._reported(verdict) or not verdict.rows:
-            return verdict
-        from ..captures import histograms_of
-        from ..report import draw
-
-        query = verdict.query
-        layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
-        verdict = replace(
-            verdict, histograms={layer: histograms_of(capture.sites[layer, query["site"]]) for layer in layers}
-        )
-        folder = self.options.output / "plots" / _slug(item.nodeid)
-        try:
-            drawn = draw(capture, verdict, folder)
-        except Exception as error:  # a picture must never turn a verdict into an error
-            return replace(
-                verdict, hints=[*verdict.hints, f"the plots could not be drawn: {type(error).__name__}: {error}"]
-            )
-        artefacts = {title: shown_path(Path(path)) for title, path in drawn.items()}
-        return replace(verdict, artefacts=artefacts | {"report": shown_path(self.options.output / "report.html")})
-
-    def _reported(self, verdict: Verdict) -> bool:
-        return self.options.report == "always" or (self.options.report == "on-failure" and verdict.failed)
-
-    def command(self, item: pytest.Item) -> str:
-        """Return the shortest command that runs this one test again."""
-        checkpoint = checkpoint_of(item)
-        path = shown_path(item.path)
-        test = item.nodeid.partition("::")[2]
-        words = ["pytest", f"{path}::{test}", *self.options.as_arguments(checkpoint)]
-        if not isinstance(item.parent, QsaSuite) and self.options.config is not None:
-            words.append(f"--qsa-config={shown_path(self.options.config)}")
-        return shlex.join(words)
-
-
-def caller() -> str:
-    """Return the file:line of the test that compares."""
-    package = str(Path(__file__).parent.parent)
-    for frame in inspect.stack(context=0):
-        if not frame.filename.startswith(package):
-            return f"{shown_path(Path(frame.filename))}:{frame.lineno}"
-    return ""
-
-
-def checkpoint_of(item: pytest.Item) -> Checkpoint | None:
-    """Return the `--qsa-model` under which an item runs."""
-    callspec = getattr(item, "callspec", None)
-    return callspec.params.get("qsa_checkpoint") if callspec else None
 
 
 def follows_checkpoint(item: pytest.Item, subject: Subject) -> bool:
@@ -357,29 +264,3 @@ def follows_checkpoint(item: pytest.Item, subject: Subject) -> bool:
     if not isinstance(suite, QsaSuite) or suite.assertion_of(item).follows is None:
         return False
     return kept_release(subject, suite.path) is None
-
-
-def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
-    suite = file.suite
-    name = (checkpoint.name if checkpoint else None) or (suite.model.id if suite.model else "model")
-    model = suite.model
-    if checkpoint is not None:
-        base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
-        model = Model(**base, path=checkpoint.path)
-    return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
-
-
-def _slug(text: str) -> str:
-    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
-    return f"{plain[-80:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def plain_name(item: pytest.Item) -> str:
-    """Return a test's name without the id that `--qsa-model` adds, so that every checkpoint meets the same baseline."""
-    name = item.nodeid.partition("::")[2].replace("::", ".")
-    callspec, checkpoint = getattr(item, "callspec", None), checkpoint_of(item)
-    if callspec is not None and checkpoint is not None:
-        others = f"-{callspec.id}-".replace(f"-{checkpoint.label}-", "-", 1).strip("-")
-        base = name.removesuffix(f"[{callspec.id}]")
-        name = f"{base}[{others}]" if others and base != name else base
-    return "".join(c if c not in '/\\?*:|"<>' and c.isprintable() else f"%{ord(c):02X}" for c in name)

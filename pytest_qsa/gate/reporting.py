@@ -14,97 +14,9 @@ from ..common import scrubbed
 from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import Options
 
-PACKAGE = Path(__file__).parent.parent
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 MOST_NOT_RUN = 20
-
-
-def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    """Give a failed gate its own text, and put its verdicts on the report of its call."""
-    from .gate import VERDICTS
-
-    if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
-        _describe_failure(item, call, report)
-    if verdicts := item.stash.get(VERDICTS, None):
-        from ..report import attach, to_plain
-
-        if not report.failed:  # a comparison that the test itself took back, or an expected failure
-            verdicts = [verdict for verdict in verdicts if not verdict.failed]
-        results = [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts]
-        setattr(report, FIELD, results)
-        attach(item, report, results)
-        item.stash[VERDICTS] = []
-
-
-def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    from ..common import QsaError
-    from ..report import failure_text
-    from .gate import VERDICTS, GateFailure
-
-    assert call.excinfo is not None
-    error = call.excinfo.value
-    recorded = item.stash.get(VERDICTS, None) or []
-    if isinstance(error, GateFailure):
-        verdict = error.verdict
-    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and _asserts(call, recorded[-1]):
-        verdict = recorded[-1]
-    elif isinstance(error, QsaError):
-        verdict = _stopped(item, error)
-    else:
-        return
-    representation = call.excinfo.getrepr(style="short", chain=False, tbfilter=lambda info: _users_frames(info, item))
-    _replace_text(representation, failure_text(verdict))
-    if representation.reprcrash is not None:
-        frames = _users_frames(call.excinfo, item)
-        if len(frames):
-            representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
-        representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
-    report.longrepr = representation
-
-
-def _asserts(call: pytest.CallInfo[None], verdict: Any) -> bool:
-    """Say whether the assert statement that failed is the one that compared: the test may have gone on to another."""
-    import ast
-
-    assert call.excinfo is not None
-    frame = call.excinfo.traceback[-1]
-    line, at = int(verdict.where.rpartition(":")[2]), frame.lineno + 1
-    try:
-        tree = ast.parse(Path(frame.path).read_bytes())
-    except (OSError, SyntaxError):
-        return line == at
-    asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
-    return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
-
-
-def _users_frames(info: Any, item: pytest.Item) -> Any:
-    """Keep the frames of the test and of what it calls, of a suite the line of the bound; ours tell a user nothing."""
-    from .collection import QsaSuite
-
-    if isinstance(item.parent, QsaSuite):
-        return info.traceback[-1:]
-    return info.traceback.cut(path=item.path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
-
-
-def _replace_text(representation: Any, text: str) -> None:
-    """Put the verdict's text where pytest printed the exception, whose class name means nothing to a reader."""
-    entry = representation.reprtraceback.reprentries[-1]
-    source = [line for line in entry.lines if not line.startswith("E ")]
-    entry.lines = source + [f"E   {line}" for line in text.splitlines()]
-
-
-def _stopped(item: pytest.Item, error: Any) -> Any:
-    """Make the verdict of a Python test that an error stopped before it could compare."""
-    from dataclasses import replace
-
-    from ..common import shown_path
-    from ..verdicts import anomaly
-    from .gate import VERDICTS
-
-    verdict = replace(anomaly(error), id=item.name, where=shown_path(item.path))
-    item.stash.setdefault(VERDICTS, []).append(verdict)
-    return verdict
 
 
 class Reporter:
@@ -197,7 +109,8 @@ class Reporter:
         from ..suite import Captures
         from ..tools import gathered, plan_lines
         from .collection import QsaSuite
-        from .gate import Gate, plain_name
+        from .gate import Gate
+        from .items import plain_name
 
         def measured(dtype: str, weights: Path | None) -> Any:
             from ..engine import this_machine  # torch, only where a pass would run

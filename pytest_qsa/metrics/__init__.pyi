@@ -12,7 +12,7 @@ from .fidelity import (
     local_powers as local_powers,
     local_tokens as local_tokens,
 )
-from .loaded import blamed as blamed
+from .loaded import made_by_loader as made_by_loader
 from .predictions import (
     KL as KL,
     NLL as NLL,

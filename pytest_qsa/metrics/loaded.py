@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..captures import STORED, Site, SiteNumbers, Statistic
 from .quantization import decibels
 from .registry import View, metric
-
-if TYPE_CHECKING:
-    from ..captures import Capture
-    from ..verdicts import Verdict
 
 ONE_FACTOR = 40.0
 """So many dB above what is left of a difference, one factor explains it."""
@@ -35,7 +30,7 @@ def loaded_weights(view: View) -> float:
     return math.sqrt(error / signal)
 
 
-def blame(numbers: SiteNumbers) -> str:
+def made_by_loader(numbers: SiteNumbers) -> str:
     """Say what the loader made of a weight: a factor where one explains the difference."""
     if numbers.stored is None:
         return ""
@@ -52,17 +47,3 @@ def blame(numbers: SiteNumbers) -> str:
     if cosine > ALIKE:
         return f"the loader made it about × {gain:.4g}"
     return f"the loader made another of it, cosine {cosine:.2f}"
-
-
-def blamed(verdict: Verdict, capture: Capture) -> Verdict:
-    """Say of each weight that is not as in its file what the loader made of it."""
-    if verdict.query.get("metric") != "loaded_weights" or verdict.query.get("over"):
-        return verdict
-    rows = [replace(row, detail=blame(capture.sites[row.layer, "weight"])) for row in verdict.rows]
-    if not verdict.failing_rows:
-        return replace(verdict, rows=rows)
-    text = f"{verdict.headline}; {rows[0].detail}"
-    return replace(verdict, rows=rows, headline=text, hints=[*verdict.hints, _ADVICE])
-
-
-_ADVICE = "the files were unpacked by their quantizer's own library: the loader is at fault, not the checkpoint"

@@ -30,7 +30,7 @@ def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
     """Return a verdict as the properties of a JUnit test case; builtins only, for pytest-xdist."""
     properties: list[tuple[str, str | float]] = [
         ("qsa_kind", str(verdict.kind)), ("qsa_verdict", verdict.headline), ("qsa_bound", verdict.bound),
-        ("qsa_where", verdict.where),
+        ("qsa_where", str(verdict.where or "")),
     ]  # fmt: skip
     if verdict.rows:
         worst = verdict.rows[0]

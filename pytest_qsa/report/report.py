@@ -19,7 +19,7 @@ SCHEMA = "qsa-report/1"
 def to_plain(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as builtins only, with `used` for each row, and `failed`."""
     fields = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
-    content: dict[str, Any] = builtins_of(fields | {"run": verdict.run.plain()})
+    content: dict[str, Any] = builtins_of(fields | {"run": verdict.run.plain(), "where": str(verdict.where or "")})
     content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
     content["findings"] = [dataclasses.asdict(finding) for finding in verdict.findings]

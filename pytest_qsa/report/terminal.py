@@ -56,7 +56,7 @@ def _facts(verdict: Verdict) -> Iterator[str]:
         *verdict.origin.items(),
         ("ran", verdict.run.summary(verdict.subject)),
         ("since", verdict.since),
-        ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where),
+        ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where and str(verdict.where)),
         *(("waiver", str(use)) for use in verdict.waivers),
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),

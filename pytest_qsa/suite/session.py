@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
 from ..common import AnomalyError, InfraError, QsaError, write_atomically
@@ -18,6 +19,10 @@ from .subject import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
 """Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""
+
+Source = Literal["pass", "cache", "worker"]
+"""Where a capture is from: a pass of this process, the cache of earlier runs, or another worker of xdist."""
+Found = tuple[Capture, Source]
 
 
 @dataclass
@@ -32,8 +37,18 @@ class Captures:
     _memory: dict[str, Capture] = field(default_factory=dict)
     _failures: dict[str, QsaError] = field(default_factory=dict)
 
-    def get(self, key: str, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+    def get(
+        self,
+        key: str,
+        subject: Subject,
+        requests: Sequence[Request],
+        make: MakeCapture,
+        announce: Callable[[Capture, bool], None] = lambda capture, cached: None,
+    ) -> Capture:
         """Return the capture of a key, made at most once in the session (once a run under xdist).
+
+        `announce`: called with a capture that this process made or took from the cache (`cached`), before any other
+        test gets it; not with one that another worker made.
 
         Raises:
             QsaError: the capture failed; the same error again for every test that needs it, without another try.
@@ -42,10 +57,13 @@ class Captures:
             raise again(self._failures[key])
         if key not in self._memory:
             try:
-                self._memory[key] = self._make(subject, merge_requests(requests), make)
+                capture, source = self._make(subject, merge_requests(requests), make)
             except QsaError as error:
                 self._failures[key] = error
                 raise
+            self._memory[key] = capture
+            if source != "worker":
+                announce(capture, source == "cache")
         return self._memory[key]
 
     def forget(self, key: str) -> None:
@@ -67,26 +85,29 @@ class Captures:
     def _hashes(self) -> FileHashes:
         return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
-    def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+    def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         if self.shared is None or subject.model is None:
             return self._through_cache(subject, requests, make)
         return self._make_shared(subject, requests, lambda plan: self._through_cache(subject, plan, make))
 
-    def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
+    def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         hashes = self._hashes()
+        source: Source = "cache"
         fingerprint = fingerprint_of(subject, hashes, beside=compares(requests)) if self.cache else None
 
         def known(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
+            nonlocal source
+            source = "pass"
             return identified(make(plan, sums), subject, hashes)
 
         if self.cache is None or fingerprint is None:
-            return known(requests, None)
+            return known(requests, None), source
         capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, known)
-        return identified(capture, subject, hashes)  # the same bytes may have lain elsewhere
+        return identified(capture, subject, hashes), source  # the same bytes may have lain elsewhere
 
     def _make_shared(
-        self, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Capture]
-    ) -> Capture:
+        self, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Found]
+    ) -> Found:
         from filelock import FileLock
 
         assert self.shared is not None
@@ -97,14 +118,14 @@ class Captures:
             if failure.exists():
                 raise _recalled(failure)
             if file.exists():
-                return Capture.load(file)
+                return Capture.load(file), "worker"
             try:
-                capture = make(requests)
+                capture, source = make(requests)
             except QsaError as error:
                 write_atomically(failure, json.dumps({"kind": error.kind, "text": str(error)}))
                 raise
             capture.save(file)
-            return capture
+            return capture, source
 
 
 def again(error: QsaError) -> QsaError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..common import BaselineError
-from ..metrics import Series
+from ..metrics import Bounds, Series
 
 FORMAT = "qsa-baseline/1"
 DIGITS = 5
@@ -85,3 +85,67 @@ def _written(value: float) -> int | float | str:
 def rounded(value: float) -> float:
     """Round to the digits that a baseline keeps."""
     return float(f"{value:.{DIGITS}g}")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from its baseline a layer may be: max(abs, rel·|baseline|); `up` and `down` forbid one direction only."""
+
+    rel: float = 0.0
+    abs: float = 0.0
+    direction: str = "both"
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("both", "up", "down"):
+            raise ValueError(f"direction '{self.direction}': one of both, up, down")
+        if not (self.rel >= 0 and self.abs >= 0):
+            raise ValueError(f"rel={self.rel:g}, abs={self.abs:g}: a tolerance is 0 or more")
+
+    def bounds(self, baseline: float) -> Bounds:
+        """Return what a layer with this baseline may be; where that is ∞ nothing finite is near it."""
+        if math.isinf(baseline):
+            return Bounds(None if self.direction == "up" else baseline, None if self.direction == "down" else baseline)
+        allowed = max(self.abs, self.rel * abs(baseline))
+        low = None if self.direction == "up" else baseline - allowed
+        high = None if self.direction == "down" else baseline + allowed
+        return Bounds(low, high)
+
+    def __str__(self) -> str:
+        """Write it as a suite does: `baseline ± 5 %`."""
+        parts = [f"{self.rel * 100:.3g} %"] if self.rel else []
+        parts += [f"{self.abs:g}"] if self.abs or not self.rel else []
+        sign = {"both": "±", "up": "+", "down": "−"}[self.direction]
+        return f"baseline {sign} {' or '.join(parts)}"
+
+
+def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -> None:
+    """Check that a baseline is of the same definition, tokens and layers as a series.
+
+    Raises:
+        BaselineError: it is not; the text says what differs.
+    """
+    now = BaselineFile.of(series, data)
+    if now.query != baseline.query:
+        changed = [
+            key for key in sorted({*now.query, *baseline.query}) if now.query.get(key) != baseline.query.get(key)
+        ]
+        first = changed[0]
+        raise BaselineError(
+            f"the baseline was made with another {first}: {baseline.query.get(first)!r}, now {now.query.get(first)!r}, "
+            "so the numbers can't be compared"
+        )
+    if baseline.data != now.data and series.query.site != "weight":
+        raise BaselineError(
+            f"the baseline was made on other tokens ({_shortened(baseline.data)}, now {_shortened(now.data)}): data, "
+            "tokenizer, seed, num_samples or seq_len changed, so the numbers can't be compared"
+        )
+    gone = [layer for layer in baseline.values if layer not in series.layers]
+    new = [layer for layer in series.layers if layer not in baseline.values]
+    if gone or new:
+        parts = [f"{len(names)} {word} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})" for word, names in
+                 (("vanished", gone), ("appeared", new)) if names]  # fmt: skip
+        raise BaselineError(f"the layers differ from the baseline's: {'; '.join(parts)}")
+
+
+def _shortened(fingerprint: str | None) -> str:
+    return (fingerprint or "none").removeprefix("sha256:")[:12]

@@ -15,8 +15,9 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 from ..captures import ModelProvenance
 from ..common import BaselineError, InfraError, write_atomically
 from ..metrics import Series
-from .baseline_file import BaselineFile, is_baseline
-from .verdict import Kind, Tolerance, Verdict, accepted, judge_baseline
+from .baseline_file import BaselineFile, Tolerance, is_baseline
+from .judgement import BASELINE, NO_LENIENCY, Judgement, Leniency, within_baseline
+from .verdict import Kind
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 FOLDER = "qsa_baselines"
 CLASS = re.compile(r"@(cpu|mps|xpu|sm_\d+|gfx\w+)$")
 """The end of a baseline's name that says whose class of devices it is; an id holds no `@`."""
-HOME = pytest.StashKey[Path]()
+BASELINE_FOLDER = pytest.StashKey[Path]()
 """On an item: the folder of its baselines."""
-NAME = pytest.StashKey[str]()
+BASELINE_NAME = pytest.StashKey[str]()
 """On an item: the name of its baselines, without the id of a checkpoint."""
 
 
@@ -54,7 +55,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         syrupy asks this of every collected test, gates or not; one that has not run owns a folder that can't exist.
         """
         nowhere = Path(test_location.filepath).parent / FOLDER / "\N{EMPTY SET}" / "\N{EMPTY SET}"
-        return str(test_location.item.stash.get(HOME, nowhere))
+        return str(test_location.item.stash.get(BASELINE_FOLDER, nowhere))
 
     @classmethod
     def discovery_dirname(cls, *, test_location: PyTestLocation) -> str:
@@ -73,7 +74,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
     @classmethod
     def get_snapshot_name(cls, *, test_location: PyTestLocation, index: SnapshotIndex = 0) -> str:
         """Return the assertion's id, whatever checkpoint stands in the test's own."""
-        return test_location.item.stash.get(NAME, test_location.item.name) + (f".{index}" if index else "")
+        return test_location.item.stash.get(BASELINE_NAME, test_location.item.name) + (f".{index}" if index else "")
 
     @classmethod
     def matches_test_location(cls, *, test_location: PyTestLocation, snapshot_location: str) -> bool:
@@ -123,8 +124,8 @@ def name_for_class(
     if shared.with_name(f"{own}.json").exists():
         return own
     if updating and shared.exists():
-        verdict, _ = _verdict(shared, series, tolerance, data, made_with)
-        if (verdict is None or verdict.failed) and _class_of(shared) not in (None, made_with.device_class):
+        judgement, _ = _judgement(shared, series, tolerance, data, made_with)
+        if (judgement is None or judgement.failed) and _class_of(shared) not in (None, made_with.device_class):
             return own
     return shared.stem
 
@@ -145,43 +146,56 @@ def baseline_folder(suite: Path, model: str) -> Path:
 
 
 def judge_against_baseline(
-    series: Series, tolerance: Tolerance, snapshot: SnapshotAssertion, data: str | None, made_with: ModelProvenance
-) -> Verdict:
+    series: Series,
+    tolerance: Tolerance,
+    snapshot: SnapshotAssertion,
+    data: str | None,
+    made_with: ModelProvenance,
+    leniency: Leniency = NO_LENIENCY,
+) -> Judgement:
     """Hold a series against its baseline; with `--snapshot-update` the baseline follows where it doesn't fit.
 
     Raises:
         BaselineError: the baseline is missing, or can't be compared.
+        InfraError: syrupy could not read or write it.
     """
     series.check()
     extension = snapshot.extension
     assert isinstance(extension, QsaBaselineExtension)
     location = Path(extension.get_location(test_location=snapshot.test_location, index=snapshot.index))
     existed = location.exists()
-    verdict, problem = _verdict(location, series, tolerance, data, made_with)
-    extension.accepts = verdict is not None and verdict.kind is Kind.PASSED
+    judgement, problem = _judgement(location, series, tolerance, data, made_with, leniency)
+    extension.accepts = judgement is not None and judgement.kind is Kind.PASSED
+    # comparing with a snapshot is what makes syrupy write it
     written = snapshot == BaselineFile.of(series, data, made_with).dump()
     if not extension.accepts and written:
         text = f"the baseline {location.name} was {'updated' if existed else 'created'}"
-        return accepted(series, text, str(tolerance))
+        uses = leniency.uses(())
+        return Judgement(Kind.PASSED, text, series.query.plain(), bound=str(tolerance), key=BASELINE, waivers=uses)
     failure = [*snapshot.executions.values()][-1].exception if not written else None
     if failure is not None:
         raise InfraError(f"the baseline {location.name} can't be used: {type(failure).__name__}: {failure}")
     if problem is not None:
         raise problem
-    assert verdict is not None
-    return verdict
+    assert judgement is not None
+    return judgement
 
 
-def _verdict(
-    location: Path, series: Series, tolerance: Tolerance, data: str | None, made_with: ModelProvenance
-) -> tuple[Verdict | None, BaselineError | None]:
+def _judgement(
+    location: Path,
+    series: Series,
+    tolerance: Tolerance,
+    data: str | None,
+    made_with: ModelProvenance,
+    leniency: Leniency = NO_LENIENCY,
+) -> tuple[Judgement | None, BaselineError | None]:
     try:
-        kept = location.read_bytes().decode("utf-8", "replace")
+        text = location.read_bytes().decode("utf-8", "replace")
     except (FileNotFoundError, NotADirectoryError):
         return None, BaselineError(
             f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
         )
     try:
-        return judge_baseline(series, BaselineFile.parse(kept), tolerance, data, made_with), None
+        return within_baseline(series, BaselineFile.parse(text), tolerance, data, made_with, leniency), None
     except BaselineError as error:
         return None, error

@@ -22,6 +22,11 @@ class Budget:
     text: str
     keys: Mapping[tuple[str, str], tuple[str, ...]]
 
+    @classmethod
+    def of(cls, bounds: Bounds, layers: Sequence[str]) -> Budget:
+        """Give all layers the same bounds, which no suite states."""
+        return cls([bounds] * len(layers), str(bounds), {})
+
 
 def budget_of(
     stated: Mapping[str, Stated],

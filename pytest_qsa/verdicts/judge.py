@@ -1,33 +1,283 @@
-"""An assertion of a suite and a capture → the series that is judged, calibrated or kept."""
+"""An assertion and its evidence → a `Verdict`, for measured, static and external assertions alike. No pytest here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 
-from ..captures import Capture
-from ..metrics import Series
+import numpy as np
 
-if TYPE_CHECKING:
-    from ..suite import MeasuredAssertion
+from ..captures import Capture, FilesProvenance, ModelProvenance, Provenance
+from ..checkpoint import Files, Finding, problems_of
+from ..common import BaselineError, QsaError, shown_path
+from ..external import Compared, Wanted, compared, conditions_of, folded, read_scores, widened
+from ..metrics import Query, Series
+from ..suite import (
+    NAME_PLACEHOLDER,
+    Assertion,
+    CheckpointAssertion,
+    ExternalAssertion,
+    Location,
+    MeasuredAssertion,
+    Place,
+)
+from .baseline_file import Tolerance
+from .budgets import Budget, budget_of
+from .judgement import NO_LENIENCY, Judgement, Leniency, joint_uses, waiver_notes, within_budget
+from .measurement import measured, settled
+from .previous import Release
+from .ratchet import limits_of
+from .tokens import sinks_behind
+from .verdict import Kind, Limit, Verdict, failing
+
+HoldAgainstBaseline = Callable[[Series, Tolerance, str | None, Leniency], Judgement]
+"""Holds a series against the baseline of a test; the string names the class of devices that has its own baselines.
+
+Raises `BaselineError` where there is no baseline yet, or where it can't be compared.
+"""
 
 
-def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
-    """Compute an assertion's series of a capture; there is something in it, and all of it is finite.
+@dataclass(frozen=True)
+class Measurement:
+    """Evidence for a measured assertion: a capture, and what it may be compared with.
+
+    `release`: the last release, for bounds that follow it.
+    """
+
+    capture: Capture
+    baseline: HoldAgainstBaseline
+    release: Release | None = None
+
+
+@dataclass(frozen=True)
+class EvalFiles:
+    """Evidence for an external assertion: result files relative to `folder`; `name`: what `{name}` in a path means."""
+
+    folder: Path
+    name: str
+
+
+Evidence = Measurement | Files | EvalFiles | QsaError
+"""What an assertion is judged by: numbers of a pass, a checkpoint's files, results of an eval, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a verdict says of the test that it is about.
+
+    `path`: the subject's. `command`: runs this test again. `place`: keys below an assertion → the line of the suite
+    where that bound is set.
+    """
+
+    id: str = ""
+    subject: str = ""
+    path: str = ""
+    command: str = ""
+    place: Callable[[Location], Place | None] = lambda key: None
+
+
+def judge_assertion(
+    assertion: Assertion, evidence: Evidence, test: Identity, today: date, *, ratchet: bool = False
+) -> Verdict:
+    """Judge one assertion. What stops it, in the evidence or on the way, becomes a red verdict.
+
+    `today`: the day for waivers. `ratchet`: whether to note the bounds that could be tighter.
+    """
+    try:
+        judgement = _judgement(assertion, evidence, Leniency(assertion.waivers, today))
+    except QsaError as error:
+        judgement = stopped(error, assertion.query)
+    if assertion.level == "warn" and judgement.kind is Kind.REGRESSION:  # one that saw nothing sound still fails
+        judgement = replace(judgement, kind=Kind.WARNED)
+    capture = evidence.capture if isinstance(evidence, Measurement) else None
+    schemes = capture.schemes if capture else None
+    limits = limits_of(assertion, judgement.rows, schemes, test.place) if ratchet else ()
+    return concluded(judgement, test, capture, reason=assertion.reason, limits=limits)
+
+
+def _judgement(assertion: Assertion, evidence: Evidence, leniency: Leniency) -> Judgement:
+    """Judge by the type of the assertion: the one place that asks for it.
 
     Raises:
-        AnomalyError: there is nothing to compute from, or a value is not finite.
+        QsaError: there is nothing sound to judge.
     """
-    series = series_of(assertion, capture)
+    match assertion, evidence:
+        case _, QsaError():
+            raise evidence
+        case CheckpointAssertion(), Files():
+            return _of_files(assertion, evidence, leniency)
+        case ExternalAssertion(), EvalFiles():
+            return judge_evals(assertion, evidence, leniency)
+        case MeasuredAssertion(), Measurement():
+            return _of_measurement(assertion, evidence, leniency)
+    raise TypeError(f"{type(assertion).__name__} can't be judged by {type(evidence).__name__}")
+
+
+def concluded(
+    judgement: Judgement,
+    test: Identity,
+    capture: Capture | None = None,
+    *,
+    reason: str | None = None,
+    limits: Sequence[Limit] = (),
+) -> Verdict:
+    """Make the verdict of a test from what its numbers came to. `capture`: where the numbers come from, if from one."""
+    if capture is not None:
+        run = provenance_of(capture)
+    else:
+        run = judgement.run if judgement.run.model.path else replace(judgement.run, model=ModelProvenance(test.path))
+    return Verdict(
+        id=test.id,
+        subject=test.subject,
+        kind=judgement.kind,
+        headline=judgement.headline,
+        query=judgement.query,
+        rows=judgement.rows,
+        bound=judgement.bound,
+        where=test.place(judgement.key),
+        reason=reason,
+        positions=judgement.query.get("positions") if judgement.rows else None,
+        sinks=sinks_behind(capture, judgement.query).summary() if capture else "",
+        run=run,
+        command=test.command,
+        accept=f"{test.command} --snapshot-update" if judgement.updatable else "",
+        updatable=judgement.updatable,
+        since=judgement.since,
+        findings=judgement.findings,
+        waivers=judgement.waivers,
+        limits=limits,
+    )
+
+
+def provenance_of(capture: Capture) -> Provenance:
+    """Return where the numbers of a capture come from, with the model that the reference's come from."""
+    if capture.reference is None:
+        return capture.provenance
+    return replace(capture.provenance, reference=capture.reference.provenance.model)
+
+
+def stopped(error: QsaError, query: Query | None = None) -> Judgement:
+    """Turn an error into the judgement of the assertion that it stopped."""
+    kind = Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA
+    asked = query.plain() if query else {}
+    return Judgement(kind, str(error), asked, updatable=isinstance(error, BaselineError))
+
+
+def _of_files(assertion: CheckpointAssertion, files: Files, leniency: Leniency) -> Judgement:
+    series, found = problems_of(files, assertion.metric, assertion.layers, assertion.exclude, **assertion.parameters)
+    series = series.folded(assertion.over)
     series.check()
-    return series
+    budget = budget_of(assertion.stated, series.layers, None)
+    return judge_problems(series, found, budget, files, leniency)
 
 
-def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
-    """Compute an assertion's series of a capture, whatever is in it.
+def judge_problems(
+    series: Series, found: Sequence[Finding], budget: Budget, files: Files, leniency: Leniency = NO_LENIENCY
+) -> Judgement:
+    """Hold the number of problems of each layer against a budget; the judgement carries the findings.
 
     Raises:
-        AnomalyError: there is nothing to compute from.
+        AnomalyError: there is no layer.
     """
-    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
-    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
-    return series.folded(assertion.over)
+    judgement = within_budget(series, budget, leniency)
+    headline = f"{len(series.layers)} layers without a problem{_not_checked(series, files)}"
+    if found:
+        layers = {finding.layer for finding in found}
+        many = f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(layers)} of {len(series.layers)} layers"
+        headline = f"{many} ({judgement.bound}); the first: {found[0].tensor}: {found[0].what}"
+        out = [row for row in judgement.rows if row.excess]
+        headline += waiver_notes(judgement.waivers, out, failing(out))
+    return replace(judgement, headline=headline, findings=tuple(found), run=_run_of_files(files))
+
+
+def _not_checked(series: Series, files: Files) -> str:
+    """Say what a passed health check did not look at."""
+    if series.query.metric == "checkpoint_health" and files.reference is None:
+        return "; settings were not compared, for the suite names no model.reference"
+    return ""
+
+
+def _run_of_files(files: Files) -> Provenance:
+    """Return what the checks read: the folder, how many files and tensors, the declared format, the reference."""
+    folder, quantization = files.folder, files.folder.quantization
+    names = {tensor.file for tensor in folder.tensors.values()}
+    form = quantization.get("format") or quantization.get("bits") or ""
+    read = FilesProvenance(len(names), len(folder.tensors), f"{files.format.label} {form}".strip())
+    return Provenance(
+        ModelProvenance(str(folder.path), files=read),
+        reference=ModelProvenance(str(files.reference.path)) if files.reference else None,
+    )
+
+
+def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Leniency) -> Judgement:
+    """Judge what another program measured.
+
+    Raises:
+        InfraError: a file is missing.
+        AnomalyError: there is nothing sound in it, or nothing that can be compared.
+    """
+    file = evals.folder / assertion.file.replace(NAME_PLACEHOLDER, evals.name)
+    other = evals.folder / assertion.reference.replace(NAME_PLACEHOLDER, evals.name) if assertion.reference else None
+    scores = _scores(assertion, file, other)
+    names = [each.score.name for each in scores]
+    series = Series(names, np.array([each.value for each in scores]), assertion.query)
+    series.check()
+    budget = budget_of(assertion.stated, names, None)
+    text = budget.text + (f" ± {assertion.sigmas:g} standard errors" if assertion.sigmas else "")
+    bounds = widened(budget.bounds, scores, assertion.compare, assertion.sigmas)
+    details = {each.score.name: each.detail for each in scores}
+    judgement = within_budget(series, replace(budget, bounds=bounds, text=text), leniency, details)
+    return replace(judgement, run=_run_of_evals(file, other, scores))
+
+
+def _scores(assertion: ExternalAssertion, file: Path, other: Path | None) -> Sequence[Compared]:
+    wanted = Wanted(
+        assertion.tasks,
+        assertion.exclude,
+        assertion.score,
+        assertion.pointer,
+        assertion.stderr,
+        assertion.higher_is_better,
+    )
+    scores = read_scores(file, wanted)
+    references = read_scores(other, wanted) if other else None
+    gain = assertion.implausible_gain
+    return folded(compared(scores, references, assertion.compare, implausible_gain=gain), assertion.over)
+
+
+def _run_of_evals(file: Path, reference: Path | None, scores: Sequence[Compared]) -> Provenance:
+    """Return what was read: the files, and under which conditions the scores were measured."""
+    conditions = conditions_of([each.score for each in scores])
+    evals = {"file": shown_path(file), **conditions} | ({"reference": shown_path(reference)} if reference else {})
+    return Provenance(evals=evals)
+
+
+def _of_measurement(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
+    capture, known = settled(assertion, evidence.capture)
+    series = measured(assertion, capture)
+    bounded = None
+    if assertion.stated:
+        previous = _previous(assertion, series, evidence) if assertion.follows else None
+        budget = budget_of(assertion.stated, series.layers, capture.schemes, previous)
+        bounded = within_budget(series, budget, leniency, dict.fromkeys(series.layers, known) if known else None)
+    if assertion.baseline is None or (bounded is not None and bounded.failed):
+        assert bounded is not None  # an assertion has a bound or a baseline
+        return bounded
+    kept = assertion.baseline
+    compared = evidence.baseline(series, Tolerance(kept.rel, kept.abs, kept.direction), kept.per, leniency)
+    if bounded is None:
+        return compared
+    shown = bounded if bounded.kind is Kind.WARNED and not compared.failed else compared
+    return replace(shown, waivers=joint_uses(bounded, compared))
+
+
+def _previous(assertion: MeasuredAssertion, series: Series, evidence: Measurement) -> Mapping[str, float]:
+    assert evidence.release is not None
+    return evidence.release.values(
+        series,
+        evidence.capture.provenance.data.fingerprint,
+        assertion.id,
+        lambda release: measured(assertion, release),
+    )

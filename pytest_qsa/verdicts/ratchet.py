@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..suite import Location, Place, Stated
+from ..suite import Assertion, Location, Place, Stated
 from .budgets import key_of
 from .verdict import Limit, Row
 
@@ -22,20 +22,19 @@ SPARE = 1
 
 
 def limits_of(
-    stated: Mapping[str, Stated],
-    rows: Iterable[Row],
+    assertion: Assertion,
+    rows: Sequence[Row],
     schemes: Mapping[str, str] | None,
-    place: Callable[[Location], Place],
-    floors: Mapping[tuple[str, ...], float],
-    spare: Collection[tuple[str, ...]] = (),
+    place: Callable[[Location], Place | None],
 ) -> list[Limit]:
     """Return each number that an assertion states as its `max` or `min`, with the value that comes nearest to it.
 
-    Without rows, for nothing sound was seen, the bound itself is the nearest value: it stays as it is. `floors`: the
-    noise under a bound, which counts as a value. `spare`: the bounds that calibration gave room for one token more.
+    Without rows nothing sound was seen, so the bound itself counts as the nearest value and stays as it is. `schemes`:
+    quantized layer → its scheme. `place`: the keys of a bound → its line in the suite.
     """
-    rows = list(rows)
-    nearest = dict(floors) if rows else {}
+    stated = assertion.stated
+    # what qsa calibrate measured of a healthy model: no bound may be tighter, so it counts as a value
+    nearest = dict(assertion.noise.floors) if assertion.noise and rows else {}
     for row in rows:
         for name, worse in (("max", max), ("min", min)):
             if name in stated:
@@ -43,10 +42,17 @@ def limits_of(
                 nearest[key] = worse(nearest.get(key, row.value), row.value)
     limits = []
     for key, bound in _numbers(stated):
-        value = nearest[key] + SPARE * (key in spare) if key in nearest else bound
-        at = place(key)
-        limits.append(Limit(str(at.path), at.line, key[0], key[-1], bound, value))
+        value = nearest[key] + SPARE * _is_steady(assertion, key) if key in nearest else bound
+        if (at := place(key)) is not None:
+            limits.append(Limit(str(at.path), at.line, key[0], key[-1], bound, value))
     return limits
+
+
+def _is_steady(assertion: Assertion, key: tuple[str, ...]) -> bool:
+    """Say whether a bound is on a number of tokens that calibration saw the same in all parts of the data."""
+    if assertion.noise is None or assertion.query.unit != "tokens" or key[0] != "max":
+        return False
+    return key in assertion.noise.steady
 
 
 def _numbers(stated: Mapping[str, Stated]) -> Iterator[tuple[tuple[str, ...], float]]:

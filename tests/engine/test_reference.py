@@ -16,11 +16,12 @@ from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
 from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.report.plots.values import value_figure
-from pytest_qsa.verdicts.baseline_file import BaselineFile
-from pytest_qsa.verdicts.beside import beside_reference
-from pytest_qsa.verdicts.evidence import token_evidence
-from pytest_qsa.verdicts.verdict import Tolerance, judge_baseline, judge_bounds
+from pytest_qsa.verdicts.baseline_file import BaselineFile, Tolerance
+from pytest_qsa.verdicts.judge import Identity, concluded
+from pytest_qsa.verdicts.judgement import within_baseline
+from pytest_qsa.verdicts.tokens import token_evidence
 from support import models
+from support.judged import explained, judge_bounds
 from support.models import BLOCKS, LINEAR, damaged
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -131,7 +132,8 @@ def test_a_baseline_at_infinity_is_valid_json_and_nothing_finite_is_near_it(dire
     baseline = BaselineFile.parse(text)
     assert list(baseline.values.values()) == [np.inf] * len(alike.layers)
     tolerance = Tolerance(rel=0.5, abs=10, direction=direction)
-    verdicts = [judge_baseline(series, baseline, tolerance, "tokens", UNKNOWN_MODEL) for series in (alike, other)]
+    judgements = [within_baseline(series, baseline, tolerance, "tokens", UNKNOWN_MODEL) for series in (alike, other)]
+    verdicts = [concluded(judgement, Identity()) for judgement in judgements]
     assert "".join(str(verdict.kind)[0] for verdict in verdicts) == kinds
     assert verdicts[0].rows[0].used == 0
     assert "nan" not in verdicts[1].headline
@@ -263,13 +265,13 @@ def test_what_the_reference_has_stands_beside_the_models_numbers_where_the_pass_
     cap = capture(other, BATCHES, sites=sites, reference=model)
     alone = capture(model, BATCHES, sites=sites).output(BLOCKS)
     own = cap.output(BLOCKS)
-    verdict = beside_reference(judge_bounds(own.magnitude("top1"), Bounds(max=1e9)), cap)
+    verdict = explained(judge_bounds(own.magnitude("top1"), Bounds(max=1e9)), cap)
     assert {row.layer: row.reference for row in verdict.rows} == dict(
         zip(alone.layers, alone.magnitude("top1").values.tolist(), strict=True)
     )
     assert any(row.reference != row.value for row in verdict.rows)
     for series in (own.sqnr(), own.kurtosis()):  # a distance; and what the pass did not keep of the reference
-        rows = beside_reference(judge_bounds(series, Bounds(max=1e9)), cap).rows
+        rows = explained(judge_bounds(series, Bounds(max=1e9)), cap).rows
         assert [row.reference for row in rows] == [None] * 2
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.suite import load_suite
-from pytest_qsa.verdicts.external import judge_scores
+from pytest_qsa.verdicts.judge import EvalFiles, judge_evals
+from pytest_qsa.verdicts.judgement import NO_LENIENCY
 from support.projects import Project
 
 BASE = {
@@ -62,7 +63,7 @@ class Evals:
     def judge(self, keys):
         """Judge one assertion without pytest around it."""
         (assertion,) = load_suite(self.suite(keys)).assertions
-        return judge_scores(assertion, self.project.folder, "int8")[0]
+        return judge_evals(assertion, EvalFiles(self.project.folder, "int8"), NO_LENIENCY)
 
     def run(self, *assertions, head="", arguments=()):
         return self.project.pytest(self.suite(*assertions, head=head).name, *arguments)

@@ -10,8 +10,8 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.series import Bounds
-from pytest_qsa.verdicts.verdict import judge_bounds
 from support import models
+from support.judged import judge_bounds
 
 EXPERTS = r"mlp\.experts$"
 BATCHES = [models.token_batch(2, 9), models.padded_batch([7, 4]), models.padded_batch([5, 6], "left")]

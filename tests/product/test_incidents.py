@@ -15,9 +15,10 @@ from pytest_qsa import capture
 from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.metrics.series import Bounds, Query, Series
-from pytest_qsa.verdicts.verdict import Kind, judge_bounds
+from pytest_qsa.verdicts.verdict import Kind
 from support import models
 from support.checkpoints import edited
+from support.judged import judge_bounds
 from support.projects import Project, suite
 
 DOWN, UP = "model.layers.2.mlp.down_proj", "model.layers.0.mlp.up_proj"

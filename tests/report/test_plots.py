@@ -25,8 +25,9 @@ from pytest_qsa.report.plots.magnitudes import magnitude_figure
 from pytest_qsa.report.plots.outliers import outlier_figure
 from pytest_qsa.report.plots.style import GROUP_STYLES, safe_text
 from pytest_qsa.report.plots.values import judged_layers, value_figure
-from pytest_qsa.verdicts.verdict import Kind, Row, Verdict, judge_bounds
+from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support.captures import statistics
+from support.judged import judge_bounds
 
 BLOCKS = r"layers\.\d+$"
 

@@ -310,7 +310,7 @@ class Forked(Selftest):
         words = (*suites, f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache")
         plugin = ("-p", "pytest_qsa.tools.selftest.recording")
         assert self.project.pytest(*words, *plugin, environment={RESULTS: str(file)}).code in (0, 1)
-        return json.loads(file.read_text())
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

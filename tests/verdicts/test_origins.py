@@ -10,11 +10,10 @@ from pytest_qsa import capture
 from pytest_qsa.checkpoint.checks.health import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.metrics.series import Bounds
-from pytest_qsa.verdicts.explain import diagnosed
 from pytest_qsa.verdicts.origins import origin_of
-from pytest_qsa.verdicts.verdict import judge_bounds
 from support import models
 from support.checkpoints import edited, save_llama
+from support.judged import explained, judge_bounds
 from support.models import damaged
 from support.projects import Project, suite
 
@@ -95,12 +94,12 @@ def test_settings_that_cannot_be_read_hide_no_scale_that_is_off(original, int8_l
     found = compared(original, with_weight(original, lambda weight: 2 * weight), "weights")
     verdict = judge_bounds(found.weight(LINEAR).weight_sqnr(), Bounds(min=99))
     files = Files(open_folder(folder), open_folder(llama))
-    told = diagnosed(verdict, found, lambda: files, {}).origin
+    told = explained(verdict, found, lambda: files).origin
     assert f"; {LAYER}.weight_scale: the median scale is 4 × that of its 4 siblings" in told["suspect"]
 
 
 COUNTED = """\
-import pytest_qsa.verdicts.explain as diagnosis
+import pytest_qsa.verdicts.explainers as diagnosis
 looked = diagnosis.origin_of
 def counting(*arguments):
     with open("looks.txt", "a") as file:

@@ -190,7 +190,7 @@ class Selftest:
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             copy = mutant.save(Path(scratch) / self.folder.path.name)
             suites = [self.suite, home / FILE] if beside else [self.suite]
-            results, perplexity = taken(self._pytest(copy, Path(scratch) / "results.json", suites))
+            results, perplexity = taken(self._pytest(copy, Path(scratch) / "results.jsonl", suites))
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
         failed = tuple(
             Catch(result["test"].partition("::")[2], result["kind"], bool(touched & set(result["layers"])))
@@ -212,7 +212,7 @@ class Selftest:
             raise InfraError(
                 f"pytest ended with {done.returncode} on {shown_path(self.suite)}: {' | '.join(lines[-3:])}"
             )
-        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if done.returncode == 1 and not any(result["failed"] for result in results):
             lines = [line for line in done.stdout.splitlines() if line.strip()]
             raise InfraError(f"a test failed that is no assertion of ours: {' | '.join(lines[-3:])}")

@@ -1,4 +1,4 @@
-"""Which bound of a served model's number decides an assertion: the one that proves what is said, or none."""
+"""An assertion and a capture → the series to judge; of a served model, the end of its interval that decides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,31 @@ from ..common import AnomalyError, number
 from ..external import bounded
 from ..metrics import Series
 from .budgets import budget_of
-from .judge import series_of
 
 if TYPE_CHECKING:
     from ..suite import MeasuredAssertion
+
+
+def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series of a capture; there is something in it, and all of it is finite.
+
+    Raises:
+        AnomalyError: there is nothing to compute from, or a value is not finite.
+    """
+    series = series_of(assertion, capture)
+    series.check()
+    return series
+
+
+def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series of a capture, whatever is in it.
+
+    Raises:
+        AnomalyError: there is nothing to compute from.
+    """
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
+    return series.folded(assertion.over)
 
 
 def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:

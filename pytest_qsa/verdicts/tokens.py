@@ -1,4 +1,4 @@
-"""The tokens behind a number: where they are, what they say, how far they stand out. numpy only."""
+"""The tokens behind a value: their location, their text, and how far they stand out. numpy only."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 SUITES := example_suites
 
-.PHONY: demo test lint generate docs clean
+.PHONY: demo test test-fast lint generate docs clean
 
 # One stamp for both: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ demo: $(DEMO)/.made
 # Two workers with a thread each: OpenMP threads that wait for one another's cores would make it many times slower.
 test: $(VENV)/.installed chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What needs no process of its own, no browser and no real model: under a minute, once numba's kernels are compiled.
+test-fast: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not process and not browser and not real_model'
 
 # The browser tests of the report drive Debian's chromium.
 .PHONY: chromium

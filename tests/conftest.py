@@ -10,8 +10,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches out
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
+from support import processes
 from support.checkpoints import FORMATS, TORCHAO, save_llama, save_quantized_llama, save_torchao_llama
 from support.projects import Project
+
+
+def pytest_runtest_setup(item):
+    """Let the helpers know whether the test says that it starts a process."""
+    processes.marked = item.get_closest_marker("process") is not None
 
 
 class Formats(dict):
@@ -89,8 +95,9 @@ def browser():
 
 
 @pytest.fixture
-def opened_page(browser):
+def opened_page(request, browser):
     """Return a function that opens a page; at the end no script may have failed and nothing may have been fetched."""
+    assert request.node.get_closest_marker("browser"), "this test starts a browser: mark it with @pytest.mark.browser"
     contexts, complaints, fetched = [], [], []
 
     def open_page(path, width=1280, **options):

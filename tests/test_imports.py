@@ -24,6 +24,7 @@ def test_probe():
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "module",
     ["pytest_qsa", "pytest_qsa.plugin", "pytest_qsa.gate.options", "pytest_qsa.gate.reporting", "pytest_qsa.cli"],
@@ -35,6 +36,7 @@ def test_importing_imports_nothing_heavy(tmp_path, module):
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+@pytest.mark.process
 def test_a_run_without_a_suite_imports_nothing_heavy(tmp_path):
     project = Project(tmp_path / "project")
     project.write("test_probe.py", PROBE.format(heavy=HEAVY))
@@ -46,6 +48,7 @@ def test_a_run_without_a_suite_imports_nothing_heavy(tmp_path):
     assert not (project.folder / "qsa-results").exists()
 
 
+@pytest.mark.process
 def test_collecting_a_suite_imports_no_torch(tmp_path):
     project = Project(tmp_path / "project")
     project.write("a.qsa.yaml", "assertions: [{id: a, metric: rms, layers: x, site: input, max: 1}]\n")
@@ -68,6 +71,7 @@ def test_the_public_names_come_from_the_package():
         pytest_qsa.captures_  # noqa: B018
 
 
+@pytest.mark.process
 def test_the_plugin_loads_its_options_and_tiers_alone(tmp_path):
     project = Project(tmp_path / "project")
     code = (
@@ -93,6 +97,7 @@ def test_every_room_has_a_face():
     assert rooms - {"cli"} == set(FACES)  # nothing stands above the command line, which has `main` alone
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("room", FACES)
 def test_a_face_imports_no_torch_and_has_every_name_that_it_says(tmp_path, room):
     code = (
@@ -136,6 +141,7 @@ def test_a_module_that_never_existed_is_still_unknown():
         importlib.import_module("pytest_qsa.divergences")
 
 
+@pytest.mark.process
 def test_a_filter_of_warnings_may_name_the_old_path_behind_error(tmp_path):
     project = Project(tmp_path / "project")
     project.write("pytest.ini", "[pytest]\nfilterwarnings =\n  error\n  default::pytest_qsa.errors.QsaWarning\n")

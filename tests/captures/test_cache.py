@@ -29,6 +29,7 @@ def own_llama(llama, tmp_path):
     return shutil.copytree(llama, tmp_path / "llama")
 
 
+@pytest.mark.process
 def test_an_edited_threshold_runs_no_model_and_imports_no_torch(own_project, llama):
     own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100")))
     first = own_project.pytest("--qsa-report=never")
@@ -38,6 +39,7 @@ def test_an_edited_threshold_runs_no_model_and_imports_no_torch(own_project, lla
     assert "REGRESSION" in again.out
 
 
+@pytest.mark.process
 def test_the_verdict_from_a_cached_capture_is_that_of_the_pass(own_project, llama):
     own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1")))
     texts = [own_project.pytest("--qsa-report=never").text("peaks") for _ in range(2)]
@@ -185,6 +187,7 @@ def test_the_folder_stays_within_its_size_and_loses_nothing_that_is_not_a_captur
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.process
 def test_another_checkpoint_in_the_same_folder_is_captured_anew(own_project, own_llama):
     def larger(weights):
         weights["model.layers.1.mlp.down_proj.weight"] *= 100

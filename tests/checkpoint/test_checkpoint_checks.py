@@ -511,10 +511,12 @@ def gated(tmp_path_factory, project, llama, int8_llama):
     return project, project.program(sys.executable, "-c", code)
 
 
+@pytest.mark.process
 def test_static_assertions_alone_import_no_torch(gated):
     assert "found []" in gated[1].stdout, gated[1].stdout
 
 
+@pytest.mark.process
 def test_the_failure_names_tensor_file_layer_and_what_to_do(gated):
     out = gated[1].stdout
     assert "E   REGRESSION health: 1 problem in 1 of 39 layers (max 0); the first: " in out
@@ -525,6 +527,7 @@ def test_the_failure_names_tensor_file_layer_and_what_to_do(gated):
     assert "again    pytest a.qsa.yaml::health" in out
 
 
+@pytest.mark.process
 def test_static_verdicts_are_judged_softened_and_reported_like_all_others(gated):
     project, done = gated
     kinds = {result["id"]: result["kind"] for result in project.json("qsa-results/report.json")["results"]}
@@ -537,6 +540,7 @@ def test_static_verdicts_are_judged_softened_and_reported_like_all_others(gated)
     assert "1 of 32 are NaN, the first at 3" in page
 
 
+@pytest.mark.process
 def test_a_static_assertion_adds_nothing_to_the_pass(own_project, int8_llama):
     own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 100")))
     run = own_project.pytest("a.qsa.yaml")
@@ -554,6 +558,7 @@ def test_a_static_assertion_adds_nothing_to_the_pass(own_project, int8_llama):
     assert unchanged
 
 
+@pytest.mark.process
 def test_a_model_that_was_read_and_run_is_one_subject_of_the_report(own_project, int8_llama):
     own_project.write("a.qsa.yaml", suite(int8_llama, "id: health, metric: checkpoint_health", peaks("max: 0")))
     own_project.pytest("a.qsa.yaml")
@@ -562,6 +567,7 @@ def test_a_model_that_was_read_and_run_is_one_subject_of_the_report(own_project,
     assert "1 of 2 failed" in page
 
 
+@pytest.mark.process
 def test_python_tests_check_the_files_without_a_pass(own_project, llama, int8_llama):
     own_project.write(
         "conftest.py",

@@ -185,6 +185,7 @@ def run(folders, tmp_path_factory):
     return project.pytest("--qsa-report=never")
 
 
+@pytest.mark.process
 def test_single_layers_of_a_smoothed_model_are_not_held_against_the_original(run):
     text = run.first_line("smoothed.qsa.yaml::layers")
     assert text.startswith(
@@ -194,22 +195,26 @@ def test_single_layers_of_a_smoothed_model_are_not_held_against_the_original(run
     assert any("compare whole blocks" in hint for hint in run.labelled("smoothed.qsa.yaml::layers")["next"])
 
 
+@pytest.mark.process
 def test_whole_blocks_of_a_smoothed_model_are_compared_as_ever(run):
     assert run.outcomes["smoothed.qsa.yaml::blocks"] == "passed"
     assert run.first_line("smoothed.qsa.yaml::closer").startswith("REGRESSION closer")
 
 
+@pytest.mark.process
 def test_a_warning_says_so_as_well_and_stays_one(run):
     assert run.outcomes["warned.qsa.yaml::layers"] == "passed"
     assert any("by design single layers" in warning["text"] for warning in run.warnings)
 
 
+@pytest.mark.process
 def test_of_a_rotated_model_only_predictions_are_compared(run):
     for test in ("layers", "blocks"):
         assert "point elsewhere" in run.first_line(f"rotated.qsa.yaml::{test}")
     assert run.outcomes["rotated.qsa.yaml::same"] == "passed"
 
 
+@pytest.mark.process
 def test_a_broken_layer_of_an_ordinary_checkpoint_is_still_a_regression(run):
     text = run.first_line("broken.qsa.yaml::layers")
     assert text.startswith("REGRESSION")

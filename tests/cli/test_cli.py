@@ -153,6 +153,7 @@ def test_help_is_no_mistake(capsys):
     assert "layers" in capsys.readouterr().out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("program", [["-m", "pytest_qsa"], None])
 def test_the_program_runs_by_its_name_and_as_a_module(tmp_path, program):
     project = Project(tmp_path / "project")

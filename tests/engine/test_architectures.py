@@ -6,6 +6,8 @@ from support.architectures import MODELS
 from support.checkpoints import save_tokenizer
 from support.projects import Project
 
+pytestmark = pytest.mark.process
+
 BLOCKS = r"(block|layer|layers|h)\.\d+$"
 
 

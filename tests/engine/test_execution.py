@@ -155,6 +155,7 @@ def run(quantized, unpacked, tmp_path_factory):
     return project, result, project.read("qsa-results/report.html")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["as-required", "one-of-two", "weights-alone", "idle-allowed"])
 def test_a_model_that_runs_as_required_passes(run, name):
     _, result, _ = run
@@ -171,6 +172,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_model_that_ran_otherwise_or_in_part_fails_and_names_the_module(run, name):
     _, result, _ = run
@@ -178,6 +180,7 @@ def test_a_model_that_ran_otherwise_or_in_part_fails_and_names_the_module(run, n
     assert f"E   {OTHERWISE[name]}" in text
 
 
+@pytest.mark.process
 def test_a_failure_and_the_report_say_what_the_model_was_executed_as(run):
     _, result, report = run
     words = "executed as weights only, dequantized when loaded (28 modules)"
@@ -186,6 +189,7 @@ def test_a_failure_and_the_report_say_what_the_model_was_executed_as(run):
     assert "weights only, dequantized when loaded (28 modules)" in report
 
 
+@pytest.mark.process
 def test_what_torchao_says_of_other_machines_is_in_no_failure(run):
     _, result, _ = run
     assert "W4A16 weights only" in result.text("noisy.qsa.yaml::peaks")
@@ -194,6 +198,7 @@ def test_what_torchao_says_of_other_machines_is_in_no_failure(run):
     assert "KernelPreference" not in result.out
 
 
+@pytest.mark.process
 def test_a_static_scale_that_is_too_large_is_seen_where_inputs_are_rounded_and_only_there(run):
     """With weights that are dequantized at load, the numbers are sound: only the requirement tells."""
     _, result, _ = run
@@ -202,6 +207,7 @@ def test_a_static_scale_that_is_too_large_is_seen_where_inputs_are_rounded_and_o
     assert result.outcomes["broken-unseen.qsa.yaml::close"] == "passed"
 
 
+@pytest.mark.process
 def test_a_cached_capture_still_tells_and_meets_the_requirement(run):
     project, _, _ = run
     project.write("again.qsa.yaml", project.read("unpacked.qsa.yaml").replace("max: 40", "max: 41"))
@@ -209,6 +215,7 @@ def test_a_cached_capture_still_tells_and_meets_the_requirement(run):
     assert again.first_line("::peaks").startswith("INFRA peaks: model.require: executed_as: emulated is not what ran")
 
 
+@pytest.mark.process
 def test_a_way_to_run_that_does_not_exist_is_refused_at_its_line(own_project):
     own_project.write("a.qsa.yaml", required("x", "W8A8 emulatd"))
     out = own_project.pytest().out

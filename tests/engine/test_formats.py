@@ -142,6 +142,7 @@ def gated(quantized, tmp_path_factory):
     return project.pytest("--qsa-report=never")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", WAYS)
 def test_a_checkpoint_of_each_format_is_gated_from_its_files_to_its_activations(gated, form):
     name = f"{form.replace(' ', '-')}.qsa.yaml"

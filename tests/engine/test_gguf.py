@@ -33,12 +33,14 @@ def run(files, llama, tmp_path_factory):
     return project.pytest("--qsa-report=never")
 
 
+@pytest.mark.process
 def test_a_sound_file_passes_and_says_what_it_was_executed_as(run):
     found = {test.rpartition("::")[2]: outcome for test, outcome in run.outcomes.items() if test.startswith("sound.")}
     assert found == dict.fromkeys(("peaks", "loads", "close", "files"), "passed"), run.out
     assert "llama was executed as weights only, dequantized when loaded (30 modules)" in run.out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "pre"), [("wrong", "default: "), ("unnamed", "not named, so that llama.cpp takes")])
 def test_ids_that_are_not_the_files_own_fail_and_the_first_is_named(run, name, pre):
     line = run.first_line(f"{name}.qsa.yaml::peaks")
@@ -48,6 +50,7 @@ def test_ids_that_are_not_the_files_own_fail_and_the_first_is_named(run, name, p
     assert line.endswith("the numbers would be another model's than the one that is served")
 
 
+@pytest.mark.process
 def test_a_kind_of_tokenizer_that_is_not_known_is_told_and_fails_nothing(run, files):
     assert run.outcomes["unknown.qsa.yaml::peaks"] == "passed"
     tokenizer = load_tokenizer(str(files["unknown"]), {"gguf_file": "model.gguf"})

@@ -304,6 +304,7 @@ def judged(gated):
     return gate(gated.folder)
 
 
+@pytest.mark.process
 def test_a_gate_needs_the_file_and_the_head_only(gated, judged):
     run = gated.pytest("gate.qsa.yaml", "--qsa-set=assertions.blocks.min=200")
     outcomes = {nodeid.rpartition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
@@ -325,7 +326,8 @@ def test_parts_of_the_samples_merge_to_the_whole(gated, judged):
     assert same
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.real_model
 def test_smollm2_fits_in_twelve_megabytes_and_its_predictions_are_those_of_both_models(tmp_path):
     program = ROOT / "example_suites" / "checkpoints.py"
     for command in ("fetch", "quantize"):

@@ -71,6 +71,7 @@ def compare_on_one_thread():
     sys.exit(torch.get_num_threads())
 
 
+@pytest.mark.process
 def test_a_comparison_leaves_the_number_of_torchs_threads_alone():
     process = forking().Process(target=compare_on_one_thread)
     process.start()

@@ -174,6 +174,7 @@ models._from_checkpoint = faulty
 """
 
 
+@pytest.mark.process
 def test_a_suite_blames_the_loader_in_its_failure(quantized, own_project):
     own_project.write("conftest.py", FACTORY.format(layer=DOWN))
     own_project.write("a.qsa.yaml", suite(quantized["int8"], "id: loads, metric: loaded_weights"))

@@ -27,6 +27,7 @@ def subject_of(llama, disk=False, samples=6):
     return Subject("llama", Model(path=str(llama)), Data(num_samples=samples, seq_len=32), memory, llama.parent)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits(llama, tmp_path, monkeypatch, disk):
     monkeypatch.setattr("pytest_qsa.engine.run.forward.WAVE", 2)
@@ -156,7 +157,7 @@ sys.exit(main({arguments!r}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_two_ranks_of_torchrun_draw_what_one_process_draws(written, tmp_path):
     text = "visualization: {save_dir: SAVE, output: {formats: [json]}, enabled: {magnitude_input: true}}\n"
     config = written(peaks("max: 100"))
@@ -182,7 +183,7 @@ def test_two_ranks_of_torchrun_draw_what_one_process_draws(written, tmp_path):
     assert equal
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_rank_that_dies_ends_the_run_without_a_hang_and_without_a_capture(written, tmp_path):
     config = written(peaks("max: 100"))
     arguments = [

@@ -51,6 +51,7 @@ def test_parts_against_a_reference_merge_to_the_whole(int8_llama, llama, whole):
     assert_equal(merge([captured(subject, share=Share(samples=ends)) for ends in ((2, 5), (0, 2))]), whole)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("small_waves")
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bits(
@@ -69,7 +70,7 @@ def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bit
     assert not file.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_workers_share_one_pass_of_two_models(tmp_path, int8_llama, llama):
     project = Project(tmp_path / "project")
     bounds = (
@@ -105,7 +106,7 @@ with joined() as ranks:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_two_ranks_with_two_models_give_the_bits_of_one_process(int8_llama, llama, whole, tmp_path, disk):
     paths, file = [str(TESTS)], str(tmp_path / "rank")

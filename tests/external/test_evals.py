@@ -69,6 +69,7 @@ class Evals:
         return self.project.pytest(self.suite(*assertions, head=head).name, *arguments)
 
 
+@pytest.mark.process
 def test_recovery_and_drop_are_of_the_reference_whichever_way_is_better(evals):
     own = copy.deepcopy(BASE)
     own["results"]["gsm8k"]["exact_match,strict-match"] = 0.549
@@ -223,6 +224,7 @@ def test_a_pointer_reads_any_json_with_its_standard_error(evals):
     assert verdict.rows[0].excess == pytest.approx(0.05 - 0.01 - math.hypot(0.02, 0.01))
 
 
+@pytest.mark.process
 def test_a_folder_stands_for_its_latest_results_and_name_for_the_subject(evals):
     old = copy.deepcopy(BASE)
     old["results"]["arc_easy"]["acc,none"] = 0.1
@@ -234,6 +236,7 @@ def test_a_folder_stands_for_its_latest_results_and_name_for_the_subject(evals):
     assert renamed.first_line("::a0").startswith("INFRA a0: runs/other: there is no such file")
 
 
+@pytest.mark.process
 def test_tasks_fold_are_waived_warn_and_group_as_layers_do(evals):
     evals.own("arc_easy", "acc,none", 0.65)
     beside = f"{BESIDE}, tasks: ^arc, score: acc, compare: drop"
@@ -256,6 +259,7 @@ def test_the_noise_of_a_mean_is_that_of_independent_tasks(evals):
     assert row.high == pytest.approx(0.01 + 3 * math.sqrt(2 * 0.0092**2 + 2 * 0.0145**2) / 2)
 
 
+@pytest.mark.process
 def test_an_eval_is_judged_without_torch(evals):
     evals.suite("file: base.json, tasks: arc_easy, score: acc, min: 0.7", "file: gone.json, score: acc, min: 0.7")
     code = (

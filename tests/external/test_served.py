@@ -242,6 +242,7 @@ def test_a_file_of_what_a_server_said_stands_in_for_it(judge, served, address, l
     assert told == pytest.approx(judge.values(f"{full(address)}, reference: {llama}"))
 
 
+@pytest.mark.process
 def test_two_files_are_compared_without_torch(judge, served, models, llama, truth):
     (p, q), tokens = truth
     reference = ServedModel(lambda ids: logprobs_of(models[llama], ids))
@@ -298,6 +299,7 @@ def test_perplexity_needs_a_tokenizer_and_no_reference(judge, address, llama):
         judge(full(address), "perplexity, max: 1")
 
 
+@pytest.mark.process
 def test_a_served_subject_in_pytest(project, served, address, llama, noisy):
     project.write("a.qsa.yaml", suite(
         f"{top(address, 20)}, reference: {llama}", "kl_divergence, max: 0", "kl_divergence, max: 1",
@@ -317,6 +319,7 @@ def test_a_served_subject_in_pytest(project, served, address, llama, noisy):
     assert local.code == 0, local.out
 
 
+@pytest.mark.process
 def test_a_server_that_is_not_there_is_infra_for_every_assertion(project, llama):
     project.write("b.qsa.yaml", suite(f"served: {{url: 'http://127.0.0.1:1/v1'}}, reference: {llama}", *EVERY[:2]))
     run = project.pytest("b.qsa.yaml")

@@ -8,6 +8,8 @@ import pytest
 
 from support.projects import peaks, suite
 
+pytestmark = pytest.mark.process
+
 GATE = """\
 model: {name: llama, path: nowhere}
 assertions:

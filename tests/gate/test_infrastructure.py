@@ -24,6 +24,7 @@ def gated(own_project, llama):
     return own_project
 
 
+@pytest.mark.process
 def test_under_ci_an_update_of_baselines_is_refused(gated):
     run = gated.pytest("--snapshot-update", "--qsa-report=never", environment=CI)
     assert run.code == 4
@@ -32,6 +33,7 @@ def test_under_ci_an_update_of_baselines_is_refused(gated):
     assert not (gated.folder / "qsa_baselines").exists()
 
 
+@pytest.mark.process
 def test_workers_refuse_an_update_under_ci_as_well(gated):
     run = gated.pytest("--snapshot-update", "--qsa-report=never", "-n", "1", environment=CI)
     assert run.code == 1
@@ -39,17 +41,20 @@ def test_workers_refuse_an_update_under_ci_as_well(gated):
     assert not (gated.folder / "qsa_baselines").exists()
 
 
+@pytest.mark.process
 def test_an_update_under_ci_can_be_allowed(gated):
     run = gated.pytest("--snapshot-update", "--qsa-allow-update", "--qsa-report=never", environment=CI)
     assert run.code == 0, run.out
     assert (gated.folder / "qsa_baselines/llama/a/drift.json").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("value", ["", "0", "false"])
 def test_a_ci_that_says_no_is_none(gated, value):
     assert gated.pytest("--snapshot-update", "--qsa-report=never", environment={"CI": value}).code == 0
 
 
+@pytest.mark.process
 def test_snapshots_of_others_may_be_updated_under_ci(own_project):
     own_project.write("test_words.py", "def test_words(snapshot): assert [1] == snapshot\n")
     assert own_project.pytest("--snapshot-update", environment=CI).code == 0
@@ -68,6 +73,7 @@ def outputs(tmp_path_factory, llama):
     return found
 
 
+@pytest.mark.process
 def test_a_redacted_run_shows_no_token_anywhere(outputs):
     shown = outputs["shown"][1]["evidence"][0]
     words = [shown[key] for key in ("before", "text", "after")]
@@ -84,6 +90,7 @@ def test_a_redacted_run_shows_no_token_anywhere(outputs):
         assert max(words, key=len) in outputs["shown"][2].read("qsa-results/report.html")
 
 
+@pytest.mark.process
 def test_a_redacted_run_keeps_the_numbers(outputs):
     def numbers(result):
         return [(token["layer"], token["sample"], token["position"], token["ratio"]) for token in result["evidence"]]
@@ -99,12 +106,14 @@ def test_the_token_of_the_hub_is_in_no_error(monkeypatch):
     assert scrubbed("nothing of hf_ or @ here") == "nothing of hf_ or @ here"
 
 
+@pytest.mark.process
 def test_the_token_of_the_hub_is_in_no_output(own_project):
     own_project.write("a.qsa.yaml", suite("./nowhere-s3cret-token", peaks("max: 1")))
     run = own_project.pytest("--qsa-report=always", environment={"HF_TOKEN": "s3cret-token"})
     assert run.first_line("::peaks").startswith("INFRA peaks: there is no folder ./nowhere-…")
 
 
+@pytest.mark.process
 def test_a_hub_id_without_a_revision_is_a_warning_that_names_the_commit(own_project, llama):
     cache = own_project.folder / "hub" / "models--org--tiny"
     shutil.copytree(llama, cache / "snapshots" / COMMIT)

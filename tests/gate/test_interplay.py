@@ -6,6 +6,8 @@ import pytest
 
 from support.projects import Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory, llama):

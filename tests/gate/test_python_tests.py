@@ -9,6 +9,8 @@ import pytest
 from support.checkpoints import save_llama
 from support.projects import COUNTED, Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 HEAD = "import pytest\nBLOCKS = r'layers\\.\\d$'\nblocks = pytest.mark.qsa(layers=BLOCKS, site='output')\n"
 BOTH = {
     "above": (peaks("max: 1", "above"), "absmax() <= 1"),

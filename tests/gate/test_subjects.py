@@ -9,6 +9,8 @@ import pytest
 from support.checkpoints import save_llama
 from support.projects import COUNTED, Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 
 def factory_suite(function, *assertions):
     return suite("x", *assertions).replace("path: x", f"factory: counted:{function}")

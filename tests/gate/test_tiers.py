@@ -6,6 +6,8 @@ import pytest
 
 from support.projects import Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 TESTS = """
 import pytest
 

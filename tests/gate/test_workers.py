@@ -6,6 +6,8 @@ import pytest
 
 from support.projects import COUNTED, Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 KEPT = ("drift", "drift.1", "gone")
 
 

@@ -45,6 +45,7 @@ def reader_of(tmp_path, monkeypatch, cache, llama, int8_llama, capture_file):
     return reader
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_what_a_page_shows_works(reader_of, page):
     reader = reader_of(page)
@@ -64,6 +65,7 @@ def test_a_block_that_is_not_run_says_why_and_there_are_few():
     assert len(left) <= MOST_NOT_RUN, [(page, block.line, block.reason) for page, block in left]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("language", "text"),
     [

@@ -9,6 +9,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.process
+
 MODULES = {
     "__init__.py": '"""A package."""\n',
     "plugin.py": "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from .suite import Suite\n",

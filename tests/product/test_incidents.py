@@ -119,11 +119,13 @@ def gated(tmp_path_factory, int8_llama, llama):
     return gate(Project(folder / "project"), int8_llama, llama, ("sound", int8_llama), *broken)
 
 
+@pytest.mark.process
 def test_the_sound_checkpoint_passes(gated):
     assert {name: how for name, how in gated.outcomes.items() if "[sound]" in name and how != "passed"} == {}
     assert sum("[sound]" in name for name in gated.outcomes) == len(ASSERTIONS)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("incident", IN_THE_PASS)
 def test_what_broke_in_the_field_is_caught_at_its_layer(gated, incident):
     checkpoint, named = IN_THE_PASS[incident]
@@ -143,6 +145,7 @@ def test_what_broke_in_the_field_is_caught_in_the_files_at_its_layer(int8_llama,
         assert found == set(layers)
 
 
+@pytest.mark.process
 def test_nibbles_in_the_wrong_order_are_caught_at_their_layer(tmp_path, quantized, llama):
     def swapped(weights):
         packed = weights[f"{DOWN}.weight_packed"].view(torch.uint8)
@@ -156,6 +159,7 @@ def test_nibbles_in_the_wrong_order_are_caught_at_their_layer(tmp_path, quantize
         assert value.startswith("-"), value
 
 
+@pytest.mark.process
 def test_experts_that_no_loader_maps_are_named(tmp_path, own_project):
     """The checkpoint holds them packed under names of their own, and the loader fills them with random numbers."""
     from safetensors.torch import load_file, save_file

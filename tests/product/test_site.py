@@ -33,6 +33,7 @@ def test_the_makefile_builds_the_site_as_strictly_as_this_test():
     assert [option for option in STRICT if option not in makefile] == []
 
 
+@pytest.mark.process
 def test_every_document_is_a_page_that_can_be_searched(site):
     documents = {path.stem for path in (ROOT / "docs").glob("*.md")}
     assert documents <= {path.stem for path in site.glob("*.html")}
@@ -40,12 +41,14 @@ def test_every_document_is_a_page_that_can_be_searched(site):
     assert [name for name in documents if f'"{name}"' not in index] == []
 
 
+@pytest.mark.process
 def test_pages_fetch_nothing(site):
     for page in site.glob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="([^"]+)"', page.read_text("utf-8"))
         assert [url for url in loaded if url.startswith(("http", "//"))] == [], page.name
 
 
+@pytest.mark.process
 def test_formulas_are_drawn_without_a_script(site):
     page = (site / "metrics.html").read_text(encoding="utf-8")
     assert page.count("<math") >= 20
@@ -53,6 +56,7 @@ def test_formulas_are_drawn_without_a_script(site):
     assert "$" not in re.sub(r"<code.*?</code>|<script.*?</script>", "", page, flags=re.DOTALL)
 
 
+@pytest.mark.process
 def test_a_broken_link_fails_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/conf.py").write_bytes((ROOT / "docs/conf.py").read_bytes())

@@ -14,7 +14,7 @@ from support.projects import Project
 
 EXAMPLE = ROOT / "example_suites" / "smollm2.qsa.yaml"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.real_model, pytest.mark.process]
 
 SUITE = """\
 model: {name: smollm2, path: smollm2}
@@ -57,11 +57,13 @@ def runs(tmp_path_factory):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("checkpoint", ["original", "int8"])
 def test_the_original_and_its_int8_checkpoint_pass(runs, checkpoint):
     assert set(runs[checkpoint].outcomes.values()) == {"passed"}, runs[checkpoint].out
 
 
+@pytest.mark.process
 def test_the_doubled_scale_fails_and_its_layer_is_named(runs):
     failed = {test.partition("::")[2] for test, outcome in runs["damaged"].outcomes.items() if outcome == "failed"}
     assert failed == {"drift", "scales"}
@@ -70,10 +72,12 @@ def test_the_doubled_scale_fails_and_its_layer_is_named(runs):
         assert runs["damaged"].labelled(f"::{test}")["begins"][0].startswith("model.layers.17.mlp.down_proj,")
 
 
+@pytest.mark.process
 def test_weights_that_are_packed_are_unpacked_before_they_are_judged(runs):
     assert "1 of 30 layers is out of bounds" in runs["weights alone"].first_line("::scales")
 
 
+@pytest.mark.process
 def test_a_gguf_file_is_gated_as_the_model_that_it_holds(runs):
     assert runs["gguf"].outcomes == {"g.qsa.yaml::channel": "passed"}, runs["gguf"].out
 

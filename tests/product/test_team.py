@@ -7,6 +7,8 @@ import pytest
 from support.checkpoints import save_llama
 from support.projects import Project
 
+pytestmark = pytest.mark.process
+
 BASE = r"""
 data: {num_samples: 2, seq_len: 32}
 defaults: {site: output, layers: 'layers\.\d$'}

@@ -10,6 +10,8 @@ from support.checkpoints import edited
 from support.paths import ROOT
 from support.projects import Project
 
+pytestmark = pytest.mark.process
+
 TEAM = ROOT / "example_suites" / "team"
 SMALL = ("--qsa-set=data.num_samples=2", "--qsa-set=data.seq_len=32", "--qsa-report=never")
 CHECKPOINTS = ("original", "int8", "candidate")

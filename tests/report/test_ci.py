@@ -64,6 +64,7 @@ def result_of(kind="REGRESSION", **fields):
     return made | fields
 
 
+@pytest.mark.process
 def test_pytest_html_embeds_the_plots_of_what_failed(gate, on_github):
     page = gate.read("github/out.html")
     data = json.loads(html.unescape(re.search(r'data-jsonblob="([^"]*)"', page)[1]))
@@ -77,12 +78,14 @@ def test_pytest_html_embeds_the_plots_of_what_failed(gate, on_github):
     assert extras["holds"] == []
 
 
+@pytest.mark.process
 def test_pytest_html_beside_its_assets_has_pictures_that_are_there(gate, on_gitlab):
     assets = [content for name, content in gate.files("gitlab/assets").items() if name.endswith(".png")]
     assert assets
     assert all(content.startswith(PNG) for content in assets)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("service", ["github", "gitlab"])
 def test_allure_has_the_plots_as_attachments_of_the_test_that_failed(gate, on_github, on_gitlab, service):
     results = [gate.json(name) for name in gate.files(f"{service}/allure") if name.endswith("-result.json")]
@@ -104,6 +107,7 @@ def junit(gate, service):
     return {case.get("name"): case for case in found.iter("testcase")}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("service", ["github", "gitlab"])
 def test_the_junit_file_fits_its_format(gate, on_github, on_gitlab, service):
     root = ElementTree.parse(gate.folder / service / "out.xml").getroot()
@@ -122,6 +126,7 @@ def test_the_junit_file_fits_its_format(gate, on_github, on_gitlab, service):
     ]  # fmt: skip
 
 
+@pytest.mark.process
 def test_junit_has_the_numbers_as_properties_in_the_formats_order(gate, on_github):
     cases = junit(gate, "github")
     case = cases["fails"]
@@ -140,6 +145,7 @@ def test_junit_has_the_numbers_as_properties_in_the_formats_order(gate, on_githu
     assert {entry.get("value") for entry in cases["warns"].iter("property")} >= {"WARNED", "max 2"}
 
 
+@pytest.mark.process
 def test_gitlab_finds_the_file_and_the_plot_of_what_failed(gate, on_gitlab):
     cases = junit(gate, "gitlab")
     assert cases["fails"].get("file") == "suites/gate.qsa.yaml"
@@ -150,6 +156,7 @@ def test_gitlab_finds_the_file_and_the_plot_of_what_failed(gate, on_gitlab):
     assert "ATTACHMENT" not in ElementTree.tostring(cases["holds"], encoding="unicode")
 
 
+@pytest.mark.process
 def test_github_gets_annotations_at_the_suites_lines_and_a_summary(gate, on_github):
     lines = gate.read("suites/gate.qsa.yaml").splitlines()
     at = {name: 1 + next(i for i, line in enumerate(lines) if f"id: {name}" in line) for name in ("fails", "warns")}
@@ -167,11 +174,13 @@ def test_github_gets_annotations_at_the_suites_lines_and_a_summary(gate, on_gith
     assert "again   pytest suites/gate.qsa.yaml::fails" in summary
 
 
+@pytest.mark.process
 def test_a_run_that_is_not_in_github_prints_no_annotation(on_gitlab):
     assert on_gitlab.code == 1
     assert not [line for line in on_gitlab.out.splitlines() if line.startswith("::")]
 
 
+@pytest.mark.process
 def test_a_summary_that_cannot_be_written_changes_no_verdict(gate):
     environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(gate.folder)}
     run = gate.pytest("suites/gate.qsa.yaml::holds", environment=environment)
@@ -179,6 +188,7 @@ def test_a_summary_that_cannot_be_written_changes_no_verdict(gate):
     assert "the step summary was not written" in run.out
 
 
+@pytest.mark.process
 def test_a_wrong_suite_is_annotated_at_its_line(gate):
     gate.write("bad/bad.qsa.yaml", "assertions:\n  - {id: a, metrc: rms, layers: x, site: input, max: 1}\n")
     run = gate.pytest("bad", environment={"GITHUB_ACTIONS": "true"})
@@ -220,6 +230,7 @@ def test_no_text_breaks_the_summary():
     assert len(re.findall(r"(?<!\\)\|", row)) == 8
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("job", "schema"), [("runs-on", "github-workflows"), ("script", "gitlab-ci")])
 def test_the_documented_pipelines_fit_their_services_schemas(tmp_path, job, schema):
     text = (ROOT / "docs/ci.md").read_text(encoding="utf-8")

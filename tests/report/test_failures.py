@@ -10,6 +10,8 @@ import pytest
 from support.checkpoints import save_llama
 from support.projects import Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 WORDS = "a b c d e f g h i j k l m <tag>#\x1b[31m n o p q r s t u v w x y z " * 2
 ASSERTIONS = {
     "holds": peaks("max: 100"),

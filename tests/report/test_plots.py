@@ -328,6 +328,7 @@ def test_the_users_matplotlib_settings_neither_change_nor_matter(tmp_path):
             assert a.read() == b.read(), title
 
 
+@pytest.mark.process
 def test_drawing_needs_neither_pyplot_nor_torch_nor_pytest():
     code = (
         "import sys, pytest_qsa.report.plots.figures; "

@@ -297,6 +297,7 @@ def test_the_provenance_is_shown_whatever_its_keys(tmp_path):
         assert part in text, part
 
 
+@pytest.mark.process
 def test_a_report_names_its_tokenizer_by_content_whatever_it_was_called_with(own_project, llama):
     from transformers import AutoTokenizer
 
@@ -315,6 +316,7 @@ def test_a_report_names_its_tokenizer_by_content_whatever_it_was_called_with(own
     assert tokenizer_identity(tokenizer) != told
 
 
+@pytest.mark.process
 def test_a_report_can_be_made_where_there_is_no_torch_and_no_pytest():
     code = "import sys, pytest_qsa.report.page; print(*{'torch', 'pytest', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
@@ -337,7 +339,8 @@ def column(page, number):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_the_table_of_layers_sorts_by_number_and_by_depth_with_the_keyboard(opened):
     page = opened(verdict_of())
     page.locator(".card .layers > summary").click()
@@ -354,7 +357,8 @@ def test_the_table_of_layers_sorts_by_number_and_by_depth_with_the_keyboard(open
     assert column(page, 0)[9:11] == ["model.layers.9", "model.layers.10"]
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_the_table_of_layers_filters_by_name_and_by_what_is_out_of_bounds(opened):
     page = opened(verdict_of())
     page.locator(".card .layers > summary").click()
@@ -366,7 +370,8 @@ def test_the_table_of_layers_filters_by_name_and_by_what_is_out_of_bounds(opened
     assert column(page, 0) == ["model.layers.11"]
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_layer_opens_its_distributions_with_the_keyboard_and_takes_them_along_when_sorted(opened):
     page = opened(verdict_of(histograms={"model.layers.11": [tokens_of([1.0, 1.0, 1.5, 90.0])]}))
     layers = page.locator("#layers")
@@ -391,7 +396,8 @@ def test_a_layer_opens_its_distributions_with_the_keyboard_and_takes_them_along_
     assert "--qsa-report=always" in layers.locator("tr.detail:visible").inner_text()
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_cell_of_the_heat_strip_opens_its_layer_even_if_it_was_filtered_away(opened):
     page = opened(verdict_of())
     page.locator("#layers .filter").fill("layers.3")
@@ -400,7 +406,8 @@ def test_a_cell_of_the_heat_strip_opens_its_layer_even_if_it_was_filtered_away(o
     assert page.evaluate("document.activeElement.textContent") == "model.layers.11"
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_assertions_are_found_by_kind_and_by_word(opened):
     page = opened(verdict_of(evidence=[token_of(HOSTILE)]), verdict_of(Kind.WARNED), verdict_of(Kind.PASSED, 2.0))
     assert page.locator("mark").inner_text().startswith("</script><script>alert(1)</script>")
@@ -413,7 +420,8 @@ def test_assertions_are_found_by_kind_and_by_word(opened):
     assert page.get_by_text("No assertion matches.").is_visible()
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_the_page_follows_the_systems_theme_until_told_otherwise(opened):
     page = opened(verdict_of(), color_scheme="dark")
 
@@ -429,7 +437,8 @@ def test_the_page_follows_the_systems_theme_until_told_otherwise(opened):
     assert page.locator("#theme").is_hidden()
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_command_is_copied_as_it_is(opened):
     page = opened(
         verdict_of(command="pytest 'gate.qsa.yaml::a \"b\"' --qsa-set 'x=<1>'"), permissions=["clipboard-read"]
@@ -439,7 +448,8 @@ def test_a_command_is_copied_as_it_is(opened):
     assert page.evaluate("navigator.clipboard.readText()") == "pytest 'gate.qsa.yaml::a \"b\"' --qsa-set 'x=<1>'"
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
     from pytest_qsa.report.plots.style import new_figure, save_png
 

@@ -57,7 +57,8 @@ def picture(page):
     return page.evaluate("document.querySelector('.surface canvas').toDataURL()")
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_surface_turns_by_keyboard_and_by_hand_and_says_where_its_peak_is(page):
     canvas = page.locator(".surface canvas")
     first = picture(page)
@@ -77,7 +78,8 @@ def test_a_surface_turns_by_keyboard_and_by_hand_and_says_where_its_peak_is(page
     assert picture(page) != first
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_a_surface_changes_with_the_layer_the_scale_and_the_theme(page):
     first = picture(page)
     page.get_by_label("logarithmic height").check()

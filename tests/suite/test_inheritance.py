@@ -314,6 +314,7 @@ def family(tmp_path_factory, llama):
     return project, project.pytest("--snapshot-update", "--junitxml=junit.xml")
 
 
+@pytest.mark.process
 def test_a_base_is_collected_only_by_name(family):
     project, run = family
     names = ("peaks", "drift")
@@ -322,6 +323,7 @@ def test_a_base_is_collected_only_by_name(family):
     assert project.pytest("--co", "-q", "_base/w8a8.qsa.yaml").collected[0] == "_base/w8a8.qsa.yaml::peaks"
 
 
+@pytest.mark.process
 def test_a_failure_stands_in_the_file_that_set_the_bound(family):
     _, run = family
     assert run.text("one/gate.qsa.yaml::peaks").startswith("_base/w8a8.qsa.yaml:4: in peaks\n    - {id: peaks,")
@@ -331,12 +333,14 @@ def test_a_failure_stands_in_the_file_that_set_the_bound(family):
     assert run.report("one/gate.qsa.yaml::peaks")["path"].endswith("/_base/w8a8.qsa.yaml")
 
 
+@pytest.mark.process
 def test_baselines_lie_beside_the_suite_that_extends(family):
     project, _ = family
     made = [name for name in project.files() if "qsa_baselines" in name]
     assert made == ["one/qsa_baselines/one/gate/drift.json", "two/qsa_baselines/two/gate/drift.json"]
 
 
+@pytest.mark.process
 def test_a_failure_s_command_runs_the_suite_that_extends(family):
     _, run = family
     assert run.labelled("one/gate.qsa.yaml::peaks")["again"] == ["pytest one/gate.qsa.yaml::peaks"]

@@ -264,16 +264,19 @@ def wrong(project):
     return project.pytest()
 
 
+@pytest.mark.process
 def test_a_wrong_suite_stops_the_run_with_exit_code_2(wrong):
     assert wrong.code == 2
     assert "wrong.qsa.yaml:8: unknown key 'reduse' (did you mean 'reduce'?)" in wrong.out
 
 
+@pytest.mark.process
 def test_a_wrong_suite_shows_no_traceback(wrong):
     assert "Traceback" not in wrong.out
     assert ".py:" not in wrong.out.partition("ERRORS")[2]
 
 
+@pytest.mark.process
 def test_a_wrong_suite_loads_no_model(wrong):
     assert "nowhere" not in wrong.out
 
@@ -285,6 +288,7 @@ def usage(own_project):
     return own_project
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -304,12 +308,14 @@ def test_a_wrong_option_is_a_usage_error(usage, arguments, said):
     assert "Traceback" not in run.out
 
 
+@pytest.mark.process
 def test_an_override_for_an_assertion_that_no_suite_has_is_an_error(usage):
     run = usage.pytest("--qsa-set", "assertions.peak.max=2")
     assert run.code == 2
     assert "no assertion 'peak' in a.qsa.yaml (did you mean 'peaks'?)" in run.out
 
 
+@pytest.mark.process
 def test_workers_say_once_that_an_override_is_for_no_assertion(usage):
     run = usage.pytest("--qsa-set", "assertions.peak.max=2", "-n2")
     assert run.code == 2
@@ -317,6 +323,7 @@ def test_workers_say_once_that_an_override_is_for_no_assertion(usage):
     assert "crashed" not in run.out
 
 
+@pytest.mark.process
 def test_an_override_for_an_assertion_reaches_the_suite_that_has_it(usage):
     usage.write("b.qsa.yaml", GOOD.replace("id: peaks", "id: other"))
     run = usage.pytest("--co", "-q", "--qsa-set", "assertions.other.max=2")

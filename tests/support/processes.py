@@ -14,10 +14,23 @@ import pytest
 
 from .paths import TESTS
 
+marked = False
+"""Whether the test that runs has the mark `process`; set by conftest.py."""
 
-@functools.cache
+
+def check_mark():
+    """Fail in a test that starts a process without saying so: `make test-fast` would be slow, and nobody knew why."""
+    assert marked, "this test, or a fixture of it, starts a process: mark it with @pytest.mark.process"
+
+
 def forking():
     """Return the context of processes that are forks of one that has imported `support.preloaded`."""
+    check_mark()
+    return _forkserver()
+
+
+@functools.cache
+def _forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
     with pytest.MonkeyPatch.context() as patch:
@@ -27,6 +40,8 @@ def forking():
 
 
 def torchrun(program, tmp_path, ranks=2):
+    """Run the text of a program in so many ranks; return the completed process."""
+    check_mark()
     script = tmp_path / "program.py"
     script.write_text(program, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from .paths import TESTS
-from .processes import forking
+from .processes import check_mark, forking
 
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib", "yaml", "pydantic", "jinja2")
 QUIET = [
@@ -215,6 +215,7 @@ class Project:
 
     def program(self, *words, environment=None):
         """Run a program in a process of its own; return the completed process."""
+        check_mark()
         return subprocess.run(
             [str(word) for word in words], cwd=self.folder, env=self._environment(environment), text=True,
             capture_output=True, timeout=SECONDS, check=False,

@@ -76,7 +76,8 @@ def test_the_page_holds_every_picture_and_fetches_nothing(everything):
     assert re.findall(r"<option>(.*?)</option>", surface) == [f"model.layers.{index}" for index in range(4)]
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_the_page_opens_in_a_browser_without_an_error_and_within_a_phones_width(everything):
     from playwright.sync_api import sync_playwright
 

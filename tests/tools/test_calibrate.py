@@ -252,6 +252,7 @@ def test_a_reference_that_was_kept_on_its_own_tokens_cannot_be_calibrated_agains
     assert "kept.qsa was kept on its own tokens" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_pytest_refuses_such_a_suite_as_wrong(own_project, llama):
     own_project.write("g.qsa.yaml", suite(llama, f"id: a, metric: absmax, layers: x, site: output, {NOISE}"))
     run = own_project.pytest("g.qsa.yaml")
@@ -259,6 +260,7 @@ def test_pytest_refuses_such_a_suite_as_wrong(own_project, llama):
     assert "g.qsa.yaml:4: max 40 is below the noise floor 40.2" in run.out
 
 
+@pytest.mark.process
 def test_the_ratchet_stops_at_the_noise_floor_and_leaves_a_number_of_tokens_its_room_for_one_more(own_project, llama):
     blocks, steady = r"layers: layers\.\d$, site: output", "noise: {max: {mean: 0, sigma: 0, n: 8, k: 6}}"
     text = suite(

@@ -253,6 +253,7 @@ def test_the_comment_for_a_pull_request_is_markdown_that_no_name_breaks(qsa, fol
     assert text.rstrip().endswith("… cut; the report has all of it.")
 
 
+@pytest.mark.process
 def test_baselines_and_reports_of_a_run_can_be_compared_with_each_other(own_project, llama, changed_llama):
     own_project.write("gate.qsa.yaml", suite(
         llama, peaks("baseline: {rel: 0.05}"),
@@ -285,6 +286,7 @@ def test_several_subjects_have_to_be_told_apart(qsa, folder):
     assert "under 'm3'" in qsa("both::m3", "both::m2")[2]
 
 
+@pytest.mark.process
 def test_no_model_is_loaded_and_no_torch(folder):
     code = (
         "import sys; from pytest_qsa.cli import main; main(['diff', *sys.argv[1:], '--html', sys.argv[1] + '.html']); "
@@ -298,7 +300,8 @@ def test_no_model_is_loaded_and_no_torch(folder):
     assert done.stdout.rstrip().endswith("heavy []")
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.browser
 def test_the_page_of_a_comparison_sorts_and_filters_and_fits_a_phone(qsa, folder, opened_page):
     qsa("old.qsa", "new.qsa", "--html", "page.html", "--fail-on", "rms > 5%")
     page = opened_page(folder / "page.html", width=390)

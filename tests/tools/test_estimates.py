@@ -241,6 +241,7 @@ def planned(tmp_path_factory, zeros):
     return project
 
 
+@pytest.mark.process
 def test_a_plan_names_the_tests_and_runs_none(planned):
     run = planned.pytest("--qsa-plan", "--qsa-cache=empty", "--qsa-config=a.qsa.yaml")
     assert run.code == 0, run.out
@@ -254,6 +255,7 @@ def test_a_plan_names_the_tests_and_runs_none(planned):
     assert re.search(r"\{device: cpu\} .* yes  ← the suite's", run.out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 def test_the_peak_of_a_real_run_is_within_the_stated_factor(planned, zeros, place):
     run = planned.pytest(
@@ -264,6 +266,7 @@ def test_the_peak_of_a_real_run_is_within_the_stated_factor(planned, zeros, plac
     assert 1 / MEMORY_FACTOR < peak / expected_peak(zeros, place) < MEMORY_FACTOR
 
 
+@pytest.mark.process
 def test_what_is_kept_is_not_planned_anew_and_needs_no_engine(planned):
     assert planned.pytest("a.qsa.yaml::finite", "--qsa-report=never").code == 0
     planned.write("conftest.py", NO_ENGINE)

@@ -58,6 +58,7 @@ def test_its_bounds_are_calibrated(first):
     assert assertions["weights-without-bias"].noise.min.sigma == 0
 
 
+@pytest.mark.process
 def test_it_passes_on_its_model_once_its_baselines_are_made(first):
     assert "pytest project/gate.qsa.yaml --snapshot-update" in first.read("out.txt")
     assert first.pytest("gate.qsa.yaml", "--qsa-cache=cache", "--snapshot-update").code == 0
@@ -181,6 +182,7 @@ def test_the_floor_of_the_weights_is_that_of_the_worst_layer_of_each_kind(agains
     assert min(found) - 1 <= bound.min[r"\.down_proj$"] <= min(found)
 
 
+@pytest.mark.process
 def test_it_holds_its_model_and_names_the_layer_of_a_fault(against, int8_llama, tmp_path):
     broken = edited(int8_llama, tmp_path / "broken", lambda weights: weights[f"{DOWN}.weight_scale"].mul_(1.05))
     both = (f"--qsa-model=sound={int8_llama}", f"--qsa-model=broken={broken}")

@@ -277,6 +277,7 @@ def tested(tmp_path_factory, int8_llama):
     return folder, [*map(str, [*words, "--output", folder / "out"]), "--", *QUIET]
 
 
+@pytest.mark.process
 def test_the_command_prints_the_table_and_fails_below_the_score(tested, capsys):
     folder, words = tested
     assert main(words) == 1
@@ -335,6 +336,7 @@ def perplexity_of(folder):
     return float(nll.mean().exp())
 
 
+@pytest.mark.process
 def test_a_gate_on_perplexity_is_told_from_the_same_run(beside, int8_llama, tmp_path):
     mutant = Mutant(open_folder(int8_llama))
     FAULTS["scale_layer"].inject(mutant, beside["scale_layer"].layer, 2.0)
@@ -348,6 +350,7 @@ def test_a_gate_on_perplexity_is_told_from_the_same_run(beside, int8_llama, tmp_
     assert not any(catch.test.startswith(NAME) for outcome in beside.values() for catch in outcome.caught)
 
 
+@pytest.mark.process
 def test_the_table_has_both_gates_and_both_scores(beside):
     lines = list(lines_of(list(beside.values())))
     assert lines[0].endswith("perplexity (≤ 1.02)")
@@ -399,6 +402,7 @@ def test_the_perplexity_is_of_the_very_subject_of_the_suite(tmp_path):
     assert not makes_a_pass(load_suite(tmp_path / "c.qsa.yaml"))
 
 
+@pytest.mark.process
 def test_a_suite_that_fails_on_the_healthy_checkpoint_tests_nothing(tested, int8_llama, tmp_path, capsys):
     broken = edited(int8_llama, tmp_path / "broken", lambda weights: weights[f"{DOWN}.weight_scale"].zero_())
     assert main([*tested[1][:2], "--model", str(broken), "--", *QUIET]) == 2

@@ -9,6 +9,8 @@ import pytest
 
 from support.projects import Project, peaks, suite
 
+pytestmark = pytest.mark.process
+
 DRIFT = r"id: drift, metric: magnitude, stat: median, layers: down_proj$, site: output, baseline: {rel: 0.05}"
 HOME = "qsa_baselines/llama/a"
 

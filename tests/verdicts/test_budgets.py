@@ -153,6 +153,7 @@ def grouped(tmp_path_factory, llama):
     return project.pytest("--qsa-report=never")
 
 
+@pytest.mark.process
 def test_a_failure_stands_at_the_group_whose_bound_was_exceeded(grouped):
     assert grouped.first_line("::peaks").startswith("REGRESSION peaks: 1 of 4 layers is out of bounds (max {layers")
     assert grouped.labelled("::peaks")["bound"][0].startswith("_base/b.qsa.yaml:4: max {")
@@ -160,5 +161,6 @@ def test_a_failure_stands_at_the_group_whose_bound_was_exceeded(grouped):
     assert "REGRESSION own: 1 of 4 layers is out of bounds" in grouped.first_line("::own")
 
 
+@pytest.mark.process
 def test_layers_that_are_not_quantized_are_in_the_group_none(grouped):
     assert grouped.first_line("::schemes").startswith("REGRESSION schemes: 4 of 4 layers are out of bounds")

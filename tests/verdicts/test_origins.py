@@ -127,6 +127,7 @@ def failed(tmp_path_factory):
     return project
 
 
+@pytest.mark.process
 def test_a_failure_of_what_the_model_predicts_names_the_layer(failed):
     said = failed.run.labelled("::predictions")
     assert said["adds"][0].startswith("most model.layers.1.mlp.up_proj: on the reference's input")
@@ -134,10 +135,12 @@ def test_a_failure_of_what_the_model_predicts_names_the_layer(failed):
     assert "against " in said["ran"][0]
 
 
+@pytest.mark.process
 def test_an_estimate_stands_in_its_interval(failed):
     assert "95 %: -6.0" in failed.run.text("::own")
 
 
+@pytest.mark.process
 def test_the_tokens_with_the_largest_error_are_shown_in_the_terminal_and_the_report(failed):
     text = failed.run.text("::own")
     assert "the tokens with the largest error at model.layers.1.mlp.up_proj (positions: no_sink; sinks: " in text
@@ -147,11 +150,13 @@ def test_the_tokens_with_the_largest_error_are_shown_in_the_terminal_and_the_rep
     assert re.search(r"% of the error, [\d.]+ × median</strong> · ‖x − x̂‖ ", failed.read("qsa-results/report.html"))
 
 
+@pytest.mark.process
 def test_the_report_says_so_as_well(failed):
     page = failed.read("qsa-results/report.html")
     assert "on the reference&#39;s input its sqnr is" in page
 
 
+@pytest.mark.process
 def test_what_fails_of_one_pass_is_explained_by_one_look(failed):
     assert {failed.run.outcomes[f"a.qsa.yaml::{name}"] for name in ("predictions", "own")} == {"failed"}
     assert failed.read("looks.txt").split() == ["look"]

@@ -113,6 +113,7 @@ def previous(request, llama):
     return str(llama) if request.param == "checkpoint" else request.param
 
 
+@pytest.mark.process
 def test_what_rose_beyond_the_last_release_fails(releases, previous):
     run = releases.gate(previous, f"baseline: {{rel: 9}}, max: {TIMES}", "a.qsa.yaml::drift")
     line = run.first_line("::drift")
@@ -121,6 +122,7 @@ def test_what_rose_beyond_the_last_release_fails(releases, previous):
     assert "worst model.layers.2.mlp.down_proj" in line
 
 
+@pytest.mark.process
 def test_the_bound_is_the_last_release_s_number_times_the_factor(releases, llama):
     run = releases.gate(str(llama), "max: {times: 1.25, of: previous}", "a.qsa.yaml::drift")
     capture = Capture.load(releases.folder / "v1.qsa")
@@ -129,12 +131,14 @@ def test_the_bound_is_the_last_release_s_number_times_the_factor(releases, llama
     assert f"≤ {1.25 * series.values[0]:.4g}" in row
 
 
+@pytest.mark.process
 def test_a_ceiling_beside_the_factor_stops_creep(releases, llama):
     assert releases.gate(str(llama), "max: {times: 9, of: previous}", "a.qsa.yaml::drift").code == 0
     run = releases.gate(str(llama), "max: {times: 9, of: previous, at_most: 0.001}", "a.qsa.yaml::drift")
     assert "(max 9 × previous, at most 0.001)" in run.first_line("::drift")
 
 
+@pytest.mark.process
 def test_one_pass_of_the_last_release_answers_all(releases, llama):
     releases.write("conftest.py", NOTING)
     run = releases.gate(str(llama), "max: {times: 9, of: previous}", "--qsa-no-cache")
@@ -143,6 +147,7 @@ def test_one_pass_of_the_last_release_answers_all(releases, llama):
     assert sorted(releases.read("passes.txt").split()) == ["changed", llama.name]
 
 
+@pytest.mark.process
 def test_a_release_on_other_tokens_is_anomalous(releases):
     run = releases.gate("v1.qsa", f"max: {TIMES}", "--qsa-set=data.seed=5")
     assert run.first_line("::drift").startswith(
@@ -150,11 +155,13 @@ def test_a_release_on_other_tokens_is_anomalous(releases):
     )
 
 
+@pytest.mark.process
 def test_a_release_without_the_baseline_is_anomalous(releases):
     run = releases.gate("v1", f"max: {TIMES}")
     assert run.first_line("::other").startswith("ANOMALOUS other: model.previous 'v1' has no baseline other.json: give")
 
 
+@pytest.mark.process
 def test_a_release_that_is_nowhere_is_infra(releases):
     assert (
         releases.gate("./nowhere", f"max: {TIMES}").first_line("::drift").startswith("INFRA drift: there is no folder")

@@ -66,16 +66,19 @@ def ratchet(tmp_path_factory, llama, changed_llama):
     return project
 
 
+@pytest.mark.process
 def test_it_changes_no_suite_by_itself(ratchet):
     assert ratchet.unchanged
 
 
+@pytest.mark.process
 def test_its_patch_is_shown_and_written(ratchet):
     patch = ratchet.read("qsa-results/ratchet.patch")
     assert patch in ratchet.run.out
     assert "git apply qsa-results/ratchet.patch" in ratchet.run.out
 
 
+@pytest.mark.process
 def test_git_applies_it_and_the_gate_still_holds_at_its_bounds(ratchet, tmp_path):
     subprocess.run(["git", "apply", "qsa-results/ratchet.patch"], cwd=ratchet.folder, check=True)
     changed = ratchet.read("gates/_base/b.qsa.yaml").splitlines()
@@ -99,6 +102,7 @@ def test_git_applies_it_and_the_gate_still_holds_at_its_bounds(ratchet, tmp_path
         subprocess.run(["git", "apply", "-R", "qsa-results/ratchet.patch"], cwd=ratchet.folder, check=True)
 
 
+@pytest.mark.process
 def test_a_bound_that_an_override_changed_is_left_alone(ratchet):
     override = "--qsa-set=assertions.peaks.max=900"
     run = ratchet.pytest("gates/one.qsa.yaml::peaks", "--qsa-ratchet", override, "--qsa-output=other")
@@ -106,6 +110,7 @@ def test_a_bound_that_an_override_changed_is_left_alone(ratchet):
     assert "-    min: 1e-3" in run.out
 
 
+@pytest.mark.process
 def test_nothing_to_tighten_is_said(own_project, llama):
     own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1")))
     run = own_project.pytest("--qsa-ratchet", "--qsa-report=never")

@@ -117,6 +117,7 @@ def told(tmp_path_factory, llama):
     return project
 
 
+@pytest.mark.process
 def test_before_its_day_a_waiver_softens_and_after_it_fails(told):
     before, after = told.before.outcomes, told.after.outcomes
     assert (before["a.qsa.yaml::known"], after["a.qsa.yaml::known"]) == ("passed", "failed")
@@ -126,6 +127,7 @@ def test_before_its_day_a_waiver_softens_and_after_it_fails(told):
     )
 
 
+@pytest.mark.process
 def test_a_waiver_in_force_is_printed_in_terminal_report_and_junit(told):
     text = "in force, until 2027-01-31, team-x: known since June (model.layers."
     assert f"waiver {text}" in told.before.out
@@ -137,11 +139,13 @@ def test_a_waiver_in_force_is_printed_in_terminal_report_and_junit(told):
     assert properties["qsa_waiver"].startswith(text)
 
 
+@pytest.mark.process
 def test_what_a_waiver_does_not_name_fails(told):
     assert told.before.first_line("::partly").startswith("REGRESSION partly: 2 of 4 layers are out of bounds (max 1)")
     assert told.before.first_line("::partly").endswith("; 2 more are waived")
 
 
+@pytest.mark.process
 def test_a_waiver_without_an_excess_is_a_warning(told):
     assert told.before.outcomes["a.qsa.yaml::idle"] == "passed"
     texts = [warning["text"] for warning in told.before.warnings if "idle" in warning["text"]]
@@ -151,10 +155,12 @@ def test_a_waiver_without_an_excess_is_a_warning(told):
     ]
 
 
+@pytest.mark.process
 def test_a_waiver_never_softens_an_assertion_that_saw_nothing(told):
     assert told.before.first_line("::nothing").startswith("ANOMALOUS nothing: no layer matches 'nowhere'")
 
 
+@pytest.mark.process
 def test_a_baseline_is_judged_beside_a_bound_that_is_waived(told):
     assert told.before.outcomes["a.qsa.yaml::drift"] == "passed"
     path = told.folder / "qsa_baselines/llama/a/drift.json"
@@ -165,6 +171,7 @@ def test_a_baseline_is_judged_beside_a_bound_that_is_waived(told):
     assert run.first_line("::drift").startswith("ANOMALOUS drift: the layers differ from the baseline's")
 
 
+@pytest.mark.process
 def test_a_wrong_day_is_a_usage_error(told):
     run = told.pytest("--qsa-today=soon")
     assert (run.code, "--qsa-today soon: write a day, such as 2027-01-31" in run.out) == (4, True)

@@ -21,11 +21,11 @@ import torch
 
 from pytest_qsa.captures import Request, merge_requests
 from pytest_qsa.captures.capture import Capture
-from pytest_qsa.cli.common import subject_of
+from pytest_qsa.suite import subject_of
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
-from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, Subject, SuiteFile, load_suite
+from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, Subject, SuiteFile, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judgement import within_budget
 from pytest_qsa.verdicts.measurement import measured

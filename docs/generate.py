@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rooms import rooms_picture, rooms_table
 
-from pytest_qsa.cli import COMMANDS
+from pytest_qsa.cli import commands
+from pytest_qsa.cli.shared import first_line
 from pytest_qsa.metrics import METRICS, Metric
 from pytest_qsa.tools import FAULTS
 
@@ -75,11 +76,11 @@ def commands_page(text: str) -> str:
     pages = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
     del pages["commands.md"]
     rows = ["| command | what it does | more |", "|---|---|---|"]
-    for name, what in COMMANDS.items():
+    for name, module in commands().items():
         shown = {page: len(re.findall(rf"^\$ qsa {name}\b", content, re.MULTILINE)) for page, content in pages.items()}
         page = max(shown, key=shown.__getitem__)
         title = pages[page].partition("\n")[0].removeprefix("# ")
-        rows.append(f"| `qsa {name}` | {what} | {f'[{title}]({page})' if shown[page] else ''} |")
+        rows.append(f"| `qsa {name}` | {first_line(module.__doc__)} | {f'[{title}]({page})' if shown[page] else ''} |")
     return between(text, "commands", "\n".join(rows))
 
 

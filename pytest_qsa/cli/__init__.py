@@ -1,44 +1,44 @@
-"""The commands of `qsa`: arguments and printing. `python -m pytest_qsa` is the same program."""
+"""The program `qsa`, also `python -m pytest_qsa`.
+
+A command is a module of this package that has a function `run`. The name of the module is the command's, the first line
+of its docstring is the command's help.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 from ..common import QsaError, SuiteError
-from .codes import FAILED, OK, SUITE_IS_WRONG, USAGE
+from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr
 
-COMMANDS: Mapping[str, str] = {
-    "analyze": "draw and export what a configuration asks for, in one pass over its model",
-    "capture": "measure what a suite or configuration needs, all of it or some samples, and keep it as a file",
-    "merge": "merge captures of disjoint samples into the capture of all of them",
-    "diff": "show what moved between two versions of a model, from captures, baselines or reports",
-    "calibrate": "measure how much the numbers of a suite vary when nothing is wrong, and propose its bounds",
-    "init": "write a first suite of a model, its bounds calibrated",
-    "layers": "list a model's layers, or what a regex finds, without reading weights",
-    "selftest": "put faults into copies of a checkpoint and see which of them a suite catches",
-    "schema": "print the JSON Schema of suites, for editors",
-}
-"""Command, also the name of its module → one line of help."""
+
+def commands() -> Mapping[str, ModuleType]:
+    """Return the modules of the commands by name; a command imports what is heavy only when it runs."""
+    names = (info.name for info in pkgutil.iter_modules(__path__))
+    modules = {name: importlib.import_module(f".{name}", __name__) for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "run")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return pytest's own exit codes: 1 for a failure, 2 where a suite is wrong, 4 for a wrong usage."""
+    """Run a command and return pytest's own exit codes: 1 for a failure, 2 for a wrong suite, 4 for wrong usage."""
     parser = argparse.ArgumentParser(prog="qsa", description="Look at models and suites of pytest-qsa.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    try:
-        options, rest = parser.parse_known_args(arguments)
-        module = importlib.import_module(f".{options.command}", __name__)
-        return int(module.run(rest))
-    except SystemExit as stop:
-        return USAGE if stop.code else OK
-    except SuiteError as error:
-        print(f"qsa: {error}", file=sys.stderr)
-        return SUITE_IS_WRONG
-    except QsaError as error:
-        print(f"qsa: {error}", file=sys.stderr)
-        return FAILED
+    add_verbose(parser)
+    known = commands()
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in known.items():
+        # The command parses its own arguments, its --help as well.
+        subparsers.add_parser(name, help=first_line(module.__doc__), add_help=False)
+    with log_on_stderr():
+        try:
+            options, rest = parser.parse_known_args(arguments)
+            return int(known[options.command].run(rest))
+        except SystemExit as stop:  # argparse: 2 for a mistake, 0 after --help
+            return USAGE if stop.code else OK
+        except QsaError as error:
+            print(f"qsa: {error}", file=sys.stderr)
+            return SUITE_IS_WRONG if isinstance(error, SuiteError) else FAILED

@@ -1,4 +1,4 @@
-"""`qsa analyze`: the seed's program. A configuration goes in; pictures, a report and tables come out of one pass."""
+"""Draw and export what a configuration asks for, in one pass over its model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common import InfraError, shown_path
-from .codes import FAILED, OK
+from .shared import FAILED, OK, add_allow_code, command_parser, planned, writing
 
 if TYPE_CHECKING:
     from ..captures import Capture, PartialSums, Request
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     from ..tools import Analysis
 
 FIRST = 20
-"""How many layers are listed, as in the seed."""
+"""How many layers are listed, as in activation-distribution-analysis."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; 1 where a picture could not be drawn.
 
     Raises:
-        SuiteError: the configuration is wrong, or a pattern finds no layer; told before any weight is read.
-        InfraError: nothing can be written where the pictures should go, or the model or data can't be had.
+        SuiteError: the configuration is wrong, or a pattern matches no layer; before any weight is read.
+        InfraError: nothing can be written where the pictures should go, or the model or data can't be loaded.
     """
     from ..engine import layer_names
-    from ..suite import load_suite
-    from .common import planned, subject_of
+    from ..suite import load_suite, subject_of
 
     options, overrides = _options(arguments)
     suite = load_suite(options.config, overrides, "--")
@@ -41,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     names = layer_names(model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
     analysis = planned(suite, names)
     folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough to tell
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
         _list_layers(names)
         _list_pictures(analysis, folder, verbose=options.verbose)
     _check_writable(folder, make=not options.dry_run)
@@ -50,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         return OK
     started = time.perf_counter()
     capture = _captured(subject, analysis, options)
-    if capture is None:  # another process of torchrun's draws
+    if capture is None:  # under torchrun the first process draws
         return OK
     if options.redact:
         capture = capture.redacted()
@@ -62,18 +61,16 @@ def run(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     from .overrides import parse_with_overrides
 
-    parser = argparse.ArgumentParser(
-        prog="qsa analyze", usage="qsa analyze --config FILE [options] [--KEY VALUE …]", allow_abbrev=False,
-        description="Draw and export what a configuration asks for, in one pass over its model.",
-    )  # fmt: skip
+    parser = command_parser(
+        __name__, __doc__, "--config FILE [options] [--KEY VALUE …]", verbose="list each picture's layers"
+    )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a configuration or suite")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, and stop")
-    parser.add_argument("--verbose", action="store_true", help="also list each picture's layers, and the time it took")
     parser.add_argument(
         "--qsa-cache", type=Path, metavar="DIR", help="where captures are kept; default: the user's cache"
     )
     parser.add_argument("--qsa-no-cache", action="store_true", help="measure anew, and keep nothing")
-    parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
+    add_allow_code(parser)
     parser.add_argument(
         "--redact",
         "--qsa-redact",
@@ -103,7 +100,7 @@ def _list_pictures(analysis: Analysis, folder: Path, *, verbose: bool) -> None:
 
 
 def _check_writable(folder: Path, *, make: bool) -> None:
-    """Try the folder before the pass, not after it."""
+    """Check that the folder can be written, before the pass rather than after it."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         if make:
@@ -119,7 +116,7 @@ def _check_writable(folder: Path, *, make: bool) -> None:
 
 
 def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture | None:
-    """Return the capture; under torchrun on the first rank alone, made by all of them."""
+    """Return the capture. Under torchrun all processes make it, and the first one alone gets it."""
     import platformdirs
 
     from ..common import progress_bar
@@ -152,11 +149,9 @@ def _written(
     from ..tools import write_analysis
 
     report: Callable[[str], None] = print if verbose else lambda _: None
-    try:
+    with writing(folder):
         command = shlex.join(["qsa", "analyze", *arguments])
         written = write_analysis(suite.suite.visualization, subject, analysis, capture, folder, command, report)
-    except OSError as error:
-        raise InfraError(f"{shown_path(folder)}: can't be written: {error}") from None
     for warning in written.warnings:
         _warn(warning)
     for path in written.files:

@@ -1,68 +1,95 @@
-"""`qsa capture`: the pass alone, as a file; the whole of it, or the samples that one job of many is to run."""
+"""Measure what a suite or configuration needs, all of it or some samples, and keep it as a file.
+
+With --for-reference the model is kept as a reference file, which suites name in place of the original, so that CI loads
+one model only.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common import InfraError, SuiteError, shown_path
-from . import capture_reference as keeping
-from .codes import OK
-from .common import keep, planned, subject_of
+from .shared import OK, add_allow_code, command_parser, planned, writing
 
 if TYPE_CHECKING:
     from ..captures import PartialSums, Request
-    from ..suite import SuiteFile
+    from ..engine import Kept
+    from ..suite import Subject, SuiteFile
+
+MOST_ROWS = 4096
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command. A run that was stopped goes on where it was: its sums lie beside the output.
+    """Run the command. A run that was interrupted goes on from its sums, which are kept beside the output.
 
     Raises:
-        SuiteError: the suite is wrong, or asks for nothing that a pass measures.
-        InfraError: the model or data can't be had, or the file can't be written.
+        SuiteError: the suite is wrong, asks for nothing that a pass measures, or doesn't name the original.
+        InfraError: the model or data can't be loaded, or the file can't be written.
     """
-    from ..captures import compares
-    from ..common import progress_bar
-    from ..engine import Share, capture_subject, layer_names
-    from ..suite import FileHashes, fingerprint_of, identified, load_suite
     from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
-    keeping.check_options(options)
+    _check_options(options)
     if not options.output.absolute().parent.is_dir():
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")
-    if options.for_reference:
-        return keeping.run(options, overrides)
-    file = load_suite(options.config, overrides, "--")
-    model, subject = subject_of(file)
-    samples, output, code = _samples(options.samples), options.output, options.qsa_allow_code
-    requests = _requests(file, layer_names(model, subject.path, subject.memory, allow_code=code))
-    hashes = FileHashes(None)
-    share = Share(samples=samples, sums=_sums(output, fingerprint_of(subject, hashes, beside=compares(requests))))
-    with progress_bar(subject.name) as progress:
-        capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
-    keep(identified(capture, subject, hashes), output)
-    print(f"{shown_path(output)}: {len(capture.tokens)} samples, {len(capture.sites)} sites")
+    told = _keep_reference(options, overrides) if options.for_reference else _keep_capture(options, overrides)
+    print(f"{shown_path(options.output)}: {told}")
     return OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsa capture", usage="qsa capture --config FILE -o FILE [--samples A:B | --for-reference] [--KEY VALUE …]",
-        description="Measure what a suite's assertions need (or, without any, a configuration's pictures), to a file.",
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(
+        __name__, __doc__, "--config FILE -o FILE [--samples A:B | --for-reference] [--KEY VALUE …]"
+    )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a suite or configuration")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the capture goes")
     parser.add_argument("--samples", metavar="A:B", help="only the samples from A up to B, for `qsa merge`")
-    keeping.add_options(parser)
-    parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
+    add_allow_code(parser)
+    group = parser.add_argument_group("a reference that suites name instead of the original")
+    group.add_argument("--for-reference", action="store_true", help="keep the model for comparisons with it")
+    group.add_argument("--rows", type=int, metavar="N", help="tokens that are kept of each sample and site; default: 4")
+    group.add_argument("--rows-seed", type=int, metavar="N", help="the seed that they are drawn with; default: 0")
+    group.add_argument("--with-head", action="store_true", help="keep the layer that makes logits in the file as well")
     return parser
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    given = [name for name in ("rows", "rows_seed", "with_head") if getattr(options, name) not in (None, False)]
+    if given and not options.for_reference:
+        raise SuiteError(f"--{given[0].replace('_', '-')} is for a reference: give --for-reference as well")
+    if options.for_reference and options.samples:
+        raise SuiteError("--samples: a reference is kept of all samples in one run; leave it out")
+    if options.rows is not None and not 1 <= options.rows <= MOST_ROWS:
+        raise SuiteError(f"--rows {options.rows}: write a number from 1 to {MOST_ROWS}")
+    if options.rows_seed is not None and options.rows_seed < 0:
+        raise SuiteError(f"--rows-seed {options.rows_seed}: write 0 or more")
+
+
+def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """Measure and write a capture; return what it holds."""
+    from ..captures import compares
+    from ..common import progress_bar
+    from ..engine import Share, capture_subject, layer_names
+    from ..suite import FileHashes, fingerprint_of, identified, load_suite, subject_of
+
+    file = load_suite(options.config, overrides, "--")
+    model, subject = subject_of(file)
+    samples, code = _samples(options.samples), options.qsa_allow_code
+    requests = _requests(file, layer_names(model, subject.path, subject.memory, allow_code=code))
+    hashes = FileHashes(None)
+    fingerprint = fingerprint_of(subject, hashes, beside=compares(requests))
+    share = Share(samples=samples, sums=_sums(options.output, fingerprint))
+    with progress_bar(subject.name) as progress:
+        capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
+    with writing(options.output):
+        identified(capture, subject, hashes).save(options.output)
+    return f"{len(capture.tokens)} samples, {len(capture.sites)} sites"
 
 
 def _samples(text: str | None) -> tuple[int, int] | None:
@@ -75,14 +102,14 @@ def _samples(text: str | None) -> tuple[int, int] | None:
 
 
 def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
-    """Return the place of an unfinished pass, under a name that another model, data or machine doesn't find."""
+    """Return the file of an interrupted pass, named by the fingerprint, so that only the same pass goes on from it."""
     from ..captures import PartialSums
 
     return PartialSums(output.with_name(f"{output.name}.{fingerprint[:16]}.partial")) if fingerprint else None
 
 
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
-    """Return what the assertions need, else what the pictures do; every pattern has to find one of the layers."""
+    """Return what the assertions need, or without any what the pictures need; every pattern has to match a layer."""
     from ..captures import LOGITS, match_layers, no_match
     from ..suite import MeasuredAssertion
 
@@ -91,3 +118,60 @@ def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
         if request.site != LOGITS and not match_layers(names, request.pattern, request.exclude):
             raise no_match(names, request.pattern, request.exclude)
     return requests or list(planned(file, names).requests)
+
+
+def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """Run the original and write a reference file; return what it holds."""
+    from ..captures import against_reference, merge_requests
+    from ..common import progress_bar, write_atomically
+    from ..engine import Keep, keep_subject
+    from ..suite import MeasuredAssertion, make_suite, read_suite
+
+    source = read_suite(options.config)
+    own = source.data.get("model")
+    named = isinstance(own, dict) and own.get("reference") is not None
+    if not named and not any(each.startswith("model.reference=") for each in overrides):
+        # The assertions that compare need a reference to be valid: it is the file that is made here.
+        overrides = [*overrides, f"model.reference={options.output.absolute()}"]
+    file = make_suite(source, overrides, "--")
+    subject = _original(file, overrides, named=named)
+    measured = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
+    requests = merge_requests(each for each in measured if against_reference(each.statistics))
+    keep = Keep(options.rows or 4, options.rows_seed or 0, options.with_head)
+    with progress_bar(subject.name) as progress:
+        kept = keep_subject(
+            subject, requests, keep, options.output, allow_code=options.qsa_allow_code, progress=progress
+        )
+    content = kept.content.to_bytes()
+    with writing(options.output):
+        write_atomically(options.output, content)
+    return "; ".join(_reference_text(kept, subject, len(content)))
+
+
+def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subject:
+    """Return the model to keep: that of --model.path, else the suite's reference, else the suite's model."""
+    from ..suite import is_kept, reference_of, subject_of
+
+    model, subject = subject_of(file)
+    if any(each.startswith("model.path=") for each in overrides) or not named or model.reference is None:
+        return replace(subject, model=model.model_copy(update={"reference": None}))
+    if is_kept(subject):
+        raise file.source.error(
+            ("model", "reference"),
+            f"{model.reference} is made of the original: say where that is, --model.path ORIGINAL",
+        )
+    original = reference_of(subject)
+    assert original.model is not None
+    return replace(original, model=original.model.model_copy(update={"reference": None}))
+
+
+def _reference_text(kept: Kept, subject: Subject, size: int) -> Iterator[str]:
+    content = kept.content
+    sites = len({call[:2] for call, stream in content.streams.items() if stream.rows is not None})
+    yield f"{len(content.samples)} samples of {subject.path}, {content.rows} tokens of each at {sites} sites"
+    if content.head is None:
+        yield f"nothing of what it predicts, for {kept.problem}"
+    elif content.hidden is not None:
+        head = "with the head" if content.weights else "the head is read from there"
+        yield f"the last hidden states of {int(content.hidden.counts.sum()):,} tokens, {head}"
+    yield f"{size / 1e6:.1f} MB"

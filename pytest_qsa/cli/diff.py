@@ -1,4 +1,8 @@
-"""`qsa diff OLD NEW`: what moved between two versions of a model. No model is loaded."""
+"""Show what moved between two versions of a model, from captures, baselines or reports.
+
+A side is a capture (.qsa), a baseline, a folder of baselines, or a report.json; PATH::SUBJECT picks one of several
+subjects. No model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common import InfraError
-from .codes import FAILED, OK
+from ..common import shown_path, write_atomically
+from .shared import FAILED, OK, command_parser, writing
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare, print, and hold the changes against the conditions.
+    """Compare two sides, print what moved, and check the conditions; return 1 where one is broken.
 
     Raises:
         QsaError: a side can't be read, or the two can't be compared.
@@ -36,28 +40,30 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsa diff",
-        description="Show what moved between two versions of a model. A side is a capture (.qsa), a baseline, a folder "
-        "of baselines, or a report.json; PATH::SUBJECT picks one of several subjects.",
-    )
+    parser = command_parser(__name__, __doc__)
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write it as a comment for a pull request")
     parser.add_argument(
-        "--fail-on", action="append", default=[], metavar="CONDITION",
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="CONDITION",
         help="exit with 1 where a layer breaks it, such as 'magnitude.top1 > 5%%', 'rms@weight > +1%%' or "
         "'new_outliers > 0'; repeatable",
-    )  # fmt: skip
+    )
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many layers to list (default: 20)")
     parser.add_argument(
         "--least", type=_share, default=0.01, metavar="N%", help="the change from which on a layer moved (default: 1%%)"
     )
     parser.add_argument(
-        "--threshold", type=float, default=64.0, metavar="N",
+        "--threshold",
+        type=float,
+        default=64.0,
+        metavar="N",
         help="an outlier token is above N × the median of its sample (default: 64)",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -66,10 +72,6 @@ def _share(text: str) -> float:
 
 
 def _write(path: Path, content: str) -> None:
-    from ..common import write_atomically
-
-    try:
+    with writing(path):
         write_atomically(path, content)
-    except OSError as error:
-        raise InfraError(f"{path}: can't be written: {error.strerror}") from None
-    print(f"\nwritten: {path}")
+    print(f"\nwritten: {shown_path(path)}")

@@ -1,18 +1,17 @@
-"""`qsa schema`: the JSON Schema by which editors complete and check suites."""
+"""Print the JSON Schema of suites, by which editors complete and check them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
-from .codes import OK
+from .shared import OK, command_parser
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the schema."""
+    """Run the command."""
     from ..suite import suite_schema
 
-    argparse.ArgumentParser(prog="qsa schema", description="Print the JSON Schema of suites.").parse_args(arguments)
+    command_parser(__name__, __doc__).parse_args(arguments)
     print(json.dumps(suite_schema(), indent=2))
     return OK

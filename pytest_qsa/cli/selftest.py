@@ -1,4 +1,4 @@
-"""`qsa selftest`: faults put into copies of a checkpoint, and which of them a suite catches."""
+"""Put faults into copies of a checkpoint, one at a time, and see which of them a suite catches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..common import InfraError, SuiteError, shown_path
-from .codes import FAILED, OK
+from .shared import FAILED, OK, between, command_parser, writing
+
+if TYPE_CHECKING:
+    from ..tools import Selftest
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what became of each fault; return 1 where the mutation score is below what is asked for."""
+    """Print what became of each fault; return 1 where the mutation score is below `--min-score`.
+
+    Raises:
+        SuiteError: the suite is wrong, names no checkpoint, or fails on the unchanged one; or there is no such fault.
+        InfraError: there is no such suite or checkpoint, or pytest can't run.
+    """
     from ..tools import chosen, lines_of, score_line, score_of, write_outcomes
 
     parser = _parser()
@@ -26,51 +34,48 @@ def run(arguments: Sequence[str]) -> int:
     faults = chosen([name for names in options.faults for name in names.split(",") if name])
     test = _selftest(options, more)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcomes = list(test.run(faults, _told))
+    outcomes = list(test.run(faults, lambda text: print(f"… {text}", file=sys.stderr, flush=True)))
     print("\n".join(lines_of(outcomes)))
     score = score_of(outcomes)
     passed = options.min_score is None or score >= options.min_score
     if options.output is not None:
-        session: dict[str, Any] = {
-            "suite": shown_path(test.suite), "model": shown_path(test.folder.path), "started": started,
-            "min_score": options.min_score, "passed": passed, "arguments": list(test.arguments),
-        }  # fmt: skip
-        print(f"report: {shown_path(write_outcomes(outcomes, options.output, session))}")
+        session = {
+            "suite": shown_path(test.suite),
+            "model": shown_path(test.folder.path),
+            "started": started,
+            "min_score": options.min_score,
+            "passed": passed,
+            "arguments": list(test.arguments),
+        }
+        with writing(options.output):
+            print(f"report: {shown_path(write_outcomes(outcomes, options.output, session))}")
     if not passed:
         print(f"qsa: {score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
     return OK if passed else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsa selftest",
-        usage="qsa selftest SUITE [options] [-- what else pytest gets]",
-        description="Put faults into copies of a suite's checkpoint, one at a time, and see which of them it catches.",
-    )
+    parser = command_parser(__name__, __doc__, "SUITE [options] [-- more arguments for pytest]")
     parser.add_argument("suite", nargs="?", type=Path, metavar="SUITE", help="a suite with model.path")
     parser.add_argument("--model", metavar="PATH", help="another checkpoint than the suite's own, to be broken")
     parser.add_argument("--faults", action="append", default=[], metavar="A,B", help="only these (--list names all)")
     parser.add_argument("--layers", metavar="REGEX", help="put faults only into layers that it finds")
-    parser.add_argument("--min-score", type=_share, metavar="X", help="exit with 1 below this share, 0.95 say")
+    parser.add_argument("--min-score", type=between(0, 1), metavar="X", help="exit with 1 below this share, 0.95 say")
     parser.add_argument("--first", action="store_true", help="stop each run at the first assertion that fails")
     parser.add_argument(
-        "--bisect", choices=("slipped", "all", "none"), default="slipped",
+        "--bisect",
+        choices=("slipped", "all", "none"),
+        default="slipped",
         help="look for the smallest strength that is caught (default: of what slipped through)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write selftest.json, .md and .html there")
     parser.add_argument(
-        "--perplexity", action=argparse.BooleanOptionalAction,
+        "--perplexity",
+        action=argparse.BooleanOptionalAction,
         help="what a gate on perplexity alone would catch (default: where the suite makes a pass, and without --first)",
-    )  # fmt: skip
+    )
     parser.add_argument("--list", action="store_true", help="list the faults")
     return parser
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
 
 
 def _list() -> int:
@@ -82,16 +87,11 @@ def _list() -> int:
     return OK
 
 
-def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
-    """Return the self-test of a suite, of its own checkpoint or another.
-
-    Raises:
-        SuiteError: the suite names no checkpoint.
-        InfraError: there is no such suite or checkpoint.
-    """
+def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Selftest:
+    """Return the self-test of a suite, on its own checkpoint or that of `--model`."""
     from ..checkpoint import open_folder
     from ..suite import load_suite
-    from ..tools import Selftest, makes_a_pass, suite_beside
+    from ..tools import Selftest, makes_a_pass, perplexity_suite
 
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")
@@ -106,10 +106,11 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Any:
     if wanted is None:
         wanted = makes_a_pass(file) and not options.first
     return Selftest(
-        options.suite, folder, arguments=tuple(word for word in more if word != "--"), layers=options.layers,
-        first_only=options.first, bisect=options.bisect, beside=suite_beside(file) if wanted else "",
-    )  # fmt: skip
-
-
-def _told(text: str) -> None:
-    print(f"… {text}", file=sys.stderr, flush=True)
+        options.suite,
+        folder,
+        arguments=tuple(word for word in more if word != "--"),
+        layers=options.layers,
+        first_only=options.first,
+        bisect=options.bisect,
+        perplexity=perplexity_suite(file) if wanted else "",
+    )

@@ -48,6 +48,7 @@ from .load import (
     load_suite as load_suite,
     make_suite as make_suite,
     misfit as misfit,
+    subject_of as subject_of,
 )
 from .schema import Suite as Suite, suite_schema as suite_schema
 from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as Model, Served as Served

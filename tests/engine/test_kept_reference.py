@@ -17,7 +17,6 @@ from pytest_qsa.captures import Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.cli import capture as capture_command, main
-from pytest_qsa.cli.common import subject_of
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
 from pytest_qsa.engine.reference.head import located_head, read_head
 from pytest_qsa.engine.reference.keep import Keep, keep_model
@@ -26,7 +25,7 @@ from pytest_qsa.engine.reference.kept_file import KeptFile, drawn
 from pytest_qsa.engine.reference.live import Partner
 from pytest_qsa.engine.run.forward import run_pass
 from pytest_qsa.engine.subject import Share, capture_subject
-from pytest_qsa.suite import load_suite
+from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
 from support.captures import statistics
 from support.models import BLOCKS, LINEAR, damaged

@@ -12,8 +12,8 @@ from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.metrics.series import Query, Series
 from pytest_qsa.suite import Data, load_suite
-from pytest_qsa.tools.calibrate.edit import calibrated
-from pytest_qsa.tools.calibrate.measure import IDENTICAL, Spread, proposals_of
+from pytest_qsa.tools.calibrate import IDENTICAL, Spread, proposals_of
+from pytest_qsa.tools.edit_suite import calibrated
 from support import models
 from support.projects import suite
 
@@ -278,7 +278,7 @@ def test_the_ratchet_stops_at_the_noise_floor_and_leaves_a_number_of_tokens_its_
 
 def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):
     from pytest_qsa.suite import Noise
-    from pytest_qsa.tools.calibrate.measure import Proposal
+    from pytest_qsa.tools.calibrate import Proposal
 
     def proposal(bound):
         return Proposal("max", "", "layers.1", bound, 3.0, Noise(mean=2, sigma=0.1, n=4, k=6))

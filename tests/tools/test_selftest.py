@@ -15,11 +15,20 @@ from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.suite import Data, Subject, load_suite
-from pytest_qsa.tools.selftest.copies import Mutant
 from pytest_qsa.tools.selftest.faults import FAULTS
-from pytest_qsa.tools.selftest.perplexity import NAME, PerplexityGate, judged, makes_a_pass, suite_beside
+from pytest_qsa.tools.selftest.mutant import Mutant
 from pytest_qsa.tools.selftest.recording import RESULTS
-from pytest_qsa.tools.selftest.run import Selftest, chosen, middle_of, score_of
+from pytest_qsa.tools.selftest.run import (
+    PERPLEXITY_ID,
+    PerplexityGate,
+    Selftest,
+    chosen,
+    judge_perplexity,
+    makes_a_pass,
+    middle_of,
+    perplexity_suite,
+    score_of,
+)
 from pytest_qsa.tools.selftest.table import lines_of, markdown_of
 from support.checkpoints import edited, save_quantized_llama
 from support.paths import ROOT
@@ -322,7 +331,7 @@ def beside(tmp_path_factory, int8_llama):
         int8_llama, "id: files, metric: checkpoint_health", "id: d, metric: absmax, site: output, layers: q, max: 99"
     )
     file = load_suite(Forked.project.write("a.qsa.yaml", text))
-    test = Forked(file.path, open_folder(int8_llama), beside=suite_beside(file), bisect="none")
+    test = Forked(file.path, open_folder(int8_llama), perplexity=perplexity_suite(file), bisect="none")
     faults = chosen(["scale_layer", "embedding_zeroed", "nan_scale", "scale_dropped"])
     return {outcome.fault: outcome for outcome in test.run(faults, lambda text: None)}
 
@@ -347,7 +356,7 @@ def test_a_gate_on_perplexity_is_told_from_the_same_run(beside, int8_llama, tmp_
     assert str(beside["nan_scale"].perplexity) == "not finite, caught"
     assert str(beside["scale_dropped"].perplexity) == "does not run, caught"
     assert not beside["embedding_zeroed"].perplexity.caught
-    assert not any(catch.test.startswith(NAME) for outcome in beside.values() for catch in outcome.caught)
+    assert not any(catch.test.startswith(PERPLEXITY_ID) for outcome in beside.values() for catch in outcome.caught)
 
 
 @pytest.mark.process
@@ -373,7 +382,7 @@ def test_the_table_has_both_gates_and_both_scores(beside):
     ],
 )
 def test_what_the_gate_on_perplexity_says(result, healthy, gate):
-    assert judged(result, healthy) == gate
+    assert judge_perplexity(result, healthy) == gate
 
 
 def test_the_gate_on_perplexity_allows_two_hundredths():
@@ -390,7 +399,7 @@ def test_the_perplexity_is_of_the_very_subject_of_the_suite(tmp_path):
         "assertions: [{id: a, metric: same_top, min: 0}]\n"
     )
     (tmp_path / "gates" / "a.qsa.yaml").write_text(text)
-    (tmp_path / "b.qsa.yaml").write_text(suite_beside(load_suite(tmp_path / "gates" / "a.qsa.yaml")))
+    (tmp_path / "b.qsa.yaml").write_text(perplexity_suite(load_suite(tmp_path / "gates" / "a.qsa.yaml")))
     keys = set()
     for file in ("gates/a.qsa.yaml", "b.qsa.yaml"):
         loaded = load_suite(tmp_path / file)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...checkpoint import FLOATS, NUMBER, Folder, Tensor, element_count, format_of
-from .copies import Mutant
+from .mutant import Mutant
 
 Inject = Callable[[Mutant, str, float], None]
 Targets = Callable[[Folder], Sequence[str]]

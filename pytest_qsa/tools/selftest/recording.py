@@ -1,4 +1,4 @@
-"""A pytest plugin for the runs of a self-test: it appends the verdicts of a run to a file, and does nothing else."""
+"""A pytest plugin for the runs of a self-test: it appends the verdicts of a run to a file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ RESULTS = "QSA_SELFTEST_RESULTS"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the file, so that a run without a verdict is told from one that broke."""
+    """Make the file, so that a run without a verdict differs from one that broke."""
     if RESULTS in os.environ:
         Path(os.environ[RESULTS]).touch()
 
 
 def pytest_qsa_verdict(item: pytest.Item, verdict: Verdict) -> None:
-    """Write what a self-test asks of a verdict."""
+    """Write what the self-test reads of a verdict."""
     layers = [row.layer for row in verdict.rows if row.excess] + [finding.layer for finding in verdict.findings]
     result = {
         "test": item.nodeid,
@@ -31,6 +31,6 @@ def pytest_qsa_verdict(item: pytest.Item, verdict: Verdict) -> None:
         "value": verdict.rows[0].value if len(verdict.rows) == 1 else None,
     }
     if RESULTS in os.environ:
-        # one write that appends, for the workers of pytest-xdist write to the same file
+        # One appending write, because the workers of pytest-xdist write to the same file.
         with Path(os.environ[RESULTS]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")

@@ -1,6 +1,7 @@
-"""The self-test: each fault in a copy of its own, the suite on each copy through pytest, and what it says.
+"""The self-test: each fault goes into a copy of its own, pytest runs the suite on each copy, and its verdicts are read.
 
-A run is a process of its own, as in CI: what is caught here is caught there.
+A run is a process of its own, as in CI, so that what is caught here is caught there. A gate on perplexity alone, which
+many teams have, can run along for comparison.
 """
 
 from __future__ import annotations
@@ -18,18 +19,43 @@ from typing import Any
 from ...captures import match_layers
 from ...checkpoint import Folder
 from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
-from .copies import Mutant
-from .faults import FAULTS, Fault
-from .perplexity import FILE, PerplexityGate, judged, taken
-from .recording import RESULTS
+from ...suite import MeasuredAssertion, SuiteFile, local_path, located
+from . import recording
+from .faults import FAULTS, TOKENIZER, Fault
+from .mutant import Mutant
 
 BISECTIONS = 4
-"""So many runs between a strength that slips through and one that is caught."""
+"""How many runs narrow down the smallest strength that is caught."""
+MAX_RATIO = 1.02
+"""What the gate on perplexity allows, relative to the unchanged checkpoint, which such a gate passes today."""
+PERPLEXITY_ID = "qsa-perplexity"
+PERPLEXITY_FILE = "perplexity.qsa.yaml"
+
+
+@dataclass(frozen=True)
+class PerplexityGate:
+    """The verdict of a gate on perplexity alone.
+
+    `ratio`: to the perplexity of the unchanged copy; None where `problem` says why there is no number.
+    """
+
+    ratio: float | None
+    problem: str = ""
+
+    @property
+    def caught(self) -> bool:
+        """Whether it would fail: the ratio is above `MAX_RATIO`, or there is no number."""
+        return self.ratio is None or self.ratio > MAX_RATIO
+
+    def __str__(self) -> str:
+        """Return the text of a table's cell: `× 1.31, caught`."""
+        ratio = self.problem if self.ratio is None else f"× {self.ratio:.4g}"
+        return f"{ratio}, {'caught' if self.caught else 'missed'}"
 
 
 @dataclass(frozen=True)
 class Catch:
-    """A verdict that failed on a mutant: the test, its kind, and whether it names the layer of the fault."""
+    """A test that failed on a mutant, the kind of its verdict, and whether the verdict names the layer of the fault."""
 
     test: str
     kind: str
@@ -38,10 +64,11 @@ class Catch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fault. `caught`: by which tests; `smallest`: the smallest strength that is known to be caught.
+    """What became of one fault.
 
-    `skipped`: why it could not be done to this checkpoint; such a fault doesn't count. `perplexity`: what a gate on
-    perplexity alone says of it, where that is known.
+    `caught`: by which tests. `smallest`: the smallest strength that is known to be caught. `strongest`: the strongest
+    that was tried of a fault that slipped through. `skipped`: why the fault can't be put into this checkpoint; then it
+    doesn't count. `perplexity`: the verdict of a gate on perplexity alone, where one ran.
     """
 
     fault: str
@@ -57,20 +84,20 @@ class Outcome:
 
     @property
     def named(self) -> bool:
-        """Whether a test that caught it names the layer."""
+        """Whether a test that caught the fault names its layer."""
         return any(catch.named for catch in self.caught)
 
 
 def done_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return those of the faults that could be done to the checkpoint."""
+    """Return the outcomes of the faults that could be put into the checkpoint."""
     return [outcome for outcome in outcomes if not outcome.skipped]
 
 
 def score_of(outcomes: Sequence[Outcome]) -> float:
-    """Return the mutation score: the share of the faults that were caught, of those that could be done.
+    """Return the mutation score: the share of the faults in `done_of` that were caught.
 
     Raises:
-        SuiteError: none could be done.
+        SuiteError: there are none.
     """
     done = done_of(outcomes)
     if not done:
@@ -80,9 +107,10 @@ def score_of(outcomes: Sequence[Outcome]) -> float:
 
 @dataclass(frozen=True)
 class Selftest:
-    """A suite under test. `arguments`: more arguments for pytest; `layers`: a regex of where faults may be put.
+    """A suite under test.
 
-    `beside`: the text of a suite that asks for the perplexity of the same subject; empty to do without.
+    `arguments`: more arguments for pytest. `layers`: a regex of the layers that may get a fault. `perplexity`: the text
+    of a suite that measures the perplexity of the same subject; empty for none.
     """
 
     suite: Path
@@ -91,10 +119,10 @@ class Selftest:
     layers: str | None = None
     first_only: bool = False
     bisect: str = "slipped"
-    beside: str = ""
+    perplexity: str = ""
 
-    def run(self, faults: Sequence[Fault], told: Callable[[str], None]) -> Iterator[Outcome]:
-        """Yield the outcome of each fault, after the suite has passed on an unchanged copy.
+    def run(self, faults: Sequence[Fault], say: Callable[[str], None]) -> Iterator[Outcome]:
+        """Yield the outcome of each fault, after the suite has passed on an unchanged copy. `say` gets each step.
 
         Raises:
             SuiteError: the suite fails on the checkpoint as it is, so that a failure would mean nothing.
@@ -102,63 +130,64 @@ class Selftest:
         """
         with Scratch("qsa-selftest") as scratch:
             home = Path(scratch)
-            told("the suite on an unchanged copy")
+            say("the suite on an unchanged copy")
             healthy = self._healthy(home)
             for fault in faults:
-                yield self._outcome(fault, home, healthy, told)
+                yield self._outcome(fault, home, healthy, say)
 
     def _healthy(self, home: Path) -> float | None:
-        """Check that the suite passes on an unchanged copy; return its perplexity, where it has one."""
-        if self.beside:
-            (home / FILE).write_text(self.beside, encoding="utf-8")
-        failed, perplexity = self._run(Mutant(self.folder), home, "", beside=bool(self.beside))
+        """Check that the suite passes on an unchanged copy; return its perplexity, if it has one."""
+        if self.perplexity:
+            (home / PERPLEXITY_FILE).write_text(self.perplexity, encoding="utf-8")
+        failed, perplexity = self._run(Mutant(self.folder), home, "", perplexity=bool(self.perplexity))
         if failed:
             raise SuiteError(
                 f"{shown_path(self.suite)} fails on the checkpoint as it is ({failed[0].test}, {failed[0].kind}): "
                 "mend that first, for a fault is caught by what fails because of it"
             )
-        known = perplexity is not None and not perplexity["failed"]  # a model without logits has none
-        return float(perplexity["value"]) if perplexity is not None and known else None
+        if perplexity is None or perplexity["failed"]:  # a model without logits has none
+            return None
+        return float(perplexity["value"])
 
-    def _outcome(self, fault: Fault, home: Path, healthy: float | None, told: Callable[[str], None]) -> Outcome:
+    def _outcome(self, fault: Fault, home: Path, healthy: float | None, say: Callable[[str], None]) -> Outcome:
         layer = self.target(fault)
         if layer is None:
             return Outcome(fault.name, fault.text, skipped="no layer of this checkpoint can have it")
         outcome = Outcome(fault.name, fault.text, layer, fault.default, fault.unit)
-        told(f"{fault.name} at {layer}")
+        say(f"{fault.name} at {layer}")
         mutant = self._mutant(fault, layer, fault.default)
         if not mutant.changed:
             return replace(outcome, skipped="it changes nothing here")
-        caught, perplexity = self._run(mutant, home, layer, beside=healthy is not None)
-        outcome = replace(outcome, caught=caught, perplexity=judged(perplexity, healthy))
+        caught, perplexity = self._run(mutant, home, layer, perplexity=healthy is not None)
+        outcome = replace(outcome, caught=caught, perplexity=judge_perplexity(perplexity, healthy))
         if not fault.graded or self.bisect == "none":
             return outcome
         if outcome.caught:
             low = fault.neutral
-            smallest = self._smallest(fault, layer, low, fault.default, home, told) if self.bisect == "all" else None
+            smallest = self._smallest(fault, layer, low, fault.default, home, say) if self.bisect == "all" else None
             return replace(outcome, smallest=smallest or fault.default)
-        return self._stronger(outcome, fault, home, told)
+        return self._stronger(outcome, fault, home, say)
 
-    def _stronger(self, outcome: Outcome, fault: Fault, home: Path, told: Callable[[str], None]) -> Outcome:
-        """Look for the smallest strength that is caught of a fault that slipped through."""
+    def _stronger(self, outcome: Outcome, fault: Fault, home: Path, say: Callable[[str], None]) -> Outcome:
+        """Try a fault that slipped through at its strongest; if that is caught, look for the smallest one that is."""
         outcome = replace(outcome, strongest=fault.strongest)
         if fault.strongest == fault.default:
             return outcome
-        told(f"{fault.name} × {fault.strongest:g} at {outcome.layer}")
+        say(f"{fault.name} × {fault.strongest:g} at {outcome.layer}")
         if not self._failures(self._mutant(fault, outcome.layer, fault.strongest), home, outcome.layer):
             return outcome
-        smallest = self._smallest(fault, outcome.layer, fault.default, fault.strongest, home, told)
+        smallest = self._smallest(fault, outcome.layer, fault.default, fault.strongest, home, say)
         return replace(outcome, smallest=smallest)
 
     def _smallest(
-        self, fault: Fault, layer: str, low: float, high: float, home: Path, told: Callable[[str], None]
+        self, fault: Fault, layer: str, low: float, high: float, home: Path, say: Callable[[str], None]
     ) -> float:
-        """Bisect between a strength that slips through and one that is caught, by their geometric middle."""
+        """Bisect between a strength that slips through and one that is caught."""
         for _ in range(BISECTIONS):
             middle = middle_of(low, high, whole=fault.whole)
             if middle in (low, high):
                 break
-            told(f"{fault.name} {middle:.3g} at {layer}")
+            say(f"{fault.name} {middle:.3g} at {layer}")
             if self._failures(self._mutant(fault, layer, middle), home, layer):
                 high = middle
             else:
@@ -166,10 +195,10 @@ class Selftest:
         return high
 
     def target(self, fault: Fault) -> str | None:
-        """Return the layer that gets a fault: the middle one of those that can have it."""
+        """Return the layer that gets a fault, the middle one of those that can have it; None if there is none."""
         layers = list(fault.targets(self.folder))
         if self.layers is not None:
-            layers = match_layers(layers, self.layers) or [layer for layer in layers if layer == "tokenizer"]
+            layers = match_layers(layers, self.layers) or [layer for layer in layers if layer == TOKENIZER]
         return layers[len(layers) // 2] if layers else None
 
     def _mutant(self, fault: Fault, layer: str, strength: float) -> Mutant:
@@ -178,34 +207,33 @@ class Selftest:
         return mutant
 
     def _failures(self, mutant: Mutant, home: Path, layer: str) -> tuple[Catch, ...]:
-        return self._run(mutant, home, layer, beside=False)[0]
+        return self._run(mutant, home, layer, perplexity=False)[0]
 
     def _run(
-        self, mutant: Mutant, home: Path, layer: str, *, beside: bool
+        self, mutant: Mutant, home: Path, layer: str, *, perplexity: bool
     ) -> tuple[tuple[Catch, ...], Mapping[str, Any] | None]:
-        """Run the suite on a mutant, in a folder of ours that is gone afterwards.
+        """Run the suite on a mutant in a temporary folder.
 
-        Return what failed, and the verdict on the perplexity, where it ran beside.
+        Return what failed, and the verdict on the perplexity if that was asked for.
         """
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             copy = mutant.save(Path(scratch) / self.folder.path.name)
-            suites = [self.suite, home / FILE] if beside else [self.suite]
-            results, perplexity = taken(self._pytest(copy, Path(scratch) / "results.jsonl", suites))
+            suites = [self.suite, home / PERPLEXITY_FILE] if perplexity else [self.suite]
+            results, on_perplexity = _split(self._pytest(copy, Path(scratch) / "results.jsonl", suites))
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
         failed = tuple(
             Catch(result["test"].partition("::")[2], result["kind"], bool(touched & set(result["layers"])))
             for result in results
             if result["failed"]
         )
-        return failed, perplexity
+        return failed, on_perplexity
 
     def _pytest(self, checkpoint: Path, file: Path, suites: Sequence[Path]) -> list[dict[str, Any]]:
-        command = [
-            sys.executable, "-m", "pytest", *map(str, suites), f"--qsa-model={checkpoint}", "--qsa-report=never",
-            "--qsa-no-cache", "-q", "-p", "pytest_qsa.tools.selftest.recording", "-p", "no:cacheprovider",
-            *(["-x"] if self.first_only else []), *self.arguments,
-        ]  # fmt: skip
-        environment = os.environ | {RESULTS: str(file)}
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", recording.__name__, "-p", "no:cacheprovider"]
+        options = [f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache"]
+        options += ["-x"] if self.first_only else []
+        command = [*pytest, *map(str, suites), *options, *self.arguments]
+        environment = os.environ | {recording.RESULTS: str(file)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1) or not file.exists():
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -220,7 +248,7 @@ class Selftest:
 
 
 def middle_of(low: float, high: float, *, whole: bool) -> float:
-    """Return the geometric middle of two strengths; the arithmetic one from 0; a whole number where only those are."""
+    """Return the geometric mean of two strengths, from 0 the arithmetic one; rounded where only whole ones exist."""
     middle = (low * high) ** 0.5 if low > 0 else (low + high) / 2
     return float(round(middle)) if whole else middle
 
@@ -235,3 +263,37 @@ def chosen(names: Sequence[str]) -> list[Fault]:
         if name not in FAULTS:
             raise SuiteError(f"there is no fault '{name}'{did_you_mean(name, FAULTS)}; they are {', '.join(FAULTS)}")
     return [FAULTS[name] for name in names] or list(FAULTS.values())
+
+
+def makes_a_pass(file: SuiteFile) -> bool:
+    """Return whether a suite runs its model, so that the perplexity needs no pass of its own."""
+    return any(isinstance(assertion, MeasuredAssertion) for assertion in file.assertions)
+
+
+def perplexity_suite(file: SuiteFile) -> str:
+    """Return the text of a suite that measures the perplexity of the same subject; its paths are absolute."""
+    suite, folder = file.suite, file.path.parent
+    assert suite.model is not None
+    model, data = (part.model_dump(mode="json", exclude_unset=True) for part in (suite.model, suite.data))
+    if suite.model.reference is not None:
+        model["reference"] = located(folder, suite.model.reference)
+    if (own := local_path(suite.data, folder)) is not None:
+        data["source"] = f"custom:{own.resolve()}"
+    assertion = {"id": PERPLEXITY_ID, "metric": "perplexity", "min": 0}
+    memory = suite.memory.model_dump(mode="json", exclude_unset=True)
+    return json.dumps({"model": model, "data": data, "memory": memory, "assertions": [assertion]}, indent=1)
+
+
+def _split(results: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """Split a run's results into those of the suite and that on the perplexity, if there is one."""
+    own = [result for result in results if result["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
+    return [result for result in results if result not in own], own[0] if own else None
+
+
+def judge_perplexity(result: Mapping[str, Any] | None, healthy: float | None) -> PerplexityGate | None:
+    """Return the verdict of a gate on perplexity; None where it has no number to compare with."""
+    if result is None or healthy is None:
+        return None
+    if result["failed"]:
+        return PerplexityGate(None, "does not run" if result["kind"] == "INFRA" else "not finite")
+    return PerplexityGate(float(result["value"]) / healthy)

@@ -1,4 +1,4 @@
-"""The outcome of a self-test as a table: in the terminal, as JSON, as Markdown and as a page."""
+"""The outcomes of a self-test as a table: for the terminal, as JSON, as Markdown and as a page."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from typing import Any
 
 from ...common import markdown_table, text_table, write_atomically
 from ...report import render, strict_json
-from .perplexity import RATIO
-from .run import Outcome, done_of, score_of
+from .run import MAX_RATIO, Outcome, PerplexityGate, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
-MOST = 4
-"""So many tests are named for a fault; the JSON has them all."""
+MOST_TESTS = 4
+"""How many of the tests that caught a fault a table names; the JSON has all of them."""
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yield the table, a fault a line, and the scores."""
+    """Yield the lines of the table, one for each fault, and the scores."""
     yield from text_table(_rows(outcomes))
-    yield from score_lines(outcomes)
+    yield from _score_lines(outcomes)
 
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
-    """Return the same table and scores in Markdown."""
-    return "\n".join([*markdown_table(_rows(outcomes)), "", *(f"{line}." for line in score_lines(outcomes))]) + "\n"
+    """Return the table and the scores in Markdown."""
+    return "\n".join([*markdown_table(_rows(outcomes)), "", *(f"{line}." for line in _score_lines(outcomes))]) + "\n"
 
 
 def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
     compared = any(outcome.perplexity for outcome in outcomes)
     heads = ["fault", "layer", "strength", "caught by", "layer named", "smallest caught"]
-    yield heads + [f"perplexity (≤ {RATIO:g})"] * compared
+    yield heads + [f"perplexity (≤ {MAX_RATIO:g})"] * compared
     for outcome in outcomes:
         gate = outcome.perplexity
         yield _cells(outcome) + [str(gate) if gate else ""] * compared
 
 
-def score_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yield the mutation score, and that of a gate on perplexity alone on the same faults, where it is known."""
+def _score_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield the mutation score, and the share of the same faults that a gate on perplexity catches, where one ran."""
     yield score_line(outcomes)
     gates = [outcome.perplexity for outcome in done_of(outcomes) if outcome.perplexity]
     if gates:
         caught = sum(gate.caught for gate in gates)
         yield (
-            f"a gate on perplexity alone (at most {RATIO:g} × the unchanged checkpoint's) catches "
+            f"a gate on perplexity alone (at most {MAX_RATIO:g} × the unchanged checkpoint's) catches "
             f"{caught} of {len(gates)}, {caught / len(gates):.0%}"
         )
 
@@ -62,22 +61,22 @@ def score_line(outcomes: Sequence[Outcome]) -> str:
 def _cells(outcome: Outcome) -> list[str]:
     if outcome.skipped:
         return [outcome.fault, outcome.layer or "–", "–", outcome.skipped, "", ""]
-    caught = by_text(outcome) or "SLIPPED THROUGH"
+    caught = _tests(outcome) or "SLIPPED THROUGH"
     named = ("yes" if outcome.named else "no") if outcome.caught else ""
-    return [outcome.fault, outcome.layer, strength_text(outcome), caught, named, smallest_text(outcome)]
+    return [outcome.fault, outcome.layer, _strength(outcome), caught, named, _smallest(outcome)]
 
 
-def by_text(outcome: Outcome) -> str:
-    """Name the tests that caught a fault; those that could only say that nothing loads are one."""
+def _tests(outcome: Outcome) -> str:
+    """Return the names of the tests that caught a fault. All that failed because nothing loads count as one."""
     tests = [catch.test for catch in outcome.caught if catch.kind != "INFRA"]
     loads = ["(does not load)"] if any(catch.kind == "INFRA" for catch in outcome.caught) else []
-    shown = (tests + loads)[:MOST]
+    shown = (tests + loads)[:MOST_TESTS]
     more = len(tests + loads) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def strength_text(outcome: Outcome) -> str:
-    """Write a strength with what it counts: `2 × scale`, `0.5 of the rows`."""
+def _strength(outcome: Outcome) -> str:
+    """Return a strength with its unit: `2 × scale`, `0.5 of the rows`."""
     return _counted(outcome.strength, outcome.unit) if outcome.unit else "–"
 
 
@@ -87,8 +86,8 @@ def _counted(strength: float, unit: str) -> str:
     return f"{strength:.4g} {unit.removesuffix('s') if strength == 1 else unit}"
 
 
-def smallest_text(outcome: Outcome) -> str:
-    """Write the smallest strength that is known to be caught, or that even the strongest slips through."""
+def _smallest(outcome: Outcome) -> str:
+    """Return the smallest strength that is known to be caught, or that even the strongest slips through."""
     if not outcome.unit:
         return ""
     if outcome.smallest is not None:
@@ -103,28 +102,26 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
         OSError: the folder can't be written.
     """
     score = score_of(outcomes)
-    rows = [asdict(outcome) | {"named": outcome.named, "perplexity": _plain(outcome)} for outcome in outcomes]
+    rows = [
+        asdict(outcome) | {"named": outcome.named, "perplexity": _plain(outcome.perplexity)} for outcome in outcomes
+    ]
     write_atomically(
         folder / "selftest.json", strict_json({"schema": SCHEMA, "session": session, "score": score, "faults": rows})
     )
     write_atomically(folder / "selftest.md", markdown_of(outcomes))
     shown = [
-        {
-            "outcome": outcome, "by": by_text(outcome), "strength": strength_text(outcome),
-            "smallest": smallest_text(outcome),
-        }
-        for outcome in outcomes
-    ]  # fmt: skip
+        {"outcome": each, "by": _tests(each), "strength": _strength(each), "smallest": _smallest(each)}
+        for each in outcomes
+    ]
     done = done_of(outcomes)
     title = f"{sum(bool(outcome.caught) for outcome in done)} of {len(done)} faults are caught"
     page = folder / "selftest.html"
     write_atomically(
         page,
-        render("selftest.html.j2", session=session, rows=shown, lines=list(score_lines(outcomes)), title=title),
+        render("selftest.html.j2", session=session, rows=shown, lines=list(_score_lines(outcomes)), title=title),
     )
     return page
 
 
-def _plain(outcome: Outcome) -> dict[str, Any] | None:
-    gate = outcome.perplexity
+def _plain(gate: PerplexityGate | None) -> dict[str, Any] | None:
     return {"ratio": gate.ratio, "problem": gate.problem, "caught": gate.caught} if gate else None

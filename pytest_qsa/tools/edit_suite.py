@@ -1,24 +1,25 @@
-"""Calibrated bounds → the text of a suite with them written in; comments and layout stay as their author has them."""
+"""Writes calibrated bounds into the text of a suite; its comments and its layout stay as they are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
-from .measure import Proposal
+from .calibrate import Proposal
 
 REMARK = re.compile(r"[ \t]*# calibrated: [^\r\n]*")
-"""What an earlier calibration wrote behind its figures."""
+"""The comment of an earlier calibration, which a new one replaces."""
 Edit = tuple[int, int, str]
 
 
 def calibrated(text: str, proposals: Mapping[str, Sequence[Proposal]], data: str) -> tuple[str, list[str]]:
-    """Write proposals, by the id of their assertion, into a suite's text. `data`: in words, what was measured on.
+    """Write proposals, by the id of their assertion, into a suite's text. `data`: what was measured, in words.
 
-    Returns the text, and the ids of those assertions whose bounds don't stand in it: in a base, in `defaults`, behind
-    an alias.
+    Return the new text, and the ids of the assertions whose bounds are not in this text: they are in a base, in
+    `defaults` or behind an alias.
     """
     entries = _assertions(yaml.compose(text, yaml.SafeLoader))
     edits: list[Edit] = []
@@ -30,7 +31,7 @@ def calibrated(text: str, proposals: Mapping[str, Sequence[Proposal]], data: str
             left.append(name)
         else:
             edits += found
-    for start, end, new in sorted(edits, reverse=True):
+    for start, end, new in sorted(edits, reverse=True):  # from the end, so that earlier offsets stay right
         text = text[:start] + new + text[end:]
     return text, left
 
@@ -47,7 +48,7 @@ def noise_lines(proposals: Sequence[Proposal], indent: str, newline: str) -> str
     for side, own in _by_side(proposals).items():
         grouped = any(each.group for each in own)
         lines += [f"{indent}{side}:"] if grouped else [f"{indent}{side}: {_flow(own)}"]
-        lines += [f"{indent}  {_key(each.group)}: {_figures(each)}" for each in own if grouped]
+        lines += [f"{indent}  {flow_yaml(each.group)}: {_figures(each)}" for each in own if grouped]
     return newline.join(lines)
 
 
@@ -61,7 +62,7 @@ def _by_side(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
 def _flow(proposals: Sequence[Proposal]) -> str:
     if not any(each.group for each in proposals):
         return _figures(proposals[0])
-    return f"{{{', '.join(f'{_key(each.group)}: {_figures(each)}' for each in proposals)}}}"
+    return f"{{{', '.join(f'{flow_yaml(each.group)}: {_figures(each)}' for each in proposals)}}}"
 
 
 def _figures(each: Proposal) -> str:
@@ -69,19 +70,21 @@ def _figures(each: Proposal) -> str:
     return f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
 
 
-def _key(group: str) -> str:
-    return yaml.safe_dump([group], default_flow_style=True, width=1 << 20).strip()[1:-1]
+def flow_yaml(value: Any) -> str:
+    """Return a value in YAML's flow style, on one line."""
+    # In a list, for a plain value on its own would get an end-of-document mark.
+    return yaml.safe_dump([value], default_flow_style=True, width=1 << 20, sort_keys=False).strip()[1:-1]
 
 
 def remark_text(proposals: Sequence[Proposal], data: str) -> str:
-    """Return the comment behind the noise: which layers decide, and on what they were measured."""
+    """Return the comment beside the noise: which layers decide, and on what data."""
     layers = list(dict.fromkeys(each.layer for each in proposals))
     more = f" and {len(layers) - 2} more" if len(layers) > 2 else ""
     return f"# calibrated: {', '.join(layers[:2])}{more}, {data}"
 
 
 def _assertions(root: yaml.Node | None) -> dict[str, yaml.MappingNode]:
-    """Return the assertions that stand in a document, in either form, by id; none that an alias shares."""
+    """Return the assertions of a document, in either form, by id; without those that an alias shares."""
     node = _values(root).get("assertions")
     found = _values(node)
     if isinstance(node, yaml.SequenceNode):
@@ -101,7 +104,7 @@ def _values(node: yaml.Node | None) -> dict[str, yaml.Node]:
 
 
 def _edits(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], data: str) -> list[Edit] | None:
-    """Return the edits of one assertion; None where one of its bounds doesn't stand in it."""
+    """Return the edits of one assertion; None where one of its bounds is not in its own text."""
     keys = _values(entry)
     edits: list[Edit] = []
     for each in proposals:
@@ -125,7 +128,7 @@ def _edits(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], da
 
 
 def _noise(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], data: str) -> str:
-    """Return what stands behind the key `noise`: in a block, groups have lines of their own."""
+    """Return the text after the key `noise`: in block style, each group has a line of its own."""
     if entry.flow_style:
         return f": {noise_text(proposals)}"
     remark = remark_text(proposals, data)
@@ -141,7 +144,7 @@ def _newline(text: str, at: int) -> str:
 
 
 def _end(node: yaml.Node) -> int:
-    """Return where a node's text ends; a block's own mark is where the next thing begins."""
+    """Return the offset of the end of a node's text. The end mark of a block is the start of what follows it."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)

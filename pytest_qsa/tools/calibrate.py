@@ -1,4 +1,7 @@
-"""An assertion's numbers on several parts of the data → the bounds that a healthy model keeps to. numpy only."""
+"""How much an assertion's numbers vary over parts of the data, and the bounds that a healthy model keeps.
+
+The engine makes the captures; the rest is numpy.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,27 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...captures import Capture
-from ...common import AnomalyError
-from ...metrics import TWO_SIDED_95, Series
-from ...suite import SIDES, Assertion, MeasuredAssertion, Noise, Relative, Side, Stated
-from ...verdicts import SPARE, key_of, measured, outward
+from ..captures import Capture, merge, merge_requests
+from ..common import AnomalyError, InfraError, SuiteError, progress_bar, shown_path, text_table
+from ..metrics import TWO_SIDED_95, Series
+from ..suite import SIDES, Assertion, MeasuredAssertion, Noise, Relative, Side, Stated, Subject, SuiteFile
+from ..verdicts import SPARE, key_of, measured, outward
 
 FIGURES = 4
-"""The significant digits of a mean and a sigma as a suite keeps them."""
+"""Significant digits of a mean and a sigma in a suite."""
 IDENTICAL = 200.0
-"""What stands for +∞ dB where nothing differs from the reference: float32's own rounding is at 150 dB."""
+"""dB that stand for +∞, where nothing differs from the reference, so that a mean and a sigma exist. The rounding of
+float32 is at 150 dB, so no measured difference is above it."""
 STANDARD_ERRORS = 2 * TWO_SIDED_95
-"""So many are between the ends of a 95 % interval."""
+"""The width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A bound as the noise allows it. `group`: of a bound by group, else empty; `layer`: the one that decides.
+    """A bound that the noise allows.
 
-    `bound`: what the suite says now.
+    `group`: the group of a bound by group, otherwise empty. `layer`: the layer that decides. `bound`: the number in the
+    suite now.
     """
 
     side: Side
@@ -54,10 +59,10 @@ class Spread:
 
     @classmethod
     def of(cls, parts: Sequence[Series], whole: Series) -> Spread:
-        """Put the series of the parts side by side.
+        """Stack the series of the parts.
 
         Raises:
-            AnomalyError: they are not of the same layers, or they are fewer than two.
+            AnomalyError: the parts have different layers, or there are fewer than two.
         """
         if len(parts) < 2:
             raise AnomalyError("one part of the data says nothing of the noise: give two at least")
@@ -69,20 +74,20 @@ class Spread:
 
     @property
     def sigmas(self) -> NDArray[np.float64]:
-        """The standard deviation of each layer over the parts, [L]; exactly 0 where they are equal.
+        """The standard deviation of each layer over the parts, [L]; exactly 0 where all parts are equal.
 
-        An estimate's is no less than its standard error, for a few parts can lie together by chance.
+        That of an estimate is at least its standard error, because a few parts can agree by chance.
         """
         apart = np.where(np.ptp(self.parts, axis=0) > 0, self.parts.std(axis=0, ddof=1), 0.0)
         return np.maximum(apart, self.errors)
 
     def noise(self, index: int, k: float) -> Noise:
-        """Return the noise of one layer, rounded as a suite keeps it."""
+        """Return the noise of one layer, rounded to what a suite holds."""
         mean, sigma = (float(f"{of[index]:.{FIGURES}g}") for of in (self.parts.mean(axis=0), self.sigmas))
         return Noise(mean=mean, sigma=sigma, n=len(self.parts), k=k)
 
     def relative(self, k: float) -> tuple[str, float]:
-        """Return the layer that varies most against its mean, and k sigmas of it: the drift that other text makes."""
+        """Return the layer with the largest k·sigma / |mean|, and that ratio: the drift that another text makes."""
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = np.where(self.sigmas > 0, k * self.sigmas / np.abs(self.parts.mean(axis=0)), 0.0)
         worst = int(np.argmax(shares))
@@ -102,9 +107,10 @@ def _errors(series: Series) -> NDArray[np.float64]:
 def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str] | None, k: float) -> list[Proposal]:
     """Return a proposal for each number that an assertion states as its `min` or `max`.
 
-    A bound holds all layers of its group, so the layer whose mean ± k·sigma reaches farthest decides. It is rounded
-    outward to two digits (to a whole number where all values are), and never tighter than what all the data gave. A
-    number of tokens that was the same in all parts gets room for one more: n parts don't tell what comes in one of 2n.
+    A bound holds for all layers of its group, so the layer whose mean ± k·sigma reaches farthest decides. The bound is
+    rounded outward to two digits (to a whole number where all values are whole), and it is never tighter than the value
+    on all the data. A count of tokens that was the same in all n parts gets room for one more token, because something
+    rarer than one part in n may not have come up.
 
     Raises:
         AnomalyError: a layer is in no group.
@@ -144,7 +150,7 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
 
 @dataclass(frozen=True)
 class Finding:
-    """What calibration has to say of one assertion: its proposals, or why there are none."""
+    """The result of one assertion: a proposal for each of its bounds, and a remark on what has no plain bound."""
 
     id: str
     proposals: Sequence[Proposal] = ()
@@ -153,17 +159,36 @@ class Finding:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was measured: a capture of each part of the data, one of all of it, and of more passes over the first."""
+    """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part."""
 
     parts: Sequence[Capture]
     whole: Capture
     repeated: Sequence[Capture]
 
-    def finding(self, assertion: Assertion, k: float) -> Finding:
-        """Return what calibration has to say of an assertion.
+    @classmethod
+    def of(cls, subject: Subject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
+        """Run a suite's subject over parts of its data, and again over the first part until there are `passes`.
 
         Raises:
-            AnomalyError: a part gives it nothing sound.
+            SuiteError: no assertion needs a pass.
+            InfraError: the subject can't be run.
+        """
+        from ..engine import capture_parts
+
+        requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))
+        if not requests:
+            raise SuiteError(f"{shown_path(file.path)}:1: no assertion measures anything that could vary")
+        with progress_bar(subject.name) as progress:
+            captures, repeated = capture_parts(
+                subject, requests, parts, passes, allow_code=allow_code, progress=progress
+            )
+        return cls(captures, merge(captures), repeated)
+
+    def finding(self, assertion: Assertion, k: float) -> Finding:
+        """Return the proposals for an assertion.
+
+        Raises:
+            AnomalyError: a part gives no sound number.
         """
         if not isinstance(assertion, MeasuredAssertion):
             return Finding(assertion.id, remark="reads files, which do not vary")
@@ -171,23 +196,62 @@ class Sampled:
         remarks = list(_remarks(assertion, spread, k))
         return Finding(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
 
-    def repeats(self, assertions: Sequence[Assertion]) -> float:
-        """Return by how much, relative to its value, any number of a repeated pass differs from the first one's."""
+    def finding_at(self, file: SuiteFile, index: int, k: float) -> Finding:
+        """Return the proposals for the assertion at an index of a suite.
+
+        Raises:
+            InfraError: a part gives no sound number.
+        """
+        assertion = file.assertions[index]
+        try:
+            return self.finding(assertion, k)
+        except AnomalyError as error:
+            raise InfraError(f"{file.place_of(index)}: {assertion.id} can't be calibrated: {error}") from None
+
+    def data_text(self, file: SuiteFile) -> str:
+        """Return what was measured in words: `8 parts of 5 × 512 tokens`."""
+        size = len(self.whole.tokens) // len(self.parts)
+        return f"{len(self.parts)} parts of {size} × {file.suite.data.seq_len} tokens"
+
+    def lines(self, findings: Sequence[Finding], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
+        """Yield what was measured, a table of the proposals, and the remarks. `stated`: show the suite's own bounds."""
+        model, data = file.suite.model, file.suite.data
+        assert model is not None
+        yield f"{model.id}: {self.data_text(file)} of {data.source}; {self._repeats_text(file)}"
+        rows = [_cells(each.id, proposal, stated=stated) for each in findings for proposal in each.proposals]
+        if rows:
+            yield from text_table([["assertion", "bound", "mean ± sigma", "floor", "proposed", "decided by"], *rows])
+        yield from (f"{each.id}: {each.remark}" for each in findings if each.remark)
+
+    def _repeats_text(self, file: SuiteFile) -> str:
+        if not self.repeated:
+            return "no pass was repeated"
+        apart, passes = self._repeats(file.assertions), len(self.repeated) + 1
+        return f"{passes} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
+
+    def _repeats(self, assertions: Sequence[Assertion]) -> float:
+        """Return the largest relative difference of any number between the first pass and a repeated one."""
         own = [each for each in assertions if isinstance(each, MeasuredAssertion)]
         return max((_apart(each, self.parts[0], again) for each in own for again in self.repeated), default=0.0)
+
+
+def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:
+    noise, floor = each.noise, f"{each.noise.floor(each.side):.4g}"
+    bound = each.side + (f" of {each.group}" if each.group else "") + (f" {each.bound:g}" if stated else "")
+    return [name, bound, f"{noise.mean:g} ± {noise.sigma:g}", floor, f"{each.proposed:g}", each.layer]
 
 
 def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
     try:
         first, again = (_finite(measured(assertion, capture)) for capture in (one, other))
-    except AnomalyError:  # what has no sound number can't be calibrated either, and that is told there
+    except AnomalyError:  # `finding` reports what has no sound number
         return 0.0
     apart = np.abs(again - first)
     return float((apart[apart > 0] / np.abs(first[apart > 0])).max(initial=0.0))
 
 
 def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator[str]:
-    """Say of what is no plain bound how it varies."""
+    """Yield how the numbers under a baseline, an `equals` or a relative bound vary."""
     if assertion.baseline is not None:
         layer, share = spread.relative(k)
         yield f"a baseline is held on its own text; another one moves {layer} by {share:.0%} ({k:g} sigma)"

@@ -1,4 +1,4 @@
-"""A lazy copy of a checkpoint: links to the original's files, and files of its own only for what a fault touches."""
+"""A lazy copy of a checkpoint: links to the original's files, and new files only where a fault changes something."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = 1 << 24
 
 
 class Content(NamedTuple):
-    """A tensor as it is written: its dtype as safetensors names it, its shape, its raw bytes as numpy sees them."""
+    """A changed tensor: its dtype as safetensors names it, its shape, and its raw numbers."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -29,14 +29,17 @@ class Content(NamedTuple):
 
 @dataclass
 class Mutant:
-    """A copy under change. Nothing is written before `save`; the original is only ever read."""
+    """A copy with changes. Nothing is written before `save`, and never into the original.
+
+    `changes`: name of a tensor → its new content, None if it is left out. `texts`: name of a file → its new text.
+    """
 
     source: Folder
     changes: dict[str, Content | None] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
     def raw(self, name: str) -> NDArray[Any]:
-        """Return a copy of a tensor's raw numbers as they are now, to be changed and put."""
+        """Return a copy of a tensor's raw numbers, with the changes so far."""
         changed = self.changes.get(name)
         return np.array(changed.raw if changed else self.source.tensors[name].raw())
 
@@ -45,12 +48,12 @@ class Mutant:
         return self.source.tensors[name].values()
 
     def put(self, name: str, raw: NDArray[Any]) -> None:
-        """Replace the numbers of a tensor; its dtype and shape stay."""
+        """Replace the raw numbers of a tensor; its dtype and shape stay."""
         tensor = self.source.tensors[name]
         self.changes[name] = Content(tensor.dtype, tensor.shape, raw)
 
     def put_values(self, name: str, values: NDArray[np.float64]) -> None:
-        """Replace the values of a floating-point tensor, rounded to its dtype."""
+        """Replace the values of a floating-point tensor; they are rounded to its dtype."""
         self.put(name, encoded(values, self.source.tensors[name].dtype))
 
     def replace(self, name: str, dtype: str, values: NDArray[np.float64]) -> None:
@@ -63,7 +66,7 @@ class Mutant:
 
     @property
     def changed(self) -> bool:
-        """Whether a fault changed anything: a swap of equal scales does not."""
+        """Whether anything differs from the original: a swap of equal scales makes no difference."""
         return bool(self.texts) or any(self._differs(name, content) for name, content in self.changes.items())
 
     def _differs(self, name: str, content: Content | None) -> bool:
@@ -73,7 +76,7 @@ class Mutant:
         return bool((np.asarray(tensor.raw()) != content.raw).any())
 
     def save(self, folder: Path) -> Path:
-        """Write the copy into a new folder: links for what is untouched.
+        """Write the copy into a new folder, with links to the files that are unchanged.
 
         Raises:
             OSError: the folder can't be written.
@@ -111,17 +114,16 @@ def _link(file: Path, target: Path) -> None:
 
 
 def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content]) -> None:
-    """Write a safetensors file anew: what is unchanged goes over piece by piece, whatever its size."""
+    """Write a safetensors file anew; unchanged tensors are copied in chunks, so that any size fits in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, content in contents.items():
         size = content.stop - content.start if isinstance(content, Tensor) else content.raw.nbytes
-        header[name] = {
-            "dtype": content.dtype, "shape": list(content.shape), "data_offsets": [offset, offset + size],
-        }  # fmt: skip
+        ends = [offset, offset + size]
+        header[name] = {"dtype": content.dtype, "shape": list(content.shape), "data_offsets": ends}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
     with target.open("wb") as out, path.open("rb") as source:
         out.write(len(text).to_bytes(8, "little") + text)
         for content in contents.values():

@@ -18,7 +18,7 @@ from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, 
 
 
 def commands() -> Mapping[str, ModuleType]:
-    """Return the modules of the commands by name; a command imports what is heavy only when it runs."""
+    """Return the modules of the commands by name. All modules here import what is heavy in their functions only."""
     names = (info.name for info in pkgutil.iter_modules(__path__))
     modules = {name: importlib.import_module(f".{name}", __name__) for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "run")}

@@ -6,12 +6,10 @@ import argparse
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
-from ..suite import Suite, Visualization, check_override, section_of
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 SECTIONS = ("model", "data", "memory", "visualization")
 
@@ -38,6 +36,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
     A key of `visualization` may stand without that word: `--outlier.threshold 100`.
     """
+    from ..suite import Suite
+
     for section in SECTIONS:
         group = parser.add_argument_group(f"keys of {section}", "each overrides the file's own value")
         for key, field in _values(section, Suite.model_fields[section]):
@@ -52,7 +52,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _values(key: str, field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the dotted key and the field of every plain value that a key holds, in its sections or itself."""
-    section: type[BaseModel] | None = section_of(field.annotation)
+    from ..suite import section_of
+
+    section = section_of(field.annotation)
     if section is None:
         yield key, field
     else:
@@ -66,6 +68,8 @@ def read_overrides(options: argparse.Namespace, unknown: Sequence[str]) -> list[
     Raises:
         SuiteError: an unknown option looks like a key; the text names the nearest key.
     """
+    from ..suite import Visualization, check_override
+
     for word in unknown:
         key, _, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and "." in key:

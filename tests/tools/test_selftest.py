@@ -353,8 +353,8 @@ def test_a_gate_on_perplexity_is_told_from_the_same_run(beside, int8_llama, tmp_
     gate = beside["scale_layer"].perplexity
     assert gate.ratio == pytest.approx(expected, rel=1e-5)
     assert gate.caught == (expected > 1.02)
-    assert str(beside["nan_scale"].perplexity) == "not finite, caught"
-    assert str(beside["scale_dropped"].perplexity) == "does not run, caught"
+    assert str(beside["nan_scale"].perplexity) == "no sound number, caught"
+    assert str(beside["scale_dropped"].perplexity) == "no sound number, caught"
     assert not beside["embedding_zeroed"].perplexity.caught
     assert not any(catch.test.startswith(PERPLEXITY_ID) for outcome in beside.values() for catch in outcome.caught)
 
@@ -368,7 +368,7 @@ def test_the_table_has_both_gates_and_both_scores(beside):
     caught = sum(outcome.perplexity.caught for outcome in beside.values())
     assert lines[-2].startswith("mutation score 50%: 2 of 4")
     assert lines[-1].endswith(f"catches {caught} of 4, {caught / 4:.0%}")
-    assert "does not run, caught |" in markdown_of(list(beside.values()))
+    assert "no sound number, caught |" in markdown_of(list(beside.values()))
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_table_has_both_gates_and_both_scores(beside):
     [
         ({"failed": False, "value": 10.2}, 10.0, PerplexityGate(1.02)),
         ({"failed": True, "kind": "INFRA", "value": None}, 10.0, PerplexityGate(None, "does not run")),
-        ({"failed": True, "kind": "ANOMALOUS", "value": None}, 10.0, PerplexityGate(None, "not finite")),
+        ({"failed": True, "kind": "ANOMALOUS", "value": None}, 10.0, PerplexityGate(None, "no sound number")),
         (None, 10.0, None),
         ({"failed": False, "value": 10.2}, None, None),
     ],

@@ -295,5 +295,5 @@ def judge_perplexity(result: Mapping[str, Any] | None, healthy: float | None) ->
     if result is None or healthy is None:
         return None
     if result["failed"]:
-        return PerplexityGate(None, "does not run" if result["kind"] == "INFRA" else "not finite")
+        return PerplexityGate(None, "does not run" if result["kind"] == "INFRA" else "no sound number")
     return PerplexityGate(float(result["value"]) / healthy)

@@ -21,7 +21,6 @@ import torch
 
 from pytest_qsa.captures import Request, merge_requests
 from pytest_qsa.captures.capture import Capture
-from pytest_qsa.suite import subject_of
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference

@@ -211,33 +211,39 @@ class House:
         for module in self.modules:
             named[module.path.name].append(module.path)
         del named["__init__.py"]
-        apart = {name: _without_pairs(paths) for name, paths in named.items()}
+        apart = {name: _without_commands(_without_halves(paths)) for name, paths in named.items()}
         return {name: paths for name, paths in apart.items() if len(paths) > 1}
 
     @property
     def names_twice(self) -> dict[str, list[Path]]:
-        """Public names that several modules define; the functions that every command has are left out."""
+        """Public names that several modules define.
+
+        The halves of a format may share one; what pytest or the program `qsa` looks up by name has to.
+        """
         defined = defaultdict(list)
         for module in self.modules:
-            for name in module.public_names - ({"run", "add_arguments"} if module.room == "cli" else set()):
-                defined[name].append(module.path)
-        return {name: paths for name, paths in sorted(defined.items()) if len(paths) > 1}
+            given = {"run", "add_arguments"} if module.room == "cli" else set()
+            for name in module.public_names - given:
+                if not name.startswith("pytest_"):
+                    defined[name].append(module.path)
+        apart = {name: _without_halves(paths) for name, paths in sorted(defined.items())}
+        return {name: paths for name, paths in apart.items() if len(paths) > 1}
 
     def total(self, pattern: str) -> int:
         """Count the lines in which a regular expression is found."""
         return sum(bool(re.search(pattern, line)) for module in self.modules for line in module.source.splitlines())
 
 
-def _without_pairs(paths: list[Path]) -> list[Path]:
-    """Leave out a command beside its tool and the engine's half of a format beside the checkpoint's."""
-    tops = {path.parts[0] for path in paths}
-    formats = {path.parts[0] for path in paths if path.parts[1:2] == ("formats",)}
-    return [
-        path
-        for path in paths
-        if not (path.parts[0] == "cli" and "tools" in tops)
-        and not (path.parts[:2] == ("engine", "formats") and "checkpoint" in formats)
-    ]
+def _without_halves(paths: list[Path]) -> list[Path]:
+    """Leave out the engine's half of a format that has one in the room of checkpoints."""
+    both = any(path.parts[:2] == ("checkpoint", "formats") for path in paths)
+    return [path for path in paths if not (both and path.parts[:2] == ("engine", "formats"))]
+
+
+def _without_commands(paths: list[Path]) -> list[Path]:
+    """Leave out a command that has a tool of the same name."""
+    tool = any(path.parts[0] == "tools" for path in paths)
+    return [path for path in paths if not (tool and path.parts[0] == "cli")]
 
 
 def measures(house: House) -> dict[str, str]:

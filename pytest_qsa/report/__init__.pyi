@@ -12,19 +12,26 @@ from .gallery import (
     surface_data as surface_data,
 )
 from .html import render as render
-from .plots.boxes import SHARES as SHARES, box_figure as box_figure, histogram_figure as histogram_figure
-from .plots.captions import counted as counted, population as population, samples_of as samples_of
+from .plots.boxes import (
+    SHARES as SHARES,
+    box_figure as box_figure,
+    histogram_figure as histogram_figure,
+    percentile_figure as percentile_figure,
+)
 from .plots.depth import spread as spread
 from .plots.figures import draw as draw
 from .plots.heatmaps import map_figure as map_figure, surface_figure as surface_figure
 from .plots.magnitudes import (
     STATS as STATS,
-    Magnitudes as Magnitudes,
     magnitude_panels as magnitude_panels,
     magnitude_title as magnitude_title,
 )
 from .plots.outliers import outlier_picture as outlier_picture, outliers_of as outliers_of, texts_of as texts_of
-from .plots.percentiles import percentile_figure as percentile_figure
-from .plots.style import encoded as encoded
+from .plots.style import (
+    counted as counted,
+    encoded as encoded,
+    population as population,
+    samples_of as samples_of,
+)
 from .report import strict_json as strict_json, to_plain as to_plain, write_report as write_report
 from .terminal import failure_text as failure_text

@@ -21,10 +21,9 @@ from PIL import Image
 
 from pytest_qsa.captures.channels import channel_bands
 from pytest_qsa.engine.run.forward import run_pass
-from pytest_qsa.report.plots.boxes import box_figure, histogram_figure
+from pytest_qsa.report.plots.boxes import box_figure, histogram_figure, percentile_figure
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
-from pytest_qsa.report.plots.percentiles import percentile_figure
 from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.draw import draw_picture
 from pytest_qsa.tools.analyze.pictures import plan_pictures

@@ -1,8 +1,9 @@
-"""Figures of distributions: all elements of a layer as a box, or as a histogram, both from exact counts."""
+"""Figures of distributions from exact counts: a layer's elements as a box or a histogram, channels as bands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,13 +11,32 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...captures import SiteNumbers, counted_quantiles, sorted_counts
-from .depth import spread
-from .panels import panels_of
-from .style import BLUE, GROUP_STYLES, INK, MUTED, PALE, add_legend, safe_text, scale_asinh, scale_log, styled
+from .depth import panels_of, spread
+from .style import (
+    BLUE,
+    GROUP_STYLES,
+    INK,
+    MUTED,
+    PALE,
+    add_legend,
+    head,
+    new_grid,
+    safe_text,
+    scale_asinh,
+    scale_log,
+    styled,
+)
 
 SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """What a box shows: the extremes as dots, the whiskers, the box and its middle."""
 MOST_CURVES, BINS = 4, 120
+Bands = Mapping[str, NDArray[np.float64]]
+"""The names of `channels.SHARES` → [C]."""
+PAIRS = (("min", "max"), ("p0.01", "p99.99"), ("p1", "p99"), ("p25", "p75"))
+_LABELS = ("all tokens", "0.01 to 99.99 %", "1 to 99 %", "25 to 75 %")
+_FILLS = ("#dfe6ee", "#b5c6d8", "#7f9dbb", "#2b5c8a")
+_LINES = ((MUTED, ":"), (MUTED, "--"), (BLUE, "-."), (INK, "-"))
+MOST_COLUMNS = 400
 
 
 @styled
@@ -24,15 +44,11 @@ def box_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legen
     """Draw a box for each layer, a panel for each kind of layer; y is linear near 0 and logarithmic beyond."""
     table = np.array([counted_quantiles(numbers, SHARES, signed=True) for numbers in sites.values()])
     panels = panels_of(list(sites), title, note)
-    for axes, _, members in panels:
-        own = panels.depth.part(members)
-        own.label_axis(axes, most=panels.ticks)
-        _draw_boxes(axes, np.array(own.x), table[members].T)
-    scale_asinh(panels.axes[0].yaxis, _width(np.abs(table[:, [2, 4]])))
-    panels.label("block", "x")
-    if legend:
-        add_legend(panels.figure, panels.axes[0])
-    return panels.figure
+    for axes, depth, members in panels.by_depth():
+        _draw_boxes(axes, np.array(depth.x), table[members].T)
+    scale_asinh(panels.grid.axes[0].yaxis, _width(np.abs(table[:, [2, 4]])))
+    panels.label("block", "x", legend=legend)
+    return panels.grid.figure
 
 
 def _draw_boxes(axes: Axes, x: NDArray[np.float64], table: NDArray[np.float64]) -> None:
@@ -57,17 +73,18 @@ def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *,
     for axes, kind, members in panels:
         chosen = [members[index] for index in spread(len(members), MOST_CURVES)]
         own = panels.depth.part(chosen)
-        word = "block " if panels.depth.numbered and len(panels.depth.kinds) == len(panels.axes) else ""
+        word = "block " if panels.depth.numbered and len(panels.depth.kinds) == len(panels.grid.axes) else ""
         labels = [f"{word}{own.short(i)}" for i in range(len(chosen))]
         _draw_curves(axes, [sites[names[index]] for index in chosen], labels)
         axes.set_xlabel(f"x at {safe_text(kind, 80)}" if kind else "x")
         if legend:
             axes.legend(loc="upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
-    low, high = panels.axes[0].get_ylim()
-    panels.axes[0].set_ylim(low, high * 8 if legend else high)
-    scale_log(panels.axes[0])
-    panels.label("x", "share of the elements in a bin")
-    return panels.figure
+    first = panels.grid.axes[0]
+    low, high = first.get_ylim()
+    first.set_ylim(low, high * 8 if legend else high)
+    scale_log(first)
+    panels.label("x", "share of the elements in a bin", legend=False)
+    return panels.grid.figure
 
 
 def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]) -> None:
@@ -91,3 +108,46 @@ def _width(quartiles: NDArray[np.float64]) -> float:
     """Choose how far from 0 an axis stays linear: the middle of the quartiles' magnitudes."""
     magnitudes = np.abs(quartiles[np.isfinite(quartiles) & (quartiles != 0)])
     return float(np.median(magnitudes)) if magnitudes.size else 1.0
+
+
+@styled
+def percentile_figure(
+    layers: Mapping[str, Bands], title: str, note: str, *, style: Literal["fill", "line"] = "fill", legend: bool = True
+) -> Figure:
+    """Draw the bands over the channels, one panel a layer. Neighbouring channels share a column where they are many."""
+    grid = new_grid(len(layers), lambda lines: 1.4 + 2.2 * lines, columns=2)
+    per_column = 1
+    for axes, (layer, bands) in zip(grid.axes, layers.items(), strict=True):
+        per_column = max(per_column, _draw_bands(axes, bands, style))
+        axes.set_title(safe_text(layer, 60), color=MUTED)
+        axes.grid(axis="y")
+    signed = any((bands["min"] < 0).any() for bands in layers.values())
+    across = "channel" + (f" (a column holds up to {per_column})" if per_column > 1 else "")
+    grid.label(across, "x" if signed else "|x|")
+    head(grid.figure, None, title, [note])
+    if legend:
+        add_legend(grid.figure, grid.axes[0])
+    return grid.figure
+
+
+def _draw_bands(axes: Axes, bands: Bands, style: str) -> int:
+    """Draw one layer; return how many channels a column holds."""
+    count = len(bands["max"])
+    cell = -(-count // MOST_COLUMNS)
+    starts = np.arange(0, count, cell)
+    edges = np.append(starts, count)
+    width = np.nanmedian(np.abs(np.concatenate([bands["p25"], bands["p75"]])))
+    for (below, above), label, fill, (colour, dash) in zip(PAIRS, _LABELS, _FILLS, _LINES, strict=True):
+        low = np.fmin.reduceat(bands[below], starts)
+        high = np.fmax.reduceat(bands[above], starts)
+        if style == "fill":
+            axes.fill_between(
+                edges, np.append(low, low[-1]), np.append(high, high[-1]), step="post", color=fill, linewidth=0,
+                label=label, gid="band",
+            )  # fmt: skip
+        else:
+            axes.plot(starts, high, color=colour, linestyle=dash, linewidth=0.9, label=label, gid="line")
+            axes.plot(starts, low, color=colour, linestyle=dash, linewidth=0.9, gid="line")
+    axes.set_xlim(0, count)
+    scale_asinh(axes.yaxis, float(width) if np.isfinite(width) and width > 0 else 1.0)
+    return cell

@@ -1,9 +1,9 @@
-"""Where layers stand on the x axis: the names of layers → depth, with labels short enough to read."""
+"""Where layers stand on the x axis, with labels short enough to read; and a panel for each kind of layer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .style import GROUP_STYLES, safe_text
+from .style import GROUP_STYLES, MUTED, Grid, add_legend, head, new_grid, safe_text
 
 MOST_TICKS = 24
+MOST_PANELS = 9
+"""Of more kinds than this, all layers share one panel."""
 _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 
@@ -164,3 +166,45 @@ def _affixes(names: Sequence[str]) -> tuple[str, str]:
     prefix = "".join(f"{part}." for part in split[0][:front])
     suffix = "".join(f".{part}" for part in split[0][len(split[0]) - back :])
     return prefix, suffix
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A figure with a panel for each kind of layer; all share y."""
+
+    grid: Grid
+    depth: Depth
+
+    def __iter__(self) -> Iterator[tuple[Axes, str, list[int]]]:
+        """Yield the axes, the name and the members of each kind."""
+        for axes, (kind, members) in zip(self.grid.axes, self.depth.kinds.items(), strict=True):
+            yield axes, kind, members
+
+    def by_depth(self) -> Iterator[tuple[Axes, Depth, list[int]]]:
+        """Yield the axes of each kind with depth on their x axis, the depth of its layers, and its members."""
+        for axes, _, members in self:
+            part = self.depth.part(members)
+            part.label_axis(axes, most=MOST_TICKS // self.grid.columns)
+            yield axes, part, members
+
+    def label(self, across: str, along: str, *, legend: bool) -> None:
+        """Name the y axes of the first column, every x axis where there are several panels, and what is drawn."""
+        for axes in self.grid.axes:
+            axes.grid(axis="y")
+            if len(self.grid.axes) > 1:
+                axes.set_xlabel(across)
+        for axes in self.grid.axes[:: self.grid.columns]:
+            axes.set_ylabel(along)
+        if legend:
+            add_legend(self.grid.figure, self.grid.axes[0])
+
+
+def panels_of(layers: Sequence[str], title: str, note: str) -> Panels:
+    """Make the panels of some layers, each with its kind above it."""
+    depth = depth_of(layers, MOST_PANELS)
+    grid = new_grid(len(depth.kinds), lambda lines: (4.0, 6.2, 8.4)[lines - 1], sharey=True)
+    head(grid.figure, grid.axes[0] if len(grid.axes) == 1 else None, title, [note])
+    if len(grid.axes) > 1:
+        for axes, kind in zip(grid.axes, depth.kinds, strict=True):
+            axes.set_title(safe_text(depth.kind_labels[kind], 40), color=MUTED)
+    return Panels(grid, depth)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from .style import MUTED, grid_of, head, new_figure, plain_number, safe_text, styled
+from .style import MUTED, head, new_figure, new_grid, plain_number, safe_text, styled
 
 COLOURS = "cividis"
 """Its lightness grows evenly, so that a grey print keeps the order."""
@@ -23,39 +23,23 @@ Map = NDArray[np.float32]
 @styled
 def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note: str) -> Figure:
     """Draw [t, c] maps, one a layer, on one scale of colours. `size`: the tokens and channels that they stand for."""
-    lines, columns = grid_of(len(maps))
-    figure = new_figure(1.1 + 2.5 * lines)
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    norm = _norm(list(maps.values()))
-    colours = ScalarMappable(norm, COLOURS)
-    for axes, (layer, picture) in zip(grid, maps.items(), strict=False):
+    grid = new_grid(len(maps), lambda lines: 1.1 + 2.5 * lines, sharex=True, sharey=True)
+    colours = ScalarMappable(_norm(list(maps.values())), COLOURS)
+    for axes, (layer, picture) in zip(grid.axes, maps.items(), strict=True):
         axes.imshow(
             colours.to_rgba(picture, bytes=True), origin="lower", aspect="auto", extent=(0, size[1], 0, size[0]),
             interpolation="nearest", gid="map",
         )  # fmt: skip
         axes.set_title(safe_text(layer, 42), color=MUTED)
-    for axes in grid[len(maps) :]:
-        axes.remove()
-    for index, axes in enumerate(grid[: len(maps)]):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        if index >= len(maps) - columns:
-            axes.set_xlabel("channel")
-            axes.tick_params(labelbottom=True)
-        if index % columns == 0:
-            axes.set_ylabel("token")
-    bar = figure.colorbar(
-        colours,
-        ax=list(grid[: len(maps)]),
-        label="|x|",
-        format=FuncFormatter(plain_number),
-        fraction=0.05,
-        aspect=32,
-        pad=0.01,
+    grid.label("channel", "token")
+    bar = grid.figure.colorbar(
+        colours, ax=grid.axes, label="|x|", format=FuncFormatter(plain_number), fraction=0.05, aspect=32, pad=0.01
     )
     bar.outline.set_visible(False)
     bar.minorticks_off()  # they took as long as the maps
-    head(figure, None, title, [note, _cells(maps, size)])
-    return figure
+    head(grid.figure, None, title, [note, _cells(maps, size)])
+    return grid.figure
 
 
 @styled

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ...captures import Capture, Site
 from ...common import QsaError
+from ...metrics import Series
 from ...verdicts import Row, Verdict
-from .captions import bound_label, population, samples_of
-from .depth import Depth
-from .panels import Panels, panels_of
-from .style import BLUE, GREEN, INK, OCHRE, PALE, RED, VIOLET, add_legend, scale_log, styled, wants_log
+from .depth import Depth, panels_of
+from .style import (
+    BLUE,
+    GREEN,
+    INK,
+    OCHRE,
+    PALE,
+    RED,
+    VIOLET,
+    bound_label,
+    population,
+    samples_of,
+    scale_log,
+    styled,
+    wants_log,
+)
 
 STATS: Mapping[str, tuple[str, str, Any]] = {
     "top1": (INK, "^", "-"),
@@ -35,82 +48,68 @@ def magnitude_title(site: Site, reduce_dim: int | None) -> str:
     return f"Magnitude of the {_OF[str(reduce_dim)]} at the {site}s"
 
 
-@dataclass(frozen=True)
-class Magnitudes:
-    """The statistics of the layers: name → [L]. `own`: the statistic that the verdict judges, if it judges one."""
-
-    layers: list[str]
-    values: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
-    of: str
-    reduce: str | None
-    own: str | None
-
-
-def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
-    """Compute the statistics at the verdict's site; None where the capture lacks them."""
-    query = verdict.query
-    if not query.get("layers") or not query.get("site"):
-        return None
-    judged = query["metric"] == "magnitude"
-    dim: Any = query["parameters"].get("reduce_dim", "auto") if judged else "auto"
-    reduce = query.get("reduce") if judged else None
-    own = query["parameters"].get("stat", "top1") if judged else None
-    stats: Any = [*STATS, *([own] if own and own not in STATS else [])]
-    try:
-        selection = capture.select(query["layers"], query["site"], query.get("exclude"))
-        positions = query.get("positions") or "all"
-        series: Any = selection.magnitudes(stats, reduce_dim=dim, reduce=reduce, positions=positions)
-    except QsaError:
-        return None
-    first = next(iter(series.values()))
-    if dim == "auto":
-        dim = -2 if query["site"] == "weight" else -1
-    return Magnitudes(first.layers, {s: v.values for s, v in series.items()}, _OF[str(dim)], first.query.reduce, own)
-
-
 @styled
 def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     """Draw top1, top2, top3, median and min by layer; None where there are not two layers with a finite one."""
-    numbers = magnitudes_of(verdict, capture)
-    if numbers is None or len(numbers.layers) < 2 or not any(np.isfinite(v).any() for v in numbers.values.values()):
+    query = verdict.query
+    if not query.get("layers") or not query.get("site"):
         return None
-    site = verdict.query["site"]
-    samples = samples_of(capture, numbers.layers, site)
-    note = population(numbers.reduce, samples, (verdict.query.get("positions") or "all") if samples else None)
-    title = f"Magnitude of the {numbers.of} at the {site}"
-    return magnitude_panels(numbers, title, note, rows={row.layer: row for row in verdict.rows})
+    site, positions, judged = query["site"], query.get("positions") or "all", query["metric"] == "magnitude"
+    dim: Any = query["parameters"].get("reduce_dim", "auto") if judged else "auto"
+    own = query["parameters"].get("stat", "top1") if judged else None
+    stats: Any = [*STATS, *([own] if own and own not in STATS else [])]
+    reduce = query.get("reduce") if judged else None
+    try:
+        selection = capture.select(query["layers"], site, query.get("exclude"))
+        series = selection.magnitudes(stats, reduce_dim=dim, reduce=reduce, positions=positions)
+    except QsaError:
+        return None
+    first = next(iter(series.values()))
+    if len(first.layers) < 2 or not any(np.isfinite(each.values).any() for each in series.values()):
+        return None
+    if dim == "auto":
+        dim = -2 if site == "weight" else -1
+    samples = samples_of(capture, first.layers, site)
+    note = population(first.query.reduce, samples, positions if samples else None)
+    title = f"Magnitude of the {_OF[str(dim)]} at the {site}"
+    rows = {row.layer: row for row in verdict.rows} if judged else {}
+    return magnitude_panels(series, title, note, own=own, rows=rows)
 
 
 @styled
 def magnitude_panels(
-    numbers: Magnitudes, title: str, note: str, *, rows: Mapping[str, Row] | None = None, legend: bool = True
+    series: Mapping[Any, Series],
+    title: str,
+    note: str,
+    *,
+    own: str | None = None,
+    rows: Mapping[str, Row] | None = None,
+    legend: bool = True,
 ) -> Figure:
-    """Draw the statistics, a panel for each kind of layer; many kinds share one."""
-    panels = panels_of(numbers.layers, title, note)
-    for axes, _, members in panels:
-        _draw_panel(axes, numbers, panels, members, rows or {})
-    positive = [value for values in numbers.values.values() for value in values.tolist() if 0 < value < math.inf]
+    """Draw the statistics, a panel for each kind of layer; many kinds share one.
+
+    `series`: statistic → its numbers. `own`: the one that a verdict judges; `rows`: layer → what the verdict says.
+    """
+    panels = panels_of(next(iter(series.values())).layers, title, note)
+    for axes, depth, members in panels.by_depth():
+        _draw_allowed(axes, depth, rows or {})
+        _draw_statistics(axes, depth, {stat: each.values[members] for stat, each in series.items()}, own)
+    positive = [value for each in series.values() for value in each.values.tolist() if 0 < value < math.inf]
     if positive and wants_log(positive):
-        scale_log(panels.axes[0])
-    panels.label("block", "magnitude, |x|")
-    if legend:
-        add_legend(panels.figure, panels.axes[0])
-    return panels.figure
+        scale_log(panels.grid.axes[0])
+    panels.label("block", "magnitude, |x|", legend=legend)
+    return panels.grid.figure
 
 
-def _draw_panel(axes: Axes, numbers: Magnitudes, panels: Panels, members: list[int], rows: Mapping[str, Row]) -> None:
-    own = panels.depth.part(members)
-    own.label_axis(axes, most=panels.ticks)
-    if numbers.own is not None:
-        _draw_allowed(axes, own, rows)
-    scattered, size = len(set(own.x)) < len(own.x), 2.6 if len(own.x) > 60 else 4.2
-    for stat, values in numbers.values.items():
+def _draw_statistics(axes: Axes, depth: Depth, values: Mapping[str, NDArray[np.float64]], own: str | None) -> None:
+    scattered, size = len(set(depth.x)) < len(depth.x), 2.6 if len(depth.x) > 60 else 4.2
+    for stat, numbers in values.items():
         colour, marker, dash = STATS.get(stat, (RED, "P", "-"))
-        loud = numbers.own in (None, stat)
+        loud = own in (None, stat)
         axes.plot(
-            own.x, values[members], color=colour, marker=marker, linestyle="none" if scattered else dash,
-            label=stat, gid=stat, linewidth=2.2 if stat == numbers.own else 1.2, alpha=1.0 if loud else 0.45,
-            zorder=4 if loud else 3, markersize=size * (1.25 if stat == numbers.own else 1.0),
+            depth.x, numbers, color=colour, marker=marker, linestyle="none" if scattered else dash,
+            label=stat, gid=stat, linewidth=2.2 if stat == own else 1.2, alpha=1.0 if loud else 0.45,
+            zorder=4 if loud else 3, markersize=size * (1.25 if stat == own else 1.0),
         )  # fmt: skip
 
 

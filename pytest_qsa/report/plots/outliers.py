@@ -17,9 +17,22 @@ from ...captures import Capture, Site
 from ...common import QsaError
 from ...metrics import METRICS, View
 from ...verdicts import Verdict
-from .captions import counted, population, samples_of
 from .depth import depth_of
-from .style import BLUE, INK, MUTED, add_legend, head, new_figure, plain_number, safe_text, scale_log, styled
+from .style import (
+    BLUE,
+    INK,
+    MUTED,
+    add_legend,
+    counted,
+    head,
+    new_figure,
+    plain_number,
+    population,
+    safe_text,
+    samples_of,
+    scale_log,
+    styled,
+)
 
 THRESHOLD = 64.0
 MOST_TOKENS = 15

@@ -1,4 +1,4 @@
-"""The shared look: one palette, marks that differ without colour, and text that matplotlib can't misread."""
+"""What all figures share: palette, marks that differ without colour, grids, scales, captions, text made safe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import io
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +23,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
+from ...captures import Capture, Site
 from ...common import write_atomically
 
 DPI = 120
@@ -59,6 +61,8 @@ CJK = (
     "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
 )  # fmt: skip
 """Fonts of Chinese, Japanese and Korean; the first that a machine has stands in where DejaVu Sans has no glyph."""
+
+POSITIONS = {"all": "all positions", "no_sink": "positions without the sinks", "sink": "sinks only"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,10 +129,34 @@ def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = (
         figure.add_artist(Annotation(fine, (0, 0), xycoords=text, va="bottom", color=MUTED, fontsize=9.0))
 
 
-def grid_of(count: int, columns: int = 3) -> tuple[int, int]:
-    """Return the lines and columns of a grid of panels; four make a square."""
+@dataclass(frozen=True)
+class Grid:
+    """Panels of equal size, line by line."""
+
+    figure: Figure
+    axes: list[Axes]
+    columns: int
+
+    def label(self, across: str, along: str) -> None:
+        """Name the x axis of the last panel in each column, and the y axes of the first column."""
+        for axes in self.axes[-self.columns :]:
+            axes.set_xlabel(across)
+            axes.tick_params(labelbottom=True)
+        for axes in self.axes[:: self.columns]:
+            axes.set_ylabel(along)
+
+
+def new_grid(
+    count: int, height: Callable[[int], float], *, columns: int = 3, sharex: bool = False, sharey: bool = False
+) -> Grid:
+    """Return a figure of `count` panels, four of them in a square. `height`: lines → the figure's height in inches."""
     columns = 2 if count == 4 else min(count, columns)
-    return -(-count // columns), columns
+    lines = -(-count // columns)
+    figure = new_figure(height(lines))
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=sharey).ravel()
+    for spare in axes[count:]:
+        spare.remove()
+    return Grid(figure, list(axes[:count]), columns)
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
@@ -224,3 +252,40 @@ def scale_log(axes: Axes, *, zero: bool = False) -> None:
 def wants_log(values: list[float]) -> bool:
     """Say whether positive values span more than two decades."""
     return bool(values) and min(values) > 0 and max(values) > 100 * min(values)
+
+
+def metric_title(query: Mapping[str, Any]) -> str:
+    """Write the metric with its parameters and site: `outlier_tokens(threshold=64) at the output`."""
+    parameters = {name: value for name, value in (query.get("parameters") or {}).items() if value != "auto"}
+    arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())
+    name = query.get("metric", "value") + (f"({arguments})" if arguments else "")
+    return f"{name} at the {query['site']}" if query.get("site") else name
+
+
+def samples_of(capture: Capture, layers: Sequence[str], site: Site) -> int:
+    """Count the samples behind the layers; 0 where the capture doesn't hold them."""
+    numbers = capture.sites.get((layers[0], site)) if layers and site != "weight" else None
+    return len(set(numbers.sample.tolist())) if numbers is not None else 0
+
+
+def counted(count: int, noun: str) -> str:
+    """Write `1 sample`, `8 samples`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def population(reduce: str | None, samples: int, positions: str | None) -> str:
+    """Say how samples were folded and which positions count: `max over 8 samples · all positions`."""
+    parts = []
+    if samples:
+        parts.append(f"{reduce or 'pooled'} over {counted(samples, 'sample')}")
+    if positions:
+        skipped = positions.partition(":")[2]
+        parts.append(POSITIONS.get(positions) or (f"without the first {skipped} positions" if skipped else positions))
+    return " · ".join(parts)
+
+
+def bound_label(low: float | None, high: float | None) -> str:
+    """Name a line that is drawn: `max 1`."""
+    if low is not None and low == high:
+        return f"equals {low:g}"
+    return f"max {high:g}" if high is not None else f"min {low or 0.0:g}"

@@ -13,7 +13,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ...captures import Capture
 from ...common import QsaError, number
 from ...verdicts import Row, Verdict
-from .captions import bound_label, counted, metric_title, population, samples_of
 from .depth import Depth, depth_of
 from .style import (
     AMBER,
@@ -24,10 +23,15 @@ from .style import (
     PALE,
     RED,
     add_legend,
+    bound_label,
+    counted,
     head,
+    metric_title,
     new_figure,
     plain_number,
+    population,
     safe_text,
+    samples_of,
     scale_log,
     styled,
     wants_log,

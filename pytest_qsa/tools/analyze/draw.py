@@ -15,7 +15,6 @@ from ...captures import Capture, HeatMap, Site, channel_bands, exactly
 from ...common import QsaError, write_atomically
 from ...report import (
     STATS,
-    Magnitudes,
     box_figure,
     counted,
     encoded,
@@ -102,12 +101,8 @@ def _magnitude(picture: Picture, capture: Capture, visualization: Visualization,
     settings = visualization.magnitude
     dim = settings.weight.reduce_dim if picture.site == "weight" else settings.reduce_dim
     series = capture.select(exactly(picture.layers), picture.site).magnitudes(cast(Any, list(STATS)), reduce_dim=dim)
-    values = {str(stat): each.values for stat, each in series.items()}
-    reduce = None if picture.site == "weight" else "mean"
-    numbers = Magnitudes(list(picture.layers), values, title, reduce, None)
-    return magnitude_panels(
-        numbers, title, _note(picture, capture, reduce or "", run), legend=visualization.show_legend
-    )
+    note = _note(picture, capture, "" if picture.site == "weight" else "mean", run)
+    return magnitude_panels(series, title, note, legend=visualization.show_legend)
 
 
 def _outlier(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:

@@ -25,8 +25,8 @@ from pytest_qsa.report.plots.boxes import box_figure, histogram_figure, percenti
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
 from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
 from pytest_qsa.suite import Visualization
-from pytest_qsa.tools.analyze.draw import draw_picture
 from pytest_qsa.tools.analyze.pictures import plan_pictures
+from pytest_qsa.tools.analyze.write import draw_picture
 from support import models
 
 IMAGES = Path(__file__).parent / "images"
@@ -169,7 +169,9 @@ def look_of(handle):
 def test_the_series_of_a_picture_can_be_told_apart_in_greyscale(tmp_path, monkeypatch, kind, settings):
     settings, analysis, capture = analysed(8, enabled={kind: True}, **settings)
     figures = []
-    monkeypatch.setattr("pytest_qsa.tools.analyze.draw.encoded", lambda figure, *_, **__: figures.append(figure) or b"")
+    monkeypatch.setattr(
+        "pytest_qsa.tools.analyze.write.encoded", lambda figure, *_, **__: figures.append(figure) or b""
+    )
     for picture in analysis.pictures:
         draw_picture(picture, capture, settings, tmp_path, "")
     for figure in figures:

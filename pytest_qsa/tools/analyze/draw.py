@@ -1,23 +1,20 @@
-"""Pictures → figures → files. A picture that can't be drawn says why, and the others are drawn all the same."""
+"""Planned pictures → figures: a kind of picture for each key of `visualization.enabled`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...captures import Capture, HeatMap, Site, channel_bands, exactly
-from ...common import QsaError, write_atomically
+from ...captures import Capture, HeatMap, Site, SiteNumbers, channel_bands, exactly
 from ...report import (
     STATS,
     box_figure,
     counted,
-    encoded,
     histogram_figure,
     magnitude_panels,
     magnitude_title,
@@ -31,103 +28,94 @@ from ...report import (
     texts_of,
 )
 from ...suite import Visualization
-from .pictures import Picture, measured
-
-IMAGES = ("png", "svg")
-_SITES = {"input": "inputs", "output": "outputs", "weight": "weights"}
+from .pictures import Picture, Section
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture as it came out: its title, its PNG, the files that were written; or the problem that stopped it."""
+class Drawing:
+    """A picture that is to be drawn. `run`: what was measured on what, for the small print."""
 
     picture: Picture
-    title: str
-    png: bytes = b""
-    files: list[Path] = field(default_factory=list)
-    problem: str = ""
+    capture: Capture
+    settings: Visualization
+    run: str
+
+    @property
+    def title(self) -> str:
+        """What the picture shows."""
+        return KINDS[self.picture.section].title(self.picture, self.settings)
+
+    @property
+    def sites(self) -> dict[str, SiteNumbers]:
+        """The numbers of the picture's layers."""
+        return {layer: self.capture.sites[layer, self.picture.site] for layer in self.picture.layers}
+
+    def note(self, reduce: str | None) -> str:
+        """Write the small print. `reduce`: how the samples were folded, None for pooled."""
+        samples = samples_of(self.capture, self.picture.layers, self.picture.site)
+        parts = (population(reduce, samples, None), counted(len(self.picture.layers), "layer"), self.run)
+        return " · ".join(part for part in parts if part)
+
+    def figure(self) -> Figure:
+        """Draw it.
+
+        Raises:
+            QsaError: the capture lacks what it shows.
+        """
+        return KINDS[self.picture.section].draw(self)
 
 
-def draw_picture(
-    picture: Picture, capture: Capture, visualization: Visualization, folder: Path, run: str
-) -> tuple[Drawn, list[str]]:
-    """Draw one picture and write it in the formats asked for; also return what a reader should know of it.
+@dataclass(frozen=True)
+class Kind:
+    """How the pictures of a section are titled and drawn, and the heading on the page."""
 
-    `run`: what was measured on what, for the picture's small print.
-
-    Raises:
-        OSError: the folder can't be written.
-    """
-    title = title_of(picture, visualization)
-    try:
-        kept, left_out = measured(picture, capture)
-        figure = _DRAW[picture.section](kept, capture, visualization, title, run)
-    except QsaError as error:
-        return Drawn(picture, title, problem=str(error)), []
-    formats = [form for form in IMAGES if form in visualization.output.formats]
-    png = encoded(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
-    files = []
-    for form in formats:
-        path = folder / f"{picture.name}.{form}"
-        write_atomically(path, png if form == "png" else encoded(figure, form, visualization.dpi))
-        files.append(path)
-    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    heading: str
+    title: Callable[[Picture, Visualization], str]
+    draw: Callable[[Drawing], Figure]
 
 
-def title_of(picture: Picture, visualization: Visualization) -> str:
-    """Write what a picture shows."""
-    site = picture.site
-    if picture.section.startswith("magnitude"):
-        settings = visualization.magnitude
-        return magnitude_title(site, settings.weight.reduce_dim if site == "weight" else settings.reduce_dim)
-    if picture.section.startswith("outlier"):
-        return f"Tokens above {visualization.outlier.threshold:g} × the median at the {_SITES[site]}"
-    if picture.section == "distribution":
-        return f"Distribution of the {_SITES[site]}"
-    if picture.section == "percentile_range":
-        what = "|x|" if visualization.percentile_range.use_abs else "x"
-        return f"Percentiles over tokens of {what} at the {_SITES[site]}"
-    return f"|x| of sample {visualization.heatmap_3d.sample_idx} at the {_SITES[site]}"
+def magnitude_dim(site: Site, settings: Visualization) -> Literal[-1, -2] | None:
+    """Return over which axis the maxima of a site's magnitudes are taken."""
+    magnitude = settings.magnitude
+    return magnitude.weight.reduce_dim if site == "weight" else magnitude.reduce_dim
 
 
-def _note(picture: Picture, capture: Capture, reduce: str | None, run: str) -> str:
-    samples = samples_of(capture, picture.layers, picture.site)
-    parts = (population(reduce, samples, None), counted(len(picture.layers), "layer"), run)
-    return " · ".join(part for part in parts if part)
+def _magnitude(drawing: Drawing) -> Figure:
+    picture, settings = drawing.picture, drawing.settings
+    stats, dim = cast(Any, list(STATS)), magnitude_dim(picture.site, settings)
+    series = drawing.capture.select(exactly(picture.layers), picture.site).magnitudes(stats, reduce_dim=dim)
+    note = drawing.note("" if picture.site == "weight" else "mean")
+    return magnitude_panels(series, drawing.title, note, legend=settings.show_legend)
 
 
-def _magnitude(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
-    settings = visualization.magnitude
-    dim = settings.weight.reduce_dim if picture.site == "weight" else settings.reduce_dim
-    series = capture.select(exactly(picture.layers), picture.site).magnitudes(cast(Any, list(STATS)), reduce_dim=dim)
-    note = _note(picture, capture, "" if picture.site == "weight" else "mean", run)
-    return magnitude_panels(series, title, note, legend=visualization.show_legend)
-
-
-def _outlier(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
-    settings = visualization.outlier
+def _outlier(drawing: Drawing) -> Figure:
+    picture, capture, settings = drawing.picture, drawing.capture, drawing.settings.outlier
     outliers = outliers_of(capture, picture.layers, picture.site, settings.threshold, "all")
     texts = texts_of(capture, outliers, decode=settings.decode_tokens) if picture.section == "outlier_token" else []
     kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
-    note = _note(picture, capture, "sum", run) + ("" if capture.sinks.searched else " · sinks not looked for")
-    return outlier_picture(
-        kind, outliers, texts, title, note, most=settings.top_n, legend=visualization.show_legend
-    )  # fmt: skip
+    note = drawing.note("sum") + ("" if capture.sinks.searched else " · sinks not looked for")
+    legend = drawing.settings.show_legend
+    return outlier_picture(kind, outliers, texts, drawing.title, note, most=settings.top_n, legend=legend)
 
 
-def _distribution(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
-    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
-    draw = box_figure if picture.form == "boxplot" else histogram_figure
-    return draw(sites, title, _note(picture, capture, None, run), legend=visualization.show_legend)
+def _distribution(drawing: Drawing) -> Figure:
+    draw = box_figure if drawing.picture.form == "boxplot" else histogram_figure
+    return draw(drawing.sites, drawing.title, drawing.note(None), legend=drawing.settings.show_legend)
 
 
-def _heatmap(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
-    settings = visualization.heatmap_3d
-    maps, size = maps_of(capture, picture.layers, picture.site, settings.sample_idx)
+def _percentile(drawing: Drawing) -> Figure:
+    settings = drawing.settings.percentile_range
+    bands = {layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in drawing.sites.items()}
+    note, legend = drawing.note(None), drawing.settings.show_legend
+    return percentile_figure(cast(Any, bands), drawing.title, note, style=settings.style, legend=legend)
+
+
+def _heatmap(drawing: Drawing) -> Figure:
+    picture, settings = drawing.picture, drawing.settings.heatmap_3d
+    maps, size = maps_of(drawing.capture, picture.layers, picture.site, settings.sample_idx)
     if picture.form == "map":
-        return map_figure(maps, size, title, run)
-    return surface_figure(maps, size, settings.view_angle, title, run)
+        return map_figure(maps, size, drawing.title, drawing.run)
+    return surface_figure(maps, size, settings.view_angle, drawing.title, drawing.run)
 
 
 def maps_of(
@@ -139,19 +127,35 @@ def maps_of(
     return {layer: numbers.arrays[HeatMap(sample).key] for layer, numbers in sites.items()}, (tokens, channels)
 
 
-def _percentile(picture: Picture, capture: Capture, visualization: Visualization, title: str, run: str) -> Figure:
-    settings = visualization.percentile_range
-    sites = {layer: capture.sites[layer, picture.site] for layer in picture.layers}
-    bands: Mapping[str, Any] = {
-        layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in sites.items()
-    }
-    note = _note(picture, capture, None, run)
-    return percentile_figure(bands, title, note, style=settings.style, legend=visualization.show_legend)
+def _magnitude_title(picture: Picture, settings: Visualization) -> str:
+    return magnitude_title(picture.site, magnitude_dim(picture.site, settings))
 
 
-_Draw = Callable[[Picture, Capture, Visualization, str, str], Figure]
-_DRAW: Mapping[str, _Draw] = {
-    "magnitude_input": _magnitude, "magnitude_output": _magnitude, "magnitude_weight": _magnitude,
-    "outlier_layer_wise": _outlier, "outlier_position": _outlier, "outlier_token": _outlier,
-    "distribution": _distribution, "heatmap_3d": _heatmap, "percentile_range": _percentile,
-}  # fmt: skip
+def _outlier_title(picture: Picture, settings: Visualization) -> str:
+    return f"Tokens above {settings.outlier.threshold:g} × the median at the {picture.site}s"
+
+
+def _distribution_title(picture: Picture, _: Visualization) -> str:
+    return f"Distribution of the {picture.site}s"
+
+
+def _percentile_title(picture: Picture, settings: Visualization) -> str:
+    values = "|x|" if settings.percentile_range.use_abs else "x"
+    return f"Percentiles over tokens of {values} at the {picture.site}s"
+
+
+def _heatmap_title(picture: Picture, settings: Visualization) -> str:
+    return f"|x| of sample {settings.heatmap_3d.sample_idx} at the {picture.site}s"
+
+
+KINDS: Mapping[Section, Kind] = {
+    "magnitude_input": Kind("Magnitudes of inputs", _magnitude_title, _magnitude),
+    "magnitude_output": Kind("Magnitudes of outputs", _magnitude_title, _magnitude),
+    "magnitude_weight": Kind("Magnitudes of weights", _magnitude_title, _magnitude),
+    "outlier_layer_wise": Kind("Outlier tokens by layer", _outlier_title, _outlier),
+    "outlier_position": Kind("Outlier tokens by position", _outlier_title, _outlier),
+    "outlier_token": Kind("Outlier tokens by text", _outlier_title, _outlier),
+    "distribution": Kind("Distributions", _distribution_title, _distribution),
+    "percentile_range": Kind("Percentiles by channel", _percentile_title, _percentile),
+    "heatmap_3d": Kind("Heat maps", _heatmap_title, _heatmap),
+}

@@ -1,27 +1,44 @@
-"""All that an analysis leaves in its folder: pictures, tables, the report."""
+"""All that an analysis leaves in its folder: pictures, the numbers behind them as tables, and the page."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ...captures import Capture
-from ...common import write_atomically
-from ...report import Gallery, Shown, Turning, render_gallery, surface_data
+import numpy as np
+from numpy.typing import NDArray
+
+from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
+from ...common import AnomalyError, QsaError, write_atomically
+from ...metrics import ACROSS, AcrossChannels, Selection, Series
+from ...report import SHARES, STATS, Gallery, Shown, Turning, encoded, render_gallery, surface_data
 from ...suite import Subject, Visualization
-from .draw import Drawn, draw_picture, maps_of
-from .export import as_csv, as_json, as_parquet, rows_of
-from .pictures import Analysis
+from .draw import KINDS, Drawing, magnitude_dim, maps_of
+from .pictures import Analysis, Picture, measured
 
-HEADINGS = {
-    "magnitude_input": "Magnitudes of inputs", "magnitude_output": "Magnitudes of outputs",
-    "magnitude_weight": "Magnitudes of weights", "outlier_layer_wise": "Outlier tokens by layer",
-    "outlier_position": "Outlier tokens by position", "outlier_token": "Outlier tokens by text",
-    "distribution": "Distributions", "percentile_range": "Percentiles by channel", "heatmap_3d": "Heat maps",
+SCHEMA = "qsa-analysis/1"
+_SPEAKER: Mapping[str, AcrossChannels] = {
+    "min": "min", "p0.01": "min", "p1": "min", "p25": "min", "p75": "max", "p99": "max", "p99.99": "max", "max": "max",
 }  # fmt: skip
-TABLES = ("csv", "json", "parquet")
+"""The percentiles over tokens → which channel speaks for the layer."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as it came out: its title, its PNG, the files that were written; or the problem that stopped it."""
+
+    picture: Picture
+    title: str
+    png: bytes = b""
+    files: list[Path] = field(default_factory=list)
+    problem: str = ""
 
 
 @dataclass
@@ -45,22 +62,22 @@ def write_analysis(
     capture: Capture,
     folder: Path,
     command: str,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Written:
-    """Draw and export everything into the folder. `tell`: told how long each picture took.
+    """Draw and export everything into the folder. `report`: called with a line on how long each picture took.
 
     Raises:
         OSError: the folder can't be written.
     """
     written = Written()
-    run = run_text(subject, capture)
+    run = f"{subject.name}, {capture.provenance.model.dtype or ''}, {capture.provenance.data.size}"
     for picture in analysis.pictures:
         started = time.perf_counter()
         drawn, warnings = draw_picture(picture, capture, visualization, folder, run)
         written.drawn.append(drawn)
         written.files += drawn.files
         written.warnings += warnings
-        tell(f"{picture.name}: {time.perf_counter() - started:.2f} s")
+        report(f"{picture.name}: {time.perf_counter() - started:.2f} s")
     started = time.perf_counter()
     written.files += _tables(visualization, subject, analysis, capture, folder, written.drawn)
     if "html" in visualization.output.formats:
@@ -68,47 +85,35 @@ def write_analysis(
         gallery = _gallery(subject, capture, visualization, written, analysis.warnings, command)
         write_atomically(page, render_gallery(gallery))
         written.files.append(page)
-    tell(f"tables and report: {time.perf_counter() - started:.2f} s")
+    report(f"tables and report: {time.perf_counter() - started:.2f} s")
     return written
 
 
-def run_text(subject: Subject, capture: Capture) -> str:
-    """Say in a few words what was measured on what: `smollm2, bfloat16, 8 × 512 tokens of sample`."""
-    provenance = capture.provenance
-    return f"{subject.name}, {provenance.model.dtype or ''}, {provenance.data.size}"
+def draw_picture(
+    picture: Picture, capture: Capture, visualization: Visualization, folder: Path, run: str
+) -> tuple[Drawn, list[str]]:
+    """Draw one picture and write it in the formats asked for; also return what a reader should know of it.
 
+    `run`: what was measured on what, for the picture's small print. A picture that can't be drawn holds the problem,
+    so that the others are drawn all the same.
 
-def _tables(
-    visualization: Visualization,
-    subject: Subject,
-    analysis: Analysis,
-    capture: Capture,
-    folder: Path,
-    drawn: Sequence[Drawn],
-) -> list[Path]:
-    wanted = [form for form in TABLES if form in visualization.output.formats]
-    rows = rows_of(analysis, capture, visualization) if wanted else []
-    about = {
-        "name": subject.name, "meta": capture.provenance.plain(), "visualization": visualization.model_dump(),
-        "pictures": [
-            {"name": each.picture.name, "title": each.title, "site": each.picture.site, "problem": each.problem or None,
-             "files": [path.name for path in each.files], "layers": list(each.picture.layers)}
-            for each in drawn
-        ],
-    }  # fmt: skip
-    encode: Mapping[str, Callable[[], bytes]] = {
-        "csv": lambda: as_csv(rows),
-        "json": lambda: as_json(rows, about),
-        "parquet": lambda: as_parquet(rows),
-    }
+    Raises:
+        OSError: the folder can't be written.
+    """
+    title = KINDS[picture.section].title(picture, visualization)
+    try:
+        kept, left_out = measured(picture, capture)
+        figure = Drawing(kept, capture, visualization, run).figure()
+    except QsaError as error:
+        return Drawn(picture, title, problem=str(error)), []
+    png = encoded(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
-    for form in wanted:
-        files.append(folder / f"analysis.{form}")
-        write_atomically(files[-1], encode[form]())
-    if visualization.output.include_raw_data:
-        files.append(folder / "capture.qsa")
-        capture.save(files[-1])
-    return files
+    for form in ("png", "svg"):
+        if form in visualization.output.formats:
+            files.append(folder / f"{picture.name}.{form}")
+            write_atomically(files[-1], png if form == "png" else encoded(figure, form, visualization.dpi))
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 def _gallery(
@@ -122,7 +127,7 @@ def _gallery(
     sections: dict[str, list[Shown]] = {}
     for each in written.drawn:
         shown = Shown(each.title, each.picture.name, each.png, each.problem)
-        sections.setdefault(HEADINGS[each.picture.section], []).append(shown)
+        sections.setdefault(KINDS[each.picture.section].heading, []).append(shown)
     return Gallery(
         title=f"Analysis of {subject.name}",
         facts={**capture.provenance.facts(), **(capture.provenance.model.versions or {})},
@@ -143,4 +148,171 @@ def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Dr
     if wanted:
         layers = [layer for layer in capture.modules if layer in wanted]
         maps, size = maps_of(capture, layers, settings.site, settings.sample_idx)
-        yield Turning(HEADINGS["heatmap_3d"], "heatmap_3d", surface_data(maps, size, settings.view_angle))
+        yield Turning(KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle))
+
+
+def _tables(
+    visualization: Visualization,
+    subject: Subject,
+    analysis: Analysis,
+    capture: Capture,
+    folder: Path,
+    drawn: Sequence[Drawn],
+) -> list[Path]:
+    encode: Mapping[str, Callable[[], bytes]] = {
+        "csv": lambda: as_csv(rows),
+        "json": lambda: as_json(rows, _about(visualization, subject, capture, drawn)),
+        "parquet": lambda: as_parquet(rows),
+    }
+    wanted = [form for form in encode if form in visualization.output.formats]
+    rows = rows_of(analysis, capture, visualization) if wanted else []
+    files = [folder / f"analysis.{form}" for form in wanted]
+    for form, file in zip(wanted, files, strict=True):
+        write_atomically(file, encode[form]())
+    if visualization.output.include_raw_data:
+        files.append(folder / "capture.qsa")
+        capture.save(files[-1])
+    return files
+
+
+def _about(visualization: Visualization, subject: Subject, capture: Capture, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    """Return what the JSON says of the rows: the run, the settings, and the pictures that were drawn of them."""
+    pictures = [
+        {
+            "name": each.picture.name,
+            "title": each.title,
+            "site": each.picture.site,
+            "problem": each.problem or None,
+            "files": [path.name for path in each.files],
+            "layers": list(each.picture.layers),
+        }
+        for each in drawn
+    ]
+    settings = visualization.model_dump()
+    return {"name": subject.name, "meta": capture.provenance.plain(), "visualization": settings, "pictures": pictures}
+
+
+class Row(NamedTuple):
+    """One number. `sample`: whose it is; None for all samples together."""
+
+    layer: str
+    site: str
+    metric: str
+    statistic: str
+    sample: int | None
+    value: float
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """One statistic of some layers; `populations`: layer → its values before folding, where it has samples."""
+
+    metric: str
+    statistic: str
+    site: Site
+    values: Mapping[str, float]
+    populations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, series: Series, statistic: str) -> _Numbers:
+        """Take a series."""
+        site: Any = series.query.site
+        values = dict(zip(series.layers, series.values.tolist(), strict=True))
+        return cls(series.query.metric, statistic, site, values, series.populations)
+
+
+def rows_of(analysis: Analysis, capture: Capture, visualization: Visualization) -> list[Row]:
+    """Return the numbers behind all pictures, layer by layer; those of single samples only with `include_raw_data`."""
+    raw = visualization.output.include_raw_data
+    found: dict[tuple[str, str, str, str, int | None], Row] = {}
+    for numbers in _numbers(analysis, capture, visualization):
+        for row in _rows(numbers, capture, raw=raw):
+            found.setdefault(row[:5], row)
+    order = {name: index for index, name in enumerate(capture.modules)}
+    return sorted(found.values(), key=lambda row: (order[row.layer], row.site))
+
+
+def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization) -> Iterator[_Numbers]:
+    for picture in {(p.section, p.site, p.layers): p for p in analysis.pictures}.values():
+        try:
+            layers = measured(picture, capture)[0].layers
+        except AnomalyError:  # told with its picture
+            continue
+        yield from _of_section(picture.section, capture.select(exactly(layers), picture.site), visualization)
+
+
+def _of_section(section: str, selection: Selection, visualization: Visualization) -> Iterator[_Numbers]:
+    if section.startswith("magnitude"):
+        stats: Any = list(STATS)
+        found = selection.magnitudes(stats, reduce_dim=magnitude_dim(selection.site, visualization))
+        yield from (_Numbers.of(series, stat) for stat, series in found.items())
+    elif section.startswith("outlier"):
+        yield _Numbers.of(selection.outlier_tokens(visualization.outlier.threshold, reduce="sum"), "count")
+        yield _Numbers.of(selection.outlier_ratio(), "max")
+    elif section == "distribution":
+        names = [f"p{100 * share:g}" for share in SHARES]
+        yield from _tabled(
+            "quantile", selection, lambda n: dict(zip(names, counted_quantiles(n, SHARES, signed=True), strict=True))
+        )
+    elif section == "percentile_range":
+        signed = not visualization.percentile_range.use_abs
+        yield from _tabled("channel_band", selection, lambda n: _bands_of(n, signed=signed))
+
+
+def _tabled(
+    metric: str, selection: Selection, compute: Callable[[SiteNumbers], Mapping[str, float]]
+) -> Iterator[_Numbers]:
+    """Compute all statistics of each layer at once: reading counts takes longer than the rest."""
+    site, sites = selection.site, selection.capture.sites
+    table = {layer: compute(sites[layer, site]) for layer in selection.layers}
+    for statistic in next(iter(table.values())):
+        yield _Numbers(metric, statistic, site, {layer: row[statistic] for layer, row in table.items()})
+
+
+def _bands_of(numbers: SiteNumbers, *, signed: bool) -> dict[str, float]:
+    bands = channel_bands(numbers, signed=signed)
+    return {name: ACROSS[_SPEAKER[name]](band) for name, band in bands.items()}
+
+
+def _rows(numbers: _Numbers, capture: Capture, *, raw: bool) -> Iterator[Row]:
+    head = (numbers.site, numbers.metric, numbers.statistic)
+    for layer, value in numbers.values.items():
+        yield Row(layer, *head, None, value)
+        if raw and layer in numbers.populations and numbers.site != "weight":
+            samples = capture.sites[layer, numbers.site].sample.tolist()
+            by_sample: dict[int, float] = {}
+            for sample, number in zip(samples, numbers.populations[layer].tolist(), strict=True):
+                by_sample.setdefault(sample, number)  # a layer that is called twice counts by its first call
+            yield from (Row(layer, *head, sample, number) for sample, number in by_sample.items())
+
+
+def as_csv(rows: Sequence[Row]) -> bytes:
+    """Write the rows with a header; `sample` is empty for a number of all samples."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Row._fields)
+    writer.writerows((*row[:4], "" if row.sample is None else row.sample, repr(row.value)) for row in rows)
+    return text.getvalue().encode()
+
+
+def as_json(rows: Sequence[Row], about: Mapping[str, Any]) -> bytes:
+    """Write the rows under `rows`, and what they are about beside them; NaN and infinities are null."""
+    plain = [
+        {**row._asdict(), "value": row.value if math.isfinite(row.value) else None}
+        for row in rows
+    ]  # fmt: skip
+    return json.dumps({"schema": SCHEMA, **about, "rows": plain}, indent=1, allow_nan=False, default=str).encode()
+
+
+def as_parquet(rows: Sequence[Row]) -> bytes:
+    """Write the rows as a parquet table with the same columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = dict(zip(Row._fields, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    kinds = [pyarrow.string()] * 4 + [pyarrow.int64(), pyarrow.float64()]
+    schema = pyarrow.schema(list(zip(Row._fields, kinds, strict=True)))
+    table = pyarrow.table({name: columns.get(name, []) for name in Row._fields}, schema=schema)
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(table, stream)
+    return stream.getvalue()

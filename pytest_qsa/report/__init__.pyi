@@ -34,4 +34,4 @@ from .plots.style import (
     samples_of as samples_of,
 )
 from .report import strict_json as strict_json, to_plain as to_plain, write_report as write_report
-from .terminal import failure_text as failure_text
+from .terminal import context_text as context_text, failure_text as failure_text

@@ -112,13 +112,18 @@ def allowed(row: Row) -> str:
 
 def token_line(token: TokenEvidence) -> str:
     """Write one token in its context, its control characters visible."""
-    text = f"{visible(token.before)}⟦{visible(token.text)}⟧{visible(token.after)}" if token.text else "(no text kept)"
     channel = f", channel {token.channel}" if token.channel >= 0 else ""
     call = f", call {token.call + 1}" if token.call else ""
-    sink = ", a sink" if token.sink else ""
-    where = f"sample {token.sample}, position {token.position}{call}"
     size = number(token.magnitude) if token.share is None else f"{token.of} {number(token.magnitude)}"
-    return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({size}{channel}{sink}) at {where}: {text}"
+    details = f"{size}{channel}{', a sink' if token.sink else ''}"
+    where = f"sample {token.sample}, position {token.position}{call}"
+    context = context_text(token.before, token.text, token.after)
+    return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({details}) at {where}: {context}"
+
+
+def context_text(before: str, text: str, after: str) -> str:
+    """Write a token between its neighbours, control characters visible: `the ⟦cat⟧ sat`."""
+    return f"{visible(before)}⟦{visible(text)}⟧{visible(after)}" if text else "(no text kept)"
 
 
 def part_of_error(share: float | None) -> str:

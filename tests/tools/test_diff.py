@@ -15,8 +15,8 @@ import torch
 from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
 from pytest_qsa.tools.diff.changes import Change
-from pytest_qsa.tools.diff.conditions import Condition, told
-from pytest_qsa.tools.diff.measures import Measure
+from pytest_qsa.tools.diff.conditions import Condition
+from pytest_qsa.tools.diff.sides import Measure
 from support import models
 from support.projects import peaks, suite
 
@@ -193,8 +193,8 @@ def test_what_equals_its_reference_is_at_infinite_decibels_and_stays_reaches_or_
 
 @pytest.mark.parametrize(("old", "new"), [(30.0, math.nan), (math.nan, math.inf), (30.0, -math.inf)])
 def test_decibels_that_are_not_sound_stay_not_finite(old, new):
-    assert told(Change(Measure("sqnr", "output"), "x", old, new, 0)) == "not finite"
-    assert told(Change(Measure("rms", "output"), "x", 1.0, math.inf, 0)) == "not finite"
+    assert Change(Measure("sqnr", "output"), "x", old, new, 0).text == "not finite"
+    assert Change(Measure("rms", "output"), "x", 1.0, math.inf, 0).text == "not finite"
 
 
 @pytest.mark.parametrize(

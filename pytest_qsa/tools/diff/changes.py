@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...captures import Capture
 from ...common import AnomalyError
 from ...metrics import View
 from ...verdicts import channel_of, context
-from .measures import Measure, Table
-from .sides import USUAL, Side, captured_tables, table_of, tokens_hash
+from .sides import USUAL, Measure, Side, Table, captured_tables, table_of, tokens_hash
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,29 @@ class Change:
         return self.delta / abs(self.old) if self.old else math.copysign(math.inf, self.delta)
 
     @property
+    def text(self) -> str:
+        """How far the number moved: `+5.2 %`; of one that reached ∞ dB, or left it, which of the two."""
+        if math.isinf(self.relative) and self.measure.is_perfect(self.new):
+            return "better: equal now"
+        if math.isinf(self.relative) and self.measure.is_perfect(self.old):
+            return "equal no more"
+        return relative_text(self.relative)
+
+    @property
     def size(self) -> float:
         """How bad it is, for sorting: what is not finite comes first."""
         return math.inf if math.isnan(self.relative) else abs(self.relative)
+
+
+def relative_text(change: float) -> str:
+    """Write a relative change: `+5.2 %`."""
+    if math.isnan(change):
+        return "not finite"
+    if math.isinf(change):
+        return "from 0"
+    if abs(change) < 5e-5:
+        return "0 %" if not change else "≈ 0 %"
+    return f"{change * 100:+.3g} %".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,9 @@ class OutlierToken:
 class Comparison:
     """All that differs. `changes`: every layer of every common measure, worst first.
 
-    `appeared`, `vanished`: measure → layers that one side lacks. `skipped`: measures of one side only. `new`, `lost`:
-    outlier tokens; None where they are not known, which takes a capture on both sides.
+    `appeared`, `vanished`: measure → layers that one side lacks. `skipped`: measures of one side only.
+    `outlier_tokens`: those of one side only, as `new` and `lost`; empty where they are not known, which takes captures
+    of the same tokens on both sides.
     """
 
     old: Side
@@ -75,8 +96,7 @@ class Comparison:
     appeared: Mapping[Measure, Sequence[str]]
     vanished: Mapping[Measure, Sequence[str]]
     skipped: Sequence[Measure]
-    new_tokens: Sequence[OutlierToken] | None
-    lost_tokens: Sequence[OutlierToken] | None
+    outlier_tokens: Mapping[str, Sequence[OutlierToken]]
     threshold: float
 
     @property
@@ -101,14 +121,16 @@ def compare(old: Side, new: Side, also: Iterable[tuple[str, str | None]] = (), t
     changes = [change for measure in common for change in _changes(measure, left[measure], right[measure])]
     if not changes:
         raise AnomalyError(f"{old.path} and {new.path} have no layer in common")
-    new_tokens, lost_tokens = _tokens(old, new, threshold)
     return Comparison(
-        old, new, sorted(changes, key=lambda change: (-change.size, change.depth)),
-        {measure: only for measure in common if (only := _only(right[measure], left[measure]))},
-        {measure: only for measure in common if (only := _only(left[measure], right[measure]))},
-        [measure for measure in {**left, **right} if measure not in common],
-        new_tokens, lost_tokens, threshold,
-    )  # fmt: skip
+        old,
+        new,
+        changes=sorted(changes, key=lambda change: (-change.size, change.depth)),
+        appeared={measure: only for measure in common if (only := _only(right[measure], left[measure]))},
+        vanished={measure: only for measure in common if (only := _only(left[measure], right[measure]))},
+        skipped=[measure for measure in {**left, **right} if measure not in common],
+        outlier_tokens=_tokens(old, new, threshold),
+        threshold=threshold,
+    )
 
 
 def _tables(
@@ -154,22 +176,18 @@ def _only(side: Table, other: Table) -> list[str]:
     return [layer for layer in side.values if layer not in other.values]
 
 
-def _tokens(
-    old: Side, new: Side, threshold: float
-) -> tuple[Sequence[OutlierToken] | None, Sequence[OutlierToken] | None]:
+def _tokens(old: Side, new: Side, threshold: float) -> dict[str, list[OutlierToken]]:
     if old.capture is None or new.capture is None or tokens_hash(old.capture) != tokens_hash(new.capture):
-        return None, None
-    left, right = outlier_tokens(old, threshold), outlier_tokens(new, threshold)
-    return (
-        [token for place, token in right.items() if place not in left],
-        [token for place, token in left.items() if place not in right],
-    )
+        return {}
+    left, right = outlier_tokens(old.capture, threshold), outlier_tokens(new.capture, threshold)
+    return {
+        "new": [token for position, token in right.items() if position not in left],
+        "lost": [token for position, token in left.items() if position not in right],
+    }
 
 
-def outlier_tokens(side: Side, threshold: float) -> dict[tuple[int, int], OutlierToken]:
-    """Return the tokens above threshold × median somewhere: (sample, position) → where, furthest out first."""
-    capture = side.capture
-    assert capture is not None
+def outlier_tokens(capture: Capture, threshold: float) -> dict[tuple[int, int], OutlierToken]:
+    """Return the tokens above threshold × median at any site: (sample, position) → token, furthest out first."""
     seen: dict[tuple[int, int], list[tuple[float, str, int]]] = {}
     for (layer, site), numbers in capture.sites.items():
         if numbers.token_max is None or site == "weight" or not numbers.token_axis:

@@ -70,7 +70,7 @@ class Condition:
         if not changes:
             shown = ", ".join(sorted({str(measure) for measure in comparison.measures}))
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
-        lines = [f"{change.layer}: {_values(change)} ({told(change)})" for change in changes if self._broken(change)]
+        lines = [f"{change.layer}: {_values(change)} ({change.text})" for change in changes if self._broken(change)]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", comparison.vanished), ("appeared", comparison.appeared)):
             lines += [f"{layer}: {word}, so {measure} has nothing to compare" for measure, layers in sides.items()
@@ -92,7 +92,7 @@ class Condition:
         return (moved * self.direction if self.direction else abs(moved)) > self.limit
 
     def _of_tokens(self, comparison: Comparison) -> list[str]:
-        tokens = comparison.new_tokens if self.name == "new_outliers" else comparison.lost_tokens
+        tokens = comparison.outlier_tokens.get(self.name.removesuffix("_outliers"))
         if tokens is None:
             raise AnomalyError(
                 f"--fail-on '{self.text}': the outlier tokens are known only with a capture on both sides"
@@ -102,26 +102,6 @@ class Condition:
 
 def _values(change: Change) -> str:
     return f"{change.measure} {change.measure.text_of(change.old)} → {change.measure.text_of(change.new)}"
-
-
-def told(change: Change) -> str:
-    """Write how far a number moved: `+5.2 %`; of one that reached ∞ dB, or left it, which of the two."""
-    if math.isinf(change.relative) and change.measure.is_perfect(change.new):
-        return "better: equal now"
-    if math.isinf(change.relative) and change.measure.is_perfect(change.old):
-        return "equal no more"
-    return percent(change.relative)
-
-
-def percent(change: float) -> str:
-    """Write a relative change: `+5.2 %`."""
-    if math.isnan(change):
-        return "not finite"
-    if math.isinf(change):
-        return "from 0"
-    if abs(change) < 5e-5:
-        return "0 %" if not change else "≈ 0 %"
-    return f"{change * 100:+.3g} %".replace("-", "−")
 
 
 def parse_all(texts: Sequence[str]) -> list[Condition]:

@@ -1,22 +1,79 @@
-"""A side of a comparison: a capture, baselines or a report, read into tables of plain numbers."""
+"""A side of a comparison: a capture, baselines or a report, read into tables of numbers by measure and layer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...captures import Capture, DataProvenance, Provenance, SiteNumbers, Statistic, exactly
-from ...common import InfraError, QsaError, SuiteError, shown_path
+from ...common import InfraError, QsaError, SuiteError, number, shown_path
 from ...metrics import METRICS
 from ...verdicts import BaselineFile, is_baseline
-from .measures import Measure, Table
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
 """What two captures are compared by; `--fail-on` adds what it names."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric with its parameters at a site, and how samples and layers were folded. `parameters`: sorted JSON."""
+
+    metric: str
+    site: str
+    parameters: str = "{}"
+    positions: str | None = None
+    reduce: str | None = None
+    over: str | None = None
+
+    @classmethod
+    def of(cls, query: Mapping[str, Any]) -> Measure:
+        """Read it from a query as a report keeps it, or from a baseline's, where the parameters are not nested."""
+        named = {"definition", "site", "positions", "reduce", "over"}
+        parameters = query["parameters"] if "metric" in query else {k: v for k, v in query.items() if k not in named}
+        return cls(
+            query["definition"].partition("/")[0], query["site"], json.dumps(parameters, sort_keys=True),
+            query.get("positions"), query.get("reduce"), query.get("over"),
+        )  # fmt: skip
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The parameters as a mapping."""
+        arguments: dict[str, Any] = json.loads(self.parameters)
+        return arguments
+
+    @property
+    def name(self) -> str:
+        """The name by which `--fail-on` knows it: `magnitude.top1`."""
+        stat = self.arguments.get("stat")
+        return f"{self.metric}.{stat}" if stat is not None else self.metric
+
+    def is_perfect(self, value: float) -> bool:
+        """Say whether a value is the +∞ dB of what does not differ from the reference at all."""
+        return value == math.inf and self.metric in METRICS and METRICS[self.metric].unit == "dB"
+
+    def text_of(self, value: float) -> str:
+        """Write one of its values: `12.3`, `∞ dB`."""
+        return "∞ dB" if self.is_perfect(value) else number(value)
+
+    def __str__(self) -> str:
+        """Write it as short as a table's cell has to be: `magnitude.top1 @output`."""
+        more = [f"positions {self.positions}"] if self.positions not in (None, "all") else []
+        more += [f"{self.over} over layers"] if self.over else []
+        return f"{self.name} @{self.site}" + (f" ({', '.join(more)})" if more else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measure's numbers. `values`: layer → number. `data`: the hash of the tokens, where known."""
+
+    definition: str
+    data: str | None
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,8 +121,10 @@ def _captured(path: Path, capture: Capture) -> Side:
 def _facts(provenance: Provenance) -> dict[str, str]:
     """Return the facts that tell two runs of one model apart."""
     facts = provenance.facts() | {"Model": Path(provenance.model.path).name}
-    named = ("Model", "Weights", "Dtype", "Device", "Executed as", "Tokens")
-    return {label.lower(): facts[label].removeprefix("sha256:") for label in named if label in facts}
+    for label in ("Weights", "Tokens"):
+        facts[label] = facts.get(label, "").removeprefix("sha256:")[:12]
+    shown = ("Model", "Weights", "Dtype", "Device", "Executed as", "Tokens")
+    return {label.lower(): facts.get(label, "") for label in shown}
 
 
 def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
@@ -76,7 +135,8 @@ def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
         if subject and file.relative_to(path).parts[:1] != (subject,):
             continue
         baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
-        measure, table = Measure.of(baseline.query), Table.of_baseline(baseline)
+        measure = Measure.of(baseline.query)
+        table = Table(baseline.query["definition"], baseline.data, baseline.values)
         facts = _facts(Provenance(baseline.made_with, DataProvenance(fingerprint=baseline.data)))
         tables[measure] = _joined(tables.get(measure), table, seen.get(measure), file)
         seen[measure] = file

@@ -9,19 +9,8 @@ from pytest_qsa.captures import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.captures.cache import CaptureCache
 from pytest_qsa.captures.capture import Capture
 from pytest_qsa.common.errors import QsaWarning
-from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint_of
 from support.checkpoints import save_llama
 from support.projects import peaks, suite
-
-
-def subject_of(folder, **changed):
-    sections = {"model": {}, "data": {}, "memory": {}} | changed
-    model = Model(path=str(folder), **sections["model"])
-    return Subject("llama", model, Data(**sections["data"]), Memory(**sections["memory"]), folder.parent)
-
-
-def fingerprint(folder, **changed):
-    return fingerprint_of(subject_of(folder, **changed), FileHashes(None))
 
 
 @pytest.fixture
@@ -44,80 +33,6 @@ def test_the_verdict_from_a_cached_capture_is_that_of_the_pass(own_project, llam
     own_project.write("a.qsa.yaml", suite(llama, peaks("max: 1")))
     texts = [own_project.pytest("--qsa-report=never").text("peaks") for _ in range(2)]
     assert texts[0] == texts[1]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"model": {"dtype": "bfloat16"}},
-        {"model": {"attn_implementation": "eager"}},
-        {"data": {"seed": 1}},
-        {"data": {"num_samples": 3}},
-        {"data": {"add_special_tokens": False}},
-        {"memory": {"device": "cpu"}},
-    ],
-    ids=str,
-)
-def test_a_setting_that_can_change_a_number_changes_the_fingerprint(own_llama, changed):
-    assert fingerprint(own_llama, **changed) != fingerprint(own_llama)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "modeling_own.py"])
-def test_a_changed_file_of_the_checkpoint_changes_the_fingerprint(own_llama, file):
-    before = fingerprint(own_llama)
-    content = bytearray((own_llama / file).read_bytes() if (own_llama / file).exists() else b"x = 1")
-    content[-1] ^= 1
-    (own_llama / file).write_bytes(content)
-    assert fingerprint(own_llama) != before
-
-
-def test_changed_data_changes_the_fingerprint_and_its_place_does_not(own_llama):
-    text = own_llama.parent / "words.txt"
-    text.write_text("one two")
-    before = fingerprint(own_llama, data={"source": "custom:words.txt"})
-    text.write_text("one too")
-    assert fingerprint(own_llama, data={"source": "custom:words.txt"}) != before
-    moved = own_llama.rename(own_llama.with_name("moved"))
-    assert fingerprint(moved) == fingerprint(shutil.copytree(moved, own_llama))
-
-
-def test_a_changed_file_of_a_data_folder_changes_the_fingerprint(own_llama):
-    folder = own_llama.parent / "texts"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text('{"text": "one"}')
-    before = fingerprint(own_llama, data={"source": "custom:texts"})
-    (folder / "train.jsonl").write_text('{"text": "two"}')
-    assert fingerprint(own_llama, data={"source": "custom:texts"}) != before
-
-
-def test_a_set_of_the_hub_is_known_by_its_copy_and_not_cached_without_one(own_llama, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert fingerprint(own_llama, data={"source": "wikitext2"}) is None
-    copy = tmp_path / "cache" / "Salesforce___wikitext" / "x" / "wikitext-train.arrow"
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(b"one")
-    before = fingerprint(own_llama, data={"source": "wikitext2"})
-    copy.write_bytes(b"two")
-    assert before is not None
-    assert fingerprint(own_llama, data={"source": "wikitext2"}) not in (None, before)
-
-
-def test_what_no_hash_can_cover_is_never_cached(tmp_path):
-    assert fingerprint_of(Subject("x", None, Data(), Memory(), tmp_path), FileHashes(None)) is None
-    factory = Subject("x", Model(factory="a:b"), Data(), Memory(), tmp_path)
-    assert fingerprint_of(factory, FileHashes(None)) is None
-
-
-def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path):
-    file, memory = tmp_path / "weights.safetensors", tmp_path / "hashes.json"
-    file.write_bytes(bytes(2 << 20))
-    first = FileHashes(memory).of(file)
-    remembered = FileHashes(memory)
-    assert remembered.of(file) == first
-    file.write_bytes(bytes(2 << 20)[:-1] + b"x")
-    assert FileHashes(memory).of(file) != first
-    memory.write_text("{broken")
-    assert FileHashes(memory).of(file) != first
 
 
 REQUESTS = [Request("a", "output", None, frozenset({TOKENS}))]

@@ -1,0 +1,125 @@
+"""What makes two runs the same: every setting, file and library that could change a number, and nothing else."""
+
+import shutil
+
+import pytest
+
+from pytest_qsa.captures import Capture
+from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint_of, identified
+
+
+def subject_of(folder, **changed):
+    sections = {"model": {}, "data": {}, "memory": {}} | changed
+    model = Model(path=str(folder), **sections["model"])
+    return Subject("llama", model, Data(**sections["data"]), Memory(**sections["memory"]), folder.parent)
+
+
+def fingerprint(folder, **changed):
+    return fingerprint_of(subject_of(folder, **changed), FileHashes(None))
+
+
+@pytest.fixture
+def own_llama(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"attn_implementation": "eager"}},
+        {"data": {"seed": 1}},
+        {"data": {"num_samples": 3}},
+        {"data": {"add_special_tokens": False}},
+        {"memory": {"device": "cpu"}},
+    ],
+    ids=str,
+)
+def test_a_setting_that_can_change_a_number_changes_the_fingerprint(own_llama, changed):
+    assert fingerprint(own_llama, **changed) != fingerprint(own_llama)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "modeling_own.py"])
+def test_a_changed_file_of_the_checkpoint_changes_the_fingerprint(own_llama, file):
+    before = fingerprint(own_llama)
+    with (own_llama / file).open("ab") as content:
+        content.write(b" ")
+    assert fingerprint(own_llama) != before
+
+
+def test_changed_data_changes_the_fingerprint_and_its_place_does_not(own_llama):
+    text = own_llama.parent / "words.txt"
+    text.write_text("one two")
+    before = fingerprint(own_llama, data={"source": "custom:words.txt"})
+    text.write_text("one too")
+    assert fingerprint(own_llama, data={"source": "custom:words.txt"}) != before
+    moved = own_llama.rename(own_llama.with_name("moved"))
+    assert fingerprint(moved) == fingerprint(shutil.copytree(moved, own_llama))
+
+
+def test_a_changed_file_of_a_data_folder_changes_the_fingerprint(own_llama):
+    folder = own_llama.parent / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}')
+    before = fingerprint(own_llama, data={"source": "custom:texts"})
+    (folder / "train.jsonl").write_text('{"text": "two"}')
+    assert fingerprint(own_llama, data={"source": "custom:texts"}) != before
+
+
+def test_a_set_of_the_hub_is_known_by_its_copy_and_not_cached_without_one(own_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) is None
+    copy = tmp_path / "cache" / "Salesforce___wikitext" / "x" / "wikitext-train.arrow"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"one")
+    before = fingerprint(own_llama, data={"source": "wikitext2"})
+    copy.write_bytes(b"two")
+    assert before is not None
+    assert fingerprint(own_llama, data={"source": "wikitext2"}) not in (None, before)
+
+
+def test_what_no_hash_can_cover_is_never_cached(tmp_path):
+    assert fingerprint_of(Subject("x", None, Data(), Memory(), tmp_path), FileHashes(None)) is None
+    factory = Subject("x", Model(factory="a:b"), Data(), Memory(), tmp_path)
+    assert fingerprint_of(factory, FileHashes(None)) is None
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path):
+    file, memory = tmp_path / "weights.safetensors", tmp_path / "hashes.json"
+    file.write_bytes(bytes(2 << 20))
+    first = FileHashes(memory).of(file)
+    remembered = FileHashes(memory)
+    assert remembered.of(file) == first
+    file.write_bytes(bytes(2 << 20)[:-1] + b"x")
+    assert FileHashes(memory).of(file) != first
+    memory.write_text("{broken")
+    assert FileHashes(memory).of(file) != first
+
+
+def beside(own, reference):
+    return fingerprint_of(subject_of(own, model={"reference": str(reference)}), FileHashes(None), beside=True)
+
+
+def test_a_reference_counts_where_it_runs_beside_the_subject(own_llama, changed_llama, tmp_path):
+    alone = fingerprint(own_llama, model={"reference": str(changed_llama)})
+    assert alone == fingerprint(own_llama)
+    first = beside(own_llama, changed_llama)
+    assert first not in (alone, None)
+    assert beside(own_llama, shutil.copytree(changed_llama, tmp_path / "other")) == first
+    assert beside(own_llama, own_llama) != first
+    kept = tmp_path / "kept.qsa"
+    kept.write_bytes(b"rows")
+    assert beside(own_llama, kept) not in (first, alone, None)
+    assert beside(own_llama, "nobody/nothing") is None
+
+
+def test_a_capture_says_which_weights_it_is_of(own_llama, changed_llama):
+    named = identified(Capture(sites={}), subject_of(own_llama), FileHashes(None)).provenance.model
+    other = identified(Capture(sites={}), subject_of(changed_llama), FileHashes(None)).provenance.model
+    assert named.path == str(own_llama)
+    assert named.weights.startswith("sha256:")
+    assert named.weights != other.weights
+    again = identified(Capture(sites={}), subject_of(own_llama.rename(own_llama.with_name("moved"))), FileHashes(None))
+    assert again.provenance.model.weights == named.weights
+    fixture = identified(Capture(sites={}), Subject("x", None, Data(), Memory(), own_llama.parent), FileHashes(None))
+    assert fixture.provenance.model.weights is None

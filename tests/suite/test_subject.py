@@ -1,0 +1,136 @@
+"""The subject: what two suites share, which other checkpoints it is held against, and what an option names."""
+
+import json
+
+import pytest
+
+from pytest_qsa.common import InfraError
+from pytest_qsa.suite import (
+    Checkpoint,
+    Data,
+    Memory,
+    Model,
+    Subject,
+    files_of,
+    is_kept,
+    kept_reference,
+    located,
+    previous_of,
+    reference_of,
+    stored_quantized,
+)  # fmt: skip
+
+
+def subject(folder, name="one", *, data=None, memory=None, **model):
+    source = {"path": "checkpoint"} if not {"path", "factory", "served", "logprobs"} & model.keys() else {}
+    return Subject(name, Model(**source, **model), Data(**(data or {})), Memory(**(memory or {})), folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a suite's folder with a checkpoint, a text and a kept reference."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "kept.qsa").write_bytes(b"")
+    return tmp_path
+
+
+SAME = {
+    "the name of the suite's model": {"name": "two"},
+    "what must hold of the run": {"allow_idle": "head"},
+    "the last release": {"previous": "checkpoint"},
+}
+OTHER = {
+    "the checkpoint": {"path": "org/name"},
+    "the revision": {"revision": "main"},
+    "the dtype": {"dtype": "bfloat16"},
+    "the reference": {"reference": "org/name"},
+    "a requirement, which needs a forward": {"require": {"executed_as": ["float"]}},
+    "the data": {"data": {"seed": 1}},
+    "the memory": {"memory": {"device": "cpu"}},
+    "a factory": {"factory": "a:b"},
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_subjects_share_a_pass_where_nothing_measured_differs(folder, case):
+    assert subject(folder, **SAME[case]).key == subject(folder).key
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_subjects_have_passes_of_their_own_where_something_measured_differs(folder, case):
+    assert subject(folder, **OTHER[case]).key != subject(folder).key
+
+
+def test_the_same_files_are_the_same_subject_from_any_folder(folder):
+    (folder / "deep").mkdir()
+    own = {"data": {"source": "custom:text.txt"}}
+    other = {"path": "../checkpoint", "data": {"source": "custom:../text.txt"}}
+    assert subject(folder / "deep", **other).key == subject(folder, **own).key
+    assert subject(folder / "deep", **own | {"path": "../checkpoint"}).key != subject(folder, **own).key
+
+
+def test_a_path_is_a_folder_where_there_is_one_and_else_the_id_of_a_hub(folder):
+    assert subject(folder).path == located(folder, "checkpoint") == str(folder / "checkpoint")
+    assert subject(folder, path="org/name").path == located(folder, "org/name") == "org/name"
+    assert subject(folder, factory="a:b").path == ""
+    assert subject(folder, served={"url": "http://localhost:1/v1"}).path == "http://localhost:1/v1"
+    assert subject(folder, logprobs="text.txt").path == str(folder / "text.txt")
+    named = Subject("x", Model(path="checkpoint"), Data(), Memory(), folder, checkpoint="/elsewhere")
+    assert named.path == "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("named", "path", "revision"),
+    [("checkpoint", "checkpoint", None), ("org/name", "org/name", None), ("org/name@v1", "org/name", "v1")],
+)
+@pytest.mark.parametrize(("key", "other"), [("reference", reference_of), ("previous", previous_of)])
+def test_another_checkpoint_is_a_subject_of_the_same_data(folder, key, other, named, path, revision):
+    own = subject(folder, path="own", gguf_file="a.gguf", dtype="bfloat16", data={"seed": 3}, **{key: named})
+    found = other(own)
+    assert (found.model.path, found.model.revision, found.model.gguf_file) == (path, revision, None)
+    assert (found.model.dtype, found.data, found.model.previous, found.checkpoint) == ("bfloat16", own.data, None, None)
+
+
+def test_a_folder_whose_name_has_an_at_is_no_revision(folder):
+    (folder / "a@b").mkdir()
+    found = reference_of(subject(folder, reference="a@b"))
+    assert (found.model.path, found.model.revision) == ("a@b", None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "kept", "file"),
+    [("kept.qsa", True, True), ("later.qsa", True, False), ("checkpoint", False, False), (None, False, False)],
+)
+def test_a_reference_is_kept_by_its_name_before_it_is_there(folder, reference, kept, file):
+    own = subject(folder, reference=reference)
+    assert is_kept(own) is kept
+    assert kept_reference(own) == (folder / "kept.qsa" if file else None)
+
+
+def test_static_checks_need_files(folder, int8_llama, llama):
+    for own in (subject(folder, factory="a:b"), subject(folder, served={"url": "http://localhost:1"})):
+        with pytest.raises(InfraError, match="has none here"):
+            files_of(own)
+        assert stored_quantized(own) == []
+    files = files_of(subject(folder, path=str(int8_llama), reference=str(llama)))
+    assert files.reference is not None
+    assert len(files.stored_quantized) == 28
+    assert files_of(subject(folder, path=str(int8_llama), reference="kept.qsa")).reference is None
+    assert stored_quantized(subject(folder, path=str(int8_llama), submodule="model")) == []
+
+
+def test_an_option_names_a_checkpoint_and_labels_tell_two_apart(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "other" / "checkpoint").mkdir(parents=True)
+    found = Checkpoint.parse_all(["checkpoint", "new=org/name", "other/checkpoint", "a=b=c"])
+    assert [checkpoint.name for checkpoint in found] == [None, "new", None, "a"]
+    assert [checkpoint.path for checkpoint in found] == [
+        str(folder / "checkpoint"), "org/name", str(folder / "other" / "checkpoint"), "b=c",
+    ]  # fmt: skip
+    assert [checkpoint.label for checkpoint in found] == ["checkpoint.1", "new", "checkpoint.3", "a"]
+
+
+def test_what_is_measured_names_neither_places_nor_names(folder):
+    measured = json.dumps(subject(folder, name="x", reference="kept.qsa", previous="p").model.measured)
+    assert not any(word in measured for word in ("checkpoint", "kept.qsa", "previous"))

@@ -23,6 +23,7 @@ from .predictions import (
 from .quantization import (
     LARGEST_CODE as LARGEST_CODE,
     LEAST_EXPONENT as LEAST_EXPONENT,
+    LOSSLESS as LOSSLESS,
     MANTISSA_BITS as MANTISSA_BITS,
     Granularity as Granularity,
     Scheme as Scheme,

@@ -39,7 +39,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError
 from . import fidelity, loaded as loading, predictions as scores
-from .quantization import Granularity, Scheme, counted_powers, decibels
+from .quantization import Granularity, Scheme, counted_powers
 from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
 
 __all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View", "fidelity", "loading", "scores"]
@@ -255,9 +255,9 @@ def quantization_sqnr(
     channels. A weight [out, in] has its channels in its rows, and its groups within them.
     """
     if by == "tensor":
-        return decibels(*counted_powers(view.numbers, scheme))
+        return fidelity.decibels(*counted_powers(view.numbers, scheme))
     signal, error = view.numbers.arrays[_scaled(view.site, scheme, by, group_size).key].sum(axis=0).tolist()
-    return decibels(signal, error)
+    return fidelity.decibels(signal, error)
 
 
 def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:

@@ -224,7 +224,7 @@ def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
 def _worst(signal: NDArray[np.float64], error: NDArray[np.float64]) -> float:
     pairs = zip(signal.tolist(), error.tolist(), strict=True)
     values = [decibels(x, e) for x, e in pairs if x != 0 or e != 0]
-    return min(values, default=float("inf")) if not np.isnan(values).any() else float("nan")
+    return min(values, default=float("nan")) if not np.isnan(values).any() else float("nan")
 
 
 def _ratio(tokens: NDArray[np.float64]) -> float:
@@ -234,8 +234,11 @@ def _ratio(tokens: NDArray[np.float64]) -> float:
 
 
 def decibels(signal: float, error: float) -> float:
-    """Return 10·log10(signal / error): +∞ where nothing differs, −∞ where the reference is zero, NaN beside NaN."""
-    if np.isnan(signal) or np.isnan(error) or np.isinf(signal):
+    """Return 10·log10(signal / error): +∞ for no error, −∞ for no signal, NaN for neither or beside NaN and Inf.
+
+    A site where both models have only zeros shows nothing: NaN keeps a dead layer ANOMALOUS.
+    """
+    if np.isnan(signal) or np.isnan(error) or np.isinf(signal) or signal == error == 0:
         return float("nan")
     if error == 0:
         return float("inf")

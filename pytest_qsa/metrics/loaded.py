@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..captures import STORED, Site, SiteNumbers, Statistic
-from .quantization import decibels
+from .fidelity import decibels
 from .registry import View, metric
 
 ONE_FACTOR = 40.0

@@ -23,7 +23,7 @@ MANTISSA_BITS, LEAST_EXPONENT = 3, -6
 FINER = 32
 """Into how many values a bin of float32 is split, each of which stands for its share."""
 LOSSLESS = 300.0
-"""The SQNR in dB that stands for no error at all, which has none."""
+"""The SQNR in dB that stood for no error at all in baselines made before it was +∞."""
 
 
 def rounded_to(scheme: Scheme, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -63,10 +63,3 @@ def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.f
     patterns = (numbers.bins.astype(np.uint32)[:, None] << 16) | np.where(numbers.bins[:, None] > 0, inside, 0)
     values = patterns.astype(np.uint32).view(np.float32).astype(np.float64).reshape(-1)
     return values, np.repeat(numbers.counts / FINER, FINER)
-
-
-def decibels(signal: float, error: float) -> float:
-    """Return 10·log10(signal / error); `LOSSLESS` where there is no error, NaN where there is no signal."""
-    if not signal > 0 or np.isnan(error):
-        return float("nan")
-    return min(LOSSLESS, 10 * float(np.log10(signal / error))) if error > 0 else LOSSLESS

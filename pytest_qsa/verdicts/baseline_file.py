@@ -11,7 +11,7 @@ from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..common import BaselineError
-from ..metrics import Bounds, Series
+from ..metrics import LOSSLESS, Bounds, Series
 
 FORMAT = "qsa-baseline/1"
 DIGITS = 5
@@ -59,7 +59,8 @@ class BaselineFile:
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
-            values = {layer: float(value) for layer, value in content["values"].items()}
+            read = _decibels if content["query"].get("definition") == "quantization_sqnr/1" else float
+            values = {layer: read(value) for layer, value in content["values"].items()}
             return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
@@ -73,6 +74,11 @@ def is_baseline(path: Path) -> bool:
         return f'"format": "{FORMAT.partition("/")[0]}/' in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _decibels(value: Any) -> float:
+    """Read an SQNR; 300 stands for +∞ in older baselines."""
+    return math.inf if float(value) == LOSSLESS else float(value)
 
 
 def _written(value: float) -> int | float | str:

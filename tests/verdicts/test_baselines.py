@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
+import numpy as np
 import pytest
 
+from pytest_qsa.metrics import Query, Series
+from pytest_qsa.verdicts import BaselineFile
 from support.projects import Project, peaks, suite
 
 pytestmark = pytest.mark.process
@@ -423,3 +427,10 @@ def test_every_baseline_of_a_python_test_is_in_use(python):
 
 def test_baselines_of_python_tests_stay_in_their_folder(python):
     assert {name.rpartition("/")[0] for name in python.files("qsa_baselines")} == {"qsa_baselines/llama/test_p"}
+
+
+@pytest.mark.parametrize(("definition", "read"), [("quantization_sqnr/1", math.inf), ("magnitude/1", 300.0)])
+def test_the_300_db_of_an_older_baseline_is_no_error_at_all(definition, read):
+    query = Query("sqnr", definition, "output", "layers", unit="dB")
+    text = BaselineFile.of(Series(["a", "b"], np.array([300.0, 12.5]), query), None).dump()
+    assert BaselineFile.parse(text).values == {"a": read, "b": 12.5}

@@ -381,6 +381,7 @@ class HeatMap(Statistic):
     name = "map"
     arrays: ClassVar = {"maps": OF_A_SAMPLE}
     by_parameters = True
+    needs_tokens = True
 
     def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
         """At most 128 × 128 float32."""

@@ -21,7 +21,7 @@ from pytest_qsa.engine.load.batches import rows_of
 from pytest_qsa.engine.modules import blocks_of, layers_of
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import cuda_powers, cuda_scores, powers_of, scores_of
-from pytest_qsa.engine.reduce.transfers import Transfer
+from pytest_qsa.engine.reduce.storage import Transfer
 from pytest_qsa.engine.reference.compare import Met, Pairs
 from pytest_qsa.engine.run.forward import wanted_sites
 from pytest_qsa.engine.run.hooks import hooked, run_batch
@@ -260,7 +260,7 @@ def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
 
 
 def test_what_a_pass_has_kept_comes_to_the_host_together(device, monkeypatch):
-    monkeypatch.setattr("pytest_qsa.engine.reduce.transfers.AT_ONCE", 100)
+    monkeypatch.setattr("pytest_qsa.engine.reduce.storage.AT_ONCE", 100)
     kept = [torch.arange(n, dtype=kind).reshape(shape).to(device) for n, kind, shape in KEPT]
     fetch = Transfer(kept)
     if device == CPU:  # where nothing has to be brought

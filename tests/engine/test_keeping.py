@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_qsa.engine.reduce import storage as keeping
-from pytest_qsa.engine.reduce.storage import Column, Store
+from pytest_qsa.engine.reduce.storage import Arena, Column
 
 
 def no_maps(monkeypatch):
@@ -30,7 +30,7 @@ def test_rows_of_several_columns_are_read_back_as_they_were_put(monkeypatch, sys
     monkeypatch.setattr(keeping, "AHEAD", 1 << 13)
     if system is not None:
         system(monkeypatch)
-    store, rng = Store(), np.random.default_rng(len(puts))
+    store, rng = Arena(), np.random.default_rng(len(puts))
     shapes = {"token_max": (1,), "moments": (7,), "experts": (1, 3), "massive": ()}
     dtypes = {"token_max": np.uint16, "moments": np.float64, "experts": np.int64, "massive": np.int64}
     columns = {name: Column(store, dtypes[name], shapes[name]) for name in shapes}
@@ -49,7 +49,7 @@ def test_rows_of_several_columns_are_read_back_as_they_were_put(monkeypatch, sys
 
 
 def test_what_is_taken_is_zero_and_nobody_elses():
-    store = Store()
+    store = Arena()
     first, second = store.zeros((3, 5), np.uint32), store.zeros((4,), np.float64)
     first[:] = 7
     assert second.tolist() == [0, 0, 0, 0]

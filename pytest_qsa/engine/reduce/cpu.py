@@ -1,4 +1,4 @@
-"""The reductions of one row on the CPU, by the kernels: the numbers of `reductions.py` in a fraction of the time."""
+"""The reductions of one row on the CPU, by the kernels: the numbers of `torch_ops` in a fraction of the time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import CODES, FIRST_CODE, PADDING, SHIFT, TOP_NAMES, UNKNOWN, bin_values
+from ...captures import PADDING, TOP_NAMES, UNKNOWN, bin_values
 from . import cpu_kernels as kernels
-from .channel_counts import count_features, widen_channels
-from .records import maxima_of, peaks_of, record_size
-from .storage import Kept, bytes_apart
-from .threads import share_torchs_threads
-from .wanted import Wants, peak_count, ranks_of
-from .windows import Window, floats_of
+from .kernel_output import Window, floats_of, maxima_of, peaks_of, record_size
+from .reductions import Plan, Row, Tables, peak_count, ranks_of, reduce_each
+from .storage import Accumulator
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 
@@ -33,7 +30,8 @@ class CpuReducer:
         self.itemsize = 4 if self.wide else 2
         self.survey = kernels.survey32 if self.wide else kernels.survey16
         self.shift = 16 if self.wide else 0
-        self.threads = share_torchs_threads()
+        self.tables = Tables()
+        self.threads = kernels.share_torchs_threads()
         self.scratch = np.zeros((self.threads, 1 << 16), dtype=np.uint32)
         self.counts = np.empty((2, (1 << 15) + 1), dtype=np.uint32)
         self.no_counts = self.counts[:, :0]
@@ -41,40 +39,42 @@ class CpuReducer:
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         self.padding = torch.tensor(PADDING, dtype=dtype).view(self.integers).numpy().view(self.patterns)
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+    def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count."""
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
         patterns = counted.view(self.integers).numpy().view(self.patterns)
         table = patterns.ndim == 2
         lines = patterns if table else patterns[None]
-        length = 0 if not (table and wants.tokens) else len(lines) if kept is None else row.shape[0]
-        surveyed = wants.counted or (wants.moments and not self.wide)
-        if surveyed or length or wants.moments:
+        length = 0 if not (table and plan.tokens) else len(lines) if kept is None else row.shape[0]
+        surveyed = plan.counted or (plan.moments and not self.wide)
+        if surveyed or length or plan.moments:
             record, peaks = self._record(lines, length, kept, into)
             if surveyed:
-                self._surveyed(counted, lines, record, peaks, wants, into)
+                self._surveyed(counted, lines, record, peaks, plan, into)
             else:
                 top = kernels.tokens_of(lines, self.threads, record, peaks)
-                if wants.moments:
+                if plan.moments:
                     into.add("moments", self._moments_of_values(counted, top))
             if kept is not None and length:
                 self._spread(record, kept, length, peaks, into)
-        if table and wants.channels:
+        if table and plan.channels:
             self._channels(lines, into)
-        if table and wants.on_request:
-            self._on_request(counted.float(), wants, into)
+        if plan.others:
+            reduce_each(plan.others, Row(row, kept, counted, sample, plan, self.tables, compiled=True), into)
 
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 
-    def _record(self, lines: NDArray[Any], length: int, kept: Tensor | None, into: Kept) -> tuple[NDArray[Any], int]:
+    def _record(
+        self, lines: NDArray[Any], length: int, kept: Tensor | None, into: Accumulator
+    ) -> tuple[NDArray[Any], int]:
         """Return where the kernels write the maxima of the tokens that count, and how many peaks among `length`."""
         peaks, size = _layout(len(lines), length, self.itemsize)
         if length and kept is None:
             return into.room("tokens", size, self.patterns), peaks
         return np.empty(size, dtype=self.patterns), peaks
 
-    def _spread(self, record: NDArray[Any], kept: Tensor, length: int, peaks: int, into: Kept) -> None:
+    def _spread(self, record: NDArray[Any], kept: Tensor, length: int, peaks: int, into: Accumulator) -> None:
         """Keep the record of some tokens as that of all `length`, with padding between them."""
         index = kept.numpy()
         whole = into.room("tokens", record_size(length, peaks, self.itemsize), self.patterns)
@@ -84,17 +84,17 @@ class CpuReducer:
         placed[0], placed[1] = index[found[0]], found[1]
 
     def _surveyed(
-        self, counted: Tensor, lines: NDArray[Any], record: NDArray[Any], peaks: int, wants: Wants, into: Kept
+        self, counted: Tensor, lines: NDArray[Any], record: NDArray[Any], peaks: int, plan: Plan, into: Accumulator
     ) -> None:
         """Reduce the tokens of a row, and what its counts tell."""
-        window = into.pooled.get("window") or self._window(wants, into)
-        needed = wants.ordered or ((wants.moments or wants.signed) and not self.wide)
+        window = into.pooled.get("window") or self._window(plan, into)
+        needed = plan.ordered or ((plan.moments or plan.signed) and not self.wide)
         counts = self.counts if needed else self.no_counts
-        signs = 1 + (wants.signed or wants.moments)
+        signs = 1 + (plan.signed or plan.moments)
         top, smallest, zeros = self.survey(
             lines, record, peaks, self.smallest, self.scratch, signs, window.sums, window.base, window.marks, counts
         )
-        if zeros < 0 or needed or wants.signed or wants.moments:
+        if zeros < 0 or needed or plan.signed or plan.moments:
             high, low = top >> self.shift, max(1, min(smallest, top) >> self.shift)
             if zeros < 0:
                 window.expect(lines.size)
@@ -102,13 +102,13 @@ class CpuReducer:
                 zeros = kernels.settle(self.scratch, low, high, signs, window.sums, window.base, counts)
                 window.meet(top, 0 if zeros else smallest)
             row = counts[:, : max(1, high - low + 2)]
-            if wants.signed:
+            if plan.signed:
                 window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
-            self._of_counts(counted, lines, row, low, top, wants, into)
+            self._of_counts(counted, lines, row, low, top, plan, into)
 
-    def _window(self, wants: Wants, into: Kept) -> Window:
-        window = Window(wants.counts, wants.signed, self.name, into.store.zeros)
-        if wants.counts or wants.signed:
+    def _window(self, plan: Plan, into: Accumulator) -> Window:
+        window = Window(plan.counts, plan.signed, self.name, into.arena.zeros)
+        if plan.counts or plan.signed:
             into.pooled["window"] = window
         return window
 
@@ -119,16 +119,16 @@ class CpuReducer:
         row: NDArray[np.uint32],
         low: int,
         top: int,
-        wants: Wants,
-        into: Kept,
+        plan: Plan,
+        into: Accumulator,
     ) -> None:
         """Keep what follows from the counts of a row, [2, bins] from the pattern `low` on."""
-        order = self._order(lines.reshape(-1), row, low) if wants.ordered else None
-        if wants.elements and order is not None:
+        order = self._order(lines.reshape(-1), row, low) if plan.ordered else None
+        if plan.elements and order is not None:
             into.add("element_top", order)
-        if wants.moments:
+        if plan.moments:
             into.add("moments", self._moments_of_values(counted, top) if self.wide else self._moments(row, low))
-        for name, (absolute, ratio) in wants.massive.items():
+        for name, (absolute, ratio) in plan.massive.items():
             assert order is not None
             least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
             if np.isnan(least):
@@ -139,7 +139,7 @@ class CpuReducer:
                 count = kernels.massive_of_counts(row, low, self.values, absolute, least)
             into.add(name, np.array(count, dtype=np.int64))
 
-    def _channels(self, lines: NDArray[Any], into: Kept) -> None:
+    def _channels(self, lines: NDArray[Any], into: Accumulator) -> None:
         shares = np.zeros((self.threads, lines.shape[1]), dtype=self.patterns)
         kernels.channel_maxima(lines, shares)
         maxima = shares.max(axis=0)
@@ -147,25 +147,10 @@ class CpuReducer:
         if "channel_max" in into.pooled:
             np.maximum(into.pooled["channel_max"], floats, out=into.pooled["channel_max"])
         else:
-            into.pooled["channel_max"] = into.store.zeros(floats.shape, np.float32)
+            into.pooled["channel_max"] = into.arena.zeros(floats.shape, np.float32)
             into.pooled["channel_max"][:] = floats
         wanted, _, known = _ranks(len(maxima))
         into.add("channel_top", _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known))
-
-    def _on_request(self, wide: Tensor, wants: Wants, into: Kept) -> None:
-        if wants.channel_counts:
-            self._count_channels(wide, into.pooled)
-        count_features(wide, wants.features, into.pooled)
-        for name, quantizer in wants.quantizers.items():
-            into.add(name, quantizer.powers(wide).numpy())
-
-    def _count_channels(self, wide: Tensor, pooled: dict[str, Any]) -> None:
-        if "channel_counts" not in pooled:
-            counts = bytes_apart(4 * 2 * CODES * wide.shape[1]).view(np.uint32)
-            pooled["channel_counts"] = counts.reshape(2 * CODES, wide.shape[1])
-        patterns = wide.view(torch.int32).numpy().view(np.uint32)
-        kernels.count_channels(patterns, pooled["channel_counts"], self.threads, SHIFT, FIRST_CODE, CODES)
-        widen_channels(wide, pooled)
 
     def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
         wanted, ascending, known = _ranks(flat.size)

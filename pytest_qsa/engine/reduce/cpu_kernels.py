@@ -1,16 +1,17 @@
 """Fused reductions for the CPU, compiled by numba: what torch's operators need several passes and copies for.
 
 All work is on bit patterns. With the sign bit cleared, the pattern of a float orders as its magnitude does, so that a
-maximum of magnitudes is a maximum of integers, and a 16-bit value is its own bin. `reductions.py` does the same with
+maximum of magnitudes is a maximum of integers, and a 16-bit value is its own bin. `torch_ops.py` does the same with
 torch's operators: on accelerators, without numba, and as the tests' oracle.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+import torch
+from numba import config, njit, prange, set_num_threads
 
-from .windows import FULL, HALF, HELD, LEAST, TOP
+from .kernel_output import FULL, HALF, HELD, LEAST, TOP
 
 SIGNLESS16, SIGNLESS32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF)
 STEP = 64
@@ -19,9 +20,23 @@ _compiled = njit(cache=True, nogil=True, boundscheck=False)
 _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True)
 
 
+def share_torchs_threads() -> int:
+    """Let the kernels that this thread calls next run on as many threads as torch has; return how many.
+
+    More would wait in the way of what torch does. To start numba's may set the number of torch's: on one OpenMP runtime
+    it is the same.
+    """
+    before = torch.get_num_threads()
+    count = min(before, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    set_num_threads(count)
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+    return int(count)
+
+
 @_parallel
 def tokens_of(patterns, threads, record, peaks):
-    """Fill the record of patterns [T, C] (`records.py`), of whose largest tokens `peaks` keep their channel.
+    """Fill the record of patterns [T, C] (kernel_output.py), of whose largest tokens `peaks` keep their channel.
 
     Returns the largest signless pattern. Each thread takes a share of the tokens.
     """

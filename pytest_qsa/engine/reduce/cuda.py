@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...captures import PADDING, TOP_NAMES, UNKNOWN
 from . import cuda_kernels as triton_kernels
-from .storage import Kept
-from .torch_ops import Tables, TorchReducer, blank_missing, on_request, widened
-from .wanted import Wants, peak_count
+from .reductions import Plan, Row, Tables, blank_missing, peak_count, reduce_each
+from .storage import Accumulator, widened
+from .torch_ops import TorchReducer
 
 HALF = 1 << 15
 ROWS_AT_ONCE = 8
@@ -37,25 +37,25 @@ class CudaReducer:
         self._desks: dict[tuple[object, ...], Desk] = {}
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+    def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count. It is complete after `finish`."""
         if row.dtype not in (torch.bfloat16, torch.float16):
-            self._operators.reduce(row, kept, wants, into)
+            self._operators.reduce(row, kept, sample, plan, into)
             return
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
-        key = (counted.shape, row.shape, row.dtype, row.device, id(wants))
+        key = (counted.shape, row.shape, row.dtype, row.device, id(plan))
         if key not in self._desks:
             if len(self._desks) >= DESKS:
                 self._desks.pop(next(iter(self._desks))).work_out()
-            self._desks[key] = Desk.for_rows(counted, row.shape[0], wants, self._tables)
+            self._desks[key] = Desk.for_rows(counted, row.shape[0], plan, self._tables)
         desk = self._desks[key]
         found = desk.add(counted, kept, into.pooled, self._copies_for(counted, desk.bins))
         if len(desk.pooled) == ROWS_AT_ONCE:
             self._desks.pop(key).work_out()
-        if row.dim() == 2 and wants.on_request:
-            found |= on_request(counted.float(), wants, into.pooled)
         for name, value in found.items():
             into.hold(name, value)
+        if plan.others:
+            reduce_each(plan.others, Row(row, kept, counted, sample, plan, self._tables), into)
 
     def _copies_for(self, counted: Tensor, bins: int) -> Tensor:
         """Return zeros where a row's programs count, [copies, bins]: fewer copies for a small row, none for no bins."""
@@ -79,7 +79,7 @@ class Desk:
     fills; `found`: what a row is given; `views`: both, row by row.
     """
 
-    wants: Wants
+    plan: Plan
     dtype: torch.dtype
     length: int
     shape: torch.Size
@@ -92,7 +92,7 @@ class Desk:
     kept: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
-    def for_rows(cls, counted: Tensor, length: int, wants: Wants, tables: Tables) -> Desk:
+    def for_rows(cls, counted: Tensor, length: int, plan: Plan, tables: Tables) -> Desk:
         """Make room for rows like this one."""
         table = counted.dim() == 2
         tokens, channels = counted.shape if table else (0, 0)
@@ -101,22 +101,22 @@ class Desk:
             return torch.zeros((ROWS_AT_ONCE, *shape), dtype=dtype, device=counted.device)
 
         scratch, found = {}, {}
-        if table and wants.tokens:
+        if table and plan.tokens:
             peaks = peak_count(tokens, length)
             scratch["token_at"], found["peaks"], found["peak_channels"] = room(tokens), room(peaks), room(peaks)
             found["token_max"] = room(tokens, dtype=torch.float32)
-        if table and wants.channels:
+        if table and plan.channels:
             scratch["channel_max"], found["channel_top"] = room(channels), room(7, dtype=torch.float32)
         bins = 0
-        if wants.counted or wants.moments:
-            bins = 2 * HALF if wants.signed or wants.moments else HALF
+        if plan.counted or plan.moments:
+            bins = 2 * HALF if plan.signed or plan.moments else HALF
             scratch["counts"] = room(bins, dtype=torch.int64)
-        if wants.elements:
+        if plan.elements:
             found["element_top"] = room(7, dtype=torch.float32)
-        if wants.moments:
+        if plan.moments:
             found["moments"] = room(7, dtype=torch.float64)
-        found |= {name: room(dtype=torch.int64) for name in wants.massive}
-        return cls(wants, counted.dtype, length, counted.shape, bins, scratch, found, tables)
+        found |= {name: room(dtype=torch.int64) for name in plan.massive}
+        return cls(plan, counted.dtype, length, counted.shape, bins, scratch, found, tables)
 
     def __post_init__(self) -> None:
         self.views = {name: values.unbind() for name, values in (self.scratch | self.found).items()}
@@ -176,19 +176,19 @@ class Desk:
         tops.copy_(blank_missing(picked, ranks, maxima.shape[1]))
 
     def _pool(self, counts: Tensor, folded: Tensor) -> None:
-        wants = self.wants
-        if not (wants.counts or wants.signed):
+        plan = self.plan
+        if not (plan.counts or plan.signed):
             return
-        ends = _extremes(counts, folded, self._values(counts), signed=wants.signed)
+        ends = _extremes(counts, folded, self._values(counts), signed=plan.signed)
         for row, pooled in enumerate(self.pooled):
-            for name, wanted, new in (("counts", wants.counts, folded), ("signed_counts", wants.signed, counts)):
+            for name, wanted, new in (("counts", plan.counts, folded), ("signed_counts", plan.signed, counts)):
                 if wanted:
                     pooled[name] = pooled[name].add_(new[row]) if name in pooled else new[row].clone()
             before = pooled.get("extremes")
             pooled["extremes"] = ends[row] if before is None else widened(before, ends[row])
 
     def _order_elements(self, folded: Tensor, found: dict[str, Tensor]) -> None:
-        if not self.wants.ordered:
+        if not self.plan.ordered:
             return
         size = self.shape.numel()
         ranks = self.tables.ranks(size, folded.device)
@@ -198,7 +198,7 @@ class Desk:
         if "element_top" in found:
             found["element_top"].copy_(order)
         values = self.tables.values(HALF, self.dtype, folded.device)
-        for name, (absolute, ratio) in self.wants.massive.items():
+        for name, (absolute, ratio) in self.plan.massive.items():
             least = ratio * order[:, TOP_NAMES.index("median"), None]
             count = (folded * ((values > absolute) & (values >= least))).sum(dim=1)
             found[name].copy_(count.masked_fill(least[:, 0].isnan(), UNKNOWN))

@@ -14,21 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import EXPERTS, SiteNumbers, Statistic, padded
+from ...captures import EXPERTS, LAYOUTS, SiteNumbers, Statistic
 from ...common import InfraError
 from ..modules import Routing
-from .records import joined_records
-from .storage import Kept, Store
+from .kernel_output import Window, floats_of, joined_records
+from .reductions import Plan
+from .storage import Accumulator, Arena, Transfer
 from .torch_ops import TorchReducer
-from .transfers import Transfer
-from .wanted import MAP_SIZE, Wants
-from .windows import Window, floats_of
 
 
 class Reducer(Protocol):
     """Reduces one population to named arrays, on its own device; they are complete after `finish`."""
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+    def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
         """Reduce [T, C], or [n] where there is no token axis."""
 
     def finish(self) -> None:
@@ -40,7 +38,7 @@ class Reducers:
     """The reducers of one pass; `fused` off keeps to torch's operators."""
 
     fused: bool = True
-    store: Store = field(default_factory=Store)
+    arena: Arena = field(default_factory=Arena)
     _made: dict[tuple[str, torch.dtype], Reducer] = field(default_factory=dict)
     _owners: Owners | None = None
 
@@ -92,9 +90,9 @@ class Owners:
 
 
 @cache
-def wants_of(statistics: frozenset[Statistic]) -> Wants:
-    """Work out what is to be kept; equal statistics are worked out once."""
-    return Wants.of(statistics)
+def plan_of(statistics: frozenset[Statistic]) -> Plan:
+    """Return the plan of some statistics; equal ones share one."""
+    return Plan.of(statistics)
 
 
 class StreamObserver:
@@ -104,17 +102,16 @@ class StreamObserver:
         self, statistics: frozenset[Statistic], reducers: Reducers | None = None, *, channels_first: bool = False
     ) -> None:
         """Keep what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
-        self.wants = wants_of(statistics)
+        self.plan = plan_of(statistics)
         self.channels_first = channels_first
         self.reducers = reducers or Reducers()
         self.dtype = ""
         self.last_shape: tuple[int, ...] = ()
         self.token_axis = False
-        self.kept = Kept(self.reducers.store)
+        self.kept = Accumulator(self.reducers.arena)
         self._dtype: torch.dtype | None = None
         self._reducer: Reducer
         self.owners = array("q")
-        self.maps: dict[str, Tensor] = {}
 
     def add(
         self,
@@ -134,10 +131,8 @@ class StreamObserver:
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
             self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
-            reducer.reduce(row, kept, self.wants, self.kept)
-            if token_axis and sample in self.wants.maps:
-                self.maps.setdefault(self.wants.maps[sample], _map_of(row, kept))
-        if routing is not None and self.wants.experts:
+            reducer.reduce(row, kept, sample, self.plan, self.kept)
+        if routing is not None and self.plan.experts:
             self._count_experts(routing, rows, keep)
 
     def _begin(self, x: Tensor) -> Reducer:
@@ -159,7 +154,7 @@ class StreamObserver:
         for rows in self.kept.rows.values():
             if isinstance(rows, list):
                 yield from rows
-        yield from (value for value in (*self.kept.pooled.values(), *self.maps.values()) if isinstance(value, Tensor))
+        yield from (value for value in self.kept.pooled.values() if isinstance(value, Tensor))
 
     def numbers(self, statistics: frozenset[Statistic], fetched: Transfer | None = None) -> SiteNumbers:
         """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
@@ -176,7 +171,7 @@ class StreamObserver:
             sample=owners.sample,
             call=owners.call,
             lengths=owners.lengths,
-            arrays=arrays | {name: fetch(picture) for name, picture in self.maps.items()},
+            arrays=arrays,
         )
 
     def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]], owners: Owners) -> dict[str, Any]:
@@ -185,12 +180,8 @@ class StreamObserver:
             if name == "tokens":
                 maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
                 arrays["token_max"] = floats_of(maxima, self.dtype)
-            elif name in ("peaks", "peak_channels"):
-                arrays[name] = padded(rows)
-            elif name == "token_max":
-                arrays[name] = np.concatenate(rows)
             else:
-                arrays[name] = np.stack(rows)
+                arrays[name] = LAYOUTS[name.partition("/")[0]].join(rows)
         return arrays
 
     def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Any]:
@@ -198,26 +189,14 @@ class StreamObserver:
         for name, pooled in self.kept.pooled.items():
             if isinstance(pooled, Window):
                 arrays |= pooled.arrays()
-            elif name in ("counts", "signed_counts"):
-                arrays[name.replace("counts", "bins")], arrays[name] = _sparse(fetch(pooled))
-            elif name == "channel_counts":
-                counts = fetch(pooled)
-                occurring = np.flatnonzero(counts.any(axis=1))
-                arrays["channel_bins"], arrays[name] = occurring.astype(np.uint16), counts[occurring].astype(np.uint32)
+            elif bins := LAYOUTS[name.partition("/")[0]].bins:
+                arrays[bins], arrays[name] = _sparse(fetch(pooled))
             else:
                 arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
         return arrays
 
 
-def _map_of(row: Tensor, kept: Tensor | None) -> Tensor:
-    """Return |x| of [T, C] as at most MAP_SIZE × MAP_SIZE maxima, float32; padding counts as 0."""
-    magnitudes = row.abs().float()
-    if kept is not None:
-        magnitudes = torch.zeros_like(magnitudes).index_copy_(0, kept, magnitudes.index_select(0, kept))
-    cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
-    return torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
-
-
-def _sparse(dense: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    bins = np.flatnonzero(dense)
-    return bins.astype(np.uint16), dense[bins].astype(np.int64)
+def _sparse(counts: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]:
+    """Return the bins that occur, the first axis, and their counts; those of 32 bits are unsigned in a capture."""
+    bins = np.flatnonzero(counts.any(axis=1) if counts.ndim == 2 else counts)
+    return bins.astype(np.uint16), counts[bins].astype(np.uint32 if counts.itemsize == 4 else np.int64)

@@ -61,7 +61,7 @@ def _powers(reference: Tensor, own: Tensor) -> Tensor:
 
 def _fused_powers(reference: Tensor, own: Tensor) -> Tensor:
     from . import pairs_kernels as pair_kernels
-    from .threads import share_torchs_threads
+    from .cpu_kernels import share_torchs_threads
 
     found = np.empty((len(own), 4), dtype=np.float32)
     threads = share_torchs_threads()
@@ -112,7 +112,7 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
 
 def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:
     from . import pairs_kernels as pair_kernels
-    from .threads import share_torchs_threads
+    from .cpu_kernels import share_torchs_threads
 
     found = np.full((len(own), 4), np.nan)
     threads = share_torchs_threads()

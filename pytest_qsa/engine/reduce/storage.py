@@ -12,12 +12,14 @@ import math
 import mmap
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 SIZE = 1 << 26
 """The bytes of a map, more for an array that is larger; what has not been asked for takes no memory."""
@@ -27,7 +29,7 @@ POPULATE_WRITE = 23
 """`MADV_POPULATE_WRITE` of Linux 5.14 and later, which not every Python names."""
 
 
-def bytes_apart(size: int) -> NDArray[np.uint8]:
+def own_pages(size: int) -> NDArray[np.uint8]:
     """Return zeros in pages of their own, which go back to the system with the last array that refers to them."""
     return np.zeros(size, dtype=np.uint8) if not size or not _maps() else np.frombuffer(_map(size), dtype=np.uint8)
 
@@ -40,7 +42,7 @@ def _map(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-class Store:
+class Arena:
     """The memory of one pass, taken in the order in which its rows come."""
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class Store:
 
     def _begin_map(self, size: int) -> None:
         self._start += len(self._map)
-        self._map = bytes_apart(size)
+        self._map = own_pages(size)
         self._used = self._ready = 0
         self._ask = getattr(getattr(self._map.base, "obj", None), "madvise", None)
         self._maps.append(self._map)
@@ -96,9 +98,9 @@ class Store:
 class Column:
     """What each population left under one name: arrays of one dtype, of any length."""
 
-    def __init__(self, store: Store, dtype: Any, shape: tuple[int, ...]) -> None:
+    def __init__(self, arena: Arena, dtype: Any, shape: tuple[int, ...]) -> None:
         """Make room for arrays of a dtype, whose shapes are as this one but for the first dimension."""
-        self._store = store
+        self._arena = arena
         self._dtype = np.dtype(dtype)
         self._shape = (-1, *shape[1:]) if shape else ()
         self._places, self._sizes = array("q"), array("q")
@@ -106,7 +108,7 @@ class Column:
     def room(self, count: int) -> NDArray[Any]:
         """Return zeros for the next array, [count], to be filled."""
         size = count * self._dtype.itemsize
-        place, taken = self._store.take(size)
+        place, taken = self._arena.take(size)
         self._places.append(place)
         self._sizes.append(size)
         return taken.view(self._dtype)
@@ -119,15 +121,15 @@ class Column:
         return len(self._places)
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        values: NDArray[Any] = self._store.at(self._places[index], self._sizes[index]).view(self._dtype)
+        values: NDArray[Any] = self._arena.at(self._places[index], self._sizes[index]).view(self._dtype)
         return values.reshape(self._shape)
 
 
-class Kept:
+class Accumulator:
     """What is kept of one site: `rows`, what each population left by name, and `pooled`, sums over all of them."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
         self.rows: dict[str, Any] = {}
         self.pooled: dict[str, Any] = {}
 
@@ -135,7 +137,7 @@ class Kept:
         """Return zeros [count] for what the next population leaves under a name; `shape`: see `Column`."""
         column = self.rows.get(name)
         if column is None:
-            column = self.rows[name] = Column(self.store, dtype, shape)
+            column = self.rows[name] = Column(self.arena, dtype, shape)
         room: NDArray[Any] = column.room(count)
         return room
 
@@ -153,3 +155,64 @@ class Kept:
     def hold(self, name: str, value: Any) -> None:
         """Take a tensor as it is: its values may come later."""
         self.rows.setdefault(name, []).append(value)
+
+    def add_up(self, name: str, value: Tensor) -> None:
+        """Add a tensor to the sum of that name."""
+        before = self.pooled.get(name)
+        self.pooled[name] = value.clone() if before is None else before.add_(value)
+
+    def widen(self, name: str, ends: Tensor) -> None:
+        """Widen the `EXTREME_NAMES` of that name, [4, …], by those of the next population."""
+        before = self.pooled.get(name)
+        self.pooled[name] = ends if before is None else widened(before, ends)
+
+
+def widened(before: Tensor, ends: Tensor) -> Tensor:
+    """Return `EXTREME_NAMES`, [4, …], of two tensors from those of each."""
+    largest, least = torch.maximum(before, ends), torch.minimum(before, ends)
+    return torch.stack([largest[0], least[1], least[2], largest[3]])
+
+
+AT_ONCE = 1 << 28
+"""About so many bytes are copied together, beside which as many are taken on the device."""
+
+
+class Transfer:
+    """Some tensors as arrays on the host. A tensor that is not among them is brought when it is asked for."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._arrays: dict[int, tuple[Tensor, NDArray[Any]]] = {}
+        for group in _groups(tensors):
+            self._bring(group)
+
+    def _bring(self, group: list[Tensor]) -> None:
+        joint = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in group]).cpu().numpy()
+        begin = 0
+        for tensor in group:
+            values = np.empty(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+            values.ravel().view(np.uint8)[:] = joint[begin : begin + tensor.nbytes]
+            begin += tensor.nbytes
+            self._arrays[id(tensor)] = tensor, values
+
+    def __call__(self, value: Tensor | NDArray[Any]) -> NDArray[Any]:
+        """Return the values of a tensor; an array as it is."""
+        if not isinstance(value, Tensor):
+            return np.asarray(value)
+        known = self._arrays.get(id(value))
+        return known[1] if known else value.cpu().numpy()
+
+
+def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield those that are on a device, by device and in portions."""
+    waiting: dict[torch.device, list[Tensor]] = {}
+    sizes: dict[torch.device, int] = {}
+    for tensor in tensors:
+        device = tensor.device
+        if device.type == "cpu" or not tensor.numel():
+            continue
+        waiting.setdefault(device, []).append(tensor)
+        sizes[device] = sizes.get(device, 0) + tensor.nbytes
+        if sizes[device] > AT_ONCE:
+            yield waiting.pop(device)
+            sizes[device] = 0
+    yield from waiting.values()

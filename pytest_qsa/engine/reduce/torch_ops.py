@@ -1,180 +1,205 @@
-"""The reductions of one row by torch's operators: on accelerators, without numba, and as the kernels' oracle."""
+"""The reductions of one row by torch's operators: on accelerators, without numba, and as the kernels' oracle.
+
+Every result stays on the tensor's device; nothing here waits for it.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...captures import PADDING, TOP_NAMES, UNKNOWN
-from .channel_counts import count_channels, count_features, widen_channels
-from .storage import Kept
-from .wanted import Wants, peak_count, ranks_of
+from ...captures import (
+    CODES,
+    FIRST_CODE,
+    PADDING,
+    SHIFT,
+    SIGNED_COUNTS,
+    TOP_NAMES,
+    UNKNOWN,
+    FeatureCounts,
+    HeatMap,
+    Massive,
+    QuantizationPowers,
+    Statistic,
+)
+from ...metrics import LARGEST_CODE, LEAST_EXPONENT, MANTISSA_BITS
+from .reductions import Plan, Row, Tables, blank_missing, peak_count, reduce_each, reduces
+from .storage import Accumulator, own_pages
 
-
-class Tables:
-    """Small tables on a device, made there once: a copy of numbers from the host would wait for it."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[object, ...], Tensor] = {}
-
-    def ranks(self, count: int, device: torch.device) -> Tensor:
-        """Return `ranks_of`, [7] int64."""
-        key = (count, device)
-        if key not in self._made:
-            filled = [torch.full((), rank, dtype=torch.int64, device=device) for rank in ranks_of(count)]
-            self._made[key] = torch.stack(filled)
-        return self._made[key]
-
-    def values(self, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return what the first 16-bit patterns stand for, [bins] float32."""
-        key = (bins, dtype, device)
-        if key not in self._made:
-            patterns = torch.arange(bins, dtype=torch.int32, device=device).to(torch.int16)
-            self._made[key] = patterns.view(dtype).float()
-        return self._made[key]
+MAP_SIZE = 128
+"""The most rows and columns that a map keeps."""
 
 
 class TorchReducer:
-    """Keeps every result on the tensor's device; nothing here waits for it."""
+    """Reduces rows of any dtype on any device."""
 
     def __init__(self, tables: Tables | None = None) -> None:
         self._tables = tables or Tables()
 
-    def reduce(self, row: Tensor, kept: Tensor | None, wants: Wants, into: Kept) -> None:
+    def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
         """Reduce one population, [T, C] or [n]; `kept` says which tokens count."""
-        for name, value in self._reduced(row, kept, wants, into.pooled).items():
-            into.take(name, value)
-
-    def _reduced(self, row: Tensor, kept: Tensor | None, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
         counted = row if kept is None else row.index_select(0, kept)
-        wide = counted if counted.dtype in (torch.float32, torch.float64) else counted.float()
-        magnitudes = wide.abs()
-        found: dict[str, Tensor] = {}
-        if row.dim() == 2 and wants.tokens:
-            found |= _tokens(magnitudes, kept, row.shape[0])
-        if row.dim() == 2 and wants.channels:
-            found |= _channels(magnitudes, pooled, self._tables.ranks(row.shape[1], row.device))
-        if row.dim() == 2 and wants.on_request:
-            found |= on_request(wide.float(), wants, pooled)
-        elements = magnitudes.flatten()
-        ranks = self._tables.ranks(elements.numel(), row.device) if wants.ordered else None
-        order = _distribution(counted.flatten(), elements, wants, pooled, ranks) if wants.counted else None
-        if wants.elements and order is not None:
-            found["element_top"] = order
-        if wants.moments:
-            found["moments"] = _moments(wide.flatten(), elements)
-        for name, (absolute, ratio) in wants.massive.items():
-            assert order is not None
-            least = ratio * order[TOP_NAMES.index("median")]
-            count = ((elements > absolute) & (elements >= least)).sum()
-            found[name] = count.masked_fill(least.isnan(), UNKNOWN)
-        return found
+        reduce_each(plan.steps, Row(row, kept, counted, sample, plan, self._tables), into)
 
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 
 
-def _tokens(magnitudes: Tensor, kept: Tensor | None, length: int) -> dict[str, Tensor]:
-    maxima = magnitudes.amax(dim=1).float()
-    peaks = maxima.sort(descending=True, stable=True).indices[: peak_count(len(maxima), length)]
-    channels = magnitudes.index_select(0, peaks).argmax(dim=1)
-    if kept is not None:
-        peaks = kept.index_select(0, peaks)
-        maxima = maxima.new_full((length,), PADDING).index_copy_(0, kept, maxima)
-    return {"token_max": maxima, "peaks": peaks.int(), "peak_channels": channels.int()}
+@reduces("tokens")
+def token_maxima(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Keep the largest |x| of each token, and where the largest of these are."""
+    maxima = row.magnitudes.amax(dim=1).float()
+    peaks = maxima.sort(descending=True, stable=True).indices[: peak_count(len(maxima), row.whole.shape[0])]
+    channels = row.magnitudes.index_select(0, peaks).argmax(dim=1)
+    into.take("token_max", row.spread(maxima, PADDING))
+    into.take("peaks", (peaks if row.kept is None else row.kept.index_select(0, peaks)).int())
+    into.take("peak_channels", channels.int())
 
 
-def _channels(magnitudes: Tensor, pooled: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    maxima = magnitudes.amax(dim=0).float()
-    before = pooled.get("channel_max")
-    pooled["channel_max"] = maxima if before is None else torch.maximum(before, maxima)
+@reduces("channels")
+def channel_maxima(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Keep order statistics of the largest |x| of each channel, and the largest over all rows."""
+    maxima = row.magnitudes.amax(dim=0).float()
+    before = into.pooled.get("channel_max")
+    into.pooled["channel_max"] = maxima if before is None else torch.maximum(before, maxima)
     count = maxima.numel()
-    picked = maxima.sort().values[ranks.clamp(0, count - 1)]
-    return {"channel_top": blank_missing(picked, ranks, count)}
+    ranks = row.tables.ranks(count, row.whole.device)
+    into.take("channel_top", blank_missing(maxima.sort().values[ranks.clamp(0, count - 1)], ranks, count))
 
 
-def on_request(wide: Tensor, wants: Wants, pooled: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what only a site that asks for it has of x [T, C] float32, and pool the rest of it."""
-    if wants.channel_counts:
-        count_channels(wide, pooled)
-        widen_channels(wide, pooled)
-    count_features(wide, wants.features, pooled)
-    return {name: quantizer.powers(wide) for name, quantizer in wants.quantizers.items()}
+@reduces("elements")
+def element_order(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Keep order statistics of |x|."""
+    into.take("element_top", row.order)
 
 
-def _distribution(
-    raw: Tensor, elements: Tensor, wants: Wants, pooled: dict[str, Tensor], ranks: Tensor | None
-) -> Tensor | None:
-    """Count the row's 16-bit patterns; return its order statistics at `ranks`, where they are asked for."""
-    counts = _count(raw, signed=wants.signed)
-    folded = counts[: 1 << 15] + counts[1 << 15 :] if wants.signed else counts
-    for name, wanted, new in (("counts", wants.counts, folded), ("signed_counts", wants.signed, counts)):
-        if wanted:
-            pooled[name] = pooled[name].add_(new) if name in pooled else new.clone()
-    if wants.counts or wants.signed:
-        ends = _extremes(raw, elements, signed=wants.signed)
-        before = pooled.get("extremes")
-        pooled["extremes"] = ends if before is None else widened(before, ends)
-    return None if ranks is None else _counted_order(folded, elements, raw.dtype, ranks)
+@reduces("counts", "signed_counts")
+def pattern_counts(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Add the counts of the 16-bit patterns of |x| or x; widen the extremes."""
+    into.add_up(statistic.name, row.pattern_counts if statistic == SIGNED_COUNTS else row.magnitude_counts)
+    if statistic == SIGNED_COUNTS or not row.plan.signed:  # once a row
+        smallest = row.elements.nan_to_num(nan=float("inf")).min()
+        unknown = torch.full_like(smallest, float("nan"))
+        low, high = row.counted.aminmax() if row.plan.signed else (unknown, unknown)
+        into.widen("extremes", torch.stack([end.float() for end in (row.elements.max(), smallest, low, high)]))
 
 
-def _extremes(raw: Tensor, elements: Tensor, *, signed: bool) -> Tensor:
-    """Return the largest and the smallest |x|, and of x where the signs count."""
-    smallest = elements.nan_to_num(nan=float("inf")).min()
-    low, high = raw.aminmax() if signed else (torch.full_like(smallest, float("nan")),) * 2
-    return torch.stack([end.float() for end in (elements.max(), smallest, low, high)])
-
-
-def widened(before: Tensor, ends: Tensor) -> Tensor:
-    """Return `EXTREME_NAMES` of two tensors from those of each."""
-    largest, least = torch.maximum(before, ends), torch.minimum(before, ends)
-    return torch.stack([largest[0], least[1], least[2], largest[3]])
-
-
-def _count(x: Tensor, *, signed: bool) -> Tensor:
-    """Count 16-bit patterns, int64 [65,536] of x or [32,768] of |x|; float32 by its upper half."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        patterns = x.contiguous().view(torch.int16).int()
-    else:
-        patterns = x.float().contiguous().view(torch.int32) >> 16
-    patterns = patterns & (0xFFFF if signed else 0x7FFF)
-    size = 1 << (16 if signed else 15)
-    if x.device.type == "cpu":
-        return torch.bincount(patterns, minlength=size)
-    counts = torch.zeros(size, dtype=torch.int64, device=x.device)
-    ones = torch.ones((), dtype=torch.int64, device=x.device).expand(len(patterns))
-    return counts.scatter_add_(0, patterns.long(), ones)
-
-
-def _counted_order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype, ranks: Tensor) -> Tensor:
-    """Return the seven order statistics of |x|: exact for 16 bits; else the median within 2⁻⁸, the ends exact."""
-    count = magnitudes.numel()
-    bins = torch.searchsorted(counts.cumsum(0), ranks.clamp(0, count - 1), right=True)
-    if dtype in (torch.bfloat16, torch.float16):
-        order = bins.to(torch.int16).view(dtype).float()
-    else:
-        order = ((bins << 16) | (bins > 0).long() << 15).to(torch.int32).view(torch.float32).clone()
-        few = min(3, count)
-        order[:few] = magnitudes.topk(few).values.float()
-        order[7 - few :] = magnitudes.topk(few, largest=False).values.flip(0).float()
-    return blank_missing(order, ranks, count)
-
-
-def blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
-    """Return order statistics [..., 7] with NaN for ranks that there are none of, and for all where the largest is."""
-    return values.masked_fill((ranks < 0) | (ranks >= count) | ~values[..., :1].isfinite(), float("nan"))
-
-
-def _moments(x: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return `MOMENT_NAMES` in float64: central, so that fourth powers don't cancel, and scaled by a power of two."""
+@reduces("moments")
+def moments(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Keep `MOMENT_NAMES` in float64: central, so that fourth powers don't cancel, and scaled by a power of two."""
+    x, largest = row.wide.flatten(), row.elements.max()
     count = x.numel()
     mean = x.sum(dtype=torch.float64) / count
-    scale = torch.exp2(-torch.frexp(magnitudes.max()).exponent.clamp(-120, 120).to(x.dtype))
+    scale = torch.exp2(-torch.frexp(largest).exponent.clamp(-120, 120).to(x.dtype))
     squares = (x - mean.to(x.dtype)).mul_(scale).square_()
     drift = mean - mean.to(x.dtype).double()
     m2 = squares.sum(dtype=torch.float64) / scale.double() ** 2 - count * drift * drift
     m4 = squares.square_().sum(dtype=torch.float64) / scale.double() ** 4
-    zeros = (magnitudes == 0).sum()
+    zeros = (row.elements == 0).sum()
     nonfinite = (~torch.isfinite(x)).sum()
-    found = (torch.full_like(mean, count), mean, m2.clamp_min(0), m4, magnitudes.max(), zeros, nonfinite)
-    return torch.stack([value.double() for value in found])
+    found = (torch.full_like(mean, count), mean, m2.clamp_min(0), m4, largest, zeros, nonfinite)
+    into.take("moments", torch.stack([value.double() for value in found]))
+
+
+@reduces("massive")
+def massive(statistic: Massive, row: Row, into: Accumulator) -> None:
+    """Count the elements above both thresholds, the second a multiple of the row's median."""
+    least = statistic.ratio * row.order[TOP_NAMES.index("median")]
+    count = ((row.elements > statistic.absolute) & (row.elements >= least)).sum()
+    into.take(statistic.key, count.masked_fill(least.isnan(), UNKNOWN))
+
+
+@reduces("channel_counts")
+def channel_counts(statistic: Statistic, row: Row, into: Accumulator) -> None:
+    """Add the counts of each channel, int32 [2 · CODES, C], in the bins of `CODES`; widen its extremes [4, C]."""
+    x = row.floats
+    count = _count_compiled if row.compiled else _count_channels
+    count(x, into)
+    low, high = x.aminmax(dim=0)
+    magnitudes = x.abs()
+    ends = torch.stack([magnitudes.amax(dim=0), magnitudes.amin(dim=0), low, high])
+    into.widen("channel_extremes", ends + 0.0)  # −0 is 0
+
+
+def _count_channels(x: Tensor, into: Accumulator) -> None:
+    channels = x.shape[1]
+    if "channel_counts" not in into.pooled:
+        into.pooled["channel_counts"] = torch.zeros((2 * CODES, channels), dtype=torch.int32, device=x.device)
+    patterns = x.contiguous().view(torch.int32)
+    codes = (((patterns & 0x7FFFFFFF) >> SHIFT) - FIRST_CODE).clamp_(0, CODES - 1) + CODES * (patterns < 0)
+    offsets = codes.long() * channels + torch.arange(channels, device=x.device)
+    ones = torch.ones((), dtype=torch.int32, device=x.device).expand(offsets.numel())
+    into.pooled["channel_counts"].view(-1).scatter_add_(0, offsets.flatten(), ones)
+
+
+def _count_compiled(x: Tensor, into: Accumulator) -> None:
+    from . import cpu_kernels as kernels
+
+    if "channel_counts" not in into.pooled:
+        counts = own_pages(4 * 2 * CODES * x.shape[1]).view(np.uint32)
+        into.pooled["channel_counts"] = counts.reshape(2 * CODES, x.shape[1])
+    patterns = x.view(torch.int32).numpy().view(np.uint32)
+    threads = kernels.share_torchs_threads()
+    kernels.count_channels(patterns, into.pooled["channel_counts"], threads, SHIFT, FIRST_CODE, CODES)
+
+
+@reduces("features")
+def features(statistic: FeatureCounts, row: Row, into: Accumulator) -> None:
+    """Add to [C + 2] how often |x| reaches the threshold in each channel; the tokens; the NaN and Inf."""
+    x = row.floats
+    nonfinite = (~x.isfinite()).sum()
+    reached = (x.abs() >= statistic.absolute).sum(dim=0)
+    into.add_up(statistic.key, torch.cat([reached, nonfinite.new_full((1,), len(x)), nonfinite[None]]))
+
+
+@reduces("map")
+def heat_map(statistic: HeatMap, row: Row, into: Accumulator) -> None:
+    """Keep |x| of the sample's first call as at most MAP_SIZE × MAP_SIZE maxima, float32; padding counts as 0."""
+    if row.sample != statistic.sample or statistic.key in into.pooled:
+        return
+    magnitudes = row.whole.abs().float()
+    if row.kept is not None:
+        counted = magnitudes.index_select(0, row.kept)
+        magnitudes = torch.zeros_like(magnitudes).index_copy_(0, row.kept, counted)
+    cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
+    into.pooled[statistic.key] = torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
+
+
+@reduces("quantized")
+def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulator) -> None:
+    """Keep Σx² and Σ(x − x̂)² as float64 [2]; metrics/quantization.py defines the grids.
+
+    The scales aren't known after the pass, so that it takes the sums itself, for the sites that ask.
+    """
+    x = row.floats
+    scales = _scales(statistic, x)
+    if statistic.by == "group":
+        scales = scales.repeat_interleave(statistic.group_size, dim=1)[:, : x.shape[1]]
+    scaled = x / scales
+    if statistic.scheme == "fp8_e4m3":
+        exponents = (torch.frexp(scaled).exponent - 1).clamp_min(LEAST_EXPONENT)
+        steps = torch.exp2((exponents - MANTISSA_BITS).to(x.dtype))
+        rounded = (scaled / steps).round() * steps
+    else:
+        rounded = scaled.round()
+    wide = x.double()
+    error = wide - (rounded * scales).double()
+    into.take(statistic.key, torch.stack([_total(wide.square()), _total(error.square())]))
+
+
+def _scales(statistic: QuantizationPowers, x: Tensor) -> Tensor:
+    """Return the scales of x [T, C] float32: [T, 1], [1, C] or [T, C / size rounded up]; 1 where all is zero."""
+    magnitudes, size = x.abs(), statistic.group_size
+    if statistic.by == "group":
+        magnitudes = torch.nn.functional.pad(magnitudes, (0, -x.shape[1] % size))
+        largest = magnitudes.reshape(len(x), -1, size).amax(dim=2)
+    else:
+        largest = magnitudes.amax(dim=1 if statistic.by == "token" else 0, keepdim=True)
+    scales: Tensor = largest / LARGEST_CODE[statistic.scheme]  # type: ignore[index]
+    return scales.masked_fill(scales == 0, 1.0)
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum in an order that doesn't depend on the number of threads, which torch's does on the CPU."""
+    return torch.from_numpy(np.asarray(x.numpy().sum())) if x.device.type == "cpu" else x.sum()

@@ -28,7 +28,7 @@ from ...common import AnomalyError, InfraError
 from ..load.batches import Rows
 from ..modules import channels_first, tensor_of
 from ..reduce.pairs import channel_powers, powers_of
-from ..reduce.storage import Store
+from ..reduce.storage import Arena
 
 SiteKey = tuple[str, Site]
 LEAST_AGREEMENT = 100.0
@@ -104,7 +104,7 @@ class Pairs:
     modules: Mapping[str, nn.Module]
     named: Named
     observers: dict[SiteKey, PairObserver] = field(default_factory=dict)
-    _store: Store = field(default_factory=Store)
+    _arena: Arena = field(default_factory=Arena)
     _found: dict[tuple[int, int], _Found] = field(default_factory=dict)
 
     @cached_property
@@ -174,7 +174,7 @@ class Pairs:
         """Put what stays away from the memory that the models work in; on an accelerator it stays as it is."""
         if value.device.type != "cpu":
             return value
-        kept = self._store.zeros(tuple(value.shape), value.numpy().dtype)
+        kept = self._arena.zeros(tuple(value.shape), value.numpy().dtype)
         kept[...] = value.numpy()
         return kept
 

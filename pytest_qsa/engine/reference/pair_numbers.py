@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...captures import LAYOUTS, SiteNumbers, Statistic
 from ...common import InfraError
-from ..reduce.transfers import Transfer
+from ..reduce.storage import Transfer
 
 if TYPE_CHECKING:
     from ...captures import SiteKey

@@ -14,7 +14,7 @@ from ...common import AnomalyError, InfraError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..load.batches import Batch, Rows
 from ..reduce.pairs import scores_of
-from ..reduce.transfers import Transfer
+from ..reduce.storage import Transfer
 
 MASKED = ("MaskedLM", "PreTraining")
 """What the names of models end with that predict hidden tokens, not the next one."""

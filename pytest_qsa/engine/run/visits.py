@@ -14,7 +14,7 @@ from ...common import InfraError
 from ..load.batches import Rows
 from ..modules import Routing, channels_first
 from ..reduce.observer import Reducers, StreamObserver
-from ..reduce.transfers import Transfer
+from ..reduce.storage import Transfer
 
 
 class PassComplete(Exception):  # noqa: N818 - a signal, not an error

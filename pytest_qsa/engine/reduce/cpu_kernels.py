@@ -141,7 +141,7 @@ def _order_peaks(maxima, positions):
 def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, marks, row):
     """Fill the record of patterns [T, C] as `tokens_of`; count them, with their sign or without it (`signs` 2 or 1).
 
-    The counts are settled and noted in the marks (kernel_output.py) where the sums have room for them. Returns the largest
+    The counts are settled and noted in the marks where the sums have room for them. Returns the largest
     signless pattern and the least but zero, 65,536 where there is none, and what `settle` returns. Each thread takes a
     share of the tokens and has bins, scratch [threads, 65,536], and a least pattern of its own.
     """

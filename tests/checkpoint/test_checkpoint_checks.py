@@ -146,15 +146,6 @@ def test_a_layer_that_is_quantized_against_ignore_is_found(quantized, tmp_path):
     ]
 
 
-def test_a_block_that_is_missing_is_found_by_the_configuration(quantized, tmp_path):
-    def change(weights):
-        for name in [name for name in weights if ".layers.3." in name]:
-            weights.pop(name)
-
-    findings = found(edited(quantized["int8"], tmp_path / "faulty", change))
-    assert [finding.layer for finding in findings] == ["model.layers.3"]
-
-
 def test_a_head_that_is_missing_without_ties_is_found(llama, tmp_path):
     findings = found(edited(llama, tmp_path / "faulty", lambda weights: weights.pop("lm_head.weight")))
     assert [finding.tensor for finding in findings] == ["lm_head.weight"]
@@ -184,19 +175,6 @@ def test_blocks_of_several_kinds_are_no_fault(tmp_path, blocks):
     save_file(weights, tmp_path / "kinds" / "model.safetensors")
     (tmp_path / "kinds" / "config.json").write_text(json.dumps({"num_hidden_layers": len(blocks)}))
     assert found(tmp_path / "kinds") == []
-
-
-def test_shards_are_held_against_their_index(quantized, tmp_path):
-    folder = edited(quantized["int8"], tmp_path / "sharded")
-    names = list(open_folder(folder).tensors)
-    index = {"weight_map": {name: "model.safetensors" for name in names if name != f"{DOWN}.weight_scale"}}
-    index["weight_map"]["model.norm.bias"] = "model-2.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    texts = {finding.tensor: finding.what for finding in found(folder, "checkpoint_keys")}
-    assert texts == {
-        f"{DOWN}.weight_scale": "not in model.safetensors.index.json",
-        "model.norm.bias": "the index says model-2.safetensors, which is not there",
-    }
 
 
 SETTINGS = {

@@ -1,4 +1,6 @@
-"""Keys that a loader drops or fills with random numbers: by the index, the number of blocks, siblings and shapes."""
+"""Keys: which tensors are missing, unexpected or renamed by the index, the configuration, or the sibling blocks."""
+
+from __future__ import annotations
 
 import json
 
@@ -6,116 +8,106 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pytest_qsa.checkpoint import Files, open_folder, problems_of
+from pytest_qsa.checkpoint import INDEX, Files, open_folder, problems_of
 
-BLOCK = ("norm.weight", "up.weight", "down.weight", "gate.weight")
-CAUSAL = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "vocab_size": 10}
-TABLE = {"model.embed_tokens.weight": (10, 4), "lm_head.weight": (10, 4)}
-
-
-def blocks(*numbers, at="model.layers", keys=BLOCK, without=(), more=()):
-    """Return the keys of numbered blocks, some left out or added."""
-    names = {f"{at}.{number}.{key}" for number in numbers for key in keys}
-    return dict.fromkeys(sorted(names - set(without) | set(more)), (4,))
+BLOCK = ("attn.q.weight", "attn.k.weight", "attn.o.weight", "mlp.up.weight", "mlp.down.weight", "norm.weight")
+LAYERS = [f"model.layers.{index}.{part}" for index in range(4) for part in BLOCK]
+MISSING = "missing: 3 sibling blocks have it"
+UNEXPECTED = "unexpected: none of 3 sibling blocks has it"
 
 
-KEYS = {
-    # case: (tensors with their shapes, configuration, what is missing, what is unexpected)
-    "nothing lost": (blocks(0, 1, 2, 3), {"num_hidden_layers": 4}, [], []),
-    "a block in the middle": (blocks(0, 1, 3), {}, ["model.layers.2"], []),
-    "the last blocks, by the configuration": (
-        blocks(0, 1), {"num_hidden_layers": 4}, ["model.layers.2", "model.layers.3"], [],
+def renamed(names, old, new):
+    return [new if name == old else name for name in names]
+
+
+def without(names, *lost):
+    return [name for name in names if not name.startswith(lost)]
+
+
+VISION = [f"vision.blocks.{index}.norm.weight" for index in range(2)]
+EXPERTS = [f"{name.rpartition('.mlp')[0]}.mlp.experts.{e}.up.weight" for name in LAYERS[3::6] for e in range(3)]
+CASES = {
+    # case: (names, configuration, tensor → what is wrong with it)
+    "whole": (LAYERS, {}, {}),
+    "one is lost": (without(LAYERS, "model.layers.2.mlp.up"), {}, {"model.layers.2.mlp.up.weight": MISSING}),
+    "one too many": ([*LAYERS, "model.layers.1.attn.q.bias"], {}, {"model.layers.1.attn.q.bias": UNEXPECTED}),
+    "one is renamed": (
+        renamed(LAYERS, "model.layers.0.norm.weight", "model.layers.0.ln.weight"), {},
+        {"model.layers.0.norm.weight": MISSING, "model.layers.0.ln.weight": UNEXPECTED},
     ),
-    "the last blocks of a text model in a larger one": (
-        blocks(0, 1), {"text_config": {"num_hidden_layers": 3}}, ["model.layers.2"], [],
+    "a block in the middle is lost": (
+        without(LAYERS, "model.layers.1."), {}, {"model.layers.1": "missing: 3 of 4 members of model.layers are there"},
     ),
-    "the first block": (blocks(1, 2), {}, ["model.layers.0"], []),
-    "a list of one member": (blocks(3), {}, [], []),
-    "a vision tower of its own depth": (
-        blocks(0, 1, at="vision.layers") | blocks(0, 1, 2), {"num_hidden_layers": 3}, [], [],
+    "the last block is lost, and the configuration counts it": (
+        without(LAYERS, "model.layers.3."), {"num_hidden_layers": 4},
+        {"model.layers.3": "missing: 3 of 4 members of model.layers are there"},
     ),
-    "a block of a vision tower": (blocks(0, 2, at="vision.layers"), {}, ["vision.layers.1"], []),
-    "an expert": (
-        blocks(0, 1, 3, at="model.layers.0.mlp.experts", keys=("up.weight",)), {}, ["model.layers.0.mlp.experts.2"], [],
+    "the last block is lost, and nothing counts it": (without(LAYERS, "model.layers.3."), {}, {}),
+    "the configuration counts the trunk and not the vision tower": (
+        [*LAYERS, *VISION], {"num_hidden_layers": 4}, {},
     ),
-    "a key of one block": (
-        blocks(0, 1, 2, 3, without=["model.layers.1.up.weight"]), {}, ["model.layers.1.up.weight"], [],
+    "the count of the text model in a multimodal one": (
+        without(LAYERS, "model.layers.3."), {"text_config": {"num_hidden_layers": 4}},
+        {"model.layers.3": "missing: 3 of 4 members of model.layers are there"},
     ),
-    "a key that one block alone has": (
-        blocks(0, 1, 2, 3, more=["model.layers.1.up.weigth"]), {}, [], ["model.layers.1.up.weigth"],
+    "an expert is lost": (
+        without([*LAYERS, *EXPERTS], "model.layers.1.mlp.experts.1."), {},
+        {
+            "model.layers.1.mlp.experts.1": "missing: 2 of 3 members of model.layers.1.mlp.experts are there",
+            "model.layers.1.mlp.experts.1.up.weight": MISSING,
+        },
     ),
-    "a key of another name": (
-        blocks(0, 1, 2, 3, keys=(*BLOCK, "q.weight", "k.weight"), without=["model.layers.1.up.weight"],
-               more=["model.layers.1.upp.weight"]),
-        {}, ["model.layers.1.up.weight"], ["model.layers.1.upp.weight"],
+    "two blocks are too few to say which is wrong": (
+        without(LAYERS, "model.layers.2.", "model.layers.3.", "model.layers.1.norm"), {}, {},
     ),
-    "two blocks that differ": (blocks(0, 1, without=["model.layers.1.up.weight"]), {}, [], []),
-    "a kind of block of its own": (
-        blocks(1, 2, 3) | blocks(0, keys=("norm.weight", "mamba.weight", "conv.weight")), {}, [], [],
+    "a head that ties don't replace is lost": (
+        ["model.embed_tokens.weight"], {"architectures": ["XForCausalLM"], "tie_word_embeddings": False},
+        {"lm_head.weight": "missing, though tie_word_embeddings is false"},
     ),
-    "an output head": ({"model.embed_tokens.weight": (10, 4)}, CAUSAL, ["lm_head.weight"], []),
-    "an output head that is tied": (
-        {"model.embed_tokens.weight": (10, 4)}, CAUSAL | {"tie_word_embeddings": True}, [], [],
+    "a head that ties replace": (
+        ["model.embed_tokens.weight"], {"architectures": ["XForCausalLM"], "tie_word_embeddings": True}, {},
     ),
-    "a model without a head": (
-        {"model.embed_tokens.weight": (10, 4)}, CAUSAL | {"architectures": ["LlamaModel"]}, [], [],
+    "fewer embeddings than tokens": (
+        ["model.embed_tokens.weight"], {"vocab_size": 9},
+        {"model.embed_tokens.weight": "2 rows, but the vocabulary has 9 tokens"},
     ),
-    "a head by the name of its files": ({"wte.weight": (10, 4), "output.weight": (10, 4)}, CAUSAL, [], []),
 }  # fmt: skip
 
 
-@pytest.fixture
-def found(tmp_path):
-    """Return a function that writes a checkpoint of zeros and returns the problems of its keys."""
-
-    def found(tensors, config, index=None):
-        save_file(
-            {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}, tmp_path / "model.safetensors"
-        )
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        if index is not None:
-            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-        return problems_of(Files(open_folder(tmp_path), None), "checkpoint_keys")[1]
-
-    return found
+def keys(folder, names, config, index=None):
+    folder.mkdir(exist_ok=True)
+    save_file({name: np.ones((2, 2), np.float32) for name in names}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    findings = problems_of(Files(open_folder(folder)), "checkpoint_keys")[1]
+    return {finding.tensor: finding.what for finding in findings}
 
 
-@pytest.mark.parametrize("case", KEYS)
-def test_keys_that_are_missing_or_unexpected_are_named(found, case):
-    tensors, config, missing, unexpected = KEYS[case]
-    problems = found(tensors, config)
-    assert [problem.tensor for problem in problems if problem.what.startswith("missing")] == missing
-    assert [problem.tensor for problem in problems if problem.what.startswith("unexpected")] == unexpected
-    assert len(problems) == len(missing) + len(unexpected)
+@pytest.mark.parametrize("case", CASES)
+def test_keys_that_are_missing_or_unexpected_are_named(tmp_path, case):
+    names, config, wrong = CASES[case]
+    assert keys(tmp_path, names, config) == wrong
 
 
-@pytest.mark.parametrize(
-    ("rows", "problems"),
-    [(10, []), (12, []), (9, [("model.embed_tokens.weight", "9 rows, but the vocabulary has 10")])],
-)
-def test_embeddings_have_a_row_for_each_token_at_least(found, rows, problems):
-    told = found(TABLE | {"model.embed_tokens.weight": (rows, 4)}, CAUSAL)
-    assert [(problem.tensor, problem.what.removesuffix(" tokens")) for problem in told] == problems
-
-
-FILE = "model.safetensors"
 INDEXES = {
-    # case: (what the index says, what is said of each tensor)
-    "all of them": (dict.fromkeys(TABLE, FILE), {}),
-    "a tensor that the file lacks": (
-        dict.fromkeys([*TABLE, "gone"], FILE), {"gone": f"the index says {FILE}, which lacks it"},
+    "whole": ({}, {}),
+    "a tensor that its file lacks": (
+        {"model.norm.weight": "model.safetensors"},
+        {"model.norm.weight": "the index says model.safetensors, which lacks it"},
     ),
     "a file that is not there": (
-        {**dict.fromkeys(TABLE, FILE), "gone": "2.safetensors"},
-        {"gone": "the index says 2.safetensors, which is not there"},
+        {"model.norm.weight": "other.safetensors"},
+        {"model.norm.weight": "the index says other.safetensors, which is not there"},
     ),
-    "a tensor that the index lacks": (
-        {"lm_head.weight": FILE}, {"model.embed_tokens.weight": "not in model.safetensors.index.json"},
+    "a tensor that it does not name": (
+        {"model.layers.0.norm.weight": None}, {"model.layers.0.norm.weight": f"not in {INDEX}"},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INDEXES)
-def test_the_index_and_the_files_name_the_same_tensors(found, case):
-    index, said = INDEXES[case]
-    assert {problem.tensor: problem.what for problem in found(TABLE, CAUSAL, index)} == said
+def test_shards_are_held_against_their_index(tmp_path, case):
+    changes, wrong = INDEXES[case]
+    index = {name: file for name, file in (dict.fromkeys(LAYERS, "model.safetensors") | changes).items() if file}
+    assert keys(tmp_path, LAYERS, {}, index) == wrong

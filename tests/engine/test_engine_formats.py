@@ -1,0 +1,87 @@
+"""The torch half of a format: which module it owns, and that each half has its other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_qsa.checkpoint.formats.format import FORMATS
+from pytest_qsa.engine.formats.format import (
+    ENGINE_FORMATS,
+    EngineFormat,
+    bits_of,
+    dequantized,
+    is_quantized,
+    owner_of,
+    scheme_name,
+    schemes_of,
+)
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.suite import Memory, Model
+
+
+def test_a_plain_module_belongs_to_no_format():
+    assert owner_of(nn.Linear(2, 2)) is None
+    assert owner_of(nn.SiLU()) is None
+    assert not is_quantized(nn.Embedding(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("form", "owner"),
+    [("int8", "compressed-tensors"), ("int4", "compressed-tensors"), ("torchao int4", "torchao"), ("float", None)],
+)
+def test_every_linear_layer_of_a_loaded_model_belongs_to_its_format(quantized, form, owner):
+    folder = str(quantized[form])
+    model = load_model(Model(path=folder), folder, Memory(device="cpu"), allow_code=False).model
+    owners = {owner_of(layer) for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)}
+    assert {own.name if own else None for own in owners} == {owner}
+
+
+def test_the_scheme_of_kernels_is_read_off_the_configuration():
+    class QuantLinear(nn.Module):
+        pass
+
+    class Config:
+        quantization_config = {"quant_method": "gptq", "bits": 4}  # noqa: RUF012
+
+    model = nn.Sequential(QuantLinear(), nn.Linear(2, 2))
+    model.config = Config()
+    assert schemes_of(model) == {"0": "w4a16_int"}
+    Config.quantization_config = {"quant_method": "somebodys"}
+    assert schemes_of(model) is None
+    Config.quantization_config = None
+    assert schemes_of(model) == {}
+
+
+def test_a_scheme_name_says_its_bits():
+    assert [bits_of(scheme_name(4, 16, floats=floats)) for floats in (True, False)] == [(4, 16), (4, 16)]
+
+
+class Doubled(nn.Linear):
+    """A module of a quantizer that nobody here knows: its bytes are half of the weight."""
+
+
+def test_a_module_of_a_format_of_one_s_own_is_dequantized_by_it():
+    module = Doubled(3, 2, bias=False)
+    module.weight = nn.Parameter(torch.arange(6, dtype=torch.int8).reshape(2, 3), requires_grad=False)
+
+    class DoubledFormat(EngineFormat):
+        name = "doubled"
+
+        def owns(self, module):
+            return isinstance(module, Doubled)
+
+        def weight(self, module):
+            return module.weight * 2.0
+
+    try:
+        assert torch.equal(dequantized(module), torch.arange(6.0).reshape(2, 3) * 2)
+        assert is_quantized(module)
+    finally:
+        ENGINE_FORMATS._known.pop("doubled")
+
+
+def test_formats_whose_modules_are_read_have_both_halves():
+    stored = {kind.name for kind in FORMATS.built_in()}
+    assert {kind.name for kind in ENGINE_FORMATS.built_in()} - stored <= {"bitsandbytes"}

@@ -226,7 +226,7 @@ class Judged(Selftest):
     def _pytest(self, checkpoint, file, suites):
         found = problems_of(Files(open_folder(checkpoint)), "checkpoint_health")[1]
         layers = [finding.layer for finding in found]
-        return [{"test": "a::files", "kind": "REGRESSION", "failed": bool(found), "layers": layers}]
+        return [{"test": "a::files", "kind": "REGRESSION", "failed": bool(found), "loaded": True, "layers": layers}]
 
 
 def outcomes(folder, *names, **settings):
@@ -302,7 +302,7 @@ def test_the_command_prints_the_table_and_fails_below_the_score(tested, capsys):
     assert content["schema"] == "qsa-selftest/1"
     assert content["score"] == 0.5
     assert [fault["caught"] for fault in content["faults"]] == [
-        [{"test": "files", "kind": "REGRESSION", "named": True}], [],
+        [{"test": "files", "kind": "REGRESSION", "named": True, "loaded": True}], [],
     ]  # fmt: skip
     assert content["faults"][0]["perplexity"] is None
     assert r"| rows\_permuted |" in (folder / "out" / "selftest.md").read_text()
@@ -375,8 +375,8 @@ def test_the_table_has_both_gates_and_both_scores(beside):
     ("result", "healthy", "gate"),
     [
         ({"failed": False, "value": 10.2}, 10.0, PerplexityGate(1.02)),
-        ({"failed": True, "kind": "INFRA", "value": None}, 10.0, PerplexityGate(None, "does not run")),
-        ({"failed": True, "kind": "ANOMALOUS", "value": None}, 10.0, PerplexityGate(None, "no sound number")),
+        ({"failed": True, "loaded": False, "value": None}, 10.0, PerplexityGate(None, "does not run")),
+        ({"failed": True, "loaded": True, "value": None}, 10.0, PerplexityGate(None, "no sound number")),
         (None, 10.0, None),
         ({"failed": False, "value": 10.2}, None, None),
     ],

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...checkpoint import Tensor, tensors_of
-from ...common import InfraError
+from ...common import AnomalyError, InfraError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -52,11 +52,12 @@ class Shards:
         """Read a parameter, in the dtype that the model wants.
 
         Raises:
-            InfraError: the file is missing, cut short, or holds no such tensor, or one of another shape.
+            AnomalyError: the file is cut short, or holds no such tensor, or one of another shape.
+            InfraError: the file is missing, or its dtype isn't known to torch.
         """
         stored = self._stored(self.place(key))
         if stored.shape != tuple(shape):
-            raise InfraError(
+            raise AnomalyError(
                 f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}: "
                 "not its checkpoint"
             )
@@ -72,5 +73,5 @@ class Shards:
         if place.file not in self._tables:
             self._tables[place.file] = {tensor.name: tensor for tensor in tensors_of(Path(place.file))}
         if place.name not in self._tables[place.file]:
-            raise InfraError(f"{place.file} holds no tensor {place.name}")
+            raise AnomalyError(f"{place.file} holds no tensor {place.name}")
         return self._tables[place.file][place.name]

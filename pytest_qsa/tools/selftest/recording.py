@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ...captures import ModelProvenance
 from ...verdicts import Verdict
 
 RESULTS = "QSA_SELFTEST_RESULTS"
@@ -26,6 +27,8 @@ def pytest_qsa_verdict(item: pytest.Item, verdict: Verdict) -> None:
     result = {
         "test": item.nodeid,
         "kind": verdict.kind,
+        # of what can't be loaded, only the path is known
+        "loaded": verdict.run.model != ModelProvenance(verdict.run.model.path),
         "failed": verdict.failed,
         "layers": layers,
         "value": verdict.rows[0].value if len(verdict.rows) == 1 else None,

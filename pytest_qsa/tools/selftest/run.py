@@ -55,11 +55,12 @@ class PerplexityGate:
 
 @dataclass(frozen=True)
 class Catch:
-    """A test that failed on a mutant, the kind of its verdict, and whether the verdict names the layer of the fault."""
+    """A test that failed on a mutant. `named`: it names the layer of the fault; `loaded`: something was measured."""
 
     test: str
     kind: str
     named: bool
+    loaded: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,12 @@ class Selftest:
             results, on_perplexity = _split(self._pytest(copy, Path(scratch) / "results.jsonl", suites))
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
         failed = tuple(
-            Catch(result["test"].partition("::")[2], result["kind"], bool(touched & set(result["layers"])))
+            Catch(
+                result["test"].partition("::")[2],
+                result["kind"],
+                bool(touched & set(result["layers"])),
+                result["loaded"],
+            )
             for result in results
             if result["failed"]
         )
@@ -295,5 +301,5 @@ def judge_perplexity(result: Mapping[str, Any] | None, healthy: float | None) ->
     if result is None or healthy is None:
         return None
     if result["failed"]:
-        return PerplexityGate(None, "does not run" if result["kind"] == "INFRA" else "no sound number")
+        return PerplexityGate(None, "no sound number" if result["loaded"] else "does not run")
     return PerplexityGate(float(result["value"]) / healthy)

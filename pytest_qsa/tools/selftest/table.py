@@ -68,8 +68,8 @@ def _cells(outcome: Outcome) -> list[str]:
 
 def _tests(outcome: Outcome) -> str:
     """Return the names of the tests that caught a fault. All that failed because nothing loads count as one."""
-    tests = [catch.test for catch in outcome.caught if catch.kind != "INFRA"]
-    loads = ["(does not load)"] if any(catch.kind == "INFRA" for catch in outcome.caught) else []
+    tests = [catch.test for catch in outcome.caught if catch.loaded]
+    loads = ["(does not load)"] if any(not catch.loaded for catch in outcome.caught) else []
     shown = (tests + loads)[:MOST_TESTS]
     more = len(tests + loads) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

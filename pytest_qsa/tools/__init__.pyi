@@ -7,8 +7,7 @@ from .diff.render import diff_text as diff_text, markdown_of as markdown_of, pag
 from .diff.sides import read_side as read_side
 from .edit_suite import calibrated as calibrated
 from .init import first_suite as first_suite
-from .plan.explain_plan import plan_lines as plan_lines
-from .plan.gather import gathered as gathered
+from .plan.explain_plan import gathered as gathered, plan_lines as plan_lines
 from .selftest.faults import FAULTS as FAULTS
 from .selftest.run import (
     Selftest as Selftest,

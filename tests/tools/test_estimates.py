@@ -15,11 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pytest_qsa.captures import COUNTS, TOKENS, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.suite import Data, Gpu, Machine, Memory, Model, Subject
-from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, plan_lines
-from pytest_qsa.tools.plan.gather import Planned, gathered
-from pytest_qsa.tools.plan.placements import own_setting, settings_of
+from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
+from pytest_qsa.tools.plan.settings import Work, own_setting, settings_of
 from pytest_qsa.tools.plan.sizes import sizes_of
-from pytest_qsa.tools.plan.work import Work
 from support.checkpoints import save_tokenizer
 from support.projects import Project, suite
 

@@ -1,26 +1,81 @@
-"""The plan of a run as lines of text."""
+"""The plan of a run: what the selected tests need of each subject, and what that takes, as lines of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...captures import Request, match_layers
+from ...captures import Capture, Request, match_layers, merge_requests
 from ...checkpoint import Folder
-from ...common import QsaError, shown_path
-from ...suite import Machine, local_folder, weight_files
-from .gather import Planned, kept
-from .placements import Setting, own_setting, settings_of, shown_bytes, waiting, working
+from ...common import InfraError, QsaError, shown_path, text_table
+from ...suite import FileHashes, Machine, Subject, fingerprint_of, local_folder, weight_files
+from .settings import Setting, Work, batch_bytes, own_setting, settings_of, shown_bytes, waiting_bytes
 from .sizes import Sizes, sizes_of
-from .work import Work
 
+MOST_HASHED = 2 << 30
+"""Bytes of weights that a plan hashes to look for a capture. Of more it looks only if their hashes are known."""
 MEMORY_FACTOR = 1.5
 TIME_FACTOR = 3
-"""The estimates are meant to be within these factors (benchmarks/estimates.py measures it)."""
+"""The estimates are meant to be right within these factors; benchmarks/estimates.py measures it."""
 MOST_IDS = 4
 
 MeasureMachine = Callable[[str, Path | None], Machine]
 """Measures the machine for a dtype, with the file of weights that times reading."""
+
+
+@dataclass
+class Planned:
+    """A subject with its tests.
+
+    `measured`: those that need the pass, with their requests. `static`: those that read files only. `unannounced`:
+    those whose needs are not known before they run.
+    """
+
+    subject: Subject
+    measured: list[tuple[str, Request]] = field(default_factory=list)
+    static: list[str] = field(default_factory=list)
+    unannounced: list[str] = field(default_factory=list)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What one pass has to measure."""
+        return merge_requests(request for _, request in self.measured)
+
+
+def gathered(tests: Iterable[tuple[str, Subject, Sequence[Request], bool]]) -> list[Planned]:
+    """Group tests by their subject. A test: id, subject, requests, and whether it reads files only."""
+    found: dict[str, Planned] = {}
+    for name, subject, requests, static in tests:
+        planned = found.setdefault(subject.key, Planned(subject))
+        planned.measured += [(name, request) for request in requests]
+        if not requests:
+            (planned.static if static else planned.unannounced).append(name)
+    return list(found.values())
+
+
+def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
+    """Return whether a kept capture answers everything, and why."""
+    if cache is None:
+        return False, "nothing is kept between runs (--qsa-no-cache)"
+    if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
+        return False, "no capture is kept yet"
+    hashes = FileHashes(cache / "hashes.json")
+    folder = local_folder(planned.subject)
+    unknown = [file for file in weight_files(folder) if not hashes.remembers(file)] if folder else []
+    if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
+        return False, "not known before the run has hashed the weights"
+    fingerprint = fingerprint_of(planned.subject, hashes)
+    if fingerprint is None:
+        return False, "captures of it can't be kept"
+    try:
+        capture = Capture.load(cache / f"{fingerprint}.qsa")
+    except InfraError:
+        partial = (cache / f"{fingerprint}.partial").exists()
+        return False, "the first samples of an interrupted pass" if partial else "no capture of it is kept"
+    if capture.covers(planned.requests):
+        return True, "a capture that answers all of it: nothing would be loaded"
+    return False, "a capture that lacks something: the pass would run again"
 
 
 def plan_lines(plans: Sequence[Planned], cache: Path | None, measure: MeasureMachine) -> Iterator[str]:
@@ -52,7 +107,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     data = subject.data
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield _size_line(sizes)
-    hit, text = kept(planned, cache)
+    hit, text = _cached(planned, cache)
     yield f"kept        {text}"
     if not hit:
         largest = max(weight_files(folder), key=lambda file: file.stat().st_size, default=None)
@@ -112,22 +167,22 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
     settings = settings_of(sizes, work, machine)
     own = own_setting(settings, planned.subject.memory)
     parts = {
-        "weights": sizes.weights, "or, streamed, two blocks": sizes.streamed if sizes.streams else 0,
-        "states that wait then": waiting(sizes, work, machine) if sizes.streams else 0,
-        "a batch on its way": working(sizes, work), "sums": work.sums,
-    }  # fmt: skip
+        "weights": sizes.weights,
+        "or, streamed, two blocks": sizes.streamed if sizes.streams else 0,
+        "states that wait then": waiting_bytes(sizes, work, machine) if sizes.streams else 0,
+        "a batch on its way": batch_bytes(sizes, work),
+        "sums": work.sums,
+    }
     shown = ", ".join(f"{what} {shown_bytes(size)}" for what, size in parts.items() if size)
     yield f"memory      {shown}"
     yield f"machine     {_machine_text(machine)}"
     yield ""
-    width = max(len(setting.text) for setting in settings)
-    yield f"  {'memory:':<{width}}  {'takes':<28}  {'time':<8}  fits"
+    rows = [["memory:", "takes", "time", "fits"]]
     for setting in settings:
-        mark = "  ← the suite's" if setting is own else ""
-        fits = "yes" if setting.fits else "no"
-        note = f"  {setting.note}" if setting.note else ""
-        taken, time = _taken(setting, machine), _time(setting.seconds)
-        yield f"  {setting.text:<{width}}  {taken:<28}  {time:<8}  {fits}{mark}{note}"
+        remarks = ["← the suite's"] * (setting is own) + [setting.note] * bool(setting.note)
+        fits = "  ".join(["yes" if setting.fits else "no", *remarks])
+        rows.append([setting.text, _taken(setting, machine), _time(setting.seconds), fits])
+    yield from text_table(rows, indent="  ")
     yield from _advice(settings, own)
     yield (
         f"  estimates: memory within a factor of {MEMORY_FACTOR:g}, time of {TIME_FACTOR} "
@@ -136,7 +191,7 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
 
 
 def _advice(settings: Sequence[Setting], own: Setting | None) -> Iterator[str]:
-    """Say what to write where the suite's own setting doesn't fit, or reads the weights again and again."""
+    """Yield what to write where the suite's own setting doesn't fit, or fetches weights for every batch."""
     fitting = [setting for setting in settings if setting.fits]
     if not fitting:
         yield "  nothing fits here: lower data.seq_len or batch_size, or take a larger machine"

@@ -1,4 +1,4 @@
-"""How large a checkpoint is, by its configuration and the headers of its files: no weight is read."""
+"""How large a checkpoint is, from its configuration and the headers of its files; no weight is read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from ...suite import Model
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")
-"""The front of a name up to its first number: the block that a tensor belongs to."""
+"""A name up to its first number: the block that a tensor belongs to."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A checkpoint. `units`: what is in memory together when it streams, in order → its parameters.
+    """The sizes of a checkpoint.
+
+    `units`: what is in memory together when it streams, in order → its parameters.
 
     `stored`: the bytes of its tensors in the files. `active`: the share of each unit's parameters that one token
     meets; below 1 in a mixture of experts. `tied`: the head is the embedding.
@@ -44,7 +46,7 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are, unpacked."""
+        """The number of parameters, unpacked."""
         return sum(self.units.values())
 
     @property
@@ -64,7 +66,7 @@ class Sizes:
 
     @cached_property
     def streamed(self) -> int:
-        """Bytes of the weights that are in memory at once when they stream: two units, and a tied embedding."""
+        """Bytes of the weights in memory at once when they stream: two successive units, and a tied embedding."""
         sizes = list(self.units.values()) or [0]
         two = max((one + other for one, other in pairwise(sizes)), default=sizes[0])
         kept = self.units.get(self._embedding, 0) if self.tied else 0
@@ -76,13 +78,13 @@ class Sizes:
 
     @cached_property
     def trunk(self) -> float:
-        """Parameters that multiply each token, without embedding and head."""
+        """The parameters that a token is multiplied with, without embedding and head."""
         blocks = {name: count for name, count in self.units.items() if BLOCK.match(name)}
         return sum(count * self.active.get(name, 1.0) for name, count in blocks.items())
 
 
 def sizes_of(folder: Folder, model: Model) -> Sizes:
-    """Measure a checkpoint's folder; of a sharded one the index and the configuration are enough.
+    """Return the sizes of a checkpoint. Of a sharded one the index and the configuration are enough.
 
     Raises:
         InfraError: it holds no config.json, or neither weights nor an index.
@@ -109,7 +111,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
 
 
 def unit_of(name: str) -> str:
-    """Return what a layer is loaded with: its block, or itself."""
+    """Return the unit that a layer is loaded with: its block, or itself."""
     block = BLOCK.match(name)
     return block[1] if block else name
 
@@ -138,7 +140,7 @@ def _from_headers(folder: Folder) -> dict[str, Any]:
 
 
 def _unpacked(form: Format, layer: str) -> int:
-    """Count the parameters that a layer has once it is unpacked; scales and zero points are none."""
+    """Return the number of parameters of a layer after unpacking; scales and zero points don't count."""
     codes, parts = form.codes_of(layer), form.parts(layer)
     if codes is None:
         return sum(prod(tensor.shape) for tensor in parts.values())
@@ -147,7 +149,7 @@ def _unpacked(form: Format, layer: str) -> int:
 
 
 def _from_index(folder: Folder) -> dict[str, Any]:
-    """Share the bytes that an index states among the blocks; embedding and head go by the configuration."""
+    """Divide the bytes of an index among the blocks; embedding and head have the size that the configuration gives."""
     names = folder.indexed
     stored = int(((folder.json("model.safetensors.index.json") or {}).get("metadata") or {}).get("total_size") or 0)
     if not names or not stored:
@@ -160,21 +162,24 @@ def _from_index(folder: Folder) -> dict[str, Any]:
     blocks = [unit for unit in units if BLOCK.match(unit)]
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}
-    ordered = {unit: units[unit] for unit in sorted(units, key=_order)}
     return {
-        "units": ordered, "experts": {}, "layers": _layers(layers), "stored": stored,
-        "files": len(set(names.values())), "stored_dtype": None,
-    }  # fmt: skip
+        "units": {unit: units[unit] for unit in sorted(units, key=_order)},
+        "experts": {},
+        "layers": _layers(layers),
+        "stored": stored,
+        "files": len(set(names.values())),
+        "stored_dtype": None,
+    }
 
 
 def _order(unit: str) -> tuple[int, int]:
-    """Sort as a forward goes: the embedding, the blocks by number, norm and head."""
+    """Sort units in the order of a forward: the embedding, the blocks by number, norm and head."""
     number = unit.rpartition(".")[2]
     return (1, int(number)) if number.isdigit() else (0, 0) if "embed" in unit else (2, 0)
 
 
 def _layers(owners: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that tensors lie in, and those around them; what counts its children is a list, no module."""
+    """Return the modules of the tensors and those around them. `layers` of `layers.0` is a list and no layer."""
     found: dict[str, None] = {}
     for owner in owners:
         words = [*owner.split("."), ""]
@@ -197,5 +202,5 @@ def _dtype(folder: Folder, model: Model, stored: str | None) -> str:
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
-    """Return the first of these keys that holds a number; 0 for none."""
+    """Return the number at the first of several keys, for architectures name it differently; 0 if there is none."""
     return next((int(config[name]) for name in names if isinstance(config.get(name), int)), 0)

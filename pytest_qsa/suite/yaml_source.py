@@ -20,6 +20,13 @@ Location = tuple[Key, ...]
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the floats of YAML 1.2: `1e-3` is a number."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make the value of a node; one that is none, such as the day 2027-02-30, is an error with its line."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:  # PyYAML lets those of `datetime` through
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(

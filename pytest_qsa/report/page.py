@@ -20,7 +20,7 @@ from .html import flattened, render
 KINDS = {
     "REGRESSION": "a bound was exceeded",
     "ANOMALOUS": "nothing sound was seen",
-    "INFRA": "could not load, fetch or fit",
+    "INFRA": "the machine or the installation failed; nothing is known of the model",
     "WARNED": "a bound was exceeded; the suite only warns, or a waiver covers it",
     "PASSED": "within what is allowed",
 }

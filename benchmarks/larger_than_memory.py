@@ -65,7 +65,7 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
 
     from pytest_qsa.captures import COUNTS, TOKENS, Request
     from pytest_qsa.engine.load import models
-    from pytest_qsa.engine.run.forward import run_pass
+    from pytest_qsa.engine.run.run_pass import run_pass
     from pytest_qsa.suite import Memory, Model
 
     if options.variant == "imports":

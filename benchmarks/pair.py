@@ -15,8 +15,8 @@ from overhead import bare
 from torch import Tensor, nn
 
 from pytest_qsa.captures import AGREEMENT, ERROR, REFERENCE_SINKS, SCORES, LocalError, Request
-from pytest_qsa.engine.reference.live import Partner
-from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.reference.live import LiveReference
+from pytest_qsa.engine.run.run_pass import run_pass
 
 NO_SINK = frozenset({ERROR, REFERENCE_SINKS})
 PROPAGATED = [
@@ -53,7 +53,7 @@ def measure(name: str, model: nn.Module, reference: nn.Module, batches: list[Ten
         side.config.use_cache = False  # type: ignore[union-attr]
 
     def compared(requests: list[Request]) -> Callable[[], object]:
-        return lambda: run_pass(model, batches, requests, partner=Partner(reference))
+        return lambda: run_pass(model, batches, requests, [LiveReference(reference)])
 
     taken = medians(
         {

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from pytest_qsa import capture
 from pytest_qsa.engine.reduce import cpu_kernels as kernels
 from pytest_qsa.engine.reduce.cpu import CpuReducer
-from pytest_qsa.engine.run.visits import Visits
+from pytest_qsa.engine.run.site_statistics import SiteStatistics
 
 
 def timed(name: str) -> list[float]:
     """Keep the seconds of each call of a method of the hooks."""
     taken: list[float] = []
-    original = getattr(Visits, name)
+    original = getattr(SiteStatistics, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -31,13 +31,13 @@ def timed(name: str) -> list[float]:
         finally:
             taken.append(time.perf_counter() - start)
 
-    setattr(Visits, name, call)
+    setattr(SiteStatistics, name, call)
     return taken
 
 
 def profile(trunk: nn.Module, batches: list[Tensor], repeats: int) -> None:
     """Print what the hooks take, for a usual suite and for every site: medians over the passes."""
-    visits, ends = timed("visit"), timed("numbers")
+    visits, ends = timed("observe"), timed("numbers")
     for name, suite in (("usual suite", USUAL), ("every site", EVERY)):
         rows = []
         for _ in range(repeats + 1):

@@ -18,7 +18,7 @@ from .shared import OK, add_allow_code, command_parser, planned, writing
 
 if TYPE_CHECKING:
     from ..captures import PartialSums, Request
-    from ..engine import Kept
+    from ..engine import Recording
     from ..suite import Subject, SuiteFile
 
 MOST_ROWS = 4096
@@ -124,7 +124,7 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     """Run the original and write a reference file; return what it holds."""
     from ..captures import against_reference, merge_requests
     from ..common import progress_bar, write_atomically
-    from ..engine import Keep, keep_subject
+    from ..engine import RecordOptions, record_reference
     from ..suite import MeasuredAssertion, make_suite, read_suite
 
     source = read_suite(options.config)
@@ -137,15 +137,15 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     subject = _original(file, overrides, named=named)
     measured = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     requests = merge_requests(each for each in measured if against_reference(each.statistics))
-    keep = Keep(options.rows or 4, options.rows_seed or 0, options.with_head)
+    record = RecordOptions(options.rows or 4, options.rows_seed or 0, options.with_head)
     with progress_bar(subject.name) as progress:
-        kept = keep_subject(
-            subject, requests, keep, options.output, allow_code=options.qsa_allow_code, progress=progress
+        recording = record_reference(
+            subject, requests, record, options.output, allow_code=options.qsa_allow_code, progress=progress
         )
-    content = kept.content.to_bytes()
+    content = recording.content.to_bytes()
     with writing(options.output):
         write_atomically(options.output, content)
-    return "; ".join(_reference_text(kept, subject, len(content)))
+    return "; ".join(_reference_text(recording, subject, len(content)))
 
 
 def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subject:
@@ -165,12 +165,12 @@ def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subj
     return replace(original, model=original.model.model_copy(update={"reference": None}))
 
 
-def _reference_text(kept: Kept, subject: Subject, size: int) -> Iterator[str]:
-    content = kept.content
-    sites = len({call[:2] for call, stream in content.streams.items() if stream.rows is not None})
+def _reference_text(recording: Recording, subject: Subject, size: int) -> Iterator[str]:
+    content = recording.content
+    sites = len({call[:2] for call, rows in content.calls.items() if rows.rows is not None})
     yield f"{len(content.samples)} samples of {subject.path}, {content.rows} tokens of each at {sites} sites"
     if content.head is None:
-        yield f"nothing of what it predicts, for {kept.problem}"
+        yield f"nothing of what it predicts, for {recording.problem}"
     elif content.hidden is not None:
         head = "with the head" if content.weights else "the head is read from there"
         yield f"the last hidden states of {int(content.hidden.counts.sum()):,} tokens, {head}"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+Progress = Callable[[int, int], None]
+"""A callback that gets the samples done and the samples in all."""
+
 
 @contextmanager
-def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Progress]:
     """Show a bar of samples; yield the callback that moves it: `progress(done, total)`.
 
     `disable`: None shows the bar on a terminal only.

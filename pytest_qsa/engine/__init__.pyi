@@ -7,11 +7,11 @@ from .parts import capture_parts as capture_parts
 from .probe import this_machine as this_machine
 from .ranks import joined as joined
 from .reference.answers import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
-from .reference.keep import Keep as Keep, Kept as Kept
+from .reference.record import Recording as Recording, RecordOptions as RecordOptions
 from .subject import (
     Share as Share,
     capture_loaded as capture_loaded,
     capture_subject as capture_subject,
-    keep_subject as keep_subject,
     loaded_from_fixture as loaded_from_fixture,
+    record_reference as record_reference,
 )

@@ -27,16 +27,16 @@ from ..captures import (
     merge_requests,
     no_match,
 )
-from ..common import AnomalyError, SuiteError, did_you_mean
+from ..common import AnomalyError, Progress, SuiteError, did_you_mean
 from ..metrics import METRICS
 from .load.batches import Batch
 from .load.tokenizer import decoder_of
 from .modules import device_of, layers_of
-from .reference.kept import KeptPartner
-from .reference.kept_file import KeptFile
-from .reference.live import Partner
-from .run.beside import Beside
-from .run.forward import Progress, run_pass
+from .reference.live import LiveReference
+from .reference.reference_file import ReferenceFile
+from .reference.replay import ReplayedReference
+from .run.participant import Participant
+from .run.run_pass import run_pass
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
 
@@ -78,9 +78,9 @@ def capture(
         AnomalyError: there is no batch, or a pattern matches no layer.
         SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
     """
-    beside = reference is not None
+    compared = reference is not None
     requests = merge_requests(
-        Request(pattern, site, None, _statistics(statistics, site, beside=beside)) for pattern, site in sites
+        Request(pattern, site, None, _statistics(statistics, site, compared=compared)) for pattern, site in sites
     )
     samples = list(batches)
     if not samples:
@@ -89,32 +89,32 @@ def capture(
     for request in requests:
         if request.site != LOGITS and not match_layers(modules, request.pattern):
             raise no_match(modules, request.pattern, None)
-    partner: Beside | None = None
+    participants: list[Participant] = []
     if isinstance(reference, nn.Module):
-        partner = Partner(reference)
+        participants = [LiveReference(reference)]
     elif reference is not None:
-        partner = KeptPartner(KeptFile.open(Path(reference)), device_of(model))
-    return run_pass(model, samples, requests, decode=decoder_of(tokenizer), progress=progress, partner=partner)
+        participants = [ReplayedReference(ReferenceFile.open(Path(reference)), device_of(model))]
+    return run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)
 
 
-def _statistics(statistics: Statistics, site: Site, *, beside: bool) -> frozenset[Statistic]:
+def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozenset[Statistic]:
     if statistics == "all":
-        return _all_statistics(site, beside=beside)
+        return _all_statistics(site, compared=compared)
     wanted: frozenset[Statistic] = frozenset()
     for entry in [statistics] if isinstance(statistics, str) else statistics:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
         if name not in METRICS:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, site, parameters)
-    if against_reference(wanted) and not beside:
+    if against_reference(wanted) and not compared:
         raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
     return wanted
 
 
-def _all_statistics(site: Site, *, beside: bool) -> frozenset[Statistic]:
+def _all_statistics(site: Site, *, compared: bool) -> frozenset[Statistic]:
     if site == LOGITS:
-        return frozenset({SCORES, AGREEMENT} if beside else {SCORES})
-    both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if beside else set()
+        return frozenset({SCORES, AGREEMENT} if compared else {SCORES})
+    both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if compared else set()
     return ALL_STATISTICS | {Massive(100.0, 1000.0)} | both
 
 

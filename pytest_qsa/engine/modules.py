@@ -1,8 +1,9 @@
-"""What the engine has to know of a model's structure: its layers, its blocks, and the tensor of a call."""
+"""What the engine knows of a model: its layers, its blocks, the tensor of a call, and how to run a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from ..common import InfraError, QsaError, logger
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CHANNELS_FIRST = (_ConvNd, _BatchNorm)
@@ -95,3 +98,54 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device that takes the batches: the first one that holds weights."""
     tensors = (tensor for source in (model.parameters(), model.buffers()) for tensor in source)
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
+
+
+def run_batch(model: nn.Module, batch: Tensor | Mapping[str, Any], device: torch.device) -> Any:
+    """Run one batch on a device; return what the model returns. The copy to the device isn't waited for."""
+    if isinstance(batch, Tensor):
+        return model(batch.to(device, non_blocking=True))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return model(**{**batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode and its key-value cache off; afterwards both are as they were."""
+    training = {name: module.training for name, module in model.named_modules()}
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    model.eval()
+    if isinstance(use_cache, bool):
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        if isinstance(use_cache, bool):
+            config.use_cache = use_cache
+
+
+@contextmanager
+def forward_errors(whose: str) -> Iterator[None]:
+    """Say in one line whose forward pass failed, whatever a model's code raises.
+
+    Raises:
+        InfraError: the forward raised. This package's own errors pass as they are.
+    """
+    try:
+        yield
+    except QsaError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InfraError(
+            f"the forward pass of {whose} ran out of memory ({_first_line(error)}): lower data.seq_len or "
+            "data.batch_size"
+        ) from error
+    except Exception as error:
+        logger.debug("the forward pass of %s failed", whose, exc_info=True)
+        raise InfraError(f"the forward pass of {whose} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..captures import Capture, Request, compares
-from ..common import InfraError
+from ..common import InfraError, Progress
 from ..suite import Data, Subject, kept_reference
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
 from .load.models import Loaded, load_model
-from .run.forward import Progress
 from .subject import Share, capture_loaded, load_reference
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
-from ..common import AnomalyError, InfraError, QsaError
+from ..common import AnomalyError, InfraError, Progress, QsaError
 from ..suite import (
     FileHashes,
     Subject,
@@ -32,16 +31,17 @@ from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
-from .modules import device_of, layers_of
+from .modules import device_of, forward_errors, layers_of
 from .ranks import Ranks
 from .reference.head import located_head
-from .reference.keep import Keep as KeepRows, Kept, keep_model
-from .reference.kept import KeptPartner, check_answerable
-from .reference.kept_file import KeptFile
-from .reference.live import Partner
-from .run.beside import Beside
-from .run.forward import Keep, Progress, run_pass
-from .run.observed_execution import Witness
+from .reference.live import LiveReference, Reference
+from .reference.record import Recording, RecordOptions, record_model
+from .reference.reference_file import ReferenceFile
+from .reference.replay import ReplayedReference, check_answerable
+from .run.observed_execution import ObservedExecution
+from .run.participant import Participant
+from .run.run_pass import run_pass
+from .run.site_statistics import StoredComparison
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ class Share:
     samples: tuple[int, int] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     sums: PartialSums | None = None
-
-
-@dataclass(frozen=True)
-class Models:
-    """The subject, and the reference that runs beside it."""
-
-    subject: Loaded
-    witness: Witness
-    partner: Beside | None = None
-    stored: StoredWeights | None = None
 
 
 def capture_subject(
@@ -81,7 +71,7 @@ def capture_subject(
     """
     if subject.model is None:
         raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
-    reference: Loaded | KeptFile | None = _opened_reference(subject, requests)
+    reference: Loaded | ReferenceFile | None = _opened_reference(subject, requests)
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
     try:
         if compares(requests) and reference is None:
@@ -101,7 +91,7 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _opened_reference(subject: Subject, requests: Sequence[Request]) -> KeptFile | None:
+def _opened_reference(subject: Subject, requests: Sequence[Request]) -> ReferenceFile | None:
     """Open a reference that was kept, before anything is loaded; None where there is none or none is needed.
 
     Raises:
@@ -117,39 +107,44 @@ def _opened_reference(subject: Subject, requests: Sequence[Request]) -> KeptFile
                 f"--model.path ORIGINAL --for-reference -o {Path(named).name}`"
             )
         return None
-    file = KeptFile.open(kept)
+    file = ReferenceFile.open(kept)
     check_answerable(requests, file.shown)
     return file
 
 
-def keep_subject(
+def record_reference(
     subject: Subject,
     requests: Sequence[Request],
-    keep: KeepRows,
+    options: RecordOptions,
     output: Path,
     *,
     allow_code: bool = False,
     progress: Progress | None = None,
-) -> Kept:
-    """Load a checkpoint, run it once over the subject's data and keep it as a reference, which goes to `output`.
+) -> Recording:
+    """Load a checkpoint, run it once over the subject's data and record it as a reference, which goes to `output`.
 
     Raises:
         InfraError: it can't be loaded or run, its data can't be read, or its predictions are asked for and can't be
-            kept.
+            recorded.
     """
     assert subject.model is not None
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
     try:
         every = _batches(subject, loaded)
         revision, beside = subject.model.revision, output.absolute().parent
-        with _errors_of_a_pass(type(loaded.model).__name__):
-            kept = keep_model(
-                loaded.model, every, requests, keep, lambda head: located_head(head, subject.path, revision, beside),
-                stream=loaded.stream, progress=progress,
-            )  # fmt: skip
+        with quiet(), forward_errors(type(loaded.model).__name__):
+            recording = record_model(
+                loaded.model,
+                every,
+                requests,
+                options,
+                lambda head: located_head(head, subject.path, revision, beside),
+                stream=loaded.stream,
+                progress=progress,
+            )
         empty = Capture({}, provenance=_provenance(subject, loaded, every, own_batches=False))
         provenance = identified(empty, subject, FileHashes(None)).provenance
-        return replace(kept, content=replace(kept.content, provenance=provenance))
+        return replace(recording, content=replace(recording.content, provenance=provenance))
     finally:
         loaded.close()
         del loaded
@@ -180,7 +175,7 @@ def capture_loaded(
     requests: Sequence[Request],
     progress: Progress | None = None,
     share: Share = Share(),
-    reference: Loaded | KeptFile | None = None,
+    reference: Loaded | ReferenceFile | None = None,
 ) -> Capture:
     """Run a loaded model over its own batches or over the subject's data, or over a share of them.
 
@@ -196,22 +191,26 @@ def capture_loaded(
     selected = _selected(starts, share.samples)
     own = selected[share.ranks.share(len(selected))]
     required = subject.model.require.executed_as if subject.model and subject.model.require else ()
-    witness = Witness(loaded.model, required=bool(required))
+    execution = ObservedExecution(loaded.model, required=bool(required))
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None)
     if note:
         tokenizer = f"{provenance.model.tokenizer}; {note}"
         provenance = replace(provenance, model=replace(provenance.model, tokenizer=tokenizer))
+    participants: list[Participant] = [execution]
     stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
-    models = Models(loaded, witness, _beside(loaded, reference, provenance), stored)
+    if stored is not None:
+        participants.append(StoredComparison(stored))
+    if reference is not None:
+        participants.append(_participant_of(reference, loaded, provenance))
     capture = share.ranks.gathered(
-        lambda: _part(models, every, starts, own, requests, progress, share.sums) if own else None
+        lambda: _part(loaded, participants, every, starts, own, requests, progress, share.sums) if own else None
     )
     if capture.reference is not None and isinstance(reference, Loaded):
         theirs = provenance_of(reference.model, reference_of(subject).path if subject.model else "")
         capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
     provenance = replace(
         provenance,
-        execution=witness.execution(stored_quantized(subject)),
+        execution=execution.execution(stored_quantized(subject)),
         unmatched=tuple(stored.unmatched) if stored else (),
         samples=capture.provenance.samples,
     )
@@ -227,12 +226,12 @@ def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
     return StoredWeights(files_of(subject), layers_of(loaded.model))
 
 
-def _beside(loaded: Loaded, reference: Loaded | KeptFile | None, provenance: Provenance) -> Beside | None:
-    """Return what stands beside the subject. `provenance`: the subject's, which may explain why samples differ."""
-    if isinstance(reference, KeptFile):
-        device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
-        return KeptPartner(reference, device, reference.origin(provenance))
-    return Partner(reference.model, reference.stream) if reference is not None else None
+def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenance: Provenance) -> Reference:
+    """Return the reference that takes part in the pass. `provenance`: the subject's, which may explain why samples differ."""
+    if isinstance(reference, Loaded):
+        return LiveReference(reference.model, reference.stream)
+    device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
+    return ReplayedReference(reference, device, reference.origin(provenance))
 
 
 def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
@@ -253,7 +252,8 @@ def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
 
 
 def _part(
-    models: Models,
+    loaded: Loaded,
+    participants: Sequence[Participant],
     every: Sequence[Batch],
     starts: Sequence[int],
     own: range,
@@ -274,58 +274,31 @@ def _part(
         part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
         return merge([done, part]) if done else part
 
-    def keep(make: Callable[[], Capture], count: int) -> None:
+    def save_partial(make: Callable[[], Capture], count: int) -> None:
         if sums is not None:
             sums.keep(lambda: placed(make(), position + count))
 
-    def told(count: int, _: int) -> None:
+    def moved(count: int, _: int) -> None:
         if progress is not None:
             progress(position - first + count, end - first)
 
-    capture = placed(_run(models, rest, requests, told, position, keep), end)
+    with quiet(), forward_errors(type(loaded.model).__name__):  # quiet: compressed-tensors shows bars of its own
+        capture = run_pass(
+            loaded.model,
+            rest,
+            requests,
+            participants,
+            stream=loaded.stream,
+            first_sample=position,
+            decode=decoder_of(loaded.tokenizer),
+            progress=moved,
+            save_partial=save_partial,
+        )
+    capture = placed(capture, end)
     if sums is not None:
         sums.discard()
     samples = None if (first, end) == (0, total) else SampleRange(first, end, total)
     return replace(capture, provenance=Provenance(samples=samples))
-
-
-def _run(
-    models: Models,
-    batches: Sequence[Batch],
-    requests: Sequence[Request],
-    progress: Progress,
-    first_sample: int,
-    keep: Keep,
-) -> Capture:
-    loaded = models.subject
-    with _errors_of_a_pass(type(loaded.model).__name__):
-        return run_pass(
-            loaded.model,
-            batches,
-            requests,
-            decode=decoder_of(loaded.tokenizer),
-            progress=progress,
-            stream=loaded.stream,
-            first_sample=first_sample,
-            keep=keep,
-            partner=models.partner,
-            witness=models.witness,
-            stored=models.stored,
-        )
-
-
-@contextmanager
-def _errors_of_a_pass(name: str) -> Iterator[None]:
-    """Say in one line what stopped a pass over a model of the class `name`."""
-    try:
-        with quiet():  # compressed-tensors shows bars of its own at the first forward
-            yield
-    except torch.OutOfMemoryError as error:
-        raise InfraError(
-            f"the pass ran out of memory ({str(error).splitlines()[0]}); lower data.seq_len or batch_size"
-        ) from error
-    except RuntimeError as error:
-        raise InfraError(f"the forward pass of {name} failed: {str(error).splitlines()[0]}") from error
 
 
 def _tokens_note(subject: Subject, loaded: Loaded) -> str:

@@ -17,7 +17,7 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.captures import HeatMap, Request
 from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
-from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.metrics.selection import NotMeasuredError
 from support import models, oracle
 from support.captures import statistics
@@ -340,7 +340,7 @@ def test_a_change_in_place_between_two_sites_is_seen():
 
 def test_sharing_keeps_what_only_one_of_the_sites_needs():
     from pytest_qsa.captures import Request
-    from pytest_qsa.engine.run.forward import run_pass
+    from pytest_qsa.engine.run.run_pass import run_pass
 
     x, mask = samples_of(0, 3)
     batches = split(x, mask, [2])

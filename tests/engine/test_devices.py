@@ -18,14 +18,14 @@ from pytest_qsa import capture
 from pytest_qsa.captures import ALL_STATISTICS, HeatMap, Request
 from pytest_qsa.engine import ranks
 from pytest_qsa.engine.load.batches import rows_of
-from pytest_qsa.engine.modules import blocks_of, layers_of
+from pytest_qsa.engine.modules import blocks_of, layers_of, run_batch
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import cuda_powers, cuda_scores, powers_of, scores_of
 from pytest_qsa.engine.reduce.storage import Transfer
-from pytest_qsa.engine.reference.compare import Met, Pairs
-from pytest_qsa.engine.run.forward import wanted_sites
-from pytest_qsa.engine.run.hooks import hooked, run_batch
-from pytest_qsa.engine.run.visits import Forward, Visits
+from pytest_qsa.engine.reference.pairs import Pairs, ReferenceTensor
+from pytest_qsa.engine.run.participant import Forward
+from pytest_qsa.engine.run.run_pass import wanted_sites
+from pytest_qsa.engine.run.site_statistics import SiteStatistics, hooked
 from support import models, oracle
 from support.captures import statistics
 from support.models import damaged
@@ -106,19 +106,20 @@ def test_no_hook_waits_for_the_device(elsewhere):
     requests = tuple(Request("", site, statistics=STATISTICS) for site in ("input", "output"))
     modules = layers_of(model)
     wanted = wanted_sites(list(modules), blocks_of(model), requests)
-    state = Visits(wanted, modules, frozenset(), may_stop=False, reducers=Reducers(fused=elsewhere == CUDA))
-    state.forward = Forward(rows_of(models.padded_batch([9, 5]), 0), first=True)
+    statistics = SiteStatistics(wanted, modules, may_stop=False, fused=elsewhere == CUDA)
+    batch = models.padded_batch([9, 5])
+    statistics.forward = Forward(batch, rows_of(batch, 0), first=True)
     ids = torch.zeros(2, 9, dtype=torch.int64, device=elsewhere)
-    visit = state.visit
+    observe = statistics.observe
 
     def watched(*args, **kwargs):
         with unhurried(elsewhere):
-            visit(*args, **kwargs)
+            observe(*args, **kwargs)
 
-    state.visit = watched
-    with hooked(modules, state), torch.no_grad():
+    statistics.observe = watched
+    with hooked(statistics), torch.no_grad():
         run_batch(model, ids, elsewhere)
-    assert len(state.observers) > 10
+    assert len(statistics.observers) > 10
 
 
 @pytest.mark.parametrize("statistic", ["error", "channel_error:all", "local:4"])
@@ -128,7 +129,7 @@ def test_no_comparison_waits_for_the_device(elsewhere, statistic):
     pairs = Pairs({site: statistics(statistic)}, {"layer": module}, lambda positions, counting, sample, layer: counting)
     rows = rows_of(models.padded_batch([9, 5]), 0)
     with torch.no_grad(), unhurried(elsewhere):
-        pairs.compare(rows, site, 0, Met(x, x), y)
+        pairs.compare(rows, site, 0, ReferenceTensor(x, x), y)
     computed = [t for row in pairs.observers[site].rows for name, t in row.items() if name != "local_rows"]
     assert {tensor.device for tensor in computed} == {elsewhere}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from pytest_qsa.captures import MOMENTS, Request
 from pytest_qsa.engine.load.models import load_model
-from pytest_qsa.engine.run.observed_execution import Witness
+from pytest_qsa.engine.run.observed_execution import ObservedExecution
 from pytest_qsa.engine.subject import capture_loaded, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.tools.diff.sides import read_side
@@ -98,10 +99,11 @@ def test_torchao_inputs_that_are_rounded_as_they_come_are_seen(llama, dtype):
 
     model = load_model(Model(path=str(llama)), str(llama), Memory(), allow_code=False).model.to(dtype)
     quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_granularity=PerAxis(0)))
-    witness = Witness(model)
-    with torch.no_grad(), witness.watching():
+    execution = ObservedExecution(model)
+    with torch.no_grad(), ExitStack() as exits:
+        execution.begin(exits)
         model(torch.arange(16)[None])
-    assert list(witness.execution().kinds) == ["W8A8 emulated"]
+    assert list(execution.execution().kinds) == ["W8A8 emulated"]
 
 
 def of_model(text, *keys):

@@ -19,11 +19,11 @@ from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
 from pytest_qsa.engine.reference.head import located_head, read_head
-from pytest_qsa.engine.reference.keep import Keep, keep_model
-from pytest_qsa.engine.reference.kept import KeptPartner
-from pytest_qsa.engine.reference.kept_file import KeptFile, drawn
-from pytest_qsa.engine.reference.live import Partner
-from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.reference.live import LiveReference
+from pytest_qsa.engine.reference.record import RecordOptions, record_model
+from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn
+from pytest_qsa.engine.reference.replay import ReplayedReference
+from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
@@ -43,14 +43,14 @@ SHARES = ("sqnr", "nmse", "relative_l2", "cosine")
 
 
 def kept_file(folder, model, batches=BATCHES, requests=REQUESTS, **keep):
-    keep = Keep(**{"with_head": True, **keep})
+    keep = RecordOptions(**{"with_head": True, **keep})
     path = folder / "ref.qsa"
-    path.write_bytes(keep_model(model, batches, requests, keep).content.to_bytes())
+    path.write_bytes(record_model(model, batches, requests, keep).content.to_bytes())
     return path
 
 
 def against(path, model, batches=BATCHES, requests=REQUESTS):
-    return run_pass(model, batches, requests, partner=KeptPartner(KeptFile.open(path), torch.device("cpu")))
+    return run_pass(model, batches, requests, [ReplayedReference(ReferenceFile.open(path), torch.device("cpu"))])
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
@@ -59,8 +59,8 @@ def pair(request, tmp_path_factory):
     model = models.llama(request.param, sink=True, num_hidden_layers=3)
     other = damaged(model)
     path = kept_file(tmp_path_factory.mktemp("kept"), model, rows=24)
-    live = run_pass(other, BATCHES, REQUESTS, partner=Partner(model))
-    local = run_pass(other, BATCHES, [Request(LINEAR, "output", None, LOCAL)], partner=Partner(model))
+    live = run_pass(other, BATCHES, REQUESTS, [LiveReference(model)])
+    local = run_pass(other, BATCHES, [Request(LINEAR, "output", None, LOCAL)], [LiveReference(model)])
     return live, local, against(path, other), model, other, path
 
 
@@ -111,7 +111,7 @@ def test_neither_order_nor_batches_nor_padding_change_which_rows_are_drawn(tmp_p
     files = []
     for name, batches in (("a", [ids[:1], ids[2:], short[None]]), ("b", [padded])):
         (tmp_path / name).mkdir()
-        files.append(KeptFile.open(kept_file(tmp_path / name, model, batches)))
+        files.append(ReferenceFile.open(kept_file(tmp_path / name, model, batches)))
     one, other = files
     assert sorted(one.samples) == sorted(other.samples)
     for call in one.calls:
@@ -144,7 +144,7 @@ def test_the_interval_of_drawn_rows_holds_the_number_of_all_tokens(tmp_path):
     other = damaged(model, 0.1)
     batches = [models.token_batch(16, 48)]
     requests = [Request(f"{BLOCKS}|{LINEAR}", "output", None, COMPARED)]
-    live = run_pass(other, batches, requests, partner=Partner(model))
+    live = run_pass(other, batches, requests, [LiveReference(model)])
     inside = {name: [] for name in SHARES}
     for seed in range(4):
         kept = against(kept_file(tmp_path, model, batches, requests, seed=seed, rows=4), other, batches, requests)
@@ -189,7 +189,7 @@ def test_logits_that_the_head_does_not_make_are_refused(tmp_path):
     model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 1.1))
     with pytest.raises(InfraError, match=r"can't be kept: logits made again by lm_head differ from the model's by"):
         kept_file(tmp_path, model)
-    kept = keep_model(model, BATCHES, REQUESTS[:1], Keep())
+    kept = record_model(model, BATCHES, REQUESTS[:1], RecordOptions())
     assert "differ" in kept.problem
     assert kept.content.head is None
     path = tmp_path / "without.qsa"
@@ -200,21 +200,21 @@ def test_logits_that_the_head_does_not_make_are_refused(tmp_path):
 
 def test_a_model_without_a_head_is_kept_for_its_layers(tmp_path):
     model = models.llama(num_hidden_layers=2).model
-    kept = keep_model(model, BATCHES, (), Keep())
+    kept = record_model(model, BATCHES, (), RecordOptions())
     assert "no layer that makes logits" in kept.problem
-    assert {call[:2] for call in kept.content.streams} == {("layers.0", "output"), ("layers.1", "output")}
+    assert {call[:2] for call in kept.content.calls} == {("layers.0", "output"), ("layers.1", "output")}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_is_read_alone_from_its_checkpoint(tmp_path, tied):
     model = models.llama(torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "model")
-    kept = keep_model(
-        model, BATCHES, (), Keep(), lambda head: located_head(head, str(tmp_path / "model"), None, tmp_path)
+    kept = record_model(
+        model, BATCHES, (), RecordOptions(), lambda head: located_head(head, str(tmp_path / "model"), None, tmp_path)
     )
     path = tmp_path / "ref.qsa"
     path.write_bytes(kept.content.to_bytes())
-    entry = KeptFile.open(path).header["head"]
+    entry = ReferenceFile.open(path).header["head"]
     assert entry["path"] == "model"
     assert entry["weight"]["name"] == ("model.embed_tokens.weight" if tied else "lm_head.weight")
     torch.testing.assert_close(read_head(entry, path).weight, model.lm_head.weight, rtol=0, atol=0)
@@ -250,13 +250,13 @@ def test_what_has_no_tokens_is_not_kept():
     model = models.ConvNet()
     request = Request("conv", "output", None, statistics("error"))
     with pytest.raises(InfraError, match="the output of conv has no tokens of which some could be kept"):
-        keep_model(model, [torch.randn(2, 3, 8, 8)], [request], Keep())
+        record_model(model, [torch.randn(2, 3, 8, 8)], [request], RecordOptions())
     experts = Request(r"experts\.\d+$", "output", None, statistics("error"))
     with pytest.raises(InfraError, match="isn't called for every sample"):
-        keep_model(Chooses(), [torch.zeros(1, 8).long(), torch.ones(1, 8).long()], [experts], Keep())
+        record_model(Chooses(), [torch.zeros(1, 8).long(), torch.ones(1, 8).long()], [experts], RecordOptions())
     local = Request(r"layers\.0\.self_attn$", "output", None, statistics("local:32"))
     with pytest.raises(AnomalyError, match=r"layers\.0\.self_attn needs more than that"):
-        keep_model(models.llama(), BATCHES, [local], Keep())
+        record_model(models.llama(), BATCHES, [local], RecordOptions())
 
 
 # The command, and suites that name its file.
@@ -351,7 +351,7 @@ def test_the_command_says_what_it_kept(gated, capsys):
     text = SUITE.replace("ref.qsa", str(gated.folder / "small"))
     (gated.folder / "live.qsa.yaml").write_text(text)
     keep(gated.folder, suite="live.qsa.yaml", output="same.qsa")  # the model that the suite names as its reference
-    one, other = (KeptFile.open(gated.folder / name).header for name in ("ref.qsa", "same.qsa"))
+    one, other = (ReferenceFile.open(gated.folder / name).header for name in ("ref.qsa", "same.qsa"))
     assert one["head"] == other["head"]
     assert one["streams"] == other["streams"]
 
@@ -360,7 +360,7 @@ def test_a_reference_is_kept_while_its_weights_are_read_from_disk(gated, judged)
     keep(
         gated.folder, "--model.path", str(gated.folder / "small"), "--memory.offload_device", "disk", output="disk.qsa"
     )
-    one, other = (KeptFile.open(gated.folder / name) for name in ("ref.qsa", "disk.qsa"))
+    one, other = (ReferenceFile.open(gated.folder / name) for name in ("ref.qsa", "disk.qsa"))
     assert one.calls.keys() == other.calls.keys()
     for call, entry in one.calls.items():
         if "rows" in entry:
@@ -431,7 +431,7 @@ def made_for_errors(folder):
 
 
 def test_another_tokenizer_is_named(gated):
-    header = KeptFile.open(gated.folder / "ref.qsa")
+    header = ReferenceFile.open(gated.folder / "ref.qsa")
     own = Provenance(ModelProvenance(tokenizer="Other, 5 entries"))
     assert re.search(r"of the tokenizer \w+, 320 entries, sha256 \w+, here Other, 5 entries\)$", header.origin(own))
 

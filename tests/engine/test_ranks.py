@@ -30,7 +30,7 @@ def subject_of(llama, disk=False, samples=6):
 @pytest.mark.process
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits(llama, tmp_path, monkeypatch, disk):
-    monkeypatch.setattr("pytest_qsa.engine.run.forward.WAVE", 2)
+    monkeypatch.setattr("pytest_qsa.engine.stream.stream.WAVE", 2)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

@@ -9,8 +9,6 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.partial import PartialSums
-from pytest_qsa.engine.reference import live as pairing
-from pytest_qsa.engine.run import forward as capturing
 from pytest_qsa.engine.subject import Share
 from support.captures import assert_equal
 from support.paths import TESTS
@@ -26,8 +24,7 @@ def whole(int8_llama, llama):
 
 @pytest.fixture
 def small_waves(monkeypatch):
-    monkeypatch.setattr(capturing, "WAVE", 2)
-    monkeypatch.setattr(pairing, "WAVE", 2)
+    monkeypatch.setattr("pytest_qsa.engine.stream.stream.WAVE", 2)
 
 
 def test_two_streamed_models_give_the_bits_of_two_in_memory(changed_llama, llama):

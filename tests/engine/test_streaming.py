@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pytest_qsa.captures import ALL_STATISTICS, COUNTS, TOKENS, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaWarning
 from pytest_qsa.engine.load.models import load_model
-from pytest_qsa.engine.run.forward import run_pass
+from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.engine.stream import stream as streaming
 from pytest_qsa.engine.stream.shards import Shards
 from pytest_qsa.engine.subject import capture_loaded
@@ -163,7 +163,7 @@ def test_hidden_states_that_do_not_fit_wait_on_disk_and_come_back_whole(folders,
 
 def test_more_samples_than_may_wait_at_once_pass_in_waves(folders, monkeypatch):
     whole, _ = captured(folders("llama"), samples=5, stream=False)
-    monkeypatch.setattr("pytest_qsa.engine.run.forward.WAVE", 2)
+    monkeypatch.setattr("pytest_qsa.engine.stream.stream.WAVE", 2)
     streamed, stream = captured(folders("llama"), samples=5)
     assert differing(whole, streamed) == []
     assert stream.shards.bytes_read > 2 * size_of(folders("llama"))

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from pytest_qsa.engine.run.hooks import run_batch
+from pytest_qsa.engine.modules import run_batch
 
 torch.set_num_threads(1)  # two xdist workers on two cores; and sums don't depend on the machine
 

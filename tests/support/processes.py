@@ -54,11 +54,10 @@ def torchrun(program, tmp_path, ranks=2):
 def die_after(count, file, subject, requests):
     """Capture in this process, which kills itself when `count` samples are done."""
     from pytest_qsa.captures.partial import PartialSums
-    from pytest_qsa.engine.reference import live
-    from pytest_qsa.engine.run import forward
+    from pytest_qsa.engine.stream import stream
     from pytest_qsa.engine.subject import Share, capture_subject
 
-    forward.WAVE = live.WAVE = 2
+    stream.WAVE = 2
 
     def progress(done, total):
         if done == count:

@@ -5,8 +5,7 @@ The reference's whole distribution of a position lives only as long as it is loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...common import AnomalyError, InfraError
+from ...common import AnomalyError, Progress
 from ...suite import Subject
 from ..load.batches import token_ids
 from ..load.data import batches_of
 from ..load.models import Loaded, quiet
 from ..load.tokenizer import load_tokenizer
-from ..modules import device_of
+from ..modules import device_of, evaluating, forward_errors, run_batch
 from ..reduce.pairs import ROWS_AT_ONCE
-from ..run.hooks import evaluating, run_batch
-from ..run.logits import logits_of
-from ..stream.stream import WAVE
+from ..run.predictions import logits_of
 
-Progress = Callable[[int, int], None]
 ABSENT = -1
 """Stands in the ids of a row that asks for fewer tokens than others."""
 Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
@@ -64,33 +60,24 @@ def answers_of(
         InfraError: it can't be run.
     """
     found: dict[int, Answer] = {}
+    device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
 
     def answer(index: int) -> None:
         tokens, ids = samples[index]
         batch = torch.from_numpy(tokens.astype("int64"))[None]
-        device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
         found[index] = _rows(logits_of(run_batch(loaded.model, batch, device), loaded.model)[0], tokens, ids)
         if progress is not None:
             progress(len(found), len(samples))
 
-    try:
-        with torch.no_grad(), evaluating(loaded.model), quiet():
-            _run(loaded, [partial(answer, index) for index in range(len(samples))])
-    except torch.OutOfMemoryError as error:
-        raise InfraError(f"the reference ran out of memory ({str(error).splitlines()[0]}): lower seq_len") from error
-    except (RuntimeError, IndexError) as error:
-        raise InfraError(f"the forward pass of the reference failed: {str(error).splitlines()[0]}") from error
+    with torch.no_grad(), evaluating(loaded.model), quiet(), forward_errors("the reference"):
+        if loaded.stream is None:
+            for index in range(len(samples)):
+                answer(index)
+        else:
+            with loaded.stream.ready():
+                for _ in loaded.stream.run(range(len(samples)), answer, lambda index: None):
+                    pass
     return [found[index] for index in range(len(samples))]
-
-
-def _run(loaded: Loaded, jobs: Sequence[Callable[[], None]]) -> None:
-    if loaded.stream is None:
-        for job in jobs:
-            job()
-        return
-    with loaded.stream.ready():
-        for start in range(0, len(jobs), WAVE):
-            loaded.stream.run(jobs[start : start + WAVE], lambda index: None)
 
 
 def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -> Answer:

@@ -1,14 +1,21 @@
-"""The partner of a pass: the reference model that every sample of the subject is compared with, as it runs."""
+"""A reference that runs beside the subject, in lockstep: its forward waits at each site until the subject's is there.
+
+Each forward of the reference runs in a greenlet below the subject's, which drives it: where the subject is at a site,
+the reference goes on to the same one. So neither model's tensor is kept longer than the pair of them needs, and two
+streamed models have one unit of each in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import align_module_device
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ...captures import (
@@ -29,202 +36,330 @@ from ...captures import (
     find_sinks,
     renumbered,
 )
-from ...common import AnomalyError
-from ..load.batches import Batch, rows_of
-from ..modules import Routing, blocks_of, device_of, layers_of
-from ..run.hooks import evaluating, hooked, run_batch
-from ..run.rehearsal import rehearsal_of
-from ..run.visits import CompanionChanged, Forward, Order, Visits
-from ..stream.stream import WAVE, Stream
-from .compare import Pairs
-from .lockstep import Companion, ReferenceVisits
-from .weight_pairs import weighed
+from ...common import AnomalyError, InfraError
+from ..formats.format import dequantized
+from ..load.batches import rows_of
+from ..modules import blocks_of, device_of, evaluating, forward_errors, layers_of, run_batch
+from ..reduce.pairs import powers_of
+from ..run.participant import Forward, ForwardComplete, Participant, Pass, Wanted
+from ..run.rehearsal import rehearse
+from ..run.run_pass import forwards_of, run_in_turn
+from ..run.site_statistics import SiteStatistics, hooked
+from ..stream.stream import Stream, Unit
+from .pairs import Pairs, ReferenceTensor, check_rows, drawn_rows, run_rows
 
-Wanted = Mapping[SiteKey, frozenset[Statistic]]
+NO_SINKS = Sinks((), searched=False)
 
 
-@dataclass
-class PairedVisits(Visits):
-    """The subject's hooks, where a reference runs beside it."""
+class Reference(Participant):
+    """What a subject is compared with. A subclass says where the reference's tensors come from.
 
-    pairs: Pairs = field(kw_only=True)
+    `compared`: the sites at which the subject is compared, each with the statistics that need the reference.
+    """
 
-    def visit(
-        self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None
-    ) -> None:
-        """Meet the reference, then reduce what is wanted of the subject alone."""
-        forward = self.forward
-        if tensor is not None and forward is not None and site in self.pairs.meeting:
-            call = forward.calls.get(site, 0)
-            self.pairs.compare(forward.rows, site, call, forward.flight.at(site, call), tensor)
-        super().visit(site, tensor, routing)
+    compared: Wanted
+    pairs: Pairs
+    compares_predictions = False
+    sinks = NO_SINKS
+    """The reference's sinks, where the error of a channel leaves them out."""
 
-    def end(self, forward: Forward) -> None:
-        """End a forward."""
-        super().end(forward)
+    def prepare(self, run: Pass, exits: ExitStack) -> None:
+        """Note what is compared."""
+        names = {site: against_reference(statistics) for site, statistics in run.wanted.items() if site[1] != "weight"}
+        self.compared = {site: statistics for site, statistics in names.items() if statistics}
+        self.compares_predictions = AGREEMENT in run.predictions
+        self._subject_modules = run.modules
+        self._first_sample = run.first_sample
+
+    def begin(self, exits: ExitStack) -> None:
+        """Begin an attempt: nothing is compared yet."""
+        self.pairs = Pairs(self.compared, self._subject_modules, self.sinks.among)
+        self.sites = self.pairs.meeting
+
+    def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
+        """Compare the subject's tensor with the reference's."""
+        self.pairs.compare(forward.rows, site, call, self.tensor_at(forward, site, call), tensor)
+
+    def tensor_at(self, forward: Forward, site: SiteKey, call: int) -> ReferenceTensor | None:
+        """Return what the reference has at a site, for the rows of a forward; None if it doesn't come there."""
+        raise NotImplementedError
+
+    def forward_ended(self, forward: Forward, output: Any) -> None:
+        """Let go of what belongs to the forward."""
         self.pairs.forget()
 
-    def numbers(self) -> dict[SiteKey, SiteNumbers]:
-        """Fetch the numbers of every site, with what was compared."""
-        return self.pairs.numbers(super().numbers())
+    def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add what was compared to the subject's own numbers."""
+        numbers |= self.pairs.numbers(numbers)
 
 
-def paired(
-    pairs: Pairs, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
-) -> PairedVisits:
-    """Return the subject's hooks: what the reference isn't needed for is reduced of the subject alone."""
-    alone = {site: statistics - against_reference(statistics) for site, statistics in wanted.items()}
-    return PairedVisits(alone, modules, unshared, may_stop=may_stop, pairs=pairs)
+class LiveReference(Reference):
+    """A model that runs beside the subject, in lockstep with it. `stream`: reads its weights while it runs."""
+
+    def __init__(self, model: nn.Module, stream: Stream | None = None) -> None:
+        self.model = model
+        self.stream = stream
+        self.modules = layers_of(model)
+        self._own: dict[SiteKey, frozenset[Statistic]] = {}
+        self._lockstep: dict[int, Lockstep] = {}
+        """The forwards that are under way, by their first sample."""
+        self._current: Forward | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its batches go."""
+        return self.stream.device if self.stream is not None else device_of(self.model)
+
+    def prepare(self, run: Pass, exits: ExitStack) -> None:
+        """Find what is compared and what is wanted of the reference itself; afterwards it is as it was.
+
+        Raises:
+            AnomalyError: the reference lacks a layer that it is to be compared at.
+        """
+        super().prepare(run, exits)
+        self._run = run
+        self._check_layers(run.wanted)
+        self._own = self._wanted_of_itself()
+        streamed = self.stream is not None
+        may_stop = not self.compares_predictions
+        self.statistics = SiteStatistics(self._own, self.modules, may_stop=may_stop, learns_order=not streamed)
+        exits.enter_context(evaluating(self.model))
+        if self.stream is not None:
+            if self._own:
+                rehearse(self.model, self.statistics, run.batches[0])
+            exits.enter_context(self.stream.ready())
+        if run.stream is not None:
+            run.stream.run_with(self.stream, self._settle)
+            exits.callback(run.stream.run_with, None, None)
+        if any(map(_needs_sinks, chain.from_iterable(self.compared.values()))):
+            self.sinks = self._find_sinks(run)
+
+    def _check_layers(self, wanted: Wanted) -> None:
+        sites = (site for site, statistics in wanted.items() if against_reference(statistics))
+        absent = [layer for layer, _ in sites if layer not in self.modules]
+        if absent:
+            raise AnomalyError(
+                f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
+                "is model.reference the original of this model?"
+            )
+
+    def _wanted_of_itself(self) -> dict[SiteKey, frozenset[Statistic]]:
+        """Return what is wanted of the reference alone; sites where it only meets the subject need no statistics."""
+        own = {
+            site: frozenset({TOKENS}) if REFERENCE_TOKENS in statistics else frozenset[Statistic]()
+            for site, statistics in self.compared.items()
+        }
+        if any(REFERENCE_SINKS in statistics for statistics in self.compared.values()):
+            for block in blocks_of(self.model):
+                own[block, "output"] = own.get((block, "output"), frozenset()) | {TOKENS, SINKS}
+        return own
+
+    def begin(self, exits: ExitStack) -> None:
+        """Begin an attempt, with hooks on the reference."""
+        super().begin(exits)
+        self.statistics.begin()
+        self._lockstep = {}
+        exits.enter_context(hooked(self.statistics, [_Rendezvous(self)]))
+
+    def forward_resumed(self, forward: Forward) -> None:
+        """Note which of the subject's forwards goes on."""
+        self._current = forward
+
+    def forward_started(self, forward: Forward) -> None:
+        """Get the reference's forward over the same batch ready; it begins when the subject first asks."""
+        if self._own or self.compares_predictions:
+            first = forward.rows.samples[0]
+            own = Forward(forward.batch, rows_of(forward.batch, first), forward.first)
+            self._lockstep[first] = Lockstep(self, own)
+
+    def tensor_at(self, forward: Forward, site: SiteKey, call: int) -> ReferenceTensor | None:
+        """Let the reference go on to the site."""
+        return self.lockstep_of(forward).tensor_at(site, call)
+
+    def lockstep_of(self, forward: Forward) -> Lockstep:
+        """Return the lockstep that a forward, of the subject or of the reference, belongs to."""
+        return self._lockstep[forward.rows.samples[0]]
+
+    def forward_ended(self, forward: Forward, output: Any) -> None:
+        """Let the reference come to its end; take what it returned, if predictions are compared."""
+        lockstep = self._lockstep.pop(forward.rows.samples[0], None)
+        if lockstep is not None:
+            forward.reference_output = lockstep.finish(whole=self.compares_predictions)
+        super().forward_ended(forward, output)
+
+    def _settle(self) -> None:
+        """Let the reference come to a point where it holds little, before the subject waits for weights."""
+        lockstep = self._lockstep.get(self._current.rows.samples[0]) if self._current is not None else None
+        if lockstep is not None:
+            lockstep.settle()
+
+    def complete(self, capture: Capture) -> Capture:
+        """Add the reference's own numbers; its samples are numbered from 0 as well."""
+        own = {site: numbers for site, numbers in self.statistics.numbers().items() if self._own[site]}
+        modules, blocks = tuple(self.modules), tuple(blocks_of(self.model))
+        reference = Capture(sites=renumbered(own, self._first_sample), modules=modules, blocks=blocks)
+        return replace(capture, reference=reference)
+
+    def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Compare the weights of both models; those of a streamed model are read for it once more.
+
+        Raises:
+            InfraError: two weights have different shapes.
+        """
+        for site, statistics in self._run.wanted.items():
+            if site[1] != "weight" or ERROR not in statistics:
+                continue
+            theirs = _weight_of(self.modules[site[0]], self.stream)
+            ours = _weight_of(self._run.modules[site[0]], self._run.stream)
+            if theirs is None or ours is None:  # the layer owns no weight
+                continue
+            if theirs.shape != ours.shape:
+                there, here = ("×".join(map(str, tensor.shape)) for tensor in (theirs, ours))
+                raise InfraError(f"the weight of {site[0]} is {here} here and {there} in the reference")
+            numbers[site] = _with_error_of_weights(theirs, ours, numbers.get(site))
+
+    def _find_sinks(self, run: Pass) -> Sinks:
+        """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
+        wanted: Wanted = {(block, "output"): frozenset({TOKENS, SINKS}) for block in blocks_of(self.model)}
+        if not wanted:
+            return NO_SINKS
+        statistics = SiteStatistics(wanted, self.modules, may_stop=False)
+        statistics.learning = False  # every block is reduced by itself, whatever the first forward shows
+
+        def run_one(forward: Forward) -> None:
+            run_batch(self.model, forward.batch, self.device)
+            statistics.forward_ended(forward)
+
+        run_all = run_in_turn if self.stream is None else self.stream.run
+        with torch.no_grad(), hooked(statistics):
+            for _ in run_all(forwards_of(run.batches, run.first_sample), run_one, statistics.forward_resumed):
+                pass
+        return find_sinks({layer: numbers for (layer, _), numbers in statistics.numbers().items()})
 
 
 def _needs_sinks(statistic: Statistic) -> bool:
     return isinstance(statistic, ChannelError) and statistic.positions in ("sink", "no_sink")
 
 
-@dataclass
-class Partner:
-    """A reference that runs beside the subject. `stream`: reads its weights while it runs."""
+class _Rendezvous(Participant):
+    """The reference's side of a pair: waits at each site until the subject has taken the tensor."""
 
-    model: nn.Module
-    stream: Stream | None = None
-    modules: Mapping[str, nn.Module] = field(init=False)
-    _scores: bool = False
-    _pairs: Wanted = field(default_factory=dict)
-    _own: Wanted = field(default_factory=dict)
-    _unshared: frozenset[SiteKey] = frozenset()
-    _order: Order | None = None
-    _may_stop: bool = True
-    _sinks: Sinks = field(default_factory=lambda: Sinks((), searched=False))
-    _companion: Companion | None = None
-    _hooks: ExitStack = field(default_factory=ExitStack)
+    def __init__(self, reference: LiveReference) -> None:
+        self._reference = reference
+        self.sites = reference.pairs.meeting
+        self.input_sites = frozenset(
+            site
+            for site, statistics in reference.compared.items()
+            if any(isinstance(statistic, LocalError) for statistic in statistics)
+        )
 
-    def __post_init__(self) -> None:
-        self.modules = layers_of(self.model)
+    def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
+        """Wait for the subject."""
+        lockstep = self._reference.lockstep_of(forward)
+        if inputs is not None and forward.first:
+            lockstep.run_alone(site[0], inputs, tensor)
+        lockstep.wait_for_subject((site, call), ReferenceTensor(tensor, inputs))
 
-    @contextmanager
-    def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[Statistic]
-    ) -> Iterator[None]:
-        """Prepare for a pass over these batches; afterwards the reference is as it was.
+
+class Lockstep:
+    """One forward of the reference, as far as the subject has driven it."""
+
+    def __init__(self, reference: LiveReference, forward: Forward) -> None:
+        self._reference = reference
+        self._forward = forward
+        self._waiting: dict[tuple[SiteKey, int], ReferenceTensor] = {}
+        self._output: Any = None
+        self._greenlet = greenlet(self._run)
+        self._awaited: Unit | None = None
+        self._alone: list[tuple[str, Tensor]] = []
+
+    def tensor_at(self, site: SiteKey, call: int) -> ReferenceTensor | None:
+        """Go on until the reference is where the subject is; None if it never comes there."""
+        key = (site, call)
+        while key not in self._waiting and self._advance():
+            pass
+        return self._waiting.pop(key, None)
+
+    def finish(self, *, whole: bool) -> Any:
+        """Let the reference come to its end; return its output, None where it was stopped.
 
         Raises:
-            AnomalyError: it lacks a layer that it is to be compared at.
+            InfraError: `whole` is asked for, and it was stopped.
+            AnomalyError: a layer can't be run on single tokens, as its local error requires.
         """
-        self._plan(wanted, scores)
-        with evaluating(self.model), ExitStack() as stack:
-            stack.callback(lambda: self._hooks.close())
-            if self.stream is not None:
-                if self._own:
-                    self._unshared, self._order = rehearsal_of(self.model, self.modules, batches[0], self._own)
-                stack.enter_context(self.stream.ready())
-            if any(map(_needs_sinks, chain.from_iterable(self._pairs.values()))):
-                self._sinks = self._find_sinks(batches, first_sample)
-            yield
+        while self._advance():
+            pass
+        for layer, powers in self._alone:
+            check_rows(layer, powers)
+        self._reference.statistics.forward_ended(self._forward)
+        if whole and self._output is None:
+            raise InfraError("the forward of the reference ended before its logits")
+        return self._output
 
-    def _plan(self, wanted: Wanted, scores: frozenset[Statistic]) -> None:
-        self._scores = AGREEMENT in scores
-        pairs = {site: against_reference(statistics) for site, statistics in wanted.items()}
-        absent = [site[0] for site, statistics in pairs.items() if statistics and site[0] not in self.modules]
-        if absent:
-            raise AnomalyError(
-                f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
-                "is model.reference the original of this model?"
-            )
-        activations = {site: names for site, names in pairs.items() if names and site[1] != "weight"}
-        own = {
-            site: frozenset({TOKENS}) if REFERENCE_TOKENS in names else frozenset()
-            for site, names in activations.items()
-        }
-        if any(REFERENCE_SINKS in names for names in activations.values()):
-            own |= {
-                (block, "output"): own.get((block, "output"), frozenset()) | {TOKENS, SINKS}
-                for block in blocks_of(self.model)
-            }
-        self._own = own
-        self._pairs = activations
+    def run_alone(self, layer: str, inputs: Tensor, outputs: Tensor) -> None:
+        """Run a layer on a few tokens of its inputs [B, T, C], to see at the end whether it gives the same for them."""
+        rows = self._forward.rows
+        kept = rows.kept(layer, outputs.shape[1])[0] if outputs.dim() == 3 else None
+        drawn = drawn_rows(rows.samples[0], outputs.shape[1], kept, 8).to(outputs.device, non_blocking=True)
+        alone = run_rows(self._reference.modules[layer], layer, inputs[0].index_select(0, drawn))
+        powers = powers_of(outputs[0].index_select(0, drawn), alone, None)
+        self._alone.append((layer, powers[:, :2].sum(dim=0)))
 
-    def visits(
-        self, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
-    ) -> Visits:
-        """Begin a try of the pass over the subject's `modules`."""
-        return paired(self._begin(modules), wanted, modules, unshared, may_stop=may_stop)
+    def wait_for_subject(self, key: tuple[SiteKey, int], tensor: ReferenceTensor) -> None:
+        """Let the subject go on, in the greenlet of the reference."""
+        self._waiting[key] = tensor
+        _parent().switch(None)
 
-    def _begin(self, modules: Mapping[str, nn.Module]) -> Pairs:
-        self._hooks.close()
-        pairs = Pairs(self._pairs, modules, self._sinks.among)
-        locals_ = {site for site, names in self._pairs.items() if any(isinstance(name, LocalError) for name in names)}
-        may_stop = self._may_stop and not self._scores and self.stream is None
-        state = ReferenceVisits(
-            self._own, self.modules, self._unshared, may_stop=may_stop, pairs=frozenset(pairs.meeting)
-        )
-        state.order = self._order if self._may_stop and not self._scores else None
-        self._hooks.enter_context(hooked(self.modules, state, frozenset(locals_)))
-        self._companion = Companion(self.model, state, self._device, run_batch, self.stream)
-        return pairs
+    def settle(self) -> None:
+        """Go on to where the next weights or the subject are needed: no more than a hidden state is held there."""
+        if self._greenlet and self._awaited is None and not self._waiting:
+            self._awaited = self._switch()
 
-    def fly(self, batch: Batch, forward: Forward) -> None:
-        """Let the reference begin one forward of the subject as well, where it is needed."""
-        assert self._companion is not None
-        if self._own or self._scores:
-            own = Forward(rows_of(batch, forward.rows.samples[0]), first=forward.first)
-            forward.flight = self._companion.flight(batch, own)
+    def _advance(self) -> bool:
+        """Go on to the next site; say whether there may be more."""
+        awaited, self._awaited = self._awaited or self._switch(), None
+        while awaited is not None:
+            _parent().switch(awaited)  # the stream's greenlet, which loads the unit once all samples wait for it
+            awaited = self._switch()
+        return not self._greenlet.dead
 
-    def learn(self, change: CompanionChanged) -> None:
-        """Take note of what the first forward of the reference didn't tell."""
-        if change.site is None:
-            self._may_stop = False
-        else:
-            self._unshared |= {change.site}
+    def _switch(self) -> Unit | None:
+        """Let the reference run; return the unit that it waits for, if it does."""
+        if self._greenlet.dead:
+            return None
+        self._reference.statistics.forward = self._forward
+        awaited = self._greenlet.switch()
+        return awaited if isinstance(awaited, Unit) else None
 
-    def capture(self, first_sample: int) -> Capture:
-        """Return the reference's own numbers; its samples are numbered from 0."""
-        found = self._companion.state.numbers() if self._companion else {}
-        own = {site: numbers for site, numbers in found.items() if self._own[site]}
-        return Capture(
-            sites=renumbered(own, first_sample), modules=tuple(self.modules), blocks=tuple(blocks_of(self.model))
-        )
+    def _run(self) -> None:
+        reference = self._reference
+        try:
+            with forward_errors(f"the reference, {type(reference.model).__name__},"):
+                self._output = run_batch(reference.model, self._forward.batch, reference.device)
+        except ForwardComplete:
+            pass
 
-    def weighed(
-        self,
-        modules: Mapping[str, nn.Module],
-        wanted: Wanted,
-        numbers: Mapping[SiteKey, SiteNumbers],
-        stream: Stream | None,
-    ) -> dict[SiteKey, SiteNumbers]:
-        """Add what the weights of both models say; those of a streamed model are read for it once more."""
-        compared = [site for site, names in wanted.items() if ERROR in names]
-        with stream.ready() if stream is not None and compared else nullcontext():
-            return {**numbers, **weighed(compared, (self.modules, modules), (self.stream, stream), numbers)}
 
-    @property
-    def _device(self) -> torch.device:
-        return self.stream.device if self.stream is not None else device_of(self.model)
+def _parent() -> greenlet:
+    parent = getcurrent().parent
+    assert parent is not None  # only the main greenlet has none, and it never waits
+    return parent
 
-    def _find_sinks(self, batches: Sequence[Batch], first_sample: int) -> Sinks:
-        """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
-        wanted: Wanted = {(block, "output"): frozenset({TOKENS, SINKS}) for block in blocks_of(self.model)}
-        if not wanted:
-            return Sinks((), searched=False)
-        state = Visits(wanted, self.modules, frozenset(wanted), may_stop=False)
-        forwards, sample = [], first_sample
-        for batch in batches:
-            forwards.append(Forward(rows_of(batch, sample), first=False))
-            sample += len(forwards[-1].rows.samples)
 
-        def run(index: int) -> None:
-            run_batch(self.model, batches[index], self._device)
-            state.end(forwards[index])
+def _weight_of(module: nn.Module, stream: Stream | None) -> Tensor | None:
+    if stream is not None:
+        stream.enter_module(module)
+    with torch.no_grad(), align_module_device(module):
+        return dequantized(module)
 
-        def resumed(start: int, index: int) -> None:
-            state.forward = forwards[start + index]
 
-        with torch.no_grad(), hooked(self.modules, state):
-            for start in range(0, len(batches), WAVE):
-                wave = range(start, min(start + WAVE, len(batches)))
-                if self.stream is not None:
-                    self.stream.run([partial(run, index) for index in wave], partial(resumed, start))
-                    continue
-                for index in wave:
-                    resumed(0, index)
-                    run(index)
-        return find_sinks({layer: numbers for (layer, _), numbers in state.numbers().items()})
+def _with_error_of_weights(reference: Tensor, own: Tensor, known: SiteNumbers | None) -> SiteNumbers:
+    """Add the powers of each output channel's difference to the numbers of a weight."""
+    matrix = own.dim() >= 2
+    x, y = (tensor.flatten(1) if matrix else tensor[None] for tensor in (reference, own))
+    powers = powers_of(x, y, None).cpu().numpy()
+    if known is None:
+        nothing = np.zeros(1, dtype=np.int32)
+        dtype, lengths = str(own.dtype).removeprefix("torch."), np.array([len(y) if matrix else 0], dtype=np.int64)
+        known = SiteNumbers(dtype, tuple(y.shape), matrix, frozenset(), nothing, nothing, lengths)
+    return known.having({ERROR}, {"error": powers})

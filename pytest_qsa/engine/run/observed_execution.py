@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,84 +12,76 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...captures import ExecutedModules, Execution, SiteKey
-from ...common import InfraError
+from ...common import InfraError, logger
 from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.format import bits_of, dequantized, is_quantized, owner_of, schemes_of
 from ..modules import input_of, layers_of, tensor_of
+from .participant import Forward, Need, Participant
 
 TRIES = 2
-"""So many calls of a module are looked at, if the first one, all zeros say, tells nothing."""
+"""The most calls of a module that are examined: the first one may show nothing, as when its inputs are all zero."""
 ROWS = 8
-"""So many tokens of a call are multiplied again."""
+"""The most tokens of a call that are multiplied again."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.bfloat16: 4e-3}
 """How far two multiplications by the same weight may differ in a dtype; rounding to 8 bits changes over 0.5 %."""
-OTHERWISE = 1e-3
+TOLERANCE_OF_OTHERS = 1e-3
 
 
-@dataclass
-class Witness:
+class ObservedExecution(Participant):
     """Counts the calls of every quantized module, and multiplies a few tokens of its first one again.
 
     Where a module gives what its inputs times its dequantized weight are, it rounds no inputs; where it gives what its
-    rounded inputs would, it does.
-    `required`: a forward is to run, even where only weights are measured.
+    rounded inputs would, it does. `required`: a forward has to run, even where only weights are measured.
     """
 
-    model: nn.Module
-    required: bool = False
-    calls: dict[str, int] = field(default_factory=dict)
-    rounds: dict[str, bool] = field(default_factory=dict)
-    _ran: bool = False
-    _unseen: frozenset[str] = frozenset()
+    def __init__(self, model: nn.Module, *, required: bool = False) -> None:
+        self.needs = Need.ONE_FORWARD if required else Need.NOTHING
+        layers = layers_of(model)
+        self._layers = list(layers)
+        self._schemes = schemes_of(model) or {}
+        self._modules = {n: layer for n, layer in layers.items() if n in self._schemes or is_quantized(layer)}
+        self._calls: dict[str, int] = {}
+        self._rounds: dict[str, bool] = {}
+        self._ran = False
+        self._unseen: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        schemes = schemes_of(self.model) or {}
-        layers = layers_of(self.model)
-        self.modules = {name: layer for name, layer in layers.items() if name in schemes or is_quantized(layer)}
-        self._schemes = schemes
+    def begin(self, exits: ExitStack) -> None:
+        """Hook the quantized modules."""
+        for name, module in self._modules.items():
+            exits.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """See every call while it is entered."""
-        handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def ended(self, last: SiteKey | None) -> None:
-        """Take note that a forward ran. `last`: the site after which every forward was stopped; None for none."""
+    def forward_ended(self, forward: Forward, output: object) -> None:
+        """Note which modules the first forward can't have reached, because it was stopped before them."""
         self._ran = True
-        if last is not None:
-            layer, site = last
-            names = list(layers_of(self.model))
-            after = names[names.index(layer) :]
-            self._unseen = frozenset(n for n in after if not (site == "output" and n.startswith(f"{layer}.")))
+        if forward.first:
+            self._unseen = self._after(forward.stopped_at) if forward.stopped_at is not None else frozenset()
+
+    def _after(self, stop: SiteKey) -> frozenset[str]:
+        layer, site = stop
+        after = self._layers[self._layers.index(layer) :]
+        return frozenset(n for n in after if not (site == "output" and n.startswith(f"{layer}.")))
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            self.calls[name] = self.calls.get(name, 0) + 1
-            if name in self.rounds or self.calls[name] > TRIES:
+            self._calls[name] = self._calls.get(name, 0) + 1
+            if name in self._rounds or self._calls[name] > TRIES:
                 return
             inputs, outputs = input_of(args, kwargs), tensor_of(output)
             if inputs is not None and outputs is not None:
                 rounds = rounds_inputs(module, inputs, outputs)
                 if rounds is not None:
-                    self.rounds[name] = rounds
+                    self._rounds[name] = rounds
 
         return hook
 
     def execution(self, stored: Sequence[str] = ()) -> Execution:
-        """Return what was seen. `stored`: the layers that the checkpoint's files hold quantized."""
+        """Return what was observed. `stored`: the layers that the checkpoint's files hold quantized."""
         kinds: dict[str, list[str]] = {}
-        never = [name for name in self.modules if name not in self.calls and name not in self._unseen]
-        for name in self.modules:
-            if name in self.calls:
-                kinds.setdefault(self._words(name), []).append(name)
-        if unpacked := _absent(stored, self.modules):
+        never = [name for name in self._modules if name not in self._calls and name not in self._unseen]
+        for name in self._modules:
+            if name in self._calls:
+                kinds.setdefault(self._way_of(name), []).append(name)
+        if unpacked := _absent(stored, self._modules):
             kinds[UNPACKED] = unpacked
         return Execution(
             self._ran,
@@ -99,20 +90,21 @@ class Witness:
             idle_experts=sum("expert" in name for name in never) if self._ran else 0,
         )
 
-    def _words(self, name: str) -> str:
+    def _way_of(self, name: str) -> str:
+        """Return how one module ran, in the words that `model.require` knows."""
         scheme = self._schemes.get(name)
         weights, activations = bits_of(scheme) if scheme else (None, None)
         kind = f"W{weights}" if weights else "quantized"
         floats = " FP" if scheme and scheme.endswith("_fp") else ""
-        rounds = self.rounds.get(name)
+        rounds = self._rounds.get(name)
         if rounds is None and activations in (None, 16):
             rounds = False
         if rounds is None:
             return f"{kind}A{activations}{floats} {UNPROVED}"
         if not rounds:
             return f"{kind}A16{floats} {WEIGHTS_ONLY}" if weights else WEIGHTS_ONLY
-        form = owner_of(self.modules[name])
-        how = EMULATED if form and form.emulates(self.modules[name]) else KERNELS
+        form = owner_of(self._modules[name])
+        how = EMULATED if form and form.emulates(self._modules[name]) else KERNELS
         return f"{kind}A{activations if activations and activations < 16 else '?'}{floats} {how}"
 
 
@@ -127,9 +119,12 @@ def _starts(name: str) -> list[int]:
 
 
 def rounds_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool | None:
-    """Say whether a linear module rounded the inputs of a call; None where that can't be told.
+    """Say whether a linear module rounded the inputs of a call; None where that can't be found out.
 
     `inputs`: [..., in]; `outputs`: [..., out].
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the dequantized weight.
     """
     if "Linear" not in type(module).__name__:
         return None
@@ -139,7 +134,10 @@ def rounds_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool | 
             if weight is None or weight.shape != (outputs.shape[-1], inputs.shape[-1]):
                 return None
             return _compare(module, inputs, outputs.flatten(0, -2), weight.to(inputs.dtype))
-    except (InfraError, RuntimeError, NotImplementedError, AttributeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (InfraError, RuntimeError, AttributeError) as error:  # a format or kernel that can't be multiplied again
+        logger.debug("whether a %s rounds its inputs can't be observed: %s", type(module).__name__, error)
         return None
 
 
@@ -163,4 +161,4 @@ def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor)
         rounded = distances(rounded_inputs)
         nearer = float(plain.sum() - rounded[rounded.isfinite()].sum())
         return nearer > 0 if nearer else None
-    return bool(plain.median() > TOLERANCE.get(inputs.dtype, OTHERWISE))
+    return bool(plain.median() > TOLERANCE.get(inputs.dtype, TOLERANCE_OF_OTHERS))

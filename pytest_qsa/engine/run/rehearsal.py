@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,49 +11,55 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...captures import SiteKey, Statistic
+from ...captures import SiteKey
+from ...common import QsaError, logger
 from ..load.batches import Batch, Rows, rows_of
+from ..modules import run_batch
 from ..reduce.observer import StreamObserver
-from .hooks import hooked, run_batch
-from .visits import Forward, Order, SharingChanged, Visits
-
-NOTHING_LEARNED: tuple[frozenset[SiteKey], Order | None] = (frozenset(), None)
+from .participant import Forward, Restart
+from .site_statistics import SiteStatistics, hooked
 
 
-def rehearsal_of(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, wanted: Mapping[SiteKey, frozenset[Statistic]]
-) -> tuple[frozenset[SiteKey], Order | None]:
-    """Run a batch on tensors without data; learn what is not shared, and the last call that is needed.
+def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None:
+    """Run a batch on tensors without data; tell `statistics` what is not shared, and the last call that is needed.
 
-    All samples of a streamed pass are under way at once, so that the first can't tell the others. A model whose calls
-    depend on values (the experts of a MoE) can't be run so; it then runs to its end.
+    In a streamed pass all samples are under way at once, so that the first can't show the others. A model whose calls
+    depend on values (the experts of a MoE) can't be run so; its forwards then run to their end.
     """
     tensors = {"": batch} if isinstance(batch, Tensor) else dict(batch)
     empty = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in tensors.items()}
-    unshared: frozenset[SiteKey] = frozenset()
+    rehearsal = _Rehearsal(statistics.wanted, statistics.modules)
     while True:
-        state = Rehearsal(wanted, modules, unshared)
-        state.forward = Forward(rows_of(batch, 0), first=True)
+        rehearsal.begin()
+        rehearsal.forward = forward = Forward(batch, rows_of(batch, 0), first=True)
         try:
-            with torch.no_grad(), hooked(modules, state), without_data(model):
+            with torch.no_grad(), hooked(rehearsal), _without_data(model):
                 run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
-            state.end(state.forward)
-            return unshared, state.order
-        except SharingChanged as change:
-            unshared |= {change.site}
-        except Exception:  # whatever a model does with a value that isn't there
-            return unshared, None
+            rehearsal.forward_ended(forward)
+            break
+        except Restart:
+            continue
+        except QsaError:
+            raise
+        except Exception as error:  # a model may raise anything where a value isn't there
+            logger.debug(
+                "%s can't be run without data (%s: %s): its forwards run to their end", type(model).__name__,
+                type(error).__name__, str(error).partition("\n")[0],
+            )  # fmt: skip
+            break
+    statistics.unshared |= rehearsal.unshared
+    statistics.rehearsed = rehearsal.order
 
 
-class Rehearsal(Visits):
-    """Takes note of calls and of shared tensors as a pass does, and reduces nothing."""
+class _Rehearsal(SiteStatistics):
+    """Takes note of calls and of shared tensors as in a pass, and reduces nothing."""
 
     def _reduce(self, rows: Rows, site: SiteKey, *_: object) -> None:
         self.observers.setdefault(site, StreamObserver(frozenset()))
 
 
 @contextmanager
-def without_data(model: nn.Module) -> Iterator[None]:
+def _without_data(model: nn.Module) -> Iterator[None]:
     """Let a model whose weights are on the meta device run: its buffers go there as well, and come back."""
     with ExitStack() as stack:
         stack.enter_context(_silent(logging.getLogger("torch._subclasses.fake_tensor")))
@@ -67,7 +73,7 @@ def without_data(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Keep to ourselves what an operator without values logs before it raises."""
+    """Silence what an operator without values logs before it raises."""
     logger.disabled, before = True, logger.disabled
     try:
         yield

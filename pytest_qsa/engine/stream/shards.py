@@ -25,7 +25,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredTensor:
     """Where a parameter lies. Equal places are one tensor: tied weights share theirs."""
 
     file: str
@@ -43,10 +43,10 @@ class Shards:
     def __contains__(self, key: str) -> bool:
         return key in self.index
 
-    def place(self, key: str) -> Place:
+    def locate(self, key: str) -> StoredTensor:
         """Return where a parameter lies."""
         entry = self.index[key]
-        return Place(entry["safetensors_file"], entry.get("weight_name", key))
+        return StoredTensor(entry["safetensors_file"], entry.get("weight_name", key))
 
     def read(self, key: str, shape: Sequence[int]) -> torch.Tensor:
         """Read a parameter, in the dtype that the model wants.
@@ -55,7 +55,7 @@ class Shards:
             AnomalyError: the file is cut short, or holds no such tensor, or one of another shape.
             InfraError: the file is missing, or its dtype isn't known to torch.
         """
-        stored = self._stored(self.place(key))
+        stored = self._entry(self.locate(key))
         if stored.shape != tuple(shape):
             raise AnomalyError(
                 f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}: "
@@ -69,9 +69,9 @@ class Shards:
         wanted = self.index[key].get("dtype")
         return tensor.to(getattr(torch, wanted)) if wanted else tensor
 
-    def _stored(self, place: Place) -> Tensor:
-        if place.file not in self._tables:
-            self._tables[place.file] = {tensor.name: tensor for tensor in tensors_of(Path(place.file))}
-        if place.name not in self._tables[place.file]:
-            raise AnomalyError(f"{place.file} holds no tensor {place.name}")
-        return self._tables[place.file][place.name]
+    def _entry(self, stored: StoredTensor) -> Tensor:
+        if stored.file not in self._tables:
+            self._tables[stored.file] = {tensor.name: tensor for tensor in tensors_of(Path(stored.file))}
+        if stored.name not in self._tables[stored.file]:
+            raise AnomalyError(f"{stored.file} holds no tensor {stored.name}")
+        return self._tables[stored.file][stored.name]

@@ -6,27 +6,112 @@ next one is read. Nothing is traced, and the operations are those of a model in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
-from ..modules import input_of
-from .shards import Place, Shards
+from ..formats.format import owner_of
+from ..modules import blocks_of, input_of
+from .shards import Shards, StoredTensor
 from .spill import Spill
-from .units import Unit, shared_places, units_of
 
 WAVE = 256
 """How many samples wait at once: each holds a greenlet's frames, and its hidden state in memory or on disk."""
 
-Weights = dict[Place, nn.Parameter]
+Weights = dict[StoredTensor, nn.Parameter]
+T = TypeVar("T")
 Loading = Callable[[Sequence[str]], None]
-"""Told the names of the modules whose weights have just been loaded."""
+"""A callback that gets the names of the modules whose weights have just been loaded."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter or buffer that is on disk: the module that owns it, its name there, its key among the shards."""
+
+    module: nn.Module
+    name: str
+    key: str
+    shape: torch.Size
+
+
+@dataclass(eq=False)
+class Unit:
+    """What is loaded and let go at once. `modules`: the names of those that own its slots."""
+
+    name: str
+    slots: list[Slot] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    _before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], Any]] = field(default_factory=list)
+
+    def attach(self, weights: Weights, shards: Shards) -> None:
+        """Put the weights where the model looks for them, and unpack those that are packed."""
+        owners = {id(slot.module): slot.module for slot in self.slots}
+        self._before = [
+            (owner, dict(owner._parameters), dict(owner._buffers), getattr(owner, "quantization_status", None))
+            for owner in owners.values()
+        ]
+        for slot in self.slots:
+            table = slot.module._parameters if slot.name in slot.module._parameters else slot.module._buffers
+            table[slot.name] = weights[shards.locate(slot.key)]
+        for owner in owners.values():
+            if form := owner_of(owner):
+                form.unpack(owner)
+
+    def detach(self) -> None:
+        """Leave the modules as they were before."""
+        for owner, parameters, buffers, status in self._before:
+            for table, before in ((owner._parameters, parameters), (owner._buffers, buffers)):
+                table.clear()
+                table.update(before)
+            if status is not None:
+                owner.quantization_status = status
+        self._before = []
+
+
+def units_of(model: nn.Module, shards: Shards) -> tuple[list[Unit], Unit]:
+    """Return the units in model order, and the one that stays in memory: what is not owned by a layer that is called.
+
+    A module outside the blocks that has parameters of its own and children with parameters can't be let go before its
+    children; such parameters (class tokens, position tables) are small.
+    """
+    blocks = blocks_of(model)
+    units: dict[str, Unit] = {}
+    pinned = Unit("")
+    for name, module in model.named_modules():
+        slots = list(_slots(name, module, shards))
+        if not slots:
+            continue
+        block = next((block for block in blocks if name == block or name.startswith(f"{block}.")), None)
+        if block is None and any(True for child in module.children() for _ in child.parameters()):
+            pinned.slots += slots
+            continue
+        unit = units.setdefault(block or name, Unit(block or name))
+        unit.slots += slots
+        unit.modules.append(name)
+    return list(units.values()), pinned
+
+
+def shared_tensors(units: list[Unit], shards: Shards) -> set[StoredTensor]:
+    """Return the tensors that several units hold, tied weights: they are read once and kept."""
+    holders = Counter(stored for unit in units for stored in {shards.locate(slot.key) for slot in unit.slots})
+    return {stored for stored, count in holders.items() if count > 1}
+
+
+def _slots(name: str, module: nn.Module, shards: Shards) -> Iterator[Slot]:
+    tensors = {**module._parameters, **module._buffers}
+    for own, tensor in tensors.items():
+        key = f"{name}.{own}" if name else own
+        if isinstance(tensor, Tensor) and tensor.device.type == "meta" and key in shards:
+            yield Slot(module, own, key, tensor.shape)
 
 
 class Stream:
@@ -37,8 +122,8 @@ class Stream:
         self.device = device
         self.spill = Spill(held)
         self.units, self.pinned = units_of(model, shards)
-        self._shared = shared_places([*self.units, self.pinned], shards)
-        self._kept: Weights = {}
+        self._shared = shared_tensors([*self.units, self.pinned], shards)
+        self._shared_weights: Weights = {}
         self._owned: dict[nn.Module, Unit] = {}
         for unit in self.units:
             self._owned |= {slot.module: unit for slot in unit.slots}
@@ -46,15 +131,15 @@ class Stream:
         self._after = {unit: after for unit, after in pairwise(self.units) if _siblings(unit.name, after.name)}
         self._loaded: Unit | None = None
         self._next: tuple[Unit, Future[Weights]] | None = None
-        self._beside: Stream | None = None
+        self._other: Stream | None = None
         self._before_waiting: Callable[[], None] | None = None
 
-    def stand_beside(self, other: Stream | None, before_waiting: Callable[[], None]) -> None:
-        """Load the units of another streamed model as well, which run in the same flights.
+    def run_with(self, other: Stream | None, before_waiting: Callable[[], None] | None) -> None:
+        """Load the units of another streamed model as well, whose forwards run inside those of this one.
 
-        `before_waiting`: called before a flight waits for a unit of this one.
+        `before_waiting`: called before a forward waits for a unit of this one.
         """
-        self._beside, self._before_waiting = other, before_waiting
+        self._other, self._before_waiting = other, before_waiting
 
     def enter_module(self, module: nn.Module) -> None:
         """Load the unit that holds the weights of a module, if it isn't always there."""
@@ -80,48 +165,60 @@ class Stream:
             self.pinned.detach()
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._next = None
-            self._kept.clear()
+            self._shared_weights.clear()
             self.spill.close()
             for handle in handles:
                 handle.remove()
 
-    def run(self, jobs: Sequence[Callable[[], None]], resumed: Callable[[int], None]) -> None:
-        """Run the jobs side by side, unit by unit, in their order; `resumed` is told which one goes on."""
-        flights = [greenlet(job) for job in jobs]
-        waiting: dict[int, Unit] = {}
-        try:
-            self._pass(flights, range(len(flights)), waiting, resumed)
-            while waiting:
-                unit = waiting[min(waiting)]
-                self._home(unit)._enter(unit)
-                passing = sorted(index for index, awaited in waiting.items() if awaited is unit)
-                self._pass(flights, passing, waiting, resumed)
-        finally:
-            for flight in flights:
-                if not flight.dead:
-                    with suppress(GreenletExit):
-                        flight.throw(GreenletExit)
+    def run(self, forwards: Iterable[T], run: Callable[[T], None], resumed: Callable[[T], None]) -> Iterator[int]:
+        """Run forwards side by side, unit by unit, a wave at a time; yield, after each wave, how many have run.
 
-    def _pass(
+        `resumed`: called before a forward goes on.
+        """
+        waiting, done = iter(forwards), 0
+        while wave := list(islice(waiting, WAVE)):
+            self._run_wave(wave, run, resumed)
+            done += len(wave)
+            yield done
+
+    def _run_wave(self, wave: Sequence[T], run: Callable[[T], None], resumed: Callable[[T], None]) -> None:
+        greenlets = [greenlet(partial(run, forward)) for forward in wave]
+        awaited: dict[int, Unit] = {}
+        try:
+            self._run_until_weights(wave, range(len(wave)), greenlets, awaited, resumed)
+            while awaited:
+                unit = awaited[min(awaited)]
+                self._home(unit)._enter(unit)
+                ready = sorted(index for index, needed in awaited.items() if needed is unit)
+                self._run_until_weights(wave, ready, greenlets, awaited, resumed)
+        finally:
+            for each in greenlets:
+                if not each.dead:
+                    with suppress(GreenletExit):
+                        each.throw(GreenletExit)
+
+    def _run_until_weights(
         self,
-        flights: Sequence[greenlet],
-        passing: Sequence[int],
-        waiting: dict[int, Unit],
-        resumed: Callable[[int], None],
+        wave: Sequence[T],
+        ready: Sequence[int],
+        greenlets: Sequence[greenlet],
+        awaited: dict[int, Unit],
+        resumed: Callable[[T], None],
     ) -> None:
-        for position, index in enumerate(passing):
-            resumed(index)
+        """Let the forwards that are ready go on, each until it ends or waits for a unit."""
+        for position, index in enumerate(ready):
+            resumed(wave[index])
             with torch.no_grad():
-                awaited = flights[index].switch()
-            waiting.pop(index, None)
-            if not flights[index].dead:
-                waiting[index] = awaited
-                if position == 0:  # the first sample tells what the others need next
-                    self._home(awaited)._foresee(awaited)
+                unit = greenlets[index].switch()
+            awaited.pop(index, None)
+            if not greenlets[index].dead:
+                awaited[index] = unit
+                if position == 0:  # the first sample shows what the others need next
+                    self._home(unit)._foresee(unit)
 
     def _home(self, unit: Unit) -> Stream:
         """Return the stream whose unit it is."""
-        return self._beside if self._beside is not None and unit in self._beside.units else self
+        return self._other if self._other is not None and unit in self._other.units else self
 
     def _foresee(self, awaited: Unit) -> None:
         if awaited is not self._loaded:
@@ -184,14 +281,14 @@ class Stream:
     def _read(self, unit: Unit) -> Weights:
         weights: Weights = {}
         for slot in unit.slots:
-            place = self.shards.place(slot.key)
-            if place in self._kept:
-                weights[place] = self._kept[place]
-            elif place not in weights:
+            stored = self.shards.locate(slot.key)
+            if stored in self._shared_weights:
+                weights[stored] = self._shared_weights[stored]
+            elif stored not in weights:
                 tensor = self.shards.read(slot.key, slot.shape).to(self.device)
-                weights[place] = nn.Parameter(tensor, requires_grad=False)
-                if place in self._shared:
-                    self._kept[place] = weights[place]
+                weights[stored] = nn.Parameter(tensor, requires_grad=False)
+                if stored in self._shared:
+                    self._shared_weights[stored] = weights[stored]
         return weights
 
 

@@ -1,68 +1,73 @@
-"""What a model predicts for the next token, sample by sample, alone and beside its reference."""
+"""What a model predicts for the next token, sample by sample, alone and against its reference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...captures import AGREEMENT, SCORE_NAMES, SiteNumbers, Statistic
+from ...captures import AGREEMENT, LOGITS, SCORE_NAMES, SiteKey, SiteNumbers, Statistic
 from ...common import AnomalyError, InfraError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
-from ..load.batches import Batch, Rows
+from ..load.batches import Batch
 from ..reduce.pairs import scores_of
 from ..reduce.storage import Transfer
+from .participant import Forward, Need, Participant
 
 MASKED = ("MaskedLM", "PreTraining")
 """What the names of models end with that predict hidden tokens, not the next one."""
 
 
-@dataclass
-class Predictions:
-    """The scores of the samples so far. `model`: whose logits they are."""
+class Predictions(Participant):
+    """Scores what the model predicts after each token, against the reference's predictions where that is wanted."""
 
-    model: nn.Module
-    statistics: frozenset[Statistic]
-    samples: dict[int, Tensor] = field(default_factory=dict)
-    dtype: str = ""
+    needs = Need.WHOLE_FORWARDS
 
-    @property
-    def compared(self) -> bool:
-        """Whether the reference's logits are needed."""
-        return AGREEMENT in self.statistics
+    def __init__(self, model: nn.Module, statistics: frozenset[Statistic]) -> None:
+        self._model = model
+        self._statistics = statistics
+        self.begin()
 
-    def add(self, batch: Batch, rows: Rows, output: Any, reference: Any) -> None:
+    def begin(self, exits: ExitStack | None = None) -> None:
+        """Begin an attempt without scores."""
+        self._samples: dict[int, Tensor] = {}
+        self._dtype = ""
+
+    def forward_ended(self, forward: Forward, output: Any) -> None:
         """Score the rows of one batch.
 
         Raises:
             AnomalyError: the model returns no logits.
             InfraError: the reference has another vocabulary.
         """
-        own = logits_of(output, self.model)
-        theirs = logits_of(reference, self.model) if self.compared else None
+        own = logits_of(output, self._model)
+        theirs = logits_of(forward.reference_output, self._model) if AGREEMENT in self._statistics else None
         if theirs is not None and theirs.shape != own.shape:
             raise InfraError(
                 f"the model predicts {own.shape[-1]} tokens and its reference {theirs.shape[-1]}: "
                 "they can't be compared"
             )
-        self.dtype = str(own.dtype).removeprefix("torch.")
-        following = following_tokens(batch, own.shape[:2], causal=not type(self.model).__name__.endswith(MASKED))
+        rows = forward.rows
+        self._dtype = str(own.dtype).removeprefix("torch.")
+        following = following_tokens(
+            forward.batch, own.shape[:2], causal=not type(self._model).__name__.endswith(MASKED)
+        )
         keep = rows.kept("decoder" if rows.has_decoder else "", own.shape[1], own.device)
         for index, sample in enumerate(rows.samples):
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
             found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
-            self.samples[sample] = _blanked(found, keep[index])
+            self._samples[sample] = _blanked(found, keep[index])
 
-    def numbers(self) -> SiteNumbers:
-        """Fetch the scores of all samples, in their order."""
-        fetch = Transfer(self.samples.values())
-        tables = [fetch(self.samples[sample]) for sample in sorted(self.samples)]
+    def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add the scores of all samples, in their order."""
+        fetch = Transfer(self._samples.values())
+        tables = [fetch(self._samples[sample]) for sample in sorted(self._samples)]
         columns = range(len(SCORE_NAMES))
         scores = [TokenScores(*(table[:, column] for column in columns)) for table in tables]
-        return numbers_of(scores, sorted(self.samples), self.statistics, self.dtype)
+        numbers[LOGITS, LOGITS] = numbers_of(scores, sorted(self._samples), self._statistics, self._dtype)
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

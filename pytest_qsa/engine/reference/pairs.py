@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ...captures import (
     ERROR,
+    LAYOUTS,
     NOT_COMPARED,
     PADDING,
     ChannelError,
     LocalError,
-    Site,
+    SiteKey,
     SiteNumbers,
     Statistic,
     pairwise,
@@ -28,15 +29,14 @@ from ...common import AnomalyError, InfraError
 from ..load.batches import Rows
 from ..modules import channels_first, tensor_of
 from ..reduce.pairs import channel_powers, powers_of
-from ..reduce.storage import Arena
+from ..reduce.storage import Arena, Transfer
 
-SiteKey = tuple[str, Site]
 LEAST_AGREEMENT = 100.0
 """A layer that treats tokens one by one gives the same for a few of them: Σy² is this many times the error, or more."""
 
 
 @dataclass(frozen=True)
-class Met:
+class ReferenceTensor:
     """What the reference has at a site: its tensor, and what went into the layer.
 
     `rows`: where some tokens only were kept, which of each sample's that are no padding, ascending; the tensors are
@@ -116,7 +116,7 @@ class Pairs:
     def _wants(self) -> dict[SiteKey, PairWants]:
         return {site: PairWants.of(statistics) for site, statistics in self.wanted.items()}
 
-    def compare(self, rows: Rows, site: SiteKey, call: int, met: Met | None, own: Tensor) -> None:
+    def compare(self, rows: Rows, site: SiteKey, call: int, met: ReferenceTensor | None, own: Tensor) -> None:
         """Compare what both models have at a site.
 
         Raises:
@@ -140,7 +140,7 @@ class Pairs:
         self._found.clear()
 
     def _of(
-        self, rows: Rows, site: SiteKey, met: Met, own: Tensor, shaped: Tensor, wants: PairWants
+        self, rows: Rows, site: SiteKey, met: ReferenceTensor, own: Tensor, shaped: Tensor, wants: PairWants
     ) -> list[dict[str, Any]]:
         key = (id(met.tensor), id(own))
         known = self._found.get(key)
@@ -151,7 +151,9 @@ class Pairs:
         self._found[key] = _Found((weakref.ref(met.tensor), weakref.ref(own)), versions, wants, found)
         return found
 
-    def _compared(self, rows: Rows, site: SiteKey, met: Met, shaped: Tensor, wants: PairWants) -> list[dict[str, Any]]:
+    def _compared(
+        self, rows: Rows, site: SiteKey, met: ReferenceTensor, shaped: Tensor, wants: PairWants
+    ) -> list[dict[str, Any]]:
         reference = (
             met.tensor if met.rows is not None else rows.shaped(met.tensor, channels_first(self.modules[site[0]]))[0]
         )
@@ -179,7 +181,7 @@ class Pairs:
         return kept
 
     @staticmethod
-    def _check_shapes(site: SiteKey, met: Met, reference: Tensor, own: Tensor) -> None:
+    def _check_shapes(site: SiteKey, met: ReferenceTensor, reference: Tensor, own: Tensor) -> None:
         """Check that the tensors fit; of a reference that was kept, only the channels can be compared."""
         first = 1 if met.rows is None else -1
         if reference.dim() != own.dim() or reference.shape[first:] != own.shape[first:]:
@@ -192,7 +194,7 @@ class Pairs:
         site: SiteKey,
         pair: tuple[Tensor, Tensor],
         kept: Tensor | None,
-        met: Met,
+        met: ReferenceTensor,
         index: int,
         wants: PairWants,
     ) -> dict[str, Any]:
@@ -219,7 +221,7 @@ class Pairs:
         return found
 
     def _local(
-        self, layer: str, met: Met, pair: tuple[Tensor, Tensor], index: int, drawn: Tensor, count: int
+        self, layer: str, met: ReferenceTensor, pair: tuple[Tensor, Tensor], index: int, drawn: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """Run the layer on some of the reference's tokens; return their positions [R] and powers [R, 3]."""
         if met.inputs is None:
@@ -242,8 +244,6 @@ class Pairs:
 
     def numbers(self, numbers: Mapping[SiteKey, SiteNumbers]) -> dict[SiteKey, SiteNumbers]:
         """Add what was compared to what was reduced of one model; sites with the same numbers go on sharing them."""
-        from .pair_numbers import joined
-
         return joined(numbers, self.observers, self.wanted)
 
 
@@ -328,3 +328,44 @@ def _version(tensor: Tensor) -> int:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def joined(
+    numbers: Mapping[SiteKey, SiteNumbers],
+    observers: Mapping[SiteKey, PairObserver],
+    wanted: Mapping[SiteKey, frozenset[Statistic]],
+) -> dict[SiteKey, SiteNumbers]:
+    """Return the numbers of every site, with those of two models where they were wanted."""
+    known: dict[tuple[Any, ...], SiteNumbers] = {}
+    found = dict(numbers)
+    kept = (value for observer in observers.values() for row in observer.rows for value in row.values())
+    fetch = Transfer(value for value in kept if isinstance(value, Tensor))
+    for site, statistics in wanted.items():
+        observer = observers.get(site)
+        if observer is None:
+            found[site] = numbers[site].having(statistics, {})
+            continue
+        key = (id(numbers[site]), statistics, *(id(row) for row in observer.rows))
+        if key not in known:
+            known[key] = _joined(numbers[site], observer, statistics, site, fetch)
+        found[site] = known[key]
+    return found
+
+
+def _joined(
+    own: SiteNumbers, observer: PairObserver, statistics: frozenset[Statistic], site: SiteKey, fetch: Transfer
+) -> SiteNumbers:
+    owners = np.array(observer.owners, dtype=np.int64).reshape(-1, 3)
+    order = np.lexsort((owners[:, 1], owners[:, 0]))
+    owners, rows = owners[order], [observer.rows[index] for index in order]
+    placed: dict[str, Any] = {
+        "sample": owners[:, 0].astype(np.int32), "call": owners[:, 1].astype(np.int32), "lengths": owners[:, 2],
+    }  # fmt: skip
+    if own.populations:
+        if any(not np.array_equal(getattr(own, name), array) for name, array in placed.items()):
+            raise InfraError(f"the {site[1]} of {site[0]} was compared in other calls than it was measured in")
+    else:
+        own = replace(own, dtype=observer.dtype, shape=observer.shape, token_axis=observer.token_axis, **placed)
+    values = {name: [fetch(row[name]) for row in rows] for name in rows[0]}
+    arrays = {name: LAYOUTS[name.partition("/")[0]].join(found) for name, found in values.items()}
+    return own.having(statistics, arrays)

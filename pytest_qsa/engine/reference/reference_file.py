@@ -66,7 +66,7 @@ def drawn(seed: int, sample: str, count: int, rows: int) -> NDArray[np.int32]:
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class SiteRows:
     """What is kept of one call of a site, sample after sample.
 
     `counts` [S]: the tokens of each sample. `rows` [N, C]: those that were drawn, `at` [N] which ones; all where that
@@ -93,8 +93,8 @@ class Content:
     modules: Sequence[str]
     blocks: Sequence[str]
     sinks: Sequence[Any]
-    streams: Mapping[Call, Stream]
-    hidden: Stream | None = None
+    calls: Mapping[Call, SiteRows]
+    hidden: SiteRows | None = None
     head: Mapping[str, Any] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -104,16 +104,16 @@ class Content:
         for part, tensor in self.weights.items():
             tensors.named[f"head/{part}"] = tensor.contiguous()
         streams = []
-        for (layer, site, call), stream in self.streams.items():
+        for (layer, site, call), rows in self.calls.items():
             entry: dict[str, Any] = {"layer": layer, "site": site, "call": call}
-            entry["counts"] = tensors.add("counts", torch.from_numpy(stream.counts))
-            if stream.rows is not None:
-                entry["rows"] = tensors.add("rows", stream.rows)
-            if stream.at is not None:
-                entry["at"] = tensors.add("at", torch.from_numpy(stream.at))
-            if stream.maxima is not None:
-                entry["dtype"] = str(stream.maxima.dtype).removeprefix("torch.")
-                entry["maxima"] = tensors.add("maxima", _deflated(stream.maxima))
+            entry["counts"] = tensors.add("counts", torch.from_numpy(rows.counts))
+            if rows.rows is not None:
+                entry["rows"] = tensors.add("rows", rows.rows)
+            if rows.at is not None:
+                entry["at"] = tensors.add("at", torch.from_numpy(rows.at))
+            if rows.maxima is not None:
+                entry["dtype"] = str(rows.maxima.dtype).removeprefix("torch.")
+                entry["maxima"] = tensors.add("maxima", _deflated(rows.maxima))
             streams.append(entry)
         hidden = None
         if self.hidden is not None and self.hidden.rows is not None:
@@ -153,7 +153,7 @@ def _inflated(content: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(eq=False)
-class KeptFile:
+class ReferenceFile:
     """A file that `Content.to_bytes` made, open; its arrays are read where they are needed."""
 
     path: Path
@@ -161,7 +161,7 @@ class KeptFile:
     _file: Any
 
     @classmethod
-    def open(cls, path: Path) -> KeptFile:
+    def open(cls, path: Path) -> ReferenceFile:
         """Open a file and read its header.
 
         Raises:

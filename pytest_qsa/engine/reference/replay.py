@@ -1,10 +1,10 @@
-"""The partner of a pass that is no model: a reference that was kept as a file."""
+"""A reference that was recorded to a file: a pass replays it in the place of a model that runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...captures import (
-    AGREEMENT,
     PADDING,
     REFERENCE_TOKENS,
     SINKS,
@@ -25,22 +24,17 @@ from ...captures import (
     LocalError,
     Provenance,
     Request,
-    Sinks,
-    Site,
     SiteKey,
     SiteNumbers,
-    Statistic,
     against_reference,
     pairwise,
 )
 from ...common import AnomalyError, InfraError
 from ..load.batches import Batch, Rows
-from ..run.visits import CompanionChanged, Forward, Visits
-from ..stream.stream import Stream
-from .compare import Met, Pairs
-from .head import Head
-from .kept_file import Call, KeptFile, hashes_of
-from .live import Wanted, paired
+from ..run.participant import Forward, Pass
+from .live import Reference
+from .pairs import ReferenceTensor
+from .reference_file import Call, ReferenceFile, hashes_of
 
 ANEW = "make it anew with `qsa capture --for-reference` of a suite that compares there"
 
@@ -62,45 +56,43 @@ def check_answerable(requests: Sequence[Request], shown: str) -> None:
             )
 
 
-@dataclass
-class KeptPartner:
-    """A reference that was kept. `device`: where the subject runs; `origin`: may explain why a sample isn't there."""
+class ReplayedReference(Reference):
+    """A reference that was recorded to a file, in the place of one that runs.
 
-    file: KeptFile
-    device: torch.device
-    origin: str = ""
-    stream: Stream | None = None
-    _pairs: Wanted = field(default_factory=dict)
-    _own: frozenset[SiteKey] = frozenset()
-    _scores: bool = False
-    _flown: list[tuple[int, int, Rows, int]] = field(default_factory=list)
-    _drawn: dict[Call, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    `device`: where the subject runs; `origin`: may explain why a sample isn't in the file.
+    """
 
-    @contextmanager
-    def ready(
-        self, batches: Sequence[Batch], first_sample: int, wanted: Wanted, scores: frozenset[Statistic]
-    ) -> Iterator[None]:
+    def __init__(self, file: ReferenceFile, device: torch.device, origin: str = "") -> None:
+        self.file = file
+        self._device = device
+        self._origin = origin
+        self._rows_of_call: dict[Call, tuple[list[Tensor], list[Tensor]]] = {}
+        self._maxima_sites: frozenset[SiteKey] = frozenset()
+        self._replayed: list[tuple[int, int, Rows, int]] = []
+        """Of each sample that has run: its number, that in the file, the rows of its batch, and which one it is."""
+        self._samples: dict[int, list[int]] = {}
+        """The samples, as numbered in the file, of each forward that is under way, by its first sample."""
+
+    def prepare(self, run: Pass, exits: ExitStack) -> None:
         """Check that the file holds what is wanted, of these samples.
 
         Raises:
             AnomalyError: it lacks a site, what the model predicts, or a sample.
+            InfraError: predictions are wanted and the head's checkpoint is gone or has changed.
         """
-        self._scores = AGREEMENT in scores
-        if self._scores and self.file.header["hidden"] is None:
-            raise AnomalyError(f"{self._name} holds nothing of what the model predicts: {ANEW}")
-        if self._scores:
-            _ = self._head
-        names = {site: against_reference(statistics) for site, statistics in wanted.items()}
-        self._pairs = {site: each for site, each in names.items() if site[1] != "weight" and each}
-        self._own = frozenset(site for site, each in names.items() if REFERENCE_TOKENS in each)
-        for site, each in self._pairs.items():
-            if pairwise(each):
-                self._check(site, local=any(isinstance(statistic, LocalError) for statistic in each))
-        for site in self._own:
+        super().prepare(run, exits)
+        if self.compares_predictions:
+            if self.file.header["hidden"] is None:
+                raise AnomalyError(f"{self._name} holds nothing of what the model predicts: {ANEW}")
+            self._head = self.file.head().to(self._device)
+        for site, names in self.compared.items():
+            if pairwise(names):
+                self._check(site, local=any(isinstance(statistic, LocalError) for statistic in names))
+        self._maxima_sites = frozenset(site for site, names in self.compared.items() if REFERENCE_TOKENS in names)
+        for site in self._maxima_sites:
             self._check(site, part="maxima")
-        self._check_samples(batches)
-        yield
-        self._drawn.clear()
+        self._check_samples(run.batches)
+        exits.callback(self._rows_of_call.clear)
 
     def _check(self, site: SiteKey, part: str = "rows", *, local: bool = False) -> None:
         held = self.file.calls.get((*site, 0), {})
@@ -118,74 +110,69 @@ class KeptPartner:
             raise AnomalyError(
                 f"{self._name} was made of other tokens: sample {missing[0]}"
                 f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''} isn't among its {len(self._index)} samples"
-                f"{self.origin}; give the suite the data and tokenizer of the reference, or make the file anew with it"
+                f"{self._origin}; give the suite the data and tokenizer of the reference, or make the file anew with it"
             )
 
-    def visits(
-        self, wanted: Wanted, modules: Mapping[str, nn.Module], unshared: frozenset[SiteKey], *, may_stop: bool
-    ) -> Visits:
-        """Begin a try of the pass."""
-        self._flown = []
-        pairs = Pairs(self._pairs, modules, Sinks((), searched=False).among)
-        return paired(pairs, wanted, modules, unshared, may_stop=may_stop)
+    def begin(self, exits: ExitStack) -> None:
+        """Begin an attempt: no sample is replayed yet."""
+        super().begin(exits)
+        self._replayed = []
 
-    def fly(self, batch: Batch, forward: Forward) -> None:
+    def forward_started(self, forward: Forward) -> None:
         """Look the samples of one forward up."""
-        samples = [self._index[sample] for sample in hashes_of(batch)]
-        self._flown += [(own, kept, forward.rows, row) for row, (own, kept) in
-                        enumerate(zip(forward.rows.samples, samples, strict=True))]  # fmt: skip
-        forward.flight = KeptFlight(self, forward.rows, samples)
+        samples = [self._index[sample] for sample in hashes_of(forward.batch)]
+        for row, (own, recorded) in enumerate(zip(forward.rows.samples, samples, strict=True)):
+            self._replayed.append((own, recorded, forward.rows, row))
+        self._samples[forward.rows.samples[0]] = samples
 
-    def learn(self, change: CompanionChanged) -> None:
-        """Nothing runs that could change."""
+    def forward_ended(self, forward: Forward, output: Any) -> None:
+        """Make the logits again, if predictions are compared."""
+        samples = self._samples.pop(forward.rows.samples[0])
+        if self.compares_predictions:
+            forward.reference_output = SimpleNamespace(logits=self._logits(samples, forward.rows))
+        super().forward_ended(forward, output)
 
-    def capture(self, first_sample: int) -> Capture:
-        """Return the maxima of the reference's tokens, of the samples that have run; they are numbered from 0."""
+    def complete(self, capture: Capture) -> Capture:
+        """Add the maxima of the reference's tokens, of the samples that have run; they are numbered from 0."""
         blocks = {(block, "output") for block in self.file.header["blocks"]}
-        calls = [call for call, held in self.file.calls.items() if "maxima" in held and call[:2] in blocks | self._own]
-        sites: dict[tuple[str, Site], list[Call]] = {}
-        for call in calls:
-            sites.setdefault((call[0], call[1]), []).append(call)
-        return Capture(
-            sites={site: self._numbers(site, each, first_sample) for site, each in sites.items()},
+        sites: dict[SiteKey, list[Call]] = {}
+        for call, held in self.file.calls.items():
+            if "maxima" in held and call[:2] in blocks | self._maxima_sites:
+                sites.setdefault((call[0], call[1]), []).append(call)
+        reference = Capture(
+            sites={site: self._numbers(site, calls) for site, calls in sites.items()},
             modules=tuple(self.file.header["modules"]),
             blocks=tuple(self.file.header["blocks"]),
             provenance=Provenance(self.file.provenance.model, rows=self.file.header["rows"], kept=self.file.shown),
         )
+        return replace(capture, reference=reference)
 
-    def weighed(
-        self,
-        modules: Mapping[str, nn.Module],
-        wanted: Wanted,
-        numbers: Mapping[SiteKey, SiteNumbers],
-        stream: Stream | None,
-    ) -> dict[SiteKey, SiteNumbers]:
-        """Weights aren't kept."""
-        return dict(numbers)
+    def tensor_at(self, forward: Forward, site: SiteKey, call: int) -> ReferenceTensor | None:
+        """Return the rows that were recorded at a call of a site, for the samples of a forward."""
+        return self._recorded((*site, call), self._samples[forward.rows.samples[0]])
 
-    def met(self, call: Call, samples: Sequence[int]) -> Met | None:
-        """Return what was kept of a call of a site for some samples."""
+    def _recorded(self, call: Call, samples: Sequence[int]) -> ReferenceTensor | None:
         if "rows" not in self.file.calls.get(call, {}):
             return None
         rows, at = self._rows(call)
         fed: Call = (call[0], "input", call[2])
         inputs = self._rows(fed)[0] if call[1] == "output" and "rows" in self.file.calls.get(fed, {}) else None
-        return Met(
+        return ReferenceTensor(
             self._padded([rows[sample] for sample in samples]),
             None if inputs is None else self._padded([inputs[sample] for sample in samples]),
             [at[sample] for sample in samples],
         )
 
-    def logits(self, samples: Sequence[int], rows: Rows) -> Tensor:
+    def _logits(self, samples: Sequence[int], rows: Rows) -> Tensor:
         """Return logits [B, T, V] that are made again; 0 at padding."""
         layer = "decoder" if rows.has_decoder else ""
-        made = [self._head.logits(self.file.hidden(sample).to(self.device)) for sample in samples]
+        made = [self._head.logits(self.file.hidden(sample).to(self._device)) for sample in samples]
         places = [_places(rows, index, layer, len(one)) for index, one in enumerate(made)]
         if all(place is None for place, _ in places):
             return torch.stack(made)
         found = made[0].new_zeros(len(made), max(length for _, length in places), made[0].shape[-1])
         for row, one, (place, length) in zip(found, made, places, strict=True):
-            row[slice(length) if place is None else place.to(self.device)] = one
+            row[slice(length) if place is None else place.to(self._device)] = one
         return found
 
     @property
@@ -196,24 +183,20 @@ class KeptPartner:
     def _index(self) -> dict[str, int]:
         return self.file.samples
 
-    @cached_property
-    def _head(self) -> Head:
-        return self.file.head().to(self.device)
-
     def _rows(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
-        if call not in self._drawn:
-            self._drawn[call] = self.file.rows(call)
-        return self._drawn[call]
+        if call not in self._rows_of_call:
+            self._rows_of_call[call] = self.file.rows(call)
+        return self._rows_of_call[call]
 
     def _padded(self, rows: Sequence[Tensor]) -> Tensor:
         """Stack rows [R, C] of some samples, where one has fewer tokens than were drawn with zeros below."""
         width = self.file.header["rows"]
-        return torch.stack([nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows]).to(self.device)
+        return torch.stack([nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows]).to(self._device)
 
-    def _numbers(self, site: tuple[str, Site], calls: Sequence[Call], first_sample: int) -> SiteNumbers:
+    def _numbers(self, site: SiteKey, calls: Sequence[Call]) -> SiteNumbers:
         maxima = {call[2]: self.file.maxima(call) for call in calls}
         owners, tokens, peaks, channels = [], [], [], []
-        for own, kept, rows, row in sorted(self._flown, key=lambda flown: flown[0]):
+        for own, kept, rows, row in sorted(self._replayed, key=lambda replayed: replayed[0]):
             for call in sorted(maxima):
                 values = maxima[call][kept].numpy()
                 place, length = _places(rows, row, site[0], len(values))
@@ -221,7 +204,7 @@ class KeptPartner:
                 spread = np.full(length, PADDING, dtype=np.float32)
                 spread[at] = values
                 tokens.append(spread)
-                owners.append((own - first_sample, call, length))
+                owners.append((own - self._first_sample, call, length))
                 sinks = [
                     s for s in self.file.header["sinks"] if s[0] == kept and site[0] in s[3] and site[1] == "output"
                 ]
@@ -242,28 +225,6 @@ class KeptPartner:
                 "peak_channels": _table(channels),
             },
         )
-
-
-@dataclass
-class KeptFlight:
-    """The forward of a reference that ran long ago, over some samples of its file."""
-
-    partner: KeptPartner
-    rows: Rows
-    samples: Sequence[int]
-
-    def at(self, site: SiteKey, call: int) -> Met | None:
-        """Return what was kept there."""
-        return self.partner.met((*site, call), self.samples)
-
-    def end(self, *, whole: bool) -> Any:
-        """Return an output with logits, if they are compared."""
-        if not whole or not self.partner._scores:
-            return None
-        return SimpleNamespace(logits=self.partner.logits(self.samples, self.rows))
-
-    def settle(self) -> None:
-        """Nothing runs."""
 
 
 def _places(rows: Rows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:

@@ -1,0 +1,338 @@
+"""What is reduced at the sites of a model: the tensors of its calls, which hooks see, and its weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate.utils import align_module_device
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...captures import EXPERTS, STORED, SiteKey, SiteNumbers, Statistic, against_reference
+from ...common import InfraError
+from ..formats.format import dequantized
+from ..formats.stored import StoredWeights
+from ..load.batches import Rows
+from ..modules import Routing, channels_first, input_of, packed_experts, routing_of, tensor_of
+from ..reduce.observer import Reducers, StreamObserver
+from ..reduce.storage import Transfer
+from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart, SeenTensor, Wanted
+
+
+@dataclass(frozen=True)
+class CallOrder:
+    """What the first forward showed: its last call that is needed, and how often each site had been reached by then."""
+
+    last: tuple[SiteKey, int] | None
+    calls: Mapping[SiteKey, int]
+
+
+class SiteStatistics(Participant):
+    """Reduces the tensor of every site once, wherever it's seen, and ends a forward where nothing more is needed.
+
+    The first forward shows which sites share a tensor (q, k and v read one and the same), and which call is the last.
+    A later forward that does otherwise makes the pass start again, without that sharing or without stopping.
+
+    `wanted`: the statistics of each site; those that compare with a reference are left to it. `may_stop`: a forward may
+    end at the last site. `learns_order`: the first forward ends before the second one begins, so that it can show which
+    call is the last; in a streamed pass `rehearsed` says so. `fused` off keeps to torch's operators.
+    """
+
+    def __init__(
+        self, wanted: Wanted, modules: Mapping[str, nn.Module], *,
+        may_stop: bool = True, learns_order: bool = True, fused: bool = True,
+    ) -> None:  # fmt: skip
+        self.wanted = {site: statistics - against_reference(statistics) for site, statistics in wanted.items()}
+        self.modules = modules
+        self.needs = Need.FORWARDS if wanted else Need.NOTHING
+        self.may_stop = may_stop
+        self.learns_order = learns_order
+        self.rehearsed: CallOrder | None = None
+        self.unshared: frozenset[SiteKey] = frozenset()
+        self._fused = fused
+        self.begin()
+
+    def begin(self, exits: ExitStack | None = None) -> None:
+        """Begin an attempt: nothing is reduced yet, and nothing is known to be shared."""
+        self.observers: dict[SiteKey, StreamObserver] = {}
+        self.shared: dict[SiteKey, SiteKey] = {}
+        self.reducers = Reducers(fused=self._fused)
+        self.forward: Forward | None = None
+        self.order = self.rehearsed if self.may_stop else None
+        self.sharing: set[SiteKey] = set()
+        self.learning = True
+        self._lacking: dict[SiteKey, frozenset[Statistic]] = {}
+
+    def forward_resumed(self, forward: Forward) -> None:
+        """Let the hooks know whose tensors they see."""
+        self.forward = forward
+
+    def observe(self, site: SiteKey, tensor: Tensor | None, routing: Routing | None = None) -> None:
+        """Reduce a site's tensor, or note that it has been reduced at another site of this forward.
+
+        `routing`: which experts its tokens go to. Another site that reads the same tensor need not know that.
+        """
+        forward = self.forward
+        if tensor is None or forward is None:
+            return
+        call = forward.calls.get(site, 0)
+        forward.calls[site] = call + 1
+        owner = self._owner(forward, site, tensor, call) if self.learning or site in self.sharing else None
+        missing = self.wanted[site] if owner is None else self._lacking[site]
+        if routing is not None:
+            missing |= self.wanted[site] & {EXPERTS}
+        if missing:
+            self._reduce(forward.rows, site, tensor, call, missing, routing)
+        forward.last = (site, call)
+        if self.order is not None and forward.last == self.order.last:
+            if forward.calls != self.order.calls:
+                self.may_stop = False
+                raise Restart(f"other layers had been called than in the first batch when {site[0]} was reached")
+            raise ForwardComplete
+
+    def _owner(self, forward: Forward, site: SiteKey, tensor: Tensor, call: int) -> SiteKey | None:
+        seen = forward.seen.get(id(tensor))
+        version = _version(tensor)
+        fresh = seen is None or seen.tensor() is not tensor or seen.version != version or version is None
+        known = self.shared.get(site)
+        if known is not None:
+            if fresh or seen is None or seen.site != known or seen.call != call:
+                self._unshare(site)
+            return known
+        if fresh or seen is None:
+            forward.seen[id(tensor)] = SeenTensor(weakref.ref(tensor), version, site, call)
+        elif (
+            forward.first
+            and site not in self.observers
+            and site not in self.unshared
+            and seen.call == call
+            and seen.site != site
+        ):
+            self.shared[site] = seen.site
+            self.sharing |= {site, seen.site}
+            self._lacking[site] = self.wanted[site] - self.wanted[seen.site]
+            return seen.site
+        return None
+
+    def _reduce(
+        self,
+        rows: Rows,
+        site: SiteKey,
+        tensor: Tensor,
+        call: int,
+        statistics: frozenset[Statistic],
+        routing: Routing | None,
+    ) -> None:
+        observer = self.observers.get(site) or self._observer(site, statistics)
+        try:
+            shaped, token_axis = rows.shaped(tensor, observer.channels_first)
+        except InfraError as error:
+            raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
+        padded = token_axis and rows.padded
+        keep = rows.kept(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
+        observer.add(shaped, keep, rows.samples, call, token_axis, routing)
+
+    def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:
+        first = channels_first(self.modules[site[0]])
+        made = self.observers[site] = StreamObserver(statistics, self.reducers, channels_first=first)
+        return made
+
+    def _unshare(self, site: SiteKey) -> NoReturn:
+        self.unshared |= {site}
+        raise Restart(f"the {site[1]} of {site[0]} is no longer the tensor of another site")
+
+    def forward_ended(self, forward: Forward, output: object = None) -> None:
+        """End a forward; the first one shows which call is the last that is needed."""
+        for site, owner in self.shared.items():
+            if forward.calls.get(site, 0) != forward.calls.get(owner, 0):
+                self._unshare(site)
+        if forward.first:
+            self.learning = False
+            if self.may_stop and self.learns_order and all(site in forward.calls for site in self.wanted):
+                self.order = CallOrder(forward.last, dict(forward.calls))
+        forward.seen.clear()
+
+    def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add the numbers of every site."""
+        numbers |= self.numbers()
+
+    def numbers(self) -> dict[SiteKey, SiteNumbers]:
+        """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
+        fetched = Transfer(tensor for observer in self.observers.values() for tensor in observer.tensors())
+        own = {site: observer.numbers(self.wanted[site], fetched) for site, observer in self.observers.items()}
+        found = {
+            site: own.get(site) or StreamObserver(statistics).numbers(statistics)
+            for site, statistics in self.wanted.items()
+            if site not in self.shared
+        }
+        for site, owner in self.shared.items():
+            found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
+        return found
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return the count of changes in place; None for an inference tensor, which has none and so is never shared."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
+    """Join what was reduced at another site of the same tensor with what only this site asked for."""
+    return lent.having(own.statistics, own.arrays)
+
+
+@contextmanager
+def hooked(statistics: SiteStatistics, visitors: Sequence[Participant] = ()) -> Iterator[None]:
+    """Hook every site that is wanted: those of `visitors` that name it look at its tensor, then it's reduced."""
+    handles = []
+    for layer, site in statistics.wanted:
+        module = statistics.modules[layer]
+        observe = _observer_of(statistics, visitors, (layer, site))
+        if site == "input":
+            experts = packed_experts(module) if EXPERTS in statistics.wanted[layer, site] else 0
+            handles.append(module.register_forward_pre_hook(_input_hook(observe, experts), with_kwargs=True))
+        elif any((layer, site) in visitor.input_sites for visitor in visitors):
+            handles.append(module.register_forward_hook(_output_hook_with_inputs(observe), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(_output_hook(observe)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Observe = Callable[..., None]
+"""Called by a hook with a tensor, its routing and the layer's inputs, each of them None where there is none."""
+
+
+def _observer_of(statistics: SiteStatistics, visitors: Sequence[Participant], site: SiteKey) -> Observe:
+    seeing = [visitor for visitor in visitors if site in visitor.sites]
+    if not seeing:  # the hot path: nothing stands between the hook and the reduction
+        return partial(statistics.observe, site)
+
+    def observe(tensor: Tensor | None, routing: Routing | None = None, inputs: Tensor | None = None) -> None:
+        forward = statistics.forward
+        if tensor is not None and forward is not None:
+            call = forward.calls.get(site, 0)
+            for visitor in seeing:
+                visitor.visit(forward, site, call, tensor, inputs)
+            statistics.forward = forward  # other forwards may have run while a visitor waited
+        statistics.observe(site, tensor, routing)
+
+    return observe
+
+
+def _input_hook(observe: Observe, experts: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observe(input_of(args, kwargs), routing_of(experts, args, kwargs) if experts else None)
+
+    return hook
+
+
+def _output_hook(observe: Observe) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        observe(tensor_of(output))
+
+    return hook
+
+
+def _output_hook_with_inputs(observe: Observe) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        observe(tensor_of(output), None, input_of(args, kwargs))
+
+    return hook
+
+
+class _Weights(Participant):
+    """Looks at the weight of every layer at which some statistics are wanted, while it's in memory."""
+
+    awaited_weights: frozenset[str] = frozenset()
+
+    def prepare(self, run: Pass, exits: ExitStack) -> None:
+        """Note which weights are wanted."""
+        self._modules = run.modules
+        self._wanted = {
+            layer: statistics
+            for (layer, site), statistics in run.wanted.items()
+            if site == "weight" and self.concerns(statistics)
+        }
+        self.awaited_weights = frozenset(self._wanted)
+
+    def weights_loaded(self, layers: Iterable[str]) -> None:
+        """Look at those that are wanted, each once."""
+        for layer in self.awaited_weights.intersection(layers):
+            with torch.no_grad(), align_module_device(self._modules[layer]):
+                self.look_at(layer, self._modules[layer], self._wanted[layer])
+        self.awaited_weights = self.awaited_weights.difference(layers)
+
+    @staticmethod
+    def concerns(statistics: frozenset[Statistic]) -> bool:
+        raise NotImplementedError
+
+    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+        raise NotImplementedError
+
+
+class WeightStatistics(_Weights):
+    """Reduces the weights of layers that own one, dequantized; output channels stand where tokens do."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[SiteKey, SiteNumbers] = {}
+
+    @staticmethod
+    def concerns(statistics: frozenset[Statistic]) -> bool:
+        """Leave out layers of which only the files are compared."""
+        return bool(statistics - {STORED})
+
+    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+        """Reduce one weight: [out, in], or [n] where it's no matrix.
+
+        Raises:
+            InfraError: it's kept in a quantization format that is not known.
+        """
+        try:
+            weight = dequantized(module)
+        except InfraError as error:
+            raise InfraError(f"{layer}: {error}") from None
+        if weight is not None:
+            observer = StreamObserver(statistics)
+            matrix = weight.dim() >= 2
+            observer.add(weight.flatten(1)[None] if matrix else weight[None], [None], [0], 0, token_axis=matrix)
+            self._numbers[layer, "weight"] = observer.numbers(statistics)
+
+    def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add the numbers of all weights."""
+        numbers |= self._numbers
+
+
+class StoredComparison(_Weights):
+    """Compares loaded weights with what the checkpoint's own files hold of them."""
+
+    def __init__(self, stored: StoredWeights) -> None:
+        self._stored = stored
+        self._powers: dict[str, NDArray[np.float64]] = {}
+
+    @staticmethod
+    def concerns(statistics: frozenset[Statistic]) -> bool:
+        """Take the layers at which that is asked for."""
+        return STORED in statistics
+
+    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+        """Compare one layer's weight, if the files hold it quantized."""
+        powers = self._stored.powers(layer, module)
+        if powers is not None:
+            self._powers[layer] = powers
+
+    def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add the powers to the numbers of each weight, or to none where nothing else was asked for."""
+        zero = np.zeros(1, dtype=np.int32)
+        for layer, powers in self._powers.items():
+            nothing = SiteNumbers("", (), False, self._wanted[layer], zero, zero, np.zeros(1, dtype=np.int64))
+            numbers[layer, "weight"] = numbers.get((layer, "weight"), nothing).having((), {"stored": powers})

@@ -227,7 +227,7 @@ def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
 
 
 def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenance: Provenance) -> Reference:
-    """Return the reference that takes part in the pass. `provenance`: the subject's, which may explain why samples differ."""
+    """Return what takes part in the pass. `provenance`: the subject's, which may explain why samples differ."""
     if isinstance(reference, Loaded):
         return LiveReference(reference.model, reference.stream)
     device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)

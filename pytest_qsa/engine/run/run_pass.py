@@ -120,14 +120,15 @@ class _Running:
                 if self.statistics.wanted:
                     rehearse(run.model, self.statistics, self.batches[0])
                 exits.enter_context(stream.ready(self._look_at_weights))
+            numbers: dict[SiteKey, SiteNumbers] = {}
             if self.need is not Need.NOTHING:
                 self._run_forwards()
+                numbers = self._numbers()
             began = time.perf_counter()
             if stream is not None:
                 stream.visit_rest(self._awaits_weights)
             else:
                 self._look_at_weights(list(run.modules))
-            numbers = self._numbers()
             for participant in self.participants:
                 participant.finish(numbers)
             capture = self._capture_of(numbers, run.batches)

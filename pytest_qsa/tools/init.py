@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
@@ -17,8 +20,6 @@ from .edit_suite import calibrated, flow_yaml
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-DRIFT = {"rel": 0.1}
-"""How far the median of a layer may move. W8A8 moves it by 2.4 % at most, a scale × 1.25 by 27 % (docs/metrics.md)."""
 CLEAR = 2.0
 """A sink is gated where its ratio is at least this multiple of the ratio from which on a token counts as a sink."""
 
@@ -41,14 +42,6 @@ class Draft:
         return {**self.keys, **{side: dict.fromkeys(self.groups, 0) if self.groups else 0 for side in self.open}}
 
 
-FILES = Draft(
-    "What the files say, before any forward: scales, packed weights, keys, and settings beside a reference.",
-    {"id": "files", "metric": "checkpoint_health"},
-)
-UNQUANTIZED = Draft(
-    "What is not quantized, norms and embeddings above all, is the original's to the last bit.",
-    {"id": "unquantized", "metric": "checkpoint_unquantized"},
-)
 COMPARED: Mapping[Compare, str] = {
     "layers": "every layer is compared",
     "blocks": "whole blocks are compared, not layers",
@@ -56,121 +49,22 @@ COMPARED: Mapping[Compare, str] = {
 }
 
 
+def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
+    """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers."""
+    text = files("pytest_qsa.tools").joinpath("drafts.yaml").read_text(encoding="utf-8")
+    patterns = {"BLOCKS": anatomy.block_pattern, "LINEARS": anatomy.linear_pattern}
+    drafts = []
+    for entry in yaml.safe_load(text)[part]:
+        keys = {key: patterns[value] if key == "layers" else value for key, value in entry["keys"].items()}
+        groups = anatomy.linear_groups if entry.get("each_kind") else ()
+        drafts.append(Draft(entry["why"], keys, entry.get("open", ()), groups))
+    return drafts
+
+
 def measured_drafts(anatomy: Anatomy, compare: Compare | None = None) -> list[Draft]:
-    """Return the assertions that a pass answers, in the order in which they read best.
-
-    `compare`: what can be compared with the reference; None without one.
-    """
-    drafts = [*_activations(anatomy), *_weights(anatomy)]
-    if compare == "layers":
-        drafts += _alone(anatomy)
-    if compare in ("layers", "blocks"):
-        drafts += _blocks(anatomy)
-    return [*drafts, *(_predictions() if compare else ())]
-
-
-def _alone(anatomy: Anatomy) -> list[Draft]:
-    kinds, weights = anatomy.linear_groups, {"layers": anatomy.linear_pattern, "site": "weight"}
-    return [
-        Draft(
-            "Each dequantized weight against the original's, before any forward.",
-            {"id": "weights-close", "metric": "weight_sqnr", **weights},
-            ("min",),
-            kinds,
-        ),
-        Draft(
-            "The same of its worst row: one scale that is off is one row in hundreds, and hardly moves the whole.",
-            {"id": "rows-close", "metric": "weight_sqnr", "by": "channel", **weights},
-            ("min",),
-            kinds,
-        ),
-        Draft(
-            "What each layer adds of its own: it gets the original's input, so this names the layer where it begins.",
-            {"id": "layers-alone", "metric": "local_sqnr", "layers": anatomy.linear_pattern},
-            ("min",),
-            kinds,
-        ),
-    ]
-
-
-def _blocks(anatomy: Anatomy) -> list[Draft]:
-    blocks = {"layers": anatomy.block_pattern}
-    return [
-        Draft(
-            "The error that has come together up to each block, the attention sinks left out.",
-            {"id": "blocks-close", "metric": "sqnr", **blocks},
-            ("min",),
-        ),
-        Draft(
-            "Outlier tokens that the original has not.",
-            {"id": "new-outliers", "metric": "new_outliers", **blocks, "threshold": 64},
-            ("max",),
-        ),
-    ]
-
-
-def _predictions() -> list[Draft]:
-    return [
-        Draft(
-            "How far the predictions are from the original's.",
-            {"id": "predictions-close", "metric": "kl_divergence", "stat": "mean"},
-            ("max",),
-        ),
-        Draft(
-            "The worst hundredth: a fault that only some tokens meet is lost in the mean.",
-            {"id": "predictions-close-everywhere", "metric": "kl_divergence", "stat": "p99"},
-            ("max",),
-        ),
-        Draft("How often both find the same token likeliest.", {"id": "same-words", "metric": "same_top"}, ("min",)),
-        Draft(
-            "ln of the ratio of the perplexities; sigma is no less than the standard error of the paired differences.",
-            {"id": "perplexity", "metric": "ln_ppl_ratio"},
-            ("max",),
-        ),
-    ]
-
-
-def _activations(anatomy: Anatomy) -> list[Draft]:
-    blocks = {"layers": anatomy.block_pattern, "site": "output"}
-    return [
-        Draft(
-            "NaN and Inf anywhere in the residual stream.",
-            {"id": "finite", "metric": "nonfinite", **blocks, "max": 0},
-        ),
-        Draft(
-            "Tokens far above the others, sinks included: a new one takes the range of a whole tensor.",
-            {"id": "residual-outliers", "metric": "outlier_tokens", **blocks, "threshold": 64},
-            ("max",),
-        ),
-        Draft(
-            "The same beside the sinks, as a multiple of the median: what counts the sinks is blind to the rest.",
-            {"id": "outliers-beside-the-sinks", "metric": "outlier_ratio", **blocks, "positions": "no_sink"},
-            ("max",),
-        ),
-        Draft(
-            "The median of the magnitudes follows the model, the largest one the text: a scale that is off shows\n"
-            "here, at its layer. Against the numbers of today, which git keeps.",
-            {
-                "id": "drift", "metric": "magnitude", "stat": "median", "layers": anatomy.linear_pattern,
-                "site": "output", "baseline": DRIFT,
-            },
-        ),
-    ]  # fmt: skip
-
-
-def _weights(anatomy: Anatomy) -> list[Draft]:
-    weights = {"layers": anatomy.linear_pattern, "site": "weight"}
-    return [
-        Draft(
-            "The size of each dequantized weight: a scale that is off shows before any activation does.",
-            {"id": "weight-scales", "metric": "rms", **weights, "baseline": {"rel": 0.02}},
-        ),
-        Draft(
-            "Weights have hardly a mean: a zero point that is off by one moves all of a layer's by its scale.",
-            {"id": "weights-without-bias", "metric": "mean", **weights},
-            ("min", "max"),
-        ),
-    ]
+    """Return the assertions that a pass answers. `compare`: what can be compared with the reference, None without."""
+    parts = {"layers": ("layers", "blocks", "logits"), "blocks": ("blocks", "logits"), "logits": ("logits",)}
+    return [draft for part in ("model", *parts.get(compare or "", ())) for draft in drafts_of(part, anatomy)]
 
 
 def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
@@ -183,15 +77,8 @@ def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
         return []
     numbers = [layer.rpartition(".")[2] for layer in clear]
     pattern = anatomy.block_pattern.replace(r"\d+$", rf"({'|'.join(dict.fromkeys(numbers))})$")
-    why = (
-        "The attention sink of every sequence, where it is clear: a sound quantization keeps it, and at its channel.\n"
-        "The mean is that channel only if no sample has another, or none."
-    )
-    keys = {
-        "id": "sink-keeps-its-channel", "metric": "sink_tokens", "stat": "channel", "layers": pattern,
-        "site": "output", "reduce": "mean", "equals": int(kept[0]),
-    }  # fmt: skip
-    return [Draft(why, keys)]
+    (draft,) = drafts_of("sink", anatomy)
+    return [replace(draft, keys={**draft.keys, "layers": pattern, "equals": int(kept[0])})]
 
 
 @dataclass(frozen=True)
@@ -225,12 +112,13 @@ def first_suite(
 
     assert subject.model is not None
     layers = anatomy(subject.model, subject.path)
-    unquantized, compare, remarks = _comparable(subject)
+    static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
     file = make_suite(_with(source, drafts), overrides, "--")
     sampled = Sampled.of(subject, file, parts, passes, allow_code=allow_code)
-    # What a sink is known by is only known after the pass; the files are checked in any case.
-    drafts = [FILES, *unquantized, *drafts, *sinks_of(sampled.whole, layers)]
+    # Only the pass shows whether there is a clear sink; static checks need none.
+    drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]
+    drafts += sinks_of(sampled.whole, layers)
     file = make_suite(_with(file.source, drafts))
     kept, findings, left_out = _calibrated(file, sampled, drafts, k)
     data = sampled.data_text(file)
@@ -245,28 +133,28 @@ def _with(source: YamlSource, drafts: Sequence[Draft]) -> YamlSource:
     return YamlSource(source.path, {**source.data, "assertions": [draft.entry for draft in drafts]})
 
 
-def _comparable(subject: Subject) -> tuple[list[Draft], Compare | None, list[str]]:
-    """Return the static draft that compares, what a pass can compare (None without a reference), and remarks.
+def _comparable(subject: Subject) -> tuple[list[str], Compare | None, list[str]]:
+    """Return the parts of drafts.yaml on files, what a pass can compare (None without a reference), and remarks.
 
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
     if subject.model is None or subject.model.reference is None:
-        return [], None, []
+        return ["files"], None, []
     if kept_reference(subject) is not None:
-        return [], "layers", []  # the pass checks that the file is of the same model
-    files = files_of(subject)
-    assert files.reference is not None
-    relation = compare_norms(files.folder, files.reference)
+        return ["files"], "layers", []  # the pass refuses a reference file: it needs the model itself
+    checked = files_of(subject)
+    assert checked.reference is not None
+    relation = compare_norms(checked.folder, checked.reference)
     remarks = [f"{relation.why}: {COMPARED[relation.compare]}"] if relation.why else []
     try:
-        found = problems_of(files, "checkpoint_unquantized")[1]
+        found = problems_of(checked, "checkpoint_unquantized")[1]
     except AnomalyError as error:
-        return [], relation.compare, [*remarks, f"left out: unquantized: {error}"]
+        return ["files"], relation.compare, [*remarks, f"left out: unquantized: {error}"]
     if not found:
-        return [UNQUANTIZED], relation.compare, remarks
+        return ["files", "unquantized"], relation.compare, remarks
     first = f"left out: unquantized: {found[0].tensor}: {found[0].what}; if it is not meant so, mend it"
-    return [], relation.compare, [*remarks, first]
+    return ["files"], relation.compare, [*remarks, first]
 
 
 def _calibrated(
@@ -288,10 +176,10 @@ def _calibrated(
 
 def _problems(file: SuiteFile, subject: Subject) -> Iterator[str]:
     """Yield what the static checks find already: bounds that are calibrated on a broken checkpoint mean nothing."""
-    files = files_of(subject)
+    checked = files_of(subject)
     for assertion in file.assertions:
         if isinstance(assertion, CheckpointAssertion):
-            for finding in problems_of(files, assertion.metric, **assertion.parameters)[1][:3]:
+            for finding in problems_of(checked, assertion.metric, **assertion.parameters)[1][:3]:
                 yield f"{assertion.id} fails: {finding.tensor}: {finding.what}; mend it, and run this again"
 
 

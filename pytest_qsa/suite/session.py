@@ -112,7 +112,9 @@ class Captures:
 
         assert self.shared is not None
         self.shared.mkdir(parents=True, exist_ok=True)
-        plan = hashlib.sha256(repr((subject.key, requests)).encode()).hexdigest()[:32]
+        # sorted, for a set's own order is another in each worker: they would not find one another's file
+        wanted = [(each.pattern, each.site, each.exclude, sorted(map(str, each.statistics))) for each in requests]
+        plan = hashlib.sha256(repr((subject.key, wanted)).encode()).hexdigest()[:32]
         file, failure = self.shared / f"{plan}.qsa", self.shared / f"{plan}.json"
         with FileLock(self.shared / f"{plan}.lock"):
             if failure.exists():

@@ -64,7 +64,7 @@ class Block:
     @property
     def file(self):
         """The file that its first line names, `# gates/a.qsa.yaml`."""
-        named = re.match(r"# (\S+\.ya?ml)\n", self.text)
+        named = re.match(r"# (\S+\.(?:ya?ml|py))\n", self.text)
         return named[1] if named else None
 
     @property
@@ -195,6 +195,10 @@ class Reader:
         name = self.page.stem.lower().replace("-", "_")
         if block.reason:
             compile(block.text, str(self.page), "exec")
+        elif block.file == "conftest.py":
+            self.project.write(block.file, block.text)
+            run = self._pytest("gate.qsa.yaml", "--snapshot-update")
+            assert not [warning for warning in run.warnings if "pytest_qsa_" in warning["text"]], run.warnings
         elif "@pytest.fixture" in block.text:
             self.project.write("fixtures/conftest.py", NAMES + block.text)
             test = self.project.read(f"test_{name}.py")

@@ -133,10 +133,9 @@ def dequantized(module: nn.Module) -> Tensor | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether a module keeps its weight in codes: a format owns it, or its weight has a byte an element."""
+    """Say whether a module keeps its weight in codes: a format owns it, or its weight isn't of 16 bits at least."""
     weight = getattr(module, "weight", None)
-    one_byte = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize == 1
-    return one_byte or owner_of(module) is not None
+    return (isinstance(weight, Tensor) and not _plain(weight)) or owner_of(module) is not None
 
 
 def schemes_of(model: nn.Module) -> dict[str, str] | None:

@@ -18,10 +18,12 @@ class TorchAo(EngineFormat):
     name = "torchao"
 
     def owns(self, module: nn.Module) -> bool:
-        """Say whether a module's weight is a tensor subclass with a `dequantize` method."""
+        """Say whether a module's weight is a tensor subclass of the library.
+
+        A `dequantize` method proves nothing: every tensor has one, and that of bitsandbytes' 4 bits returns bytes.
+        """
         weight = getattr(module, "weight", None)
-        plain = type(weight) in (Tensor, nn.Parameter)  # every tensor of torch has a method of that name
-        return isinstance(weight, Tensor) and not plain and hasattr(weight, "dequantize")
+        return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
 
     def weight(self, module: nn.Module) -> Tensor | None:
         """Dequantize the weight."""

@@ -8,14 +8,14 @@ the base's as a whole.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
-from .yaml_source import Location, Place, YamlSource, read_yaml
+from .yaml_source import Location, Node, Place, YamlSource, read_yaml
 
 ENTRIES: Location = ("assertions",)
 DEFAULTS: Location = ("defaults",)
@@ -31,21 +31,22 @@ def read_suite(path: Path) -> YamlSource:
     Raises:
         SuiteError: a file is no suite, a base is missing, or the bases form a circle; it names the chain of files.
     """
-    return _read(path, ())
+    document = _read(path, ())
+    return YamlSource(path, document.plain(), dict(document.places()))
 
 
-def _read(path: Path, extending: tuple[Path, ...]) -> YamlSource:
+def _read(path: Path, extending: tuple[Path, ...]) -> Node:
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
     _check_entries(source)
+    if extending:
+        _rebase(source, extending[0].parent)
     chain = (*extending, path)
-    merged = YamlSource(path, {})
+    merged = Node({}, Place(path, 1))
     for index, named in enumerate(_named_bases(source)):
-        base = _base(source, index, named, chain)
-        _rebase(base, path.parent)
-        merged = _merge(merged, base)
-    return _merge(merged, source)
+        merged = _extended(merged, _base(source, index, named, chain))
+    return _extended(merged, Node.of(source, source.data))
 
 
 def _named_bases(source: YamlSource) -> list[str]:
@@ -56,7 +57,7 @@ def _named_bases(source: YamlSource) -> list[str]:
     return bases
 
 
-def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -> YamlSource:
+def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -> Node:
     path = Path(os.path.normpath(source.path.parent / named))
     location: Location = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
     files = " → ".join(shown_path(file) for file in (*chain, path))
@@ -71,23 +72,23 @@ def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -
         raise SuiteError(text if " → " in text else f"{text} ({files})") from None
 
 
-def _rebase(base: YamlSource, folder: Path) -> None:
-    """Make the relative paths of a base relative to the folder of the suite that extends it."""
+def _rebase(source: YamlSource, folder: Path) -> None:
+    """Make the relative paths of a suite relative to another folder."""
 
     def moved(named: str) -> str:
-        return os.path.relpath(base.path.parent / Path(named).expanduser(), folder)
+        return os.path.relpath(source.path.parent / Path(named).expanduser(), folder)
 
     for section, key in FOLDERS:
-        values = base.data.get(section)
+        values = source.data.get(section)
         named = values.get(key) if isinstance(values, dict) else None
-        if isinstance(named, str) and named and (base.path.parent / named).exists():
+        if isinstance(named, str) and named and (source.path.parent / named).exists():
             values[key] = moved(named)
-    entries = base.data.get("assertions") or ()
-    for entry in [base.data.get("defaults"), *(entries.values() if isinstance(entries, dict) else entries)]:
+    entries = source.data.get("assertions") or ()
+    for entry in [source.data.get("defaults"), *(entries.values() if isinstance(entries, dict) else entries)]:
         for key in FILES:
             if isinstance(entry, dict) and isinstance(entry.get(key), str):
                 entry[key] = moved(entry[key])
-    data = base.data.get("data")
+    data = source.data.get("data")
     named = data.get("source") if isinstance(data, dict) else None
     if isinstance(named, str) and named.startswith("custom:"):
         data["source"] = f"custom:{moved(named.removeprefix('custom:'))}"
@@ -116,72 +117,63 @@ def _check_entries(source: YamlSource) -> None:
         seen[name] = index
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A value of a document and its location there."""
-
-    source: YamlSource
-    at: Location
-    value: Any
-
-    def items(self) -> dict[Any, _Part]:
-        """Return the values of a mapping by key; of `assertions`, in either of its forms, by id."""
-        if self.at == ENTRIES and isinstance(self.value, list):
-            parts = [_Part(self.source, (*self.at, index), entry) for index, entry in enumerate(self.value)]
-            return {str(part.value.get("id", index)): part for index, part in enumerate(parts)}
-        parts_of = {key: _Part(self.source, (*self.at, str(key)), value) for key, value in self.value.items()}
-        if self.at != ENTRIES:
-            return parts_of
-        return {
-            str(key): replace(part, value={"id": str(key), **part.value}) if isinstance(part.value, dict) else part
-            for key, part in parts_of.items()
-        }
-
-
-def _merge(base: YamlSource, over: YamlSource) -> YamlSource:
-    """Return one document: all that `over` says, and of `base` what `over` leaves open."""
-    merged = YamlSource(over.path, None)
-    merged.data = _merged(_Part(base, (), base.data), _Part(over, (), over.data), (), merged.places)
+def _extended(base: Node, over: Node) -> Node:
+    """Return a suite that extends another as one document: all that `over` says, and of `base` what it leaves open."""
+    merged = _merged(base, over)
+    if "assertions" in merged.value:
+        entries = _merged_assertions(_by_id(base.value.get("assertions")), _by_id(over.value.get("assertions")))
+        merged.value["assertions"] = replace(merged.value["assertions"], value=entries)
     return merged
 
 
-def _merged(base: _Part | None, over: _Part | None, to: Location, places: dict[Location, Place]) -> Any:
-    """Merge two values, of which one may be absent, into the value at `to`; record the place of every value in it."""
-    parts = [part for part in (over, base) if part is not None]
-    top = parts[0]
-    places[to] = top.source.place(top.at)
-    if to == ENTRIES:
-        return _merged_assertions(base.items() if base else {}, over.items() if over else {}, places)
-    if all(isinstance(part.value, dict) for part in parts):
-        old, new = base.items() if base else {}, over.items() if over else {}
-        removed = {key for key in old if key in new and new[key].value is None}
-        keys = [key for key in {**new, **old} if key not in removed]
-        return {key: _merged(old.get(key), new.get(key), (*to, str(key)), places) for key in keys}
-    if isinstance(top.value, list):
-        items = [replace(top, at=(*top.at, index), value=item) for index, item in enumerate(top.value)]
-        return [_merged(None, item, (*to, index), places) for index, item in enumerate(items)]
-    return top.value
+def _merged(base: Node, over: Node) -> Node:
+    """Merge two values: mappings key by key, where `null` removes a key of the base; anything else is replaced."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    values: dict[Any, Node] = {}
+    for key, new in over.value.items():
+        if key not in base.value:
+            values[key] = new
+        elif new.value is not None:
+            values[key] = _merged(base.value[key], new)
+    values |= {key: old for key, old in base.value.items() if key not in over.value}
+    return replace(over, value=values)
 
 
-def _merged_assertions(old: dict[str, _Part], new: dict[str, _Part], places: dict[Location, Place]) -> list[Any]:
+def _by_id(assertions: Node | None) -> dict[str, Node]:
+    """Return assertions, in either of their forms, by id."""
+    if assertions is None:
+        return {}
+    if isinstance(assertions.value, list):
+        ids = [entry.value.get("id") for entry in assertions.value]
+        return {str(id_.value if id_ else index): assertions.value[index] for index, id_ in enumerate(ids)}
+    return {
+        str(name): replace(entry, value={"id": Node(str(name), entry.place), **entry.value})
+        if isinstance(entry.value, dict)
+        else entry
+        for name, entry in assertions.value.items()
+    }
+
+
+def _merged_assertions(old: dict[str, Node], new: dict[str, Node]) -> list[Node]:
     """Merge assertions by id: those of the base in its order, then those that are new."""
-    entries: list[Any] = []
+    entries = []
     for name in {**old, **new}:
-        over = new.get(name)
-        if over is not None and not isinstance(over.value, dict):
-            _check_removal(name, over, old)
+        if name not in new:
+            entries.append(old[name])
+        elif not isinstance(new[name].value, dict):
+            _check_removal(name, new[name], old)
         else:
-            entries.append(_merged(old.get(name), over, ("assertions", len(entries)), places))
+            entries.append(_merged(old[name], new[name]) if name in old else new[name])
     return entries
 
 
-def _check_removal(name: str, over: _Part, old: dict[str, _Part]) -> None:
+def _check_removal(name: str, over: Node, old: dict[str, Node]) -> None:
     if over.value is not None:
-        raise over.source.error(over.at, f"assertions: '{name}' is a mapping of an assertion's keys, or null")
+        raise SuiteError(f"{over.place}: assertions: '{name}' is a mapping of an assertion's keys, or null")
     if name not in old:
-        raise over.source.error(
-            over.at, f"no suite that this one extends has an assertion '{name}'{did_you_mean(name, old)}"
-        )
+        hint = did_you_mean(name, old)
+        raise SuiteError(f"{over.place}: no suite that this one extends has an assertion '{name}'{hint}")
 
 
 def apply_defaults(source: YamlSource) -> None:
@@ -199,10 +191,12 @@ def apply_defaults(source: YamlSource) -> None:
     for key in shared:
         if key not in known:
             raise source.error((*DEFAULTS, str(key)), f"unknown key '{key}'{did_you_mean(str(key), known)}")
+    document = Node.of(source, source.data)
+    defaults, entries = document.value["defaults"], document.value.get("assertions")
     for index, entry in enumerate(source.data.get("assertions") or ()):
-        for key, value in shared.items():
-            if _takes({**shared, **entry}, key):
-                _complete(source, entry, key, value, ("assertions", index, key), (*DEFAULTS, key))
+        taken = {key: node for key, node in defaults.value.items() if _takes({**shared, **entry}, key)}
+        entries.value[index] = _merged(replace(defaults, value=taken), entries.value[index])
+    source.data, source.places = document.plain(), dict(document.places())
 
 
 def _takes(entry: dict[str, Any], key: str) -> bool:
@@ -214,15 +208,3 @@ def _takes(entry: dict[str, Any], key: str) -> bool:
     if metric is not None and key == "positions":
         return metric.positional and entry.get("site", metric.sites[0]) != "weight"
     return metric is None or key != "reduce" or metric.reduce is not None
-
-
-def _complete(source: YamlSource, entry: Any, key: Any, default: Any, to: Location, at: Location) -> None:
-    if key not in entry:
-        entry[key] = default
-        inner = {place[len(at) :]: where for place, where in source.places.items() if place[: len(at)] == at}
-        source.places |= {(*to, *rest): where for rest, where in inner.items()}
-    elif entry[key] is None:
-        del entry[key]
-    elif isinstance(entry[key], dict) and isinstance(default, dict):
-        for name, value in default.items():
-            _complete(source, entry[key], name, value, (*to, str(name)), (*at, str(name)))

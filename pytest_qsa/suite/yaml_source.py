@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,37 @@ class YamlSource:
     def error(self, location: Location, message: str) -> SuiteError:
         """Return the error for a location, `file:line: message`."""
         return LocatedError(f"{self.place(location)}: {message}", location, message)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value of a document and its place. The values of a mapping and of a list are nodes as well."""
+
+    value: Any
+    place: Place
+
+    @classmethod
+    def of(cls, source: YamlSource, value: Any, at: Location = ()) -> Node:
+        """Return the node of the value at a location of a document."""
+        if isinstance(value, dict):
+            value = {key: cls.of(source, item, (*at, str(key))) for key, item in value.items()}
+        elif isinstance(value, list):
+            value = [cls.of(source, item, (*at, index)) for index, item in enumerate(value)]
+        return cls(value, source.place(at))
+
+    def plain(self) -> Any:
+        """Return the value as plain data."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
+    def places(self, at: Location = ()) -> Iterator[tuple[Location, Place]]:
+        """Yield the location and the place of each value in this one, which is at `at`."""
+        yield at, self.place
+        if isinstance(self.value, dict | list):
+            inner = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+            for key, node in inner:
+                yield from node.places((*at, key if isinstance(self.value, list) else str(key)))
 
 
 def read_yaml(path: Path) -> YamlSource:

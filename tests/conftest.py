@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 
@@ -13,6 +14,12 @@ if shutil.which("nvidia-smi") is None:
 from support import processes
 from support.checkpoints import FORMATS, TORCHAO, save_llama, save_quantized_llama, save_torchao_llama
 from support.projects import Project
+
+
+def pytest_collection_finish():
+    """Take what is imported by now out of garbage collection, which every pass asks for and torch makes slow."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -11,6 +11,7 @@ from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.partial import PartialSums
 from pytest_qsa.engine.subject import Share
 from support.captures import assert_equal
+from support.checkpoints import save_llama, save_quantized_llama
 from support.paths import TESTS
 from support.processes import die_after, forking, torchrun
 from support.projects import Project, suite
@@ -18,8 +19,20 @@ from support.reference_runs import EVERYTHING, captured, subject_of
 
 
 @pytest.fixture(scope="module")
-def whole(int8_llama, llama):
-    return captured(subject_of(int8_llama, llama))
+def short_llama(tmp_path_factory):
+    """Return the small Llama with two blocks: a pass of two models costs by the module."""
+    return save_llama(tmp_path_factory.mktemp("short") / "llama", layers=2)
+
+
+@pytest.fixture(scope="module")
+def short_int8(tmp_path_factory, short_llama):
+    """Return the same in int8."""
+    return save_quantized_llama(tmp_path_factory.mktemp("short") / "int8", short_llama)
+
+
+@pytest.fixture(scope="module")
+def whole(short_int8, short_llama):
+    return captured(subject_of(short_int8, short_llama))
 
 
 @pytest.fixture
@@ -33,18 +46,18 @@ def test_two_streamed_models_give_the_bits_of_two_in_memory(changed_llama, llama
 
 
 @pytest.mark.usefixtures("small_waves")
-def test_a_streamed_int8_model_and_its_original_give_the_same_bits_in_waves(int8_llama, llama, whole):
-    assert_equal(captured(subject_of(int8_llama, llama, disk=True)), whole)
+def test_a_streamed_int8_model_and_its_original_give_the_same_bits_in_waves(short_int8, short_llama, whole):
+    assert_equal(captured(subject_of(short_int8, short_llama, disk=True)), whole)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_each_comparison_alone_streams_with_the_same_bits(int8_llama, llama, name):
-    streamed, held = (captured(subject_of(int8_llama, llama, disk=disk), name) for disk in (True, False))
+def test_each_comparison_alone_streams_with_the_same_bits(short_int8, short_llama, name):
+    streamed, held = (captured(subject_of(short_int8, short_llama, disk=disk), name) for disk in (True, False))
     assert_equal(streamed, held)
 
 
-def test_parts_against_a_reference_merge_to_the_whole(int8_llama, llama, whole):
-    subject = subject_of(int8_llama, llama)
+def test_parts_against_a_reference_merge_to_the_whole(short_int8, short_llama, whole):
+    subject = subject_of(short_int8, short_llama)
     assert_equal(merge([captured(subject, share=Share(samples=ends)) for ends in ((2, 5), (0, 2))]), whole)
 
 
@@ -52,9 +65,9 @@ def test_parts_against_a_reference_merge_to_the_whole(int8_llama, llama, whole):
 @pytest.mark.usefixtures("small_waves")
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bits(
-    int8_llama, llama, whole, tmp_path, disk
+    short_int8, short_llama, whole, tmp_path, disk
 ):
-    file, subject = tmp_path / "sums.partial", subject_of(int8_llama, llama, disk=disk)
+    file, subject = tmp_path / "sums.partial", subject_of(short_int8, short_llama, disk=disk)
     child = forking().Process(target=die_after, args=(4, file, subject, list(EVERYTHING.values())))
     child.start()
     child.join(120)
@@ -68,7 +81,7 @@ def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bit
 
 
 @pytest.mark.process
-def test_workers_share_one_pass_of_two_models(tmp_path, int8_llama, llama):
+def test_workers_share_one_pass_of_two_models(tmp_path, short_int8, short_llama):
     project = Project(tmp_path / "project")
     bounds = (
         "id: close, metric: kl_divergence, max: 1",
@@ -76,7 +89,7 @@ def test_workers_share_one_pass_of_two_models(tmp_path, int8_llama, llama):
         "id: alone, metric: local_sqnr, layers: _proj$, min: 10",
         "id: weights, metric: weight_sqnr, layers: _proj$, min: 10",
     )
-    project.write("a.qsa.yaml", suite(f"{int8_llama}, reference: {llama}", *bounds))
+    project.write("a.qsa.yaml", suite(f"{short_int8}, reference: {short_llama}", *bounds))
     runs = {
         workers: project.pytest("--qsa-report=never", f"--qsa-cache=cache{workers}", f"-n{workers}")
         for workers in (0, 2)
@@ -105,9 +118,9 @@ with joined() as ranks:
 
 @pytest.mark.process
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
-def test_two_ranks_with_two_models_give_the_bits_of_one_process(int8_llama, llama, whole, tmp_path, disk):
+def test_two_ranks_with_two_models_give_the_bits_of_one_process(short_int8, short_llama, whole, tmp_path, disk):
     paths, file = [str(TESTS)], str(tmp_path / "rank")
-    program = RANKS.format(paths=paths, own=str(int8_llama), original=str(llama), disk=disk, file=file)
+    program = RANKS.format(paths=paths, own=str(short_int8), original=str(short_llama), disk=disk, file=file)
     done = torchrun(program, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):

@@ -24,7 +24,7 @@ from pytest_qsa.captures.capture import Capture
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
-from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, Subject, SuiteFile, load_suite, subject_of
+from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judgement import within_budget
 from pytest_qsa.verdicts.measurement import measured
@@ -69,9 +69,8 @@ def verdict(assertion: MeasuredAssertion, capture: Capture) -> dict[str, Any]:
     return {"failing": [[row.layer, row.value] for row in out], "used": round(used, 4), "where": where}
 
 
-def run(subject: Subject, asked: list[MeasuredAssertion], parts: int, runs: int, file: Path) -> None:
+def run(subject: NamedSubject, asked: list[MeasuredAssertion], parts: int, runs: int, file: Path) -> None:
     """Capture and judge what is missing of so many runs."""
-    assert subject.model is not None
     done = len(file.read_text().splitlines()) if file.exists() else 0
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=False)
     reference = load_reference(subject, allow_code=False)
@@ -104,7 +103,7 @@ def main() -> None:
     asked = bounded(suite)
     parts = max(n.n for a in asked if a.noise for n in (a.noise.min, a.noise.max) if n and not isinstance(n, dict))
     torch.set_grad_enabled(False)
-    run(subject_of(suite)[1], asked, parts, options.runs, options.file)
+    run(subject_of(suite), asked, parts, options.runs, options.file)
     rows = [json.loads(line) for line in options.file.read_text().splitlines()]
     alarms = [[row["run"], a.id, *row[a.id]["failing"][0]] for row in rows for a in asked if row[a.id]["failing"]]
     print(f"{len(rows)} runs of {len(asked)} assertions: {len({alarm[0] for alarm in alarms})} with a false alarm")

@@ -36,8 +36,8 @@ def run(arguments: Sequence[str]) -> int:
 
     options, overrides = _options(arguments)
     suite = load_suite(options.config, overrides, "--")
-    model, subject = subject_of(suite)
-    names = layer_names(model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
+    subject = subject_of(suite)
+    names = layer_names(subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
     analysis = planned(suite, names)
     folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all

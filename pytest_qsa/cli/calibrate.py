@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.
     file = load_suite(options.suite, overrides, "--", noise=False)
     target = _target(options)
-    subject = subject_of(file)[1]
+    subject = subject_of(file)
     sampled = Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
     findings = [sampled.finding_at(file, index, options.k) for index in range(len(file.assertions))]
     print("\n".join(sampled.lines(findings, file)))

@@ -19,7 +19,7 @@ from .shared import OK, add_allow_code, command_parser, planned, writing
 if TYPE_CHECKING:
     from ..captures import PartialSums, Request
     from ..engine import Recording
-    from ..suite import Subject, SuiteFile
+    from ..suite import NamedSubject, SuiteFile
 
 MOST_ROWS = 4096
 
@@ -79,11 +79,11 @@ def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     from ..suite import FileHashes, fingerprint_of, identified, load_suite, subject_of
 
     file = load_suite(options.config, overrides, "--")
-    model, subject = subject_of(file)
+    subject = subject_of(file)
     samples, code = _samples(options.samples), options.qsa_allow_code
-    requests = _requests(file, layer_names(model, subject.path, subject.memory, allow_code=code))
+    requests = _requests(file, layer_names(subject.model, subject.path, subject.memory, allow_code=code))
     hashes = FileHashes(None)
-    fingerprint = fingerprint_of(subject, hashes, beside=compares(requests))
+    fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests))
     share = Share(samples=samples, sums=_sums(options.output, fingerprint))
     with progress_bar(subject.name) as progress:
         capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
@@ -148,24 +148,23 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     return "; ".join(_reference_text(recording, subject, len(content)))
 
 
-def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Subject:
+def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> NamedSubject:
     """Return the model to keep: that of --model.path, else the suite's reference, else the suite's model."""
-    from ..suite import is_kept, reference_of, subject_of
+    from ..suite import subject_of
 
-    model, subject = subject_of(file)
-    if any(each.startswith("model.path=") for each in overrides) or not named or model.reference is None:
-        return replace(subject, model=model.model_copy(update={"reference": None}))
-    if is_kept(subject):
-        raise file.source.error(
-            ("model", "reference"),
-            f"{model.reference} is made of the original: say where that is, --model.path ORIGINAL",
-        )
-    original = reference_of(subject)
-    assert original.model is not None
+    subject = subject_of(file)
+    original = subject
+    if named and subject.reference is not None and not any(each.startswith("model.path=") for each in overrides):
+        if isinstance(subject.reference, Path):
+            raise file.source.error(
+                ("model", "reference"),
+                f"{subject.model.reference} is made of the original: say where that is, --model.path ORIGINAL",
+            )
+        original = subject.reference
     return replace(original, model=original.model.model_copy(update={"reference": None}))
 
 
-def _reference_text(recording: Recording, subject: Subject, size: int) -> Iterator[str]:
+def _reference_text(recording: Recording, subject: NamedSubject, size: int) -> Iterator[str]:
     content = recording.content
     sites = len({call[:2] for call, rows in content.calls.items() if rows.rows is not None})
     yield f"{len(content.samples)} samples of {subject.path}, {content.rows} tokens of each at {sites} sites"

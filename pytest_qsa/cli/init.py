@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
     source = YamlSource(target, _sections(options, target))
-    _, subject = subject_of(make_suite(source, overrides, "--"))
+    subject = subject_of(make_suite(source, overrides, "--"))
     first = first_suite(
         subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
     )

@@ -27,10 +27,10 @@ def run(arguments: Sequence[str]) -> int:
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
     named = YamlSource(Path("--model"), {"model": {"path": options.model}})
-    model, subject = subject_of(load_suite(options.config) if options.config else make_suite(named))
+    subject = subject_of(load_suite(options.config) if options.config else make_suite(named))
     from ..engine import outline
 
-    rows = outline(model, subject.path)
+    rows = outline(subject.model, subject.path)
     names = [row[0] for row in rows]
     found = match_layers(names, options.regex) if options.regex else names
     if not found:

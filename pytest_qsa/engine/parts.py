@@ -8,15 +8,15 @@ from pathlib import Path
 
 from ..captures import Capture, Request, compares
 from ..common import InfraError, Progress
-from ..suite import Data, Subject, kept_reference
+from ..suite import Data, NamedSubject
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
-from .load.models import Loaded, load_model
-from .subject import Share, capture_loaded, load_reference
+from .load.models import Loaded
+from .subject import Share, capture_loaded, load_reference, load_subject
 
 
 def capture_parts(
-    subject: Subject,
+    subject: NamedSubject,
     requests: Sequence[Request],
     parts: int,
     passes: int,
@@ -33,8 +33,7 @@ def capture_parts(
     Raises:
         InfraError: as `capture_subject`; there is too little text for so many parts; or the reference does not fit.
     """
-    assert subject.model is not None
-    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    loaded = load_subject(subject, allow_code=allow_code)
     reference: Loaded | None = None
     try:
         if compares(requests):
@@ -66,11 +65,11 @@ def _with_weights(capture: Capture, first: Capture) -> Capture:
     return replace(capture, sites={**weights, **capture.sites}, plan=first.plan)
 
 
-def _reference(subject: Subject, loaded: Loaded, *, allow_code: bool) -> Loaded:
-    if (kept := kept_reference(subject)) is not None:
+def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Loaded:
+    if isinstance(subject.reference, Path):
         raise InfraError(
-            f"model.reference: {kept.name} was kept on its own tokens, and the noise is measured on other parts of the "
-            "text: name the original itself, --model.reference"
+            f"model.reference: {subject.reference.name} was kept on its own tokens, and the noise is measured on other "
+            "parts of the text: name the original itself, --model.reference"
         )
     reference = load_reference(subject, allow_code=allow_code)
     check_layers(loaded.model, reference.model)

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
-from ..common import AnomalyError, InfraError, Progress, QsaError
+from ..common import AnomalyError, InfraError, Progress, QsaError, shown_path
 from ..suite import (
     FileHashes,
+    NamedSubject,
     Subject,
     files_of,
     identified,
-    kept_reference,
-    local_folder,
-    reference_of,
     stored_quantized,
 )
 from .formats.format import schemes_of
@@ -69,12 +67,14 @@ def capture_subject(
     Raises:
         InfraError: it can't be loaded or run, or its data can't be read.
     """
-    if subject.model is None:
-        raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
-    reference: Loaded | ReferenceFile | None = _opened_reference(subject, requests)
-    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    subject = subject.named
+    compared = compares(requests)
+    reference: Loaded | ReferenceFile | None = None
+    if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain
+        reference = _open_reference_file(subject.reference, requests)
+    loaded = load_subject(subject, allow_code=allow_code)
     try:
-        if compares(requests) and reference is None:
+        if compared and reference is None:
             reference = load_reference(subject, allow_code=allow_code)
         return capture_loaded(subject, loaded, None, requests, progress, share, reference)
     finally:
@@ -91,29 +91,47 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _opened_reference(subject: Subject, requests: Sequence[Request]) -> ReferenceFile | None:
-    """Open a reference that was kept, before anything is loaded; None where there is none or none is needed.
+def load_subject(subject: NamedSubject, *, allow_code: bool) -> Loaded:
+    """Load a subject's model.
+
+    Raises:
+        QsaError: it can't be loaded.
+    """
+    return load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+
+
+def load_reference(subject: NamedSubject, *, allow_code: bool) -> Loaded:
+    """Load what a subject is compared with.
+
+    Raises:
+        QsaError: the suite names no model, or it can't be loaded.
+    """
+    if not isinstance(subject.reference, NamedSubject):
+        raise InfraError("there is nothing to compare with: name the original, model.reference")
+    try:
+        return load_subject(subject.reference, allow_code=allow_code)
+    except QsaError as error:
+        raise type(error)(f"model.reference: {error}") from error
+
+
+def _open_reference_file(path: Path, requests: Sequence[Request]) -> ReferenceFile:
+    """Open a recorded reference.
 
     Raises:
         InfraError: it isn't there, or can't answer what is requested.
     """
-    kept, named = kept_reference(subject), subject.model.reference if subject.model else None
-    if not compares(requests) or named is None:
-        return None
-    if kept is None:
-        if named.endswith(".qsa"):
-            raise InfraError(
-                f"model.reference: there is no file {named}: make it of the original with `qsa capture --config … "
-                f"--model.path ORIGINAL --for-reference -o {Path(named).name}`"
-            )
-        return None
-    file = ReferenceFile.open(kept)
+    if not path.is_file():
+        raise InfraError(
+            f"model.reference: there is no file {shown_path(path)}: make it of the original with `qsa capture "
+            f"--config … --model.path ORIGINAL --for-reference -o {path.name}`"
+        )
+    file = ReferenceFile.open(path)
     check_answerable(requests, file.shown)
     return file
 
 
 def record_reference(
-    subject: Subject,
+    subject: NamedSubject,
     requests: Sequence[Request],
     options: RecordOptions,
     output: Path,
@@ -127,18 +145,17 @@ def record_reference(
         InfraError: it can't be loaded or run, its data can't be read, or its predictions are asked for and can't be
             recorded.
     """
-    assert subject.model is not None
-    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    loaded = load_subject(subject, allow_code=allow_code)
     try:
         every = _batches(subject, loaded)
-        revision, beside = subject.model.revision, output.absolute().parent
+        revision, folder = subject.model.revision, output.absolute().parent
         with quiet(), forward_errors(type(loaded.model).__name__):
             recording = record_model(
                 loaded.model,
                 every,
                 requests,
                 options,
-                lambda head: located_head(head, subject.path, revision, beside),
+                lambda head: located_head(head, subject.path, revision, folder),
                 stream=loaded.stream,
                 progress=progress,
             )
@@ -149,23 +166,6 @@ def record_reference(
         loaded.close()
         del loaded
         _let_go()
-
-
-def load_reference(subject: Subject, *, allow_code: bool) -> Loaded:
-    """Load what a subject is compared with.
-
-    Raises:
-        InfraError: the suite names none, or it can't be loaded.
-    """
-    assert subject.model is not None
-    if subject.model.reference is None:
-        raise InfraError("there is nothing to compare with: name the original, model.reference")
-    reference = reference_of(subject)
-    assert reference.model is not None
-    try:
-        return load_model(reference.model, reference.path, subject.memory, allow_code=allow_code)
-    except QsaError as error:
-        raise type(error)(f"model.reference: {error}") from error
 
 
 def capture_loaded(
@@ -206,7 +206,8 @@ def capture_loaded(
         lambda: _part(loaded, participants, every, starts, own, requests, progress, share.sums) if own else None
     )
     if capture.reference is not None and isinstance(reference, Loaded):
-        theirs = provenance_of(reference.model, reference_of(subject).path if subject.model else "")
+        path = subject.reference.path if isinstance(subject.reference, NamedSubject) else ""
+        theirs = provenance_of(reference.model, path)
         capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
     provenance = replace(
         provenance,
@@ -307,7 +308,7 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
     Raises:
         InfraError: they give other ids.
     """
-    folder = local_folder(subject)
+    folder = subject.local_folder
     if subject.model is None or subject.model.gguf_file is None or loaded.tokenizer is None or folder is None:
         return ""
     return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)
@@ -320,7 +321,7 @@ def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
 
 def _provenance(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> Provenance:
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
-    folder = local_folder(subject)
+    folder = subject.local_folder
     fetched = folder is not None and not Path(subject.path).is_dir()
     model = replace(
         provenance_of(loaded.model, subject.path),

@@ -38,7 +38,6 @@ from .fingerprint import (
     FileHashes as FileHashes,
     fingerprint_of as fingerprint_of,
     identified as identified,
-    local_folder as local_folder,
     weight_files as weight_files,
 )
 from .inherit import read_suite as read_suite
@@ -55,13 +54,11 @@ from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as M
 from .session import Captures as Captures, MakeCapture as MakeCapture
 from .subject import (
     Checkpoint as Checkpoint,
+    NamedSubject as NamedSubject,
     Subject as Subject,
     files_of as files_of,
-    is_kept as is_kept,
-    kept_reference as kept_reference,
     located as located,
     previous_of as previous_of,
-    reference_of as reference_of,
     stored_quantized as stored_quantized,
 )
 from .tiers import (

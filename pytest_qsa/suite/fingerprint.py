@@ -20,7 +20,7 @@ from ..captures import Capture
 from ..checkpoint import Folder, libraries_of_formats
 from ..common import write_atomically
 from .datasets import hub_set_of, local_path
-from .subject import Subject, kept_reference, reference_of
+from .subject import NamedSubject, Subject
 
 LIBRARIES = (
     "pytest-qsa",
@@ -92,33 +92,33 @@ def _stamp(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def fingerprint_of(subject: Subject, hashes: FileHashes, *, beside: bool = False) -> str | None:
-    """Return the hash of a subject, of its reference as well where that runs `beside` it.
+def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool = False) -> str | None:
+    """Return the hash of a subject, and of its reference where the two are compared.
 
     None where no hash can cover it: a factory, a fixture, files that aren't here.
     """
-    folder = local_folder(subject)
-    if folder is None or subject.model is None:
+    folder = subject.local_folder
+    if folder is None:
         return None
     hub_set = hub_set_of(subject.data)
     if hub_set is not None and not hub_set.copies:
         return None
     digest = hashlib.sha256()
-    reference = _reference_files(subject) if beside else []
+    reference = _reference_files(subject) if with_reference else []
     if reference is None:
         return None
-    for part in (*_parts(subject, folder, hashes), [[name, hashes.of(file)] for name, file in reference]):
+    for part in (*_parts(subject.named, folder, hashes), [[name, hashes.of(file)] for name, file in reference]):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
 def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:
     """Say in a capture's provenance which checkpoint it is of: its path here, and the SHA-256 of its weight files."""
-    folder = local_folder(subject)
+    folder = subject.local_folder
     weights = _weights_hash(folder, hashes) if folder else None
     model = replace(capture.provenance.model, path=subject.path, weights=weights)
-    if capture.reference is not None and subject.model and subject.model.reference and not kept_reference(subject):
-        reference = identified(capture.reference, reference_of(subject), hashes)
+    if capture.reference is not None and isinstance(subject.reference, Subject):
+        reference = identified(capture.reference, subject.reference, hashes)
         capture = replace(capture, reference=reference)
     return replace(capture, provenance=replace(capture.provenance, model=model))
 
@@ -130,11 +130,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
     """Return the files of the reference under their names; None where they aren't here."""
-    if subject.model is None or subject.model.reference is None:
-        return None
-    if (kept := kept_reference(subject)) is not None:
-        return [("reference", kept)]
-    folder = local_folder(reference_of(subject))
+    reference = subject.reference
+    if isinstance(reference, Path):
+        return [("reference", reference)] if reference.is_file() else None
+    folder = reference.local_folder if reference is not None else None
     return _named_files(folder) if folder is not None else None
 
 
@@ -152,22 +151,7 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
     return f"sha256:{digest.hexdigest()}" if files else None
 
 
-def local_folder(subject: Subject) -> Path | None:
-    """Return the folder of a subject's files: its path, or the hub's cache of its id."""
-    if subject.model is None or not subject.path or subject.model.logprobs_only:
-        return None
-    if Path(subject.path).is_dir():
-        return Path(subject.path)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(subject.path, revision=subject.model.revision, local_files_only=True))
-    except Exception:  # not in the cache, or no such id: loading will say what is wrong
-        return None
-
-
-def _parts(subject: Subject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
-    assert subject.model is not None
+def _parts(subject: NamedSubject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     yield "qsa-fingerprint/5"
     yield subject.model.measured
     yield subject.data.model_dump()

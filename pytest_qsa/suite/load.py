@@ -16,8 +16,7 @@ from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
 from .fields import fields_at
 from .inherit import apply_defaults, read_suite
 from .schema import Suite
-from .sections import Model
-from .subject import Subject
+from .subject import NamedSubject
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
@@ -45,8 +44,8 @@ class SuiteFile:
         return next((place for place in places if place is not None), self.place_of(index))
 
 
-def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
-    """Return the model section of a suite and the subject that it names.
+def subject_of(file: SuiteFile) -> NamedSubject:
+    """Return the subject that a suite names.
 
     Raises:
         SuiteError: there is no such section.
@@ -54,7 +53,7 @@ def subject_of(file: SuiteFile) -> tuple[Model, Subject]:
     suite = file.suite
     if suite.model is None:
         raise SuiteError(f"{shown_path(file.path)}:1: there is no section 'model'")
-    return suite.model, Subject(suite.model.id, suite.model, suite.data, suite.memory, file.path.parent)
+    return NamedSubject(suite.model.id, suite.model, suite.data, suite.memory, file.path.parent)
 
 
 def misfit(path: Path, override: str) -> str | None:

@@ -93,7 +93,7 @@ class Captures:
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         hashes = self._hashes()
         source: Source = "cache"
-        fingerprint = fingerprint_of(subject, hashes, beside=compares(requests)) if self.cache else None
+        fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests)) if self.cache else None
 
         def known(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
             nonlocal source

@@ -19,7 +19,11 @@ from .sections import Data, Memory, Model
 
 @dataclass(frozen=True)
 class Subject:
-    """One model with its data: loaded once, run once. `folder`: what the suite's relative paths are relative to."""
+    """One model with its data: loaded once, run once. Where a suite names no model, a fixture gives it.
+
+    `folder`: what the suite's relative paths are relative to. `checkpoint`: stands in for the model's own path.
+    `fixture`: which fixture gives the model.
+    """
 
     name: str
     model: Model | None
@@ -28,7 +32,42 @@ class Subject:
     folder: Path
     checkpoint: str | None = None
     fixture: str = ""
-    """Which fixture gives the model, where the suite names none."""
+
+    @cached_property
+    def named(self) -> NamedSubject:
+        """The same subject, of which it's known that a suite names the model.
+
+        Raises:
+            InfraError: no suite does.
+        """
+        if self.model is None:
+            raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
+        return NamedSubject(self.name, self.model, self.data, self.memory, self.folder, self.checkpoint, self.fixture)
+
+    @cached_property
+    def reference(self) -> NamedSubject | Path | None:
+        """What the model is compared with: another model with the same data, or the file of a recorded one.
+
+        `org/name@revision` pins a hub id. A name that ends in `.qsa` is a file's before the file is there.
+        """
+        named = self.model.reference if self.model else None
+        if named is None:
+            return None
+        local = self.folder / named
+        return local if local.is_file() or local.suffix == ".qsa" else self.named.with_checkpoint(named)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder of the model's files: its path, or the hub's cache of its id; None where neither is here.
+
+        Looked up each time, for loading the model may bring a hub id into the cache.
+
+        Raises:
+            InfraError: the hub's cache can't be read.
+        """
+        if self.model is None or not self.path or self.model.logprobs_only:
+            return None
+        return Path(self.path) if Path(self.path).is_dir() else cached_snapshot(self.path, self.model.revision)
 
     @cached_property
     def path(self) -> str:
@@ -56,30 +95,46 @@ class Subject:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class NamedSubject(Subject):
+    """A subject whose model a suite names, so that it can be loaded."""
+
+    model: Model
+
+    @property
+    def named(self) -> NamedSubject:
+        """The subject itself."""
+        return self
+
+    def with_checkpoint(self, named: str) -> NamedSubject:
+        """Return another checkpoint as a subject of the same data, without what is said of this one's own source."""
+        path, _, revision = (named, "", "") if (self.folder / named).exists() else named.partition("@")
+        source = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
+        model = self.model.model_copy(update={**source, "revision": revision or None, "previous": None})
+        return replace(self, name=named, model=model, checkpoint=None)
+
+
+def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub id in the cache; None where it isn't there, or is no hub id.
+
+    Raises:
+        InfraError: the cache can't be read.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    except OSError as error:
+        raise InfraError(f"{repository} can't be looked up in the hub's cache: {error}") from error
+
+
 def located(folder: Path, named: str) -> str:
     """Return the absolute path of what a suite in `folder` names, if it is there; else the name: a hub id."""
     local = folder / named
     return os.path.abspath(local) if local.exists() else named
-
-
-def reference_of(subject: Subject) -> Subject:
-    """Return the reference as a subject of the same data; `org/name@revision` pins a hub id."""
-    assert subject.model is not None
-    assert subject.model.reference is not None
-    return replace(_other(subject, subject.model.reference), fixture="")
-
-
-def is_kept(subject: Subject) -> bool:
-    """Say whether the reference is a file that was kept, or is to be: its name says so before it is there."""
-    named = subject.model.reference if subject.model else None
-    return bool(named) and (str(named).endswith(".qsa") or kept_reference(subject) is not None)
-
-
-def kept_reference(subject: Subject) -> Path | None:
-    """Return the file of a reference that was kept as a capture; None where it is a model."""
-    named = subject.model.reference if subject.model else None
-    local = subject.folder / named if named else None
-    return local if local is not None and local.is_file() else None
 
 
 def files_of(subject: Subject) -> Files:
@@ -92,10 +147,9 @@ def files_of(subject: Subject) -> Files:
     if model is None or not subject.path or model.logprobs_only:
         raise InfraError("static checks read a checkpoint's files, and this subject has none here: give model.path")
     reference = None
-    if model.reference is not None:
+    if model.reference is not None and not isinstance(subject.reference, Path):  # a recorded one has no settings
         local = subject.folder / model.reference
-        if not local.is_file():  # a kept reference capture has no settings
-            reference = open_folder(local if local.is_dir() else model.reference)
+        reference = open_folder(local if local.is_dir() else model.reference)
     return Files(open_folder(subject.path, model.revision, model.gguf_file), reference)
 
 
@@ -109,20 +163,16 @@ def stored_quantized(subject: Subject) -> list[str]:
         return []
 
 
-def previous_of(subject: Subject) -> Subject:
-    """Return the last release as a subject of the same data; `org/name@revision` pins a hub id."""
-    assert subject.model is not None
-    assert subject.model.previous is not None
-    return _other(subject, subject.model.previous)
+def previous_of(subject: Subject) -> NamedSubject:
+    """Return the last release as a subject of the same data; `org/name@revision` pins a hub id.
 
-
-def _other(subject: Subject, named: str) -> Subject:
-    """Return another checkpoint as a subject of the same data."""
-    assert subject.model is not None
-    path, _, revision = (named, "", "") if (subject.folder / named).exists() else named.partition("@")
-    sources = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
-    model = subject.model.model_copy(update={**sources, "revision": revision or None, "previous": None})
-    return replace(subject, name=named, model=model, checkpoint=None)
+    Raises:
+        InfraError: the suite names none.
+    """
+    own = subject.named
+    if own.model.previous is None:
+        raise InfraError("the suite names no last release, model.previous")
+    return own.with_checkpoint(own.model.previous)
 
 
 @dataclass(frozen=True)

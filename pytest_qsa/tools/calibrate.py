@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..captures import Capture, merge, merge_requests
 from ..common import AnomalyError, InfraError, SuiteError, progress_bar, shown_path, text_table
 from ..metrics import TWO_SIDED_95, Series
-from ..suite import SIDES, Assertion, MeasuredAssertion, Noise, Relative, Side, Stated, Subject, SuiteFile
+from ..suite import SIDES, Assertion, MeasuredAssertion, NamedSubject, Noise, Relative, Side, Stated, SuiteFile
 from ..verdicts import SPARE, key_of, measured, outward
 
 FIGURES = 4
@@ -166,7 +166,7 @@ class Sampled:
     repeated: Sequence[Capture]
 
     @classmethod
-    def of(cls, subject: Subject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
+    def of(cls, subject: NamedSubject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
         """Run a suite's subject over parts of its data, and again over the first part until there are `passes`.
 
         Raises:

@@ -14,7 +14,7 @@ import yaml
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
 from ..common import AnomalyError
-from ..suite import Anatomy, CheckpointAssertion, Subject, SuiteFile, YamlSource, files_of, kept_reference, make_suite
+from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, make_suite
 from .calibrate import Finding, Sampled
 from .edit_suite import calibrated, flow_yaml
 
@@ -92,7 +92,7 @@ class FirstSuite:
 
 
 def first_suite(
-    subject: Subject,
+    subject: NamedSubject,
     source: YamlSource,
     overrides: Sequence[str],
     parts: int,
@@ -110,7 +110,6 @@ def first_suite(
     """
     from ..engine import anatomy
 
-    assert subject.model is not None
     layers = anatomy(subject.model, subject.path)
     static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
@@ -133,15 +132,15 @@ def _with(source: YamlSource, drafts: Sequence[Draft]) -> YamlSource:
     return YamlSource(source.path, {**source.data, "assertions": [draft.entry for draft in drafts]})
 
 
-def _comparable(subject: Subject) -> tuple[list[str], Compare | None, list[str]]:
+def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[str]]:
     """Return the parts of drafts.yaml on files, what a pass can compare (None without a reference), and remarks.
 
     Raises:
         InfraError: the reference is no checkpoint that is here.
     """
-    if subject.model is None or subject.model.reference is None:
+    if subject.reference is None:
         return ["files"], None, []
-    if kept_reference(subject) is not None:
+    if isinstance(subject.reference, Path):
         return ["files"], "layers", []  # the pass refuses a reference file: it needs the model itself
     checked = files_of(subject)
     assert checked.reference is not None
@@ -174,7 +173,7 @@ def _calibrated(
     return kept, findings, left_out
 
 
-def _problems(file: SuiteFile, subject: Subject) -> Iterator[str]:
+def _problems(file: SuiteFile, subject: NamedSubject) -> Iterator[str]:
     """Yield what the static checks find already: bounds that are calibrated on a broken checkpoint mean nothing."""
     checked = files_of(subject)
     for assertion in file.assertions:

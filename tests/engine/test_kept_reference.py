@@ -294,7 +294,7 @@ def gate(folder, text=SUITE, samples=None):
     (folder / "case.qsa.yaml").write_text(text)
     file = load_suite(folder / "case.qsa.yaml")
     requests = [assertion.request for assertion in file.assertions]
-    return capture_subject(subject_of(file)[1], requests, share=Share(samples=samples))
+    return capture_subject(subject_of(file), requests, share=Share(samples=samples))
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path):
 
 
 def beside(own, reference):
-    return fingerprint_of(subject_of(own, model={"reference": str(reference)}), FileHashes(None), beside=True)
+    return fingerprint_of(subject_of(own, model={"reference": str(reference)}), FileHashes(None), with_reference=True)
 
 
 def test_a_reference_counts_where_it_runs_beside_the_subject(own_llama, changed_llama, tmp_path):

@@ -12,11 +12,8 @@ from pytest_qsa.suite import (
     Model,
     Subject,
     files_of,
-    is_kept,
-    kept_reference,
     located,
     previous_of,
-    reference_of,
     stored_quantized,
 )  # fmt: skip
 
@@ -84,7 +81,11 @@ def test_a_path_is_a_folder_where_there_is_one_and_else_the_id_of_a_hub(folder):
     ("named", "path", "revision"),
     [("checkpoint", "checkpoint", None), ("org/name", "org/name", None), ("org/name@v1", "org/name", "v1")],
 )
-@pytest.mark.parametrize(("key", "other"), [("reference", reference_of), ("previous", previous_of)])
+@pytest.mark.parametrize(
+    ("key", "other"), [("reference", lambda subject: subject.reference), ("previous", previous_of)], ids=["reference", "previous"]
+)
+    ("key", "other"), [("reference", lambda subject: subject.reference), ("previous", previous_of)]
+)
 def test_another_checkpoint_is_a_subject_of_the_same_data(folder, key, other, named, path, revision):
     own = subject(folder, path="own", gguf_file="a.gguf", dtype="bfloat16", data={"seed": 3}, **{key: named})
     found = other(own)
@@ -94,18 +95,44 @@ def test_another_checkpoint_is_a_subject_of_the_same_data(folder, key, other, na
 
 def test_a_folder_whose_name_has_an_at_is_no_revision(folder):
     (folder / "a@b").mkdir()
-    found = reference_of(subject(folder, reference="a@b"))
+    found = subject(folder, reference="a@b").reference
     assert (found.model.path, found.model.revision) == ("a@b", None)
 
 
-@pytest.mark.parametrize(
-    ("reference", "kept", "file"),
-    [("kept.qsa", True, True), ("later.qsa", True, False), ("checkpoint", False, False), (None, False, False)],
-)
-def test_a_reference_is_kept_by_its_name_before_it_is_there(folder, reference, kept, file):
-    own = subject(folder, reference=reference)
-    assert is_kept(own) is kept
-    assert kept_reference(own) == (folder / "kept.qsa" if file else None)
+@pytest.mark.parametrize("name", ["kept.qsa", "later.qsa"])
+def test_a_recorded_reference_is_known_by_its_name_before_it_is_there(folder, name):
+    assert subject(folder, reference=name).reference == folder / name
+
+
+def test_a_subject_without_a_reference_has_none(folder):
+    assert subject(folder).reference is None
+    assert Subject("x", None, Data(), Memory(), folder).reference is None
+
+
+def test_a_subject_of_a_fixture_names_no_model(folder):
+    with pytest.raises(InfraError, match="no section 'model'"):
+        _ = Subject("x", None, Data(), Memory(), folder, fixture="conftest.py").named
+    own = subject(folder).named
+    assert own.named is own
+    with pytest.raises(InfraError, match="no last release"):
+        previous_of(own)
+
+
+def test_files_lie_in_the_path_or_in_the_cache_of_the_hub(folder, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def looked_up(error):
+        def snapshot_download(*_, **__):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return subject(folder, path="org/name").local_folder
+
+    assert subject(folder).local_folder == folder / "checkpoint"
+    assert subject(folder, factory="a:b").local_folder is None
+    assert looked_up(LocalEntryNotFoundError("not in the cache")) is None
+    with pytest.raises(InfraError, match=r"org/name can't be looked up in the hub's cache: .*denied"):
+        looked_up(PermissionError("denied"))
 
 
 def test_static_checks_need_files(folder, int8_llama, llama):

@@ -30,7 +30,7 @@ from ...captures import (
 )
 from ...common import AnomalyError, InfraError, QsaError
 from ...metrics import TokenScores, numbers_of
-from ...suite import Floor, Served, Subject, located, reference_of
+from ...suite import Floor, Served, Subject, located
 from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
 from .client import Client
 from .logprob_files import read_logprobs
@@ -92,8 +92,7 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
         )
     from ...engine import load_model
 
-    model = reference_of(subject)
-    assert model.model is not None
+    model = subject.named.with_checkpoint(named)
     try:
         loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code)
     except QsaError as error:

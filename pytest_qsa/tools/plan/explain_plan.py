@@ -9,7 +9,7 @@ from pathlib import Path
 from ...captures import Capture, Request, match_layers, merge_requests
 from ...checkpoint import Folder
 from ...common import InfraError, QsaError, shown_path, text_table
-from ...suite import FileHashes, Machine, Subject, fingerprint_of, local_folder, weight_files
+from ...suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
 from .settings import Setting, Work, batch_bytes, own_setting, settings_of, shown_bytes, waiting_bytes
 from .sizes import Sizes, sizes_of
 
@@ -61,7 +61,7 @@ def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
     if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
         return False, "no capture is kept yet"
     hashes = FileHashes(cache / "hashes.json")
-    folder = local_folder(planned.subject)
+    folder = planned.subject.local_folder
     unknown = [file for file in weight_files(folder) if not hashes.remembers(file)] if folder else []
     if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
         return False, "not known before the run has hashed the weights"
@@ -93,7 +93,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     if not planned.measured:
         yield "pass        none: no model is loaded"
         return
-    folder = local_folder(subject)
+    folder = subject.local_folder
     if folder is None or subject.model is None:
         yield f"size        not known: {_why_unknown(planned)}"
         return

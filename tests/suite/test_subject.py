@@ -82,8 +82,6 @@ def test_a_path_is_a_folder_where_there_is_one_and_else_the_id_of_a_hub(folder):
     [("checkpoint", "checkpoint", None), ("org/name", "org/name", None), ("org/name@v1", "org/name", "v1")],
 )
 @pytest.mark.parametrize(
-    ("key", "other"), [("reference", lambda subject: subject.reference), ("previous", previous_of)], ids=["reference", "previous"]
-)
     ("key", "other"), [("reference", lambda subject: subject.reference), ("previous", previous_of)]
 )
 def test_another_checkpoint_is_a_subject_of_the_same_data(folder, key, other, named, path, revision):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
-from ..common import AnomalyError, InfraError, Progress, QsaError, shown_path
+from ..common import AnomalyError, InfraError, Progress, QsaError
 from ..suite import (
     FileHashes,
     NamedSubject,
@@ -71,7 +71,7 @@ def capture_subject(
     compared = compares(requests)
     reference: Loaded | ReferenceFile | None = None
     if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain
-        reference = _open_reference_file(subject.reference, requests)
+        reference = _open_reference_file(subject.reference, str(subject.model.reference), requests)
     loaded = load_subject(subject, allow_code=allow_code)
     try:
         if compared and reference is None:
@@ -114,15 +114,15 @@ def load_reference(subject: NamedSubject, *, allow_code: bool) -> Loaded:
         raise type(error)(f"model.reference: {error}") from error
 
 
-def _open_reference_file(path: Path, requests: Sequence[Request]) -> ReferenceFile:
-    """Open a recorded reference.
+def _open_reference_file(path: Path, named: str, requests: Sequence[Request]) -> ReferenceFile:
+    """Open a recorded reference. `named`: as the suite names it.
 
     Raises:
         InfraError: it isn't there, or can't answer what is requested.
     """
     if not path.is_file():
         raise InfraError(
-            f"model.reference: there is no file {shown_path(path)}: make it of the original with `qsa capture "
+            f"model.reference: there is no file {named}: make it of the original with `qsa capture "
             f"--config … --model.path ORIGINAL --for-reference -o {path.name}`"
         )
     file = ReferenceFile.open(path)

@@ -226,7 +226,7 @@ def test_new_and_lost_outlier_tokens_are_shown_in_context(qsa, folder):
     maxima = numbers.token_max.copy()
     maxima[24 + 5] = 1000 * np.median(maxima)
     pieces = {int(token): f"<{token}>" for ids in old.tokens for token in ids}
-    sites = dict(old.sites) | {place: dataclasses.replace(numbers, token_max=maxima)}
+    sites = dict(old.sites) | {place: numbers.having((), {"token_max": maxima})}
     dataclasses.replace(old, sites=sites, pieces=pieces).save(folder / "outlier.qsa")
     said = f"⟦<{old.tokens[1][5]}>⟧"
 

@@ -6,12 +6,11 @@ from .ci import (
 )
 from .gallery import (
     Gallery as Gallery,
-    Shown as Shown,
-    Turning as Turning,
+    GallerySurface as GallerySurface,
     render_gallery as render_gallery,
     surface_data as surface_data,
 )
-from .html import render as render
+from .html import PagePicture as PagePicture, render as render
 from .plots.boxes import (
     SHARES as SHARES,
     box_figure as box_figure,

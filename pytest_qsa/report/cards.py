@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .html import PagePicture
+from .report import Result
+
 Card = Mapping[str, Any]
-"""A result as `to_plain` gives it, with what the page shows of it."""
+"""A result with what the page shows of it."""
 MOST_STRIPS = 16
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
@@ -33,17 +34,17 @@ def is_out(row: Mapping[str, Any]) -> bool:
     return bool(row.get("excess")) and not row.get("waived")
 
 
-def worst_first(results: Iterable[Mapping[str, Any]], ranks: Mapping[str, int]) -> list[Mapping[str, Any]]:
+def worst_first(results: Iterable[Result], ranks: Mapping[str, int]) -> list[Result]:
     """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
     return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
 
 
-def _worst_used(result: Mapping[str, Any]) -> float:
+def _worst_used(result: Result) -> float:
     used = (row.get("used") for row in result.get("rows", ()))
     return max((value for value in used if isinstance(value, float | int) and not math.isnan(value)), default=0.0)
 
 
-def card_of(result: Mapping[str, Any], index: int) -> dict[str, Any]:
+def card_of(result: Result, index: int) -> Card:
     """Return all that the template shows of one result; keys that a result lacks are empty."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)
@@ -78,7 +79,7 @@ def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join the sightings of one token at several layers; the strongest speaks for all."""
+    """Join the entries of one token at several layers: the first, the strongest, stands for all."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for token in evidence:
         key = (token["sample"], token["position"], token["text"])
@@ -96,54 +97,52 @@ def positions_text(positions: str | None) -> str:
     return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
 
 
-def plots_of(artefacts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the pictures with their content; a picture that isn't there any more says so."""
+def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
+    """Yield the pictures with their content; one that is gone has none."""
     for title, path in artefacts.items():
-        if not path.endswith(".png"):
-            continue
-        try:
-            picture = Path(path).read_bytes()
-        except OSError:
-            picture = b""
-        width, height = struct.unpack(">II", picture[16:24]) if len(picture) > 24 else (0, 0)
-        data = base64.b64encode(picture).decode("ascii")
-        yield {"title": _PLOTS.get(title, title), "path": path, "data": data, "width": width, "height": height}
+        if path.endswith(".png"):
+            try:
+                png = Path(path).read_bytes()
+            except OSError:
+                png = b""
+            yield PagePicture(_PLOTS.get(title, title), path, png)
 
 
-def layer_table(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
     """Join the rows of all cards by layer, in the order of their names, numbers by size.
 
     Returns `columns` (an assertion each), `rows`: layer, worst share used, out, cells (one a column, or None), and
     `histograms`: those of its sites; and `strips`: the rows by kind of layer.
     """
-    shown = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
+    columns = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for index, card in enumerate(shown):
+
+    def entry_of(card: Card, layer: str) -> dict[str, Any]:
+        empty = {"layer": layer, "cells": [None] * len(columns), "histograms": []}
+        return rows.setdefault((card["subject"], layer), empty)
+
+    for index, card in enumerate(columns):
         for row in card["rows"]:
-            key = (card["subject"], row["layer"])
-            entry = rows.setdefault(key, {"layer": row["layer"], "cells": [None] * len(shown), "histograms": []})
-            entry["cells"][index] = {name: row[name] for name in _FIELDS if row.get(name) is not None}
+            cell = {name: row[name] for name in _FIELDS if row.get(name) is not None}
+            entry_of(card, row["layer"])["cells"][index] = cell
     for card in cards:
         site = card["query"].get("site", "")
         for layer, histograms in (card.get("histograms") or {}).items():
-            entry = rows.setdefault(
-                (card["subject"], layer), {"layer": layer, "cells": [None] * len(shown), "histograms": []}
-            )
+            entry = entry_of(card, layer)
             known = {(each["site"], each["of"]) for each in entry["histograms"]}
-            new = [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
-            entry["histograms"] += new
+            entry["histograms"] += [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
+    several = len({subject for subject, _ in rows}) > 1
     ordered = sorted(rows, key=lambda key: (key[0], _by_number(key[1])))
-    subjects = {subject for subject, _ in rows}
-    finished = [_finished(rows[key], key[0] if len(subjects) > 1 else "") for key in ordered]
+    finished = [_finished(rows[key], key[0] if several else "") for key in ordered]
     return {
-        "columns": [_column(card, several=len(subjects) > 1) for card in shown],
+        "columns": [_column(card, several=several) for card in columns],
         "rows": finished,
         "strips": strips_of(finished),
     }
 
 
-def _of_layers(card: Mapping[str, Any]) -> bool:
-    """Say whether an assertion is about layers: tasks and the many experts of a layer have their card's own table."""
+def _of_layers(card: Card) -> bool:
+    """Say whether the rows of an assertion are layers, not tasks of an eval or experts of a layer."""
     return bool(card["query"].get("of", "layers") == "layers")
 
 
@@ -162,7 +161,7 @@ def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": "", "rows": [*range(len(rows))]}]
 
 
-def _column(card: Mapping[str, Any], *, several: bool) -> dict[str, Any]:
+def _column(card: Card, *, several: bool) -> dict[str, Any]:
     return {
         "id": card["id"],
         "subject": card["subject"] if several else "",

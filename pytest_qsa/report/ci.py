@@ -6,9 +6,9 @@ import base64
 import html
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,11 +17,12 @@ from .terminal import part_of_error
 
 if TYPE_CHECKING:
     from ..verdicts import Verdict
+    from .report import Result
 
 MOST_ANNOTATIONS = 10
-"""GitHub shows so many errors and as many warnings of one step; the others it drops."""
+"""GitHub shows this many errors, and as many warnings, of one step and drops the others."""
 SUMMARY_BYTES = 900_000
-"""A summary beyond 1 MiB is dropped as a whole."""
+"""GitHub drops a summary of more than 1 MiB as a whole."""
 _SUITE_ERROR = re.compile(r"^(?P<file>[^:\n]+\.ya?ml):(?P<line>\d+)(?::\d+)?: (?P<text>.+)", re.MULTILINE)
 _SIGNS = {"REGRESSION": "❌", "ANOMALOUS": "❓", "INFRA": "🔧", "WARNED": "⚠️", "PASSED": "✅"}
 
@@ -40,8 +41,8 @@ def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
     return [(name, value) for name, value in properties if value != ""]
 
 
-def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Mapping[str, Any]]) -> None:
-    """Give the plots of a test to pytest-html, to Allure and to GitLab, as far as they are there."""
+def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Result]) -> None:
+    """Attach the plots of a test in pytest-html, Allure and GitLab, where these are active."""
     config = item.config
     pictures = list(_pictures(config.invocation_params.dir, results))
     if not pictures:
@@ -57,7 +58,7 @@ def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Mappi
         item.add_report_section("call", "stdout", line)
 
 
-def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Path]]:
+def _pictures(folder: Path, results: Sequence[Result]) -> Iterator[tuple[str, Path]]:
     for result in results:
         for title, path in result["artefacts"].items():
             if path.endswith(".png") and (folder / path).is_file():
@@ -65,7 +66,7 @@ def _pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> Iterator[tu
 
 
 def _extra(title: str, path: Path) -> dict[str, str | None]:
-    """Return what pytest-html shows; plain values, so that it crosses from a worker of pytest-xdist."""
+    """Return a picture as pytest-html's plain values, which can cross from a worker of pytest-xdist."""
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return {"name": title, "format_type": "image", "content": content, "mime_type": "image/png", "extension": "png"}
 
@@ -78,15 +79,15 @@ def _attach_to_allure(pictures: Sequence[tuple[str, Path]]) -> None:
 
 
 def _in_project(path: Path) -> str:
-    """Return a path as GitLab wants it: relative to the project's folder."""
+    """Return a path relative to the project's folder, as GitLab needs it."""
     try:
         return str(path.resolve().relative_to(Path(os.environ.get("CI_PROJECT_DIR", ".")).resolve()))
     except ValueError:
         return str(path)
 
 
-def annotation_lines(results: Sequence[Mapping[str, Any]], suite_errors: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the workflow commands that mark the lines of the suites: what failed, what only warns, what is wrong."""
+def annotation_lines(results: Sequence[Result], suite_errors: Sequence[str] = ()) -> Iterator[str]:
+    """Yield GitHub's workflow commands that annotate the suites' lines: wrong suites, failures, warnings."""
     for text in suite_errors:
         if match := _SUITE_ERROR.search(text):
             yield command("error", match["file"], match["line"], "wrong suite", match["text"])
@@ -103,8 +104,8 @@ def annotation_lines(results: Sequence[Mapping[str, Any]], suite_errors: Sequenc
 def command(level: str, file: str, line: str, title: str, message: str) -> str:
     """Return `::error file=…,line=…,title=…::message`; paths are relative to the repository, all is escaped."""
     properties = {"file": _in_repository(file), "line": line if line.isdigit() else "", "title": title}
-    told = ",".join(f"{name}={_property(value)}" for name, value in properties.items() if value)
-    return f"::{level} {told}::{_data(message)}"
+    known = ",".join(f"{name}={_property(value)}" for name, value in properties.items() if value)
+    return f"::{level} {known}::{_data(message)}"
 
 
 def _data(text: str) -> str:
@@ -123,19 +124,19 @@ def _in_repository(file: str) -> str:
     return file
 
 
-def append_summary(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Add the run to the step's summary, which other tools may have begun.
+def append_summary(path: Path, results: Sequence[Result]) -> None:
+    """Append the run to the step's summary, in which other tools may have written before.
 
     Raises:
         OSError: it can't be written.
     """
-    begun = path.stat().st_size if path.exists() else 0
+    written = path.stat().st_size if path.exists() else 0
     with path.open("a", encoding="utf-8") as file:
-        file.write(fitted(step_summary(results), max(SUMMARY_BYTES - begun, 1000)))
+        file.write(fitted(step_summary(results), max(SUMMARY_BYTES - written, 1000)))
 
 
-def step_summary(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a run as Markdown: the verdict, a line an assertion, and what one needs to act on each failure."""
+def step_summary(results: Sequence[Result]) -> str:
+    """Return a run as Markdown: the verdict, a line for each assertion, and what one needs to act on each failure."""
     failed = [result for result in results if result["failed"]]
     order = list(_SIGNS)
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
@@ -148,7 +149,7 @@ def step_summary(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(result: Mapping[str, Any]) -> list[str]:
+def _cells(result: Result) -> list[str]:
     worst = result["rows"][0] if result["rows"] else None
     value = number(worst["value"]) if worst else ""
     used = f"{worst['used']:.0%}" if worst and worst["used"] is not None else ""
@@ -156,18 +157,18 @@ def _cells(result: Mapping[str, Any]) -> list[str]:
     return [sign, result["id"], result["subject"], worst["layer"] if worst else "", value, result["bound"], used]
 
 
-def _details(result: Mapping[str, Any]) -> Iterator[str]:
+def _details(result: Result) -> Iterator[str]:
     yield f"<details><summary><b>{escaped(result['id'])}</b>: {escaped(result['headline'])}</summary>"
     yield ""
     if result["reason"]:
-        yield f"{escaped(result['reason'])}"
+        yield escaped(result["reason"])
         yield ""
     for token in result["evidence"]:
-        said = f"{escaped(token['before'])}**⟦{escaped(token['text'])}⟧**{escaped(token['after'])}"
-        part = part_of_error(token.get("share"))
-        yield f"- {part}{token['ratio']:.1f} × median at sample {token['sample']}, position {token['position']}: {said}"
+        context = f"{escaped(token['before'])}**⟦{escaped(token['text'])}⟧**{escaped(token['after'])}"
+        where = f"sample {token['sample']}, position {token['position']}"
+        yield f"- {part_of_error(token.get('share'))}{token['ratio']:.1f} × median at {where}: {context}"
     commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]
-    text = "\n".join(f"{name:<8}{visible(said)}" for name, said in commands if said)
+    text = "\n".join(f"{name:<8}{visible(command)}" for name, command in commands if command)
     yield ""
     yield f"<pre>{html.escape(text)}</pre>"
     yield "</details>"

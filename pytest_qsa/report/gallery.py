@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,37 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .html import render
+from .html import PagePicture, render
 
 SURFACE_SIDE = 48
-"""The most points along either side: 48 × 48 turn smoothly on a phone and take 12 kB a layer."""
+"""The most points along either side: 48 × 48 points turn smoothly on a phone and take 12 kB for each layer."""
 MOST_LAYERS = 32
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture of the page: its PNG, or the problem that stopped it."""
-
-    title: str
-    name: str
-    png: bytes = b""
-    problem: str = ""
-
-    @property
-    def data(self) -> str:
-        """The PNG as base64."""
-        return base64.b64encode(self.png).decode("ascii")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        width, height = struct.unpack(">II", self.png[16:24]) if len(self.png) > 24 else (0, 0)
-        return width, height
-
-
-@dataclass(frozen=True)
-class Turning:
-    """A surface that turns, under one of the headings. `data`: what `surface_data` makes."""
+class GallerySurface:
+    """A surface that a reader can turn, under one of the headings. `data`: what `surface_data` returns."""
 
     heading: str
     name: str
@@ -51,16 +28,16 @@ class Turning:
 
 @dataclass(frozen=True)
 class Gallery:
-    """All that the page shows. `facts`: label → what was run; `sections`: heading → pictures."""
+    """All that the page shows. `facts`: label → what was run. `sections`: heading → pictures. `layers`: the model's."""
 
     title: str
     facts: Mapping[str, str]
-    sections: Mapping[str, Sequence[Shown]]
+    sections: Mapping[str, Sequence[PagePicture]]
     warnings: Sequence[str] = ()
     layers: Sequence[str] = ()
     files: Sequence[str] = field(default_factory=list)
     command: str = ""
-    surfaces: Sequence[Turning] = ()
+    surfaces: Sequence[GallerySurface] = ()
 
 
 def render_gallery(gallery: Gallery) -> str:
@@ -71,10 +48,11 @@ def render_gallery(gallery: Gallery) -> str:
 def surface_data(
     maps: Mapping[str, NDArray[np.float32]], size: tuple[int, int], angle: Sequence[float]
 ) -> dict[str, Any]:
-    """Return the data of a surface for each layer. `maps`: layer → [t, c] of |x|; `size`: what they stand for.
+    """Return the data of a surface for each layer.
 
-    `angle`: elevation and azimuth in degrees. Every peak is kept; NaN and Inf are drawn as 0 and counted as `holes`.
-    Of more than 32 layers every n-th is taken, the last one always.
+    `maps`: layer → [t, c] of |x|. `size`: the tokens and channels that a map stands for. `angle`: elevation and azimuth
+    in degrees. Every peak is kept; NaN and Inf are drawn as 0 and counted as `holes`. Of more than 32 layers every n-th
+    is taken, always with the last one.
     """
     names = list(maps)
     step = math.ceil(len(names) / MOST_LAYERS)

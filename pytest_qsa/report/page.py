@@ -16,6 +16,7 @@ from markupsafe import Markup
 from ..captures import Provenance
 from .cards import Card, card_of, layer_table, worst_first
 from .html import flattened, render
+from .report import Result
 
 KINDS = {
     "REGRESSION": "a bound was exceeded",
@@ -26,6 +27,9 @@ KINDS = {
 }
 """The kinds of verdict, worst first, and what each means."""
 
+Content = dict[str, Any]
+"""The variables of a template."""
+
 
 @dataclass(frozen=True)
 class Page:
@@ -35,16 +39,16 @@ class Page:
     session: Mapping[str, Any]
 
     @cached_property
-    def subjects(self) -> list[dict[str, Any]]:
+    def subjects(self) -> list[Content]:
         """What was tested, one entry for each distinct run."""
         return subjects_of(self.cards)
 
 
-def _subjects(page: Page) -> dict[str, Any]:
+def _subjects(page: Page) -> Content:
     return {"subjects": page.subjects}
 
 
-def _assertions(page: Page) -> dict[str, Any]:
+def _assertions(page: Page) -> Content:
     counts = Counter(card["kind"] for card in page.cards)
     return {
         "cards": page.cards,
@@ -54,23 +58,23 @@ def _assertions(page: Page) -> dict[str, Any]:
     }
 
 
-def _layers(page: Page) -> dict[str, Any] | None:
+def _layers(page: Page) -> Content | None:
     table = layer_table(page.cards)
     return {"table": table} if len(table["rows"]) > 1 else None
 
 
-def _left_out(page: Page) -> dict[str, Any] | None:
+def _left_out(page: Page) -> Content | None:
     left_out = page.session.get("not_run")
     return {"left_out": left_out, "tier": page.session["tier"]} if left_out else None
 
 
-def _provenance(page: Page) -> dict[str, Any]:
+def _provenance(page: Page) -> Content:
     queries = [card["query"] for card in page.cards]
     definitions = sorted({query["definition"] for query in queries if query.get("definition")})
     return {"subjects": page.subjects, "session": page.session, "definitions": definitions}
 
 
-SECTIONS: Mapping[str, Callable[[Page], dict[str, Any] | None]] = {
+SECTIONS: Mapping[str, Callable[[Page], Content | None]] = {
     "subjects": _subjects,
     "assertions": _assertions,
     "layers": _layers,
@@ -80,7 +84,7 @@ SECTIONS: Mapping[str, Callable[[Page], dict[str, Any] | None]] = {
 """The page from top to bottom: the name of a template → what it shows, or None where it has nothing to show."""
 
 
-def render_page(results: Sequence[Mapping[str, Any]], session: Mapping[str, Any]) -> str:
+def render_page(results: Sequence[Result], session: Mapping[str, Any]) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     ranks = {kind: rank for rank, kind in enumerate(KINDS)}
     page = Page([card_of(result, index) for index, result in enumerate(worst_first(results, ranks))], session)
@@ -105,9 +109,9 @@ def overall(cards: Sequence[Card]) -> dict[str, str]:
     return {"kind": "WARNED" if warned else "PASSED", "text": text + (f", {warned} with a warning" if warned else "")}
 
 
-def subjects_of(cards: Sequence[Card]) -> list[dict[str, Any]]:
+def subjects_of(cards: Sequence[Card]) -> list[Content]:
     """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Content] = {}
     for card in cards:
         provenance = Provenance.of(card["run"])
         flat = {key: text for key, text in flattened(card["run"]) if not key.startswith(("evals.", "execution."))}
@@ -120,7 +124,7 @@ def subjects_of(cards: Sequence[Card]) -> list[dict[str, Any]]:
     return _joined(list(runs.values()))
 
 
-def _joined(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _joined(runs: Sequence[Content]) -> list[Content]:
     """Join the runs that only read the files of a model, or failed to run it, with the run that ran it.
 
     A run of which nothing is known is left out where another of the same name is known.

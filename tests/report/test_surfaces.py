@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pytest_qsa.report.gallery import Gallery, Turning, render_gallery, surface_data
+from pytest_qsa.report.gallery import Gallery, GallerySurface, render_gallery, surface_data
 
 HOSTILE = "</script><script>alert(1)</script>\u202e"
 
@@ -45,7 +45,7 @@ def page(tmp_path, opened_page):
     values = np.full((20, 30), 1.0, dtype=np.float32)
     values[4, 21] = 500.0
     maps = {f"model.layers.0 {HOSTILE}": values, "model.layers.1": values[::-1].copy()}
-    surfaces = [Turning("Heat maps", "heatmap_3d", surface_data(maps, (20, 30), (30, 45)))]
+    surfaces = [GallerySurface("Heat maps", "heatmap_3d", surface_data(maps, (20, 30), (30, 45)))]
     html = render_gallery(Gallery("Analysis of x", {}, {"Heat maps": []}, surfaces=surfaces))
     assert html.count("<script") == html.count("</script>") == 3
     (tmp_path / "page.html").write_text(html, encoding="utf-8")

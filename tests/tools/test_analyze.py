@@ -14,7 +14,8 @@ import yaml
 from pytest_qsa import Capture
 from pytest_qsa.captures import HeatMap
 from pytest_qsa.cli import main
-from pytest_qsa.report.gallery import Gallery, Shown, render_gallery
+from pytest_qsa.report.gallery import Gallery, render_gallery
+from pytest_qsa.report.html import PagePicture
 from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.pictures import PatternError, plan_pictures
 from support import models, oracle
@@ -419,7 +420,7 @@ def test_an_unmatched_pattern_knows_its_place():
 def test_no_text_can_break_the_page():
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(1)">\u202e'
     page = render_gallery(
-        Gallery(evil, {evil: evil}, {evil: [Shown(evil, evil, problem=evil)]}, [evil], [evil], [evil], evil)
+        Gallery(evil, {evil: evil}, {evil: [PagePicture(evil, evil, problem=evil)]}, [evil], [evil], [evil], evil)
     )
     assert page.count("<script") == page.count("</script>") == 1  # the page's own
     assert "<img src=x" not in page

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
 from ...common import AnomalyError, QsaError, write_atomically
 from ...metrics import ACROSS, AcrossChannels, Selection, Series
-from ...report import SHARES, STATS, Gallery, Shown, Turning, encoded, render_gallery, surface_data
+from ...report import SHARES, STATS, Gallery, GallerySurface, PagePicture, encoded, render_gallery, surface_data
 from ...suite import Subject, Visualization
 from .draw import KINDS, Drawing, magnitude_dim, maps_of
 from .pictures import Analysis, Picture, measured
@@ -124,10 +124,10 @@ def _gallery(
     warnings: Sequence[str],
     command: str,
 ) -> Gallery:
-    sections: dict[str, list[Shown]] = {}
+    sections: dict[str, list[PagePicture]] = {}
     for each in written.drawn:
-        shown = Shown(each.title, each.picture.name, each.png, each.problem)
-        sections.setdefault(KINDS[each.picture.section].heading, []).append(shown)
+        picture = PagePicture(each.title, each.picture.name, each.png, each.problem)
+        sections.setdefault(KINDS[each.picture.section].heading, []).append(picture)
     return Gallery(
         title=f"Analysis of {subject.name}",
         facts={**capture.provenance.facts(), **(capture.provenance.model.versions or {})},
@@ -140,7 +140,7 @@ def _gallery(
     )
 
 
-def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Drawn]) -> Iterator[Turning]:
+def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Drawn]) -> Iterator[GallerySurface]:
     """Yield a surface that turns, with every layer that is in a picture of heat maps."""
     settings = visualization.heatmap_3d
     pictures = [each.picture for each in drawn if each.picture.section == "heatmap_3d" and not each.problem]
@@ -148,7 +148,7 @@ def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Dr
     if wanted:
         layers = [layer for layer in capture.modules if layer in wanted]
         maps, size = maps_of(capture, layers, settings.site, settings.sample_idx)
-        yield Turning(KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle))
+        yield GallerySurface(KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle))
 
 
 def _tables(

@@ -1,10 +1,11 @@
-"""The figure of an assertion: its value by layer, what each layer may be, and the layers out of bounds."""
+"""The figures of a verdict; among them its value by layer, what each layer may be, and the layers out of bounds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,8 @@ from ...captures import Capture
 from ...common import QsaError, number
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of
+from .magnitudes import magnitude_figure
+from .outliers import outlier_figure
 from .style import (
     AMBER,
     BLUE,
@@ -32,6 +35,7 @@ from .style import (
     population,
     safe_text,
     samples_of,
+    save_png,
     scale_log,
     styled,
     wants_log,
@@ -76,6 +80,17 @@ class Judged:
     def compared(self) -> bool:
         """Whether each layer has a baseline of its own."""
         return any(row.baseline is not None for row in self.rows)
+
+
+def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
+    """Draw all figures that fit a verdict as PNG into a folder; return title → absolute path, most telling first.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    kinds = {"value": value_figure, "outliers": outlier_figure, "magnitude": magnitude_figure}
+    figures = {title: figure_of(verdict, capture) for title, figure_of in kinds.items()}
+    return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 
 
 def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:

@@ -12,12 +12,12 @@ from .gallery import (
 )
 from .html import PagePicture as PagePicture, render as render
 from .plots.boxes import (
-    SHARES as SHARES,
+    BOX_SHARES as BOX_SHARES,
     box_figure as box_figure,
     histogram_figure as histogram_figure,
     percentile_figure as percentile_figure,
 )
-from .plots.depth import spread as spread
+from .plots.depth import evenly_spread as evenly_spread
 from .plots.heatmaps import map_figure as map_figure, surface_figure as surface_figure
 from .plots.magnitudes import (
     STATS as STATS,
@@ -27,7 +27,7 @@ from .plots.magnitudes import (
 from .plots.outliers import outlier_picture as outlier_picture, outliers_of as outliers_of, texts_of as texts_of
 from .plots.style import (
     counted as counted,
-    encoded as encoded,
+    encode_figure as encode_figure,
     population as population,
     samples_of as samples_of,
 )

@@ -45,7 +45,7 @@ def _worst_used(result: Result) -> float:
 
 
 def card_of(result: Result, index: int) -> Card:
-    """Return all that the template shows of one result; keys that a result lacks are empty."""
+    """Return a result with what the template shows of it; keys that the result lacks are empty."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)
     measured = any(row.get("used") is not None for row in rows)
@@ -109,10 +109,10 @@ def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
 
 
 def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
-    """Join the rows of all cards by layer, in the order of their names, numbers by size.
+    """Join the rows of all cards by layer, sorted by name and number.
 
-    Returns `columns` (an assertion each), `rows`: layer, worst share used, out, cells (one a column, or None), and
-    `histograms`: those of its sites; and `strips`: the rows by kind of layer.
+    Returns `columns`, an assertion each; `rows`, with the layer, its cells (one for each column, or None), its worst
+    share of the budget, and its histograms; and `strips`, the indices of rows by kind of layer.
     """
     columns = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}

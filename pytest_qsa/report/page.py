@@ -1,6 +1,6 @@
 """The HTML page of a session: its sections in order, each a function of the results and a template.
 
-A new section is a function here, a line in `SECTIONS` and a template of that name in `templates/report/`.
+A new section is a function here, a line in `PAGE_SECTIONS` and a template of that name in `templates/report/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .cards import Card, card_of, layer_table, worst_first
 from .html import flattened, render
 from .report import Result
 
-KINDS = {
+MEANINGS = {
     "REGRESSION": "a bound was exceeded",
     "ANOMALOUS": "nothing sound was seen",
     "INFRA": "the machine or the installation failed; nothing is known of the model",
@@ -27,7 +27,7 @@ KINDS = {
 }
 """The kinds of verdict, worst first, and what each means."""
 
-Content = dict[str, Any]
+Variables = dict[str, Any]
 """The variables of a template."""
 
 
@@ -39,42 +39,42 @@ class Page:
     session: Mapping[str, Any]
 
     @cached_property
-    def subjects(self) -> list[Content]:
+    def subjects(self) -> list[Variables]:
         """What was tested, one entry for each distinct run."""
         return subjects_of(self.cards)
 
 
-def _subjects(page: Page) -> Content:
+def _subjects(page: Page) -> Variables:
     return {"subjects": page.subjects}
 
 
-def _assertions(page: Page) -> Content:
+def _assertions(page: Page) -> Variables:
     counts = Counter(card["kind"] for card in page.cards)
     return {
         "cards": page.cards,
-        "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
-        "meaning": KINDS,
+        "counts": {kind: counts[kind] for kind in MEANINGS if counts[kind]},
+        "meaning": MEANINGS,
         "several": len(page.subjects) > 1,
     }
 
 
-def _layers(page: Page) -> Content | None:
+def _layers(page: Page) -> Variables | None:
     table = layer_table(page.cards)
     return {"table": table} if len(table["rows"]) > 1 else None
 
 
-def _left_out(page: Page) -> Content | None:
+def _left_out(page: Page) -> Variables | None:
     left_out = page.session.get("not_run")
     return {"left_out": left_out, "tier": page.session["tier"]} if left_out else None
 
 
-def _provenance(page: Page) -> Content:
+def _provenance(page: Page) -> Variables:
     queries = [card["query"] for card in page.cards]
     definitions = sorted({query["definition"] for query in queries if query.get("definition")})
     return {"subjects": page.subjects, "session": page.session, "definitions": definitions}
 
 
-SECTIONS: Mapping[str, Callable[[Page], Content | None]] = {
+PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
     "subjects": _subjects,
     "assertions": _assertions,
     "layers": _layers,
@@ -86,11 +86,11 @@ SECTIONS: Mapping[str, Callable[[Page], Content | None]] = {
 
 def render_page(results: Sequence[Result], session: Mapping[str, Any]) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
-    ranks = {kind: rank for rank, kind in enumerate(KINDS)}
+    ranks = {kind: rank for rank, kind in enumerate(MEANINGS)}
     page = Page([card_of(result, index) for index, result in enumerate(worst_first(results, ranks))], session)
     sections = [
         Markup(render(f"report/{name}.html.j2", **content))
-        for name, section in SECTIONS.items()
+        for name, section in PAGE_SECTIONS.items()
         if (content := section(page)) is not None
     ]
     return render("report.html.j2", sections=sections, session=session, overall=overall(page.cards))
@@ -109,9 +109,9 @@ def overall(cards: Sequence[Card]) -> dict[str, str]:
     return {"kind": "WARNED" if warned else "PASSED", "text": text + (f", {warned} with a warning" if warned else "")}
 
 
-def subjects_of(cards: Sequence[Card]) -> list[Content]:
+def subjects_of(cards: Sequence[Card]) -> list[Variables]:
     """Return what was tested on what, one entry for each distinct run: the main facts, and all of it, flattened."""
-    runs: dict[str, Content] = {}
+    runs: dict[str, Variables] = {}
     for card in cards:
         provenance = Provenance.of(card["run"])
         flat = {key: text for key, text in flattened(card["run"]) if not key.startswith(("evals.", "execution."))}
@@ -124,7 +124,7 @@ def subjects_of(cards: Sequence[Card]) -> list[Content]:
     return _joined(list(runs.values()))
 
 
-def _joined(runs: Sequence[Content]) -> list[Content]:
+def _joined(runs: Sequence[Variables]) -> list[Variables]:
     """Join the runs that only read the files of a model, or failed to run it, with the run that ran it.
 
     A run of which nothing is known is left out where another of the same name is known.

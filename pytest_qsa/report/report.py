@@ -13,7 +13,7 @@ from typing import Any
 from ..common import write_atomically
 from ..verdicts import Verdict
 
-SCHEMA = "qsa-report/1"
+REPORT_SCHEMA = "qsa-report/1"
 
 Result = Mapping[str, Any]
 """A verdict as builtins: what `to_plain` returns."""
@@ -42,7 +42,7 @@ def write_report(results: Sequence[Result], folder: Path, session: Mapping[str, 
     """
     from .page import render_page
 
-    content = builtins_of({"schema": SCHEMA, "session": session, "results": results})
+    content = builtins_of({"schema": REPORT_SCHEMA, "session": session, "results": results})
     told = [{key: value for key, value in result.items() if key != "histograms"} for result in content["results"]]
     write_atomically(folder / "report.json", strict_json(content | {"results": told}))
     page = folder / "report.html"

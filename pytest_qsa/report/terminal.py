@@ -1,4 +1,4 @@
-"""A verdict as the text that a person reads in the terminal: what broke, where, since when, and what to type next."""
+"""A verdict as text for the terminal: what broke, where, since when, and what to type next."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from ..checkpoint import Finding
 from ..common import number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
 
-MOST_ROWS = 8
-WIDTH = 9
+SHOWN_ROWS = 8
+LABEL_WIDTH = 9
 """The width of the labels of the facts, at least."""
 
 
 def failure_text(verdict: Verdict) -> str:
-    """Return the whole text; its first line says the kind, the assertion and the numbers."""
-    sections = (list(section(verdict)) for section in SECTIONS)
+    """Return the whole text; its first line names the kind, the assertion and the numbers."""
+    sections = (list(section(verdict)) for section in TEXT_SECTIONS)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def first_line(verdict: Verdict) -> str:
-    """Return the line that stands in pytest's short summary."""
+def summary_line(verdict: Verdict) -> str:
+    """Return the line for pytest's short summary."""
     return f"{verdict.kind} {verdict.id}: {verdict.headline}"
 
 
 def _headline(verdict: Verdict) -> Iterator[str]:
-    yield first_line(verdict)
+    yield summary_line(verdict)
     if verdict.query:
         yield f"  {verdict.query['text']}"
 
@@ -64,11 +64,11 @@ def _facts(verdict: Verdict) -> Iterator[str]:
         *verdict.artefacts.items(),
     ]
     known = [(label, text) for label, text in facts if text]
-    width = max([WIDTH, *(len(label) + 1 for label, _ in known)])
+    width = max([LABEL_WIDTH, *(len(label) + 1 for label, _ in known)])
     yield from (f"{label:<{width}}{text}" for label, text in known)
 
 
-SECTIONS = (_headline, _broken, _tokens, _facts)
+TEXT_SECTIONS = (_headline, _broken, _tokens, _facts)
 """The text from top to bottom: functions that yield the lines of a section, none where there is nothing to say."""
 
 
@@ -78,8 +78,8 @@ def _noun(verdict: Verdict) -> str:
 
 
 def table(rows: Sequence[Row], of: str) -> Iterator[str]:
-    """Yield the worst rows as a table, and how many more there are."""
-    shown = rows[:MOST_ROWS]
+    """Yield the worst rows as a table, and how many more there are. `of`: what the rows are, layers or tasks."""
+    shown = rows[:SHOWN_ROWS]
     heads = [of.removesuffix("s"), "value", "allowed", "excess", ""]
     cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True), row.detail] for row in shown]
     if any(row.baseline is not None for row in shown):
@@ -92,17 +92,17 @@ def table(rows: Sequence[Row], of: str) -> Iterator[str]:
 
 
 def findings_text(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield what static checks found: the tensor and its file, what is wrong, what to do."""
-    for finding in findings[:MOST_ROWS]:
+    """Yield the problems of static checks: the tensor and its file, the problem, the advice."""
+    for finding in findings[:SHOWN_ROWS]:
         yield f"  {finding.tensor}{f' ({finding.file})' if finding.file else ''}"
         yield f"      {visible(finding.what)}"
         yield f"      → {visible(finding.advice)}"
-    if len(findings) > MOST_ROWS:
-        yield f"  … and {len(findings) - MOST_ROWS} more problems; the report has them all"
+    if len(findings) > SHOWN_ROWS:
+        yield f"  … and {len(findings) - SHOWN_ROWS} more problems; the report has them all"
 
 
 def allowed(row: Row) -> str:
-    """Write what a layer may be: `≤ 4`, `≥ 1`, `= 0`, `7.3 … 8.1`."""
+    """Write the bounds of a row: `≤ 4`, `≥ 1`, `= 0`, `7.3 … 8.1`."""
     if row.low is None:
         return f"≤ {number(row.high)}" if row.high is not None else "any"
     if row.high is None:
@@ -111,7 +111,7 @@ def allowed(row: Row) -> str:
 
 
 def token_line(token: TokenEvidence) -> str:
-    """Write one token in its context, its control characters visible."""
+    """Write a token with its ratio, magnitude and position, in its context."""
     channel = f", channel {token.channel}" if token.channel >= 0 else ""
     call = f", call {token.call + 1}" if token.call else ""
     size = number(token.magnitude) if token.share is None else f"{token.of} {number(token.magnitude)}"

@@ -1,9 +1,9 @@
 from .analyze.pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
 from .analyze.write import write_analysis as write_analysis
 from .calibrate import Sampled as Sampled
-from .diff.changes import compare as compare
+from .diff.changes import compare_sides as compare_sides
 from .diff.conditions import parse_all as parse_all
-from .diff.render import diff_text as diff_text, markdown_of as markdown_of, page_of as page_of
+from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
 from .diff.sides import read_side as read_side
 from .edit_suite import calibrated as calibrated
 from .init import first_suite as first_suite

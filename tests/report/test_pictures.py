@@ -170,7 +170,7 @@ def test_the_series_of_a_picture_can_be_told_apart_in_greyscale(tmp_path, monkey
     settings, analysis, capture = analysed(8, enabled={kind: True}, **settings)
     figures = []
     monkeypatch.setattr(
-        "pytest_qsa.tools.analyze.write.encoded", lambda figure, *_, **__: figures.append(figure) or b""
+        "pytest_qsa.tools.analyze.write.encode_figure", lambda figure, *_, **__: figures.append(figure) or b""
     )
     for picture in analysis.pictures:
         draw_picture(picture, capture, settings, tmp_path, "")

@@ -16,7 +16,7 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
 from pytest_qsa.tools.diff.changes import Change
 from pytest_qsa.tools.diff.conditions import Condition
-from pytest_qsa.tools.diff.sides import Measure
+from pytest_qsa.tools.diff.sides import DiffMeasure
 from support import models
 from support.projects import peaks, suite
 
@@ -162,7 +162,7 @@ def test_a_layer_that_vanished_breaks_a_condition_on_it(qsa, folder):
 
 
 def test_numbers_that_are_not_finite_come_first_and_break_a_condition(qsa, folder):
-    measure = Measure("rms", "weight")
+    measure = DiffMeasure("rms", "weight")
     change = Change(measure, "x", 1.0, math.nan, 0)
     assert change.size == math.inf
     assert Condition.parse("rms > 5%")._broken(change)
@@ -193,8 +193,8 @@ def test_what_equals_its_reference_is_at_infinite_decibels_and_stays_reaches_or_
 
 @pytest.mark.parametrize(("old", "new"), [(30.0, math.nan), (math.nan, math.inf), (30.0, -math.inf)])
 def test_decibels_that_are_not_sound_stay_not_finite(old, new):
-    assert Change(Measure("sqnr", "output"), "x", old, new, 0).text == "not finite"
-    assert Change(Measure("rms", "output"), "x", 1.0, math.inf, 0).text == "not finite"
+    assert Change(DiffMeasure("sqnr", "output"), "x", old, new, 0).text == "not finite"
+    assert Change(DiffMeasure("rms", "output"), "x", 1.0, math.inf, 0).text == "not finite"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...captures import SiteNumbers, counted_quantiles, sorted_counts
-from .depth import panels_of, spread
+from .depth import evenly_spread, panels_of
 from .style import (
     BLUE,
     GROUP_STYLES,
@@ -27,8 +27,8 @@ from .style import (
     styled,
 )
 
-SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
-"""What a box shows: the extremes as dots, the whiskers, the box and its middle."""
+BOX_SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+"""The quantiles of a box: extremes, whiskers, quartiles, median."""
 MOST_CURVES, BINS = 4, 120
 Bands = Mapping[str, NDArray[np.float64]]
 """The names of `channels.SHARES` → [C]."""
@@ -41,8 +41,8 @@ MOST_COLUMNS = 400
 
 @styled
 def box_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
-    """Draw a box for each layer, a panel for each kind of layer; y is linear near 0 and logarithmic beyond."""
-    table = np.array([counted_quantiles(numbers, SHARES, signed=True) for numbers in sites.values()])
+    """Draw a box for each layer, in a panel for each kind of layer; y is linear near 0 and logarithmic beyond."""
+    table = np.array([counted_quantiles(numbers, BOX_SHARES, signed=True) for numbers in sites.values()])
     panels = panels_of(list(sites), title, note)
     for axes, depth, members in panels.by_depth():
         _draw_boxes(axes, np.array(depth.x), table[members].T)
@@ -67,11 +67,11 @@ def _draw_boxes(axes: Axes, x: NDArray[np.float64], table: NDArray[np.float64]) 
 
 @styled
 def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
-    """Draw the share of elements in bins of equal width on the axis, for layers spread over the depth."""
+    """Draw histograms of a few layers evenly over depth; their bins are equally wide on the asinh axis."""
     panels = panels_of(list(sites), title, note)
     names = list(sites)
     for axes, kind, members in panels:
-        chosen = [members[index] for index in spread(len(members), MOST_CURVES)]
+        chosen = [members[index] for index in evenly_spread(len(members), MOST_CURVES)]
         own = panels.depth.part(chosen)
         word = "block " if panels.depth.numbered and len(panels.depth.kinds) == len(panels.grid.axes) else ""
         labels = [f"{word}{own.short(i)}" for i in range(len(chosen))]
@@ -105,7 +105,7 @@ def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]
 
 
 def _width(quartiles: NDArray[np.float64]) -> float:
-    """Choose how far from 0 an axis stays linear: the middle of the quartiles' magnitudes."""
+    """Return up to which |x| the axis is linear: the median magnitude of the quartiles."""
     magnitudes = np.abs(quartiles[np.isfinite(quartiles) & (quartiles != 0)])
     return float(np.median(magnitudes)) if magnitudes.size else 1.0
 
@@ -114,7 +114,7 @@ def _width(quartiles: NDArray[np.float64]) -> float:
 def percentile_figure(
     layers: Mapping[str, Bands], title: str, note: str, *, style: Literal["fill", "line"] = "fill", legend: bool = True
 ) -> Figure:
-    """Draw the bands over the channels, one panel a layer. Neighbouring channels share a column where they are many."""
+    """Draw percentile bands over the channels, a panel for each layer; many channels share a column."""
     grid = new_grid(len(layers), lambda lines: 1.4 + 2.2 * lines, columns=2)
     per_column = 1
     for axes, (layer, bands) in zip(grid.axes, layers.items(), strict=True):

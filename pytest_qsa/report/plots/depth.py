@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 @dataclass(frozen=True)
 class Depth:
-    """The layers on the x axis. `x`: where each stands; `kinds`: the layers that one line joins: name → their indices.
+    """The layers on the x axis. `x`: their positions. `kinds`: kind of layer, which one line joins → indices of layers.
 
     Where all names have a number (`model.layers.7.mlp`) x is the first number; elsewhere it is the order in the model.
     """
@@ -40,7 +40,7 @@ class Depth:
         return f"{prefix}*{suffix}" if prefix or suffix else "layer"
 
     def short(self, index: int) -> str:
-        """Name one layer in the axis' own words: `7`, or `7 q_proj` beside other kinds."""
+        """Name a layer by its tick: `7`, or `7 q_proj` where there are several kinds."""
         if not self.numbered:
             return self._names[index]
         if len(self.kinds) == 1:
@@ -50,7 +50,7 @@ class Depth:
 
     @cached_property
     def kind_labels(self) -> dict[str, str]:
-        """The kinds without what they have in common."""
+        """The names of the kinds without their common prefix and suffix."""
         names = list(self.kinds)
         prefix, suffix = _affixes(names)
         return {name: name[len(prefix) : len(name) - len(suffix)].strip(".") or name for name in names}
@@ -61,7 +61,7 @@ class Depth:
         return [name[len(prefix) : len(name) - len(suffix)] or name for name in self.layers]
 
     def part(self, members: Sequence[int]) -> Depth:
-        """Return some of the layers, all of one kind, on an axis of their own."""
+        """Return some of the layers, all of one kind, as a depth of their own."""
         kind = next((name for name, kind in self.kinds.items() if members[0] in kind), "")
         places = tuple(self.x[i] for i in members)
         return Depth(tuple(self.layers[i] for i in members), places, {kind: [*range(len(members))]}, self.numbered)
@@ -91,7 +91,7 @@ class Depth:
         return _cut(parts, most, "; ")
 
     def label_axis(self, axes: Axes, most: int = MOST_TICKS) -> None:
-        """Put the label and the ticks, at most so many that they can be read, on an axis."""
+        """Label the x axis and its ticks, of which there are at most `most`."""
         if self.numbered:
             positions = sorted({int(x) for x in self.x})
             step = _step(positions[-1] - positions[0] + 1, most)
@@ -116,8 +116,8 @@ class Depth:
         axes.set_xlabel(safe_text(self.label, 100))
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Choose at most so many of `count` indices, the first and the last among them, evenly."""
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Choose at most `most` of `count` indices, evenly, with the first and the last."""
     if count <= most:
         return list(range(count))
     if most == 1:
@@ -141,7 +141,7 @@ def _step(count: int, most: int) -> int:
 
 
 def depth_of(layers: Sequence[str], most_kinds: int = len(GROUP_STYLES)) -> Depth:
-    """Place layers, given in model order, on the x axis; more kinds than `most_kinds` are told apart no longer."""
+    """Return the depth of layers, given in the model's order; more than `most_kinds` kinds become one."""
     names = tuple(layers)
     numbers = [_NUMBER.search(name) for name in names]
     for count in (1, 0):  # one star for the first number, then one for every number, as experts need it
@@ -156,7 +156,7 @@ def depth_of(layers: Sequence[str], most_kinds: int = len(GROUP_STYLES)) -> Dept
 
 
 def _affixes(names: Sequence[str]) -> tuple[str, str]:
-    """Return the components that all names begin with, and those that they end with, dots included."""
+    """Return the common first and last components of names, with their dots."""
     if len(set(names)) < 2:
         return "", ""
     split = [name.split(".") for name in names]

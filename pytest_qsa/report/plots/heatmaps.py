@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from .style import MUTED, head, new_figure, new_grid, plain_number, safe_text, styled
 
 COLOURS = "cividis"
-"""Its lightness grows evenly, so that a grey print keeps the order."""
+"""This map's lightness grows evenly, so that a grey print keeps the order."""
 SURFACE_SIZE = 48
 Map = NDArray[np.float32]
 
 
 @styled
 def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note: str) -> Figure:
-    """Draw [t, c] maps, one a layer, on one scale of colours. `size`: the tokens and channels that they stand for."""
+    """Draw a [t, c] map for each layer on one colour scale. `size`: the tokens and channels that a map stands for."""
     grid = new_grid(len(maps), lambda lines: 1.1 + 2.5 * lines, sharex=True, sharey=True)
     colours = ScalarMappable(_norm(list(maps.values())), COLOURS)
     for axes, (layer, picture) in zip(grid.axes, maps.items(), strict=True):
@@ -46,7 +46,7 @@ def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note:
 def surface_figure(
     maps: Mapping[str, Map], size: tuple[int, int], angle: Sequence[float], title: str, note: str
 ) -> Figure:
-    """Draw [t, c] maps as surfaces seen from `angle` (elevation, azimuth in degrees), one a layer."""
+    """Draw a [t, c] map for each layer as a surface. `angle`: elevation and azimuth in degrees."""
     figure = new_figure(4.2)
     for index, (layer, picture) in enumerate(maps.items()):
         axes: Any = figure.add_subplot(1, len(maps), index + 1, projection="3d")
@@ -75,7 +75,7 @@ def _draw_surface(axes: Any, picture: Map, size: tuple[int, int]) -> None:
 
 
 def _cells(maps: Mapping[str, Map], size: tuple[int, int]) -> str:
-    """Say what one point stands for: the largest of so many tokens × channels."""
+    """Say how many tokens × channels one point is the maximum of."""
     shape = next(iter(maps.values())).shape
     tokens, channels = (-(-whole // max(part, 1)) for whole, part in zip(size, shape, strict=True))
     return f"each point: the largest of {tokens} tokens × {channels} channels" if tokens * channels > 1 else ""

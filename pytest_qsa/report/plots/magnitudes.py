@@ -86,7 +86,7 @@ def magnitude_panels(
     rows: Mapping[str, Row] | None = None,
     legend: bool = True,
 ) -> Figure:
-    """Draw the statistics, a panel for each kind of layer; many kinds share one.
+    """Draw the statistics by layer, in a panel for each kind of layer.
 
     `series`: statistic → its numbers. `own`: the one that a verdict judges; `rows`: layer → what the verdict says.
     """

@@ -41,7 +41,7 @@ SINK = "#9db4c8"
 
 @dataclass(frozen=True)
 class Outliers:
-    """The tokens above the threshold, [N] each: the index of the layer, the sample, the position, whether a sink."""
+    """The N tokens above the threshold. `layer`: [N], indices into `layers`. `sink`: [N], whether it is a sink."""
 
     layers: list[str]
     layer: NDArray[np.int64]
@@ -51,7 +51,7 @@ class Outliers:
 
 
 def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: float, positions: str) -> Outliers:
-    """Find the tokens above threshold × the median of their sample, as the metric `outlier_tokens` counts them."""
+    """Find the tokens above threshold × the median of their sample, which the metric `outlier_tokens` counts."""
     found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     for index, layer in enumerate(layers):
         view = View(capture.sites[layer, site], site, positions, capture.sinks, layer)
@@ -66,7 +66,7 @@ def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: 
 
 @styled
 def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
-    """Draw outlier tokens by layer, position and text, for a metric of tokens; None where there are none."""
+    """Draw outlier tokens by layer, position and text; None where there are none or the metric is not about tokens."""
     query = verdict.query
     metric = METRICS.get(query.get("metric", ""))
     if metric is None or not metric.tokenwise:

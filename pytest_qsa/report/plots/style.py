@@ -27,9 +27,9 @@ from ...captures import Capture, Site
 from ...common import write_atomically
 
 DPI = 120
-WIDTH = 9.0
-MOST_CROWDED = 0.09
-"""The share of an axis that two of its ticks are apart at least."""
+FIGURE_WIDTH = 9.0
+TICK_DISTANCE = 0.09
+"""The least distance of two ticks, as a share of the axis."""
 
 INK, MUTED, FAINT = "#1c2733", "#5b6875", "#dfe4ea"
 BLUE, PALE, RED, AMBER = "#2b5c8a", "#c9d9e8", "#b3261e", "#a86400"
@@ -60,7 +60,7 @@ CJK = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
     "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
 )  # fmt: skip
-"""Fonts of Chinese, Japanese and Korean; the first that a machine has stands in where DejaVu Sans has no glyph."""
+"""Fonts of Chinese, Japanese and Korean; the first that is installed draws what DejaVu Sans has no glyph for."""
 
 POSITIONS = {"all": "all positions", "no_sink": "positions without the sinks", "sink": "sinks only"}
 
@@ -81,7 +81,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 
 def new_figure(height: float) -> Figure:
     """Return an empty figure on an Agg canvas, without pyplot."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
     return figure
@@ -89,16 +89,16 @@ def new_figure(height: float) -> Figure:
 
 def save_png(figure: Figure, path: Path) -> str:
     """Write a figure as PNG and return the absolute path."""
-    write_atomically(path, encoded(figure, "png"))
+    write_atomically(path, encode_figure(figure, "png"))
     return str(path.resolve())
 
 
 @styled
-def encoded(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = False) -> bytes:
+def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = False) -> bytes:
     """Return a figure as the bytes of a PNG or SVG; the same figure makes the same bytes.
 
-    A PNG has 256 colours, a third of the size and hardly to be told from all of them. `shaded`: it has a scale of
-    colours, whose steps would be seen if they were not chosen with care, which takes longer.
+    A PNG is reduced to 256 colours, which takes a third of the bytes and is hardly visible. `shaded`: the figure has a
+    colour scale, for which the colours are chosen by a slower method that shows no steps.
     """
     stream = io.BytesIO()
     if form == "png":  # savefig would draw twice: once for the layout alone
@@ -116,7 +116,7 @@ def encoded(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = False) 
 
 
 def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:
-    """Put a title on the figure, and under it the fine print, one note a line: above the axes, or over all panels."""
+    """Put a title on the figure and the notes below it: above the axes, or over all panels where `axes` is None."""
     lines = [safe_text(note, 150) for note in notes if note]
     fine = "\n".join(lines)
     room = "\n " * len(lines) if axes is None else ""
@@ -160,7 +160,7 @@ def new_grid(
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend where nothing else is: beside the title if it is short, else under the figure."""
+    """Put a short legend beside the title, a longer one under the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 2:
         rows = -(-sum(len(label) + 7 for label in labels) // 120)
@@ -171,7 +171,7 @@ def add_legend(figure: Figure, axes: Axes) -> None:
 
 @functools.cache
 def fonts() -> tuple[tuple[str, str], ...]:
-    """Return (name, file) of the fonts of labels: DejaVu Sans, which matplotlib brings, and one of CJK if any."""
+    """Return (name, file) of the fonts: matplotlib's own DejaVu Sans, and a CJK font if one is installed."""
     own = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
     installed = {entry.name: entry.fname for entry in fontManager.ttflist}
     more = next(((name, installed[name]) for name in CJK if name in installed), None)
@@ -188,9 +188,9 @@ def _drawable(code: int) -> bool:
 
 
 def safe_text(text: str, most: int | None = None) -> str:
-    """Make text that is drawn as it is meant: nothing invisible, no mathtext, no glyph that the font lacks.
+    """Escape text for matplotlib: invisible characters, mathtext, and glyphs that the font lacks.
 
-    `most`: the longest it may be; the middle gives way to an ellipsis.
+    `most`: the largest length; an ellipsis replaces the middle of a longer text.
     """
     pieces = [_safe_character(character) for character in text]
     if most is not None and sum(map(len, pieces)) > most:
@@ -219,7 +219,7 @@ def scale_asinh(axis: Axis, width: float) -> None:
     scale("asinh", linear_width=width)
     low, high = sorted(axis.get_view_interval())
     first, last = math.floor(math.log10(width)), math.ceil(math.log10(max(abs(low), abs(high), 10 * width)))
-    apart = MOST_CROWDED * (math.asinh(high / width) - math.asinh(low / width))
+    apart = TICK_DISTANCE * (math.asinh(high / width) - math.asinh(low / width))
     kept = [0.0]
     for tick in (sign * 10.0**power for power in range(last, first - 1, -1) for sign in (1, -1)):
         room = min(abs(math.asinh(tick / width) - math.asinh(other / width)) for other in kept)
@@ -231,7 +231,7 @@ def scale_asinh(axis: Axis, width: float) -> None:
 
 
 def plain_number(value: float, _position: object = None) -> str:
-    """Write a tick as a person would: 0.01, 1, 2500, 1e+06."""
+    """Write a tick: 0.01, 1, 2500, 1e+06."""
     return f"{value:g}".replace("-", "−")
 
 
@@ -255,7 +255,7 @@ def wants_log(values: list[float]) -> bool:
 
 
 def metric_title(query: Mapping[str, Any]) -> str:
-    """Write the metric with its parameters and site: `outlier_tokens(threshold=64) at the output`."""
+    """Name the metric with its parameters and site: `outlier_tokens(threshold=64) at the output`."""
     parameters = {name: value for name, value in (query.get("parameters") or {}).items() if value != "auto"}
     arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())
     name = query.get("metric", "value") + (f"({arguments})" if arguments else "")

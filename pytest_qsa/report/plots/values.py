@@ -1,4 +1,4 @@
-"""The figures of a verdict; among them its value by layer, what each layer may be, and the layers out of bounds."""
+"""The figures of a verdict, and the first of them: value by layer, bounds or baseline, layers out of bounds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COUNTED = ("tokens", "elements")
 
 @dataclass(frozen=True)
 class Judged:
-    """The rows of a verdict in model order, with their places on the x axis. `folded`: the one row over all layers."""
+    """The rows of a verdict in the model's order, on the x axis. `folded`: the row of a verdict over all layers."""
 
     rows: list[Row]
     depth: Depth
@@ -54,12 +54,12 @@ class Judged:
 
     @property
     def finite(self) -> list[int]:
-        """The rows that can be drawn."""
+        """The indices of rows with a finite value."""
         return [i for i, row in enumerate(self.rows) if math.isfinite(row.value)]
 
     @property
     def endless(self) -> list[int]:
-        """The rows at +∞ that hold their bounds: what has no distance to its reference has an SQNR of ∞ dB."""
+        """The indices of rows at +∞ within their bounds: a layer equal to its reference has an SQNR of ∞ dB."""
         return [
             i for i, row in enumerate(self.rows)
             if row.value == math.inf and row.high in (None, math.inf) and not row.excess
@@ -67,13 +67,13 @@ class Judged:
 
     @property
     def broken(self) -> list[int]:
-        """The rows that are not finite, and ought to be."""
+        """The indices of rows that should be finite and are not."""
         drawn = {*self.finite, *self.endless}
         return [i for i in range(len(self.rows)) if i not in drawn]
 
     @property
     def out(self) -> list[int]:
-        """The rows out of bounds."""
+        """The indices of rows out of bounds."""
         return [i for i, row in enumerate(self.rows) if row.excess]
 
     @property
@@ -96,8 +96,7 @@ def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
 def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
     """Return the rows that a figure can show; None where fewer than two layers are known.
 
-    Of a verdict over all layers at once (`over: sum`), or of one that had nothing sound to judge, the layers' values
-    come from the capture.
+    A verdict over all layers (`over: sum`), or one without rows, has no values by layer; they come from the capture.
     """
     rows, folded = list(verdict.rows), None
     query = verdict.query
@@ -183,7 +182,7 @@ def _draw_values(axes: Axes, judged: Judged, counts: bool) -> None:
 
 
 def _equal_kinds(depth: Depth, values: list[float]) -> list[tuple[list[str], list[int]]]:
-    """Join the kinds whose lines would hide one another: q, k and v read the same input."""
+    """Join the kinds with equal lines, which would hide one another: q, k and v read the same input."""
     lines: dict[tuple[object, ...], tuple[list[str], list[int]]] = {}
     for name, members in depth.kinds.items():
         line = tuple((depth.x[i], values[i]) for i in members)
@@ -228,7 +227,7 @@ def _draw_baseline(axes: Axes, judged: Judged) -> None:
 
 
 def _draw_reference(axes: Axes, judged: Judged) -> None:
-    """Draw what the reference has at the same layers, as a stroke across each."""
+    """Draw the reference's value as a stroke at each layer."""
     values = [math.nan if row.reference is None else row.reference for row in judged.rows]
     if any(map(math.isfinite, values)):
         axes.plot(
@@ -238,14 +237,14 @@ def _draw_reference(axes: Axes, judged: Judged) -> None:
 
 
 def edges(rows: Sequence[Row], bottom: float, top: float) -> tuple[list[float], list[float], list[float]]:
-    """Return what each row may be, and its baseline; where one side is free the band reaches to `bottom` or `top`."""
+    """Return low, high and baseline of each row; an open side of the band reaches to `bottom` or `top`."""
     low = [bottom if row.low is None else row.low for row in rows]
     high = [top if row.high is None else row.high for row in rows]
     return low, high, [math.nan if row.baseline is None else row.baseline for row in rows]
 
 
 def _mark(axes: Axes, judged: Judged) -> None:
-    """Ring the layers out of bounds, name the worst of them where it stands, and put what is not finite at the top."""
+    """Mark the layers out of bounds, label the worst of them, and mark values that are not finite at the top."""
     out = [i for i in judged.out if i in set(judged.finite)]
     rows, depth = judged.rows, judged.depth
     if out:
@@ -281,7 +280,7 @@ def _name(axes: Axes, depth: Depth, index: int, row: Row) -> None:
 
 
 def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
-    """Choose a linear or logarithmic y that holds the values and, where it doesn't flatten them, the bounds."""
+    """Scale y, linear or logarithmic, so that it shows the values, the bounds, the baselines and the references."""
     values = [judged.rows[i].value for i in judged.finite]
     others = [b for row in judged.rows for b in (row.low, row.high, row.baseline, row.reference)]
     bounds = [b for b in others if b is not None and math.isfinite(b)]
@@ -305,7 +304,7 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
 
 
 def _draw_used(axes: Axes, judged: Judged) -> None:
-    """Draw how much of the allowed distance each layer has moved, with its sign; ±100 % is the bound."""
+    """Draw how far each layer moved from its baseline, in percent of the allowed distance: ±100 % is the bound."""
     shares = [_share(row) for row in judged.rows]
     depth = judged.depth
     wide = max((abs(share) for share in shares if math.isfinite(share)), default=0.0)

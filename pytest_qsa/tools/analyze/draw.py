@@ -1,4 +1,4 @@
-"""Planned pictures → figures: a kind of picture for each key of `visualization.enabled`."""
+"""Planned pictures → figures. Each key of `visualization.enabled` is a kind of picture in `PICTURE_KINDS`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .pictures import Picture, Section
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that is to be drawn. `run`: what was measured on what, for the small print."""
+    """A picture with what it is drawn from. `run`: the model and the data in words, for the small print."""
 
     picture: Picture
     capture: Capture
@@ -43,7 +43,7 @@ class Drawing:
     @property
     def title(self) -> str:
         """What the picture shows."""
-        return KINDS[self.picture.section].title(self.picture, self.settings)
+        return PICTURE_KINDS[self.picture.section].title(self.picture, self.settings)
 
     @property
     def sites(self) -> dict[str, SiteNumbers]:
@@ -62,11 +62,11 @@ class Drawing:
         Raises:
             QsaError: the capture lacks what it shows.
         """
-        return KINDS[self.picture.section].draw(self)
+        return PICTURE_KINDS[self.picture.section].draw(self)
 
 
 @dataclass(frozen=True)
-class Kind:
+class PictureKind:
     """How the pictures of a section are titled and drawn, and the heading on the page."""
 
     heading: str
@@ -75,7 +75,7 @@ class Kind:
 
 
 def magnitude_dim(site: Site, settings: Visualization) -> Literal[-1, -2] | None:
-    """Return over which axis the maxima of a site's magnitudes are taken."""
+    """Return the axis over which the maxima of magnitudes are taken, None for |x| itself."""
     magnitude = settings.magnitude
     return magnitude.weight.reduce_dim if site == "weight" else magnitude.reduce_dim
 
@@ -121,7 +121,7 @@ def _heatmap(drawing: Drawing) -> Figure:
 def maps_of(
     capture: Capture, layers: Sequence[str], site: Site, sample: int
 ) -> tuple[dict[str, NDArray[np.float32]], tuple[int, int]]:
-    """Return the map of one sample at each layer, and how many tokens and channels the largest stands for."""
+    """Return the [t, c] map of one sample at each layer, and the tokens and channels of the largest site."""
     sites = {layer: capture.sites[layer, site] for layer in layers}
     tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
     return {layer: numbers.arrays[HeatMap(sample).key] for layer, numbers in sites.items()}, (tokens, channels)
@@ -148,14 +148,14 @@ def _heatmap_title(picture: Picture, settings: Visualization) -> str:
     return f"|x| of sample {settings.heatmap_3d.sample_idx} at the {picture.site}s"
 
 
-KINDS: Mapping[Section, Kind] = {
-    "magnitude_input": Kind("Magnitudes of inputs", _magnitude_title, _magnitude),
-    "magnitude_output": Kind("Magnitudes of outputs", _magnitude_title, _magnitude),
-    "magnitude_weight": Kind("Magnitudes of weights", _magnitude_title, _magnitude),
-    "outlier_layer_wise": Kind("Outlier tokens by layer", _outlier_title, _outlier),
-    "outlier_position": Kind("Outlier tokens by position", _outlier_title, _outlier),
-    "outlier_token": Kind("Outlier tokens by text", _outlier_title, _outlier),
-    "distribution": Kind("Distributions", _distribution_title, _distribution),
-    "percentile_range": Kind("Percentiles by channel", _percentile_title, _percentile),
-    "heatmap_3d": Kind("Heat maps", _heatmap_title, _heatmap),
+PICTURE_KINDS: Mapping[Section, PictureKind] = {
+    "magnitude_input": PictureKind("Magnitudes of inputs", _magnitude_title, _magnitude),
+    "magnitude_output": PictureKind("Magnitudes of outputs", _magnitude_title, _magnitude),
+    "magnitude_weight": PictureKind("Magnitudes of weights", _magnitude_title, _magnitude),
+    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outlier_title, _outlier),
+    "outlier_position": PictureKind("Outlier tokens by position", _outlier_title, _outlier),
+    "outlier_token": PictureKind("Outlier tokens by text", _outlier_title, _outlier),
+    "distribution": PictureKind("Distributions", _distribution_title, _distribution),
+    "percentile_range": PictureKind("Percentiles by channel", _percentile_title, _percentile),
+    "heatmap_3d": PictureKind("Heat maps", _heatmap_title, _heatmap),
 }

@@ -1,4 +1,4 @@
-"""The seed's plotting section and the names of a model's layers → pictures, and what a pass must keep for them."""
+"""The section `visualization` and a model's layers → the pictures to draw, and what a pass must keep for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...captures import (
 )
 from ...common import AnomalyError, SuiteError
 from ...metrics import METRICS
-from ...report import spread
+from ...report import evenly_spread
 from ...suite import Location, Visualization
 
 Section = Literal[
@@ -36,7 +36,7 @@ SURFACES = 3
 
 
 class PatternError(SuiteError):
-    """A pattern finds no layer; `location` is its place in the configuration."""
+    """A pattern finds no layer. `location`: its keys in the configuration."""
 
     def __init__(self, message: str, location: Location) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class PatternError(SuiteError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture. `name`: its file's; `section`: the key that enabled it; `layers`: in model order, at one site."""
+    """A planned picture. `name`: of its file. `section`: the key that enables it. `layers`: in the model's order."""
 
     name: str
     section: Section
@@ -57,14 +57,14 @@ class Picture:
 
 @dataclass
 class Analysis:
-    """All pictures of a configuration, and what its user should know before they are drawn."""
+    """All pictures of a configuration, and warnings about its patterns."""
 
     pictures: list[Picture] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """What one pass has to keep for all of them."""
+        """What one pass has to keep for all pictures."""
         return merge_requests(Request(exactly(each.layers), each.site, None, each.statistics) for each in self.pictures)
 
 
@@ -82,7 +82,7 @@ def plan_pictures(visualization: Visualization, names: Sequence[str]) -> Analysi
 
 @dataclass
 class _Finder:
-    """Finds layers, narrowed by `layer_selection` where that leaves any."""
+    """Finds the layers of patterns; `layer_selection` narrows them unless it would leave none."""
 
     visualization: Visualization
     names: Sequence[str]
@@ -94,7 +94,7 @@ class _Finder:
         self.selected = {layer for layers in found for layer in layers}
 
     def each(self, patterns: Sequence[str] | None, section: tuple[str | int, ...]) -> Mapping[str, list[str]]:
-        """Return the layers of each pattern; without patterns, those of the magnitudes."""
+        """Return the layers of each pattern; `patterns` None stands for those of the magnitudes."""
         if patterns is None:
             patterns, section = self.visualization.magnitude.patterns, ("magnitude",)
         return {each: self._narrowed(each, (*section, "patterns", i)) for i, each in enumerate(patterns)}
@@ -172,7 +172,7 @@ def _percentiles(finder: _Finder) -> Iterator[Picture]:
         return
     found = finder.each(settings.patterns, ("percentile_range",))
     for name, layers in _grouped(found, "percentile_range", together=False, names=finder.names):
-        shown = tuple(layers[index] for index in spread(len(layers), settings.num_layers_to_show))
+        shown = tuple(layers[index] for index in evenly_spread(len(layers), settings.num_layers_to_show))
         yield Picture(name, "percentile_range", settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
@@ -184,13 +184,13 @@ def _heatmaps(finder: _Finder) -> Iterator[Picture]:
     needs = frozenset({HeatMap(settings.sample_idx)})
     for form, most in (("surface", SURFACES), ("map", settings.num_2d_layers)):
         if most:
-            shown = tuple(layers[index] for index in spread(len(layers), most))
+            shown = tuple(layers[index] for index in evenly_spread(len(layers), most))
             name = f"heatmap_{'3d' if form == 'surface' else '2d'}"
             yield Picture(name, "heatmap_3d", settings.site, shown, needs, form)
 
 
-def measured(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
-    """Leave out the layers that nothing is known of, and say why.
+def drawable(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
+    """Leave out the layers that a capture lacks; also return why.
 
     Raises:
         AnomalyError: none is left.
@@ -241,6 +241,6 @@ def _grouped(
 
 
 def _slug(pattern: str) -> str:
-    r"""Make a name of a pattern's words: `mlp\.down_proj$` → `mlp_down_proj`."""
+    r"""Make a file name of a pattern's words: `mlp\.down_proj$` → `mlp_down_proj`."""
     plain = "".join(c if c.isalnum() else "_" for c in pattern.replace("\\d+", "").replace("\\", ""))
     return "_".join(part for part in plain.split("_") if part)[:60] or "layers"

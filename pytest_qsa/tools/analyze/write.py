@@ -18,21 +18,30 @@ from numpy.typing import NDArray
 from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
 from ...common import AnomalyError, QsaError, write_atomically
 from ...metrics import ACROSS, AcrossChannels, Selection, Series
-from ...report import SHARES, STATS, Gallery, GallerySurface, PagePicture, encoded, render_gallery, surface_data
+from ...report import (
+    BOX_SHARES,
+    STATS,
+    Gallery,
+    GallerySurface,
+    PagePicture,
+    encode_figure,
+    render_gallery,
+    surface_data,
+)
 from ...suite import Subject, Visualization
-from .draw import KINDS, Drawing, magnitude_dim, maps_of
-from .pictures import Analysis, Picture, measured
+from .draw import PICTURE_KINDS, Drawing, magnitude_dim, maps_of
+from .pictures import Analysis, Picture, drawable
 
-SCHEMA = "qsa-analysis/1"
-_SPEAKER: Mapping[str, AcrossChannels] = {
+ANALYSIS_SCHEMA = "qsa-analysis/1"
+_FOLDED_BY: Mapping[str, AcrossChannels] = {
     "min": "min", "p0.01": "min", "p1": "min", "p25": "min", "p75": "max", "p99": "max", "p99.99": "max", "max": "max",
 }  # fmt: skip
-"""The percentiles over tokens → which channel speaks for the layer."""
+"""The percentiles over tokens → whether the smallest or the largest channel stands for the layer."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture as it came out: its title, its PNG, the files that were written; or the problem that stopped it."""
+    """A drawn picture and its files, or the problem why it could not be drawn."""
 
     picture: Picture
     title: str
@@ -43,7 +52,7 @@ class Drawn:
 
 @dataclass
 class Written:
-    """What came out: the files in the order of their making, and what a user should know."""
+    """What an analysis wrote, in this order, and warnings for the user."""
 
     files: list[Path] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
@@ -92,26 +101,26 @@ def write_analysis(
 def draw_picture(
     picture: Picture, capture: Capture, visualization: Visualization, folder: Path, run: str
 ) -> tuple[Drawn, list[str]]:
-    """Draw one picture and write it in the formats asked for; also return what a reader should know of it.
+    """Draw one picture and write it in the configured formats; also return warnings about its layers.
 
-    `run`: what was measured on what, for the picture's small print. A picture that can't be drawn holds the problem,
+    `run`: the model and the data in words, for the small print. A picture that can't be drawn holds the problem,
     so that the others are drawn all the same.
 
     Raises:
         OSError: the folder can't be written.
     """
-    title = KINDS[picture.section].title(picture, visualization)
+    title = PICTURE_KINDS[picture.section].title(picture, visualization)
     try:
-        kept, left_out = measured(picture, capture)
+        kept, left_out = drawable(picture, capture)
         figure = Drawing(kept, capture, visualization, run).figure()
     except QsaError as error:
         return Drawn(picture, title, problem=str(error)), []
-    png = encoded(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
+    png = encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
     for form in ("png", "svg"):
         if form in visualization.output.formats:
             files.append(folder / f"{picture.name}.{form}")
-            write_atomically(files[-1], png if form == "png" else encoded(figure, form, visualization.dpi))
+            write_atomically(files[-1], png if form == "png" else encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
     return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
@@ -127,7 +136,7 @@ def _gallery(
     sections: dict[str, list[PagePicture]] = {}
     for each in written.drawn:
         picture = PagePicture(each.title, each.picture.name, each.png, each.problem)
-        sections.setdefault(KINDS[each.picture.section].heading, []).append(picture)
+        sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
     return Gallery(
         title=f"Analysis of {subject.name}",
         facts={**capture.provenance.facts(), **(capture.provenance.model.versions or {})},
@@ -141,14 +150,16 @@ def _gallery(
 
 
 def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Drawn]) -> Iterator[GallerySurface]:
-    """Yield a surface that turns, with every layer that is in a picture of heat maps."""
+    """Yield a surface for the page with all layers of the heat maps."""
     settings = visualization.heatmap_3d
     pictures = [each.picture for each in drawn if each.picture.section == "heatmap_3d" and not each.problem]
     wanted = {layer for picture in pictures for layer in picture.layers}
     if wanted:
         layers = [layer for layer in capture.modules if layer in wanted]
         maps, size = maps_of(capture, layers, settings.site, settings.sample_idx)
-        yield GallerySurface(KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle))
+        yield GallerySurface(
+            PICTURE_KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle)
+        )
 
 
 def _tables(
@@ -165,7 +176,7 @@ def _tables(
         "parquet": lambda: as_parquet(rows),
     }
     wanted = [form for form in encode if form in visualization.output.formats]
-    rows = rows_of(analysis, capture, visualization) if wanted else []
+    rows = export_rows(analysis, capture, visualization) if wanted else []
     files = [folder / f"analysis.{form}" for form in wanted]
     for form, file in zip(wanted, files, strict=True):
         write_atomically(file, encode[form]())
@@ -176,7 +187,7 @@ def _tables(
 
 
 def _about(visualization: Visualization, subject: Subject, capture: Capture, drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """Return what the JSON says of the rows: the run, the settings, and the pictures that were drawn of them."""
+    """Return what the JSON says besides the rows: the run, the settings and the pictures."""
     pictures = [
         {
             "name": each.picture.name,
@@ -192,8 +203,8 @@ def _about(visualization: Visualization, subject: Subject, capture: Capture, dra
     return {"name": subject.name, "meta": capture.provenance.plain(), "visualization": settings, "pictures": pictures}
 
 
-class Row(NamedTuple):
-    """One number. `sample`: whose it is; None for all samples together."""
+class ExportRow(NamedTuple):
+    """One number. `sample`: the index of its sample, None for all samples together."""
 
     layer: str
     site: str
@@ -221,10 +232,10 @@ class _Numbers:
         return cls(series.query.metric, statistic, site, values, series.populations)
 
 
-def rows_of(analysis: Analysis, capture: Capture, visualization: Visualization) -> list[Row]:
+def export_rows(analysis: Analysis, capture: Capture, visualization: Visualization) -> list[ExportRow]:
     """Return the numbers behind all pictures, layer by layer; those of single samples only with `include_raw_data`."""
     raw = visualization.output.include_raw_data
-    found: dict[tuple[str, str, str, str, int | None], Row] = {}
+    found: dict[tuple[str, str, str, str, int | None], ExportRow] = {}
     for numbers in _numbers(analysis, capture, visualization):
         for row in _rows(numbers, capture, raw=raw):
             found.setdefault(row[:5], row)
@@ -235,7 +246,7 @@ def rows_of(analysis: Analysis, capture: Capture, visualization: Visualization) 
 def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization) -> Iterator[_Numbers]:
     for picture in {(p.section, p.site, p.layers): p for p in analysis.pictures}.values():
         try:
-            layers = measured(picture, capture)[0].layers
+            layers = drawable(picture, capture)[0].layers
         except AnomalyError:  # told with its picture
             continue
         yield from _of_section(picture.section, capture.select(exactly(layers), picture.site), visualization)
@@ -250,9 +261,11 @@ def _of_section(section: str, selection: Selection, visualization: Visualization
         yield _Numbers.of(selection.outlier_tokens(visualization.outlier.threshold, reduce="sum"), "count")
         yield _Numbers.of(selection.outlier_ratio(), "max")
     elif section == "distribution":
-        names = [f"p{100 * share:g}" for share in SHARES]
+        names = [f"p{100 * share:g}" for share in BOX_SHARES]
         yield from _tabled(
-            "quantile", selection, lambda n: dict(zip(names, counted_quantiles(n, SHARES, signed=True), strict=True))
+            "quantile",
+            selection,
+            lambda n: dict(zip(names, counted_quantiles(n, BOX_SHARES, signed=True), strict=True)),
         )
     elif section == "percentile_range":
         signed = not visualization.percentile_range.use_abs
@@ -262,7 +275,7 @@ def _of_section(section: str, selection: Selection, visualization: Visualization
 def _tabled(
     metric: str, selection: Selection, compute: Callable[[SiteNumbers], Mapping[str, float]]
 ) -> Iterator[_Numbers]:
-    """Compute all statistics of each layer at once: reading counts takes longer than the rest."""
+    """Compute all statistics of a layer at once, for reading its counts takes most of the time."""
     site, sites = selection.site, selection.capture.sites
     table = {layer: compute(sites[layer, site]) for layer in selection.layers}
     for statistic in next(iter(table.values())):
@@ -271,48 +284,50 @@ def _tabled(
 
 def _bands_of(numbers: SiteNumbers, *, signed: bool) -> dict[str, float]:
     bands = channel_bands(numbers, signed=signed)
-    return {name: ACROSS[_SPEAKER[name]](band) for name, band in bands.items()}
+    return {name: ACROSS[_FOLDED_BY[name]](band) for name, band in bands.items()}
 
 
-def _rows(numbers: _Numbers, capture: Capture, *, raw: bool) -> Iterator[Row]:
+def _rows(numbers: _Numbers, capture: Capture, *, raw: bool) -> Iterator[ExportRow]:
     head = (numbers.site, numbers.metric, numbers.statistic)
     for layer, value in numbers.values.items():
-        yield Row(layer, *head, None, value)
+        yield ExportRow(layer, *head, None, value)
         if raw and layer in numbers.populations and numbers.site != "weight":
             samples = capture.sites[layer, numbers.site].sample.tolist()
             by_sample: dict[int, float] = {}
             for sample, number in zip(samples, numbers.populations[layer].tolist(), strict=True):
                 by_sample.setdefault(sample, number)  # a layer that is called twice counts by its first call
-            yield from (Row(layer, *head, sample, number) for sample, number in by_sample.items())
+            yield from (ExportRow(layer, *head, sample, number) for sample, number in by_sample.items())
 
 
-def as_csv(rows: Sequence[Row]) -> bytes:
+def as_csv(rows: Sequence[ExportRow]) -> bytes:
     """Write the rows with a header; `sample` is empty for a number of all samples."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row._fields)
+    writer.writerow(ExportRow._fields)
     writer.writerows((*row[:4], "" if row.sample is None else row.sample, repr(row.value)) for row in rows)
     return text.getvalue().encode()
 
 
-def as_json(rows: Sequence[Row], about: Mapping[str, Any]) -> bytes:
-    """Write the rows under `rows`, and what they are about beside them; NaN and infinities are null."""
+def as_json(rows: Sequence[ExportRow], about: Mapping[str, Any]) -> bytes:
+    """Write the keys of `about` and the rows under `rows`; NaN and infinities become null."""
     plain = [
         {**row._asdict(), "value": row.value if math.isfinite(row.value) else None}
         for row in rows
     ]  # fmt: skip
-    return json.dumps({"schema": SCHEMA, **about, "rows": plain}, indent=1, allow_nan=False, default=str).encode()
+    return json.dumps(
+        {"schema": ANALYSIS_SCHEMA, **about, "rows": plain}, indent=1, allow_nan=False, default=str
+    ).encode()
 
 
-def as_parquet(rows: Sequence[Row]) -> bytes:
+def as_parquet(rows: Sequence[ExportRow]) -> bytes:
     """Write the rows as a parquet table with the same columns."""
     import pyarrow
     import pyarrow.parquet
 
-    columns = dict(zip(Row._fields, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    columns = dict(zip(ExportRow._fields, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
     kinds = [pyarrow.string()] * 4 + [pyarrow.int64(), pyarrow.float64()]
-    schema = pyarrow.schema(list(zip(Row._fields, kinds, strict=True)))
-    table = pyarrow.table({name: columns.get(name, []) for name in Row._fields}, schema=schema)
+    schema = pyarrow.schema(list(zip(ExportRow._fields, kinds, strict=True)))
+    table = pyarrow.table({name: columns.get(name, []) for name in ExportRow._fields}, schema=schema)
     stream = io.BytesIO()
     pyarrow.parquet.write_table(table, stream)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""The comparison: what moved between two sides, worst first, and which outlier tokens are new or lost."""
+"""What moved between two sides, worst first, and which outlier tokens only one of them has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...captures import Capture
 from ...common import AnomalyError
 from ...metrics import View
 from ...verdicts import channel_of, context
-from .sides import USUAL, Measure, Side, Table, captured_tables, table_of, tokens_hash
+from .sides import USUAL, DiffMeasure, DiffSide, MeasureTable, compute_table, compute_tables, tokens_hash
 
 
 @dataclass(frozen=True)
 class Change:
-    """A layer's number on both sides."""
+    """A layer's number on both sides. `depth`: the layer's index in the model's order."""
 
-    measure: Measure
+    measure: DiffMeasure
     layer: str
     old: float
     new: float
@@ -32,7 +32,7 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """(new − old) / |old|; infinite from zero and between a number and ∞ dB, NaN where one is not finite."""
+        """(new − old) / |old|; ±∞ from zero and between a number and ∞ dB, else NaN where one is not finite."""
         if not (math.isfinite(self.old) and math.isfinite(self.new)):
             odd = [value for value in (self.old, self.new) if not math.isfinite(value)]
             known = len(odd) == 1 and self.measure.is_perfect(odd[0])
@@ -43,7 +43,7 @@ class Change:
 
     @property
     def text(self) -> str:
-        """How far the number moved: `+5.2 %`; of one that reached ∞ dB, or left it, which of the two."""
+        """The relative change in words: `+5.2 %`, or that the layer is equal to the reference now, or no longer."""
         if math.isinf(self.relative) and self.measure.is_perfect(self.new):
             return "better: equal now"
         if math.isinf(self.relative) and self.measure.is_perfect(self.old):
@@ -52,7 +52,7 @@ class Change:
 
     @property
     def size(self) -> float:
-        """How bad it is, for sorting: what is not finite comes first."""
+        """The sort key, the magnitude of the relative change; ∞ where it is not finite."""
         return math.inf if math.isnan(self.relative) else abs(self.relative)
 
 
@@ -69,7 +69,7 @@ def relative_text(change: float) -> str:
 
 @dataclass(frozen=True)
 class OutlierToken:
-    """A token that is an outlier on one side only: at which layers, and how far it stands out at most."""
+    """A token that is an outlier on one side only. `ratio`: its largest multiple of the median, over `layers`."""
 
     sample: int
     position: int
@@ -82,30 +82,32 @@ class OutlierToken:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All that differs. `changes`: every layer of every common measure, worst first.
+class Diff:
+    """Two sides compared. `changes`: every layer of every common measure, worst first.
 
-    `appeared`, `vanished`: measure → layers that one side lacks. `skipped`: measures of one side only.
+    `appeared`, `vanished`: measure → layers that one side lacks. `skipped`: measures that one side lacks.
     `outlier_tokens`: those of one side only, as `new` and `lost`; empty where they are not known, which takes captures
     of the same tokens on both sides.
     """
 
-    old: Side
-    new: Side
+    old: DiffSide
+    new: DiffSide
     changes: Sequence[Change]
-    appeared: Mapping[Measure, Sequence[str]]
-    vanished: Mapping[Measure, Sequence[str]]
-    skipped: Sequence[Measure]
+    appeared: Mapping[DiffMeasure, Sequence[str]]
+    vanished: Mapping[DiffMeasure, Sequence[str]]
+    skipped: Sequence[DiffMeasure]
     outlier_tokens: Mapping[str, Sequence[OutlierToken]]
     threshold: float
 
     @property
-    def measures(self) -> list[Measure]:
+    def measures(self) -> list[DiffMeasure]:
         """The measures that both sides have, in the order of their largest changes."""
         return list(dict.fromkeys(change.measure for change in self.changes))
 
 
-def compare(old: Side, new: Side, also: Iterable[tuple[str, str | None]] = (), threshold: float = 64.0) -> Comparison:
+def compare_sides(
+    old: DiffSide, new: DiffSide, also: Iterable[tuple[str, str | None]] = (), threshold: float = 64.0
+) -> Diff:
     """Compare two sides. `also`: metrics (with their stat) beyond the usual ones; `threshold`: of outlier tokens.
 
     Raises:
@@ -121,7 +123,7 @@ def compare(old: Side, new: Side, also: Iterable[tuple[str, str | None]] = (), t
     changes = [change for measure in common for change in _changes(measure, left[measure], right[measure])]
     if not changes:
         raise AnomalyError(f"{old.path} and {new.path} have no layer in common")
-    return Comparison(
+    return Diff(
         old,
         new,
         changes=sorted(changes, key=lambda change: (-change.size, change.depth)),
@@ -134,23 +136,23 @@ def compare(old: Side, new: Side, also: Iterable[tuple[str, str | None]] = (), t
 
 
 def _tables(
-    old: Side, new: Side, wanted: Sequence[tuple[str, str | None]]
-) -> tuple[Mapping[Measure, Table], Mapping[Measure, Table]]:
+    old: DiffSide, new: DiffSide, wanted: Sequence[tuple[str, str | None]]
+) -> tuple[Mapping[DiffMeasure, MeasureTable], Mapping[DiffMeasure, MeasureTable]]:
     if old.capture is not None and new.capture is not None:
-        return captured_tables(old.capture, wanted), captured_tables(new.capture, wanted)
+        return compute_tables(old.capture, wanted), compute_tables(new.capture, wanted)
     if old.capture is not None:
         return _as_the_other(old, new), new.tables
     return old.tables, _as_the_other(new, old) if new.capture is not None else new.tables
 
 
-def _as_the_other(side: Side, other: Side) -> dict[Measure, Table]:
-    """Compute from a capture what a side without one holds."""
+def _as_the_other(side: DiffSide, other: DiffSide) -> dict[DiffMeasure, MeasureTable]:
+    """Compute from a capture the measures of a side that has none."""
     assert side.capture is not None
-    made = {measure: table_of(side.capture, measure, table.values) for measure, table in other.tables.items()}
+    made = {measure: compute_table(side.capture, measure, table.values) for measure, table in other.tables.items()}
     return {measure: table for measure, table in made.items() if table is not None}
 
 
-def _check(measure: Measure, old: Table, new: Table) -> None:
+def _check(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> None:
     if old.definition != new.definition:
         raise AnomalyError(
             f"{measure} was measured by another definition: {old.definition} and {new.definition}; "
@@ -167,26 +169,26 @@ def _short(digest: str | None) -> str:
     return (digest or "").partition(":")[2][:12]
 
 
-def _changes(measure: Measure, old: Table, new: Table) -> list[Change]:
+def _changes(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> list[Change]:
     common = [layer for layer in new.values if layer in old.values]
     return [Change(measure, layer, old.values[layer], new.values[layer], depth) for depth, layer in enumerate(common)]
 
 
-def _only(side: Table, other: Table) -> list[str]:
+def _only(side: MeasureTable, other: MeasureTable) -> list[str]:
     return [layer for layer in side.values if layer not in other.values]
 
 
-def _tokens(old: Side, new: Side, threshold: float) -> dict[str, list[OutlierToken]]:
+def _tokens(old: DiffSide, new: DiffSide, threshold: float) -> dict[str, list[OutlierToken]]:
     if old.capture is None or new.capture is None or tokens_hash(old.capture) != tokens_hash(new.capture):
         return {}
-    left, right = outlier_tokens(old.capture, threshold), outlier_tokens(new.capture, threshold)
+    left, right = find_outlier_tokens(old.capture, threshold), find_outlier_tokens(new.capture, threshold)
     return {
         "new": [token for position, token in right.items() if position not in left],
         "lost": [token for position, token in left.items() if position not in right],
     }
 
 
-def outlier_tokens(capture: Capture, threshold: float) -> dict[tuple[int, int], OutlierToken]:
+def find_outlier_tokens(capture: Capture, threshold: float) -> dict[tuple[int, int], OutlierToken]:
     """Return the tokens above threshold × median at any site: (sample, position) → token, furthest out first."""
     seen: dict[tuple[int, int], list[tuple[float, str, int]]] = {}
     for (layer, site), numbers in capture.sites.items():

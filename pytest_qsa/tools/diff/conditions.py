@@ -1,4 +1,4 @@
-"""`--fail-on 'magnitude.top1 > 5%'`: what a comparison must not show. Parsed, never evaluated."""
+"""`--fail-on 'magnitude.top1 > 5%'`: conditions that fail a comparison. They are parsed, never evaluated."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from ...common import AnomalyError, SuiteError, did_you_mean
 from ...metrics import METRICS
-from .changes import Change, Comparison
+from .changes import Change, Diff
 
-TOKENS = ("new_outliers", "lost_outliers")
+TOKEN_COUNTS = ("new_outliers", "lost_outliers")
 _FORM = re.compile(
     r"\s*(?P<name>[a-z_0-9]+)(?:\.(?P<stat>[\w.]+))?(?:\s*@(?P<site>input|output|weight))?"
     r"\s*(?P<sign>[<>])\s*(?P<number>[+\-−]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<percent>%?)\s*"
@@ -21,7 +21,7 @@ HOW = "write METRIC[.STAT][@SITE] > NUMBER[%], such as 'magnitude.top1 > 5%', 'r
 
 @dataclass(frozen=True)
 class Condition:
-    """A limit on a change: relative if `percent`; one direction only if the number is signed."""
+    """A limit on changes. `limit`: relative if `percent`. `direction`: ±1 of a signed limit, 0 for both directions."""
 
     text: str
     name: str
@@ -33,17 +33,19 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read one.
+        """Parse a condition.
 
         Raises:
-            SuiteError: it is not of that form, or names a metric that there isn't.
+            SuiteError: it has another form, or names an unknown metric.
         """
         match = _FORM.fullmatch(text)
         if match is None:
             raise SuiteError(f"--fail-on '{text}': {HOW}")
         name, number = match["name"], match["number"].replace("−", "-")
-        if name not in METRICS and name not in TOKENS:
-            raise SuiteError(f"--fail-on '{text}': unknown metric '{name}'{did_you_mean(name, [*METRICS, *TOKENS])}")
+        if name not in METRICS and name not in TOKEN_COUNTS:
+            raise SuiteError(
+                f"--fail-on '{text}': unknown metric '{name}'{did_you_mean(name, [*METRICS, *TOKEN_COUNTS])}"
+            )
         if name in METRICS and match["stat"] and "stat" not in METRICS[name].parameters:
             raise SuiteError(f"--fail-on '{text}': {name} has no stat")
         direction = -1 if number[0] == "-" else 1 if number[0] == "+" else 0
@@ -55,24 +57,24 @@ class Condition:
 
     @property
     def metric(self) -> tuple[str, str | None] | None:
-        """The metric that it needs; None for outlier tokens."""
-        return None if self.name in TOKENS else (self.name, self.stat)
+        """The metric and stat that it needs; None for outlier tokens."""
+        return None if self.name in TOKEN_COUNTS else (self.name, self.stat)
 
-    def violations(self, comparison: Comparison) -> list[str]:
-        """Return what breaks it, one line each, worst first.
+    def violations(self, diff: Diff) -> list[str]:
+        """Return a line for each change that breaks the condition, worst first.
 
         Raises:
-            AnomalyError: the comparison doesn't show it, so that nothing would have been checked.
+            AnomalyError: the comparison has no such measure, so the condition would check nothing.
         """
-        if self.name in TOKENS:
-            return self._of_tokens(comparison)
-        changes = [change for change in comparison.changes if self._concerns(change)]
+        if self.name in TOKEN_COUNTS:
+            return self._of_tokens(diff)
+        changes = [change for change in diff.changes if self._concerns(change)]
         if not changes:
-            shown = ", ".join(sorted({str(measure) for measure in comparison.measures}))
+            shown = ", ".join(sorted({str(measure) for measure in diff.measures}))
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
         lines = [f"{change.layer}: {_values(change)} ({change.text})" for change in changes if self._broken(change)]
         measures = {change.measure for change in changes}
-        for word, sides in (("vanished", comparison.vanished), ("appeared", comparison.appeared)):
+        for word, sides in (("vanished", diff.vanished), ("appeared", diff.appeared)):
             lines += [f"{layer}: {word}, so {measure} has nothing to compare" for measure, layers in sides.items()
                       if measure in measures for layer in layers]  # fmt: skip
         return lines
@@ -91,8 +93,8 @@ class Condition:
             return change.size > 0
         return (moved * self.direction if self.direction else abs(moved)) > self.limit
 
-    def _of_tokens(self, comparison: Comparison) -> list[str]:
-        tokens = comparison.outlier_tokens.get(self.name.removesuffix("_outliers"))
+    def _of_tokens(self, diff: Diff) -> list[str]:
+        tokens = diff.outlier_tokens.get(self.name.removesuffix("_outliers"))
         if tokens is None:
             raise AnomalyError(
                 f"--fail-on '{self.text}': the outlier tokens are known only with a capture on both sides"
@@ -105,5 +107,5 @@ def _values(change: Change) -> str:
 
 
 def parse_all(texts: Sequence[str]) -> list[Condition]:
-    """Read all conditions of a command line."""
+    """Parse all conditions of a command line."""
     return [Condition.parse(text) for text in texts]

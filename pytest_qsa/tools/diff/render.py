@@ -9,29 +9,29 @@ from typing import Any
 
 from ...common import escaped, fitted, markdown_table, text_table
 from ...report import context_text, render
-from .changes import Change, Comparison, OutlierToken, relative_text
+from .changes import Change, Diff, OutlierToken, relative_text
 
 SUMMARY = ["measure", "layers", "moved", "median", "worst", "at"]
 CHANGE = ["layer", "measure", "old", "new", "change"]
-MOVED = 0.01
+LEAST_MOVED = 0.01
 """The relative change from which on a layer counts as moved."""
 STRONGEST = 0.2
 """The relative change that the page shows as the strongest heat."""
 
 Failures = Sequence[tuple[str, Sequence[str]]]
-"""The conditions in words, each with what breaks it; nothing for one that holds."""
+"""The conditions in words, each with the lines of what breaks it: none if it holds."""
 
 
-def moved(comparison: Comparison, least: float = MOVED) -> list[Change]:
+def moved(diff: Diff, least: float = LEAST_MOVED) -> list[Change]:
     """Return the changes larger than `least`, worst first."""
-    return [change for change in comparison.changes if change.size > least]
+    return [change for change in diff.changes if change.size > least]
 
 
-def summary_table(comparison: Comparison, least: float = MOVED) -> list[list[str]]:
+def summary_table(diff: Diff, least: float = LEAST_MOVED) -> list[list[str]]:
     """Return a row for each measure: how many layers it has, how many moved, the median and the largest change."""
     rows = []
-    for measure in comparison.measures:
-        changes = [change for change in comparison.changes if change.measure == measure]
+    for measure in diff.measures:
+        changes = [change for change in diff.changes if change.measure == measure]
         count, worst = sum(change.size > least for change in changes), changes[0]
         at = worst.layer if worst.size else "–"
         rows.append([str(measure), str(len(changes)), str(count), _median(changes), worst.text, at])
@@ -45,15 +45,15 @@ def _median(changes: Sequence[Change]) -> str:
     return sorted(changes, key=lambda change: change.relative)[len(changes) // 2].text
 
 
-def notes_of(comparison: Comparison) -> Iterator[str]:
+def notes_of(diff: Diff) -> Iterator[str]:
     """Yield what a reader must know besides the numbers: layers and measures of one side only, unknown tokens."""
-    for word, sides in (("appeared", comparison.appeared), ("vanished", comparison.vanished)):
+    for word, sides in (("appeared", diff.appeared), ("vanished", diff.vanished)):
         for measure, layers in sides.items():
             yield f"{len(layers)} layers {word} under {measure}: {_first_names(layers)}"
-    if comparison.skipped:
-        skipped = sorted({str(measure) for measure in comparison.skipped})
+    if diff.skipped:
+        skipped = sorted({str(measure) for measure in diff.skipped})
         yield f"on one side only, so not compared: {_first_names(skipped)}"
-    if not comparison.outlier_tokens:
+    if not diff.outlier_tokens:
         yield "new and lost outlier tokens are known only between two captures of the same tokens"
 
 
@@ -70,29 +70,29 @@ def _share_text(share: float) -> str:
     return relative_text(share).lstrip("+")
 
 
-def diff_text(comparison: Comparison, most: int, least: float = MOVED) -> str:
+def diff_text(diff: Diff, most: int, least: float = LEAST_MOVED) -> str:
     """Return what the terminal shows. `most`: how many changes and tokens are listed."""
-    return "\n".join(_lines(comparison, most, least))
+    return "\n".join(_lines(diff, most, least))
 
 
-def _lines(comparison: Comparison, most: int, least: float) -> Iterator[str]:
-    yield f"old  {comparison.old.title}"
-    yield f"new  {comparison.new.title}"
+def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
+    yield f"old  {diff.old.title}"
+    yield f"new  {diff.new.title}"
     yield ""
-    yield from text_table([SUMMARY, *summary_table(comparison, least)], right=range(1, 5), indent="  ")
-    changes = moved(comparison, least)
+    yield from text_table([SUMMARY, *summary_table(diff, least)], right=range(1, 5), indent="  ")
+    changes = moved(diff, least)
     yield ""
     yield _moved_text(changes, least) + (", worst first" if changes else "")
     if changes:
         yield from text_table([CHANGE, *map(cells, changes[:most])], right=range(2, 5), indent="  ")
     if len(changes) > most:
         yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
-    for name, tokens in comparison.outlier_tokens.items():
+    for name, tokens in diff.outlier_tokens.items():
         yield ""
         noun = "token" if len(tokens) == 1 else "tokens"
-        yield f"{len(tokens)} {name} outlier {noun} (above {comparison.threshold:g} × the median)"
+        yield f"{len(tokens)} {name} outlier {noun} (above {diff.threshold:g} × the median)"
         yield from (f"  {token_text(token)}" for token in tokens[:most])
-    notes = list(notes_of(comparison))
+    notes = list(notes_of(diff))
     if notes:
         yield ""
         yield from (f"note: {note}" for note in notes)
@@ -112,46 +112,46 @@ def token_text(token: OutlierToken) -> str:
     return f"{token.ratio:.0f} × median at {where}: {context_text(token.before, token.text, token.after)}"
 
 
-def markdown_of(comparison: Comparison, failures: Iterable[tuple[str, Sequence[str]]], most: int, least: float) -> str:
+def diff_markdown(diff: Diff, failures: Iterable[tuple[str, Sequence[str]]], most: int, least: float) -> str:
     """Return a comment for a pull request, below the 65,536 characters that GitHub takes."""
     broken = [(text, lines) for text, lines in failures if lines]
-    changes = moved(comparison, least)
+    changes = moved(diff, least)
     lines = [f"### {'❌' if broken else '✅'} {_moved_text(changes, least)}", ""]
     lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
-    lines += ["", f"old: {escaped(comparison.old.title)}  ", f"new: {escaped(comparison.new.title)}", ""]
-    lines += [*markdown_table([SUMMARY, *summary_table(comparison, least)]), ""]
+    lines += ["", f"old: {escaped(diff.old.title)}  ", f"new: {escaped(diff.new.title)}", ""]
+    lines += [*markdown_table([SUMMARY, *summary_table(diff, least)]), ""]
     if changes:
         lines += [*markdown_table([CHANGE, *map(cells, changes[:most])]), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
-    for name, tokens in comparison.outlier_tokens.items():
+    for name, tokens in diff.outlier_tokens.items():
         if tokens:
             lines += [f"**{len(tokens)} {name} outlier tokens**", ""]
             lines += [*(f"- {escaped(token_text(token))}" for token in tokens[:most]), ""]
-    lines += [f"> {escaped(note)}" for note in notes_of(comparison)]
+    lines += [f"> {escaped(note)}" for note in notes_of(diff)]
     return fitted("\n".join(lines).rstrip() + "\n", 65_000)
 
 
-def page_of(comparison: Comparison, failures: Failures, least: float) -> str:
+def diff_page(diff: Diff, failures: Failures, least: float) -> str:
     """Return the comparison as one self-contained page."""
     return render(
         "diff.html.j2",
-        comparison=comparison,
+        diff=diff,
         failures=failures,
         broken=[text for text, lines in failures if lines],
-        moved=len(moved(comparison, least)),
+        moved=len(moved(diff, least)),
         least=least,
         least_text=_share_text(least),
-        strips=list(_strips(comparison, least)),
-        notes=list(notes_of(comparison)),
+        strips=list(_strips(diff, least)),
+        notes=list(notes_of(diff)),
         session={},
     )
 
 
-def _strips(comparison: Comparison, least: float) -> Iterator[dict[str, Any]]:
+def _strips(diff: Diff, least: float) -> Iterator[dict[str, Any]]:
     """Yield a heat strip for each measure, its layers in the model's order."""
-    for measure in comparison.measures:
-        changes = sorted((c for c in comparison.changes if c.measure == measure), key=lambda change: change.depth)
+    for measure in diff.measures:
+        changes = sorted((c for c in diff.changes if c.measure == measure), key=lambda change: change.depth)
         yield {
             "measure": measure,
             "moved": sum(change.size > least for change in changes),

@@ -1,4 +1,4 @@
-"""A side of a comparison: a capture, baselines or a report, read into tables of numbers by measure and layer."""
+"""A side of a diff: a capture, baselines or a report, read into tables of numbers by measure and layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None
 
 
 @dataclass(frozen=True)
-class Measure:
+class DiffMeasure:
     """A metric with its parameters at a site, and how samples and layers were folded. `parameters`: sorted JSON."""
 
     metric: str
@@ -31,8 +31,8 @@ class Measure:
     over: str | None = None
 
     @classmethod
-    def of(cls, query: Mapping[str, Any]) -> Measure:
-        """Read it from a query as a report keeps it, or from a baseline's, where the parameters are not nested."""
+    def of(cls, query: Mapping[str, Any]) -> DiffMeasure:
+        """Read the query of a report, or that of a baseline, where the parameters stand among the other keys."""
         named = {"definition", "site", "positions", "reduce", "over"}
         parameters = query["parameters"] if "metric" in query else {k: v for k, v in query.items() if k not in named}
         return cls(
@@ -48,12 +48,12 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """The name by which `--fail-on` knows it: `magnitude.top1`."""
+        """The metric with its stat, as `--fail-on` names it: `magnitude.top1`."""
         stat = self.arguments.get("stat")
         return f"{self.metric}.{stat}" if stat is not None else self.metric
 
     def is_perfect(self, value: float) -> bool:
-        """Say whether a value is the +∞ dB of what does not differ from the reference at all."""
+        """Say whether a value is +∞ dB: the layer is equal to the reference."""
         return value == math.inf and self.metric in METRICS and METRICS[self.metric].unit == "dB"
 
     def text_of(self, value: float) -> str:
@@ -61,14 +61,14 @@ class Measure:
         return "∞ dB" if self.is_perfect(value) else number(value)
 
     def __str__(self) -> str:
-        """Write it as short as a table's cell has to be: `magnitude.top1 @output`."""
+        """Write it for the cell of a table: `magnitude.top1 @output`."""
         more = [f"positions {self.positions}"] if self.positions not in (None, "all") else []
         more += [f"{self.over} over layers"] if self.over else []
         return f"{self.name} @{self.site}" + (f" ({', '.join(more)})" if more else "")
 
 
 @dataclass(frozen=True)
-class Table:
+class MeasureTable:
     """A measure's numbers. `values`: layer → number. `data`: the hash of the tokens, where known."""
 
     definition: str
@@ -77,12 +77,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side. `facts`: what is known of where the numbers come from. `capture`: where there is one."""
+class DiffSide:
+    """One side of a diff. `facts`: where the numbers come from. `capture`: None for baselines and reports."""
 
     path: str
     facts: Mapping[str, str]
-    tables: Mapping[Measure, Table] = field(default_factory=dict)
+    tables: Mapping[DiffMeasure, MeasureTable] = field(default_factory=dict)
     capture: Capture | None = None
 
     @property
@@ -92,8 +92,8 @@ class Side:
         return f"{self.path}: {facts}" if facts else self.path
 
 
-def read_side(given: str) -> Side:
-    """Read a capture (.qsa), a baseline, a folder of baselines, or a report.json; `PATH::SUBJECT` picks one of several.
+def read_side(given: str) -> DiffSide:
+    """Read a capture (.qsa), a baseline, a folder of baselines, or a report.json. `PATH::SUBJECT` picks a subject.
 
     Raises:
         SuiteError: the file is of another kind, or holds several subjects.
@@ -114,8 +114,8 @@ def read_side(given: str) -> Side:
     return _reported(path, content, subject)
 
 
-def _captured(path: Path, capture: Capture) -> Side:
-    return Side(shown_path(path), _facts(capture.provenance), capture=capture)
+def _captured(path: Path, capture: Capture) -> DiffSide:
+    return DiffSide(shown_path(path), _facts(capture.provenance), capture=capture)
 
 
 def _facts(provenance: Provenance) -> dict[str, str]:
@@ -127,26 +127,26 @@ def _facts(provenance: Provenance) -> dict[str, str]:
     return {label.lower(): facts.get(label, "") for label in shown}
 
 
-def _baselines(path: Path, files: Iterable[Path], subject: str) -> Side:
-    tables: dict[Measure, Table] = {}
-    seen: dict[Measure, Path] = {}
+def _baselines(path: Path, files: Iterable[Path], subject: str) -> DiffSide:
+    tables: dict[DiffMeasure, MeasureTable] = {}
+    seen: dict[DiffMeasure, Path] = {}
     facts: dict[str, str] = {}
     for file in files:
         if subject and file.relative_to(path).parts[:1] != (subject,):
             continue
         baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
-        measure = Measure.of(baseline.query)
-        table = Table(baseline.query["definition"], baseline.data, baseline.values)
+        measure = DiffMeasure.of(baseline.query)
+        table = MeasureTable(baseline.query["definition"], baseline.data, baseline.values)
         facts = _facts(Provenance(baseline.made_with, DataProvenance(fingerprint=baseline.data)))
         tables[measure] = _joined(tables.get(measure), table, seen.get(measure), file)
         seen[measure] = file
     if not tables:
         raise SuiteError(f"{path}: there is no baseline in this folder" + (f" under '{subject}'" if subject else ""))
-    return Side(shown_path(path), facts, tables)
+    return DiffSide(shown_path(path), facts, tables)
 
 
-def _joined(known: Table | None, new: Table, first: object, second: object) -> Table:
-    """Join two tables of one measure; both must agree where they overlap."""
+def _joined(known: MeasureTable | None, new: MeasureTable, first: object, second: object) -> MeasureTable:
+    """Join two tables of one measure, whose numbers must agree where the layers overlap."""
     if known is None:
         return new
     differ = [layer for layer in new.values if new.values[layer] != known.values.get(layer, new.values[layer])]
@@ -155,10 +155,10 @@ def _joined(known: Table | None, new: Table, first: object, second: object) -> T
             f"{first} and {second} hold the same measure with other numbers: "
             "name the folder of one model, or PATH::SUBJECT"
         )
-    return Table(known.definition, known.data, {**known.values, **new.values})
+    return MeasureTable(known.definition, known.data, {**known.values, **new.values})
 
 
-def _reported(path: Path, content: bytes, subject: str) -> Side:
+def _reported(path: Path, content: bytes, subject: str) -> DiffSide:
     try:
         report = json.loads(content)
         schema = report.get("schema", "") if isinstance(report, dict) else ""
@@ -174,26 +174,26 @@ def _reported(path: Path, content: bytes, subject: str) -> Side:
         raise SuiteError(f"{path}: a damaged report.json: {type(error).__name__}: {error}") from None
 
 
-def _of_results(path: Path, results: Iterable[Mapping[str, Any]], subject: str) -> Side:
+def _of_results(path: Path, results: Iterable[Mapping[str, Any]], subject: str) -> DiffSide:
     measured = [result for result in results if result["rows"] and result["query"]]
     subjects = sorted({result["subject"] for result in measured})
     if (subject and subject not in subjects) or (not subject and len(subjects) > 1):
         raise SuiteError(f"{path}: pick a subject: {', '.join(f'{path}::{name}' for name in subjects)}")
-    tables: dict[Measure, Table] = {}
+    tables: dict[DiffMeasure, MeasureTable] = {}
     kept = [result for result in measured if subject in ("", result["subject"])]
     for result in kept:
-        measure = Measure.of(result["query"])
+        measure = DiffMeasure.of(result["query"])
         values = {row["layer"]: float(row["value"]) for row in sorted(result["rows"], key=lambda row: row["depth"])}
-        table = Table(result["query"]["definition"], Provenance.of(result["run"] or {}).data.fingerprint, values)
+        table = MeasureTable(result["query"]["definition"], Provenance.of(result["run"] or {}).data.fingerprint, values)
         tables[measure] = _joined(tables.get(measure), table, path, result["id"])
     if not tables:
         raise SuiteError(f"{path}: no assertion in it was measured")
-    return Side(shown_path(path), _facts(Provenance.of(kept[0]["run"] or {})), tables)
+    return DiffSide(shown_path(path), _facts(Provenance.of(kept[0]["run"] or {})), tables)
 
 
-def captured_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) -> dict[Measure, Table]:
-    """Compute metrics, each with its usual parameters, at every site of a capture that can have them."""
-    tables: dict[Measure, Table] = {}
+def compute_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) -> dict[DiffMeasure, MeasureTable]:
+    """Compute metrics with their default parameters at every site of a capture that has what they need."""
+    tables: dict[DiffMeasure, MeasureTable] = {}
     for name, stat in dict.fromkeys(wanted):
         for site in dict.fromkeys(site for _, site in capture.sites):
             parameters: dict[str, Any] = {"stat": stat} if stat is not None else {}
@@ -202,12 +202,12 @@ def captured_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) 
             ]
             if layers:
                 series = capture.select(exactly(layers), site).series(name, **parameters)
-                tables[Measure.of(series.query.plain())] = _table(capture, series)
+                tables[DiffMeasure.of(series.query.plain())] = _table(capture, series)
     return tables
 
 
-def table_of(capture: Capture, measure: Measure, layers: Iterable[str]) -> Table | None:
-    """Compute a measure of the other side from a capture, at those of the layers that it holds; None for none."""
+def compute_table(capture: Capture, measure: DiffMeasure, layers: Iterable[str]) -> MeasureTable | None:
+    """Compute a measure from a capture, at those of the layers that it holds; None where it can't be computed."""
     held = [layer for layer in layers if (layer, measure.site) in capture.sites]
     if not held or measure.over or measure.metric not in METRICS:
         return None
@@ -219,8 +219,8 @@ def table_of(capture: Capture, measure: Measure, layers: Iterable[str]) -> Table
         return None
 
 
-def _table(capture: Capture, series: Any) -> Table:
-    return Table(
+def _table(capture: Capture, series: Any) -> MeasureTable:
+    return MeasureTable(
         series.query.definition, tokens_hash(capture), dict(zip(series.layers, series.values.tolist(), strict=True))
     )
 
@@ -238,7 +238,7 @@ def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[S
 
 
 def tokens_hash(capture: Capture) -> str | None:
-    """Return the hash of the tokens of a capture: what the run noted, or, of a library capture, of the token ids."""
+    """Return the hash of a capture's tokens: of its provenance, or of the token ids where a library call made it."""
     noted = capture.provenance.data.fingerprint
     if noted or not capture.tokens:
         return noted

@@ -94,14 +94,6 @@ def test_a_sink_that_every_sample_has_is_gated_where_it_is_clear():
     assert sinks_of(capture(model, without, sites=[(anatomy.block_pattern, "output")]), anatomy) == []
 
 
-def test_the_patterns_find_blocks_and_linears_of_any_trunk():
-    one = Anatomy(["transformer.h.0", "transformer.h.1"], ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"])
-    assert one.block_pattern == r"^transformer\.h\.\d+$"
-    assert one.linear_pattern == r"\.(c_attn|c_fc)$"
-    two = Anatomy(["encoder.block.0", "decoder.block.0"], [])
-    assert two.block_pattern == r"^(encoder\.block|decoder\.block)\.\d+$"
-
-
 # Against an original.
 
 AGAINST = [

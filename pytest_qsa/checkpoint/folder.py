@@ -28,6 +28,11 @@ class Finding:
     what: str
     advice: str
 
+    @classmethod
+    def at(cls, tensor: Tensor, what: str, advice: str) -> Finding:
+        """Return a problem of a tensor of the files."""
+        return cls(tensor.layer, tensor.name, tensor.file, what, advice)
+
     def __str__(self) -> str:
         """Write it in one line: `tensor (file): what; advice`."""
         where = f" ({self.file})" if self.file else ""

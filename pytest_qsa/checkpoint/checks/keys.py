@@ -9,7 +9,7 @@ from ..folder import INDEX, NUMBER, Finding, Folder
 from ..tensors import Tensor, layer_of
 
 ALIKE = 0.7
-"""Blocks that share so much of their keys are of one kind, so that a difference is a fault and no architecture."""
+"""The share of keys from which two blocks are of one kind, so that what differs is a fault and not the architecture."""
 _SAVE = "a loader fills it with random numbers: save or copy the checkpoint again"
 _DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
 
@@ -32,7 +32,7 @@ def _by_index(folder: Folder) -> Iterator[Finding]:
     if folder.indexed:
         for name, tensor in folder.tensors.items():
             if name not in folder.indexed:
-                yield Finding(tensor.layer, name, tensor.file, f"not in {INDEX}", _DROPPED)
+                yield Finding.at(tensor, f"not in {INDEX}", _DROPPED)
 
 
 def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
@@ -72,10 +72,7 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
             yield Finding(layer_of(name), name, "", f"missing: {kinds[nearest]} sibling blocks have it", _SAVE)
         for rest in sorted(keys - nearest):
             tensor = folder.tensors[f"{container}.{number}.{rest}"]
-            yield Finding(
-                tensor.layer, tensor.name, tensor.file, f"unexpected: none of {kinds[nearest]} sibling blocks has it",
-                _DROPPED,
-            )  # fmt: skip
+            yield Finding.at(tensor, f"unexpected: none of {kinds[nearest]} sibling blocks has it", _DROPPED)
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> float:
@@ -86,13 +83,11 @@ def _by_shape(folder: Folder) -> Iterator[Finding]:
     """Yield embeddings whose rows contradict the vocabulary, and an output head that a model without ties lacks."""
     config = folder.text_config
     vocabulary = config.get("vocab_size")
-    tables = {name: tensor for name, tensor in folder.tensors.items() if _is_table(tensor)}
-    for name, tensor in tables.items():
+    tables = [tensor for tensor in folder.tensors.values() if _is_table(tensor)]
+    for tensor in tables:
         if isinstance(vocabulary, int) and tensor.shape[0] < vocabulary:
-            yield Finding(
-                tensor.layer, name, tensor.file, f"{tensor.shape[0]} rows, but the vocabulary has {vocabulary} tokens",
-                "correct vocab_size, or take the embeddings from the original",
-            )  # fmt: skip
+            what = f"{tensor.shape[0]} rows, but the vocabulary has {vocabulary} tokens"
+            yield Finding.at(tensor, what, "correct vocab_size, or take the embeddings from the original")
     causal = any("ForCausalLM" in str(name) for name in config.get("architectures") or ())
     heads = [layer for layer in folder.layers if layer.rpartition(".")[2] in ("lm_head", "output", "embed_out")]
     if causal and config.get("tie_word_embeddings") is False and tables and not heads:

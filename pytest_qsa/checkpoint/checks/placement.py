@@ -30,14 +30,14 @@ def _against_config(form: Format, layer: str) -> Iterator[Finding]:
         if scheme is not None and scheme.form != "dense":
             declared = f"though the configuration quantizes it ({form.label}, {scheme.form})"
             advice = "quantize it, or name it in ignore"
-            yield Finding(layer, weight.name, weight.file, f"left in {weight.dtype}, {declared}", advice)
+            yield Finding.at(weight, f"left in {weight.dtype}, {declared}", advice)
     elif scheme is None:
         advice = "restore it from the original, or take it out of ignore"
-        yield Finding(layer, codes.name, codes.file, "quantized, though the configuration leaves it out", advice)
+        yield Finding.at(codes, "quantized, though the configuration leaves it out", advice)
     elif scheme.dtypes and codes.dtype not in scheme.dtypes:
         what = f"stored as {codes.dtype}, but {scheme.form} with {scheme.bits} bits is stored as {scheme.dtypes[0]}"
         advice = "correct the format of its config group, or quantize the layer again"
-        yield Finding(layer, codes.name, codes.file, what, advice)
+        yield Finding.at(codes, what, advice)
 
 
 def _against_siblings(form: Format) -> Iterator[Finding]:
@@ -53,4 +53,4 @@ def _against_siblings(form: Format) -> Iterator[Finding]:
             if weight is not None and dtype != common and many > len(members) / 2:
                 what = f"stored as {dtype}, {many} of its siblings {kind} as {common}"
                 advice = "quantize all of them alike, or name it in the configuration"
-                yield Finding(layer, weight.name, weight.file, what, advice)
+                yield Finding.at(weight, what, advice)

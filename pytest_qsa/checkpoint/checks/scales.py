@@ -38,7 +38,7 @@ def unsound_scales(form: Format) -> Iterator[Finding]:
                     count, first = int(wrong.sum()), int(np.flatnonzero(wrong)[0])
                     several = f"{count} of {values.size} are {word}, the first at {first}"
                     what = several if values.size > 1 else f"is {word}"
-                    yield Finding(layer, tensor.name, tensor.file, what, AGAIN)
+                    yield Finding.at(tensor, what, AGAIN)
 
 
 def scale_values(tensor: Tensor) -> NDArray[np.float64]:
@@ -88,7 +88,7 @@ def _outlying(
                 factor = f"{what} {2 ** (value - middle):.3g} × that of its {len(names)} siblings {kind}"
                 far = f"{factor} ({abs(away):.1f} deviations; allowed {spread:g})"
                 advice = "compare the layer with the original; raise spread if it is meant so"
-                yield Finding(tensor.layer, name, tensor.file, far, advice)
+                yield Finding.at(tensor, far, advice)
 
 
 def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
@@ -99,7 +99,7 @@ def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float
             tensor = folder.tensors[name]
             what = f"{2**first:g}, as every scale of the {len(members)} siblings {kind}: the initial value"
             advice = "the calibration saw no data: run it again and look at its hooks"
-            yield Finding(tensor.layer, name, tensor.file, what, advice)
+            yield Finding.at(tensor, what, advice)
 
 
 def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
@@ -129,4 +129,4 @@ def _unequal(group: Sequence[tuple[Tensor, float]], equal: int) -> Finding:
     odd = next(member for member, value in group if value != common)
     text = ", ".join(f"{member.layer.rpartition('.')[2]} {value:.4g}" for member, value in group)
     what = f"unequal {odd.part} in a fused group: {text}; equal in {equal} other blocks"
-    return Finding(odd.layer, odd.name, odd.file, what, "a fused matrix has one scale: fill all slots with the same")
+    return Finding.at(odd, what, "a fused matrix has one scale: fill all slots with the same")

@@ -17,11 +17,11 @@ HARMLESS = frozenset(
         *("_attn_implementation_autoset", "chunk_size_feed_forward"),
     }
 )
-"""What a configuration says of how it was made or how it is run, not of the function."""
-TELLING = frozenset(
+"""The keys of a configuration that say how it was made or how it is run, and change no number."""
+WITHOUT_DEFAULT = frozenset(
     {"rope_scaling", "rope_parameters", "sliding_window", "final_logit_softcapping", "query_pre_attn_scalar"}
 )
-"""What matters where one side states it and the other doesn't; of other keys writers leave out the defaults."""
+"""The keys that matter where only one side states them; of all others writers leave out the defaults."""
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
 TOKENIZER_KEYS = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
 _RESTORE = "take it from the reference, or change the reference if it is meant so"
@@ -51,14 +51,14 @@ def _config(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> 
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from _config(one, other, f"{prefix}{key}.")
         elif key not in mine or key not in theirs:
-            if (key in TELLING or prefix) and (one or other):
-                yield _setting(f"{prefix}{key}", one, other)
+            if (key in WITHOUT_DEFAULT or prefix) and (one or other):
+                yield _changed(CONFIG, f"{prefix}{key}", CONFIG, one, other)
         elif not _same(one, other):
-            yield _setting(f"{prefix}{key}", one, other)
+            yield _changed(CONFIG, f"{prefix}{key}", CONFIG, one, other)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the rope's settings in one place, where transformers 5 has them, and say the derived sizes."""
+    """Bring a configuration to one form: the rope's settings where transformers 5 has them, and the derived sizes."""
     plain = dict(config)
     rope = {**(plain.pop("rope_scaling", None) or {}), **(plain.pop("rope_parameters", None) or {})}
     if "type" in rope:
@@ -80,9 +80,8 @@ def _same(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-6) if numbers else bool(one == other)
 
 
-def _setting(key: str, one: Any, other: Any) -> Finding:
-    what = f"{_shown(one)}, in the reference {_shown(other)}"
-    return Finding(CONFIG, key, CONFIG, what, _RESTORE)
+def _changed(where: str, key: str, file: str, one: Any, other: Any) -> Finding:
+    return Finding(where, key, file, f"{_shown(one)}, in the reference {_shown(other)}", _RESTORE)
 
 
 def _shown(value: Any) -> str:
@@ -103,8 +102,7 @@ def _vocabulary(folder: Folder, reference: Folder) -> Iterator[Finding]:
         yield Finding(TOKENIZER, "merges", "tokenizer.json", "differ from the reference's", _RESTORE)
     for part in TOKENIZER_PARTS:
         if mine.get(part) != theirs.get(part):
-            what = f"{_shown(mine.get(part))}, in the reference {_shown(theirs.get(part))}"
-            yield Finding(TOKENIZER, part, "tokenizer.json", what, _RESTORE)
+            yield _changed(TOKENIZER, part, "tokenizer.json", mine.get(part), theirs.get(part))
 
 
 def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterator[Finding]:
@@ -115,7 +113,7 @@ def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterato
 
 
 def _all_entries(folder: Folder) -> dict[str, Any]:
-    """Return all tokens of a folder or a GGUF file, those beside the model's vocabulary with them."""
+    """Return all tokens of a folder or a GGUF file, added tokens included."""
     if folder.gguf_file:
         return dict(folder.vocabulary)
     tokenizer = folder.json("tokenizer.json") or {}
@@ -136,12 +134,11 @@ def _digest(folder: Folder) -> str | None:
 
 
 def _tokenizer(folder: Folder, reference: Folder) -> Iterator[Finding]:
-    mine, theirs = folder.json("tokenizer_config.json") or {}, reference.json("tokenizer_config.json") or {}
+    mine, theirs = (side.json("tokenizer_config.json") or {} for side in (folder, reference))
     for key in TOKENIZER_KEYS:
         one, other = _token(mine.get(key)), _token(theirs.get(key))
         if one != other:
-            what = f"{_shown(one)}, in the reference {_shown(other)}"
-            yield Finding(TOKENIZER, key, "tokenizer_config.json", what, _RESTORE)
+            yield _changed(TOKENIZER, key, "tokenizer_config.json", one, other)
 
 
 def _token(value: Any) -> Any:

@@ -34,7 +34,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
     words, step = form.words(layer, codes)
     if (words == words.ravel()[0]).all():
         what = f"all of it is one value, {int(words.ravel()[0]):#x}: nothing was packed"
-        yield Finding(layer, codes.name, codes.file, what, _PACK_AGAIN)
+        yield Finding.at(codes, what, _PACK_AGAIN)
         return
     bits = form.code_bits(layer, codes)
     for noun, lanes in _lanes(words, form.scheme_of(layer), bits):
@@ -45,7 +45,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
             first = f", the first {noun} {dead[0]}" if dead.size > 1 else ""
             read = f" (every {step}th row was read)" if step > 1 else ""
             what = f"{share} one code throughout{first}{read}"
-            yield Finding(layer, codes.name, codes.file, what, _PACK_AGAIN)
+            yield Finding.at(codes, what, _PACK_AGAIN)
             return
 
 
@@ -72,17 +72,16 @@ def _constant_codes(lanes: NDArray[Any], bits: int) -> NDArray[np.int64]:
 
 def unsound_floats(form: Format) -> Iterator[Finding]:
     """Yield tensors in floating point that hold NaN or Inf, and matrices of one number; scales have their own check."""
-    for layer, parts in form.folder.layers.items():
-        for tensor in parts.values():
-            if tensor.dtype not in FLOATS or not tensor.shape or 0 in tensor.shape or form.scales.search(tensor.part):
-                continue
-            raw = tensor.raw().reshape(tensor.shape[0], -1)
-            values = decoded(np.asarray(raw[:: max(1, raw.nbytes // BUDGET)]), tensor.dtype)
-            bad = int(np.count_nonzero(~np.isfinite(values)))
-            if bad:
-                yield Finding(layer, tensor.name, tensor.file, f"{bad} elements are NaN or infinite", _SAVE_AGAIN)
-            elif tensor.part == "weight" and min(raw.shape) > 1 and (values == values.flat[0]).all():
-                yield Finding(layer, tensor.name, tensor.file, f"all of it is {values.flat[0]:g}", _SAVE_AGAIN)
+    for tensor in form.folder.tensors.values():
+        if tensor.dtype not in FLOATS or not tensor.shape or 0 in tensor.shape or form.scales.search(tensor.part):
+            continue
+        raw = tensor.raw().reshape(tensor.shape[0], -1)
+        values = decoded(np.asarray(raw[:: max(1, raw.nbytes // BUDGET)]), tensor.dtype)
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        if bad:
+            yield Finding.at(tensor, f"{bad} elements are NaN or infinite", _SAVE_AGAIN)
+        elif tensor.part == "weight" and min(raw.shape) > 1 and (values == values.flat[0]).all():
+            yield Finding.at(tensor, f"all of it is {values.flat[0]:g}", _SAVE_AGAIN)
 
 
 def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -104,9 +103,9 @@ def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[F
             yield Finding(theirs.layer, theirs.name, "", what, "a loader leaves it out or fills it with random numbers")
         elif mine.shape != theirs.shape:
             size, other = ("×".join(map(str, tensor.shape)) or "scalar" for tensor in (mine, theirs))
-            yield Finding(mine.layer, mine.name, mine.file, f"shape {size}, in the reference {other}", _RESTORE)
+            yield Finding.at(mine, f"shape {size}, in the reference {other}", _RESTORE)
         elif difference := _difference(mine, theirs, rel):
-            yield Finding(mine.layer, mine.name, mine.file, difference, _RESTORE)
+            yield Finding.at(mine, difference, _RESTORE)
 
 
 def _difference(mine: Tensor, theirs: Tensor, rel: float) -> str:

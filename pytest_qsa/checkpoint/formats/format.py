@@ -7,6 +7,7 @@ of other packages register by the entry point group `pytest_qsa.formats`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from math import prod
@@ -112,19 +113,13 @@ class Format:
     def weight_scale_of(self, layer: str) -> Tensor | None:
         """Return the scales of a layer's weight; None where it has none."""
         other = ("input", "output", "k_", "v_", "q_")
-        found = (
-            tensor
-            for part, tensor in self.scales_of(layer).items()
-            if not part.startswith(other) and "global" not in part
-        )
-        return next(found, None)
+        own = (part for part in self.scales_of(layer) if not part.startswith(other) and "global" not in part)
+        return self.parts(layer).get(next(own, ""))
 
     def zero_point_of(self, layer: str) -> Tensor | None:
         """Return the zero points of a layer's weight; None where it has none."""
-        return next((tensor for part, tensor in self.parts(layer).items() if self._is_zero_point(part)), None)
-
-    def _is_zero_point(self, part: str) -> bool:
-        return self.zero_points.search(part) is not None and not part.startswith(("input", "output"))
+        found = (part for part in self.parts(layer) if self.zero_points.search(part))
+        return self.parts(layer).get(next((part for part in found if not part.startswith(("input", "output"))), ""))
 
     def is_linear(self, layer: str) -> bool:
         """Say whether a target `Linear` means a layer: one with codes, or a matrix that isn't named as an embedding."""
@@ -186,18 +181,12 @@ class Format:
         Multimodal models name what stands before the block in several ways, so that an end which only one layer and
         one module have joins the two.
         """
-        layers: dict[str, list[str]] = {}
-        owners: dict[str, int] = {}
-        for layer in self.folder.layers:
-            layers.setdefault(_end(layer), []).append(layer)
-        for name in modules:
-            owners[_end(name)] = owners.get(_end(name), 0) + 1
-        named = {}
-        for name in modules:
-            same_end = layers.get(_end(name), [])
-            unique = len(same_end) == 1 and owners[_end(name)] == 1
-            named[name] = same_end[0] if unique and name not in self.folder.layers else name
-        return named
+        layers, ends = Counter(map(_end, self.folder.layers)), Counter(map(_end, modules))
+        by_end = {_end(layer): layer for layer in self.folder.layers}
+        unique = {name for name in modules if layers[_end(name)] == ends[_end(name)] == 1}
+        return {
+            name: by_end[_end(name)] if name in unique and name not in self.folder.layers else name for name in modules
+        }
 
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield the parts of a layer that its scheme needs and that it doesn't know, and scales of a wrong shape."""
@@ -209,20 +198,15 @@ class Format:
         elif scheme is not None:
             yield from self._against_scheme(layer, codes, scheme)
         elif not self.scales_of(layer) and codes.dtype in RAW and codes.dtype not in ("I64", "BOOL"):
-            yield Finding(layer, codes.name, codes.file, f"its {codes.dtype} codes have no scale", AGAIN)
+            yield Finding.at(codes, f"its {codes.dtype} codes have no scale", AGAIN)
 
     def _orphaned_scales(self, layer: str) -> Iterator[Finding]:
         """Yield the weight's scales of a layer that has no codes: nothing would apply them."""
+        dense = any(scheme.form == "dense" for _, scheme in self.declaration.groups)
         for part, tensor in self.scales_of(layer).items():
-            dense = any(scheme.form == "dense" for _, scheme in self.declaration.groups)
             if part.startswith(("weight", "_weight")) and not dense:
-                yield Finding(
-                    layer,
-                    tensor.name,
-                    tensor.file,
-                    "a scale beside a weight that isn't quantized",
-                    "the weight was replaced, or the layer belongs into ignore",
-                )
+                advice = "the weight was replaced, or the layer belongs into ignore"
+                yield Finding.at(tensor, "a scale beside a weight that isn't quantized", advice)
 
     def _against_scheme(self, layer: str, codes: Tensor, scheme: Scheme) -> Iterator[Finding]:
         parts, scales = self.parts(layer), self.scales_of(layer)
@@ -236,14 +220,14 @@ class Format:
             if (part in scales or self.zero_points.search(part)) and part not in known:
                 what = f"unexpected: the scheme {scheme.form} has no {part}"
                 advice = "a loader drops it silently: correct quantization_config, or save the checkpoint again"
-                yield Finding(layer, tensor.name, tensor.file, what, advice)
+                yield Finding.at(tensor, what, advice)
         scale, shape = self.weight_scale_of(layer), self.weight_shape(layer)
         expected = scheme.scale_count(*shape) if shape else None
         if scale is not None and expected is not None and element_count(scale) != expected:
             size = "×".join(map(str, scale.shape)) or "scalar"
             what = f"shape {size}, but {scheme.strategy}-wise scales of a weight {shape} are {expected}"
             advice = "correct strategy and group_size in quantization_config, or quantize the layer again"
-            yield Finding(layer, scale.name, scale.file, what, advice)
+            yield Finding.at(scale, what, advice)
 
 
 FORMATS: Registry[type[Format]] = Registry("pytest_qsa.formats", __package__)

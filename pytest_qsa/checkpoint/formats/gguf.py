@@ -81,7 +81,7 @@ class Gguf(Format):
             bad = 0 if scales is None else int(np.count_nonzero(~np.isfinite(scales).all(axis=1)))
             if scales is not None and bad:
                 what = f"{bad} of {len(scales)} blocks have a scale that is NaN or infinite"
-                yield Finding(layer, tensor.name, tensor.file, what, AGAIN)
+                yield Finding.at(tensor, what, AGAIN)
 
 
 def block_scales(tensor: Tensor) -> NDArray[np.float16] | None:

@@ -18,9 +18,9 @@ from .formats.format import (
     element_count as element_count,
     format_of as format_of,
     libraries_of_formats as libraries_of_formats,
-    spread as spread,
+    spread_scales as spread_scales,
     streams_from_disk as streams_from_disk,
 )
-from .formats.scheme import Declaration as Declaration, Scheme as Scheme, matches as matches
+from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
 from .tensors import FLOATS as FLOATS, Tensor as Tensor, encoded as encoded, tensors_of as tensors_of

@@ -10,7 +10,7 @@ from typing import Any
 from ..common import AnomalyError, InfraError
 from .tensors import Tensor
 
-SETTINGS: Mapping[str, str] = {
+SETTING_NAMES: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -60,7 +60,7 @@ def read_gguf(path: Path) -> GgufFile:
     except (ValueError, KeyError, IndexError) as error:
         raise AnomalyError(f"{path} can't be read as GGUF: {error}; copy or download it again") from None
     architecture = str(fields.get("general.architecture", ""))
-    keys = {name: f"{architecture}.{key}" for key, name in SETTINGS.items()}
+    keys = {name: f"{architecture}.{key}" for key, name in SETTING_NAMES.items()}
     settings = {name: fields[key] for name, key in keys.items() if key in fields}
     words = fields.get("tokenizer.ggml.tokens") or ()
     return GgufFile(architecture, tensors, settings, {word: index for index, word in enumerate(words)})

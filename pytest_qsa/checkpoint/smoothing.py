@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks.weights import ROUNDING
+from .checks.values import ROUNDING
 from .folder import Folder, natural
 from .formats.format import BUDGET, Format, decoded_rows, format_of
 from .tensors import FLOATS, Tensor
@@ -22,10 +22,10 @@ MOST_NORMS = 8
 """The number of norms that are followed into the matrices which read them, evenly spaced among those that differ."""
 AGREES = 0.05
 """The median |ln| by which products may differ: rounding to 4 bits moves the norm of a column by about 2 %."""
-ROWS = 64
+EMBEDDING_ROWS = 64
 """The number of rows of the embeddings that are compared."""
 TABLES = ("embed_tokens", "wte", "tok_embeddings")
-HEADS = ("lm_head", "embed_out")
+OUTPUT_HEADS = ("lm_head", "embed_out")
 Compare = Literal["layers", "blocks", "logits"]
 Vector = NDArray[np.float64]
 
@@ -106,7 +106,7 @@ def _turned(folder: Folder, reference: Folder) -> str:
             continue
         if mine.shape != theirs.shape or mine.dtype not in FLOATS or theirs.dtype not in FLOATS:
             continue
-        rows = np.unique(np.linspace(0, len(theirs.raw()) - 1, ROWS).astype(np.intp))
+        rows = np.unique(np.linspace(0, len(theirs.raw()) - 1, EMBEDDING_ROWS).astype(np.intp))
         x, y = (decoded_rows(tensor, rows) for tensor in (mine, theirs))
         lengths = np.linalg.norm(y, axis=1)
         some = lengths > 0
@@ -141,7 +141,7 @@ def _readers(mine: Format, theirs: Format, norm: Tensor) -> Iterator[str]:
     block, width = norm.layer.rpartition(".")[0], norm.shape[0]
     within = any(part.isdigit() for part in block.split("."))
     for layer in mine.folder.layers:
-        near = layer.startswith(f"{block}.") if within else layer.rpartition(".")[2] in HEADS
+        near = layer.startswith(f"{block}.") if within else layer.rpartition(".")[2] in OUTPUT_HEADS
         if near and all((form.weight_shape(layer) or (0, 0))[1] == width for form in (mine, theirs)):
             yield layer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pytest_qsa.checkpoint import Files, open_folder, problems_of, weight_rows
+from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 
 ROWS, COLUMNS = 16, 64
 INT8, INT32, UINT8, FP8 = torch.int8, torch.int32, torch.uint8, torch.float8_e4m3fn
@@ -212,9 +212,9 @@ def test_rows_are_the_codes_times_their_scales(write, scheme, scales):
         codes = codes - spread(kept["weight_zero_point"].double().numpy(), *scales)
     expected = codes * spread(kept[name].double().numpy().reshape(scales), *scales)
     rows = slice(5, 12)
-    np.testing.assert_array_equal(weight_rows(folder, LAYERS[2], rows), expected[rows])
+    np.testing.assert_array_equal(format_of(folder).rows(LAYERS[2], rows), expected[rows])
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq", "nvfp4"])
 def test_rows_of_a_packing_that_is_not_known_are_none(write, scheme):
-    assert weight_rows(write(scheme), LAYERS[2], slice(0, 4)) is None
+    assert format_of(write(scheme)).rows(LAYERS[2], slice(0, 4)) is None

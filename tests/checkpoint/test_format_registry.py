@@ -17,7 +17,7 @@ from pytest_qsa.common import InfraError, Registry
 
 PLUGIN = '''
 from pytest_qsa import Format
-from pytest_qsa.checkpoint import Declaration, Scheme
+from pytest_qsa.checkpoint import Declaration, LayerScheme
 
 class Halves(Format):
     """Codes times the scale of their row, twice."""
@@ -27,7 +27,7 @@ class Halves(Format):
 
     @property
     def declaration(self):
-        scheme = Scheme("halves", 8, "channel", required=(("weight",), ("weight_scale",)), dtypes=("I8",))
+        scheme = LayerScheme("halves", 8, "channel", required=(("weight",), ("weight_scale",)), dtypes=("I8",))
         return Declaration([(["Linear"], scheme)], names_layers=True)
 
     def dequantized(self, layer, codes, rows):

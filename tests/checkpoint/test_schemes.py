@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pytest_qsa.checkpoint import Scheme, format_of, matches, open_folder
+from pytest_qsa.checkpoint import LayerScheme, format_of, matches, open_folder
 
 Q = "model.layers.3.self_attn.q_proj"
 UP = "model.layers.3.mlp.up_proj"
@@ -145,6 +145,29 @@ def test_a_format_is_called_as_the_configuration_calls_it(tmp_path, method):
     assert declared(tmp_path, {"quant_method": method}).label == FORMATS[method]
 
 
+def test_settings_of_gptq_that_lie_beside_an_old_config_json_are_read(tmp_path):
+    declared(tmp_path, None)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 3, "group_size": 64}')
+    form = format_of(open_folder(tmp_path))
+    assert form.label == "gptq"
+    assert (form.scheme_of(Q).bits, form.scheme_of(Q).group) == (3, 64)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "auto-round"])
+def test_the_words_of_one_output_are_a_row_whatever_the_packing(tmp_path, method):
+    """GPTQ [in / 8, out] and AWQ [in, out / 8] of 16 outputs and 8 inputs: the code of an output is its number."""
+    outputs = np.arange(16, dtype=np.uint32) % 8
+    words = sum(outputs << np.uint32(4 * lane) for lane in range(8))[None]  # 8 inputs in a word
+    if method == "awq":
+        words = np.repeat(sum(outputs.reshape(2, 8)[:, i] << np.uint32(4 * i) for i in range(8))[None], 8, axis=0)
+    tensors = {f"{Q}.qweight": words.view(np.int32), f"{Q}.scales": np.ones((1, 16), np.float16)}
+    form = declared(tmp_path, {"quant_method": method, "bits": 4, "group_size": 8}, **tensors)
+    found, step = form.words(Q, form.codes_of(Q))
+    assert (found.shape[0], step) == (16, 1)
+    assert [int(word) & 15 for word in found[:, 0]] == outputs.tolist()
+    assert form.weight_shape(Q) == (16, 8)
+
+
 def test_a_configuration_that_names_layers_decides_for_all_of_them(tmp_path):
     names_layers = {
         method: declared(tmp_path / method, {"quant_method": method}).declaration.names_layers
@@ -187,7 +210,7 @@ def test_a_layer_is_matched_as_compressed_tensors_does(layer, pattern, same):
     ],
 )
 def test_a_scheme_knows_how_many_scales_a_weight_of_6_by_10_has(strategy, group, count):
-    assert Scheme("x", 8, strategy, group).scale_count(6, 10) == count
+    assert LayerScheme("x", 8, strategy, group).scale_count(6, 10) == count
 
 
 def test_a_layer_that_lacks_what_its_scheme_needs_and_has_what_it_does_not_know_is_told_of_both(tmp_path):

@@ -21,17 +21,16 @@ from ...metrics import CHECKPOINT, Definition, Query, Series
 from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
-from . import settings
+from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
 from .keys import lost_keys
 from .placement import misplaced_formats
 from .scales import outlying_scales, unequal_fused, unsound_scales
-from .settings import changed_settings
-from .weights import changed_floats, constant_weights, kept_tensors, unsound_floats
+from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
-Spread = Annotated[float, Gt(0)]
-Tolerance = Annotated[float, Ge(0)]
+_Spread = Annotated[float, Gt(0)]
+_Tolerance = Annotated[float, Ge(0)]
 
-SETTINGS = (settings.CONFIG, settings.TOKENIZER, settings.TEMPLATE)
+SETTING_LAYERS = (CONFIG, TOKENIZER, TEMPLATE)
 """The names that stand for a layer where a setting is wrong."""
 
 
@@ -115,7 +114,7 @@ def _declared_layers(files: Files) -> list[str]:
 def _settings(files: Files) -> list[str]:
     if files.reference is None:
         raise AnomalyError("settings are compared with those of model.reference, and the suite names none: add it")
-    return list(SETTINGS)
+    return list(SETTING_LAYERS)
 
 
 def _kept_layers(files: Files) -> list[str]:
@@ -132,7 +131,7 @@ def _everything(files: Files) -> list[str]:
 
 
 @_check(_quantized_layers)
-def checkpoint_scales(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
+def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings."""
     for layer in files.folder.layers:
         yield from files.format.findings(layer)
@@ -169,14 +168,14 @@ def checkpoint_settings(files: Files) -> Iterator[Finding]:
 
 
 @_check(_kept_layers)
-def checkpoint_unquantized(files: Files, *, rel: Tolerance = 0.0) -> Iterator[Finding]:
+def checkpoint_unquantized(files: Files, *, rel: _Tolerance = 0.0) -> Iterator[Finding]:
     """Count float tensors that differ from the reference's by more than rel × its values, or are lost."""
     if files.reference is not None:
         yield from changed_floats(files.format, files.reference, rel=rel)
 
 
 @_check(_everything)
-def checkpoint_health(files: Files, *, spread: Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
+def checkpoint_health(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
     """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
     yield from checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
     yield from chain(checkpoint_weights(files), checkpoint_formats(files), checkpoint_keys(files))
@@ -196,7 +195,8 @@ def problems_of(
     looked_at = list(check.layers(files))
     found = list(check.compute(files, **parameters))
     lost = {finding.layer for finding in found} - set(looked_at)  # layers that aren't there to be looked at
-    ordered = [*sorted({*looked_at, *lost} - set(SETTINGS), key=natural), *(s for s in looked_at if s in SETTINGS)]
+    modules = {*looked_at, *lost} - set(SETTING_LAYERS)
+    ordered = sorted(modules, key=natural) + [name for name in looked_at if name in SETTING_LAYERS]
     matched = match_layers(ordered, layers, exclude)
     if not matched:
         raise no_match(ordered, layers, exclude)

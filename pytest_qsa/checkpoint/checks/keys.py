@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from ..folder import INDEX, NUMBER, Finding, Folder
 from ..tensors import Tensor, layer_of
 
-ALIKE = 0.7
+SAME_KIND = 0.7
 """The share of keys from which two blocks are of one kind, so that what differs is a fault and not the architecture."""
 _SAVE = "a loader fills it with random numbers: save or copy the checkpoint again"
 _DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
@@ -65,7 +65,7 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
         if kinds[keys] > 1 or len(blocks) < 3:
             continue
         nearest = max((kind for kind in kinds if kinds[kind] > 1), key=lambda kind: _alike(kind, keys), default=keys)
-        if not keys < nearest and _alike(nearest, keys) < ALIKE:
+        if not keys < nearest and _alike(nearest, keys) < SAME_KIND:
             continue
         for rest in sorted(nearest - keys):
             name = f"{container}.{number}.{rest}"

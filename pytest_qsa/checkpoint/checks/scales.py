@@ -18,7 +18,7 @@ FEWEST = 4
 """The fewest siblings whose median and spread mean something."""
 TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least spread in octaves that is taken for one: healthy layers that happen to agree aren't faulty for 1 %."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def unsound_scales(form: Format) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
     kinds: dict[str, list[list[Tensor]]] = {}
     for layer in form.folder.layers:
         stem, _, last = layer.rpartition(".")
-        for names in (names for names in FUSED if names[0] == last):
+        for names in (names for names in FUSED_LAYERS if names[0] == last):
             fused = [form.scales_of(f"{stem}.{name}") for name in names]
             for part, tensor in fused[0].items():
                 group = [scales[part] for scales in fused if part in scales]

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..folder import Folder
 from ..tensors import EIGHT_BITS, Tensor
-from .format import Format, Matrix, decoded_rows, spread
-from .scheme import Declaration, Scheme, block_of
+from .format import Format, Matrix, decoded_rows, spread_scales
+from .scheme import Declaration, LayerScheme, block_of
 
 PACKED_DTYPES = {"pack-quantized": "I32", "nvfp4-pack-quantized": "U8", "mxfp4-pack-quantized": "U8"}
 OPTIONAL = frozenset(
@@ -81,8 +81,8 @@ class CompressedTensors(Format):
             return None
         shape = (codes.shape[0], values.shape[1])
         if zero_point is not None:
-            values = values - spread(zero_point, shape, rows)
-        return values * spread(scale, shape, rows)
+            values = values - spread_scales(zero_point, shape, rows)
+        return values * spread_scales(scale, shape, rows)
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Unpack words of 32 bits: the first code in the lowest bits, with half of the range added."""
@@ -95,7 +95,7 @@ class CompressedTensors(Format):
         return numbers.reshape(len(words), -1).astype(np.float64) - (1 << (scheme.bits - 1))
 
 
-def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
+def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
     weights, inputs = group["weights"], group.get("input_activations") or {}
     form = str(group.get("format") or config.get("format") or "dense")
     bits, strategy = int(weights.get("num_bits") or 8), str(weights.get("strategy") or "tensor")
@@ -113,7 +113,7 @@ def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     size = weights.get("group_size")
     group_size = size if isinstance(size, int) and size > 0 else None
     kv_cache = {"k_scale", "v_scale", "q_scale"} if config.get("kv_cache_scheme") else set()
-    return Scheme(
+    return LayerScheme(
         form,
         bits,
         strategy,

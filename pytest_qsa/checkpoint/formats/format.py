@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...common import AnomalyError, Registry
 from ..folder import Finding, Folder
 from ..tensors import FLOATS, RAW, Tensor, decoded
-from .scheme import Declaration, Scheme
+from .scheme import Declaration, LayerScheme
 
 Matrix = NDArray[np.float64]
 
@@ -81,7 +81,7 @@ class Format:
         """What the configuration declares of each layer; nothing, unless a format overrides it."""
         return Declaration()
 
-    def scheme_of(self, layer: str) -> Scheme | None:
+    def scheme_of(self, layer: str) -> LayerScheme | None:
         """Return the scheme that a layer is declared to have; None for none."""
         return self.declaration.scheme_of(layer)
 
@@ -208,7 +208,7 @@ class Format:
                 advice = "the weight was replaced, or the layer belongs into ignore"
                 yield Finding.at(tensor, "a scale beside a weight that isn't quantized", advice)
 
-    def _against_scheme(self, layer: str, codes: Tensor, scheme: Scheme) -> Iterator[Finding]:
+    def _against_scheme(self, layer: str, codes: Tensor, scheme: LayerScheme) -> Iterator[Finding]:
         parts, scales = self.parts(layer), self.scales_of(layer)
         for choice in scheme.required:
             if not any(part in parts for part in choice):
@@ -239,7 +239,9 @@ def format_of(folder: Folder) -> Format:
     Raises:
         InfraError: an entry point of the group `pytest_qsa.formats` can't be loaded.
     """
-    found = next((kind for kind in FORMATS.built_in() if kind.declared_in(folder)), None)
+    # floats are asked last, for some formats are declared outside of config.json
+    built_in = sorted(FORMATS.built_in(), key=lambda kind: kind.name == "none")
+    found = next((kind for kind in built_in if kind.declared_in(folder)), None)
     found = found or next((kind for kind in FORMATS.all() if kind.declared_in(folder)), UnknownFormat)
     return found(folder)
 
@@ -279,7 +281,7 @@ def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
     return decoded(np.asarray(tensor.raw()[rows]), tensor.dtype).astype(np.float64)
 
 
-def spread(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:
+def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:
     """Return the scale of each element of some rows of a weight, [rows, in].
 
     `shape`: [out, in] of the weight. The scales are one, one a row, or one a block of rows and columns.

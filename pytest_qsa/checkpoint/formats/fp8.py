@@ -6,8 +6,8 @@ import re
 from functools import cached_property
 
 from ..tensors import EIGHT_BITS, Tensor
-from .format import Format, Matrix, decoded_rows, spread
-from .scheme import Declaration, Scheme, block_of
+from .format import Format, Matrix, decoded_rows, spread_scales
+from .scheme import Declaration, LayerScheme, block_of
 
 
 class Fp8(Format):
@@ -26,7 +26,7 @@ class Fp8(Format):
         block = block_of(config.get("weight_block_size"))
         allowed = frozenset({"bias", "input_scale", "k_scale", "v_scale"})
         strategy = "block" if block else "any"
-        scheme = Scheme(self.name, 8, strategy, block, tuple(required), allowed, EIGHT_BITS)
+        scheme = LayerScheme(self.name, 8, strategy, block, tuple(required), allowed, EIGHT_BITS)
         skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
         ignore = ["lm_head", *(f"re:.*{re.escape(name)}" for name in skipped)]
         return Declaration([(["Linear"], scheme)], ignore, names_layers=True)
@@ -38,4 +38,4 @@ class Fp8(Format):
         if scale is None or codes.dtype not in EIGHT_BITS:
             return None
         values = decoded_rows(codes, rows)
-        return values * spread(scale, (codes.shape[0], values.shape[1]), rows)
+        return values * spread_scales(scale, (codes.shape[0], values.shape[1]), rows)

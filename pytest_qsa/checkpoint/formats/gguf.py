@@ -24,7 +24,7 @@ BLOCKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
     "Q6_K": (210, (208,)),
 }
 """The quantized types → the bytes of a block, and the offsets of its float16 scales and minima (ggml-common.h)."""
-HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+HEAD_COUNTS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
 
 class Gguf(Format):
@@ -65,7 +65,7 @@ class Gguf(Format):
             weight = dequantize(content, GGMLQuantizationType[codes.dtype]).reshape(codes.shape)
         except NotImplementedError:  # a type that the installed gguf can name and not read
             return None
-        heads = HEADS.get(layer.rpartition(".")[2])
+        heads = HEAD_COUNTS.get(layer.rpartition(".")[2])
         if heads is not None and self.folder.architecture == "llama":
             # llama.cpp's converter interleaves the two halves of every head of llama's q and k, for its rotary kernel
             count = int(self.folder.config.get(heads) or self.folder.config["num_attention_heads"])

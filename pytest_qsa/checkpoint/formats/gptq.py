@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: 32-bit words of codes in `qweight`, packed along the inputs or along the outputs."""
+"""GPTQ, AWQ and AutoRound: 32-bit words of codes in `qweight`, packed along the inputs or along the outputs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..folder import Folder
 from ..tensors import Tensor
 from .format import BUDGET, Format
-from .scheme import Declaration, Scheme
+from .scheme import Declaration, LayerScheme
+
+OLD_SETTINGS = "quantize_config.json"
 
 
 class Gptq(Format):
@@ -22,20 +25,32 @@ class Gptq(Format):
     codes = ("qweight", "weight")
     extra = frozenset({"g_idx", "bias"})
 
+    @classmethod
+    def declared_in(cls, folder: Folder) -> bool:
+        """Recognize files from before config.json held the settings, which AutoGPTQ wrote beside it."""
+        return super().declared_in(folder) or (
+            cls is Gptq and not folder.gguf_file and not folder.quantization and bool(folder.json(OLD_SETTINGS))
+        )
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The settings, wherever they stand."""
+        return self.folder.quantization or self.folder.json(OLD_SETTINGS) or {}
+
     @cached_property
     def declaration(self) -> Declaration:
         """Every linear layer but the head, unless `lm_head` or `dynamic` say otherwise."""
-        config = self.folder.quantization
+        config = self.config
         ignore = [] if config.get("lm_head") else ["lm_head"]
         ignore += [f"re:.*{key[2:]}" for key in config.get("dynamic") or {} if str(key).startswith("-:")]
         some_blocks = bool(config.get("modules_in_block_to_quantize"))
         return Declaration([(["Linear"], self._scheme(config))], ignore, names_layers=not some_blocks)
 
-    def _scheme(self, config: Mapping[str, Any]) -> Scheme:
+    def _scheme(self, config: Mapping[str, Any]) -> LayerScheme:
         size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)
         required = (("qweight",), ("qzeros",), ("scales",))
         strategy, group = ("group", size) if size > 0 else ("channel", None)
-        return Scheme(self.name, bits, strategy, group, required, self.extra, ("I32",))
+        return LayerScheme(self.name, bits, strategy, group, required, self.extra, ("I32",))
 
     def code_bits(self, layer: str, codes: Tensor) -> int:
         """Return the bits that the configuration declares."""
@@ -81,9 +96,16 @@ class Awq(Gptq):
     @cached_property
     def declaration(self) -> Declaration:
         """Every linear layer but the head and `modules_to_not_convert`."""
-        config = self.folder.quantization
+        config = self.config
         skipped = [f"re:.*{re.escape(name)}" for name in config.get("modules_to_not_convert") or ()]
         return Declaration([(["Linear"], self._scheme(config))], ["lm_head", *skipped], names_layers=True)
+
+
+class AutoRound(Gptq):
+    """GPTQ's or AWQ's layout; which layers it covers isn't read, so that they are compared with their siblings."""
+
+    name = "auto-round"
+    declaration = Declaration()
 
 
 def _one_code_a_word(words: NDArray[Any], bits: int) -> NDArray[Any]:

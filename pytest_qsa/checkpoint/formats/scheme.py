@@ -9,7 +9,7 @@ from math import ceil
 
 
 @dataclass(frozen=True)
-class Scheme:
+class LayerScheme:
     """How the weight of a layer is quantized.
 
     `form`: the storage format by its own name, for messages; `dense` stores floats. `bits`: of one weight.
@@ -49,11 +49,11 @@ class Declaration:
     be compared with its siblings in the other blocks.
     """
 
-    groups: Sequence[tuple[Sequence[str], Scheme]] = ()
+    groups: Sequence[tuple[Sequence[str], LayerScheme]] = ()
     ignore: Sequence[str] = ()
     names_layers: bool = False
 
-    def scheme_of(self, layer: str) -> Scheme | None:
+    def scheme_of(self, layer: str) -> LayerScheme | None:
         """Return the scheme that a linear layer of this name is declared to have; None for none."""
         if any(matches(layer, pattern) for pattern in self.ignore):
             return None

@@ -8,7 +8,7 @@ from typing import Any
 from .format import EngineFormat, scheme_name
 
 
-class BitsAndBytes(EngineFormat):
+class BitsAndBytesModules(EngineFormat):
     """LLM.int8, which rounds inputs too, and 4 bits, which rounds none."""
 
     name = "bitsandbytes"

@@ -12,7 +12,7 @@ from ...checkpoint import Format, matches
 from .format import EngineFormat, read_layer, scheme_name
 
 
-class CompressedTensors(EngineFormat):
+class CompressedTensorsModules(EngineFormat):
     """Decompressed by the library's own compressors; inputs are rounded in the forward of the module."""
 
     name = "compressed-tensors"

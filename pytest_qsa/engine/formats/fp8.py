@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .format import EngineFormat, scheme_name
 
 
-class Fp8(EngineFormat):
+class Fp8Modules(EngineFormat):
     """`weight` in float8 times `weight_scale_inv`."""
 
     name = "fp8"

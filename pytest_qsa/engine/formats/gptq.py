@@ -8,7 +8,7 @@ from typing import Any
 from .format import EngineFormat, scheme_name
 
 
-class Gptq(EngineFormat):
+class GptqModules(EngineFormat):
     """Modules whose packed weight isn't read here; the configuration states the bits."""
 
     name = "gptq"
@@ -19,7 +19,7 @@ class Gptq(EngineFormat):
         return scheme_name(int(settings.get("bits") or 4), 16, floats=False) if method == self.name else None
 
 
-class Awq(Gptq):
+class AwqModules(GptqModules):
     """AWQ's modules, of which the same is known."""
 
     name = "awq"

@@ -14,7 +14,7 @@ from ...common import AnomalyError, InfraError
 from ..modules import packed_experts
 from .format import dequantized, engine_format_of
 
-AT_ONCE = 1 << 24
+ELEMENTS_AT_ONCE = 1 << 24
 """The number of elements that are compared at a time."""
 EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")), "down_proj": (("down_proj", "w2"),)}
 """The tensors of packed experts → the projections of one expert in the files, one below the other."""
@@ -99,7 +99,7 @@ def _powers(name: str, weight: Tensor, stored: Tensor) -> NDArray[np.float64]:
         raise InfraError(f"the weight of {name} is {ours} in the loaded model and {theirs} in the file")
     stored = stored.to(device=weight.device, dtype=weight.dtype)  # as the loader casts it
     total = torch.zeros(4, dtype=torch.float64)
-    step = max(1, AT_ONCE // max(1, weight[0].numel()))
+    step = max(1, ELEMENTS_AT_ONCE // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         w, w0 = weight[start : start + step].double(), stored[start : start + step].double()
         sums = [w0.square().sum(), (w - w0).square().sum(), (w * w0).sum(), w.square().sum()]

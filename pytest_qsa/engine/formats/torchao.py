@@ -12,7 +12,7 @@ from ...checkpoint import Format
 from .format import EngineFormat, read_layer, read_metadata, scheme_name
 
 
-class TorchAo(EngineFormat):
+class TorchAoModules(EngineFormat):
     """The subclass knows its codes, scales and zero points; its own `dequantize()` is what its kernels compute with."""
 
     name = "torchao"

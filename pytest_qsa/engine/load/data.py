@@ -26,7 +26,7 @@ Records = list[dict[str, Any]]
 SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 TRAINING_SHARE = 0.9
 """PrefixQuant draws its calibration windows from the first nine tenths of a set."""
-TRIES = 200
+DOCUMENT_TRIES = 200
 """So many documents are tried for each window before a set counts as too short."""
 
 
@@ -262,7 +262,7 @@ def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor
     chance = random.Random(data.seed)
     known: dict[int, list[int]] = {}
     rows: list[list[int]] = []
-    for _ in range(data.num_samples * TRIES):
+    for _ in range(data.num_samples * DOCUMENT_TRIES):
         if len(rows) == data.num_samples:
             break
         index = chance.randint(0, max(int(len(texts) * TRAINING_SHARE) - 1, 0))

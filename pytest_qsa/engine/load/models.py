@@ -25,17 +25,17 @@ from ..stream.disk import check_format, skipping_packed, stream_of
 from ..stream.stream import Stream
 from .tokenizer import load_tokenizer
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
-HEADROOM = 1.2
+FIT_FACTOR = 1.2
 """A model fits if its weights times this do; the rest is for activations."""
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn of the machine and of each other when torchao is imported: kernels for other GPUs, enums."""
-PAUSE = 2.0
+RETRY_PAUSE = 2.0
 """Seconds before the second try of a download."""
 BROKEN = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "WriteTimeout")
 """Errors of the hub's HTTP client, by name: which client it is changes with the hub's library."""
-BUSY = (429, 500, 502, 503, 504)
+BUSY_STATUS = (429, 500, 502, 503, 504)
 
 
 class Loaded:
@@ -248,10 +248,10 @@ def _placement(path: str, memory: Memory) -> dict[str, Any]:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
     device = device_for(memory)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if not memory.auto_offload or weights * HEADROOM < free:
+    if not memory.auto_offload or weights * FIT_FACTOR < free:
         return {}
-    rest = int(psutil.virtual_memory().available / HEADROOM)
-    limits = {"cpu": rest} if device.type == "cpu" else {device.index or 0: int(free / HEADROOM), "cpu": rest}
+    rest = int(psutil.virtual_memory().available / FIT_FACTOR)
+    limits = {"cpu": rest} if device.type == "cpu" else {device.index or 0: int(free / FIT_FACTOR), "cpu": rest}
     return {"device_map": "auto", "max_memory": limits}
 
 
@@ -347,7 +347,7 @@ def _errors_only(names: tuple[str, ...]) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def once_more(attempt: Callable[[], T], *, pause: float = PAUSE) -> T:
+def once_more(attempt: Callable[[], Result], *, pause: float = RETRY_PAUSE) -> Result:
     """Return what the attempt returns; after an error of the network, of a second attempt.
 
     Raises:
@@ -370,7 +370,7 @@ def is_transient(error: BaseException) -> bool:
     return any(
         isinstance(cause, (ConnectionError, TimeoutError))
         or type(cause).__name__ in BROKEN
-        or getattr(getattr(cause, "response", None), "status_code", None) in BUSY
+        or getattr(getattr(cause, "response", None), "status_code", None) in BUSY_STATUS
         for cause in chain
     )
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
 from ..formats.format import BUDGET, UNSIGNED, Format
-from ..formats.scheme import Scheme
+from ..formats.scheme import LayerScheme
 from ..tensors import FLOATS, Tensor, decoded
 
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -49,7 +49,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
             return
 
 
-def _lanes(words: NDArray[Any], scheme: Scheme | None, bits: int) -> Iterator[tuple[str, NDArray[Any]]]:
+def _lanes(words: NDArray[Any], scheme: LayerScheme | None, bits: int) -> Iterator[tuple[str, NDArray[Any]]]:
     yield "row", words
     width = words.dtype.itemsize * 8 // bits
     size = scheme.group if scheme is not None and isinstance(scheme.group, int) else 0

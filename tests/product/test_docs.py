@@ -75,3 +75,18 @@ def test_the_documented_format_reads_a_checkpoint_of_its_own(tmp_path):
     stored = format_of(open_folder(tmp_path))
     assert stored.label == "sevenths"
     assert stored.rows("layers.0.up").tolist() == [[0.5, -1.0], [6 / 7, 0.0]]
+
+
+def test_every_function_that_the_page_on_the_code_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walks = page.partition("## From a suite to a report")[2]
+    named = re.findall(r"`([\w/]+\.py)`(?:: `([\w.]+)`)?", walks.partition("## What a change takes")[0])
+    assert len(named) > 30
+    missing = []
+    for file, name in named:
+        path = ROOT / "pytest_qsa" / file
+        source = path.read_text(encoding="utf-8") if path.exists() else ""
+        found = [re.search(rf"(def|class) {part}\b", source) for part in name.split(".") if part]
+        if not source or not all(found):
+            missing.append(f"{file}: {name}")
+    assert missing == []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common import InfraError, QsaWarning, write_atomically
+from ..common import InfraError, QsaWarning, logger, write_atomically
 from .capture import Capture
 from .partial import PartialSums
 from .requests import Request, merge_requests
@@ -47,8 +47,11 @@ class CaptureCache:
         try:
             found = self._load(file)
             if found is not None and found.covers(requests):
+                logger.debug("the cached capture %s answers everything", file.name)
                 file.touch()
                 return found
+            lacking = "there is no such capture" if found is None else "it lacks something that is asked for now"
+            logger.debug("the cached capture %s can't be used: %s", file.name, lacking)
             sums = PartialSums(self.folder / f"{fingerprint}.partial")
             capture = make(merge_requests([*requests, *(found.plan if found else ())]), sums)
             self._save(capture, file)

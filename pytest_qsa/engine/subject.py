@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
-from ..common import AnomalyError, InfraError, Progress, QsaError
+from ..common import AnomalyError, InfraError, Progress, QsaError, logger
 from ..suite import (
     FileHashes,
     NamedSubject,
@@ -97,7 +98,10 @@ def load_subject(subject: NamedSubject, *, allow_code: bool) -> Loaded:
     Raises:
         QsaError: it can't be loaded.
     """
-    return load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    began = time.perf_counter()
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    logger.debug("%s: loading %s took %.2f s", subject.name, subject.path, time.perf_counter() - began)
+    return loaded
 
 
 def load_reference(subject: NamedSubject, *, allow_code: bool) -> Loaded:
@@ -269,6 +273,8 @@ def _part(
     position = held.end if held else first
     if held is None or held.first != first or position not in starts or not first < position < end:
         done, position = None, first
+    if done is not None:
+        logger.debug("an interrupted pass goes on: %d of %d samples are done", position - first, end - first)
     rest = every[starts.index(position) : own.stop]
 
     def placed(capture: Capture, to: int) -> Capture:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
@@ -18,7 +19,7 @@ from typing import Any
 
 from ..captures import Capture
 from ..checkpoint import Folder, libraries_of_formats
-from ..common import write_atomically
+from ..common import logger, write_atomically
 from .datasets import hub_set_of, local_path
 from .subject import NamedSubject, Subject
 
@@ -36,6 +37,7 @@ LIBRARIES = (
 """The packages that can change a number, whatever the format of the checkpoint."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 SMALL = 1 << 20
+"""Smaller files are hashed every time: reading them costs as little as looking their hash up."""
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
 
@@ -56,9 +58,11 @@ class FileHashes:
             known = self._known.get(str(file.resolve()))
             if known and known[0] == stamp:
                 return str(known[1])
+        began = time.perf_counter()
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if status.st_size > SMALL:
+            logger.debug("hashed %s, %d bytes, in %.2f s", file, status.st_size, time.perf_counter() - began)
             self._known[str(file.resolve())] = [stamp, digest]
             self._remember()
         return digest
@@ -99,13 +103,16 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
     """
     folder = subject.local_folder
     if folder is None:
+        logger.debug("%s: no fingerprint, for no files of the model are here", subject.name)
         return None
     hub_set = hub_set_of(subject.data)
     if hub_set is not None and not hub_set.copies:
+        logger.debug("%s: no fingerprint, for the hub's data isn't in the cache", subject.name)
         return None
     digest = hashlib.sha256()
     reference = _reference_files(subject) if with_reference else []
     if reference is None:
+        logger.debug("%s: no fingerprint, for no files of the reference are here", subject.name)
         return None
     for part in (*_parts(subject.named, folder, hashes), [[name, hashes.of(file)] for name, file in reference]):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
-from ..common import AnomalyError, InfraError, QsaError, write_atomically
+from ..common import AnomalyError, InfraError, QsaError, logger, write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
 from .subject import Subject
 
@@ -101,6 +101,8 @@ class Captures:
             return identified(make(plan, sums), subject, hashes)
 
         if self.cache is None or fingerprint is None:
+            reason = "no cache is used" if self.cache is None else "it has no fingerprint"
+            logger.debug("%s: no cached capture is looked for, for %s", subject.name, reason)
             return known(requests, None), source
         capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, known)
         return identified(capture, subject, hashes), source  # the same bytes may have lain elsewhere
@@ -120,6 +122,7 @@ class Captures:
             if failure.exists():
                 raise _recalled(failure)
             if file.exists():
+                logger.debug("%s: another worker has made the capture", subject.name)
                 return Capture.load(file), "worker"
             try:
                 capture, source = make(requests)

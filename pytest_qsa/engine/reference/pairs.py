@@ -252,9 +252,12 @@ def run_rows(module: nn.Module, layer: str, inputs: Tensor) -> Tensor:
 
     Raises:
         AnomalyError: the layer can't be run on single tokens.
+        torch.OutOfMemoryError, torch.AcceleratorError: the device failed.
     """
     try:
         output = tensor_of(module.forward(inputs[None]))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors too, which say nothing of the layer
+        raise
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise _mixes(layer) from error
     if output is None or output.dim() != 3:

@@ -109,8 +109,9 @@ class Participant:
     `forward_resumed`, `forward_started`, `visit` (from the hooks) and `forward_ended`; then `weights_loaded` and
     `finish`. `contribute` and `complete` make a capture, of all samples or of those that have run so far.
 
-    `needs`: how much has to run. `sites`: the sites whose tensors `visit` gets, of every batch. `input_sites`: the output sites at
-    which it also gets what went into the layer. `awaited_weights`: the layers whose weights it still has to see.
+    `needs`: how much has to run. `sites`: the sites whose tensors `visit` gets, of every batch.
+    `input_sites`: the output sites at which it also gets what went into the layer.
+    `awaited_weights`: the layers whose weights it still has to see.
     `stream`: reads the weights of a model of its own while the pass runs.
     """
 

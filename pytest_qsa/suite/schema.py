@@ -43,9 +43,8 @@ def suite_schema() -> dict[str, Any]:
     definitions[PARTIAL] = _partial(models)
     partial = {"$ref": f"#/$defs/{PARTIAL}"}
     by_id = {"type": "object", "additionalProperties": {"anyOf": [partial, {"type": "null"}]}}
-    properties["assertions"] = {
-        "title": "Assertions", "description": "A list, or a mapping of ids, in which null takes out a base's assertion",
-    }  # fmt: skip
+    description = "A list, or a mapping of ids, in which null takes out a base's assertion"
+    properties["assertions"] = {"title": "Assertions", "description": description}
     properties["defaults"] = {**partial, "description": "What all assertions share"}
     entries = {"type": "array", "items": {"allOf": [partial, {"required": ["id"]}]}}
     return {

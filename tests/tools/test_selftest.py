@@ -28,6 +28,7 @@ from pytest_qsa.tools.selftest.run import (
     middle_of,
     perplexity_suite,
     score_of,
+    smallest_caught,
 )
 from pytest_qsa.tools.selftest.table import lines_of, markdown_of
 from support.checkpoints import edited, save_quantized_llama
@@ -275,6 +276,19 @@ def test_the_score_counts_what_could_be_done(int8_llama):
 @pytest.mark.parametrize(("low", "high", "whole", "middle"), [(2, 8, False, 4), (0, 1, False, 0.5), (1, 4, True, 2)])
 def test_the_middle_of_two_strengths(low, high, whole, middle):
     assert middle_of(low, high, whole=whole) == middle
+
+
+@pytest.mark.parametrize(
+    ("least", "low", "high", "whole", "found"),
+    [
+        (3.0, 2.0, 16.0, False, 2 * 8 ** (1 / 4)),
+        (16.0, 2.0, 16.0, False, 16.0),
+        (3.0, 1.0, 4.0, True, 3.0),
+        (1.0, 0.0, 1.0, True, 1.0),
+    ],
+)
+def test_bisection_finds_the_smallest_strength_that_is_known_to_be_caught(least, low, high, whole, found):
+    assert smallest_caught(lambda strength: strength >= least, low, high, whole=whole) == pytest.approx(found)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""The faults: what breaks quantized checkpoints in the field, each with a strength that can be bisected.
+"""The faults that break quantized checkpoints in the field: of scales, packing, order, zero points and tokenizer.
 
-A fault is a plain function `(mutant, layer, strength)`; the decorator says to which layers it can be done, and which
-strengths it has. They are those of the field's reports: scales, packing, order, zero points, and what is around them.
+A fault is a function `(mutant, layer, strength)`. Its decorator says which layers it can be put into and which
+strengths it has, so that bisection can find the smallest strength that a suite catches. The first line of its docstring
+is the text in the tables.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ Targets = Callable[[Folder], Sequence[str]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault. `neutral`: the strength that changes nothing; `default` and `strongest`: to test, to give up at.
+    """A kind of fault.
 
-    `unit`: what the strength counts; `whole`: only whole numbers are strengths. A fault of one strength has
-    `default == strongest`. `targets`: the layers of a checkpoint that it can be done to.
+    `unit`: what the strength counts; empty for a fault of one strength. `neutral`: the strength that changes nothing.
+    `default`: the strength that is tried first. `strongest`: the last one that is tried. `whole`: strengths are whole
+    numbers. `targets`: returns the layers of a checkpoint that can have the fault.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Fault:
 
     @property
     def graded(self) -> bool:
-        """Whether there are strengths between nothing and the strongest."""
+        """Whether the fault has more than one strength."""
         return self.unit != ""
 
 
@@ -88,7 +90,7 @@ def _many_scales(folder: Folder) -> list[str]:
 
 
 def _packed(folder: Folder) -> list[str]:
-    """Return the layers with two codes a byte."""
+    """Return the layers whose codes have 4 bits, two in a byte."""
     form = format_of(folder)
     return [name for name in _quantized(folder) if form.code_bits(name, _codes(folder, name)) == 4]
 
@@ -103,7 +105,7 @@ def _zero_points(folder: Folder) -> list[str]:
 
 
 def _rows(size: int, share: float) -> NDArray[np.int64]:
-    """Return evenly spaced rows, a share of them, one at least."""
+    """Return the indices of a share of the rows, evenly spaced and at least one."""
     return np.unique(np.linspace(0, size - 1, max(1, round(size * share))).astype(np.int64))
 
 
@@ -257,10 +259,8 @@ def weights_exchanged(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _norms(folder: Folder) -> list[str]:
-    return [
-        layer for layer, parts in folder.layers.items()
-        if "norm" in layer.rpartition(".")[2] and "weight" in parts and len(parts["weight"].shape) == 1
-    ]  # fmt: skip
+    found = {name: parts for name, parts in folder.layers.items() if "norm" in name.rpartition(".")[2]}
+    return [name for name, parts in found.items() if "weight" in parts and len(parts["weight"].shape) == 1]
 
 
 @_fault(_norms, "× weight", neutral=1.0, default=1.5, strongest=16.0)

@@ -163,37 +163,21 @@ class Selftest:
         outcome = replace(outcome, caught=caught, perplexity=judge_perplexity(perplexity, healthy))
         if not fault.graded or self.bisect == "none":
             return outcome
-        if outcome.caught:
-            low = fault.neutral
-            smallest = self._smallest(fault, layer, low, fault.default, home, say) if self.bisect == "all" else None
-            return replace(outcome, smallest=smallest or fault.default)
-        return self._stronger(outcome, fault, home, say)
 
-    def _stronger(self, outcome: Outcome, fault: Fault, home: Path, say: Callable[[str], None]) -> Outcome:
-        """Try a fault that slipped through at its strongest; if that is caught, look for the smallest one that is."""
+        def catches(strength: float) -> bool:
+            say(f"{fault.name} {strength:.3g} at {layer}")
+            return bool(self._run(self._mutant(fault, layer, strength), home, layer, perplexity=False)[0])
+
+        if caught:
+            smallest = fault.default
+            if self.bisect == "all":
+                smallest = smallest_caught(catches, fault.neutral, fault.default, whole=fault.whole)
+            return replace(outcome, smallest=smallest)
         outcome = replace(outcome, strongest=fault.strongest)
-        if fault.strongest == fault.default:
+        if fault.strongest == fault.default or not catches(fault.strongest):
             return outcome
-        say(f"{fault.name} × {fault.strongest:g} at {outcome.layer}")
-        if not self._failures(self._mutant(fault, outcome.layer, fault.strongest), home, outcome.layer):
-            return outcome
-        smallest = self._smallest(fault, outcome.layer, fault.default, fault.strongest, home, say)
+        smallest = smallest_caught(catches, fault.default, fault.strongest, whole=fault.whole)
         return replace(outcome, smallest=smallest)
-
-    def _smallest(
-        self, fault: Fault, layer: str, low: float, high: float, home: Path, say: Callable[[str], None]
-    ) -> float:
-        """Bisect between a strength that slips through and one that is caught."""
-        for _ in range(BISECTIONS):
-            middle = middle_of(low, high, whole=fault.whole)
-            if middle in (low, high):
-                break
-            say(f"{fault.name} {middle:.3g} at {layer}")
-            if self._failures(self._mutant(fault, layer, middle), home, layer):
-                high = middle
-            else:
-                low = middle
-        return high
 
     def target(self, fault: Fault) -> str | None:
         """Return the layer that gets a fault, the middle one of those that can have it; None if there is none."""
@@ -206,9 +190,6 @@ class Selftest:
         mutant = Mutant(self.folder)
         fault.inject(mutant, layer, strength)
         return mutant
-
-    def _failures(self, mutant: Mutant, home: Path, layer: str) -> tuple[Catch, ...]:
-        return self._run(mutant, home, layer, perplexity=False)[0]
 
     def _run(
         self, mutant: Mutant, home: Path, layer: str, *, perplexity: bool
@@ -251,6 +232,19 @@ class Selftest:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
             raise InfraError(f"a test failed that is no assertion of ours: {' | '.join(lines[-3:])}")
         return results
+
+
+def smallest_caught(catches: Callable[[float], bool], low: float, high: float, *, whole: bool) -> float:
+    """Bisect between a strength that slips through and one that is caught; return the smallest that is known caught."""
+    for _ in range(BISECTIONS):
+        middle = middle_of(low, high, whole=whole)
+        if middle in (low, high):
+            break
+        if catches(middle):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def middle_of(low: float, high: float, *, whole: bool) -> float:

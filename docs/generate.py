@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rooms import rooms_picture, rooms_table
 
@@ -111,6 +113,44 @@ def architecture_page(text: str) -> str:
 def contributing_page(text: str) -> str:
     """List the rooms of the package."""
     return between(text, "rooms", rooms_table("rooms"))
+
+
+@generates("pytest_qsa/metrics/methods.pyi")
+def metric_methods(text: str) -> str:
+    """Write the stub that gives each metric's method its signature and the first sentence of its docstring."""
+    head = ["from typing import Any, Literal", "", "from .query import Positions", "from .registry import Reduce"]
+    methods = [_method(metric) for metric in METRICS.values() if not metric.origin]
+    lines = [*head, "from .series import Series", "", "class MetricMethods:", *methods, ANY_METHOD]
+    return _formatted("\n".join(lines), "methods.pyi")
+
+
+ANY_METHOD = "    def __getattr__(self, name: str) -> Any: ...\n"
+"""Stands for the metrics of conftests and entry points."""
+
+
+def _method(metric: Metric) -> str:
+    own = [f"{name}: {_type_text(p.annotation)} = {p.default!r}" for name, p in metric.parameters.items()]
+    more = ["reduce: Reduce | None = None"] * (metric.reduce is not None)
+    more += ["positions: Positions | None = None"] * metric.positional
+    arguments = ", ".join(["self", *own, *(["*", *more] if more else [])])
+    what = (metric.compute.__doc__ or "").partition("\n")[0]
+    return f'    def {metric.name}({arguments}) -> Series:\n        """{what}"""\n'
+
+
+def _type_text(annotation: Any) -> str:
+    """Write a type out, so that the stub need not import the aliases that metrics use."""
+    if get_origin(annotation) is Annotated:
+        return _type_text(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return f"Literal[{', '.join(map(repr, get_args(annotation)))}]"
+    if arms := get_args(annotation):
+        return " | ".join(map(_type_text, arms))
+    return "None" if annotation is type(None) else str(annotation.__name__)
+
+
+def _formatted(text: str, name: str) -> str:
+    command = [sys.executable, "-m", "ruff", "format", "--quiet", "--stdin-filename", str(ROOT / name), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
 def main(check: bool) -> int:

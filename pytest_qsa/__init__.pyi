@@ -10,4 +10,4 @@ from .common import (
     SuiteError as SuiteError,
 )
 from .engine import capture as capture
-from .metrics import Series as Series
+from .metrics import Series as Series, View as View, metric as metric

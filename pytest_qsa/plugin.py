@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[WORKER_NOT_RUN] = session.config.stash.get(NOT_RUN, {})
+
+
+def pytest_unconfigure() -> None:
+    """Forget the metrics of this session's conftests, for another session may follow in this process."""
+    registry = sys.modules.get("pytest_qsa.metrics.registry")
+    if registry is not None:
+        registry.METRICS.forget_conftests()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -103,7 +103,7 @@ def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozen
     wanted: frozenset[Statistic] = frozenset()
     for entry in [statistics] if isinstance(statistics, str) else statistics:
         name, parameters = (entry, None) if isinstance(entry, str) else entry
-        if name not in METRICS:
+        if METRICS.find(name) is None:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, site, parameters)
     if against_reference(wanted) and not compared:

@@ -80,7 +80,7 @@ class QsaSuite(pytest.Module):
         from ..suite import load_suite
 
         try:
-            return load_suite(self.path, self.overrides.of(self.path))
+            return load_suite(self.path, self.overrides.of(self.path), conftests=True)
         except SuiteError as error:
             raise self.CollectError(str(error)) from None
 

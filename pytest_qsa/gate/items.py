@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ..captures import ALL_STATISTICS, Massive, Request
-from ..common import SuiteError, shown_path
+from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS, positions_of
 from ..suite import Checkpoint, Data, MeasuredAssertion, Memory, Model, Subject, SuiteFile, load_suite
 from ._compat import fixture_source
@@ -30,7 +30,7 @@ class Subjects:
     @cached_property
     def config_suite(self) -> SuiteFile | None:
         """The file of `--qsa-config`, which gives Python tests their subject."""
-        return load_suite(self.options.config, self.options.overrides) if self.options.config else None
+        return load_suite(self.options.config, self.options.overrides, conftests=True) if self.options.config else None
 
     def of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""
@@ -105,6 +105,8 @@ def _marked(item: pytest.Item, args: tuple[object, ...], wanted: dict[str, Any])
         exclude, metric = wanted.pop("exclude", None), wanted.pop("metric", None)
         statistics = EVERYTHING
         if metric is not None:
+            if METRICS.find(metric) is None:
+                raise SuiteError(f"there is no metric '{metric}'{did_you_mean(metric, METRICS)}")
             unknown = set(wanted) - {*METRICS[metric].parameters, "positions"}
             if unknown:
                 raise SuiteError(f"{metric} has no parameter {', '.join(sorted(unknown))}")

@@ -1,5 +1,4 @@
-from .activations import ACROSS as ACROSS, METRICS as METRICS, AcrossChannels as AcrossChannels
-from .definitions import Definition as Definition
+from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels
 from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
     LARGEST as LARGEST,
@@ -34,7 +33,15 @@ from .query import (
     positions_of as positions_of,
     query_of as query_of,
 )
-from .registry import TWO_SIDED_95 as TWO_SIDED_95, Metric as Metric, Reduce as Reduce, View as View
+from .registry import (
+    METRICS as METRICS,
+    TWO_SIDED_95 as TWO_SIDED_95,
+    Definition as Definition,
+    Metric as Metric,
+    Reduce as Reduce,
+    View as View,
+    metric as metric,
+)
 from .selection import NotMeasuredError as NotMeasuredError, Selection as Selection
 from .series import (
     CHECKPOINT as CHECKPOINT,

@@ -38,11 +38,9 @@ from ..captures import (
     order_statistics,
 )
 from ..common import AnomalyError, SuiteError
-from . import fidelity, loaded as loading, predictions as scores
+from .fidelity import decibels
 from .quantization import Granularity, Scheme, counted_powers
-from .registry import METRICS, REDUCTIONS, Metric, Reduce, Values, View, metric
-
-__all__ = ["METRICS", "REDUCTIONS", "Metric", "Reduce", "Values", "View", "fidelity", "loading", "scores"]
+from .registry import Values, View, metric
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
@@ -255,9 +253,9 @@ def quantization_sqnr(
     channels. A weight [out, in] has its channels in its rows, and its groups within them.
     """
     if by == "tensor":
-        return fidelity.decibels(*counted_powers(view.numbers, scheme))
+        return decibels(*counted_powers(view.numbers, scheme))
     signal, error = view.numbers.arrays[_scaled(view.site, scheme, by, group_size).key].sum(axis=0).tolist()
-    return fidelity.decibels(signal, error)
+    return decibels(signal, error)
 
 
 def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..captures import Site
 from ..common import SuiteError, did_you_mean
-from .activations import METRICS
-from .registry import REDUCTIONS, Metric, Reduce
+from .registry import METRICS, REDUCTIONS, Metric, Reduce
 from .series import Query
 
 Positions = str | Mapping[str, int]

@@ -1,34 +1,51 @@
-"""What a metric is: its function and parameters, and what the planner and the baselines must know of it. numpy only."""
+"""What a metric is, and the registry of all: of this package, of conftests and of entry points. numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import (
+    AGREEMENT,
     LOGITS,
     PADDING,
     REFERENCE_SINKS,
+    SCORES,
     SINKS,
     TOKENS,
     Sinks,
     Site,
     SiteNumbers,
     Statistic,
+    against_reference,
     lower_median,
 )
-from .definitions import Definition
+from ..common import SuiteError, shown_path
 
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Values = NDArray[np.float64]
+Needs = Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]]
+"""Site, positions, parameters → the statistics that a pass has to keep."""
+
+ENTRY_POINTS = "pytest_qsa.metrics"
+"""The group of entry points whose modules define metrics."""
+
+CONFTEST = "conftest"
+"""The origin of the metrics of every conftest.py."""
 
 TWO_SIDED_95 = 1.959963984540054
-"""The quantile of the normal distribution for 95 % on both sides: so many standard errors to each end."""
+"""The quantile of the normal distribution for 95 % on both sides: how many standard errors to each end."""
 
 REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
     "max": lambda values: float(np.max(values)),
@@ -49,10 +66,64 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class View:
-    """One site as a metric sees it: its numbers, and which tokens count.
+class Definition:
+    """A plain function under its name; its keyword arguments are its parameters in suites, Python and the schema.
 
-    `reference`: the reference's own numbers there, if any. `sampled`: the reference was kept for some tokens only.
+    `origin`: the package or the conftest that defines it; empty for those of this package.
+    """
+
+    name: str
+    version: int
+    compute: Callable[..., Any]
+    origin: str = field(default="", kw_only=True)
+
+    @property
+    def definition(self) -> str:
+        """The id under which a baseline remembers it: `outlier_tokens/1`, of others `origin:name/1`."""
+        return f"{self.origin and self.origin + ':'}{self.name}/{self.version}"
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The keyword parameters: name → type and default."""
+        parameters = inspect.signature(self.compute, eval_str=True).parameters
+        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def file(self) -> str:
+        """The file of its function."""
+        return self.compute.__code__.co_filename
+
+    @property
+    def place(self) -> str:
+        """Where its function begins, `file:line`."""
+        return f"{shown_path(Path(self.file))}:{self.compute.__code__.co_firstlineno}"
+
+
+@dataclass(frozen=True)
+class View:
+    """One site of one layer as a metric sees it: what the pass kept of it, and which tokens count.
+
+    A population is one call of the layer for one sample; there are P of them. `numbers.arrays` holds what the metric's
+    statistics keep, in the units of the tensor x, under these names (docs/capture-format.md has the rest):
+
+    - `tokens`: `token_max` [sum of `numbers.lengths`] float32, max over channels of |x| of each token, populations one
+      after the other, −1 at padding; `token_maxima()` yields those that count, an array for each population.
+    - `channels`: `channel_max` [C] float32, max over tokens of |x|; `channel_top` [P, 7] float32, its order statistics
+      top1, top2, top3, median, min3, min2, min in each population.
+    - `elements`: `element_top` [P, 7] float32, the same order statistics of |x|.
+    - `moments`: `moments` [P, 7] float64: n, mean, sums of the second and fourth powers of x − mean, max of |x|, how
+      many zeros, how many NaN and Inf; `numbers.moment(name)` returns the column n, mean, m2, m4, absmax, zeros or
+      nonfinite, [P].
+    - `counts`, `signed_counts`: `bins` and `counts`, `signed_bins` and `signed_counts`: 16-bit patterns of |x|, or x,
+      and how often each occurs; `extremes` [4] float32.
+    - `error`: `error` [sum of lengths, 4] float32 of each token: Σx², Σ(x − x̂)², Σx̂², max of |x − x̂|, x the
+      reference's; −1 at padding.
+    - `scores`, `agreement`, at the site `logits`: `scores` [sum of lengths, 4] float64: −ln q and −ln p of the token
+      that came next, the KL divergence, in nats, and 1 where both models find the same token likeliest.
+
+    `numbers.sample`, `numbers.call` [P] say whose populations they are, `numbers.lengths` [P] how many tokens each has.
+    `site`, `layer`: where. `positions`: which tokens count. `sinks`: the attention sinks. `reference`: the reference's
+    own numbers there, if any. `sampled`: the reference was kept for some tokens only.
     """
 
     numbers: SiteNumbers
@@ -106,9 +177,17 @@ class Metric(Definition):
     positional: bool
     unit: str
     per: Per
-    statistics: Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]]
+    statistics: Needs
     against: bool
     sites: tuple[Site, ...]
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """What its method takes: its own parameters in their order, then `reduce` and `positions` where it has them."""
+        own = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in self.parameters.values()]
+        more = ["reduce"] * (self.reduce is not None) + ["positions"] * self.positional
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+        return inspect.Signature([*own, *added])
 
     def positions_at(self, site: Site) -> str:
         """Return which tokens count unless told: against a reference all but the sinks (metrics.md)."""
@@ -131,29 +210,159 @@ class Metric(Definition):
         return needed
 
 
-METRICS: dict[str, Metric] = {}
+class Registry(Mapping[str, Metric]):
+    """Name → metric. This package's are complete whoever asks first; entry points load when `find` needs them."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+        self._others: dict[str, Metric] = {}
+        self._loaded = self._entry_points_loaded = False
+
+    def add(self, metric: Metric) -> None:
+        """Register a metric; that of a module that is imported again takes the place of the earlier one.
+
+        Raises:
+            SuiteError: another origin has a metric of this name.
+        """
+        if not metric.origin:
+            self._metrics[metric.name] = metric
+            return
+        name, other = metric.name, self.get(metric.name)
+        if (other is not None and not other.origin) or name == "external" or name.startswith("checkpoint_"):
+            raise SuiteError(f"{metric.place}: '{name}' is a name of pytest-qsa's own: give the metric another one")
+        if other is not None and (other.origin, other.file) != (metric.origin, metric.file):
+            known = f"{other.origin} ({other.place})"
+            raise SuiteError(f"{metric.place}: a metric '{name}' is already defined by {known}: rename one of the two")
+        for key, parameter in metric.parameters.items():
+            if inspect.Parameter.empty in (parameter.annotation, parameter.default):
+                raise SuiteError(f"{metric.place}: the parameter '{key}' of {name} needs a type and a default")
+        self._others[name] = metric
+
+    def find(self, name: str) -> Metric | None:
+        """Return the metric of that name, from an entry point where nothing else has it; None for an unknown one.
+
+        Raises:
+            SuiteError: an entry point can't be loaded, or defines a name that is taken.
+        """
+        if name not in self and not self._entry_points_loaded:
+            self._entry_points_loaded = True
+            for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+                try:
+                    point.load()
+                except (ImportError, AttributeError) as error:
+                    raise SuiteError(
+                        f"the entry point '{point.name}' of {ENTRY_POINTS} can't be loaded: {error}"
+                    ) from None
+        return self.get(name)
+
+    def forget_conftests(self) -> None:
+        """Forget what the conftests of a session have defined; the next one in this process has its own."""
+        self._others = {name: metric for name, metric in self._others.items() if metric.origin != CONFTEST}
+
+    @property
+    def _own(self) -> dict[str, Metric]:
+        if not self._loaded:
+            self._loaded = True  # first, for the modules look metrics up themselves
+            for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+                importlib.import_module(f"{__package__}.{module.name}")
+            # In the order of the files, whichever of them was imported first: error messages and the schema list them.
+            own = sorted(
+                self._metrics.values(), key=lambda metric: (metric.file, metric.compute.__code__.co_firstlineno)
+            )
+            self._metrics = {metric.name: metric for metric in own}
+        return self._metrics
+
+    def __getitem__(self, name: str) -> Metric:
+        return self._own[name] if name in self._own else self._others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._others)
+
+
+METRICS = Registry()
 
 
 def metric(
-    needs: Statistic | Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]],
+    statistics: Statistic | Iterable[Statistic | str] | Needs,
     *,
-    reduce: Reduce | None,
+    reduce: Reduce | None = None,
     unit: str = "",
+    sites: tuple[Site, ...] = ("input", "output", "weight"),
+    version: int = 1,
     tokenwise: bool = False,
     positional: bool = False,
     per: Per = "layer",
-    version: int = 1,
     against: bool = False,
-    sites: tuple[Site, ...] = ("input", "output", "weight"),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as a metric under its own name; `needs`: the statistic, or what names them."""
+    """Register a function as a metric under its own name, for suites and Python alike.
+
+    The function gets a `View` of each layer and its own parameters as keywords, each with a type and a default. It
+    returns one number, or, where `reduce` says how samples are folded by default, one for each population, float64 [P].
+
+    Args:
+        statistics: what a pass has to keep for it, as `Statistic` or its text (`"tokens"`, `"massive:100:1000"`), or a
+            function of site, positions and parameters that says so.
+        reduce: how the populations are folded by default: `max`, `mean`, `sum` or `p95`; None for one number.
+        unit: of the number, for reports; `dB` lets +∞ pass as nothing that differs.
+        sites: where it can be asked for.
+        version: of the definition; a baseline of another version is not compared.
+        tokenwise: it needs a token axis.
+        positional: it counts only the tokens that an assertion's `positions` names; so does each that keeps `tokens`.
+        per: what one number is about: a layer, the model, an expert, or the model's logits.
+        against: it compares with a reference; so does each whose statistics need one.
+
+    Raises:
+        SuiteError: a statistic that there isn't, a name that is taken, or a parameter without type or default; it
+            begins with the function's file and line.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        statistics = needs if callable(needs) else lambda site, positions, parameters: frozenset({needs})
-        METRICS[function.__name__] = Metric(
-            function.__name__, version, function, reduce, tokenwise, positional or tokenwise, unit, per, statistics,
-            against, (LOGITS,) if per == "logits" else sites,
-        )  # fmt: skip
+        origin = _origin(function)
+        needs, kept = _needs(function, statistics)
+        logits = per == "logits" or bool(kept & {SCORES, AGREEMENT})
+        METRICS.add(
+            Metric(
+                function.__name__,
+                version,
+                function,
+                reduce=reduce,
+                tokenwise=tokenwise,
+                positional=positional or tokenwise or bool(origin and TOKENS in kept),
+                unit=unit,
+                per="logits" if logits else per,
+                statistics=needs,
+                against=against or bool(against_reference(kept)),
+                sites=(LOGITS,) if logits else tuple(sites),
+                origin=origin,
+            )
+        )
         return function
 
     return register
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    """Return who defines a function: `conftest`, or the package that it is in; empty for this one."""
+    package, _, _ = function.__module__.partition(".")
+    if package == __name__.partition(".")[0]:
+        return ""
+    return CONFTEST if function.__module__.rpartition(".")[2] == CONFTEST else package
+
+
+def _needs(
+    function: Callable[..., Any], statistics: Statistic | Iterable[Statistic | str] | Needs
+) -> tuple[Needs, frozenset[Statistic]]:
+    """Return what names the statistics, and those that are known whatever the parameters are."""
+    if callable(statistics):
+        return statistics, frozenset()
+    named = [statistics] if isinstance(statistics, (Statistic, str)) else statistics
+    try:
+        kept = frozenset(Statistic.parse(each) if isinstance(each, str) else each for each in named)
+    except SuiteError as error:
+        code = function.__code__
+        raise SuiteError(f"{shown_path(Path(code.co_filename))}:{code.co_firstlineno}: {error}") from None
+    return lambda site, positions, parameters: kept, kept

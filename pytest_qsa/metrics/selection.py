@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..captures import (
     COUNTS,
     LOGITS,
+    PADDING,
     REFERENCE_SINKS,
     SIGNED_COUNTS,
     SINKS,
@@ -26,14 +27,11 @@ from ..captures import (
     no_match,
 )
 from ..common import AnomalyError
-from .activations import METRICS, AcrossChannels, MagnitudeStat, ServedDtype, SinkStat, magnitudes
-from .fidelity import By, WeightBy
-from .predictions import DeltaStat, KlStat
-from .quantization import Granularity, Scheme
+from .activations import MagnitudeStat, magnitudes
+from .methods import MetricMethods
 from .query import Positions, check_arguments, positions_of, query_of
-from .registry import REDUCTIONS, Estimate, Metric, Reduce, View
+from .registry import METRICS, REDUCTIONS, Estimate, Metric, Reduce, View
 from .series import Judge, Query, Series, sound
-from .unsound import why_not_finite
 
 if TYPE_CHECKING:
     from ..captures import Capture
@@ -44,7 +42,7 @@ class NotMeasuredError(AnomalyError):
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(MetricMethods):
     """The layers of a capture that a regex finds, at one site. Each metric returns a `Series`, in model order.
 
     All methods take `reduce` (how samples are folded: max, mean, sum, p95) where the metric has samples, and
@@ -56,27 +54,6 @@ class Selection:
     site: Site
     exclude: str | None = None
     judge: Judge | None = None
-
-    def outlier_tokens(
-        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions = "all"
-    ) -> Series:
-        """Tokens above threshold × the sample's median token, strictly (metrics.md; PrefixQuant)."""
-        return self.series("outlier_tokens", reduce, positions, threshold=float(threshold))
-
-    def outlier_ratio(self, *, reduce: Reduce | None = None, positions: Positions = "all") -> Series:
-        """The largest token-wise maximum over their lower median."""
-        return self.series("outlier_ratio", reduce, positions)
-
-    def magnitude(
-        self,
-        stat: MagnitudeStat = "top1",
-        *,
-        reduce_dim: Literal[-1, -2, "auto"] | None = "auto",
-        reduce: Reduce | None = None,
-        positions: Positions = "all",
-    ) -> Series:
-        """An order statistic of the token-wise (−1) or channel-wise (−2) maxima, or of the elements (None)."""
-        return self.series("magnitude", reduce, positions, stat=stat, reduce_dim=reduce_dim)
 
     def magnitudes(
         self,
@@ -98,147 +75,10 @@ class Selection:
             for stat, query in asked.items()
         }
 
-    def sink_tokens(self, stat: SinkStat = "count", *, reduce: Reduce | None = None) -> Series:
-        """The attention sinks of a sample: their count, channel, or multiple of the median."""
-        return self.series("sink_tokens", reduce, "all", stat=stat)
-
-    def massive_activations(self, abs: float = 100.0, ratio: float = 1000.0, *, reduce: Reduce | None = None) -> Series:
-        """Elements with |x| > abs and |x| ≥ ratio × the sample's median |x|."""
-        return self.series("massive_activations", reduce, "all", abs=float(abs), ratio=float(ratio))
-
-    def absmax(self, *, positions: Positions = "all") -> Series:
-        """The largest |x|."""
-        return self.series("absmax", None, positions)
-
-    def rms(self) -> Series:
-        """The root mean square over all elements."""
-        return self.series("rms")
-
-    def mean(self) -> Series:
-        """The mean over all elements."""
-        return self.series("mean")
-
-    def std(self) -> Series:
-        """The standard deviation over all elements."""
-        return self.series("std")
-
-    def kurtosis(self, *, reduce: Reduce | None = None) -> Series:
-        """Pearson's kurtosis of a sample's elements; 3 for a Gaussian."""
-        return self.series("kurtosis", reduce)
-
-    def crest_factor(self) -> Series:
-        """Absmax / rms."""
-        return self.series("crest_factor")
-
-    def quantile(self, q: float = 0.999, *, signed: bool = False) -> Series:
-        """A quantile of |x|, or of x; exact for 16-bit tensors."""
-        return self.series("quantile", q=float(q), signed=signed)
-
-    def channel_band(self, stat: BandStat = "p99", *, across: AcrossChannels = "max", signed: bool = False) -> Series:
-        """A percentile or an extreme of |x| (of x) in each channel, folded over the channels."""
-        return self.series("channel_band", stat=stat, across=across, signed=signed)
-
     def channel_bands(self, *, signed: bool = False) -> dict[str, dict[BandStat, NDArray[np.float64]]]:
         """The numbers behind `channel_band`, for plots: layer → statistic → one number for each channel, [C]."""
         self._check_measured(METRICS["channel_band"], self.layers, "all", {})
         return {layer: channel_bands(self.capture.sites[layer, self.site], signed=signed) for layer in self.layers}
-
-    def quantization_sqnr(
-        self, scheme: Scheme = "int8", *, by: Granularity = "tensor", group_size: int = 128
-    ) -> Series:
-        """What the tensor would keep of itself in dB, rounded to a grid and back."""
-        return self.series("quantization_sqnr", scheme=scheme, by=by, group_size=group_size)
-
-    def int8_outlier_features(
-        self, abs: float = 6.0, *, layer_share: float = 0.25, position_share: float = 0.06
-    ) -> Series:
-        """Channels with |x| ≥ abs in that share of the layers and of all their tokens: one number (LLM.int8)."""
-        return self.series(
-            "int8_outlier_features",
-            abs=float(abs),
-            layer_share=float(layer_share),
-            position_share=float(position_share),
-        )
-
-    def expert_tokens(self, *, reduce: Reduce | None = None) -> Series:
-        """Tokens that the router sends to each expert of packed experts; a number for `layer[0]`, `layer[1]`, …."""
-        return self.series("expert_tokens", reduce)
-
-    def sqnr(self, by: By = "tensor", *, positions: Positions | None = None) -> Series:
-        """Signal over error against the reference in dB: of the tensor, or of its worst token or channel."""
-        return self.series("sqnr", None, positions, by=by)
-
-    def nmse(self, *, positions: Positions | None = None) -> Series:
-        """Σ(x − x̂)² / Σx², x the reference's."""
-        return self.series("nmse", None, positions)
-
-    def relative_l2(self, *, positions: Positions | None = None) -> Series:
-        """‖x − x̂‖ / ‖x‖, x the reference's."""
-        return self.series("relative_l2", None, positions)
-
-    def cosine(self, *, positions: Positions | None = None) -> Series:
-        """The cosine between x and x̂; blind to scale."""
-        return self.series("cosine", None, positions)
-
-    def max_abs_diff(self, *, positions: Positions | None = None) -> Series:
-        """The largest |x − x̂|."""
-        return self.series("max_abs_diff", None, positions)
-
-    def local_sqnr(self, rows: int = 32, *, positions: Positions | None = None) -> Series:
-        """The layer's own SQNR: its output on the reference's input, of some drawn tokens a sample."""
-        return self.series("local_sqnr", None, positions, rows=rows)
-
-    def weight_sqnr(self, by: WeightBy = "tensor") -> Series:
-        """The SQNR of the dequantized weight against the reference's."""
-        return self.series("weight_sqnr", by=by)
-
-    def loaded_weights(self) -> Series:
-        """How far the loaded model's weights are from what the checkpoint's own files hold, relative."""
-        return self.series("loaded_weights")
-
-    def new_outliers(
-        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
-    ) -> Series:
-        """Outlier tokens that the reference doesn't have."""
-        return self.series("new_outliers", reduce, positions, threshold=float(threshold))
-
-    def lost_outliers(
-        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
-    ) -> Series:
-        """Outlier tokens that only the reference has."""
-        return self.series("lost_outliers", reduce, positions, threshold=float(threshold))
-
-    def kl_divergence(self, stat: KlStat = "mean") -> Series:
-        """How far the predictions are from the reference's, in nats; of `logits()`."""
-        return self.series("kl_divergence", stat=stat)
-
-    def same_top(self) -> Series:
-        """The share of positions where both models find the same token likeliest; of `logits()`."""
-        return self.series("same_top")
-
-    def delta_p(self, stat: DeltaStat = "rms") -> Series:
-        """By how much the probability of the token that came differs from the reference's; of `logits()`."""
-        return self.series("delta_p", stat=stat)
-
-    def perplexity(self) -> Series:
-        """The perplexity over all samples; of `logits()`."""
-        return self.series("perplexity")
-
-    def ln_ppl_ratio(self) -> Series:
-        """The logarithm of the perplexity over the reference's; of `logits()`."""
-        return self.series("ln_ppl_ratio")
-
-    def zero_fraction(self) -> Series:
-        """The share of exact zeros."""
-        return self.series("zero_fraction")
-
-    def nonfinite(self, *, reduce: Reduce | None = None) -> Series:
-        """The number of NaN and Inf."""
-        return self.series("nonfinite", reduce)
-
-    def headroom(self, dtype: ServedDtype = "float16") -> Series:
-        """Absmax / the largest finite value of the dtype that the model will be served in."""
-        return self.series("headroom", dtype=dtype)
 
     @property
     def layers(self) -> list[str]:
@@ -373,3 +213,35 @@ class Selection:
                 "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
                 "blocks; say positions: all or {skip_first: n}"
             )
+
+
+def _spot(view: View, population: int) -> str:
+    """Name a population that holds NaN or Inf, and the first such token where tokens were kept."""
+    sample = f"sample {view.numbers.sample[population]}"
+    if view.numbers.token_max is None:
+        return sample
+    return f"{sample} at position {np.flatnonzero(~np.isfinite(view.numbers.tokens_of(population)))[0]}"
+
+
+def why_not_finite(view: View) -> str:
+    """Say what stands in the way of a finite number at a site."""
+    numbers = view.numbers
+    if numbers.stored is not None:
+        return "the loader made NaN or Inf of what is finite in the file, or the file's weight holds them"
+    if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
+        where = next((f", first in {_spot(view, int(p))}" for p in np.flatnonzero(numbers.moment("nonfinite"))), "")
+        return f"{bad} elements are NaN or Inf{where}"
+    if numbers.token_max is None:
+        return "its formula divides by zero, or there are too few elements"
+    for population in range(numbers.populations):
+        tokens = numbers.tokens_of(population)
+        at = np.flatnonzero(~np.isfinite(tokens))
+        where = f"sample {numbers.sample[population]}"
+        if at.size:
+            return f"NaN or Inf in {at.size} of {tokens.size} tokens of {where}, first at position {at[0]}"
+        kept: NDArray[np.float32] = tokens[view.kept(population) & (tokens != PADDING)]
+        if not kept.size:
+            return f"no token of {where} counts under positions: {view.positions}"
+        if not kept.max() > 0:
+            return f"all values of {where} are zero"
+    return "too few tokens, or the median is zero"

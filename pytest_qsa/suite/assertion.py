@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import reduce as fold
+from functools import cache, reduce as fold
 from operator import or_
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 
 from ..captures import LayerSite, Request
 from ..checkpoint import CHECKS, Check, query_of_check
@@ -304,22 +313,70 @@ def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Asse
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
     if isinstance(metric, Metric) and len(metric.sites) == 1:
         own["site"] = (Literal[metric.sites[0]], metric.sites[0])
+    if taken := own.keys() & base.model_fields.keys() - {"site"}:
+        where, key = metric.place, min(taken)
+        raise SuiteError(f"{where}: '{key}' is a key of every assertion: rename the parameter of {metric.name}")
     title = "".join(word.title() for word in metric.name.split("_"))
-    doc = (metric.compute.__doc__ or "").splitlines()[0]
+    doc = (metric.compute.__doc__ or "").partition("\n")[0]
     return create_model(title, __base__=base, __doc__=doc, metric=(Literal[metric.name], ...), **own)  # type: ignore[arg-type]
 
 
 def _in_order() -> list[str]:
-    """Return the names of the metrics, those on activations of one model first, as error messages list them."""
+    """Return the names of this package's metrics, those on activations of one model first, as messages list them."""
     return sorted(
-        METRICS,
+        (name for name, metric in METRICS.items() if not metric.origin),
         key=lambda name: METRICS[name].against or METRICS[name].per == "logits" or METRICS[name].sites == ("weight",),
     )
 
 
-ASSERTIONS: Mapping[str, type[Assertion]] = {
+BUILT_IN: Mapping[str, type[Assertion]] = {
     **{name: _assertion_model(METRICS[name], _base_of(METRICS[name])) for name in _in_order()},
     **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
     "external": ExternalAssertion,
 }
-AnyAssertion = Annotated[fold(or_, ASSERTIONS.values()), Field(discriminator="metric")]  # type: ignore[valid-type]
+
+
+@cache
+def _users_model(metric: Metric) -> type[Assertion]:
+    return _assertion_model(metric, _base_of(metric))
+
+
+class Assertions(Mapping[str, type[Assertion]]):
+    """Metric → the class of its assertions; that of a conftest's or an entry point's metric is made when asked for."""
+
+    def __getitem__(self, name: str) -> type[Assertion]:
+        if name in BUILT_IN:
+            return BUILT_IN[name]
+        metric = METRICS.find(name)
+        if metric is None:
+            raise KeyError(name)
+        return _users_model(metric)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from BUILT_IN
+        yield from (name for name in METRICS if name not in BUILT_IN)
+
+    def __len__(self) -> int:
+        return len(BUILT_IN.keys() | METRICS.keys())
+
+
+ASSERTIONS = Assertions()
+
+
+def _of_users_metric(entry: object, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Validate an assertion on a metric that isn't of the union; its errors get the metric as a tag, as the union's."""
+    name = entry.get("metric") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or name in BUILT_IN or name not in ASSERTIONS:
+        return validate(entry)
+    try:
+        return ASSERTIONS[name].model_validate(entry)
+    except ValidationError as error:
+        problems: list[Any] = [
+            {key: problem[key] for key in ("type", "input", "ctx") if key in problem} | {"loc": (name, *problem["loc"])}
+            for problem in error.errors()
+        ]
+        raise ValidationError.from_exception_data(error.title, problems) from None
+
+
+_union = fold(or_, BUILT_IN.values())
+AnyAssertion = Annotated[_union, Field(discriminator="metric"), WrapValidator(_of_users_metric)]  # type: ignore[valid-type]

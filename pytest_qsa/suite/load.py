@@ -69,27 +69,37 @@ def misfit(path: Path, override: str) -> str | None:
 
 
 def load_suite(
-    path: Path, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
+    path: Path,
+    overrides: Iterable[str] = (),
+    option: str = "--qsa-set ",
+    *,
+    noise: bool = True,
+    conftests: bool = False,
 ) -> SuiteFile:
     """Read a suite, apply `KEY=VALUE` overrides and validate it.
 
     `option`: how the user gives an override, for error messages. `noise`: whether bounds are checked against the noise
-    that an earlier calibration measured.
+    that an earlier calibration measured. `conftests`: those that may define metrics were imported, as pytest does.
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
     """
-    return make_suite(read_suite(path), overrides, option, noise=noise)
+    return make_suite(read_suite(path), overrides, option, noise=noise, conftests=conftests)
 
 
 def make_suite(
-    source: YamlSource, overrides: Iterable[str] = (), option: str = "--qsa-set ", *, noise: bool = True
+    source: YamlSource,
+    overrides: Iterable[str] = (),
+    option: str = "--qsa-set ",
+    *,
+    noise: bool = True,
+    conftests: bool = False,
 ) -> SuiteFile:
     """Validate a document that is already read, or that is no file yet; otherwise as `load_suite`."""
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
         apply_defaults(source)
-        _check_assertions(source)
+        _check_assertions(source, conftests)
         for entry in () if noise else source.data.get("assertions") or ():
             entry.pop("noise", None)
         suite = Suite.model_validate(source.data)
@@ -155,7 +165,7 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
             )
 
 
-def _check_assertions(source: YamlSource) -> None:
+def _check_assertions(source: YamlSource, conftests: bool) -> None:
     """Check what pydantic would report unclearly: no assertion is left, or a metric is missing or unknown."""
     if "assertions" not in source.data:
         return
@@ -168,7 +178,8 @@ def _check_assertions(source: YamlSource) -> None:
             raise source.error(here, f"the key 'metric' is missing{_unknown_id(source, index)}")
         if not isinstance(metric, str) or metric not in ASSERTIONS:
             hint = did_you_mean(str(metric), ASSERTIONS) or f"; the metrics are {', '.join(ASSERTIONS)}"
-            raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}")
+            more = "" if conftests else "; qsa imports no conftest.py, so one that defines it is known to pytest only"
+            raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}{more}")
 
 
 def _check_previous(source: YamlSource, suite: Suite) -> None:

@@ -24,7 +24,7 @@ class Suite(Strict):
     data: Data = Data()
     memory: Memory = Memory()
     visualization: Visualization = Visualization()
-    assertions: list[AnyAssertion] | None = None  # type: ignore[valid-type]
+    assertions: list[AnyAssertion] | None = None
 
 
 PARTIAL = "PartialAssertion"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pytest_qsa import capture
 from pytest_qsa.captures import Massive
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.metrics.activations import METRICS
+from pytest_qsa.metrics import METRICS
 from pytest_qsa.metrics.query import canonical_positions
 from pytest_qsa.metrics.registry import REDUCTIONS
 from pytest_qsa.metrics.series import Bounds, Query, Series

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pytest_qsa.metrics.activations import METRICS
+from pytest_qsa.metrics import METRICS
 from support.paths import ROOT
 
 STRICT = ("--quiet", "--fail-on-warning", "--keep-going", "--nitpicky", "--builder", "html")

@@ -1,0 +1,143 @@
+from typing import Any, Literal
+
+from .query import Positions
+from .registry import Reduce
+from .series import Series
+
+class MetricMethods:
+    def outlier_tokens(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
+    ) -> Series:
+        """Count the tokens whose maximum is above threshold × the lower median of the sample (arXiv 2410.05265)."""
+
+    def outlier_ratio(self, *, reduce: Reduce | None = None, positions: Positions | None = None) -> Series:
+        """Divide the largest token-wise maximum of a sample by their lower median."""
+
+    def magnitude(
+        self,
+        stat: Literal["top1", "top2", "top3", "median", "min", "min2", "min3"] = "top1",
+        reduce_dim: Literal[-1, -2, "auto"] | None = "auto",
+        *,
+        reduce: Reduce | None = None,
+        positions: Positions | None = None,
+    ) -> Series:
+        """Take an order statistic of the maxima over channels (−1, one a token), over tokens (−2), or of |x| (null)."""
+
+    def sink_tokens(
+        self,
+        stat: Literal["count", "channel", "ratio"] = "count",
+        *,
+        reduce: Reduce | None = None,
+        positions: Positions | None = None,
+    ) -> Series:
+        """Describe the sinks of a sample at this layer: how many stand out here, the channel, the multiple of the median."""
+
+    def massive_activations(self, abs: float = 100.0, ratio: float = 1000.0, *, reduce: Reduce | None = None) -> Series:
+        """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
+
+    def absmax(self, *, positions: Positions | None = None) -> Series:
+        """Take the largest |x|."""
+
+    def rms(self) -> Series:
+        """Take the root of the mean square over all elements."""
+
+    def mean(self) -> Series:
+        """Take the mean over all elements."""
+
+    def std(self) -> Series:
+        """Take the standard deviation over all elements, of the population (divided by n)."""
+
+    def kurtosis(self, *, reduce: Reduce | None = None) -> Series:
+        """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
+
+    def crest_factor(self) -> Series:
+        """Divide the largest |x| by the root mean square."""
+
+    def quantile(self, q: float = 0.999, signed: bool = False) -> Series:
+        """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does."""
+
+    def channel_band(
+        self,
+        stat: Literal["min", "p0.01", "p1", "p25", "p75", "p99", "p99.99", "max"] = "p99",
+        across: Literal["max", "median", "min", "mean"] = "max",
+        signed: bool = False,
+    ) -> Series:
+        """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels."""
+
+    def quantization_sqnr(
+        self,
+        scheme: Literal["int8", "int4", "fp8_e4m3"] = "int8",
+        by: Literal["tensor", "token", "channel", "group"] = "tensor",
+        group_size: int = 128,
+    ) -> Series:
+        """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back (quantization.py)."""
+
+    def int8_outlier_features(
+        self, abs: float = 6.0, layer_share: float = 0.25, position_share: float = 0.06
+    ) -> Series:
+        """Count the channels with |x| ≥ abs in that share of the layers, and of all tokens of all layers (LLM.int8)."""
+
+    def expert_tokens(self, *, reduce: Reduce | None = None) -> Series:
+        """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
+
+    def zero_fraction(self) -> Series:
+        """Take the share of exact zeros."""
+
+    def nonfinite(self, *, reduce: Reduce | None = None) -> Series:
+        """Count NaN, +Inf and −Inf."""
+
+    def headroom(self, dtype: Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "float16") -> Series:
+        """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
+
+    def sqnr(
+        self, by: Literal["tensor", "token", "channel"] = "tensor", *, positions: Positions | None = None
+    ) -> Series:
+        """Take 10·log10(Σx² / Σ(x − x̂)²), x the reference's; of the tensor, or of its worst token or channel."""
+
+    def nmse(self, *, positions: Positions | None = None) -> Series:
+        """Take Σ(x − x̂)² / Σx², x the reference's (torch.ao, NNCF)."""
+
+    def relative_l2(self, *, positions: Positions | None = None) -> Series:
+        """Take the root of `nmse`: ‖x − x̂‖ / ‖x‖."""
+
+    def cosine(self, *, positions: Positions | None = None) -> Series:
+        """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
+
+    def max_abs_diff(self, *, positions: Positions | None = None) -> Series:
+        """Take the largest |x − x̂|; of sampled tokens only, where the reference was kept so."""
+
+    def local_sqnr(self, rows: int = 32, *, positions: Positions | None = None) -> Series:
+        """Take the layer's own SQNR: its output on the reference's input against the reference's output."""
+
+    def weight_sqnr(self, by: Literal["tensor", "channel"] = "tensor") -> Series:
+        """Take the SQNR of the dequantized weight against the reference's; `channel`: its worst output channel, a row."""
+
+    def new_outliers(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
+    ) -> Series:
+        """Count the tokens above threshold × the median of their sample here that are not in the reference."""
+
+    def lost_outliers(
+        self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
+    ) -> Series:
+        """Count the tokens above threshold × the median of their sample in the reference that are not here."""
+
+    def loaded_weights(self) -> Series:
+        """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
+
+    def kl_divergence(self, stat: Literal["mean", "median", "p99", "max"] = "mean") -> Series:
+        """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all."""
+
+    def same_top(self) -> Series:
+        """Take the share of positions where both models find the same token likeliest; a tie is no difference."""
+
+    def delta_p(self, stat: Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"] = "rms") -> Series:
+        """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions."""
+
+    def perplexity(self) -> Series:
+        """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
+
+    def ln_ppl_ratio(self) -> Series:
+        """Take the mean of nll_q − nll_p, position by position: ln of the ratio of the perplexities (llama.cpp)."""
+
+    def __getattr__(self, name: str) -> Any: ...

@@ -7,6 +7,7 @@ from .errors import (
     QsaWarning as QsaWarning,
     SuiteError as SuiteError,
     did_you_mean as did_you_mean,
+    one_line as one_line,
     scrubbed as scrubbed,
     shown_path as shown_path,
 )

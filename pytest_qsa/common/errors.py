@@ -55,6 +55,11 @@ class BaselineError(AnomalyError):
     """A baseline is missing or can't be compared; `--snapshot-update` writes a new one."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line that an error says something in; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word nearest to `word`; empty if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..common import InfraError, QsaError, logger
+from ..common import InfraError, QsaError, logger, one_line
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CHANNELS_FIRST = (_ConvNd, _BatchNorm)
@@ -139,13 +139,9 @@ def forward_errors(whose: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise InfraError(
-            f"the forward pass of {whose} ran out of memory ({_first_line(error)}): lower data.seq_len or "
+            f"the forward pass of {whose} ran out of memory ({one_line(error)}): lower data.seq_len or "
             "data.batch_size"
         ) from error
     except Exception as error:
         logger.debug("the forward pass of %s failed", whose, exc_info=True)
-        raise InfraError(f"the forward pass of {whose} failed: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        raise InfraError(f"the forward pass of {whose} failed: {type(error).__name__}: {one_line(error)}") from error

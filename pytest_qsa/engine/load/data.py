@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common import InfraError, did_you_mean, shown_path
+from ...common import InfraError, did_you_mean, one_line, shown_path
 from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
 
@@ -143,7 +143,7 @@ def read_hub(spec: HubSet, data: Data) -> Records:
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InfraError(_unreachable(spec, data.source, error)) from None
     except (ValueError, RuntimeError) as error:  # no such subset or split, a set that is a script
-        raise InfraError(f"{data.source}: {spec} can't be read: {_one_line(error)}") from None
+        raise InfraError(f"{data.source}: {spec} can't be read: {one_line(error)}") from None
 
 
 def read_folder(path: Path, data: Data) -> Records:
@@ -168,7 +168,7 @@ def read_folder(path: Path, data: Data) -> Records:
     except InfraError:
         raise
     except Exception as error:  # pyarrow's, fsspec's and the loaders' own
-        raise InfraError(f"{shown_path(path)}: can't be read as data: {_one_line(error)}") from None
+        raise InfraError(f"{shown_path(path)}: can't be read as data: {one_line(error)}") from None
 
 
 def _split_of(rows: Any, wanted: str | None) -> Any:
@@ -183,10 +183,8 @@ def _with_column(records: Records, column: str | None, data: Data, name: str) ->
     if not records:
         raise InfraError(f"{name}: there are no records")
     known = records[0]
-    choices = [column] if column else ["text", *(["messages"] if data.chat_template else [])]
+    choices = [column or "text", *(["messages"] if data.chat_template else [])]
     found = next((choice for choice in choices if choice in known), None)
-    if found is None and data.chat_template and "messages" in known:
-        found = "messages"
     if found is None:
         raise InfraError(
             f"{name}: there is no column '{choices[0]}'; it has {', '.join(known)}{did_you_mean(choices[0], known)}; "
@@ -198,13 +196,9 @@ def _with_column(records: Records, column: str | None, data: Data, name: str) ->
 def _unreachable(spec: HubSet, source: str, error: Exception) -> str:
     return (
         f"{source}: the data set {spec} is not in the cache {shown_path(cache_folder())}, and the hub can't be reached "
-        f"({_one_line(error)[:120]}): fetch it once where there is a network, {spec.fetch}, "
+        f"({one_line(error)[:120]}): fetch it once where there is a network, {spec.fetch}, "
         "or give a copy of your own, data.source: custom:FOLDER"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

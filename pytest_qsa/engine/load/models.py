@@ -18,7 +18,7 @@ from torch import nn
 
 from ...captures import ModelProvenance
 from ...checkpoint import Folder, Format, format_of, open_folder
-from ...common import AnomalyError, InfraError, QsaError, Scratch
+from ...common import AnomalyError, InfraError, QsaError, Scratch, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.disk import check_format, skipping_packed, stream_of
@@ -101,18 +101,18 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         raise
     except torch.OutOfMemoryError as error:
         raise InfraError(
-            f"{path} does not fit: {_one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
+            f"{path} does not fit: {one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
         ) from error
     except OSError as error:
         raise InfraError(
-            f"'{path}' is no folder here, and as a hub id it can't be fetched: {_one_line(error)}"
+            f"'{path}' is no folder here, and as a hub id it can't be fetched: {one_line(error)}"
             if not Path(path).is_dir()
-            else f"{path} can't be loaded: {_one_line(error)}"
+            else f"{path} can't be loaded: {one_line(error)}"
         ) from error
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
         if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
             Folder(Path(path), spec.gguf_file).check_files()
-        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {_one_line(error)}") from error
+        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
     if spec.submodule:
         try:
             loaded.model = submodule_of(loaded.model, spec.submodule)
@@ -262,7 +262,7 @@ def _from_factory(name: str, *, allow_code: bool) -> Loaded:
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except Exception as error:  # a user's code may raise anything
-        raise InfraError(f"model.factory '{name}' failed: {type(error).__name__}: {_one_line(error)}") from error
+        raise InfraError(f"model.factory '{name}' failed: {type(error).__name__}: {one_line(error)}") from error
     model, tokenizer = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise InfraError(
@@ -311,11 +311,6 @@ def device_class(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     architecture = str(getattr(properties, "gcnArchName", "")).partition(":")[0] if torch.version.hip else ""
     return architecture or f"sm_{properties.major}{properties.minor}"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...checkpoint import Folder
-from ...common import InfraError, QsaError
+from ...common import InfraError, QsaError, one_line
 from ...suite import Anatomy, Memory, Model
 from ..modules import blocks_of, layers_of
 from .models import class_of, load_model, submodule_of
@@ -59,7 +59,7 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
     except QsaError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
-        raise InfraError(f"{path}: no model can be made of it: {str(error).splitlines()[0]}") from error
+        raise InfraError(f"{path}: no model can be made of it: {one_line(error)}") from error
     return submodule_of(model, spec.submodule) if spec.submodule else model
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Folder
-from ...common import InfraError
+from ...common import InfraError, one_line
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -71,8 +71,8 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> Any:
             return None
         for name in ("tokenizer.json", "tokenizer_config.json"):
             folder.json(name)
-        text = str(error).strip().partition("\n")[0] or "no message"
-        raise InfraError(f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {text}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InfraError(f"the tokenizer of {path} can't be loaded: {reason}") from error
 
 
 def _has_tokenizer(folder: Folder) -> bool:

@@ -90,7 +90,7 @@ class Folder:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json, or what a GGUF file says in its place.
+        """The content of config.json, or the settings of a GGUF file under the same names.
 
         Raises:
             AnomalyError: it is no JSON object.
@@ -138,15 +138,14 @@ class Folder:
 
     @cached_property
     def indexed(self) -> Mapping[str, str]:
-        """What the index of a sharded checkpoint says: tensor → file; empty for one of a single file."""
+        """The index of a sharded checkpoint, tensor → file; empty for a checkpoint of a single file."""
         index = self.json(INDEX) or {}
         return dict(index.get("weight_map") or {})
 
     def check_files(self) -> None:
         """Check what every loader needs: JSON that can be read, whole tensor files, and all files of the index.
 
-        Loaders report these faults in words of their own, by which a broken checkpoint can't be told from a broken
-        machine.
+        Loaders report such a fault in the same words as a missing package or a full disk, and its kind would be wrong.
 
         Raises:
             AnomalyError: a file of the checkpoint is damaged, or one that its index names is not there.
@@ -174,7 +173,7 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
 
     try:
         return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)), gguf_file)
-    except (HFValidationError, LocalEntryNotFoundError):  # a malformed id is a folder that isn't there
+    except (HFValidationError, LocalEntryNotFoundError):  # what is no valid id was meant as a folder
         raise InfraError(
             f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "
             f"run `hf download {path}` first, or give a folder"
@@ -185,6 +184,7 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a sorting key by which layers.2 comes before layers.10."""
+    # pairs of the same types throughout, for a number and a word may stand at the same depth
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

@@ -21,7 +21,7 @@ from .tensors import FLOATS, Tensor
 MOST_NORMS = 8
 """The number of norms that are followed into the matrices which read them, evenly spaced among those that differ."""
 AGREES = 0.05
-"""The median |ln| by which products may differ: rounding to 4 bits moves the norm of a column by about 2 %."""
+"""The median |ln| by which norm × column may differ from 1: rounding to 4 bits moves a column's norm by about 2 %."""
 EMBEDDING_ROWS = 64
 """The number of rows of the embeddings that are compared."""
 TABLES = ("embed_tokens", "wte", "tok_embeddings")
@@ -32,9 +32,9 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Relation:
-    """What a checkpoint is to its original. `norms`: those whose weights differ; `why`: in words, for a reader.
+    """How a checkpoint differs from its original by design. `norms`: those whose weights differ; `why`: in words.
 
-    `same`: as it was, or nothing to tell by. `changed`: norms differ, and nothing makes up for it.
+    `same`: in nothing that is known here. `changed`: norms differ, and no layer makes up for it.
     """
 
     kind: Literal["same", "smoothed", "rotated", "changed"]
@@ -43,7 +43,7 @@ class Relation:
 
     @property
     def compare(self) -> Compare:
-        """What can be compared with the original: every layer, whole blocks only, or only what the model predicts."""
+        """What can be compared with the original: every layer, whole blocks, or only what the model predicts."""
         return {"smoothed": "blocks", "rotated": "logits"}.get(self.kind, "layers")  # type: ignore[return-value]
 
 
@@ -99,7 +99,7 @@ def _differs(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _turned(folder: Folder, reference: Folder) -> str:
-    """Say how embeddings show a rotation: their rows are as long as the original's, and point elsewhere."""
+    """Return which embeddings were rotated: rows as long as the original's that point elsewhere; empty for none."""
     for name, theirs in reference.tensors.items():
         mine = folder.tensors.get(name)
         if theirs.part != "weight" or theirs.layer.rpartition(".")[2] not in TABLES or mine is None:

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file without torch: headers first, bytes only where asked for.
+"""The tensors of safetensors files, read with numpy: the header first, bytes only where they are asked for.
 
 The format: 8 bytes with the header's length, the header as JSON, the tensors' bytes (safetensors' own README).
 """
@@ -35,11 +35,12 @@ RAW: dict[str, str] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 LONGEST_HEADER = 100_000_000
+"""The limit of the safetensors library in bytes; a file of another kind states far more."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file: `start` and `stop` are its bytes within the file."""
+    """One tensor of a file. `start`, `stop`: the offsets of its bytes in the file."""
 
     name: str
     dtype: str
@@ -55,7 +56,7 @@ class Tensor:
 
     @property
     def part(self) -> str:
-        """What it is to its module: weight, weight_scale or qzeros, say."""
+        """The last part of its name: weight, weight_scale or qzeros."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -74,7 +75,8 @@ class Tensor:
         kind = np.dtype(RAW[self.dtype])
         count = prod(self.shape)
         if not count:
-            return np.zeros(self.shape, dtype=kind)
+            return np.zeros(self.shape, dtype=kind)  # the system maps no file of zero bytes
+        # mapped, so that a check which looks at every tenth row of a matrix reads no more than that
         return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=self.shape)
 
     def values(self) -> NDArray[np.float64]:
@@ -89,10 +91,10 @@ def layer_of(name: str) -> str:
 
 
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return the numbers behind raw bytes: bf16 is the upper half of a float32, 8-bit floats go by a table."""
-    if dtype == "BF16":
+    """Return the numbers that raw bytes stand for, in the smallest dtype of numpy that holds them."""
+    if dtype == "BF16":  # the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F8_E5M2":
+    if dtype == "F8_E5M2":  # the upper half of a float16
         return (raw.astype(np.uint16) << 8).view(np.float16)
     if dtype == "F8_E4M3":
         table: NDArray[Any] = _E4M3[raw]
@@ -115,7 +117,7 @@ _E4M3 = _e4m3()
 
 
 def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
-    """Return the raw bytes of numbers: what `decoded` reads, rounded to the nearest; whole numbers are clipped."""
+    """Return raw bytes that `decoded` reads as these numbers, rounded to the nearest; integers are clipped."""
     if dtype == "BF16":
         bits = values.astype(np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
@@ -124,6 +126,7 @@ def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
         return np.clip(np.round(np.log2(values)) + 127, 0, 254).astype(np.uint8)
     if dtype in EIGHT_BITS:
         table = decoded(np.arange(256, dtype=np.uint8), dtype).astype(np.float64)
+        # the finite codes in the order of their values; a number belongs to the code on its side of the midpoint
         order = np.flatnonzero(np.isfinite(table))[np.argsort(table[np.isfinite(table)])]
         middle = (table[order][1:] + table[order][:-1]) / 2
         return np.where(np.isnan(values), 0x7F, order[np.searchsorted(middle, values)]).astype(np.uint8)
@@ -145,7 +148,7 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
         with path.open("rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")
-            if head.startswith(b"version "):
+            if head.startswith(b"version "):  # text, and as a number a header of 2·10¹⁸ bytes
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")

@@ -139,8 +139,7 @@ def forward_errors(whose: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise InfraError(
-            f"the forward pass of {whose} ran out of memory ({one_line(error)}): lower data.seq_len or "
-            "data.batch_size"
+            f"the forward pass of {whose} ran out of memory ({one_line(error)}): lower data.seq_len or data.batch_size"
         ) from error
     except Exception as error:
         logger.debug("the forward pass of %s failed", whose, exc_info=True)

@@ -30,11 +30,11 @@ CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer", "chat_template"
 
 
 def changed_settings(folder: Folder, reference: Folder) -> Iterator[Finding]:
-    """Yield every setting that differs from the reference's: configuration, vocabulary, tokenizer, chat template."""
+    """Yield the settings that differ from the reference's: configuration, vocabulary, tokenizer, chat template."""
     yield from _config(folder.config, reference.config, "")
     if folder.gguf_file:
         yield from _ids(folder.vocabulary, _all_entries(reference), str(folder.gguf_file))
-        return  # its tokenizer's steps have other names, and are not compared
+        return  # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
     yield from _vocabulary(folder, reference)
     yield from _tokenizer(folder, reference)
     mine, theirs = _template(folder), _template(reference)
@@ -61,7 +61,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Bring a configuration to one form: the rope's settings where transformers 5 has them, and the derived sizes."""
     plain = dict(config)
     rope = {**(plain.pop("rope_scaling", None) or {}), **(plain.pop("rope_parameters", None) or {})}
-    if "type" in rope:
+    if "type" in rope:  # the older name of the key
         rope.setdefault("rope_type", rope.pop("type"))
     if "rope_theta" in plain:
         rope.setdefault("rope_theta", plain.pop("rope_theta"))

@@ -61,7 +61,7 @@ class Files:
 
     @cached_property
     def relation(self) -> Relation:
-        """What the checkpoint is to its reference; `same` where there is none to tell by."""
+        """How the checkpoint differs from its reference by design; `same` without a reference."""
         return compare_norms(self.folder, self.reference) if self.reference else Relation("same")
 
     @cached_property
@@ -72,7 +72,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Check(Definition):
-    """A static metric: what it computes yields findings; `layers`: those that it looks at."""
+    """A static metric, whose function yields findings. `layers`: a function that returns the layers it looks at."""
 
     layers: Callable[[Files], Sequence[str]]
 
@@ -194,7 +194,7 @@ def problems_of(
     check = CHECKS[metric]
     looked_at = list(check.layers(files))
     found = list(check.compute(files, **parameters))
-    lost = {finding.layer for finding in found} - set(looked_at)  # layers that aren't there to be looked at
+    lost = {finding.layer for finding in found} - set(looked_at)  # a missing block is no layer of the files
     modules = {*looked_at, *lost} - set(SETTING_LAYERS)
     ordered = sorted(modules, key=natural) + [name for name in looked_at if name in SETTING_LAYERS]
     matched = match_layers(ordered, layers, exclude)
@@ -208,7 +208,7 @@ def problems_of(
 
 
 def query_of_check(metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Query:
-    """Say what is asked for, with the check's own defaults filled in."""
+    """Return the query of a static metric, with the defaults of its parameters filled in."""
     check = CHECKS[metric]
     defaults = {name: p.default for name, p in check.parameters.items()}
     return Query(metric, check.definition, CHECKPOINT, layers, exclude, defaults | dict(parameters), unit="problems")

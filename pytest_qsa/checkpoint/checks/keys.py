@@ -49,6 +49,7 @@ def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
 def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
     stated = folder.text_config.get("num_hidden_layers")
     trunk = container.rpartition(".")[2] in ("layers", "h", "blocks", "blk") and not NUMBER.search(container)
+    # a tower in front of the language model, an encoder or a head of several tokens has a count of its own
     trunk = trunk and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
     last = max(blocks)
     count = max(last + 1, stated) if trunk and isinstance(stated, int) else last + 1
@@ -59,12 +60,13 @@ def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[st
 
 
 def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
-    """Yield what sets the one block apart from the kind of block that it nearly is."""
+    """Yield the keys by which a single block differs from the kind of block that it resembles most."""
     kinds = Counter(blocks.values())
     for number, keys in blocks.items():
-        if kinds[keys] > 1 or len(blocks) < 3:
+        if kinds[keys] > 1 or len(blocks) < 3:  # two blocks don't say which of them is wrong
             continue
         nearest = max((kind for kind in kinds if kinds[kind] > 1), key=lambda kind: _alike(kind, keys), default=keys)
+        # a block that only lacks keys is damaged, however many; one with keys of its own may be of another kind
         if not keys < nearest and _alike(nearest, keys) < SAME_KIND:
             continue
         for rest in sorted(nearest - keys):

@@ -17,6 +17,7 @@ def misplaced_formats(form: Format) -> Iterator[Finding]:
     if not form.declaration.names_layers:
         yield from _against_siblings(form)
         return
+    # a head that is tied to the embeddings is stored in floats, and the configuration may still target it
     tied = form.folder.text_config.get("tie_word_embeddings", False)
     for layer in form.folder.layers:
         if form.is_linear(layer) and not (tied and layer.rpartition(".")[2] == "lm_head"):

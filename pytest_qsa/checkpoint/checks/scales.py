@@ -13,11 +13,11 @@ from ..formats.format import AGAIN, Format, element_count
 from ..tensors import Tensor, decoded
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
-"""Below it a scale is denormal; a float16 one only where fewer than 4 of its bits are left, for it is kept exactly."""
+"""A smaller scale is denormal; in float16, which keeps denormals, one with fewer than 4 bits left."""
 FEWEST = 4
 """The fewest siblings whose median and spread mean something."""
 TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
-"""The least spread in octaves that is taken for one: healthy layers that happen to agree aren't faulty for 1 %."""
+"""The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -56,7 +56,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     for layer in form.folder.layers:
         for part, tensor in form.scales_of(layer).items():
             values = scale_values(tensor).ravel()
-            values = values[np.isfinite(values) & (values > 0)]
+            values = values[np.isfinite(values) & (values > 0)]  # the others are reported as unsound
             if values.size:
                 kinds.setdefault(kind_of(f"{layer}.{part}"), {})[f"{layer}.{part}"] = np.log2(values)
     for kind, members in kinds.items():
@@ -92,7 +92,7 @@ def _outlying(
 
 
 def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
-    """Yield scales that are all one number in every block: their initial value, for calibration saw no data."""
+    """Yield scales that are the same number in every block: the initial value, because calibration saw no data."""
     first = next(iter(members.values()))[0]
     if all((values == first).all() for values in members.values()):
         for name in members:
@@ -105,7 +105,8 @@ def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float
 def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
     """Yield tensor-wise scales that differ within q/k/v or gate/up, which loaders fuse into one matrix with one scale.
 
-    Where no block has them equal the writer never meant them so, and a loader rescales; then only `always` reports it.
+    Where no block has them equal, the writer gave each matrix its own, and a loader rescales; then only `always`
+    reports it.
     """
     kinds: dict[str, list[list[Tensor]]] = {}
     for layer in form.folder.layers:

@@ -37,6 +37,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
         yield Finding.at(codes, what, _PACK_AGAIN)
         return
     bits = form.code_bits(layer, codes)
+    # groups too: a writer that loses the signs or the shift of one group leaves its row varied
     for noun, lanes in _lanes(words, form.scheme_of(layer), bits):
         code = _constant_codes(lanes, bits)
         dead = np.flatnonzero((code >= 0) & ~np.isin(code, form.zero_codes(layer, codes)))
@@ -59,6 +60,7 @@ def _lanes(words: NDArray[Any], scheme: LayerScheme | None, bits: int) -> Iterat
 
 def _constant_codes(lanes: NDArray[Any], bits: int) -> NDArray[np.int64]:
     """Return the one code of each lane [lanes, words]; −1 where it has several."""
+    # all codes of a word are the same where rotating it by one code changes nothing
     first = lanes[:, 0]
     same = (lanes == first[:, None]).all(axis=1)
     size = lanes.dtype.itemsize * 8
@@ -109,6 +111,7 @@ def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[F
 
 
 def _difference(mine: Tensor, theirs: Tensor, rel: float) -> str:
+    # another dtype may round every number; in the same dtype the bits are the reference's
     allowed = max(rel, *(ROUNDING[t.dtype] for t in (mine, theirs))) if mine.dtype != theirs.dtype else rel
     width = theirs.shape[-1] if len(theirs.shape) > 1 else 1
     one, other = mine.raw().reshape(-1, width), theirs.raw().reshape(-1, width)

@@ -141,7 +141,7 @@ def is_quantized(module: nn.Module) -> bool:
 def schemes_of(model: nn.Module) -> dict[str, str] | None:
     """Return quantized layer → scheme (see `scheme_name`), in model order.
 
-    None where the checkpoint is quantized in a way that can't be told from the model.
+    None where the checkpoint is quantized and the model doesn't say how.
     """
     layers = layers_of(model)
     own = {name: scheme for name, layer in layers.items() if (scheme := _scheme_of(layer)) is not None}
@@ -191,7 +191,7 @@ def read_layer(stored: Format, layer: str) -> dict[str, Tensor]:
 
 
 def read_metadata(tensor: StoredTensor) -> dict[str, str]:
-    """Return what the file of a tensor says beside its tensors."""
+    """Return the metadata of the file that holds a tensor."""
     from safetensors import safe_open
 
     with safe_open(tensor.path, "pt") as file:

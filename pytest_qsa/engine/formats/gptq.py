@@ -20,6 +20,6 @@ class GptqModules(EngineFormat):
 
 
 class AwqModules(GptqModules):
-    """AWQ's modules, of which the same is known."""
+    """The same for the modules of AWQ."""
 
     name = "awq"

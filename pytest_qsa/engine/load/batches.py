@@ -1,4 +1,4 @@
-"""One batch as the observers need it: whose rows they are, which axis the tokens have, and which tokens count."""
+"""One batch as the observers need it: its samples, the axis of its tokens, and the tokens that are no padding."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _ENCODER_STATES = re.compile(
 
 @dataclass(frozen=True)
 class Padding:
-    """A mask [B, T] as the observers use it: for each row the indices of the tokens that count; None where all do.
+    """A mask [B, T]: for each row the indices of the tokens that are no padding; None where all count.
 
-    `rows`: on the CPU. A copy for each device that asks is made once, and no device is waited for.
+    `rows`: on the CPU. Each device gets one copy, made without waiting for it.
     """
 
     length: int
@@ -36,7 +36,7 @@ class Padding:
     _copies: dict[torch.device, list[Tensor | None]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> list[Tensor | None]:
-        """Return the same on a device."""
+        """Return the indices on a device."""
         if device not in self._copies:
             self._copies[device] = [None if row is None else row.to(device, non_blocking=True) for row in self.rows]
         return self._copies[device]
@@ -44,7 +44,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one batch. `lengths`: the numbers of tokens by which a token axis is known."""
+    """The rows of one batch. `lengths`: the numbers of tokens, by which the token axis of a tensor is recognized."""
 
     samples: list[int]
     lengths: frozenset[int]
@@ -54,12 +54,12 @@ class Rows:
 
     @cached_property
     def all_count(self) -> list[Tensor | None]:
-        """Say of every row that each of its tokens counts."""
+        """One None a row: all tokens of all rows count."""
         return [None] * len(self.samples)
 
     @cached_property
     def padded(self) -> bool:
-        """Say whether a token of some row may not count."""
+        """Whether some token is padding."""
         return self.padding is not None or self.decoder_padding is not None
 
     def shaped(self, x: Tensor, channels_first: bool) -> tuple[Tensor, bool]:
@@ -72,7 +72,7 @@ class Rows:
         shape = x.shape
         if len(shape) == 3 and shape[0] == count and not channels_first:
             return x, True
-        if x.dim() and x.shape[0] == 1 != count:  # positions, masks: every sample sees it
+        if x.dim() and x.shape[0] == 1 != count:  # position embeddings and masks are shared by the samples
             x = x.expand(count, *x.shape[1:])
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:
@@ -82,7 +82,8 @@ class Rows:
                 return x.flatten(2), True
             if x.dim() == 3:
                 return x, True
-        picked = x.dim() == 2 and bool(self.lengths) and x.shape[0] != count > 1  # an expert's tokens, of any sample
+        # an expert gets the tokens of all samples that were routed to it, in one tensor without a sample axis
+        picked = x.dim() == 2 and bool(self.lengths) and x.shape[0] != count > 1
         if x.dim() == 0 or x.shape[0] % count or picked:
             raise InfraError(
                 f"a tensor of shape {tuple(x.shape)} has no axis for the {count} samples of a batch; "
@@ -91,14 +92,18 @@ class Rows:
         return x.reshape(count, -1), False
 
     def kept(self, layer: str, length: int, device: torch.device = CPU) -> list[Tensor | None]:
-        """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count."""
+        """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count.
+
+        `length`: the tokens of the tensor; a mask of another length is that of other tokens.
+        """
+        # the encoder's tokens are padded apart from the decoder's, and cross-attention reads the encoder's
         in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
         padding = self.decoder_padding if in_decoder else self.padding
         return padding.on(device) if padding and padding.length == length else self.all_count
 
 
 def rows_of(batch: Batch, first_sample: int) -> Rows:
-    """Describe a batch that is about to run; its rows are the samples from `first_sample` on.
+    """Describe a batch before it runs. `first_sample`: the number of its first row among all samples.
 
     Raises:
         InfraError: it has no tensor, or one of its masks is not [B, T].
@@ -120,7 +125,7 @@ def rows_of(batch: Batch, first_sample: int) -> Rows:
 
 
 def row_count(batch: Batch) -> int:
-    """Return the number of rows of a batch: those of its tokens where it has some, else of its first tensor."""
+    """Return the number of rows of a batch: of its tokens where it has some, else of its first tensor."""
     if isinstance(batch, Tensor):
         return len(batch)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}

@@ -1,4 +1,7 @@
-"""Calibration data: text → packed windows of tokens. Windows are never padded; the same seed gives the same tokens."""
+"""Calibration data: texts of a file, a folder or a hub data set → windows of tokens, without padding.
+
+The same seed gives the same windows, on any machine.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", "
 TRAINING_SHARE = 0.9
 """PrefixQuant draws its calibration windows from the first nine tenths of a set."""
 DOCUMENT_TRIES = 200
-"""So many documents are tried for each window before a set counts as too short."""
+"""The number of documents that are tried for each window before a set counts as too short."""
 
 
 def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:
@@ -51,7 +54,7 @@ def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> 
 
 
 def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
-    """Return how many disjoint windows a source has; None where its rule draws them at random places.
+    """Return the number of disjoint windows of a source; None where its rule draws them at random places.
 
     Raises:
         InfraError: as `batches_of`.
@@ -93,13 +96,14 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
     form: str = data.custom.format
     if form == "auto":
         form = SUFFIXES.get(path.suffix, "text")
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first token
     if form in ("text", "txt"):
         return [text]
     records: Sequence[Any]
     if form == "csv":
         records = list(csv.DictReader(io.StringIO(text, newline="")))
     elif form == "jsonl":
+        # not splitlines, which cuts at separators that JSON allows inside of a string
         records = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         loaded = json.loads(text)
@@ -134,6 +138,7 @@ def read_hub(spec: HubSet, data: Data) -> Records:
         "path": spec.repository, "name": spec.subset, "split": spec.split, "revision": spec.revision,
         "data_files": spec.files, "cache_dir": str(cache_folder()),
     }  # fmt: skip
+    # streaming needs the network, and a large set is too much to download for its first documents
     offline = bool(constants.HF_HUB_OFFLINE)
     streamed = spec.large and not offline and not spec.copies
     try:
@@ -179,7 +184,7 @@ def _split_of(rows: Any, wanted: str | None) -> Any:
 
 
 def _with_column(records: Records, column: str | None, data: Data, name: str) -> Records:
-    """Put the column that holds the text under `text`; without one, it is `text`, or `messages` of a conversation."""
+    """Return the records with their text under `text`; it comes from `column`, else from `text` or `messages`."""
     if not records:
         raise InfraError(f"{name}: there are no records")
     known = records[0]
@@ -203,7 +208,7 @@ def _unreachable(spec: HubSet, source: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Keep the progress bars and remarks of `datasets` away, and put them back."""
+    """Silence the progress bars and warnings of `datasets`, and restore them."""
     import datasets
 
     shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -304,6 +309,7 @@ def _templated(text: Any, tokenizer: Any) -> str:
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what the tokenizer puts before and after a text."""
+    # tokenizers don't say it in one way: templates, post-processors and flags differ, so that an encoded text tells
     bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:

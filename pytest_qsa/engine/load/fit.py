@@ -1,4 +1,4 @@
-"""Is a reference the original of a model? What can be told of it before the first forward of both."""
+"""Whether a reference is the original of a model: their layers and their tokens, before the first forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint → a model, as transformers loads it, and what can be said of where it came from."""
+"""Loading: a checkpoint → a model, by transformers, with its tokenizer; whose fault it is where that fails."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
 
 
 def _check_path(path: str) -> None:
-    """Tell a folder that isn't there from a hub id: transformers would take the one for a malformed other."""
+    """Refuse a folder that isn't there, which transformers would report as a malformed hub id."""
     looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if looks_like_a_folder and not Path(path).is_dir():
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
@@ -208,7 +208,7 @@ def _belongs_to_quantization(form: Format, key: str) -> bool:
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
-    """Return the class that the checkpoint's configuration names, whatever its task is."""
+    """Return the class that the configuration names, whatever its task; AutoModel would leave its head out."""
     import transformers
 
     names = list(getattr(config, "architectures", None) or ())
@@ -243,7 +243,7 @@ def _existing(device: torch.device) -> torch.device:
 
 
 def _placement(path: str, memory: Memory) -> dict[str, Any]:
-    """Return a device_map for a model that does not fit where it should run; nothing for one that does."""
+    """Return the `device_map` of a model that doesn't fit on its device; empty for one that fits."""
     folder = Path(path)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
     device = device_for(memory)
@@ -315,7 +315,7 @@ def device_class(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers and of what it calls out of pytest's output; exceptions still come."""
+    """Keep the progress bars and warnings of the loading libraries out of pytest's output; exceptions still come."""
     from transformers.utils import logging as transformers_logging
 
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
@@ -343,7 +343,7 @@ def _errors_only(names: tuple[str, ...]) -> Iterator[None]:
 
 
 def once_more(attempt: Callable[[], Result], *, pause: float = RETRY_PAUSE) -> Result:
-    """Return what the attempt returns; after an error of the network, of a second attempt.
+    """Return what the attempt returns; after an error of the network, what a second attempt returns.
 
     Raises:
         Exception: whatever the last attempt raised.
@@ -358,7 +358,7 @@ def once_more(attempt: Callable[[], Result], *, pause: float = RETRY_PAUSE) -> R
 
 
 def is_transient(error: BaseException) -> bool:
-    """Say whether the network broke or the server was busy: whether the next try may succeed."""
+    """Say whether the network broke or the server was busy, so that another try may succeed."""
     chain = list(_causes(error))
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
         return False

@@ -1,4 +1,4 @@
-"""A model's layers without its weights: built on the meta device from the configuration alone."""
+"""The layers of a model without its weights: built on the meta device from the configuration alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
 
 
 def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> list[str]:
-    """Return the names of a model's layers, in its order; a model of code of its own is loaded to learn them.
+    """Return the names of a model's layers, in model order. A model with code of its own is loaded for it.
 
     Raises:
         InfraError: as `outline` and `load_model`.

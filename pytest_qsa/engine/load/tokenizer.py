@@ -21,7 +21,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] | None:
-    """Return a function that decodes each token by itself; what is no whole character shows the vocabulary's form."""
+    """Return a function that decodes tokens one by one; a part of a character is shown as the vocabulary spells it."""
     if tokenizer is None:
         return None
 
@@ -44,7 +44,7 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # What stands before are truncation and padding, which each call sets anew.
+        # truncation and padding come before it in the text, and every call of the tokenizer sets them anew
         text = backend.to_str().partition('"added_tokens"')[2]
     elif hasattr(tokenizer, "get_vocab"):
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -94,14 +94,14 @@ PIECES: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "stablelm2"), (QWEN2,)),
 }
-"""`tokenizer.ggml.pre` → the expressions that cut a text, one after the other, as llama.cpp has them by that name."""
+"""`tokenizer.ggml.pre` → the expressions by which llama.cpp cuts a text, one after the other."""
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe")
-"""Where a piece that is in the vocabulary is one token, whatever the merges say."""
+"""The pre-tokenizers with which a piece of the vocabulary is one token, whatever the merges say."""
 PROBES = ("It's 1234567 times 3.14, isn't it? I'LL SEE…", "Über  größere\n\n\tTabs  und 你好 😀 = x_1 + $9.99;\r\n")
 SAMPLE = 20_000
 """The number of characters of the shipped text that are compared, besides the probes."""
 TOLERATED = 0.01
-"""The share of ids that may differ: transformers' reading of a GGUF cuts ½ and the like otherwise than llama.cpp."""
+"""The share of ids that may differ: transformers cuts some texts, such as ` ½`, otherwise than llama.cpp."""
 
 
 def compare_gguf_tokens(file: Path, tokenizer: Any) -> str:
@@ -136,7 +136,7 @@ def compare_gguf_tokens(file: Path, tokenizer: Any) -> str:
 
 
 def _differing(theirs: Sequence[int], ours: Sequence[int]) -> int:
-    """Count the ids between what two sequences have in common at their beginning and at their end."""
+    """Count the ids between the common beginning and the common end of two sequences."""
     least = min(len(theirs), len(ours))
     front = next((i for i in range(least) if theirs[i] != ours[i]), least)
     back = next((i for i in range(least - front) if theirs[-1 - i] != ours[-1 - i]), least - front)

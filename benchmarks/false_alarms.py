@@ -27,7 +27,7 @@ from pytest_qsa.engine.subject import capture_loaded, load_reference
 from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judgement import within_budget
-from pytest_qsa.verdicts.measurement import measured
+from pytest_qsa.verdicts.measurement import checked_series
 from pytest_qsa.verdicts.verdict import failing
 
 
@@ -53,7 +53,7 @@ def windows(data: Data, tokenizer: Any, folder: Path, parts: int) -> Iterator[to
 
 def verdict(assertion: MeasuredAssertion, capture: Capture) -> dict[str, Any]:
     """Return what is out of bounds, and how much of the room from the noise's mean to the bound is used, and where."""
-    series = measured(assertion, capture)
+    series = checked_series(assertion, capture)
     budget = budget_of(assertion.stated, series.layers, capture.schemes)
     out = failing(within_budget(series, budget).rows)
     used, where = 0.0, ""

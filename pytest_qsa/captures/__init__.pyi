@@ -41,6 +41,7 @@ from .provenance import (
     Provenance as Provenance,
     SampleRange as SampleRange,
     ServedProvenance as ServedProvenance,
+    data_fingerprint as data_fingerprint,
     module_count as module_count,
     since_text as since_text,
 )

@@ -6,7 +6,8 @@ ignores the keys that it does not know, so that it opens the files of a newer ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -332,3 +333,12 @@ def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
     ]
     made = f"the baseline was made with {then}"
     return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])
+
+
+def data_fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:
+    """Return the SHA-256 of the data of a run: of each sample's tensors the name, dtype (`int64`), shape and bytes."""
+    digest = hashlib.sha256()
+    for name, dtype, shape, content in tensors:
+        digest.update(f"{name}torch.{dtype}{tuple(shape)}".encode())  # as torch writes it: baselines hold these hashes
+        digest.update(content)
+    return f"sha256:{digest.hexdigest()}"

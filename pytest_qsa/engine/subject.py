@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..captures import STORED, Capture, DataProvenance, PartialSums, Provenance, Request, SampleRange, compares, merge
+from ..captures import (
+    STORED,
+    Capture,
+    DataProvenance,
+    PartialSums,
+    Provenance,
+    Request,
+    SampleRange,
+    compares,
+    data_fingerprint,
+    merge,
+)
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger
 from ..suite import (
     FileHashes,
@@ -334,20 +344,18 @@ def _provenance(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, o
         revision=folder.name if folder is not None and fetched else None,  # the hub's cache names the folder so
         tokenizer=tokenizer_identity(loaded.tokenizer),
     )
-    return Provenance(model, DataProvenance.of({**data, "fingerprint": fingerprint(batches)}))
+    return Provenance(model, DataProvenance.of({**data, "fingerprint": data_fingerprint(_tensors(batches))}))
 
 
-def fingerprint(batches: Iterable[Batch]) -> str:
-    """Return the SHA-256 of all tensors of the batches; how the rows are batched doesn't matter."""
-    digest = hashlib.sha256()
+def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int], bytes]]:
+    """Yield the tensors of each row for the hash of the data; how the rows are batched doesn't matter."""
     for batch in batches:
         named: Mapping[str, Any] = {"": batch} if isinstance(batch, Tensor) else batch
         tensors = {name: value for name, value in sorted(named.items()) if isinstance(value, Tensor)}
         for rows in zip(*tensors.values(), strict=False):
             for name, row in zip(tensors, rows, strict=True):
-                digest.update(f"{name}{row.dtype}{tuple(row.shape)}".encode())
-                digest.update(row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b"")
-    return f"sha256:{digest.hexdigest()}"
+                content = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b""
+                yield name, str(row.dtype).removeprefix("torch."), row.shape, content
 
 
 def loaded_from_fixture(model: object, tokenizer: object | None, fixture: str = "qsa_model") -> Loaded:

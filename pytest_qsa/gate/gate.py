@@ -30,7 +30,7 @@ from .collection import QsaSuite
 from .hookspecs import call_hook
 from .items import Subjects, command_of, plain_name, requests_of
 from .options import Options
-from .outcomes import drawn, record
+from .outcomes import record, with_plots
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
@@ -253,7 +253,7 @@ class Gate:
         capture = self._shown(capture) if capture is not None else None
         if capture is not None:
             verdict = explain(verdict, Context(capture, partial(self.files_of, request), self._origins))
-        verdict = drawn(request.node, verdict, capture, self.options)
+        verdict = with_plots(request.node, verdict, capture, self.options)
         record(request.node, verdict)
         return verdict
 

@@ -13,7 +13,7 @@ import pytest
 
 from ..captures import Capture, histograms_of
 from ..common import QsaError, shown_path
-from ..report import attach, draw, failure_text, properties_of, to_plain
+from ..report import attach, failure_text, properties_of, to_plain
 from ..suite import Place
 from ..verdicts import Identity, Verdict, concluded, stopped
 from .collection import QsaSuite
@@ -41,7 +41,7 @@ def record(item: pytest.Item, verdict: Verdict) -> None:
     item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
 
 
-def drawn(item: pytest.Item, verdict: Verdict, capture: Capture | None, options: Options) -> Verdict:
+def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, options: Options) -> Verdict:
     """Add the plots and the path of the report to a verdict that the report shows."""
     reported = options.report == "always" or (options.report == "on-failure" and verdict.failed)
     if not reported or not verdict.rows:
@@ -49,6 +49,8 @@ def drawn(item: pytest.Item, verdict: Verdict, capture: Capture | None, options:
     report = {"report": shown_path(options.output / "report.html")}
     if capture is None:
         return replace(verdict, artefacts=report)
+    from ..report import draw  # matplotlib, only where something is drawn
+
     query = verdict.query
     layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
     histograms = {layer: histograms_of(capture.sites[layer, query["site"]]) for layer in layers}

@@ -16,7 +16,7 @@ from ..captures import Capture, merge, merge_requests
 from ..common import AnomalyError, InfraError, SuiteError, progress_bar, shown_path, text_table
 from ..metrics import TWO_SIDED_95, Series
 from ..suite import SIDES, Assertion, MeasuredAssertion, NamedSubject, Noise, Relative, Side, Stated, SuiteFile
-from ..verdicts import SPARE, key_of, measured, outward
+from ..verdicts import SPARE, checked_series, key_of, outward
 
 FIGURES = 4
 """Significant digits of a mean and a sigma in a suite."""
@@ -192,7 +192,9 @@ class Sampled:
         """
         if not isinstance(assertion, MeasuredAssertion):
             return Finding(assertion.id, remark="reads files, which do not vary")
-        spread = Spread.of([measured(assertion, part) for part in self.parts], measured(assertion, self.whole))
+        spread = Spread.of(
+            [checked_series(assertion, part) for part in self.parts], checked_series(assertion, self.whole)
+        )
         remarks = list(_remarks(assertion, spread, k))
         return Finding(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
 
@@ -243,7 +245,7 @@ def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:
 
 def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
     try:
-        first, again = (_finite(measured(assertion, capture)) for capture in (one, other))
+        first, again = (_finite(checked_series(assertion, capture)) for capture in (one, other))
     except AnomalyError:  # `finding` reports what has no sound number
         return 0.0
     apart = np.abs(again - first)

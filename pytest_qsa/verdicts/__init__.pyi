@@ -25,7 +25,7 @@ from .judgement import (
     Leniency as Leniency,
     within_budget as within_budget,
 )
-from .measurement import measured as measured
+from .measurement import checked_series as checked_series
 from .previous import Release as Release, kept_release as kept_release
 from .ratchet import SPARE as SPARE, outward as outward, patch_of as patch_of, project_root as project_root
 from .tokens import channel_of as channel_of, context as context

@@ -13,8 +13,8 @@ from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..common import BaselineError
 from ..metrics import LOSSLESS, Bounds, Series
 
-FORMAT = "qsa-baseline/1"
-DIGITS = 5
+BASELINE_FORMAT = "qsa-baseline/1"
+BASELINE_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BaselineFile:
         """Write it; the layers stay in the model's order, one a line."""
         content = {
             "data": self.data,
-            "format": FORMAT,
+            "format": BASELINE_FORMAT,
             "made_with": dict(sorted(self.made_with.for_baseline().items())),
             "query": dict(sorted(self.query.items())),
             "values": {layer: _written(value) for layer, value in self.values.items()},
@@ -57,8 +57,8 @@ class BaselineFile:
         """
         try:
             content = json.loads(text)
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+            if content["format"] != BASELINE_FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, not {BASELINE_FORMAT!r}")
             read = _decibels if content["query"].get("definition") == "quantization_sqnr/1" else float
             values = {layer: read(value) for layer, value in content["values"].items()}
             return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
@@ -71,7 +71,7 @@ def is_baseline(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
-        return f'"format": "{FORMAT.partition("/")[0]}/' in path.read_text(encoding="utf-8")
+        return f'"format": "{BASELINE_FORMAT.partition("/")[0]}/' in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -90,7 +90,7 @@ def _written(value: float) -> int | float | str:
 
 def rounded(value: float) -> float:
     """Round to the digits that a baseline keeps."""
-    return float(f"{value:.{DIGITS}g}")
+    return float(f"{value:.{BASELINE_DIGITS}g}")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import numpy as np
 
 from ..captures import Capture, FilesProvenance, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, problems_of
-from ..common import BaselineError, QsaError, shown_path
-from ..external import Compared, Wanted, compared, conditions_of, folded, read_scores, widened
+from ..common import BaselineError, QsaError
+from ..external import eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
-    NAME_PLACEHOLDER,
     Assertion,
     CheckpointAssertion,
     ExternalAssertion,
@@ -26,7 +25,7 @@ from ..suite import (
 from .baseline_file import Tolerance
 from .budgets import Budget, budget_of
 from .judgement import NO_LENIENCY, Judgement, Leniency, joint_uses, waiver_notes, within_budget
-from .measurement import measured, settled
+from .measurement import checked_series, settled
 from .previous import Release
 from .ratchet import limits_of
 from .tokens import sinks_behind
@@ -125,7 +124,7 @@ def concluded(
 ) -> Verdict:
     """Make the verdict of a test from what its numbers came to. `capture`: where the numbers come from, if from one."""
     if capture is not None:
-        run = provenance_of(capture)
+        run = run_of(capture)
     else:
         run = judgement.run if judgement.run.model.path else replace(judgement.run, model=ModelProvenance(test.path))
     return Verdict(
@@ -151,7 +150,7 @@ def concluded(
     )
 
 
-def provenance_of(capture: Capture) -> Provenance:
+def run_of(capture: Capture) -> Provenance:
     """Return where the numbers of a capture come from, with the model that the reference's come from."""
     if capture.reference is None:
         return capture.provenance
@@ -218,45 +217,21 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
         InfraError: a file is missing.
         AnomalyError: there is nothing sound in it, or nothing that can be compared.
     """
-    file = evals.folder / assertion.file.replace(NAME_PLACEHOLDER, evals.name)
-    other = evals.folder / assertion.reference.replace(NAME_PLACEHOLDER, evals.name) if assertion.reference else None
-    scores = _scores(assertion, file, other)
+    scores, read = eval_scores(assertion, evals.folder, evals.name)
     names = [each.score.name for each in scores]
     series = Series(names, np.array([each.value for each in scores]), assertion.query)
     series.check()
     budget = budget_of(assertion.stated, names, None)
     text = budget.text + (f" ± {assertion.sigmas:g} standard errors" if assertion.sigmas else "")
-    bounds = widened(budget.bounds, scores, assertion.compare, assertion.sigmas)
+    bounds = widened_bounds(budget.bounds, scores, assertion)
     details = {each.score.name: each.detail for each in scores}
     judgement = within_budget(series, replace(budget, bounds=bounds, text=text), leniency, details)
-    return replace(judgement, run=_run_of_evals(file, other, scores))
-
-
-def _scores(assertion: ExternalAssertion, file: Path, other: Path | None) -> Sequence[Compared]:
-    wanted = Wanted(
-        assertion.tasks,
-        assertion.exclude,
-        assertion.score,
-        assertion.pointer,
-        assertion.stderr,
-        assertion.higher_is_better,
-    )
-    scores = read_scores(file, wanted)
-    references = read_scores(other, wanted) if other else None
-    gain = assertion.implausible_gain
-    return folded(compared(scores, references, assertion.compare, implausible_gain=gain), assertion.over)
-
-
-def _run_of_evals(file: Path, reference: Path | None, scores: Sequence[Compared]) -> Provenance:
-    """Return what was read: the files, and under which conditions the scores were measured."""
-    conditions = conditions_of([each.score for each in scores])
-    evals = {"file": shown_path(file), **conditions} | ({"reference": shown_path(reference)} if reference else {})
-    return Provenance(evals=evals)
+    return replace(judgement, run=Provenance(evals=read))
 
 
 def _of_measurement(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
     capture, known = settled(assertion, evidence.capture)
-    series = measured(assertion, capture)
+    series = checked_series(assertion, capture)
     bounded = None
     if assertion.stated:
         previous = _previous(assertion, series, evidence) if assertion.follows else None
@@ -279,5 +254,5 @@ def _previous(assertion: MeasuredAssertion, series: Series, evidence: Measuremen
         series,
         evidence.capture.provenance.data.fingerprint,
         assertion.id,
-        lambda release: measured(assertion, release),
+        lambda release: checked_series(assertion, release),
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..suite import MeasuredAssertion
 
 
-def measured(assertion: MeasuredAssertion, capture: Capture) -> Series:
+def checked_series(assertion: MeasuredAssertion, capture: Capture) -> Series:
     """Compute an assertion's series of a capture; there is something in it, and all of it is finite.
 
     Raises:

@@ -15,7 +15,7 @@ from ..suite import Assertion, Location, Place, Stated
 from .budgets import key_of
 from .verdict import Limit, Row
 
-DIGITS = 2
+BOUND_DIGITS = 2
 """The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""
 SPARE = 1
 """So many tokens of room has a number of tokens that calibration saw the same in all parts of the data."""
@@ -76,8 +76,8 @@ def outward(side: str, number: float) -> float:
     """Round a number to two digits so that a bound of that side still meets it; a whole number stays as it is."""
     if number == int(number):
         return number
-    unit = 10.0 ** (math.floor(math.log10(abs(number))) - DIGITS + 1)
-    return float(f"{(math.ceil if side == 'max' else math.floor)(number / unit) * unit:.{DIGITS}g}")
+    unit = 10.0 ** (math.floor(math.log10(abs(number))) - BOUND_DIGITS + 1)
+    return float(f"{(math.ceil if side == 'max' else math.floor)(number / unit) * unit:.{BOUND_DIGITS}g}")
 
 
 def patch_of(limits: Iterable[Mapping[str, Any]], root: Path) -> str:

@@ -170,8 +170,8 @@ def test_evals_that_were_not_made_alike_are_not_compared(evals, change, said):
     ("keys", "kind", "said"),
     [
         ("file: gone.json, score: acc", InfraError, "gone.json: there is no such file of results; run the eval first"),
-        ("file: html.json, score: acc", InfraError, "html.json: is no JSON: Expecting value"),
-        ("file: latin.json, score: acc", InfraError, "latin.json: is no JSON: 'utf-8' codec"),
+        ("file: html.json, score: acc", AnomalyError, "html.json: is no JSON: Expecting value"),
+        ("file: latin.json, score: acc", AnomalyError, "latin.json: is no JSON: 'utf-8' codec"),
         ("file: empty, score: acc", InfraError, "empty: there is no results_*.json of lm-eval below this folder"),
         ("file: list.json, score: acc", AnomalyError, "list.json has no results of tasks as lm-eval writes them"),
         (

@@ -13,7 +13,7 @@ import torch
 from pytest_qsa.captures.capture import Capture
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.subject import capture_subject
-from pytest_qsa.external.served.ask import capture_served
+from pytest_qsa.external.served_capture import capture_served
 from pytest_qsa.suite import Subject, load_suite
 from pytest_qsa.verdicts.judge import Measurement
 from pytest_qsa.verdicts.verdict import Kind

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.external.served.agreement import ReferenceRows, agreement_of, rows_of_table
-from pytest_qsa.external.served.tables import ABSENT, table_of
-from pytest_qsa.external.served.top_tokens import kl_bounds, nll_bounds
+from pytest_qsa.external.agreement import ReferenceRows, agreement_of, kl_bounds, nll_bounds, rows_of_table
+from pytest_qsa.external.logprobs import NO_TOKEN, logprob_table
 
 VOCABULARY = 24
 
@@ -101,8 +100,8 @@ def test_the_likelihood_of_a_token_that_is_not_told_lies_between_its_bounds(pair
 
 
 def test_a_table_has_the_likeliest_first_and_the_token_that_came():
-    table = table_of([3, 5, 7], [{5: -1.0, 9: -0.7}, {8: -0.1}], "s")
-    assert table.ids.tolist() == [[9, 5], [8, ABSENT]]
+    table = logprob_table([3, 5, 7], [{5: -1.0, 9: -0.7}, {8: -0.1}], "s")
+    assert table.ids.tolist() == [[9, 5], [8, NO_TOKEN]]
     np.testing.assert_array_equal(table.came, [-1.0, np.nan])
     assert table.least == 1
 
@@ -120,7 +119,7 @@ def test_a_table_has_the_likeliest_first_and_the_token_that_came():
 )
 def test_what_is_no_distribution_is_told(tokens, rows, said):
     with pytest.raises(AnomalyError) as error:
-        table_of(tokens, rows, "s")
+        logprob_table(tokens, rows, "s")
     assert said in str(error.value)
 
 
@@ -134,7 +133,7 @@ def test_two_tables_bound_the_divergence_of_their_models():
     for logits, k in ((p, 15), (q, 12)):
         ids, values = top_of(logits, k)
         rows = [dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(ids, values, strict=True)]
-        told.append(table_of(tokens, rows, "s"))
+        told.append(logprob_table(tokens, rows, "s"))
     floor = float(q.min())
     found = agreement_of(told[1], rows_of_table(*told), floor=floor, alike=False)
     assert (found.kl.low <= truth + 1e-5).all()
@@ -147,7 +146,7 @@ def test_two_tables_bound_the_divergence_of_their_models():
 
 
 def test_a_tie_at_the_top_is_no_difference():
-    table = table_of([0, 1], [{4: -0.7, 5: -0.7}], "s")
+    table = logprob_table([0, 1], [{4: -0.7, 5: -0.7}], "s")
     rows = ReferenceRows(np.array([[-0.1, -2.0]]), np.array([-1.0]), np.array([5]), np.array([-0.3]))
     assert agreement_of(table, rows, floor=None, alike=False).same_top.tolist() == [1.0]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pytest_qsa.common.errors import InfraError, QsaError
-from pytest_qsa.external.served import endpoint
-from pytest_qsa.external.served.client import Client
-from pytest_qsa.external.served.logprob_files import read_logprobs
+from pytest_qsa.external import served_client
+from pytest_qsa.external.logprobs import read_logprobs
+from pytest_qsa.external.served_client import Client
 from pytest_qsa.suite import Served
 from support.served_models import ServedModel, serving
 
@@ -28,7 +28,7 @@ def predict(tokens):
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(served_client, "RETRY_PAUSE", 0.0)
     return ServedModel(predict, name="m")
 
 
@@ -157,7 +157,7 @@ def test_a_server_that_never_ends_is_left_after_its_time(url, model, drip):
 
 
 def test_nobody_there_is_told(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(served_client, "RETRY_PAUSE", 0.0)
     with pytest.raises(InfraError, match=r"http://127\.0\.0\.1:1/v1/models: .*refused \(tried twice\)"):
         asked("http://127.0.0.1:1/v1")
 

@@ -1,20 +1,162 @@
 """A served model → tables: the prompt's logprobs as vLLM, SGLang and llama.cpp's server give them.
 
-Prompts are sent as token ids, so that no server tokenizes anything again, and answers are held against them: as many
-tokens as were sent, and the same.
+Prompts are sent as token ids, so that no server tokenizes anything again, and answers are checked against them: as many
+tokens as were sent, and the same ones.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import socket
+import ssl
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-from ...common import AnomalyError, InfraError
-from ...suite import Served
-from .endpoint import Endpoint, key_of
-from .logprob_files import number_of, rows_of
-from .tables import Table, table_of
+from ..common import AnomalyError, InfraError
+from ..suite import Served
+from .logprobs import LogprobTable, logprob_table, number_of, prompt_rows
+
+RETRY_PAUSE = 1.0
+"""Seconds before the second try."""
+BUSY_ANSWERS = (429, 500, 502, 503, 504)
+"""Answers after which the next try may succeed."""
+MOST_BYTES = 1 << 30
+"""Bytes of an answer; a longer one is none of a prompt's logprobs."""
+READ_SIZE = 1 << 16
+
+
+class _Broken(Exception):  # noqa: N818 - a signal: the next try may succeed
+    """The connection broke, or the server was busy; its text says how."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible endpoint. `url`: as the suite says it; `timeout`: seconds for a whole answer.
+
+    `key`: sent with each request, and never shown.
+    """
+
+    url: str
+    timeout: float
+    key: str | None = field(default=None, repr=False)
+
+    def get(self, path: str) -> Any:
+        """Return the JSON that lies at a path below the address; None where there is none (404).
+
+        Raises:
+            InfraError: there is no connection, no answer in time, or no JSON in it.
+        """
+        return self._twice("GET", path, None)
+
+    def post(self, path: str, content: Any) -> Any:
+        """Return the JSON that the address answers to a JSON; None where the path isn't known (404).
+
+        Raises:
+            InfraError: as `get`.
+        """
+        return self._twice("POST", path, json.dumps(content).encode())
+
+    def _twice(self, method: str, path: str, body: bytes | None) -> Any:
+        try:
+            return self._once(method, path, body)
+        except _Broken:
+            time.sleep(RETRY_PAUSE)
+        try:
+            return self._once(method, path, body)
+        except _Broken as broken:
+            raise self._error(path, f"{broken} (tried twice)") from None
+
+    def _once(self, method: str, path: str, body: bytes | None) -> Any:
+        deadline = time.monotonic() + self.timeout
+        try:
+            status, content = self._exchange(method, path, body, deadline)
+        except (TimeoutError, socket.gaierror, ssl.SSLError) as error:
+            what = f"no answer in {self.timeout:g} s" if isinstance(error, TimeoutError) else str(error)
+            raise self._error(path, what) from None
+        except http.client.IncompleteRead:
+            raise _Broken("the answer broke off") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Broken(str(error) or type(error).__name__) from None
+        if status in BUSY_ANSWERS:
+            raise _Broken(f"answered {status}{_told(content)}")
+        if status == 404:
+            return None
+        if 300 <= status < 400:
+            raise self._error(path, f"answered {status}, a redirect, which is not followed: write the address itself")
+        if status != 200:
+            raise self._error(path, f"answered {status}{_told(content)}")
+        return self._json(path, content)
+
+    def _exchange(self, method: str, path: str, body: bytes | None, deadline: float) -> tuple[int, bytes]:
+        headers = {"Accept": "application/json", "Content-Type": "application/json", "Connection": "close"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        with closing(self._connection()) as connection:
+            connection.request(method, f"{urlsplit(self.url).path.rstrip('/')}{path}", body=body, headers=headers)
+            with connection.getresponse() as response:
+                return response.status, self._content(path, response, deadline)
+
+    def _content(self, path: str, response: http.client.HTTPResponse, deadline: float) -> bytes:
+        content = bytearray()
+        while block := response.read1(READ_SIZE):
+            content += block
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if len(content) > MOST_BYTES:
+                raise self._error(path, f"an answer of more than {MOST_BYTES >> 20} MiB")
+        if response.length:
+            raise http.client.IncompleteRead(bytes(content))
+        return bytes(content)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        if parts.scheme == "https":
+            secure = ssl.create_default_context()
+            return http.client.HTTPSConnection(host, parts.port, timeout=self.timeout, context=secure)
+        return http.client.HTTPConnection(host, parts.port, timeout=self.timeout)
+
+    def _json(self, path: str, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            start = content[:60].decode("utf-8", "replace").split("\n")[0]
+            raise self._error(path, f"no JSON in the answer: {start!r}") from None
+
+    def _error(self, path: str, what: str) -> InfraError:
+        text = f"{self.url.rstrip('/')}{path}: {what}"
+        return InfraError(text.replace(self.key, "…") if self.key else text)
+
+
+def _told(content: bytes) -> str:
+    """Return the server's own words, in one line."""
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        return ""
+    error = said.get("error", said) if isinstance(said, dict) else said
+    message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+    return f": {' '.join(str(message).split())[:200]}" if message else ""
+
+
+def api_key(variable: str | None) -> str | None:
+    """Return the key that an environment variable holds.
+
+    Raises:
+        InfraError: it isn't set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InfraError(f"the environment variable {variable} is not set: it holds the key of the served model")
+    return key
 
 
 @dataclass(frozen=True)
@@ -33,7 +175,7 @@ class Client:
         Raises:
             InfraError: it serves none of this name, or can't be asked.
         """
-        endpoint = Endpoint(served.root, served.timeout, key_of(served.api_key_env))
+        endpoint = Endpoint(served.root, served.timeout, api_key(served.api_key_env))
         listed = endpoint.get("/v1/models")
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -48,7 +190,7 @@ class Client:
         longest = models[name].get("max_model_len")
         return cls(served, endpoint, name, longest if isinstance(longest, int) else None)
 
-    def table(self, tokens: Sequence[int], sample: int) -> Table:
+    def table(self, tokens: Sequence[int], sample: int) -> LogprobTable:
         """Ask for the logprobs of one sample.
 
         Raises:
@@ -63,7 +205,7 @@ class Client:
             )
         ask = {"vllm": self._vllm, "sglang": self._sglang, "llama.cpp": self._llama_cpp}[self.served.api]
         rows = ask([int(token) for token in tokens], where)
-        return table_of(tokens, rows, where)
+        return logprob_table(tokens, rows, where)
 
     def _answer(self, path: str, content: Mapping[str, Any], where: str) -> dict[str, Any]:
         answer = self.endpoint.post(path, content)
@@ -88,7 +230,7 @@ class Client:
                 "llama.cpp have served.api of their own"
             )
         self._check(answer, positions, tokens, where)
-        rows = rows_of(positions, where)
+        rows = prompt_rows(positions, where)
         for at, row in enumerate(rows, 1):
             if tokens[at] not in row:
                 raise InfraError(

@@ -6,7 +6,6 @@ each may be, so that a capture's file keeps all three.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...captures import (
+from ..captures import (
     AGREEMENT,
     LOGITS,
     SCORES,
@@ -27,23 +26,21 @@ from ...captures import (
     Site,
     SiteNumbers,
     compares,
+    data_fingerprint,
 )
-from ...common import AnomalyError, InfraError, QsaError
-from ...metrics import TokenScores, numbers_of
-from ...suite import Floor, Served, Subject, located
-from .agreement import Agreement, ReferenceRows, agreement_of, rows_of_table
-from .client import Client
-from .logprob_files import read_logprobs
-from .tables import Table
-from .top_tokens import Between, Floats
+from ..common import AnomalyError, InfraError, Progress, QsaError
+from ..metrics import TokenScores, numbers_of
+from ..suite import Floor, Served, Subject, located
+from .agreement import Agreement, Between, Floats, ReferenceRows, agreement_of, rows_of_table
+from .logprobs import LogprobTable, read_logprobs
+from .served_client import Client
 
 if TYPE_CHECKING:
-    from ...engine import Loaded
+    from ..engine import Loaded
 
 AT_LEAST, AT_MOST = "at least", "at most"
 """The names under which a capture keeps the two bounds of the site `logits`."""
-FILES = (".json", ".jsonl")
-Progress = Callable[[int, int], None]
+LOGPROB_SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class _Reference:
     """What a served model is compared with: a model, or a file of logprobs; neither where nothing compares."""
 
     loaded: Loaded | None = None
-    tables: Sequence[Table] | None = None
+    tables: Sequence[LogprobTable] | None = None
 
 
 def capture_served(
@@ -83,14 +80,14 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
         yield _Reference()
         return
     local = subject.folder / named
-    if local.suffix in FILES:
+    if local.suffix in LOGPROB_SUFFIXES:
         yield _Reference(tables=read_logprobs(local))
         return
     if local.is_file():
         raise InfraError(
             f"model.reference {named}: a served model is compared with a checkpoint, or a .json or .jsonl of logprobs"
         )
-    from ...engine import load_model
+    from ..engine import load_model
 
     model = subject.named.with_checkpoint(named)
     try:
@@ -111,7 +108,7 @@ def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[
         return [table.tokens.tolist() for table in reference.tables], tokenizer
     if subject.model.served is None:
         return [], tokenizer
-    from ...engine import tokenizer_at, windows
+    from ..engine import tokenizer_at, windows
 
     named = subject.model.served.tokenizer or subject.model.reference
     if tokenizer is None and named is not None:
@@ -124,7 +121,7 @@ def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[
     return windows(subject, tokenizer), tokenizer
 
 
-def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress | None) -> list[Table]:
+def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress | None) -> list[LogprobTable]:
     served: Served | None = subject.model.served if subject.model else None
     assert served is not None
     client = Client.connect(served)
@@ -136,7 +133,9 @@ def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress
     return tables
 
 
-def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | None) -> Sequence[ReferenceRows | None]:
+def _rows(
+    reference: _Reference, tables: Sequence[LogprobTable], progress: Progress | None
+) -> Sequence[ReferenceRows | None]:
     if reference.tables is not None:
         theirs = [table.tokens.tolist() for table in reference.tables]
         if theirs != [table.tokens.tolist() for table in tables]:
@@ -144,14 +143,18 @@ def _rows(reference: _Reference, tables: Sequence[Table], progress: Progress | N
         return [rows_of_table(one, other) for one, other in zip(reference.tables, tables, strict=True)]
     if reference.loaded is None:
         return [None] * len(tables)
-    from ...engine import answers_of
+    from ..engine import answers_of
 
     answers = answers_of(reference.loaded, [(table.tokens, table.ids) for table in tables], progress)
     return [ReferenceRows(*answer) for answer in answers]
 
 
 def _capture(
-    subject: Subject, requests: Sequence[Request], tables: Sequence[Table], found: Sequence[Agreement], tokenizer: Any
+    subject: Subject,
+    requests: Sequence[Request],
+    tables: Sequence[LogprobTable],
+    found: Sequence[Agreement],
+    tokenizer: Any,
 ) -> Capture:
     statistics = frozenset({SCORES} | ({AGREEMENT} if found[0].kl is not None else set()))
     nll = [each.nll for each in found]
@@ -192,17 +195,17 @@ def _padded(column: Floats | None) -> Any:
     return None if column is None else np.append(column, np.nan)
 
 
-def _pieces(tables: Sequence[Table], tokenizer: Any) -> dict[int, str]:
+def _pieces(tables: Sequence[LogprobTable], tokenizer: Any) -> dict[int, str]:
     if tokenizer is None:
         return {}
-    from ...engine import decoder_of
+    from ..engine import decoder_of
 
     decode = decoder_of(tokenizer)
     assert decode is not None
     return dict(decode(sorted({int(token) for table in tables for token in table.tokens.tolist()})))
 
 
-def _provenance(subject: Subject, tables: Sequence[Table], found: Sequence[Agreement]) -> Provenance:
+def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequence[Agreement]) -> Provenance:
     """Say who said what of which tokens. A server tells neither its dtype nor its device, and they aren't guessed."""
     model = subject.model
     assert model is not None
@@ -223,20 +226,17 @@ def _provenance(subject: Subject, tables: Sequence[Table], found: Sequence[Agree
         versions={},
         weights=None,
     )
-    data = DataProvenance(model.logprobs or subject.data.source, fingerprint=fingerprint(tables))
+    data = DataProvenance(model.logprobs or subject.data.source, fingerprint=_fingerprint(tables))
     if model.served:
         longest = max(len(table.tokens) for table in tables)
         data = replace(data, num_samples=len(tables), seq_len=longest, seed=subject.data.seed)
     return Provenance(known, data, reference=ModelProvenance(model.reference or "") if outside else None)
 
 
-def fingerprint(tables: Sequence[Table]) -> str:
-    """Return the SHA-256 of the tokens: the one that a pass over the same windows notes."""
-    digest = hashlib.sha256()
-    for table in tables:
-        ids = table.tokens.astype("<i8")
-        digest.update(f"input_idstorch.int64{ids.shape}".encode() + ids.tobytes())
-    return f"sha256:{digest.hexdigest()}"
+def _fingerprint(tables: Sequence[LogprobTable]) -> str:
+    """Return the hash of the tokens: the one that a pass over the same windows notes."""
+    rows = (table.tokens.astype("<i8") for table in tables)
+    return data_fingerprint(("input_ids", ids.dtype.name, ids.shape, ids.tobytes()) for ids in rows)
 
 
 def bounded(capture: Capture) -> tuple[Capture, Capture] | None:

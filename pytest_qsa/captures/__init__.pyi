@@ -1,19 +1,17 @@
-from .cache import CaptureCache as CaptureCache
+from .cache import CaptureCache as CaptureCache, PartialSums as PartialSums
 from .capture import Capture as Capture
-from .channels import (
+from .distributions import (
     CODES as CODES,
     FIRST_CODE as FIRST_CODE,
     SHIFT as SHIFT,
     BandStat as BandStat,
-    channel_bands as channel_bands,
-)
-from .distributions import (
     bin_values as bin_values,
+    channel_bands as channel_bands,
     counted_quantile as counted_quantile,
     counted_quantiles as counted_quantiles,
+    histograms_of as histograms_of,
     sorted_counts as sorted_counts,
 )
-from .histograms import histograms_of as histograms_of
 from .merging import added as added, merge as merge
 from .numbers import (
     ERROR_NAMES as ERROR_NAMES,
@@ -28,7 +26,6 @@ from .numbers import (
     order_statistics as order_statistics,
     renumbered as renumbered,
 )
-from .partial import PartialSums as PartialSums
 from .provenance import (
     FLOAT as FLOAT,
     UNKNOWN_MODEL as UNKNOWN_MODEL,

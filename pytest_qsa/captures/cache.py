@@ -1,20 +1,62 @@
-"""Captures that outlive a run: a file for each fingerprint, checksummed, locked, in a folder of bounded size."""
+"""Captures that outlive a run: the cache, and the partial sums of a pass that was interrupted.
+
+The cache has a file for each fingerprint, checksummed, locked, in a folder of bounded size.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common import InfraError, QsaWarning, logger, write_atomically
 from .capture import Capture
-from .partial import PartialSums
 from .requests import Request, merge_requests
 
 LIMIT = 4 << 30
 """The bytes that a cache folder may hold; the captures that were not used for longest go first."""
+EVERY = 60.0
+"""Seconds between two writes of partial sums."""
+_DIGEST = 32
+"""Bytes of the SHA-256 at the end of a file of partial sums."""
+
+
+@dataclass
+class PartialSums:
+    """The file of one unfinished capture. Its name has to stand for all that could change a number."""
+
+    file: Path
+    every: float = EVERY
+    _written: float = field(default_factory=time.monotonic)
+
+    def load(self, requests: Sequence[Request]) -> Capture | None:
+        """Return the capture of the first samples, if it was made for the same plan and is whole."""
+        try:
+            content = self.file.read_bytes()
+            if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+                return None
+            capture = Capture.from_bytes(content[:-_DIGEST])
+        except (OSError, InfraError):
+            return None
+        return capture if capture.plan == merge_requests(requests) else None
+
+    def keep(self, make: Callable[[], Capture]) -> None:
+        """Write the capture so far, if the last time is long enough ago; on a full disk nothing is kept."""
+        if time.monotonic() - self._written < self.every:
+            return
+        content = make().to_bytes()
+        try:
+            write_atomically(self.file, content + hashlib.sha256(content).digest())
+        except OSError:
+            self.every = float("inf")
+        self._written = time.monotonic()
+
+    def discard(self) -> None:
+        """Remove the file: the capture is complete."""
+        self.file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

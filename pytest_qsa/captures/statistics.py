@@ -92,7 +92,8 @@ class Statistic:
     `arrays`: the arrays of `SiteNumbers` that it keeps. `by_parameters`: it keeps its array once for each set of
     parameters. `needs_tokens`: only a site with a token axis has it. `reference`: whether it is taken of the subject
     alone, of the reference's own tensors, or of both models' tensors as a pair. `default`: it is kept where nothing is
-    chosen; the others cost much, so that only a site that names them gets them.
+    chosen; the others cost much, so that only a site that names them gets them. `token_bytes`, `channel_bytes`,
+    `site_bytes`: about what it keeps of each.
     """
 
     name: ClassVar[str] = ""
@@ -101,6 +102,9 @@ class Statistic:
     needs_tokens: ClassVar[bool] = False
     reference: ClassVar[Literal["", "own", "pair"]] = ""
     default: ClassVar[bool] = False
+    token_bytes: ClassVar[int] = 0
+    channel_bytes: ClassVar[int] = 0
+    site_bytes: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
         """Register the class under its name, and the layouts of its arrays."""
@@ -126,7 +130,7 @@ class Statistic:
 
     def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
         """Return about how many bytes it keeps of one site, over `samples` samples of `tokens` tokens in all."""
-        return 0
+        return self.token_bytes * tokens + self.channel_bytes * channels + self.site_bytes
 
     @staticmethod
     @lru_cache
@@ -166,10 +170,7 @@ class Tokens(Statistic):
     arrays: ClassVar = {"token_max": PER_TOKEN, "peaks": RAGGED, "peak_channels": RAGGED}
     needs_tokens = True
     default = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """A float32 a token."""
-        return 4 * tokens
+    token_bytes = 4
 
 
 class Channels(Statistic):
@@ -183,10 +184,7 @@ class Channels(Statistic):
     arrays: ClassVar = {"channel_top": PER_POPULATION, "channel_max": LARGEST}
     needs_tokens = True
     default = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """A float32 a channel."""
-        return 4 * channels
+    channel_bytes = 4
 
 
 class Elements(Statistic):
@@ -214,10 +212,7 @@ class Counts(Statistic):
     name = "counts"
     arrays: ClassVar = {"counts": _counts("bins"), "bins": BINS, "extremes": EXTREMES}
     default = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """8 bytes a bin."""
-        return BIN_BYTES
+    site_bytes = BIN_BYTES
 
 
 class SignedCounts(Statistic):
@@ -226,10 +221,7 @@ class SignedCounts(Statistic):
     name = "signed_counts"
     arrays: ClassVar = {"signed_counts": _counts("signed_bins"), "signed_bins": BINS, "extremes": EXTREMES}
     default = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """8 bytes a bin of either sign."""
-        return 2 * BIN_BYTES
+    site_bytes = 2 * BIN_BYTES
 
 
 class SinkTokens(Statistic):
@@ -257,10 +249,7 @@ class ChannelCounts(Statistic):
     name = "channel_counts"
     arrays: ClassVar = {"channel_counts": _counts("channel_bins"), "channel_bins": BINS, "channel_extremes": EXTREMES}
     needs_tokens = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """The bins that occur."""
-        return CHANNEL_BYTES * channels
+    channel_bytes = CHANNEL_BYTES
 
 
 class Scores(Statistic):
@@ -297,10 +286,7 @@ class TokenError(Statistic):
     name = "error"
     arrays: ClassVar = {"error": PER_TOKEN}
     reference = "pair"
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """Four float32 a token."""
-        return 16 * tokens
+    token_bytes = 16
 
 
 class ReferenceTokens(Statistic):
@@ -364,10 +350,7 @@ class FeatureCounts(Statistic):
     arrays: ClassVar = {"features": SUM}
     by_parameters = True
     needs_tokens = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """8 bytes a channel."""
-        return 8 * channels
+    channel_bytes = 8
 
 
 @dataclass(frozen=True)
@@ -382,10 +365,7 @@ class HeatMap(Statistic):
     arrays: ClassVar = {"maps": OF_A_SAMPLE}
     by_parameters = True
     needs_tokens = True
-
-    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
-        """At most 128 × 128 float32."""
-        return 4 * 128 * 128
+    site_bytes = 4 * 128 * 128
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
 def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
     """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels.
 
-    The extremes are exact, a percentile is within 1/16 of its value (channels.py). Medians are lower ones.
+    The extremes are exact, a percentile is within 1/16 of its value. Medians are lower ones.
     """
     band = channel_bands(view.numbers, signed=signed)[stat]
     if not np.isfinite(band).all():

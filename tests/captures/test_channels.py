@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.captures import ALL_STATISTICS, CHANNEL_COUNTS
-from pytest_qsa.captures.channels import SHARES
+from pytest_qsa.captures.distributions import SHARES
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.selection import NotMeasuredError
 from support import models, oracle

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pytest_qsa import capture
-from pytest_qsa.captures.histograms import PER_OCTAVE, histogram, histograms_of
+from pytest_qsa.captures.distributions import PER_OCTAVE, histogram, histograms_of
 from support import models
 
 

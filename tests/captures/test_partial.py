@@ -50,7 +50,7 @@ def test_it_is_written_at_intervals_and_a_full_disk_ends_the_keeping(tmp_path, m
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pytest_qsa.captures.partial.write_atomically", fail)
+    monkeypatch.setattr("pytest_qsa.captures.cache.write_atomically", fail)
     for _ in range(2):
         full.keep(lambda: made.append(1) or half())
     assert made == [1]

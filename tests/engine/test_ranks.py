@@ -10,8 +10,7 @@ import pytest
 
 from pytest_qsa import Capture
 from pytest_qsa.captures import ALL_STATISTICS, Request
-from pytest_qsa.captures.cache import CaptureCache
-from pytest_qsa.captures.partial import PartialSums
+from pytest_qsa.captures.cache import CaptureCache, PartialSums
 from pytest_qsa.cli import main
 from pytest_qsa.engine.subject import Share, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from pytest_qsa import Capture
+from pytest_qsa.captures.cache import PartialSums
 from pytest_qsa.captures.merging import merge
-from pytest_qsa.captures.partial import PartialSums
 from pytest_qsa.engine.subject import Share
 from support.captures import assert_equal
 from support.checkpoints import save_llama, save_quantized_llama

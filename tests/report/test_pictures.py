@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
-from pytest_qsa.captures.channels import channel_bands
+from pytest_qsa.captures.distributions import channel_bands
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.report.plots.boxes import box_figure, histogram_figure, percentile_figure
 from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure

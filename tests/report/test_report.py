@@ -15,7 +15,7 @@ import execnet
 import numpy as np
 import pytest
 
-from pytest_qsa.captures.histograms import histogram
+from pytest_qsa.captures.distributions import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict

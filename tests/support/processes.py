@@ -53,7 +53,7 @@ def torchrun(program, tmp_path, ranks=2):
 
 def die_after(count, file, subject, requests):
     """Capture in this process, which kills itself when `count` samples are done."""
-    from pytest_qsa.captures.partial import PartialSums
+    from pytest_qsa.captures.cache import PartialSums
     from pytest_qsa.engine.stream import stream
     from pytest_qsa.engine.subject import Share, capture_subject
 

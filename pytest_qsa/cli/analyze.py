@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..tools import Analysis
 
 FIRST = 20
-"""How many layers are listed, as in activation-distribution-analysis."""
+"""How many layers are listed, as in quant-smooth-ana."""
 
 
 def run(arguments: Sequence[str]) -> int:

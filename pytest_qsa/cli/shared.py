@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common import InfraError, shown_path
+from ..common import InfraError, logger, shown_path
 
 if TYPE_CHECKING:
     from ..suite import SuiteFile
@@ -43,7 +43,7 @@ class _Verbose(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, True)
-        logging.getLogger("pytest_qsa").setLevel(logging.DEBUG)
+        logger.setLevel(logging.DEBUG)
 
 
 def add_verbose(parser: argparse.ArgumentParser, also: str = "") -> None:
@@ -54,8 +54,8 @@ def add_verbose(parser: argparse.ArgumentParser, also: str = "") -> None:
 
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Show what the package logs, from DEBUG on where `--verbose` is parsed inside; afterwards logging is as before."""
-    logger, handler = logging.getLogger("pytest_qsa"), logging.StreamHandler()
+    """Print the package's log on stderr: its warnings, and all of it once `--verbose` is parsed."""
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms  %(message)s"))
     level = logger.level
     logger.addHandler(handler)

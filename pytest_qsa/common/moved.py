@@ -12,7 +12,7 @@ from types import ModuleType
 MOVED = {
     "pytest_qsa.checkpoint.smoothing": "pytest_qsa.checkpoint",
     "pytest_qsa.divergence": "pytest_qsa.metrics",
-    "pytest_qsa.errors": "pytest_qsa.common",
+    "pytest_qsa.errors": "pytest_qsa",
 }
 """The old module and the one that has its names now."""
 

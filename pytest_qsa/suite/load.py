@@ -30,7 +30,7 @@ class SuiteFile:
 
     @property
     def assertions(self) -> Sequence[Assertion]:
-        """The assertions in the order of the file; none for a configuration of the seed."""
+        """The assertions in the order of the file; none for a configuration without any."""
         return self.suite.assertions or ()
 
     def place_of(self, index: int) -> Place:
@@ -57,7 +57,7 @@ def subject_of(file: SuiteFile) -> NamedSubject:
 
 
 def misfit(path: Path, override: str) -> str | None:
-    """Return why an override doesn't fit a suite: it names an assertion that the suite hasn't; None where it fits."""
+    """Return why an override doesn't fit a suite, which has no assertion of that id; None where it fits."""
     if not override.startswith("assertions."):
         return None
     source = read_suite(path)

@@ -13,7 +13,7 @@ from .visualization import Visualization
 
 
 class Suite(Strict):
-    """A suite: the seed's configuration plus `assertions`. Without `model` the fixture `qsa_model` is the subject.
+    """A suite: a configuration of quant-smooth-ana, plus `assertions`. Without `model`, `qsa_model` is the subject.
 
     `extends` and `defaults` are applied before a suite is validated (inherit.py), so nothing else reads them.
     """

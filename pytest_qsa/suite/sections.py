@@ -1,6 +1,6 @@
 """The sections of a suite that say what is measured: model, data and memory.
 
-They are the configuration of activation-distribution-analysis, key for key, with additions.
+They are the configuration of quant-smooth-ana, key for key, with additions.
 """
 
 from __future__ import annotations

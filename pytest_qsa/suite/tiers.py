@@ -1,4 +1,7 @@
-"""Tiers: how often an assertion is worth its time. A run of one tier runs those before it as well."""
+"""Tiers: how often an assertion runs. A run of a tier includes the tiers before it.
+
+The plugin imports this module at every start of pytest, so it imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ from ..common import SuiteError, did_you_mean
 
 Tier = Literal["pr", "nightly", "release"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
-"""In their order; an assertion that names none is of the first."""
+"""In order; an assertion without a tier is of the first."""
 NOT_RUN = pytest.StashKey[Mapping[str, str]]()
-"""On the configuration: the id of each gate that the tier left out → its own tier."""
+"""In the stash of the configuration: the ids of the tests that the tier leaves out, each with its own tier."""
 
 WORKER_NOT_RUN = "qsa_not_run"
-"""The key of an xdist worker's output that holds the same."""
+"""The same in the output of a worker of pytest-xdist."""
 WORKER_PROBLEM = "qsa_problem"
-"""The key of its output that says why it ran nothing."""
+"""In a worker's output: why it ran nothing."""
 
 
 def tier_of(item: pytest.Item) -> Tier | None:
-    """Return the tier of a gate, the nearest mark's; None for a test that is no gate.
+    """Return the tier that the nearest mark of a test gives; None for a test that uses nothing of this plugin.
 
     Raises:
-        SuiteError: a mark names no tier.
+        SuiteError: a mark names an unknown tier.
     """
     marks = list(item.iter_markers("qsa"))
     if not marks and "qsa" not in getattr(item, "fixturenames", ()):
@@ -40,7 +43,7 @@ def tier_of(item: pytest.Item) -> Tier | None:
 
 
 def split_by_tier(items: Sequence[pytest.Item], tier: Tier) -> tuple[list[pytest.Item], dict[pytest.Item, Tier]]:
-    """Return what a run of a tier runs, and the gates of later tiers with theirs.
+    """Return the tests that a run of a tier includes, and those of later tiers with their tiers.
 
     Raises:
         SuiteError: as `tier_of`.

@@ -1,4 +1,4 @@
-"""The seed's plotting section, key for key: what `qsa analyze` draws and exports. No assertion looks at it."""
+"""The section of plots, key for key that of quant-smooth-ana: what `qsa analyze` draws. No assertion reads it."""
 
 from __future__ import annotations
 

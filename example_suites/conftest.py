@@ -5,4 +5,4 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep our warnings what they are."""
-    config.addinivalue_line("filterwarnings", "default::pytest_qsa.common.QsaWarning")
+    config.addinivalue_line("filterwarnings", "default::pytest_qsa.QsaWarning")

@@ -137,7 +137,8 @@ class Reader:
             assert done.returncode == 0, done.stdout
             self._check_jobs(yaml.safe_load(block.text))
         elif block.file.endswith((".qsa.yaml", ".qsa.yml")) and not path.parent.name.startswith("_"):
-            assert load_suite(path).assertions
+            if not (self.project.folder / "conftest.py").exists():  # it may define the metrics of the suite
+                assert load_suite(path).assertions
             self.waiting += [] if block.reason else [block.file]
 
     def _check_jobs(self, content):

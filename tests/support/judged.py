@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 
+import numpy as np
+
+from pytest_qsa import Capture
+from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.metrics.series import Bounds
+from pytest_qsa.suite.load import make_suite
+from pytest_qsa.suite.yaml_source import YamlSource
 from pytest_qsa.verdicts.budgets import Budget
 from pytest_qsa.verdicts.explainers import Context, explain
 from pytest_qsa.verdicts.judge import Identity, concluded, judge_assertion
 from pytest_qsa.verdicts.judgement import within_budget
+from support.captures import statistics
 
 TODAY = date(2027, 1, 31)
 
@@ -26,3 +34,26 @@ def judged(assertion, evidence, *, today=TODAY, **keywords):
 def explained(verdict, capture, files=None, origins=None):
     """Return a verdict with what explains it. `files`: returns the checkpoint's."""
     return explain(verdict, Context(capture, files, {} if origins is None else origins))
+
+
+def assertion_of(**keys):
+    """Return an assertion as a suite has it."""
+    model = {"path": "int8", "reference": "original", "previous": "v1"}
+    return make_suite(YamlSource(Path("a.qsa.yaml"), {"model": model, "assertions": [{"id": "a", **keys}]})).assertions[
+        0
+    ]
+
+
+def capture_of(values, pieces=None):
+    """Return a capture of the outputs of blocks: layer i saw one sample, whose token-wise maxima are `values[i]`."""
+    layers = tuple(f"layers.{index}" for index in range(len(values)))
+    sites = {(layer, "output"): _numbers(np.array(row, np.float32)) for layer, row in zip(layers, values, strict=True)}
+    tokens = (np.arange(len(values[0]), dtype=np.int32),)
+    return Capture(sites, layers, layers, tokens, pieces or {})
+
+
+def _numbers(tokens):
+    one, peaks = np.zeros(1, np.int32), np.argsort(-tokens)[None, :4].astype(np.int32)
+    arrays = {"token_max": tokens, "peaks": peaks, "peak_channels": np.full_like(peaks, 5)}
+    lengths = np.array([len(tokens)])
+    return SiteNumbers("float32", (len(tokens), 8), True, statistics("tokens", "sinks"), one, one, lengths, arrays)

@@ -1,0 +1,125 @@
+"""What explains a verdict, by plain calls: the loader, the design, the reference's values, the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pytest_qsa import Capture
+from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.checkpoint.smoothing import Relation
+from pytest_qsa.common.errors import InfraError
+from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.verdicts.verdict import Kind
+from support.captures import statistics
+from support.judged import capture_of, explained, judge_bounds
+
+VALUES = [[1, 2, 1, 1], [1, 1, 8, 1], [1, 1, 1, 4]]
+
+
+def no_files():
+    raise InfraError("there are no files")
+
+
+def loaded(gain):
+    """Return a capture of one weight that the loader multiplied, and the verdict on how far it is from its file."""
+    one = np.zeros(1, np.int32)
+    stored = {"stored": np.array([4.0, 4.0 * (gain - 1) ** 2, 4.0 * gain, 4.0 * gain**2])}
+    numbers = SiteNumbers("float32", (2, 2), False, statistics("stored"), one, one, np.zeros(1, np.int64), stored)
+    capture = Capture({("q", "weight"): numbers}, ("q",))
+    return capture, judge_bounds(capture.weight("q").loaded_weights(), Bounds(max=0))
+
+
+def test_a_weight_that_differs_from_its_file_is_the_loader_s():
+    capture, verdict = loaded(0.5)
+    verdict = explained(verdict, capture)
+    assert verdict.rows[0].detail == "the loader made it × 0.5"
+    assert verdict.headline.endswith("; the loader made it × 0.5")
+    assert "the loader is at fault" in verdict.hints[0]
+
+
+def test_a_weight_that_is_as_in_its_file_is_said_to_be_and_no_advice_is_given():
+    capture, verdict = loaded(1.0)
+    verdict = explained(verdict, capture)
+    assert (verdict.kind, verdict.rows[0].detail, verdict.hints) == (Kind.PASSED, "as in the file", ())
+
+
+def compared(values, high):
+    """Return a capture with a reference, and the verdict on a metric against it with these values."""
+    capture = replace(capture_of(VALUES), reference=capture_of(VALUES))
+    query = Query("sqnr", "sqnr/1", "output", "layers", positions="all")
+    return capture, judge_bounds(Series(list(capture.modules), np.array(values), query), Bounds(max=high))
+
+
+def files(relation):
+    return lambda: SimpleNamespace(relation=relation)
+
+
+SMOOTHED, ROTATED = (Relation(kind, (), f"it is {kind}") for kind in ("smoothed", "rotated"))
+
+
+@pytest.mark.parametrize(
+    ("relation", "blocks", "kind"),
+    [
+        (Relation("same"), True, Kind.REGRESSION),
+        (SMOOTHED, True, Kind.REGRESSION),
+        (SMOOTHED, False, Kind.ANOMALOUS),
+        (ROTATED, True, Kind.ANOMALOUS),
+    ],
+    ids=["same", "blocks of a smoothed one", "layers of a smoothed one", "blocks of a rotated one"],
+)
+def test_what_differs_by_design_is_no_regression(relation, blocks, kind):
+    capture, verdict = compared([1.0, 2.0, 3.0], high=2)
+    capture = capture if blocks else replace(capture, blocks=())
+    verdict = explained(verdict, capture, files(relation))
+    assert verdict.kind is kind
+    assert verdict.headline.startswith("by design ") == (kind is Kind.ANOMALOUS)
+    assert len(verdict.hints) == (kind is Kind.ANOMALOUS)
+
+
+def test_a_softened_excess_stays_softened_when_it_is_by_design():
+    capture, verdict = compared([1.0, 2.0, 3.0], high=2)
+    verdict = explained(replace(verdict, kind=Kind.WARNED), capture, files(ROTATED))
+    assert verdict.kind is Kind.WARNED
+    assert verdict.headline.startswith("by design ")
+
+
+def test_without_files_nothing_is_by_design_and_what_passed_is_not_asked():
+    capture, verdict = compared([1.0, 2.0, 3.0], high=2)
+    assert explained(verdict, capture, no_files).kind is Kind.REGRESSION
+    capture, verdict = compared([1.0, 2.0, 3.0], high=9)
+    assert explained(verdict, capture, pytest.fail).kind is Kind.PASSED
+
+
+def test_the_origin_is_looked_for_once_a_capture():
+    capture, verdict = compared([1.0, 2.0, 3.0], high=2)
+    known = {capture: {"adds most": "layers.2"}}
+    assert explained(verdict, capture, no_files, known).origin == {"adds most": "layers.2"}
+
+
+def test_a_metric_of_the_model_alone_shows_what_the_reference_has_there():
+    other = capture_of([[1, 3, 1, 1], [1, 1, 5, 1], [1, 1, 1, 7]])
+    capture = replace(capture_of(VALUES), reference=other)
+    verdict = explained(judge_bounds(capture.output(".").magnitude("top1"), Bounds(max=99)), capture)
+    assert {row.layer: row.reference for row in verdict.rows} == {"layers.0": 3, "layers.1": 5, "layers.2": 7}
+    folded = judge_bounds(capture.output(".").magnitude("top1").folded("max"), Bounds(max=99))
+    assert explained(folded, capture).rows[0].reference is None
+
+
+def test_the_tokens_of_the_worst_layer_are_shown_in_their_context():
+    capture = capture_of(VALUES, pieces=dict(enumerate("abcd")))
+    verdict = judge_bounds(capture.output(".").outlier_tokens(threshold=3), Bounds(max=0))
+    (token,) = explained(verdict, capture).evidence
+    assert (token.layer, token.position, token.before, token.text, token.after) == ("layers.1", 2, "ab", "c", "d")
+    assert (token.magnitude, token.ratio, token.channel) == (8, 8, 5)
+    assert explained(verdict, capture.redacted()).evidence[0].text == ""
+
+
+def test_a_pass_shows_no_tokens_and_an_error_explains_nothing():
+    capture = capture_of(VALUES)
+    assert not explained(judge_bounds(capture.output(".").outlier_tokens(), Bounds(max=9)), capture).evidence
+    stopped = replace(judge_bounds(capture.output(".").outlier_tokens(), Bounds(max=0)), kind=Kind.ANOMALOUS, rows=())
+    assert explained(stopped, capture) == stopped

@@ -10,7 +10,7 @@ from pytest_qsa.captures import MOMENTS, STORED, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
-from pytest_qsa.metrics.loaded import blame
+from pytest_qsa.metrics.loaded import made_by_loader
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.checkpoints import save_gguf, save_quantized_moe
 from support.projects import suite
@@ -43,7 +43,7 @@ def made_of(cap):
     """Return what is not as in its file: layer → relative difference and what the loader is blamed for."""
     series = cap.weight(".").loaded_weights()
     found = zip(series.layers, series.values.tolist(), strict=True)
-    return {layer: (round(value, 3), blame(cap.sites[layer, "weight"])) for layer, value in found if value}
+    return {layer: (round(value, 3), made_by_loader(cap.sites[layer, "weight"])) for layer, value in found if value}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -101,7 +101,7 @@ class ModelProvenance(_Record):
         content: dict[str, Any] = {}
         for key, value in super().plain().items():
             content |= value.plain() if isinstance(value, _Record) else {key: value}
-        return {"path": self.path, **content} if content else {}
+        return {"path": self.path, **content} if content else {}  # a fixture's model has an empty path
 
     @classmethod
     def of_baseline(cls, header: Mapping[str, Any]) -> Self:
@@ -208,7 +208,7 @@ class Execution:
 
     def __str__(self) -> str:
         """Write it in words: `W8A8 emulated (28 modules)`."""
-        if not self.forward:
+        if not self.forward:  # only weights were measured
             return NOTHING_RAN
         text = ", ".join(f"{words} ({module_count(kind.modules)})" for words, kind in self.kinds.items()) or FLOAT
         return text + (f"; {module_count(self.idle_experts)} of experts saw no token" if self.idle_experts else "")

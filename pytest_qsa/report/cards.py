@@ -114,6 +114,7 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
     Returns `columns`, an assertion each; `rows`, with the layer, its cells (one for each column, or None), its worst
     share of the budget, and its histograms; and `strips`, the indices of rows by kind of layer.
     """
+    # Tasks of an eval and the many experts of a layer would fill the table; they have the table of their own card.
     columns = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -142,7 +143,7 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def _of_layers(card: Card) -> bool:
-    """Say whether the rows of an assertion are layers, not tasks of an eval or experts of a layer."""
+    """Say whether the rows of an assertion are layers."""
     return bool(card["query"].get("of", "layers") == "layers")
 
 

@@ -109,7 +109,7 @@ def command(level: str, file: str, line: str, title: str, message: str) -> str:
 
 
 def _data(text: str) -> str:
-    text = "".join(c if c == "\n" else visible(c) for c in text)
+    text = "".join(c if c == "\n" else visible(c) for c in text)  # %0A keeps lines; GitHub shows them
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
@@ -118,7 +118,7 @@ def _property(text: str) -> str:
 
 
 def _in_repository(file: str) -> str:
-    root = os.environ.get("GITHUB_WORKSPACE")
+    root = os.environ.get("GITHUB_WORKSPACE")  # pytest may run in a folder below it; GitHub counts from the root
     if root and Path(file).resolve().is_relative_to(Path(root).resolve()):
         return Path(file).resolve().relative_to(Path(root).resolve()).as_posix()
     return file

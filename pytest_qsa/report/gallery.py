@@ -75,6 +75,6 @@ def _grid(values: NDArray[np.float32]) -> dict[str, Any]:
         coarse = np.maximum.reduceat(coarse, np.arange(0, coarse.shape[axis], cell), axis=axis)
     return {
         "rows": coarse.shape[0],
-        "values": [float(f"{value:.3g}") for value in coarse.ravel()],
+        "values": [float(f"{value:.3g}") for value in coarse.ravel()],  # three digits: the page stays small
         "holes": int(values.size - np.isfinite(values).sum()),
     }

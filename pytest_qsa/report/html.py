@@ -63,6 +63,7 @@ def _environment() -> Environment:
 
 def embedded(content: Mapping[str, Any]) -> Markup:
     """Write plain data as JSON for a script element; no text in it can end the element or begin another."""
+    # JSON.parse refuses NaN, which strict_json writes as a string; it also indents, which would cost bytes here.
     text = json.dumps(json.loads(strict_json(content)), ensure_ascii=True, separators=(",", ":"))
     return Markup(text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"))
 
@@ -84,7 +85,7 @@ def number_text(value: Any, signed: bool = False) -> str:
         return ""
     if not isinstance(value, float | int) or isinstance(value, bool):
         return str(value)
-    whole = 1e4 <= abs(value) < 1e7
+    whole = 1e4 <= abs(value) < 1e7  # .4g would write 12345 as 1.234e+04
     text = f"{value:{'+' if signed else ''}{'.0f' if whole else '.4g'}}"
     return text.replace("inf", "∞").replace("nan", "NaN").replace("-", "−")
 

@@ -133,6 +133,7 @@ def _joined(runs: Sequence[Variables]) -> list[Variables]:
     def key(run: Mapping[str, Any]) -> tuple[str, str]:
         return run["name"], run["all"].get("model.path", "")
 
+    # Static checks and errors know less of a checkpoint than its pass, and would show it a second time.
     passes = {key(run): run for run in runs if "model.class" in run["all"]}
     joined = []
     for run in runs:

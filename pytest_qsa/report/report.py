@@ -54,7 +54,7 @@ def builtins_of(value: Any) -> Any:
     """Return a value made of str, int, float, bool, None, list and dict; what is none of them becomes its text."""
     if value is None or type(value) in (bool, int, float):
         return value
-    if isinstance(value, Enum):
+    if isinstance(value, Enum):  # before str: Kind is a StrEnum, which execnet can't serialize
         return builtins_of(value.value)
     if isinstance(value, str):
         return str(value).encode("utf-8", "backslashreplace").decode()  # a lone surrogate can't be written

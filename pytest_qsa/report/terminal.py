@@ -64,7 +64,7 @@ def _facts(verdict: Verdict) -> Iterator[str]:
         *verdict.artefacts.items(),
     ]
     known = [(label, text) for label, text in facts if text]
-    width = max([LABEL_WIDTH, *(len(label) + 1 for label, _ in known)])
+    width = max([LABEL_WIDTH, *(len(label) + 1 for label, _ in known)])  # labels of an origin are longer than ours
     yield from (f"{label:<{width}}{text}" for label, text in known)
 
 

@@ -1,4 +1,4 @@
-"""How the quantized modules of a subject were run, as the pass saw it: in words, and against what a suite requires."""
+"""How the quantized modules of a subject ran, checked against what the suite requires."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
 
 
 def check_execution(execution: Execution | None, model: Model) -> None:
-    """Check that every quantized module ran, and ran as the suite requires, where it does.
+    """Check that every quantized module ran, in the way that `model.require` asks for.
 
     Raises:
-        AnomalyError: a quantized module never ran, so that nothing is known of it.
-        InfraError: the model ran otherwise than required.
+        AnomalyError: a quantized module never ran, and `model.allow_idle` does not name it.
+        InfraError: the model ran in another way.
     """
     allowed = model.allow_idle
     idle = execution.idle if execution else ()
@@ -29,7 +29,7 @@ def check_execution(execution: Execution | None, model: Model) -> None:
     if idle:
         others = f" (and {len(idle) - 1} more)" if idle[1:] else ""
         raise AnomalyError(
-            f"the quantized module {idle[0]}{others} never ran, so nothing that was measured is about it: give data "
+            f"the quantized module {idle[0]}{others} never ran, so no number is about it: give data "
             "that reach it, or name it in model.allow_idle (a regex)"
         )
     if model.require is not None:
@@ -39,7 +39,7 @@ def check_execution(execution: Execution | None, model: Model) -> None:
 def _check_required(execution: Execution | None, required: Sequence[str]) -> None:
     wanted = " or ".join(required)
     if not execution or not execution.forward:
-        raise InfraError(f"model.require: executed_as: {wanted} can't be told here: no forward of the checkpoint ran")
+        raise InfraError(f"model.require: executed_as: {wanted} can't be checked: no forward of the checkpoint ran")
     for words, kind in (execution.kinds or {FLOAT: ExecutedModules(0, "")}).items():
         if not any(_fits(way, words) for way in required):
             what = f"{module_count(kind.modules)}, the first {kind.first}, ran as {words}" if kind.first else ""
@@ -50,7 +50,7 @@ def _check_required(execution: Execution | None, required: Sequence[str]) -> Non
 
 
 def _fits(way: str, words: str) -> bool:
-    """Say whether all words of a requirement are among those of what ran."""
+    """Say whether a requirement's words are all among those of the execution."""
     return set(way.lower().split()) <= set(words.lower().replace(",", "").split())
 
 

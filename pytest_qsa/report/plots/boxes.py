@@ -81,7 +81,7 @@ def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *,
             axes.legend(loc="upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
     first = panels.grid.axes[0]
     low, high = first.get_ylim()
-    first.set_ylim(low, high * 8 if legend else high)
+    first.set_ylim(low, high * 8 if legend else high)  # room for the legends above the curves
     scale_log(first)
     panels.label("x", "share of the elements in a bin", legend=False)
     return panels.grid.figure
@@ -93,6 +93,7 @@ def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]
     width = _width(np.array([counted_quantiles(numbers, (0.25, 0.75), signed=True) for numbers in sites]))
     ends = [np.arcsinh(values[[0, -1]] / width) for values, _ in finite if len(values)]
     low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (-1.0, 1.0)
+    # Equal bins of asinh(x / width), a little wider than the extremes, which rounding could leave out.
     edges = np.linspace(low - 1e-9, max(high, low + 1e-6) + 1e-9, BINS + 1)
     for (values, counts), label, (colour, _, dash) in zip(finite, labels, GROUP_STYLES, strict=False):
         binned, _ = np.histogram(np.arcsinh(values / width), bins=edges, weights=counts)

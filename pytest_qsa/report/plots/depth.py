@@ -105,9 +105,7 @@ class Depth:
             flat = sum(map(len, names)) < 90
             slant: Any = {} if flat else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(ticks, names, **slant)
-        every = (
-            len(self.x) <= 130 and most == MOST_TICKS
-        )  # a mark a layer, but not in narrow panels, where it costs time
+        every = len(self.x) <= 130 and most == MOST_TICKS  # in narrow panels a tick for each layer costs time
         axes.xaxis.set_minor_locator(FixedLocator(sorted(set(self.x))) if every else NullLocator())
         axes.tick_params(axis="x", which="minor", length=2)
         low, high = min(self.x), max(self.x)
@@ -144,7 +142,7 @@ def depth_of(layers: Sequence[str], most_kinds: int = len(GROUP_STYLES)) -> Dept
     """Return the depth of layers, given in the model's order; more than `most_kinds` kinds become one."""
     names = tuple(layers)
     numbers = [_NUMBER.search(name) for name in names]
-    for count in (1, 0):  # one star for the first number, then one for every number, as experts need it
+    for count in (1, 0):  # replace the first number, or every number: experts would be too many kinds
         if not all(numbers):
             break
         kinds: dict[str, list[int]] = {}

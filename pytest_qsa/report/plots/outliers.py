@@ -57,7 +57,7 @@ def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: 
         view = View(capture.sites[layer, site], site, positions, capture.sinks, layer)
         for each in range(view.numbers.populations):
             ratios, sample = view.ratios(each), int(view.numbers.sample[each])
-            at = np.flatnonzero(ratios > np.float32(threshold))
+            at = np.flatnonzero(ratios > np.float32(threshold))  # in float32, as the metric compares
             sinks = capture.sinks.mask(sample, len(ratios), layer)[at]
             found.append((np.full(len(at), index), np.full(len(at), sample), at, sinks))
     joined = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [np.zeros(0, dtype=np.int64)] * 4

@@ -213,7 +213,7 @@ def _draw_baseline(axes: Axes, judged: Judged) -> None:
     """Draw the baseline with its allowed band: one band along a line, one bar a layer where there are several lines."""
     rows, depth = judged.rows, judged.depth
     known = [i for i in range(len(rows)) if rows[i].baseline is not None]
-    bottom, top = axes.get_ylim()
+    bottom, top = axes.get_ylim()  # the band must not change what `_scale` chose
     x = [depth.x[i] for i in known]
     low, high, baseline = edges([rows[i] for i in known], bottom, top)
     if len(depth.kinds) == 1 and len(set(x)) == len(x):
@@ -332,7 +332,7 @@ def _draw_used(axes: Axes, judged: Judged) -> None:
 def _share(row: Row) -> float:
     if row.baseline is None or row.used is None or not math.isfinite(row.value):
         return math.nan
-    used = min(row.used, 1e3)  # without any allowance every move is infinitely far
+    used = min(row.used, 1e3)  # with no tolerance any change is infinitely far
     return math.copysign(100 * used, row.value - row.baseline)
 
 

@@ -89,7 +89,7 @@ def write_analysis(
         report(f"{picture.name}: {time.perf_counter() - started:.2f} s")
     started = time.perf_counter()
     written.files += _tables(visualization, subject, analysis, capture, folder, written.drawn)
-    if "html" in visualization.output.formats:
+    if "html" in visualization.output.formats:  # last, for the page lists the other files
         page = folder / visualization.output.report_file
         gallery = _gallery(subject, capture, visualization, written, analysis.warnings, command)
         write_atomically(page, render_gallery(gallery))

@@ -197,7 +197,7 @@ def find_outlier_tokens(capture: Capture, threshold: float) -> dict[tuple[int, i
         view = View(numbers, site, "all", capture.sinks, layer)
         for population in range(numbers.populations):
             ratios = view.ratios(population)
-            for position in np.flatnonzero(ratios > np.float32(threshold)).tolist():
+            for position in np.flatnonzero(ratios > np.float32(threshold)).tolist():  # float32, as the metric compares
                 sighting = (float(ratios[position]), f"{layer} {site}", channel_of(numbers, population, position))
                 seen.setdefault((int(numbers.sample[population]), position), []).append(sighting)
     found = {}

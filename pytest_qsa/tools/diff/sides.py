@@ -166,7 +166,7 @@ def _reported(path: Path, content: bytes, subject: str) -> DiffSide:
         schema = ""
     if not str(schema).startswith("qsa-report/1"):
         raise SuiteError(f"{path}: neither a capture (.qsa), nor a baseline, nor a report.json of this program")
-    try:
+    try:  # the file may be edited or of another version
         return _of_results(path, report["results"], subject)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, QsaError):

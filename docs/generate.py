@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rooms import rooms_picture, rooms_table
 
+from pytest_qsa.captures import STATISTICS
 from pytest_qsa.cli import commands
 from pytest_qsa.cli.shared import first_line
 from pytest_qsa.metrics import METRICS, Metric
@@ -113,6 +115,17 @@ def architecture_page(text: str) -> str:
 def contributing_page(text: str) -> str:
     """List the rooms of the package."""
     return between(text, "rooms", rooms_table("rooms"))
+
+
+@generates("docs/capture-format.md")
+def capture_page(text: str) -> str:
+    """Write the table of all statistics from their classes."""
+    rows = ["| statistic | what it keeps | by default |", "|---|---|---|"]
+    for name, kind in sorted(STATISTICS.items()):
+        form = ":".join([name, *(field.name.upper() for field in fields(kind))])
+        what = " ".join((kind.__doc__ or "").split()).replace("|", "\\|")
+        rows.append(f"| `{form}` | {what} | {'yes' if kind.default else ''} |")
+    return between(text, "statistics", "\n".join(rows))
 
 
 @generates("pytest_qsa/metrics/methods.pyi")

@@ -73,6 +73,7 @@ from .statistics import (
     SCORES as SCORES,
     SIGNED_COUNTS as SIGNED_COUNTS,
     SINKS as SINKS,
+    STATISTICS as STATISTICS,
     STORED as STORED,
     TOKENS as TOKENS,
     ChannelError as ChannelError,

@@ -176,8 +176,8 @@ class Tokens(Statistic):
 class Channels(Statistic):
     """The largest |x| of each channel.
 
-    `channel_top` [P, 7] float32: order statistics (`TOP_NAMES`) of each population's. `channel_max` [C] float32: of
-    all populations.
+    `channel_top` [P, 7] float32: top1, top2, top3, lower median, min3, min2, min of them in each population.
+    `channel_max` [C] float32: the largest over all populations.
     """
 
     name = "channels"
@@ -188,7 +188,7 @@ class Channels(Statistic):
 
 
 class Elements(Statistic):
-    """Order statistics of |x|: `element_top` [P, 7] float32, `TOP_NAMES`."""
+    """Order statistics of |x|: `element_top` [P, 7] float32, top1, top2, top3, lower median, min3, min2, min."""
 
     name = "elements"
     arrays: ClassVar = {"element_top": PER_POPULATION}
@@ -196,7 +196,7 @@ class Elements(Statistic):
 
 
 class Moments(Statistic):
-    """Power sums: `moments` [P, 7] float64, `MOMENT_NAMES`."""
+    """Power sums: `moments` [P, 7] float64, n, mean, Σ(x − mean)², Σ(x − mean)⁴, max |x|, zeros, NaN and Inf."""
 
     name = "moments"
     arrays: ClassVar = {"moments": PER_POPULATION}
@@ -204,9 +204,10 @@ class Moments(Statistic):
 
 
 class Counts(Statistic):
-    """How often each 16-bit pattern of |x| occurs: `bins`, `counts` int64, zero counts left out.
+    """How often each 16-bit pattern of |x| occurs: `bins`, `counts` int64, bins that don't occur left out.
 
-    `extremes` [4] float32: `EXTREME_NAMES` of all that was counted, exact whatever the width of a bin.
+    float32 is counted by its upper 16 bits. `extremes` [4] float32, always exact: the largest and smallest |x|, the
+    smallest and largest x (NaN where the signs are not counted).
     """
 
     name = "counts"
@@ -216,7 +217,7 @@ class Counts(Statistic):
 
 
 class SignedCounts(Statistic):
-    """The same of x: `signed_bins`, `signed_counts`, `extremes`."""
+    """How often each 16-bit pattern of x occurs: `signed_bins`, `signed_counts`, and `extremes` as of `counts`."""
 
     name = "signed_counts"
     arrays: ClassVar = {"signed_counts": _counts("signed_bins"), "signed_bins": BINS, "extremes": EXTREMES}
@@ -240,10 +241,10 @@ class Experts(Statistic):
 
 
 class ChannelCounts(Statistic):
-    """How often x falls into each bin of `CODES`, channel by channel.
+    """How often x falls into each of 16 bins an octave, channel by channel (captures/distributions.py).
 
-    `channel_bins` [B], `channel_counts` [B, C] uint32: bins that no channel has left out. `channel_extremes` [4, C]
-    float32: `EXTREME_NAMES` of each channel, exact.
+    `channel_bins` [B] uint16, `channel_counts` [B, C] uint32; bins that are empty in all channels are left out.
+    `channel_extremes` [4, C] float32: the extremes of each channel, as those of `counts`.
     """
 
     name = "channel_counts"
@@ -253,9 +254,10 @@ class ChannelCounts(Statistic):
 
 
 class Scores(Statistic):
-    """How likely the model found each token that came: `scores` [sum of lengths, 4] float64, `SCORE_NAMES`.
+    """How likely the model found each next token: `scores` [sum of lengths, 4] float64, in nats.
 
-    NaN where there is no next token, or no reference.
+    −ln q and −ln p of the token that came, q the model's probability and p the reference's; KL(p‖q); 1 where both
+    models find the same token likeliest. NaN where there is no next token, or no reference.
     """
 
     name = "scores"
@@ -271,16 +273,16 @@ class PredictionAgreement(Statistic):
 
 
 class StoredError(Statistic):
-    """How far a loaded weight is from what the checkpoint's files hold: `stored` [4] float64, `STORED_NAMES`."""
+    """How far a loaded weight w is from the file's w₀: `stored` [4] float64, Σw₀², Σ(w − w₀)², Σw·w₀, Σw²."""
 
     name = "stored"
     arrays: ClassVar = {"stored": OF_THE_WEIGHT}
 
 
 class TokenError(Statistic):
-    """The powers of each token's error: `error` [sum of lengths, 4] float32, `ERROR_NAMES`.
+    """The powers of each token's error: `error` [sum of lengths, 4] float32, Σx², Σ(x − x̂)², Σx̂², max |x − x̂|.
 
-    `PADDING` at padding, `NOT_COMPARED` where the reference has no such token. [P, 4] without a token axis.
+    x is the reference's. −1 at padding, −2 at a token that a kept reference did not draw. [P, 4] without a token axis.
     """
 
     name = "error"
@@ -308,7 +310,7 @@ class ReferenceSinks(Statistic):
 class Massive(Statistic):
     """How many elements have |x| > absolute and |x| ≥ ratio × the population's median: an array `massive` [P] int64.
 
-    The pass has to know both thresholds. `UNKNOWN` where the population holds NaN or Inf.
+    The pass has to know both thresholds. −1 where the population holds NaN or Inf.
     """
 
     absolute: float

@@ -62,10 +62,13 @@ def test_collecting_a_suite_imports_no_torch(tmp_path):
     assert "found []" in done.stdout
 
 
+CLASSES = ("Capture", "Format", "Series", "View")
+
+
 def test_the_public_names_come_from_the_package():
     errors = {"QsaError", "SuiteError", "InfraError", "AnomalyError", "BaselineError"}
     warnings = {"QsaWarning", "QsaUnplannedCaptureWarning"}
-    assert set(pytest_qsa.__all__) == {"Capture", "Format", "Series", "capture", *errors, *warnings}
+    assert set(pytest_qsa.__all__) == {*CLASSES, "capture", "metric", *errors, *warnings}
     assert all(getattr(pytest_qsa, name) for name in pytest_qsa.__all__)
     with pytest.raises(AttributeError, match="captures_"):
         pytest_qsa.captures_  # noqa: B018

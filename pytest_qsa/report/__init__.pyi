@@ -18,6 +18,7 @@ from .plots.boxes import (
     percentile_figure as percentile_figure,
 )
 from .plots.depth import evenly_spread as evenly_spread
+from .plots.figures import draw as draw
 from .plots.heatmaps import map_figure as map_figure, surface_figure as surface_figure
 from .plots.magnitudes import (
     STATS as STATS,
@@ -31,6 +32,5 @@ from .plots.style import (
     population as population,
     samples_of as samples_of,
 )
-from .plots.values import draw as draw
 from .report import strict_json as strict_json, to_plain as to_plain, write_report as write_report
 from .terminal import context_text as context_text, failure_text as failure_text

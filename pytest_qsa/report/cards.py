@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .html import PagePicture
-from .report import Result
+from .report import PlainVerdict
 
 Card = Mapping[str, Any]
 """A result with what the page shows of it."""
@@ -34,17 +34,17 @@ def is_out(row: Mapping[str, Any]) -> bool:
     return bool(row.get("excess")) and not row.get("waived")
 
 
-def worst_first(results: Iterable[Result], ranks: Mapping[str, int]) -> list[Result]:
+def worst_first(results: Iterable[PlainVerdict], ranks: Mapping[str, int]) -> list[PlainVerdict]:
     """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
     return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
 
 
-def _worst_used(result: Result) -> float:
+def _worst_used(result: PlainVerdict) -> float:
     used = (row.get("used") for row in result.get("rows", ()))
     return max((value for value in used if isinstance(value, float | int) and not math.isnan(value)), default=0.0)
 
 
-def card_of(result: Result, index: int) -> Card:
+def card_of(result: PlainVerdict, index: int) -> Card:
     """Return a result with what the template shows of it; keys that the result lacks are empty."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)

@@ -17,7 +17,7 @@ from .terminal import part_of_error
 
 if TYPE_CHECKING:
     from ..verdicts import Verdict
-    from .report import Result
+    from .report import PlainVerdict
 
 MOST_ANNOTATIONS = 10
 """GitHub shows this many errors, and as many warnings, of one step and drops the others."""
@@ -41,7 +41,7 @@ def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
     return [(name, value) for name, value in properties if value != ""]
 
 
-def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Result]) -> None:
+def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[PlainVerdict]) -> None:
     """Attach the plots of a test in pytest-html, Allure and GitLab, where these are active."""
     config = item.config
     pictures = list(_pictures(config.invocation_params.dir, results))
@@ -58,7 +58,7 @@ def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Resul
         item.add_report_section("call", "stdout", line)
 
 
-def _pictures(folder: Path, results: Sequence[Result]) -> Iterator[tuple[str, Path]]:
+def _pictures(folder: Path, results: Sequence[PlainVerdict]) -> Iterator[tuple[str, Path]]:
     for result in results:
         for title, path in result["artefacts"].items():
             if path.endswith(".png") and (folder / path).is_file():
@@ -86,7 +86,7 @@ def _in_project(path: Path) -> str:
         return str(path)
 
 
-def annotation_lines(results: Sequence[Result], suite_errors: Sequence[str] = ()) -> Iterator[str]:
+def annotation_lines(results: Sequence[PlainVerdict], suite_errors: Sequence[str] = ()) -> Iterator[str]:
     """Yield GitHub's workflow commands that annotate the suites' lines: wrong suites, failures, warnings."""
     for text in suite_errors:
         if match := _SUITE_ERROR.search(text):
@@ -124,7 +124,7 @@ def _in_repository(file: str) -> str:
     return file
 
 
-def append_summary(path: Path, results: Sequence[Result]) -> None:
+def append_summary(path: Path, results: Sequence[PlainVerdict]) -> None:
     """Append the run to the step's summary, in which other tools may have written before.
 
     Raises:
@@ -135,7 +135,7 @@ def append_summary(path: Path, results: Sequence[Result]) -> None:
         file.write(fitted(step_summary(results), max(SUMMARY_BYTES - written, 1000)))
 
 
-def step_summary(results: Sequence[Result]) -> str:
+def step_summary(results: Sequence[PlainVerdict]) -> str:
     """Return a run as Markdown: the verdict, a line for each assertion, and what one needs to act on each failure."""
     failed = [result for result in results if result["failed"]]
     order = list(_SIGNS)
@@ -149,7 +149,7 @@ def step_summary(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: PlainVerdict) -> list[str]:
     worst = result["rows"][0] if result["rows"] else None
     value = number(worst["value"]) if worst else ""
     used = f"{worst['used']:.0%}" if worst and worst["used"] is not None else ""
@@ -157,7 +157,7 @@ def _cells(result: Result) -> list[str]:
     return [sign, result["id"], result["subject"], worst["layer"] if worst else "", value, result["bound"], used]
 
 
-def _details(result: Result) -> Iterator[str]:
+def _details(result: PlainVerdict) -> Iterator[str]:
     yield f"<details><summary><b>{escaped(result['id'])}</b>: {escaped(result['headline'])}</summary>"
     yield ""
     if result["reason"]:

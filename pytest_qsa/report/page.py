@@ -16,7 +16,7 @@ from markupsafe import Markup
 from ..captures import Provenance
 from .cards import Card, card_of, layer_table, worst_first
 from .html import flattened, render
-from .report import Result
+from .report import PlainVerdict
 
 MEANINGS = {
     "REGRESSION": "a bound was exceeded",
@@ -84,7 +84,7 @@ PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
 """The page from top to bottom: the name of a template → what it shows, or None where it has nothing to show."""
 
 
-def render_page(results: Sequence[Result], session: Mapping[str, Any]) -> str:
+def render_page(results: Sequence[PlainVerdict], session: Mapping[str, Any]) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     ranks = {kind: rank for rank, kind in enumerate(MEANINGS)}
     page = Page([card_of(result, index) for index, result in enumerate(worst_first(results, ranks))], session)

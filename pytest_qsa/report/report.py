@@ -15,7 +15,7 @@ from ..verdicts import Verdict
 
 REPORT_SCHEMA = "qsa-report/1"
 
-Result = Mapping[str, Any]
+PlainVerdict = Mapping[str, Any]
 """A verdict as builtins: what `to_plain` returns."""
 
 
@@ -32,7 +32,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
     return content
 
 
-def write_report(results: Sequence[Result], folder: Path, session: Mapping[str, Any]) -> Path:
+def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping[str, Any]) -> Path:
     """Write report.json and report.html into a folder; return the path of the page. Only the page has histograms.
 
     `results`: what `to_plain` returns for each verdict. `session`: command, started, duration_s, counts, version.

@@ -15,7 +15,7 @@ from pytest_qsa.captures.sinks import Sink, Sinks
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
 from pytest_qsa.metrics.series import Bounds
-from pytest_qsa.report.plots.values import value_figure
+from pytest_qsa.report.plots.figures import value_figure
 from pytest_qsa.verdicts.baseline_file import BaselineFile, Tolerance
 from pytest_qsa.verdicts.judge import Identity, concluded
 from pytest_qsa.verdicts.judgement import within_baseline

@@ -20,10 +20,10 @@ from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.report.plots import style
 from pytest_qsa.report.plots.depth import depth_of
+from pytest_qsa.report.plots.figures import draw, judged_layers, value_figure
 from pytest_qsa.report.plots.magnitudes import magnitude_figure
 from pytest_qsa.report.plots.outliers import outlier_figure
 from pytest_qsa.report.plots.style import GROUP_STYLES, safe_text
-from pytest_qsa.report.plots.values import draw, judged_layers, value_figure
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support.captures import statistics
 from support.judged import judge_bounds
@@ -330,7 +330,7 @@ def test_the_users_matplotlib_settings_neither_change_nor_matter(tmp_path):
 @pytest.mark.process
 def test_drawing_needs_neither_pyplot_nor_torch_nor_pytest():
     code = (
-        "import sys, pytest_qsa.report.plots.values; "
+        "import sys, pytest_qsa.report.plots.figures; "
         "print(*{'matplotlib.pyplot', 'torch', 'pytest'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

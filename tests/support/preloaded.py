@@ -32,7 +32,7 @@ import pytest_qsa.gate.gate
 import pytest_qsa.gate.outcomes
 import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
-import pytest_qsa.report.plots.values
+import pytest_qsa.report.plots.figures
 import pytest_qsa.report.terminal
 import pytest_qsa.suite.schema
 import pytest_qsa.verdicts.baselines

@@ -28,7 +28,7 @@ from ...report import (
     texts_of,
 )
 from ...suite import Visualization
-from .pictures import Picture, Section
+from .pictures import Picture, Section, magnitude_dim
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,6 @@ class PictureKind:
     heading: str
     title: Callable[[Picture, Visualization], str]
     draw: Callable[[Drawing], Figure]
-
-
-def magnitude_dim(site: Site, settings: Visualization) -> Literal[-1, -2] | None:
-    """Return the axis over which the maxima of magnitudes are taken, None for |x| itself."""
-    magnitude = settings.magnitude
-    return magnitude.weight.reduce_dim if site == "weight" else magnitude.reduce_dim
 
 
 def _magnitude(drawing: Drawing) -> Figure:

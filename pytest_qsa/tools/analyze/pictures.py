@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from ...captures import (
@@ -75,9 +76,15 @@ def plan_pictures(visualization: Visualization, names: Sequence[str]) -> Analysi
         PatternError: a pattern finds none.
     """
     finder = _Finder(visualization, names)
-    pictures = [*_magnitudes(finder), *_outliers(finder), *_distributions(finder), *_percentiles(finder),
-                *_heatmaps(finder)]  # fmt: skip
+    enabled = [section for section in _PLANS if getattr(visualization.enabled, section)]
+    pictures = [picture for section in enabled for picture in _PLANS[section](finder, section)]
     return Analysis(pictures, finder.warnings)
+
+
+def magnitude_dim(site: str, visualization: Visualization) -> Literal[-1, -2] | None:
+    """Return the axis over which the maxima of magnitudes are taken, None for |x| itself."""
+    settings = visualization.magnitude
+    return settings.weight.reduce_dim if site == "weight" else settings.reduce_dim
 
 
 @dataclass
@@ -124,69 +131,57 @@ class _Finder:
             self.warnings.append(text)
 
 
-def _magnitudes(finder: _Finder) -> Iterator[Picture]:
-    settings, enabled = finder.visualization.magnitude, finder.visualization.enabled
-    sites: list[tuple[bool, Section, Site]] = [
-        (enabled.magnitude_input, "magnitude_input", "input"),
-        (enabled.magnitude_output, "magnitude_output", "output"),
-        (enabled.magnitude_weight, "magnitude_weight", "weight"),
-    ]
-    for on, section, site in sites:
-        if not on:
-            continue
-        weight = site == "weight"
-        own = settings.weight.patterns if weight else settings.patterns
-        found = finder.each(own, ("magnitude", "weight") if weight else ("magnitude",))
-        dim = settings.weight.reduce_dim if weight else settings.reduce_dim
-        needs = METRICS["magnitude"].needs(site, "all", {"reduce_dim": dim})
-        for name, layers in _grouped(found, section, together=settings.combined_plot, names=finder.names):
-            yield Picture(name, section, site, layers, needs)
+def _magnitudes(finder: _Finder, section: Section, site: Site) -> Iterator[Picture]:
+    settings, weight = finder.visualization.magnitude, site == "weight"
+    patterns = settings.weight.patterns if weight else settings.patterns
+    found = finder.each(patterns, ("magnitude", "weight") if weight else ("magnitude",))
+    needs = METRICS["magnitude"].needs(site, "all", {"reduce_dim": magnitude_dim(site, finder.visualization)})
+    for name, layers in _grouped(found, section, together=settings.combined_plot, names=finder.names):
+        yield Picture(name, section, site, layers, needs)
 
 
-def _outliers(finder: _Finder) -> Iterator[Picture]:
-    enabled, settings = finder.visualization.enabled, finder.visualization.outlier
-    kinds: list[tuple[bool, Section]] = [
-        (enabled.outlier_layer_wise, "outlier_layer_wise"),
-        (enabled.outlier_position, "outlier_position"),
-        (enabled.outlier_token, "outlier_token"),
-    ]
-    if any(on for on, _ in kinds):
-        layers = tuple(finder.whole(settings.pattern, "outlier"))
-        needs = METRICS["outlier_tokens"].needs("output", "all", {})
-        yield from (Picture(section, section, "output", layers, needs) for on, section in kinds if on)
+def _outliers(finder: _Finder, section: Section) -> Iterator[Picture]:
+    layers = tuple(finder.whole(finder.visualization.outlier.pattern, "outlier"))
+    yield Picture(section, section, "output", layers, METRICS["outlier_tokens"].needs("output", "all", {}))
 
 
-def _distributions(finder: _Finder) -> Iterator[Picture]:
+def _distributions(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.distribution
-    if not finder.visualization.enabled.distribution:
-        return
-    found = finder.each(settings.patterns, ("distribution",))
+    found = finder.each(settings.patterns, (section,))
     for form in dict.fromkeys(settings.plot_types):
-        for name, layers in _grouped(found, f"distribution_{form}", together=True, names=finder.names):
-            yield Picture(name, "distribution", settings.site, layers, frozenset({SIGNED_COUNTS}), form)
+        for name, layers in _grouped(found, f"{section}_{form}", together=True, names=finder.names):
+            yield Picture(name, section, settings.site, layers, frozenset({SIGNED_COUNTS}), form)
 
 
-def _percentiles(finder: _Finder) -> Iterator[Picture]:
+def _percentiles(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.percentile_range
-    if not finder.visualization.enabled.percentile_range:
-        return
-    found = finder.each(settings.patterns, ("percentile_range",))
-    for name, layers in _grouped(found, "percentile_range", together=False, names=finder.names):
+    found = finder.each(settings.patterns, (section,))
+    for name, layers in _grouped(found, section, together=False, names=finder.names):
         shown = tuple(layers[index] for index in evenly_spread(len(layers), settings.num_layers_to_show))
-        yield Picture(name, "percentile_range", settings.site, shown, frozenset({CHANNEL_COUNTS}))
+        yield Picture(name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
-def _heatmaps(finder: _Finder) -> Iterator[Picture]:
+def _heatmaps(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.heatmap_3d
-    if not finder.visualization.enabled.heatmap_3d:
-        return
-    layers = finder.whole(settings.pattern, "heatmap_3d")
+    layers = finder.whole(settings.pattern, section)
     needs = frozenset({HeatMap(settings.sample_idx)})
-    for form, most in (("surface", SURFACES), ("map", settings.num_2d_layers)):
+    for name, form, most in (("heatmap_3d", "surface", SURFACES), ("heatmap_2d", "map", settings.num_2d_layers)):
         if most:
             shown = tuple(layers[index] for index in evenly_spread(len(layers), most))
-            name = f"heatmap_{'3d' if form == 'surface' else '2d'}"
-            yield Picture(name, "heatmap_3d", settings.site, shown, needs, form)
+            yield Picture(name, section, settings.site, shown, needs, form)
+
+
+_PLANS: Mapping[Section, Callable[[_Finder, Section], Iterator[Picture]]] = {
+    "magnitude_input": partial(_magnitudes, site="input"),
+    "magnitude_output": partial(_magnitudes, site="output"),
+    "magnitude_weight": partial(_magnitudes, site="weight"),
+    "outlier_layer_wise": _outliers,
+    "outlier_position": _outliers,
+    "outlier_token": _outliers,
+    "distribution": _distributions,
+    "percentile_range": _percentiles,
+    "heatmap_3d": _heatmaps,
+}
 
 
 def drawable(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:

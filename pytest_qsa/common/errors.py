@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """The variables that hold the token by which gated hub models are fetched."""
 SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+")
 
 
 def scrubbed(text: str) -> str:
     """Replace the hub's token and passwords in URLs: libraries put both into the texts of their errors."""
-    for token in filter(None, map(os.environ.get, TOKENS)):
+    for token in filter(None, map(os.environ.get, TOKEN_VARIABLES)):
         text = text.replace(token, "…")
     return SECRETS.sub("…", text)
 

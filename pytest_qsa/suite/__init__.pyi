@@ -24,6 +24,7 @@ from .datasets import (
     hub_set_of as hub_set_of,
     local_path as local_path,
 )
+from .document import Suite as Suite, suite_schema as suite_schema
 from .execution import (
     EMULATED as EMULATED,
     KERNELS as KERNELS,
@@ -49,7 +50,6 @@ from .load import (
     misfit as misfit,
     subject_of as subject_of,
 )
-from .schema import Suite as Suite, suite_schema as suite_schema
 from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as Model, Served as Served
 from .session import Captures as Captures, MakeCapture as MakeCapture
 from .subject import (

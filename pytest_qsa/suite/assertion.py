@@ -102,7 +102,9 @@ def _positions(value: object) -> object:
     return value
 
 
-Positions = Annotated[Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)]
+PositionsKey = Annotated[
+    Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)
+]
 
 
 class Baseline(Strict):
@@ -131,7 +133,7 @@ class MeasuredAssertion(Assertion):
     layers: Regex
     exclude: Regex | None = None
     site: LayerSite
-    positions: Positions | None = None
+    positions: PositionsKey | None = None
     reduce: Reduce | None = None
     baseline: Annotated[Baseline | None, BeforeValidator(_baseline)] = None
 

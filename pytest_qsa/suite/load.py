@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
+from .document import Suite
 from .fields import fields_at
 from .inherit import apply_defaults, read_suite
-from .schema import Suite
 from .subject import NamedSubject
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 

@@ -11,7 +11,7 @@ from .fields import Regex, Strict
 
 Count = Annotated[int, Field(gt=0)]
 Patterns = Annotated[list[Regex], Field(min_length=1)]
-Format = Literal["png", "svg", "html", "csv", "json", "parquet"]
+ExportFormat = Literal["png", "svg", "html", "csv", "json", "parquet"]
 
 
 class Enabled(Strict):
@@ -109,7 +109,7 @@ def _plain_name(name: str) -> str:
 class Output(Strict):
     """The files that are written beside the pictures: the report, and the numbers in it."""
 
-    formats: Annotated[list[Format], Field(min_length=1)] = Field(default=["png", "html"])
+    formats: Annotated[list[ExportFormat], Field(min_length=1)] = Field(default=["png", "html"])
     report_name: Annotated[str, AfterValidator(_plain_name)] = "analysis_report.html"
     include_raw_data: Annotated[bool, Field(description="every sample's value in exports, and the capture itself")] = (
         False

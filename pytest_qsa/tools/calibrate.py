@@ -149,7 +149,7 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
 
 
 @dataclass(frozen=True)
-class Finding:
+class Calibrated:
     """The result of one assertion: a proposal for each of its bounds, and a remark on what has no plain bound."""
 
     id: str
@@ -184,21 +184,21 @@ class Sampled:
             )
         return cls(captures, merge(captures), repeated)
 
-    def finding(self, assertion: Assertion, k: float) -> Finding:
+    def finding(self, assertion: Assertion, k: float) -> Calibrated:
         """Return the proposals for an assertion.
 
         Raises:
             AnomalyError: a part gives no sound number.
         """
         if not isinstance(assertion, MeasuredAssertion):
-            return Finding(assertion.id, remark="reads files, which do not vary")
+            return Calibrated(assertion.id, remark="reads files, which do not vary")
         spread = Spread.of(
             [checked_series(assertion, part) for part in self.parts], checked_series(assertion, self.whole)
         )
         remarks = list(_remarks(assertion, spread, k))
-        return Finding(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
+        return Calibrated(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
 
-    def finding_at(self, file: SuiteFile, index: int, k: float) -> Finding:
+    def finding_at(self, file: SuiteFile, index: int, k: float) -> Calibrated:
         """Return the proposals for the assertion at an index of a suite.
 
         Raises:
@@ -215,7 +215,7 @@ class Sampled:
         size = len(self.whole.tokens) // len(self.parts)
         return f"{len(self.parts)} parts of {size} × {file.suite.data.seq_len} tokens"
 
-    def lines(self, findings: Sequence[Finding], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
+    def lines(self, findings: Sequence[Calibrated], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
         """Yield what was measured, a table of the proposals, and the remarks. `stated`: show the suite's own bounds."""
         model, data = file.suite.model, file.suite.data
         assert model is not None

@@ -15,7 +15,7 @@ from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
 from ..common import AnomalyError
 from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, make_suite
-from .calibrate import Finding, Sampled
+from .calibrate import Calibrated, Sampled
 from .edit_suite import calibrated, flow_yaml
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -158,7 +158,7 @@ def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[
 
 def _calibrated(
     file: SuiteFile, sampled: Sampled, drafts: Sequence[Draft], k: float
-) -> tuple[list[Draft], list[Finding], list[str]]:
+) -> tuple[list[Draft], list[Calibrated], list[str]]:
     """Calibrate the open bounds; return the drafts that the model can keep, and lines on those that it can't."""
     kept, findings, left_out = [], [], []
     for draft, assertion in zip(drafts, file.assertions, strict=True):

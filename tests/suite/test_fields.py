@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError
 
 from pytest_qsa.suite.assertion import ASSERTIONS
 from pytest_qsa.suite.bounds import Noise, Relative, Waiver, Waivers
+from pytest_qsa.suite.document import Suite
 from pytest_qsa.suite.fields import Regex, Strict, fields_at, section_of
-from pytest_qsa.suite.schema import Suite
 
 
 class Inner(Strict):

@@ -15,7 +15,7 @@ from ...common import InfraError
 from ...suite import Model
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 """A name up to its first number: the block that a tensor belongs to."""
 
@@ -128,7 +128,7 @@ def _from_headers(folder: Folder) -> dict[str, Any]:
             experts[unit_of(layer)] = experts.get(unit_of(layer), 0) + count
         for tensor in parts.values():
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + prod(tensor.shape)
-    floats = {FLOATS[dtype]: count for dtype, count in dtypes.items() if dtype in FLOATS}
+    floats = {FLOAT_NAMES[dtype]: count for dtype, count in dtypes.items() if dtype in FLOAT_NAMES}
     return {
         "units": {unit: units[unit] for unit in sorted(units, key=_order)},
         "experts": experts,

@@ -19,7 +19,7 @@ from ...common import write_atomically
 CHUNK = 1 << 24
 
 
-class Content(NamedTuple):
+class ChangedTensor(NamedTuple):
     """A changed tensor: its dtype as safetensors names it, its shape, and its raw numbers."""
 
     dtype: str
@@ -35,7 +35,7 @@ class Mutant:
     """
 
     source: Folder
-    changes: dict[str, Content | None] = field(default_factory=dict)
+    changes: dict[str, ChangedTensor | None] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
     def raw(self, name: str) -> NDArray[Any]:
@@ -50,7 +50,7 @@ class Mutant:
     def put(self, name: str, raw: NDArray[Any]) -> None:
         """Replace the raw numbers of a tensor; its dtype and shape stay."""
         tensor = self.source.tensors[name]
-        self.changes[name] = Content(tensor.dtype, tensor.shape, raw)
+        self.changes[name] = ChangedTensor(tensor.dtype, tensor.shape, raw)
 
     def put_values(self, name: str, values: NDArray[np.float64]) -> None:
         """Replace the values of a floating-point tensor; they are rounded to its dtype."""
@@ -58,7 +58,7 @@ class Mutant:
 
     def replace(self, name: str, dtype: str, values: NDArray[np.float64]) -> None:
         """Replace a tensor by one of another dtype or shape."""
-        self.changes[name] = Content(dtype, values.shape, encoded(values, dtype))
+        self.changes[name] = ChangedTensor(dtype, values.shape, encoded(values, dtype))
 
     def drop(self, name: str) -> None:
         """Leave a tensor out."""
@@ -69,7 +69,7 @@ class Mutant:
         """Whether anything differs from the original: a swap of equal scales makes no difference."""
         return bool(self.texts) or any(self._differs(name, content) for name, content in self.changes.items())
 
-    def _differs(self, name: str, content: Content | None) -> bool:
+    def _differs(self, name: str, content: ChangedTensor | None) -> bool:
         tensor = self.source.tensors[name]
         if content is None or (content.shape, content.dtype) != (tensor.shape, tensor.dtype):
             return True
@@ -94,7 +94,7 @@ class Mutant:
             self._reindex(folder)
         return folder
 
-    def _contents(self, path: Path) -> dict[str, Tensor | Content]:
+    def _contents(self, path: Path) -> dict[str, Tensor | ChangedTensor]:
         own = {name: tensor for name, tensor in self.source.tensors.items() if tensor.path == path}
         contents = {name: self.changes.get(name, tensor) for name, tensor in own.items()}
         return {name: content for name, content in contents.items() if content is not None}
@@ -113,7 +113,7 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content]) -> None:
+def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | ChangedTensor]) -> None:
     """Write a safetensors file anew; unchanged tensors are copied in chunks, so that any size fits in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -127,7 +127,7 @@ def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | Content])
     with target.open("wb") as out, path.open("rb") as source:
         out.write(len(text).to_bytes(8, "little") + text)
         for content in contents.values():
-            if isinstance(content, Content):
+            if isinstance(content, ChangedTensor):
                 out.write(np.ascontiguousarray(content.raw).tobytes())
                 continue
             source.seek(content.start)

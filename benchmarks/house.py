@@ -71,14 +71,15 @@ class Module:
 
     @cached_property
     def strings(self) -> list[tuple[str, ast.stmt, str]]:
-        """Statements that are a string alone, such as docstrings: whose body, the statement, the string."""
-        return [
-            (getattr(node, "name", "module"), statement, text)
-            for node in ast.walk(self.tree)
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            for statement in node.body
-            for text in _string(statement)
-        ]
+        """Statements that are a string alone, such as docstrings: what is documented, the statement, the string."""
+        found = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = getattr(node, "name", "module")
+                for statement in node.body:
+                    found += [(name, statement, text) for text in _string(statement)]
+                    name = next(_defined(statement), name)  # a string below a constant is about the constant
+        return found
 
     @cached_property
     def code(self) -> set[int]:
@@ -91,7 +92,7 @@ class Module:
     def comments(self) -> list[Text]:
         """Comments, full lines and trailing; without what only a tool reads (`noqa`, `fmt:`, `type:`)."""
         found = [t for t in self.tokens if t.type == tokenize.COMMENT and not DIRECTIVE.match(t.string)]
-        return [Text(self.path, token.start[0], token.string) for token in found]
+        return [Text(self.path, token.start[0], f"{_before(token)}{token.string}") for token in found]
 
     @cached_property
     def docstrings(self) -> list[Text]:
@@ -122,6 +123,11 @@ def _string(statement: ast.stmt) -> Iterator[str]:
     match statement:
         case ast.Expr(value=ast.Constant(value=str() as text)):
             yield text
+
+
+def _before(comment: tokenize.TokenInfo) -> str:
+    """Return the code that a trailing comment stands behind."""
+    return f"{code}  " if (code := comment.line[: comment.start[1]].strip()) else ""
 
 
 def _span(node: ast.stmt) -> range:
@@ -309,12 +315,24 @@ def print_rooms(house: House) -> None:
             print(f"       {name}: {', '.join(map(str, paths))}")
 
 
+def _joined(comments: list[Text]) -> list[Text]:
+    """Join the lines of a comment that takes several."""
+    joined: list[Text] = []
+    for comment in comments:
+        last = joined[-1] if joined else None
+        if last and comment.line == last.line + last.words.count("\n") + 1 and comment.words.startswith("#"):
+            joined[-1] = Text(last.path, last.line, f"{last.words}\n{comment.words}")
+        else:
+            joined.append(comment)
+    return joined
+
+
 def print_drawn(house: House, seed: int) -> None:
     """Draw 40 docstrings and 30 comments for a reader to judge."""
     draw = random.Random(seed)
     for texts, count in [
         ([text for module in house.modules for text in module.docstrings], 40),
-        ([text for module in house.modules for text in module.comments], 30),
+        ([text for module in house.modules for text in _joined(module.comments)], 30),
     ]:
         for text in draw.sample(texts, min(count, len(texts))):
             print(f"\n{PACKAGE}/{text.path}:{text.line}\n{textwrap.indent(text.words, '    ')}")

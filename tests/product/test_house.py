@@ -76,5 +76,5 @@ def test_what_exists_twice_is_listed_but_for_pairs_that_belong_together(checkout
 def test_a_seed_draws_the_same_docstrings_and_comments_again(checkout):
     drawn = house(checkout, "--seed", 1)
     assert drawn == house(checkout, "--seed", 1)
-    assert "pytest_qsa/suite/load.py:6\n    module: How many." in drawn
-    assert "pytest_qsa/suite/load.py:2\n    # the standard one is fast enough" in drawn
+    assert "pytest_qsa/suite/load.py:6\n    LIMIT: How many." in drawn
+    assert "pytest_qsa/suite/load.py:2\n    import json  # the standard one is fast enough" in drawn

@@ -10,7 +10,7 @@ from pytest_qsa.captures import MOMENTS, STORED, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
-from pytest_qsa.metrics.loaded import made_by_loader
+from pytest_qsa.metrics import made_by_loader
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.checkpoints import save_gguf, save_quantized_moe
 from support.projects import suite

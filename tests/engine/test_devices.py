@@ -266,7 +266,7 @@ def test_what_a_pass_has_kept_comes_to_the_host_together(device, monkeypatch):
     fetch = Transfer(kept)
     if device == CPU:  # where nothing has to be brought
         for group in (kept[:3], kept[4:]):
-            fetch._bring(group)
+            fetch._copy(group)
     later = torch.ones(3, device=device)
     for tensor in [*kept, later]:
         values = fetch(tensor)

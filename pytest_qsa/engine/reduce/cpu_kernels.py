@@ -23,8 +23,8 @@ _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True)
 def share_torchs_threads() -> int:
     """Let the kernels that this thread calls next run on as many threads as torch has; return how many.
 
-    More would wait in the way of what torch does. To start numba's may set the number of torch's: on one OpenMP runtime
-    it is the same.
+    More threads would compete with torch's for the cores. Setting numba's number may set torch's as well, where both
+    use one OpenMP runtime; it is then restored.
     """
     before = torch.get_num_threads()
     count = min(before, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def channel_maxima(patterns, maxima):
 
 @_parallel
 def count_channels(patterns, counts, threads, shift, first, codes):
-    """Count float32 patterns [T, C] into counts [2 · codes, C], whose bins channels.py defines.
+    """Count float32 patterns [T, C] into counts [2 · codes, C], whose bins captures/distributions.py defines.
 
     Each thread takes a share of the channels.
     """
@@ -86,7 +86,7 @@ def count_channels(patterns, counts, threads, shift, first, codes):
 
 @_compiled
 def _summarise(patterns, signless, record, peaks):
-    """Write the peaks of patterns [T, C] into a record whose maxima are filled; return the largest of these."""
+    """Write the peaks of patterns [T, C] into a record that has the maxima; return the largest of these."""
     count = patterns.shape[0]
     maxima = record[:count]
     top = maxima[0]
@@ -103,7 +103,7 @@ def _summarise(patterns, signless, record, peaks):
 
 @_compiled
 def _first_of(row, signless, magnitude):
-    """Return where in a row [C] a signless pattern first is, by steps of several elements that are compared at once."""
+    """Return the index of a signless pattern's first occurrence in a row [C]; `STEP` elements are compared at once."""
     begin = 0
     while begin < row.shape[0]:
         found = False
@@ -141,9 +141,9 @@ def _order_peaks(maxima, positions):
 def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, marks, row):
     """Fill the record of patterns [T, C] as `tokens_of`; count them, with their sign or without it (`signs` 2 or 1).
 
-    The counts are settled and noted in the marks where the sums have room for them. Returns the largest
-    signless pattern and the least but zero, 65,536 where there is none, and what `settle` returns. Each thread takes a
-    share of the tokens and has bins, scratch [threads, 65,536], and a least pattern of its own.
+    The counts are flushed into the sums, and noted in the marks, where the sums have room for them. Returns the largest
+    signless pattern, the least above zero (65,536 for none), and what `settle` returns. Each thread takes a share of
+    the tokens and has bins, scratch [threads, 65,536], and a least pattern of its own.
     """
     threads = scratch.shape[0]
     share = (patterns.shape[0] + threads - 1) // threads
@@ -204,7 +204,7 @@ def survey32(patterns, record, peaks, smallest, scratch, signs, sums, base, mark
 
 @_compiled
 def _mark(marks, count, top, least):
-    """Note that `count` elements are settled, and the largest and the least pattern among them."""
+    """Note that the sums hold `count` more elements, and the largest and the least pattern among them."""
     marks[HELD] += count
     marks[TOP] = max(marks[TOP], top)
     marks[LEAST] = min(marks[LEAST], least)
@@ -212,7 +212,7 @@ def _mark(marks, count, top, least):
 
 @_compiled
 def _least(smallest):
-    """Return the least of some patterns that each are one less than it was."""
+    """Return the least of the threads' patterns, which are stored less one, so that 0 is none."""
     least = smallest[0]
     for thread in range(1, smallest.shape[0]):
         least = min(least, smallest[thread])
@@ -221,11 +221,11 @@ def _least(smallest):
 
 @_compiled
 def settle(scratch, low, high, signs, sums, base, row):
-    """Move the counts of a row out of scratch, which is then zero again; return how many zeros there were.
+    """Flush the counts of a row from scratch, which is then zero again; return how many zeros there were.
 
     row [2, ≥ high − low + 2] uint32, or [2, 0]: the counts of +x and −x, or of |x| and 0 where there is one sign;
     column 0 is zero itself, column 1 the pattern `low`. sums [2, W], of +x and −x, or [1, W] of |x|, are added to;
-    their column 1 is the pattern `base`. What is empty is left alone. Returns −1, and leaves all as it is, where the
+    their column 1 is the pattern `base`. An empty row or sums is skipped. Returns −1, and changes nothing, where the
     sums don't reach from `low` to `high`.
     """
     high = max(high, low - 1)
@@ -268,7 +268,7 @@ def _add_and_clear(sums, counts):
 
 @_compiled
 def order_of(row, low, values, ranks, ascending, order):
-    """Fill order [R] with the magnitudes at ranks [R] of a settled row. ascending [R]: the order of the ranks."""
+    """Fill order [R] with the magnitudes at ranks [R] from a row's counts. ascending [R]: the order of the ranks."""
     seen = 0
     rank = 0
     for column in range(row.shape[1]):
@@ -280,7 +280,7 @@ def order_of(row, low, values, ranks, ascending, order):
 
 @_compiled
 def signed_ends(row, low, values):
-    """Return the smallest and the largest x of a settled row; NaN if there is one."""
+    """Return the smallest and the largest x from the counts of a row; NaN if there is one."""
     last = row.shape[1] - 1
     if last and np.isnan(values[low + last - 1]):
         return np.nan, np.nan
@@ -302,7 +302,7 @@ def _largest(plus, minus, low, values):
 
 @_compiled
 def moments_of_counts(row, low, values, moments):
-    """Fill moments [`MOMENT_NAMES`] from a settled row; exact but for the rounding of float64."""
+    """Fill moments [`MOMENT_NAMES`] from the counts of a row; exact but for the rounding of float64."""
     count = 0.0
     total = 0.0
     nonfinite = 0
@@ -374,7 +374,7 @@ def extremes32(patterns, top, bottom):
 
 @_compiled
 def massive_of_counts(row, low, values, absolute, least):
-    """Count the elements of a settled row with magnitude > absolute and ≥ least."""
+    """Count, from the counts of a row, the elements with magnitude > absolute and ≥ least."""
     count = 0
     for column in range(1, row.shape[1]):
         value = values[low + column - 1]

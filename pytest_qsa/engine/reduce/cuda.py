@@ -1,7 +1,7 @@
-"""The reductions of 16-bit rows on CUDA: one kernel reads a row, and what follows from it is worked out for several.
+"""The reductions of 16-bit rows on CUDA: one kernel reads each row, and the rest is launched for a batch of rows.
 
-A launch costs as much as a small row's arithmetic, so what needs only a row's maxima and counts waits at a desk until
-some rows have come together. Nothing here waits for the device.
+A launch costs as much as a small row's arithmetic. So the numbers that follow from a row's maxima and counts are
+computed for several rows of one shape together. Nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .storage import Accumulator, widened
 from .torch_ops import TorchReducer
 
 HALF = 1 << 15
-ROWS_AT_ONCE = 8
-"""So many rows are worked out together."""
+BATCH_SIZE = 8
+"""Rows whose numbers are computed together."""
 COPIES = 64
-"""Of a row's counts, the most: programs that add to one address wait for one another."""
-DESKS = 12
-"""So many shapes wait at once; a desk with counts holds some 2 to 4 MB."""
-ELEMENTS = 2048
-"""So many values a program reads at a time."""
+"""The most copies of a row's counts: programs that add atomically to one address wait for one another."""
+MAX_BATCHES = 12
+"""Shapes whose batches may be open at once; one with counts holds some 2 to 4 MB."""
+BLOCK = 2048
+"""Values that a program reads at a time."""
 
 
 class CudaReducer:
@@ -34,7 +34,7 @@ class CudaReducer:
     def __init__(self) -> None:
         self._tables = Tables()
         self._operators = TorchReducer(self._tables)
-        self._desks: dict[tuple[object, ...], Desk] = {}
+        self._batches: dict[tuple[object, ...], RowBatch] = {}
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
     def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
@@ -44,21 +44,21 @@ class CudaReducer:
             return
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
         key = (counted.shape, row.shape, row.dtype, row.device, id(plan))
-        if key not in self._desks:
-            if len(self._desks) >= DESKS:
-                self._desks.pop(next(iter(self._desks))).work_out()
-            self._desks[key] = Desk.for_rows(counted, row.shape[0], plan, self._tables)
-        desk = self._desks[key]
-        found = desk.add(counted, kept, into.pooled, self._copies_for(counted, desk.bins))
-        if len(desk.pooled) == ROWS_AT_ONCE:
-            self._desks.pop(key).work_out()
+        if key not in self._batches:
+            if len(self._batches) >= MAX_BATCHES:
+                self._batches.pop(next(iter(self._batches))).compute()
+            self._batches[key] = RowBatch.for_rows(counted, row.shape[0], plan, self._tables)
+        batch = self._batches[key]
+        found = batch.add(counted, kept, into.pooled, self._copies_for(counted, batch.bins))
+        if len(batch.pooled) == BATCH_SIZE:
+            self._batches.pop(key).compute()
         for name, value in found.items():
             into.hold(name, value)
         if plan.others:
             reduce_each(plan.others, Row(row, kept, counted, sample, plan, self._tables), into)
 
     def _copies_for(self, counted: Tensor, bins: int) -> Tensor:
-        """Return zeros where a row's programs count, [copies, bins]: fewer copies for a small row, none for no bins."""
+        """Return zeros that a row's programs count into, [copies, bins]: fewer for a small row, none without bins."""
         copies = min(COPIES, _power_of_two(-(-counted.numel() // HALF))) if bins else 0
         key = (copies, bins, counted.device)
         if key not in self._copies:
@@ -66,17 +66,17 @@ class CudaReducer:
         return self._copies[key]
 
     def finish(self) -> None:
-        """Work out what still waits."""
-        while self._desks:
-            self._desks.popitem()[1].work_out()
+        """Compute the batches that are still open."""
+        while self._batches:
+            self._batches.popitem()[1].compute()
 
 
 @dataclass
-class Desk:
-    """Rows of one shape whose maxima and counts were taken, and where the numbers that follow from them will stand.
+class RowBatch:
+    """Rows of one shape: their maxima and counts, and tensors that receive the numbers that follow from them.
 
-    `length`: the tokens of a row, padding included. `bins`: what is counted, 0 for nothing. `scratch`: what the kernel
-    fills; `found`: what a row is given; `views`: both, row by row.
+    `length`: the tokens of a row, padding included. `bins`: how many there are, 0 for none. `scratch`: what the kernel
+    fills; `found`: the numbers, which a row gets before they are computed; `views`: both, row by row.
     """
 
     plan: Plan
@@ -92,37 +92,37 @@ class Desk:
     kept: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
-    def for_rows(cls, counted: Tensor, length: int, plan: Plan, tables: Tables) -> Desk:
-        """Make room for rows like this one."""
+    def for_rows(cls, counted: Tensor, length: int, plan: Plan, tables: Tables) -> RowBatch:
+        """Allocate a batch for rows like this one."""
         table = counted.dim() == 2
         tokens, channels = counted.shape if table else (0, 0)
 
-        def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros((ROWS_AT_ONCE, *shape), dtype=dtype, device=counted.device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros((BATCH_SIZE, *shape), dtype=dtype, device=counted.device)
 
         scratch, found = {}, {}
         if table and plan.tokens:
             peaks = peak_count(tokens, length)
-            scratch["token_at"], found["peaks"], found["peak_channels"] = room(tokens), room(peaks), room(peaks)
-            found["token_max"] = room(tokens, dtype=torch.float32)
+            scratch["token_at"], found["peaks"], found["peak_channels"] = zeros(tokens), zeros(peaks), zeros(peaks)
+            found["token_max"] = zeros(tokens, dtype=torch.float32)
         if table and plan.channels:
-            scratch["channel_max"], found["channel_top"] = room(channels), room(7, dtype=torch.float32)
+            scratch["channel_max"], found["channel_top"] = zeros(channels), zeros(7, dtype=torch.float32)
         bins = 0
         if plan.counted or plan.moments:
             bins = 2 * HALF if plan.signed or plan.moments else HALF
-            scratch["counts"] = room(bins, dtype=torch.int64)
+            scratch["counts"] = zeros(bins, dtype=torch.int64)
         if plan.elements:
-            found["element_top"] = room(7, dtype=torch.float32)
+            found["element_top"] = zeros(7, dtype=torch.float32)
         if plan.moments:
-            found["moments"] = room(7, dtype=torch.float64)
-        found |= {name: room(dtype=torch.int64) for name in plan.massive}
+            found["moments"] = zeros(7, dtype=torch.float64)
+        found |= {name: zeros(dtype=torch.int64) for name in plan.massive}
         return cls(plan, counted.dtype, length, counted.shape, bins, scratch, found, tables)
 
     def __post_init__(self) -> None:
         self.views = {name: values.unbind() for name, values in (self.scratch | self.found).items()}
 
     def add(self, counted: Tensor, kept: Tensor | None, pooled: dict[str, Tensor], copies: Tensor) -> dict[str, Tensor]:
-        """Take the maxima and counts of a row; return where its numbers will stand. `copies`: zeros, also after."""
+        """Take the maxima and counts of a row; return the views that `compute` fills. `copies`: zeros, also after."""
         index = len(self.pooled)
         self.pooled.append(pooled)
         self.kept.append(kept)
@@ -138,8 +138,8 @@ class Desk:
             found["token_max"] = whole.index_copy_(0, kept, found["token_max"])
         return found
 
-    def work_out(self) -> None:
-        """Fill in the numbers of the rows that have come."""
+    def compute(self) -> None:
+        """Launch what fills in the numbers of the rows that were added."""
         rows = len(self.pooled)
         scratch = {name: values[:rows] for name, values in self.scratch.items()}
         found = {name: values[:rows] for name, values in self.found.items()}
@@ -158,9 +158,9 @@ class Desk:
     def _values(self, counts: Tensor) -> Tensor:
         return self.tables.values(counts.shape[1], self.dtype, counts.device)
 
-    def _find_peaks(self, places: Tensor, found: dict[str, Tensor]) -> None:
+    def _find_peaks(self, channels: Tensor, found: dict[str, Tensor]) -> None:
         order = found["token_max"].sort(dim=1, descending=True, stable=True).indices[:, : found["peaks"].shape[1]]
-        found["peak_channels"].copy_(places.gather(1, order))
+        found["peak_channels"].copy_(channels.gather(1, order))
         found["peaks"].copy_(order)
         for row, kept in enumerate(self.kept):
             if kept is not None:
@@ -206,9 +206,9 @@ class Desk:
 
 def _survey(counted: Tensor, views: dict[str, Tensor], copies: Tensor) -> None:
     size = counted.numel()
-    columns = counted.shape[1] if counted.dim() == 2 else min(size, ELEMENTS)
-    block = min(_power_of_two(columns), ELEMENTS)
-    rows = ELEMENTS // block
+    columns = counted.shape[1] if counted.dim() == 2 else min(size, BLOCK)
+    block = min(_power_of_two(columns), BLOCK)
+    rows = BLOCK // block
     patterns = counted.view(torch.int16)  # stands for each pointer that is not used as well
     triton_kernels.survey[(-(-size // (columns * rows)),)](
         patterns,

@@ -1,6 +1,6 @@
-"""The fused reduction for CUDA, compiled by Triton: maxima of tokens and channels, and counts, in one reading.
+"""The fused reduction for CUDA, compiled by Triton: maxima of tokens and channels, and counts, in one read.
 
-As in `kernels.py` all work is on bit patterns of 16-bit floats; `reductions.py` does the same with torch's operators.
+As in cpu_kernels.py all work is on bit patterns of 16-bit floats; torch_ops.py does the same with torch's operators.
 """
 
 from __future__ import annotations

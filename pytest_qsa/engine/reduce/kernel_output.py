@@ -21,13 +21,13 @@ Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
 """Bins, ascending, and their counts."""
 HALF = 1 << 15
 PAGE = 256
-"""A window begins and ends at a multiple of this, two octaves of bfloat16, with as much to spare: it seldom grows, and
-what is never counted in takes no memory."""
+"""A window begins and ends at a multiple of this, two octaves of bfloat16, with as much to spare, so that it seldom
+grows."""
 FULL = 1 << 32
-"""So many elements can't be counted in 32 bits: what has been counted is put aside before."""
+"""How many elements overflow a 32-bit count: the counts are carried over before that."""
 
 HELD, TOP, LEAST = 0, 1, 2
-"""The places of a window's marks."""
+"""The indices of a window's marks."""
 
 
 def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
@@ -44,7 +44,7 @@ class Window:
     """The counts of one site. Column 0 is zero itself, column 1 the bin `base`, which is 1 or more.
 
     `sums` [S, W] uint32: one line of |x|, or of +x and of −x where `signs` count; none where nothing does.
-    `zeros`: makes room. `marks`: how many elements the sums hold, the largest and the smallest signless pattern; `low`,
+    `zeros`: allocates. `marks`: how many elements the sums hold, the largest and the smallest signless pattern; `low`,
     `high`: the ends of x, where signs count.
     """
 
@@ -68,7 +68,7 @@ class Window:
         return self.zeros((lines, bins + 1 if lines else 0), np.uint32)
 
     def expect(self, count: int) -> None:
-        """Make sure that `count` more elements, in any bin, don't make a sum overflow."""
+        """Carry the counts over if `count` more elements could overflow one; note how many the sums hold."""
         if self.marks[HELD] + count >= FULL:
             self._carried.append(self._lines())
             self.sums[:] = 0
@@ -76,11 +76,11 @@ class Window:
         self.marks[HELD] += count
 
     def meet(self, top: int, least: int) -> None:
-        """Take note of a row's largest and smallest signless pattern."""
+        """Note a row's largest and smallest signless pattern."""
         self.marks[TOP], self.marks[LEAST] = max(self.marks[TOP], top), min(self.marks[LEAST], least)
 
     def cover(self, low: int, high: int) -> None:
-        """Make room for the bins from `low` to `high`; none where `high` is below."""
+        """Grow to the bins from `low` to `high`; do nothing where `high` is below."""
         size = self.sums.shape[1] - 1
         if high < low or (size > 0 and low >= self.base and high < self.base + size):
             return
@@ -94,7 +94,7 @@ class Window:
         self.base, self.sums = base, sums
 
     def widen(self, low: float, high: float) -> None:
-        """Widen the ends of x; NaN stays."""
+        """Widen the extremes of x; NaN stays."""
         self.low, self.high = np.minimum(self.low, np.float32(low)), np.maximum(self.high, np.float32(high))
 
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Observers: all that is kept of a tensor stream, added up row by row, fetched from the device once at the end."""
+"""Observers: they reduce a tensor stream row by row, and copy the numbers from the device once, at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Reducer(Protocol):
 
 @dataclass
 class Reducers:
-    """The reducers of one pass; `fused` off keeps to torch's operators."""
+    """The reducers of one pass, one for each device and dtype. `fused` off: by torch's operators only."""
 
     fused: bool = True
     arena: Arena = field(default_factory=Arena)
@@ -68,7 +68,7 @@ class Reducers:
             reducer.finish()
 
     def owners_of(self, rows: array[int]) -> Owners:
-        """Return whose rows a site has, and in which order; most sites of a pass have those of the last."""
+        """Return whose rows a site has; most sites of a pass have the same ones, so that the last are shared."""
         if self._owners is None or self._owners.rows != rows:
             self._owners = Owners(rows)
         return self._owners
@@ -77,7 +77,7 @@ class Reducers:
 class Owners:
     """Whose the rows of a site are. `rows`: sample, call and number of tokens of each, as they came.
 
-    `order`: how they are kept. A batch, or a streamed pass, visits all its samples by call.
+    `order`: by sample, then call, the order of a capture; a batch, and a streamed pass, come by call first.
     """
 
     def __init__(self, rows: array[int]) -> None:
@@ -101,7 +101,7 @@ class StreamObserver:
     def __init__(
         self, statistics: frozenset[Statistic], reducers: Reducers | None = None, *, channels_first: bool = False
     ) -> None:
-        """Keep what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
+        """Observe what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
         self.plan = plan_of(statistics)
         self.channels_first = channels_first
         self.reducers = reducers or Reducers()
@@ -149,7 +149,7 @@ class StreamObserver:
                 self.kept.take(EXPERTS.key, counts)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what is kept as tensors, complete."""
+        """Yield the numbers that are tensors, complete."""
         self.reducers.finish()
         for rows in self.kept.rows.values():
             if isinstance(rows, list):
@@ -157,7 +157,7 @@ class StreamObserver:
         yield from (value for value in self.kept.pooled.values() if isinstance(value, Tensor))
 
     def numbers(self, statistics: frozenset[Statistic], fetched: Transfer | None = None) -> SiteNumbers:
-        """Say what was kept, in the host's memory. `statistics`: what the site can say it has."""
+        """Return the numbers in the host's memory. `statistics`: those that the site has."""
         self.reducers.finish()
         fetch = fetched or Transfer(self.tensors())
         owners = self.reducers.owners_of(self.owners)

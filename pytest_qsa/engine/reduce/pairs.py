@@ -1,6 +1,6 @@
-"""What is kept of two tensors that stand for one thing: by kernels on the CPU and CUDA, by operators elsewhere.
+"""Reductions of a pair, the reference's tensor and the model's own: by kernels on the CPU and CUDA, else by operators.
 
-Nothing here waits for an accelerator: the results stay on the device until the pass fetches them.
+Nothing here synchronizes with the device: the results stay there until the pass copies them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...captures import PADDING
 
 ROWS_AT_ONCE = 64
-"""So many rows of logits are widened to float64 at a time by torch's operators."""
+"""Rows of logits that torch's operators widen to float64 at a time: all of them would take gigabytes."""
 
 
 def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: bool = True) -> Tensor:

@@ -10,7 +10,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 _CHUNK = 512
-"""So many exponentials are made at a time, so that they stay in the nearest cache."""
+"""Exponentials that are computed at a time, so that they stay in the L1 cache."""
 _SIGNLESS, _MAGNITUDE, _HALF = np.uint32(0x7FFFFFFF), np.int32(0x7FFFFFFF), np.uint32(16)
 _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10

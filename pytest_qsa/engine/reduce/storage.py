@@ -1,9 +1,9 @@
-"""Where a pass keeps its numbers: apart from the memory that the model works in.
+"""Where a pass keeps its numbers: in an arena, apart from the memory that the model works in; and the way to the host.
 
-A number that stays, in a block that the model has just let go, keeps a tensor as large as that block from being put
-there again. A few kilobytes a site and sample then cost hundreds of megabytes (docs/benchmarks.md). So they are written
-one after the other into maps of their own, whose pages are asked for some at a time: a page that is asked for by the
-first byte written to it costs as much as a small row's reduction.
+A small array that stays allocated in a block that the model has just freed fragments the heap: the next large tensor no
+longer fits there. A few kilobytes a site and sample then cost hundreds of megabytes (docs/benchmarks.md). So they are
+written one after the other into memory maps of their own. Their pages are faulted in many at a time, for a page
+fault at the first write costs as much as a small row's reduction.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SIZE = 1 << 26
-"""The bytes of a map, more for an array that is larger; what has not been asked for takes no memory."""
+"""The bytes of a map, more for an array that is larger; pages that were never faulted in take no memory."""
 AHEAD = 1 << 17
-"""So many bytes are asked for at a time."""
+"""Bytes that are faulted in at a time."""
 POPULATE_WRITE = 23
 """`MADV_POPULATE_WRITE` of Linux 5.14 and later, which not every Python names."""
 
@@ -52,7 +52,7 @@ class Arena:
         self._start = 0
         self._used = 0
         self._ready = 0
-        self._ask: Callable[[int, int, int], None] | None = None
+        self._advise: Callable[[int, int, int], None] | None = None
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array of zeros."""
@@ -60,29 +60,29 @@ class Arena:
         return values.reshape(shape)
 
     def take(self, size: int) -> tuple[int, NDArray[np.uint8]]:
-        """Return where `size` bytes begin, and these, which are zero."""
+        """Allocate `size` bytes of zeros; return their offset in the arena and the bytes."""
         begin = self._used
         if begin + size > self._ready:
             begin = self._prepare(size)
         self._used = (begin + size + 15) & ~15
         return self._start + begin, self._map[begin : begin + size]
 
-    def at(self, place: int, size: int) -> NDArray[np.uint8]:
-        """Return the bytes that begin at a place."""
+    def at(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """Return the bytes at an offset."""
         if not size:
             return np.zeros(0, dtype=np.uint8)
-        index = bisect_right(self._starts, place) - 1
-        begin = place - self._starts[index]
+        index = bisect_right(self._starts, offset) - 1
+        begin = offset - self._starts[index]
         return self._maps[index][begin : begin + size]
 
     def _prepare(self, size: int) -> int:
-        """Ask for pages for `size` bytes; return where in the map they begin."""
+        """Fault in pages for `size` bytes; return their offset in the map."""
         if self._used + size > len(self._map):
             self._begin_map(-(-max(size, SIZE) // mmap.PAGESIZE) * mmap.PAGESIZE)
         wanted = min(len(self._map), -(-(self._used + size) // AHEAD) * AHEAD)
-        if self._ask is not None:
-            with suppress(OSError):  # an older kernel gives pages as they are written to
-                self._ask(POPULATE_WRITE, self._ready, wanted - self._ready)
+        if self._advise is not None:
+            with suppress(OSError):  # an older kernel knows no such advice and faults pages in as they are written to
+                self._advise(POPULATE_WRITE, self._ready, wanted - self._ready)
         self._ready = wanted
         return self._used
 
@@ -90,43 +90,43 @@ class Arena:
         self._start += len(self._map)
         self._map = own_pages(size)
         self._used = self._ready = 0
-        self._ask = getattr(getattr(self._map.base, "obj", None), "madvise", None)
+        self._advise = getattr(getattr(self._map.base, "obj", None), "madvise", None)
         self._maps.append(self._map)
         self._starts.append(self._start)
 
 
 class Column:
-    """What each population left under one name: arrays of one dtype, of any length."""
+    """One array of each population: all of one dtype, of any length."""
 
     def __init__(self, arena: Arena, dtype: Any, shape: tuple[int, ...]) -> None:
-        """Make room for arrays of a dtype, whose shapes are as this one but for the first dimension."""
+        """Begin a column of arrays of a dtype whose shapes differ from this one in the first dimension only."""
         self._arena = arena
         self._dtype = np.dtype(dtype)
         self._shape = (-1, *shape[1:]) if shape else ()
-        self._places, self._sizes = array("q"), array("q")
+        self._offsets, self._sizes = array("q"), array("q")
 
     def room(self, count: int) -> NDArray[Any]:
-        """Return zeros for the next array, [count], to be filled."""
+        """Allocate zeros for the next array, [count]."""
         size = count * self._dtype.itemsize
-        place, taken = self._arena.take(size)
-        self._places.append(place)
+        offset, taken = self._arena.take(size)
+        self._offsets.append(offset)
         self._sizes.append(size)
         return taken.view(self._dtype)
 
     def append(self, values: NDArray[Any]) -> None:
-        """Take a copy of a population's values."""
+        """Copy a population's values."""
         self.room(values.size)[:] = values.ravel()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        values: NDArray[Any] = self._arena.at(self._places[index], self._sizes[index]).view(self._dtype)
+        values: NDArray[Any] = self._arena.at(self._offsets[index], self._sizes[index]).view(self._dtype)
         return values.reshape(self._shape)
 
 
 class Accumulator:
-    """What is kept of one site: `rows`, what each population left by name, and `pooled`, sums over all of them."""
+    """The numbers of one site so far. `rows`: name → an array of each population; `pooled`: name → a sum over all."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -134,7 +134,7 @@ class Accumulator:
         self.pooled: dict[str, Any] = {}
 
     def room(self, name: str, count: int, dtype: Any, shape: tuple[int, ...] = (0,)) -> NDArray[Any]:
-        """Return zeros [count] for what the next population leaves under a name; `shape`: see `Column`."""
+        """Allocate zeros [count] for the next population's array of that name; `shape`: see `Column`."""
         column = self.rows.get(name)
         if column is None:
             column = self.rows[name] = Column(self.arena, dtype, shape)
@@ -142,18 +142,18 @@ class Accumulator:
         return room
 
     def add(self, name: str, values: NDArray[Any]) -> None:
-        """Take a copy of what the next population left under a name."""
+        """Copy the next population's array of that name."""
         self.room(name, values.size, values.dtype, values.shape)[:] = values.ravel()
 
     def take(self, name: str, value: Any) -> None:
-        """Take a tensor that the next population left; one on an accelerator as it is."""
+        """Keep the next population's tensor of that name: a copy of one on the CPU, one on an accelerator itself."""
         if value.device.type == "cpu":
             self.add(name, value.numpy())
         else:
             self.hold(name, value)
 
     def hold(self, name: str, value: Any) -> None:
-        """Take a tensor as it is: its values may come later."""
+        """Keep the next population's tensor itself: its values may be computed later."""
         self.rows.setdefault(name, []).append(value)
 
     def add_up(self, name: str, value: Tensor) -> None:
@@ -174,18 +174,18 @@ def widened(before: Tensor, ends: Tensor) -> Tensor:
 
 
 AT_ONCE = 1 << 28
-"""About so many bytes are copied together, beside which as many are taken on the device."""
+"""About how many bytes are copied together; joining them takes as many on the device."""
 
 
 class Transfer:
-    """Some tensors as arrays on the host. A tensor that is not among them is brought when it is asked for."""
+    """Tensors copied to the host together, since each copy waits for the device. Any other is copied when asked for."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._arrays: dict[int, tuple[Tensor, NDArray[Any]]] = {}
         for group in _groups(tensors):
-            self._bring(group)
+            self._copy(group)
 
-    def _bring(self, group: list[Tensor]) -> None:
+    def _copy(self, group: list[Tensor]) -> None:
         joint = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in group]).cpu().numpy()
         begin = 0
         for tensor in group:
@@ -203,7 +203,7 @@ class Transfer:
 
 
 def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield those that are on a device, by device and in portions."""
+    """Yield those that are on a device, by device, in groups of about `AT_ONCE` bytes."""
     waiting: dict[torch.device, list[Tensor]] = {}
     sizes: dict[torch.device, int] = {}
     for tensor in tensors:

@@ -170,7 +170,7 @@ def heat_map(statistic: HeatMap, row: Row, into: Accumulator) -> None:
 def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulator) -> None:
     """Keep Σx² and Σ(x − x̂)² as float64 [2]; metrics/quantization.py defines the grids.
 
-    The scales aren't known after the pass, so that it takes the sums itself, for the sites that ask.
+    The scales of tokens, channels and groups aren't known after the pass, so the pass must take the sums.
     """
     x = row.floats
     scales = _scales(statistic, x)

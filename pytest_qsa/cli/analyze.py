@@ -120,14 +120,14 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
     import platformdirs
 
     from ..common import progress_bar
-    from ..engine import Share, capture_subject, joined
+    from ..engine import SampleShare, capture_subject, joined
     from ..suite import Captures
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
     with joined() as ranks, progress_bar(subject.name) as progress:
 
         def make(requests: Sequence[Request], sums: PartialSums | None) -> Capture:
-            code, share = options.qsa_allow_code, Share(ranks=ranks, sums=sums)
+            code, share = options.qsa_allow_code, SampleShare(ranks=ranks, sums=sums)
             return capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
 
         def get(make: MakeCapture) -> Capture:

@@ -75,7 +75,7 @@ def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Measure and write a capture; return what it holds."""
     from ..captures import compares
     from ..common import progress_bar
-    from ..engine import Share, capture_subject, layer_names
+    from ..engine import SampleShare, capture_subject, layer_names
     from ..suite import FileHashes, fingerprint_of, identified, load_suite, subject_of
 
     file = load_suite(options.config, overrides, "--")
@@ -84,7 +84,7 @@ def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     requests = _requests(file, layer_names(subject.model, subject.path, subject.memory, allow_code=code))
     hashes = FileHashes(None)
     fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests))
-    share = Share(samples=samples, sums=_sums(options.output, fingerprint))
+    share = SampleShare(samples=samples, sums=_sums(options.output, fingerprint))
     with progress_bar(subject.name) as progress:
         capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     with writing(options.output):

@@ -9,7 +9,7 @@ from .ranks import joined as joined
 from .reference.answers import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions
 from .subject import (
-    Share as Share,
+    SampleShare as SampleShare,
     capture_loaded as capture_loaded,
     capture_subject as capture_subject,
     loaded_from_fixture as loaded_from_fixture,

@@ -12,7 +12,7 @@ from ..suite import Data, NamedSubject
 from .load.data import windows_available
 from .load.fit import check_layers, check_tokens
 from .load.models import Loaded
-from .subject import Share, capture_loaded, load_reference, load_subject
+from .subject import SampleShare, capture_loaded, load_reference, load_subject
 
 
 def capture_parts(
@@ -48,7 +48,7 @@ def capture_parts(
         captures: list[Capture] = []
         activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
-            done, share = size * len(captures), Share(samples=(size * index, size * (index + 1)))
+            done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             told = None if progress is None else lambda count, _, done=done: progress(done + count, total)
             own = capture_loaded(subject, loaded, None, activations if captures else requests, told, share, reference)
             captures.append(_with_weights(own, captures[0]) if captures else own)

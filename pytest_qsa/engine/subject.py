@@ -54,7 +54,7 @@ from .run.site_statistics import StoredComparison
 
 
 @dataclass(frozen=True)
-class Share:
+class SampleShare:
     """Which part of the samples is run here, and how it goes on where an earlier run was stopped.
 
     `samples`: first and end, None for all. `ranks`: the processes that run a part each. `sums`: of an unfinished pass.
@@ -71,7 +71,7 @@ def capture_subject(
     *,
     allow_code: bool = False,
     progress: Progress | None = None,
-    share: Share = Share(),
+    share: SampleShare = SampleShare(),
 ) -> Capture:
     """Load the subject's checkpoint, run it once, and free it.
 
@@ -188,7 +188,7 @@ def capture_loaded(
     batches: Iterable[Batch] | None,
     requests: Sequence[Request],
     progress: Progress | None = None,
-    share: Share = Share(),
+    share: SampleShare = SampleShare(),
     reference: Loaded | ReferenceFile | None = None,
 ) -> Capture:
     """Run a loaded model over its own batches or over the subject's data, or over a share of them.

@@ -208,10 +208,10 @@ class Gate:
                 from ..external import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
-            from ..engine import Share, capture_loaded, capture_subject, loaded_from_fixture
+            from ..engine import SampleShare, capture_loaded, capture_subject, loaded_from_fixture
 
             if subject.model is not None:
-                code, share = self.options.allow_code, Share(sums=sums)
+                code, share = self.options.allow_code, SampleShare(sums=sums)
                 capture = capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
                 self._warn_unpinned(request, subject, capture)
                 return capture

@@ -52,7 +52,7 @@ from .load import (
 )
 from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as Model, Served as Served
 from .session import Captures as Captures, MakeCapture as MakeCapture
-from .subject import (
+from .subjects import (
     Checkpoint as Checkpoint,
     NamedSubject as NamedSubject,
     Subject as Subject,

@@ -21,7 +21,7 @@ from ..captures import Capture
 from ..checkpoint import Folder, libraries_of_formats
 from ..common import logger, write_atomically
 from .datasets import hub_set_of, local_path
-from .subject import NamedSubject, Subject
+from .subjects import NamedSubject, Subject
 
 LIBRARIES = (
     "pytest-qsa",

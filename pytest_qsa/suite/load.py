@@ -16,7 +16,7 @@ from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
 from .document import Suite
 from .fields import fields_at
 from .inherit import apply_defaults, read_suite
-from .subject import NamedSubject
+from .subjects import NamedSubject
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
 from ..common import AnomalyError, InfraError, QsaError, logger, write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
-from .subject import Subject
+from .subjects import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
 """Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""

@@ -22,7 +22,7 @@ from pytest_qsa.engine.modules import blocks_of, layers_of, run_batch
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import cuda_powers, cuda_scores, powers_of, scores_of
 from pytest_qsa.engine.reduce.storage import Transfer
-from pytest_qsa.engine.reference.pairs import Pairs, ReferenceTensor
+from pytest_qsa.engine.reference.pair_statistics import PairStatistics, ReferenceTensor
 from pytest_qsa.engine.run.participant import Forward
 from pytest_qsa.engine.run.run_pass import wanted_sites
 from pytest_qsa.engine.run.site_statistics import SiteStatistics, hooked
@@ -126,11 +126,13 @@ def test_no_hook_waits_for_the_device(elsewhere):
 def test_no_comparison_waits_for_the_device(elsewhere, statistic):
     site, module = ("layer", "output"), torch.nn.Linear(24, 24, bias=False, device=elsewhere)
     x, y = (torch.ones(2, 9, 24, device=elsewhere) for _ in range(2))
-    pairs = Pairs({site: statistics(statistic)}, {"layer": module}, lambda positions, counting, sample, layer: counting)
+    pairs = PairStatistics(
+        {site: statistics(statistic)}, {"layer": module}, lambda positions, counting, sample, layer: counting
+    )
     rows = rows_of(models.padded_batch([9, 5]), 0)
     with torch.no_grad(), unhurried(elsewhere):
         pairs.compare(rows, site, 0, ReferenceTensor(x, x), y)
-    computed = [t for row in pairs.observers[site].rows for name, t in row.items() if name != "local_rows"]
+    computed = [t for row in pairs.compared[site].rows for name, t in row.items() if name != "local_rows"]
     assert {tensor.device for tensor in computed} == {elsewhere}
 
 

@@ -21,10 +21,10 @@ from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteEr
 from pytest_qsa.engine.reference.head import located_head, read_head
 from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.reference.record import RecordOptions, record_model
-from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn
+from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn_tokens
 from pytest_qsa.engine.reference.replay import ReplayedReference
 from pytest_qsa.engine.run.run_pass import run_pass
-from pytest_qsa.engine.subject import Share, capture_subject
+from pytest_qsa.engine.subject import SampleShare, capture_subject
 from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
 from support.captures import statistics
@@ -121,7 +121,7 @@ def test_neither_order_nor_batches_nor_padding_change_which_rows_are_drawn(tmp_p
         for sample, index in one.samples.items():
             assert at[index].tolist() == also_at[other.samples[sample]].tolist()
             torch.testing.assert_close(rows[index], same[other.samples[sample]], rtol=0.1, atol=0.1)
-    others = [drawn(seed, text * 32, 20, 4).tolist() for seed, text in ((0, "ab"), (1, "ab"), (0, "cd"))]
+    others = [drawn_tokens(seed, text * 32, 20, 4).tolist() for seed, text in ((0, "ab"), (1, "ab"), (0, "cd"))]
     assert others[0] not in others[1:]
 
 
@@ -294,7 +294,7 @@ def gate(folder, text=SUITE, samples=None):
     (folder / "case.qsa.yaml").write_text(text)
     file = load_suite(folder / "case.qsa.yaml")
     requests = [assertion.request for assertion in file.assertions]
-    return capture_subject(subject_of(file), requests, share=Share(samples=samples))
+    return capture_subject(subject_of(file), requests, share=SampleShare(samples=samples))
 
 
 @pytest.fixture(scope="module")

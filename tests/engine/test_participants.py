@@ -16,7 +16,7 @@ from pytest_qsa.common import AnomalyError, InfraError, Scratch, SuiteError
 from pytest_qsa.engine.load.models import Loaded
 from pytest_qsa.engine.modules import forward_errors
 from pytest_qsa.engine.reference.live import LiveReference
-from pytest_qsa.engine.reference.pairs import run_rows
+from pytest_qsa.engine.reference.pair_statistics import run_rows
 from pytest_qsa.engine.run.observed_execution import rounds_inputs
 from pytest_qsa.engine.run.participant import Need, Participant, Restart
 from pytest_qsa.engine.run.rehearsal import rehearse

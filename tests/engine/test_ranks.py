@@ -12,7 +12,7 @@ from pytest_qsa import Capture
 from pytest_qsa.captures import ALL_STATISTICS, Request
 from pytest_qsa.captures.cache import CaptureCache, PartialSums
 from pytest_qsa.cli import main
-from pytest_qsa.engine.subject import Share, capture_subject
+from pytest_qsa.engine.subject import SampleShare, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.captures import same
 from support.processes import die_after, torchrun
@@ -44,7 +44,10 @@ def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_bits
     assert any(path.is_dir() for path in scratch.glob("qsa-offload-*")) == disk
     told = []
     resumed = capture_subject(
-        subject, REQUESTS, progress=lambda done, total: told.append((done, total)), share=Share(sums=PartialSums(file))
+        subject,
+        REQUESTS,
+        progress=lambda done, total: told.append((done, total)),
+        share=SampleShare(sums=PartialSums(file)),
     )
     assert told[0][0] > 2
     assert told[-1] == (6, 6)
@@ -57,7 +60,7 @@ def test_sums_that_are_damaged_or_of_another_plan_are_not_gone_on_from(llama, tm
     file, subject = tmp_path / "sums.partial", subject_of(llama)
     whole = capture_subject(subject, REQUESTS)
     sums = PartialSums(file, every=0)
-    part = capture_subject(subject, REQUESTS, share=Share(samples=(0, 2)))
+    part = capture_subject(subject, REQUESTS, share=SampleShare(samples=(0, 2)))
     sums.keep(lambda: part)
     assert sums.load(REQUESTS) is not None
     assert sums.load(REQUESTS[:1]) is None
@@ -65,7 +68,7 @@ def test_sums_that_are_damaged_or_of_another_plan_are_not_gone_on_from(llama, tm
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert sums.load(REQUESTS) is None
-    assert same(capture_subject(subject, REQUESTS, share=Share(sums=sums)), whole)
+    assert same(capture_subject(subject, REQUESTS, share=SampleShare(sums=sums)), whole)
 
 
 def test_the_cache_offers_a_place_for_sums_beside_its_entries(llama, tmp_path):
@@ -73,7 +76,7 @@ def test_the_cache_offers_a_place_for_sums_beside_its_entries(llama, tmp_path):
 
     def make(requests, sums):
         seen.append(sums.file)
-        return capture_subject(subject_of(llama), requests, share=Share(sums=sums))
+        return capture_subject(subject_of(llama), requests, share=SampleShare(sums=sums))
 
     CaptureCache(tmp_path).get_or_make("f00d", REQUESTS, make)
     assert seen == [tmp_path / "f00d.partial"]

@@ -9,7 +9,7 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.cache import PartialSums
 from pytest_qsa.captures.merging import merge
-from pytest_qsa.engine.subject import Share
+from pytest_qsa.engine.subject import SampleShare
 from support.captures import assert_equal
 from support.checkpoints import save_llama, save_quantized_llama
 from support.paths import TESTS
@@ -58,7 +58,7 @@ def test_each_comparison_alone_streams_with_the_same_bits(short_int8, short_llam
 
 def test_parts_against_a_reference_merge_to_the_whole(short_int8, short_llama, whole):
     subject = subject_of(short_int8, short_llama)
-    assert_equal(merge([captured(subject, share=Share(samples=ends)) for ends in ((2, 5), (0, 2))]), whole)
+    assert_equal(merge([captured(subject, share=SampleShare(samples=ends)) for ends in ((2, 5), (0, 2))]), whole)
 
 
 @pytest.mark.process
@@ -74,7 +74,7 @@ def test_a_pass_of_two_models_that_was_killed_goes_on_and_ends_with_the_same_bit
     assert child.exitcode == -signal.SIGKILL
     assert file.exists()
     told = []
-    resumed = captured(subject, progress=lambda done, _: told.append(done), share=Share(sums=PartialSums(file)))
+    resumed = captured(subject, progress=lambda done, _: told.append(done), share=SampleShare(sums=PartialSums(file)))
     assert told[0] > 2
     assert_equal(resumed, whole)
     assert not file.exists()
@@ -108,10 +108,10 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from support.reference_runs import captured, subject_of
 from pytest_qsa.engine.ranks import joined
-from pytest_qsa.engine.subject import Share
+from pytest_qsa.engine.subject import SampleShare
 
 with joined() as ranks:
-    found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=Share(ranks=ranks))
+    found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=SampleShare(ranks=ranks))
     found.save({file!r} + str(ranks.rank))
 """
 

@@ -55,7 +55,7 @@ def die_after(count, file, subject, requests):
     """Capture in this process, which kills itself when `count` samples are done."""
     from pytest_qsa.captures.cache import PartialSums
     from pytest_qsa.engine.stream import stream
-    from pytest_qsa.engine.subject import Share, capture_subject
+    from pytest_qsa.engine.subject import SampleShare, capture_subject
 
     stream.WAVE = 2
 
@@ -63,4 +63,4 @@ def die_after(count, file, subject, requests):
         if done == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    capture_subject(subject, requests, progress=progress, share=Share(sums=PartialSums(file, every=0)))
+    capture_subject(subject, requests, progress=progress, share=SampleShare(sums=PartialSums(file, every=0)))

@@ -21,9 +21,9 @@ from ..load.models import Loaded, quiet
 from ..load.tokenizer import load_tokenizer
 from ..modules import device_of, evaluating, forward_errors, run_batch
 from ..reduce.pairs import ROWS_AT_ONCE
-from ..run.predictions import logits_of
+from ..run.next_token import logits_of
 
-ABSENT = -1
+NO_TOKEN = -1
 """Stands in the ids of a row that asks for fewer tokens than others."""
 Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
 """Of T − 1 positions: ln p of the k tokens that were asked for (−∞ where absent), ln p of the token that came, the
@@ -93,7 +93,7 @@ def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -
     for start in range(0, len(ids), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(ids)))
         p = logits[rows].double().log_softmax(1).cpu()
-        known = p.gather(1, ids[rows].clamp_min(0)).masked_fill(ids[rows] == ABSENT, float("-inf"))
+        known = p.gather(1, ids[rows].clamp_min(0)).masked_fill(ids[rows] == NO_TOKEN, float("-inf"))
         negentropy = torch.where(p > float("-inf"), p.exp() * p, 0.0).sum(1)
         parts.append((known, p.gather(1, following[rows][:, None])[:, 0], p.argmax(1), negentropy))
     if any(torch.isnan(part[1]).any() for part in parts):

@@ -41,12 +41,12 @@ from ..formats.format import dequantized
 from ..load.batches import rows_of
 from ..modules import blocks_of, device_of, evaluating, forward_errors, layers_of, run_batch
 from ..reduce.pairs import powers_of
-from ..run.participant import Forward, ForwardComplete, Participant, Pass, Wanted
+from ..run.participant import Forward, ForwardComplete, Participant, Pass, WantedSites
 from ..run.rehearsal import rehearse
 from ..run.run_pass import forwards_of, run_in_turn
 from ..run.site_statistics import SiteStatistics, hooked
 from ..stream.stream import Stream, Unit
-from .pairs import Pairs, ReferenceTensor, check_rows, drawn_rows, run_rows
+from .pair_statistics import PairStatistics, ReferenceTensor, check_rows, drawn_rows, run_rows
 
 NO_SINKS = Sinks((), searched=False)
 
@@ -57,8 +57,8 @@ class Reference(Participant):
     `compared`: the sites at which the subject is compared, each with the statistics that need the reference.
     """
 
-    compared: Wanted
-    pairs: Pairs
+    compared: WantedSites
+    pairs: PairStatistics
     compares_predictions = False
     sinks = NO_SINKS
     """The reference's sinks, where the error of a channel leaves them out."""
@@ -73,8 +73,8 @@ class Reference(Participant):
 
     def begin(self, exits: ExitStack) -> None:
         """Begin an attempt: nothing is compared yet."""
-        self.pairs = Pairs(self.compared, self._subject_modules, self.sinks.among)
-        self.sites = self.pairs.meeting
+        self.pairs = PairStatistics(self.compared, self._subject_modules, self.sinks.among)
+        self.sites = self.pairs.sites
 
     def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
         """Compare the subject's tensor with the reference's."""
@@ -86,11 +86,11 @@ class Reference(Participant):
 
     def forward_ended(self, forward: Forward, output: Any) -> None:
         """Let go of what belongs to the forward."""
-        self.pairs.forget()
+        self.pairs.forget_tensors()
 
     def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Add what was compared to the subject's own numbers."""
-        numbers |= self.pairs.numbers(numbers)
+        self.pairs.contribute(numbers)
 
 
 class LiveReference(Reference):
@@ -134,7 +134,7 @@ class LiveReference(Reference):
         if any(map(_needs_sinks, chain.from_iterable(self.compared.values()))):
             self.sinks = self._find_sinks(run)
 
-    def _check_layers(self, wanted: Wanted) -> None:
+    def _check_layers(self, wanted: WantedSites) -> None:
         sites = (site for site, statistics in wanted.items() if against_reference(statistics))
         absent = [layer for layer, _ in sites if layer not in self.modules]
         if absent:
@@ -220,7 +220,7 @@ class LiveReference(Reference):
 
     def _find_sinks(self, run: Pass) -> Sinks:
         """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
-        wanted: Wanted = {(block, "output"): frozenset({TOKENS, SINKS}) for block in blocks_of(self.model)}
+        wanted: WantedSites = {(block, "output"): frozenset({TOKENS, SINKS}) for block in blocks_of(self.model)}
         if not wanted:
             return NO_SINKS
         statistics = SiteStatistics(wanted, self.modules, may_stop=False)
@@ -246,7 +246,7 @@ class _Rendezvous(Participant):
 
     def __init__(self, reference: LiveReference) -> None:
         self._reference = reference
-        self.sites = reference.pairs.meeting
+        self.sites = reference.pairs.sites
         self.input_sites = frozenset(
             site
             for site, statistics in reference.compared.items()

@@ -35,13 +35,13 @@ from ...metrics import KL
 from ..load.batches import Batch
 from ..modules import blocks_of, channels_first, layers_of
 from ..reduce.pairs import powers_of, scores_of
+from ..run.next_token import logits_of
 from ..run.participant import Forward, Need, Participant, Pass
-from ..run.predictions import logits_of
 from ..run.run_pass import run_pass
 from ..stream.stream import Stream
 from .head import Head, head_of, loaded_head, scalings_of
-from .pairs import check_rows, run_rows
-from .reference_file import Call, Content, SiteRows, drawn, hashes_of
+from .pair_statistics import check_rows, run_rows
+from .reference_file import Call, ReferenceContent, SiteRows, drawn_tokens, hashes_of
 
 FARTHEST = 1e-5
 """The most that logits made again may differ from the model's own, in nats: 1 % of the least KL divergence of healthy
@@ -154,7 +154,7 @@ class RowRecorder(Participant):
                 self._latest = index, kept, values
                 self.hidden[sample] = _Drawn(len(values), None, halved(values).cpu())
             if site in self.rows:
-                at = drawn(self.options.seed, self.hashes[sample], len(values), self.options.rows)
+                at = drawn_tokens(self.options.seed, self.hashes[sample], len(values), self.options.rows)
                 some = values.index_select(0, torch.from_numpy(at).long().to(values.device))
                 self.calls[*site, call][sample] = _Drawn(len(values), at, some.detach())
         if forward.first and site[1] == "output" and site[0] in self._local:
@@ -194,7 +194,7 @@ class RowRecorder(Participant):
 class Recording:
     """A reference to be written. `problem`: why nothing of what it predicts is in it, if so; `distance`: in nats."""
 
-    content: Content
+    content: ReferenceContent
     problem: str | None
     distance: float
 
@@ -272,7 +272,7 @@ def _head_entry(
 
 def _content(
     recorder: RowRecorder, capture: Capture, head: Mapping[str, Any] | None, weights: Mapping[str, Tensor]
-) -> Content:
+) -> ReferenceContent:
     samples = list(recorder.hashes.values())
     maxima = {(*site, call): found for site, numbers in capture.sites.items() for call, found in _maxima(numbers)}
     unseen = [site for site in sorted(recorder.rows) if (*site, 0) not in recorder.calls]
@@ -288,7 +288,7 @@ def _content(
         for s in capture.sinks.found
     ]
     options = recorder.options
-    return Content(
+    return ReferenceContent(
         UNKNOWN_RUN,
         options.seed,
         options.rows,

@@ -27,7 +27,7 @@ from ...common import InfraError, shown_path
 from ..load.batches import Batch, row_count
 from .head import Head, read_head
 
-FORMAT = "qsa-reference/1"
+REFERENCE_FORMAT = "qsa-reference/1"
 Call = tuple[str, Site, int]
 """A layer, its input or output, and which of the layer's calls in a forward."""
 MASKS = {
@@ -57,7 +57,7 @@ def hashes_of(batch: Batch) -> list[str]:
     return found
 
 
-def drawn(seed: int, sample: str, count: int, rows: int) -> NDArray[np.int32]:
+def drawn_tokens(seed: int, sample: str, count: int, rows: int) -> NDArray[np.int32]:
     """Return which of a sample's `count` tokens are kept, ascending; it depends on the sample's hash alone."""
     if count <= rows:
         return np.arange(count, dtype=np.int32)
@@ -80,7 +80,7 @@ class SiteRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Content:
+class ReferenceContent:
     """All that a file holds. `samples`: their hashes. `sinks`: sample, place, channel and layers of each.
 
     `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
@@ -120,10 +120,18 @@ class Content:
             counts = tensors.add("counts", torch.from_numpy(self.hidden.counts))
             hidden = {"counts": counts, "rows": tensors.add("hidden", self.hidden.rows)}
         header = {
-            "format": FORMAT, "meta": self.provenance.plain(), "seed": self.seed, "rows": self.rows, "streams": streams,
-            "samples": list(self.samples), "modules": list(self.modules), "blocks": list(self.blocks),
-            "sinks": list(self.sinks), "hidden": hidden, "head": self.head,
-        }  # fmt: skip
+            "format": REFERENCE_FORMAT,
+            "meta": self.provenance.plain(),
+            "seed": self.seed,
+            "rows": self.rows,
+            "streams": streams,
+            "samples": list(self.samples),
+            "modules": list(self.modules),
+            "blocks": list(self.blocks),
+            "sinks": list(self.sinks),
+            "hidden": hidden,
+            "head": self.head,
+        }
         return save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)})
 
 
@@ -154,7 +162,7 @@ def _inflated(content: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(eq=False)
 class ReferenceFile:
-    """A file that `Content.to_bytes` made, open; its arrays are read where they are needed."""
+    """A file that `ReferenceContent.to_bytes` made, open; its arrays are read where they are needed."""
 
     path: Path
     header: Mapping[str, Any]
@@ -177,10 +185,10 @@ class ReferenceFile:
                 "with `qsa capture --for-reference`"
             ) from None
         form = header.get("format") if isinstance(header, dict) else None
-        if form != FORMAT:
+        if form != REFERENCE_FORMAT:
             what = "a capture without rows to compare with" if str(form).startswith("qsa-capture") else "no reference"
             raise InfraError(
-                f"model.reference: {shown} is {what} (format {form!r}, not {FORMAT}): make it with "
+                f"model.reference: {shown} is {what} (format {form!r}, not {REFERENCE_FORMAT}): make it with "
                 "`qsa capture --for-reference`"
             )
         return cls(path, header, file)

@@ -33,7 +33,7 @@ from ...common import AnomalyError, InfraError
 from ..load.batches import Batch, Rows
 from ..run.participant import Forward, Pass
 from .live import Reference
-from .pairs import ReferenceTensor
+from .pair_statistics import ReferenceTensor
 from .reference_file import Call, ReferenceFile, hashes_of
 
 ANEW = "make it anew with `qsa capture --for-reference` of a suite that compares there"

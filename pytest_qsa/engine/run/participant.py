@@ -18,7 +18,7 @@ from ..load.batches import Batch, Rows
 from ..modules import device_of
 from ..stream.stream import Stream
 
-Wanted = Mapping[SiteKey, frozenset[Statistic]]
+WantedSites = Mapping[SiteKey, frozenset[Statistic]]
 """Which statistics are wanted at each site."""
 
 
@@ -57,7 +57,7 @@ class Pass:
     blocks: Sequence[str]
     batches: Sequence[Batch]
     requests: tuple[Request, ...]
-    wanted: Wanted
+    wanted: WantedSites
     first_sample: int = 0
     stream: Stream | None = None
 

@@ -29,8 +29,8 @@ from ...common import Progress, logger
 from ..load.batches import Batch, row_count, rows_of, token_ids
 from ..modules import blocks_of, evaluating, layers_of, run_batch
 from ..stream.stream import Stream
+from .next_token import Predictions
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart
-from .predictions import Predictions
 from .rehearsal import rehearse
 from .site_statistics import SiteStatistics, WeightStatistics, hooked
 

@@ -23,7 +23,7 @@ from ..load.batches import Rows
 from ..modules import Routing, channels_first, input_of, packed_experts, routing_of, tensor_of
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
-from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart, SeenTensor, Wanted
+from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart, SeenTensor, WantedSites
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SiteStatistics(Participant):
     """
 
     def __init__(
-        self, wanted: Wanted, modules: Mapping[str, nn.Module], *,
+        self, wanted: WantedSites, modules: Mapping[str, nn.Module], *,
         may_stop: bool = True, learns_order: bool = True, fused: bool = True,
     ) -> None:  # fmt: skip
         self.wanted = {site: statistics - against_reference(statistics) for site, statistics in wanted.items()}

@@ -28,7 +28,7 @@ WAVE = 256
 """How many samples wait at once: each holds a greenlet's frames, and its hidden state in memory or on disk."""
 
 Weights = dict[StoredTensor, nn.Parameter]
-T = TypeVar("T")
+Item = TypeVar("Item")
 Loading = Callable[[Sequence[str]], None]
 """A callback that gets the names of the modules whose weights have just been loaded."""
 
@@ -170,7 +170,9 @@ class Stream:
             for handle in handles:
                 handle.remove()
 
-    def run(self, forwards: Iterable[T], run: Callable[[T], None], resumed: Callable[[T], None]) -> Iterator[int]:
+    def run(
+        self, forwards: Iterable[Item], run: Callable[[Item], None], resumed: Callable[[Item], None]
+    ) -> Iterator[int]:
         """Run forwards side by side, unit by unit, a wave at a time; yield, after each wave, how many have run.
 
         `resumed`: called before a forward goes on.
@@ -181,7 +183,7 @@ class Stream:
             done += len(wave)
             yield done
 
-    def _run_wave(self, wave: Sequence[T], run: Callable[[T], None], resumed: Callable[[T], None]) -> None:
+    def _run_wave(self, wave: Sequence[Item], run: Callable[[Item], None], resumed: Callable[[Item], None]) -> None:
         greenlets = [greenlet(partial(run, forward)) for forward in wave]
         awaited: dict[int, Unit] = {}
         try:
@@ -199,11 +201,11 @@ class Stream:
 
     def _run_until_weights(
         self,
-        wave: Sequence[T],
+        wave: Sequence[Item],
         ready: Sequence[int],
         greenlets: Sequence[greenlet],
         awaited: dict[int, Unit],
-        resumed: Callable[[T], None],
+        resumed: Callable[[Item], None],
     ) -> None:
         """Let the forwards that are ready go on, each until it ends or waits for a unit."""
         for position, index in enumerate(ready):

@@ -227,7 +227,7 @@ class PairStatistics:
             numbers[site] = known[key]
 
 
-def _arrays(made: _SiteRows, fetch: Transfer) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def _arrays(made: _SiteRows, fetch: Transfer) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
     """Return whose the rows are, and their arrays, by sample and call: a streamed pass visits all samples by call."""
     owners = np.array(made.owners, dtype=np.int64).reshape(-1, 3)
     order = np.lexsort((owners[:, 1], owners[:, 0]))

@@ -189,7 +189,7 @@ class Fails(nn.Module):
 FAILURES = {
     "value": (ValueError("wrong shape\nand more"), "failed: ValueError: wrong shape$"),
     "key": (KeyError("cache"), "failed: KeyError: 'cache'$"),
-    "silent": (RuntimeError(), "failed: RuntimeError: $"),
+    "silent": (RuntimeError(), "failed: RuntimeError: RuntimeError$"),
     "memory": (
         torch.OutOfMemoryError("CUDA out of memory"),
         r"ran out of memory \(CUDA out of memory\): lower data.seq",

@@ -115,7 +115,8 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
     share of the budget, and its histograms; and `strips`, the indices of rows by kind of layer.
     """
     # Tasks of an eval and the many experts of a layer would fill the table; they have the table of their own card.
-    columns = [card for card in cards if card["rows"] and not card["query"].get("over") and _of_layers(card)]
+    layered = [card for card in cards if card["query"].get("of", "layers") == "layers"]
+    columns = [card for card in layered if card["rows"] and not card["query"].get("over")]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def entry_of(card: Card, layer: str) -> dict[str, Any]:
@@ -140,11 +141,6 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
         "rows": finished,
         "strips": strips_of(finished),
     }
-
-
-def _of_layers(card: Card) -> bool:
-    """Say whether the rows of an assertion are layers."""
-    return bool(card["query"].get("of", "layers") == "layers")
 
 
 def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -50,10 +50,13 @@ def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Plain
     if config.getoption("htmlpath", None):
         report.extras = [*getattr(report, "extras", ()), *(_extra(title, path) for title, path in pictures)]  # type: ignore[attr-defined]
     if config.pluginmanager.hasplugin("allure_listener"):
-        _attach_to_allure(pictures)
+        import allure
+
+        for title, path in pictures:
+            allure.attach.file(str(path), name=title, attachment_type=allure.attachment_type.PNG)
     if os.environ.get("GITLAB_CI"):
         # pytest writes system-out from the report of the teardown, or of the call if it leaves out passing tests.
-        line = f"[[ATTACHMENT|{_in_project(pictures[0][1])}]]"
+        line = f"[[ATTACHMENT|{_below(pictures[0][1], 'CI_PROJECT_DIR')}]]"
         report.sections.append(("Captured stdout call", line))
         item.add_report_section("call", "stdout", line)
 
@@ -71,19 +74,15 @@ def _extra(title: str, path: Path) -> dict[str, str | None]:
     return {"name": title, "format_type": "image", "content": content, "mime_type": "image/png", "extension": "png"}
 
 
-def _attach_to_allure(pictures: Sequence[tuple[str, Path]]) -> None:
-    import allure
+def _below(path: str | Path, variable: str) -> str:
+    """Return a path relative to the folder that an environment variable names, unchanged if it is not below it.
 
-    for title, path in pictures:
-        allure.attach.file(str(path), name=title, attachment_type=allure.attachment_type.PNG)
-
-
-def _in_project(path: Path) -> str:
-    """Return a path relative to the project's folder, as GitLab needs it."""
-    try:
-        return str(path.resolve().relative_to(Path(os.environ.get("CI_PROJECT_DIR", ".")).resolve()))
-    except ValueError:
-        return str(path)
+    pytest may run in a folder below the repository, but GitHub and GitLab show paths from its root.
+    """
+    root = os.environ.get(variable)
+    if root and Path(path).resolve().is_relative_to(Path(root).resolve()):
+        return Path(path).resolve().relative_to(Path(root).resolve()).as_posix()
+    return str(path)
 
 
 def annotation_lines(results: Sequence[PlainVerdict], suite_errors: Sequence[str] = ()) -> Iterator[str]:
@@ -103,7 +102,7 @@ def annotation_lines(results: Sequence[PlainVerdict], suite_errors: Sequence[str
 
 def command(level: str, file: str, line: str, title: str, message: str) -> str:
     """Return `::error file=…,line=…,title=…::message`; paths are relative to the repository, all is escaped."""
-    properties = {"file": _in_repository(file), "line": line if line.isdigit() else "", "title": title}
+    properties = {"file": _below(file, "GITHUB_WORKSPACE"), "line": line if line.isdigit() else "", "title": title}
     known = ",".join(f"{name}={_property(value)}" for name, value in properties.items() if value)
     return f"::{level} {known}::{_data(message)}"
 
@@ -115,13 +114,6 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def _in_repository(file: str) -> str:
-    root = os.environ.get("GITHUB_WORKSPACE")  # pytest may run in a folder below it; GitHub counts from the root
-    if root and Path(file).resolve().is_relative_to(Path(root).resolve()):
-        return Path(file).resolve().relative_to(Path(root).resolve()).as_posix()
-    return file
 
 
 def append_summary(path: Path, results: Sequence[PlainVerdict]) -> None:

@@ -51,6 +51,11 @@ class Change:
         return relative_text(self.relative)
 
     @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Layer, measure, old and new value, and how far it moved, for a table."""
+        return self.layer, str(self.measure), self.measure.text_of(self.old), self.measure.text_of(self.new), self.text
+
+    @property
     def size(self) -> float:
         """The sort key, the magnitude of the relative change; ∞ where it is not finite."""
         return math.inf if math.isnan(self.relative) else abs(self.relative)
@@ -158,15 +163,12 @@ def _check(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> None:
             f"{measure} was measured by another definition: {old.definition} and {new.definition}; "
             "make both sides with the same version"
         )
-    if measure.site != "weight" and None not in (old.data, new.data) and old.data != new.data:
+    if measure.site != "weight" and old.data is not None and new.data is not None and old.data != new.data:
+        hashes = [digest.partition(":")[2][:12] for digest in (old.data, new.data)]
         raise AnomalyError(
-            f"the two sides were measured on other tokens ({_short(old.data)} and {_short(new.data)}): "
+            f"the two sides were measured on other tokens ({' and '.join(hashes)}): "
             "run both over the same data, tokenizer, seed, num_samples and seq_len"
         )
-
-
-def _short(digest: str | None) -> str:
-    return (digest or "").partition(":")[2][:12]
 
 
 def _changes(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> list[Change]:

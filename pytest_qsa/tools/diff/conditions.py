@@ -72,7 +72,10 @@ class Condition:
         if not changes:
             shown = ", ".join(sorted({str(measure) for measure in diff.measures}))
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
-        lines = [f"{change.layer}: {_values(change)} ({change.text})" for change in changes if self._broken(change)]
+        lines = [
+            f"{layer}: {measure} {old} → {new} ({moved})"
+            for layer, measure, old, new, moved in (change.cells for change in changes if self._broken(change))
+        ]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", diff.vanished), ("appeared", diff.appeared)):
             lines += [f"{layer}: {word}, so {measure} has nothing to compare" for measure, layers in sides.items()
@@ -100,10 +103,6 @@ class Condition:
                 f"--fail-on '{self.text}': the outlier tokens are known only with a capture on both sides"
             )
         return [f"{len(tokens)} {self.name.replace('_', ' ')}"] if len(tokens) > self.limit else []
-
-
-def _values(change: Change) -> str:
-    return f"{change.measure} {change.measure.text_of(change.old)} → {change.measure.text_of(change.new)}"
 
 
 def parse_all(texts: Sequence[str]) -> list[Condition]:

@@ -84,7 +84,7 @@ def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
     yield ""
     yield _moved_text(changes, least) + (", worst first" if changes else "")
     if changes:
-        yield from text_table([CHANGE, *map(cells, changes[:most])], right=range(2, 5), indent="  ")
+        yield from text_table([CHANGE, *(change.cells for change in changes[:most])], right=range(2, 5), indent="  ")
     if len(changes) > most:
         yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
     for name, tokens in diff.outlier_tokens.items():
@@ -96,12 +96,6 @@ def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
     if notes:
         yield ""
         yield from (f"note: {note}" for note in notes)
-
-
-def cells(change: Change) -> list[str]:
-    """Return a change as the cells of a table."""
-    measure = change.measure
-    return [change.layer, str(measure), measure.text_of(change.old), measure.text_of(change.new), change.text]
 
 
 def token_text(token: OutlierToken) -> str:
@@ -121,7 +115,7 @@ def diff_markdown(diff: Diff, failures: Iterable[tuple[str, Sequence[str]]], mos
     lines += ["", f"old: {escaped(diff.old.title)}  ", f"new: {escaped(diff.new.title)}", ""]
     lines += [*markdown_table([SUMMARY, *summary_table(diff, least)]), ""]
     if changes:
-        lines += [*markdown_table([CHANGE, *map(cells, changes[:most])]), ""]
+        lines += [*markdown_table([CHANGE, *(change.cells for change in changes[:most])]), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
     for name, tokens in diff.outlier_tokens.items():
@@ -156,11 +150,10 @@ def _strips(diff: Diff, least: float) -> Iterator[dict[str, Any]]:
             "measure": measure,
             "moved": sum(change.size > least for change in changes),
             "cells": [
-                {"heat": _heat(change), "title": f"{change.layer}: {' → '.join(cells(change)[2:4])} ({change.text})"}
+                {
+                    "heat": round(min(change.size / STRONGEST, 1.0), 3),
+                    "title": f"{change.layer}: {' → '.join(change.cells[2:4])} ({change.text})",
+                }
                 for change in changes
             ],
         }
-
-
-def _heat(change: Change) -> float:
-    return round(min(change.size / STRONGEST, 1.0), 3)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...captures import Capture, DataProvenance, Provenance, SiteNumbers, Statistic, exactly
+from ...captures import SINKS, Capture, DataProvenance, Provenance, Site, exactly
 from ...common import InfraError, QsaError, SuiteError, number, shown_path
-from ...metrics import METRICS
+from ...metrics import METRICS, Series
 from ...verdicts import BaselineFile, is_baseline
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
@@ -104,7 +104,8 @@ def read_side(given: str) -> DiffSide:
     if path.is_dir():
         return _baselines(path, sorted(file for file in path.rglob("*.json") if is_baseline(file)), subject)
     if path.suffix == ".qsa":
-        return _captured(path, Capture.load(path))
+        capture = Capture.load(path)
+        return DiffSide(shown_path(path), _facts(capture.provenance), capture=capture)
     if is_baseline(path):
         return _baselines(path, [path], subject)
     try:
@@ -112,10 +113,6 @@ def read_side(given: str) -> DiffSide:
     except OSError as error:
         raise InfraError(f"{name}: can't be read: {error.strerror}") from None
     return _reported(path, content, subject)
-
-
-def _captured(path: Path, capture: Capture) -> DiffSide:
-    return DiffSide(shown_path(path), _facts(capture.provenance), capture=capture)
 
 
 def _facts(provenance: Provenance) -> dict[str, str]:
@@ -219,22 +216,18 @@ def compute_table(capture: Capture, measure: DiffMeasure, layers: Iterable[str])
         return None
 
 
-def _table(capture: Capture, series: Any) -> MeasureTable:
-    return MeasureTable(
-        series.query.definition, tokens_hash(capture), dict(zip(series.layers, series.values.tolist(), strict=True))
-    )
+def _table(capture: Capture, series: Series) -> MeasureTable:
+    values = dict(zip(series.layers, series.values.tolist(), strict=True))
+    return MeasureTable(series.query.definition, tokens_hash(capture), values)
 
 
-def _can(capture: Capture, layer: str, site: Any, name: str, parameters: Mapping[str, Any]) -> bool:
+def _can(capture: Capture, layer: str, site: Site, name: str, parameters: Mapping[str, Any]) -> bool:
+    """Say whether a capture has at a layer what a metric needs."""
     metric, numbers = METRICS[name], capture.sites[layer, site]
-    needs = metric.needs(site, "all", parameters) - {"sinks"}
-    return needs <= numbers.statistics and bool(numbers.populations) and not _impossible(metric, site, numbers, needs)
-
-
-def _impossible(metric: Any, site: str, numbers: SiteNumbers, needs: frozenset[Statistic]) -> bool:
-    if site == "weight" and metric.tokenwise:
-        return True
-    return bool(needs & {"tokens", "channels"}) and not numbers.token_axis
+    needs = metric.needs(site, "all", parameters) - {SINKS}
+    if not needs <= numbers.statistics or not numbers.populations or (site == "weight" and metric.tokenwise):
+        return False
+    return numbers.token_axis or not any(statistic.needs_tokens for statistic in needs)
 
 
 def tokens_hash(capture: Capture) -> str | None:

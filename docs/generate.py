@@ -7,6 +7,7 @@ a page lies between `<!-- generated: NAME -->` and `<!-- end of NAME -->`: `betw
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from rooms import rooms_picture, rooms_table
 
 from pytest_qsa.captures import STATISTICS
+from pytest_qsa.checkpoint import CHECKS
 from pytest_qsa.cli import commands
 from pytest_qsa.cli.shared import first_line
-from pytest_qsa.metrics import METRICS, Metric
+from pytest_qsa.metrics import METRICS, Definition, Metric
 from pytest_qsa.tools import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,11 +62,15 @@ def metrics_page(text: str) -> str:
 
 
 def _row(metric: Metric) -> str:
-    parameters = ", ".join(f"{name}={_plain(p.default)}" for name, p in metric.parameters.items())
     what = (metric.compute.__doc__ or "").partition("\n")[0].replace("|", "\\|")
-    signature = f"`{metric.name}({parameters})`" if parameters else f"`{metric.name}`"
     sites = [site for site in metric.sites if not (metric.tokenwise and site == "weight")]
-    return f"| {signature} | {what} | {metric.unit} | {metric.reduce or 'pooled'} | {', '.join(sites)} |"
+    return f"| {_signature(metric)} | {what} | {metric.unit} | {metric.reduce or 'pooled'} | {', '.join(sites)} |"
+
+
+def _signature(definition: Definition) -> str:
+    """Write a metric with its parameters and their defaults."""
+    parameters = ", ".join(f"{name}={_plain(p.default)}" for name, p in definition.parameters.items())
+    return f"`{definition.name}({parameters})`" if parameters else f"`{definition.name}`"
 
 
 def _plain(value: object) -> str:
@@ -86,6 +92,16 @@ def commands_page(text: str) -> str:
         title = pages[page].partition("\n")[0].removeprefix("# ")
         rows.append(f"| `qsa {name}` | {first_line(module.__doc__)} | {f'[{title}]({page})' if shown[page] else ''} |")
     return between(text, "commands", "\n".join(rows))
+
+
+@generates("docs/checkpoints.md")
+def checkpoints_page(text: str) -> str:
+    """List the static checks with their parameters and what each counts."""
+    rows = ["| metric (parameters = defaults) | what it counts |", "|---|---|"]
+    for check in CHECKS.values():
+        what = " ".join((inspect.getdoc(check.compute) or "").partition("\n\nRaises")[0].split()).removeprefix("Count ")
+        rows.append(f"| {_signature(check)} | {what.removesuffix('.')} |")
+    return between(text, "checks", "\n".join(rows))
 
 
 @generates("docs/selftest.md")

@@ -13,9 +13,8 @@ from .errors import (
 )
 from .extensions import Registry as Registry
 from .files import Scratch as Scratch, write_atomically as write_atomically
-from .log import logger as logger
+from .log import Progress as Progress, logger as logger, progress_bar as progress_bar
 from .moved import find_moved_modules as find_moved_modules
-from .progress import Progress as Progress, progress_bar as progress_bar
 from .text import (
     escaped as escaped,
     fitted as fitted,

@@ -313,6 +313,7 @@ def _base_of(metric: Metric) -> type[Assertion]:
 
 def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
+    # A metric of one site needs no key for it.
     if isinstance(metric, Metric) and len(metric.sites) == 1:
         own["site"] = (Literal[metric.sites[0]], metric.sites[0])
     if taken := own.keys() & base.model_fields.keys() - {"site"}:

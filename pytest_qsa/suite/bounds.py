@@ -31,6 +31,7 @@ class Relative(Strict):
 
     def number(self, previous: float) -> float:
         """Return the bound of a layer, given its value in the last release."""
+        # `at_least` comes last, so that it wins where the two limits cross.
         number = self.times * previous + self.plus
         number = number if self.at_most is None else min(number, self.at_most)
         return number if self.at_least is None else max(number, self.at_least)

@@ -166,7 +166,7 @@ def _parts(subject: NamedSubject, folder: Path, hashes: FileHashes) -> Iterator[
     for name, file in _named_files(folder):
         yield [name, hashes.of(file)]
     if subject.data.source == "sample":
-        text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_bytes()
+        text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_bytes()
         yield hashlib.sha256(text).hexdigest()
     else:
         for file in _data_files(subject):

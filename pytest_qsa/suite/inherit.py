@@ -40,7 +40,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Node:
     if not isinstance(source.data, dict):
         raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
     _check_entries(source)
-    if extending:
+    if extending:  # a base: its paths are used from the suite that the user named
         _rebase(source, extending[0].parent)
     chain = (*extending, path)
     merged = Node({}, Place(path, 1))
@@ -58,7 +58,7 @@ def _named_bases(source: YamlSource) -> list[str]:
 
 
 def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -> Node:
-    path = Path(os.path.normpath(source.path.parent / named))
+    path = Path(os.path.normpath(source.path.parent / named))  # not `resolve`: messages show the path as it is written
     location: Location = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
     files = " → ".join(shown_path(file) for file in (*chain, path))
     if path.resolve() in {file.resolve() for file in chain}:
@@ -68,7 +68,7 @@ def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -
     try:
         return _read(path, chain)
     except SuiteError as error:
-        text = str(error)
+        text = str(error)  # the innermost file has appended the longest chain already
         raise SuiteError(text if " → " in text else f"{text} ({files})") from None
 
 

@@ -96,9 +96,10 @@ def make_suite(
     conftests: bool = False,
 ) -> SuiteFile:
     """Validate a document that is already read, or that is no file yet; otherwise as `load_suite`."""
+    # Where an override made the mistake, the message names the option: the file's line is right.
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
-        apply_defaults(source)
+        apply_defaults(source)  # after the overrides, which may set defaults
         _check_assertions(source, conftests)
         for entry in () if noise else source.data.get("assertions") or ():
             entry.pop("noise", None)
@@ -121,6 +122,7 @@ def _apply(source: YamlSource, override: str, option: str) -> Location:
         raise SuiteError(f"{option}{override}: {error}") from None
     here: Any = source.data
     for part in parents:
+        # An override may name a section that the file hasn't.
         here = here.setdefault(part, {}) if isinstance(here, dict) else here[part]
         if not isinstance(here, (dict, list)):
             raise SuiteError(f"{option}{override}: '{part}' is a value, not a section")

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+# In YAML 1.1, which PyYAML reads, a float needs a dot and a signed exponent: `1e-3` is a string there.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -117,7 +117,6 @@ def read_yaml(path: Path) -> YamlSource:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -126,15 +125,12 @@ def read_yaml(path: Path) -> YamlSource:
                 f"{shown_path(path)}:1: the file is empty; a suite has the sections model, data and assertions"
             )
         source = YamlSource(path, None)
-        _Walk(source).visit(node, ())
+        _Walk(source).visit(node, ())  # before the values are made: it stops aliases that would fill the memory
         source.data = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise SuiteError(_syntax_error(path, error)) from None
     except RecursionError:
         raise SuiteError(f"{shown_path(path)}:1: not valid YAML: it is nested too deeply") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     return source
 
 
@@ -156,6 +152,7 @@ class _Walk:
 
     def visit(self, node: yaml.Node, location: Location) -> None:
         self.nodes += 1
+        # The key of a mapping has set the place already; its value may begin lines below.
         self.source.places.setdefault(location, self._place(node))
         if self.nodes > MAX_NODES or id(node) in self.open:
             raise self.source.error(
@@ -174,7 +171,7 @@ class _Walk:
         for key, value in node.value:
             name = str(key.value)
             here = (*location, name)
-            if name in seen and name != "<<":
+            if name in seen and name != "<<":  # a mapping may merge several others
                 self.source.places[here] = self._place(key)
                 raise self.source.error(here, f"the key '{name}' stands twice in the same place")
             seen.add(name)

@@ -132,7 +132,11 @@ def _everything(files: Files) -> list[str]:
 
 @_check(_quantized_layers)
 def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
-    """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings."""
+    """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings.
+
+    Also scales that all have one initial value, that have another shape than the declared scheme's, or that differ
+    within a fused group.
+    """
     for layer in files.folder.layers:
         yield from files.format.findings(layer)
     yield from unsound_scales(files.format)
@@ -142,7 +146,10 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
 
 @_check(_all_layers)
 def checkpoint_weights(files: Files) -> Iterator[Finding]:
-    """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf."""
+    """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf.
+
+    A row or group of zeros is no problem.
+    """
     yield from constant_weights(files.format)
     yield from unsound_floats(files.format)
 
@@ -162,14 +169,22 @@ def checkpoint_keys(files: Files) -> Iterator[Finding]:
 
 @_check(_settings)
 def checkpoint_settings(files: Files) -> Iterator[Finding]:
-    """Count settings that change the function and differ from the reference's: configuration, tokenizer, template."""
+    """Count settings that change the function and differ from the reference's: configuration, tokenizer, template.
+
+    Of the configuration: rope, norm epsilon, activation, heads, tied embeddings and the like; of the tokenizer:
+    vocabulary, merges, steps and special tokens.
+    """
     if files.reference is not None:
         yield from changed_settings(files.folder, files.reference)
 
 
 @_check(_kept_layers)
 def checkpoint_unquantized(files: Files, *, rel: _Tolerance = 0.0) -> Iterator[Finding]:
-    """Count float tensors that differ from the reference's by more than rel × its values, or are lost."""
+    """Count float tensors that differ from the reference's by more than rel × its values, or are lost.
+
+    Embeddings, norms, biases and whatever else both keep in floating point. Not part of `checkpoint_health`, for a
+    smoothing or a rotation changes norms by design.
+    """
     if files.reference is not None:
         yield from changed_floats(files.format, files.reference, rel=rel)
 

@@ -69,7 +69,7 @@ def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
 def read_texts(data: Data, folder: Path) -> list[Any]:
     """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
     if data.source == "sample":
-        return [resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")]
+        return [resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")]
     spec = hub_set_of(data)
     if spec is not None:
         return _texts_of(read_hub(spec, data), data)

@@ -173,7 +173,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
 
 def _texts() -> Iterator[str]:
     yield from PROBES
-    text = resources.files("pytest_qsa.suite.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")
     yield from text[:SAMPLE].splitlines(keepends=True)
 
 

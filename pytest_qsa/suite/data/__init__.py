@@ -1,1 +1,0 @@
-"""The text that ships with the package, so that a first gate runs offline."""

@@ -1,4 +1,4 @@
-"""The text of a baseline: small, ordered, rounded to what is meaningful, so that its diff reads as a sentence."""
+"""The file of a baseline, and what may be compared with it. Small, sorted, rounded text: its diff is reviewed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASELINE_DIGITS = 5
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """A baseline. `query`: all that defines the number. `data`: the tokens' hash. `made_with`: for the reader."""
+    """A baseline. `query`: all that defines the number. `data`: the hash of the tokens. `made_with`: the model."""
 
     values: Mapping[str, float]
     query: Mapping[str, Any]
@@ -38,7 +38,7 @@ class BaselineFile:
         return cls(values, {k: v for k, v in asked.items() if v is not None}, data, made_with)
 
     def dump(self) -> str:
-        """Write it; the layers stay in the model's order, one a line."""
+        """Return the text: sorted keys, and the layers in the model's order, one a line."""
         content = {
             "data": self.data,
             "format": BASELINE_FORMAT,
@@ -50,10 +50,10 @@ class BaselineFile:
 
     @classmethod
     def parse(cls, text: str) -> BaselineFile:
-        """Read it.
+        """Read the text.
 
         Raises:
-            BaselineError: it is not a baseline of this format; a merge conflict left in it, say.
+            BaselineError: it is not a baseline of this format; it holds the marks of a merge conflict, say.
         """
         try:
             content = json.loads(text)
@@ -67,7 +67,7 @@ class BaselineFile:
 
 
 def is_baseline(path: Path) -> bool:
-    """Say whether a file is a baseline of ours, by its content; a foreign file must never be touched."""
+    """Say by its content whether a file is a baseline: syrupy deletes unused ones, and must delete no other file."""
     if path.suffix != ".json":
         return False
     try:
@@ -82,7 +82,7 @@ def _decibels(value: Any) -> float:
 
 
 def _written(value: float) -> int | float | str:
-    """Write a number as JSON knows it: whole ones without a point, an SQNR of +∞ dB as a string, as in report.json."""
+    """Return a number as JSON has it: whole ones without a point, an SQNR of +∞ dB as a string, as in report.json."""
     if not math.isfinite(value):
         return str(value).replace("inf", "Infinity")
     return int(value) if value == int(value) and abs(value) < 1e15 else value
@@ -95,7 +95,7 @@ def rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from its baseline a layer may be: max(abs, rel·|baseline|); `up` and `down` forbid one direction only."""
+    """The allowed distance from a baseline: max(abs, rel·|baseline|). `up` and `down` forbid one direction only."""
 
     rel: float = 0.0
     abs: float = 0.0
@@ -108,7 +108,7 @@ class Tolerance:
             raise ValueError(f"rel={self.rel:g}, abs={self.abs:g}: a tolerance is 0 or more")
 
     def bounds(self, baseline: float) -> Bounds:
-        """Return what a layer with this baseline may be; where that is ∞ nothing finite is near it."""
+        """Return the bounds of a layer with this baseline; no finite value is near an infinite one."""
         if math.isinf(baseline):
             return Bounds(None if self.direction == "up" else baseline, None if self.direction == "down" else baseline)
         allowed = max(self.abs, self.rel * abs(baseline))

@@ -1,6 +1,6 @@
-"""Baselines in git, through syrupy: its fixture, its `--snapshot-update`, its report of what is unused.
+"""Baselines in git, through syrupy: its fixture, its `--snapshot-update`, its report of unused files.
 
-syrupy asks the extension's class for paths and knows nothing but the test, so the folder travels on the item.
+syrupy asks the class of an extension for paths and passes it only the test, so the folder is put on the item's stash.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "qsa_baselines"
 CLASS = re.compile(r"@(cpu|mps|xpu|sm_\d+|gfx\w+)$")
-"""The end of a baseline's name that says whose class of devices it is; an id holds no `@`."""
+"""The end of a baseline's name that names its class of devices; an assertion's id holds no `@`."""
 BASELINE_FOLDER = pytest.StashKey[Path]()
 """On an item: the folder of its baselines."""
 BASELINE_NAME = pytest.StashKey[str]()
@@ -45,7 +45,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         self.accepts = False
 
     def matches(self, *, serialized_data: SerializedData, snapshot_data: SerializedData) -> bool:
-        """Say what the verdict said: a baseline within its tolerance is not rewritten."""
+        """Return what the judgement said: a baseline within its tolerance is not rewritten."""
         return self.accepts
 
     @classmethod
@@ -59,13 +59,13 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
 
     @classmethod
     def discovery_dirname(cls, *, test_location: PyTestLocation) -> str:
-        """Look one folder higher: syrupy then leaves alone every file that `owns_snapshot_collection` doesn't claim."""
+        """Return the folder above: syrupy then leaves alone each file that `owns_snapshot_collection` doesn't claim."""
         return str(Path(cls.dirname(test_location=test_location)).parent)
 
     def owns_snapshot_collection(self, *, filepath: str, test_location: PyTestLocation) -> bool:
-        """Own the baselines that lie directly in the folder of this suite and this model, and nothing else there.
+        """Claim the baselines directly in the folder of this suite and this model, and nothing else there.
 
-        Those of several device classes are left alone: a run sees one class, and the others' are not unused for that.
+        Those of device classes are never claimed: a run sees one class, and the files of the others are still in use.
         """
         path = Path(filepath)
         here = path.parent == Path(self.dirname(test_location=test_location))
@@ -87,7 +87,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
     def read_snapshot_data_from_location(
         self, *, snapshot_location: str, snapshot_name: str, session_id: str
     ) -> SerializedData | None:
-        """Read whatever is there: a damaged baseline can be made anew."""
+        """Read whatever bytes are there, so that a damaged baseline can be made anew."""
         try:
             return Path(snapshot_location).read_bytes().decode("utf-8", "replace")
         except OSError:

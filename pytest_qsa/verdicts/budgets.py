@@ -1,4 +1,4 @@
-"""A budget as a suite states it → what each layer of a series may be, and which key of the suite says so."""
+"""A budget as a suite states it → the bounds of each layer of a series, and the keys of the suite that set them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..suite import DEFAULT, SCHEME, Relative, Stated
 
 @dataclass(frozen=True)
 class Budget:
-    """What the layers may be. `bounds`: one for each layer, in their order. `text`: as the suite states it.
+    """The bounds of a series. `bounds`: one for each layer, in their order. `text`: as the suite states them.
 
-    `keys`: (layer, `max`) → the keys that lead from the assertion to the number.
+    `keys`: (layer, `max`) → the keys in the suite, below the assertion, that lead to the number.
     """
 
     bounds: Sequence[Bounds]
@@ -24,7 +24,7 @@ class Budget:
 
     @classmethod
     def of(cls, bounds: Bounds, layers: Sequence[str]) -> Budget:
-        """Give all layers the same bounds, which no suite states."""
+        """Give all layers the same bounds, for a comparison in Python."""
         return cls([bounds] * len(layers), str(bounds), {})
 
 

@@ -1,4 +1,4 @@
-"""An assertion and a capture → the series to judge; of a served model, the end of its interval that decides."""
+"""An assertion and a capture → the series to judge; for a served model, the end of its interval that decides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def checked_series(assertion: MeasuredAssertion, capture: Capture) -> Series:
-    """Compute an assertion's series of a capture; there is something in it, and all of it is finite.
+    """Compute an assertion's series from a capture: it has at least one layer, and all values are finite.
 
     Raises:
         AnomalyError: there is nothing to compute from, or a value is not finite.
@@ -28,7 +28,7 @@ def checked_series(assertion: MeasuredAssertion, capture: Capture) -> Series:
 
 
 def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
-    """Compute an assertion's series of a capture, whatever is in it.
+    """Compute an assertion's series from a capture; it may be empty or not finite.
 
     Raises:
         AnomalyError: there is nothing to compute from.
@@ -39,12 +39,13 @@ def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
 
 
 def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:
-    """Return the capture to judge an assertion by, and what is known of its number, in words.
+    """Return the capture to judge an assertion by, and how well its number is known, in words.
 
-    Of a served model a `max` fails by the least that the number may be, and holds by the most.
+    A served model gives an interval for each number. A `max` fails if the lower end exceeds it, and holds if the upper
+    end is within it.
 
     Raises:
-        AnomalyError: the bound lies between them, so that nothing is proved; or the assertion is on layers.
+        AnomalyError: the bound lies inside the interval, so that nothing is proved; or the assertion is on layers.
     """
     pair = bounded(capture)
     if pair is None:
@@ -76,7 +77,7 @@ def _value(series: Series) -> float:
 
 
 def _deciding(assertion: MeasuredAssertion, series: Series, low: float, high: float) -> float | None:
-    """Return the end of the interval that decides: both are out of bounds on one side, or both within."""
+    """Return the end of the interval that decides: both ends are out on one side, or both are within; else None."""
     if not assertion.stated or assertion.follows or assertion.baseline is not None:
         return None
     (bounds,) = budget_of(assertion.stated, series.layers, None).bounds
@@ -100,7 +101,7 @@ def _outside(capture: Capture) -> str:
 
 
 def _assumed(assertion: MeasuredAssertion, capture: Capture) -> str:
-    """Say what a number rests on that was not told: the rest, shared out as the reference does."""
+    """Say what was assumed of the tokens that the server didn't list, for `tail: as_reference`."""
     served = capture.provenance.model.served
     if assertion.metric != "kl_divergence" or served is None or served.tail != "as_reference":
         return ""

@@ -1,12 +1,13 @@
-"""Where a difference from the reference comes from: the layer that adds most of it, and what it looks like there.
+"""Where a difference from the reference comes from: the layer that adds most of it, and what looks wrong there.
 
-From the powers of signal and error that a capture holds of any of its sites. numpy only.
+Computed from the energies of signal and error that a capture holds for its sites. numpy only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,15 @@ from ..common import AnomalyError, number
 from ..metrics import NOISE, OWN, SIGNAL, View, compared, decibels, local_powers
 
 UNRELATED = 0.1
-"""A correlation below it is none."""
-LIKENESS = 0.05
-"""Less than this share of what the model has there is other than a multiple of the reference's: it is a multiple."""
+"""Below this correlation two tensors have nothing to do with one another."""
+SCALED = 0.05
+"""Below this share of the energy that no common factor explains, a tensor is the reference's times a factor."""
 LEAST_GAIN = 0.02
-"""A multiple so near to 1 is no fault of a scale."""
+"""A factor this close to 1 is no fault of a scale."""
 MOST_OF_THE_ERROR = 0.5
-"""So much of the error in a few channels is theirs."""
+"""The share of the error that makes a few channels suspect."""
 FEW = 0.05
-"""The share of the channels that are few."""
+"""The share of the channels that counts as few."""
 
 FindingsAt = Callable[[str], Sequence[Finding]]
 """What the static checks say of a layer and of all below it."""
@@ -33,7 +34,7 @@ FindingsAt = Callable[[str], Sequence[Finding]]
 
 @dataclass(frozen=True)
 class Likeness:
-    """How x̂ lies to x: x̂ ≈ gain · x, `correlation` ⟨x, x̂⟩ / (‖x‖·‖x̂‖); `empty` where x̂ is all zeros."""
+    """How x̂ resembles x: x̂ ≈ gain · x, `correlation` ⟨x, x̂⟩ / (‖x‖·‖x̂‖); `empty` where x̂ is all zeros."""
 
     gain: float
     correlation: float
@@ -41,15 +42,15 @@ class Likeness:
 
     @classmethod
     def of(cls, powers: NDArray[np.float64]) -> Likeness:
-        """Take it from Σx², Σ(x − x̂)², Σx̂²."""
+        """Compute it from Σx², Σ(x − x̂)², Σx̂²."""
         signal, error, own = (float(powers[column]) for column in (SIGNAL, NOISE, OWN))
-        product = (signal + own - error) / 2
+        product = (signal + own - error) / 2  # ⟨x, x̂⟩, for ‖x − x̂‖² = ‖x‖² − 2⟨x, x̂⟩ + ‖x̂‖²
         if not signal > 0 or not own > 0:
             return cls(0.0, 0.0, empty=signal > 0 and own == 0)
         return cls(product / signal, product / float(np.sqrt(signal * own)), empty=False)
 
     def __str__(self) -> str:
-        """Say what it suggests, nothing where it suggests nothing."""
+        """Say what fault it suggests; empty where it suggests none."""
         if self.empty:
             return "all zeros: it was never filled"
         if abs(self.correlation) < UNRELATED:
@@ -57,7 +58,7 @@ class Likeness:
                 f"unrelated to the reference's (correlation {self.correlation:.2f}): another order (rows, packed "
                 "nibbles, groups), or the weights of another layer"
             )
-        if 1 - self.correlation**2 < LIKENESS and abs(self.gain - 1) > LEAST_GAIN:
+        if 1 - self.correlation**2 < SCALED and abs(self.gain - 1) > LEAST_GAIN:
             return (
                 f"{self.gain:.3g} × the reference's and otherwise the same (correlation {self.correlation:.3f}): "
                 "a scale"
@@ -66,31 +67,29 @@ class Likeness:
 
 
 def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> dict[str, str]:
-    """Return what is known of where the difference comes from: `adds most`, and a `suspect` where one shows.
+    """Return what is known of where the difference comes from: `adds most`, and a `suspect` where there is one.
 
-    The block at whose output the error grows most, and within it the layer that adds most of its own: on the
-    reference's input where that was measured, by its weight else.
+    `adds most` is the block at whose output the error grows most, and in it the layer with the worst error of its own:
+    on the reference's input where that was measured, else of its weight.
     """
     weights = {layer: sums for layer in capture.modules if (sums := _summed(capture, layer, "weight")) is not None}
     local = {layer: sums for layer in capture.modules if (sums := _local(capture, layer)) is not None}
-    block, rise = _steepest(capture)
-    told: dict[str, str] = {}
-    worst = ""
-    for own, how in (
+    block, growth = _steepest(capture)
+    for energies, text in (
         (local, "on the reference's input its sqnr is {} dB"),
         (weights, "the sqnr of its weight is {} dB"),
     ):
-        ratios = {layer: sums[NOISE] / sums[SIGNAL] for layer, sums in own.items() if sums[SIGNAL] > 0}
+        ratios = {layer: own[NOISE] / own[SIGNAL] for layer, own in energies.items() if own[SIGNAL] > 0}
         worst = max(ratios, key=lambda layer: ratios[layer], default="")
+        # a layer outside the block where the error grows most would contradict what the outputs show
         if worst and ratios[worst] > 0 and (not block or worst.startswith(f"{block}.")):
-            value = number(decibels(own[worst][SIGNAL], own[worst][NOISE]))
-            told["adds most"] = f"{worst}: {how.format(value)}, the least of {len(own)} layers"
+            value = number(decibels(energies[worst][SIGNAL], energies[worst][NOISE]))
+            origin = {"adds most": f"{worst}: {text.format(value)}, the least of {len(energies)} layers"}
             break
-        worst = ""
-    if "adds most" not in told and block:
-        told["adds most"] = f"{block}: {rise}"
-    suspicion = _suspicion(capture, worst or block, findings_at) if told else ""
-    return told | ({"suspect": suspicion} if suspicion else {})
+    else:
+        worst, origin = block, {"adds most": f"{block}: {growth}"} if block else {}
+    suspect = _suspect(capture, worst, findings_at) if origin else ""
+    return origin | ({"suspect": suspect} if suspect else {})
 
 
 def _steepest(capture: Capture) -> tuple[str, str]:
@@ -109,39 +108,27 @@ def _steepest(capture: Capture) -> tuple[str, str]:
     return list(ratios)[at], text + f"any other of {len(values)} blocks"
 
 
-def _suspicion(capture: Capture, place: str, findings_at: FindingsAt) -> str:
-    """Say what is odd at a layer or in a block: what its numbers look like, and what its files say."""
-    told = [_odd_numbers(capture, place), *(f"{finding.tensor}: {finding.what}" for finding in findings_at(place)[:1])]
-    return "; ".join(filter(None, told))
+def _suspect(capture: Capture, name: str, findings_at: FindingsAt) -> str:
+    """Say what is odd at a layer or in a block: in its numbers, and in its files."""
+    findings = [f"{finding.tensor}: {finding.what}" for finding in findings_at(name)[:1]]
+    return "; ".join(filter(None, [_odd_numbers(capture, name), *findings]))
 
 
-def _odd_numbers(capture: Capture, place: str) -> str:
-    inside = [layer for layer in capture.modules if layer == place or layer.startswith(f"{place}.")]
-    for look, of in (
-        (_weight_looks, "the weight of {}"),
-        (_local_looks, "what {} makes of the reference's input"),
-        (_output_looks, "the output of {}"),
+def _odd_numbers(capture: Capture, name: str) -> str:
+    """Say what the first odd tensor in a layer or a block is like: weights first, for the others follow from them."""
+    inside = [layer for layer in capture.modules if layer == name or layer.startswith(f"{name}.")]
+    for summed, tensor in (
+        (partial(_summed, site="weight"), "the weight of {}"),
+        (_local, "what {} makes of the reference's input"),
+        (partial(_summed, site="output"), "the output of {}"),
     ):
         for layer in inside:
-            text = look(capture, layer) if layer not in capture.blocks else ""
+            if layer in capture.blocks or (sums := summed(capture, layer)) is None:
+                continue
+            text = str(Likeness.of(sums)) or (_few_channels(capture, layer) if tensor == "the weight of {}" else "")
             if text:
-                return f"{of.format(layer)} is {text}"
+                return f"{tensor.format(layer)} is {text}"
     return ""
-
-
-def _weight_looks(capture: Capture, layer: str) -> str:
-    sums = _summed(capture, layer, "weight")
-    return "" if sums is None else str(Likeness.of(sums)) or _few_channels(capture, layer)
-
-
-def _local_looks(capture: Capture, layer: str) -> str:
-    sums = _local(capture, layer)
-    return "" if sums is None else str(Likeness.of(sums))
-
-
-def _output_looks(capture: Capture, layer: str) -> str:
-    sums = _summed(capture, layer, "output")
-    return "" if sums is None else str(Likeness.of(sums))
 
 
 def _few_channels(capture: Capture, layer: str) -> str:

@@ -16,9 +16,9 @@ from .budgets import key_of
 from .verdict import Limit, Row
 
 BOUND_DIGITS = 2
-"""The significant digits of a proposed bound, rounded away from the values: some room for what differs elsewhere."""
+"""The significant digits of a proposed bound. It is rounded away from the values: other machines differ a little."""
 SPARE = 1
-"""So many tokens of room has a number of tokens that calibration saw the same in all parts of the data."""
+"""The tokens that a bound on a number of tokens leaves free where calibration saw the same number in all parts."""
 
 
 def limits_of(
@@ -65,7 +65,7 @@ def _numbers(stated: Mapping[str, Stated]) -> Iterator[tuple[tuple[str, ...], fl
 
 
 def tighter(side: str, bound: float, nearest: float) -> float | None:
-    """Return a bound that the nearest value still meets, if there is a tighter one: a whole number stays exact."""
+    """Return a tighter bound that the nearest value still meets; None where there is none."""
     if not math.isfinite(nearest):  # +∞ dB, of what equals its reference: there is no number to hold it by
         return None
     proposed = outward(side, nearest)
@@ -87,9 +87,9 @@ def patch_of(limits: Iterable[Mapping[str, Any]], root: Path) -> str:
     """
     nearest: dict[tuple[Any, ...], float] = {}
     for limit in limits:
-        place = tuple(limit[name] for name in ("path", "line", "side", "key", "bound"))
+        at = tuple(limit[name] for name in ("path", "line", "side", "key", "bound"))
         worse = max if limit["side"] == "max" else min
-        nearest[place] = worse(nearest.get(place, limit["nearest"]), limit["nearest"])
+        nearest[at] = worse(nearest.get(at, limit["nearest"]), limit["nearest"])
     changes: dict[str, dict[tuple[Any, ...], float]] = {}
     for (path, line, side, key, bound), value in nearest.items():
         if (proposed := tighter(side, bound, value)) is not None:
@@ -99,7 +99,7 @@ def patch_of(limits: Iterable[Mapping[str, Any]], root: Path) -> str:
 
 def _file_patch(path: Path, numbers: Mapping[tuple[Any, ...], float], root: Path) -> str:
     text = path.read_bytes().decode("utf-8")
-    spans = [(span, number) for place, number in numbers.items() if (span := _span(text, place)) is not None]
+    spans = [(span, number) for at, number in numbers.items() if (span := _span(text, *at)) is not None]
     changed = text
     for (start, end), number in sorted(spans, reverse=True):
         changed = f"{changed[:start]}{number:g}{changed[end:]}"
@@ -113,9 +113,8 @@ def _file_patch(path: Path, numbers: Mapping[tuple[Any, ...], float], root: Path
     return f"diff --git a/{name} b/{name}\n" + "".join(body)
 
 
-def _span(text: str, place: tuple[Any, ...]) -> tuple[int, int] | None:
-    """Find the one number that a key on a line has; nothing where an override or an alias makes it another."""
-    line, key, bound = place
+def _span(text: str, line: int, key: str, bound: float) -> tuple[int, int] | None:
+    """Return where the text of a bound stands; None where the line has another number: an override or alias set it."""
     found = []
     for name, value in _pairs(yaml.compose(text, yaml.SafeLoader)):
         if name.start_mark.line + 1 == line and name.value == key and isinstance(value, yaml.ScalarNode):

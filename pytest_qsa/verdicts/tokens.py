@@ -14,13 +14,14 @@ from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, View, compared_tokens, lo
 from .verdict import TokenEvidence, Verdict
 
 NEIGHBOURS = 6
+"""The tokens of context before and after a token."""
 
 
 def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *, most: int = 5) -> list[TokenEvidence]:
-    """Return the most outlying tokens of the layers, largest multiple of the median first, of those that count.
+    """Return the tokens of the layers that stand out most, by their multiple of the median, the largest first.
 
-    Of an error against the reference, the tokens that have most of it, as far as it was kept of each. Where the metric
-    has a threshold, those above it; the one nearest to it where there are none.
+    For a metric against the reference these are the tokens with the largest error, where the pass kept the error of
+    each token. Where the metric has a threshold, only tokens above it are returned, else the one nearest to it.
     """
     site, positions = verdict.query["site"], verdict.positions or "all"
     metric, sinks = METRICS[verdict.query["metric"]], sinks_behind(capture, verdict.query)
@@ -40,7 +41,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
 
 
 def sinks_behind(capture: Capture, query: Mapping[str, Any]) -> Sinks:
-    """Return the sinks that `positions` is about: the reference's where a metric compares with it, else the model's."""
+    """Return the sinks that `positions` refers to: the reference's for a metric against it, else the model's."""
     metric = METRICS.get(query.get("metric", ""))  # an error may have come before anything was asked
     against = metric is not None and metric.against
     return capture.reference.sinks if against and capture.reference is not None else capture.sinks
@@ -62,7 +63,7 @@ def _of_magnitudes(capture: Capture, view: View, most: int) -> list[TokenEvidenc
 
 
 def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int) -> list[TokenEvidence]:
-    """Return the tokens with the largest error; none where no token's was kept, or none has any."""
+    """Return the tokens with the largest error; none where the pass kept no errors of tokens, or all are 0."""
     numbers, local = view.numbers, query["metric"] == "local_sqnr"
     if (numbers.local if local else numbers.error) is None or not numbers.token_axis:
         return []
@@ -79,14 +80,14 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     largest = [i for i in np.argsort(-sizes, kind="stable")[:most].tolist() if sizes[i] > 0]
     found = []
     for i in largest:
-        place = int(populations[i]), int(positions[i])
-        token = _token(capture, view, *place, magnitude=float(sizes[i]), ratio=float(sizes[i]) / median)
+        population, position = int(populations[i]), int(positions[i])
+        token = _token(capture, view, population, position, magnitude=float(sizes[i]), ratio=float(sizes[i]) / median)
         found.append(replace(token, of=of, share=float(powers[i, NOISE]) / whole, channel=-1))
     return found
 
 
 def _sizes(query: Mapping[str, Any], powers: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
-    """Return by what the tokens of a metric are ranked, and how large it is: [N] of powers [N, 3 or 4]."""
+    """Return the quantity that ranks the tokens of a metric, in words, and its values: [N] of energies [N, 3 or 4]."""
     if query["metric"] == "max_abs_diff":
         return "max |x − x̂|", powers[:, LARGEST]
     error = np.sqrt(powers[:, NOISE])
@@ -110,7 +111,7 @@ def _token(
 
 
 def channel_of(numbers: SiteNumbers, population: int, position: int) -> int:
-    """Return the channel of a token's maximum; −1 where the token was not among the largest of its sample."""
+    """Return the channel of a token's maximum; −1 where the pass didn't keep it: it does for the largest tokens only."""
     if numbers.peaks is None or numbers.peak_channels is None:
         return -1
     at = np.flatnonzero(numbers.peaks[population] == position)

@@ -1,4 +1,4 @@
-"""What the likeliest tokens of a served model say of its KL divergence from a reference: a bound from each side.
+"""The agreement of a served model with its reference, from its likeliest tokens alone: bounds on the KL divergence.
 
 Let p be the reference, q the served model, S the tokens that are known of q (and of p), and P, Q what p and q have
 outside S. KL(p ‖ q) = Σ_S p ln(p/q) + Σ_∉S p ln(p/q), and of the second sum only P and Q are known.
@@ -27,14 +27,14 @@ from .logprobs import NO_TOKEN, LogprobTable
 
 Floats = NDArray[np.float64]
 ROUNDED = 1e-6
-"""By so much the sum of the probabilities that a server tells may be off: they are float32. It widens the bound."""
+"""The error of the sum of a server's probabilities, which are float32. It widens the bounds."""
 NOTHING = 1e-12
-"""What the reference has outside counts as nothing below this: the rounding of a sum in float64."""
+"""Below this, the probability outside the table is the rounding of a float64 sum, and counts as 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Between:
-    """Numbers of T positions that are known to lie between two others, [T] each."""
+    """An interval for a number at each of T positions: its ends, [T] each."""
 
     low: Floats
     high: Floats
@@ -67,7 +67,7 @@ def _least(floor: float | None) -> float:
 
 
 def _sum(p: Floats, values: Floats) -> Floats:
-    """Return Σ p·x of each row, where p = 0 adds nothing, whatever x is."""
+    """Return Σ p·x of each row; where p = 0 the term is 0, even if x is infinite."""
     with np.errstate(invalid="ignore"):
         products: Floats = np.where(p > 0, p * np.where(p > 0, values, 0.0), 0.0)
     sums: Floats = products.sum(axis=1)
@@ -88,7 +88,7 @@ def nll_bounds(came: Floats, logprobs: Floats, floor: float | None) -> Between:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceRows:
-    """What a reference says of the T − 1 rows of a table of k tokens; all in nats.
+    """The reference's predictions for the T − 1 rows of a table of k tokens; all in nats.
 
     `known` [T − 1, k]: ln p of the table's tokens, −∞ where it has none, or where p isn't known. `came`, `likeliest`
     [T − 1]: ln p of the token that came, NaN where unknown; the likeliest token. `negentropy` [T − 1]: Σ p ln p.

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from ..common import AnomalyError, InfraError, shown_path
 
 NO_TOKEN = -1
-"""Stands in `ids` where a row has fewer tokens than others."""
+"""Fills `ids` where a row has fewer tokens than others."""
 CERTAIN = 1e-3
-"""A logarithm of a probability, or of the sum of some, may be above 0 by so much, for it was rounded."""
+"""How far above 1 the sum of a row's probabilities may be, for a server rounds them."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogprobTable:
-    """What is known of one sample of T tokens.
+    """The log-probabilities that a server listed for one sample of T tokens.
 
     `tokens` [T] int32. `ids` [T − 1, k] int32, the likeliest first; `logprobs` [T − 1, k] float64 of them, −∞ where
     absent. `came` [T − 1] float64: of the token that came; NaN where it isn't known.
@@ -42,7 +42,7 @@ class LogprobTable:
 
     @property
     def least(self) -> int:
-        """How many tokens are told of each row, or more."""
+        """The smallest number of tokens that a row lists."""
         return int((self.ids != NO_TOKEN).sum(axis=1).min())
 
 

@@ -1,7 +1,7 @@
-"""A served subject → a capture of its predictions, each number exact or between two bounds.
+"""A served subject → a capture of its predictions, each number exact or in an interval.
 
-The site `logits` holds what is known exactly, NaN for a number that isn't; beside it stand the least and the most that
-each may be, so that a capture's file keeps all three.
+The site `logits` holds the exact numbers, NaN where one isn't known. Two more sites hold the ends of the intervals, so
+that a capture's file keeps all three.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from ..engine import Loaded
 
 AT_LEAST, AT_MOST = "at least", "at most"
-"""The names under which a capture keeps the two bounds of the site `logits`."""
+"""The names of the two sites that hold the ends of the intervals of the site `logits`."""
 LOGPROB_SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What a served model is compared with: a model, or a file of logprobs; neither where nothing compares."""
+    """The reference of a served model: a loaded model, or a file of logprobs; neither where nothing compares."""
 
     loaded: Loaded | None = None
     tables: Sequence[LogprobTable] | None = None
@@ -54,7 +54,7 @@ class _Reference:
 def capture_served(
     subject: Subject, requests: Sequence[Request], *, allow_code: bool = False, progress: Progress | None = None
 ) -> Capture:
-    """Ask the served model, or read its file, and its reference where something is compared.
+    """Ask the served model or read the file of its answers, and run the reference where something is compared.
 
     Raises:
         InfraError: a file, the server or the reference fails.
@@ -185,13 +185,13 @@ def _capture(
 
 
 def _exact(bounds: Sequence[Between]) -> list[Floats]:
-    """Return the numbers themselves where all are known; where one isn't, none: a share of them would mislead."""
+    """Return the numbers where all are known exactly, else NaN: the mean of the known ones alone would mislead."""
     exact = all(np.array_equal(each.low, each.high) for each in bounds)
     return [each.low if exact else np.full_like(each.low, np.nan) for each in bounds]
 
 
 def _padded(column: Floats | None) -> Any:
-    """Add the last position of a sample, of which a server tells nothing."""
+    """Add NaN for the last position of a sample: a server gives no prediction there."""
     return None if column is None else np.append(column, np.nan)
 
 
@@ -206,7 +206,7 @@ def _pieces(tables: Sequence[LogprobTable], tokenizer: Any) -> dict[int, str]:
 
 
 def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequence[Agreement]) -> Provenance:
-    """Say who said what of which tokens. A server tells neither its dtype nor its device, and they aren't guessed."""
+    """Return who answered, with what, about which tokens. A server tells no dtype and no device: both stay unknown."""
     model = subject.model
     assert model is not None
     served = f"{model.served.model or model.id} by {model.served.api}" if model.served else "from a file"
@@ -240,7 +240,7 @@ def _fingerprint(tables: Sequence[LogprobTable]) -> str:
 
 
 def bounded(capture: Capture) -> tuple[Capture, Capture] | None:
-    """Return the captures of the least and of the most that a served model's numbers may be; None for any other."""
+    """Return a capture of the lower ends and one of the upper ends of the intervals; None for any other model."""
     if (AT_LEAST, LOGITS) not in capture.sites:
         return None
     low, high = (capture.sites[name, LOGITS] for name in (AT_LEAST, AT_MOST))

@@ -25,9 +25,9 @@ from .logprobs import LogprobTable, logprob_table, number_of, prompt_rows
 RETRY_PAUSE = 1.0
 """Seconds before the second try."""
 BUSY_ANSWERS = (429, 500, 502, 503, 504)
-"""Answers after which the next try may succeed."""
+"""HTTP statuses after which the next try may succeed."""
 MOST_BYTES = 1 << 30
-"""Bytes of an answer; a longer one is none of a prompt's logprobs."""
+"""The largest answer in bytes: no logprobs of a prompt are longer."""
 READ_SIZE = 1 << 16
 
 

@@ -67,10 +67,10 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
 
 
 def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) -> Evidence:
-    """Get what an assertion is judged by; only a measured one needs a pass.
+    """Return what an assertion is judged by; only a measured one needs a pass.
 
     Raises:
-        QsaError: it could not be had.
+        QsaError: there is none.
     """
     if isinstance(assertion, CheckpointAssertion):
         return gate.files_of(request)
@@ -89,7 +89,7 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
 
 
 def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:
-    """Warn of a waiver that has nothing to soften any more: it would hide the next excess."""
+    """Warn of waivers that soften nothing any more: they would hide the next excess."""
     many = isinstance(suite.file.assertions[index].waive, list)
     for number, use in enumerate(verdict.waivers):
         if use.state == "unused":

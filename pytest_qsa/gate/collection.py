@@ -26,14 +26,14 @@ Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
 @dataclass
 class Overrides:
-    """The overrides of a run. One that names an assertion is for the suites that have it; one at least must."""
+    """The overrides of a run. One that names an assertion applies to the suites that have it: at least one must."""
 
     given: tuple[str, ...]
     used: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
 
     def of(self, suite: Path) -> list[str]:
-        """Return those that a suite takes, and note those that it doesn't."""
+        """Return the overrides that apply to a suite, and note the others."""
         from ..suite import misfit
 
         taken = []
@@ -47,7 +47,7 @@ class Overrides:
         return taken
 
     def problem(self) -> str | None:
-        """Say, after all suites were read, which override fitted none of them."""
+        """Return the text of an error where an override applied to no suite; call it when all suites are read."""
         lost = (f"--qsa-set {o}: {why}" for o, why in self.misfits.items() if o not in self.used)
         return next(lost, None)
 
@@ -58,7 +58,7 @@ def compiled(source: str, place: Place) -> types.CodeType:
 
 
 def raise_at(place: Place, name: str, error: Exception) -> NoReturn:
-    """Raise an error from the line of a suite that it is about, whose frame is the last that a reader sees."""
+    """Raise an error from a line of a suite: its frame is the last of the traceback that pytest shows."""
     __tracebackhide__ = True
     exec(compiled("raise error", place).replace(co_name=name, co_qualname=name), {"error": error})
     raise AssertionError("unreachable")

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSelection(Selection):
-    """A selection of a test: it fetches what nobody planned by a second pass, and fails the test where it can't."""
+    """A selection in a test: a second pass measures what no mark announced, and an error fails the test."""
 
     test: Qsa = field(kw_only=True)
 
     def series(
         self, metric: str, reduce: Reduce | None = None, positions: Positions | None = None, **parameters: Any
     ) -> Series:
-        """Compute a metric; on a site that the pass left out, pass again."""
+        """Compute a metric; make another pass for a site that the first one left out."""
         capture = self.capture
         try:
             try:
@@ -76,7 +76,7 @@ class Qsa:
             raise self.stopped(error) from None
 
     def recapture(self, need: Request) -> Capture:
-        """Pass again for what no mark had announced."""
+        """Make another pass for what no mark announced."""
         return self._gate.recapture(self._request, need)
 
     def stopped(self, error: QsaError, query: Query | None = None, capture: Capture | None = None) -> GateFailure:
@@ -121,7 +121,7 @@ class Qsa:
         return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
 
     def judge_of(self, capture: Capture | None) -> Judge:
-        """Return what judges the series of a capture; None stands for the planned one."""
+        """Return the function that judges the series of a capture; None stands for the planned one."""
         return lambda series, bounds: self.conclude(
             lambda: within_budget(series, Budget.of(bounds, series.layers)), series, capture
         )

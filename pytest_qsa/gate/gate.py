@@ -38,7 +38,11 @@ UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 
 @dataclass
 class Gate:
-    """What lives as long as the pytest session."""
+    """The state of a pytest session: its plan, its captures and files, and what was found of them.
+
+    `_fixtures` holds the batches of each fixture's model: a key has their ids, which must not be used again while it
+    lives.
+    """
 
     config: pytest.Config
     options: Options
@@ -108,10 +112,10 @@ class Gate:
         return self.captures.get(key, subject, needs, partial(self._make, request, subject), announce)
 
     def _shown(self, capture: Capture) -> Capture:
-        """Return a capture as it may leave the gate: without tokens under `--qsa-redact`."""
+        """Return a capture as hooks and reports may see it: without tokens under `--qsa-redact`."""
         if not self.options.redact:
             return capture
-        if capture not in self._redacted:  # one for all verdicts: what is found of it is remembered by capture
+        if capture not in self._redacted:  # one for all verdicts, for their origin is remembered by capture
             self._redacted[capture] = capture.redacted()
         return self._redacted[capture]
 
@@ -130,7 +134,7 @@ class Gate:
         return self._files[key]
 
     def _key(self, request: pytest.FixtureRequest, subject: Subject) -> str:
-        """Return the name of the subject's capture: for a model of a fixture, of that very model and its batches."""
+        """Return the key of the subject's capture; for a fixture's model it names that very object and its batches."""
         if subject.model is not None:
             return subject.key
         model, batches = request.getfixturevalue("qsa_model"), request.getfixturevalue("qsa_batches")
@@ -139,7 +143,7 @@ class Gate:
         key = f"{subject.key}:{id(model)}:{id(batches)}"
         if key not in self._fixtures:
             self._fixtures[key] = batches
-            with contextlib.suppress(TypeError):  # what is no module is told by the pass
+            with contextlib.suppress(TypeError):  # not a module: the pass will say so
                 weakref.finalize(model, self._forget, key)
         return key
 
@@ -148,14 +152,14 @@ class Gate:
         self.captures.forget(key)
 
     def _claim_baselines(self, item: pytest.Item, subject: Subject) -> None:
-        """Tell the baseline extension where this item's baselines lie, whether it has one or has just lost it."""
+        """Tell the baseline extension where this item's baselines lie, also for an assertion that has none any more."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
         item.stash[BASELINE_FOLDER] = baseline_folder(item.path, subject.name)
         item.stash[BASELINE_NAME] = plain_name(item)
 
     def _plan(self, items: Sequence[pytest.Item]) -> dict[str, list[Request]]:
-        """Collect what all selected tests need, by subject; only now, so that every deselection is known."""
+        """Collect what all selected tests need, by subject; only now, when every deselection is known."""
         needs: dict[str, list[Request]] = {}
         for _, subject, requests in self.planned(items):
             needs.setdefault(subject.key, []).extend(requests)
@@ -178,7 +182,7 @@ class Gate:
         return [replace(request, statistics=request.statistics | more) for request in requests]
 
     def recapture(self, request: pytest.FixtureRequest, need: Request) -> Capture:
-        """Make the second pass that a Python test without a mark costs, and say how to avoid it."""
+        """Make a second pass for a Python test without a mark, and warn how to avoid it."""
         subject = self.subject_of(request.node)
         assert subject is not None
         key = self._key(request, subject)
@@ -243,7 +247,7 @@ class Gate:
             yield progress
 
     def identity_of(self, item: pytest.Item, id: str, place: Callable[[Location], Place | None]) -> Identity:
-        """Return what the verdicts of an item say of it. `place`: the keys of a bound → its line."""
+        """Return what the verdicts of an item say of it. `place`: the keys of a bound → the line that sets it."""
         subject = self.subject_of(item)
         name, path = (subject.name, subject.path) if subject else ("", "")
         return Identity(id, name, path, command_of(item, self.options), place)
@@ -259,7 +263,7 @@ class Gate:
 
 
 def follows_checkpoint(item: pytest.Item, subject: Subject) -> bool:
-    """Say whether an assertion follows a release of which only the checkpoint is there."""
+    """Say whether an assertion's bound follows a release whose numbers aren't kept, so that it needs a pass."""
     suite = item.parent
     if not isinstance(suite, QsaSuite) or suite.assertion_of(item).follows is None:
         return False

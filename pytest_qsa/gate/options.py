@@ -165,7 +165,7 @@ def read_options(config: pytest.Config) -> Options:
 
 
 def _refused_update(config: pytest.Config) -> str | None:
-    """Say why baselines must not be updated here: a CI run that rewrites what it is held against holds nothing."""
+    """Say why baselines must not be updated here: a CI run that rewrites its own baselines checks nothing."""
     updating = bool(config.getoption("update_snapshots", False))
     under_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     if updating and under_ci and not config.getoption("qsa_allow_update"):
@@ -193,7 +193,7 @@ def _cache(config: pytest.Config) -> Path | None:
 
 
 def _check_roots(config: pytest.Config) -> None:
-    """Refuse a path outside the project behind a space: pytest has looked for its ini file there instead of here."""
+    """Refuse `--option PATH` with a path outside the project: pytest took it for a test's, and read no ini here."""
     words, stand = list(config.invocation_params.args), config.invocation_params.dir
     inis = ("pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
     if config.inipath is not None or not any((up / ini).is_file() for up in (stand, *stand.parents) for ini in inis):

@@ -1,4 +1,4 @@
-"""Verdicts of a test in the process that runs it: drawn, kept on the item, raised, put on pytest's report."""
+"""What becomes of verdicts in the process that runs a test: plots, the item, the failure, the report, the hooks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERDICTS = pytest.StashKey[list[Verdict]]()
 
 
 class GateFailure(AssertionError):  # noqa: N818 - as pytest says it: a failure, not an error
-    """A verdict that fails its test; its text is what the terminal shows."""
+    """Fails a test with a verdict; its text is what the terminal shows."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(failure_text(verdict))
@@ -114,7 +114,7 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
 
 
 def _asserts(call: pytest.CallInfo[None], place: Place | None) -> bool:
-    """Say whether the assert statement that failed is the one that compared: the test may have gone on to another."""
+    """Say whether the failed assert statement holds the comparison at `place`: the test may have gone on to another."""
     if call.excinfo is None or place is None:
         return False
     frame = call.excinfo.traceback[-1]
@@ -128,14 +128,14 @@ def _asserts(call: pytest.CallInfo[None], place: Place | None) -> bool:
 
 
 def _users_frames(info: Any, item: pytest.Item) -> Any:
-    """Keep the frames of the test and of what it calls, of a suite the line of the bound; ours tell a user nothing."""
+    """Drop the frames of this package, which tell a user nothing; of a suite only the line of the bound is left."""
     if isinstance(item.parent, QsaSuite):
         return info.traceback[-1:]
     return info.traceback.cut(path=item.path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
 
 
 def _replace_text(representation: Any, text: str) -> None:
-    """Put the verdict's text where pytest printed the exception, whose class name means nothing to a reader."""
+    """Put the verdict's text in the place of the exception, whose class name means nothing to a reader."""
     entry = representation.reprtraceback.reprentries[-1]
     source = [line for line in entry.lines if not line.startswith("E ")]
     entry.lines = source + [f"E   {line}" for line in text.splitlines()]

@@ -111,7 +111,7 @@ def _token(
 
 
 def channel_of(numbers: SiteNumbers, population: int, position: int) -> int:
-    """Return the channel of a token's maximum; −1 where the pass didn't keep it: it does for the largest tokens only."""
+    """Return the channel of a token's maximum; −1 where the pass didn't keep it, as for all but the largest tokens."""
     if numbers.peaks is None or numbers.peak_channels is None:
         return -1
     at = np.flatnonzero(numbers.peaks[population] == position)

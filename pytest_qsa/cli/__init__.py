@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = commands()
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in known.items():
-        # The command parses its own arguments, its --help as well.
+        # Without help: `qsa merge --help` is for the parser of the command, which knows its options.
         subparsers.add_parser(name, help=first_line(module.__doc__), add_help=False)
     with log_on_stderr():
         try:

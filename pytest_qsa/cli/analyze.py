@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
         _list_layers(names)
         _list_pictures(analysis, folder, verbose=options.verbose)
-    _check_writable(folder, make=not options.dry_run)
+    _check_writable(folder, make=not options.dry_run)  # before the pass, which may take hours
     if options.dry_run:
         print("dry run: nothing was loaded, nothing written")
         return OK

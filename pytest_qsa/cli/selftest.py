@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     from ..tools import chosen, lines_of, score_line, score_of, write_outcomes
 
     parser = _parser()
-    options, more = parser.parse_known_args(arguments)
+    options, more = parser.parse_known_args(arguments)  # pytest gets what the parser doesn't know
     if options.list:
         return _list()
     if options.suite is None:

@@ -37,37 +37,34 @@ def calibrated(text: str, proposals: Mapping[str, Sequence[Proposal]], data: str
 
 
 def noise_text(proposals: Sequence[Proposal]) -> str:
-    """Return the value of the key `noise`, on one line."""
-    values = [f"{side}: {_flow(own)}" for side, own in _by_side(proposals).items()]
-    return f"{{{', '.join(values)}}}"
+    """Return the value of the key `noise` on one line."""
+    parts = []
+    for side, figures in _figures(proposals).items():
+        groups = ", ".join(f"{flow_yaml(group)}: {text}" for group, text in figures.items())
+        parts.append(f"{side}: {figures.get('', f'{{{groups}}}')}")
+    return f"{{{', '.join(parts)}}}"
 
 
 def noise_lines(proposals: Sequence[Proposal], indent: str, newline: str) -> str:
     """Return the value of the key `noise` with a line for each group."""
     lines = []
-    for side, own in _by_side(proposals).items():
-        grouped = any(each.group for each in own)
-        lines += [f"{indent}{side}:"] if grouped else [f"{indent}{side}: {_flow(own)}"]
-        lines += [f"{indent}  {flow_yaml(each.group)}: {_figures(each)}" for each in own if grouped]
+    for side, figures in _figures(proposals).items():
+        if "" in figures:
+            lines.append(f"{indent}{side}: {figures['']}")
+        else:
+            groups = [f"{indent}  {flow_yaml(group)}: {text}" for group, text in figures.items()]
+            lines += [f"{indent}{side}:", *groups]
     return newline.join(lines)
 
 
-def _by_side(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
-    sides: dict[str, list[Proposal]] = {}
+def _figures(proposals: Sequence[Proposal]) -> dict[str, dict[str, str]]:
+    """Return the noise as YAML by side and group; a bound of all layers has the empty group."""
+    figures: dict[str, dict[str, str]] = {}
     for each in proposals:
-        sides.setdefault(each.side, []).append(each)
-    return sides
-
-
-def _flow(proposals: Sequence[Proposal]) -> str:
-    if not any(each.group for each in proposals):
-        return _figures(proposals[0])
-    return f"{{{', '.join(f'{flow_yaml(each.group)}: {_figures(each)}' for each in proposals)}}}"
-
-
-def _figures(each: Proposal) -> str:
-    noise = each.noise
-    return f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
+        noise = each.noise
+        text = f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
+        figures.setdefault(each.side, {})[each.group] = text
+    return figures
 
 
 def flow_yaml(value: Any) -> str:
@@ -90,6 +87,7 @@ def _assertions(root: yaml.Node | None) -> dict[str, yaml.MappingNode]:
     if isinstance(node, yaml.SequenceNode):
         found = {str(_values(entry)["id"].value): entry for entry in node.value if "id" in _values(entry)}
     entries = list(found.values())
+    # An alias is the same node twice: an edit of one assertion would be an edit of the other as well.
     return {
         name: entry
         for name, entry in found.items()
@@ -114,7 +112,7 @@ def _edits(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], da
             return None
         if each.proposed != each.bound:
             edits.append((number.start_mark.index, number.end_mark.index, f"{each.proposed:g}"))
-    if "noise" in keys:
+    if "noise" in keys:  # of an earlier calibration, with its comment
         key = next(key for key, _ in entry.value if key.value == "noise")
         start, end = key.end_mark.index, _end(keys["noise"])
         old = REMARK.match(text, end)

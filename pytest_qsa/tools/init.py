@@ -113,7 +113,7 @@ def first_suite(
     layers = anatomy(subject.model, subject.path)
     static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
-    file = make_suite(_with(source, drafts), overrides, "--")
+    file = make_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown
     sampled = Sampled.of(subject, file, parts, passes, allow_code=allow_code)
     # Only the pass shows whether there is a clear sink; static checks need none.
     drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]

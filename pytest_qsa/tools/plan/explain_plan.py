@@ -107,7 +107,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     data = subject.data
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield _size_line(sizes)
-    hit, text = _cached(planned, cache)
+    hit, text = _cached(planned, cache)  # a hit needs no engine, so the machine is measured only without one
     yield f"kept        {text}"
     if not hit:
         largest = max(weight_files(folder), key=lambda file: file.stat().st_size, default=None)

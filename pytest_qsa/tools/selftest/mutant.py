@@ -41,6 +41,7 @@ class Mutant:
     def raw(self, name: str) -> NDArray[Any]:
         """Return a copy of a tensor's raw numbers, with the changes so far."""
         changed = self.changes.get(name)
+        # A copy, because the raw numbers of the original are mapped from its file.
         return np.array(changed.raw if changed else self.source.tensors[name].raw())
 
     def values(self, name: str) -> NDArray[np.float64]:

@@ -161,14 +161,17 @@ class Selftest:
             return replace(outcome, skipped="it changes nothing here")
         caught, perplexity = self._run(mutant, home, layer, perplexity=healthy is not None)
         outcome = replace(outcome, caught=caught, perplexity=judge_perplexity(perplexity, healthy))
-        if not fault.graded or self.bisect == "none":
-            return outcome
+        return self._graded(outcome, fault, home, say) if fault.graded and self.bisect != "none" else outcome
+
+    def _graded(self, outcome: Outcome, fault: Fault, home: Path, say: Callable[[str], None]) -> Outcome:
+        """Add the smallest strength that is caught, or the strongest that slips through."""
 
         def catches(strength: float) -> bool:
-            say(f"{fault.name} {strength:.3g} at {layer}")
-            return bool(self._run(self._mutant(fault, layer, strength), home, layer, perplexity=False)[0])
+            say(f"{fault.name} {strength:.3g} at {outcome.layer}")
+            mutant = self._mutant(fault, outcome.layer, strength)
+            return bool(self._run(mutant, home, outcome.layer, perplexity=False)[0])
 
-        if caught:
+        if outcome.caught:
             smallest = fault.default
             if self.bisect == "all":
                 smallest = smallest_caught(catches, fault.neutral, fault.default, whole=fault.whole)
@@ -216,6 +219,7 @@ class Selftest:
         return failed, on_perplexity
 
     def _pytest(self, checkpoint: Path, file: Path, suites: Sequence[Path]) -> list[dict[str, Any]]:
+        # No caches: pytest's own would lie in the user's folder, and a capture of each mutant would fill ours.
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", recording.__name__, "-p", "no:cacheprovider"]
         options = [f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache"]
         options += ["-x"] if self.first_only else []
@@ -228,6 +232,7 @@ class Selftest:
                 f"pytest ended with {done.returncode} on {shown_path(self.suite)}: {' | '.join(lines[-3:])}"
             )
         results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # A test of the user that fails on its own would count every fault as caught.
         if done.returncode == 1 and not any(result["failed"] for result in results):
             lines = [line for line in done.stdout.splitlines() if line.strip()]
             raise InfraError(f"a test failed that is no assertion of ours: {' | '.join(lines[-3:])}")

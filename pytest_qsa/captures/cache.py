@@ -26,7 +26,7 @@ _DIGEST = 32
 
 @dataclass
 class PartialSums:
-    """The file of one unfinished capture. Its name has to stand for all that could change a number."""
+    """The file of one unfinished capture. Its name must be a hash of all that could change a number."""
 
     file: Path
     every: float = EVERY
@@ -44,7 +44,7 @@ class PartialSums:
         return capture if capture.plan == merge_requests(requests) else None
 
     def keep(self, make: Callable[[], Capture]) -> None:
-        """Write the capture so far, if the last time is long enough ago; on a full disk nothing is kept."""
+        """Write the capture so far, at most every `EVERY` seconds; on a full disk nothing is written."""
         if time.monotonic() - self._written < self.every:
             return
         content = make().to_bytes()
@@ -61,7 +61,7 @@ class PartialSums:
 
 @dataclass(frozen=True)
 class CaptureCache:
-    """A folder of captures, none of which is needed: a damaged one is made anew, a read-only folder is skipped."""
+    """A folder of captures of earlier runs. A damaged one is made anew, a read-only folder is left unused."""
 
     folder: Path
     limit: int = LIMIT

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 FORMAT = "qsa-capture/1"
 REFERENCE = "reference/"
-"""What the names of the arrays begin with that are the reference's."""
+"""The prefix of the names of the reference's arrays."""
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What one pass over one subject left behind; every metric is computed from it alone.
+    """The result of one pass over one subject; every metric is computed from it alone.
 
     `sites`: (layer, site) → numbers, in model order; sites that read the same tensor share one `SiteNumbers`.
     `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
@@ -95,12 +95,12 @@ class Capture:
 
     def select(self, layers: str, site: Site, exclude: str | None = None) -> Selection:
         """Select a site of the layers that the regex finds; the result offers every metric."""
-        from ..metrics import Selection  # a metric is made of a capture: only this face looks up
+        from ..metrics import Selection  # metrics/ imports captures/: only a call may import it here
 
         return Selection(self, layers, site, exclude)
 
     def covers(self, requests: Iterable[Request]) -> bool:
-        """Say whether every request was planned, or every layer that it finds was measured for others."""
+        """Say whether it answers every request: as planned, or because other requests measured each of its layers."""
         return all(self._covers(request) for request in requests)
 
     def _covers(self, request: Request) -> bool:

@@ -29,13 +29,13 @@ SHARES: Mapping[BandStat, float] = {
 OCTAVES = (-24, 24)
 STEPS = 16
 CODES = (OCTAVES[1] - OCTAVES[0]) * STEPS + 2
-"""The bins of one sign: zero, then 16 an octave, then all that is larger. −x stands `CODES` after x."""
+"""The bins of one sign: zero, then 16 an octave, then all that is larger. The bin of −x is `CODES` after that of x."""
 SHIFT = 19
 FIRST_CODE = (127 + OCTAVES[0]) * STEPS - 1
 """A float32 of magnitude pattern p falls into the bin (p >> SHIFT) − FIRST_CODE, clipped to 0 … CODES − 1."""
 
 PER_OCTAVE = 4
-"""The bins of a histogram in an octave."""
+"""How many bins of a histogram an octave has."""
 MOST_BINS = 20 * PER_OCTAVE
 Ends = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ def _order_statistic(
 
 
 def histograms_of(numbers: SiteNumbers) -> list[dict[str, Any]]:
-    """Return what a site has: the histogram of its |x| where they were counted, and of its token-wise maxima."""
+    """Return the histograms of a site: of its |x|, if these were counted, and of its token-wise maxima."""
     found = []
     if numbers.counts is not None:
         found.append(histogram("elements", *sorted_counts(numbers)))
@@ -157,7 +157,7 @@ def channel_bands(numbers: SiteNumbers, *, signed: bool = False) -> dict[BandSta
 class _Bins:
     """The bins of every channel, ascending in value: their two ends [B], their counts and cumulated counts [C, B].
 
-    `least`, `most` [C]: the channel's own extremes; they cut the ends, so that no estimate leaves what occurred.
+    `least`, `most` [C]: the channel's own extremes, which clip the ends of its bins: no estimate lies beyond them.
     """
 
     low: NDArray[np.float64]

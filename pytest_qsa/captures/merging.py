@@ -1,6 +1,6 @@
 """Captures of disjoint samples → the capture of all of them, equal to the last bit to that of one pass. numpy only.
 
-What a population left is put side by side in sample order; counts are added, extremes compared. Nothing is averaged.
+The rows of populations are concatenated in sample order, counts are added, extremes compared. Nothing is averaged.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _merged_references(captures: Sequence[Capture]) -> Capture | None:
 
 
 def _known(merged: SiteNumbers, others: list[SiteNumbers]) -> SiteNumbers:
-    """Return the equal numbers of a site that shares its tensor in the first capture, if another did not see so."""
+    """Return equal numbers that were merged already: of a site that shares its tensor in the first capture alone."""
     for other in others:
         if _equal(merged, other):
             return other
@@ -103,7 +103,7 @@ def _in_order(captures: Sequence[Capture]) -> list[Capture]:
 
 
 def _ranges(captures: Sequence[Capture]) -> list[SampleRange] | None:
-    """Return the samples that each capture holds; None where one does not say it."""
+    """Return the range of samples of each capture; None where one of them doesn't state it."""
     ranges = [capture.provenance.samples for capture in captures]
     known = [each for each in ranges if each is not None]
     return known if len(known) == len(ranges) else None
@@ -146,7 +146,7 @@ def _provenance(captures: Sequence[Capture]) -> Provenance:
 
 
 def _sites(captures: Sequence[Capture]) -> list[Any]:
-    """Return the sites of all captures, what the model predicts last: an expert may have seen no token in some."""
+    """Return the sites of all captures, the logits last. A capture may lack a site: an expert that saw no token."""
     order = {name: index for index, name in enumerate(captures[0].modules)}
     sites = {site for capture in captures for site in capture.sites}
     return sorted(sites, key=lambda site: (order.get(site[0], len(order)), SITES.index(site[1])))

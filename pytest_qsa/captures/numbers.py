@@ -1,4 +1,4 @@
-"""SiteNumbers: what a pass leaves of one tensor stream. numpy only."""
+"""SiteNumbers: the statistics of one tensor stream. numpy only."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ UNKNOWN = -1
 PADDING = -1.0
 """Stands in `token_max` and `error` where a token is padding; a maximum of magnitudes is never negative."""
 NOT_COMPARED = -2.0
-"""Stands in `error` where a reference that was kept for some tokens has none."""
+"""Stands in `error` at a token that a reference file has no row of."""
 POPULATIONS = ("sample", "call", "lengths")
-"""The fields of `SiteNumbers` that say whose populations they are; every site has them."""
+"""The arrays that say of which sample and call each population is, and how long it is; every site has them."""
 D = TypeVar("D", bound=np.generic)
 
 
@@ -94,7 +94,7 @@ class SiteNumbers:
 
     @property
     def counted_exactly(self) -> bool:
-        """Whether each bin of its counts is a value of its dtype, of which there are 65,536 or fewer."""
+        """Whether each bin of the counts is exactly one value: the dtype has 16 bits or fewer."""
         return self.dtype in ("bfloat16", "float16")
 
     @cached_property
@@ -120,7 +120,7 @@ class SiteNumbers:
         return self.moments[:, MOMENT_NAMES.index(name)]
 
     def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, NDArray[Any]]) -> SiteNumbers:
-        """Return the same with more statistics and their arrays."""
+        """Return a copy with more statistics and their arrays."""
         return replace(self, statistics=self.statistics | {*statistics}, arrays={**self.arrays, **arrays})
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -162,7 +162,7 @@ def lower_median(values: NDArray[Any]) -> float:
 
 
 def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, float]:
-    """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or beside NaN and Inf."""
+    """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or if it holds NaN or Inf."""
     if not np.isfinite(values).all():
         return dict.fromkeys(names, float("nan"))
     size = values.size

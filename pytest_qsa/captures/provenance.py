@@ -41,10 +41,11 @@ def _key(each: Any) -> str:
 
 @dataclass(frozen=True)
 class ServedProvenance(_Record):
-    """What a server, or a file of its answers, told of a model.
+    """What a server, or a file of its answers, says of a model.
 
-    `served`: which model, by which API. `logprobs`: the tokens told of each position, at least. `outside`: the mean
-    probability that the reference gives to all others, None without a reference. `tail`: what is assumed of those.
+    `served`: which model, by which API. `logprobs`: how many tokens each position has logprobs of, at least. `outside`:
+    the mean probability that the reference gives to all other tokens, None without a reference. `tail`: the lower
+    bound that is assumed for these.
     """
 
     served: str
@@ -112,7 +113,7 @@ class ModelProvenance(_Record):
         return cls(path=str(header.get("model", "")), versions=versions, **known)
 
     def for_baseline(self) -> dict[str, Any]:
-        """Return what a baseline says of the model that made it; a path without the folders of one machine."""
+        """Return what a baseline records of the model that made it; of its path only what other machines share."""
         name = Path(self.path).name if Path(self.path).is_absolute() else self.path
         known = {"weights": self.weights or None, "dtype": self.dtype, "device": self.device}
         classes = {"device_class": self.device_class} if self.device_class is not None else {}
@@ -325,7 +326,7 @@ UNKNOWN_RUN = Provenance()
 
 
 def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
-    """Say what a baseline was made with, and what is different now: that is reported, never failed."""
+    """Say what a baseline was made with, and what is different now. A difference is reported and fails nothing."""
     before, after = then.for_baseline(), now.for_baseline()
     names = sorted({*before, *after} - {"model", "weights"})
     changed = [
@@ -336,7 +337,7 @@ def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
 
 
 def data_fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:
-    """Return the SHA-256 of the data of a run: of each sample's tensors the name, dtype (`int64`), shape and bytes."""
+    """Return the SHA-256 of the data of a run, over the name, dtype (`int64`), shape and bytes of each tensor."""
     digest = hashlib.sha256()
     for name, dtype, shape, content in tensors:
         digest.update(f"{name}torch.{dtype}{tuple(shape)}".encode())  # as torch writes it: baselines hold these hashes

@@ -17,7 +17,7 @@ SiteKey = tuple[str, Site]
 """A layer and its site."""
 LayerSite = Literal["input", "output", "weight"]
 LOGITS: Site = "logits"
-"""What the whole model returns: the scores of every next token. It is no layer's; the others are a layer's."""
+"""The site of the whole model's output, the scores of every next token. All other sites belong to a layer."""
 
 
 def exactly(layers: Sequence[str]) -> str:
@@ -67,7 +67,7 @@ def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = Non
 
 
 def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
-    """Make the error for a pattern that finds nothing: it names the layers that come nearest to it."""
+    """Return the error for a pattern that finds nothing; it names the layers nearest to the pattern."""
     if exclude is not None and match_layers(modules, pattern):
         return AnomalyError(
             f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
@@ -81,7 +81,7 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
 
 
 def compares(requests: Iterable[Request]) -> bool:
-    """Say whether some of the requests need the reference beside the subject."""
+    """Say whether some of the requests need a reference."""
     return any(against_reference(request.statistics) for request in requests)
 
 

@@ -1,7 +1,7 @@
 """Attention sinks: the few tokens whose norm is hundreds of times the others', whatever the token is.
 
-Found, not assumed: a token above 64 × the median at the outputs of at least a quarter of the blocks, at the same
-channel (reference: arXiv 2402.17762, 2508.04257; the rule is this project's own).
+They are found by their numbers: a token above 64 × the median at the outputs of at least a quarter of the blocks, at
+the same channel (reference: arXiv 2402.17762, 2508.04257; the rule is this project's own).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Sinks:
         return named
 
     def _trunk(self, layer: str) -> str | None:
-        """Return the trunk beside which a layer stands; None, for all of them, where it stands beside none."""
+        """Return the trunk that a layer belongs to; None, which stands for all of them, where it belongs to none."""
         beside = (trunk for trunk in self.trunks if layer.startswith(trunk.rpartition(".")[0] + "."))
         return max(beside, key=len, default=None)
 

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array of a site is made. `join`: of what its populations left, `merge`: of those of several captures.
+    """How an array of a site is assembled. `join` makes it of its populations' parts, `merge` of captures'.
 
     `bins`: the name of the array that says for which bins this one holds counts; both are merged bin by bin.
     `partial`: only the captures that hold a certain sample have the array.
@@ -55,7 +55,7 @@ def _ragged(tables: Sequence[Array]) -> Array:
 
 
 def _extremes(arrays: Sequence[Array]) -> Array:
-    """Fold `EXTREME_NAMES`: the largest, the smallest, the low and the high."""
+    """Fold `EXTREME_NAMES`: the largest and the smallest |x|, then the smallest and the largest x."""
     largest, smallest, low, high = np.stack(arrays).swapaxes(0, 1)
     ends = [np.maximum.reduce(largest), np.minimum.reduce(smallest), np.minimum.reduce(low), np.maximum.reduce(high)]
     return np.array(ends, dtype=arrays[0].dtype)
@@ -82,7 +82,7 @@ def _counts(bins: str) -> Layout:
 STATISTICS: dict[str, type[Statistic]] = {}
 """Name → class."""
 LAYOUTS: dict[str, Layout] = {}
-"""Array → how it is made."""
+"""Array → its layout."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Statistic:
 
 
 BIN_BYTES = 8 << 15
-"""What counts of |x| take, which has 16 bits without the sign."""
+"""The bytes of the counts of |x|, which has 2¹⁵ patterns."""
 CHANNEL_BYTES = 6144
 """About what the counts of one channel take (docs/metrics.md)."""
 
@@ -423,7 +423,7 @@ REFERENCE_TOKENS: Statistic = ReferenceTokens()
 REFERENCE_SINKS: Statistic = ReferenceSinks()
 
 ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)
-"""What is kept where nothing is chosen."""
+"""The statistics of a site that names none."""
 
 
 def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:

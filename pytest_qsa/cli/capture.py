@@ -109,7 +109,7 @@ def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
 
 
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
-    """Return what the assertions need, or without any what the pictures need; every pattern has to match a layer."""
+    """Return the requests of the assertions, or without any those of the pictures; every pattern must match a layer."""
     from ..captures import LOGITS, match_layers, no_match
     from ..suite import MeasuredAssertion
 

@@ -51,7 +51,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(key: str, field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the dotted key and the field of every plain value that a key holds, in its sections or itself."""
+    """Yield the dotted key and the field of every plain value at a key or below it."""
     from ..suite import section_of
 
     section = section_of(field.annotation)

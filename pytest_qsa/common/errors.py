@@ -56,7 +56,7 @@ class BaselineError(AnomalyError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line that an error says something in; its class where it says nothing."""
+    """Return the first line of an error's text that isn't empty; the name of its class where there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

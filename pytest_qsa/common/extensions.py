@@ -1,4 +1,4 @@
-"""Registries that other packages add to: built-in modules first, entry points only where no built-in answers."""
+"""Registries that other packages add to. Entry points are loaded only where no built-in answers."""
 
 from __future__ import annotations
 

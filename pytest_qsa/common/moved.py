@@ -14,7 +14,7 @@ MOVED = {
     "pytest_qsa.divergence": "pytest_qsa.metrics",
     "pytest_qsa.errors": "pytest_qsa",
 }
-"""The old module and the one that has its names now."""
+"""Old module → the module that has its names now."""
 
 
 class MovedModules:

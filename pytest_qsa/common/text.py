@@ -32,7 +32,7 @@ def escaped(text: str) -> str:
 
 
 def fitted(text: str, most: int) -> str:
-    """Cut a text at a line so that it has at most so many bytes, and say so."""
+    """Cut a text at the end of a line to at most `most` bytes, and say that it was cut."""
     if len(text.encode()) <= most:
         return text
     cut = text.encode()[: most - 60].decode("utf-8", "ignore").rpartition("\n")[0]
@@ -45,7 +45,7 @@ def visible(text: str) -> str:
 
 
 def short_hash(digest: str) -> str:
-    """Shorten `sha256:…` to what tells two of them apart."""
+    """Shorten `sha256:…` to its first digits, which tell two hashes apart."""
     name, _, value = digest.partition(":")
     return f"{name} {value[:12]}"
 

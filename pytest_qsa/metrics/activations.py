@@ -1,4 +1,4 @@
-"""Every metric of one model's tensors: the numbers of a site → one number per population, or one for all. numpy only.
+"""The metrics of one model's tensors: the arrays of a site → a number per population, or one of all. numpy only.
 
 A metric is a plain function. Its keyword parameters, with their types and defaults, are its parameters in a suite; the
 decorator adds what the planner and the baselines must know of it. A changed definition gets a new version.
@@ -65,7 +65,7 @@ def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
 
 
 def _above(maxima: NDArray[np.float32], threshold: float) -> float:
-    """Count in float32 ratios, as the seed does, so that a token on the threshold falls on the same side."""
+    """Compare ratios in float32, as quant-smooth-ana does, so that a token on the threshold falls on the same side."""
     if not _countable(maxima):
         return float("nan")
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -223,7 +223,7 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
 
 @metric(CHANNEL_COUNTS, reduce=None)
 def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
-    """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels.
+    """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then fold the channels by `across`.
 
     The extremes are exact, a percentile is within 1/16 of its value. Medians are lower ones.
     """
@@ -239,7 +239,7 @@ def _quantization_needs(site: Site, positions: str, parameters: Mapping[str, Any
 
 
 def _scaled(site: Site, scheme: str, by: str, group_size: int) -> QuantizationPowers:
-    """Name the statistic; the output channels of a weight [out, in] are its rows, as tokens are elsewhere."""
+    """Return the statistic. A weight [out, in] has its output channels in its rows, where activations have tokens."""
     return QuantizationPowers(scheme, "token" if (site, by) == ("weight", "channel") else by, group_size)
 
 
@@ -247,7 +247,7 @@ def _scaled(site: Site, scheme: str, by: str, group_size: int) -> QuantizationPo
 def quantization_sqnr(
     view: View, *, scheme: Scheme = "int8", by: Granularity = "tensor", group_size: GroupSize = 128
 ) -> float:
-    """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back (quantization.py).
+    """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back.
 
     One scale for the tensor over all samples, or, within a sample, one for each token, channel or group of neighbouring
     channels. A weight [out, in] has its channels in its rows, and its groups within them.
@@ -266,7 +266,7 @@ def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -
 def int8_outlier_features(
     views: Sequence[View], *, abs: float = 6.0, layer_share: Share = 0.25, position_share: Share = 0.06
 ) -> float:
-    """Count the channels with |x| ≥ abs in that share of the layers, and of all tokens of all layers (LLM.int8).
+    """Count the channels with |x| ≥ abs in layer_share of the layers and position_share of all their tokens (LLM.int8).
 
     Dettmers et al., arXiv 2208.07339. A layer counts where one of its tokens does. One number for all the
     layers that the pattern finds.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..captures import Capture
 
 LEAST_SHARE = 1e-4
-"""What stands for an empty bin in `psi`, whose logarithm has no value there."""
+"""The share that an empty bin counts as in `psi`, because the logarithm of 0 has no value."""
 
 Measure = Callable[[SiteNumbers, SiteNumbers], float]
 
@@ -62,13 +62,13 @@ def psi(old: Capture, new: Capture, layers: str, site: Site, *, exclude: str | N
 
 
 def ks_of(old: SiteNumbers, new: SiteNumbers) -> float:
-    """Return `ks` of one site; NaN beside NaN and Inf."""
+    """Return `ks` of one site; NaN if either side holds NaN or Inf."""
     _, before, after = _cumulated(old, new)
     return float(np.abs(before - after).max())
 
 
 def wasserstein_of(old: SiteNumbers, new: SiteNumbers, *, relative: bool = False) -> float:
-    """Return `wasserstein` of one site; NaN beside NaN and Inf."""
+    """Return `wasserstein` of one site; NaN if either side holds NaN or Inf."""
     values, before, after = _cumulated(old, new)
     distance = float(np.sum(np.abs(before - after)[:-1] * np.diff(values)))
     if not relative:
@@ -79,7 +79,7 @@ def wasserstein_of(old: SiteNumbers, new: SiteNumbers, *, relative: bool = False
 
 
 def psi_of(old: SiteNumbers, new: SiteNumbers, *, bins: int = 10) -> float:
-    """Return `psi` of one site; NaN beside NaN and Inf. Bins that the same value ends are one."""
+    """Return `psi` of one site; NaN if either side holds NaN or Inf. Bins that end at the same value are joined."""
     _, before, after = _cumulated(old, new)
     if not np.isfinite(before).all():
         return float("nan")
@@ -92,7 +92,7 @@ def psi_of(old: SiteNumbers, new: SiteNumbers, *, bins: int = 10) -> float:
 def _cumulated(
     old: SiteNumbers, new: SiteNumbers
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return all values that occur, ascending, and the share of either side that is not above each: three [V]."""
+    """Return all values that occur, ascending, [V], and for both sides the share that is at or below each, [V]."""
     sides = [sorted_counts(numbers) for numbers in (old, new)]
     values = np.unique(np.concatenate([own for own, _ in sides]))
     if not np.isfinite(values).all():

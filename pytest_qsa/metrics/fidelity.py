@@ -84,7 +84,7 @@ def cosine(view: View) -> float | Estimate:
 
 @metric(ERROR, reduce=None, positional=True, against=True)
 def max_abs_diff(view: View) -> float:
-    """Take the largest |x − x̂|; of sampled tokens only, where the reference was kept so."""
+    """Take the largest |x − x̂|; of the recorded tokens alone, where the reference is a file."""
     return float(compared(view)[:, LARGEST].max())
 
 
@@ -96,14 +96,14 @@ def _local_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> f
 def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
     """Take the layer's own SQNR: its output on the reference's input against the reference's output.
 
-    onnxruntime `qdq_err`. Of that many tokens a sample, drawn with a fixed seed.
+    onnxruntime `qdq_err`. It is taken of `rows` tokens of each sample, drawn with a fixed seed.
     """
     powers = local_powers(view)
     return _interval(_some(view, powers)[:, 0], powers[:, 1])
 
 
 def local_powers(view: View) -> NDArray[np.float64]:
-    """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]: x̂ is made of the reference's input."""
+    """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]; x̂ is the output for the reference's input."""
     return np.concatenate([local_tokens(view, population)[1] for population in range(view.numbers.populations)])
 
 
@@ -210,12 +210,12 @@ def _interval(signal: NDArray[np.float64], error: NDArray[np.float64]) -> Estima
 
 
 def _spread(parts: NDArray[np.float64]) -> float:
-    """Return the standard error of the logarithm of a quotient of sums; `parts`: what each token adds to it."""
+    """Return the standard error of the logarithm of a quotient of sums. `parts`: the contribution of each token."""
     return float(np.sqrt(np.sum(parts**2) * len(parts) / max(1, len(parts) - 1)))
 
 
 def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
-    """Return what an SQNR and its interval are as a share; `step`: 10 of powers, 20 of norms."""
+    """Convert an SQNR and its interval from dB to a quotient. `step`: 10 for powers, 20 for norms."""
     found = _interval(tokens[:, SIGNAL], tokens[:, NOISE])
     value, high, low = (float(10 ** (-each / step)) for each in (found.value, found.low, found.high))
     return Estimate(value, low, high, found.count)
@@ -234,7 +234,7 @@ def _ratio(tokens: NDArray[np.float64]) -> float:
 
 
 def decibels(signal: float, error: float) -> float:
-    """Return 10·log10(signal / error): +∞ for no error, −∞ for no signal, NaN for neither or beside NaN and Inf.
+    """Return 10·log10(signal / error): +∞ for no error, −∞ for no signal, NaN for neither, and for NaN or Inf.
 
     A site where both models have only zeros shows nothing: NaN keeps a dead layer ANOMALOUS.
     """

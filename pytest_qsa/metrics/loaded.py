@@ -11,9 +11,9 @@ from .fidelity import decibels
 from .registry import View, metric
 
 ONE_FACTOR = 40.0
-"""So many dB above what is left of a difference, one factor explains it."""
+"""One factor explains a difference if it leaves this many dB less of it."""
 ALIKE = 0.95
-"""The cosine above which several factors, near each other, do: projections that were packed together, say."""
+"""Above this cosine several factors near each other explain it: those of projections packed together, say."""
 
 
 def _needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:

@@ -28,6 +28,6 @@ class MetricMethods:
 
 
 def _as_declared(annotation: Any, value: Any) -> Any:
-    """Return a whole number as the float that a parameter is, so that 64 and 64.0 are asked for alike."""
+    """Return a whole number as a float where the parameter is one, so that 64 and 64.0 are the same query."""
     is_float = annotation is float or get_args(annotation)[:1] == (float,)
     return float(value) if is_float and isinstance(value, int) else value

@@ -62,7 +62,7 @@ class MetricMethods:
         across: Literal["max", "median", "min", "mean"] = "max",
         signed: bool = False,
     ) -> Series:
-        """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then one number of all the channels."""
+        """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then fold the channels by `across`."""
 
     def quantization_sqnr(
         self,
@@ -70,12 +70,12 @@ class MetricMethods:
         by: Literal["tensor", "token", "channel", "group"] = "tensor",
         group_size: int = 128,
     ) -> Series:
-        """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back (quantization.py)."""
+        """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back."""
 
     def int8_outlier_features(
         self, abs: float = 6.0, layer_share: float = 0.25, position_share: float = 0.06
     ) -> Series:
-        """Count the channels with |x| ≥ abs in that share of the layers, and of all tokens of all layers (LLM.int8)."""
+        """Count the channels with |x| ≥ abs in layer_share of the layers and position_share of all their tokens (LLM.int8)."""
 
     def expert_tokens(self, *, reduce: Reduce | None = None) -> Series:
         """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
@@ -104,7 +104,7 @@ class MetricMethods:
         """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
 
     def max_abs_diff(self, *, positions: Positions | None = None) -> Series:
-        """Take the largest |x − x̂|; of sampled tokens only, where the reference was kept so."""
+        """Take the largest |x − x̂|; of the recorded tokens alone, where the reference is a file."""
 
     def local_sqnr(self, rows: int = 32, *, positions: Positions | None = None) -> Series:
         """Take the layer's own SQNR: its output on the reference's input against the reference's output."""

@@ -45,7 +45,7 @@ class TokenScores:
 def numbers_of(
     samples: Sequence[TokenScores], indices: Sequence[int], statistics: frozenset[Statistic], dtype: str
 ) -> SiteNumbers:
-    """Return the scores of some samples as the numbers of the site `logits`; `indices`: which samples they are."""
+    """Return the scores of some samples as the numbers of the site `logits`. `indices`: the number of each sample."""
     lengths = np.array([len(sample.nll) for sample in samples], dtype=np.int64)
     return SiteNumbers(
         dtype=dtype,

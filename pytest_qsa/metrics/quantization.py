@@ -19,9 +19,9 @@ Granularity = Literal["tensor", "token", "channel", "group"]
 LARGEST_CODE: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
 """The largest number of each grid: −128 and −8 are not used; fp8_e4m3 is the OCP's e4m3, without infinities."""
 MANTISSA_BITS, LEAST_EXPONENT = 3, -6
-"""Of e4m3; below 2⁻⁶ its numbers are as far apart as there."""
+"""Of e4m3: bits of the mantissa, and the least exponent; all numbers below 2⁻⁶ are equally spaced."""
 FINER = 32
-"""Into how many values a bin of float32 is split, each of which stands for its share."""
+"""A bin of float32 is split into this many values, each with an equal share of its count."""
 LOSSLESS = 300.0
 """The SQNR in dB that stood for no error at all in baselines made before it was +∞."""
 

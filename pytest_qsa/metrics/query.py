@@ -1,4 +1,4 @@
-"""What is asked of a metric: its arguments checked, completed, and said in one form."""
+"""The query of a metric: its arguments checked, completed with defaults, in canonical form."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def query_of(
     positions: str,
     reduce: Reduce | None,
 ) -> Query:
-    """Say what is asked for, with the metric's own defaults filled in."""
+    """Return the query, completed with the metric's own defaults."""
     definition = METRICS[metric]
     defaults = {name: p.default for name, p in definition.parameters.items()}
     return Query(

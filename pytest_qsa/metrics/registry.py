@@ -190,7 +190,7 @@ class Metric(Definition):
         return inspect.Signature([*own, *added])
 
     def positions_at(self, site: Site) -> str:
-        """Return which tokens count unless told: against a reference all but the sinks (metrics.md)."""
+        """Return which tokens count by default: against a reference all but the sinks, else all (docs/metrics.md)."""
         return "no_sink" if self.against and self.positional and site != "weight" else "all"
 
     def counts_tokens(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> bool:

@@ -63,7 +63,7 @@ class Selection(MetricMethods):
         reduce: Reduce | None = None,
         positions: Positions = "all",
     ) -> dict[MagnitudeStat, Series]:
-        """Several statistics of `magnitude` for little more than the price of one."""
+        """Compute several statistics of `magnitude` in the time of little more than one."""
         asked = {
             stat: self._asked("magnitude", reduce, positions, {"stat": stat, "reduce_dim": reduce_dim})[1]
             for stat in stats
@@ -76,7 +76,7 @@ class Selection(MetricMethods):
         }
 
     def channel_bands(self, *, signed: bool = False) -> dict[str, dict[BandStat, NDArray[np.float64]]]:
-        """The numbers behind `channel_band`, for plots: layer → statistic → one number for each channel, [C]."""
+        """Return the numbers behind `channel_band`, for plots: layer → statistic → a number for each channel, [C]."""
         self._check_measured(METRICS["channel_band"], self.layers, "all", {})
         return {layer: channel_bands(self.capture.sites[layer, self.site], signed=signed) for layer in self.layers}
 
@@ -102,7 +102,7 @@ class Selection(MetricMethods):
         return measured
 
     def _stored(self, needs: frozenset[Statistic]) -> list[str]:
-        """Return those of the layers that the checkpoint's files hold quantized.
+        """Return those of the layers that are quantized in the checkpoint's files.
 
         Raises:
             AnomalyError: there are none, or some of the files' have no place in the model where they could be compared.

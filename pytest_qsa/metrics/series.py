@@ -16,9 +16,9 @@ from ..common import AnomalyError
 from .registry import METRICS
 
 CHECKPOINT = "checkpoint"
-"""What stands for the site in the query of a static check: no tensor stream, but the files."""
+"""The site in the query of a static check, which looks at files and at no tensor stream."""
 EVALS = "evals"
-"""What stands for the site where the numbers are another program's, of tasks and not of layers."""
+"""The site in the query of an external assertion, whose numbers are of tasks and not of layers."""
 Over = Literal["sum", "max", "mean"]
 OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
     "sum": lambda values: float(np.sum(values)),
@@ -111,7 +111,7 @@ Judge = Callable[["Series", Bounds], bool]
 
 
 def sound(value: float, unit: str) -> bool:
-    """Say whether a value can be compared with a bound: a finite one, and +∞ dB, which nothing different has."""
+    """Say whether a value can be compared with a bound: it is finite, or +∞ dB, the SQNR of equal tensors."""
     return math.isfinite(value) or (unit == "dB" and value == math.inf)
 
 

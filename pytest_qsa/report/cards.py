@@ -79,7 +79,7 @@ def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join the entries of one token at several layers: the first, the strongest, stands for all."""
+    """Join the entries of one token at several layers; the first one, which is the strongest, stands for all."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for token in evidence:
         key = (token["sample"], token["position"], token["text"])

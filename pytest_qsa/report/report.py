@@ -51,7 +51,7 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
 
 
 def builtins_of(value: Any) -> Any:
-    """Return a value made of str, int, float, bool, None, list and dict; what is none of them becomes its text."""
+    """Return a value as str, int, float, bool, None, list and dict; any other object becomes its text."""
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, Enum):  # before str: Kind is a StrEnum, which execnet can't serialize

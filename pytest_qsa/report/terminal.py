@@ -10,7 +10,7 @@ from ..verdicts import Row, TokenEvidence, Verdict
 
 SHOWN_ROWS = 8
 LABEL_WIDTH = 9
-"""The width of the labels of the facts, at least."""
+"""The least width of the labels of the facts."""
 
 
 def failure_text(verdict: Verdict) -> str:

@@ -80,7 +80,7 @@ class Depth:
         return _cut([f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs], most)
 
     def names_of(self, indices: Sequence[int], most: int = 90) -> str:
-        """As `ranges`, kind by kind where there are several."""
+        """Name many layers in few words, kind by kind where there are several: `q_proj 7; v_proj 3–5`."""
         if len(self.kinds) == 1 or not self.numbered:
             return self.ranges(indices, most)
         parts = []

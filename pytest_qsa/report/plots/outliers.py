@@ -180,7 +180,7 @@ def _by_position(axes: Axes, outliers: Outliers) -> None:
 
 
 def texts_of(capture: Capture, outliers: Outliers, *, decode: bool = True) -> list[tuple[str, int, int]]:
-    """Return (text, how often in all layers and samples, of these as a sink), most frequent first.
+    """Return (text, how often it occurs in all layers and samples, how often as a sink), most frequent first.
 
     `decode` off: the token's id stands for its text.
     """

@@ -47,7 +47,7 @@ _STYLE: Any = {
     "axes.facecolor": "white",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.axisbelow": True,
     "axes.titlesize": 9.0, "axes.titlelocation": "left", "axes.labelsize": 9.0, "axes.formatter.use_mathtext": False,
-    "axes.titley": 1.0,  # to find a place that is free takes matplotlib a seventh of all drawing
+    "axes.titley": 1.0,  # otherwise matplotlib looks for a free place, a seventh of the time of all drawing
     "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "auto", "grid.color": FAINT,
     "grid.linewidth": 0.7, "hatch.linewidth": 0.7, "hatch.color": "white",
     "legend.fontsize": 8.5, "legend.frameon": False,

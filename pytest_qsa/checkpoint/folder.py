@@ -39,7 +39,7 @@ class Finding:
         return f"{self.tensor}{where}: {self.what}; {self.advice}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Folder:
     """A checkpoint on disk, read lazily: of the tensors first the headers alone.
 

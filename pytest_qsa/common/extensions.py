@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from .errors import InfraError
+from .log import logger
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Registry(Generic[T]):
         if not self._entry_points_loaded:
             self._entry_points_loaded = True
             for entry in sorted(metadata.entry_points(group=self.group), key=lambda entry: entry.name):
+                logger.debug("loading the entry point %s = %s of the group %s", entry.name, entry.value, self.group)
                 try:
                     entry.load()
                 except Exception as error:  # a user's module may raise anything when it is imported

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pytest_qsa.common import InfraError
-from pytest_qsa.engine.load.batches import Rows, rows_of, token_ids
+from pytest_qsa.engine.load.batches import BatchRows, rows_of, token_ids
 
 TOKENS = True
 NO_TOKENS = False
@@ -36,7 +36,7 @@ SHAPES = {
 def test_a_tensor_is_brought_to_the_rows_of_its_batch(case):
     samples, lengths, shape, channels_first, becomes, token_axis = SHAPES[case]
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-    found, axis = Rows(list(range(samples)), frozenset(lengths)).shaped(x, channels_first)
+    found, axis = BatchRows(list(range(samples)), frozenset(lengths)).shaped(x, channels_first)
     assert (tuple(found.shape), axis) == (becomes, token_axis)
     each = x.reshape(samples, -1) if x.numel() == found.numel() else x.reshape(1, -1).expand(samples, -1)
     assert torch.equal(found.reshape(samples, -1), each)
@@ -56,7 +56,7 @@ STRANGERS = {
 def test_a_tensor_without_the_rows_of_its_batch_is_refused(case):
     samples, lengths, shape, channels_first = STRANGERS[case]
     with pytest.raises(InfraError, match=r"of shape \(.*\) has no axis for the 2 samples .* set data.batch_size to 1"):
-        Rows(list(range(samples)), frozenset(lengths)).shaped(torch.zeros(shape), channels_first)
+        BatchRows(list(range(samples)), frozenset(lengths)).shaped(torch.zeros(shape), channels_first)
 
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -86,7 +86,7 @@ def test_padding_is_that_of_the_side_whose_tokens_a_layer_sees(layer, length, in
     }
     rows = rows_of(batch, 0)
     assert rows.padded
-    assert [None if row is None else row.tolist() for row in rows.kept(layer, length)] == indices
+    assert [None if row is None else row.tolist() for row in rows.unpadded(layer, length)] == indices
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -233,6 +233,7 @@ class Format:
 FORMATS: Registry[type[Format]] = Registry("pytest_qsa.formats", __package__)
 
 
+@lru_cache(maxsize=8)  # of a folder object: its declaration is read once for all layers
 def format_of(folder: Folder) -> Format:
     """Return the format that a checkpoint declares; an `UnknownFormat` where nothing that is installed claims it.
 

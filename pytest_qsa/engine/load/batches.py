@@ -43,7 +43,7 @@ class Padding:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The rows of one batch. `lengths`: the numbers of tokens, by which the token axis of a tensor is recognized."""
 
     samples: list[int]
@@ -91,7 +91,7 @@ class Rows:
             )
         return x.reshape(count, -1), False
 
-    def kept(self, layer: str, length: int, device: torch.device = CPU) -> list[Tensor | None]:
+    def unpadded(self, layer: str, length: int, device: torch.device = CPU) -> list[Tensor | None]:
         """Return, for each row, the indices of the tokens that are no padding, on a device; None where all count.
 
         `length`: the tokens of the tensor; a mask of another length is that of other tokens.
@@ -102,20 +102,21 @@ class Rows:
         return padding.on(device) if padding and padding.length == length else self.all_count
 
 
-def rows_of(batch: Batch, first_sample: int) -> Rows:
+def rows_of(batch: Batch, first_sample: int) -> BatchRows:
     """Describe a batch before it runs. `first_sample`: the number of its first row among all samples.
 
     Raises:
         InfraError: it has no tensor, or one of its masks is not [B, T].
     """
     if isinstance(batch, Tensor):
-        tokens = [batch] if batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point()) else []
-        return Rows(list(range(first_sample, first_sample + len(batch))), frozenset(int(t.shape[1]) for t in tokens))
+        has_tokens = batch.dim() == 3 or (batch.dim() == 2 and not batch.is_floating_point())
+        lengths = frozenset({int(batch.shape[1])} if has_tokens else ())
+        return BatchRows(list(range(first_sample, first_sample + len(batch))), lengths)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
     if not tensors:
         raise InfraError(f"a batch with the keys {sorted(batch)} holds no tensor")
     lengths = frozenset(int(tensors[key].shape[1]) for key in _TOKEN_KEYS if key in tensors and tensors[key].dim() >= 2)
-    return Rows(
+    return BatchRows(
         samples=list(range(first_sample, first_sample + row_count(batch))),
         lengths=lengths,
         padding=_padding(tensors, "attention_mask"),

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ BROKEN = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteP
 BUSY_STATUS = (429, 500, 502, 503, 504)
 
 
+@dataclass(eq=False)
 class Loaded:
     """A loaded subject: the model, its tokenizer if it has one, and what it needs where it is not all in memory.
 
@@ -45,19 +47,11 @@ class Loaded:
     why there is no tokenizer, where it has one that can't be loaded; only data that need a tokenizer raise it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        scratch: Scratch | None = None,
-        stream: Stream | None = None,
-        tokenizer_error: QsaError | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.stream = stream
-        self._scratch = scratch
-        self._tokenizer_error = tokenizer_error
+    model: nn.Module
+    tokenizer: Any
+    scratch: Scratch | None = None
+    stream: Stream | None = None
+    tokenizer_error: QsaError | None = None
 
     def required_tokenizer(self, name: str) -> Any:
         """Return the tokenizer. `name`: what the text of an error calls the subject.
@@ -67,7 +61,7 @@ class Loaded:
             InfraError: there is none, or it can't be loaded.
         """
         if self.tokenizer is None:
-            raise self._tokenizer_error or InfraError(
+            raise self.tokenizer_error or InfraError(
                 f"{name} has no tokenizer to make token batches with; save one beside the weights, or give batches in "
                 "a fixture qsa_batches"
             )
@@ -75,8 +69,8 @@ class Loaded:
 
     def close(self) -> None:
         """Remove what was offloaded to disk."""
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
 
 def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> Loaded:

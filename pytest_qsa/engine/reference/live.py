@@ -299,7 +299,7 @@ class Lockstep:
     def run_alone(self, layer: str, inputs: Tensor, outputs: Tensor) -> None:
         """Run a layer on a few tokens of its inputs [B, T, C], to see at the end whether it gives the same for them."""
         rows = self._forward.rows
-        kept = rows.kept(layer, outputs.shape[1])[0] if outputs.dim() == 3 else None
+        kept = rows.unpadded(layer, outputs.shape[1])[0] if outputs.dim() == 3 else None
         drawn = drawn_rows(rows.samples[0], outputs.shape[1], kept, 8).to(outputs.device, non_blocking=True)
         alone = run_rows(self._reference.modules[layer], layer, inputs[0].index_select(0, drawn))
         powers = powers_of(outputs[0].index_select(0, drawn), alone, None)

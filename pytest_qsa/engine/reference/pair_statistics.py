@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...captures import ERROR, LAYOUTS, NOT_COMPARED, PADDING, ChannelError, LocalError, SiteKey, SiteNumbers, pairwise
 from ...common import AnomalyError, InfraError
-from ..load.batches import Rows
+from ..load.batches import BatchRows
 from ..modules import channels_first, tensor_of
 from ..reduce.pairs import channel_powers, powers_of
 from ..reduce.storage import Arena, Transfer
@@ -81,7 +81,9 @@ class PairStatistics:
         }
         self._known: dict[tuple[int, int], _Compared] = {}
 
-    def compare(self, rows: Rows, site: SiteKey, call: int, reference: ReferenceTensor | None, own: Tensor) -> None:
+    def compare(
+        self, rows: BatchRows, site: SiteKey, call: int, reference: ReferenceTensor | None, own: Tensor
+    ) -> None:
         """Compare what both models have at a site.
 
         Raises:
@@ -105,7 +107,7 @@ class PairStatistics:
         self._known.clear()
 
     def _rows(
-        self, rows: Rows, site: SiteKey, reference: ReferenceTensor, own: Tensor, shaped: Tensor
+        self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, own: Tensor, shaped: Tensor
     ) -> list[dict[str, Any]]:
         """Return the numbers of each sample; those of the same two tensors at another site are not computed again."""
         if self._local[site] or self._channels[site] or site not in self._error:  # these are the layer's own
@@ -120,13 +122,15 @@ class PairStatistics:
         self._known[key] = _Compared((weakref.ref(reference.tensor), weakref.ref(own)), versions, found)
         return found
 
-    def _compute(self, rows: Rows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor) -> list[dict[str, Any]]:
+    def _compute(
+        self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor
+    ) -> list[dict[str, Any]]:
         theirs = reference.tensor
         if reference.rows is None:
             theirs = rows.shaped(theirs, channels_first(self._modules[site[0]]))[0]
         _check_shapes(site, theirs, shaped, first=1 if reference.rows is None else -1)
         token_axis = shaped.dim() == 3
-        kept = rows.kept(site[0], shaped.shape[1]) if token_axis else rows.all_count
+        kept = rows.unpadded(site[0], shaped.shape[1]) if token_axis else rows.all_count
         theirs = theirs.to(shaped.device, non_blocking=True)
         found: list[dict[str, Any]] = []
         for index, counting in enumerate(kept):

@@ -147,7 +147,7 @@ class RowRecorder(Participant):
                 f"the {site[1]} of {site[0]} has no tokens of which some could be kept: leave it out, or name the "
                 "model itself as the reference"
             )
-        counting = rows.kept(site[0], shaped.shape[1], shaped.device)
+        counting = rows.unpadded(site[0], shaped.shape[1], shaped.device)
         for index, (sample, kept) in enumerate(zip(rows.samples, counting, strict=True)):
             values = shaped[index] if kept is None else shaped[index].index_select(0, kept)
             if site == (self.head, "input"):

@@ -30,7 +30,7 @@ from ...captures import (
     pairwise,
 )
 from ...common import AnomalyError, InfraError
-from ..load.batches import Batch, Rows
+from ..load.batches import Batch, BatchRows
 from ..run.participant import Forward, Pass
 from .live import Reference
 from .pair_statistics import ReferenceTensor
@@ -68,7 +68,7 @@ class ReplayedReference(Reference):
         self._origin = origin
         self._rows_of_call: dict[Call, tuple[list[Tensor], list[Tensor]]] = {}
         self._maxima_sites: frozenset[SiteKey] = frozenset()
-        self._replayed: list[tuple[int, int, Rows, int]] = []
+        self._replayed: list[tuple[int, int, BatchRows, int]] = []
         """Of each sample that has run: its number, that in the file, the rows of its batch, and which one it is."""
         self._samples: dict[int, list[int]] = {}
         """The samples, as numbered in the file, of each forward that is under way, by its first sample."""
@@ -163,7 +163,7 @@ class ReplayedReference(Reference):
             [at[sample] for sample in samples],
         )
 
-    def _logits(self, samples: Sequence[int], rows: Rows) -> Tensor:
+    def _logits(self, samples: Sequence[int], rows: BatchRows) -> Tensor:
         """Return logits [B, T, V] that are made again; 0 at padding."""
         layer = "decoder" if rows.has_decoder else ""
         made = [self._head.logits(self.file.hidden(sample).to(self._device)) for sample in samples]
@@ -227,10 +227,10 @@ class ReplayedReference(Reference):
         )
 
 
-def _places(rows: Rows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
+def _places(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
     """Return where a sample's tokens that are no padding stand in its row of a batch, and how long the row is."""
     for length in rows.lengths:
-        kept = rows.kept(layer, length)[index]
+        kept = rows.unpadded(layer, length)[index]
         if kept is not None and len(kept) == count:
             return kept, length
     return None, count

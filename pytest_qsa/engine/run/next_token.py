@@ -55,7 +55,7 @@ class Predictions(Participant):
         following = following_tokens(
             forward.batch, own.shape[:2], causal=not type(self._model).__name__.endswith(MASKED)
         )
-        keep = rows.kept("decoder" if rows.has_decoder else "", own.shape[1], own.device)
+        keep = rows.unpadded("decoder" if rows.has_decoder else "", own.shape[1], own.device)
         for index, sample in enumerate(rows.samples):
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
             found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))

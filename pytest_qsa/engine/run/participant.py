@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...captures import LOGITS, Capture, Request, SiteKey, SiteNumbers, Statistic
-from ..load.batches import Batch, Rows
+from ..load.batches import Batch, BatchRows
 from ..modules import device_of
 from ..stream.stream import Stream
 
@@ -93,7 +93,7 @@ class Forward:
     """
 
     batch: Batch
-    rows: Rows
+    rows: BatchRows
     first: bool
     calls: dict[SiteKey, int] = field(default_factory=dict)
     seen: dict[int, SeenTensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...captures import SiteKey
 from ...common import QsaError, logger
-from ..load.batches import Batch, Rows, rows_of
+from ..load.batches import Batch, BatchRows, rows_of
 from ..modules import run_batch
 from ..reduce.observer import StreamObserver
 from .participant import Forward, Restart
@@ -54,7 +54,7 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
 class _Rehearsal(SiteStatistics):
     """Takes note of calls and of shared tensors as in a pass, and reduces nothing."""
 
-    def _reduce(self, rows: Rows, site: SiteKey, *_: object) -> None:
+    def _reduce(self, rows: BatchRows, site: SiteKey, *_: object) -> None:
         self.observers.setdefault(site, StreamObserver(frozenset()))
 
 

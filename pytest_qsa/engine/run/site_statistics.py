@@ -19,7 +19,7 @@ from ...captures import EXPERTS, STORED, SiteKey, SiteNumbers, Statistic, agains
 from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
-from ..load.batches import Rows
+from ..load.batches import BatchRows
 from ..modules import Routing, channels_first, input_of, packed_experts, routing_of, tensor_of
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
@@ -123,7 +123,7 @@ class SiteStatistics(Participant):
 
     def _reduce(
         self,
-        rows: Rows,
+        rows: BatchRows,
         site: SiteKey,
         tensor: Tensor,
         call: int,
@@ -136,7 +136,7 @@ class SiteStatistics(Participant):
         except InfraError as error:
             raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
         padded = token_axis and rows.padded
-        keep = rows.kept(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
+        keep = rows.unpadded(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
         observer.add(shaped, keep, rows.samples, call, token_axis, routing)
 
     def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:

@@ -88,7 +88,6 @@ def _order_statistic(
     numbers: SiteNumbers, values: NDArray[np.float64], ends: NDArray[np.int64], rank: int, signed: bool
 ) -> float:
     """Take one order statistic; the extremes are known exactly, whatever the width of a bin."""
-    assert numbers.extremes is not None
     if rank in (0, ends[-1] - 1):
         name = ("low" if signed else "smallest") if rank == 0 else ("high" if signed else "largest")
         return float(numbers.extremes[EXTREME_NAMES.index(name)])
@@ -98,9 +97,9 @@ def _order_statistic(
 def histograms_of(numbers: SiteNumbers) -> list[dict[str, Any]]:
     """Return the histograms of a site: of its |x|, if these were counted, and of its token-wise maxima."""
     found = []
-    if numbers.counts is not None:
+    if "counts" in numbers:
         found.append(histogram("elements", *sorted_counts(numbers)))
-    if numbers.token_max is not None:
+    if "token_max" in numbers:
         maxima = numbers.token_max[numbers.token_max != PADDING].astype(np.float64)
         found.append(histogram("tokens", maxima, np.ones(len(maxima), dtype=np.int64)))
     return [each for each in found if each["total"]]
@@ -209,14 +208,11 @@ class _Bins:
 
 
 def _extreme(numbers: SiteNumbers, name: str) -> NDArray[np.float64]:
-    assert numbers.channel_extremes is not None
     extreme: NDArray[np.float64] = numbers.channel_extremes[EXTREME_NAMES.index(name)].astype(np.float64)
     return extreme
 
 
 def _signed_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
-    assert numbers.channel_bins is not None
-    assert numbers.channel_counts is not None
     low, high = _ends_of(numbers.channel_bins % CODES)
     negative = numbers.channel_bins >= CODES
     low, high = np.where(negative, -high, low), np.where(negative, -low, high)
@@ -225,8 +221,6 @@ def _signed_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
 
 
 def _magnitude_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
-    assert numbers.channel_bins is not None
-    assert numbers.channel_counts is not None
     codes, place = np.unique(numbers.channel_bins % CODES, return_inverse=True)
     counts = np.zeros((len(codes), numbers.channel_counts.shape[1]), dtype=np.int64)
     np.add.at(counts, place, numbers.channel_counts)

@@ -38,13 +38,13 @@ D = TypeVar("D", bound=np.generic)
 
 
 class KeptArray(Generic[D]):
-    """An attribute of `SiteNumbers`: one of its arrays by name, None where the pass didn't keep it."""
+    """An attribute of `SiteNumbers`: one of its arrays by name; a KeyError where the pass didn't keep it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, numbers: SiteNumbers, owner: type) -> NDArray[D] | None:
-        return numbers.arrays.get(self.name)
+    def __get__(self, numbers: SiteNumbers, owner: type) -> NDArray[D]:
+        return numbers.arrays[self.name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,10 @@ class SiteNumbers:
     scores = KeptArray[np.float64]()
     stored = KeptArray[np.float64]()
 
+    def __contains__(self, array: str) -> bool:
+        """Say whether the pass kept an array."""
+        return array in self.arrays
+
     @property
     def populations(self) -> int:
         """How many populations there are; 0 means that the hook never fired."""
@@ -104,19 +108,16 @@ class SiteNumbers:
 
     def tokens_of(self, population: int) -> NDArray[np.float32]:
         """Return the token-wise maxima of one population, [T], −1 at padding."""
-        assert self.token_max is not None
         return self.token_max[self.offsets[population] : self.offsets[population + 1]]
 
     def error_of(self, population: int) -> NDArray[np.float32]:
         """Return `ERROR_NAMES` of the tokens of one population, [T, 4]; one row where there is no token axis."""
-        assert self.error is not None
         if not self.token_axis:
             return self.error[population : population + 1]
         return self.error[self.offsets[population] : self.offsets[population + 1]]
 
     def moment(self, name: str) -> NDArray[np.float64]:
         """Return one column of `moments`, [P]."""
-        assert self.moments is not None
         return self.moments[:, MOMENT_NAMES.index(name)]
 
     def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, NDArray[Any]]) -> SiteNumbers:

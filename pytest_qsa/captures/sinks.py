@@ -85,7 +85,7 @@ class Sinks:
 
 def find_sinks(blocks: Mapping[str, SiteNumbers]) -> Sinks:
     """Find the sinks in the block outputs of one capture; a block without token maxima is left out of the count."""
-    usable = {layer: numbers for layer, numbers in blocks.items() if numbers.peaks is not None}
+    usable = {layer: numbers for layer, numbers in blocks.items() if "peaks" in numbers}
     trunks: dict[str, dict[str, SiteNumbers]] = defaultdict(dict)
     for layer, numbers in usable.items():
         trunks[layer.rpartition(".")[0]][layer] = numbers
@@ -117,8 +117,6 @@ def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
 
 
 def _candidates(numbers: SiteNumbers, population: int) -> list[tuple[int, int, float]]:
-    assert numbers.peaks is not None
-    assert numbers.peak_channels is not None
     tokens = numbers.tokens_of(population)
     median = lower_median(tokens[tokens >= 0])
     if not median > 0:

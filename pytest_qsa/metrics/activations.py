@@ -140,8 +140,6 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     ratios = maxima[at] / np.float32(median)
     count = float(np.count_nonzero(ratios > 64))
     largest = at[int(np.argmax(ratios))]
-    assert view.numbers.peaks is not None
-    assert view.numbers.peak_channels is not None
     where = np.flatnonzero(view.numbers.peaks[population] == largest)
     channel = float(view.numbers.peak_channels[population, where[0]]) if where.size else -1.0
     return count, channel, float(ratios.max())
@@ -286,7 +284,7 @@ def int8_outlier_features(
 @metric(EXPERTS, reduce="sum", unit="tokens", per="expert")
 def expert_tokens(view: View) -> Values:
     """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
-    if view.numbers.experts is None:
+    if "experts" not in view.numbers:
         raise AnomalyError(
             f"the {view.site} of {view.layer} has no experts that tokens are routed to: expert_tokens reads the "
             "indices that a module of packed experts gets, as in layers: mlp\\.experts$ with site: input"

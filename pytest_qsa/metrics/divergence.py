@@ -119,7 +119,7 @@ def _series(
         raise AnomalyError(f"the captures hold different layers: {', '.join(missing[:3])} are in one of them only")
     pairs = [(captures[0].sites[layer, site], captures[1].sites[layer, site]) for layer in layers]
     for layer, pair in zip(layers, pairs, strict=True):
-        if any(numbers.counts is None for numbers in pair):
+        if any("counts" not in numbers for numbers in pair):
             raise AnomalyError(
                 f"the |x| of the {site} of {layer} are not counted in both captures: name quantile among the statistics"
             )

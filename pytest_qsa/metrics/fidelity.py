@@ -110,8 +110,6 @@ def local_powers(view: View) -> NDArray[np.float64]:
 def local_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return which tokens of a population were drawn and count, [N], and their powers as of `local_powers`, [N, 3]."""
     numbers = view.numbers
-    assert numbers.local is not None
-    assert numbers.local_rows is not None
     at = numbers.local_rows[population]
     drawn = at >= 0
     drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
@@ -126,7 +124,6 @@ def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> 
 def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
     """Take the SQNR of the dequantized weight against the reference's; `channel`: its worst output channel, a row."""
     numbers = view.numbers
-    assert numbers.error is not None
     powers = numbers.error.astype(np.float64)
     if by == "channel":
         return _worst(powers[:, SIGNAL], powers[:, NOISE])

@@ -23,7 +23,6 @@ def _needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozens
 @metric(_needs, reduce=None, sites=("weight",))
 def loaded_weights(view: View) -> float:
     """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
-    assert view.numbers.stored is not None
     signal, error, _, _ = view.numbers.stored.tolist()
     if not signal:
         return 0.0 if not error else math.inf
@@ -32,7 +31,7 @@ def loaded_weights(view: View) -> float:
 
 def made_by_loader(numbers: SiteNumbers) -> str:
     """Say what the loader made of a weight: a factor where one explains the difference."""
-    if numbers.stored is None:
+    if "stored" not in numbers:
         return ""
     signal, error, product, own = numbers.stored.tolist()
     if not error:

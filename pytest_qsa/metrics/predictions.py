@@ -118,7 +118,6 @@ def _mean(values: NDArray[np.float64]) -> Estimate:
 
 
 def _known(view: View, column: int) -> NDArray[np.float64]:
-    assert view.numbers.scores is not None
     scores = view.numbers.scores
     values: NDArray[np.float64] = scores[~np.isnan(scores[:, column]), column]
     if not len(values):
@@ -131,7 +130,6 @@ def _known(view: View, column: int) -> NDArray[np.float64]:
 
 def _pairs(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     _known(view, NLL)
-    assert view.numbers.scores is not None
     scores = view.numbers.scores
     both = ~np.isnan(scores[:, NLL]) & ~np.isnan(scores[:, REFERENCE_NLL])
     return scores[both, NLL], scores[both, REFERENCE_NLL]

@@ -42,8 +42,6 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
     Exact for 16-bit tensors. A bin of float32 is as wide as a step of int8, so that its values are taken as evenly
     spread over it: an estimate.
     """
-    assert numbers.counts is not None
-    assert numbers.extremes is not None
     largest = float(numbers.extremes[EXTREME_NAMES.index("largest")])
     if not np.isfinite(largest):
         return float("nan"), float("nan")
@@ -55,8 +53,6 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
 
 
 def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    assert numbers.bins is not None
-    assert numbers.counts is not None
     if numbers.counted_exactly:
         return bin_values(numbers.bins, numbers.dtype), numbers.counts.astype(np.float64)
     inside = (np.arange(FINER, dtype=np.uint32) * 2 + 1) * (0x8000 // FINER)

@@ -119,7 +119,7 @@ class Selection(MetricMethods):
                 f"the files hold {unmatched[0]}{more} quantized, and the loaded model has no weight of its own for it, "
                 "so that what the loader made of it can't be told: use weight_sqnr against model.reference"
             )
-        layers = [x for x in found if (n := self.capture.sites.get((x, self.site))) and n.stored is not None]
+        layers = [x for x in found if (n := self.capture.sites.get((x, self.site))) and "stored" in n]
         if not layers:
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches is stored quantized")
         return layers
@@ -218,7 +218,7 @@ class Selection(MetricMethods):
 def _spot(view: View, population: int) -> str:
     """Name a population that holds NaN or Inf, and the first such token where tokens were kept."""
     sample = f"sample {view.numbers.sample[population]}"
-    if view.numbers.token_max is None:
+    if "token_max" not in view.numbers:
         return sample
     return f"{sample} at position {np.flatnonzero(~np.isfinite(view.numbers.tokens_of(population)))[0]}"
 
@@ -226,12 +226,12 @@ def _spot(view: View, population: int) -> str:
 def why_not_finite(view: View) -> str:
     """Say what stands in the way of a finite number at a site."""
     numbers = view.numbers
-    if numbers.stored is not None:
+    if "stored" in numbers:
         return "the loader made NaN or Inf of what is finite in the file, or the file's weight holds them"
-    if numbers.moments is not None and (bad := int(numbers.moment("nonfinite").sum())):
+    if "moments" in numbers and (bad := int(numbers.moment("nonfinite").sum())):
         where = next((f", first in {_spot(view, int(p))}" for p in np.flatnonzero(numbers.moment("nonfinite"))), "")
         return f"{bad} elements are NaN or Inf{where}"
-    if numbers.token_max is None:
+    if "token_max" not in numbers:
         return "its formula divides by zero, or there are too few elements"
     for population in range(numbers.populations):
         tokens = numbers.tokens_of(population)

@@ -158,7 +158,7 @@ def _view(capture: Capture, layer: str, site: Site) -> View | None:
 
 def _rows(capture: Capture, layer: str, site: Site) -> NDArray[np.float64] | None:
     view = _view(capture, layer, site)
-    if view is None or view.numbers.error is None:
+    if view is None or "error" not in view.numbers:
         return None
     try:
         return compared(view)
@@ -175,7 +175,7 @@ def _summed(capture: Capture, layer: str, site: Site) -> NDArray[np.float64] | N
 def _local(capture: Capture, layer: str) -> NDArray[np.float64] | None:
     """Return Σx², Σ(x − x̂)², Σx̂² of what a layer makes of the reference's input; None as in `_summed`."""
     view = _view(capture, layer, "output")
-    return None if view is None or view.numbers.local is None else _finite(local_powers(view).sum(axis=0))
+    return None if view is None or "local" not in view.numbers else _finite(local_powers(view).sum(axis=0))
 
 
 def _finite(sums: NDArray[np.float64]) -> NDArray[np.float64] | None:

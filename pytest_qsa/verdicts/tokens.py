@@ -32,7 +32,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
             continue
         view = View(numbers, site, positions, sinks, layer)
         errors = _of_errors(capture, view, verdict.query, most) if metric.against and not metric.tokenwise else []
-        if not errors and numbers.token_max is not None:
+        if not errors and "token_max" in numbers:
             errors = _of_magnitudes(capture, view, most)
         found += errors
     found = sorted(found, key=lambda token: -token.ratio)[:most]
@@ -65,7 +65,7 @@ def _of_magnitudes(capture: Capture, view: View, most: int) -> list[TokenEvidenc
 def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int) -> list[TokenEvidence]:
     """Return the tokens with the largest error; none where the pass kept no errors of tokens, or all are 0."""
     numbers, local = view.numbers, query["metric"] == "local_sqnr"
-    if (numbers.local if local else numbers.error) is None or not numbers.token_axis:
+    if ("local" if local else "error") not in numbers or not numbers.token_axis:
         return []
     kept = [(local_tokens if local else compared_tokens)(view, each) for each in range(numbers.populations)]
     populations = np.repeat(np.arange(len(kept)), [len(at) for at, _ in kept])
@@ -112,7 +112,7 @@ def _token(
 
 def channel_of(numbers: SiteNumbers, population: int, position: int) -> int:
     """Return the channel of a token's maximum; −1 where the pass didn't keep it, as for all but the largest tokens."""
-    if numbers.peaks is None or numbers.peak_channels is None:
+    if "peaks" not in numbers:
         return -1
     at = np.flatnonzero(numbers.peaks[population] == position)
     return int(numbers.peak_channels[population, at[0]]) if at.size else -1

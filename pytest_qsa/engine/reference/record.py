@@ -328,7 +328,7 @@ def _rows_of_samples(
 
 def _maxima(numbers: SiteNumbers) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield, for each call, the numbers of tokens and the largest |x| of each, of all samples in their order."""
-    if numbers.token_max is None or not numbers.token_axis:
+    if "token_max" not in numbers or not numbers.token_axis:
         return
     for call in sorted(set(numbers.call.tolist())):
         rows = [numbers.tokens_of(population) for population in np.flatnonzero(numbers.call == call).tolist()]

@@ -77,7 +77,7 @@ def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
         layers = capture.select(query["layers"], query["site"], query.get("exclude")).layers
     except QsaError:
         return None
-    held = [layer for layer in layers if capture.sites[layer, query["site"]].token_max is not None]
+    held = [layer for layer in layers if "token_max" in capture.sites[layer, query["site"]]]
     outliers = outliers_of(capture, held, query["site"], threshold, positions)
     if not len(outliers.layer):
         return None

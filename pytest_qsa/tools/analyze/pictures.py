@@ -9,9 +9,7 @@ from typing import Literal
 
 from ...captures import (
     CHANNEL_COUNTS,
-    CHANNELS,
     SIGNED_COUNTS,
-    TOKENS,
     Capture,
     HeatMap,
     Request,
@@ -207,14 +205,9 @@ def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
         return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
     if not numbers.populations:
         return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
-    if picture.section == "heatmap_3d" and not any(s.key in numbers.arrays for s in picture.statistics):
+    if picture.section == "heatmap_3d" and not any(s.key in numbers for s in picture.statistics):
         return "has no token axis, or the data has no such sample"
-    tokens = {
-        TOKENS: numbers.token_max,
-        CHANNELS: numbers.channel_top,
-        CHANNEL_COUNTS: numbers.channel_counts,
-    }
-    if any(statistic in picture.statistics and array is None for statistic, array in tokens.items()):
+    if any(s.needs_tokens and s.key not in numbers for s in picture.statistics):
         return "has no token axis"
     return ""
 

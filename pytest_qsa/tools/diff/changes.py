@@ -194,7 +194,7 @@ def find_outlier_tokens(capture: Capture, threshold: float) -> dict[tuple[int, i
     """Return the tokens above threshold × median at any site: (sample, position) → token, furthest out first."""
     seen: dict[tuple[int, int], list[tuple[float, str, int]]] = {}
     for (layer, site), numbers in capture.sites.items():
-        if numbers.token_max is None or site == "weight" or not numbers.token_axis:
+        if "token_max" not in numbers or site == "weight" or not numbers.token_axis:
             continue
         view = View(numbers, site, "all", capture.sinks, layer)
         for population in range(numbers.populations):

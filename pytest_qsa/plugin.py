@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
-    """Collect only, where a plan is asked for: a wrapper comes before pytest-xdist decides whether to start workers."""
+    """Only collect, if a plan is asked for. A wrapper runs before pytest-xdist decides whether to start workers."""
     if config.getoption("qsa_plan"):
         config.option.collectonly = True
     return (yield)
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite | None:
     """Collect suites by their names, and any YAML file that is given by name.
 
-    What begins with an underscore, or lies in a folder that does, is there for other suites to extend.
+    A file that begins with an underscore, or lies in such a folder, is only a base that other suites extend.
     """
     named = file_path.suffix in (".yaml", ".yml") and parent.session.isinitpath(file_path)
     base = file_path.name.startswith("_") or file_path.parent.name.startswith("_")
@@ -74,7 +74,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the gates of later tiers; stop where an override or a mark would change nothing, silently."""
+    """Leave out the gates of later tiers; stop at an override or a mark that would have no effect."""
     overrides = config.stash.get(OVERRIDES, None)
     problem = overrides.problem() if overrides else None
     if problem:
@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _stop(config: pytest.Config, items: list[pytest.Item], problem: str) -> None:
-    """Stop before any test; a worker of xdist tells the process that reports, for an exit would be a crash to it."""
+    """Stop before any test. A worker of pytest-xdist tells the controller, which would take its exit for a crash."""
     output = getattr(config, "workeroutput", None)
     if output is None:
         pytest.exit(problem, returncode=pytest.ExitCode.INTERRUPTED)

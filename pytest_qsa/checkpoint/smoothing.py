@@ -1,7 +1,7 @@
 """Smoothing and rotation: whether single layers of a checkpoint may differ from the original's by design.
 
-SmoothQuant and AWQ divide what a norm gives by a scale for each channel, and multiply the columns of the layers that
-read it by the same; QuaRot and SpinQuant turn the whole residual stream. Both leave what the model computes as it was.
+SmoothQuant and AWQ divide a norm's output by a scale for each channel, and multiply the columns of the layers that
+read it by the same scale; QuaRot and SpinQuant rotate the whole residual stream. The model's output stays the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Vector = NDArray[np.float64]
 class Relation:
     """How a checkpoint differs from its original by design. `norms`: those whose weights differ; `why`: in words.
 
-    `same`: in nothing that is known here. `changed`: norms differ, and no layer makes up for it.
+    `same`: no difference by design was found. `changed`: norms differ, and no layer compensates for it.
     """
 
     kind: Literal["same", "smoothed", "rotated", "changed"]
@@ -99,7 +99,7 @@ def _differs(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _turned(folder: Folder, reference: Folder) -> str:
-    """Return which embeddings were rotated: rows as long as the original's that point elsewhere; empty for none."""
+    """Return which embeddings were rotated: their rows have the original's norms and another direction."""
     for name, theirs in reference.tensors.items():
         mine = folder.tensors.get(name)
         if theirs.part != "weight" or theirs.layer.rpartition(".")[2] not in TABLES or mine is None:
@@ -118,7 +118,7 @@ def _turned(folder: Folder, reference: Folder) -> str:
 
 
 def _made_up_for(mine: Format, theirs: Format, norm: str) -> bool | None:
-    """Say whether some layer of the norm's block undoes its change in its columns; None where none can be read."""
+    """Say whether the columns of a layer in the norm's block compensate its change; None if no layer can be read."""
     own, original = mine.folder.tensors[norm].values(), theirs.folder.tensors[norm].values()
     readable = False
     for layer in _readers(mine, theirs, mine.folder.tensors[norm]):

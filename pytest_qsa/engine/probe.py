@@ -12,9 +12,9 @@ import torch
 from ..suite import Gpu, Machine
 
 PART = 32 << 20
-"""Bytes that are read to time the files."""
+"""How many bytes of a file are read to time reading."""
 SECONDS = 0.05
-"""So long a product is repeated."""
+"""For how long a product is repeated."""
 
 
 def this_machine(dtype: str, weights: Path | None = None) -> Machine:

@@ -28,7 +28,7 @@ class Ranks:
     size: int = 1
 
     def share(self, count: int) -> slice:
-        """Return which of so many batches are this rank's: neighbours, so that the parts merge in order."""
+        """Return which of `count` batches are this rank's: a contiguous range, so that the parts merge in order."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gathered(self, make: Callable[[], Capture | None]) -> Capture:

@@ -47,7 +47,7 @@ def kl_bounds(
 
     `at_known` [T, k]: ln p of the tokens that are known of q; `logprobs` [T, k]: ln q of them; both −∞ where absent.
     `negentropy` [T]: Σ p ln p over the vocabulary. `floor`: the least that ln q is outside; None where nothing is
-    known. `nothing`: up to which P is the rounding of the sum of the others.
+    known. `nothing`: a P up to this is only the rounding of the sum of the others.
     """
     p = np.exp(at_known)
     outside = np.clip(1 - p.sum(axis=1), 0, 1)
@@ -77,7 +77,8 @@ def _sum(p: Floats, values: Floats) -> Floats:
 def nll_bounds(came: Floats, logprobs: Floats, floor: float | None) -> Between:
     """Bound −ln q of the token that came, [T]; exact where it is known.
 
-    A token that isn't among the likeliest is no likelier than the last of them, nor than all that they leave.
+    A token that isn't among the likeliest is no likelier than the last of them, and has at most the probability that
+    they leave.
     """
     left = np.clip(1 - np.exp(logprobs).sum(axis=1) + ROUNDED, ROUNDED, 1)
     least = np.where(np.isfinite(logprobs), logprobs, np.inf).min(axis=1)
@@ -92,7 +93,7 @@ class ReferenceRows:
 
     `known` [T − 1, k]: ln p of the table's tokens, −∞ where it has none, or where p isn't known. `came`, `likeliest`
     [T − 1]: ln p of the token that came, NaN where unknown; the likeliest token. `negentropy` [T − 1]: Σ p ln p.
-    `nothing`: up to which Σ p may differ from 1 by rounding.
+    `nothing`: how far Σ p may be from 1 by rounding.
     """
 
     known: Floats
@@ -120,7 +121,7 @@ class Agreement:
 def agreement_of(table: LogprobTable, rows: ReferenceRows | None, *, floor: float | None, alike: bool) -> Agreement:
     """Score one sample. `floor`: the least that ln q is outside the table, where it is known.
 
-    `alike`: q is taken to share out its rest as the reference does, so that the lower bound is the divergence.
+    `alike`: outside the table q is assumed to be proportional to the reference, so that the lower bound is exact.
     """
     nll = nll_bounds(table.came, table.logprobs, floor)
     if rows is None:
@@ -140,9 +141,10 @@ def _same_top(table: LogprobTable, likeliest: NDArray[np.int64]) -> Floats:
 
 
 def rows_of_table(reference: LogprobTable, table: LogprobTable) -> ReferenceRows:
-    """Return what a reference says of which only a table is known as well.
+    """Return the rows of a reference of which, too, only a table is known.
 
-    What is outside both is one rest: as the log-sum inequality allows, and for the negative entropy its largest value.
+    All tokens outside both tables count as one, which the log-sum inequality allows; the negative entropy is then an
+    upper bound.
     """
     known = np.full(table.ids.shape, -np.inf)
     for at, (own, theirs) in enumerate(zip(table.ids, reference.ids, strict=True)):

@@ -84,13 +84,13 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             raise _Broken(str(error) or type(error).__name__) from None
         if status in BUSY_ANSWERS:
-            raise _Broken(f"answered {status}{_told(content)}")
+            raise _Broken(f"answered {status}{_server_text(content)}")
         if status == 404:
             return None
         if 300 <= status < 400:
             raise self._error(path, f"answered {status}, a redirect, which is not followed: write the address itself")
         if status != 200:
-            raise self._error(path, f"answered {status}{_told(content)}")
+            raise self._error(path, f"answered {status}{_server_text(content)}")
         return self._json(path, content)
 
     def _exchange(self, method: str, path: str, body: bytes | None, deadline: float) -> tuple[int, bytes]:
@@ -134,7 +134,7 @@ class Endpoint:
         return InfraError(text.replace(self.key, "…") if self.key else text)
 
 
-def _told(content: bytes) -> str:
+def _server_text(content: bytes) -> str:
     """Return the server's own words, in one line."""
     try:
         said = json.loads(content)

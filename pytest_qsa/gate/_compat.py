@@ -1,4 +1,4 @@
-"""The one place that reaches into pytest: what it knows and has no public name for."""
+"""The one place that uses internals of pytest, for what has no public name."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 class Gate:
     """The state of a pytest session: its plan, its captures and files, and what was found of them.
 
-    `_fixtures` holds the batches of each fixture's model: a key has their ids, which must not be used again while it
-    lives.
+    `_fixtures` keeps the batches of each fixture's model alive: keys are made of their ids, which Python would give to
+    other objects.
     """
 
     config: pytest.Config

@@ -77,7 +77,7 @@ class Captures:
         return next((capture for capture in captures if capture.covers(requests)), None)
 
     def extend(self, key: str, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
-        """Capture again, for what nobody planned; the new capture stands beside the old one."""
+        """Capture again, for requests that nobody planned; the old capture stays."""
         name = f"{key}+{merge_requests(requests)}"
         self._memory[name] = identified(make(merge_requests(requests), None), subject, self._hashes())
         return self._memory[name]
@@ -134,11 +134,11 @@ class Captures:
 
 
 def again(error: QsaError) -> QsaError:
-    """Return an error to raise once more: the first one carries the frames of another test."""
+    """Return a copy of an error to raise once more, because the first one has the traceback of another test."""
     return type(error)(str(error))
 
 
 def _recalled(failure: Path) -> QsaError:
-    """Return the error that another worker met, so that no worker tries in vain again."""
+    """Return the error that another worker recorded, so that no worker tries again."""
     content = json.loads(failure.read_text(encoding="utf-8"))
     return (AnomalyError if content["kind"] == AnomalyError.kind else InfraError)(content["text"])

@@ -73,7 +73,7 @@ class Subject:
     def path(self) -> str:
         """The checkpoint's folder if there is one, else the hub id; empty for a factory or a fixture.
 
-        Of a served model its address, or the file of what it said.
+        For a served model its address, or the file of its answers.
         """
         if self.checkpoint is not None:
             return self.checkpoint
@@ -107,7 +107,7 @@ class NamedSubject(Subject):
         return self
 
     def with_checkpoint(self, named: str) -> NamedSubject:
-        """Return another checkpoint as a subject of the same data, without what is said of this one's own source."""
+        """Return another checkpoint as a subject of the same data, without the keys that describe this one's files."""
         path, _, revision = (named, "", "") if (self.folder / named).exists() else named.partition("@")
         source = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
         model = self.model.model_copy(update={**source, "revision": revision or None, "previous": None})

@@ -21,7 +21,7 @@ from .edit_suite import calibrated, flow_yaml
 Sections = Mapping[str, Mapping[str, Any]]
 
 CLEAR = 2.0
-"""A sink is gated where its ratio is at least this multiple of the ratio from which on a token counts as a sink."""
+"""A sink gets an assertion if its ratio is this many times the ratio that makes a token a sink."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[
 def _calibrated(
     file: SuiteFile, sampled: Sampled, drafts: Sequence[Draft], k: float
 ) -> tuple[list[Draft], list[Calibrated], list[str]]:
-    """Calibrate the open bounds; return the drafts that the model can keep, and lines on those that it can't."""
+    """Calibrate the open bounds; return the drafts that the model can keep, and a line on each that it can't."""
     kept, findings, left_out = [], [], []
     for draft, assertion in zip(drafts, file.assertions, strict=True):
         try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "qsa_baselines"
 CLASS = re.compile(r"@(cpu|mps|xpu|sm_\d+|gfx\w+)$")
-"""The end of a baseline's name that names its class of devices; an assertion's id holds no `@`."""
+"""Matches the suffix of a baseline's name that names a class of devices; an assertion's id has no `@`."""
 BASELINE_FOLDER = pytest.StashKey[Path]()
 """On an item: the folder of its baselines."""
 BASELINE_NAME = pytest.StashKey[str]()
@@ -45,7 +45,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         self.accepts = False
 
     def matches(self, *, serialized_data: SerializedData, snapshot_data: SerializedData) -> bool:
-        """Return what the judgement said: a baseline within its tolerance is not rewritten."""
+        """Return whether the judgement passed: a baseline within its tolerance is not rewritten."""
         return self.accepts
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a judged assertion leaves: a `Verdict` with its rows. Data only; `judge.py` makes it, `explain.py` adds why."""
+"""The result of a judged assertion: a `Verdict` with its rows. Data only: `judge.py` makes it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ..tensors import Tensor, decoded
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """A smaller scale is denormal; in float16, which keeps denormals, one with fewer than 4 bits left."""
 FEWEST = 4
-"""The fewest siblings whose median and spread mean something."""
+"""The fewest siblings from which a median and a spread are computed."""
 TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -1,4 +1,4 @@
-"""Weights: codes that hold nothing, floats with NaN or Inf, and floats that differ from the reference's."""
+"""Weights: constant codes, floats with NaN or Inf, and floats that differ from the reference's."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def unsound_floats(form: Format) -> Iterator[Finding]:
 
 
 def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield each tensor that both keep in floating point, the reference's first; None for one that was lost."""
+    """Yield (reference's, own) for each tensor that both keep in floating point; None for an own one that was lost."""
     for name, theirs in reference.tensors.items():
         mine = form.folder.tensors.get(name)
         if theirs.dtype not in FLOATS or theirs.layer not in form.folder.layers:

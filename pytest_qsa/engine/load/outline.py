@@ -50,7 +50,7 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
     import transformers
 
     try:
-        Folder(Path(path)).json("config.json")  # transformers says of a broken one what it says of a missing one
+        Folder(Path(path)).json("config.json")  # transformers reports a broken file as a missing one
         config = transformers.AutoConfig.from_pretrained(
             path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
         )

@@ -163,7 +163,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
     merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges") or ()]
     try:
         own = Tokenizer(models.BPE(vocab=words, merges=merges, ignore_merges=pre in WHOLE_WORDS))
-    except Exception:  # of Rust: a merge that makes a word that isn't there
+    except Exception:  # raised by Rust: a merge makes a word that isn't in the vocabulary
         return None
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PIECES[pre]]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -43,7 +43,7 @@ def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 class Window:
     """The counts of one site. Column 0 is zero itself, column 1 the bin `base`, which is 1 or more.
 
-    `sums` [S, W] uint32: one line of |x|, or of +x and of −x where `signs` count; none where nothing does.
+    `sums` [S, W] uint32: a line for |x|, or lines for +x and −x where `signs` count; no line where nothing is counted.
     `zeros`: allocates. `marks`: how many elements the sums hold, the largest and the smallest signless pattern; `low`,
     `high`: the ends of x, where signs count.
     """

@@ -1,6 +1,6 @@
 """Fused reductions of two tensors, or two rows of logits, on the CPU, compiled by numba.
 
-`pair_reductions.py` does the same with torch's operators: on accelerators, without numba, and as the tests' oracle.
+`pairs.py` does the same with torch's operators: on accelerators, without numba, and as the tests' oracle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 _IN_ORDER = {"contract"}
-"""Sums that the compiler may reorder came out otherwise in the process that compiled them than where it is loaded."""
+"""Without reordering of sums: a reordered kernel gave other bits where it was compiled than where it was loaded."""
 
 _inner = njit(nogil=True, boundscheck=False, fastmath=_MATH)
 _parallel = njit(cache=True, nogil=True, boundscheck=False, parallel=True, fastmath=_MATH)
@@ -106,9 +106,9 @@ def _top(bits):
 
 @_ordered
 def _exponentials(logits, top, found, powers, exponents):
-    """Fill found with e^(x − top) of float32 logits, within 1e-11 of itself; below e^−700 it is taken for that.
+    """Fill found with e^(x − top) of float32 logits, within 1e-11 of itself; smaller results become e^−700.
 
-    powers, exponents: where powers of two are made, one memory, whose exponents are set as integers.
+    powers, exponents: two views of one scratch array, in which powers of two are made by writing their exponent bits.
     """
     for at in range(logits.shape[0]):
         x = max(np.float64(logits[at]) - top, -700.0)
@@ -123,7 +123,7 @@ def _exponentials(logits, top, found, powers, exponents):
 
 @_ordered
 def _sum(values, count):
-    """Return the sum of the first so many values, in eight sums side by side."""
+    """Return the sum of the first `count` values, as eight partial sums."""
     a = b = c = d = e = f = g = h = 0.0
     whole = count - count % 8
     for at in range(0, whole, 8):

@@ -1,6 +1,6 @@
-"""What a local model says where a served one was asked: the same tokens, and of each position the served tokens alone.
+"""The predictions of a local reference for the tokens that a server listed, position by position.
 
-The reference's whole distribution of a position lives only as long as it is looked at.
+The reference's whole distribution of a position is reduced at once and never kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..reduce.pairs import ROWS_AT_ONCE
 from ..run.next_token import logits_of
 
 NO_TOKEN = -1
-"""Stands in the ids of a row that asks for fewer tokens than others."""
+"""Fills the ids of a row that asks for fewer tokens than others."""
 Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
 """Of T − 1 positions: ln p of the k tokens that were asked for (−∞ where absent), ln p of the token that came, the
 likeliest token, and Σ p ln p; all in nats."""

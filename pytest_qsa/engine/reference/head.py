@@ -21,7 +21,7 @@ from ..formats.format import dequantized
 from ..stream.shards import DTYPES
 
 SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""What configurations call that which is done to a head's output before it is returned (Gemma; Cohere; Granite)."""
+"""The keys of configurations for scaling a head's output before it is returned (Gemma, Cohere, Granite)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def loaded_head(model: nn.Module, name: str) -> Head:
 
 
 def scalings_of(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Yield what may have been done to the head's output: nothing, or what the configuration says."""
+    """Yield the scalings that the head's output may have: none, or those of the configuration."""
     yield {}
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

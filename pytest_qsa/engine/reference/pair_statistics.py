@@ -1,4 +1,4 @@
-"""What two models make of one site: the powers of their difference, row by row, so that batching changes nothing."""
+"""The difference of two models at their sites, as powers of signal and error. Each row is reduced by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from ..reduce.storage import Arena, Transfer
 from ..run.participant import WantedSites
 
 LEAST_AGREEMENT = 100.0
-"""A layer that treats tokens one by one gives the same for a few of them: Σy² is this many times the error, or more."""
+"""A layer that treats each token by itself has the same output for a few tokens alone: Σy² over the squared error is
+at least this."""
 SelectTokens = Callable[[str, NDArray[np.bool_], int, str], NDArray[np.bool_]]
 """Returns which tokens of a sample are meant, [T] booleans, by: positions, those that are no padding, sample, layer."""
 
@@ -31,8 +32,8 @@ SelectTokens = Callable[[str, NDArray[np.bool_], int, str], NDArray[np.bool_]]
 class ReferenceTensor:
     """What the reference has at a site: its tensor, and what went into the layer.
 
-    `rows`: of a reference that was recorded, which tokens of each sample there are, counting those that are no padding,
-    ascending; the tensors are then [B, ≥ R, C].
+    `rows`: for a recorded reference, the indices of the recorded tokens of each sample, ascending, padding not counted;
+    the tensors are then [B, ≥ R, C].
     """
 
     tensor: Tensor
@@ -53,7 +54,7 @@ class _SiteRows:
 
 @dataclass
 class _Compared:
-    """The rows of two tensors, for other sites at which both are seen again, as long as they live unchanged."""
+    """The rows of two tensors. Other sites that see the same two tensors, unchanged, use them again."""
 
     tensors: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
     versions: tuple[int, int]
@@ -143,7 +144,7 @@ class PairStatistics:
         return found
 
     def _apart(self, value: Tensor) -> Tensor | NDArray[Any]:
-        """Put what stays away from the memory that the models work in; on an accelerator it stays as it is."""
+        """Copy what is kept into memory of its own, apart from the models'; on an accelerator it stays where it is."""
         if value.device.type != "cpu":
             return value
         stored = self._arena.zeros(tuple(value.shape), value.numpy().dtype)
@@ -316,7 +317,7 @@ def _check_shapes(site: SiteKey, reference: Tensor, own: Tensor, first: int) -> 
 
 
 def _positions(recorded: Tensor, counting: Tensor | None, length: int, site: SiteKey) -> Tensor:
-    """Return where in the sample the recorded tokens stand, which are numbered without padding."""
+    """Return the positions in the sample of the recorded tokens, whose numbers don't count padding."""
     count = length if counting is None else len(counting)
     if len(recorded) and int(recorded[-1]) >= count:
         raise InfraError(f"the {site[1]} of {site[0]} has {count} tokens of a sample here, and more in the reference")

@@ -44,7 +44,7 @@ from .pair_statistics import check_rows, run_rows
 from .reference_file import Call, ReferenceContent, SiteRows, drawn_tokens, hashes_of
 
 FARTHEST = 1e-5
-"""The most that logits made again may differ from the model's own, in nats: 1 % of the least KL divergence of healthy
+"""How far recomputed logits may be from the model's own, as mean KL in nats: 1 % of the least KL divergence of healthy
 8-bit models (metrics.md)."""
 
 
@@ -68,7 +68,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Sites:
-    """Where rows are kept, which layers will be fed with single tokens, and where the maxima are wanted."""
+    """The sites whose rows and maxima are recorded, and the layers that a comparison runs on single tokens."""
 
     rows: frozenset[SiteKey]
     local: frozenset[str]
@@ -255,7 +255,7 @@ def _distance(logits: Tensor, made: Tensor) -> float:
 def _head_entry(
     head: Head, options: RecordOptions, locate: Callable[[Head], dict[str, Any]] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what the file says of the head, and the tensors of it that it holds."""
+    """Return the file's entry of the head, and the head's tensors that the file holds."""
     if options.with_head:
         weights = {"weight": halved(head.weight).cpu()}
         if head.bias is not None:
@@ -306,7 +306,7 @@ def _content(
 def _rows_of_samples(
     call: Call, drawn: Mapping[int, _Drawn], maxima: tuple[NDArray[np.int64], Tensor] | None, samples: int
 ) -> SiteRows:
-    """Put what was recorded of the samples one after the other."""
+    """Concatenate the recorded rows of the samples."""
     if (drawn and len(drawn) != samples) or (maxima and len(maxima[0]) != samples):
         raise InfraError(
             f"{call[0]} isn't called for every sample (an expert, say), so that nothing of it can be kept: leave it "

@@ -1,4 +1,4 @@
-"""The file of a reference that was kept: drawn rows of its sites, its last hidden states, and where its head lies.
+"""The file of a recorded reference: drawn rows of its sites, its last hidden states, and where its head lies.
 
 safetensors, with one JSON text under the metadata key `qsa`; docs/capture-format.md specifies it. A sample is known
 by the hash of its content, a token by its place among those that are no padding: neither order nor batches matter.
@@ -67,10 +67,10 @@ def drawn_tokens(seed: int, sample: str, count: int, rows: int) -> NDArray[np.in
 
 @dataclass(frozen=True, eq=False)
 class SiteRows:
-    """What is kept of one call of a site, sample after sample.
+    """The recorded numbers of one call of a site, all samples concatenated.
 
-    `counts` [S]: the tokens of each sample. `rows` [N, C]: those that were drawn, `at` [N] which ones; all where that
-    is None. `maxima` [sum of counts]: the largest |x| of every token, where that was asked for.
+    `counts` [S]: the number of tokens of each sample. `rows` [N, C]: the tokens that were drawn. `at` [N]: their
+    indices; None if all tokens were drawn. `maxima` [sum of counts]: the largest |x| of every token, if recorded.
     """
 
     counts: NDArray[np.int64]
@@ -219,7 +219,7 @@ class ReferenceFile:
 
     @cached_property
     def calls(self) -> dict[Call, Mapping[str, Any]]:
-        """What is kept of each site, by call."""
+        """The entry of each call in the file's header."""
         return {(each["layer"], each["site"], each["call"]): each for each in self.header["streams"]}
 
     def rows(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:

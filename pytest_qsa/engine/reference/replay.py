@@ -40,7 +40,7 @@ ANEW = "make it anew with `qsa capture --for-reference` of a suite that compares
 
 
 def check_answerable(requests: Sequence[Request], shown: str) -> None:
-    """Find what no file can answer, before a model is loaded.
+    """Refuse requests that no file can answer, before a model is loaded.
 
     Raises:
         InfraError: weights, or channels of all tokens.
@@ -228,7 +228,7 @@ class ReplayedReference(Reference):
 
 
 def _places(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
-    """Return where a sample's tokens that are no padding stand in its row of a batch, and how long the row is."""
+    """Return the indices of a sample's tokens in its row of a batch, without padding, and the length of the row."""
     for length in rows.lengths:
         kept = rows.unpadded(layer, length)[index]
         if kept is not None and len(kept) == count:

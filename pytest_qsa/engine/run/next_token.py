@@ -18,7 +18,7 @@ from ..reduce.storage import Transfer
 from .participant import Forward, Need, Participant
 
 MASKED = ("MaskedLM", "PreTraining")
-"""What the names of models end with that predict hidden tokens, not the next one."""
+"""The ends of the names of models that predict masked tokens, not the next one."""
 
 
 class Predictions(Participant):
@@ -88,7 +88,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def following_tokens(batch: Batch, shape: tuple[int, ...], *, causal: bool) -> Tensor:
-    """Return the token after each position, [B, T] int64; −1 at the last one, or where the model foretells none."""
+    """Return the token after each position, [B, T] int64; −1 at the last one, or where the model predicts none."""
     following = torch.full(tuple(shape), -1, dtype=torch.int64)
     ids = batch if isinstance(batch, Tensor) else batch.get("decoder_input_ids", batch.get("input_ids"))
     if causal and isinstance(ids, Tensor) and not ids.is_floating_point() and tuple(ids.shape) == tuple(shape):

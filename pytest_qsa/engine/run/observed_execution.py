@@ -30,8 +30,8 @@ TOLERANCE_OF_OTHERS = 1e-3
 class ObservedExecution(Participant):
     """Counts the calls of every quantized module, and multiplies a few tokens of its first one again.
 
-    Where a module gives what its inputs times its dequantized weight are, it rounds no inputs; where it gives what its
-    rounded inputs would, it does. `required`: a forward has to run, even where only weights are measured.
+    If a module returns the product of its inputs and its dequantized weight, it rounds no inputs; if it returns that of
+    the rounded inputs, it does. `required`: a forward has to run, even where only weights are measured.
     """
 
     def __init__(self, model: nn.Module, *, required: bool = False) -> None:

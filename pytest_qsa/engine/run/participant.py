@@ -25,7 +25,7 @@ WantedSites = Mapping[SiteKey, frozenset[Statistic]]
 class ForwardComplete(BaseException):
     """Raised in the hook of the last call that is needed: the rest of the forward need not run.
 
-    No Exception, so that a model that catches those can't stop it; so is `Restart`.
+    It is no `Exception`, so that a model's own `except Exception` can't catch it; nor is `Restart`.
     """
 
 

@@ -25,7 +25,7 @@ class Held:
 
 
 class Spill:
-    """Keeps at most `limit` bytes in memory (a quarter of what is free, unless told); the rest goes to a folder."""
+    """Keeps at most `limit` bytes in memory (by default a quarter of what is free); the rest goes to a folder."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = psutil.virtual_memory().available // 4 if limit is None else limit

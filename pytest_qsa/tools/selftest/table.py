@@ -13,7 +13,7 @@ from .run import MAX_RATIO, Outcome, PerplexityGate, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
 MOST_TESTS = 4
-"""How many of the tests that caught a fault a table names; the JSON has all of them."""
+"""A table names at most this many of the tests that caught a fault; the JSON has all of them."""
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from pytest_qsa.checkpoint import Files, open_folder
 from pytest_qsa.checkpoint.formats.format import FORMATS
+from pytest_qsa.common import AnomalyError, InfraError
 from pytest_qsa.engine.formats.format import (
     ENGINE_FORMATS,
     EngineFormat,
@@ -17,8 +21,10 @@ from pytest_qsa.engine.formats.format import (
     scheme_name,
     schemes_of,
 )
+from pytest_qsa.engine.formats.stored import StoredWeights
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite import Memory, Model
+from support.checkpoints import edited
 
 
 def test_a_plain_module_belongs_to_no_format():
@@ -85,3 +91,56 @@ def test_a_module_of_a_format_of_one_s_own_is_dequantized_by_it():
 def test_formats_whose_modules_are_read_have_both_halves():
     stored = {kind.name for kind in FORMATS.built_in()}
     assert {kind.name for kind in ENGINE_FORMATS.built_in()} - stored <= {"bitsandbytes"}
+
+
+DOWN = "model.layers.2.mlp.down_proj"
+
+
+def stored(folder):
+    """Unpack the down projection of layer 2 from the files, as for a plain module of its shape."""
+    module = nn.Linear(64, 32, bias=False)
+    return StoredWeights(Files(open_folder(folder)), {DOWN: module}).powers(DOWN, module)
+
+
+def test_a_layer_that_lacks_a_tensor_can_not_be_unpacked_by_its_own_fault(int8_llama, tmp_path):
+    def lose(weights):
+        del weights[f"{DOWN}.weight_scale"]
+
+    with pytest.raises(AnomalyError, match=r"down_proj can't be unpacked from .*weight_scale .*: missing, though"):
+        stored(edited(int8_llama, tmp_path / "lost", lose))
+
+
+def test_a_package_that_is_not_installed_is_named_with_what_to_type(int8_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
+    with pytest.raises(InfraError, match=r"can't be unpacked from .*; pip install compressed-tensors$"):
+        stored(int8_llama)
+
+
+def test_a_library_that_fails_on_sound_files_is_named_with_its_error(int8_llama, monkeypatch):
+    from compressed_tensors.compressors import BaseCompressor
+
+    def fail(form):
+        raise KeyError(form)
+
+    monkeypatch.setattr(BaseCompressor, "get_value_from_registry", fail)
+    with pytest.raises(InfraError, match=r"can't be unpacked from .*: KeyError: 'int-quantized'"):
+        stored(int8_llama)
+
+
+def test_a_lack_of_memory_is_not_called_a_format(int8_llama, monkeypatch):
+    from compressed_tensors.compressors import BaseCompressor
+
+    def fail(form):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(BaseCompressor, "get_value_from_registry", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        stored(int8_llama)
+
+
+def test_a_format_that_nothing_knows_is_named(int8_llama, tmp_path):
+    def declare(config):
+        config["quantization_config"] = {"quant_method": "somebodys"}
+
+    with pytest.raises(InfraError, match="its format, somebodys, is not known here"):
+        stored(edited(int8_llama, tmp_path / "unknown", config=declare))

@@ -95,7 +95,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
     heads = _number(config, "num_attention_heads", "n_head", "num_heads")
     return Sizes(
         architecture=next(iter(folder.config.get("architectures") or ()), str(config.get("model_type") or "a model")),
-        method=format_of(folder).label,
+        method=format_of(folder).name or format_of(folder).label,
         dtype=_dtype(folder, model, found["stored_dtype"]),
         stored=found["stored"],
         files=found["files"],

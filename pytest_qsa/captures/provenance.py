@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Self
 
 from ..common import short_hash, shown_path
 
+Json = dict[str, Any]
+"""A JSON object."""
 FLOAT = "float"
 """What a model without quantized modules was executed as."""
 NOTHING_RAN = "nothing, no forward ran"
@@ -21,16 +23,16 @@ NOTHING_RAN = "nothing, no forward ran"
 
 @dataclass(frozen=True)
 class _Record:
-    """A dataclass that reads and writes its fields as JSON; those at their defaults are left out."""
+    """A dataclass that reads and writes its fields as a JSON object without those at their defaults."""
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Read it from plain data."""
+    def of(cls, content: Json) -> Self:
+        """Read it from JSON."""
         known = {_key(each): each.name for each in fields(cls)}
         return cls(**{known[key]: value for key, value in content.items() if key in known})
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data."""
+    def plain(self) -> Json:
+        """Return it as JSON."""
         values = ((each, getattr(self, each.name)) for each in fields(self))
         return {_key(each): value for each, value in values if value != each.default}
 
@@ -44,8 +46,8 @@ class ServedProvenance(_Record):
     """What a server, or a file of its answers, says of a model.
 
     `served`: which model, by which API. `logprobs`: how many tokens each position has logprobs of, at least. `outside`:
-    the mean probability that the reference gives to all other tokens, None without a reference. `tail`: the lower
-    bound that is assumed for these.
+    the mean probability that the reference gives to all other tokens, None without a reference. `tail`: what is
+    assumed of these.
     """
 
     served: str
@@ -70,12 +72,12 @@ class FilesProvenance(_Record):
 
 @dataclass(frozen=True)
 class ModelProvenance(_Record):
-    """A model: where it lies, and what ran.
+    """Which model ran, and on what.
 
     `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `revision`: the commit of a
     hub id. `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what
     decides which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `tokenizer` and `weights`
-    are None where the model has none, and empty where nobody has looked.
+    are None where the model has none, and empty where they were not read.
     """
 
     path: str = ""
@@ -92,27 +94,27 @@ class ModelProvenance(_Record):
     weights: str | None = ""
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Read it from plain data, in which the parts stand among the other keys."""
+    def of(cls, content: Json) -> Self:
+        """Read it from JSON, in which the keys of the parts stand among its own."""
         parts = {name: part.of(content) for name, part in _PARTS.items() if name in content}
         return super().of({**content, **parts})
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data, the parts among the other keys; nothing where nothing is known."""
-        content: dict[str, Any] = {}
+    def plain(self) -> Json:
+        """Return it as JSON, the keys of the parts among its own; empty where nothing is known."""
+        content: Json = {}
         for key, value in super().plain().items():
             content |= value.plain() if isinstance(value, _Record) else {key: value}
         return {"path": self.path, **content} if content else {}  # a fixture's model has an empty path
 
     @classmethod
-    def of_baseline(cls, header: Mapping[str, Any]) -> Self:
-        """Read it from the header of a baseline, where the versions stand among the other keys."""
+    def of_baseline(cls, header: Json) -> Self:
+        """Read it from the header of a baseline, in which the versions stand among the other keys."""
         names = {"weights", "dtype", "device", "device_class"}
         versions = {name: str(version) for name, version in header.items() if name not in {*names, "model"}}
         known = {name: header[name] for name in names if name in header}
         return cls(path=str(header.get("model", "")), versions=versions, **known)
 
-    def for_baseline(self) -> dict[str, Any]:
+    def for_baseline(self) -> Json:
         """Return what a baseline records of the model that made it; of its path only what other machines share."""
         name = Path(self.path).name if Path(self.path).is_absolute() else self.path
         known = {"weights": self.weights or None, "dtype": self.dtype, "device": self.device}
@@ -130,7 +132,7 @@ class ModelProvenance(_Record):
 
 
 _PARTS: Mapping[str, type[_Record]] = {"served": ServedProvenance, "files": FilesProvenance}
-"""The parts of a model's provenance: the key that says that there is one → its class."""
+"""The parts of a model's provenance: the key by which one is recognized → its class."""
 
 
 UNKNOWN_MODEL = ModelProvenance()
@@ -144,20 +146,20 @@ class DataProvenance(_Record):
     """
 
     source: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     num_samples: int | None = None
     seq_len: int | None = None
     seed: int | None = None
     fingerprint: str | None = None
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Read it from plain data, in which the settings stand among the other keys."""
+    def of(cls, content: Json) -> Self:
+        """Read it from JSON, in which the settings stand among the other keys."""
         own = {each.name for each in fields(cls)}
         return super().of({**content, "settings": {k: v for k, v in content.items() if k not in own}})
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data, the settings among the other keys; nothing where nothing is known."""
+    def plain(self) -> Json:
+        """Return it as JSON, the settings among the other keys; empty where nothing is known."""
         content = super().plain()
         settings = content.pop("settings")
         return {"source": self.source} | settings | content if settings or content else {}
@@ -197,13 +199,13 @@ class Execution:
     idle_experts: int = 0
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Read it from plain data."""
+    def of(cls, content: Json) -> Self:
+        """Read it from JSON."""
         kinds = {words: ExecutedModules(kind["modules"], kind["first"]) for words, kind in content["kinds"].items()}
         return cls(content["forward"], kinds, tuple(content["idle"]), content["idle_experts"])
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data."""
+    def plain(self) -> Json:
+        """Return it as JSON."""
         kinds = {words: kind._asdict() for words, kind in self.kinds.items()}
         return {"forward": self.forward, "kinds": kinds, "idle": list(self.idle), "idle_experts": self.idle_experts}
 
@@ -249,8 +251,8 @@ class Provenance:
     evals: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
-        """Read it from plain data."""
+    def of(cls, content: Json) -> Self:
+        """Read it from JSON."""
         execution, reference, samples = (content.get(name) for name in ("execution", "reference", "samples"))
         return cls(
             model=ModelProvenance.of(content.get("model") or {}),
@@ -264,8 +266,8 @@ class Provenance:
             evals=content.get("evals") or {},
         )
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain data, without what is not known."""
+    def plain(self) -> Json:
+        """Return it as JSON, without what is not known."""
         content = {
             "model": self.model.plain(),
             "data": self.data.plain(),

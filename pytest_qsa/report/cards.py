@@ -11,8 +11,12 @@ from typing import Any
 from .html import PagePicture
 from .report import PlainVerdict
 
-Card = Mapping[str, Any]
+Plain = Mapping[str, Any]
+"""A part of a result: a row, a token."""
+Card = Plain
 """A result with what the page shows of it."""
+Variables = dict[str, Any]
+"""Variables of a template."""
 MOST_STRIPS = 16
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
@@ -23,13 +27,13 @@ _POSITIONS = {
     "sink": "the attention sinks only",
 }  # fmt: skip
 _COLUMNS = ("low", "high", "baseline", "reference", "excess", "used")
-_EMPTY: dict[str, Any] = {
+_EMPTY: Variables = {
     "id": "", "subject": "", "kind": "INFRA", "headline": "", "bound": "", "where": "", "reason": None, "sinks": "",
     "since": "", "origin": {}, "hints": [], "findings": [], "command": "", "accept": "", "failed": False,
 }  # fmt: skip
 
 
-def is_out(row: Mapping[str, Any]) -> bool:
+def is_out(row: Plain) -> bool:
     """Say whether a layer is out of bounds with no waiver that covers it."""
     return bool(row.get("excess")) and not row.get("waived")
 
@@ -66,7 +70,7 @@ def card_of(result: PlainVerdict, index: int) -> Card:
     }
 
 
-def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def strip_of(rows: Sequence[Plain]) -> Iterator[Variables]:
     """Yield a cell of the heat strip for each layer: its heat from 0 to 1, by budget used, else by value."""
     values = [row["value"] for row in rows if math.isfinite(row["value"])]
     low, high = min(values, default=0.0), max(values, default=0.0)
@@ -78,9 +82,9 @@ def strip_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": is_out(row)}
 
 
-def grouped_tokens(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def grouped_tokens(evidence: Sequence[Plain]) -> list[Variables]:
     """Join the entries of one token at several layers; the first one, which is the strongest, stands for all."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[int, int, str], Variables] = {}
     for token in evidence:
         key = (token["sample"], token["position"], token["text"])
         groups.setdefault(key, {**token, "also": []})
@@ -108,7 +112,7 @@ def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
             yield PagePicture(_PLOTS.get(title, title), path, png)
 
 
-def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
+def layer_table(cards: Sequence[Card]) -> Variables:
     """Join the rows of all cards by layer, sorted by name and number.
 
     Returns `columns`, an assertion each; `rows`, with the layer, its cells (one for each column, or None), its worst
@@ -117,9 +121,9 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
     # Tasks of an eval and the many experts of a layer would fill the table; they have the table of their own card.
     layered = [card for card in cards if card["query"].get("of", "layers") == "layers"]
     columns = [card for card in layered if card["rows"] and not card["query"].get("over")]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], Variables] = {}
 
-    def entry_of(card: Card, layer: str) -> dict[str, Any]:
+    def entry_of(card: Card, layer: str) -> Variables:
         empty = {"layer": layer, "cells": [None] * len(columns), "histograms": []}
         return rows.setdefault((card["subject"], layer), empty)
 
@@ -143,7 +147,7 @@ def layer_table(cards: Sequence[Card]) -> dict[str, Any]:
     }
 
 
-def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def strips_of(rows: Sequence[Plain]) -> list[Variables]:
     """Group rows into a few heat strips over depth: those of one kind, `model.layers.*.mlp.down_proj`, stand together.
 
     Experts and other second numbers share a strip where each by itself would make too many.
@@ -158,7 +162,7 @@ def strips_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": "", "rows": [*range(len(rows))]}]
 
 
-def _column(card: Card, *, several: bool) -> dict[str, Any]:
+def _column(card: Card, *, several: bool) -> Variables:
     return {
         "id": card["id"],
         "subject": card["subject"] if several else "",
@@ -172,7 +176,7 @@ def _column(card: Card, *, several: bool) -> dict[str, Any]:
     }
 
 
-def _finished(entry: dict[str, Any], subject: str) -> dict[str, Any]:
+def _finished(entry: Variables, subject: str) -> Variables:
     cells = [cell for cell in entry["cells"] if cell]
     used = [cell["used"] for cell in cells if "used" in cell and not math.isnan(cell["used"])]
     worst = max(used, default=None)

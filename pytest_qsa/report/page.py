@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from markupsafe import Markup
 
 from ..captures import Provenance
-from .cards import Card, card_of, layer_table, worst_first
+from .cards import Card, Plain, Variables, card_of, layer_table, worst_first
 from .html import flattened, render
 from .report import PlainVerdict
 
@@ -27,16 +26,13 @@ MEANINGS = {
 }
 """The kinds of verdict, worst first, and what each means."""
 
-Variables = dict[str, Any]
-"""The variables of a template."""
-
 
 @dataclass(frozen=True)
 class Page:
     """What the sections are made of. `cards`: the results, worst first. `session`: command, start, version, counts."""
 
     cards: Sequence[Card]
-    session: Mapping[str, Any]
+    session: Plain
 
     @cached_property
     def subjects(self) -> list[Variables]:
@@ -84,7 +80,7 @@ PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
 """The page from top to bottom: the name of a template → what it shows, or None where it has nothing to show."""
 
 
-def render_page(results: Sequence[PlainVerdict], session: Mapping[str, Any]) -> str:
+def render_page(results: Sequence[PlainVerdict], session: Plain) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     ranks = {kind: rank for rank, kind in enumerate(MEANINGS)}
     page = Page([card_of(result, index) for index, result in enumerate(worst_first(results, ranks))], session)
@@ -130,7 +126,7 @@ def _joined(runs: Sequence[Variables]) -> list[Variables]:
     A run of which nothing is known is left out where another of the same name is known.
     """
 
-    def key(run: Mapping[str, Any]) -> tuple[str, str]:
+    def key(run: Plain) -> tuple[str, str]:
         return run["name"], run["all"].get("model.path", "")
 
     # Static checks and errors know less of a checkpoint than its pass, and would show it a second time.

@@ -65,7 +65,8 @@ def test_collecting_a_suite_imports_no_torch(tmp_path):
 def test_the_public_names_come_from_the_package():
     errors = {"QsaError", "SuiteError", "InfraError", "AnomalyError", "BaselineError"}
     warnings = {"QsaWarning", "QsaUnplannedCaptureWarning"}
-    assert set(pytest_qsa.__all__) == {"Capture", "Format", "Series", "capture", *errors, *warnings}
+    extending = {"Format", "View", "metric"}
+    assert set(pytest_qsa.__all__) == {"Capture", "Series", "capture", *extending, *errors, *warnings}
     assert all(getattr(pytest_qsa, name) for name in pytest_qsa.__all__)
     with pytest.raises(AttributeError, match="captures_"):
         pytest_qsa.captures_  # noqa: B018

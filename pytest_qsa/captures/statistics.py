@@ -374,7 +374,7 @@ class HeatMap(Statistic):
 class LocalError(Statistic):
     """A layer's own error: its output on the reference's input, of `rows` sampled tokens of each sample.
 
-    `local_rows` [P, R]: which tokens, −1 for none. `local` [P, R, 3] float32: their Σy², Σ(y − ŷ)², Σŷ².
+    `local_rows` [P, R]: the positions of the tokens, −1 for none. `local` [P, R, 3] float32: their Σy², Σ(y − ŷ)², Σŷ².
     """
 
     rows: int

@@ -173,7 +173,7 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
 
     try:
         return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)), gguf_file)
-    except (HFValidationError, LocalEntryNotFoundError):  # what is no valid id was meant as a folder
+    except (HFValidationError, LocalEntryNotFoundError):  # no valid id: a folder was meant
         raise InfraError(
             f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "
             f"run `hf download {path}` first, or give a folder"

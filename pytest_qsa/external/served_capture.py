@@ -234,7 +234,7 @@ def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequenc
 
 
 def _fingerprint(tables: Sequence[LogprobTable]) -> str:
-    """Return the hash of the tokens: the one that a pass over the same windows notes."""
+    """Return the hash of the tokens; a pass over the same windows has the same hash."""
     rows = (table.tokens.astype("<i8") for table in tables)
     return data_fingerprint(("input_ids", ids.dtype.name, ids.shape, ids.tobytes()) for ids in rows)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HookSpecs:
-    """Implement a hook as a function of its name, with those of its arguments that it needs."""
+    """The hooks. An implementation is a function of the hook's name with any of its arguments."""
 
     def pytest_qsa_verdict(self, item: pytest.Item, verdict: Verdict) -> None:
         """Take a verdict, in the process that ran the item: a worker, under pytest-xdist.

@@ -31,8 +31,8 @@ STANDARD_ERRORS = 2 * TWO_SIDED_95
 class Proposal:
     """A bound that the noise allows.
 
-    `group`: the group of a bound by group, otherwise empty. `layer`: the layer that decides. `bound`: the number in the
-    suite now.
+    `group`: the group of layers that it is for; empty for a bound of all layers. `layer`: the layer that decides.
+    `bound`: the number in the suite now.
     """
 
     side: Side

@@ -42,7 +42,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
 
 def sinks_behind(capture: Capture, query: Mapping[str, Any]) -> Sinks:
     """Return the sinks that `positions` refers to: the reference's for a metric against it, else the model's."""
-    metric = METRICS.get(query.get("metric", ""))  # an error may have come before anything was asked
+    metric = METRICS.get(query.get("metric", ""))  # an error may have come before there was a query
     against = metric is not None and metric.against
     return capture.reference.sinks if against and capture.reference is not None else capture.sinks
 

@@ -9,7 +9,7 @@ from ..folder import INDEX, NUMBER, Finding, Folder
 from ..tensors import Tensor, layer_of
 
 SAME_KIND = 0.7
-"""The share of keys from which two blocks are of one kind, so that what differs is a fault and not the architecture."""
+"""Two blocks that share this much of their keys are of one kind: the keys that differ are then a fault."""
 _SAVE = "a loader fills it with random numbers: save or copy the checkpoint again"
 _DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
 

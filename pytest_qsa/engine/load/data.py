@@ -309,7 +309,7 @@ def _templated(text: Any, tokenizer: Any) -> str:
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what the tokenizer puts before and after a text."""
-    # tokenizers don't say it in one way: templates, post-processors and flags differ, so that an encoded text tells
+    # Templates, post-processors or flags may add them, so an encoded text is looked at instead of settings.
     bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:

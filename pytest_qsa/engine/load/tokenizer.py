@@ -44,7 +44,7 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # truncation and padding come before it in the text, and every call of the tokenizer sets them anew
+        # The hash leaves out truncation and padding, which stand before `added_tokens`: each call changes them.
         text = backend.to_str().partition('"added_tokens"')[2]
     elif hasattr(tokenizer, "get_vocab"):
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)

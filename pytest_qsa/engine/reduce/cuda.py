@@ -209,7 +209,7 @@ def _survey(counted: Tensor, views: dict[str, Tensor], copies: Tensor) -> None:
     columns = counted.shape[1] if counted.dim() == 2 else min(size, BLOCK)
     block = min(_power_of_two(columns), BLOCK)
     rows = BLOCK // block
-    patterns = counted.view(torch.int16)  # stands for each pointer that is not used as well
+    patterns = counted.view(torch.int16)  # also passed for each pointer that this launch doesn't use
     triton_kernels.survey[(-(-size // (columns * rows)),)](
         patterns,
         views.get("token_max", patterns),
@@ -240,11 +240,11 @@ def _extremes(counts: Tensor, folded: Tensor, values: Tensor, *, signed: bool) -
     low = high = torch.full_like(largest, float("nan"))
     if signed:
         low, high = -_largest(counts, -values), _largest(counts, values)
-    return torch.stack([largest, smallest, low, high], dim=1) + 0.0  # −0 is 0
+    return torch.stack([largest, smallest, low, high], dim=1) + 0.0  # turns −0 into 0
 
 
 def _largest(counts: Tensor, values: Tensor, *, numbers: bool = False) -> Tensor:
-    """Return the largest value that occurs in each row of counts; NaN, where there is one and not only `numbers`."""
+    """Return the largest value that occurs in each row of counts: NaN if NaN occurs, unless `numbers` skips it."""
     occurs = counts > 0
     if numbers:
         occurs = occurs & ~values.isnan()

@@ -110,7 +110,7 @@ class Window:
         ends = self.marks[[TOP, LEAST]].astype(np.uint32 if self.dtype == "float32" else np.uint16)
         signed = (self.low, self.high) if self.signs else (np.nan, np.nan)
         extremes = np.array([*floats_of(ends, self.dtype), *signed], dtype=np.float32)
-        found["extremes"] = extremes + np.float32(0)  # −0 is 0
+        found["extremes"] = extremes + np.float32(0)  # turns −0 into 0
         return found
 
     def _lines(self) -> list[Sparse]:

@@ -75,9 +75,9 @@ class Reducers:
 
 
 class Owners:
-    """Whose the rows of a site are. `rows`: sample, call and number of tokens of each, as they came.
+    """The sample and call of each row of a site. `rows`: sample, call and number of tokens, in the order of the pass.
 
-    `order`: by sample, then call, the order of a capture; a batch, and a streamed pass, come by call first.
+    `order`: sorts the rows by sample, then call, as captures have them; a pass sees all samples of a call together.
     """
 
     def __init__(self, rows: array[int]) -> None:

@@ -78,7 +78,7 @@ def element_order(statistic: Statistic, row: Row, into: Accumulator) -> None:
 def pattern_counts(statistic: Statistic, row: Row, into: Accumulator) -> None:
     """Add the counts of the 16-bit patterns of |x| or x; widen the extremes."""
     into.add_up(statistic.name, row.pattern_counts if statistic == SIGNED_COUNTS else row.magnitude_counts)
-    if statistic == SIGNED_COUNTS or not row.plan.signed:  # once a row
+    if statistic == SIGNED_COUNTS or not row.plan.signed:  # both statistics share the extremes: widen them once a row
         smallest = row.elements.nan_to_num(nan=float("inf")).min()
         unknown = torch.full_like(smallest, float("nan"))
         low, high = row.counted.aminmax() if row.plan.signed else (unknown, unknown)
@@ -119,7 +119,7 @@ def channel_counts(statistic: Statistic, row: Row, into: Accumulator) -> None:
     low, high = x.aminmax(dim=0)
     magnitudes = x.abs()
     ends = torch.stack([magnitudes.amax(dim=0), magnitudes.amin(dim=0), low, high])
-    into.widen("channel_extremes", ends + 0.0)  # −0 is 0
+    into.widen("channel_extremes", ends + 0.0)  # turns −0 into 0
 
 
 def _count_channels(x: Tensor, into: Accumulator) -> None:

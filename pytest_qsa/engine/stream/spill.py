@@ -79,7 +79,7 @@ class Spill:
         self._number += 1
         held.file = Path(self._folder.name) / str(self._number)
         try:
-            # not numpy's tofile, which keeps a full disk to itself
+            # not numpy's tofile, which raises nothing when the disk is full
             held.file.write_bytes(held.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
         except OSError as error:
             raise InfraError(

@@ -215,7 +215,7 @@ class Stream:
             awaited.pop(index, None)
             if not greenlets[index].dead:
                 awaited[index] = unit
-                if position == 0:  # the first sample shows what the others need next
+                if position == 0:  # the other samples need the same unit next: it is read ahead
                     self._home(unit)._foresee(unit)
 
     def _home(self, unit: Unit) -> Stream:

@@ -247,7 +247,7 @@ def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization)
     for picture in {(p.section, p.site, p.layers): p for p in analysis.pictures}.values():
         try:
             layers = drawable(picture, capture)[0].layers
-        except AnomalyError:  # told with its picture
+        except AnomalyError:  # its picture reports it
             continue
         yield from _of_section(picture.section, capture.select(exactly(layers), picture.site), visualization)
 

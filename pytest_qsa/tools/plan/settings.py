@@ -96,7 +96,7 @@ class Setting:
 
 
 def settings_of(sizes: Sizes, work: Work, machine: Machine) -> list[Setting]:
-    """Return all ways to run on a machine, those that don't fit included, the fastest kind first."""
+    """Return all ways to run on a machine, the fastest kind first; some may not fit."""
     devices: Sequence[Gpu | None] = [*machine.gpus[:1], None]
     return [setting for gpu in devices for setting in _on(gpu, sizes, work, machine)]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .logprobs import NO_TOKEN, LogprobTable
+from .logprobs import UNLISTED, LogprobTable
 
 Floats = NDArray[np.float64]
 ROUNDED = 1e-6
@@ -150,7 +150,7 @@ def rows_of_table(reference: LogprobTable, table: LogprobTable) -> ReferenceRows
     for at, (own, theirs) in enumerate(zip(table.ids, reference.ids, strict=True)):
         order = np.argsort(theirs)
         place = np.clip(np.searchsorted(theirs, own, sorter=order), 0, len(order) - 1)
-        found = (theirs[order[place]] == own) & (own != NO_TOKEN)
+        found = (theirs[order[place]] == own) & (own != UNLISTED)
         known[at, found] = reference.logprobs[at, order[place[found]]]
     p = np.exp(known)
     rest = np.clip(1 - p.sum(axis=1), 0, 1)

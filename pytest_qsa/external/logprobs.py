@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..common import AnomalyError, InfraError, shown_path
 
-NO_TOKEN = -1
+UNLISTED = -1
 """Fills `ids` where a row has fewer tokens than others."""
 CERTAIN = 1e-3
 """How far above 1 the sum of a row's probabilities may be, for a server rounds them."""
@@ -43,7 +43,7 @@ class LogprobTable:
     @property
     def least(self) -> int:
         """The smallest number of tokens that a row lists."""
-        return int((self.ids != NO_TOKEN).sum(axis=1).min())
+        return int((self.ids != UNLISTED).sum(axis=1).min())
 
 
 def logprob_table(tokens: Sequence[int], rows: Sequence[Mapping[int, float]], where: str) -> LogprobTable:
@@ -55,7 +55,7 @@ def logprob_table(tokens: Sequence[int], rows: Sequence[Mapping[int, float]], wh
     if len(rows) != len(tokens) - 1:
         raise AnomalyError(f"{where}: {len(rows) + 1} positions of logprobs for {len(tokens)} tokens")
     most = max((len(row) for row in rows), default=0)
-    ids = np.full((len(rows), most), NO_TOKEN, dtype=np.int32)
+    ids = np.full((len(rows), most), UNLISTED, dtype=np.int32)
     logprobs = np.full((len(rows), most), -np.inf)
     came = np.full(len(rows), np.nan)
     for at, row in enumerate(rows):
@@ -70,7 +70,7 @@ def logprob_table(tokens: Sequence[int], rows: Sequence[Mapping[int, float]], wh
 def _check(ids: NDArray[np.int32], logprobs: NDArray[np.float64], where: str) -> None:
     if not len(ids):
         raise AnomalyError(f"{where}: a sample needs two tokens or more, for the first is never predicted")
-    bare = np.flatnonzero((ids == NO_TOKEN).all(axis=1))
+    bare = np.flatnonzero((ids == UNLISTED).all(axis=1))
     if len(bare):
         raise AnomalyError(f"{where}: there are no logprobs of position {bare[0] + 1}")
     if np.isnan(logprobs).any():

@@ -22,7 +22,7 @@ from ..common import AnomalyError, InfraError
 from ..suite import Served
 from .logprobs import LogprobTable, logprob_table, number_of, prompt_rows
 
-RETRY_PAUSE = 1.0
+SECOND_TRY_AFTER = 1.0
 """Seconds before the second try."""
 BUSY_ANSWERS = (429, 500, 502, 503, 504)
 """HTTP statuses after which the next try may succeed."""
@@ -66,7 +66,7 @@ class Endpoint:
         try:
             return self._once(method, path, body)
         except _Broken:
-            time.sleep(RETRY_PAUSE)
+            time.sleep(SECOND_TRY_AFTER)
         try:
             return self._once(method, path, body)
         except _Broken as broken:

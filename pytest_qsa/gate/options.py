@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 
@@ -127,18 +127,11 @@ def read_options(config: pytest.Config) -> Options:
     Raises:
         UsageError: a value that is wrong whatever the suites are.
     """
-    stand, root = config.invocation_params.dir, config.rootpath
-    report = config.getoption("qsa_report") or config.getini("qsa_report")
-    if report not in REPORT:
-        raise pytest.UsageError(f"qsa_report = {report}: one of {', '.join(REPORT)}")
-    tier = config.getoption("qsa_tier") or config.getini("qsa_tier")
-    if tier not in TIERS:
-        raise pytest.UsageError(f"qsa_tier = {tier}: one of {', '.join(TIERS)}")
-    given, ini = config.getoption("qsa_config"), config.getini("qsa_config")
-    path = stand / given if given else root / ini if ini else None
+    path = _path(config, "config")
     if path is not None and not path.is_file():
-        raise pytest.UsageError(f"{'--qsa-config' if given else 'qsa_config ='} {given or ini}: there is no such file")
-    output = config.getoption("qsa_output")
+        given = config.getoption("qsa_config")
+        named = f"--qsa-config {given}" if given else f"qsa_config = {config.getini('qsa_config')}"
+        raise pytest.UsageError(f"{named}: there is no such file")
     allowed = config.getoption("qsa_allow_code")
     _check_roots(config)
     models = tuple(config.getoption("qsa_model"))
@@ -149,10 +142,10 @@ def read_options(config: pytest.Config) -> Options:
         models=models,
         overrides=overrides,
         config=path,
-        output=stand / output if output else root / config.getini("qsa_output"),
-        report=report,
-        cache=_cache(config),
-        tier=tier,
+        output=_path(config, "output") or config.rootpath / "qsa-results",
+        report=_choice(config, "report", REPORT),
+        cache=_path(config, "cache"),
+        tier=_choice(config, "tier", TIERS),
         today=_today(config.getoption("qsa_today")),
         refused_update=_refused_update(config),
         plan=config.getoption("qsa_plan"),
@@ -183,13 +176,18 @@ def _today(given: str | None) -> date:
         raise pytest.UsageError(f"--qsa-today {given}: write a day, such as 2027-01-31") from None
 
 
-def _cache(config: pytest.Config) -> Path | None:
-    given, ini = config.getoption("qsa_cache"), config.getini("qsa_cache")
-    if given:
-        return config.invocation_params.dir / str(given)
-    if ini:
-        return config.rootpath / str(ini)
-    return None
+def _path(config: pytest.Config, name: str) -> Path | None:
+    """Return a path of the command line, relative to where one stands, or of the ini file, relative to the root."""
+    given, ini = config.getoption(f"qsa_{name}"), config.getini(f"qsa_{name}")
+    return config.invocation_params.dir / given if given else config.rootpath / ini if ini else None
+
+
+def _choice(config: pytest.Config, name: str, known: tuple[str, ...]) -> Any:
+    """Return a word of the command line or the ini file: argparse has checked only the first."""
+    value = config.getoption(f"qsa_{name}") or config.getini(f"qsa_{name}")
+    if value not in known:
+        raise pytest.UsageError(f"qsa_{name} = {value}: one of {', '.join(known)}")
+    return value
 
 
 def _check_roots(config: pytest.Config) -> None:

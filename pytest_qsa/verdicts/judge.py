@@ -123,10 +123,6 @@ def concluded(
     limits: Sequence[Limit] = (),
 ) -> Verdict:
     """Make the verdict of a test from what its numbers came to. `capture`: where the numbers come from, if from one."""
-    if capture is not None:
-        run = run_of(capture)
-    else:
-        run = judgement.run if judgement.run.model.path else replace(judgement.run, model=ModelProvenance(test.path))
     return Verdict(
         id=test.id,
         subject=test.subject,
@@ -139,7 +135,7 @@ def concluded(
         reason=reason,
         positions=judgement.query.get("positions") if judgement.rows else None,
         sinks=sinks_behind(capture, judgement.query).summary() if capture else "",
-        run=run,
+        run=_run_of(judgement, test, capture),
         command=test.command,
         accept=f"{test.command} --snapshot-update" if judgement.updatable else "",
         updatable=judgement.updatable,
@@ -150,11 +146,13 @@ def concluded(
     )
 
 
-def run_of(capture: Capture) -> Provenance:
-    """Return where the numbers of a capture come from, with the model that the reference's come from."""
-    if capture.reference is None:
+def _run_of(judgement: Judgement, test: Identity, capture: Capture | None) -> Provenance:
+    """Return where the numbers come from, with the model that the reference's come from."""
+    if capture is not None and capture.reference is not None:
+        return replace(capture.provenance, reference=capture.reference.provenance.model)
+    if capture is not None:
         return capture.provenance
-    return replace(capture.provenance, reference=capture.reference.provenance.model)
+    return judgement.run if judgement.run.model.path else replace(judgement.run, model=ModelProvenance(test.path))
 
 
 def stopped(error: QsaError, query: Query | None = None) -> Judgement:

@@ -13,7 +13,7 @@ import numpy as np
 from ..captures import UNKNOWN_RUN, ModelProvenance, Provenance, match_layers, since_text
 from ..checkpoint import Finding
 from ..common import number
-from ..metrics import Query, Series
+from ..metrics import Bounds, Query, Series
 from ..suite import Location, Waiver
 from .baseline_file import BaselineFile, Tolerance, check_comparable, rounded
 from .budgets import Budget
@@ -91,23 +91,23 @@ def within_budget(
         AnomalyError: there is no layer, or a value is not finite.
     """
     series.check()
-    details = details or {}
-    values = enumerate(zip(series.layers, series.values.tolist(), budget.bounds, strict=True))
-    rows = [
-        Row(
-            layer,
-            value,
-            own.low,
-            own.high,
-            None,
-            own.excess(value),
-            depth,
-            detail=details.get(layer) or _interval(series, layer),
-        )
-        for depth, (layer, value, own) in values
-    ]
+    rows = [_row(series, depth, own, details=details) for depth, own in enumerate(budget.bounds)]
     judgement = judged(rows, series.query, budget.text, leniency, detailed=bool(details))
     return replace(judgement, key=_exceeded(judgement.rows, budget))
+
+
+def _row(
+    series: Series,
+    depth: int,
+    bounds: Bounds,
+    baseline: float | None = None,
+    details: Mapping[str, str] | None = None,
+) -> Row:
+    """Hold one layer of a series against its bounds; next to a baseline its value is rounded as the baseline is."""
+    layer, value = series.layers[depth], float(series.values[depth])
+    value = value if baseline is None else rounded(value)
+    detail = (details or {}).get(layer) or _interval(series, layer)
+    return Row(layer, value, bounds.low, bounds.high, baseline, bounds.excess(value), depth, detail=detail)
 
 
 def _interval(series: Series, layer: str) -> str:
@@ -142,21 +142,9 @@ def within_baseline(
     series.check()
     check_comparable(series, baseline, data)
     rows = []
-    for depth, (layer, exact) in enumerate(zip(series.layers, series.values.tolist(), strict=True)):
-        value, kept = rounded(exact), baseline.values[layer]
-        allowed = tolerance.bounds(kept)
-        rows.append(
-            Row(
-                layer,
-                value,
-                allowed.min,
-                allowed.max,
-                kept,
-                allowed.excess(value),
-                depth,
-                detail=_interval(series, layer),
-            )
-        )
+    for depth, layer in enumerate(series.layers):
+        kept = baseline.values[layer]
+        rows.append(_row(series, depth, tolerance.bounds(kept), kept))
     since = since_text(baseline.made_with, made_with)
     return replace(judged(rows, series.query, str(tolerance), leniency), key=BASELINE, since=since)
 

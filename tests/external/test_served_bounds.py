@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.external.agreement import ReferenceRows, agreement_of, kl_bounds, nll_bounds, rows_of_table
-from pytest_qsa.external.logprobs import NO_TOKEN, logprob_table
+from pytest_qsa.external.logprobs import UNLISTED, logprob_table
 
 VOCABULARY = 24
 
@@ -101,7 +101,7 @@ def test_the_likelihood_of_a_token_that_is_not_told_lies_between_its_bounds(pair
 
 def test_a_table_has_the_likeliest_first_and_the_token_that_came():
     table = logprob_table([3, 5, 7], [{5: -1.0, 9: -0.7}, {8: -0.1}], "s")
-    assert table.ids.tolist() == [[9, 5], [8, NO_TOKEN]]
+    assert table.ids.tolist() == [[9, 5], [8, UNLISTED]]
     np.testing.assert_array_equal(table.came, [-1.0, np.nan])
     assert table.least == 1
 

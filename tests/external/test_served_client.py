@@ -28,7 +28,7 @@ def predict(tokens):
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(served_client, "RETRY_PAUSE", 0.0)
+    monkeypatch.setattr(served_client, "SECOND_TRY_AFTER", 0.0)
     return ServedModel(predict, name="m")
 
 
@@ -157,7 +157,7 @@ def test_a_server_that_never_ends_is_left_after_its_time(url, model, drip):
 
 
 def test_nobody_there_is_told(monkeypatch):
-    monkeypatch.setattr(served_client, "RETRY_PAUSE", 0.0)
+    monkeypatch.setattr(served_client, "SECOND_TRY_AFTER", 0.0)
     with pytest.raises(InfraError, match=r"http://127\.0\.0\.1:1/v1/models: .*refused \(tried twice\)"):
         asked("http://127.0.0.1:1/v1")
 

@@ -68,11 +68,11 @@ def capture(
             `("", "logits")` for what the model predicts.
         statistics: `"all"`, or the names of the metrics that will be asked for; a metric that must know its thresholds
             in the pass comes as `("massive_activations", {"abs": 50.0, "ratio": 500.0})`.
-        tokenizer: where given, the texts of the tokens are kept as well.
+        tokenizer: where given, the capture holds the texts of the tokens as well.
         progress: called after each batch with the samples done and the samples in all.
         reference: another model of the same layers, usually the unquantized original: both run side by side over the
             batches, and the metrics against a reference can be asked for, those of `logits()` as well where the models
-            return logits. Or the file of one that was kept for reference; name the metrics then, as `statistics`.
+            return logits. Or a reference file (`qsa capture --for-reference`); name the metrics then, in `statistics`.
 
     Raises:
         AnomalyError: there is no batch, or a pattern matches no layer.

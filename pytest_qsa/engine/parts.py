@@ -24,14 +24,13 @@ def capture_parts(
     allow_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[list[Capture], list[Capture]]:
-    """Capture `parts` disjoint parts of the data, of num_samples windows each, or as many as the text has for each.
+    """Capture disjoint parts of the data, of num_samples windows each or of as many as the text has for each.
 
+    `passes`: the number of passes over the first part. Where a request compares, the reference runs with the subject.
     Returns the captures of the parts, and those of the further passes over the first part.
 
-    `passes`: how many over the first part. Where a request compares, the reference runs beside the subject.
-
     Raises:
-        InfraError: as `capture_subject`; there is too little text for so many parts; or the reference does not fit.
+        InfraError: as `capture_subject`; there is too little text for the parts; or the reference does not fit.
     """
     loaded = load_subject(subject, allow_code=allow_code)
     reference: Loaded | None = None
@@ -49,8 +48,8 @@ def capture_parts(
         activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
-            told = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            own = capture_loaded(subject, loaded, None, activations if captures else requests, told, share, reference)
+            moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
+            own = capture_loaded(subject, loaded, None, activations if captures else requests, moved, share, reference)
             captures.append(_with_weights(own, captures[0]) if captures else own)
     finally:
         for held in (loaded, reference):
@@ -77,7 +76,7 @@ def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Lo
 
 
 def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
-    """Return how many windows each part gets: `num_samples`, or fewer where the text has not so many.
+    """Return how many windows each part gets: `num_samples`, or as many as the text has.
 
     Raises:
         InfraError: there is no tokenizer, or not one window for each part.

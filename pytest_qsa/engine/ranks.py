@@ -22,7 +22,7 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those that torchrun started."""
+    """The processes that torchrun started: how many there are, and which one this is."""
 
     rank: int = 0
     size: int = 1
@@ -35,11 +35,11 @@ class Ranks:
         """Make this rank's part (None where it has none), and return the merged parts of all.
 
         Raises:
-            QsaError: a part could not be made, on whichever rank; every rank is told, and none waits for ever.
+            QsaError: a part could not be made, on any rank. All ranks raise, so that none waits for ever.
         """
         if self.size == 1:
             made = make()
-            assert made is not None
+            assert made is not None  # one process has all batches, of which there is one at least
             return made
         part, error = None, None
         try:
@@ -57,8 +57,8 @@ class Ranks:
     def led(self, get: Callable[[MakeCapture], Capture], make: MakeCapture) -> Capture | None:
         """Let the first rank look for a capture, and all make it together if it has to be made; None on the others.
 
-        `get` is only called on the first rank: it may find the capture in a cache, or call what it is given. Sums of an
-        unfinished pass are of one process: several start anew.
+        `get` is only called on the first rank: it may find the capture in a cache, or call the function that it gets.
+        The sums of an unfinished pass are of one process, so that several start anew.
         """
         if self.size == 1:
             return get(make)
@@ -67,35 +67,36 @@ class Ranks:
             if plan is not None:
                 make(plan, None)
             return None
-        told = False
+        announced = False
 
         def together(requests: Sequence[Request], sums: PartialSums | None) -> Capture:
-            nonlocal told
-            told = True
+            nonlocal announced
+            announced = True
             self._from_first(tuple(requests))
             return make(requests, None)
 
         try:
             return get(together)
         finally:
-            if not told:
+            if not announced:  # the others wait for a plan: None lets them go
                 self._from_first(None)
 
     def _all(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with _told():
+        with _lost_rank():
             distributed.all_gather_object(values, value)
         return values
 
     def _from_first(self, value: Any) -> Any:
         values = [value]
-        with _told():
+        with _lost_rank():
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _lost_rank() -> Iterator[None]:
+    """Name what a failed collective means."""
     try:
         yield
     except RuntimeError as error:

@@ -88,7 +88,7 @@ class Captures:
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         if self.shared is None or subject.model is None:
             return self._through_cache(subject, requests, make)
-        return self._make_shared(subject, requests, lambda plan: self._through_cache(subject, plan, make))
+        return _make_once(self.shared, subject, requests, lambda plan: self._through_cache(subject, plan, make))
 
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         hashes = self._hashes()
@@ -107,31 +107,6 @@ class Captures:
         capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, known)
         return identified(capture, subject, hashes), source  # the same bytes may have lain elsewhere
 
-    def _make_shared(
-        self, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Found]
-    ) -> Found:
-        from filelock import FileLock
-
-        assert self.shared is not None
-        self.shared.mkdir(parents=True, exist_ok=True)
-        # sorted, for a set's own order is another in each worker: they would not find one another's file
-        wanted = [(each.pattern, each.site, each.exclude, sorted(map(str, each.statistics))) for each in requests]
-        plan = hashlib.sha256(repr((subject.key, wanted)).encode()).hexdigest()[:32]
-        file, failure = self.shared / f"{plan}.qsa", self.shared / f"{plan}.json"
-        with FileLock(self.shared / f"{plan}.lock"):
-            if failure.exists():
-                raise _recalled(failure)
-            if file.exists():
-                logger.debug("%s: another worker has made the capture", subject.name)
-                return Capture.load(file), "worker"
-            try:
-                capture, source = make(requests)
-            except QsaError as error:
-                write_atomically(failure, json.dumps({"kind": error.kind, "text": str(error)}))
-                raise
-            capture.save(file)
-            return capture, source
-
 
 def again(error: QsaError) -> QsaError:
     """Return a copy of an error to raise once more, because the first one has the traceback of another test."""
@@ -142,3 +117,29 @@ def _recalled(failure: Path) -> QsaError:
     """Return the error that another worker recorded, so that no worker tries again."""
     content = json.loads(failure.read_text(encoding="utf-8"))
     return (AnomalyError if content["kind"] == AnomalyError.kind else InfraError)(content["text"])
+
+
+def _make_once(
+    shared: Path, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Found]
+) -> Found:
+    """Make a capture in one of the workers that share a folder; the others wait for its file, or its failure."""
+    from filelock import FileLock
+
+    shared.mkdir(parents=True, exist_ok=True)
+    # sorted, for a set's own order is another in each worker: they would not find one another's file
+    wanted = [(each.pattern, each.site, each.exclude, sorted(map(str, each.statistics))) for each in requests]
+    plan = hashlib.sha256(repr((subject.key, wanted)).encode()).hexdigest()[:32]
+    file, failure = shared / f"{plan}.qsa", shared / f"{plan}.json"
+    with FileLock(shared / f"{plan}.lock"):
+        if failure.exists():
+            raise _recalled(failure)
+        if file.exists():
+            logger.debug("%s: another worker has made the capture", subject.name)
+            return Capture.load(file), "worker"
+        try:
+            capture, source = make(requests)
+        except QsaError as error:
+            write_atomically(failure, json.dumps({"kind": error.kind, "text": str(error)}))
+            raise
+        capture.save(file)
+        return capture, source

@@ -1,1 +1,1 @@
-"""A second model that the subject is compared with, live or kept in a file."""
+"""A second model that the subject is compared with: one that runs, or one that was recorded to a file."""

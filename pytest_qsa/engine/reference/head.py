@@ -81,58 +81,57 @@ def scalings_of(model: nn.Module) -> Iterator[dict[str, float]]:
         yield found
 
 
-def located_head(head: Head, path: str, revision: str | None, beside: Path) -> dict[str, Any]:
+def located_head(head: Head, path: str, revision: str | None, folder: Path) -> dict[str, Any]:
     """Find the head's weights in the checkpoint, by their content; return where they are, for `read_head`.
 
-    `beside`: the folder that a path on this machine is written relative to.
+    `folder`: what a path on this machine is written relative to.
 
     Raises:
         InfraError: they don't lie there as they are, in a safetensors file.
     """
-    folder = open_folder(path, revision)
+    checkpoint = open_folder(path, revision)
     local = Path(path).is_dir()
     entry: dict[str, Any] = {
-        "path": os.path.relpath(path, beside) if local else path,
-        "revision": None if local else folder.path.name,
+        "path": os.path.relpath(path, folder) if local else path,
+        "revision": None if local else checkpoint.path.name,
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "scaling": dict(head.scaling),
     }
     for part, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is not None:
-            stored = next((each for each in folder.tensors.values() if _is(each, tensor)), None)
+            stored = next((each for each in checkpoint.tensors.values() if _is(each, tensor)), None)
             if stored is None:
                 raise InfraError(f"{path} holds no tensor that equals the head's {part}")
             entry[part] = {"name": stored.name, "sha256": hashlib.sha256(_bytes(stored)).hexdigest()}
     return entry
 
 
-def read_head(entry: Mapping[str, Any], kept: Path) -> Head:
-    """Read a head alone from its checkpoint, as `located_head` found it. `kept`: the file that says so.
+def read_head(entry: Mapping[str, Any], file: Path) -> Head:
+    """Read a head alone from its checkpoint, as `located_head` found it. `file`: the reference file.
 
     Raises:
         InfraError: the checkpoint is gone or isn't what it was.
     """
-    local = kept.parent / entry["path"]
+    local = file.parent / entry["path"]
     way_out = "bring that checkpoint back, or make the reference anew (--with-head keeps the head in the file)"
     try:
         tensors = open_folder(local if local.is_dir() else entry["path"], entry["revision"]).tensors
     except InfraError:
         raise InfraError(
-            f"{kept}: the reference's head is read from {entry['path']}, which isn't here: {way_out}"
+            f"{file}: the reference's head is read from {entry['path']}, which isn't here: {way_out}"
         ) from None
-    parts: dict[str, Tensor | None] = {"weight": None, "bias": None}
-    for part in parts:
+    parts: dict[str, Tensor] = {}
+    for part in ("weight", "bias"):
         if part in entry:
             stored = tensors.get(entry[part]["name"])
             content = _bytes(stored) if stored is not None else None
             if stored is None or content is None or hashlib.sha256(content).hexdigest() != entry[part]["sha256"]:
                 raise InfraError(
-                    f"{kept}: the reference's head, {entry[part]['name']} in {entry['path']}, isn't what it was when "
+                    f"{file}: the reference's head, {entry[part]['name']} in {entry['path']}, isn't what it was when "
                     f"the reference was kept: {way_out}"
                 )
             parts[part] = _decoded(stored, content).to(getattr(torch, entry["dtype"]))
-    assert parts["weight"] is not None
-    return Head(parts["weight"], parts["bias"], entry["scaling"])
+    return Head(parts["weight"], parts.get("bias"), entry["scaling"])
 
 
 def _is(stored: Stored, tensor: Tensor) -> bool:

@@ -169,7 +169,7 @@ class RowRecorder(Participant):
             check_rows(layer, powers_of(outputs, alone, None)[:, :2].sum(dim=0))
 
     def _check_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Check once that the head makes the model's logits of what is kept, and find out how its output is scaled."""
+        """Check once that the head makes the model's logits of what is recorded, and find out how they are scaled."""
         if self.head is None or self._latest is None or self.checked_head or self.problem:
             return
         index, kept, hidden = self._latest
@@ -212,7 +212,7 @@ def record_model(
     """Run a model once and record what a comparison with it at these requests needs.
 
     Without a request that compares layers, the outputs of the blocks are recorded. `locate`: finds the head's weights
-    in the checkpoint; without it they can only be kept in the file.
+    in the checkpoint; without it they can only go into the file.
 
     Raises:
         InfraError: what the model predicts is asked for and can't be recorded.

@@ -1,7 +1,7 @@
 """The file of a recorded reference: drawn rows of its sites, its last hidden states, and where its head lies.
 
 safetensors, with one JSON text under the metadata key `qsa`; docs/capture-format.md specifies it. A sample is known
-by the hash of its content, a token by its place among those that are no padding: neither order nor batches matter.
+by the hash of its content, a token by its index among those that are no padding: neither order nor batches matter.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MASKS = {
 
 
 def hashes_of(batch: Batch) -> list[str]:
-    """Return the SHA-256 of each row of a batch; padding and the width of whole numbers don't count."""
+    """Return the SHA-256 of each row of a batch, whatever its padding and the width of its integers."""
     named: Mapping[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     count = row_count(batch)
     tensors = {n: t for n, t in sorted(named.items()) if isinstance(t, Tensor) and t.dim() and len(t) == count}
@@ -58,7 +58,7 @@ def hashes_of(batch: Batch) -> list[str]:
 
 
 def drawn_tokens(seed: int, sample: str, count: int, rows: int) -> NDArray[np.int32]:
-    """Return which of a sample's `count` tokens are kept, ascending; it depends on the sample's hash alone."""
+    """Return which of a sample's `count` tokens are recorded, ascending; it depends on the sample's hash alone."""
     if count <= rows:
         return np.arange(count, dtype=np.int32)
     generator = np.random.default_rng([seed, int(sample[:16], 16), count])
@@ -223,7 +223,7 @@ class ReferenceFile:
         return {(each["layer"], each["site"], each["call"]): each for each in self.header["streams"]}
 
     def rows(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the rows [R, C] that are kept of each sample, and which of its tokens they are, [R] int64."""
+        """Return the rows [R, C] that are recorded of each sample, and which of its tokens they are, [R] int64."""
         entry = self.calls[call]
         sizes = np.minimum(self._counts(entry), self.header["rows"]).tolist()
         rows, at = self._tensor(entry["rows"]), self._tensor(entry["at"]).long()

@@ -43,7 +43,7 @@ def check_answerable(requests: Sequence[Request], shown: str) -> None:
     """Refuse requests that no file can answer, before a model is loaded.
 
     Raises:
-        InfraError: weights, or channels of all tokens.
+        InfraError: they ask for weights, or for channels of all tokens, which no file holds.
     """
     for request in requests:
         names = against_reference(request.statistics)
@@ -167,12 +167,12 @@ class ReplayedReference(Reference):
         """Return logits [B, T, V] that are made again; 0 at padding."""
         layer = "decoder" if rows.has_decoder else ""
         made = [self._head.logits(self.file.hidden(sample).to(self._device)) for sample in samples]
-        places = [_places(rows, index, layer, len(one)) for index, one in enumerate(made)]
-        if all(place is None for place, _ in places):
+        positions = [_positions(rows, index, layer, len(one)) for index, one in enumerate(made)]
+        if all(counting is None for counting, _ in positions):
             return torch.stack(made)
-        found = made[0].new_zeros(len(made), max(length for _, length in places), made[0].shape[-1])
-        for row, one, (place, length) in zip(found, made, places, strict=True):
-            row[slice(length) if place is None else place.to(self._device)] = one
+        found = made[0].new_zeros(len(made), max(length for _, length in positions), made[0].shape[-1])
+        for row, one, (counting, length) in zip(found, made, positions, strict=True):
+            row[slice(length) if counting is None else counting.to(self._device)] = one
         return found
 
     @property
@@ -196,17 +196,17 @@ class ReplayedReference(Reference):
     def _numbers(self, site: SiteKey, calls: Sequence[Call]) -> SiteNumbers:
         maxima = {call[2]: self.file.maxima(call) for call in calls}
         owners, tokens, peaks, channels = [], [], [], []
-        for own, kept, rows, row in sorted(self._replayed, key=lambda replayed: replayed[0]):
+        for own, recorded, rows, row in sorted(self._replayed, key=lambda replayed: replayed[0]):
             for call in sorted(maxima):
-                values = maxima[call][kept].numpy()
-                place, length = _places(rows, row, site[0], len(values))
-                at: NDArray[Any] = np.arange(length) if place is None else place.numpy()
+                values = maxima[call][recorded].numpy()
+                counting, length = _positions(rows, row, site[0], len(values))
+                at: NDArray[Any] = np.arange(length) if counting is None else counting.numpy()
                 spread = np.full(length, PADDING, dtype=np.float32)
                 spread[at] = values
                 tokens.append(spread)
                 owners.append((own - self._first_sample, call, length))
                 sinks = [
-                    s for s in self.file.header["sinks"] if s[0] == kept and site[0] in s[3] and site[1] == "output"
+                    s for s in self.file.header["sinks"] if s[0] == recorded and site[0] in s[3] and site[1] == "output"
                 ]
                 peaks.append([int(at[sink[1]]) for sink in sinks])
                 channels.append([sink[2] for sink in sinks])
@@ -227,7 +227,7 @@ class ReplayedReference(Reference):
         )
 
 
-def _places(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
+def _positions(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
     """Return the indices of a sample's tokens in its row of a batch, without padding, and the length of the row."""
     for length in rows.lengths:
         kept = rows.unpadded(layer, length)[index]

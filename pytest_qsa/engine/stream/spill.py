@@ -1,4 +1,4 @@
-"""Hidden states of waiting samples that would not fit in memory, kept in a file of their own until they go on."""
+"""Hidden states of waiting samples that don't fit in memory: each is in a file of its own until its forward goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...common import InfraError, Scratch
 
 @dataclass
 class Held:
-    """A waiting hidden state: `file` is None while it is in memory. `key`: where its values lie."""
+    """A waiting hidden state. `file`: None while it's in memory; `key`: the address of its values."""
 
     hidden: Tensor
     size: int
@@ -36,9 +36,9 @@ class Spill:
         self._number = 0
 
     def hold(self, hidden: Tensor | None) -> Held | None:
-        """Take note of a waiting sample's hidden state; the ones that came last go to disk, as they are needed last.
+        """Hold the hidden state of a waiting sample; the ones that come last go to disk, for they are needed last.
 
-        The tensor itself is emptied, so that every frame of the suspended forward that refers to it is served.
+        The tensor itself is emptied: other frames of the suspended forward refer to it, and would keep its memory.
 
         Raises:
             InfraError: there is no space for it.
@@ -91,5 +91,5 @@ class Spill:
 
 
 def _owned(hidden: Tensor) -> bool:
-    """Say whether a tensor's values are its own: a view of a weight or of another sample's is left alone."""
+    """Say whether nothing else shares a tensor's memory: a view of a weight or of another sample must stay as it is."""
     return not isinstance(hidden, torch.nn.Parameter) and hidden.untyped_storage().nbytes() == hidden.nbytes

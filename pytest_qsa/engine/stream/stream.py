@@ -1,7 +1,8 @@
-"""Models larger than memory: every sample's forward waits at the entrance of a unit until its weights are there.
+"""Models larger than memory: every sample's forward waits at the entrance of a unit until its weights are loaded.
 
-Each forward runs in a greenlet. A unit is loaded once, all samples pass it in order, and it goes; while they pass, the
-next one is read. Nothing is traced, and the operations are those of a model in memory, so that the bits are the same.
+A unit is a block, or a layer outside the blocks. Each forward runs in a greenlet. A unit is loaded once, all samples
+pass it in order, and it's released; meanwhile the next one is read. Nothing is traced, and the operations are those of
+a model in memory, so that the bits are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .shards import Shards, StoredTensor
 from .spill import Spill
 
 WAVE = 256
-"""How many samples wait at once: each holds a greenlet's frames, and its hidden state in memory or on disk."""
+"""The most forwards that wait at once: each holds a greenlet's frames, and its hidden state in memory or on disk."""
 
 Weights = dict[StoredTensor, nn.Parameter]
 Item = TypeVar("Item")
@@ -45,7 +46,7 @@ class Slot:
 
 @dataclass(eq=False)
 class Unit:
-    """What is loaded and let go at once. `modules`: the names of those that own its slots."""
+    """Weights that are loaded and released together. `modules`: the names of the modules that own them."""
 
     name: str
     slots: list[Slot] = field(default_factory=list)
@@ -101,7 +102,7 @@ def units_of(model: nn.Module, shards: Shards) -> tuple[list[Unit], Unit]:
 
 
 def shared_tensors(units: list[Unit], shards: Shards) -> set[StoredTensor]:
-    """Return the tensors that several units hold, tied weights: they are read once and kept."""
+    """Return the tensors that several units hold, tied weights: they are read once and stay in memory."""
     holders = Counter(stored for unit in units for stored in {shards.locate(slot.key) for slot in unit.slots})
     return {stored for stored, count in holders.items() if count > 1}
 
@@ -115,7 +116,7 @@ def _slots(name: str, module: nn.Module, shards: Shards) -> Iterator[Slot]:
 
 
 class Stream:
-    """A model whose weights are on disk, read unit by unit. `held`: the bytes of hidden states kept in memory."""
+    """A model whose weights are on disk, read unit by unit. `held`: the most bytes of hidden states in memory."""
 
     def __init__(self, model: nn.Module, shards: Shards, device: torch.device, held: int | None = None) -> None:
         self.shards = shards
@@ -149,7 +150,7 @@ class Stream:
 
     @contextmanager
     def ready(self, loading: Loading | None = None) -> Iterator[None]:
-        """Hook the entrances and load what stays; afterwards no weight is in memory."""
+        """Hook the units' entrances and load what stays in memory for the pass; afterwards no weight is in memory."""
         self._loading = loading or (lambda modules: None)
         handles = [
             module.register_forward_pre_hook(self._entrance(unit), prepend=True, with_kwargs=True)
@@ -229,7 +230,7 @@ class Stream:
             self._prefetch(awaited)
 
     def visit_rest(self, wanted: Callable[[Sequence[str]], bool]) -> None:
-        """Load the units that a caller still wants to look at, though no forward came by."""
+        """Load the units that no forward has reached and whose weights a caller still has to see."""
         for unit in self.units:
             if wanted(unit.modules):
                 self._enter(unit)
@@ -242,7 +243,7 @@ class Stream:
                 self._before_waiting()
             held = self.spill.hold(input_of(args, kwargs))
             while self._loaded is not unit:
-                grad = torch.is_grad_enabled()
+                grad = torch.is_grad_enabled()  # a greenlet switch doesn't restore it: torch has it by thread
                 getcurrent().parent.switch(unit)
                 torch.set_grad_enabled(grad)
             self.spill.bring_back(held)

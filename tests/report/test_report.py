@@ -17,6 +17,7 @@ import pytest
 
 from pytest_qsa.captures.distributions import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
+from pytest_qsa.report import page as report_page
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 from support.projects import peaks, suite
@@ -466,3 +467,8 @@ def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
     page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator(".picture img").evaluate("image => image.naturalWidth") == 1080
+
+
+def test_every_section_of_the_page_has_a_template_of_its_name():
+    folder = Path(report_page.__file__).parent / "templates/report"
+    assert {path.name.removesuffix(".html.j2") for path in folder.iterdir()} == set(report_page.PAGE_SECTIONS)

@@ -111,9 +111,8 @@ class PairStatistics:
         self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, own: Tensor, shaped: Tensor
     ) -> list[dict[str, Any]]:
         """Return the numbers of each sample; those of the same two tensors at another site are not computed again."""
-        if (
-            self._local[site] or self._channels[site] or site not in self._error
-        ):  # these also depend on the layer, not on the two tensors alone
+        # Local errors and channels also depend on the layer, not on the two tensors alone.
+        if self._local[site] or self._channels[site] or site not in self._error:
             return self._compute(rows, site, reference, shaped)
         key, versions = (id(reference.tensor), id(own)), (_version(reference.tensor), _version(own))
         known = self._known.get(key)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from ..captures import LOGITS, SINKS, Capture, exactly
 from ..checkpoint import Files, Finding, problems_of
-from ..common import InfraError, QsaError
+from ..common import InfraError, QsaError, logger
 from ..metrics import METRICS, Metric, made_by_loader
 from .origins import origin_of
 from .tokens import token_evidence
 from .verdict import Kind, Row, Verdict
 
-LOG = logging.getLogger(__name__)
 OUT_OF_BOUNDS = frozenset({Kind.REGRESSION, Kind.WARNED})
 ANY = frozenset(Kind)
 LAYER_CHECKS = ("checkpoint_scales", "checkpoint_weights", "checkpoint_formats", "checkpoint_keys")
@@ -80,7 +77,7 @@ def tell_design(verdict: Verdict, context: Context) -> Verdict:
     try:
         relation = context.files().relation
     except InfraError as error:  # a model of a fixture or a factory has no files
-        LOG.debug("no files to tell by whether layers differ by design: %s", error)
+        logger.debug("no files to tell by whether layers differ by design: %s", error)
         return verdict
     blocks = relation.compare == "blocks" and any(row.layer in context.capture.blocks for row in _out(verdict))
     if relation.compare == "layers" or blocks:
@@ -115,7 +112,7 @@ def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:
             if found := problems_of(files(), check, rf"^{re.escape(layer)}(\.|$)")[1]:
                 return found
         except QsaError as error:  # no files, or nothing there that this check looks at
-            LOG.debug("%s says nothing of %s: %s", check, layer, error)
+            logger.debug("%s says nothing of %s: %s", check, layer, error)
     return ()
 
 
@@ -127,13 +124,15 @@ def show_reference(verdict: Verdict, context: Context) -> Verdict:
     known = [row.layer for row in verdict.rows if _is_known(reference, row.layer, verdict)]
     if not known or (query["positions"] in ("sink", "no_sink") and not reference.sinks.searched):
         return verdict
-    with suppress(QsaError):  # these values are shown, never judged
+    try:
         series = reference.select(exactly(known), query["site"]).series(
             query["metric"], query["reduce"], query["positions"] or "all", **query["parameters"]
         )
-        values = dict(zip(series.layers, series.values.tolist(), strict=True))
-        return replace(verdict, rows=[replace(row, reference=values.get(row.layer)) for row in verdict.rows])
-    return verdict
+    except QsaError as error:  # these values are shown, never judged
+        logger.debug("no value of the reference beside %s: %s", verdict.id, error)
+        return verdict
+    values = dict(zip(series.layers, series.values.tolist(), strict=True))
+    return replace(verdict, rows=[replace(row, reference=values.get(row.layer)) for row in verdict.rows])
 
 
 def _is_known(reference: Capture, layer: str, verdict: Verdict) -> bool:

@@ -51,7 +51,7 @@ class PartialSums:
         try:
             write_atomically(self.file, content + hashlib.sha256(content).digest())
         except OSError:
-            self.every = float("inf")
+            self.every = float("inf")  # a full disk stays full: don't try again
         self._written = time.monotonic()
 
     def discard(self) -> None:
@@ -90,7 +90,7 @@ class CaptureCache:
             found = self._load(file)
             if found is not None and found.covers(requests):
                 logger.debug("the cached capture %s answers everything", file.name)
-                file.touch()
+                file.touch()  # pruning goes by the time of the last use
                 return found
             lacking = "there is no such capture" if found is None else "it lacks something that is asked for now"
             logger.debug("the cached capture %s can't be used: %s", file.name, lacking)

@@ -38,6 +38,7 @@ def merge(captures: Sequence[Capture]) -> Capture:
     made: dict[tuple[int, ...], SiteNumbers] = {}
     shared: dict[int, list[SiteNumbers]] = {}
     sites: dict[Any, SiteNumbers] = {}
+    # Sites that share their tensor share one `SiteNumbers`; merging them one by one would store it once for each.
     for site in _sites(ordered):
         parts = [capture.sites.get(site) for capture in ordered]
         key = tuple(id(part) for part in parts)
@@ -154,7 +155,7 @@ def _sites(captures: Sequence[Capture]) -> list[Any]:
 
 def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weight: bool) -> SiteNumbers:
     present = [(part, offset) for part, offset in zip(parts, offsets, strict=True) if part is not None]
-    if weight:
+    if weight:  # each part has seen the whole of it
         return present[0][0]
     seen = [(part, offset) for part, offset in present if part.populations]
     if not seen:
@@ -162,6 +163,7 @@ def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weig
     numbers = [part for part, _ in seen]
     if len({part.dtype for part in numbers}) > 1:
         raise InfraError(f"the captures hold one layer in {numbers[0].dtype} and in {numbers[-1].dtype}")
+    # One pass over all samples would end with the shape that the last part has.
     return replace(
         numbers[-1],
         statistics=numbers[0].statistics,

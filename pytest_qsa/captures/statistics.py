@@ -48,6 +48,7 @@ def padded(rows: Sequence[Array]) -> NDArray[np.int32]:
 
 def _ragged(tables: Sequence[Array]) -> Array:
     """Concatenate tables of different widths, with −1 where there is nothing."""
+    # K follows the longest sample of a capture, so that the tables of its parts differ in width.
     width = max(table.shape[1] for table in tables)
     return np.concatenate(
         [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1) for table in tables]
@@ -117,9 +118,11 @@ class Statistic:
         return ":".join([self.name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)])
 
     def __hash__(self) -> int:
+        # The classes without parameters would all have the hash of an empty tuple.
         return hash(str(self))
 
     def __lt__(self, other: Statistic) -> bool:
+        # The order of the texts is that of captures' headers and of plans, whose bytes stay.
         return str(self) < str(other)
 
     @property
@@ -145,6 +148,7 @@ class Statistic:
         if kind is None:
             raise SuiteError(f"unknown statistic '{text}'{did_you_mean(name, STATISTICS)}")
         types = [get_type_hints(kind)[field.name] for field in fields(kind)]
+        # The last parameter may hold a colon itself, as in channel_error:skip_first:4.
         values = rest.split(":", len(types) - 1) if rest and types else [rest] if rest else []
         try:
             return kind(*(of(value) for of, value in zip(types, values, strict=True)))
@@ -336,6 +340,7 @@ class QuantizationPowers(Statistic):
     needs_tokens = True
 
     def __post_init__(self) -> None:
+        # Two requests must not differ by a group size that neither uses.
         if self.by != "group":
             object.__setattr__(self, "group_size", 0)
 

@@ -13,6 +13,7 @@ class MetricMethods:
     """The methods of a selection: a metric's own parameters, then `reduce` and `positions` where it has them."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        # copy, pickle and doctest ask for dunder names that aren't there; these must not load entry points.
         metric = None if name.startswith("_") else METRICS.find(name)
         if metric is None:
             raise AttributeError(f"there is no metric '{name}'{did_you_mean(name, METRICS)}")

@@ -245,7 +245,7 @@ class Registry(Mapping[str, Metric]):
             SuiteError: an entry point can't be loaded, or defines a name that is taken.
         """
         if name not in self and not self._entry_points_loaded:
-            self._entry_points_loaded = True
+            self._entry_points_loaded = True  # once: importing a module again would not run its decorators
             for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
                 try:
                     point.load()
@@ -276,6 +276,7 @@ class Registry(Mapping[str, Metric]):
         return self._own[name] if name in self._own else self._others[name]
 
     def __iter__(self) -> Iterator[str]:
+        # This package's come first: a user's metric changes the order of nothing that is listed.
         yield from self._own
         yield from self._others
 

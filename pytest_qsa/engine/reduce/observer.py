@@ -128,6 +128,7 @@ class StreamObserver:
         self.token_axis = token_axis
         rows = (x.detach() if x.requires_grad else x).unbind()
         for row, kept, sample in zip(rows, keep, samples, strict=True):
+            # A sample of padding alone, or an expert that no token reached, is no population.
             if (kept is not None and not len(kept)) or not row.numel():
                 continue
             self.owners.extend((sample, call, row.shape[0] if token_axis else 0))

@@ -106,7 +106,7 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
     triton_kernels.compare[(len(own),)](
         other.contiguous(), own.contiguous(), following, found, own.shape[1], compared=reference is not None, block=1024
     )
-    found[:, 2].clamp_(min=0)
+    found[:, 2].clamp_(min=0)  # a divergence is never negative, but its rounding may be
     return found
 
 
@@ -120,7 +120,7 @@ def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:
         pair_kernels.score_rows(_rows(own), following, found[:, 0], threads)
     else:
         pair_kernels.compare_rows(_rows(reference), _rows(own), following, found, threads)
-        found[:, 2] = np.maximum(found[:, 2], 0.0)
+        found[:, 2] = np.maximum(found[:, 2], 0.0)  # as in cuda_scores
     return found
 
 

@@ -64,6 +64,7 @@ class Arena:
         begin = self._used
         if begin + size > self._ready:
             begin = self._prepare(size)
+        # Aligned, so that a view of any dtype may begin at the next offset.
         self._used = (begin + size + 15) & ~15
         return self._start + begin, self._map[begin : begin + size]
 

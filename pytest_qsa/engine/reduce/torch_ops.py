@@ -134,7 +134,7 @@ def _count_channels(x: Tensor, into: Accumulator) -> None:
 
 
 def _count_compiled(x: Tensor, into: Accumulator) -> None:
-    from . import cpu_kernels as kernels
+    from . import cpu_kernels as kernels  # numba may be absent
 
     if "channel_counts" not in into.pooled:
         counts = own_pages(4 * 2 * CODES * x.shape[1]).view(np.uint32)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers.utils.quantization_config import QuantizationMethod
 
 from pytest_qsa.checkpoint import Files, open_folder
 from pytest_qsa.checkpoint.formats.format import FORMATS
@@ -54,6 +55,8 @@ def test_the_scheme_of_kernels_is_read_off_the_configuration():
     model = nn.Sequential(QuantLinear(), nn.Linear(2, 2))
     model.config = Config()
     assert schemes_of(model) == {"0": "w4a16_int"}
+    Config.quantization_config = {"quant_method": QuantizationMethod.BITS_AND_BYTES, "load_in_8bit": True}
+    assert schemes_of(model) == {"0": "w8a8_int"}
     Config.quantization_config = {"quant_method": "somebodys"}
     assert schemes_of(model) is None
     Config.quantization_config = None

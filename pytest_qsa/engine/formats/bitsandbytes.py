@@ -15,6 +15,6 @@ class BitsAndBytesModules(EngineFormat):
 
     def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
         """Return 8 bits for weights and inputs, or 4-bit floats for weights alone."""
-        if str(settings.get("quant_method", "")).lower() != self.name:
+        if settings["quant_method"] != self.name:
             return None
         return scheme_name(8, 8, floats=False) if settings.get("load_in_8bit") else scheme_name(4, 16, floats=True)

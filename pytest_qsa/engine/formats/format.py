@@ -51,6 +51,7 @@ class EngineFormat:
         """Return the one scheme of all layers that a `quantization_config` states; None for another format.
 
         For quantizers whose modules don't say their scheme, and whose classes replace every layer that is quantized.
+        `settings`: its keys, `quant_method` in lower case.
         """
         return None
 
@@ -149,6 +150,9 @@ def schemes_of(model: nn.Module) -> dict[str, str] | None:
     settings = stated if isinstance(stated, dict) else stated.to_dict() if stated is not None else {}
     if own or not settings:
         return own
+    method = settings.get("quant_method")
+    # the libraries' own configurations hold an enum, whose str() is not its value
+    settings = {**settings, "quant_method": str(getattr(method, "value", method) or "").lower()}
     scheme = _declared_scheme(settings, ENGINE_FORMATS.built_in()) or _declared_scheme(settings, ENGINE_FORMATS.all())
     return {name: scheme for name, layer in layers.items() if _replaces_linear(layer)} if scheme else None
 

@@ -34,5 +34,5 @@ class Fp8Modules(EngineFormat):
 
     def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
         """Return 8 bits for weights and inputs."""
-        method = str(settings.get("quant_method", "")).lower()
-        return scheme_name(8, 8, floats=True) if method in ("fp8", "fbgemm_fp8", "finegrained_fp8") else None
+        known = settings["quant_method"] in ("fp8", "fbgemm_fp8", "finegrained_fp8")
+        return scheme_name(8, 8, floats=True) if known else None

@@ -15,8 +15,9 @@ class GptqModules(EngineFormat):
 
     def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
         """Return the bits of the configuration, and inputs in 16 bits."""
-        method = str(settings.get("quant_method", "")).lower()
-        return scheme_name(int(settings.get("bits") or 4), 16, floats=False) if method == self.name else None
+        if settings["quant_method"] != self.name:
+            return None
+        return scheme_name(int(settings.get("bits") or 4), 16, floats=False)
 
 
 class AwqModules(GptqModules):

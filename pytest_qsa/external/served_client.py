@@ -75,6 +75,8 @@ class Endpoint:
     def _once(self, method: str, path: str, body: bytes | None) -> Any:
         deadline = time.monotonic() + self.timeout
         try:
+            # http.client rather than a larger library: it follows no redirect and reads no proxy from the environment,
+            # so that a suite reaches only the address that it shows.
             status, content = self._exchange(method, path, body, deadline)
         except (TimeoutError, socket.gaierror, ssl.SSLError) as error:
             what = f"no answer in {self.timeout:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -106,10 +108,12 @@ class Endpoint:
         content = bytearray()
         while block := response.read1(READ_SIZE):
             content += block
+            # The socket's timeout is for one read; a server that sends a byte now and then would never reach it.
             if time.monotonic() > deadline:
                 raise TimeoutError
             if len(content) > MOST_BYTES:
                 raise self._error(path, f"an answer of more than {MOST_BYTES >> 20} MiB")
+        # read1 returns nothing at the end of a connection, also where the announced length was not reached.
         if response.length:
             raise http.client.IncompleteRead(bytes(content))
         return bytes(content)
@@ -131,6 +135,7 @@ class Endpoint:
 
     def _error(self, path: str, what: str) -> InfraError:
         text = f"{self.url.rstrip('/')}{path}: {what}"
+        # A server may repeat the key in its message.
         return InfraError(text.replace(self.key, "…") if self.key else text)
 
 
@@ -198,6 +203,7 @@ class Client:
             AnomalyError: what it gives are no log-probabilities.
         """
         where = f"{self.served.url}, sample {sample}"
+        # One more, for each request asks for one generated token.
         if self.longest is not None and len(tokens) + 1 > self.longest:
             raise InfraError(
                 f"{self.served.url} takes {self.longest} tokens and a sample has {len(tokens)} and one more: lower "
@@ -232,6 +238,8 @@ class Client:
         self._check(answer, positions, tokens, where)
         rows = prompt_rows(positions, where)
         for at, row in enumerate(rows, 1):
+            # vLLM lists the token that came in addition to the likeliest ones: without it the answer is of another
+            # prompt.
             if tokens[at] not in row:
                 raise InfraError(
                     f"{where}: the token {tokens[at]} at position {at} is not in the answer: another prompt"
@@ -259,6 +267,7 @@ class Client:
             told = f"{len(came)} tokens" if isinstance(came, list) else "no input_token_logprobs"
             raise InfraError(f"{where}: {len(tokens)} tokens were sent, the answer has {told}")
         try:
+            # The token that came may be missing among the likeliest: SGLang lists it apart.
             rows = [{**_pairs(entries), **_pairs([own])} for own, entries in zip(came[1:], top[1:], strict=True)]
             if [int(entry[1]) for entry in came] != tokens:
                 raise InfraError(f"{where}: the answer is of other tokens than were sent")
@@ -272,7 +281,7 @@ class Client:
     def _next(self, prefix: list[int], where: str) -> Mapping[int, float]:
         """Ask for the prediction after a prefix: llama.cpp's server gives no logprobs of a prompt, but keeps it."""
         content = {
-            "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
+                "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
             "cache_prompt": True, "post_sampling_probs": False,
         }  # fmt: skip
         answer = self._answer("/completion", content, where)

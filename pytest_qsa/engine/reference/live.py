@@ -129,6 +129,8 @@ class LiveReference(Reference):
                 rehearse(self.model, self.statistics, run.batches[0])
             exits.enter_context(self.stream.ready())
         if run.stream is not None:
+            # The subject's stream drives both models, so that each unit of the reference is loaded once for all samples
+            # too.
             run.stream.run_with(self.stream, self._settle)
             exits.callback(run.stream.run_with, None, None)
         if any(map(_needs_sinks, chain.from_iterable(self.compared.values()))):
@@ -167,7 +169,10 @@ class LiveReference(Reference):
 
     def forward_started(self, forward: Forward) -> None:
         """Get the reference's forward over the same batch ready; it begins when the subject first asks."""
+        # Where only weights are compared the reference has no forward to run.
         if self._own or self.compares_predictions:
+            # Streamed forwards of both models are interleaved; the number of the first sample says which belong
+            # together.
             first = forward.rows.samples[0]
             own = Forward(forward.batch, rows_of(forward.batch, first), forward.first)
             self._lockstep[first] = Lockstep(self, own)
@@ -256,6 +261,7 @@ class _Rendezvous(Participant):
     def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
         """Wait for the subject."""
         lockstep = self._reference.lockstep_of(forward)
+        # One sample shows whether a layer mixes tokens; all of them would cost another forward.
         if inputs is not None and forward.first:
             lockstep.run_alone(site[0], inputs, tensor)
         lockstep.wait_for_subject((site, call), ReferenceTensor(tensor, inputs))
@@ -276,6 +282,7 @@ class Lockstep:
     def tensor_at(self, site: SiteKey, call: int) -> ReferenceTensor | None:
         """Go on until the reference is where the subject is; None if it never comes there."""
         key = (site, call)
+        # The models may call their layers in another order: tensors that the subject has not asked for yet wait.
         while key not in self._waiting and self._advance():
             pass
         return self._waiting.pop(key, None)
@@ -312,6 +319,7 @@ class Lockstep:
 
     def settle(self) -> None:
         """Go on to where the next weights or the subject are needed: no more than a hidden state is held there."""
+        # A suspended forward keeps the activations of its layer alive; between units it keeps a hidden state alone.
         if self._greenlet and self._awaited is None and not self._waiting:
             self._awaited = self._switch()
 
@@ -327,6 +335,7 @@ class Lockstep:
         """Let the reference run; return the unit that it waits for, if it does."""
         if self._greenlet.dead:
             return None
+        # Several forwards of the reference may be suspended: its hooks must know whose tensors they see.
         self._reference.statistics.forward = self._forward
         awaited = self._greenlet.switch()
         return awaited if isinstance(awaited, Unit) else None

@@ -62,6 +62,7 @@ class _Rehearsal(SiteStatistics):
 def _without_data(model: nn.Module) -> Iterator[None]:
     """Let a model whose weights are on the meta device run: its buffers go there as well, and come back."""
     with ExitStack() as stack:
+        # That an operator needs values is expected here; torch would log it as an error.
         stack.enter_context(_silent(logging.getLogger("torch._subclasses.fake_tensor")))
         for module in model.modules():
             stack.enter_context(_buffers_on_meta(module))

@@ -84,14 +84,18 @@ class SiteStatistics(Participant):
             return
         call = forward.calls.get(site, 0)
         forward.calls[site] = call + 1
+        # Most sites share no tensor: after the first forward only those that do are looked up, for each call costs
+        # time.
         owner = self._owner(forward, site, tensor, call) if self.learning or site in self.sharing else None
         missing = self.wanted[site] if owner is None else self._lacking[site]
         if routing is not None:
+            # The site that shares the tensor may be another kind of layer, whose hook sees no routing.
             missing |= self.wanted[site] & {EXPERTS}
         if missing:
             self._reduce(forward.rows, site, tensor, call, missing, routing)
         forward.last = (site, call)
         if self.order is not None and forward.last == self.order.last:
+            # The last site was reached on another way: stopping here could leave out a site that is still to come.
             if forward.calls != self.order.calls:
                 self.may_stop = False
                 raise Restart(f"other layers had been called than in the first batch when {site[0]} was reached")
@@ -100,6 +104,7 @@ class SiteStatistics(Participant):
     def _owner(self, forward: Forward, site: SiteKey, tensor: Tensor, call: int) -> SiteKey | None:
         seen = forward.seen.get(id(tensor))
         version = _version(tensor)
+        # An id is reused as soon as its tensor is gone, and an in-place change makes other values of the same object.
         fresh = seen is None or seen.tensor() is not tensor or seen.version != version or version is None
         known = self.shared.get(site)
         if known is not None:
@@ -151,10 +156,13 @@ class SiteStatistics(Participant):
     def forward_ended(self, forward: Forward, output: object = None) -> None:
         """End a forward; the first one shows which call is the last that is needed."""
         for site, owner in self.shared.items():
+            # A call without its owner's has been reduced nowhere.
             if forward.calls.get(site, 0) != forward.calls.get(owner, 0):
                 self._unshare(site)
         if forward.first:
             self.learning = False
+            # A site that the first batch didn't reach (an expert) may come in a later one, so no forward is stopped
+            # then.
             if self.may_stop and self.learns_order and all(site in forward.calls for site in self.wanted):
                 self.order = CallOrder(forward.last, dict(forward.calls))
         forward.seen.clear()
@@ -173,6 +181,7 @@ class SiteStatistics(Participant):
             if site not in self.shared
         }
         for site, owner in self.shared.items():
+            # The same object for both sites: the capture's file then holds their arrays once.
             found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
         return found
 
@@ -304,6 +313,7 @@ class WeightStatistics(_Weights):
         if weight is not None:
             observer = StreamObserver(statistics)
             matrix = weight.dim() >= 2
+            # One population: the rows of a matrix, which are its output channels, take the place of tokens.
             observer.add(weight.flatten(1)[None] if matrix else weight[None], [None], [0], 0, token_axis=matrix)
             self._numbers[layer, "weight"] = observer.numbers(statistics)
 

@@ -153,9 +153,11 @@ class Stream:
         """Hook the units' entrances and load what stays in memory for the pass; afterwards no weight is in memory."""
         self._loading = loading or (lambda modules: None)
         handles = [
+            # First of all hooks: those of sites must see the hidden state after it was brought back, and the weights.
             module.register_forward_pre_hook(self._entrance(unit), prepend=True, with_kwargs=True)
             for module, unit in self._owned.items()
         ]
+        # One thread: no more than the next unit is in memory beside the present one.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="qsa-weights")
         try:
             self.pinned.attach(self._read(self.pinned), self.shards)
@@ -197,6 +199,8 @@ class Stream:
         finally:
             for each in greenlets:
                 if not each.dead:
+                    # After an error the other forwards are still suspended: end them, so that their frames free what
+                    # they hold.
                     with suppress(GreenletExit):
                         each.throw(GreenletExit)
 
@@ -258,7 +262,7 @@ class Stream:
         follower = self._after.get(unit)
         unit.attach(weights, self.shards)
         self._loaded = unit
-        del weights
+        del weights  # else this unit's weights would stay while the next one is loaded
         if follower is not None:
             self._prefetch(follower)
         self._loading(unit.modules)
@@ -287,6 +291,7 @@ class Stream:
             stored = self.shards.locate(slot.key)
             if stored in self._shared_weights:
                 weights[stored] = self._shared_weights[stored]
+            # Two names of one unit may be the same tensor (tied weights).
             elif stored not in weights:
                 tensor = self.shards.read(slot.key, slot.shape).to(self.device)
                 weights[stored] = nn.Parameter(tensor, requires_grad=False)

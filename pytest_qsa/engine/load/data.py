@@ -134,16 +134,20 @@ def read_hub(spec: HubSet, data: Data) -> Records:
     import datasets
     from huggingface_hub import constants
 
-    arguments = {
-        "path": spec.repository, "name": spec.subset, "split": spec.split, "revision": spec.revision,
-        "data_files": spec.files, "cache_dir": str(cache_folder()),
-    }  # fmt: skip
     # streaming needs the network, and a large set is too much to download for its first documents
     offline = bool(constants.HF_HUB_OFFLINE)
     streamed = spec.large and not offline and not spec.copies
     try:
         with _quiet_datasets():
-            rows = datasets.load_dataset(**arguments, streaming=streamed)
+            rows = datasets.load_dataset(
+                spec.repository,
+                spec.subset,
+                split=spec.split,
+                revision=spec.revision,
+                data_files=spec.files,
+                cache_dir=str(cache_folder()),
+                streaming=streamed,
+            )
             return _with_column(list(islice(map(dict, rows), DOCUMENTS)), spec.column, data, str(spec))
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InfraError(_unreachable(spec, data.source, error)) from None

@@ -88,25 +88,8 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         return _from_factory(spec.factory, allow_code=allow_code)
     if spec.trust_remote_code and not allow_code:
         raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
-    try:
-        with quiet():
-            loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
-    except QsaError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise InfraError(
-            f"{path} does not fit: {one_line(error)}; set memory.auto_offload or a smaller data.seq_len"
-        ) from error
-    except OSError as error:
-        raise InfraError(
-            f"'{path}' is no folder here, and as a hub id it can't be fetched: {one_line(error)}"
-            if not Path(path).is_dir()
-            else f"{path} can't be loaded: {one_line(error)}"
-        ) from error
-    except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
-        if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
-            Folder(Path(path), spec.gguf_file).check_files()
-        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
+    with quiet(), _loading_errors(spec, path):
+        loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
     if spec.submodule:
         try:
             loaded.model = submodule_of(loaded.model, spec.submodule)
@@ -114,6 +97,28 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
             loaded.close()
             raise
     return loaded
+
+
+@contextlib.contextmanager
+def _loading_errors(spec: Model, path: str) -> Iterator[None]:
+    """Say in one line what stopped the loading of a checkpoint."""
+    try:
+        yield
+    except QsaError:
+        raise
+    except torch.OutOfMemoryError as error:
+        advice = "set memory.auto_offload or a smaller data.seq_len"
+        raise InfraError(f"{path} does not fit: {one_line(error)}; {advice}") from error
+    except OSError as error:
+        if Path(path).is_dir():
+            raise InfraError(f"{path} can't be loaded: {one_line(error)}") from error
+        raise InfraError(
+            f"'{path}' is no folder here, and as a hub id it can't be fetched: {one_line(error)}"
+        ) from error
+    except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
+        if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
+            Folder(Path(path), spec.gguf_file).check_files()
+        raise InfraError(f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _check_path(path: str) -> None:

@@ -281,7 +281,7 @@ class Client:
     def _next(self, prefix: list[int], where: str) -> Mapping[int, float]:
         """Ask for the prediction after a prefix: llama.cpp's server gives no logprobs of a prompt, but keeps it."""
         content = {
-                "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
+            "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
             "cache_prompt": True, "post_sampling_probs": False,
         }  # fmt: skip
         answer = self._answer("/completion", content, where)

@@ -41,6 +41,7 @@ class Ranks:
             made = make()
             assert made is not None  # one process has all batches, of which there is one at least
             return made
+        # An error is a value here: a rank that raised before the exchange would leave the others waiting for it.
         part, error = None, None
         try:
             made = make()

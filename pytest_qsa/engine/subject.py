@@ -92,11 +92,14 @@ def capture_subject(
         for held in (loaded, reference):
             if isinstance(held, Loaded):
                 held.close()
+        # Names in this frame would keep the models alive while the memory is given back, and a traceback would keep the
+        # frame.
         del loaded, reference, held
         _let_go()
 
 
 def _let_go() -> None:
+    # Modules and their hooks refer to one another in circles, which only the collector frees.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

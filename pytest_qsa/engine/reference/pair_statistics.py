@@ -118,6 +118,7 @@ class PairStatistics:
         known = self._known.get(key)
         if known and known.versions == versions:
             theirs, ours = known.tensors
+            # An id may have been given to another tensor since.
             if theirs() is reference.tensor and ours() is own:
                 return known.rows
         found = self._compute(rows, site, reference, shaped)
@@ -133,6 +134,7 @@ class PairStatistics:
         _check_shapes(site, theirs, shaped, first=1 if reference.rows is None else -1)
         token_axis = shaped.dim() == 3
         kept = rows.unpadded(site[0], shaped.shape[1]) if token_axis else rows.all_count
+        # The reference may have run on another device.
         theirs = theirs.to(shaped.device, non_blocking=True)
         found: list[dict[str, Any]] = []
         for index, counting in enumerate(kept):
@@ -171,6 +173,7 @@ class PairStatistics:
             there = None if counting is None else counting.to(y.device, non_blocking=True)
             found["error"] = powers_of(x, y, there) if recorded is None else _some_powers(x, y, there, recorded)
         for count in self._local[site]:
+            # A recorded reference has drawn its rows already; only these have an input.
             drawn = drawn_rows(sample, len(y), counting, count) if recorded is None else recorded
             found["local_rows"], found["local"] = self._local_powers(site[0], reference, (x, y), index, drawn, count)
         for statistic in self._channels[site]:
@@ -203,7 +206,9 @@ class PairStatistics:
             there = drawn.to(x.device, non_blocking=True)
             inputs, x = inputs.index_select(0, there), x.index_select(0, there)
         else:
+            # As many rows for every sample, so that the arrays of samples join to one table.
             inputs, count = inputs[: len(drawn)], max(count, reference.tensor.shape[1])
+        # The subject's layer on the reference's input: what is left of the difference is the layer's own.
         own = run_rows(self._modules[layer], layer, inputs.to(y.dtype))
         powers = powers_of(x, own, None)[:, :3]
         positions = torch.full((count,), -1, dtype=torch.int32)
@@ -226,6 +231,7 @@ class PairStatistics:
             if made is None:
                 numbers[site] = own.having(statistics, {})
                 continue
+            # Sites of one tensor have the same rows and numbers, and go on sharing them in the capture's file.
             key = (id(own), statistics, *(id(row) for row in made.rows))
             if key not in known:
                 placed, arrays = _arrays(made, fetch)

@@ -92,6 +92,7 @@ class ReplayedReference(Reference):
         for site in self._maxima_sites:
             self._check(site, part="maxima")
         self._check_samples(run.batches)
+        # The rows of a call are read once for all samples; after the pass nobody needs them.
         exits.callback(self._rows_of_call.clear)
 
     def _check(self, site: SiteKey, part: str = "rows", *, local: bool = False) -> None:
@@ -170,6 +171,7 @@ class ReplayedReference(Reference):
         positions = [_positions(rows, index, layer, len(one)) for index, one in enumerate(made)]
         if all(counting is None for counting, _ in positions):
             return torch.stack(made)
+        # The file holds tokens without padding, the subject's batch may have some.
         found = made[0].new_zeros(len(made), max(length for _, length in positions), made[0].shape[-1])
         for row, one, (counting, length) in zip(found, made, positions, strict=True):
             row[slice(length) if counting is None else counting.to(self._device)] = one

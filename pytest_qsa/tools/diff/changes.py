@@ -143,6 +143,7 @@ def compare_sides(
 def _tables(
     old: DiffSide, new: DiffSide, wanted: Sequence[tuple[str, str | None]]
 ) -> tuple[Mapping[DiffMeasure, MeasureTable], Mapping[DiffMeasure, MeasureTable]]:
+    # Of two captures more can be computed than both sides have written down.
     if old.capture is not None and new.capture is not None:
         return compute_tables(old.capture, wanted), compute_tables(new.capture, wanted)
     if old.capture is not None:
@@ -163,6 +164,7 @@ def _check(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> None:
             f"{measure} was measured by another definition: {old.definition} and {new.definition}; "
             "make both sides with the same version"
         )
+    # Weights don't depend on the tokens.
     if measure.site != "weight" and old.data is not None and new.data is not None and old.data != new.data:
         hashes = [digest.partition(":")[2][:12] for digest in (old.data, new.data)]
         raise AnomalyError(
@@ -172,6 +174,7 @@ def _check(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> None:
 
 
 def _changes(measure: DiffMeasure, old: MeasureTable, new: MeasureTable) -> list[Change]:
+    # In the new side's order, which is the model's: `depth` is the place in it.
     common = [layer for layer in new.values if layer in old.values]
     return [Change(measure, layer, old.values[layer], new.values[layer], depth) for depth, layer in enumerate(common)]
 

@@ -102,6 +102,7 @@ def read_side(given: str) -> DiffSide:
     name, _, subject = given.partition("::")
     path = Path(name)
     if path.is_dir():
+        # Sorted: the order of a file system must not decide which file an error names.
         return _baselines(path, sorted(file for file in path.rglob("*.json") if is_baseline(file)), subject)
     if path.suffix == ".qsa":
         capture = Capture.load(path)
@@ -166,6 +167,7 @@ def _reported(path: Path, content: bytes, subject: str) -> DiffSide:
     try:  # the file may be edited or of another version
         return _of_results(path, report["results"], subject)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # SuiteError is a ValueError too.
         if isinstance(error, QsaError):
             raise
         raise SuiteError(f"{path}: a damaged report.json: {type(error).__name__}: {error}") from None

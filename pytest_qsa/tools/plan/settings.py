@@ -69,6 +69,7 @@ class Work:
         trunk = 2 * sizes.trunk * self.tokens
         layers = sum(1 for unit in sizes.units if unit.rpartition(".")[2].isdigit())
         attention = 4 * self.tokens**2 * sizes.attention * layers
+        # The first batch runs to the logits to find the last layer that is needed; the others stop there.
         head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * self.batch
         return self.samples * (trunk + attention) + head
 
@@ -110,6 +111,7 @@ def own_setting(settings: Sequence[Setting], memory: Memory) -> Setting | None:
     if memory.offload_device == "disk":
         return next((s for s in candidates if s.memory.offload_device == "disk"), None)
     device = [s for s in candidates if s.gpu is not None] or candidates
+    # The same choice as the loader makes: all in memory if it fits, else offloaded by accelerate.
     whole = next(s for s in device if s.memory.offload_device == "cpu" and not s.note)
     if whole.fits or not memory.auto_offload:
         return whole
@@ -131,6 +133,7 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine) -> Iterator
     whole = sizes.weights + around
     host = whole if gpu is None else BASE
     yield setting(Memory(device=device, auto_offload=False), f"{{device: {device}}}", whole, host, reading + compute)
+    # accelerate offloads only what doesn't fit.
     if whole > free:
         yield _offloaded(gpu, sizes, work, machine, compute)
     if sizes.streams:
@@ -139,6 +142,7 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine) -> Iterator
         text = f"{{device: {device}, offload_device: disk}}"
         waves = -(-work.batches // BATCHES_IN_WAVE)  # each wave reads all weights again
         host = streamed if gpu is None else BASE
+        # The next unit is read while the samples compute: the slower of the two counts.
         yield setting(disk, text, streamed, host, max(reading * waves, compute))
 
 
@@ -169,6 +173,7 @@ def batch_bytes(sizes: Sizes, work: Work) -> int:
 def waiting_bytes(sizes: Sizes, work: Work, machine: Machine) -> int:
     """Return the bytes of the hidden states that wait in memory when the weights stream; the rest waits on disk."""
     held = min(work.samples, BATCHES_IN_WAVE * work.batch) * work.tokens * sizes.hidden * sizes.width
+    # engine/stream/spill.py keeps a quarter of the free memory, and writes the rest to disk.
     return min(held, machine.free // 4)
 
 

@@ -104,6 +104,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
         layers=found["layers"],
         tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found["units"]),
         hidden=hidden,
+        # GPT-2 and its kin name no intermediate size: it is four times the hidden one.
         intermediate=_number(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
         attention=heads * (_number(config, "head_dim") or (hidden // heads if heads else 0)),
         vocabulary=_number(config, "vocab_size"),
@@ -160,6 +161,7 @@ def _from_index(folder: Folder) -> dict[str, Any]:
     outer = _number(config, "vocab_size") * _number(config, "hidden_size", "n_embd", "d_model")
     units = {unit_of(layer): outer if "embed" in layer or "lm_head" in layer else 0 for layer in layers}
     blocks = [unit for unit in units if BLOCK.match(unit)]
+    # An index has one size for all files; blocks of one model are alike.
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}
     return {

@@ -43,8 +43,10 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
     from .page import render_page
 
     content = builtins_of({"schema": REPORT_SCHEMA, "session": session, "results": results})
-    told = [{key: value for key, value in result.items() if key != "histograms"} for result in content["results"]]
-    write_atomically(folder / "report.json", strict_json(content | {"results": told}))
+    without_histograms = [
+        {key: value for key, value in result.items() if key != "histograms"} for result in content["results"]
+    ]
+    write_atomically(folder / "report.json", strict_json(content | {"results": without_histograms}))
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))
     return page

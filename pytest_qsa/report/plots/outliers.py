@@ -121,7 +121,7 @@ def outlier_picture(
     head(figure, axes, title, [note])
     missing = "" if len(outliers.layer) else "no token is above the threshold"
     if kind == "token" and not texts:
-        missing = missing or "which tokens they are is not told: the data has no ids, or they are redacted"
+        missing = missing or "which tokens they are is unknown: the data has no ids, or they are redacted"
     if missing:
         axes.text(0.5, 0.5, missing, ha="center", va="center", color=MUTED)
         axes.set_axis_off()
@@ -207,8 +207,8 @@ def _by_token(axes: Axes, texts: list[tuple[str, int, int]], most: int = MOST_TO
         label = name if any(widths) else None
         axes.barh(y, widths, left=left, height=0.68, color=colour, hatch=hatch, label=label, gid=name, zorder=2)
     largest = max(count for _, count, _ in shown)
-    for place, (_, count, _) in enumerate(shown):
-        axes.text(count + 0.015 * largest, place, str(count), va="center", fontsize=8, color=INK)
+    for row, (_, count, _) in enumerate(shown):
+        axes.text(count + 0.015 * largest, row, str(count), va="center", fontsize=8, color=INK)
     axes.set_yticks(y, [f"“{safe_text(text, 22)}”" for text, _, _ in shown])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(max(len(shown), 5) - 0.4, -0.6)

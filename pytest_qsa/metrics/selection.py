@@ -26,7 +26,7 @@ from ..captures import (
     need_tokens,
     no_match,
 )
-from ..common import AnomalyError
+from ..common import AnomalyError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
 from .query import Positions, check_arguments, positions_of, query_of
@@ -174,6 +174,9 @@ class Selection(MetricMethods):
     def _series(self, query: Query, results: Mapping[str, Any]) -> Series:
         """Fold what a metric returned for each layer: one number, or one for each population."""
         populations = {layer: result for layer, result in results.items() if isinstance(result, np.ndarray)}
+        if populations and query.reduce is None:
+            where = METRICS[query.metric].place
+            raise SuiteError(f"{where}: {query.metric} returns a number for each population: say reduce=, of them all")
         fold = REDUCTIONS[query.reduce or "max"]
         estimates = {layer: result for layer, result in results.items() if isinstance(result, Estimate)}
         plain = {**results, **{layer: estimate.value for layer, estimate in estimates.items()}}

@@ -161,3 +161,14 @@ def test_a_metric_on_tokens_takes_positions_and_one_of_each_population_is_folded
         selected.loud(beyond=1)
     with pytest.raises(AttributeError, match=r"there is no metric 'lou' .did you mean 'loud'"):
         selected.lou()
+
+
+def test_numbers_of_populations_need_a_reduction(forgetting):
+    @metric(["tokens"])
+    def loudest(view: View) -> np.ndarray:
+        return np.array([maxima.max() for maxima in view.token_maxima()])
+
+    model = models.Scripted(np.ones((2, 4, 3), dtype=np.float32))
+    cap = capture(model, [models.numbered(model)], sites=[("0", "output")], statistics=["loudest"])
+    with pytest.raises(SuiteError, match="loudest returns a number for each population: say reduce="):
+        cap.output("0").loudest()

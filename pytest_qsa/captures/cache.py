@@ -116,6 +116,8 @@ class CaptureCache:
     def _save(self, capture: Capture, file: Path) -> None:
         content = capture.to_bytes()
         try:
+            # The checksum comes first: a kill between the two leaves a capture that is made anew, never one that is
+            # trusted.
             write_atomically(self._checksum(file), hashlib.sha256(content).hexdigest())
             write_atomically(file, content)
             self._prune(keep=file)

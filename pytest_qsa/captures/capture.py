@@ -116,6 +116,7 @@ class Capture:
         from safetensors.numpy import save
 
         arrays, header = self._split()
+        # Sorted keys: equal captures make equal bytes.
         return save(arrays, metadata={"qsa": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
 
     def _split(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -124,6 +125,7 @@ class Capture:
         arrays: dict[str, NDArray[Any]] = {}
         headers: list[dict[str, Any]] = []
         for numbers in self.sites.values():
+            # Sites that read one tensor share their numbers, which are written once.
             if id(numbers) in streams:
                 continue
             index = streams[id(numbers)] = len(streams)
@@ -160,6 +162,7 @@ class Capture:
         from safetensors.numpy import load
 
         try:
+            # safetensors' numpy reader gives no metadata of bytes, so the header is read by hand.
             size = int.from_bytes(content[:8], "little")
             metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
             header = json.loads(metadata.get("qsa", "{}"))

@@ -31,6 +31,7 @@ def merge(captures: Sequence[Capture]) -> Capture:
     """
     if not captures:
         raise InfraError("there are no captures to merge")
+    # Float sums are kept for each sample and folded in sample order, so the order decides on the last bit.
     ordered = _in_order(captures)
     _check(ordered)
     first = ordered[0]
@@ -67,6 +68,7 @@ def _merged_references(captures: Sequence[Capture]) -> Capture | None:
         if reference is not None
     ]
     merged = merge(placed)
+    # The range is the subject's; it was lent to the reference for the order only.
     return replace(merged, provenance=replace(merged.provenance, samples=None))
 
 
@@ -125,6 +127,7 @@ def _differing(one: Provenance, other: Provenance) -> str:
     if one.data != other.data:
         return "data"
     ours, theirs = one.model.plain(), other.model.plain()
+    # Jobs of a scheduler may see the same checkpoint under different paths.
     names = sorted({*ours, *theirs} - {"path"})
     return ", ".join(name for name in names if ours.get(name) != theirs.get(name))
 
@@ -134,6 +137,7 @@ def _offsets(captures: Sequence[Capture]) -> list[int]:
     if ranges := _ranges(captures):
         return [each.first - ranges[0].first for each in ranges]
     counts = [max((int(n.sample.max()) + 1 for n in c.sites.values() if n.populations), default=0) for c in captures]
+    # A site may lack the last samples (an expert that got no token); the tokens have all of them.
     counts = [max(count, len(capture.tokens)) for count, capture in zip(counts, captures, strict=True)]
     return [sum(counts[:index]) for index in range(len(counts))]
 
@@ -192,5 +196,6 @@ def added(tables: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Return the bins of all tables, ascending, and the sums of their counts."""
     bins, where = np.unique(np.concatenate([bins for bins, _ in tables]), return_inverse=True)
     counts = np.zeros((len(bins), *tables[0][1].shape[1:]), dtype=tables[0][1].dtype)
+    # add.at, for `counts[where] += …` would add only one of several equal bins.
     np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))
     return bins, counts

@@ -94,6 +94,7 @@ class Selection(MetricMethods):
         if not found:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
+        # A layer without a weight has no numbers there, which isn't a gap in the capture.
         looked_at = set(measured) if self.site != "weight" else self.capture.weights_looked_at
         if not looked_at.issuperset(found):
             raise NotMeasuredError(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
@@ -160,6 +161,7 @@ class Selection(MetricMethods):
         layers = self._stored(needs) if STORED in needs else self.layers
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+        # float32 is counted by its upper half: what follows from these counts is an estimate, and says so.
         wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
         return layers, replace(query, estimated=wide and not needs.isdisjoint({COUNTS, SIGNED_COUNTS}))
 
@@ -192,6 +194,7 @@ class Selection(MetricMethods):
 
     def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Mapping[str, Any]) -> None:
         needs = metric.needs(self.site, positions, parameters)
+        # Nothing passes vacuously: a site that no tensor reached has no number, and no bound holds of it.
         dead = [layer for layer in layers if not self.capture.sites[layer, self.site].populations]
         if dead:
             more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
@@ -207,6 +210,7 @@ class Selection(MetricMethods):
                     f"{metric.name} needs a token axis, which the {self.site} of {layer} (shape {shape}) doesn't have; "
                     "elementwise metrics such as absmax, rms, kurtosis or quantile work there"
                 )
+            # Sinks are found at the outputs of blocks and belong to the whole capture, so a site need not have them.
             if not needs <= numbers.statistics | {SINKS, REFERENCE_SINKS}:
                 missing = ", ".join(map(str, sorted(needs - numbers.statistics)))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")

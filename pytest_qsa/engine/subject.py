@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -204,24 +205,16 @@ def capture_loaded(
     every = list(batches) if batches is not None else _batches(subject, loaded)
     if not every:
         raise AnomalyError("there are no batches: nothing would be measured")
-    starts = [0, *accumulate(map(row_count, every))]
-    selected = _selected(starts, share.samples)
-    own = selected[share.ranks.share(len(selected))]
-    required = subject.model.require.executed_as if subject.model and subject.model.require else ()
-    execution = ObservedExecution(loaded.model, required=bool(required))
-    provenance = _provenance(subject, loaded, every, own_batches=batches is not None)
-    if note:
-        tokenizer = f"{provenance.model.tokenizer}; {note}"
-        provenance = replace(provenance, model=replace(provenance.model, tokenizer=tokenizer))
+    provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
+    execution = ObservedExecution(loaded.model, required=_requires_execution(subject))
     participants: list[Participant] = [execution]
     stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
     if stored is not None:
         participants.append(StoredComparison(stored))
     if reference is not None:
         participants.append(_participant_of(reference, loaded, provenance))
-    capture = share.ranks.gathered(
-        lambda: _part(loaded, participants, every, starts, own, requests, progress, share.sums) if own else None
-    )
+    run = _SharedPass(loaded, participants, every, requests, progress, share)
+    capture = share.ranks.gathered(run.own_part)
     if capture.reference is not None and isinstance(reference, Loaded):
         path = subject.reference.path if isinstance(subject.reference, NamedSubject) else ""
         theirs = provenance_of(reference.model, path)
@@ -233,6 +226,10 @@ def capture_loaded(
         samples=capture.provenance.samples,
     )
     return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model))
+
+
+def _requires_execution(subject: Subject) -> bool:
+    return bool(subject.model and subject.model.require and subject.model.require.executed_as)
 
 
 def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
@@ -252,73 +249,92 @@ def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenanc
     return ReplayedReference(reference, device, reference.origin(provenance))
 
 
-def _selected(starts: Sequence[int], samples: tuple[int, int] | None) -> range:
-    """Return which batches hold the wanted samples. `starts`: the first sample of each batch, and the end of the last.
+@dataclass(frozen=True)
+class _SharedPass:
+    """A pass of which this process runs a share of the batches, from where an earlier run was interrupted."""
 
-    Raises:
-        InfraError: they are no whole batches.
-    """
-    if samples is None:
-        return range(len(starts) - 1)
-    first, end = samples[0], min(samples[1], starts[-1])
-    if first not in starts or end not in starts or first >= end:
-        raise InfraError(
-            f"the samples {samples[0]}:{samples[1]} are no whole batches: there are {starts[-1]} samples "
-            f"in batches of {starts[1]}"
-        )
-    return range(starts.index(first), starts.index(end))
+    loaded: Loaded
+    participants: Sequence[Participant]
+    batches: Sequence[Batch]
+    requests: Sequence[Request]
+    progress: Progress | None
+    share: SampleShare
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first sample of each batch, and the end of the last one."""
+        return [0, *accumulate(map(row_count, self.batches))]
 
-def _part(
-    loaded: Loaded,
-    participants: Sequence[Participant],
-    every: Sequence[Batch],
-    starts: Sequence[int],
-    own: range,
-    requests: Sequence[Request],
-    progress: Progress | None,
-    sums: PartialSums | None,
-) -> Capture:
-    """Run some of all batches, from where an earlier run was stopped on."""
-    first, end, total = starts[own.start], starts[own.stop], starts[-1]
-    done = sums.load(requests) if sums else None
-    held = done.provenance.samples if done else None
-    position = held.end if held else first
-    if held is None or held.first != first or position not in starts or not first < position < end:
-        done, position = None, first
-    if done is not None:
-        logger.debug("an interrupted pass goes on: %d of %d samples are done", position - first, end - first)
-    rest = every[starts.index(position) : own.stop]
+    def own_part(self) -> Capture | None:
+        """Return the capture of this process's samples; None where it has none.
 
-    def placed(capture: Capture, to: int) -> Capture:
-        part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
-        return merge([done, part]) if done else part
+        Raises:
+            InfraError: the wanted samples are no whole batches; or the pass fails.
+        """
+        selected = self._selected()
+        own = selected[self.share.ranks.share(len(selected))]
+        if not own:
+            return None
+        first, end, total = self.starts[own.start], self.starts[own.stop], self.starts[-1]
+        capture = self._run(own, self._interrupted(first, end))
+        if self.share.sums is not None:
+            self.share.sums.discard()
+        samples = None if (first, end) == (0, total) else SampleRange(first, end, total)
+        return replace(capture, provenance=Provenance(samples=samples))
 
-    def save_partial(make: Callable[[], Capture], count: int) -> None:
-        if sums is not None:
-            sums.keep(lambda: placed(make(), position + count))
+    def _selected(self) -> range:
+        """Return which batches hold the wanted samples."""
+        if self.share.samples is None:
+            return range(len(self.batches))
+        wanted, starts = self.share.samples, self.starts
+        first, end = wanted[0], min(wanted[1], starts[-1])
+        if first not in starts or end not in starts or first >= end:
+            raise InfraError(
+                f"the samples {wanted[0]}:{wanted[1]} are no whole batches: there are {starts[-1]} samples "
+                f"in batches of {starts[1]}"
+            )
+        return range(starts.index(first), starts.index(end))
 
-    def moved(count: int, _: int) -> None:
-        if progress is not None:
-            progress(position - first + count, end - first)
+    def _interrupted(self, first: int, end: int) -> Capture | None:
+        """Return what an interrupted pass over the samples from `first` to `end` left of its first ones, if any."""
+        done = self.share.sums.load(self.requests) if self.share.sums else None
+        held = done.provenance.samples if done else None
+        if held is None or held.first != first or held.end not in self.starts or not first < held.end < end:
+            return None
+        logger.debug("an interrupted pass goes on: %d of %d samples are done", held.end - first, end - first)
+        return done
 
-    with quiet(), forward_errors(type(loaded.model).__name__):  # quiet: compressed-tensors shows bars of its own
-        capture = run_pass(
-            loaded.model,
-            rest,
-            requests,
-            participants,
-            stream=loaded.stream,
-            first_sample=position,
-            decode=decoder_of(loaded.tokenizer),
-            progress=moved,
-            save_partial=save_partial,
-        )
-    capture = placed(capture, end)
-    if sums is not None:
-        sums.discard()
-    samples = None if (first, end) == (0, total) else SampleRange(first, end, total)
-    return replace(capture, provenance=Provenance(samples=samples))
+    def _run(self, own: range, done: Capture | None) -> Capture:
+        """Run some batches; those whose samples are done already are left out."""
+        first, end, total = self.starts[own.start], self.starts[own.stop], self.starts[-1]
+        held = done.provenance.samples if done else None
+        position = held.end if held else first
+
+        def joined(capture: Capture, to: int) -> Capture:
+            part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
+            return merge([done, part]) if done else part
+
+        def save_partial(make: Callable[[], Capture], count: int) -> None:
+            if self.share.sums is not None:
+                self.share.sums.keep(lambda: joined(make(), position + count))
+
+        def moved(count: int, _: int) -> None:
+            if self.progress is not None:
+                self.progress(position - first + count, end - first)
+
+        with quiet(), forward_errors(type(self.loaded.model).__name__):  # compressed-tensors shows bars of its own
+            capture = run_pass(
+                self.loaded.model,
+                self.batches[self.starts.index(position) : own.stop],
+                self.requests,
+                self.participants,
+                stream=self.loaded.stream,
+                first_sample=position,
+                decode=decoder_of(self.loaded.tokenizer),
+                progress=moved,
+                save_partial=save_partial,
+            )
+        return joined(capture, end)
 
 
 def _tokens_note(subject: Subject, loaded: Loaded) -> str:
@@ -338,14 +354,18 @@ def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
     return batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
 
 
-def _provenance(subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool) -> Provenance:
+def _provenance(
+    subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool, note: str = ""
+) -> Provenance:
+    """Say where a run's numbers come from. `note`: what is to be said of the tokenizer."""
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
     folder = subject.local_folder
     fetched = folder is not None and not Path(subject.path).is_dir()
+    tokenizer = tokenizer_identity(loaded.tokenizer)
     model = replace(
         provenance_of(loaded.model, subject.path),
         revision=folder.name if folder is not None and fetched else None,  # the hub's cache names the folder so
-        tokenizer=tokenizer_identity(loaded.tokenizer),
+        tokenizer=f"{tokenizer}; {note}" if note else tokenizer,
     )
     return Provenance(model, DataProvenance.of({**data, "fingerprint": data_fingerprint(_tensors(batches))}))
 

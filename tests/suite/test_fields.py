@@ -46,7 +46,17 @@ def test_a_section_is_frozen():
         (Literal["a"], None),
         (list[str] | None, None),
     ],
-    ids=str,
+    ids=[
+        "itself",
+        "or none",
+        "annotated",
+        "a list",
+        "in a dict",
+        "a union with tags",
+        "a number",
+        "a word",
+        "a list of words",
+    ],
 )
 def test_a_section_is_found_through_unions_lists_and_annotations(annotation, section):
     assert section_of(annotation) is section

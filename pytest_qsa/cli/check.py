@@ -1,0 +1,59 @@
+"""Check suites without running them: each wrong one with its file and line. Neither a model nor torch is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..common import SuiteError, shown_path
+from .shared import OK, SUITE_IS_WRONG, command_parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check each suite, whatever is wrong with the others; return 2 where one is wrong.
+
+    Raises:
+        SuiteError: there is no suite to check.
+    """
+    parser = command_parser(__name__, __doc__)
+    parser.add_argument("paths", nargs="*", type=Path, default=[Path()], metavar="PATH", help="a suite, or a folder")
+    options = parser.parse_args(arguments)
+    from ..suite import load_suite
+
+    # A suite may be named twice, by its own path and by its folder's.
+    suites = dict.fromkeys(suite for path in options.paths for suite in _suites_at(path))
+    assertions, wrong = 0, 0
+    for path in suites:
+        try:
+            count = len(load_suite(path).assertions)
+        except SuiteError as error:
+            wrong += 1
+            print(error, file=sys.stderr)
+            continue
+        assertions += count
+        print(f"{shown_path(path)}: {_counted(count, 'assertion') if count else 'no assertions yet'}")
+    verdict = f": {wrong} wrong" if wrong else f", {_counted(assertions, 'assertion')}: all valid"
+    print(f"{_counted(len(suites), 'suite')}{verdict}")
+    return SUITE_IS_WRONG if wrong else OK
+
+
+def _suites_at(path: Path) -> Iterator[Path]:
+    """Yield a file as it is, or the suites below a folder in the order of their paths.
+
+    Raises:
+        SuiteError: there is none.
+    """
+    if not path.is_dir():
+        yield path
+        return
+    below = {*path.rglob("*.qsa.yaml"), *path.rglob("*.qsa.yml")}
+    # Hidden folders hold environments and copies that are no part of the project.
+    found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
+    if not found:
+        raise SuiteError(f"{shown_path(path)}: there is no suite (*.qsa.yaml) in this folder or below it")
+    yield from found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

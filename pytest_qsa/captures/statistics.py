@@ -91,15 +91,17 @@ class Statistic:
     """One statistic with its parameters, which are the fields of its class. Its text is the name and the parameters.
 
     `arrays`: the arrays of `SiteNumbers` that it keeps. `by_parameters`: it keeps its array once for each set of
-    parameters. `needs_tokens`: only a site with a token axis has it. `reference`: whether it is taken of the subject
-    alone, of the reference's own tensors, or of both models' tensors as a pair. `default`: it is kept where nothing is
-    chosen; the others cost much, so that only a site that names them gets them. `token_bytes`, `channel_bytes`,
-    `site_bytes`: about what it keeps of each.
+    parameters. `of_logits`: it is taken of what the model predicts, not of a layer's tensor. `needs_tokens`: only a
+    site with a token axis has it. `reference`: whether it is taken of the subject alone, of the reference's own
+    tensors, or of both models' tensors as a pair. `default`: it is kept where nothing is chosen; the others cost much,
+    so that only a site that names them gets them. `token_bytes`, `channel_bytes`, `site_bytes`: about what it keeps of
+    each.
     """
 
     name: ClassVar[str] = ""
     arrays: ClassVar[Mapping[str, Layout]] = {}
     by_parameters: ClassVar[bool] = False
+    of_logits: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
     reference: ClassVar[Literal["", "own", "pair"]] = ""
     default: ClassVar[bool] = False
@@ -266,6 +268,7 @@ class Scores(Statistic):
 
     name = "scores"
     arrays: ClassVar = {"scores": PER_TOKEN}
+    of_logits = True
 
 
 class PredictionAgreement(Statistic):
@@ -273,6 +276,7 @@ class PredictionAgreement(Statistic):
 
     name = "agreement"
     arrays: ClassVar = {"scores": PER_TOKEN}
+    of_logits = True
     reference = "pair"
 
 

@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import (
-    AGREEMENT,
     LOGITS,
     PADDING,
     REFERENCE_SINKS,
-    SCORES,
     SINKS,
     TOKENS,
     Sinks,
@@ -324,7 +322,7 @@ def metric(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         origin = _origin(function)
         needs, kept = _needs(function, statistics)
-        logits = per == "logits" or bool(kept & {SCORES, AGREEMENT})
+        logits = per == "logits" or any(statistic.of_logits for statistic in kept)
         METRICS.add(
             Metric(
                 function.__name__,

@@ -6,6 +6,7 @@ Nothing here synchronizes with the device: the results stay there until the pass
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,27 @@ def channel_powers(reference: Tensor, own: Tensor, kept: Tensor | None) -> Tenso
     x = reference.float()
     difference = x - own.float()
     return torch.stack([x.square().sum(0, dtype=torch.float64), difference.square().sum(0, dtype=torch.float64)])
+
+
+COMPARISONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+"""The name of a statistic of two models' predictions → its function: the subject's and the reference's logits
+[T, V] → [T] float64. `scores_of` is apart, for its kernels take four numbers in one pass over the vocabulary."""
+
+
+def compares_logits(name: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]:
+    """Register the reduction of the statistic of that name."""
+
+    def register(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        COMPARISONS[name] = function
+        return function
+
+    return register
+
+
+def compared_logits(name: str, own: Tensor, reference: Tensor) -> Tensor:
+    """Return a statistic of each row of two models' logits, [T] float64; a few rows at once are widened to float64."""
+    parts = range(0, len(own), ROWS_AT_ONCE)
+    return torch.cat([COMPARISONS[name](own[s : s + ROWS_AT_ONCE], reference[s : s + ROWS_AT_ONCE]) for s in parts])
 
 
 def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused: bool = True) -> Tensor:

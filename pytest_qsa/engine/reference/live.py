@@ -19,7 +19,6 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ...captures import (
-    AGREEMENT,
     ERROR,
     REFERENCE_SINKS,
     REFERENCE_TOKENS,
@@ -67,7 +66,7 @@ class Reference(Participant):
         """Note what is compared."""
         names = {site: against_reference(statistics) for site, statistics in run.wanted.items() if site[1] != "weight"}
         self.compared = {site: statistics for site, statistics in names.items() if statistics}
-        self.compares_predictions = AGREEMENT in run.predictions
+        self.compares_predictions = bool(against_reference(run.predictions))
         self._subject_modules = run.modules
         self._first_sample = run.first_sample
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...captures import AGREEMENT, LOGITS, SCORE_NAMES, SiteKey, SiteNumbers, Statistic
+from ...captures import LOGITS, SCORE_NAMES, SiteKey, SiteNumbers, Statistic, against_reference
 from ...common import AnomalyError, InfraError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..load.batches import Batch
-from ..reduce.pairs import scores_of
+from ..reduce.pairs import COMPARISONS, compared_logits, scores_of
 from ..reduce.storage import Transfer
 from .participant import Forward, Need, Participant
 
@@ -29,6 +30,7 @@ class Predictions(Participant):
     def __init__(self, model: nn.Module, statistics: frozenset[Statistic]) -> None:
         self._model = model
         self._statistics = statistics
+        self._compared = [statistic for statistic in sorted(statistics) if statistic.name in COMPARISONS]
         self.begin()
 
     def begin(self, exits: ExitStack | None = None) -> None:
@@ -44,7 +46,7 @@ class Predictions(Participant):
             InfraError: the reference has another vocabulary.
         """
         own = logits_of(output, self._model)
-        theirs = logits_of(forward.reference_output, self._model) if AGREEMENT in self._statistics else None
+        theirs = logits_of(forward.reference_output, self._model) if against_reference(self._statistics) else None
         if theirs is not None and theirs.shape != own.shape:
             raise InfraError(
                 f"the model predicts {own.shape[-1]} tokens and its reference {theirs.shape[-1]}: "
@@ -59,6 +61,9 @@ class Predictions(Participant):
         for index, sample in enumerate(rows.samples):
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
             found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
+            if pair is not None:
+                more = [compared_logits(statistic.name, own[index], pair) for statistic in self._compared]
+                found = torch.cat([found, *(column[:, None] for column in more)], dim=1)
             self._samples[sample] = _blanked(found, keep[index])
 
     def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
@@ -67,7 +72,10 @@ class Predictions(Participant):
         tables = [fetch(self._samples[sample]) for sample in sorted(self._samples)]
         columns = range(len(SCORE_NAMES))
         scores = [TokenScores(*(table[:, column] for column in columns)) for table in tables]
-        numbers[LOGITS, LOGITS] = numbers_of(scores, sorted(self._samples), self._statistics, self._dtype)
+        found = numbers_of(scores, sorted(self._samples), self._statistics, self._dtype)
+        more = enumerate(self._compared, len(SCORE_NAMES))
+        arrays = {statistic.key: np.concatenate([table[:, column] for table in tables]) for column, statistic in more}
+        numbers[LOGITS, LOGITS] = found.having((), arrays)
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

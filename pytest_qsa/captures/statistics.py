@@ -280,6 +280,19 @@ class PredictionAgreement(Statistic):
     reference = "pair"
 
 
+class PredictionOverlap(Statistic):
+    """How much of two models' predictions is common to both: `overlap` [sum of lengths] float64, Σ min(p, q).
+
+    p, q: the reference's and the subject's probabilities of the next token. NaN at padding.
+    """
+
+    name = "overlap"
+    arrays: ClassVar = {"overlap": PER_TOKEN}
+    of_logits = True
+    reference = "pair"
+    token_bytes = 8
+
+
 class StoredError(Statistic):
     """How far a loaded weight w is from the file's w₀: `stored` [4] float64, Σw₀², Σ(w − w₀)², Σw·w₀, Σw²."""
 

@@ -103,6 +103,11 @@ def compared_logits(name: str, own: Tensor, reference: Tensor) -> Tensor:
     return torch.cat([COMPARISONS[name](own[s : s + ROWS_AT_ONCE], reference[s : s + ROWS_AT_ONCE]) for s in parts])
 
 
+@compares_logits("overlap")
+def _overlap(own: Tensor, reference: Tensor) -> Tensor:
+    return torch.minimum(own.double().softmax(1), reference.double().softmax(1)).sum(1)
+
+
 def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused: bool = True) -> Tensor:
     """Return `SCORE_NAMES` of each row of logits [T, V], [T, 4] float64; NaN where a number isn't known.
 

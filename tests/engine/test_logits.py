@@ -1,0 +1,28 @@
+"""What is kept of two models' predictions, row by row, against numpy in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_qsa.engine.reduce.pairs import ROWS_AT_ONCE, compared_logits
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, ROWS_AT_ONCE, ROWS_AT_ONCE + 3])
+def test_the_overlap_of_a_row_is_the_sum_of_the_smaller_probabilities(dtype, rows):
+    own, reference = (torch.randn(rows, 50, generator=torch.Generator().manual_seed(s)).to(dtype) * 3 for s in (1, 2))
+    p, q = (softmax(logits.double().numpy()) for logits in (reference, own))
+    found = compared_logits("overlap", own, reference).numpy()
+    np.testing.assert_allclose(found, np.minimum(p, q).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found, 1 - np.abs(p - q).sum(axis=1) / 2, rtol=1e-9)  # 1 − the total variation
+
+
+def test_equal_predictions_overlap_wholly_and_disjoint_ones_not_at_all():
+    certain = torch.tensor([[1000.0, 0.0, 0.0], [0.0, 1000.0, 0.0]])
+    assert compared_logits("overlap", certain, certain).tolist() == [1.0, 1.0]
+    assert compared_logits("overlap", certain, certain.flip(0)).tolist() == [0.0, 0.0]

@@ -131,6 +131,9 @@ class MetricMethods:
     def same_top(self) -> Series:
         """Take the share of positions where both models find the same token likeliest; a tie is no difference."""
 
+    def overlap(self) -> Series:
+        """Take the mean of Σ min(p, q) over the vocabulary at each position: 1 − the total variation of both predictions."""
+
     def delta_p(self, stat: Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"] = "rms") -> Series:
         """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..captures import LOGITS, Capture
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import Series
+from ..metrics import NotMeasuredError, Series
 from .budgets import budget_of
 
 if TYPE_CHECKING:
@@ -55,8 +55,14 @@ def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, st
             f"{assertion.metric} is measured at layers, and a served model tells of its predictions only: give the "
             "checkpoint, model.path or --qsa-model"
         )
-    with np.errstate(invalid="ignore", over="ignore"):
-        series = [series_of(assertion, each) for each in pair]
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):
+            series = [series_of(assertion, each) for each in pair]
+    except NotMeasuredError:
+        raise AnomalyError(
+            f"{assertion.metric} needs the probability of every token, and a served model tells of its likeliest ones "
+            "only: gate kl_divergence or same_top, or give the checkpoint, model.path or --qsa-model"
+        ) from None
     values = [_value(each) for each in series]
     if values[0] == values[1]:
         return pair[0], _assumed(assertion, capture)

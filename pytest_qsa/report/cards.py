@@ -38,6 +38,11 @@ def is_out(row: Plain) -> bool:
     return bool(row.get("excess")) and not row.get("waived")
 
 
+def kind_of_layer(layer: str, numbers: int = 1) -> str:
+    """Return a layer's name with its first numbers as `*`, all of them for 0: `model.layers.*.mlp.down_proj`."""
+    return _NUMBER.sub("*", layer, count=numbers)
+
+
 def worst_first(results: Iterable[PlainVerdict], ranks: Mapping[str, int]) -> list[PlainVerdict]:
     """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
     return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
@@ -155,7 +160,7 @@ def strips_of(rows: Sequence[Plain]) -> list[Variables]:
     for count in (1, 0):
         strips: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
-            kind = _NUMBER.sub("*", row["layer"], count=count)
+            kind = kind_of_layer(row["layer"], count)
             strips.setdefault(f"{row['subject']} {kind}".strip(), []).append(index)
         if len(strips) <= MOST_STRIPS:
             return [{"name": name, "rows": members} for name, members in strips.items()]

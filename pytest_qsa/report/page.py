@@ -13,7 +13,7 @@ from functools import cached_property
 from markupsafe import Markup
 
 from ..captures import Provenance
-from .cards import Card, Plain, Variables, card_of, layer_table, worst_first
+from .cards import Card, Plain, Variables, card_of, is_out, kind_of_layer, layer_table, worst_first
 from .html import flattened, render
 from .report import PlainVerdict
 
@@ -54,6 +54,35 @@ def _assertions(page: Page) -> Variables:
     }
 
 
+def _kinds(page: Page) -> Variables | None:
+    """Count the layers out of bounds by kind: one layer is a damaged tensor, a whole kind a wrong setting."""
+    several = len(page.subjects) > 1
+    found: list[Variables] = []
+    for card in page.cards:
+        kinds: dict[str, list[Plain]] = {}
+        for row in card["rows"]:
+            kinds.setdefault(kind_of_layer(row["layer"]), []).append(row)
+        for kind, rows in kinds.items():
+            out = [row for row in rows if is_out(row)]
+            if not out or len(card["rows"]) == 1:
+                continue
+            worst = max(out, key=lambda row: abs(row["excess"]))
+            found.append(
+                {
+                    "kind": kind,
+                    "out": len(out),
+                    "layers": len(rows),
+                    "id": card["id"],
+                    "anchor": card["anchor"],
+                    "subject": card["subject"] if several else "",
+                    "worst": worst["layer"],
+                    "value": worst["value"],
+                }
+            )
+    found.sort(key=lambda row: (-row["out"] / row["layers"], -row["out"], row["kind"]))
+    return {"kinds": found} if found else None
+
+
 def _layers(page: Page) -> Variables | None:
     table = layer_table(page.cards)
     return {"table": table} if len(table["rows"]) > 1 else None
@@ -73,6 +102,7 @@ def _provenance(page: Page) -> Variables:
 PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
     "subjects": _subjects,
     "assertions": _assertions,
+    "kinds": _kinds,
     "layers": _layers,
     "left_out": _left_out,
     "provenance": _provenance,

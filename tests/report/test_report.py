@@ -217,6 +217,28 @@ def test_the_page_of_a_model_of_30_layers_stays_below_3_megabytes(tmp_path):
     assert (tmp_path / "out/report.json").stat().st_size < 1_500_000
 
 
+def rows_of(kind, values, high=4.0):
+    return [Row(f"model.layers.{i}.{kind}", v, None, high, None, max(v - high, 0.0), i) for i, v in enumerate(values)]
+
+
+def test_layers_out_of_bounds_are_counted_by_kind_whole_kinds_first(tmp_path):
+    q_proj, down_proj = rows_of("self_attn.q_proj", [7, 8, 6]), rows_of("mlp.down_proj", [1, 9, 1])
+    rows = [*down_proj, *q_proj, *rows_of("mlp.up_proj", [1, 1])]
+    page = page_of(tmp_path, verdict_of(rows=rows, id="drift"), verdict_of(rows=q_proj[:1], id="single"))
+    section = page.partition('id="kinds"')[2].partition("</section>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall("<t[hd][ >].*?</t[hd]>", section)]
+    assert cells[4:] == [
+        "model.layers.*.self_attn.q_proj", "3 of 3", "drift", f"8 at {q_proj[1].layer}",
+        "model.layers.*.mlp.down_proj", "1 of 3", "drift", f"9 at {down_proj[1].layer}",
+    ]  # fmt: skip
+
+
+def test_the_kinds_are_left_out_where_no_layer_is_out_of_bounds(tmp_path):
+    waived = [replace(row, waived=True) if row.excess else row for row in rows_of("mlp.down_proj", [1, 9, 1])]
+    page = page_of(tmp_path, verdict_of(Kind.PASSED, worst=2.0), verdict_of(Kind.WARNED, rows=waived))
+    assert "by kind of layer" not in page
+
+
 def test_every_layer_stands_once_with_the_numbers_of_all_its_assertions(tmp_path):
     rows = [Row(f"model.layers.{i}", i / 10, None, 1.0, 0.5, 0.0, i) for i in (9, 10)]
     page = Page(page_of(tmp_path, verdict_of(), verdict_of(id="second", rows=rows)))

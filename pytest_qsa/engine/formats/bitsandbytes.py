@@ -1,20 +1,42 @@
-"""bitsandbytes: modules of its own whose scheme the configuration states; their weight isn't read here."""
+"""bitsandbytes: modules of 8 bits with the scales of their rows; the configuration states the scheme."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from .format import EngineFormat, scheme_name
 
 
 class BitsAndBytesModules(EngineFormat):
-    """LLM.int8, which rounds inputs too, and 4 bits, which rounds none."""
+    """LLM.int8, which rounds inputs too. 4 bits, which round none, have a scheme, and no weight that is read here."""
 
     name = "bitsandbytes"
+
+    def owns(self, module: nn.Module) -> bool:
+        """Say whether a module has int8 codes and the scales of their rows."""
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.dtype == torch.int8 and _scales(module) is not None
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """Multiply codes by the largest |w| of their row, in the order of the library's own operator."""
+        codes: Any = module.weight
+        scales = _scales(module)
+        assert scales is not None
+        weight: Tensor = codes.detach() * scales.view(-1, 1) * (1 / 127)
+        return weight
 
     def declared_scheme(self, settings: Mapping[str, Any]) -> str | None:
         """Return 8 bits for weights and inputs, or 4-bit floats for weights alone."""
         if settings["quant_method"] != self.name:
             return None
         return scheme_name(8, 8, floats=False) if settings.get("load_in_8bit") else scheme_name(4, 16, floats=True)
+
+
+def _scales(module: nn.Module) -> Tensor | None:
+    """Return the scales of the rows, which the first forward moves from the weight to the module's state."""
+    holders = (getattr(module, "weight", None), getattr(module, "state", None))
+    return next((scales for holder in holders if isinstance(scales := getattr(holder, "SCB", None), Tensor)), None)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common import InfraError, shown_path
-from .shared import FAILED, OK, add_allow_code, command_parser, planned, writing
+from ..common import InfraError, progress_bar, shown_path
+from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
 
 if TYPE_CHECKING:
     from ..captures import Capture, PartialSums, Request
@@ -59,8 +59,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    from .overrides import parse_with_overrides
-
     parser = command_parser(
         __name__, __doc__, "--config FILE [options] [--KEY VALUE …]", verbose="list each picture's layers"
     )
@@ -119,7 +117,6 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
     """Return the capture. Under torchrun all processes make it, and the first one alone gets it."""
     import platformdirs
 
-    from ..common import progress_bar
     from ..engine import SampleShare, capture_subject, joined
     from ..suite import Captures
 

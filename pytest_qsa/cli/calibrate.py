@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common import InfraError, shown_path
-from .shared import OK, add_sampling, command_parser, writing
+from ..common import InfraError, shown_path, write_atomically
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,10 +20,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or no assertion measures anything.
         InfraError: the model or data can't be loaded, or the suite can't be written.
     """
-    from ..common import write_atomically
     from ..suite import load_suite, subject_of
     from ..tools import Sampled, calibrated
-    from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
     # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common import InfraError, SuiteError, shown_path
-from .shared import OK, add_allow_code, command_parser, planned, writing
+from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
+from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
 
 if TYPE_CHECKING:
-    from ..captures import PartialSums, Request
+    from ..captures import Request
     from ..engine import Recording
     from ..suite import NamedSubject, SuiteFile
 
@@ -31,15 +31,13 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, asks for nothing that a pass measures, or doesn't name the original.
         InfraError: the model or data can't be loaded, or the file can't be written.
     """
-    from .overrides import parse_with_overrides
-
     options, overrides = parse_with_overrides(_parser(), arguments)
     _check_options(options)
     if not options.output.absolute().parent.is_dir():
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")
-    told = _keep_reference(options, overrides) if options.for_reference else _keep_capture(options, overrides)
-    print(f"{shown_path(options.output)}: {told}")
+    held = _keep_reference(options, overrides) if options.for_reference else _keep_capture(options, overrides)
+    print(f"{shown_path(options.output)}: {held}")
     return OK
 
 
@@ -73,8 +71,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Measure and write a capture; return what it holds."""
-    from ..captures import compares
-    from ..common import progress_bar
+    from ..captures import PartialSums, compares
     from ..engine import SampleShare, capture_subject, layer_names
     from ..suite import FileHashes, fingerprint_of, identified, load_suite, subject_of
 
@@ -84,7 +81,9 @@ def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     requests = _requests(file, layer_names(subject.model, subject.path, subject.memory, allow_code=code))
     hashes = FileHashes(None)
     fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests))
-    share = SampleShare(samples=samples, sums=_sums(options.output, fingerprint))
+    # An interrupted pass leaves its sums in a file. The fingerprint in its name lets only the same pass go on from it.
+    partial = options.output.with_name(f"{options.output.name}.{fingerprint[:16]}.partial") if fingerprint else None
+    share = SampleShare(samples=samples, sums=PartialSums(partial) if partial else None)
     with progress_bar(subject.name) as progress:
         capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     with writing(options.output):
@@ -99,13 +98,6 @@ def _samples(text: str | None) -> tuple[int, int] | None:
     if match is None or int(match[1]) >= int(match[2]):
         raise SuiteError(f"--samples {text}: write A:B, the first sample and the one after the last, as in 0:8")
     return int(match[1]), int(match[2])
-
-
-def _sums(output: Path, fingerprint: str | None) -> PartialSums | None:
-    """Return the file of an interrupted pass, named by the fingerprint, so that only the same pass goes on from it."""
-    from ..captures import PartialSums
-
-    return PartialSums(output.with_name(f"{output.name}.{fingerprint[:16]}.partial")) if fingerprint else None
 
 
 def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
@@ -123,7 +115,6 @@ def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
 def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Run the original and write a reference file; return what it holds."""
     from ..captures import against_reference, merge_requests
-    from ..common import progress_bar, write_atomically
     from ..engine import RecordOptions, record_reference
     from ..suite import MeasuredAssertion, make_suite, read_suite
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common import InfraError, shown_path
-from .shared import OK, add_sampling, command_parser, writing
+from ..common import InfraError, shown_path, write_atomically
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,10 +22,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: an option is wrong.
         InfraError: the model or data can't be loaded, or the file exists already.
     """
-    from ..common import write_atomically
     from ..suite import YamlSource, make_suite, subject_of
     from ..tools import first_suite
-    from .overrides import parse_with_overrides
 
     options, overrides = parse_with_overrides(_parser(), arguments)
     target = options.output or Path(f"{_name(options.model)}.qsa.yaml")

@@ -25,16 +25,17 @@ from .datasets import (
     local_path as local_path,
 )
 from .document import Suite as Suite, suite_schema as suite_schema
-from .execution import (
+from .facts import (
     EMULATED as EMULATED,
     KERNELS as KERNELS,
     UNPACKED as UNPACKED,
     UNPROVED as UNPROVED,
     WEIGHTS_ONLY as WEIGHTS_ONLY,
+    Anatomy as Anatomy,
+    Gpu as Gpu,
+    Machine as Machine,
     check_execution as check_execution,
 )
-from .facts import Anatomy as Anatomy, Gpu as Gpu, Machine as Machine
-from .fields import section_of as section_of
 from .fingerprint import (
     FileHashes as FileHashes,
     fingerprint_of as fingerprint_of,
@@ -50,7 +51,15 @@ from .load import (
     misfit as misfit,
     subject_of as subject_of,
 )
-from .sections import Data as Data, Floor as Floor, Memory as Memory, Model as Model, Served as Served
+from .sections import (
+    Data as Data,
+    Floor as Floor,
+    Memory as Memory,
+    Model as Model,
+    Served as Served,
+    Visualization as Visualization,
+    section_of as section_of,
+)
 from .session import Captures as Captures, MakeCapture as MakeCapture
 from .subjects import (
     Checkpoint as Checkpoint,
@@ -69,5 +78,4 @@ from .tiers import (
     Tier as Tier,
     split_by_tier as split_by_tier,
 )
-from .visualization import Visualization as Visualization
 from .yaml_source import Location as Location, Place as Place, YamlSource as YamlSource

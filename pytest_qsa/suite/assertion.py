@@ -31,7 +31,7 @@ from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
 from ..metrics import EVALS, METRICS, Metric, Over, Query, Reduce, canonical_positions, positions_of, query_of
 from .bounds import Noises, Stated, Waiver, Waivers, is_relative
-from .fields import Regex, Strict
+from .sections import Regex, Strict
 from .tiers import Tier
 
 RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from ..captures import compile_pattern
 from ..common import SuiteError
-from .fields import Regex, Strict
+from .sections import Regex, Strict
 
 DEFAULT, SCHEME = "default", "scheme:"
 """Keys of a bound by group: all other layers; the layers of one quantization scheme."""

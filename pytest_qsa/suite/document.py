@@ -7,9 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from .assertion import AnyAssertion
-from .fields import Strict
-from .sections import Data, Memory, Model
-from .visualization import Visualization
+from .sections import Data, Memory, Model, Strict, Visualization
 
 
 class Suite(Strict):

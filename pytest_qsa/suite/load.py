@@ -14,8 +14,8 @@ from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
 from .document import Suite
-from .fields import fields_at
 from .inherit import apply_defaults, read_suite
+from .sections import fields_at
 from .subjects import NamedSubject
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 

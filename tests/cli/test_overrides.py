@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from pytest_qsa.cli.overrides import add_overrides, read_overrides
+from pytest_qsa.cli.shared import add_overrides, read_overrides
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.suite import load_suite
 

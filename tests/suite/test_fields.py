@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from pytest_qsa.suite.assertion import ASSERTIONS
 from pytest_qsa.suite.bounds import Noise, Relative, Waiver, Waivers
 from pytest_qsa.suite.document import Suite
-from pytest_qsa.suite.fields import Regex, Strict, fields_at, section_of
+from pytest_qsa.suite.sections import Regex, Strict, fields_at, section_of
 
 
 class Inner(Strict):

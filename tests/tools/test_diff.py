@@ -14,8 +14,7 @@ import torch
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
-from pytest_qsa.tools.diff.changes import Change
-from pytest_qsa.tools.diff.conditions import Condition
+from pytest_qsa.tools.diff.changes import Change, Condition
 from pytest_qsa.tools.diff.sides import DiffMeasure
 from support import models
 from support.projects import peaks, suite

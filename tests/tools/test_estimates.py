@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pytest_qsa.captures import COUNTS, TOKENS, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.suite import Data, Gpu, Machine, Memory, Model, Subject
-from pytest_qsa.tools.plan.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
-from pytest_qsa.tools.plan.settings import Work, own_setting, settings_of
-from pytest_qsa.tools.plan.sizes import sizes_of
+from pytest_qsa.tools.estimates import Work, own_setting, settings_of, sizes_of
+from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
 from support.projects import Project, suite
 

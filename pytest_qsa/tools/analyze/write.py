@@ -29,8 +29,7 @@ from ...report import (
     surface_data,
 )
 from ...suite import Subject, Visualization
-from .draw import PICTURE_KINDS, Drawing, maps_of
-from .pictures import Analysis, Picture, drawable, magnitude_dim
+from .pictures import PICTURE_KINDS, Analysis, Drawing, Picture, drawable, magnitude_dim, maps_of
 
 ANALYSIS_SCHEMA = "qsa-analysis/1"
 _FOLDED_BY: Mapping[str, AcrossChannels] = {

@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...captures import Capture, Request, match_layers, merge_requests
-from ...checkpoint import Folder
-from ...common import InfraError, QsaError, shown_path, text_table
-from ...suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
-from .settings import Setting, Work, batch_bytes, own_setting, settings_of, shown_bytes, waiting_bytes
-from .sizes import Sizes, sizes_of
+from ..captures import Capture, Request, match_layers, merge_requests
+from ..checkpoint import Folder
+from ..common import InfraError, QsaError, shown_path, text_table
+from ..suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
+from .estimates import (
+    Setting,
+    Sizes,
+    Work,
+    batch_bytes,
+    own_setting,
+    settings_of,
+    shown_bytes,
+    sizes_of,
+    waiting_bytes,
+)
 
 MOST_HASHED = 2 << 30
 """Bytes of weights that a plan hashes to look for a capture. Of more it looks only if their hashes are known."""

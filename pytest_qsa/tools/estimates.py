@@ -1,0 +1,392 @@
+"""How large a checkpoint is, and which `memory:` settings fit: how much each takes, and about how long.
+
+Sizes come from the configuration and the headers of the files; no weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from ..captures import Request, match_layers
+from ..checkpoint import Folder, Format, format_of, streams_from_disk
+from ..common import InfraError
+from ..suite import Data, Gpu, Machine, Memory, Model
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+"""A name up to its first number: the block that a tensor belongs to."""
+BATCHES_IN_WAVE = 256
+"""How many batches pass each block together when the weights stream, as in engine/stream/."""
+BASE = 500 << 20
+"""Bytes of a process with torch and transformers loaded; on a GPU, of a CUDA context."""
+HEADROOM = 1.2
+"""accelerate leaves this share of the free memory unused when it places the weights."""
+START = 6.0
+"""Seconds to import torch and transformers."""
+COUNTING = 1e9
+"""Elements that one core reduces in a second beside the pass (docs/benchmarks.md)."""
+TO_DEVICE = 1e10
+"""Bytes per second from main memory to a GPU (PCIe 3 × 16)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a checkpoint.
+
+    `units`: what is in memory together when it streams, in order → its parameters.
+
+    `stored`: the bytes of its tensors in the files. `active`: the share of each unit's parameters that one token
+    meets; below 1 in a mixture of experts. `tied`: the head is the embedding.
+    """
+
+    architecture: str
+    method: str
+    dtype: str
+    stored: int
+    files: int
+    units: Mapping[str, int]
+    active: Mapping[str, float]
+    layers: tuple[str, ...]
+    tied: bool
+    hidden: int
+    intermediate: int
+    attention: int
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, unpacked."""
+        return sum(self.units.values())
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter in memory."""
+        return BYTES[self.dtype]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights in memory: unpacked, as compressed-tensors runs them; else as they are stored."""
+        return self.parameters * self.width if self.streams else self.stored
+
+    @property
+    def streams(self) -> bool:
+        """Whether transformers can leave the weights on disk."""
+        return streams_from_disk(self.method)
+
+    @cached_property
+    def streamed(self) -> int:
+        """Bytes of the weights in memory at once when they stream: two successive units, and a tied embedding."""
+        sizes = list(self.units.values()) or [0]
+        two = max((one + other for one, other in pairwise(sizes)), default=sizes[0])
+        kept = self.units.get(self._embedding, 0) if self.tied else 0
+        return (two + kept) * self.width
+
+    @property
+    def _embedding(self) -> str:
+        return next((name for name in self.units if "embed" in name or name.endswith("wte")), "")
+
+    @cached_property
+    def trunk(self) -> float:
+        """The parameters that a token is multiplied with, without embedding and head."""
+        blocks = {name: count for name, count in self.units.items() if BLOCK.match(name)}
+        return sum(count * self.active.get(name, 1.0) for name, count in blocks.items())
+
+
+def sizes_of(folder: Folder, model: Model) -> Sizes:
+    """Return the sizes of a checkpoint. Of a sharded one the index and the configuration are enough.
+
+    Raises:
+        InfraError: it holds no config.json, or neither weights nor an index.
+    """
+    config = folder.text_config
+    found = _from_headers(folder) if folder.gguf_file or any(folder.path.glob("*.safetensors")) else _from_index(folder)
+    hidden = _number(config, "hidden_size", "n_embd", "d_model")
+    heads = _number(config, "num_attention_heads", "n_head", "num_heads")
+    return Sizes(
+        architecture=next(iter(folder.config.get("architectures") or ()), str(config.get("model_type") or "a model")),
+        method=format_of(folder).name or format_of(folder).label,
+        dtype=_dtype(folder, model, found["stored_dtype"]),
+        stored=found["stored"],
+        files=found["files"],
+        units=found["units"],
+        active=_active(found["experts"], found["units"], config),
+        layers=found["layers"],
+        tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found["units"]),
+        hidden=hidden,
+        # GPT-2 and its kin name no intermediate size: it is four times the hidden one.
+        intermediate=_number(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
+        attention=heads * (_number(config, "head_dim") or (hidden // heads if heads else 0)),
+        vocabulary=_number(config, "vocab_size"),
+    )
+
+
+def unit_of(name: str) -> str:
+    """Return the unit that a layer is loaded with: its block, or itself."""
+    block = BLOCK.match(name)
+    return block[1] if block else name
+
+
+def _from_headers(folder: Folder) -> dict[str, Any]:
+    units: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    form = format_of(folder)
+    for layer, parts in folder.layers.items():
+        count = _unpacked(form, layer)
+        units[unit_of(layer)] = units.get(unit_of(layer), 0) + count
+        if ".experts" in layer:
+            experts[unit_of(layer)] = experts.get(unit_of(layer), 0) + count
+        for tensor in parts.values():
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + prod(tensor.shape)
+    floats = {FLOAT_NAMES[dtype]: count for dtype, count in dtypes.items() if dtype in FLOAT_NAMES}
+    return {
+        "units": {unit: units[unit] for unit in sorted(units, key=_order)},
+        "experts": experts,
+        "layers": _layers(folder.layers),
+        "stored": sum(tensor.stop - tensor.start for tensor in folder.tensors.values()),
+        "files": len({tensor.path for tensor in folder.tensors.values()}),
+        "stored_dtype": max(floats, key=lambda dtype: floats[dtype], default=None),
+    }
+
+
+def _unpacked(form: Format, layer: str) -> int:
+    """Return the number of parameters of a layer after unpacking; scales and zero points don't count."""
+    codes, parts = form.codes_of(layer), form.parts(layer)
+    if codes is None:
+        return sum(prod(tensor.shape) for tensor in parts.values())
+    shape = form.weight_shape(layer)
+    return prod(shape or codes.shape) + sum(prod(t.shape) for part, t in parts.items() if part == "bias")
+
+
+def _from_index(folder: Folder) -> dict[str, Any]:
+    """Divide the bytes of an index among the blocks; embedding and head have the size that the configuration gives."""
+    names = folder.indexed
+    stored = int(((folder.json("model.safetensors.index.json") or {}).get("metadata") or {}).get("total_size") or 0)
+    if not names or not stored:
+        raise InfraError(f"{folder.path} holds neither safetensors files nor an index that says how large they are")
+    config = folder.text_config
+    layers = dict.fromkeys(name.rpartition(".")[0] or name for name in sorted(names))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    outer = _number(config, "vocab_size") * _number(config, "hidden_size", "n_embd", "d_model")
+    units = {unit_of(layer): outer if "embed" in layer or "lm_head" in layer else 0 for layer in layers}
+    blocks = [unit for unit in units if BLOCK.match(unit)]
+    # An index has one size for all files; blocks of one model are alike.
+    rest = stored // BYTES.get(dtype, 2) - sum(units.values())
+    units |= {unit: rest // len(blocks) for unit in blocks}
+    return {
+        "units": {unit: units[unit] for unit in sorted(units, key=_order)},
+        "experts": {},
+        "layers": _layers(layers),
+        "stored": stored,
+        "files": len(set(names.values())),
+        "stored_dtype": None,
+    }
+
+
+def _order(unit: str) -> tuple[int, int]:
+    """Sort units in the order of a forward: the embedding, the blocks by number, norm and head."""
+    number = unit.rpartition(".")[2]
+    return (1, int(number)) if number.isdigit() else (0, 0) if "embed" in unit else (2, 0)
+
+
+def _layers(owners: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules of the tensors and those around them. `layers` of `layers.0` is a list and no layer."""
+    found: dict[str, None] = {}
+    for owner in owners:
+        words = [*owner.split("."), ""]
+        ends = [end for end in range(1, len(words)) if not words[end].isdigit()]
+        found |= dict.fromkeys(".".join(words[:end]) for end in ends)
+    return tuple(found)
+
+
+def _active(experts: Mapping[str, int], units: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, float]:
+    total = _number(config, "num_local_experts", "num_experts", "n_routed_experts")
+    chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    if not total or not chosen:
+        return {}
+    return {unit: 1 - count / units[unit] * (1 - chosen / total) for unit, count in experts.items() if units[unit]}
+
+
+def _dtype(folder: Folder, model: Model, stored: str | None) -> str:
+    named = (model.dtype, folder.text_config.get("dtype"), folder.text_config.get("torch_dtype"), stored, "bfloat16")
+    return next(str(name) for name in named if name in BYTES)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """Return the number at the first of several keys, for architectures name it differently; 0 if there is none."""
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), 0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass over `samples` windows of `tokens` tokens, `batch` of them in a forward.
+
+    `sites`: how many tensors are reduced. `sums`: bytes of what is kept of them. `elements`: their elements per token.
+    """
+
+    samples: int
+    tokens: int
+    batch: int
+    sites: int
+    sums: int
+    elements: int
+
+    @property
+    def batches(self) -> int:
+        """The number of forwards."""
+        return -(-self.samples // self.batch)
+
+    @classmethod
+    def of(cls, data: Data, requests: Sequence[Request], sizes: Sizes) -> Work:
+        """Return what the requests need, for the layers that the names of the checkpoint's tensors show."""
+        sites = {
+            (layer, request.site): request.statistics
+            for request in requests
+            for layer in match_layers(sizes.layers, request.pattern, request.exclude)
+            if request.site != "weight"
+        }
+        tokens = data.num_samples * data.seq_len
+        widths = {site: _channels(site[0], site[1], sizes) for site in sites}
+        sums = sum(
+            statistic.kept_bytes(data.num_samples, tokens, widths[site])
+            for site, statistics in sites.items()
+            for statistic in statistics
+        )
+        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, sum(widths.values()))
+
+    def flops(self, sizes: Sizes) -> float:
+        """Return the FLOP of the pass: 2 per parameter and token, 4 per pair of tokens and channel of attention.
+
+        From Kaplan et al., arXiv 2001.08361, but attention as torch's flop counter has it: all pairs of tokens, masked
+        or not. The head counts once, for the first batch alone goes through the whole model.
+        """
+        trunk = 2 * sizes.trunk * self.tokens
+        layers = sum(1 for unit in sizes.units if unit.rpartition(".")[2].isdigit())
+        attention = 4 * self.tokens**2 * sizes.attention * layers
+        # The first batch runs to the logits to find the last layer that is needed; the others stop there.
+        head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * self.batch
+        return self.samples * (trunk + attention) + head
+
+
+def _channels(layer: str, site: str, sizes: Sizes) -> int:
+    """Return the channels of a site: the intermediate size inside an MLP, otherwise the hidden size."""
+    inside = ("down_proj", "fc2", "act_fn") if site == "input" else ("up_proj", "gate_proj", "fc1", "act_fn")
+    return sizes.intermediate if layer.endswith(inside) else sizes.hidden
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run.
+
+    `host`, `gpu`: peaks in bytes; `gpu` is None without one. `note`: what is expensive about it.
+    """
+
+    memory: Memory
+    text: str
+    host: int
+    gpu: int | None
+    seconds: float
+    fits: bool
+    note: str = ""
+
+
+def settings_of(sizes: Sizes, work: Work, machine: Machine) -> list[Setting]:
+    """Return all ways to run on a machine, the fastest kind first; some may not fit."""
+    devices: Sequence[Gpu | None] = [*machine.gpus[:1], None]
+    return [setting for gpu in devices for setting in _on(gpu, sizes, work, machine)]
+
+
+def own_setting(settings: Sequence[Setting], memory: Memory) -> Setting | None:
+    """Return the setting that a suite's `memory` section means; None for a device that nothing is known of."""
+    wanted = "cpu" if memory.device == "cpu" else "gpu" if memory.device.startswith("cuda") else None
+    candidates = [s for s in settings if wanted is None or (s.gpu is None) == (wanted == "cpu")]
+    if memory.device not in ("auto", "cpu") and wanted is None:
+        return None
+    if memory.offload_device == "disk":
+        return next((s for s in candidates if s.memory.offload_device == "disk"), None)
+    device = [s for s in candidates if s.gpu is not None] or candidates
+    # The same choice as the loader makes: all in memory if it fits, else offloaded by accelerate.
+    whole = next(s for s in device if s.memory.offload_device == "cpu" and not s.note)
+    if whole.fits or not memory.auto_offload:
+        return whole
+    return next((s for s in device if s.note and s.memory.offload_device == "cpu"), whole)
+
+
+def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine) -> Iterator[Setting]:
+    """Yield the settings of one device: all in memory, offloaded by accelerate, streamed from disk."""
+    device = "cpu" if gpu is None else "cuda"
+    free = machine.free if gpu is None else gpu.free
+    around = BASE + batch_bytes(sizes, work) + work.sums
+    compute = _compute(sizes, work, machine, device)
+    reading = sizes.stored / machine.reading
+
+    def setting(memory: Memory, text: str, peak: int, host: int, seconds: float, note: str = "") -> Setting:
+        fits = peak <= free and host <= machine.free
+        return Setting(memory, text, host, None if gpu is None else peak, START + seconds, fits, note)
+
+    whole = sizes.weights + around
+    host = whole if gpu is None else BASE
+    yield setting(Memory(device=device, auto_offload=False), f"{{device: {device}}}", whole, host, reading + compute)
+    # accelerate offloads only what doesn't fit.
+    if whole > free:
+        yield _offloaded(gpu, sizes, work, machine, compute)
+    if sizes.streams:
+        streamed = sizes.streamed + around + waiting_bytes(sizes, work, machine)
+        disk = Memory(device=device, offload_device="disk")
+        text = f"{{device: {device}, offload_device: disk}}"
+        waves = -(-work.batches // BATCHES_IN_WAVE)  # each wave reads all weights again
+        host = streamed if gpu is None else BASE
+        # The next unit is read while the samples compute: the slower of the two counts.
+        yield setting(disk, text, streamed, host, max(reading * waves, compute))
+
+
+def _offloaded(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, compute: float) -> Setting:
+    """Return the setting where accelerate places the weights; what the device lacks is fetched for every batch."""
+    device = "cpu" if gpu is None else "cuda"
+    host_room = int(machine.free / HEADROOM)
+    gpu_room = int(gpu.free / HEADROOM) if gpu else 0
+    elsewhere = max(0, sizes.weights - gpu_room)
+    on_disk = max(0, elsewhere - host_room)
+    fetched = work.batches * ((elsewhere - on_disk) / TO_DEVICE * bool(gpu) + on_disk / machine.reading)
+    seconds = START + sizes.stored / machine.reading + compute + fetched
+    note = f"fetches {shown_bytes(on_disk if gpu is None else elsewhere)} again for each of {work.batches} batches"
+    host = min(host_room, elsewhere) + BASE
+    around = batch_bytes(sizes, work) + work.sums
+    fits = (gpu.free - gpu_room if gpu else machine.free - host_room) > around
+    text = f"{{device: {device}, auto_offload: true}}"
+    return Setting(Memory(device=device), text, host, gpu.free if gpu else None, seconds, fits, note)
+
+
+def batch_bytes(sizes: Sizes, work: Work) -> int:
+    """Return the bytes of the tensors of one batch: those of a block with its attention, or the logits."""
+    tokens = work.batch * work.tokens
+    block = tokens * (4 * sizes.hidden + 3 * sizes.intermediate + 2 * sizes.attention)
+    return (max(block, tokens * sizes.vocabulary) + tokens * sizes.hidden) * sizes.width
+
+
+def waiting_bytes(sizes: Sizes, work: Work, machine: Machine) -> int:
+    """Return the bytes of the hidden states that wait in memory when the weights stream; the rest waits on disk."""
+    held = min(work.samples, BATCHES_IN_WAVE * work.batch) * work.tokens * sizes.hidden * sizes.width
+    # engine/stream/spill.py keeps a quarter of the free memory, and writes the rest to disk.
+    return min(held, machine.free // 4)
+
+
+def _compute(sizes: Sizes, work: Work, machine: Machine, device: str) -> float:
+    """Return the seconds of the matrix products, and on a CPU of the reductions beside them."""
+    reducing = work.samples * work.tokens * work.elements / (COUNTING * machine.cores) if device == "cpu" else 0.0
+    return work.flops(sizes) / machine.rates[device] + reducing
+
+
+def shown_bytes(count: float) -> str:
+    """Return bytes with two digits: 820 MB, 4.1 GB, 140 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 10 * size else 1}f} {unit}"
+    return f"{max(count, 0) / 1e3:.0f} kB"

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overr
 
 if TYPE_CHECKING:
     from ..captures import Capture, PartialSums, Request
-    from ..suite import MakeCapture, Subject, SuiteFile
-    from ..tools import Analysis
+    from ..suite import MakeCapture, Subject
+    from ..tools import Analysis, Export
 
 FIRST = 20
 """How many layers are listed, as in quant-smooth-ana."""
@@ -33,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     from ..engine import layer_names
     from ..suite import load_suite, subject_of
+    from ..tools import Export
 
     options, overrides = _options(arguments)
     suite = load_suite(options.config, overrides, "--")
@@ -41,8 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     analysis = planned(suite, names)
     folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
-        _list_layers(names)
-        _list_pictures(analysis, folder, verbose=options.verbose)
+        _list(names, analysis, folder, verbose=options.verbose)
     _check_writable(folder, make=not options.dry_run)  # before the pass, which may take hours
     if options.dry_run:
         print("dry run: nothing was loaded, nothing written")
@@ -55,7 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         capture = capture.redacted()
     if options.verbose:
         print(f"measured in {time.perf_counter() - started:.1f} s")
-    return _written(suite, subject, analysis, capture, folder, arguments, verbose=options.verbose)
+    export = Export(suite.suite.visualization, subject, analysis, capture, folder)
+    return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -78,14 +79,12 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parse_with_overrides(parser, arguments)
 
 
-def _list_layers(names: Sequence[str]) -> None:
+def _list(names: Sequence[str], analysis: Analysis, folder: Path, *, verbose: bool) -> None:
+    """Print the first layers of the model, the planned pictures, and the warnings about their patterns."""
     print(f"Total layers found: {len(names)}")
     print(f"Showing first {min(FIRST, len(names))} layers:")
     for name in names[:FIRST]:
         print(f"  {name}")
-
-
-def _list_pictures(analysis: Analysis, folder: Path, *, verbose: bool) -> None:
     print(f"Pictures, into {shown_path(folder)}:")
     width = max(len(picture.name) for picture in analysis.pictures)
     for picture in analysis.pictures:
@@ -133,29 +132,16 @@ def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace)
         return ranks.led(get, make)
 
 
-def _written(
-    suite: SuiteFile,
-    subject: Subject,
-    analysis: Analysis,
-    capture: Capture,
-    folder: Path,
-    arguments: Sequence[str],
-    *,
-    verbose: bool,
-) -> int:
-    from ..tools import write_analysis
-
-    report: Callable[[str], None] = print if verbose else lambda _: None
-    with writing(folder):
-        command = shlex.join(["qsa", "analyze", *arguments])
-        written = write_analysis(suite.suite.visualization, subject, analysis, capture, folder, command, report)
-    for warning in written.warnings:
+def _write(export: Export, command: str, *, verbose: bool) -> int:
+    with writing(export.folder):
+        export.write(command, print if verbose else lambda _: None)
+    for warning in export.warnings:
         _warn(warning)
-    for path in written.files:
+    for path in export.files:
         print(shown_path(path))
-    for drawn in written.problems:
+    for drawn in export.problems:
         print(f"qsa: {drawn.picture.name} was not drawn: {drawn.problem}", file=sys.stderr)
-    return FAILED if written.problems else OK
+    return FAILED if export.problems else OK
 
 
 def _warn(text: str) -> None:

@@ -1,5 +1,5 @@
 from .analyze.pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
-from .analyze.write import write_analysis as write_analysis
+from .analyze.write import Export as Export
 from .calibrate import Sampled as Sampled
 from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text

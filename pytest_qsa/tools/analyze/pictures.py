@@ -98,8 +98,8 @@ def plan_pictures(visualization: Visualization, names: Sequence[str]) -> Analysi
         PatternError: a pattern finds none.
     """
     finder = _Finder(visualization, names)
-    enabled = [section for section in _PLANS if getattr(visualization.enabled, section)]
-    pictures = [picture for section in enabled for picture in _PLANS[section](finder, section)]
+    enabled = [section for section in PICTURE_KINDS if getattr(visualization.enabled, section)]
+    pictures = [picture for section in enabled for picture in PICTURE_KINDS[section].plan(finder, section)]
     return Analysis(pictures, finder.warnings)
 
 
@@ -193,19 +193,6 @@ def _heatmaps(finder: _Finder, section: Section) -> Iterator[Picture]:
             yield Picture(name, section, settings.site, shown, needs, form)
 
 
-_PLANS: Mapping[Section, Callable[[_Finder, Section], Iterator[Picture]]] = {
-    "magnitude_input": partial(_magnitudes, site="input"),
-    "magnitude_output": partial(_magnitudes, site="output"),
-    "magnitude_weight": partial(_magnitudes, site="weight"),
-    "outlier_layer_wise": _outliers,
-    "outlier_position": _outliers,
-    "outlier_token": _outliers,
-    "distribution": _distributions,
-    "percentile_range": _percentiles,
-    "heatmap_3d": _heatmaps,
-}
-
-
 def drawable(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
     """Leave out the layers that a capture lacks; also return why.
 
@@ -265,12 +252,8 @@ class Drawing:
     picture: Picture
     capture: Capture
     settings: Visualization
+    title: str
     run: str
-
-    @property
-    def title(self) -> str:
-        """What the picture shows."""
-        return PICTURE_KINDS[self.picture.section].title(self.picture, self.settings)
 
     @property
     def sites(self) -> dict[str, SiteNumbers]:
@@ -283,20 +266,16 @@ class Drawing:
         parts = (population(reduce, samples, None), counted(len(self.picture.layers), "layer"), self.run)
         return " · ".join(part for part in parts if part)
 
-    def figure(self) -> Figure:
-        """Draw it.
-
-        Raises:
-            QsaError: the capture lacks what it shows.
-        """
-        return PICTURE_KINDS[self.picture.section].draw(self)
-
 
 @dataclass(frozen=True)
 class PictureKind:
-    """How the pictures of a section are titled and drawn, and the heading on the page."""
+    """The pictures of a section: their heading on the page, how they are planned, titled and drawn.
+
+    `draw` raises a QsaError where the capture lacks what the picture shows.
+    """
 
     heading: str
+    plan: Callable[[_Finder, Section], Iterator[Picture]]
     title: Callable[[Picture, Visualization], str]
     draw: Callable[[Drawing], Figure]
 
@@ -369,14 +348,18 @@ def _heatmap_title(picture: Picture, settings: Visualization) -> str:
     return f"|x| of sample {settings.heatmap_3d.sample_idx} at the {picture.site}s"
 
 
+def _magnitude_kind(site: Site) -> PictureKind:
+    return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude_title, _magnitude)
+
+
 PICTURE_KINDS: Mapping[Section, PictureKind] = {
-    "magnitude_input": PictureKind("Magnitudes of inputs", _magnitude_title, _magnitude),
-    "magnitude_output": PictureKind("Magnitudes of outputs", _magnitude_title, _magnitude),
-    "magnitude_weight": PictureKind("Magnitudes of weights", _magnitude_title, _magnitude),
-    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outlier_title, _outlier),
-    "outlier_position": PictureKind("Outlier tokens by position", _outlier_title, _outlier),
-    "outlier_token": PictureKind("Outlier tokens by text", _outlier_title, _outlier),
-    "distribution": PictureKind("Distributions", _distribution_title, _distribution),
-    "percentile_range": PictureKind("Percentiles by channel", _percentile_title, _percentile),
-    "heatmap_3d": PictureKind("Heat maps", _heatmap_title, _heatmap),
+    "magnitude_input": _magnitude_kind("input"),
+    "magnitude_output": _magnitude_kind("output"),
+    "magnitude_weight": _magnitude_kind("weight"),
+    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outliers, _outlier_title, _outlier),
+    "outlier_position": PictureKind("Outlier tokens by position", _outliers, _outlier_title, _outlier),
+    "outlier_token": PictureKind("Outlier tokens by text", _outliers, _outlier_title, _outlier),
+    "distribution": PictureKind("Distributions", _distributions, _distribution_title, _distribution),
+    "percentile_range": PictureKind("Percentiles by channel", _percentiles, _percentile_title, _percentile),
+    "heatmap_3d": PictureKind("Heat maps", _heatmaps, _heatmap_title, _heatmap),
 }

@@ -50,9 +50,17 @@ class Drawn:
 
 
 @dataclass
-class Written:
-    """What an analysis wrote, in this order, and warnings for the user."""
+class Export:
+    """The files of an analysis, in `folder`.
 
+    `files`, in the order of writing, `drawn` and `warnings`: what `write` did.
+    """
+
+    visualization: Visualization
+    subject: Subject
+    analysis: Analysis
+    capture: Capture
+    folder: Path
     files: list[Path] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -62,39 +70,90 @@ class Written:
         """The pictures that could not be drawn."""
         return [each for each in self.drawn if each.problem]
 
+    def write(self, command: str, report: Callable[[str], None]) -> None:
+        """Draw and export everything.
 
-def write_analysis(
-    visualization: Visualization,
-    subject: Subject,
-    analysis: Analysis,
-    capture: Capture,
-    folder: Path,
-    command: str,
-    report: Callable[[str], None],
-) -> Written:
-    """Draw and export everything into the folder. `report`: called with a line on how long each picture took.
+        `command`: shown on the page. `report`: called with a line on how long each picture took.
 
-    Raises:
-        OSError: the folder can't be written.
-    """
-    written = Written()
-    run = f"{subject.name}, {capture.provenance.model.dtype or ''}, {capture.provenance.data.size}"
-    for picture in analysis.pictures:
+        Raises:
+            OSError: the folder can't be written.
+        """
+        data = self.capture.provenance
+        run = f"{self.subject.name}, {data.model.dtype or ''}, {data.data.size}"
+        for picture in self.analysis.pictures:
+            started = time.perf_counter()
+            drawn, warnings = draw_picture(picture, self.capture, self.visualization, self.folder, run)
+            self.drawn.append(drawn)
+            self.files += drawn.files
+            self.warnings += warnings
+            report(f"{picture.name}: {time.perf_counter() - started:.2f} s")
         started = time.perf_counter()
-        drawn, warnings = draw_picture(picture, capture, visualization, folder, run)
-        written.drawn.append(drawn)
-        written.files += drawn.files
-        written.warnings += warnings
-        report(f"{picture.name}: {time.perf_counter() - started:.2f} s")
-    started = time.perf_counter()
-    written.files += _tables(visualization, subject, analysis, capture, folder, written.drawn)
-    if "html" in visualization.output.formats:  # last, for the page lists the other files
-        page = folder / visualization.output.report_file
-        gallery = _gallery(subject, capture, visualization, written, analysis.warnings, command)
-        write_atomically(page, render_gallery(gallery))
-        written.files.append(page)
-    report(f"tables and report: {time.perf_counter() - started:.2f} s")
-    return written
+        self._write_tables()
+        if "html" in self.visualization.output.formats:  # last, for the page lists the other files
+            page = self.folder / self.visualization.output.report_file
+            write_atomically(page, render_gallery(self._gallery(command)))
+            self.files.append(page)
+        report(f"tables and report: {time.perf_counter() - started:.2f} s")
+
+    def _write_tables(self) -> None:
+        encode: Mapping[str, Callable[[], bytes]] = {
+            "csv": lambda: as_csv(rows),
+            "json": lambda: as_json(rows, self._about()),
+            "parquet": lambda: as_parquet(rows),
+        }
+        wanted = [form for form in encode if form in self.visualization.output.formats]
+        rows = export_rows(self.analysis, self.capture, self.visualization) if wanted else []
+        for form in wanted:
+            file = self.folder / f"analysis.{form}"
+            write_atomically(file, encode[form]())
+            self.files.append(file)
+        if self.visualization.output.include_raw_data:
+            self.files.append(self.folder / "capture.qsa")
+            self.capture.save(self.files[-1])
+
+    def _about(self) -> dict[str, Any]:
+        """Return what the JSON says besides the rows: the run, the settings and the pictures."""
+        pictures = [
+            {
+                "name": each.picture.name,
+                "title": each.title,
+                "site": each.picture.site,
+                "problem": each.problem or None,
+                "files": [path.name for path in each.files],
+                "layers": list(each.picture.layers),
+            }
+            for each in self.drawn
+        ]
+        meta, settings = self.capture.provenance.plain(), self.visualization.model_dump()
+        return {"name": self.subject.name, "meta": meta, "visualization": settings, "pictures": pictures}
+
+    def _gallery(self, command: str) -> Gallery:
+        sections: dict[str, list[PagePicture]] = {}
+        for each in self.drawn:
+            picture = PagePicture(each.title, each.picture.name, each.png, each.problem)
+            sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
+        provenance = self.capture.provenance
+        return Gallery(
+            title=f"Analysis of {self.subject.name}",
+            facts={**provenance.facts(), **(provenance.model.versions or {})},
+            sections=sections,
+            warnings=[*self.analysis.warnings, *self.warnings],
+            layers=self.capture.modules,
+            files=[path.name for path in self.files],
+            command=command,
+            surfaces=list(self._surfaces()),
+        )
+
+    def _surfaces(self) -> Iterator[GallerySurface]:
+        """Yield a surface for the page with all layers of the heat maps."""
+        settings = self.visualization.heatmap_3d
+        pictures = [each.picture for each in self.drawn if each.picture.section == "heatmap_3d" and not each.problem]
+        wanted = {layer for picture in pictures for layer in picture.layers}
+        if wanted:
+            layers = [layer for layer in self.capture.modules if layer in wanted]
+            maps, size = maps_of(self.capture, layers, settings.site, settings.sample_idx)
+            data = surface_data(maps, size, settings.view_angle)
+            yield GallerySurface(PICTURE_KINDS["heatmap_3d"].heading, "heatmap_3d", data)
 
 
 def draw_picture(
@@ -108,10 +167,11 @@ def draw_picture(
     Raises:
         OSError: the folder can't be written.
     """
-    title = PICTURE_KINDS[picture.section].title(picture, visualization)
+    kind = PICTURE_KINDS[picture.section]
+    title = kind.title(picture, visualization)
     try:
         kept, left_out = drawable(picture, capture)
-        figure = Drawing(kept, capture, visualization, run).figure()
+        figure = kind.draw(Drawing(kept, capture, visualization, title, run))
     except QsaError as error:
         return Drawn(picture, title, problem=str(error)), []
     png = encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
@@ -122,84 +182,6 @@ def draw_picture(
             write_atomically(files[-1], png if form == "png" else encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
     return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
-
-
-def _gallery(
-    subject: Subject,
-    capture: Capture,
-    visualization: Visualization,
-    written: Written,
-    warnings: Sequence[str],
-    command: str,
-) -> Gallery:
-    sections: dict[str, list[PagePicture]] = {}
-    for each in written.drawn:
-        picture = PagePicture(each.title, each.picture.name, each.png, each.problem)
-        sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
-    return Gallery(
-        title=f"Analysis of {subject.name}",
-        facts={**capture.provenance.facts(), **(capture.provenance.model.versions or {})},
-        sections=sections,
-        warnings=[*warnings, *written.warnings],
-        layers=capture.modules,
-        files=[path.name for path in written.files],
-        command=command,
-        surfaces=list(_surfaces(capture, visualization, written.drawn)),
-    )
-
-
-def _surfaces(capture: Capture, visualization: Visualization, drawn: Sequence[Drawn]) -> Iterator[GallerySurface]:
-    """Yield a surface for the page with all layers of the heat maps."""
-    settings = visualization.heatmap_3d
-    pictures = [each.picture for each in drawn if each.picture.section == "heatmap_3d" and not each.problem]
-    wanted = {layer for picture in pictures for layer in picture.layers}
-    if wanted:
-        layers = [layer for layer in capture.modules if layer in wanted]
-        maps, size = maps_of(capture, layers, settings.site, settings.sample_idx)
-        yield GallerySurface(
-            PICTURE_KINDS["heatmap_3d"].heading, "heatmap_3d", surface_data(maps, size, settings.view_angle)
-        )
-
-
-def _tables(
-    visualization: Visualization,
-    subject: Subject,
-    analysis: Analysis,
-    capture: Capture,
-    folder: Path,
-    drawn: Sequence[Drawn],
-) -> list[Path]:
-    encode: Mapping[str, Callable[[], bytes]] = {
-        "csv": lambda: as_csv(rows),
-        "json": lambda: as_json(rows, _about(visualization, subject, capture, drawn)),
-        "parquet": lambda: as_parquet(rows),
-    }
-    wanted = [form for form in encode if form in visualization.output.formats]
-    rows = export_rows(analysis, capture, visualization) if wanted else []
-    files = [folder / f"analysis.{form}" for form in wanted]
-    for form, file in zip(wanted, files, strict=True):
-        write_atomically(file, encode[form]())
-    if visualization.output.include_raw_data:
-        files.append(folder / "capture.qsa")
-        capture.save(files[-1])
-    return files
-
-
-def _about(visualization: Visualization, subject: Subject, capture: Capture, drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """Return what the JSON says besides the rows: the run, the settings and the pictures."""
-    pictures = [
-        {
-            "name": each.picture.name,
-            "title": each.title,
-            "site": each.picture.site,
-            "problem": each.problem or None,
-            "files": [path.name for path in each.files],
-            "layers": list(each.picture.layers),
-        }
-        for each in drawn
-    ]
-    settings = visualization.model_dump()
-    return {"name": subject.name, "meta": capture.provenance.plain(), "visualization": settings, "pictures": pictures}
 
 
 class ExportRow(NamedTuple):
@@ -309,10 +291,7 @@ def as_csv(rows: Sequence[ExportRow]) -> bytes:
 
 def as_json(rows: Sequence[ExportRow], about: Mapping[str, Any]) -> bytes:
     """Write the keys of `about` and the rows under `rows`; NaN and infinities become null."""
-    plain = [
-        {**row._asdict(), "value": row.value if math.isfinite(row.value) else None}
-        for row in rows
-    ]  # fmt: skip
+    plain = [{**row._asdict(), "value": row.value if math.isfinite(row.value) else None} for row in rows]
     return json.dumps(
         {"schema": ANALYSIS_SCHEMA, **about, "rows": plain}, indent=1, allow_nan=False, default=str
     ).encode()

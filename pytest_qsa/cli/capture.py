@@ -116,7 +116,7 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     """Run the original and write a reference file; return what it holds."""
     from ..captures import against_reference, merge_requests
     from ..engine import RecordOptions, record_reference
-    from ..suite import MeasuredAssertion, make_suite, read_suite
+    from ..suite import MeasuredAssertion, load_suite, read_suite
 
     source = read_suite(options.config)
     own = source.data.get("model")
@@ -124,7 +124,7 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     if not named and not any(each.startswith("model.reference=") for each in overrides):
         # The assertions that compare need a reference to be valid: it is the file that is made here.
         overrides = [*overrides, f"model.reference={options.output.absolute()}"]
-    file = make_suite(source, overrides, "--")
+    file = load_suite(source, overrides, "--")
     subject = _original(file, overrides, named=named)
     measured = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
     requests = merge_requests(each for each in measured if against_reference(each.statistics))

@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: an option is wrong.
         InfraError: the model or data can't be loaded, or the file exists already.
     """
-    from ..suite import YamlSource, make_suite, subject_of
+    from ..suite import YamlSource, load_suite, subject_of
     from ..tools import first_suite
 
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
     source = YamlSource(target, _sections(options, target))
-    subject = subject_of(make_suite(source, overrides, "--"))
+    subject = subject_of(load_suite(source, overrides, "--"))
     first = first_suite(
         subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
     )

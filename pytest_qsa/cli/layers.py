@@ -17,7 +17,7 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: the model's configuration can't be read.
     """
     from ..captures import match_layers, no_match
-    from ..suite import YamlSource, load_suite, make_suite, subject_of
+    from ..suite import YamlSource, load_suite, subject_of
 
     parser = command_parser(__name__, __doc__)
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
     named = YamlSource(Path("--model"), {"model": {"path": options.model}})
-    subject = subject_of(load_suite(options.config) if options.config else make_suite(named))
+    subject = subject_of(load_suite(options.config or named))
     from ..engine import outline
 
     rows = outline(subject.model, subject.path)

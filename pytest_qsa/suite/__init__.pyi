@@ -24,7 +24,6 @@ from .datasets import (
     hub_set_of as hub_set_of,
     local_path as local_path,
 )
-from .document import Suite as Suite, suite_schema as suite_schema
 from .facts import (
     EMULATED as EMULATED,
     KERNELS as KERNELS,
@@ -44,12 +43,13 @@ from .fingerprint import (
 )
 from .inherit import read_suite as read_suite
 from .load import (
+    Suite as Suite,
     SuiteFile as SuiteFile,
     check_override as check_override,
     load_suite as load_suite,
-    make_suite as make_suite,
     misfit as misfit,
     subject_of as subject_of,
+    suite_schema as suite_schema,
 )
 from .sections import (
     Data as Data,

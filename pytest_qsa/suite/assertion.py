@@ -303,7 +303,9 @@ class ExternalAssertion(Assertion):
         return Query("external", "external/1", EVALS, where, self.exclude, parameters, over=self.over)
 
 
-def _base_of(metric: Metric) -> type[Assertion]:
+def _base_of(metric: Metric | Check) -> type[Assertion]:
+    if isinstance(metric, Check):
+        return CheckpointAssertion
     if metric.per == "logits":
         return LogitsAssertion
     if metric.name == "loaded_weights":
@@ -311,7 +313,9 @@ def _base_of(metric: Metric) -> type[Assertion]:
     return ReferenceAssertion if metric.against else MeasuredAssertion
 
 
-def _assertion_model(metric: Metric | Check, base: type[Assertion]) -> type[Assertion]:
+@cache
+def _assertion_model(metric: Metric | Check) -> type[Assertion]:
+    base = _base_of(metric)
     own: dict[str, Any] = {name: (p.annotation, p.default) for name, p in metric.parameters.items()}
     # A metric of one site needs no key for it.
     if isinstance(metric, Metric) and len(metric.sites) == 1:
@@ -333,15 +337,10 @@ def _in_order() -> list[str]:
 
 
 BUILT_IN: Mapping[str, type[Assertion]] = {
-    **{name: _assertion_model(METRICS[name], _base_of(METRICS[name])) for name in _in_order()},
-    **{name: _assertion_model(check, CheckpointAssertion) for name, check in CHECKS.items()},
+    **{name: _assertion_model(METRICS[name]) for name in _in_order()},
+    **{name: _assertion_model(check) for name, check in CHECKS.items()},
     "external": ExternalAssertion,
 }
-
-
-@cache
-def _users_model(metric: Metric) -> type[Assertion]:
-    return _assertion_model(metric, _base_of(metric))
 
 
 class Assertions(Mapping[str, type[Assertion]]):
@@ -353,7 +352,7 @@ class Assertions(Mapping[str, type[Assertion]]):
         metric = METRICS.find(name)
         if metric is None:
             raise KeyError(name)
-        return _users_model(metric)
+        return _assertion_model(metric)
 
     def __iter__(self) -> Iterator[str]:
         yield from BUILT_IN

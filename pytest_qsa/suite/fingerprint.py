@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -52,35 +53,32 @@ class FileHashes:
     def of(self, file: Path) -> str:
         """Return the hash of a file's content."""
         status = file.stat()
-        stamp = _stamp(status)
-        if status.st_size > SMALL:
-            self._recall()
-            known = self._known.get(str(file.resolve()))
-            if known and known[0] == stamp:
-                return str(known[1])
+        if status.st_size > SMALL and (known := self._known_hash(file)) is not None:
+            return known
         began = time.perf_counter()
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if status.st_size > SMALL:
             logger.debug("hashed %s, %d bytes, in %.2f s", file, status.st_size, time.perf_counter() - began)
-            self._known[str(file.resolve())] = [stamp, digest]
+            self._known[str(file.resolve())] = [_stamp(status), digest]
             self._remember()
         return digest
 
     def remembers(self, file: Path) -> bool:
         """Say whether the hash of a file is known without reading it."""
+        return self._known_hash(file) is not None
+
+    def _known_hash(self, file: Path) -> str | None:
         self._recall()
-        known = self._known.get(str(file.resolve()))
-        return known is not None and known[0] == _stamp(file.stat())
+        stamp, digest = self._known.get(str(file.resolve()), (None, None))
+        return digest if stamp == _stamp(file.stat()) else None
 
     def _recall(self) -> None:
         if self._read or self.memory is None:
             return
         self._read = True
-        try:
+        with suppress(OSError, ValueError, TypeError):  # there is no such file yet, or it is damaged
             self._known = json.loads(self.memory.read_text(encoding="utf-8")) | self._known
-        except (OSError, ValueError, TypeError):
-            self._known = dict(self._known)
 
     def _remember(self) -> None:
         if self.memory is None:

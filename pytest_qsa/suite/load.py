@@ -1,4 +1,4 @@
-"""A suite file, with overrides → a validated `Suite` in which every value knows its line."""
+"""A suite, typed: its JSON Schema, and its file with overrides → a `Suite` in which every value knows its line."""
 
 from __future__ import annotations
 
@@ -8,16 +8,70 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
-from .assertion import ASSERTIONS, BOUND_KEYS, Assertion, MeasuredAssertion
-from .document import Suite
+from .assertion import ASSERTIONS, BOUND_KEYS, AnyAssertion, Assertion, MeasuredAssertion
 from .inherit import apply_defaults, read_suite
-from .sections import fields_at
+from .sections import Data, Memory, Model, Strict, Visualization, fields_at
 from .subjects import NamedSubject
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
+
+
+class Suite(Strict):
+    """A suite: a configuration of quant-smooth-ana, plus `assertions`. Without `model`, `qsa_model` is the subject.
+
+    `extends` and `defaults` are applied before a suite is validated (inherit.py), so nothing else reads them.
+    """
+
+    extends: str | list[str] | None = None
+    defaults: dict[str, Any] = Field(default={})
+    model: Model | None = None
+    data: Data = Data()
+    memory: Memory = Memory()
+    visualization: Visualization = Visualization()
+    assertions: list[AnyAssertion] | None = None
+
+
+PARTIAL = "PartialAssertion"
+"""The name of the schema of an assertion whose other keys come from a base or from `defaults`."""
+
+
+def suite_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a suite file.
+
+    An assertion must be complete unless the file extends another one or has defaults that may complete it.
+    """
+    schema = Suite.model_json_schema()
+    properties, definitions = schema["properties"], schema["$defs"]
+    whole = next(arm for arm in properties["assertions"]["anyOf"] if arm.get("type") == "array")
+    models = [definitions[arm["$ref"].rpartition("/")[2]] for arm in whole["items"]["oneOf"]]
+    definitions[PARTIAL] = _partial(models)
+    partial = {"$ref": f"#/$defs/{PARTIAL}"}
+    by_id = {"type": "object", "additionalProperties": {"anyOf": [partial, {"type": "null"}]}}
+    description = "A list, or a mapping of ids, in which null takes out a base's assertion"
+    properties["assertions"] = {"title": "Assertions", "description": description}
+    properties["defaults"] = {**partial, "description": "What all assertions share"}
+    entries = {"type": "array", "items": {"allOf": [partial, {"required": ["id"]}]}}
+    return {
+        **schema,
+        "if": {"anyOf": [{"required": ["extends"]}, {"required": ["defaults"]}]},
+        "then": {"properties": {"assertions": {"anyOf": [entries, by_id]}}},
+        "else": {"properties": {"assertions": {"anyOf": [whole, by_id]}}},
+    }
+
+
+def _partial(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of an assertion that may lack any key and may set each to null."""
+    properties: dict[str, list[Any]] = {}
+    for model in models:
+        for name, schema in model["properties"].items():
+            known = properties.setdefault(name, [])
+            known += [schema] if schema not in known else []
+    nullable = {name: {"anyOf": [*schemas, {"type": "null"}]} for name, schemas in properties.items()}
+    description = "The keys of an assertion that stand here; null takes out what a base or the defaults say"
+    return {"type": "object", "description": description, "properties": nullable, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -69,14 +123,14 @@ def misfit(path: Path, override: str) -> str | None:
 
 
 def load_suite(
-    path: Path,
+    given: Path | YamlSource,
     overrides: Iterable[str] = (),
     option: str = "--qsa-set ",
     *,
     noise: bool = True,
     conftests: bool = False,
 ) -> SuiteFile:
-    """Read a suite, apply `KEY=VALUE` overrides and validate it.
+    """Read a suite, unless it is read already, apply `KEY=VALUE` overrides and validate it.
 
     `option`: how the user gives an override, for error messages. `noise`: whether bounds are checked against the noise
     that an earlier calibration measured. `conftests`: those that may define metrics were imported, as pytest does.
@@ -84,18 +138,7 @@ def load_suite(
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
     """
-    return make_suite(read_suite(path), overrides, option, noise=noise, conftests=conftests)
-
-
-def make_suite(
-    source: YamlSource,
-    overrides: Iterable[str] = (),
-    option: str = "--qsa-set ",
-    *,
-    noise: bool = True,
-    conftests: bool = False,
-) -> SuiteFile:
-    """Validate a document that is already read, or that is no file yet; otherwise as `load_suite`."""
+    source = read_suite(given) if isinstance(given, Path) else given
     # Where an override made the mistake, the message names the option: the file's line is right.
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
@@ -104,8 +147,9 @@ def make_suite(
         for entry in () if noise else source.data.get("assertions") or ():
             entry.pop("noise", None)
         suite = Suite.model_validate(source.data)
-        _check_previous(source, suite)
-        _check_reference(source, suite)
+        for index, assertion in enumerate(suite.assertions or ()):
+            _check_previous(source, suite.model, index, assertion)
+            _check_reference(source, suite.model, index, assertion)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
@@ -184,44 +228,38 @@ def _check_assertions(source: YamlSource, conftests: bool) -> None:
             raise source.error((*here, "metric"), f"unknown metric '{metric}'{hint}{more}")
 
 
-def _check_previous(source: YamlSource, suite: Suite) -> None:
-    """Check that each bound that follows the last release finds `model.previous`, and a metric that it can measure."""
-    assertions: Sequence[Assertion] = suite.assertions or ()
-    for index, assertion in enumerate(assertions):
-        key = assertion.follows
-        if key and (suite.model is None or suite.model.previous is None):
-            raise source.error(("assertions", index, key), f"{key} follows the last release: name it, model.previous")
-        if key and not isinstance(assertion, MeasuredAssertion):
-            raise source.error(
-                ("assertions", index, key), f"{assertion.metric} is of one checkpoint alone: write a number"
-            )
+def _check_previous(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
+    """Check that a bound that follows the last release finds `model.previous`, and a metric that it can measure."""
+    key = assertion.follows
+    if key and (model is None or model.previous is None):
+        raise source.error(("assertions", index, key), f"{key} follows the last release: name it, model.previous")
+    if key and not isinstance(assertion, MeasuredAssertion):
+        raise source.error(("assertions", index, key), f"{assertion.metric} is of one checkpoint alone: write a number")
 
 
-def _check_reference(source: YamlSource, suite: Suite) -> None:
-    """Check that each metric that compares finds `model.reference`. Without `model`, a fixture may bring one."""
-    assertions: Sequence[Assertion] = suite.assertions or ()
-    for index, assertion in enumerate(assertions):
-        metric = METRICS.get(assertion.metric)
-        if metric is not None and metric.against and suite.model is not None and suite.model.reference is None:
-            raise source.error(
-                ("assertions", index, "metric"),
-                f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
-                "kept reference capture)",
-            )
-        if metric is not None and metric.against:
-            _check_kept(source, suite, index, assertion)
+def _check_reference(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
+    """Check that a metric that compares finds `model.reference`, and in it what the metric needs.
 
-
-def _check_kept(source: YamlSource, suite: Suite, index: int, assertion: Assertion) -> None:
-    """Check that a reference file, which holds a sample of the tokens only, can answer a metric."""
-    named = suite.model.reference if suite.model else None
-    if not named or not (named.endswith(".qsa") or (source.path.parent / named).is_file()):
+    A reference file holds a sample of the tokens only. Without `model`, a fixture may bring a reference.
+    """
+    metric = METRICS.get(assertion.metric)
+    if metric is None or not metric.against or model is None:
+        return
+    here: Location = ("assertions", index, "metric")
+    named = model.reference
+    if named is None:
+        raise source.error(
+            here,
+            f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
+            "kept reference capture)",
+        )
+    if not named.endswith(".qsa") and not (source.path.parent / named).is_file():
         return
     by_channel = getattr(assertion, "by", None) == "channel"
     if getattr(assertion, "site", None) == "weight" or by_channel:
         what = "by: channel sums up every token" if by_channel else f"{assertion.metric} reads weights"
         raise source.error(
-            ("assertions", index, "metric"),
+            here,
             f"{what}, and {named} holds some tokens only: name the original, model.reference, in a suite of its own",
         )
 

@@ -54,7 +54,8 @@ class Captures:
             QsaError: the capture failed; the same error again for every test that needs it, without another try.
         """
         if key in self._failures:
-            raise again(self._failures[key])
+            # A copy, because the first one has the traceback of another test.
+            raise type(self._failures[key])(str(self._failures[key]))
         if key not in self._memory:
             try:
                 capture, source = self._make(subject, merge_requests(requests), make)
@@ -78,8 +79,9 @@ class Captures:
 
     def extend(self, key: str, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Capture:
         """Capture again, for requests that nobody planned; the old capture stays."""
-        name = f"{key}+{merge_requests(requests)}"
-        self._memory[name] = identified(make(merge_requests(requests), None), subject, self._hashes())
+        plan = merge_requests(requests)
+        name = f"{key}+{plan}"
+        self._memory[name] = identified(make(plan, None), subject, self._hashes())
         return self._memory[name]
 
     def _hashes(self) -> FileHashes:
@@ -108,21 +110,14 @@ class Captures:
         return identified(capture, subject, hashes), source  # the same bytes may have lain elsewhere
 
 
-def again(error: QsaError) -> QsaError:
-    """Return a copy of an error to raise once more, because the first one has the traceback of another test."""
-    return type(error)(str(error))
-
-
-def _recalled(failure: Path) -> QsaError:
-    """Return the error that another worker recorded, so that no worker tries again."""
-    content = json.loads(failure.read_text(encoding="utf-8"))
-    return (AnomalyError if content["kind"] == AnomalyError.kind else InfraError)(content["text"])
-
-
 def _make_once(
     shared: Path, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Found]
 ) -> Found:
-    """Make a capture in one of the workers that share a folder; the others wait for its file, or its failure."""
+    """Make a capture in one of the workers that share a folder; the others wait for its file, or its failure.
+
+    Raises:
+        QsaError: the capture failed, here or in another worker: none tries again.
+    """
     from filelock import FileLock
 
     shared.mkdir(parents=True, exist_ok=True)
@@ -132,7 +127,8 @@ def _make_once(
     file, failure = shared / f"{plan}.qsa", shared / f"{plan}.json"
     with FileLock(shared / f"{plan}.lock"):
         if failure.exists():
-            raise _recalled(failure)
+            recorded = json.loads(failure.read_text(encoding="utf-8"))
+            raise (AnomalyError if recorded["kind"] == AnomalyError.kind else InfraError)(recorded["text"])
         if file.exists():
             logger.debug("%s: another worker has made the capture", subject.name)
             return Capture.load(file), "worker"

@@ -14,7 +14,7 @@ import yaml
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
 from ..common import AnomalyError
-from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, make_suite
+from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, load_suite
 from .calibrate import Calibrated, Sampled
 from .edit_suite import calibrated, flow_yaml
 
@@ -113,12 +113,12 @@ def first_suite(
     layers = anatomy(subject.model, subject.path)
     static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
-    file = make_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown
+    file = load_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown
     sampled = Sampled.of(subject, file, parts, passes, allow_code=allow_code)
     # Only the pass shows whether there is a clear sink; static checks need none.
     drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]
     drafts += sinks_of(sampled.whole, layers)
-    file = make_suite(_with(file.source, drafts))
+    file = load_suite(_with(file.source, drafts))
     kept, findings, left_out = _calibrated(file, sampled, drafts, k)
     data = sampled.data_text(file)
     text = draft_text(_head(subject.model.id, data, k), _sections(file), kept)

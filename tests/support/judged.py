@@ -10,7 +10,7 @@ import numpy as np
 from pytest_qsa import Capture
 from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.metrics.series import Bounds
-from pytest_qsa.suite.load import make_suite
+from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.yaml_source import YamlSource
 from pytest_qsa.verdicts.budgets import Budget
 from pytest_qsa.verdicts.explainers import Context, explain
@@ -39,7 +39,7 @@ def explained(verdict, capture, files=None, origins=None):
 def assertion_of(**keys):
     """Return an assertion as a suite has it."""
     model = {"path": "int8", "reference": "original", "previous": "v1"}
-    return make_suite(YamlSource(Path("a.qsa.yaml"), {"model": model, "assertions": [{"id": "a", **keys}]})).assertions[
+    return load_suite(YamlSource(Path("a.qsa.yaml"), {"model": model, "assertions": [{"id": "a", **keys}]})).assertions[
         0
     ]
 

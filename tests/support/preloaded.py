@@ -34,12 +34,12 @@ import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
 import pytest_qsa.report.plots.figures
 import pytest_qsa.report.terminal
-import pytest_qsa.suite.document
+import pytest_qsa.suite.load
 import pytest_qsa.verdicts.baselines
 from pytest_qsa.engine.reduce import cpu, cpu_kernels as kernels
 
 # What is made at its first use: the schema of suites, the page's templates.
-pytest_qsa.suite.document.Suite.model_rebuild()
+pytest_qsa.suite.load.Suite.model_rebuild()
 pytest_qsa.report.page.render_page([], {"command": "", "started": "", "duration_s": 0.0, "counts": {}, "version": ""})
 # A first kernel makes numba ready, without its threads, which no fork would have.
 kernels.extremes32(*(np.zeros(1, np.uint32) for _ in range(3)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +87,14 @@ def _codes(folder: Folder, layer: str) -> Tensor:
     return codes
 
 
+def _edit_scales(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[np.float64]]:
+    return mutant.edit_values(_scale(mutant.source, layer).name)
+
+
+def _edit_codes(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[Any]]:
+    return mutant.edit(_codes(mutant.source, layer).name)
+
+
 def _many_scales(folder: Folder) -> list[str]:
     return [name for name in _quantized(folder) if element_count(_scale(folder, name)) > 1]
 
@@ -112,8 +122,8 @@ def _rows(size: int, share: float) -> NDArray[np.int64]:
 @_fault(_quantized, "× scale", neutral=1.0, default=2.0, strongest=16.0)
 def scale_layer(mutant: Mutant, layer: str, strength: float) -> None:
     """All scales of one layer × s."""
-    name = _scale(mutant.source, layer).name
-    mutant.put_values(name, mutant.values(name) * strength)
+    with _edit_scales(mutant, layer) as values:
+        values *= strength
 
 
 @_fault(_many_scales, "× scale", neutral=1.0, default=8.0, strongest=4096.0)
@@ -123,10 +133,8 @@ def scale_channel(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _one_scale(mutant: Mutant, layer: str, factor: float, many: int = 1) -> None:
-    name = _scale(mutant.source, layer).name
-    values = mutant.values(name)
-    values.flat[_rows(values.size, many / values.size)] *= factor
-    mutant.put_values(name, values)
+    with _edit_scales(mutant, layer) as values:
+        values.flat[_rows(values.size, many / values.size)] *= factor
 
 
 @_fault(_many_scales, "scales", default=1.0, strongest=256.0, whole=True)
@@ -150,31 +158,25 @@ def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_quantized, "of the rows")
 def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight one code throughout."""
-    name = _codes(mutant.source, layer).name
-    codes = mutant.raw(name)
-    codes[_rows(len(codes), strength)] = codes.flat[0] or 1
-    mutant.put(name, codes)
+    with _edit_codes(mutant, layer) as codes:
+        codes[_rows(len(codes), strength)] = codes.flat[0] or 1
 
 
 @_fault(_packed, "of the rows")
 def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     """The two 4-bit halves of each byte swapped (4-bit checkpoints)."""
-    name = _codes(mutant.source, layer).name
-    codes = mutant.raw(name)
-    rows = _rows(len(codes), strength)
-    halves = np.ascontiguousarray(codes[rows]).view(np.uint8)
-    codes[rows] = ((halves >> 4) | (halves << 4)).view(codes.dtype)
-    mutant.put(name, codes)
+    with _edit_codes(mutant, layer) as codes:
+        rows = _rows(len(codes), strength)
+        halves = np.ascontiguousarray(codes[rows]).view(np.uint8)
+        codes[rows] = ((halves >> 4) | (halves << 4)).view(codes.dtype)
 
 
 @_fault(_quantized, "of the rows")
 def rows_permuted(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight in another order, their scales in the old one."""
-    name = _codes(mutant.source, layer).name
-    codes = mutant.raw(name)
-    rows = _rows(len(codes), max(strength, 2 / len(codes)))
-    codes[rows] = codes[np.roll(rows, 1)]
-    mutant.put(name, codes)
+    with _edit_codes(mutant, layer) as codes:
+        rows = _rows(len(codes), max(strength, 2 / len(codes)))
+        codes[rows] = codes[np.roll(rows, 1)]
 
 
 def _with_sibling(first: str, second: str) -> Targets:
@@ -188,26 +190,21 @@ def _with_sibling(first: str, second: str) -> Targets:
 @_fault(_with_sibling("q_proj", "k_proj"), "of the rows")
 def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     """The scales of q and k swapped; where k has fewer rows, as many of them."""
-    one = _scale(mutant.source, layer).name
-    other = _scale(mutant.source, f"{layer.rpartition('.')[0]}.k_proj").name
-    q, k = mutant.values(one), mutant.values(other)
-    rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
-    q[rows], k[rows] = k[rows].copy(), q[rows].copy()
-    mutant.put_values(one, q)
-    mutant.put_values(other, k)
+    other = f"{layer.rpartition('.')[0]}.k_proj"
+    with _edit_scales(mutant, layer) as q, _edit_scales(mutant, other) as k:
+        rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
+        q[rows], k[rows] = k[rows].copy(), q[rows].copy()
 
 
 @_fault(_zero_points, "steps", default=1.0, strongest=16.0, whole=True)
 def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
     zero_point = format_of(mutant.source).zero_point_of(layer)
-    name = (zero_point or _codes(mutant.source, layer)).name
-    raw = mutant.raw(name)
-    if raw.dtype == np.int32:
-        raw = _added(raw.view(np.uint32), int(strength)).view(np.int32)
-    else:
-        raw = np.clip(raw.astype(np.int32) + int(strength), -128, 127).astype(raw.dtype)
-    mutant.put(name, raw)
+    with mutant.edit((zero_point or _codes(mutant.source, layer)).name) as raw:
+        if raw.dtype == np.int32:
+            raw[...] = _added(raw.view(np.uint32), int(strength)).view(np.int32)
+        else:
+            raw[...] = np.clip(raw.astype(np.int32) + int(strength), -128, 127).astype(raw.dtype)
 
 
 def _added(words: NDArray[np.uint32], step: int) -> NDArray[np.uint32]:
@@ -233,18 +230,16 @@ def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _with_next(folder: Folder) -> list[str]:
-    pairs = [(name, _next(name)) for name in _quantized(folder)]
-    return [name for name, other in pairs if other in folder.layers and _alike(folder, name, str(other))]
+    """Return the quantized layers whose namesake in the next block has the same tensors, of the same shapes."""
+    shapes: dict[str | None, dict[str, tuple[int, ...]]] = {
+        layer: {part: tensor.shape for part, tensor in parts.items()} for layer, parts in folder.layers.items()
+    }
+    return [name for name in _quantized(folder) if shapes[name] == shapes.get(_next(name))]
 
 
 def _next(layer: str) -> str | None:
     match = NUMBER.search(layer)
     return f"{layer[: match.start()]}{int(match[0]) + 1}{layer[match.end() :]}" if match else None
-
-
-def _alike(folder: Folder, one: str, other: str) -> bool:
-    mine, theirs = folder.layers[one], folder.layers[other]
-    return mine.keys() == theirs.keys() and all(mine[p].shape == theirs[p].shape for p in mine)
 
 
 @_fault(_with_next)
@@ -266,7 +261,8 @@ def _norms(folder: Folder) -> list[str]:
 @_fault(_norms, "× weight", neutral=1.0, default=1.5, strongest=16.0)
 def norm_scaled(mutant: Mutant, layer: str, strength: float) -> None:
     """The weight of one norm × s."""
-    mutant.put_values(f"{layer}.weight", mutant.values(f"{layer}.weight") * strength)
+    with mutant.edit_values(f"{layer}.weight") as values:
+        values *= strength
 
 
 def _experts(folder: Folder) -> list[str]:
@@ -284,16 +280,14 @@ def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
     """The weight of one expert random, as a loader leaves what it can't map (mixtures of experts)."""
     parts = mutant.source.layers[layer]
     tensor = format_of(mutant.source).codes_of(layer) or next(t for t in parts.values() if len(t.shape) >= 2)
-    raw = mutant.raw(tensor.name)
     random = np.random.default_rng(0)
-    rows = _rows(len(raw), strength)
+    rows = _rows(tensor.shape[0], strength)
     if tensor.dtype in FLOATS:
-        values = mutant.values(tensor.name)
-        values[rows] = random.normal(0.0, 0.02, values[rows].shape)
-        mutant.put_values(tensor.name, values)
-        return
-    raw[rows] = random.permutation(raw[rows].ravel()).reshape(raw[rows].shape)
-    mutant.put(tensor.name, raw)
+        with mutant.edit_values(tensor.name) as values:
+            values[rows] = random.normal(0.0, 0.02, values[rows].shape)
+    else:
+        with mutant.edit(tensor.name) as raw:
+            raw[rows] = random.permutation(raw[rows].ravel()).reshape(raw[rows].shape)
 
 
 def _embeddings(folder: Folder) -> list[str]:
@@ -304,9 +298,8 @@ def _embeddings(folder: Folder) -> list[str]:
 @_fault(_embeddings, "rows", default=1.0, strongest=16384.0, whole=True)
 def embedding_zeroed(mutant: Mutant, layer: str, strength: float) -> None:
     """One row of the embedding zeroed; of more than one, evenly spaced ones."""
-    raw = mutant.raw(f"{layer}.weight")
-    raw[_rows(len(raw), strength / len(raw)) if strength > 1 else [len(raw) // 2]] = 0
-    mutant.put(f"{layer}.weight", raw)
+    with mutant.edit(f"{layer}.weight") as raw:
+        raw[_rows(len(raw), strength / len(raw)) if strength > 1 else [len(raw) // 2]] = 0
 
 
 def _channelwise(folder: Folder) -> list[str]:
@@ -320,10 +313,8 @@ def _channelwise(folder: Folder) -> list[str]:
 @_fault(_channelwise, "÷ scale", neutral=1.0, default=4.0, strongest=4096.0)
 def outlier_clipped(mutant: Mutant, layer: str, strength: float) -> None:
     """The channel that stands out clipped: the largest scale of a layer that writes the residual stream ÷ s."""
-    name = _scale(mutant.source, layer).name
-    values = mutant.values(name)
-    values.flat[int(np.argmax(values))] /= strength
-    mutant.put_values(name, values)
+    with _edit_scales(mutant, layer) as values:
+        values.flat[int(np.argmax(values))] /= strength
 
 
 def _kv_biases(folder: Folder) -> list[str]:
@@ -334,7 +325,8 @@ def _kv_biases(folder: Folder) -> list[str]:
 @_fault(_kv_biases, "of the bias")
 def kv_bias_dropped(mutant: Mutant, layer: str, strength: float) -> None:
     """The bias of a key or value projection × (1 − s): zeros where it is dropped whole."""
-    mutant.put_values(f"{layer}.bias", mutant.values(f"{layer}.bias") * (1 - strength))
+    with mutant.edit_values(f"{layer}.bias") as values:
+        values *= 1 - strength
 
 
 def _signed(folder: Folder) -> list[str]:
@@ -344,14 +336,12 @@ def _signed(folder: Folder) -> list[str]:
 @_fault(_signed, "of the rows")
 def signs_lost(mutant: Mutant, layer: str, strength: float) -> None:
     """The signs of one layer's weights lost (8-bit checkpoints)."""
-    name = _codes(mutant.source, layer).name
-    raw = mutant.raw(name)
-    rows = _rows(len(raw), strength)
-    if raw.dtype == np.int8:
-        raw[rows] = np.abs(np.maximum(raw[rows], -127))
-    else:
-        raw[rows] &= 0x7F
-    mutant.put(name, raw)
+    with _edit_codes(mutant, layer) as raw:
+        rows = _rows(len(raw), strength)
+        if raw.dtype == np.int8:
+            raw[rows] = np.abs(np.maximum(raw[rows], -127))
+        else:
+            raw[rows] &= 0x7F
 
 
 TOKENIZER = "tokenizer"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,17 +45,23 @@ class Mutant:
         # A copy, because the raw numbers of the original are mapped from its file.
         return np.array(changed.raw if changed else self.source.tensors[name].raw())
 
-    def values(self, name: str) -> NDArray[np.float64]:
-        """Return the values of a tensor of the original as float64."""
-        return self.source.tensors[name].values()
-
     def put(self, name: str, raw: NDArray[Any]) -> None:
         """Replace the raw numbers of a tensor; its dtype and shape stay."""
         tensor = self.source.tensors[name]
         self.changes[name] = ChangedTensor(tensor.dtype, tensor.shape, raw)
 
-    def put_values(self, name: str, values: NDArray[np.float64]) -> None:
-        """Replace the values of a floating-point tensor; they are rounded to its dtype."""
+    @contextmanager
+    def edit(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yield a tensor's raw numbers, with the changes so far, to be changed in place."""
+        raw = self.raw(name)
+        yield raw
+        self.put(name, raw)
+
+    @contextmanager
+    def edit_values(self, name: str) -> Iterator[NDArray[np.float64]]:
+        """Yield the original's values of a floating-point tensor, to be changed in place and rounded to its dtype."""
+        values = self.source.tensors[name].values()
+        yield values
         self.put(name, encoded(values, self.source.tensors[name].dtype))
 
     def replace(self, name: str, dtype: str, values: NDArray[np.float64]) -> None:

@@ -204,7 +204,8 @@ class Selftest:
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             copy = mutant.save(Path(scratch) / self.folder.path.name)
             suites = [self.suite, home / PERPLEXITY_FILE] if perplexity else [self.suite]
-            results, on_perplexity = _split(self._pytest(copy, Path(scratch) / "results.jsonl", suites))
+            results = self._pytest(copy, Path(scratch) / "results.jsonl", suites)
+        on_perplexity = [each for each in results if each["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
         failed = tuple(
             Catch(
@@ -214,9 +215,9 @@ class Selftest:
                 result["loaded"],
             )
             for result in results
-            if result["failed"]
+            if result["failed"] and result not in on_perplexity
         )
-        return failed, on_perplexity
+        return failed, next(iter(on_perplexity), None)
 
     def _pytest(self, checkpoint: Path, file: Path, suites: Sequence[Path]) -> list[dict[str, Any]]:
         # No caches: pytest's own would lie in the user's folder, and a capture of each mutant would fill ours.
@@ -287,12 +288,6 @@ def perplexity_suite(file: SuiteFile) -> str:
     assertion = {"id": PERPLEXITY_ID, "metric": "perplexity", "min": 0}
     memory = suite.memory.model_dump(mode="json", exclude_unset=True)
     return json.dumps({"model": model, "data": data, "memory": memory, "assertions": [assertion]}, indent=1)
-
-
-def _split(results: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
-    """Split a run's results into those of the suite and that on the perplexity, if there is one."""
-    own = [result for result in results if result["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
-    return [result for result in results if result not in own], own[0] if own else None
 
 
 def judge_perplexity(result: Mapping[str, Any] | None, healthy: float | None) -> PerplexityGate | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...common import markdown_table, text_table, write_atomically
 from ...report import render, strict_json
-from .run import MAX_RATIO, Outcome, PerplexityGate, done_of, score_of
+from .run import MAX_RATIO, Outcome, done_of, score_of
 
 SCHEMA = "qsa-selftest/1"
 MOST_TESTS = 4
@@ -102,8 +102,10 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
         OSError: the folder can't be written.
     """
     score = score_of(outcomes)
+    gates = [each.perplexity and {**asdict(each.perplexity), "caught": each.perplexity.caught} for each in outcomes]
     rows = [
-        asdict(outcome) | {"named": outcome.named, "perplexity": _plain(outcome.perplexity)} for outcome in outcomes
+        asdict(outcome) | {"named": outcome.named, "perplexity": gate}
+        for outcome, gate in zip(outcomes, gates, strict=True)
     ]
     write_atomically(
         folder / "selftest.json", strict_json({"schema": SCHEMA, "session": session, "score": score, "faults": rows})
@@ -121,7 +123,3 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, session: dict[str,
         render("selftest.html.j2", session=session, rows=shown, lines=list(_score_lines(outcomes)), title=title),
     )
     return page
-
-
-def _plain(gate: PerplexityGate | None) -> dict[str, Any] | None:
-    return {"ratio": gate.ratio, "problem": gate.problem, "caught": gate.caught} if gate else None

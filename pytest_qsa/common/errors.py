@@ -42,8 +42,6 @@ class SuiteError(QsaError, ValueError):
 class InfraError(QsaError):
     """The subject could not be loaded, fetched or run: the machine or the installation is at fault, not the numbers."""
 
-    kind = "INFRA"
-
 
 class AnomalyError(QsaError):
     """There is nothing sound to judge: no layer matches, no token was seen, a number is not finite."""

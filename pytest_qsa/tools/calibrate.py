@@ -226,15 +226,12 @@ class Sampled:
         yield from (f"{each.id}: {each.remark}" for each in findings if each.remark)
 
     def _repeats_text(self, file: SuiteFile) -> str:
+        """Say by how much, relatively, any number of a repeated pass differs from the first pass at most."""
         if not self.repeated:
             return "no pass was repeated"
-        apart, passes = self._repeats(file.assertions), len(self.repeated) + 1
-        return f"{passes} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
-
-    def _repeats(self, assertions: Sequence[Assertion]) -> float:
-        """Return the largest relative difference of any number between the first pass and a repeated one."""
-        own = [each for each in assertions if isinstance(each, MeasuredAssertion)]
-        return max((_apart(each, self.parts[0], again) for each in own for again in self.repeated), default=0.0)
+        own = [each for each in file.assertions if isinstance(each, MeasuredAssertion)]
+        apart = max((_apart(each, self.parts[0], again) for each in own for again in self.repeated), default=0.0)
+        return f"{len(self.repeated) + 1} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
 
 
 def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:

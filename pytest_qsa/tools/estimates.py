@@ -6,6 +6,7 @@ Sizes come from the configuration and the headers of the files; no weight is rea
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,9 +116,9 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
         dtype=_dtype(folder, model, found["stored_dtype"]),
         stored=found["stored"],
         files=found["files"],
-        units=found["units"],
+        units={unit: found["units"][unit] for unit in sorted(found["units"], key=_order)},
         active=_active(found["experts"], found["units"], config),
-        layers=found["layers"],
+        layers=_layers(found["layers"]),
         tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found["units"]),
         hidden=hidden,
         # GPT-2 and its kin name no intermediate size: it is four times the hidden one.
@@ -134,22 +135,20 @@ def unit_of(name: str) -> str:
 
 
 def _from_headers(folder: Folder) -> dict[str, Any]:
-    units: dict[str, int] = {}
-    experts: dict[str, int] = {}
-    dtypes: dict[str, int] = {}
+    units, experts, dtypes = Counter[str](), Counter[str](), Counter[str]()
     form = format_of(folder)
     for layer, parts in folder.layers.items():
         count = _unpacked(form, layer)
-        units[unit_of(layer)] = units.get(unit_of(layer), 0) + count
+        units[unit_of(layer)] += count
         if ".experts" in layer:
-            experts[unit_of(layer)] = experts.get(unit_of(layer), 0) + count
+            experts[unit_of(layer)] += count
         for tensor in parts.values():
-            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + prod(tensor.shape)
+            dtypes[tensor.dtype] += prod(tensor.shape)
     floats = {FLOAT_NAMES[dtype]: count for dtype, count in dtypes.items() if dtype in FLOAT_NAMES}
     return {
-        "units": {unit: units[unit] for unit in sorted(units, key=_order)},
+        "units": units,
         "experts": experts,
-        "layers": _layers(folder.layers),
+        "layers": folder.layers,
         "stored": sum(tensor.stop - tensor.start for tensor in folder.tensors.values()),
         "files": len({tensor.path for tensor in folder.tensors.values()}),
         "stored_dtype": max(floats, key=lambda dtype: floats[dtype], default=None),
@@ -181,9 +180,9 @@ def _from_index(folder: Folder) -> dict[str, Any]:
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}
     return {
-        "units": {unit: units[unit] for unit in sorted(units, key=_order)},
+        "units": units,
         "experts": {},
-        "layers": _layers(layers),
+        "layers": layers,
         "stored": stored,
         "files": len(set(names.values())),
         "stored_dtype": None,
@@ -324,7 +323,9 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine) -> Iterator
     device = "cpu" if gpu is None else "cuda"
     free = machine.free if gpu is None else gpu.free
     around = BASE + batch_bytes(sizes, work) + work.sums
-    compute = _compute(sizes, work, machine, device)
+    compute = work.flops(sizes) / machine.rates[device]
+    if gpu is None:  # the reductions take their time beside the matrix products
+        compute += work.samples * work.tokens * work.elements / (COUNTING * machine.cores)
     reading = sizes.stored / machine.reading
 
     def setting(memory: Memory, text: str, peak: int, host: int, seconds: float, note: str = "") -> Setting:
@@ -376,12 +377,6 @@ def waiting_bytes(sizes: Sizes, work: Work, machine: Machine) -> int:
     held = min(work.samples, BATCHES_IN_WAVE * work.batch) * work.tokens * sizes.hidden * sizes.width
     # engine/stream/spill.py keeps a quarter of the free memory, and writes the rest to disk.
     return min(held, machine.free // 4)
-
-
-def _compute(sizes: Sizes, work: Work, machine: Machine, device: str) -> float:
-    """Return the seconds of the matrix products, and on a CPU of the reductions beside them."""
-    reducing = work.samples * work.tokens * work.elements / (COUNTING * machine.cores) if device == "cpu" else 0.0
-    return work.flops(sizes) / machine.rates[device] + reducing
 
 
 def shown_bytes(count: float) -> str:

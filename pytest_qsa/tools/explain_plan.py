@@ -145,17 +145,14 @@ def _test_lines(planned: Planned) -> Iterator[str]:
 def _site_lines(planned: Planned, sizes: Sizes) -> Iterator[str]:
     label = "sites"
     for request in planned.requests:
-        ids = [name for name, other in planned.measured if _same_sites(request, other)]
+        sites = (request.pattern, request.site, request.exclude)
+        ids = [name for name, other in planned.measured if (other.pattern, other.site, other.exclude) == sites]
         layers = len(match_layers(sizes.layers, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
         found = f"{layers} layers" if layers else "no layer that the files name"
         statistics = ", ".join(sorted({statistic.name for statistic in request.statistics}))
         yield f"{label:<12}{where}, {found}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"
         label = ""
-
-
-def _same_sites(one: Request, other: Request) -> bool:
-    return (one.pattern, one.site, one.exclude) == (other.pattern, other.site, other.exclude)
 
 
 def _ids(names: Sequence[str]) -> str:

@@ -129,7 +129,8 @@ def compare_sides(
     Raises:
         AnomalyError: nothing can be compared: other tokens, other definitions, or no measure in common.
     """
-    left, right = _tables(old, new, [*USUAL, *also])
+    wanted = [*USUAL, *also]
+    left, right = _tables(old, new, wanted), _tables(new, old, wanted)
     common = [measure for measure in left if measure in right]
     if not common:
         held = [", ".join(sorted({str(measure) for measure in side})) or "nothing" for side in (left, right)]
@@ -152,19 +153,14 @@ def compare_sides(
 
 
 def _tables(
-    old: DiffSide, new: DiffSide, wanted: Sequence[tuple[str, str | None]]
-) -> tuple[Mapping[DiffMeasure, MeasureTable], Mapping[DiffMeasure, MeasureTable]]:
-    # Of two captures more can be computed than both sides have written down.
-    if old.capture is not None and new.capture is not None:
-        return compute_tables(old.capture, wanted), compute_tables(new.capture, wanted)
-    if old.capture is not None:
-        return _as_the_other(old, new), new.tables
-    return old.tables, _as_the_other(new, old) if new.capture is not None else new.tables
-
-
-def _as_the_other(side: DiffSide, other: DiffSide) -> dict[DiffMeasure, MeasureTable]:
-    """Compute from a capture the measures of a side that has none."""
-    assert side.capture is not None
+    side: DiffSide, other: DiffSide, wanted: Sequence[tuple[str, str | None]]
+) -> Mapping[DiffMeasure, MeasureTable]:
+    """Return the tables of a side. From a capture those are computed that `wanted` names or that the other side has."""
+    if side.capture is None:
+        return side.tables
+    if other.capture is not None:
+        # Of two captures more can be computed than both sides have written down.
+        return compute_tables(side.capture, wanted)
     made = {measure: compute_table(side.capture, measure, table.values) for measure, table in other.tables.items()}
     return {measure: table for measure, table in made.items() if table is not None}
 

@@ -95,17 +95,13 @@ def _check_required(execution: Execution | None, required: Sequence[str]) -> Non
     if not execution or not execution.forward:
         raise InfraError(f"model.require: executed_as: {wanted} can't be checked: no forward of the checkpoint ran")
     for words, kind in (execution.kinds or {FLOAT: ExecutedModules(0, "")}).items():
-        if not any(_fits(way, words) for way in required):
+        ran = set(words.lower().replace(",", "").split())
+        if not any(set(way.lower().split()) <= ran for way in required):
             what = f"{module_count(kind.modules)}, the first {kind.first}, ran as {words}" if kind.first else ""
             raise InfraError(
                 f"model.require: executed_as: {wanted} is not what ran: "
                 f"{what or 'the model ran in floating point'}{_advice(words)}"
             )
-
-
-def _fits(way: str, words: str) -> bool:
-    """Say whether a requirement's words are all among those of the execution."""
-    return set(way.lower().split()) <= set(words.lower().replace(",", "").split())
 
 
 def _advice(words: str) -> str:

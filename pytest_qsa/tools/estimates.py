@@ -108,12 +108,13 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
     """
     config = folder.text_config
     found = _from_headers(folder) if folder.gguf_file or any(folder.path.glob("*.safetensors")) else _from_index(folder)
+    named = (model.dtype, config.get("dtype"), config.get("torch_dtype"), found["stored_dtype"], "bfloat16")
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     heads = _number(config, "num_attention_heads", "n_head", "num_heads")
     return Sizes(
         architecture=next(iter(folder.config.get("architectures") or ()), str(config.get("model_type") or "a model")),
         method=format_of(folder).name or format_of(folder).label,
-        dtype=_dtype(folder, model, found["stored_dtype"]),
+        dtype=next(str(name) for name in named if name in BYTES),
         stored=found["stored"],
         files=found["files"],
         units={unit: found["units"][unit] for unit in sorted(found["units"], key=_order)},
@@ -211,11 +212,6 @@ def _active(experts: Mapping[str, int], units: Mapping[str, int], config: Mappin
     if not total or not chosen:
         return {}
     return {unit: 1 - count / units[unit] * (1 - chosen / total) for unit, count in experts.items() if units[unit]}
-
-
-def _dtype(folder: Folder, model: Model, stored: str | None) -> str:
-    named = (model.dtype, folder.text_config.get("dtype"), folder.text_config.get("torch_dtype"), stored, "bfloat16")
-    return next(str(name) for name in named if name in BYTES)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:

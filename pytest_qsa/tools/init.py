@@ -148,12 +148,12 @@ def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[
     remarks = [f"{relation.why}: {COMPARED[relation.compare]}"] if relation.why else []
     try:
         found = problems_of(checked, "checkpoint_unquantized")[1]
+        problem = f"{found[0].tensor}: {found[0].what}; if it is not meant so, mend it" if found else ""
     except AnomalyError as error:
-        return ["files"], relation.compare, [*remarks, f"left out: unquantized: {error}"]
-    if not found:
-        return ["files", "unquantized"], relation.compare, remarks
-    first = f"left out: unquantized: {found[0].tensor}: {found[0].what}; if it is not meant so, mend it"
-    return ["files"], relation.compare, [*remarks, first]
+        problem = str(error)
+    if problem:
+        return ["files"], relation.compare, [*remarks, f"left out: unquantized: {problem}"]
+    return ["files", "unquantized"], relation.compare, remarks
 
 
 def _calibrated(

@@ -70,6 +70,7 @@ class PatternError(SuiteError):
 class Picture:
     """A planned picture. `name`: of its file. `section`: the key that enables it. `layers`: in the model's order."""
 
+    title: str
     name: str
     section: Section
     site: Site
@@ -158,39 +159,45 @@ def _magnitudes(finder: _Finder, section: Section, site: Site) -> Iterator[Pictu
     patterns = settings.weight.patterns if weight else settings.patterns
     found = finder.each(patterns, ("magnitude", "weight") if weight else ("magnitude",))
     needs = METRICS["magnitude"].needs(site, "all", {"reduce_dim": magnitude_dim(site, finder.visualization)})
+    title = magnitude_title(site, magnitude_dim(site, finder.visualization))
     for name, layers in _grouped(found, section, together=settings.combined_plot, names=finder.names):
-        yield Picture(name, section, site, layers, needs)
+        yield Picture(title, name, section, site, layers, needs)
 
 
 def _outliers(finder: _Finder, section: Section) -> Iterator[Picture]:
-    layers = tuple(finder.whole(finder.visualization.outlier.pattern, "outlier"))
-    yield Picture(section, section, "output", layers, METRICS["outlier_tokens"].needs("output", "all", {}))
+    settings = finder.visualization.outlier
+    layers = tuple(finder.whole(settings.pattern, "outlier"))
+    title = f"Tokens above {settings.threshold:g} × the median at the outputs"
+    yield Picture(title, section, section, "output", layers, METRICS["outlier_tokens"].needs("output", "all", {}))
 
 
 def _distributions(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.distribution
     found = finder.each(settings.patterns, (section,))
+    title = f"Distribution of the {settings.site}s"
     for form in dict.fromkeys(settings.plot_types):
         for name, layers in _grouped(found, f"{section}_{form}", together=True, names=finder.names):
-            yield Picture(name, section, settings.site, layers, frozenset({SIGNED_COUNTS}), form)
+            yield Picture(title, name, section, settings.site, layers, frozenset({SIGNED_COUNTS}), form)
 
 
 def _percentiles(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.percentile_range
     found = finder.each(settings.patterns, (section,))
+    title = f"Percentiles over tokens of {'|x|' if settings.use_abs else 'x'} at the {settings.site}s"
     for name, layers in _grouped(found, section, together=False, names=finder.names):
         shown = tuple(layers[index] for index in evenly_spread(len(layers), settings.num_layers_to_show))
-        yield Picture(name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
+        yield Picture(title, name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
 def _heatmaps(finder: _Finder, section: Section) -> Iterator[Picture]:
     settings = finder.visualization.heatmap_3d
     layers = finder.whole(settings.pattern, section)
     needs = frozenset({HeatMap(settings.sample_idx)})
+    title = f"|x| of sample {settings.sample_idx} at the {settings.site}s"
     for name, form, most in (("heatmap_3d", "surface", SURFACES), ("heatmap_2d", "map", settings.num_2d_layers)):
         if most:
             shown = tuple(layers[index] for index in evenly_spread(len(layers), most))
-            yield Picture(name, section, settings.site, shown, needs, form)
+            yield Picture(title, name, section, settings.site, shown, needs, form)
 
 
 def drawable(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
@@ -252,7 +259,6 @@ class Drawing:
     picture: Picture
     capture: Capture
     settings: Visualization
-    title: str
     run: str
 
     @property
@@ -269,14 +275,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class PictureKind:
-    """The pictures of a section: their heading on the page, how they are planned, titled and drawn.
+    """The pictures of a section: their heading on the page, how they are planned, and how they are drawn.
 
     `draw` raises a QsaError where the capture lacks what the picture shows.
     """
 
     heading: str
     plan: Callable[[_Finder, Section], Iterator[Picture]]
-    title: Callable[[Picture, Visualization], str]
     draw: Callable[[Drawing], Figure]
 
 
@@ -285,7 +290,7 @@ def _magnitude(drawing: Drawing) -> Figure:
     stats, dim = cast(Any, list(STATS)), magnitude_dim(picture.site, settings)
     series = drawing.capture.select(exactly(picture.layers), picture.site).magnitudes(stats, reduce_dim=dim)
     note = drawing.note("" if picture.site == "weight" else "mean")
-    return magnitude_panels(series, drawing.title, note, legend=settings.show_legend)
+    return magnitude_panels(series, drawing.picture.title, note, legend=settings.show_legend)
 
 
 def _outlier(drawing: Drawing) -> Figure:
@@ -295,27 +300,27 @@ def _outlier(drawing: Drawing) -> Figure:
     kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
     note = drawing.note("sum") + ("" if capture.sinks.searched else " · sinks not looked for")
     legend = drawing.settings.show_legend
-    return outlier_picture(kind, outliers, texts, drawing.title, note, most=settings.top_n, legend=legend)
+    return outlier_picture(kind, outliers, texts, drawing.picture.title, note, most=settings.top_n, legend=legend)
 
 
 def _distribution(drawing: Drawing) -> Figure:
     draw = box_figure if drawing.picture.form == "boxplot" else histogram_figure
-    return draw(drawing.sites, drawing.title, drawing.note(None), legend=drawing.settings.show_legend)
+    return draw(drawing.sites, drawing.picture.title, drawing.note(None), legend=drawing.settings.show_legend)
 
 
 def _percentile(drawing: Drawing) -> Figure:
     settings = drawing.settings.percentile_range
     bands = {layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in drawing.sites.items()}
     note, legend = drawing.note(None), drawing.settings.show_legend
-    return percentile_figure(cast(Any, bands), drawing.title, note, style=settings.style, legend=legend)
+    return percentile_figure(cast(Any, bands), drawing.picture.title, note, style=settings.style, legend=legend)
 
 
 def _heatmap(drawing: Drawing) -> Figure:
     picture, settings = drawing.picture, drawing.settings.heatmap_3d
     maps, size = maps_of(drawing.capture, picture.layers, picture.site, settings.sample_idx)
     if picture.form == "map":
-        return map_figure(maps, size, drawing.title, drawing.run)
-    return surface_figure(maps, size, settings.view_angle, drawing.title, drawing.run)
+        return map_figure(maps, size, drawing.picture.title, drawing.run)
+    return surface_figure(maps, size, settings.view_angle, drawing.picture.title, drawing.run)
 
 
 def maps_of(
@@ -327,39 +332,18 @@ def maps_of(
     return {layer: numbers.arrays[HeatMap(sample).key] for layer, numbers in sites.items()}, (tokens, channels)
 
 
-def _magnitude_title(picture: Picture, settings: Visualization) -> str:
-    return magnitude_title(picture.site, magnitude_dim(picture.site, settings))
-
-
-def _outlier_title(picture: Picture, settings: Visualization) -> str:
-    return f"Tokens above {settings.outlier.threshold:g} × the median at the {picture.site}s"
-
-
-def _distribution_title(picture: Picture, _: Visualization) -> str:
-    return f"Distribution of the {picture.site}s"
-
-
-def _percentile_title(picture: Picture, settings: Visualization) -> str:
-    values = "|x|" if settings.percentile_range.use_abs else "x"
-    return f"Percentiles over tokens of {values} at the {picture.site}s"
-
-
-def _heatmap_title(picture: Picture, settings: Visualization) -> str:
-    return f"|x| of sample {settings.heatmap_3d.sample_idx} at the {picture.site}s"
-
-
 def _magnitude_kind(site: Site) -> PictureKind:
-    return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude_title, _magnitude)
+    return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude)
 
 
 PICTURE_KINDS: Mapping[Section, PictureKind] = {
     "magnitude_input": _magnitude_kind("input"),
     "magnitude_output": _magnitude_kind("output"),
     "magnitude_weight": _magnitude_kind("weight"),
-    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outliers, _outlier_title, _outlier),
-    "outlier_position": PictureKind("Outlier tokens by position", _outliers, _outlier_title, _outlier),
-    "outlier_token": PictureKind("Outlier tokens by text", _outliers, _outlier_title, _outlier),
-    "distribution": PictureKind("Distributions", _distributions, _distribution_title, _distribution),
-    "percentile_range": PictureKind("Percentiles by channel", _percentiles, _percentile_title, _percentile),
-    "heatmap_3d": PictureKind("Heat maps", _heatmaps, _heatmap_title, _heatmap),
+    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outliers, _outlier),
+    "outlier_position": PictureKind("Outlier tokens by position", _outliers, _outlier),
+    "outlier_token": PictureKind("Outlier tokens by text", _outliers, _outlier),
+    "distribution": PictureKind("Distributions", _distributions, _distribution),
+    "percentile_range": PictureKind("Percentiles by channel", _percentiles, _percentile),
+    "heatmap_3d": PictureKind("Heat maps", _heatmaps, _heatmap),
 }

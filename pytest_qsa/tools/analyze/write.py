@@ -43,7 +43,6 @@ class Drawn:
     """A drawn picture and its files, or the problem why it could not be drawn."""
 
     picture: Picture
-    title: str
     png: bytes = b""
     files: list[Path] = field(default_factory=list)
     problem: str = ""
@@ -116,7 +115,7 @@ class Export:
         pictures = [
             {
                 "name": each.picture.name,
-                "title": each.title,
+                "title": each.picture.title,
                 "site": each.picture.site,
                 "problem": each.problem or None,
                 "files": [path.name for path in each.files],
@@ -130,7 +129,7 @@ class Export:
     def _gallery(self, command: str) -> Gallery:
         sections: dict[str, list[PagePicture]] = {}
         for each in self.drawn:
-            picture = PagePicture(each.title, each.picture.name, each.png, each.problem)
+            picture = PagePicture(each.picture.title, each.picture.name, each.png, each.problem)
             sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
         provenance = self.capture.provenance
         return Gallery(
@@ -167,13 +166,11 @@ def draw_picture(
     Raises:
         OSError: the folder can't be written.
     """
-    kind = PICTURE_KINDS[picture.section]
-    title = kind.title(picture, visualization)
     try:
         kept, left_out = drawable(picture, capture)
-        figure = kind.draw(Drawing(kept, capture, visualization, title, run))
+        figure = PICTURE_KINDS[picture.section].draw(Drawing(kept, capture, visualization, run))
     except QsaError as error:
-        return Drawn(picture, title, problem=str(error)), []
+        return Drawn(picture, problem=str(error)), []
     png = encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
     for form in ("png", "svg"):
@@ -181,7 +178,7 @@ def draw_picture(
             files.append(folder / f"{picture.name}.{form}")
             write_atomically(files[-1], png if form == "png" else encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    return Drawn(kept, title, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    return Drawn(kept, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 class ExportRow(NamedTuple):

@@ -323,7 +323,7 @@ def _message(problem: Any, location: Location) -> str:
 
 
 def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are allowed beside the last one of a location."""
+    """Return the keys that may stand next to the last one of a location."""
     if location[0] == "assertions" and len(loc) >= 4:
         return list(fields_at(ASSERTIONS[str(loc[2])], location[2:-1]))
     return list(fields_at(Suite, location[:-1]))

@@ -322,7 +322,7 @@ def _plain_name(name: str) -> str:
 
 
 class Output(Strict):
-    """The files that are written beside the pictures: the report, and the numbers in it."""
+    """The files that are written in addition to the pictures: the report, and the numbers in it."""
 
     formats: Annotated[list[ExportFormat], Field(min_length=1)] = Field(default=["png", "html"])
     report_name: Annotated[str, AfterValidator(_plain_name)] = "analysis_report.html"

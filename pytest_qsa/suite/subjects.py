@@ -35,7 +35,7 @@ class Subject:
 
     @cached_property
     def named(self) -> NamedSubject:
-        """The same subject, of which it's known that a suite names the model.
+        """The same subject as a `NamedSubject`: a suite names its model.
 
         Raises:
             InfraError: no suite does.

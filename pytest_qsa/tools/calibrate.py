@@ -67,7 +67,7 @@ class Spread:
         if len(parts) < 2:
             raise AnomalyError("one part of the data says nothing of the noise: give two at least")
         if any(series.layers != whole.layers for series in parts):
-            raise AnomalyError("the parts of the data have not the same layers, so their noise can't be told")
+            raise AnomalyError("the parts of the data have different layers, so their noise can't be measured")
         errors = np.mean([_errors(part) for part in parts], axis=0)
         values, tokens = np.stack([_finite(part) for part in parts]), whole.query.unit == "tokens"
         return cls(whole.layers, values, _finite(whole), errors, tokens)

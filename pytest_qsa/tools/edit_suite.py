@@ -74,7 +74,7 @@ def flow_yaml(value: Any) -> str:
 
 
 def remark_text(proposals: Sequence[Proposal], data: str) -> str:
-    """Return the comment beside the noise: which layers decide, and on what data."""
+    """Return the comment on the noise: which layers decide, and on what data."""
     layers = list(dict.fromkeys(each.layer for each in proposals))
     more = f" and {len(layers) - 2} more" if len(layers) > 2 else ""
     return f"# calibrated: {', '.join(layers[:2])}{more}, {data}"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..captures import Request, match_layers
 from ..checkpoint import Folder, Format, format_of, streams_from_disk
@@ -100,6 +100,17 @@ class Sizes:
         return sum(count * self.active.get(name, 1.0) for name, count in blocks.items())
 
 
+class _Stored(NamedTuple):
+    """What a checkpoint's files say. `units`, `experts`: parameters by unit; `size`: bytes of all tensors."""
+
+    units: Mapping[str, int]
+    experts: Mapping[str, int]
+    layers: Iterable[str]
+    size: int
+    files: int
+    dtype: str | None
+
+
 def sizes_of(folder: Folder, model: Model) -> Sizes:
     """Return the sizes of a checkpoint. Of a sharded one the index and the configuration are enough.
 
@@ -108,19 +119,19 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
     """
     config = folder.text_config
     found = _from_headers(folder) if folder.gguf_file or any(folder.path.glob("*.safetensors")) else _from_index(folder)
-    named = (model.dtype, config.get("dtype"), config.get("torch_dtype"), found["stored_dtype"], "bfloat16")
+    named = (model.dtype, config.get("dtype"), config.get("torch_dtype"), found.dtype, "bfloat16")
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     heads = _number(config, "num_attention_heads", "n_head", "num_heads")
     return Sizes(
         architecture=next(iter(folder.config.get("architectures") or ()), str(config.get("model_type") or "a model")),
         method=format_of(folder).name or format_of(folder).label,
         dtype=next(str(name) for name in named if name in BYTES),
-        stored=found["stored"],
-        files=found["files"],
-        units={unit: found["units"][unit] for unit in sorted(found["units"], key=_order)},
-        active=_active(found["experts"], found["units"], config),
-        layers=_layers(found["layers"]),
-        tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found["units"]),
+        stored=found.size,
+        files=found.files,
+        units={unit: found.units[unit] for unit in sorted(found.units, key=_order)},
+        active=_active(found.experts, found.units, config),
+        layers=_layers(found.layers),
+        tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found.units),
         hidden=hidden,
         # GPT-2 and its kin name no intermediate size: it is four times the hidden one.
         intermediate=_number(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
@@ -135,7 +146,7 @@ def unit_of(name: str) -> str:
     return block[1] if block else name
 
 
-def _from_headers(folder: Folder) -> dict[str, Any]:
+def _from_headers(folder: Folder) -> _Stored:
     units, experts, dtypes = Counter[str](), Counter[str](), Counter[str]()
     form = format_of(folder)
     for layer, parts in folder.layers.items():
@@ -146,14 +157,9 @@ def _from_headers(folder: Folder) -> dict[str, Any]:
         for tensor in parts.values():
             dtypes[tensor.dtype] += prod(tensor.shape)
     floats = {FLOAT_NAMES[dtype]: count for dtype, count in dtypes.items() if dtype in FLOAT_NAMES}
-    return {
-        "units": units,
-        "experts": experts,
-        "layers": folder.layers,
-        "stored": sum(tensor.stop - tensor.start for tensor in folder.tensors.values()),
-        "files": len({tensor.path for tensor in folder.tensors.values()}),
-        "stored_dtype": max(floats, key=lambda dtype: floats[dtype], default=None),
-    }
+    size = sum(tensor.stop - tensor.start for tensor in folder.tensors.values())
+    files = len({tensor.path for tensor in folder.tensors.values()})
+    return _Stored(units, experts, folder.layers, size, files, max(floats, key=lambda name: floats[name], default=None))
 
 
 def _unpacked(form: Format, layer: str) -> int:
@@ -165,7 +171,7 @@ def _unpacked(form: Format, layer: str) -> int:
     return prod(shape or codes.shape) + sum(prod(t.shape) for part, t in parts.items() if part == "bias")
 
 
-def _from_index(folder: Folder) -> dict[str, Any]:
+def _from_index(folder: Folder) -> _Stored:
     """Divide the bytes of an index among the blocks; embedding and head have the size that the configuration gives."""
     names = folder.indexed
     stored = int(((folder.json("model.safetensors.index.json") or {}).get("metadata") or {}).get("total_size") or 0)
@@ -180,14 +186,7 @@ def _from_index(folder: Folder) -> dict[str, Any]:
     # An index has one size for all files; blocks of one model are alike.
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}
-    return {
-        "units": units,
-        "experts": {},
-        "layers": layers,
-        "stored": stored,
-        "files": len(set(names.values())),
-        "stored_dtype": None,
-    }
+    return _Stored(units, {}, layers, stored, len(set(names.values())), None)
 
 
 def _order(unit: str) -> tuple[int, int]:
@@ -196,7 +195,7 @@ def _order(unit: str) -> tuple[int, int]:
     return (1, int(number)) if number.isdigit() else (0, 0) if "embed" in unit else (2, 0)
 
 
-def _layers(owners: Mapping[str, Any]) -> tuple[str, ...]:
+def _layers(owners: Iterable[str]) -> tuple[str, ...]:
     """Return the modules of the tensors and those around them. `layers` of `layers.0` is a list and no layer."""
     found: dict[str, None] = {}
     for owner in owners:

@@ -50,10 +50,6 @@ from ...report import (
 )
 from ...suite import Location, Visualization
 
-Section = Literal[
-    "magnitude_input", "magnitude_output", "magnitude_weight", "outlier_layer_wise", "outlier_position",
-    "outlier_token", "distribution", "heatmap_3d", "percentile_range",
-]  # fmt: skip
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""
 
@@ -72,7 +68,7 @@ class Picture:
 
     title: str
     name: str
-    section: Section
+    section: str
     site: Site
     layers: tuple[str, ...]
     statistics: frozenset[Statistic]
@@ -154,7 +150,7 @@ class _Finder:
             self.warnings.append(text)
 
 
-def _magnitudes(finder: _Finder, section: Section, site: Site) -> Iterator[Picture]:
+def _magnitudes(finder: _Finder, section: str, site: Site) -> Iterator[Picture]:
     settings, weight = finder.visualization.magnitude, site == "weight"
     patterns = settings.weight.patterns if weight else settings.patterns
     found = finder.each(patterns, ("magnitude", "weight") if weight else ("magnitude",))
@@ -164,14 +160,14 @@ def _magnitudes(finder: _Finder, section: Section, site: Site) -> Iterator[Pictu
         yield Picture(title, name, section, site, layers, needs)
 
 
-def _outliers(finder: _Finder, section: Section) -> Iterator[Picture]:
+def _outliers(finder: _Finder, section: str) -> Iterator[Picture]:
     settings = finder.visualization.outlier
     layers = tuple(finder.whole(settings.pattern, "outlier"))
     title = f"Tokens above {settings.threshold:g} × the median at the outputs"
     yield Picture(title, section, section, "output", layers, METRICS["outlier_tokens"].needs("output", "all", {}))
 
 
-def _distributions(finder: _Finder, section: Section) -> Iterator[Picture]:
+def _distributions(finder: _Finder, section: str) -> Iterator[Picture]:
     settings = finder.visualization.distribution
     found = finder.each(settings.patterns, (section,))
     title = f"Distribution of the {settings.site}s"
@@ -180,7 +176,7 @@ def _distributions(finder: _Finder, section: Section) -> Iterator[Picture]:
             yield Picture(title, name, section, settings.site, layers, frozenset({SIGNED_COUNTS}), form)
 
 
-def _percentiles(finder: _Finder, section: Section) -> Iterator[Picture]:
+def _percentiles(finder: _Finder, section: str) -> Iterator[Picture]:
     settings = finder.visualization.percentile_range
     found = finder.each(settings.patterns, (section,))
     title = f"Percentiles over tokens of {'|x|' if settings.use_abs else 'x'} at the {settings.site}s"
@@ -189,7 +185,7 @@ def _percentiles(finder: _Finder, section: Section) -> Iterator[Picture]:
         yield Picture(title, name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
-def _heatmaps(finder: _Finder, section: Section) -> Iterator[Picture]:
+def _heatmaps(finder: _Finder, section: str) -> Iterator[Picture]:
     settings = finder.visualization.heatmap_3d
     layers = finder.whole(settings.pattern, section)
     needs = frozenset({HeatMap(settings.sample_idx)})
@@ -281,7 +277,7 @@ class PictureKind:
     """
 
     heading: str
-    plan: Callable[[_Finder, Section], Iterator[Picture]]
+    plan: Callable[[_Finder, str], Iterator[Picture]]
     draw: Callable[[Drawing], Figure]
 
 
@@ -336,7 +332,7 @@ def _magnitude_kind(site: Site) -> PictureKind:
     return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude)
 
 
-PICTURE_KINDS: Mapping[Section, PictureKind] = {
+PICTURE_KINDS: Mapping[str, PictureKind] = {
     "magnitude_input": _magnitude_kind("input"),
     "magnitude_output": _magnitude_kind("output"),
     "magnitude_weight": _magnitude_kind("weight"),

@@ -280,8 +280,12 @@ class Condition:
         ]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", diff.vanished), ("appeared", diff.appeared)):
-            lines += [f"{layer}: {word}, so {measure} has nothing to compare" for measure, layers in sides.items()
-                      if measure in measures for layer in layers]  # fmt: skip
+            lines += [
+                f"{layer}: {word}, so {measure} has nothing to compare"
+                for measure, layers in sides.items()
+                if measure in measures
+                for layer in layers
+            ]
         return lines
 
     def _concerns(self, change: Change) -> bool:

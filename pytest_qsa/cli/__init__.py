@@ -1,7 +1,8 @@
 """The program `qsa`, also `python -m pytest_qsa`.
 
 A command is a module of this package that has a function `run`. The name of the module is the command's, the first line
-of its docstring is the command's help.
+of its docstring is the command's help. The modules import whole rooms, `from .. import engine`: a room loads a module
+of its own, and torch with it, when a command uses one of its names, so that `qsa --help` loads none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, 
 
 
 def commands() -> Mapping[str, ModuleType]:
-    """Return the modules of the commands by name. All modules here import what is heavy in their functions only."""
+    """Return the modules of the commands by name."""
     names = (info.name for info in pkgutil.iter_modules(__path__))
     modules = {name: importlib.import_module(f".{name}", __name__) for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "run")}

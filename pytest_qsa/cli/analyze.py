@@ -10,15 +10,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .. import captures, engine, suite, tools
 from ..common import InfraError, progress_bar, shown_path
 from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
-
-if TYPE_CHECKING:
-    from ..captures import Capture, PartialSums, Request
-    from ..suite import MakeCapture, Subject
-    from ..tools import Analysis, Export
 
 FIRST = 20
 """How many layers are listed, as in quant-smooth-ana."""
@@ -31,16 +26,13 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern matches no layer; before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be loaded.
     """
-    from ..engine import layer_names
-    from ..suite import load_suite, subject_of
-    from ..tools import Export
-
     options, overrides = _options(arguments)
-    suite = load_suite(options.config, overrides, "--")
-    subject = subject_of(suite)
-    names = layer_names(subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
-    analysis = planned(suite, names)
-    folder = suite.path.parent / Path(suite.suite.visualization.save_dir).expanduser()
+    file = suite.load_suite(options.config, overrides, "--")
+    subject = suite.subject_of(file)
+    names = engine.layer_names(subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
+    analysis = planned(file, names)
+    visualization = file.suite.visualization
+    folder = file.path.parent / Path(visualization.save_dir).expanduser()
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
         _list(names, analysis, folder, verbose=options.verbose)
     _check_writable(folder, make=not options.dry_run)  # before the pass, which may take hours
@@ -55,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         capture = capture.redacted()
     if options.verbose:
         print(f"measured in {time.perf_counter() - started:.1f} s")
-    export = Export(suite.suite.visualization, subject, analysis, capture, folder)
+    export = tools.Export(visualization, subject, analysis, capture, folder)
     return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
 
@@ -79,7 +71,7 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parse_with_overrides(parser, arguments)
 
 
-def _list(names: Sequence[str], analysis: Analysis, folder: Path, *, verbose: bool) -> None:
+def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbose: bool) -> None:
     """Print the first layers of the model, the planned pictures, and the warnings about their patterns."""
     print(f"Total layers found: {len(names)}")
     print(f"Showing first {min(FIRST, len(names))} layers:")
@@ -112,27 +104,24 @@ def _check_writable(folder: Path, *, make: bool) -> None:
         ) from None
 
 
-def _captured(subject: Subject, analysis: Analysis, options: argparse.Namespace) -> Capture | None:
+def _captured(subject: suite.Subject, analysis: tools.Analysis, options: argparse.Namespace) -> captures.Capture | None:
     """Return the capture. Under torchrun all processes make it, and the first one alone gets it."""
     import platformdirs
 
-    from ..engine import SampleShare, capture_subject, joined
-    from ..suite import Captures
-
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
-    with joined() as ranks, progress_bar(subject.name) as progress:
+    with engine.joined() as ranks, progress_bar(subject.name) as progress:
 
-        def make(requests: Sequence[Request], sums: PartialSums | None) -> Capture:
-            code, share = options.qsa_allow_code, SampleShare(ranks=ranks, sums=sums)
-            return capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
+        def make(requests: Sequence[captures.Request], sums: captures.PartialSums | None) -> captures.Capture:
+            code, share = options.qsa_allow_code, engine.SampleShare(ranks=ranks, sums=sums)
+            return engine.capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
 
-        def get(make: MakeCapture) -> Capture:
-            return Captures(cache=cache).get(subject.key, subject, analysis.requests, make)
+        def get(make: suite.MakeCapture) -> captures.Capture:
+            return suite.Captures(cache=cache).get(subject.key, subject, analysis.requests, make)
 
         return ranks.led(get, make)
 
 
-def _write(export: Export, command: str, *, verbose: bool) -> int:
+def _write(export: tools.Export, command: str, *, verbose: bool) -> int:
     with writing(export.folder):
         export.write(command, print if verbose else lambda _: None)
     for warning in export.warnings:

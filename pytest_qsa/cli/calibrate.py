@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
 
@@ -20,20 +21,17 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, or no assertion measures anything.
         InfraError: the model or data can't be loaded, or the suite can't be written.
     """
-    from ..suite import load_suite, subject_of
-    from ..tools import Sampled, calibrated
-
     options, overrides = parse_with_overrides(_parser(), arguments)
     # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.
-    file = load_suite(options.suite, overrides, "--", noise=False)
+    file = suite.load_suite(options.suite, overrides, "--", noise=False)
     target = _target(options)
-    subject = subject_of(file)
-    sampled = Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
+    subject = suite.subject_of(file)
+    sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
     findings = [sampled.finding_at(file, index, options.k) for index in range(len(file.assertions))]
     print("\n".join(sampled.lines(findings, file)))
     text = options.suite.read_bytes().decode("utf-8")  # as bytes, to keep its line ends
     proposals = {each.id: each.proposals for each in findings if each.proposals}
-    changed, left = calibrated(text, proposals, sampled.data_text(file))
+    changed, left = tools.calibrated(text, proposals, sampled.data_text(file))
     if left:
         print(f"not in {options.suite.name} itself, so not written: {', '.join(left)}")
     if target is not None:

@@ -11,15 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .. import captures, engine, suite
 from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
 from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
-
-if TYPE_CHECKING:
-    from ..captures import Request
-    from ..engine import Recording
-    from ..suite import NamedSubject, SuiteFile
 
 MOST_ROWS = 4096
 
@@ -71,23 +66,19 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Measure and write a capture; return what it holds."""
-    from ..captures import PartialSums, compares
-    from ..engine import SampleShare, capture_subject, layer_names
-    from ..suite import FileHashes, fingerprint_of, identified, load_suite, subject_of
-
-    file = load_suite(options.config, overrides, "--")
-    subject = subject_of(file)
+    file = suite.load_suite(options.config, overrides, "--")
+    subject = suite.subject_of(file)
     samples, code = _samples(options.samples), options.qsa_allow_code
-    requests = _requests(file, layer_names(subject.model, subject.path, subject.memory, allow_code=code))
-    hashes = FileHashes(None)
-    fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests))
+    requests = _requests(file, engine.layer_names(subject.model, subject.path, subject.memory, allow_code=code))
+    hashes = suite.FileHashes(None)
+    fingerprint = suite.fingerprint_of(subject, hashes, with_reference=captures.compares(requests))
     # An interrupted pass leaves its sums in a file. The fingerprint in its name lets only the same pass go on from it.
     partial = options.output.with_name(f"{options.output.name}.{fingerprint[:16]}.partial") if fingerprint else None
-    share = SampleShare(samples=samples, sums=PartialSums(partial) if partial else None)
+    share = engine.SampleShare(samples=samples, sums=captures.PartialSums(partial) if partial else None)
     with progress_bar(subject.name) as progress:
-        capture = capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
+        capture = engine.capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     with writing(options.output):
-        identified(capture, subject, hashes).save(options.output)
+        suite.identified(capture, subject, hashes).save(options.output)
     return f"{len(capture.tokens)} samples, {len(capture.sites)} sites"
 
 
@@ -100,37 +91,30 @@ def _samples(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _requests(file: SuiteFile, names: Sequence[str]) -> list[Request]:
+def _requests(file: suite.SuiteFile, names: Sequence[str]) -> list[captures.Request]:
     """Return the requests of the assertions, or without any those of the pictures; every pattern must match a layer."""
-    from ..captures import LOGITS, match_layers, no_match
-    from ..suite import MeasuredAssertion
-
-    requests = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
+    requests = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
     for request in requests:
-        if request.site != LOGITS and not match_layers(names, request.pattern, request.exclude):
-            raise no_match(names, request.pattern, request.exclude)
+        if request.site != captures.LOGITS and not captures.match_layers(names, request.pattern, request.exclude):
+            raise captures.no_match(names, request.pattern, request.exclude)
     return requests or list(planned(file, names).requests)
 
 
 def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Run the original and write a reference file; return what it holds."""
-    from ..captures import against_reference, merge_requests
-    from ..engine import RecordOptions, record_reference
-    from ..suite import MeasuredAssertion, load_suite, read_suite
-
-    source = read_suite(options.config)
+    source = suite.read_suite(options.config)
     own = source.data.get("model")
     named = isinstance(own, dict) and own.get("reference") is not None
     if not named and not any(each.startswith("model.reference=") for each in overrides):
         # The assertions that compare need a reference to be valid: it is the file that is made here.
         overrides = [*overrides, f"model.reference={options.output.absolute()}"]
-    file = load_suite(source, overrides, "--")
+    file = suite.load_suite(source, overrides, "--")
     subject = _original(file, overrides, named=named)
-    measured = [each.request for each in file.assertions if isinstance(each, MeasuredAssertion)]
-    requests = merge_requests(each for each in measured if against_reference(each.statistics))
-    record = RecordOptions(options.rows or 4, options.rows_seed or 0, options.with_head)
+    measured = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
+    requests = captures.merge_requests(each for each in measured if captures.against_reference(each.statistics))
+    record = engine.RecordOptions(options.rows or 4, options.rows_seed or 0, options.with_head)
     with progress_bar(subject.name) as progress:
-        recording = record_reference(
+        recording = engine.record_reference(
             subject, requests, record, options.output, allow_code=options.qsa_allow_code, progress=progress
         )
     content = recording.content.to_bytes()
@@ -139,11 +123,9 @@ def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> st
     return "; ".join(_reference_text(recording, subject, len(content)))
 
 
-def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> NamedSubject:
+def _original(file: suite.SuiteFile, overrides: Sequence[str], *, named: bool) -> suite.NamedSubject:
     """Return the model to keep: that of --model.path, else the suite's reference, else the suite's model."""
-    from ..suite import subject_of
-
-    subject = subject_of(file)
+    subject = suite.subject_of(file)
     original = subject
     if named and subject.reference is not None and not any(each.startswith("model.path=") for each in overrides):
         if isinstance(subject.reference, Path):
@@ -155,7 +137,7 @@ def _original(file: SuiteFile, overrides: Sequence[str], *, named: bool) -> Name
     return replace(original, model=original.model.model_copy(update={"reference": None}))
 
 
-def _reference_text(recording: Recording, subject: NamedSubject, size: int) -> Iterator[str]:
+def _reference_text(recording: engine.Recording, subject: suite.NamedSubject, size: int) -> Iterator[str]:
     content = recording.content
     sites = len({call[:2] for call, rows in content.calls.items() if rows.rows is not None})
     yield f"{len(content.samples)} samples of {subject.path}, {content.rows} tokens of each at {sites} sites"

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import tools
 from ..common import shown_path, write_atomically
 from .shared import FAILED, OK, command_parser, writing
 
@@ -21,17 +22,16 @@ def run(arguments: Sequence[str]) -> int:
         QsaError: a side can't be read, or the two can't be compared.
     """
     options = _parser().parse_args(arguments)
-    from ..tools import compare_sides, diff_markdown, diff_page, diff_text, parse_all, read_side
 
-    conditions = parse_all(options.fail_on)
+    conditions = tools.parse_all(options.fail_on)
     also = [condition.metric for condition in conditions if condition.metric is not None]
-    diff = compare_sides(read_side(options.old), read_side(options.new), also, options.threshold)
+    diff = tools.compare_sides(tools.read_side(options.old), tools.read_side(options.new), also, options.threshold)
     failures = [(condition.text, condition.violations(diff)) for condition in conditions]
-    print(diff_text(diff, options.top, options.least))
+    print(tools.diff_text(diff, options.top, options.least))
     if options.html is not None:
-        _write(options.html, diff_page(diff, failures, options.least))
+        _write(options.html, tools.diff_page(diff, failures, options.least))
     if options.markdown is not None:
-        _write(options.markdown, diff_markdown(diff, failures, options.top, options.least))
+        _write(options.markdown, tools.diff_markdown(diff, failures, options.top, options.least))
     for text, lines in failures:
         print(f"\n{'FAILED' if lines else 'holds'}  {text}" + (f": {len(lines)} × broken" if lines else ""))
         for line in lines[: options.top]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
 
@@ -22,16 +23,13 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: an option is wrong.
         InfraError: the model or data can't be loaded, or the file exists already.
     """
-    from ..suite import YamlSource, load_suite, subject_of
-    from ..tools import first_suite
-
     options, overrides = parse_with_overrides(_parser(), arguments)
     target = options.output or Path(f"{_name(options.model)}.qsa.yaml")
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
-    source = YamlSource(target, _sections(options, target))
-    subject = subject_of(load_suite(source, overrides, "--"))
-    first = first_suite(
+    source = suite.YamlSource(target, _sections(options, target))
+    subject = suite.subject_of(suite.load_suite(source, overrides, "--"))
+    first = tools.first_suite(
         subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
     )
     with writing(target):
@@ -65,12 +63,10 @@ def _name(model: str) -> str:
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:
     """Return the sections model and data of the suite, without overrides."""
-    from ..suite import Data
-
     model = {"name": _name(options.model), "path": _named(options.model, target)}
     if options.reference is not None:
         model["reference"] = _named(options.reference, target)
-    return {"model": model, "data": Data().model_dump(include={"source", "num_samples", "seq_len", "seed"})}
+    return {"model": model, "data": suite.Data().model_dump(include={"source", "num_samples", "seq_len", "seed"})}
 
 
 def _named(model: str, target: Path) -> str:

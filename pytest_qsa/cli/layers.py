@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import captures, engine, suite
 from ..common import text_table
 from .shared import OK, command_parser
 
@@ -16,9 +17,6 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong or has no model, or the regex finds no layer.
         InfraError: the model's configuration can't be read.
     """
-    from ..captures import match_layers, no_match
-    from ..suite import YamlSource, load_suite, subject_of
-
     parser = command_parser(__name__, __doc__)
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
     parser.add_argument("--model", help="a folder or hub id, instead of --config")
@@ -26,15 +24,14 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
-    named = YamlSource(Path("--model"), {"model": {"path": options.model}})
-    subject = subject_of(load_suite(options.config or named))
-    from ..engine import outline
+    named = suite.YamlSource(Path("--model"), {"model": {"path": options.model}})
+    subject = suite.subject_of(suite.load_suite(options.config or named))
 
-    rows = outline(subject.model, subject.path)
+    rows = engine.outline(subject.model, subject.path)
     names = [row[0] for row in rows]
-    found = match_layers(names, options.regex) if options.regex else names
+    found = captures.match_layers(names, options.regex) if options.regex else names
     if not found:
-        raise no_match(names, options.regex, None)
+        raise captures.no_match(names, options.regex, None)
     wanted = set(found)
     table = [(name, kind, shape, f"{count:,}") for name, kind, shape, count in rows if name in wanted]
     print("\n".join(text_table(table, right={3})))

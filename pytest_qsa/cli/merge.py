@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import captures
 from ..common import shown_path
 from .shared import OK, command_parser, writing
 
@@ -15,13 +16,11 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         InfraError: a file is no capture, the captures can't be merged, or the result can't be written.
     """
-    from ..captures import Capture, merge
-
     parser = command_parser(__name__, __doc__)
     parser.add_argument("captures", nargs="+", type=Path, metavar="CAPTURE", help="a file of `qsa capture --samples`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the result goes")
     options = parser.parse_args(arguments)
-    merged = merge([Capture.load(path) for path in options.captures])
+    merged = captures.merge([captures.Capture.load(path) for path in options.captures])
     with writing(options.output):
         merged.save(options.output)
     held = merged.provenance.samples

@@ -7,13 +7,10 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .. import checkpoint, suite, tools
 from ..common import InfraError, SuiteError, shown_path
 from .shared import FAILED, OK, between, command_parser, writing
-
-if TYPE_CHECKING:
-    from ..tools import Selftest
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,20 +20,18 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, names no checkpoint, or fails on the unchanged one; or there is no such fault.
         InfraError: there is no such suite or checkpoint, or pytest can't run.
     """
-    from ..tools import chosen, lines_of, score_line, score_of, write_outcomes
-
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # pytest gets what the parser doesn't know
     if options.list:
         return _list()
     if options.suite is None:
         parser.error("give a suite")
-    faults = chosen([name for names in options.faults for name in names.split(",") if name])
+    faults = tools.chosen([name for names in options.faults for name in names.split(",") if name])
     test = _selftest(options, more)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcomes = list(test.run(faults, lambda text: print(f"… {text}", file=sys.stderr, flush=True)))
-    print("\n".join(lines_of(outcomes)))
-    score = score_of(outcomes)
+    print("\n".join(tools.lines_of(outcomes)))
+    score = tools.score_of(outcomes)
     passed = options.min_score is None or score >= options.min_score
     if options.output is not None:
         session = {
@@ -48,9 +43,9 @@ def run(arguments: Sequence[str]) -> int:
             "arguments": list(test.arguments),
         }
         with writing(options.output):
-            print(f"report: {shown_path(write_outcomes(outcomes, options.output, session))}")
+            print(f"report: {shown_path(tools.write_outcomes(outcomes, options.output, session))}")
     if not passed:
-        print(f"qsa: {score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
+        print(f"qsa: {tools.score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
     return OK if passed else FAILED
 
 
@@ -79,38 +74,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list() -> int:
-    from ..tools import FAULTS
 
-    for fault in FAULTS.values():
+    for fault in tools.FAULTS.values():
         strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
         print(f"{fault.name:<22}{fault.text} ({strength})")
     return OK
 
 
-def _selftest(options: argparse.Namespace, more: Sequence[str]) -> Selftest:
+def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftest:
     """Return the self-test of a suite, on its own checkpoint or that of `--model`."""
-    from ..checkpoint import open_folder
-    from ..suite import load_suite
-    from ..tools import Selftest, makes_a_pass, perplexity_suite
-
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")
-    file = load_suite(options.suite)
+    file = suite.load_suite(options.suite)
     model = file.suite.model
     path = options.model or (model.path if model else None)
     if path is None:
         raise SuiteError(f"{shown_path(options.suite)} names no checkpoint in model.path: give --model")
     local = (Path.cwd() if options.model else options.suite.parent) / path
-    folder = open_folder(local if local.is_dir() else path, model.revision if model and not options.model else None)
+    revision = model.revision if model and not options.model else None
+    folder = checkpoint.open_folder(local if local.is_dir() else path, revision)
     wanted = options.perplexity
     if wanted is None:
-        wanted = makes_a_pass(file) and not options.first
-    return Selftest(
+        wanted = tools.makes_a_pass(file) and not options.first
+    return tools.Selftest(
         options.suite,
         folder,
         arguments=tuple(word for word in more if word != "--"),
         layers=options.layers,
         first_only=options.first,
         bisect=options.bisect,
-        perplexity=perplexity_suite(file) if wanted else "",
+        perplexity=tools.perplexity_suite(file) if wanted else "",
     )

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+from .. import suite, tools
 from ..common import InfraError, logger, shown_path
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from ..suite import SuiteFile
-    from ..tools import Analysis
 
 OK, FAILED, SUITE_IS_WRONG, USAGE = 0, 1, 2, 4
 """The exit codes of `qsa`: pytest's own."""
@@ -93,11 +92,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
     A key of `visualization` may stand without that word: `--outlier.threshold 100`.
     """
-    from ..suite import Suite
-
     for section in SECTIONS:
         group = parser.add_argument_group(f"keys of {section}", "each overrides the file's own value")
-        for key, field in _values(section, Suite.model_fields[section]):
+        for key, field in _values(section, suite.Suite.model_fields[section]):
             short = key.removeprefix("visualization.")
             words = [f"--{key}"] if short == key else [f"--{short}", f"--{key}"]
             stated = not field.is_required() and field.default is not None
@@ -109,9 +106,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _values(key: str, field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the dotted key and the field of every plain value at a key or below it."""
-    from ..suite import section_of
-
-    section = section_of(field.annotation)
+    section = suite.section_of(field.annotation)
     if section is None:
         yield key, field
     else:
@@ -125,13 +120,11 @@ def read_overrides(options: argparse.Namespace, unknown: Sequence[str]) -> list[
     Raises:
         SuiteError: an unknown option looks like a key; the text names the nearest key.
     """
-    from ..suite import Visualization, check_override
-
     for word in unknown:
         key, _, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and "." in key:
-            prefix = "visualization." if key.partition(".")[0] in Visualization.model_fields else ""
-            check_override(f"{prefix}{key}={value}", "--")
+            prefix = "visualization." if key.partition(".")[0] in suite.Visualization.model_fields else ""
+            suite.check_override(f"{prefix}{key}={value}", "--")
     given = {key: value for key, value in vars(options).items() if key.partition(".")[0] in SECTIONS and "." in key}
     return [f"{key}={_absolute(key, value)}" for key, value in given.items()]
 
@@ -199,14 +192,12 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
-def planned(file: SuiteFile, names: Sequence[str]) -> Analysis:
+def planned(file: suite.SuiteFile, names: Sequence[str]) -> tools.Analysis:
     """Return the pictures that a file enables, with the layers that they show among a model's `names`.
 
     Raises:
         SuiteError: nothing is enabled, a pattern matches no layer, or there is no such sample; at its line.
     """
-    from ..tools import PatternError, plan_pictures
-
     visualization, data = file.suite.visualization, file.suite.data
     if visualization.enabled.heatmap_3d and visualization.heatmap_3d.sample_idx >= data.num_samples:
         raise file.source.error(
@@ -214,8 +205,8 @@ def planned(file: SuiteFile, names: Sequence[str]) -> Analysis:
             f"sample_idx {visualization.heatmap_3d.sample_idx}: the {data.num_samples} samples begin with 0",
         )
     try:
-        analysis = plan_pictures(visualization, names)
-    except PatternError as error:
+        analysis = tools.plan_pictures(visualization, names)
+    except tools.PatternError as error:
         raise file.source.error(error.location, str(error)) from None
     if not analysis.pictures:
         raise file.source.error(("visualization", "enabled"), "nothing is enabled: there is nothing to draw")

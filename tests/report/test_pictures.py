@@ -169,9 +169,7 @@ def look_of(handle):
 def test_the_series_of_a_picture_can_be_told_apart_in_greyscale(tmp_path, monkeypatch, kind, settings):
     settings, analysis, capture = analysed(8, enabled={kind: True}, **settings)
     figures = []
-    monkeypatch.setattr(
-        "pytest_qsa.tools.analyze.write.encode_figure", lambda figure, *_, **__: figures.append(figure) or b""
-    )
+    monkeypatch.setattr("pytest_qsa.report.encode_figure", lambda figure, *_, **__: figures.append(figure) or b"")
     for picture in analysis.pictures:
         draw_picture(picture, capture, settings, tmp_path, "")
     for figure in figures:

@@ -161,7 +161,7 @@ def test_one_forward_a_sample_answers_everything(tmp_path, llama, monkeypatch):
 def test_a_redacted_analysis_writes_no_token_anywhere(tmp_path, llama, monkeypatch, options):
     figures = []
     keep = lambda figure, *_, **__: figures.append(figure) or b""  # noqa: E731
-    monkeypatch.setattr("pytest_qsa.tools.analyze.write.encode_figure", keep)
+    monkeypatch.setattr("pytest_qsa.report.encode_figure", keep)
     output = {"formats": ["png", "html", "csv", "json"], "include_raw_data": True}
     kinds = {"enabled": enabled("outlier_token"), "outlier": {"threshold": 1.01}, "output": output}
     assert main([*configured(tmp_path, llama, kinds), *options]) == 0

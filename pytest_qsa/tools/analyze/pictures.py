@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ... import report
 from ...captures import (
     CHANNEL_COUNTS,
     SIGNED_COUNTS,
@@ -31,23 +32,6 @@ from ...captures import (
 )
 from ...common import AnomalyError, SuiteError
 from ...metrics import METRICS
-from ...report import (
-    STATS,
-    box_figure,
-    counted,
-    evenly_spread,
-    histogram_figure,
-    magnitude_panels,
-    magnitude_title,
-    map_figure,
-    outlier_picture,
-    outliers_of,
-    percentile_figure,
-    population,
-    samples_of,
-    surface_figure,
-    texts_of,
-)
 from ...suite import Location, Visualization
 
 SURFACES = 3
@@ -155,7 +139,7 @@ def _magnitudes(finder: _Finder, section: str, site: Site) -> Iterator[Picture]:
     patterns = settings.weight.patterns if weight else settings.patterns
     found = finder.each(patterns, ("magnitude", "weight") if weight else ("magnitude",))
     needs = METRICS["magnitude"].needs(site, "all", {"reduce_dim": magnitude_dim(site, finder.visualization)})
-    title = magnitude_title(site, magnitude_dim(site, finder.visualization))
+    title = report.magnitude_title(site, magnitude_dim(site, finder.visualization))
     for name, layers in _grouped(found, section, together=settings.combined_plot, names=finder.names):
         yield Picture(title, name, section, site, layers, needs)
 
@@ -181,7 +165,7 @@ def _percentiles(finder: _Finder, section: str) -> Iterator[Picture]:
     found = finder.each(settings.patterns, (section,))
     title = f"Percentiles over tokens of {'|x|' if settings.use_abs else 'x'} at the {settings.site}s"
     for name, layers in _grouped(found, section, together=False, names=finder.names):
-        shown = tuple(layers[index] for index in evenly_spread(len(layers), settings.num_layers_to_show))
+        shown = tuple(layers[index] for index in report.evenly_spread(len(layers), settings.num_layers_to_show))
         yield Picture(title, name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
 
 
@@ -192,7 +176,7 @@ def _heatmaps(finder: _Finder, section: str) -> Iterator[Picture]:
     title = f"|x| of sample {settings.sample_idx} at the {settings.site}s"
     for name, form, most in (("heatmap_3d", "surface", SURFACES), ("heatmap_2d", "map", settings.num_2d_layers)):
         if most:
-            shown = tuple(layers[index] for index in evenly_spread(len(layers), most))
+            shown = tuple(layers[index] for index in report.evenly_spread(len(layers), most))
             yield Picture(title, name, section, settings.site, shown, needs, form)
 
 
@@ -264,8 +248,8 @@ class Drawing:
 
     def note(self, reduce: str | None) -> str:
         """Write the small print. `reduce`: how the samples were folded, None for pooled."""
-        samples = samples_of(self.capture, self.picture.layers, self.picture.site)
-        parts = (population(reduce, samples, None), counted(len(self.picture.layers), "layer"), self.run)
+        samples = report.samples_of(self.capture, self.picture.layers, self.picture.site)
+        parts = (report.population(reduce, samples, None), report.counted(len(self.picture.layers), "layer"), self.run)
         return " · ".join(part for part in parts if part)
 
 
@@ -283,24 +267,25 @@ class PictureKind:
 
 def _magnitude(drawing: Drawing) -> Figure:
     picture, settings = drawing.picture, drawing.settings
-    stats, dim = cast(Any, list(STATS)), magnitude_dim(picture.site, settings)
+    stats, dim = cast(Any, list(report.STATS)), magnitude_dim(picture.site, settings)
     series = drawing.capture.select(exactly(picture.layers), picture.site).magnitudes(stats, reduce_dim=dim)
     note = drawing.note("" if picture.site == "weight" else "mean")
-    return magnitude_panels(series, drawing.picture.title, note, legend=settings.show_legend)
+    return report.magnitude_panels(series, drawing.picture.title, note, legend=settings.show_legend)
 
 
 def _outlier(drawing: Drawing) -> Figure:
     picture, capture, settings = drawing.picture, drawing.capture, drawing.settings.outlier
-    outliers = outliers_of(capture, picture.layers, picture.site, settings.threshold, "all")
-    texts = texts_of(capture, outliers, decode=settings.decode_tokens) if picture.section == "outlier_token" else []
+    outliers = report.outliers_of(capture, picture.layers, picture.site, settings.threshold, "all")
+    shows_texts = picture.section == "outlier_token"
+    texts = report.texts_of(capture, outliers, decode=settings.decode_tokens) if shows_texts else []
     kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
     note = drawing.note("sum") + ("" if capture.sinks.searched else " · sinks not looked for")
     legend = drawing.settings.show_legend
-    return outlier_picture(kind, outliers, texts, drawing.picture.title, note, most=settings.top_n, legend=legend)
+    return report.outlier_picture(kind, outliers, texts, picture.title, note, most=settings.top_n, legend=legend)
 
 
 def _distribution(drawing: Drawing) -> Figure:
-    draw = box_figure if drawing.picture.form == "boxplot" else histogram_figure
+    draw = report.box_figure if drawing.picture.form == "boxplot" else report.histogram_figure
     return draw(drawing.sites, drawing.picture.title, drawing.note(None), legend=drawing.settings.show_legend)
 
 
@@ -308,15 +293,15 @@ def _percentile(drawing: Drawing) -> Figure:
     settings = drawing.settings.percentile_range
     bands = {layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in drawing.sites.items()}
     note, legend = drawing.note(None), drawing.settings.show_legend
-    return percentile_figure(cast(Any, bands), drawing.picture.title, note, style=settings.style, legend=legend)
+    return report.percentile_figure(cast(Any, bands), drawing.picture.title, note, style=settings.style, legend=legend)
 
 
 def _heatmap(drawing: Drawing) -> Figure:
     picture, settings = drawing.picture, drawing.settings.heatmap_3d
     maps, size = maps_of(drawing.capture, picture.layers, picture.site, settings.sample_idx)
     if picture.form == "map":
-        return map_figure(maps, size, drawing.picture.title, drawing.run)
-    return surface_figure(maps, size, settings.view_angle, drawing.picture.title, drawing.run)
+        return report.map_figure(maps, size, drawing.picture.title, drawing.run)
+    return report.surface_figure(maps, size, settings.view_angle, drawing.picture.title, drawing.run)
 
 
 def maps_of(

@@ -15,19 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ... import report
 from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
 from ...common import AnomalyError, QsaError, write_atomically
 from ...metrics import ACROSS, AcrossChannels, Selection, Series
-from ...report import (
-    BOX_SHARES,
-    STATS,
-    Gallery,
-    GallerySurface,
-    PagePicture,
-    encode_figure,
-    render_gallery,
-    surface_data,
-)
 from ...suite import Subject, Visualization
 from .pictures import PICTURE_KINDS, Analysis, Drawing, Picture, drawable, magnitude_dim, maps_of
 
@@ -69,10 +60,10 @@ class Export:
         """The pictures that could not be drawn."""
         return [each for each in self.drawn if each.problem]
 
-    def write(self, command: str, report: Callable[[str], None]) -> None:
+    def write(self, command: str, say: Callable[[str], None]) -> None:
         """Draw and export everything.
 
-        `command`: shown on the page. `report`: called with a line on how long each picture took.
+        `command`: shown on the page. `say`: called with a line on how long each picture took.
 
         Raises:
             OSError: the folder can't be written.
@@ -85,14 +76,14 @@ class Export:
             self.drawn.append(drawn)
             self.files += drawn.files
             self.warnings += warnings
-            report(f"{picture.name}: {time.perf_counter() - started:.2f} s")
+            say(f"{picture.name}: {time.perf_counter() - started:.2f} s")
         started = time.perf_counter()
         self._write_tables()
         if "html" in self.visualization.output.formats:  # last, for the page lists the other files
             page = self.folder / self.visualization.output.report_file
-            write_atomically(page, render_gallery(self._gallery(command)))
+            write_atomically(page, report.render_gallery(self._gallery(command)))
             self.files.append(page)
-        report(f"tables and report: {time.perf_counter() - started:.2f} s")
+        say(f"tables and report: {time.perf_counter() - started:.2f} s")
 
     def _write_tables(self) -> None:
         encode: Mapping[str, Callable[[], bytes]] = {
@@ -126,13 +117,13 @@ class Export:
         meta, settings = self.capture.provenance.plain(), self.visualization.model_dump()
         return {"name": self.subject.name, "meta": meta, "visualization": settings, "pictures": pictures}
 
-    def _gallery(self, command: str) -> Gallery:
-        sections: dict[str, list[PagePicture]] = {}
+    def _gallery(self, command: str) -> report.Gallery:
+        sections: dict[str, list[report.PagePicture]] = {}
         for each in self.drawn:
-            picture = PagePicture(each.picture.title, each.picture.name, each.png, each.problem)
+            picture = report.PagePicture(each.picture.title, each.picture.name, each.png, each.problem)
             sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
         provenance = self.capture.provenance
-        return Gallery(
+        return report.Gallery(
             title=f"Analysis of {self.subject.name}",
             facts={**provenance.facts(), **(provenance.model.versions or {})},
             sections=sections,
@@ -143,7 +134,7 @@ class Export:
             surfaces=list(self._surfaces()),
         )
 
-    def _surfaces(self) -> Iterator[GallerySurface]:
+    def _surfaces(self) -> Iterator[report.GallerySurface]:
         """Yield a surface for the page with all layers of the heat maps."""
         settings = self.visualization.heatmap_3d
         pictures = [each.picture for each in self.drawn if each.picture.section == "heatmap_3d" and not each.problem]
@@ -151,8 +142,8 @@ class Export:
         if wanted:
             layers = [layer for layer in self.capture.modules if layer in wanted]
             maps, size = maps_of(self.capture, layers, settings.site, settings.sample_idx)
-            data = surface_data(maps, size, settings.view_angle)
-            yield GallerySurface(PICTURE_KINDS["heatmap_3d"].heading, "heatmap_3d", data)
+            data = report.surface_data(maps, size, settings.view_angle)
+            yield report.GallerySurface(PICTURE_KINDS["heatmap_3d"].heading, "heatmap_3d", data)
 
 
 def draw_picture(
@@ -171,12 +162,12 @@ def draw_picture(
         figure = PICTURE_KINDS[picture.section].draw(Drawing(kept, capture, visualization, run))
     except QsaError as error:
         return Drawn(picture, problem=str(error)), []
-    png = encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
+    png = report.encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
     for form in ("png", "svg"):
         if form in visualization.output.formats:
             files.append(folder / f"{picture.name}.{form}")
-            write_atomically(files[-1], png if form == "png" else encode_figure(figure, form, visualization.dpi))
+            write_atomically(files[-1], png if form == "png" else report.encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
     return Drawn(kept, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
@@ -232,18 +223,18 @@ def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization)
 
 def _of_section(section: str, selection: Selection, visualization: Visualization) -> Iterator[_Numbers]:
     if section.startswith("magnitude"):
-        stats: Any = list(STATS)
+        stats: Any = list(report.STATS)
         found = selection.magnitudes(stats, reduce_dim=magnitude_dim(selection.site, visualization))
         yield from (_Numbers.of(series, stat) for stat, series in found.items())
     elif section.startswith("outlier"):
         yield _Numbers.of(selection.outlier_tokens(visualization.outlier.threshold, reduce="sum"), "count")
         yield _Numbers.of(selection.outlier_ratio(), "max")
     elif section == "distribution":
-        names = [f"p{100 * share:g}" for share in BOX_SHARES]
+        names = [f"p{100 * share:g}" for share in report.BOX_SHARES]
         yield from _tabled(
             "quantile",
             selection,
-            lambda n: dict(zip(names, counted_quantiles(n, BOX_SHARES, signed=True), strict=True)),
+            lambda n: dict(zip(names, counted_quantiles(n, report.BOX_SHARES, signed=True), strict=True)),
         )
     elif section == "percentile_range":
         signed = not visualization.percentile_range.use_abs

@@ -6,6 +6,7 @@ The format: 8 bytes with the header's length, the header as JSON, the tensors' b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -56,8 +57,8 @@ class Tensor:
 
     @property
     def part(self) -> str:
-        """The last part of its name: weight, weight_scale or qzeros."""
-        return self.name.rpartition(".")[2]
+        """What follows the module in its name: weight, weight_scale, qzeros or weight.absmax."""
+        return self.name.removeprefix(f"{self.layer}.")
 
     @property
     def file(self) -> str:
@@ -87,7 +88,9 @@ class Tensor:
 
 def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
-    return name.rpartition(".")[0] or name
+    # bitsandbytes saves what belongs to a weight under the weight's own name: X.weight.absmax is a tensor of X
+    owner = name.rpartition(".")[0]
+    return re.sub(r"\.weight(\.quant_state)?$", "", owner) or name
 
 
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
+from pytest_qsa.common import AnomalyError
 from pytest_qsa.engine.formats.format import dequantized, is_quantized, schemes_of
 from pytest_qsa.engine.formats.stored import StoredWeights
 from pytest_qsa.tools.selftest.faults import FAULTS
@@ -116,7 +117,9 @@ def test_four_bits_are_not_read_as_eight(int8, tmp_path):
     def four(config):
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
-    assert format_of(open_folder(edited(int8, tmp_path / "four", config=four))).rows(DOWN) is None
+    form = format_of(open_folder(edited(int8, tmp_path / "four", config=four)))
+    with pytest.raises(AnomalyError, match="its quant_state is missing"):
+        form.rows(DOWN)
 
 
 def test_the_library_itself_reads_the_same_numbers(int8):

@@ -26,8 +26,7 @@ from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
 from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of
-from pytest_qsa.verdicts.judgement import within_budget
-from pytest_qsa.verdicts.measurement import checked_series
+from pytest_qsa.verdicts.judgement import checked_series, within_budget
 from pytest_qsa.verdicts.verdict import failing
 
 

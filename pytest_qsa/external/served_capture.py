@@ -31,8 +31,16 @@ from ..captures import (
 from ..common import AnomalyError, InfraError, Progress, QsaError
 from ..metrics import TokenScores, numbers_of
 from ..suite import Floor, Served, Subject, located
-from .agreement import Agreement, Between, Floats, ReferenceRows, agreement_of, rows_of_table
-from .logprobs import LogprobTable, read_logprobs
+from .logprobs import (
+    Agreement,
+    Between,
+    Floats,
+    LogprobTable,
+    ReferenceRows,
+    agreement_of,
+    read_logprobs,
+    rows_of_table,
+)
 from .served_client import Client
 
 if TYPE_CHECKING:

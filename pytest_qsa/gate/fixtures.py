@@ -27,8 +27,8 @@ from ..metrics import (
 )
 from ..verdicts import Budget, Judgement, Kind, Tolerance, Verdict, concluded, judge_problems, stopped, within_budget
 from .assertions import against_baseline
+from .collection import EVERYTHING
 from .gate import Gate
-from .items import EVERYTHING
 from .outcomes import GateFailure, caller
 
 if TYPE_CHECKING:

@@ -26,9 +26,8 @@ from ..verdicts import (
     explain,
     kept_release,
 )
-from .collection import QsaSuite
+from .collection import QsaSuite, Subjects, command_of, plain_name, requests_of
 from .hookspecs import call_hook
-from .items import Subjects, command_of, plain_name, requests_of
 from .options import Options
 from .outcomes import record, with_plots
 

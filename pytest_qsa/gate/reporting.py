@@ -108,9 +108,8 @@ class Reporter:
         """Say what would run: sites, sizes, time, and the settings that fit."""
         from ..suite import Captures
         from ..tools import gathered, plan_lines
-        from .collection import QsaSuite
+        from .collection import QsaSuite, plain_name
         from .gate import Gate
-        from .items import plain_name
 
         def measured(dtype: str, weights: Path | None) -> Any:
             from ..engine import this_machine  # torch, only where a pass would run

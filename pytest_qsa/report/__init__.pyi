@@ -4,28 +4,32 @@ from .ci import (
     attach as attach,
     properties_of as properties_of,
 )
-from .gallery import (
+from .html import (
     Gallery as Gallery,
     GallerySurface as GallerySurface,
+    PagePicture as PagePicture,
+    render as render,
     render_gallery as render_gallery,
     surface_data as surface_data,
 )
-from .html import PagePicture as PagePicture, render as render
-from .plots.boxes import (
+from .plots.depth import evenly_spread as evenly_spread
+from .plots.elements import (
     BOX_SHARES as BOX_SHARES,
     box_figure as box_figure,
     histogram_figure as histogram_figure,
+    map_figure as map_figure,
     percentile_figure as percentile_figure,
+    surface_figure as surface_figure,
 )
-from .plots.depth import evenly_spread as evenly_spread
 from .plots.figures import draw as draw
-from .plots.heatmaps import map_figure as map_figure, surface_figure as surface_figure
 from .plots.magnitudes import (
     STATS as STATS,
     magnitude_panels as magnitude_panels,
     magnitude_title as magnitude_title,
+    outlier_picture as outlier_picture,
+    outliers_of as outliers_of,
+    texts_of as texts_of,
 )
-from .plots.outliers import outlier_picture as outlier_picture, outliers_of as outliers_of, texts_of as texts_of
 from .plots.style import (
     counted as counted,
     encode_figure as encode_figure,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoint import Files, open_folder
+from ..checkpoint import Files, Folder, open_folder
 from ..common import InfraError
 from .datasets import local_path
 from .sections import Data, Memory, Model
@@ -143,14 +143,20 @@ def files_of(subject: Subject) -> Files:
     Raises:
         InfraError: the subject is no checkpoint, or isn't here.
     """
+    own, model, reference = _own_folder(subject), subject.model, None
+    if (
+        model is not None and model.reference is not None and not isinstance(subject.reference, Path)
+    ):  # a recorded one has no settings
+        local = subject.folder / model.reference
+        reference = open_folder(local if local.is_dir() else model.reference)
+    return Files(own, reference)
+
+
+def _own_folder(subject: Subject) -> Folder:
     model = subject.model
     if model is None or not subject.path or model.logprobs_only:
         raise InfraError("static checks read a checkpoint's files, and this subject has none here: give model.path")
-    reference = None
-    if model.reference is not None and not isinstance(subject.reference, Path):  # a recorded one has no settings
-        local = subject.folder / model.reference
-        reference = open_folder(local if local.is_dir() else model.reference)
-    return Files(open_folder(subject.path, model.revision, model.gguf_file), reference)
+    return open_folder(subject.path, model.revision, model.gguf_file)
 
 
 def stored_quantized(subject: Subject) -> list[str]:
@@ -158,7 +164,8 @@ def stored_quantized(subject: Subject) -> list[str]:
     if subject.model is None or subject.model.submodule:
         return []
     try:
-        return files_of(subject).stored_quantized
+        # without the reference's files: damage there must not stop the pass over the subject
+        return Files(_own_folder(subject)).stored_quantized
     except InfraError:  # a factory, a fixture, another format than safetensors
         return []
 

@@ -1,32 +1,40 @@
-from .baseline_file import BaselineFile as BaselineFile, Tolerance as Tolerance, is_baseline as is_baseline
 from .baselines import (
     BASELINE_FOLDER as BASELINE_FOLDER,
     BASELINE_NAME as BASELINE_NAME,
+    BaselineFile as BaselineFile,
     QsaBaselineExtension as QsaBaselineExtension,
+    Tolerance as Tolerance,
     baseline_folder as baseline_folder,
+    is_baseline as is_baseline,
     judge_against_baseline as judge_against_baseline,
     name_for_class as name_for_class,
 )
-from .budgets import Budget as Budget, key_of as key_of
-from .explainers import Context as Context, explain as explain
+from .budgets import (
+    SPARE as SPARE,
+    Budget as Budget,
+    key_of as key_of,
+    outward as outward,
+    patch_of as patch_of,
+    project_root as project_root,
+)
+from .explainers import Context as Context, channel_of as channel_of, context as context, explain as explain
 from .judge import (
     EvalFiles as EvalFiles,
     Evidence as Evidence,
     Identity as Identity,
     Measurement as Measurement,
+    Release as Release,
     concluded as concluded,
     judge_assertion as judge_assertion,
     judge_problems as judge_problems,
+    kept_release as kept_release,
     stopped as stopped,
 )
 from .judgement import (
     NO_LENIENCY as NO_LENIENCY,
     Judgement as Judgement,
     Leniency as Leniency,
+    checked_series as checked_series,
     within_budget as within_budget,
 )
-from .measurement import checked_series as checked_series
-from .previous import Release as Release, kept_release as kept_release
-from .ratchet import SPARE as SPARE, outward as outward, patch_of as patch_of, project_root as project_root
-from .tokens import channel_of as channel_of, context as context
 from .verdict import Kind as Kind, Row as Row, TokenEvidence as TokenEvidence, Verdict as Verdict

@@ -1,4 +1,4 @@
-"""Series against bounds or a baseline → a `Judgement`: rows, worst first, and a headline. Pure functions, no pytest."""
+"""A series of numbers against bounds → a `Judgement`: rows, worst first, and a headline. No pytest here."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..captures import UNKNOWN_RUN, ModelProvenance, Provenance, match_layers, since_text
+from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
-from ..common import number
-from ..metrics import Bounds, Query, Series
+from ..common import AnomalyError, number
+from ..external import bounded
+from ..metrics import NotMeasuredError, Query, Series
 from ..suite import Location, Waiver
-from .baseline_file import BaselineFile, Tolerance, check_comparable, rounded
-from .budgets import Budget
+from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
 
-BASELINE: Location = ("baseline",)
-"""The key of an assertion that states its baseline."""
+if TYPE_CHECKING:
+    from ..suite import MeasuredAssertion
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,18 @@ def within_budget(
         AnomalyError: there is no layer, or a value is not finite.
     """
     series.check()
-    rows = [_row(series, depth, own, details=details) for depth, own in enumerate(budget.bounds)]
+    rows = []
+    for depth, (layer, bounds, value) in enumerate(
+        zip(series.layers, budget.bounds, series.values.tolist(), strict=True)
+    ):
+        detail = (details or {}).get(layer) or interval_text(series, layer)
+        rows.append(Row(layer, value, bounds.low, bounds.high, None, bounds.excess(value), depth, detail=detail))
     judgement = judged(rows, series.query, budget.text, leniency, detailed=bool(details))
     return replace(judgement, key=_exceeded(judgement.rows, budget))
 
 
-def _row(
-    series: Series,
-    depth: int,
-    bounds: Bounds,
-    baseline: float | None = None,
-    details: Mapping[str, str] | None = None,
-) -> Row:
-    """Hold one layer of a series against its bounds; next to a baseline its value is rounded as the baseline is."""
-    layer, value = series.layers[depth], float(series.values[depth])
-    value = value if baseline is None else rounded(value)
-    detail = (details or {}).get(layer) or _interval(series, layer)
-    return Row(layer, value, bounds.low, bounds.high, baseline, bounds.excess(value), depth, detail=detail)
-
-
-def _interval(series: Series, layer: str) -> str:
-    """Say how well an estimated value is known; nothing of an exact one."""
+def interval_text(series: Series, layer: str) -> str:
+    """Say how well an estimated value is known, in words; empty for an exact one."""
     if layer not in series.intervals:
         return ""
     low, high, count = series.intervals[layer]
@@ -123,30 +114,6 @@ def _exceeded(rows: Sequence[Row], budget: Budget) -> Location:
     worst = (failing(rows) or rows)[0]
     names = ("min", "equals", "max") if worst.excess < 0 else ("max", "equals", "min")
     return next((budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys), ())
-
-
-def within_baseline(
-    series: Series,
-    baseline: BaselineFile,
-    tolerance: Tolerance,
-    data: str | None,
-    made_with: ModelProvenance,
-    leniency: Leniency = NO_LENIENCY,
-) -> Judgement:
-    """Hold every layer against its own baseline. `data`: the hash of the present tokens; `made_with`: this model.
-
-    Raises:
-        AnomalyError: as `within_budget`.
-        BaselineError: another definition, other tokens, or layers that appeared or vanished.
-    """
-    series.check()
-    check_comparable(series, baseline, data)
-    rows = []
-    for depth, layer in enumerate(series.layers):
-        kept = baseline.values[layer]
-        rows.append(_row(series, depth, tolerance.bounds(kept), kept))
-    since = since_text(baseline.made_with, made_with)
-    return replace(judged(rows, series.query, str(tolerance), leniency), key=BASELINE, since=since)
 
 
 def judged(
@@ -223,3 +190,101 @@ def joint_uses(one: Judgement, other: Judgement) -> Sequence[WaiverUse]:
         return one.waivers or other.waivers
     pairs = zip(one.waivers, other.waivers, strict=True)
     return [first if first.covers else second for first, second in pairs]
+
+
+def checked_series(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series from a capture: it has at least one layer, and all values are finite.
+
+    Raises:
+        AnomalyError: there is nothing to compute from, or a value is not finite.
+    """
+    series = series_of(assertion, capture)
+    series.check()
+    return series
+
+
+def series_of(assertion: MeasuredAssertion, capture: Capture) -> Series:
+    """Compute an assertion's series from a capture; it may be empty or not finite.
+
+    Raises:
+        AnomalyError: there is nothing to compute from.
+    """
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    series = selection.series(assertion.metric, assertion.reduce, assertion.where, **assertion.parameters)
+    return series.folded(assertion.over)
+
+
+def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, str]:
+    """Return the capture to judge an assertion by, and how well its number is known, in words.
+
+    A served model gives an interval for each number. A `max` fails if the lower end exceeds it, and holds if the upper
+    end is within it.
+
+    Raises:
+        AnomalyError: the bound lies inside the interval, so that nothing is proved; or the assertion is on layers.
+    """
+    pair = bounded(capture)
+    if pair is None:
+        return capture, ""
+    if assertion.site != LOGITS:
+        raise AnomalyError(
+            f"{assertion.metric} is measured at layers, and a served model tells of its predictions only: give the "
+            "checkpoint, model.path or --qsa-model"
+        )
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):
+            series = [series_of(assertion, each) for each in pair]
+    except NotMeasuredError:
+        raise AnomalyError(
+            f"{assertion.metric} needs the probability of every token, and a served model tells of its likeliest ones "
+            "only: gate kl_divergence or same_top, or give the checkpoint, model.path or --qsa-model"
+        ) from None
+    values = [_value(each) for each in series]
+    if values[0] == values[1]:
+        return pair[0], _assumed(assertion, capture)
+    low, high = min(values), max(values)
+    between = f"between {number(low)} and {_number(high)}{_outside(capture)}"
+    decides = None if assertion.metric == "delta_p" else _deciding(assertion, series[0], low, high)
+    if decides is None:
+        raise AnomalyError(
+            f"{assertion.metric} is {between}; that decides nothing. Ask for more (served.top_logprobs; vLLM allows "
+            "it by --max-logprobs), say what may be assumed of the rest (model.tail), or gate ln_ppl_ratio and same_top"
+        )
+    return pair[values.index(decides)], between
+
+
+def _value(series: Series) -> float:
+    value = float(series.values[0])
+    return float("inf") if np.isnan(value) else value
+
+
+def _deciding(assertion: MeasuredAssertion, series: Series, low: float, high: float) -> float | None:
+    """Return the end of the interval that decides: both ends are out on one side, or both are within; else None."""
+    if not assertion.stated or assertion.follows or assertion.baseline is not None:
+        return None
+    (bounds,) = budget_of(assertion.stated, series.layers, None).bounds
+    least, most = bounds.excess(low), bounds.excess(high)
+    if least > 0 and most > 0:
+        return low
+    if least < 0 and most < 0:
+        return high
+    return (high if bounds.high is not None else low) if least == most == 0 else None
+
+
+def _number(value: float) -> str:
+    return "∞" if value == float("inf") else number(value)
+
+
+def _outside(capture: Capture) -> str:
+    served = capture.provenance.model.served
+    if served is None or served.outside is None:
+        return ""
+    return f": {served.logprobs} tokens of a position are told, and the reference has {served.outside:.3%} outside"
+
+
+def _assumed(assertion: MeasuredAssertion, capture: Capture) -> str:
+    """Say what was assumed of the tokens that the server didn't list, for `tail: as_reference`."""
+    served = capture.provenance.model.served
+    if assertion.metric != "kl_divergence" or served is None or served.tail != "as_reference":
+        return ""
+    return f"at least; the rest is taken to be shared out as the reference's{_outside(capture)}"

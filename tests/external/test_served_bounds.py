@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.external.agreement import ReferenceRows, agreement_of, kl_bounds, nll_bounds, rows_of_table
-from pytest_qsa.external.logprobs import UNLISTED, logprob_table
+from pytest_qsa.external.logprobs import (
+    UNLISTED,
+    ReferenceRows,
+    agreement_of,
+    kl_bounds,
+    logprob_table,
+    nll_bounds,
+    rows_of_table,
+)
 
 VOCABULARY = 24
 

@@ -21,9 +21,8 @@ from PIL import Image
 
 from pytest_qsa.captures.distributions import channel_bands
 from pytest_qsa.engine.run.run_pass import run_pass
-from pytest_qsa.report.plots.boxes import box_figure, histogram_figure, percentile_figure
-from pytest_qsa.report.plots.heatmaps import map_figure, surface_figure
-from pytest_qsa.report.plots.outliers import Outliers, outlier_picture
+from pytest_qsa.report.plots.elements import box_figure, histogram_figure, map_figure, percentile_figure, surface_figure
+from pytest_qsa.report.plots.magnitudes import Outliers, outlier_picture
 from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.pictures import plan_pictures
 from pytest_qsa.tools.analyze.write import draw_picture

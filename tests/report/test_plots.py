@@ -21,8 +21,7 @@ from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.report.plots import style
 from pytest_qsa.report.plots.depth import depth_of
 from pytest_qsa.report.plots.figures import draw, judged_layers, value_figure
-from pytest_qsa.report.plots.magnitudes import magnitude_figure
-from pytest_qsa.report.plots.outliers import outlier_figure
+from pytest_qsa.report.plots.magnitudes import magnitude_figure, outlier_figure
 from pytest_qsa.report.plots.style import GROUP_STYLES, safe_text
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support.captures import statistics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pytest_qsa.report.gallery import Gallery, GallerySurface, render_gallery, surface_data
+from pytest_qsa.report.html import Gallery, GallerySurface, render_gallery, surface_data
 
 HOSTILE = "</script><script>alert(1)</script>\u202e"
 

@@ -145,6 +145,11 @@ def test_static_checks_need_files(folder, int8_llama, llama):
     assert stored_quantized(subject(folder, path=str(int8_llama), submodule="model")) == []
 
 
+def test_a_damaged_reference_hides_no_layer_that_the_subject_holds_quantized(folder, int8_llama):
+    (folder / "checkpoint" / "config.json").write_text("[]")
+    assert len(stored_quantized(subject(folder, path=str(int8_llama), reference="checkpoint"))) == 28
+
+
 def test_an_option_names_a_checkpoint_and_labels_tell_two_apart(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "other" / "checkpoint").mkdir(parents=True)

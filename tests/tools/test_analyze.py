@@ -14,8 +14,7 @@ import yaml
 from pytest_qsa import Capture
 from pytest_qsa.captures import HeatMap
 from pytest_qsa.cli import main
-from pytest_qsa.report.gallery import Gallery, render_gallery
-from pytest_qsa.report.html import PagePicture
+from pytest_qsa.report.html import Gallery, PagePicture, render_gallery
 from pytest_qsa.suite import Visualization
 from pytest_qsa.tools.analyze.pictures import PatternError, plan_pictures
 from support import models, oracle

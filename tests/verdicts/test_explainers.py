@@ -11,7 +11,7 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.numbers import SiteNumbers
 from pytest_qsa.checkpoint.smoothing import Relation
-from pytest_qsa.common.errors import InfraError
+from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind
 from support.captures import statistics
@@ -92,6 +92,17 @@ def test_without_files_nothing_is_by_design_and_what_passed_is_not_asked():
     assert explained(verdict, capture, no_files).kind is Kind.REGRESSION
     capture, verdict = compared([1.0, 2.0, 3.0], high=9)
     assert explained(verdict, capture, pytest.fail).kind is Kind.PASSED
+
+
+def test_damaged_files_leave_the_verdict_as_it_is_and_a_hint():
+    capture, verdict = compared([1.0, 2.0, 3.0], high=2)
+
+    def damaged():
+        raise AnomalyError("config.json is no JSON")
+
+    told = explained(verdict, capture, damaged)
+    assert (told.kind, told.headline) == (Kind.REGRESSION, verdict.headline)
+    assert told.hints == ["whether layers differ by design can't be said: config.json is no JSON"]
 
 
 def test_the_origin_is_looked_for_once_a_capture():

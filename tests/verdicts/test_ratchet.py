@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from pytest_qsa import Capture
-from pytest_qsa.verdicts.ratchet import tighter
+from pytest_qsa.verdicts.budgets import tighter
 from support.projects import Project, peaks, suite
 
 BASE = """\

@@ -15,8 +15,7 @@ from ...captures import Capture
 from ...common import QsaError, number
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of
-from .magnitudes import magnitude_figure
-from .outliers import outlier_figure
+from .magnitudes import magnitude_figure, outlier_figure
 from .style import (
     AMBER,
     BLUE,

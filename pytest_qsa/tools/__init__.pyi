@@ -1,5 +1,4 @@
-from .analyze.pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
-from .analyze.write import Export as Export
+from .analyze import Export as Export
 from .calibrate import Sampled as Sampled
 from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
@@ -7,6 +6,7 @@ from .diff.sides import read_side as read_side
 from .edit_suite import calibrated as calibrated
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
 from .init import first_suite as first_suite
+from .pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
 from .selftest.faults import FAULTS as FAULTS
 from .selftest.run import (
     Selftest as Selftest,

@@ -24,8 +24,8 @@ from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.report.plots.elements import box_figure, histogram_figure, map_figure, percentile_figure, surface_figure
 from pytest_qsa.report.plots.magnitudes import Outliers, outlier_picture
 from pytest_qsa.suite import Visualization
-from pytest_qsa.tools.analyze.pictures import plan_pictures
-from pytest_qsa.tools.analyze.write import draw_picture
+from pytest_qsa.tools.analyze import draw_picture
+from pytest_qsa.tools.pictures import plan_pictures
 from support import models
 
 IMAGES = Path(__file__).parent / "images"

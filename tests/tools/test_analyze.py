@@ -16,7 +16,7 @@ from pytest_qsa.captures import HeatMap
 from pytest_qsa.cli import main
 from pytest_qsa.report.html import Gallery, PagePicture, render_gallery
 from pytest_qsa.suite import Visualization
-from pytest_qsa.tools.analyze.pictures import PatternError, plan_pictures
+from pytest_qsa.tools.pictures import PatternError, plan_pictures
 from support import models, oracle
 
 PARTS = ("", ".mlp.down_proj", ".mlp.up_proj", ".self_attn.q_proj", ".self_attn.o_proj")

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import report
-from ...captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
-from ...common import AnomalyError, QsaError, write_atomically
-from ...metrics import ACROSS, AcrossChannels, Selection, Series
-from ...suite import Subject, Visualization
+from .. import report
+from ..captures import Capture, Site, SiteNumbers, channel_bands, counted_quantiles, exactly
+from ..common import AnomalyError, QsaError, write_atomically
+from ..metrics import ACROSS, AcrossChannels, Selection, Series
+from ..suite import Subject, Visualization
 from .pictures import PICTURE_KINDS, Analysis, Drawing, Picture, drawable, magnitude_dim, maps_of
 
 ANALYSIS_SCHEMA = "qsa-analysis/1"

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ... import report
-from ...captures import (
+from .. import report
+from ..captures import (
     CHANNEL_COUNTS,
     SIGNED_COUNTS,
     Capture,
@@ -30,9 +30,9 @@ from ...captures import (
     merge_requests,
     no_match,
 )
-from ...common import AnomalyError, SuiteError
-from ...metrics import METRICS
-from ...suite import Location, Visualization
+from ..common import AnomalyError, SuiteError
+from ..metrics import METRICS
+from ..suite import Location, Visualization
 
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""

@@ -95,10 +95,12 @@ class Spread:
 
 
 def _finite(series: Series) -> NDArray[np.float64]:
+    """Return the values, [L], with `IDENTICAL` in the place of +∞ dB."""
     return np.minimum(series.values, IDENTICAL) if series.query.unit == "dB" else series.values
 
 
 def _errors(series: Series) -> NDArray[np.float64]:
+    """Return the standard error of each value, [L]; 0 where it is no estimate."""
     ends = [series.intervals.get(layer, (0.0, 0.0, 0)) for layer in series.layers]
     errors = [(high - low) / STANDARD_ERRORS if math.isfinite(high) else 0.0 for low, high, _ in ends]
     return np.array(errors, dtype=np.float64)
@@ -118,20 +120,22 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
     found = []
     for side in SIDES:
         stated = assertion.stated.get(side)
-        for group, bound in _numbers(stated):
-            layers = [i for i, name in enumerate(spread.layers) if _group(side, stated, name, schemes) == group]
+        for group, bound in _plain_bounds(stated):
+            layers = [i for i, name in enumerate(spread.layers) if _group_of(side, stated, name, schemes) == group]
             if layers:
                 found.append(_proposal(side, group, bound, spread, layers, k))
     return found
 
 
-def _numbers(stated: Stated | None) -> list[tuple[str, float]]:
+def _plain_bounds(stated: Stated | None) -> list[tuple[str, float]]:
+    """Return the group and the number of each bound that doesn't follow the last release."""
     if isinstance(stated, dict):
         return [(group, bound) for group, bound in stated.items() if not isinstance(bound, Relative)]
     return [] if stated is None or isinstance(stated, Relative) else [("", stated)]
 
 
-def _group(side: Side, stated: Stated | None, layer: str, schemes: Mapping[str, str] | None) -> str:
+def _group_of(side: Side, stated: Stated | None, layer: str, schemes: Mapping[str, str] | None) -> str:
+    """Return the group that gives a layer its bound; empty for a bound of all layers."""
     assert stated is not None
     return (*key_of(side, stated, layer, schemes), "")[1]
 
@@ -241,6 +245,7 @@ def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:
 
 
 def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
+    """Return the largest relative difference between two passes over the same data; 0 where one gives no number."""
     try:
         first, again = (_finite(checked_series(assertion, capture)) for capture in (one, other))
     except AnomalyError:  # `finding` reports what has no sound number

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..captures import Capture, Request, match_layers, merge_requests
+from ..captures import Capture, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder
 from ..common import InfraError, QsaError, shown_path, text_table
 from ..suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
@@ -69,12 +69,14 @@ def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
         return False, "nothing is kept between runs (--qsa-no-cache)"
     if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
         return False, "no capture is kept yet"
-    hashes = FileHashes(cache / "hashes.json")
-    folder = planned.subject.local_folder
-    unknown = [file for file in weight_files(folder) if not hashes.remembers(file)] if folder else []
+    subject, hashes, compared = planned.subject, FileHashes(cache / "hashes.json"), compares(planned.requests)
+    folders = [subject.local_folder]
+    if compared and isinstance(subject.reference, Subject):  # a cached comparison is of the reference's bytes as well
+        folders.append(subject.reference.local_folder)
+    unknown = [file for folder in folders if folder for file in weight_files(folder) if not hashes.remembers(file)]
     if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
         return False, "not known before the run has hashed the weights"
-    fingerprint = fingerprint_of(planned.subject, hashes)
+    fingerprint = fingerprint_of(subject, hashes, with_reference=compared)
     if fingerprint is None:
         return False, "captures of it can't be kept"
     try:

@@ -8,13 +8,15 @@ import shutil
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytest_qsa.captures import COUNTS, TOKENS, Request
+from pytest_qsa.captures import COUNTS, TOKENS, Capture, Request
 from pytest_qsa.checkpoint.folder import Folder
-from pytest_qsa.suite import Data, Gpu, Machine, Memory, Model, Subject
+from pytest_qsa.metrics import METRICS
+from pytest_qsa.suite import Data, FileHashes, Gpu, Machine, Memory, Model, Subject, fingerprint_of
 from pytest_qsa.tools.estimates import Work, own_setting, settings_of, sizes_of
 from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
@@ -275,6 +277,16 @@ def test_what_is_kept_is_not_planned_anew_and_needs_no_engine(planned):
     assert run.code == 0
     assert "kept        a capture that answers all of it: nothing would be loaded" in run.out
     assert "pass        none: no model is loaded" in files.out
+
+
+def test_a_plan_finds_the_cached_capture_of_a_comparison(tmp_path, llama):
+    subject = Subject("a", Model(path=str(llama), reference=str(llama)), Data(), Memory(), tmp_path)
+    request = Request(r"layers\.\d$", "output", None, METRICS["sqnr"].needs("output", "all", {}))
+    fingerprint = fingerprint_of(subject, FileHashes(None), with_reference=True)
+    tokens = (np.arange(3, dtype=np.int32),)
+    Capture(sites={}, modules=("a",), plan=(request,), tokens=tokens).save(tmp_path / f"{fingerprint}.qsa")
+    lines = plan_lines([Planned(subject, [("close", request)])], tmp_path, lambda dtype, weights: LAPTOP)
+    assert "kept        a capture that answers all of it: nothing would be loaded" in lines
 
 
 @pytest.mark.parametrize(

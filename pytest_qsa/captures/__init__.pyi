@@ -1,3 +1,15 @@
+from .arrays import (
+    ERROR_NAMES as ERROR_NAMES,
+    EXTREME_NAMES as EXTREME_NAMES,
+    NOT_COMPARED as NOT_COMPARED,
+    PADDING as PADDING,
+    SCORE_NAMES as SCORE_NAMES,
+    TOP_NAMES as TOP_NAMES,
+    UNKNOWN as UNKNOWN,
+    lower_median as lower_median,
+    order_statistics as order_statistics,
+    padded as padded,
+)
 from .cache import CaptureCache as CaptureCache, PartialSums as PartialSums
 from .capture import Capture as Capture
 from .distributions import (
@@ -13,19 +25,6 @@ from .distributions import (
     sorted_counts as sorted_counts,
 )
 from .merging import added as added, merge as merge
-from .numbers import (
-    ERROR_NAMES as ERROR_NAMES,
-    EXTREME_NAMES as EXTREME_NAMES,
-    NOT_COMPARED as NOT_COMPARED,
-    PADDING as PADDING,
-    SCORE_NAMES as SCORE_NAMES,
-    TOP_NAMES as TOP_NAMES,
-    UNKNOWN as UNKNOWN,
-    SiteNumbers as SiteNumbers,
-    lower_median as lower_median,
-    order_statistics as order_statistics,
-    renumbered as renumbered,
-)
 from .provenance import (
     FLOAT as FLOAT,
     UNKNOWN_MODEL as UNKNOWN_MODEL,
@@ -42,21 +41,26 @@ from .provenance import (
     module_count as module_count,
     since_text as since_text,
 )
-from .requests import (
+from .sinks import Sinks as Sinks, find_sinks as find_sinks
+from .sites import (
     LOGITS as LOGITS,
     SITES as SITES,
     LayerSite as LayerSite,
     Request as Request,
     Site as Site,
     SiteKey as SiteKey,
+    SiteNumbers as SiteNumbers,
+    against_reference as against_reference,
     compares as compares,
     compile_pattern as compile_pattern,
     exactly as exactly,
     match_layers as match_layers,
     merge_requests as merge_requests,
+    need_tokens as need_tokens,
     no_match as no_match,
+    pairwise as pairwise,
+    renumbered as renumbered,
 )
-from .sinks import Sinks as Sinks, find_sinks as find_sinks
 from .statistics import (
     AGREEMENT as AGREEMENT,
     ALL_STATISTICS as ALL_STATISTICS,
@@ -83,8 +87,4 @@ from .statistics import (
     Massive as Massive,
     QuantizationPowers as QuantizationPowers,
     Statistic as Statistic,
-    against_reference as against_reference,
-    need_tokens as need_tokens,
-    padded as padded,
-    pairwise as pairwise,
 )

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import InfraError, write_atomically
-from .numbers import SiteNumbers
 from .provenance import UNKNOWN_RUN, Provenance
-from .requests import LOGITS, Request, Site, match_layers
 from .sinks import Sinks, find_sinks
+from .sites import LOGITS, Request, Site, SiteNumbers, match_layers
 from .statistics import Statistic
 
 if TYPE_CHECKING:

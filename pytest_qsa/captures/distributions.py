@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .numbers import EXTREME_NAMES, PADDING, SiteNumbers, lower_median
+from .arrays import EXTREME_NAMES, PADDING, lower_median
+from .sites import SiteNumbers
 
 BandStat = Literal["min", "p0.01", "p1", "p25", "p75", "p99", "p99.99", "max"]
 SHARES: Mapping[BandStat, float] = {

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..common import InfraError
+from .arrays import Array
 from .capture import Capture
-from .numbers import SiteNumbers
 from .provenance import Provenance, SampleRange
-from .requests import SITES
-from .statistics import LAYOUTS, Array
+from .sites import SITES, SiteNumbers
+from .statistics import LAYOUTS
 
 
 def merge(captures: Sequence[Capture]) -> Capture:

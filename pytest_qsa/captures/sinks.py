@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .numbers import SiteNumbers, lower_median
+from .arrays import lower_median
+from .sites import SiteNumbers
 
 RATIO = 64.0
 SHARE_OF_BLOCKS = 0.25

@@ -7,78 +7,25 @@ reduction by torch is in engine/reduce, under the same name. A population is one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, get_type_hints
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar, Literal, get_type_hints
 
 from ..common import SuiteError, did_you_mean
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an array of a site is assembled. `join` makes it of its populations' parts, `merge` of captures'.
-
-    `bins`: the name of the array that says for which bins this one holds counts; both are merged bin by bin.
-    `partial`: only the captures that hold a certain sample have the array.
-    """
-
-    join: Callable[[Sequence[Array]], Array]
-    merge: Callable[[Sequence[Array]], Array] | None
-    bins: str = ""
-    partial: bool = False
-
-
-def _one(arrays: Sequence[Array]) -> Array:
-    return arrays[0]
-
-
-def padded(rows: Sequence[Array]) -> NDArray[np.int32]:
-    """Return 1-D arrays of different lengths as one table, with −1 where there is nothing."""
-    lengths = np.array([len(row) for row in rows])
-    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
-    return table
-
-
-def _ragged(tables: Sequence[Array]) -> Array:
-    """Concatenate tables of different widths, with −1 where there is nothing."""
-    # K follows the longest sample of a capture, so that the tables of its parts differ in width.
-    width = max(table.shape[1] for table in tables)
-    return np.concatenate(
-        [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1) for table in tables]
-    )
-
-
-def _extremes(arrays: Sequence[Array]) -> Array:
-    """Fold `EXTREME_NAMES`: the largest and the smallest |x|, then the smallest and the largest x."""
-    largest, smallest, low, high = np.stack(arrays).swapaxes(0, 1)
-    ends = [np.maximum.reduce(largest), np.minimum.reduce(smallest), np.minimum.reduce(low), np.maximum.reduce(high)]
-    return np.array(ends, dtype=arrays[0].dtype)
-
-
-PER_TOKEN = Layout(np.concatenate, np.concatenate)
-"""A row, or a number, for each token, populations one after the other."""
-PER_POPULATION = Layout(np.stack, np.concatenate)
-RAGGED = Layout(padded, _ragged)
-"""A row for each population, filled up with −1."""
-SUM = Layout(_one, lambda arrays: np.sum(arrays, axis=0))
-LARGEST = Layout(_one, lambda arrays: np.maximum.reduce(list(arrays)))
-EXTREMES = Layout(_one, _extremes)
-OF_A_SAMPLE = Layout(_one, lambda arrays: arrays[-1], partial=True)
-OF_THE_WEIGHT = Layout(_one, None)
-BINS = Layout(_one, None)
-"""Merged with the counts that name them."""
-
-
-def _counts(bins: str) -> Layout:
-    return Layout(_one, None, bins=bins)
-
+from .arrays import (
+    BINS,
+    EXTREMES,
+    LARGEST,
+    OF_A_SAMPLE,
+    OF_THE_WEIGHT,
+    PER_POPULATION,
+    PER_TOKEN,
+    RAGGED,
+    SUM,
+    Layout,
+    counts_of,
+)
 
 STATISTICS: dict[str, type[Statistic]] = {}
 """Name → class."""
@@ -217,7 +164,7 @@ class Counts(Statistic):
     """
 
     name = "counts"
-    arrays: ClassVar = {"counts": _counts("bins"), "bins": BINS, "extremes": EXTREMES}
+    arrays: ClassVar = {"counts": counts_of("bins"), "bins": BINS, "extremes": EXTREMES}
     default = True
     site_bytes = BIN_BYTES
 
@@ -226,7 +173,7 @@ class SignedCounts(Statistic):
     """How often each 16-bit pattern of x occurs: `signed_bins`, `signed_counts`, and `extremes` as of `counts`."""
 
     name = "signed_counts"
-    arrays: ClassVar = {"signed_counts": _counts("signed_bins"), "signed_bins": BINS, "extremes": EXTREMES}
+    arrays: ClassVar = {"signed_counts": counts_of("signed_bins"), "signed_bins": BINS, "extremes": EXTREMES}
     default = True
     site_bytes = 2 * BIN_BYTES
 
@@ -254,7 +201,7 @@ class ChannelCounts(Statistic):
     """
 
     name = "channel_counts"
-    arrays: ClassVar = {"channel_counts": _counts("channel_bins"), "channel_bins": BINS, "channel_extremes": EXTREMES}
+    arrays: ClassVar = {"channel_counts": counts_of("channel_bins"), "channel_bins": BINS, "channel_extremes": EXTREMES}
     needs_tokens = True
     channel_bytes = CHANNEL_BYTES
 
@@ -446,18 +393,3 @@ REFERENCE_SINKS: Statistic = ReferenceSinks()
 
 ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)
 """The statistics of a site that names none."""
-
-
-def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
-    """Return those of the statistics that a second model is run for."""
-    return frozenset(statistic for statistic in statistics if statistic.reference)
-
-
-def pairwise(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
-    """Return those of the statistics for which the tensors of both models have to meet."""
-    return frozenset(statistic for statistic in statistics if statistic.reference == "pair")
-
-
-def need_tokens(statistics: Iterable[Statistic]) -> bool:
-    """Say whether some of the statistics exist only at a site with a token axis."""
-    return any(statistic.needs_tokens for statistic in statistics)

@@ -27,12 +27,6 @@ from .quantization import (
     Granularity as Granularity,
     Scheme as Scheme,
 )
-from .query import (
-    Positions as Positions,
-    canonical_positions as canonical_positions,
-    positions_of as positions_of,
-    query_of as query_of,
-)
 from .registry import (
     METRICS as METRICS,
     TWO_SIDED_95 as TWO_SIDED_95,
@@ -50,6 +44,10 @@ from .series import (
     Bounds as Bounds,
     Judge as Judge,
     Over as Over,
+    Positions as Positions,
     Query as Query,
     Series as Series,
+    canonical_positions as canonical_positions,
+    positions_of as positions_of,
+    query_of as query_of,
 )

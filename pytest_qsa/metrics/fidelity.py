@@ -1,4 +1,4 @@
-"""How close a model is to its reference at one site, from the powers of signal and error of each token. numpy only.
+"""How close a model is to its reference at one site, or a loaded weight to its file, by powers. numpy only.
 
 Power sums are pooled over all tokens that count and divided once: decibels are never averaged.
 """

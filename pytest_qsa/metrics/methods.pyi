@@ -1,8 +1,7 @@
 from typing import Any, Literal
 
-from .query import Positions
 from .registry import Reduce
-from .series import Series
+from .series import Positions, Series
 
 class MetricMethods:
     def outlier_tokens(

@@ -29,9 +29,8 @@ from ..captures import (
 from ..common import AnomalyError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
-from .query import Positions, check_arguments, positions_of, query_of
 from .registry import METRICS, REDUCTIONS, Estimate, Metric, Reduce, View
-from .series import Judge, Query, Series, sound
+from .series import Judge, Positions, Query, Series, check_arguments, positions_of, query_of, sound
 
 if TYPE_CHECKING:
     from ..captures import Capture

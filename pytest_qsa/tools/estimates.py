@@ -370,7 +370,7 @@ def batch_bytes(sizes: Sizes, work: Work) -> int:
 def waiting_bytes(sizes: Sizes, work: Work, machine: Machine) -> int:
     """Return the bytes of the hidden states that wait in memory when the weights stream; the rest waits on disk."""
     held = min(work.samples, BATCHES_IN_WAVE * work.batch) * work.tokens * sizes.hidden * sizes.width
-    # engine/stream/spill.py keeps a quarter of the free memory, and writes the rest to disk.
+    # engine/stream/disk.py keeps a quarter of the free memory, and writes the rest to disk.
     return min(held, machine.free // 4)
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.captures import HeatMap, Request
-from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.metrics.selection import NotMeasuredError

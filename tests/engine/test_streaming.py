@@ -13,7 +13,7 @@ from pytest_qsa.common.errors import AnomalyError, InfraError, QsaWarning
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.engine.stream import stream as streaming
-from pytest_qsa.engine.stream.shards import Shards
+from pytest_qsa.engine.stream.disk import Shards
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.architectures import MODELS as ARCHITECTURES
@@ -261,7 +261,7 @@ def test_a_full_disk_under_hidden_states_is_told_and_leaves_nothing(folders, tmp
 
 def test_a_model_without_blocks_is_offloaded_by_accelerate_with_a_warning(folders, monkeypatch):
     whole, _ = captured(folders("llama"), stream=False)
-    monkeypatch.setattr("pytest_qsa.engine.stream.disk.blocks_of", lambda model: [])
+    monkeypatch.setattr("pytest_qsa.engine.stream.stream.blocks_of", lambda model: [])
     with pytest.warns(QsaWarning, match="LlamaForCausalLM has no list of blocks"):
         offloaded, stream = captured(folders("llama"))
     assert stream is None

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pytest_qsa.engine.reduce.kernel_output import HALF, Window
 from pytest_qsa.engine.reduce.observer import StreamObserver
+from pytest_qsa.engine.reduce.storage import HALF, Window
 from support.captures import statistics
 
 

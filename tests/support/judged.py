@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pytest_qsa import Capture
-from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.yaml_source import YamlSource

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_qsa import Capture
-from pytest_qsa.captures.numbers import SiteNumbers
+from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.checkpoint.smoothing import Relation
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.metrics.series import Bounds, Query, Series

@@ -22,8 +22,7 @@ from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
 from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
-from .keys import lost_keys
-from .placement import misplaced_formats
+from .keys import lost_keys, misplaced_formats
 from .scales import outlying_scales, unequal_fused, unsound_scales
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 

@@ -22,8 +22,7 @@ from ...checkpoint import Folder, Format, format_of, open_folder
 from ...common import AnomalyError, InfraError, QsaError, Scratch, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
-from ..stream.disk import check_format, skipping_packed, stream_of
-from ..stream.stream import Stream
+from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .tokenizer import load_tokenizer
 
 Result = TypeVar("Result")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ...captures import PADDING, TOP_NAMES, UNKNOWN, bin_values
 from . import cpu_kernels as kernels
-from .kernel_output import Window, floats_of, maxima_of, peaks_of, record_size
 from .reductions import Plan, Row, Tables, peak_count, ranks_of, reduce_each
-from .storage import Accumulator
+from .storage import Accumulator, Window, floats_of, maxima_of, peaks_of, record_size
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
 
-from .kernel_output import FULL, HALF, HELD, LEAST, TOP
+from .storage import FULL, HALF, HELD, LEAST, TOP
 
 SIGNLESS16, SIGNLESS32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF)
 STEP = 64
@@ -36,7 +36,7 @@ def share_torchs_threads() -> int:
 
 @_parallel
 def tokens_of(patterns, threads, record, peaks):
-    """Fill the record of patterns [T, C] (kernel_output.py), of whose largest tokens `peaks` keep their channel.
+    """Fill the record of patterns [T, C] (storage.py), of whose largest tokens `peaks` keep their channel.
 
     Returns the largest signless pattern. Each thread takes a share of the tokens.
     """

@@ -17,9 +17,8 @@ from torch import Tensor
 from ...captures import EXPERTS, LAYOUTS, SiteNumbers, Statistic
 from ...common import InfraError
 from ..modules import Routing
-from .kernel_output import Window, floats_of, joined_records
 from .reductions import Plan
-from .storage import Accumulator, Arena, Transfer
+from .storage import Accumulator, Arena, Transfer, Window, floats_of, joined_records
 from .torch_ops import TorchReducer
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from ...checkpoint import Tensor as Stored, open_folder
 from ...common import InfraError
 from ..formats.format import dequantized
-from ..stream.shards import DTYPES
+from ..stream.disk import DTYPES
 
 SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """The keys of configurations for scaling a head's output before it is returned (Gemma, Cohere, Granite)."""

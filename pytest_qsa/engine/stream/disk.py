@@ -1,86 +1,160 @@
-"""A model whose weights stay on disk: loaded through transformers' own conversion, so that every checkpoint is known.
+"""What a streamed model has on disk: its weights in their files, and the hidden states of waiting samples.
 
-transformers leaves a parameter in the checkpoint's file where it only renames it, and writes the rest (packed experts)
-into a folder of its own; both come with an index, which is all that streaming needs.
+safetensors maps a whole file into memory; what is read through such a map stays resident until the file is closed. A
+streamed model must not hold more than it computes with, so the bytes are read directly.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
-from torch import nn
 
-from ...checkpoint import streams_from_disk
-from ...common import InfraError, QsaWarning
-from ..formats.format import owner_of
-from ..modules import blocks_of
-from .shards import Shards
-from .stream import Stream
+from ...checkpoint import Tensor, tensors_of
+from ...common import AnomalyError, InfraError, Scratch
 
-
-def check_format(path: str, config: Any, *, gguf: bool) -> None:
-    """Refuse what transformers can't leave on disk.
-
-    Raises:
-        InfraError: GGUF, or a quantization other than compressed-tensors.
-    """
-    settings = getattr(config, "quantization_config", None) or {}
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    method = getattr(method, "value", method)  # an enum in the library's own configuration
-    if gguf or not streams_from_disk(method or ""):
-        raise InfraError(
-            f"{path} is {'GGUF' if gguf else method}, which transformers can't leave on disk (memory.offload_device: "
-            "disk): write offload_device: cpu, or convert it to safetensors in float or compressed-tensors"
-        )
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
-def skipping_packed(kind: type[Any]) -> type[Any]:
-    """Return the class such that loading doesn't fill quantized weights, which are on disk, with random numbers."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a parameter lies. Equal places are one tensor: tied weights share theirs."""
 
-    class Streamed(kind):  # type: ignore[misc]
-        def initialize_weights(self) -> None:
-            for module in self.modules():
-                if owner_of(module) is not None:
-                    module._is_hf_initialized = True
-            super().initialize_weights()
-
-    Streamed.__name__, Streamed.__qualname__, Streamed.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return Streamed
+    file: str
+    name: str
 
 
-def stream_of(model: nn.Module, device: torch.device) -> Stream | None:
-    """Take a model's weights over from accelerate's hooks; None, with a warning, where it has no blocks to stream."""
-    if not blocks_of(model):
-        warnings.warn(
-            QsaWarning(
-                f"{type(model).__name__} has no list of blocks to stream: accelerate offloads it instead, which reads "
-                "its weights again for every batch"
-            ),
-            stacklevel=2,
-        )
-        return None
-    index = _index(model)
-    remove_hook_from_module(model, recurse=True)
-    for form in {type(form): form for module in model.modules() if (form := owner_of(module))}.values():
-        form.prepare_streaming(model)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.to(device)
-    return Stream(model, Shards(index), device)
+@dataclass
+class Shards:
+    """The files of a checkpoint. `index`: parameter → its file, its name there and the dtype that it is wanted in."""
+
+    index: Mapping[str, Mapping[str, str]]
+    bytes_read: int = 0
+    _tables: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.index
+
+    def locate(self, key: str) -> StoredTensor:
+        """Return where a parameter lies."""
+        entry = self.index[key]
+        return StoredTensor(entry["safetensors_file"], entry.get("weight_name", key))
+
+    def read(self, key: str, shape: Sequence[int]) -> torch.Tensor:
+        """Read a parameter, in the dtype that the model wants.
+
+        Raises:
+            AnomalyError: the file is cut short, or holds no such tensor, or one of another shape.
+            InfraError: the file is missing, or its dtype isn't known to torch.
+        """
+        stored = self._entry(self.locate(key))
+        if stored.shape != tuple(shape):
+            raise AnomalyError(
+                f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}: "
+                "not its checkpoint"
+            )
+        if stored.dtype not in DTYPES:
+            raise InfraError(f"{stored.path}: {stored.name} is of the type {stored.dtype}, which torch doesn't know")
+        content = np.fromfile(stored.path, dtype=np.uint8, count=stored.stop - stored.start, offset=stored.start)
+        self.bytes_read += content.size
+        tensor = torch.from_numpy(content).view(DTYPES[stored.dtype]).reshape(stored.shape)
+        wanted = self.index[key].get("dtype")
+        return tensor.to(getattr(torch, wanted)) if wanted else tensor
+
+    def _entry(self, stored: StoredTensor) -> Tensor:
+        if stored.file not in self._tables:
+            self._tables[stored.file] = {tensor.name: tensor for tensor in tensors_of(Path(stored.file))}
+        if stored.name not in self._tables[stored.file]:
+            raise AnomalyError(f"{stored.file} holds no tensor {stored.name}")
+        return self._tables[stored.file][stored.name]
 
 
-def _index(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Return accelerate's index of what is on disk: parameter → file, name there, dtype."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for single in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
-            weights = getattr(single, "weights_map", None) if isinstance(single, AlignDevicesHook) else None
-            loader = getattr(weights, "dataset", weights)
-            index: dict[str, dict[str, str]] = getattr(loader, "index", None) or {}
-            if index:
-                return dict(index)
-    raise InfraError(f"transformers left no index of the weights of {type(model).__name__} that are on disk")
+@dataclass
+class Held:
+    """A waiting hidden state. `file`: None while it's in memory; `key`: the address of its values."""
+
+    hidden: torch.Tensor
+    size: int
+    key: int
+    shape: torch.Size
+    file: Path | None = None
+
+
+class Spill:
+    """Keeps at most `limit` bytes in memory (by default a quarter of what is free); the rest goes to a folder."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = psutil.virtual_memory().available // 4 if limit is None else limit
+        self.in_memory = 0
+        self.spilled_bytes = 0
+        self._folder: Scratch | None = None
+        self._waiting: set[int] = set()
+        self._number = 0
+
+    def hold(self, hidden: torch.Tensor | None) -> Held | None:
+        """Hold the hidden state of a waiting sample; the ones that come last go to disk, for they are needed last.
+
+        The tensor itself is emptied: other frames of the suspended forward refer to it, and would keep its memory.
+
+        Raises:
+            InfraError: there is no space for it.
+        """
+        if hidden is None or not hidden.numel() or not _owned(hidden) or hidden.data_ptr() in self._waiting:
+            return None
+        held = Held(hidden, hidden.nbytes, hidden.data_ptr(), hidden.shape)
+        if self.in_memory + held.size > self.limit:
+            self._write(held)
+        else:
+            self.in_memory += held.size
+            self._waiting.add(held.key)
+        return held
+
+    def bring_back(self, held: Held | None) -> None:
+        """Put a hidden state back where the forward that goes on expects it."""
+        if held is None:
+            return
+        if held.file is None:
+            self.in_memory -= held.size
+            self._waiting.discard(held.key)
+            return
+        content = torch.from_numpy(np.fromfile(held.file, dtype=np.uint8))
+        held.hidden.data = content.view(held.hidden.dtype).reshape(held.shape).to(held.hidden.device)
+        held.file.unlink()
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self.in_memory = 0
+        self._waiting.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _write(self, held: Held) -> None:
+        if self._folder is None:
+            self._folder = Scratch("qsa-hidden")
+        self._number += 1
+        held.file = Path(self._folder.name) / str(self._number)
+        try:
+            # not numpy's tofile, which raises nothing when the disk is full
+            held.file.write_bytes(held.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise InfraError(
+                f"the hidden states of the waiting samples don't fit in {self._folder.name}: "
+                f"{error.strerror or error}; set TMPDIR to a larger disk or lower data.num_samples"
+            ) from None
+        self.spilled_bytes += held.size
+        held.hidden.data = held.hidden.new_empty(0)
+
+
+def _owned(hidden: torch.Tensor) -> bool:
+    """Say whether nothing else shares a tensor's memory: a view of a weight or of another sample must stay as it is."""
+    return not isinstance(hidden, torch.nn.Parameter) and hidden.untyped_storage().nbytes() == hidden.nbytes

@@ -1,39 +1,120 @@
-"""SiteNumbers: the statistics of one tensor stream. numpy only."""
+"""Sites: the tensor streams of a model, which statistics are asked of them, and the numbers of each. numpy only."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .requests import SiteKey
-from .statistics import LAYOUTS, Statistic
+from ..common import AnomalyError, SuiteError
+from .arrays import MOMENT_NAMES, POPULATIONS
+from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
 
-TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
-"""The columns of `channel_top` and `element_top`."""
-MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
-"""The columns of `moments`; m2 and m4 are the sums of powers of the deviations from the mean."""
-EXTREME_NAMES = ("largest", "smallest", "low", "high")
-"""What `extremes` holds: of |x|, then of x; the last two are NaN where the signs were not counted."""
-ERROR_NAMES = ("signal", "error", "own", "largest")
-"""The columns of `error`, of one token: Σx², Σ(x − x̂)², Σx̂², max |x − x̂|, where x is the reference's."""
-STORED_NAMES = ("signal", "error", "product", "own")
-"""What `stored` holds: Σw₀², Σ(w − w₀)², Σw·w₀, Σw², w₀ the file's weight and w the loaded one."""
-SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
-"""The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
-reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""
-UNKNOWN = -1
-"""Stands in a count of massive activations where the sample holds NaN or Inf."""
-PADDING = -1.0
-"""Stands in `token_max` and `error` where a token is padding; a maximum of magnitudes is never negative."""
-NOT_COMPARED = -2.0
-"""Stands in `error` at a token that a reference file has no row of."""
-POPULATIONS = ("sample", "call", "lengths")
-"""The arrays that say of which sample and call each population is, and how long it is; every site has them."""
+Site = Literal["input", "output", "weight", "logits"]
+SITES: tuple[Site, ...] = get_args(Site)
+SiteKey = tuple[str, Site]
+"""A layer and its site."""
+LayerSite = Literal["input", "output", "weight"]
+LOGITS: Site = "logits"
+"""The site of the whole model's output, the scores of every next token. All other sites belong to a layer."""
+
+
+def exactly(layers: Sequence[str]) -> str:
+    """Write the pattern that finds these layers and no other."""
+    return f"^(?:{'|'.join(map(re.escape, layers))})$"
+
+
+@dataclass(frozen=True, order=True)
+class Request:
+    """One demand on a capture: these statistics of every layer that the pattern finds, at this site."""
+
+    pattern: str
+    site: Site
+    exclude: str | None = None
+    statistics: frozenset[Statistic] = ALL_STATISTICS
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise SuiteError(f"unknown site '{self.site}': a site is one of {', '.join(SITES)}")
+        for pattern in (self.pattern, self.exclude):
+            if pattern is not None:
+                compile_pattern(pattern)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    r"""Compile a layer pattern.
+
+    Raises:
+        SuiteError: it is not a regular expression, or holds a control character, as `"\b"` in double quotes does.
+    """
+    if min(pattern, default=" ") < " ":
+        raise SuiteError(
+            f"the regex {pattern!r} holds a control character: in YAML's double quotes \\b is a backspace; "
+            "write it without quotes or in single ones"
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None
+
+
+def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = None) -> list[str]:
+    """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order."""
+    wanted = compile_pattern(pattern)
+    unwanted = compile_pattern(exclude) if exclude is not None else None
+    return [name for name in modules if wanted.search(name) and not (unwanted and unwanted.search(name))]
+
+
+def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
+    """Return the error for a pattern that finds nothing; it names the layers nearest to the pattern."""
+    if exclude is not None and match_layers(modules, pattern):
+        return AnomalyError(
+            f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
+        )
+    plain = re.sub(r"\\d[+*]?", "0", pattern).replace("\\.", ".").strip("^$")
+    near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or list(modules[:3])
+    return AnomalyError(
+        f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
+        "`qsa layers` lists them all"
+    )
+
+
+def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
+    """Return those of the statistics that a second model is run for."""
+    return frozenset(statistic for statistic in statistics if statistic.reference)
+
+
+def pairwise(statistics: Iterable[Statistic]) -> frozenset[Statistic]:
+    """Return those of the statistics for which the tensors of both models have to meet."""
+    return frozenset(statistic for statistic in statistics if statistic.reference == "pair")
+
+
+def need_tokens(statistics: Iterable[Statistic]) -> bool:
+    """Say whether some of the statistics exist only at a site with a token axis."""
+    return any(statistic.needs_tokens for statistic in statistics)
+
+
+def compares(requests: Iterable[Request]) -> bool:
+    """Say whether some of the requests need a reference."""
+    return any(against_reference(request.statistics) for request in requests)
+
+
+def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:
+    """Union the statistics of equal sites; sorted, so that equal demands make equal plans."""
+    union: dict[tuple[str, Site, str | None], frozenset[Statistic]] = {}
+    for request in requests:
+        key = (request.pattern, request.site, request.exclude)
+        union[key] = union.get(key, frozenset()) | request.statistics
+    ordered = sorted(union.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or ""))
+    return tuple(Request(pattern, site, exclude, stats) for (pattern, site, exclude), stats in ordered)
+
+
 D = TypeVar("D", bound=np.generic)
 
 
@@ -152,25 +233,6 @@ class SiteNumbers:
             **{name: arrays[name] for name in POPULATIONS},
             arrays=kept,
         )
-
-
-def lower_median(values: NDArray[Any]) -> float:
-    """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN for none."""
-    if not values.size:
-        return float("nan")
-    middle = (values.size - 1) // 2
-    return float(np.partition(values, middle)[middle])
-
-
-def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, float]:
-    """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or if it holds NaN or Inf."""
-    if not np.isfinite(values).all():
-        return dict.fromkeys(names, float("nan"))
-    size = values.size
-    ranks = dict(zip(TOP_NAMES, (size - 1, size - 2, size - 3, (size - 1) // 2, 2, 1, 0), strict=True))
-    known = {name: ranks[name] for name in names if 0 <= ranks[name] < size}
-    ordered = np.partition(values, sorted(set(known.values()))) if known else values
-    return {name: float(ordered[known[name]]) if name in known else float("nan") for name in names}
 
 
 def renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteKey, SiteNumbers]:

@@ -1,0 +1,113 @@
+"""The arrays of a site: what their columns hold, how parts of one are put together, order statistics. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
+"""The columns of `channel_top` and `element_top`."""
+MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
+"""The columns of `moments`; m2 and m4 are the sums of powers of the deviations from the mean."""
+EXTREME_NAMES = ("largest", "smallest", "low", "high")
+"""What `extremes` holds: of |x|, then of x; the last two are NaN where the signs were not counted."""
+ERROR_NAMES = ("signal", "error", "own", "largest")
+"""The columns of `error`, of one token: Σx², Σ(x − x̂)², Σx̂², max |x − x̂|, where x is the reference's."""
+STORED_NAMES = ("signal", "error", "product", "own")
+"""What `stored` holds: Σw₀², Σ(w − w₀)², Σw·w₀, Σw², w₀ the file's weight and w the loaded one."""
+SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
+"""The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
+reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""
+UNKNOWN = -1
+"""Stands in a count of massive activations where the sample holds NaN or Inf."""
+PADDING = -1.0
+"""Stands in `token_max` and `error` where a token is padding; a maximum of magnitudes is never negative."""
+NOT_COMPARED = -2.0
+"""Stands in `error` at a token that a reference file has no row of."""
+POPULATIONS = ("sample", "call", "lengths")
+"""The arrays that say of which sample and call each population is, and how long it is; every site has them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of a site is assembled. `join` makes it of its populations' parts, `merge` of captures'.
+
+    `bins`: the name of the array that says for which bins this one holds counts; both are merged bin by bin.
+    `partial`: only the captures that hold a certain sample have the array.
+    """
+
+    join: Callable[[Sequence[Array]], Array]
+    merge: Callable[[Sequence[Array]], Array] | None
+    bins: str = ""
+    partial: bool = False
+
+
+def _one(arrays: Sequence[Array]) -> Array:
+    return arrays[0]
+
+
+def padded(rows: Sequence[Array]) -> NDArray[np.int32]:
+    """Return 1-D arrays of different lengths as one table, with −1 where there is nothing."""
+    lengths = np.array([len(row) for row in rows])
+    table = np.full((len(rows), lengths.max()), -1, dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return table
+
+
+def _ragged(tables: Sequence[Array]) -> Array:
+    """Concatenate tables of different widths, with −1 where there is nothing."""
+    # K follows the longest sample of a capture, so that the tables of its parts differ in width.
+    width = max(table.shape[1] for table in tables)
+    return np.concatenate(
+        [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1) for table in tables]
+    )
+
+
+def _extremes(arrays: Sequence[Array]) -> Array:
+    """Fold `EXTREME_NAMES`: the largest and the smallest |x|, then the smallest and the largest x."""
+    largest, smallest, low, high = np.stack(arrays).swapaxes(0, 1)
+    ends = [np.maximum.reduce(largest), np.minimum.reduce(smallest), np.minimum.reduce(low), np.maximum.reduce(high)]
+    return np.array(ends, dtype=arrays[0].dtype)
+
+
+PER_TOKEN = Layout(np.concatenate, np.concatenate)
+"""A row, or a number, for each token, populations one after the other."""
+PER_POPULATION = Layout(np.stack, np.concatenate)
+RAGGED = Layout(padded, _ragged)
+"""A row for each population, filled up with −1."""
+SUM = Layout(_one, lambda arrays: np.sum(arrays, axis=0))
+LARGEST = Layout(_one, lambda arrays: np.maximum.reduce(list(arrays)))
+EXTREMES = Layout(_one, _extremes)
+OF_A_SAMPLE = Layout(_one, lambda arrays: arrays[-1], partial=True)
+OF_THE_WEIGHT = Layout(_one, None)
+BINS = Layout(_one, None)
+"""Merged with the counts that name them."""
+
+
+def counts_of(bins: str) -> Layout:
+    """Return the layout of counts whose bins are in the array `bins`."""
+    return Layout(_one, None, bins=bins)
+
+
+def lower_median(values: NDArray[Any]) -> float:
+    """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN for none."""
+    if not values.size:
+        return float("nan")
+    middle = (values.size - 1) // 2
+    return float(np.partition(values, middle)[middle])
+
+
+def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, float]:
+    """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or if it holds NaN or Inf."""
+    if not np.isfinite(values).all():
+        return dict.fromkeys(names, float("nan"))
+    size = values.size
+    ranks = dict(zip(TOP_NAMES, (size - 1, size - 2, size - 3, (size - 1) // 2, 2, 1, 0), strict=True))
+    known = {name: ranks[name] for name in names if 0 <= ranks[name] < size}
+    ordered = np.partition(values, sorted(set(known.values()))) if known else values
+    return {name: float(ordered[known[name]]) if name in known else float("nan") for name in names}

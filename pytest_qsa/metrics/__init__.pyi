@@ -10,8 +10,8 @@ from .fidelity import (
     decibels as decibels,
     local_powers as local_powers,
     local_tokens as local_tokens,
+    made_by_loader as made_by_loader,
 )
-from .loaded import made_by_loader as made_by_loader
 from .predictions import (
     KL as KL,
     NLL as NLL,

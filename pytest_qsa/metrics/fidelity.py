@@ -5,6 +5,7 @@ Power sums are pooled over all tokens that count and divided once: decibels are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,12 @@ from ..captures import (
     NOT_COMPARED,
     PADDING,
     REFERENCE_TOKENS,
+    STORED,
     TOKENS,
     ChannelError,
     LocalError,
     Site,
+    SiteNumbers,
     Statistic,
 )
 from ..common import AnomalyError
@@ -241,3 +244,37 @@ def decibels(signal: float, error: float) -> float:
         return float("inf")
     with np.errstate(divide="ignore"):
         return float(10 * np.log10(np.float64(signal) / error))
+
+
+ONE_FACTOR = 40.0
+"""One factor explains a difference if it leaves this many dB less of it."""
+ALIKE = 0.95
+"""Above this cosine several factors near each other explain it: those of projections packed together, say."""
+
+
+@metric(STORED, reduce=None, sites=("weight",))
+def loaded_weights(view: View) -> float:
+    """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
+    signal, error, _, _ = view.numbers.stored.tolist()
+    if not signal:
+        return 0.0 if not error else math.inf
+    return math.sqrt(error / signal)
+
+
+def made_by_loader(numbers: SiteNumbers) -> str:
+    """Say what the loader made of a weight: a factor where one explains the difference."""
+    if "stored" not in numbers:
+        return ""
+    signal, error, product, own = numbers.stored.tolist()
+    if not error:
+        return "as in the file"
+    if not own:
+        return "the loader left zeros"
+    gain = product / signal if signal else math.nan
+    left = own - gain * product
+    if math.isfinite(gain) and decibels(own, max(left, 0.0)) > ONE_FACTOR:
+        return f"the loader made it × {gain:.4g}"
+    cosine = product / math.sqrt(signal * own) if signal else math.nan
+    if cosine > ALIKE:
+        return f"the loader made it about × {gain:.4g}"
+    return f"the loader made another of it, cosine {cosine:.2f}"

@@ -10,7 +10,7 @@ import torch
 from pytest_qsa.captures import Request
 from pytest_qsa.common import InfraError
 from pytest_qsa.engine import SampleShare, capture_parts, capture_subject
-from pytest_qsa.engine.load.fit import check_layers
+from pytest_qsa.engine.load.outline import check_layers
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support import models
 from support.captures import statistics

@@ -99,6 +99,7 @@ def _latest(folder: Path) -> Path:
 
 def _read(file: Path) -> Any:
     try:
+        # utf-8-sig: results written on Windows may begin with a byte order mark.
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InfraError(f"{shown_path(file)}: there is no such file of results; run the eval first") from None
@@ -134,6 +135,7 @@ def _of_task(content: Mapping[str, Any], task: str, assertion: ExternalAssertion
     higher = _is_higher_better(metric, assertion, stated if isinstance(stated, bool) else None)
     noted = {name: _mapping(content, section).get(task) for section, name in CONDITIONS.items()}
     if isinstance(noted["samples"], dict):
+        # `original` is the size of the data set, `effective` how much of it ran (lm-eval's --limit).
         noted["samples"] = noted["samples"].get("effective")
     conditions = {name: value for name, value in noted.items() if value is not None}
     return Score(task, _number(results[key], where), _stderr(error, where), higher, conditions)
@@ -155,6 +157,7 @@ def _key(results: Mapping[str, Any], task: str, score: str, file: Path) -> str:
     keys = [key for key in results if key == score or key.partition(",")[0] == score]
     if score in keys:
         return score
+    # lm-eval's `alias` is a text, not a score.
     known = [key for key, value in results.items() if "_stderr" not in key and not isinstance(value, str)]
     if not keys:
         hint = did_you_mean(score, known) or f"; it has {', '.join(known) or 'none'}"
@@ -188,6 +191,7 @@ def _at(content: Any, pointer: str, file: Path) -> Any:
 
 
 def _number(value: Any, where: str) -> float:
+    # bool is an int in Python: `true` must not pass for 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AnomalyError(f"{where} is no number: {json.dumps(value)[:60]}")
     if not math.isfinite(value):
@@ -257,6 +261,7 @@ def noise_of_difference(score: Score, reference: Score) -> float | None:
 
 def _check_conditions(score: Score, reference: Score) -> None:
     for name, own in score.conditions.items():
+        # What only one side notes is no difference.
         other = reference.conditions.get(name, own)
         if own != other:
             raise AnomalyError(

@@ -133,6 +133,7 @@ def read_logprobs(path: Path) -> list[LogprobTable]:
 
 def _sample(sample: Any, where: str) -> LogprobTable:
     tokens = sample.get(TOKENS) if isinstance(sample, dict) else None
+    # By type(), for True is an instance of int.
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
         raise AnomalyError(f"{where} has no {TOKENS}, the list of its ids")
     return logprob_table(tokens, prompt_rows(sample.get(LOGPROBS), where), where)
@@ -193,12 +194,14 @@ def kl_bounds(
     p = np.exp(at_known)
     outside = np.clip(1 - p.sum(axis=1), 0, 1)
     outside = np.where(outside > nothing, outside, 0.0)
+    # −∞ − −∞ would be NaN where a token is known of neither.
     inside = _sum(p, at_known - np.where(p > 0, logprobs, 0.0))
     left = np.clip(1 - np.exp(logprobs).sum(axis=1) + ROUNDED, ROUNDED, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         low = inside + np.where(outside > 0, outside * (np.log(outside) - np.log(left)), 0.0)
         tail = negentropy - _sum(p, at_known)
         high = inside + np.where(outside > 0, tail - _least(floor) * outside, 0.0)
+    # A divergence is never negative; rounding may also put the ends in the wrong order.
     low = np.maximum(low, 0.0)
     return Between(low, np.maximum(high, low))
 
@@ -222,6 +225,7 @@ def nll_bounds(came: Floats, logprobs: Floats, floor: float | None) -> Between:
     they leave.
     """
     left = np.clip(1 - np.exp(logprobs).sum(axis=1) + ROUNDED, ROUNDED, 1)
+    # Rows with fewer tokens are filled with −∞, which is no token's log-probability.
     least = np.where(np.isfinite(logprobs), logprobs, np.inf).min(axis=1)
     known = ~np.isnan(came)
     low = np.where(known, -came, -np.minimum(least, np.log(left)))

@@ -102,6 +102,7 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
     try:
         loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code)
     except QsaError as error:
+        # The same kind of error: a damaged reference is ANOMALOUS, one that is not there INFRA.
         raise type(error)(f"model.reference: {error}") from error
     try:
         yield _Reference(loaded=loaded)
@@ -133,6 +134,7 @@ def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[
 def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress | None) -> list[LogprobTable]:
     served: Served | None = subject.model.served if subject.model else None
     assert served is not None
+    # Before the first prompt: a wrong address or name of a model costs one request.
     client = Client.connect(served)
     tables = []
     for sample, ids in enumerate(tokens):
@@ -244,6 +246,7 @@ def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequenc
 
 def _fingerprint(tables: Sequence[LogprobTable]) -> str:
     """Return the hash of the tokens; a pass over the same windows has the same hash."""
+    # As a batch's token ids have it: int64, little-endian.
     rows = (table.tokens.astype("<i8") for table in tables)
     return data_fingerprint(("input_ids", ids.dtype.name, ids.shape, ids.tobytes()) for ids in rows)
 

@@ -62,6 +62,7 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     if verdict.failed:
         assert verdict.where is not None
         raise_at(verdict.where, assertion.id, GateFailure(verdict))
+    # A warning that names the suite's line: pytest lists it, and the test passes.
     if verdict.kind is Kind.WARNED:
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({verdict.where})"))
 
@@ -120,6 +121,7 @@ def _against_own_baseline(
         stash, updating = request.node.stash, bool(request.config.getoption("update_snapshots", False))
         shared = stash[BASELINE_FOLDER] / f"{stash[BASELINE_NAME]}.json"
         made_with, data = capture.provenance.model, capture.provenance.data.fingerprint
+        # syrupy asks the extension's class for the name, which finds it on the stash.
         stash[BASELINE_NAME] = name_for_class(shared, series, tolerance, data, made_with, updating=updating)
     return against_baseline(capture, snapshot, series, tolerance, per, leniency)
 

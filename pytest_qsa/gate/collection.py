@@ -110,6 +110,7 @@ class QsaSuite(pytest.Module):
 
     def assertion_of(self, item: pytest.Item) -> Assertion:
         """Return the assertion that an item of this suite stands for."""
+        # `name` may end with the id of a checkpoint, `[new]`.
         name = getattr(item, "originalname", item.name)
         return next(assertion for assertion in self.file.assertions if assertion.id == name)
 
@@ -121,6 +122,7 @@ class QsaSuite(pytest.Module):
         function.__code__ = function.__code__.replace(co_name=name, co_qualname=name)
         function.__name__ = function.__qualname__ = name
         function.__module__ = module
+        # `pytest --collect-only -v` prints the docstring of a test.
         function.__doc__ = self.file.assertions[index].reason
         gate: Callable[[pytest.FixtureRequest], None] = pytest.mark.usefixtures("qsa_checkpoint")(function)
         return pytest.mark.qsa(tier=self.file.assertions[index].tier)(gate)
@@ -186,6 +188,7 @@ def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
     name = (checkpoint.name if checkpoint else None) or (suite.model.id if suite.model else "model")
     model = suite.model
     if checkpoint is not None:
+        # --qsa-model takes the place of whatever says where the model comes from.
         base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
         model = Model(**base, path=checkpoint.path)
     return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
@@ -205,6 +208,7 @@ def plain_name(item: pytest.Item) -> str:
         others = f"-{callspec.id}-".replace(f"-{checkpoint.label}-", "-", 1).strip("-")
         base = name.removesuffix(f"[{callspec.id}]")
         name = f"{base}[{others}]" if others and base != name else base
+    # The name becomes that of a baseline's file, on Windows too.
     return "".join(c if c not in '/\\?*:|"<>' and c.isprintable() else f"%{ord(c):02X}" for c in name)
 
 

@@ -51,6 +51,7 @@ class PlannedSelection(Selection):
                 return super().series(metric, reduce, positions, **parameters)
             except NotMeasuredError:
                 needs = METRICS[metric].needs(self.site, positions_of(metric, self.site, positions), parameters)
+                # With EVERYTHING, so that a second unannounced metric on this site needs no third pass.
                 capture = self.test.recapture(Request(self.pattern, self.site, self.exclude, EVERYTHING | needs))
             selection = Selection(capture, self.pattern, self.site, self.exclude, self.test.judge_of(capture))
             return selection.series(metric, reduce, positions, **parameters)
@@ -197,6 +198,7 @@ class QsaBaseline:
     """What `qsa_baseline(rel=0.05)` returns: equal to a series that is within the tolerance of its baseline."""
 
     __hash__ = None  # type: ignore[assignment]
+    # `Series.__eq__` leaves the comparison to an object with this attribute.
     judges_series = True
 
     def __init__(self, qsa: Qsa, tolerance: Tolerance, snapshot: SnapshotAssertion) -> None:

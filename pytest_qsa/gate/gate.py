@@ -50,6 +50,7 @@ class Gate:
     _fixtures: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
     _releases: dict[Path, Capture] = field(default_factory=dict)
+    # Weak keys: to remember an origin must not keep a capture in memory.
     _origins: MutableMapping[Capture, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -70,12 +71,15 @@ class Gate:
         subject = self.subject_of(request.node)
         assert subject is not None
         self._claim_baselines(request.node, subject)
+        # A wrong mark fails its own test here; the plan leaves that test out.
         requests_of(request.node)
+        # At the first test, not at collection: only now every deselection (-k, -m, a tier) is known.
         if self._needs is None:
             self._needs = self._plan(request.session.items)
         key, needs = self._key(request, subject), self._needs.get(subject.key, [])
         capture = self._captured(request, key, subject, needs)
         if subject.model is not None:
+            # For each test, not each pass: suites that share a pass may require different executions.
             check_execution(capture.provenance.execution, subject.model)
         return capture
 
@@ -189,6 +193,7 @@ class Gate:
         if (need.pattern, need.site) not in warned:
             warned.add((need.pattern, need.site))
             self._warn_unannounced(request, need)
+        # An earlier test without a mark may have asked for the same.
         if known := self.captures.covering(key, [need]):
             return known
         return self.captures.extend(key, subject, [need], partial(self._make, request, subject))
@@ -208,6 +213,7 @@ class Gate:
     ) -> Capture:
         with self._progress(subject) as progress:
             if subject.model is not None and subject.model.logprobs_only:
+                # torch is not loaded for a served model.
                 from ..external import capture_served
 
                 return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
@@ -238,6 +244,7 @@ class Gate:
         """Show a bar on a terminal, past pytest's capturing of output; nowhere else."""
         capturing = self.config.pluginmanager.getplugin("capturemanager")
         terminal = self.config.pluginmanager.getplugin("terminalreporter")
+        # Several workers of pytest-xdist would draw their bars over one another.
         if terminal is None or not terminal.isatty or hasattr(self.config, "workerinput"):
             yield None
             return
@@ -255,6 +262,7 @@ class Gate:
         """Explain a verdict, draw it, and keep it on its item. `capture`: where its numbers come from."""
         capture = self._shown(capture) if capture is not None else None
         if capture is not None:
+            # On the redacted capture: what an explainer adds reaches the terminal and the report.
             verdict = explain(verdict, Context(capture, partial(self.files_of, request), self._origins))
         verdict = with_plots(request.node, verdict, capture, self.options)
         record(request.node, verdict)

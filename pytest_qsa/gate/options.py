@@ -88,6 +88,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption("--qsa-no-cache", action="store_true", help="capture anew, and keep nothing")
     group.addoption(
+        # None, not False, is `not given`: only then the ini file decides.
         "--qsa-allow-code", action="store_true", default=None,
         help="let a suite run code: model.factory and model.trust_remote_code",
     )  # fmt: skip
@@ -221,6 +222,7 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
 def _check_overrides(overrides: tuple[str, ...]) -> None:
     if not overrides:
         return
+    # Imported here: the sections of a suite are pydantic models, and most runs have no override.
     from ..common import SuiteError
     from ..suite import check_override
 

@@ -54,6 +54,7 @@ def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, opt
     query = verdict.query
     layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
     histograms = {layer: histograms_of(capture.sites[layer, query["site"]]) for layer in layers}
+    # Before drawing: the report shows distributions also where a plot fails.
     verdict = replace(verdict, histograms=histograms)
     try:
         plots = draw(capture, verdict, options.output / "plots" / _slug(item.nodeid))
@@ -64,6 +65,7 @@ def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, opt
 
 
 def _slug(text: str) -> str:
+    # The hash tells apart ids that end alike, or differ only in characters that a file's name can't have.
     plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
     return f"{plain[-80:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
@@ -88,6 +90,7 @@ def describe(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
         results = [to_plain(verdict) | {"nodeid": item.nodeid} for verdict in verdicts]
         setattr(report, FIELD, results)
         attach(item, report, results)
+        # pytest-rerunfailures runs the same item again: each attempt has verdicts of its own.
         item.stash[VERDICTS] = []
 
 
@@ -97,6 +100,7 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
     recorded = item.stash.get(VERDICTS, None) or []
     if isinstance(error, GateFailure):
         verdict = error.verdict
+    # A comparison that is false raises nothing itself: `assert` does, without our text.
     elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and _asserts(call, recorded[-1].where):
         verdict = recorded[-1]
     elif isinstance(error, QsaError):
@@ -109,6 +113,7 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], report: py
         frames = _users_frames(call.excinfo, item)
         if len(frames):
             representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
+        # The short summary at the end of a run shows this line.
         representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
     report.longrepr = representation
 

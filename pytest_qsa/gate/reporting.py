@@ -43,6 +43,7 @@ class Reporter:
         if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
             self.results += getattr(report, FIELD, ())
 
+    # pytest-xdist's hook, which pluggy does not know where that isn't installed.
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Take what a worker's tier left out, or why it ran nothing; each worker collects all tests."""
@@ -60,11 +61,14 @@ class Reporter:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write report.json and report.html."""
         if self.problem:
+            # As `plugin._stop` ends a run without workers.
             session.exitstatus = pytest.ExitCode.INTERRUPTED
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
         from ..common import shown_path
+
+        # Imported here: pytest imports this module in every run, gate or not.
         from ..report import write_report
 
         try:

@@ -50,6 +50,7 @@ def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[Plain
     if config.getoption("htmlpath", None):
         report.extras = [*getattr(report, "extras", ()), *(_extra(title, path) for title, path in pictures)]  # type: ignore[attr-defined]
     if config.pluginmanager.hasplugin("allure_listener"):
+        # An optional plugin: imported only where it is active.
         import allure
 
         for title, path in pictures:
@@ -88,6 +89,7 @@ def _below(path: str | Path, variable: str) -> str:
 def annotation_lines(results: Sequence[PlainVerdict], suite_errors: Sequence[str] = ()) -> Iterator[str]:
     """Yield GitHub's workflow commands that annotate the suites' lines: wrong suites, failures, warnings."""
     for text in suite_errors:
+        # Other collection errors, of a Python test say, are none of a suite's.
         if match := _SUITE_ERROR.search(text):
             yield command("error", match["file"], match["line"], "wrong suite", match["text"])
     for level, chosen in (
@@ -113,6 +115,7 @@ def _data(text: str) -> str:
 
 
 def _property(text: str) -> str:
+    # In GitHub's commands a colon ends the properties, and a comma one of them.
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 

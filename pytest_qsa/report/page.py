@@ -92,6 +92,7 @@ def strip_of(rows: Sequence[Plain]) -> Iterator[Variables]:
         heat = row.get("used")
         if heat is None:
             heat = (row["value"] - low) / (high - low) if high > low else 0.0
+        # What is no number must not look harmless.
         heat = min(max(heat, 0.0), 1.0) if not math.isnan(heat) else 1.0
         yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": is_out(row)}
 
@@ -118,6 +119,7 @@ def positions_text(positions: str | None) -> str:
 def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
     """Yield the pictures with their content; one that is gone has none."""
     for title, path in artefacts.items():
+        # The path of the report itself is an artefact as well.
         if path.endswith(".png"):
             try:
                 png = Path(path).read_bytes()
@@ -149,6 +151,7 @@ def layer_table(cards: Sequence[Card]) -> Variables:
         site = card["query"].get("site", "")
         for layer, histograms in (card.get("histograms") or {}).items():
             entry = entry_of(card, layer)
+            # Several assertions on one site bring the same histograms.
             known = {(each["site"], each["of"]) for each in entry["histograms"]}
             entry["histograms"] += [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
     several = len({subject for subject, _ in rows}) > 1

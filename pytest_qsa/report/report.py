@@ -40,6 +40,7 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
     Raises:
         OSError: the folder can't be written.
     """
+    # Imported here: page.py imports this module, and jinja2 is loaded only where a report is written.
     from .page import render_page
 
     content = builtins_of({"schema": REPORT_SCHEMA, "session": session, "results": results})

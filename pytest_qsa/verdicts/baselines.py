@@ -77,6 +77,7 @@ class BaselineFile:
             content = json.loads(text)
             if content["format"] != BASELINE_FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {BASELINE_FORMAT!r}")
+            # Other metrics may be 300 and mean it.
             read = _decibels if content["query"].get("definition") == "quantization_sqnr/1" else float
             values = {layer: read(value) for layer, value in content["values"].items()}
             return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
@@ -89,6 +90,7 @@ def is_baseline(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
+        # By a search, not by parsing: one with the marks of a merge conflict is still a baseline.
         return f'"format": "{BASELINE_FORMAT.partition("/")[0]}/' in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
@@ -158,6 +160,7 @@ def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -
             f"the baseline was made with another {first}: {baseline.query.get(first)!r}, now {now.query.get(first)!r}, "
             "so the numbers can't be compared"
         )
+    # Weights are the same on any tokens.
     if baseline.data != now.data and series.query.site != "weight":
         raise BaselineError(
             f"the baseline was made on other tokens ({_shortened(baseline.data)}, now {_shortened(now.data)}): data, "
@@ -350,6 +353,7 @@ def judge_against_baseline(
         text = f"the baseline {location.name} was {'updated' if existed else 'created'}"
         uses = leniency.uses(())
         return Judgement(Kind.PASSED, text, series.query.plain(), bound=str(tolerance), key=BASELINE, waivers=uses)
+    # syrupy keeps an error of reading or writing here, and only says that nothing is equal.
     failure = [*snapshot.executions.values()][-1].exception if not written else None
     if failure is not None:
         raise InfraError(f"the baseline {location.name} can't be used: {type(failure).__name__}: {failure}")

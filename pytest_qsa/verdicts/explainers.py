@@ -57,6 +57,7 @@ def _of_magnitudes(capture: Capture, view: View, most: int) -> list[TokenEvidenc
     candidates: list[tuple[float, int, int]] = []
     for population in range(numbers.populations):
         ratios = view.ratios(population)
+        # Stable: of equal tokens the first is shown, on every machine.
         top = np.argsort(-ratios, kind="stable")[:most]
         candidates += [(float(ratios[i]), population, int(i)) for i in top if np.isfinite(ratios[i])]
     largest = sorted(candidates, key=lambda item: -item[0])[:most]
@@ -77,16 +78,19 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     positions = np.concatenate([at for at, _ in kept])
     powers = np.concatenate([rows for _, rows in kept])
     of, sizes = _sizes(query, powers)
+    # ‖x − x̂‖ / ‖x‖ of a token that is all zeros is not finite: it can't be ranked.
     sizes = np.where(np.isfinite(sizes), sizes, 0.0)
     whole, apart = float(powers[:, NOISE].sum()), sizes[sizes > 0]
     if not apart.size or not np.isfinite(whole):
         return []
+    # The median of the tokens that differ at all: equal ones would make it 0.
     median = lower_median(apart)
     largest = [i for i in np.argsort(-sizes, kind="stable")[:most].tolist() if sizes[i] > 0]
     found = []
     for i in largest:
         population, position = int(populations[i]), int(positions[i])
         token = _token(capture, view, population, position, magnitude=float(sizes[i]), ratio=float(sizes[i]) / median)
+        # The channel of the largest |x| says nothing of where the error is: −1, unknown.
         found.append(replace(token, of=of, share=float(powers[i, NOISE]) / whole, channel=-1))
     return found
 
@@ -248,6 +252,7 @@ def show_reference(verdict: Verdict, context: Context) -> Verdict:
     if reference is None or query.get("over") or query.get("site", LOGITS) == LOGITS:
         return verdict
     known = [row.layer for row in verdict.rows if _is_known(reference, row.layer, verdict)]
+    # Positions that refer to sinks can't be resolved where the reference's were not looked for.
     if not known or (query["positions"] in ("sink", "no_sink") and not reference.sinks.searched):
         return verdict
     try:

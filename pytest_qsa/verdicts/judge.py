@@ -94,6 +94,7 @@ def kept_release(subject: Subject, suite: Path) -> Path | None:
     assert subject.model is not None
     assert subject.model.previous is not None
     named = subject.folder / subject.model.previous
+    # A checkpoint: its numbers take a pass of its own.
     if named.is_dir():
         return None
     folder = baseline_folder(suite, subject.model.previous)
@@ -172,6 +173,7 @@ def _judgement(assertion: Assertion, evidence: Evidence, leniency: Leniency) -> 
         QsaError: there is nothing sound to judge.
     """
     match assertion, evidence:
+        # First: an error may come in the place of any evidence.
         case _, QsaError():
             raise evidence
         case CheckpointAssertion(), Files():
@@ -221,6 +223,7 @@ def _run_of(judgement: Judgement, test: Identity, capture: Capture | None) -> Pr
         return replace(capture.provenance, reference=capture.reference.provenance.model)
     if capture is not None:
         return capture.provenance
+    # Results of an eval name no model.
     return judgement.run if judgement.run.model.path else replace(judgement.run, model=ModelProvenance(test.path))
 
 
@@ -228,6 +231,7 @@ def stopped(error: QsaError, query: Query | None = None) -> Judgement:
     """Turn an error into the judgement of the assertion that it stopped."""
     kind = Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA
     asked = query.plain() if query else {}
+    # --snapshot-update mends what is wrong with a baseline, and no other error.
     return Judgement(kind, str(error), asked, updatable=isinstance(error, BaselineError))
 
 
@@ -289,6 +293,7 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
     series = Series(names, np.array([each.value for each in scores]), assertion.query)
     series.check()
     budget = budget_of(assertion.stated, names, None)
+    # The text has the bound as the suite states it, for the widened ones differ from task to task.
     text = budget.text + (f" ± {assertion.sigmas:g} standard errors" if assertion.sigmas else "")
     bounds = widened_bounds(budget.bounds, scores, assertion)
     details = {each.score.name: each.detail for each in scores}
@@ -311,6 +316,7 @@ def _of_measurement(assertion: MeasuredAssertion, evidence: Measurement, lenienc
     compared = evidence.baseline(series, Tolerance(kept.rel, kept.abs, kept.direction), kept.per, leniency)
     if bounded is None:
         return compared
+    # A waived excess of the bound must not hide a baseline that fails.
     shown = bounded if bounded.kind is Kind.WARNED and not compared.failed else compared
     return replace(shown, waivers=joint_uses(bounded, compared))
 

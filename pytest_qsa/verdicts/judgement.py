@@ -112,6 +112,7 @@ def interval_text(series: Series, layer: str) -> str:
 def _exceeded(rows: Sequence[Row], budget: Budget) -> Location:
     """Return the keys of the bound that the worst layer exceeds, or comes nearest to; none outside a suite."""
     worst = (failing(rows) or rows)[0]
+    # The side that is missed comes first; within bounds (0) the upper one.
     names = ("min", "equals", "max") if worst.excess < 0 else ("max", "equals", "min")
     return next((budget.keys[worst.layer, name] for name in names if (worst.layer, name) in budget.keys), ())
 
@@ -128,6 +129,7 @@ def judged(
 
     `bound`: the bound in words. `detailed`: whether the headline repeats the detail of the worst row.
     """
+    # Within bounds the worst used most of its budget; where a bound has no share (0, negative), it is nearest.
     rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0), row.margin))
     uses = leniency.uses(rows)
     covered = {layer for use in uses if use.state == "in force" for layer in use.covers}
@@ -188,6 +190,7 @@ def joint_uses(one: Judgement, other: Judgement) -> Sequence[WaiverUse]:
     """Return what each waiver did to two judgements of one assertion: what it covers in either counts."""
     if not one.waivers or not other.waivers:
         return one.waivers or other.waivers
+    # Both judgements are of one assertion, and list its waivers in one order.
     pairs = zip(one.waivers, other.waivers, strict=True)
     return [first if first.covers else second for first, second in pairs]
 
@@ -232,6 +235,7 @@ def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, st
             "checkpoint, model.path or --qsa-model"
         )
     try:
+        # An end is infinite where nothing is known of the tokens that the server does not list.
         with np.errstate(invalid="ignore", over="ignore"):
             series = [series_of(assertion, each) for each in pair]
     except NotMeasuredError:

@@ -58,6 +58,7 @@ class Likeness:
                 f"unrelated to the reference's (correlation {self.correlation:.2f}): another order (rows, packed "
                 "nibbles, groups), or the weights of another layer"
             )
+        # 1 − r² is the share of ‖x̂‖² that the best factor leaves unexplained.
         if 1 - self.correlation**2 < SCALED and abs(self.gain - 1) > LEAST_GAIN:
             return (
                 f"{self.gain:.3g} × the reference's and otherwise the same (correlation {self.correlation:.3f}): "
@@ -99,6 +100,7 @@ def _steepest(capture: Capture) -> tuple[str, str]:
     if len(ratios) < 2:
         return "", ""
     values = np.array(list(ratios.values()))
+    # The first block's error counts as its own: before it nothing was compared.
     steps = np.diff(values, prepend=0.0)
     at = int(np.argmax(steps))
     if not steps[at] > 0:
@@ -134,6 +136,7 @@ def _odd_numbers(capture: Capture, name: str) -> str:
 def _few_channels(capture: Capture, layer: str) -> str:
     """Say which few output channels of a weight hold most of its error."""
     rows = _rows(capture, layer, "weight")
+    # Of fewer channels than 1 / FEW not even a single one counts as few.
     if rows is None or len(rows) < 1 / FEW or not rows[:, NOISE].sum() > 0:
         return ""
     order = np.argsort(-rows[:, NOISE])

@@ -60,6 +60,7 @@ class Row:
             return moved / allowed if allowed else (0.0 if not moved else float("inf"))
         shares = [self.value / self.high] if self.high is not None and self.high > 0 else []
         if self.low is not None and self.low > 0:
+            # At or below 0 a lower bound above 0 is missed by any factor.
             shares.append(self.low / self.value if self.value > 0 else float("inf"))
         return max(shares, default=None)
 

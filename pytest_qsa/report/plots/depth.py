@@ -134,6 +134,7 @@ def _cut(parts: Sequence[str], most: int, separator: str = ", ") -> str:
 def _step(count: int, most: int) -> int:
     step = 1
     while -(-count // step) > most:
+        # 1, 2, 5, 10, 20, 50, …
         step = {"1": step * 2, "2": step // 2 * 5, "5": step * 2}[str(step)[0]]
     return step
 

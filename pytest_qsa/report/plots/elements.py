@@ -51,6 +51,7 @@ def box_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legen
     panels = panels_of(list(sites), title, note)
     for axes, depth, members in panels.by_depth():
         _draw_boxes(axes, np.array(depth.x), table[members].T)
+    # The first axis stands for all: the panels share y.
     scale_asinh(panels.grid.axes[0].yaxis, _width(np.abs(table[:, [2, 4]])))
     panels.label("block", "x", legend=legend)
     return panels.grid.figure
@@ -144,6 +145,7 @@ def _draw_bands(axes: Axes, bands: Bands, style: str) -> int:
     edges = np.append(starts, count)
     width = np.nanmedian(np.abs(np.concatenate([bands["p25"], bands["p75"]])))
     for (below, above), label, fill, (colour, dash) in zip(PAIRS, _LABELS, _FILLS, _LINES, strict=True):
+        # fmin and fmax leave NaN out, where minimum and maximum would spread it over the column.
         low = np.fmin.reduceat(bands[below], starts)
         high = np.fmax.reduceat(bands[above], starts)
         if style == "fill":

@@ -112,6 +112,7 @@ def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
         low, high = (shared.low, shared.high) if shared and shared.baseline is None else (None, None)
         rows = [Row(layer, value, low, high, None, 0.0) for layer, value in values]
     order = {layer: index for index, layer in enumerate(capture.modules)}
+    # A verdict has its worst row first; a line over depth needs the model's order.
     rows.sort(key=lambda row: (order.get(row.layer, len(order)), row.depth))
     return Judged(rows, depth_of([row.layer for row in rows]), folded) if len(rows) > 1 else None
 
@@ -195,6 +196,7 @@ def _draw_bounds(axes: Axes, judged: Judged) -> None:
         return
     sides: dict[str, set[float | None]] = {"max": {r.high for r in judged.rows}, "min": {r.low for r in judged.rows}}
     for side, bounds in sides.items():
+        # Bounds by group differ between layers, and have no one line.
         if len(bounds) != 1 or (bound := bounds.pop()) is None:
             continue
         equal = judged.rows[0].low == judged.rows[0].high

@@ -139,6 +139,7 @@ def _draw_allowed(axes: Axes, depth: Depth, rows: Mapping[str, Row]) -> None:
             axes.axhline(bound, color=RED, linestyle=(0, (6, 3)), zorder=2.5, gid="bound", label=label)
 
 
+# The default of outlier_tokens.
 THRESHOLD = 64.0
 MOST_TOKENS = 15
 SINK = "#9db4c8"

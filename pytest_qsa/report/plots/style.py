@@ -81,6 +81,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 
 def new_figure(height: float) -> Figure:
     """Return an empty figure on an Agg canvas, without pyplot."""
+    # pyplot would choose a backend for the machine's display, and keep every figure until it is closed.
     figure = Figure(figsize=(FIGURE_WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
@@ -110,6 +111,7 @@ def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = F
         few = whole.quantize(256, method, dither=Image.Dither.NONE)
         few.save(stream, "PNG", dpi=(dpi, dpi))
     else:
+        # Without a salt and with a date, each SVG of one figure has other ids and other bytes.
         with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa"}):
             figure.savefig(stream, format=form, metadata={"Date": None, "Creator": None})
     return stream.getvalue()
@@ -119,6 +121,7 @@ def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = (
     """Put a title on the figure and the notes below it: above the axes, or over all panels where `axes` is None."""
     lines = [safe_text(note, 150) for note in notes if note]
     fine = "\n".join(lines)
+    # Constrained layout reserves space for the title alone: blank lines in it hold the notes.
     room = "\n " * len(lines) if axes is None else ""
     text = figure.suptitle(
         safe_text(title, 110) + room, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK

@@ -23,7 +23,7 @@ RAW: dict[str, str] = {
     "F32": "<f4",
     "F16": "<f2",
     "BF16": "<u2",
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "BOOL"), "u1"),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "U8", "BOOL"), "u1"),
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
@@ -32,9 +32,9 @@ RAW: dict[str, str] = {
     "U32": "<u4",
     "U16": "<u2",
 }
-"""The dtypes of safetensors → the numpy dtype that holds their bytes."""
+"""The dtypes of safetensors → the numpy dtype that holds their bytes; F6 and complex numbers are refused by name."""
 FLOATS = ("F64", "F32", "F16", "BF16")
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 LONGEST_HEADER = 100_000_000
 """The limit of the safetensors library in bytes; a file of another kind states far more."""
 
@@ -66,19 +66,23 @@ class Tensor:
         return self.path.name
 
     def raw(self) -> NDArray[Any]:
-        """Return a memory map of the bytes, read-only and in the tensor's shape.
+        """Return a memory map of the bytes, read-only and in the tensor's shape; of F4 two elements a byte.
 
         Raises:
-            InfraError: its dtype isn't known here.
+            InfraError: its dtype isn't known here, or can't have its shape.
         """
         if self.dtype not in RAW:
             raise InfraError(f"{self.path}: {self.name} has the dtype {self.dtype}, which isn't known here")
         kind = np.dtype(RAW[self.dtype])
-        count = prod(self.shape)
-        if not count:
-            return np.zeros(self.shape, dtype=kind)  # the system maps no file of zero bytes
+        shape = self.shape
+        if self.dtype == "F4":  # the header counts elements, and a row of an odd length would end within a byte
+            if not shape or shape[-1] % 2:
+                raise InfraError(f"{self.path}: {self.name} is F4 of the shape {list(shape)}, which no bytes hold")
+            shape = (*shape[:-1], shape[-1] // 2)
+        if not prod(shape):
+            return np.zeros(shape, dtype=kind)  # the system maps no file of zero bytes
         # mapped, so that a check which looks at every tenth row of a matrix reads no more than that
-        return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=self.shape)
+        return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=shape)
 
     def values(self) -> NDArray[np.float64]:
         """Return the values, of any dtype, as float64 in the tensor's shape."""
@@ -94,29 +98,43 @@ def layer_of(name: str) -> str:
 
 
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return the numbers that raw bytes stand for, in the smallest dtype of numpy that holds them."""
+    """Return the numbers that raw bytes stand for, in the smallest dtype of numpy that holds them.
+
+    Two numbers of F4 share a byte, so that its last axis becomes twice as long.
+    """
     if dtype == "BF16":  # the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E5M2":  # the upper half of a float16
         return (raw.astype(np.uint16) << 8).view(np.float16)
-    if dtype == "F8_E4M3":
-        table: NDArray[Any] = _E4M3[raw]
-        return table
+    if dtype in _TABLES:
+        numbers: NDArray[Any] = _TABLES[dtype][raw]
+        return numbers
+    if dtype == "F4":
+        halves = np.stack([raw & 15, raw >> 4], axis=-1)  # the first number in the low half
+        return np.asarray(_E2M1[halves.reshape(*raw.shape[:-1], -1)])
     if dtype == "F8_E8M0":
         return np.where(raw == 255, np.nan, np.exp2(raw.astype(np.float64) - 127))
     return raw
 
 
-def _e4m3() -> NDArray[np.float32]:
-    """Make the table of float8_e4m3fn (arXiv 2209.05433): bias 7, no infinities, NaN at 0x7f and 0xff."""
+def _float8(mantissa_bits: int, bias: int, nan: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the value of each byte of a float8 without infinities. `nan`: the codes that are no number."""
     code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    size = np.where((code & 127) == 127, np.nan, size)
+    steps = 1 << mantissa_bits
+    exponent, mantissa = (code & 127) // steps, (code & 127) % steps / steps
+    size = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    size[list(nan)] = np.nan
     return np.where(code & 128, -size, size).astype(np.float32)
 
 
-_E4M3 = _e4m3()
+_TABLES = {
+    "F8_E4M3": _float8(3, 7, (0x7F, 0xFF)),  # arXiv 2209.05433
+    # arXiv 2206.02915: no negative zero, whose code is the one NaN
+    "F8_E4M3FNUZ": _float8(3, 8, (0x80,)),
+    "F8_E5M2FNUZ": _float8(2, 16, (0x80,)),
+}
+_E2M1 = np.array([sign * size for sign in (1, -1) for size in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
+"""The values of a 4-bit float (OCP Microscaling Formats 1.0, table 5)."""
 
 
 def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
@@ -132,7 +150,8 @@ def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
         # the finite codes in the order of their values; a number belongs to the code on its side of the midpoint
         order = np.flatnonzero(np.isfinite(table))[np.argsort(table[np.isfinite(table)])]
         middle = (table[order][1:] + table[order][:-1]) / 2
-        return np.where(np.isnan(values), 0x7F, order[np.searchsorted(middle, values)]).astype(np.uint8)
+        nan = 0x80 if dtype.endswith("FNUZ") else 0x7F
+        return np.where(np.isnan(values), nan, order[np.searchsorted(middle, values)]).astype(np.uint8)
     kind = np.dtype(RAW[dtype])
     if kind.kind in "iu":
         info = np.iinfo(kind)

@@ -383,7 +383,13 @@ def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("BF16", torch.bfloat16), ("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)],
+    [
+        ("BF16", torch.bfloat16),
+        ("F8_E4M3", torch.float8_e4m3fn),
+        ("F8_E5M2", torch.float8_e5m2),
+        ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
+        ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
+    ],
 )
 def test_small_floats_are_decoded_as_torch_does(name, dtype):
     kind = np.uint16 if name == "BF16" else np.uint8

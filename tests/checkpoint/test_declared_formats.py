@@ -215,6 +215,6 @@ def test_rows_are_the_codes_times_their_scales(write, scheme, scales):
     np.testing.assert_array_equal(format_of(folder).rows(LAYERS[2], rows), expected[rows])
 
 
-@pytest.mark.parametrize("scheme", ["gptq", "awq", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["gptq", "awq"])
 def test_rows_of_a_packing_that_is_not_known_are_none(write, scheme):
     assert format_of(write(scheme)).rows(LAYERS[2], slice(0, 4)) is None

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Finding, Folder, kind_of
-from ..formats.format import AGAIN, Format, element_count
-from ..tensors import Tensor, decoded
+from ..formats.format import AGAIN, Format, element_count, scale_values
+from ..tensors import Tensor
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """A smaller scale is denormal; in float16, which keeps denormals, one with fewer than 4 bits left."""
@@ -41,11 +41,6 @@ def unsound_scales(form: Format) -> Iterator[Finding]:
                     yield Finding.at(tensor, what, AGAIN)
 
 
-def scale_values(tensor: Tensor) -> NDArray[np.float64]:
-    """Return scales as float64; microscaling's bytes are exponents (OCP MX: E8M0)."""
-    return decoded(np.asarray(tensor.raw()), "F8_E8M0") if tensor.dtype == "U8" else tensor.values()
-
-
 def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """Yield scales that are more than `spread` × the robust deviation away from their siblings, in octaves.
 
@@ -70,11 +65,16 @@ def _outlying(
 ) -> Iterator[Finding]:
     names = list(members)
     medians = np.array([np.median(members[name]) for name in names])
+    typical = "the median scale is"
+    if all(folder.tensors[name].dtype in ("U8", "F8_E8M0") for name in names):
+        # microscaling's scales are whole octaves: of healthy siblings some medians would be a whole octave apart
+        typical = "the geometric mean of its scales is"
+        medians = np.array([np.mean(members[name]) for name in names])
     high = np.array([members[name].max() for name in names]) - medians
     low = np.array([members[name].min() for name in names]) - medians
     reported: set[str] = set()
     for what, values, floor in (
-        ("the median scale is", medians, TENSOR_FLOOR),
+        (typical, medians, TENSOR_FLOOR),
         ("its largest scale over its median is", high, CHANNEL_FLOOR),
         ("its smallest scale over its median is", low, CHANNEL_FLOOR),
     ):

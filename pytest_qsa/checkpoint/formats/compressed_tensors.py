@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..folder import Folder
-from ..tensors import EIGHT_BITS, Tensor
-from .format import Format, Matrix, decoded_rows, spread_scales
+from ..tensors import EIGHT_BITS, Tensor, decoded
+from .format import Format, Matrix, decoded_rows, spread, spread_scales
 from .scheme import Declaration, LayerScheme, block_of
 
-PACKED_DTYPES = {"pack-quantized": "I32", "nvfp4-pack-quantized": "U8", "mxfp4-pack-quantized": "U8"}
+FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+PACKED_DTYPES = {"pack-quantized": "I32", **dict.fromkeys(FLOAT4, "U8")}
 OPTIONAL = frozenset(
     {"weight_zero_point", "weight_g_idx", "input_zero_point", "input_global_scale", "output_scale", "bias"}
 )
@@ -68,10 +69,10 @@ class CompressedTensors(Format):
         return super().zero_codes(layer, codes)
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Multiply codes by scales: 8 bits, and packed integers with symmetric scales."""
+        """Multiply codes by scales: 8 bits, packed 4-bit floats, and packed integers with symmetric scales."""
         parts = self.parts(layer)
         scale, zero_point = parts.get("weight_scale"), parts.get("weight_zero_point")
-        if scale is None or "weight_global_scale" in parts:
+        if scale is None:
             return None
         if codes.part == "weight_packed":
             values = self._unpacked(layer, codes, rows) if zero_point is None else None
@@ -81,12 +82,17 @@ class CompressedTensors(Format):
             return None
         shape = (codes.shape[0], values.shape[1])
         if zero_point is not None:
-            values = values - spread_scales(zero_point, shape, rows)
-        return values * spread_scales(scale, shape, rows)
+            values = values - spread(zero_point.values(), shape, rows)
+        scales = spread_scales(scale, shape, rows)
+        if whole := parts.get("weight_global_scale"):
+            scales /= float(whole.values().item())  # of NVFP4, by which the scales of the groups were multiplied
+        return values * scales
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Unpack words of 32 bits: the first code in the lowest bits, with half of the range added."""
+        """Unpack 4-bit floats, or words of 32 bits: the first code in the lowest bits, with half of the range added."""
         scheme = self.scheme_of(layer)
+        if scheme is not None and codes.dtype == "U8" and scheme.form in FLOAT4:
+            return decoded(np.asarray(codes.raw()[rows]), "F4").astype(np.float64)
         if scheme is None or codes.dtype != "I32" or 32 % scheme.bits:
             return None
         words = np.asarray(codes.raw()[rows]).view(np.uint32)
@@ -125,6 +131,6 @@ def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
 
 
 def _dtypes(form: str, kind: str, bits: int) -> tuple[str, ...]:
-    if form in ("int-quantized", "float-quantized", "naive-quantized"):
+    if form in ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"):
         return ("I8",) if kind == "int" else EIGHT_BITS if bits == 8 else ()
     return (PACKED_DTYPES[form],) if form in PACKED_DTYPES else ()

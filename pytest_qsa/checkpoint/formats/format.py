@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...common import AnomalyError, Registry
 from ..folder import Finding, Folder
-from ..tensors import FLOATS, RAW, Tensor, decoded
+from ..tensors import EIGHT_BITS, FLOATS, RAW, Tensor, decoded
 from .scheme import Declaration, LayerScheme
 
 Matrix = NDArray[np.float64]
@@ -27,7 +27,7 @@ NOT_LINEAR = re.compile(
     r"(embed|wte|wpe|norm|rotary|router|conv|position)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
 )
 """Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
-UNSIGNED = {"I8": "u1", "U8": "u1", "F8_E4M3": "u1", "F8_E5M2": "u1", "I32": "u4", "U32": "u4", "I64": "u8"}
+UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I32": "u4", "U32": "u4", "I64": "u8"}
 """The dtypes of codes → the unsigned integers of the same width."""
 BUDGET = 4 << 20
 """The bytes that a check reads of one tensor: all of a small one, evenly spaced rows of a large one."""
@@ -130,7 +130,7 @@ class Format:
 
     def code_bits(self, layer: str, codes: Tensor) -> int:
         """Return the bits that one code takes in its word."""
-        return 4 if codes.dtype in ("I32", "U8") else 8
+        return 4 if codes.dtype in ("I32", "U8", "F4") else 8
 
     def weight_shape(self, layer: str) -> tuple[int, int] | None:
         """Return [out, in] of a layer's weight, unpacked; None where it is no matrix or its packing isn't known."""
@@ -151,7 +151,7 @@ class Format:
         """Return the codes that stand for zero: a row of them is a pruned output and no fault."""
         if codes.dtype in ("F8_E4M3", "F8_E5M2"):
             return 0x00, 0x80
-        return (0, 8) if codes.dtype == "U8" else (0,)
+        return (0, 8) if codes.dtype in ("U8", "F4") else (0,)
 
     def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
         """Return rows of a layer's weight [rows, in] in float64, dequantized; None where this format can't.
@@ -282,12 +282,21 @@ def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
     return decoded(np.asarray(tensor.raw()[rows]), tensor.dtype).astype(np.float64)
 
 
+def scale_values(tensor: Tensor) -> NDArray[np.float64]:
+    """Return scales as float64; microscaling's bytes are exponents (OCP MX: E8M0)."""
+    return decoded(np.asarray(tensor.raw()), "F8_E8M0") if tensor.dtype == "U8" else tensor.values()
+
+
 def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:
     """Return the scale of each element of some rows of a weight, [rows, in].
 
     `shape`: [out, in] of the weight. The scales are one, one a row, or one a block of rows and columns.
     """
-    values = scale.values()
+    return spread(scale_values(scale), shape, rows)
+
+
+def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice) -> Matrix:
+    """Return the scale or zero point of each element of some rows of a weight, as `spread_scales` does."""
     table = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
     down = np.repeat(table, -(-shape[0] // len(table)), axis=0)[: shape[0]][rows]
     elements: Matrix = np.repeat(down, -(-shape[1] // table.shape[1]), axis=1)[:, : shape[1]]

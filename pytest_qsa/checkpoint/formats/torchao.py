@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..tensors import Tensor
-from .format import Format, Matrix, decoded_rows, spread_scales
+from .format import Format, Matrix, decoded_rows, spread, spread_scales
 
 
 class TorchAo(Format):
@@ -25,5 +25,5 @@ class TorchAo(Format):
         values = decoded_rows(codes, rows)
         shape = (codes.shape[0], values.shape[1])
         if zero_point is not None:
-            values = values - spread_scales(zero_point, shape, rows)
+            values = values - spread(zero_point.values(), shape, rows)
         return values * spread_scales(scale, shape, rows)

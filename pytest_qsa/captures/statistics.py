@@ -344,6 +344,7 @@ class LocalError(Statistic):
     """A layer's own error: its output on the reference's input, of `rows` sampled tokens of each sample.
 
     `local_rows` [P, R]: the positions of the tokens, −1 for none. `local` [P, R, 3] float32: their Σy², Σ(y − ŷ)², Σŷ².
+    Where a site has several, these are of the most rows; the others are `local_rows/local:ROWS`, `local/local:ROWS`.
     """
 
     rows: int
@@ -351,6 +352,12 @@ class LocalError(Statistic):
     arrays: ClassVar = {"local_rows": RAGGED, "local": PER_POPULATION}
     needs_tokens = True
     reference = "pair"
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The names of its arrays at a site where another one has more rows."""
+        # Alone it has the plain names: captures were written so before a site could have several.
+        return f"local_rows/{self}", f"local/{self}"
 
     def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
         """16 bytes a sampled token."""

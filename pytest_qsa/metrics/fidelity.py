@@ -101,22 +101,28 @@ def local_sqnr(view: View, *, rows: Rows = 32) -> Estimate:
 
     onnxruntime `qdq_err`. It is taken of `rows` tokens of each sample, drawn with a fixed seed.
     """
-    powers = local_powers(view)
+    powers = local_powers(view, rows)
     return _interval(_some(view, powers)[:, 0], powers[:, 1])
 
 
-def local_powers(view: View) -> NDArray[np.float64]:
-    """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]; x̂ is the output for the reference's input."""
-    return np.concatenate([local_tokens(view, population)[1] for population in range(view.numbers.populations)])
+def local_powers(view: View, rows: int | None = None) -> NDArray[np.float64]:
+    """Return Σx², Σ(x − x̂)², Σx̂² of the drawn tokens that count, [N, 3]; x̂ is the output for the reference's input.
+
+    `rows`: how many tokens of each sample; None for the most that the site has.
+    """
+    return np.concatenate([local_tokens(view, population, rows)[1] for population in range(view.numbers.populations)])
 
 
-def local_tokens(view: View, population: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def local_tokens(view: View, population: int, rows: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return which tokens of a population were drawn and count, [N], and their powers as of `local_powers`, [N, 3]."""
     numbers = view.numbers
-    at = numbers.local_rows[population]
+    drawn_key, powers_key = LocalError(rows).keys if rows is not None else ("", "")
+    at = numbers.arrays.get(drawn_key, numbers.local_rows)[population]
     drawn = at >= 0
     drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
-    return at[drawn].astype(np.int64), numbers.local[population][drawn].astype(np.float64)
+    return at[drawn].astype(np.int64), numbers.arrays.get(powers_key, numbers.local)[population][drawn].astype(
+        np.float64
+    )
 
 
 def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:

@@ -73,7 +73,8 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     numbers, local = view.numbers, query["metric"] == "local_sqnr"
     if ("local" if local else "error") not in numbers or not numbers.token_axis:
         return []
-    kept = [(local_tokens if local else compared_tokens)(view, each) for each in range(numbers.populations)]
+    tokens_of = partial(local_tokens, rows=query["parameters"]["rows"]) if local else compared_tokens
+    kept = [tokens_of(view, population) for population in range(numbers.populations)]
     populations = np.repeat(np.arange(len(kept)), [len(at) for at, _ in kept])
     positions = np.concatenate([at for at, _ in kept])
     powers = np.concatenate([rows for _, rows in kept])

@@ -190,6 +190,26 @@ def test_local_error_is_that_of_the_layer_on_the_references_input(pair):
     assert sum(inside) >= 17  # 95 of 100 intervals hold the number of all tokens
 
 
+def test_local_errors_of_several_numbers_of_rows_are_kept_apart(pair):
+    layer, model = "model.layers.1.mlp.down_proj", models.llama(num_hidden_layers=3)
+    other = damaged(model)
+
+    def captured(*rows):
+        asked = [("local_sqnr", {"rows": count}) for count in rows]
+        return capture(other, BATCHES, sites=[(layer, "output")], statistics=asked, reference=model)
+
+    both = captured(8, 24, 16)
+    for rows in (8, 16, 24):
+        alone = captured(rows).output(layer).local_sqnr(rows, positions="all")
+        found = both.output(layer).local_sqnr(rows, positions="all")
+        np.testing.assert_array_equal(found.values, alone.values)
+        assert found.intervals == alone.intervals
+        shown = [(token.sample, token.position) for token in evidence(both, layer, found)]
+        assert shown == [(token.sample, token.position) for token in evidence(captured(rows), layer, alone)]
+    saved = Capture.from_bytes(both.to_bytes()).output(layer)
+    np.testing.assert_array_equal(saved.local_sqnr(8).values, both.output(layer).local_sqnr(8).values)
+
+
 def test_a_layer_that_mixes_tokens_has_no_local_error():
     model = models.llama()
     with pytest.raises(AnomalyError, match=r"layers\.0\.self_attn needs more than that"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import ERROR, LAYOUTS, NOT_COMPARED, PADDING, ChannelError, LocalError, SiteKey, SiteNumbers, pairwise
+from ...captures import (
+    ERROR,
+    LAYOUTS,
+    NOT_COMPARED,
+    PADDING,
+    ChannelError,
+    LocalError,
+    SiteKey,
+    SiteNumbers,
+    Statistic,
+    pairwise,
+)
 from ...common import AnomalyError, InfraError
 from ..load.batches import BatchRows
 from ..modules import channels_first, tensor_of
@@ -72,10 +83,7 @@ class PairStatistics:
         self._select = select
         self._arena = Arena()
         self._error = frozenset(site for site, statistics in wanted.items() if ERROR in statistics)
-        self._local = {
-            site: [statistic.rows for statistic in sorted(statistics) if isinstance(statistic, LocalError)]
-            for site, statistics in wanted.items()
-        }
+        self._local = {site: _named_local_errors(statistics) for site, statistics in wanted.items()}
         self._channels = {
             site: [statistic for statistic in sorted(statistics) if isinstance(statistic, ChannelError)]
             for site, statistics in wanted.items()
@@ -172,10 +180,10 @@ class PairStatistics:
         if site in self._error:
             there = None if counting is None else counting.to(y.device, non_blocking=True)
             found["error"] = powers_of(x, y, there) if recorded is None else _some_powers(x, y, there, recorded)
-        for count in self._local[site]:
+        for count, (at, powers) in self._local[site]:
             # A recorded reference has drawn its rows already; only these have an input.
             drawn = drawn_rows(sample, len(y), counting, count) if recorded is None else recorded
-            found["local_rows"], found["local"] = self._local_powers(site[0], reference, (x, y), index, drawn, count)
+            found[at], found[powers] = self._local_powers(site[0], reference, (x, y), index, drawn, count)
         for statistic in self._channels[site]:
             if recorded is not None:
                 raise InfraError("a reference that was kept has no channels of all tokens: by: channel needs the model")
@@ -237,6 +245,12 @@ class PairStatistics:
                 placed, arrays = _arrays(made, fetch)
                 known[key] = _placed(own, made, site, placed).having(statistics, arrays)
             numbers[site] = known[key]
+
+
+def _named_local_errors(statistics: Iterable[Statistic]) -> list[tuple[int, tuple[str, str]]]:
+    """Return the number of rows of each local error, and the names of its arrays."""
+    ordered = sorted((each for each in statistics if isinstance(each, LocalError)), key=lambda each: -each.rows)
+    return [(each.rows, each.keys if index else ("local_rows", "local")) for index, each in enumerate(ordered)]
 
 
 def _arrays(made: _SiteRows, fetch: Transfer) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:

@@ -10,6 +10,8 @@ from .folder import (
     NUMBER as NUMBER,
     Finding as Finding,
     Folder as Folder,
+    kind_of as kind_of,
+    natural as natural,
     open_folder as open_folder,
 )
 from .formats.format import (

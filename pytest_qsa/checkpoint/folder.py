@@ -188,6 +188,6 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def kind_of(name: str) -> str:
-    """Return a name with stars for its numbers: what it has in common with its siblings in other blocks."""
-    return NUMBER.sub("*", name)
+def kind_of(name: str, numbers: int = 0) -> str:
+    """Return a name with stars for its first `numbers` numbers, all for 0: `model.layers.*.mlp.down_proj`."""
+    return NUMBER.sub("*", name, count=numbers)

@@ -6,7 +6,6 @@ A new section is a function here, a line in `PAGE_SECTIONS` and a template of th
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..captures import Provenance
+from ..checkpoint import kind_of, natural
 from .html import PagePicture, flattened, render
 from .report import PlainVerdict
 
@@ -27,7 +27,6 @@ Card = Plain
 Variables = dict[str, Any]
 """Variables of a template."""
 MOST_STRIPS = 16
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
 _PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
 _POSITIONS = {
@@ -45,11 +44,6 @@ _EMPTY: Variables = {
 def is_out(row: Plain) -> bool:
     """Say whether a layer is out of bounds with no waiver that covers it."""
     return bool(row.get("excess")) and not row.get("waived")
-
-
-def kind_of_layer(layer: str, numbers: int = 1) -> str:
-    """Return a layer's name with its first numbers as `*`, all of them for 0: `model.layers.*.mlp.down_proj`."""
-    return _NUMBER.sub("*", layer, count=numbers)
 
 
 def worst_first(results: Iterable[PlainVerdict], ranks: Mapping[str, int]) -> list[PlainVerdict]:
@@ -155,7 +149,7 @@ def layer_table(cards: Sequence[Card]) -> Variables:
             known = {(each["site"], each["of"]) for each in entry["histograms"]}
             entry["histograms"] += [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
     several = len({subject for subject, _ in rows}) > 1
-    ordered = sorted(rows, key=lambda key: (key[0], _by_number(key[1])))
+    ordered = sorted(rows, key=lambda key: (key[0], natural(key[1])))
     finished = [_finished(rows[key], key[0] if several else "") for key in ordered]
     return {
         "columns": [_column(card, several=several) for card in columns],
@@ -172,7 +166,7 @@ def strips_of(rows: Sequence[Plain]) -> list[Variables]:
     for count in (1, 0):
         strips: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
-            kind = kind_of_layer(row["layer"], count)
+            kind = kind_of(row["layer"], count)
             strips.setdefault(f"{row['subject']} {kind}".strip(), []).append(index)
         if len(strips) <= MOST_STRIPS:
             return [{"name": name, "rows": members} for name, members in strips.items()]
@@ -207,11 +201,6 @@ def _finished(entry: Variables, subject: str) -> Variables:
         "out": any(cell["out"] for cell in cells),
         "heat": round(min(max(worst or 0.0, 0.0), 1.0), 3),
     }
-
-
-def _by_number(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that puts `layers.9` before `layers.10`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 MEANINGS = {
@@ -258,7 +247,7 @@ def _kinds(page: Page) -> Variables | None:
     for card in page.cards:
         kinds: dict[str, list[Plain]] = {}
         for row in card["rows"]:
-            kinds.setdefault(kind_of_layer(row["layer"]), []).append(row)
+            kinds.setdefault(kind_of(row["layer"], 1), []).append(row)
         for kind, rows in kinds.items():
             out = [row for row in rows if is_out(row)]
             if not out or len(card["rows"]) == 1:

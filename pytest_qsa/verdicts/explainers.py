@@ -16,7 +16,7 @@ from ..checkpoint import Files, Finding, problems_of
 from ..common import AnomalyError, InfraError, QsaError, logger
 from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, Metric, View, compared_tokens, local_tokens, made_by_loader
 from .origins import origin_of
-from .verdict import Kind, Row, TokenEvidence, Verdict
+from .verdict import Kind, TokenEvidence, Verdict
 
 NEIGHBOURS = 6
 """The tokens of context before and after a token."""
@@ -210,7 +210,8 @@ def tell_design(verdict: Verdict, context: Context) -> Verdict:
         return verdict
     except AnomalyError as error:  # the verdict stands; static checks judge the files
         return replace(verdict, hints=[*verdict.hints, f"whether layers differ by design can't be said: {error}"])
-    blocks = relation.compare == "blocks" and any(row.layer in context.capture.blocks for row in _out(verdict))
+    out = {row.layer for row in verdict.rows if row.excess}
+    blocks = relation.compare == "blocks" and not out.isdisjoint(context.capture.blocks)
     if relation.compare == "layers" or blocks:
         return verdict
     headline = f"by design single layers can't be held against model.reference: {relation.why} ({relation.kind})"
@@ -220,10 +221,6 @@ def tell_design(verdict: Verdict, context: Context) -> Verdict:
     }
     kind = verdict.kind if verdict.kind is Kind.WARNED else Kind.ANOMALOUS
     return replace(verdict, kind=kind, headline=headline, hints=[*verdict.hints, instead[relation.compare]])
-
-
-def _out(verdict: Verdict) -> list[Row]:
-    return [row for row in verdict.rows if row.excess]
 
 
 def find_origin(verdict: Verdict, context: Context) -> Verdict:

@@ -243,7 +243,7 @@ def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, st
             f"{assertion.metric} needs the probability of every token, and a served model tells of its likeliest ones "
             "only: gate kl_divergence or same_top, or give the checkpoint, model.path or --qsa-model"
         ) from None
-    values = [_value(each) for each in series]
+    values = [float(np.nan_to_num(each.values[0], nan=np.inf, posinf=np.inf, neginf=-np.inf)) for each in series]
     if values[0] == values[1]:
         return pair[0], _assumed(assertion, capture)
     low, high = min(values), max(values)
@@ -255,11 +255,6 @@ def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, st
             "it by --max-logprobs), say what may be assumed of the rest (model.tail), or gate ln_ppl_ratio and same_top"
         )
     return pair[values.index(decides)], between
-
-
-def _value(series: Series) -> float:
-    value = float(series.values[0])
-    return float("inf") if np.isnan(value) else value
 
 
 def _deciding(assertion: MeasuredAssertion, series: Series, low: float, high: float) -> float | None:

@@ -89,7 +89,10 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
             break
     else:
         worst, origin = block, {"adds most": f"{block}: {growth}"} if block else {}
-    suspect = _suspect(capture, worst, findings_at) if origin else ""
+    if not origin:
+        return {}
+    odd = [_odd_numbers(capture, worst), *(f"{finding.tensor}: {finding.what}" for finding in findings_at(worst)[:1])]
+    suspect = "; ".join(filter(None, odd))
     return origin | ({"suspect": suspect} if suspect else {})
 
 
@@ -108,12 +111,6 @@ def _steepest(capture: Capture) -> tuple[str, str]:
     before = values[at - 1] if at else 0.0
     text = f"the error at its output grows from {number(before)} to {number(values[at])} of the signal, more than at "
     return list(ratios)[at], text + f"any other of {len(values)} blocks"
-
-
-def _suspect(capture: Capture, name: str, findings_at: FindingsAt) -> str:
-    """Say what is odd at a layer or in a block: in its numbers, and in its files."""
-    findings = [f"{finding.tensor}: {finding.what}" for finding in findings_at(name)[:1]]
-    return "; ".join(filter(None, [_odd_numbers(capture, name), *findings]))
 
 
 def _odd_numbers(capture: Capture, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +10,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from ...checkpoint import NUMBER, kind_of
 from .style import GROUP_STYLES, MUTED, Grid, add_legend, head, new_grid, safe_text
 
 MOST_TICKS = 24
 MOST_PANELS = 9
 """Of more kinds than this, all layers share one panel."""
-_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Depth:
         if not self.numbered:
             return self._names[index]
         if len(self.kinds) == 1:
-            return _NUMBER.findall(self.layers[index])[0] if len(set(self.x)) == len(self.x) else self.layers[index]
+            return NUMBER.findall(self.layers[index])[0] if len(set(self.x)) == len(self.x) else self.layers[index]
         kind = next(name for name, members in self.kinds.items() if index in members)
         return f"{self.x[index]:g} {self.kind_labels[kind]}"
 
@@ -142,15 +141,15 @@ def _step(count: int, most: int) -> int:
 def depth_of(layers: Sequence[str], most_kinds: int = len(GROUP_STYLES)) -> Depth:
     """Return the depth of layers, given in the model's order; more than `most_kinds` kinds become one."""
     names = tuple(layers)
-    numbers = [_NUMBER.search(name) for name in names]
+    numbers = [NUMBER.search(name) for name in names]
     for count in (1, 0):  # replace the first number, or every number: experts would be too many kinds
         if not all(numbers):
             break
         kinds: dict[str, list[int]] = {}
         for index, name in enumerate(names):
-            kinds.setdefault(_NUMBER.sub("*", name, count=count), []).append(index)
+            kinds.setdefault(kind_of(name, count), []).append(index)
         if len(kinds) <= most_kinds:
-            return Depth(names, tuple(float(number[1]) for number in numbers if number), kinds, True)
+            return Depth(names, tuple(float(number[0]) for number in numbers if number), kinds, True)
     return Depth(names, tuple(map(float, range(len(names)))), {"": list(range(len(names)))}, False)
 
 

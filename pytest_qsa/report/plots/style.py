@@ -209,11 +209,9 @@ def _safe_character(character: str) -> str:
         return {"\n": r"\n", "\r": r"\r", "\t": r"\t"}[character]
     if code < 0x20 or 0x7F <= code < 0xA0:
         return f"\\x{code:02x}"
-    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    blank = character != " " and unicodedata.category(character) == "Zs"
     # Combining marks would join with the quote before them, and right-to-left letters would turn the label around.
     odd = unicodedata.combining(character) or unicodedata.bidirectional(character) in ("R", "AL", "AN")
-    return f"U+{code:04X}" if invisible or blank or odd or not _drawable(code) else character
+    return f"U+{code:04X}" if not character.isprintable() or odd or not _drawable(code) else character
 
 
 def scale_asinh(axis: Axis, width: float) -> None:

@@ -38,7 +38,6 @@ from .provenance import (
     SampleRange as SampleRange,
     ServedProvenance as ServedProvenance,
     data_fingerprint as data_fingerprint,
-    module_count as module_count,
     since_text as since_text,
 )
 from .sinks import Sinks as Sinks, find_sinks as find_sinks

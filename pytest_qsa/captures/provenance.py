@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..common import short_hash, shown_path
+from ..common import counted, short_hash, shown_path
 
 Json = dict[str, Any]
 """A JSON object."""
@@ -66,8 +66,7 @@ class FilesProvenance(_Record):
 
     def __str__(self) -> str:
         """Write it in words."""
-        files = f"{self.files} file{'s' if self.files > 1 else ''}"
-        return f"{self.tensors} tensors in {files}, {self.quantization}; no forward"
+        return f"{self.tensors} tensors in {counted(self.files, 'file')}, {self.quantization}; no forward"
 
 
 @dataclass(frozen=True)
@@ -213,13 +212,8 @@ class Execution:
         """Write it in words: `W8A8 emulated (28 modules)`."""
         if not self.forward:  # only weights were measured
             return NOTHING_RAN
-        text = ", ".join(f"{words} ({module_count(kind.modules)})" for words, kind in self.kinds.items()) or FLOAT
-        return text + (f"; {module_count(self.idle_experts)} of experts saw no token" if self.idle_experts else "")
-
-
-def module_count(count: int) -> str:
-    """Write `1 module`, `28 modules`."""
-    return f"{count} module{'' if count == 1 else 's'}"
+        text = ", ".join(f"{words} ({counted(kind.modules, 'module')})" for words, kind in self.kinds.items()) or FLOAT
+        return text + (f"; {counted(self.idle_experts, 'module')} of experts saw no token" if self.idle_experts else "")
 
 
 class SampleRange(NamedTuple):

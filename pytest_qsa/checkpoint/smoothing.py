@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common import counted
 from .checks.values import ROUNDING
 from .folder import Folder, natural
 from .formats.format import BUDGET, Format, decoded_rows, format_of
@@ -68,7 +69,7 @@ def compare_norms(folder: Folder, reference: Folder) -> Relation:
     chosen = [differing[i] for i in np.unique(np.linspace(0, len(differing) - 1, MOST_NORMS).astype(int))]
     mine, theirs = format_of(folder), format_of(reference)
     followed = [_made_up_for(mine, theirs, name) for name in chosen]
-    many = f"the weights of {len(differing)} norm{'s' if differing[1:] else ''} differ ({differing[0]}"
+    many = f"the weights of {counted(len(differing), 'norm')} differ ({differing[0]}"
     many += ", …)" if differing[1:] else ")"
     if all(answer is None for answer in followed):
         return Relation("changed", differing, f"{many}, and the layers that read them can't be multiplied out here")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import captures, engine, suite, tools
-from ..common import InfraError, progress_bar, shown_path
+from ..common import InfraError, counted, progress_bar, shown_path
 from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
 
 FIRST = 20
@@ -80,8 +80,7 @@ def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbo
     print(f"Pictures, into {shown_path(folder)}:")
     width = max(len(picture.name) for picture in analysis.pictures)
     for picture in analysis.pictures:
-        layers = f"{len(picture.layers)} layer" + ("s" if len(picture.layers) > 1 else "")
-        print(f"  {picture.name:<{width}}  {picture.site} of {layers}")
+        print(f"  {picture.name:<{width}}  {picture.site} of {counted(len(picture.layers), 'layer')}")
         if verbose:
             print("\n".join(f"      {layer}" for layer in picture.layers))
     for warning in analysis.warnings:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..common import SuiteError, shown_path
+from .. import suite
+from ..common import SuiteError, counted, shown_path
 from .shared import OK, SUITE_IS_WRONG, command_parser
 
 
@@ -19,22 +20,20 @@ def run(arguments: Sequence[str]) -> int:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("paths", nargs="*", type=Path, default=[Path()], metavar="PATH", help="a suite, or a folder")
     options = parser.parse_args(arguments)
-    from ..suite import load_suite
-
     # A suite may be named twice, by its own path and by its folder's.
-    suites = dict.fromkeys(suite for path in options.paths for suite in _suites_at(path))
+    suites = dict.fromkeys(found for path in options.paths for found in _suites_at(path))
     assertions, wrong = 0, 0
     for path in suites:
         try:
-            count = len(load_suite(path).assertions)
+            count = len(suite.load_suite(path).assertions)
         except SuiteError as error:
             wrong += 1
             print(error, file=sys.stderr)
             continue
         assertions += count
-        print(f"{shown_path(path)}: {_counted(count, 'assertion') if count else 'no assertions yet'}")
-    verdict = f": {wrong} wrong" if wrong else f", {_counted(assertions, 'assertion')}: all valid"
-    print(f"{_counted(len(suites), 'suite')}{verdict}")
+        print(f"{shown_path(path)}: {counted(count, 'assertion') if count else 'no assertions yet'}")
+    verdict = f": {wrong} wrong" if wrong else f", {counted(assertions, 'assertion')}: all valid"
+    print(f"{counted(len(suites), 'suite')}{verdict}")
     return SUITE_IS_WRONG if wrong else OK
 
 
@@ -53,7 +52,3 @@ def _suites_at(path: Path) -> Iterator[Path]:
     if not found:
         raise SuiteError(f"{shown_path(path)}: there is no suite (*.qsa.yaml) in this folder or below it")
     yield from found
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

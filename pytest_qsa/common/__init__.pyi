@@ -16,6 +16,7 @@ from .files import Scratch as Scratch, write_atomically as write_atomically
 from .log import Progress as Progress, logger as logger, progress_bar as progress_bar
 from .moved import find_moved_modules as find_moved_modules
 from .text import (
+    counted as counted,
     escaped as escaped,
     fitted as fitted,
     markdown_table as markdown_table,

@@ -54,3 +54,8 @@ def number(value: float, *, signed: bool = False) -> str:
     """Write a number as a person would: 3, 0.0123, 1.54e+04."""
     text = f"{value:+.4g}" if signed else f"{value:.4g}"
     return text.replace("-", "−") if signed else text
+
+
+def counted(count: int, noun: str) -> str:
+    """Write `1 sample`, `8 samples`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

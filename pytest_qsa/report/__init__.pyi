@@ -31,7 +31,6 @@ from .plots.magnitudes import (
     texts_of as texts_of,
 )
 from .plots.style import (
-    counted as counted,
     encode_figure as encode_figure,
     population as population,
     samples_of as samples_of,

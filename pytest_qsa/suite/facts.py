@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..captures import FLOAT, ExecutedModules, Execution, module_count
-from ..common import AnomalyError, InfraError
+from ..captures import FLOAT, ExecutedModules, Execution
+from ..common import AnomalyError, InfraError, counted
 
 if TYPE_CHECKING:
     from .sections import Model
@@ -97,7 +97,7 @@ def _check_required(execution: Execution | None, required: Sequence[str]) -> Non
     for words, kind in (execution.kinds or {FLOAT: ExecutedModules(0, "")}).items():
         ran = set(words.lower().replace(",", "").split())
         if not any(set(way.lower().split()) <= ran for way in required):
-            what = f"{module_count(kind.modules)}, the first {kind.first}, ran as {words}" if kind.first else ""
+            what = f"{counted(kind.modules, 'module')}, the first {kind.first}, ran as {words}" if kind.first else ""
             raise InfraError(
                 f"model.require: executed_as: {wanted} is not what ran: "
                 f"{what or 'the model ran in floating point'}{_advice(words)}"

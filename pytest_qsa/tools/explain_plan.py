@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..captures import Capture, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder
-from ..common import InfraError, QsaError, shown_path, text_table
+from ..common import InfraError, QsaError, counted, shown_path, text_table
 from ..suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
 from .estimates import (
     Setting,
@@ -165,7 +165,7 @@ def _ids(names: Sequence[str]) -> str:
 def _size_line(sizes: Sizes) -> str:
     count = sizes.parameters
     shown = f"{count / 1e9:.1f} G" if count >= 1e9 else f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count:,}"
-    files = f"{sizes.files} file{'s' if sizes.files > 1 else ''}"
+    files = counted(sizes.files, "file")
     quantized = "" if sizes.method == "none" else f" of {sizes.method}"
     text = f"checkpoint  {sizes.architecture}, {shown} parameters, {shown_bytes(sizes.stored)} in {files}{quantized}"
     return f"{text}; {shown_bytes(sizes.weights)} in memory, as {sizes.dtype}" if sizes.streams else text

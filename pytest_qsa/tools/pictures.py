@@ -30,7 +30,7 @@ from ..captures import (
     merge_requests,
     no_match,
 )
-from ..common import AnomalyError, SuiteError
+from ..common import AnomalyError, SuiteError, counted
 from ..metrics import METRICS
 from ..suite import Location, Visualization
 
@@ -249,7 +249,7 @@ class Drawing:
     def note(self, reduce: str | None) -> str:
         """Write the small print. `reduce`: how the samples were folded, None for pooled."""
         samples = report.samples_of(self.capture, self.picture.layers, self.picture.site)
-        parts = (report.population(reduce, samples, None), report.counted(len(self.picture.layers), "layer"), self.run)
+        parts = (report.population(reduce, samples, None), counted(len(self.picture.layers), "layer"), self.run)
         return " · ".join(part for part in parts if part)
 
 

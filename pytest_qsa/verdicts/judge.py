@@ -11,7 +11,7 @@ import numpy as np
 
 from ..captures import Capture, FilesProvenance, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, problems_of
-from ..common import AnomalyError, BaselineError, InfraError, QsaError
+from ..common import AnomalyError, BaselineError, InfraError, QsaError, counted
 from ..external import eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
@@ -255,7 +255,7 @@ def judge_problems(
     headline = f"{len(series.layers)} layers without a problem{_not_checked(series, files)}"
     if found:
         layers = {finding.layer for finding in found}
-        many = f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(layers)} of {len(series.layers)} layers"
+        many = f"{counted(len(found), 'problem')} in {len(layers)} of {len(series.layers)} layers"
         headline = f"{many} ({judgement.bound}); the first: {found[0].tensor}: {found[0].what}"
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))

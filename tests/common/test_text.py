@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pytest_qsa.common import escaped, fitted, markdown_table, number, short_hash, text_table, visible
+from pytest_qsa.common import counted, escaped, fitted, markdown_table, number, short_hash, text_table, visible
 
 
 def test_columns_are_aligned_and_no_line_ends_with_spaces():
@@ -78,3 +78,8 @@ def test_a_number_has_four_digits_and_no_more(value, text, signed):
 
 def test_a_hash_is_short_and_says_what_it_is():
     assert short_hash("sha256:" + "0123456789abcdef" * 4) == "sha256 0123456789ab"
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers")])
+def test_a_count_stands_with_its_noun(count, text):
+    assert counted(count, "layer") == text

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...captures import ModelProvenance
 from ...checkpoint import Folder, Format, format_of, open_folder
-from ...common import AnomalyError, InfraError, QsaError, Scratch, one_line
+from ...common import AnomalyError, InfraError, QsaError, Scratch, counted, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
@@ -186,7 +186,7 @@ def _check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> 
             f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
         )
-    many = f"{len(unexpected)} tensor{'s' if len(unexpected) > 1 else ''}"
+    many = counted(len(unexpected), "tensor")
     listed = f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}"
     if any(_belongs_to_quantization(form, key) for key in unexpected):
         advice = "the codes of a weight mean nothing without them: compare the installed libraries to the saver's"

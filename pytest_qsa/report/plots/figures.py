@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ...captures import Capture
-from ...common import QsaError, number
+from ...common import QsaError, counted, number
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of
 from .magnitudes import magnitude_figure, outlier_figure
@@ -26,7 +26,6 @@ from .style import (
     RED,
     add_legend,
     bound_label,
-    counted,
     head,
     metric_title,
     new_figure,

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ...captures import Capture, Site
-from ...common import QsaError
+from ...common import QsaError, counted
 from ...metrics import METRICS, Series, View
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of, panels_of
@@ -30,7 +30,6 @@ from .style import (
     VIOLET,
     add_legend,
     bound_label,
-    counted,
     head,
     new_figure,
     plain_number,

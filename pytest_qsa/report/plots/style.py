@@ -24,7 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from PIL import Image
 
 from ...captures import Capture, Site
-from ...common import write_atomically
+from ...common import counted, write_atomically
 
 DPI = 120
 FIGURE_WIDTH = 9.0
@@ -267,11 +267,6 @@ def samples_of(capture: Capture, layers: Sequence[str], site: Site) -> int:
     """Count the samples behind the layers; 0 where the capture doesn't hold them."""
     numbers = capture.sites.get((layers[0], site)) if layers and site != "weight" else None
     return len(set(numbers.sample.tolist())) if numbers is not None else 0
-
-
-def counted(count: int, noun: str) -> str:
-    """Write `1 sample`, `8 samples`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def population(reduce: str | None, samples: int, positions: str | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common import escaped, fitted, markdown_table, text_table
+from ...common import counted, escaped, fitted, markdown_table, text_table
 from ...report import context_text, render
 from .changes import Change, Diff, OutlierToken, relative_text
 
@@ -89,8 +89,7 @@ def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
         yield f"  … and {len(changes) - most} more; --top {len(changes)} or --html shows them all"
     for name, tokens in diff.outlier_tokens.items():
         yield ""
-        noun = "token" if len(tokens) == 1 else "tokens"
-        yield f"{len(tokens)} {name} outlier {noun} (above {diff.threshold:g} × the median)"
+        yield f"{counted(len(tokens), f'{name} outlier token')} (above {diff.threshold:g} × the median)"
         yield from (f"  {token_text(token)}" for token in tokens[:most])
     notes = list(notes_of(diff))
     if notes:

@@ -23,7 +23,8 @@ from ..suite import (
     Place,
     Subject,
 )
-from .baselines import BaselineFile, Tolerance, baseline_folder, check_comparable
+from .baseline_file import BaselineFile, Tolerance, check_comparable
+from .baselines import baseline_folder
 from .budgets import Budget, budget_of, limits_of
 from .explainers import sinks_behind
 from .judgement import (

@@ -16,7 +16,8 @@ from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.reduce.pairs import powers_of, scores_of
 from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.report.plots.figures import value_figure
-from pytest_qsa.verdicts.baselines import BaselineFile, Tolerance, within_baseline
+from pytest_qsa.verdicts.baseline_file import BaselineFile, Tolerance
+from pytest_qsa.verdicts.baselines import within_baseline
 from pytest_qsa.verdicts.explainers import token_evidence
 from pytest_qsa.verdicts.judge import Identity, concluded
 from support import models

@@ -48,6 +48,7 @@ def bin_values(bins: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
             return bins.view(np.float16).astype(np.float64)
     patterns = bins.astype(np.uint32) << 16
     if dtype != "bfloat16":
+        # Zero, Inf and NaN stand for themselves, any other pattern for the middle of its bin.
         exact = ((patterns & 0x7F800000) == 0x7F800000) | ((patterns & 0x7FFF0000) == 0)
         patterns = np.where(exact, patterns, patterns | 0x8000)
     with np.errstate(invalid="ignore"):  # widening a signalling NaN
@@ -72,6 +73,7 @@ def counted_quantile(numbers: SiteNumbers, q: float, *, signed: bool = False) ->
 def counted_quantiles(numbers: SiteNumbers, shares: Sequence[float], *, signed: bool = False) -> list[float]:
     """Return several quantiles by one sort; NaN where the distribution holds NaN or Inf."""
     values, counts = sorted_counts(numbers, signed=signed)
+    # Sorted, −Inf comes first, Inf and NaN last.
     if not np.isfinite(values[[0, -1]]).all():
         return [float("nan")] * len(shares)
     ends = np.cumsum(counts)
@@ -117,6 +119,7 @@ def histogram(of: str, values: NDArray[np.float64], counts: NDArray[np.int64]) -
     places = np.floor(np.log2(values[positive]) * PER_OCTAVE).astype(np.int64)
     last = int(places.max(initial=0))
     first = max(int(places.min(initial=last)), last - MOST_BINS + 1) if places.size else last
+    # The first count is of what lies below all bins.
     binned = np.bincount(np.maximum(places - first, -1) + 1, weights=counts[positive], minlength=last - first + 2)
     return {
         "of": of,
@@ -188,6 +191,7 @@ class _Bins:
         at = self._holding(rank)
         inside, end = (np.take_along_axis(table, at[:, None], axis=1)[:, 0] for table in (self.counts, self.ends))
         low, high = (np.clip(ends[at], self.least, self.most) for ends in (self.low, self.high))
+        # The values of a bin are taken as evenly spread, each in the middle of its share.
         place = (rank - (end - inside) + 0.5) / inside
         value: NDArray[np.float64] = low + place * (high - low)
         return value

@@ -239,5 +239,6 @@ def renumbered(numbers: Mapping[SiteKey, SiteNumbers], first: int) -> dict[SiteK
     """Return the numbers with their samples counted from 0, where the first one here is `first`."""
     if not first:
         return dict(numbers)
+    # Sites of one tensor go on sharing their numbers; a weight has no samples.
     own = {id(n): n if site[1] == "weight" else replace(n, sample=n.sample - first) for site, n in numbers.items()}
     return {site: own[id(n)] for site, n in numbers.items()}

@@ -160,6 +160,7 @@ def capture_parts(
         if compares(requests):
             reference = _reference(subject, loaded, allow_code=allow_code)
         size = part_size(subject.data, loaded, subject.folder, parts)
+        # A batch must not reach into the next part.
         batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
         data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
         subject = replace(subject, data=data)

@@ -55,6 +55,7 @@ class Bounds:
         """Return by how much the value is out of bounds: 0 inside, negative below, positive above."""
         low, high = self.low, self.high
         if high is not None and (value > high or (self.strict and value == high)):
+            # A strict bound may be met exactly: an excess of 0 would mean that it holds.
             return value - high or math.ulp(0.0)
         if low is not None and (value < low or (self.strict and value == low)):
             return value - low or -math.ulp(0.0)
@@ -133,6 +134,7 @@ class Series:
     judge: Judge | None = None
     intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
 
+    # `==` judges against a bound, so that a series can't be a key.
     __hash__ = None  # type: ignore[assignment]
 
     def check(self) -> None:

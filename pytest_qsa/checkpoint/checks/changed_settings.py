@@ -44,6 +44,7 @@ def changed_settings(folder: Folder, reference: Folder) -> Iterator[Finding]:
 
 
 def _config(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+    # Within the rope's settings rope_theta is in its place already.
     if not prefix.endswith("rope_parameters."):
         mine, theirs = _plain(mine), _plain(theirs)
     for key in sorted({*mine, *theirs} - HARMLESS):

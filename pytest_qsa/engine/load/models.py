@@ -148,6 +148,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     with contextlib.ExitStack() as cleaning:
         if scratch is not None:
             cleaning.callback(scratch.cleanup)
+        # Mismatched sizes are let through, so that `_check_complete` can say whose fault they are.
         model, info = kind.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
         )

@@ -36,6 +36,7 @@ class CpuReducer:
         self.no_counts = self.counts[:, :0]
         self.smallest = np.zeros(self.threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
+        # Its sign bit tells the pattern of −1 from every maximum, which is signless.
         self.padding = torch.tensor(PADDING, dtype=dtype).view(self.integers).numpy().view(self.patterns)
 
     def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
@@ -71,6 +72,7 @@ class CpuReducer:
         peaks, size = _layout(len(lines), length, self.itemsize)
         if length and kept is None:
             return into.room("tokens", size, self.patterns), peaks
+        # With padding the record is spread over all tokens afterwards, so that this one is scratch.
         return np.empty(size, dtype=self.patterns), peaks
 
     def _spread(self, record: NDArray[Any], kept: Tensor, length: int, peaks: int, into: Accumulator) -> None:
@@ -89,12 +91,14 @@ class CpuReducer:
         window = into.pooled.get("window") or self._window(plan, into)
         needed = plan.ordered or ((plan.moments or plan.signed) and not self.wide)
         counts = self.counts if needed else self.no_counts
+        # Without signs half as many bins have to stay in the cache.
         signs = 1 + (plan.signed or plan.moments)
         top, smallest, zeros = self.survey(
             lines, record, peaks, self.smallest, self.scratch, signs, window.sums, window.base, window.marks, counts
         )
         if zeros < 0 or needed or plan.signed or plan.moments:
             high, low = top >> self.shift, max(1, min(smallest, top) >> self.shift)
+            # The window doesn't reach as far as this row: it grows, and the counts are flushed again.
             if zeros < 0:
                 window.expect(lines.size)
                 window.cover(low, high)
@@ -155,6 +159,7 @@ class CpuReducer:
         wanted, ascending, known = _ranks(flat.size)
         found = np.empty(len(wanted), dtype=np.float32)
         kernels.order_of(row, low, self.values, wanted, ascending, found)
+        # The counts know float32 by its upper half only; the ends are exact.
         if self.wide:
             few = min(3, flat.size)
             largest, least = np.empty(few, dtype=np.uint32), np.empty(few, dtype=np.uint32)

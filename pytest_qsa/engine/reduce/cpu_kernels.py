@@ -123,6 +123,7 @@ def _order_peaks(maxima, positions):
     count = positions.shape[0]
     filled = 0
     for token in range(maxima.shape[0]):
+        # Of equal maxima the first token comes first, as in torch's stable sort.
         if filled == count and maxima[token] <= maxima[positions[count - 1]]:
             continue
         if filled < count:
@@ -157,7 +158,9 @@ def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, mark
             for channel in range(line.shape[0]):
                 magnitude = np.uint16(line[channel] & SIGNLESS16)
                 largest = max(largest, magnitude)
+                # Less one, so that zero wraps around to the largest pattern and is never the least.
                 least = min(least, np.uint16(magnitude - np.uint16(1)))
+            # A loop of its own: writes to bins keep the compiler from vector instructions, which the maxima get.
             for channel in range(line.shape[0]):
                 bins[line[channel] & known] += np.uint32(1)
             record[token] = largest
@@ -165,6 +168,7 @@ def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, mark
     top = _summarise(patterns, SIGNLESS16, record, peaks)
     least = _least(smallest)
     zeros = -1
+    # The sums have 32 bits: where they could overflow, the caller carries them over first.
     if marks[HELD] + patterns.size < FULL:
         zeros = settle(scratch, max(1, min(least, top)), top, signs, sums, base, row)
     if zeros >= 0:
@@ -314,6 +318,7 @@ def moments_of_counts(row, low, values, moments):
             total += (plus - minus) * value
             if not np.isfinite(value):
                 nonfinite += plus + minus
+    # A second loop, about the mean: raw sums of fourth powers would cancel.
     mean = total / count
     m2 = 0.0
     m4 = 0.0

@@ -43,6 +43,7 @@ class CudaReducer:
             self._operators.reduce(row, kept, sample, plan, into)
             return
         counted = (row if kept is None else row.index_select(0, kept)).contiguous()
+        # Equal statistics share one plan (`plan_of`), so that its id stands for it.
         key = (counted.shape, row.shape, row.dtype, row.device, id(plan))
         if key not in self._batches:
             if len(self._batches) >= MAX_BATCHES:
@@ -133,6 +134,7 @@ class RowBatch:
         if self.bins:
             torch.sum(copies, dim=0, out=views["counts"])
             copies.zero_()
+        # With padding a row needs an array of its own: the batch has room for the tokens that count only.
         if kept is not None and "token_max" in found:
             whole = torch.full((self.length,), PADDING, dtype=torch.float32, device=counted.device)
             found["token_max"] = whole.index_copy_(0, kept, found["token_max"])
@@ -207,6 +209,7 @@ class RowBatch:
 def _survey(counted: Tensor, views: dict[str, Tensor], copies: Tensor) -> None:
     size = counted.numel()
     columns = counted.shape[1] if counted.dim() == 2 else min(size, BLOCK)
+    # Triton's ranges are powers of two.
     block = min(_power_of_two(columns), BLOCK)
     rows = BLOCK // block
     patterns = counted.view(torch.int16)  # also passed for each pointer that this launch doesn't use

@@ -33,11 +33,13 @@ def survey(
     room for it; copies, so that fewer programs wait for one another at one address. half: float16, else bfloat16.
     """
     rows = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
+    # Below every magnitude, so that a row of zeros has a column too.
     best = tl.full([rows_each], -1, tl.int32)
     at = tl.zeros([rows_each], tl.int32)
     own = counts + (tl.program_id(0) % copies) * bins
     for start in range(0, columns, block):
         places = start + tl.arange(0, block)
+        # 64 bits: an offset in a large tensor doesn't fit into 32.
         index = rows[:, None].to(tl.int64) * columns + places[None, :]
         there = (places[None, :] < columns) & (index < size)
         values = tl.load(patterns + index, mask=there, other=0).to(tl.int32)
@@ -79,6 +81,7 @@ def powers(reference, own, found, columns, block: tl.constexpr):
         signal += tl.sum(x * x, axis=0).to(tl.float64)
         error += tl.sum(difference * difference, axis=0).to(tl.float64)
         power += tl.sum(y * y, axis=0).to(tl.float64)
+        # A maximum may drop NaN: it counts as ∞ here, and becomes NaN again when the row is stored.
         here = tl.where(difference == difference, tl.abs(difference), float("inf"))
         largest = tl.maximum(largest, tl.max(here, axis=0))
     one = tl.arange(0, 1)
@@ -130,5 +133,6 @@ def compare(reference, own, following, found, columns, compared: tl.constexpr, b
         if token >= 0:
             tl.store(found + row * 4 + 1 + one, norm - tl.load(reference + row * columns + token + one).to(tl.float64))
         tl.store(found + row * 4 + 2 + one, tl.sum(weighted, axis=0) / total - norm + other_norm + one * 0.0)
+        # By value, not by index: a tie is no difference.
         same = tl.load(own + row * columns + at + one).to(tl.float32) == other_top
         tl.store(found + row * 4 + 3 + one, same.to(tl.float64))

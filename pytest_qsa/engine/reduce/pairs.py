@@ -66,6 +66,7 @@ def _fused_powers(reference: Tensor, own: Tensor) -> Tensor:
 
     found = np.empty((len(own), 4), dtype=np.float32)
     threads = share_torchs_threads()
+    # bfloat16 is widened in registers, which costs less than copies in float32 (docs/benchmarks.md).
     if reference.dtype == own.dtype == torch.bfloat16:
         pair_kernels.powers16(_patterns(reference), _patterns(own), found, threads)
     else:

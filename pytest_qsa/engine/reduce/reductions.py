@@ -202,6 +202,7 @@ def count_patterns(x: Tensor, *, signed: bool) -> Tensor:
     size = 1 << (16 if signed else 15)
     if x.device.type == "cpu":
         return torch.bincount(patterns, minlength=size)
+    # Not bincount: it would wait for the device, because the length of its result depends on the values.
     counts = torch.zeros(size, dtype=torch.int64, device=x.device)
     ones = torch.ones((), dtype=torch.int64, device=x.device).expand(len(patterns))
     return counts.scatter_add_(0, patterns.long(), ones)

@@ -196,12 +196,14 @@ class Transfer:
             self._copy(group)
 
     def _copy(self, group: list[Tensor]) -> None:
+        # As bytes, so that tensors of all dtypes go in one copy.
         joint = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in group]).cpu().numpy()
         begin = 0
         for tensor in group:
             values = np.empty(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
             values.ravel().view(np.uint8)[:] = joint[begin : begin + tensor.nbytes]
             begin += tensor.nbytes
+            # The tensor is kept as well, so that its id isn't given to another.
             self._arrays[id(tensor)] = tensor, values
 
     def __call__(self, value: Tensor | NDArray[Any]) -> NDArray[Any]:
@@ -297,6 +299,7 @@ class Window:
             return
         if size > 0:
             low, high = min(low, self.base), max(high, self.base + size - 1)
+        # Bin 0 is zero, which has column 0.
         base = max(1, (low // PAGE - 1) * PAGE)
         sums = self._zeros(min(HALF, (high // PAGE + 2) * PAGE) - base)
         sums[:, :1] = self.sums[:, :1]

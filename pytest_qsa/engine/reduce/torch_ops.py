@@ -50,6 +50,7 @@ class TorchReducer:
 def token_maxima(statistic: Statistic, row: Row, into: Accumulator) -> None:
     """Keep the largest |x| of each token, and where the largest of these are."""
     maxima = row.magnitudes.amax(dim=1).float()
+    # Stable: of equal maxima the first token comes first, on every device.
     peaks = maxima.sort(descending=True, stable=True).indices[: peak_count(len(maxima), row.whole.shape[0])]
     channels = row.magnitudes.index_select(0, peaks).argmax(dim=1)
     into.take("token_max", row.spread(maxima, PADDING))
@@ -91,8 +92,10 @@ def moments(statistic: Statistic, row: Row, into: Accumulator) -> None:
     x, largest = row.wide.flatten(), row.elements.max()
     count = x.numel()
     mean = x.sum(dtype=torch.float64) / count
+    # Fourth powers of large values would overflow float32; a power of two scales without rounding.
     scale = torch.exp2(-torch.frexp(largest).exponent.clamp(-120, 120).to(x.dtype))
     squares = (x - mean.to(x.dtype)).mul_(scale).square_()
+    # The mean is subtracted as x's dtype rounds it; what this adds to the squares is taken off again.
     drift = mean - mean.to(x.dtype).double()
     m2 = squares.sum(dtype=torch.float64) / scale.double() ** 2 - count * drift * drift
     m4 = squares.square_().sum(dtype=torch.float64) / scale.double() ** 4

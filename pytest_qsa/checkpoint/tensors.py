@@ -58,7 +58,7 @@ class Tensor:
     @property
     def part(self) -> str:
         """What follows the module in its name: weight, weight_scale, qzeros or weight.absmax."""
-        return self.name.removeprefix(f"{self.layer}.")
+        return self.name[len(self.layer) + 1 :] if self.layer != self.name else self.name
 
     @property
     def file(self) -> str:
@@ -94,7 +94,10 @@ def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
     # bitsandbytes saves what belongs to a weight under the weight's own name: X.weight.absmax is a tensor of X
     owner = name.rpartition(".")[0]
-    return re.sub(r"\.weight(\.quant_state)?$", "", owner) or name
+    owner = re.sub(r"\.weight(\.quant_state)?$", "", owner)
+    # gpt-oss keeps two packed weights in one module, each with scales: X_blocks and X_scales are of X
+    packed = re.fullmatch(r"(.+\.(?:gate_up|down)_proj)_(?:blocks|scales)", name)
+    return packed[1] if packed else owner or name
 
 
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -49,11 +49,11 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
     for layer in form.folder.layers:
-        for part, tensor in form.scales_of(layer).items():
+        for tensor in form.scales_of(layer).values():
             values = scale_values(tensor).ravel()
             values = values[np.isfinite(values) & (values > 0)]  # the others are reported as unsound
             if values.size:
-                kinds.setdefault(kind_of(f"{layer}.{part}"), {})[f"{layer}.{part}"] = np.log2(values)
+                kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
     for kind, members in kinds.items():
         if len(members) >= FEWEST:
             yield from _untouched(form.folder, kind, members)

@@ -59,11 +59,24 @@ class StoredWeights:
         worst = np.zeros(4)
         for parameter, projections in EXPERT_PARTS.items():
             packed = getattr(module, parameter, None)
-            for index, weight in enumerate(packed if isinstance(packed, Tensor) else ()):
-                stored = torch.cat([self._weight(self._expert(name, index, names)) for names in projections])
+            weights: Sequence[Tensor] = list(packed) if isinstance(packed, Tensor) else []
+            for index, weight in enumerate(weights):
+                if f"{name}.{parameter}" in self._stored.folder.layers:
+                    stored = self._packed_expert(f"{name}.{parameter}", index, len(weights))
+                else:
+                    stored = torch.cat([self._weight(self._expert(name, index, names)) for names in projections])
                 found = _powers(f"{name}.{parameter}[{index}]", weight.detach(), stored)
                 worst = max(worst, found, key=lambda powers: powers[1] / powers[0] if powers[0] else powers[1])
         return worst
+
+    def _packed_expert(self, layer: str, index: int, experts: int) -> Tensor:
+        """Return one expert of a tensor [experts · out, in] as models hold it whose files pack experts: [in, out]."""
+        shape = self._stored.weight_shape(layer)
+        count = shape[0] // experts if shape else 0
+        rows = self._stored.rows(layer, slice(index * count, (index + 1) * count))
+        if rows is None:
+            raise InfraError(f"{layer} can't be unpacked: its format, {self._stored.label}, is not known here")
+        return torch.from_numpy(rows).T
 
     def _expert(self, name: str, index: int, names: Sequence[str]) -> str:
         for projection in names:

@@ -247,10 +247,11 @@ def weights_exchanged(mutant: Mutant, layer: str, strength: float) -> None:
     """The weights of two neighbouring blocks exchanged, scales and all."""
     other = _next(layer)
     assert other is not None
-    for part in mutant.source.layers[layer]:
-        one, two = mutant.raw(f"{layer}.{part}"), mutant.raw(f"{other}.{part}")
-        mutant.put(f"{layer}.{part}", two)
-        mutant.put(f"{other}.{part}", one)
+    for part, tensor in mutant.source.layers[layer].items():
+        mine, theirs = tensor.name, mutant.source.layers[other][part].name
+        one, two = mutant.raw(mine), mutant.raw(theirs)
+        mutant.put(mine, two)
+        mutant.put(theirs, one)
 
 
 def _norms(folder: Folder) -> list[str]:

@@ -1,0 +1,85 @@
+"""MXFP4 as gpt-oss is released: all experts of a block in one tensor of 4-bit floats, an exponent for 32 of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..folder import Finding
+from ..tensors import Tensor, decoded
+from .format import AGAIN, BUDGET, Format, Matrix, element_count, scale_values
+from .scheme import Declaration, LayerScheme
+
+GROUP = 32
+
+
+class Mxfp4(Format):
+    """w = E2M1(`X_blocks` [experts, out, in / 32, 16]) · 2^(`X_scales` [experts, out, in / 32] − 127).
+
+    Rows of a layer are those of its experts, one below the other. OCP Microscaling Formats 1.0.
+    """
+
+    name = "mxfp4"
+    codes = ("blocks",)
+    scales = re.compile("^scales$")
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        """The packed experts; what the configuration leaves out it names by patterns of its own."""
+        scheme = LayerScheme(self.name, 4, "group", GROUP, (("blocks",), ("scales",)), frozenset(), ("U8",))
+        return Declaration([([r"re:.*\.(gate_up|down)_proj$"], scheme)])
+
+    def scales_of(self, layer: str) -> dict[str, Tensor]:
+        """Return the exponents of a layer's groups."""
+        return {part: tensor for part, tensor in self.parts(layer).items() if part == "scales"}
+
+    def weight_shape(self, layer: str) -> tuple[int, int] | None:
+        """Return [experts · out, in]; None where the blocks aren't 16 bytes for 32 weights."""
+        codes = self.codes_of(layer)
+        if codes is None or len(codes.shape) != 4 or codes.shape[-1] * 2 != GROUP:
+            return None
+        experts, out, groups, _ = codes.shape
+        return experts * out, groups * GROUP
+
+    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+        """Return the bytes of every output in a row."""
+        raw = _rows_of(codes)
+        step = max(1, raw.nbytes // BUDGET)
+        return np.asarray(raw[::step]), step
+
+    def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix:
+        """Multiply codes by the power of two of their group; rows [rows of all experts, in]."""
+        shape, scale = self.weight_shape(layer), self.parts(layer).get("scales")
+        if shape is None or scale is None:
+            raise ValueError("its scales are missing" if shape else f"its blocks are {list(codes.shape)}")
+        powers = scale_values(scale).reshape(shape[0], -1)[rows]
+        values = decoded(np.asarray(_rows_of(codes)[rows]), "F4")
+        return values.astype(np.float64) * np.repeat(powers, GROUP, axis=1)
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield also blocks of another shape, scales without blocks, and groups whose exponent was never written."""
+        yield from super().findings(layer)
+        codes, scale = self.codes_of(layer), self.parts(layer).get("scales")
+        if codes is None:
+            if scale is not None:
+                yield Finding.at(scale, "its blocks are missing: nothing would be multiplied by it", AGAIN)
+        elif self.weight_shape(layer) is None:
+            size = "×".join(map(str, codes.shape))
+            yield Finding.at(codes, f"shape {size}, but MXFP4 is [experts, out, in / 32, 16]", AGAIN)
+        elif scale is not None and element_count(scale) * GROUP == element_count(codes) * 2:
+            empty = np.asarray(scale.raw()).ravel() == 0
+            # a group of zeros may have any exponent; others of 2⁻¹²⁷ are lost in every dtype of a model
+            groups = codes.raw().reshape(-1, GROUP // 2)[empty] & 0x77 if empty.any() else np.zeros((0, 1))
+            count = int(groups.any(axis=1).sum())
+            if count:
+                yield Finding.at(scale, f"{count} of {empty.size} are 0, and their weights aren't", AGAIN)
+
+
+def _rows_of(codes: Tensor) -> NDArray[Any]:
+    raw = codes.raw()
+    return raw.reshape(-1, raw.shape[-1] * raw.shape[-2]) if raw.ndim == 4 else raw.reshape(-1, raw.shape[-1])

@@ -1,0 +1,128 @@
+"""MXFP4 of gpt-oss: the files are checked and read, and compared with what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
+from pytest_qsa.common import AnomalyError
+from pytest_qsa.engine.formats.stored import StoredWeights
+from pytest_qsa.tools.selftest.faults import FAULTS
+from support.checkpoints import edited
+
+EXPERTS = "model.layers.2.mlp.experts"
+DOWN = f"{EXPERTS}.down_proj"
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def pack(weight):
+    """Round [experts, in, out] to MXFP4 by the standard: blocks [experts, out, in / 32, 16], and their scales."""
+    groups = weight.transpose(1, 2).contiguous().double().numpy()
+    groups = groups.reshape(*groups.shape[:2], -1, 32)
+    exponents = np.floor(np.log2(np.abs(groups).max(axis=-1))) - 2
+    scaled = groups / 2.0 ** exponents[..., None]
+    codes = np.abs(scaled[..., None] - E2M1).argmin(axis=-1)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return torch.from_numpy(blocks.astype(np.uint8)), torch.from_numpy((exponents + 127).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """Return a small gpt-oss in its released layout; hidden and intermediate sizes are the same, as in gpt-oss-20b."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mxfp4") / "gpt-oss"
+    GptOssForCausalLM(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weights[f"{name}_blocks"], weights[f"{name}_scales"] = pack(weights.pop(name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def findings(folder):
+    return [(f.tensor, f.what) for f in problems_of(Files(open_folder(folder)), "checkpoint_health")[1]]
+
+
+def test_a_healthy_checkpoint_has_no_problem(healthy):
+    assert findings(healthy) == []
+
+
+def test_rows_are_what_transformers_loads_and_the_formula_says(healthy):
+    from transformers import AutoModelForCausalLM
+
+    form, files = format_of(open_folder(healthy)), Files(open_folder(healthy))
+    rows = form.rows(DOWN).reshape(4, 64, 64)
+    blocks, scales = (np.array(form.parts(DOWN)[part].raw()) for part in ("blocks", "scales"))
+    codes = E2M1[np.stack([blocks % 16, blocks // 16], axis=-1)].reshape(4, 64, 2, 32)
+    powers = 2.0 ** (scales[..., None].astype(np.float64) - 127)
+    np.testing.assert_array_equal(rows, (codes * powers).reshape(4, 64, 64))
+    np.testing.assert_array_equal(form.rows(DOWN, slice(70, 75)), rows.reshape(256, 64)[70:75])
+    model = AutoModelForCausalLM.from_pretrained(healthy)
+    experts = model.get_submodule(EXPERTS)
+    np.testing.assert_array_equal(rows, experts.down_proj.detach().double().numpy().transpose(0, 2, 1))
+    gate_up = form.rows(f"{EXPERTS}.gate_up_proj").reshape(4, 128, 64)
+    np.testing.assert_array_equal(gate_up, experts.gate_up_proj.detach().double().numpy().transpose(0, 2, 1))
+    stored = StoredWeights(files, {EXPERTS: experts})
+    assert stored.powers(EXPERTS, experts)[1] == 0
+    experts.down_proj.data[3] *= 2
+    assert stored.powers(EXPERTS, experts)[1] > 0
+
+
+def put(part, change):
+    return lambda weights: change(weights[f"{DOWN}_{part}"])
+
+
+def emptied(scales):
+    scales[1, 5, 0] = 0
+
+
+FAULTS_OF_FILES = {
+    "NaN": (put("scales", lambda t: t.view(-1)[3:4].fill_(255)), "scales", "1 of 512 are NaN, the first at 3"),
+    "scale": (put("scales", lambda t: t.add_(2)), "scales", "the geometric mean of its scales is"),
+    "no exponent": (put("scales", emptied), "scales", "1 of 512 are 0, and their weights aren't"),
+    "constant": (put("blocks", lambda t: t.fill_(0x33)), "blocks", "all of it is one value"),
+    "a row": (put("blocks", lambda t: t[1, 2].fill_(0x33)), "blocks", "row 66 is one code throughout"),
+    "lost scales": (lambda w: w.pop(f"{DOWN}_scales"), "scales", "missing"),
+    "lost blocks": (lambda w: w.pop(f"{DOWN}_blocks"), "scales", "its blocks are missing"),
+    "shape": (
+        lambda w: w.update({f"{DOWN}_blocks": w[f"{DOWN}_blocks"].reshape(4, 64, 32).clone()}),
+        "blocks",
+        "shape 4×64×32, but MXFP4 is",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_FILES)
+def test_a_fault_is_found_and_its_layer_named(healthy, tmp_path, fault):
+    change, part, text = FAULTS_OF_FILES[fault]
+    found = findings(edited(healthy, tmp_path / "faulty", change))
+    assert any(tensor in (f"{DOWN}_{part}", f"{DOWN}.{part}") and text in what for tensor, what in found), found
+
+
+def test_blocks_without_scales_are_never_read_as_numbers(healthy, tmp_path):
+    form = format_of(open_folder(edited(healthy, tmp_path / "lost", lambda w: w.pop(f"{DOWN}_scales"))))
+    with pytest.raises(AnomalyError, match="its scales are missing"):
+        form.rows(DOWN)
+
+
+@pytest.mark.parametrize(
+    "fault", ["scale_layer", "nan_scale", "weights_constant", "nibbles_swapped", "weights_exchanged"]
+)
+def test_faults_of_the_self_test_can_be_put_into_it(healthy, fault):
+    assert DOWN in FAULTS[fault].targets(open_folder(healthy))

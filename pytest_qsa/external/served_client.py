@@ -192,6 +192,7 @@ class Client:
         if name not in models:
             meant = f"'{served.model}' is not served" if served.model else "say which model is meant, served.model"
             raise InfraError(f"{served.url}: {meant}; there are {', '.join(models) or 'none'}")
+        # vLLM lists it; of other servers it stays unknown.
         longest = models[name].get("max_model_len")
         return cls(served, endpoint, name, longest if isinstance(longest, int) else None)
 
@@ -281,6 +282,7 @@ class Client:
     def _next(self, prefix: list[int], where: str) -> Mapping[int, float]:
         """Ask for the prediction after a prefix: llama.cpp's server gives no logprobs of a prompt, but keeps it."""
         content = {
+            # A temperature below 0 leaves out all samplers: plain softmax of the logits (README of llama.cpp's server).
             "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
             "cache_prompt": True, "post_sampling_probs": False,
         }  # fmt: skip

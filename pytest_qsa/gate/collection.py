@@ -73,6 +73,7 @@ def compiled(source: str, place: Place) -> types.CodeType:
 def raise_at(place: Place, name: str, error: Exception) -> NoReturn:
     """Raise an error from a line of a suite: its frame is the last of the traceback that pytest shows."""
     __tracebackhide__ = True
+    # pytest shows a frame by its function's name: here the assertion's id.
     exec(compiled("raise error", place).replace(co_name=name, co_qualname=name), {"error": error})
     raise AssertionError("unreachable")
 
@@ -98,6 +99,7 @@ class QsaSuite(pytest.Module):
     @functools.cached_property
     def obj(self) -> types.ModuleType:
         """The module that pytest collects: a function for each assertion, in the order of the file."""
+        # In the place of pytest's own `obj`, which would import the YAML file as Python.
         module = types.ModuleType(self.path.name)
         module.__file__ = str(self.path)
         for index, assertion in enumerate(self.file.assertions):

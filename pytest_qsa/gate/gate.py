@@ -103,6 +103,7 @@ class Gate:
     ) -> Capture:
         def announce(capture: Capture, cached: bool) -> None:
             call_hook(
+                # By config.hook, not an item's: a capture is of many tests, so the conftest of any folder may take it.
                 "pytest_qsa_capture",
                 self.config.hook,
                 self.config,

@@ -42,6 +42,7 @@ def call_hook(name: str, hooks: Any, config: pytest.Config, warn: Callable[[Warn
     everyone = {implementation.plugin for implementation in getattr(config.hook, name).get_hookimpls()}
     # pluggy calls the implementation that was registered last first
     for implementation in reversed(getattr(hooks, name).get_hookimpls()):
+        # subset_hook_caller takes the plugins to leave out: all but this one.
         caller = config.pluginmanager.subset_hook_caller(name, everyone - {implementation.plugin})
         try:
             caller(**arguments)

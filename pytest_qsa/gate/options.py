@@ -57,6 +57,7 @@ class Options(NamedTuple):
 
             path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
             arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
+        # Only what changes the numbers or the verdict, not where the report goes.
         arguments += [f"--qsa-set={override}" for override in self.overrides]
         arguments += [f"--qsa-tier={self.tier}"] if self.named_tier else []
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])

@@ -120,6 +120,7 @@ class Reporter:
 
             return this_machine(dtype, weights)
 
+        # A gate of its own: with --collect-only no test has asked for the fixture.
         gate = Gate(self.config, self.options, Captures())
         planned = gate.planned(self.selected)
         tests = (
@@ -168,6 +169,7 @@ class Reporter:
         text += f", {len(failed)} fail ({kinds})" if failed else ""
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
+        # Results are builtins here, for they may come from a worker of pytest-xdist.
         runs = {(result["subject"], Provenance.of(result["run"]).executed_as) for result in self.results}
         for subject, how in sorted(runs):
             if how:

@@ -130,6 +130,7 @@ def layer_table(cards: Sequence[Card]) -> Variables:
     """
     # Tasks of an eval and the many experts of a layer would fill the table; they have the table of their own card.
     layered = [card for card in cards if card["query"].get("of", "layers") == "layers"]
+    # One number over all layers (`over`) has no cell at a layer.
     columns = [card for card in layered if card["rows"] and not card["query"].get("over")]
     rows: dict[tuple[str, str], Variables] = {}
 

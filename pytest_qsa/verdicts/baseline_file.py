@@ -90,6 +90,7 @@ def _written(value: float) -> int | float | str:
     """Return a number as JSON has it: whole ones without a point, an SQNR of +∞ dB as a string, as in report.json."""
     if not math.isfinite(value):
         return str(value).replace("inf", "Infinity")
+    # Larger whole numbers would show digits that a float64 does not hold.
     return int(value) if value == int(value) and abs(value) < 1e15 else value
 
 

@@ -141,6 +141,7 @@ def _class_of(baseline: Path) -> str | None:
         made_with = BaselineFile.parse(baseline.read_text(encoding="utf-8")).made_with
     except (OSError, BaselineError):
         return None
+    # A baseline that was made for all devices names its device, but no class.
     return made_with.device_class or ("cpu" if made_with.device == "cpu" else "another")
 
 

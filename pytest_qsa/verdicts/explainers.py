@@ -33,6 +33,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
     found: list[TokenEvidence] = []
     for layer in layers:
         numbers = capture.sites.get((layer, site))
+        # A weight has no tokens.
         if numbers is None or site == "weight":
             continue
         view = View(numbers, site, positions, sinks, layer)

@@ -63,6 +63,7 @@ class Leniency:
 
     def _use(self, waiver: Waiver, out: Sequence[str]) -> WaiverUse:
         covers = match_layers(out, waiver.layers)
+        # The last day still counts.
         expired = self.today > waiver.until
         return WaiverUse(
             waiver.layers,

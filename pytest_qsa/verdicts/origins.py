@@ -88,6 +88,7 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
             origin = {"adds most": f"{worst}: {text.format(value)}, the least of {len(energies)} layers"}
             break
     else:
+        # No layer has an error of its own that was measured: the block alone is named.
         worst, origin = block, {"adds most": f"{block}: {growth}"} if block else {}
     if not origin:
         return {}

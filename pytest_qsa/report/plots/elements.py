@@ -103,6 +103,7 @@ def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]
     edges = np.linspace(low - 1e-9, max(high, low + 1e-6) + 1e-9, BINS + 1)
     for (values, counts), label, (colour, _, dash) in zip(finite, labels, GROUP_STYLES, strict=False):
         binned, _ = np.histogram(np.arcsinh(values / width), bins=edges, weights=counts)
+        # An empty bin is a gap: on a logarithmic axis 0 can't be drawn.
         shares = np.where(binned > 0, binned / max(counts.sum(), 1), np.nan)
         axes.stairs(shares, width * np.sinh(edges), color=colour, linestyle=dash, linewidth=1.4, gid="curve",
                     label=safe_text(label, 28), baseline=None)  # fmt: skip

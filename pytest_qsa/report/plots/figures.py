@@ -166,6 +166,7 @@ def _notes(verdict: Verdict, capture: Capture, judged: Judged) -> list[str]:
 def _draw_values(axes: Axes, judged: Judged, counts: bool) -> None:
     depth, several = judged.depth, len(judged.depth.kinds) > 1
     values = [row.value if math.isfinite(row.value) else math.nan for row in judged.rows]
+    # strict=False: there are at least as many styles as kinds, for depth_of joins more kinds to one.
     for (names, members), (colour, marker, dash) in zip(_equal_kinds(depth, values), GROUP_STYLES, strict=False):
         x, y = [depth.x[i] for i in members], [values[i] for i in members]
         if counts and not several and len(set(x)) == len(x):

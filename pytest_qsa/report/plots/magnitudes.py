@@ -111,6 +111,7 @@ def magnitude_panels(
 
 
 def _draw_statistics(axes: Axes, depth: Depth, values: Mapping[str, NDArray[np.float64]], own: str | None) -> None:
+    # Several layers at one x: a line between them would mean nothing.
     scattered, size = len(set(depth.x)) < len(depth.x), 2.6 if len(depth.x) > 60 else 4.2
     for stat, numbers in values.items():
         colour, marker, dash = STATS.get(stat, (RED, "P", "-"))

@@ -246,6 +246,7 @@ def scale_log(axes: Axes, *, zero: bool = False) -> None:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(10, numticks=9))
         axes.yaxis.set_minor_locator(LogLocator(10, subs=(2.0, 5.0), numticks=9))
+        # Numbers between the decades only where there are few decades.
         axes.yaxis.set_minor_formatter(FuncFormatter(plain_number) if high < 300 * low else NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
 

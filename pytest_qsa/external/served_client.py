@@ -282,7 +282,7 @@ class Client:
     def _next(self, prefix: list[int], where: str) -> Mapping[int, float]:
         """Ask for the prediction after a prefix: llama.cpp's server gives no logprobs of a prompt, but keeps it."""
         content = {
-            # A temperature below 0 leaves out all samplers: plain softmax of the logits (README of llama.cpp's server).
+            # Below 0, not 0: greedy as well, but at 0 llama.cpp computes no probabilities (llama.cpp#3813).
             "prompt": prefix, "n_predict": 1, "n_probs": self.served.top_logprobs, "temperature": -1.0,
             "cache_prompt": True, "post_sampling_probs": False,
         }  # fmt: skip

@@ -63,7 +63,7 @@ SCHEMES = {
         "tensor_group-wise scales",
     ),
     "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
         {"qweight": (INT32, COLUMNS // 8, ROWS), "qzeros": (INT32, 2, ROWS // 8), "scales": (None, 2, ROWS)},
         "group-wise scales",
     ),
@@ -168,7 +168,7 @@ IGNORED = {
     "the end of the name": ("int8 by channel", {"ignore": ["layers.2.mlp.down_proj"]}),
     "a name with more in front": ("int8 by channel", {"ignore": ["language_model.model.layers.2.mlp.down_proj"]}),
     "a regex": ("int8 by channel", {"ignore": ["re:.*layers[.]2[.].*"]}),
-    "a name of AWQ": ("awq", {"modules_to_not_convert": ["layers.2.mlp"]}),
+    "a name of AWQ": ("awq", {"modules_to_not_convert": ["model.layers.2.mlp"]}),
     "a pattern of GPTQ": ("gptq", {"dynamic": {"-:.*layers\\.2\\..*": {}}}),
     "a name of FP8": ("block fp8 of its own method", {"modules_to_not_convert": ["layers.2.mlp"]}),
     "another name of FP8": ("block fp8 of its own method", {"ignored_layers": ["layers.2.mlp"]}),
@@ -215,6 +215,9 @@ def test_rows_are_the_codes_times_their_scales(write, scheme, scales):
     np.testing.assert_array_equal(format_of(folder).rows(LAYERS[2], rows), expected[rows])
 
 
-@pytest.mark.parametrize("scheme", ["gptq", "awq"])
-def test_rows_of_a_packing_that_is_not_known_are_none(write, scheme):
-    assert format_of(write(scheme)).rows(LAYERS[2], slice(0, 4)) is None
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [("gptq", {"checkpoint_format": "gptq_p"}), ("awq", {"version": "gemv_fast"})],
+)
+def test_rows_of_a_packing_that_is_not_known_are_none(write, scheme, settings):
+    assert format_of(write(scheme, **settings)).rows(LAYERS[2], slice(0, 4)) is None

@@ -159,7 +159,9 @@ def test_the_words_of_one_output_are_a_row_whatever_the_packing(tmp_path, method
     outputs = np.arange(16, dtype=np.uint32) % 8
     words = sum(outputs << np.uint32(4 * lane) for lane in range(8))[None]  # 8 inputs in a word
     if method == "awq":
-        words = np.repeat(sum(outputs.reshape(2, 8)[:, i] << np.uint32(4 * i) for i in range(8))[None], 8, axis=0)
+        order = (0, 2, 4, 6, 1, 3, 5, 7)  # the outputs of a word, from its lowest bits
+        nibbles = [outputs.reshape(2, 8)[:, output] << np.uint32(4 * i) for i, output in enumerate(order)]
+        words = np.repeat(sum(nibbles)[None], 8, axis=0)
     tensors = {f"{Q}.qweight": words.view(np.int32), f"{Q}.scales": np.ones((1, 16), np.float16)}
     form = declared(tmp_path, {"quant_method": method, "bits": 4, "group_size": 8}, **tensors)
     found, step = form.words(Q, form.codes_of(Q))

@@ -23,7 +23,7 @@ from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
 from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
 from .keys import lost_keys, misplaced_formats
-from .scales import outlying_scales, unequal_fused, unsound_scales
+from .scales import outlying_scales, outlying_zero_points, unequal_fused, unsound_scales, unsound_zero_points
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 _Spread = Annotated[float, Gt(0)]
@@ -134,12 +134,15 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings.
 
     Also scales that all have one initial value, that have another shape than the declared scheme's, or that differ
-    within a fused group.
+    within a fused group. Zero points that are missing, out of range, not those of a symmetric scheme that is declared,
+    or with which the mean weight is far from that of the siblings.
     """
     for layer in files.folder.layers:
         yield from files.format.findings(layer)
     yield from unsound_scales(files.format)
     yield from outlying_scales(files.format, spread=spread)
+    yield from unsound_zero_points(files.format)
+    yield from outlying_zero_points(files.format, spread=spread)
     yield from unequal_fused(files.format, always=fused_equal)
 
 

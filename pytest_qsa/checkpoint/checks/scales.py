@@ -1,4 +1,4 @@
-"""Scales: unsound by themselves, far from their siblings in the other blocks, or unequal where loaders fuse."""
+"""Scales and zero points: unsound by themselves, far from their siblings, or unequal where loaders fuse."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ...common import AnomalyError
 from ..folder import Finding, Folder, kind_of
-from ..formats.format import AGAIN, Format, element_count, scale_values
+from ..formats.format import AGAIN, Format, element_count
 from ..tensors import Tensor
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
@@ -18,14 +19,18 @@ FEWEST = 4
 """The fewest siblings from which a median and a spread are computed."""
 TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
+OFFSET_FLOOR = 0.02
+"""The least deviation of mean over rms that is used: healthy layers are below it, zero points + 1 above 8 times it."""
+ROWS_READ = 64
+"""About how many rows of a layer are dequantized to compare its mean."""
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def unsound_scales(form: Format) -> Iterator[Finding]:
     """Yield scales that are NaN, infinite, zero, negative or denormal, with how many and the first."""
     for layer in form.folder.layers:
-        for tensor in form.scales_of(layer).values():
-            values = scale_values(tensor).ravel()
+        for part, tensor in form.scales_of(layer).items():
+            values = form.scale_values(layer, part).ravel()
             faults = {
                 "NaN": np.isnan(values),
                 "infinite": np.isinf(values),
@@ -49,8 +54,8 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
     for layer in form.folder.layers:
-        for tensor in form.scales_of(layer).values():
-            values = scale_values(tensor).ravel()
+        for part, tensor in form.scales_of(layer).items():
+            values = form.scale_values(layer, part).ravel()
             values = values[np.isfinite(values) & (values > 0)]  # the others are reported as unsound
             if values.size:
                 kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
@@ -100,6 +105,62 @@ def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float
             what = f"{2**first:g}, as every scale of the {len(members)} siblings {kind}: the initial value"
             advice = "the calibration saw no data: run it again and look at its hooks"
             yield Finding.at(tensor, what, advice)
+
+
+def unsound_zero_points(form: Format) -> Iterator[Finding]:
+    """Yield zero points that lie outside of the codes' range, or that a symmetric scheme can't have."""
+    for layer in form.folder.layers:
+        tensor, values = form.zero_point_of(layer), form.zero_point_values(layer)
+        scheme, limits = form.scheme_of(layer), form.zero_point_range(layer)
+        if tensor is None or values is None or not values.size:
+            continue
+        flat = values.ravel()
+        low, high = limits or (-np.inf, np.inf)
+        if outside := np.flatnonzero(~((flat >= low) & (flat <= high))).tolist():
+            what = f"{len(outside)} of {flat.size} aren't within {low:g} … {high:g}, the first is {flat[outside[0]]:g}"
+            yield Finding.at(tensor, what, AGAIN)
+        elif scheme is not None and scheme.zero_point is not None and (flat != scheme.zero_point).any():
+            odd = flat[flat != scheme.zero_point]
+            what = f"{odd.size} of {flat.size} aren't {scheme.zero_point}, as a symmetric scheme has them"
+            advice = f"{AGAIN}; where all are off by one, the version of the format that is declared is wrong"
+            yield Finding.at(tensor, f"{what}, the first is {odd[0]:g}", advice)
+
+
+def outlying_zero_points(form: Format, *, spread: float) -> Iterator[Finding]:
+    """Yield zero points with which the mean of a layer's weights over their rms is far from that of its siblings.
+
+    A zero point that is off by one moves every weight of its group by a step, at 4 bits a third of their rms. Zero
+    points by themselves differ too much from group to group to show it.
+    """
+    kinds: dict[str, dict[str, float]] = {}
+    for layer in form.folder.layers:
+        tensor, scheme = form.zero_point_of(layer), form.scheme_of(layer)
+        symmetric = scheme is not None and scheme.zero_point is not None
+        if tensor is not None and not symmetric and (offset := _mean_over_rms(form, layer)) is not None:
+            kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = offset
+    for kind, members in kinds.items():
+        offsets = np.array(list(members.values()))
+        middle = float(np.median(offsets))
+        deviation = max(1.4826 * float(np.median(np.abs(offsets - middle))), OFFSET_FLOOR)
+        for name, offset in members.items():
+            away = abs(offset - middle) / deviation
+            if len(members) >= FEWEST and away > spread:
+                what = f"with them the mean weight is {offset:.2g} of the rms, in the {len(members)} siblings {kind}"
+                far = f"{what} {middle:.2g} ({away:.1f} deviations; allowed {spread:g})"
+                yield Finding.at(form.folder.tensors[name], far, "compare zero points and codes with the original's")
+
+
+def _mean_over_rms(form: Format, layer: str) -> float | None:
+    """Return the mean of some rows of a layer over their rms; None where they can't be read or aren't finite."""
+    shape = form.weight_shape(layer)
+    step = max(1, (shape[0] if shape else 1) // ROWS_READ)
+    try:
+        rows = form.rows(layer, slice(None, None, step))
+    except AnomalyError:  # tensors that are lost or don't fit have findings of their own
+        return None
+    if rows is None or not np.isfinite(rows).all() or not rows.any():
+        return None
+    return float(rows.mean() / np.sqrt(np.square(rows).mean()))
 
 
 def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:

@@ -36,7 +36,8 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
         what = f"all of it is one value, {int(words.ravel()[0]):#x}: nothing was packed"
         yield Finding.at(codes, what, _PACK_AGAIN)
         return
-    bits = form.code_bits(layer, codes)
+    unpacked = words.dtype.itemsize < np.dtype(UNSIGNED[codes.dtype]).itemsize
+    bits = 8 if unpacked else form.code_bits(layer, codes)
     # groups too: a writer that loses the signs or the shift of one group leaves its row varied
     for noun, lanes in _lanes(words, form.scheme_of(layer), bits):
         code = _constant_codes(lanes, bits)

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..folder import Folder
 from ..tensors import EIGHT_BITS, Tensor, decoded
-from .format import Format, Matrix, decoded_rows, spread, spread_scales
+from .format import Format, Matrix, decoded_rows, spread, spread_scales, unpacked
 from .scheme import Declaration, LayerScheme, block_of
 
 FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -68,37 +69,63 @@ class CompressedTensors(Format):
             return (1 << (self.code_bits(layer, codes) - 1),)
         return super().zero_codes(layer, codes)
 
+    def zero_point_values(self, layer: str) -> Matrix | None:
+        """Return the zero points [out, groups].
+
+        Packed ones are packed along the outputs, with half of the range added.
+        """
+        tensor, shape, scheme = self.zero_point_of(layer), self.weight_shape(layer), self.scheme_of(layer)
+        if tensor is None or tensor.dtype != "I32":
+            return super().zero_point_values(layer)
+        if shape is None or scheme is None or len(tensor.shape) != 2:
+            return None
+        words = np.ascontiguousarray(np.asarray(tensor.raw()).view(np.uint32).T)
+        return unpacked(words, scheme.bits).T[: shape[0]].astype(np.float64) - (1 << (scheme.bits - 1))
+
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Multiply codes by scales: 8 bits, packed 4-bit floats, and packed integers with symmetric scales."""
+        """Subtract zero points from codes and multiply by scales: 8 bits, packed 4-bit floats, and packed integers."""
         parts = self.parts(layer)
-        scale, zero_point = parts.get("weight_scale"), parts.get("weight_zero_point")
+        scale = parts.get("weight_scale")
         if scale is None:
             return None
-        if codes.part == "weight_packed":
-            values = self._unpacked(layer, codes, rows) if zero_point is None else None
-        else:
-            values = decoded_rows(codes, rows)
-        if values is None:
+        packed = codes.part == "weight_packed"
+        values = self._unpacked(layer, codes, rows) if packed else decoded_rows(codes, rows)
+        zero_points = self.zero_point_values(layer)
+        if values is None or (zero_points is None and "weight_zero_point" in parts):
             return None
         shape = (codes.shape[0], values.shape[1])
-        if zero_point is not None:
-            values = values - spread(zero_point.values(), shape, rows)
-        scales = spread_scales(scale, shape, rows)
+        columns = _group_order(parts.get("weight_g_idx"), scale, shape[1])
+        if zero_points is not None:
+            values = values - spread(zero_points, shape, rows)[:, columns]
+        scales = spread_scales(scale, shape, rows)[:, columns]
         if whole := parts.get("weight_global_scale"):
-            scales /= float(whole.values().item())  # of NVFP4, by which the scales of the groups were multiplied
+            scales = scales / float(
+                whole.values().item()
+            )  # of NVFP4, by which the scales of the groups were multiplied
         return values * scales
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Unpack 4-bit floats, or words of 32 bits: the first code in the lowest bits, with half of the range added."""
-        scheme = self.scheme_of(layer)
+        scheme, shape = self.scheme_of(layer), self.weight_shape(layer)
         if scheme is not None and codes.dtype == "U8" and scheme.form in FLOAT4:
             return decoded(np.asarray(codes.raw()[rows]), "F4").astype(np.float64)
-        if scheme is None or codes.dtype != "I32" or 32 % scheme.bits:
+        if scheme is None or shape is None or codes.dtype != "I32":
             return None
-        words = np.asarray(codes.raw()[rows]).view(np.uint32)
-        shifts = np.arange(0, 32, scheme.bits, dtype=np.uint32)
-        numbers = (words[:, :, None] >> shifts) & np.uint32((1 << scheme.bits) - 1)
-        return numbers.reshape(len(words), -1).astype(np.float64) - (1 << (scheme.bits - 1))
+        # earlier versions leave bits of a word unused where 32 is no multiple of a code's: these have more words
+        if codes.shape[1] != -(-shape[1] * scheme.bits // 32):
+            return None
+        numbers = unpacked(np.asarray(codes.raw()[rows]).view(np.uint32), scheme.bits)[:, : shape[1]]
+        return numbers.astype(np.float64) - (1 << (scheme.bits - 1))
+
+
+def _group_order(order: Tensor | None, scale: Tensor, inputs: int) -> slice | NDArray[np.intp]:
+    """Return the columns to take from scales that are spread in order, where `weight_g_idx` orders inputs otherwise."""
+    groups = None if order is None else order.values().astype(np.intp)
+    if groups is None or (groups == -1).all():  # as it is initialized
+        return slice(None)
+    if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= scale.shape[-1]:
+        raise ValueError(f"weight_g_idx doesn't name one of {scale.shape[-1]} groups for each of {inputs} inputs")
+    return groups * -(-inputs // scale.shape[-1])
 
 
 def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
@@ -127,6 +154,7 @@ def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
         tuple(required),
         OPTIONAL | kv_cache,
         _dtypes(form, str(weights.get("type")), bits),
+        0 if weights.get("symmetric", True) else None,
     )
 
 

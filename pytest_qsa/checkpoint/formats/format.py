@@ -121,6 +121,26 @@ class Format:
         found = (part for part in self.parts(layer) if self.zero_points.search(part))
         return self.parts(layer).get(next((part for part in found if not part.startswith(("input", "output"))), ""))
 
+    def scale_values(self, layer: str, part: str) -> Matrix:
+        """Return the scales in a part of a layer in float64, without padding."""
+        return scale_values(self.parts(layer)[part])
+
+    def zero_point_values(self, layer: str) -> Matrix | None:
+        """Return the zero points of a layer's weight as they are subtracted from its codes; None where it has none.
+
+        None too where they are packed in words of 32 bits, which a format unpacks by itself.
+        """
+        tensor = self.zero_point_of(layer)
+        return None if tensor is None or tensor.dtype == "I32" else tensor.values()
+
+    def zero_point_range(self, layer: str) -> tuple[int, int] | None:
+        """Return the least and the largest zero point of a layer; None where no scheme is declared.
+
+        The default is that of signed codes.
+        """
+        scheme = self.scheme_of(layer)
+        return None if scheme is None else (-(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1)
+
     def is_linear(self, layer: str) -> bool:
         """Say whether a target `Linear` means a layer: one with codes, or a matrix that isn't named as an embedding."""
         if self.codes_of(layer) is not None:
@@ -140,7 +160,8 @@ class Format:
     def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.
 
-        A row holds the codes of one output, whatever the order in the file.
+        A row holds the codes of one output, whatever the order in the file. Words of one byte, where the file's are
+        longer, are one code each.
         """
         raw = codes.raw().view(UNSIGNED[codes.dtype])
         raw = raw.reshape(-1, raw.shape[-1])
@@ -285,6 +306,21 @@ def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
 def scale_values(tensor: Tensor) -> NDArray[np.float64]:
     """Return scales as float64; microscaling's bytes are exponents (OCP MX: E8M0)."""
     return decoded(np.asarray(tensor.raw()), "F8_E8M0") if tensor.dtype == "U8" else tensor.values()
+
+
+def unpacked(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+    """Unpack words [rows, words] into codes [rows, words · 32 // bits], the first one in the lowest bits.
+
+    Where 32 is no multiple of the bits, a code may begin in one word and end in the next.
+    """
+    if 32 % bits == 0:
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+        return codes.astype(np.uint8).reshape(len(words), -1)
+    stream = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")
+    count = stream.shape[1] // bits
+    digits = stream[:, : count * bits].reshape(len(words), count, bits)
+    return np.packbits(digits, axis=2, bitorder="little").reshape(len(words), count)
 
 
 def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:

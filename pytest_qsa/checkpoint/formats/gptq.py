@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..folder import Folder
+from ...common import AnomalyError
+from ..folder import Finding, Folder
 from ..tensors import Tensor
-from .format import BUDGET, Format
+from .format import BUDGET, Format, Matrix, unpacked
 from .scheme import Declaration, LayerScheme
 
 OLD_SETTINGS = "quantize_config.json"
+READABLE_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gemm": (4,), "gemv": (4,)}
+"""The packings that are read as numbers → the bits that their writers pack so."""
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""The nibble of a word, from its lowest bits, that holds each of 8 outputs in AWQ's packing `gemm`."""
 
 
 class Gptq(Format):
-    """`qweight` [in · bits / 32, out] with `qzeros` and `scales` [groups, out]."""
+    """`qweight` [in · bits / 32, out], `qzeros` [groups, out · bits / 32], `scales` [groups, out]: w = (q − z) · s.
+
+    Frantar et al., arXiv 2210.17323; the files are those of AutoGPTQ and GPTQModel. `gptq` stores z − 1, `gptq_v2` z.
+    """
 
     name = "gptq"
     codes = ("qweight", "weight")
@@ -38,80 +46,266 @@ class Gptq(Format):
         return self.folder.quantization or self.folder.json(OLD_SETTINGS) or {}
 
     @cached_property
+    def packing(self) -> str:
+        """How words are packed: a key of `READABLE_BITS`, or another name, of a packing that isn't read as numbers."""
+        config = self.config
+        return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+
+    @cached_property
     def declaration(self) -> Declaration:
         """Every linear layer but the head, unless `lm_head` or `dynamic` say otherwise."""
-        config = self.config
+        config, dynamic = self.config, self.config.get("dynamic") or {}
         ignore = [] if config.get("lm_head") else ["lm_head"]
-        ignore += [f"re:.*{key[2:]}" for key in config.get("dynamic") or {} if str(key).startswith("-:")]
+        ignore += [f"re:{key[2:]}" for key in dynamic if key.startswith("-:")]
+        own = [
+            ([f"re:{key.removeprefix('+:')}"], self._scheme({**config, **(settings or {})}))
+            for key, settings in dynamic.items()
+            if not key.startswith("-:")
+        ]
         some_blocks = bool(config.get("modules_in_block_to_quantize"))
-        return Declaration([(["Linear"], self._scheme(config))], ignore, names_layers=not some_blocks)
+        return Declaration([*own, (["Linear"], self._scheme(config))], ignore, names_layers=not some_blocks)
 
     def _scheme(self, config: Mapping[str, Any]) -> LayerScheme:
         size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)
         required = (("qweight",), ("qzeros",), ("scales",))
         strategy, group = ("group", size) if size > 0 else ("channel", None)
-        return LayerScheme(self.name, bits, strategy, group, required, self.extra, ("I32",))
+        if self.packing == "gemv":  # its scales are padded to whole words of zero points
+            strategy = "any"
+        zero_point = 1 << (bits - 1) if self.is_symmetric(config) else None
+        return LayerScheme(self.name, bits, strategy, group, required, self.extra, ("I32",), zero_point)
+
+    def is_symmetric(self, config: Mapping[str, Any]) -> bool:
+        """Say whether settings state that all zero points are the middle of the range; without a word they needn't."""
+        return config.get("sym") is True
 
     def code_bits(self, layer: str, codes: Tensor) -> int:
         """Return the bits that the configuration declares."""
-        scheme = self.scheme_of(layer)
-        return scheme.bits if scheme is not None and codes.part == "qweight" else super().code_bits(layer, codes)
+        return self._own_scheme(layer).bits if codes.part == "qweight" else super().code_bits(layer, codes)
+
+    def _own_scheme(self, layer: str) -> LayerScheme:
+        """Return the scheme by which a layer's words are read; a layer that is declared unquantized has that of all."""
+        return self.scheme_of(layer) or self._scheme(self.config)
 
     def weight_shape(self, layer: str) -> tuple[int, int] | None:
-        """Return [out, in]; the number of scales tells along which axis the codes are packed."""
+        """Return [out, in] of a layer's weight, unpacked; None where its packing isn't read."""
         codes = self.codes_of(layer)
         if codes is None or codes.part != "qweight" or len(codes.shape) != 2:
             return super().weight_shape(layer)
         rows, columns = codes.shape
-        outputs = self._outputs(layer, columns)
-        return outputs, rows * 32 // self.code_bits(layer, codes) if outputs == columns else rows
-
-    def _outputs(self, layer: str, columns: int) -> int:
-        scales = self.parts(layer).get("scales")
-        return scales.shape[-1] if scales is not None else columns
+        bits = self.code_bits(layer, codes)
+        if self.packing not in READABLE_BITS or bits not in READABLE_BITS[self.packing]:
+            return None
+        if self.packing == "gemm":
+            return columns * 32 // bits, rows
+        return (rows, columns * 32 // bits) if self.packing == "gemv" else (columns, rows * 32 // bits)
 
     def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
-        """Return the words of every output in a row; the file has them in columns."""
-        if codes.part != "qweight":
+        """Return the words of every output in a row; the file has them in columns, but for AWQ's `gemv`.
+
+        Where a word holds codes of several outputs, or parts of codes, they are unpacked into bytes.
+        """
+        if codes.part != "qweight" or self.packing == "gemv":
             return super().words(layer, codes)
         raw = codes.raw().view("u4")
         raw = raw.reshape(-1, raw.shape[-1])
-        step = max(1, raw.nbytes // BUDGET)
-        turned: NDArray[Any] = np.ascontiguousarray(raw[:, ::step].T)
-        packed_outputs = self._outputs(layer, raw.shape[1]) != raw.shape[1]
-        return (_one_code_a_word(turned, self.code_bits(layer, codes)) if packed_outputs else turned), step
+        step, bits = max(1, raw.nbytes // BUDGET), self.code_bits(layer, codes)
+        sample = np.ascontiguousarray(raw[:, ::step])
+        if self.packing == "gemm" and bits in READABLE_BITS["gemm"]:
+            return np.ascontiguousarray(_in_order(unpacked(sample, bits)).T), step
+        return (unpacked(sample.T, bits) if 32 % bits else np.ascontiguousarray(sample.T)), step
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return both zero points that symmetric writers use."""
         middle = 1 << (self.code_bits(layer, codes) - 1)
         return (middle - 1, middle) if codes.part == "qweight" else super().zero_codes(layer, codes)
 
+    def scale_values(self, layer: str, part: str) -> Matrix:
+        """Return scales [groups, out], without the padding of AWQ's `gemv`."""
+        values, shape = super().scale_values(layer, part), self.weight_shape(layer)
+        if self.packing != "gemv" or shape is None or values.ndim != 2:
+            return values
+        return values[:, : self._group_count(layer, shape[1])].T
+
+    def zero_point_values(self, layer: str) -> Matrix | None:
+        """Return the zero points [groups, out]; None where their packing isn't read."""
+        tensor, shape = self.parts(layer).get("qzeros"), self.weight_shape(layer)
+        if tensor is None or shape is None or tensor.dtype != "I32" or len(tensor.shape) != 2:
+            return None
+        codes = unpacked(np.asarray(tensor.raw()).view("u4"), self._own_scheme(layer).bits)
+        if self.packing == "gemm":
+            codes = _in_order(codes)
+        elif self.packing == "gemv":
+            codes = codes[:, : self._group_count(layer, shape[1])].T
+        return codes.astype(np.float64) + (self.packing == "gptq")
+
+    def zero_point_range(self, layer: str) -> tuple[int, int] | None:
+        """Return the range of the codes. v1 can store 2^bits too, which some readers take for 0."""
+        return 0, (1 << self._own_scheme(layer).bits) - 1
+
+    def _group_count(self, layer: str, inputs: int) -> int:
+        return -(-inputs // (self._group_size(layer) or inputs))
+
+    def _group_size(self, layer: str) -> int | None:
+        group = self._own_scheme(layer).group
+        return group if isinstance(group, int) else None
+
+    def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
+        """Subtract from the codes of some outputs their zero points, and multiply by scales.
+
+        Raises:
+            AnomalyError: there are no scales or no zero points.
+        """
+        shape, parts = self.weight_shape(layer), self.parts(layer)
+        if shape is None or codes.part != "qweight" or codes.dtype != "I32":
+            return None
+        if lost := [part for part in ("qzeros", "scales") if part not in parts]:
+            raise AnomalyError(f"{codes.path}: {layer} has no {' and no '.join(lost)}")
+        zero_points, scales = self.zero_point_values(layer), self.scale_values(layer, "scales")
+        if zero_points is None or zero_points.shape != scales.shape or scales.shape[1] != shape[0]:
+            sizes = ", ".join(f"{part} {parts[part].shape}" for part in ("qweight", "qzeros", "scales"))
+            bits = self._own_scheme(layer).bits
+            raise ValueError(f"{sizes} aren't those of {bits} bits in the packing {self.packing}")
+        wanted, groups = np.arange(shape[0])[rows], self._groups(layer, shape[1], len(scales))
+        values = self._codes_of_outputs(layer, codes, wanted).astype(np.float64)
+        return (values - zero_points[:, wanted].T[:, groups]) * scales[:, wanted].T[:, groups]
+
+    def _codes_of_outputs(self, layer: str, codes: Tensor, wanted: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """Unpack the codes of some outputs, [outputs, in]."""
+        raw, bits = codes.raw().view("u4"), self.code_bits(layer, codes)
+        if self.packing == "gemv":
+            return unpacked(np.asarray(raw[wanted]), bits)
+        if self.packing != "gemm":
+            return unpacked(np.ascontiguousarray(raw[:, wanted].T), bits)
+        lanes = 32 // bits
+        columns, position = np.unique(wanted // lanes, return_inverse=True)
+        every = _in_order(unpacked(np.ascontiguousarray(raw[:, columns]), bits))
+        return every[:, position * lanes + wanted % lanes].T
+
+    def _groups(self, layer: str, inputs: int, count: int) -> NDArray[np.intp]:
+        """Return the group of every input: by `g_idx`, which `desc_act` permutes, else one after the other."""
+        stated = self.parts(layer).get("g_idx")
+        size = self._group_size(layer) or inputs
+        groups = np.arange(inputs) // size if stated is None else stated.values().astype(np.intp)
+        if groups.shape != (inputs,) or groups.min() < 0 or groups.max() + 1 != count:
+            what = f"in groups of {size}" if stated is None else "grouped by g_idx"
+            raise ValueError(f"{inputs} inputs {what} don't have {count} scales an output")
+        return groups
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield what all formats find, zero points of a wrong shape, and inputs in groups that aren't the declared."""
+        yield from super().findings(layer)
+        shape, codes = self.weight_shape(layer), self.codes_of(layer)
+        if shape is None or codes is None or codes.part != "qweight":
+            return
+        qzeros, order = self.parts(layer).get("qzeros"), self.parts(layer).get("g_idx")
+        if qzeros is not None and (what := self._wrong_shape(layer, qzeros, shape, self.code_bits(layer, codes))):
+            yield Finding.at(qzeros, what, "correct bits, group_size and the packing in quantization_config")
+        if order is not None and (what := self._wrong_order(order, shape[1], self._group_size(layer) or shape[1])):
+            yield Finding.at(order, what, "correct desc_act and group_size, or quantize the layer again")
+
+    def _wrong_shape(self, layer: str, qzeros: Tensor, shape: tuple[int, int], bits: int) -> str:
+        """Say what is wrong with the shape of zero points; empty for nothing."""
+        rows, numbers = self._group_count(layer, shape[1]), shape[0]
+        if self.packing == "gemv":
+            rows, numbers = numbers, rows
+        words = -(-numbers * bits // 32)
+        padded = self.packing == "gemv" and qzeros.shape[-1] >= words
+        if qzeros.shape[:-1] == (rows,) and (qzeros.shape[-1] == words or padded):
+            return ""
+        stored = "×".join(map(str, qzeros.shape))
+        return f"shape {stored}, but zero points of {bits} bits in the packing {self.packing} are {rows}×{words}"
+
+    def _wrong_order(self, order: Tensor, inputs: int, size: int) -> str:
+        """Say what is wrong with a `g_idx`; empty for nothing."""
+        groups = order.values().ravel()
+        if len(groups) != inputs:
+            return f"it has {len(groups)} entries, the weight {inputs} inputs"
+        expected = np.arange(inputs) // size
+        permuted = any((of or {}).get("desc_act") for of in (self.config, *(self.config.get("dynamic") or {}).values()))
+        wrong = (np.sort(groups) if permuted else groups) != expected
+        if not wrong.any():
+            return ""
+        if permuted:
+            return f"its groups don't have {size} inputs each"
+        return f"input {int(np.flatnonzero(wrong)[0])} isn't in its group of {size}, as without desc_act it must be"
+
 
 class Awq(Gptq):
-    """`qweight` [in, out · bits / 32]; else as GPTQ."""
+    """`qweight` [in, out / 8] in an order of nibbles of its own (`gemm`), or [out, in / 8] (`gemv`).
+
+    Lin et al., arXiv 2306.00978; the files are those of AutoAWQ.
+    """
 
     name = "awq"
     extra = frozenset({"bias"})
 
     @cached_property
+    def packing(self) -> str:
+        """The kernel that the words are packed for, by `version` or its later name `format`."""
+        return str(self.config.get("version") or self.config.get("format") or "gemm").lower()
+
+    def is_symmetric(self, config: Mapping[str, Any]) -> bool:
+        """Say whether settings state that there are no zero points."""
+        return config.get("zero_point") is False
+
+    @cached_property
     def declaration(self) -> Declaration:
         """Every linear layer but the head and `modules_to_not_convert`."""
-        config = self.config
-        skipped = [f"re:.*{re.escape(name)}" for name in config.get("modules_to_not_convert") or ()]
-        return Declaration([(["Linear"], self._scheme(config))], ["lm_head", *skipped], names_layers=True)
+        return Declaration([(["Linear"], self._scheme(self.config))], ["lm_head"], names_layers=True)
+
+    def scheme_of(self, layer: str) -> LayerScheme | None:
+        """Return the scheme of a layer that isn't left out; where readers disagree, as the files have it."""
+        part, whole = self._left_out(layer)
+        left_out = part if part == whole else "qweight" not in self.parts(layer)
+        return None if left_out else super().scheme_of(layer)
+
+    def _left_out(self, layer: str) -> tuple[bool, bool]:
+        """Say whether a layer is left out by AutoAWQ and vLLM, and whether by transformers.
+
+        The first look for an entry anywhere in the name. transformers (`should_convert_module`) takes it for a regex
+        from the name's start to the end of a part of it, or for the name's end.
+        """
+        keys = [str(key) for key in self.config.get("modules_to_not_convert") or ()]
+        part = any(key in layer for key in keys)
+        border = r"(?:(?<=\.)|(?=\.|$))"
+        return part, any(re.match(f"(?:{key}){border}", layer) or layer.endswith(key) for key in keys)
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield also a layer that one reader of `modules_to_not_convert` leaves out and another doesn't."""
+        yield from super().findings(layer)
+        part, whole = self._left_out(layer)
+        weight = self.weight_of(layer)
+        if part != whole and weight is not None and self.is_linear(layer):
+            one, other = "AutoAWQ and vLLM", "transformers"
+            out, kept = (one, other) if part else (other, one)
+            what = f"modules_to_not_convert leaves it out for {out}, and not for {kept}"
+            yield Finding.at(weight, what, "write whole names there, from the first part on")
 
 
 class AutoRound(Gptq):
-    """GPTQ's or AWQ's layout; which layers it covers isn't read, so that they are compared with their siblings."""
+    """GPTQ's or AWQ's packing; which layers it covers isn't read, so that they are compared with their siblings."""
 
     name = "auto-round"
-    declaration = Declaration()
+
+    @classmethod
+    def declared_in(cls, folder: Folder) -> bool:
+        """Recognize its first name, `intel/auto-round`, too."""
+        return str(folder.quantization.get("quant_method")) in (cls.name, f"intel/{cls.name}")
+
+    @cached_property
+    def packing(self) -> str:
+        """GPTQ's packing, which transformers takes for granted, unless the settings name AWQ's or another."""
+        stated = str(self.config.get("packing_format") or self.config.get("backend") or "gptq").lower()
+        return "gemm" if "awq" in stated else "gptq" if "gptq" in stated else stated
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        """The settings of all layers, and those of single ones in `extra_config`."""
+        config, extra = self.config, self.config.get("extra_config") or {}
+        own = [([name], self._scheme({**config, **settings})) for name, settings in extra.items()]
+        return Declaration([*own, (["Linear"], self._scheme(config))])
 
 
-def _one_code_a_word(words: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Give each of the outputs that share AWQ's words a row of its own, its code repeated over the word."""
-    rows = []
-    for shift in range(0, 32, bits):
-        code = (words >> np.uint32(shift)) & np.uint32((1 << bits) - 1)
-        rows.append(sum(code << np.uint32(other) for other in range(0, 32, bits)))
-    return np.stack(rows, axis=1).reshape(-1, words.shape[1]).astype(np.uint32)
+def _in_order(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return codes [rows, out] of AWQ's words in the order of their outputs."""
+    return codes.reshape(len(codes), -1, len(AWQ_ORDER))[:, :, AWQ_ORDER].reshape(len(codes), -1)

@@ -16,7 +16,8 @@ class LayerScheme:
     `strategy`: what shares a scale: `tensor`, `channel` (a row), `group`, `tensor_group` or `block`; any other leaves
     it open. `group`: the columns of a group, or the rows and columns of a block. `required`: the parts that a layer
     must have, each a choice of names. `allowed`: parts that it may have. `dtypes`: those of the stored weight; empty
-    where any is right.
+    where any is right. `zero_point`: what a symmetric scheme subtracts from all codes; None where each group may have
+    another.
     """
 
     form: str
@@ -26,6 +27,7 @@ class LayerScheme:
     required: tuple[tuple[str, ...], ...] = ()
     allowed: frozenset[str] = frozenset()
     dtypes: tuple[str, ...] = ()
+    zero_point: int | None = None
 
     def scale_count(self, rows: int, columns: int) -> int | None:
         """Return how many scales a weight [rows, columns] has; None where the scheme leaves it open."""

@@ -111,7 +111,9 @@ def _whole_codes(folder: Folder) -> list[str]:
 
 def _zero_points(folder: Folder) -> list[str]:
     form = format_of(folder)
-    return [name for name in folder.layers if form.zero_point_of(name)] or _whole_codes(folder)
+    # codes of 3 bits lie in two words here and there
+    whole = [name for name in _quantized(folder) if 32 % form.code_bits(name, _codes(folder, name)) == 0]
+    return [name for name in whole if form.zero_point_of(name)] or _whole_codes(folder)
 
 
 def _rows(size: int, share: float) -> NDArray[np.int64]:
@@ -199,19 +201,19 @@ def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_zero_points, "steps", default=1.0, strongest=16.0, whole=True)
 def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
-    zero_point = format_of(mutant.source).zero_point_of(layer)
-    with mutant.edit((zero_point or _codes(mutant.source, layer)).name) as raw:
+    form, codes = format_of(mutant.source), _codes(mutant.source, layer)
+    with mutant.edit((form.zero_point_of(layer) or codes).name) as raw:
         if raw.dtype == np.int32:
-            raw[...] = _added(raw.view(np.uint32), int(strength)).view(np.int32)
+            raw[...] = _added(raw.view(np.uint32), int(strength), form.code_bits(layer, codes)).view(np.int32)
         else:
             raw[...] = np.clip(raw.astype(np.int32) + int(strength), -128, 127).astype(raw.dtype)
 
 
-def _added(words: NDArray[np.uint32], step: int) -> NDArray[np.uint32]:
-    """Add a step to each of the eight 4-bit numbers of a word, without a carry."""
-    out = np.zeros_like(words)
-    for shift in range(0, 32, 4):
-        out |= (((words >> np.uint32(shift)) + np.uint32(step)) & np.uint32(15)) << np.uint32(shift)
+def _added(words: NDArray[np.uint32], step: int, bits: int) -> NDArray[np.uint32]:
+    """Add a step to each number of a word, without a carry."""
+    out, largest = np.zeros_like(words), np.uint32((1 << bits) - 1)
+    for shift in range(0, 32, bits):
+        out |= (((words >> np.uint32(shift)) + np.uint32(step)) & largest) << np.uint32(shift)
     return out
 
 

@@ -58,8 +58,6 @@ def bin_values(bins: NDArray[np.uint16], dtype: str) -> NDArray[np.float64]:
 def sorted_counts(numbers: SiteNumbers, *, signed: bool = False) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the values that occur, ascending, and how often each does; NaN, if any, comes last."""
     bins, counts = (numbers.signed_bins, numbers.signed_counts) if signed else (numbers.bins, numbers.counts)
-    assert bins is not None
-    assert counts is not None
     values = bin_values(bins, numbers.dtype)
     order = np.argsort(values, kind="stable")
     return values[order], counts[order]

@@ -114,7 +114,6 @@ def magnitudes(
         rows = [order_statistics(maxima, stats) for maxima in view.token_maxima()]
         return {stat: np.array([row[stat] for row in rows], dtype=np.float64) for stat in stats}
     table = view.numbers.channel_top if dim == -2 else view.numbers.element_top
-    assert table is not None
     return {stat: table[:, TOP_NAMES.index(stat)].astype(np.float64) for stat in stats}
 
 
@@ -138,6 +137,7 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     if not _countable(maxima):
         return float("nan"), float("nan"), float("nan")
     ratios = maxima[at] / np.float32(median)
+    # The ratio by which `find_sinks` finds them.
     count = float(np.count_nonzero(ratios > 64))
     largest = at[int(np.argmax(ratios))]
     where = np.flatnonzero(view.numbers.peaks[population] == largest)
@@ -157,6 +157,7 @@ def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0
 
 
 def _absmax_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    # Moments are of all tokens: which of them count can be chosen among the maxima only.
     return frozenset({MOMENTS if positions == "all" else TOKENS})
 
 

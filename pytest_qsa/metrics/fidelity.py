@@ -75,11 +75,13 @@ def relative_l2(view: View) -> float | Estimate:
 def cosine(view: View) -> float | Estimate:
     """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
     signal, error, own = compared(view)[:, :LARGEST].T
+    # ⟨x, x̂⟩ follows from the three powers, so that a pass keeps no fourth one.
     product = (signal + own - error) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(product.sum() / np.sqrt(signal.sum() * own.sum()))
         if not view.sampled or not np.isfinite(value):
             return value
+        # The delta method, as in `_interval`.
         parts = product / product.sum() - signal / signal.sum() / 2 - own / own.sum() / 2
     half = TWO_SIDED_95 * abs(value) * _spread(parts)
     return Estimate(value, value - half, min(1.0, value + half), len(signal))
@@ -125,11 +127,7 @@ def local_tokens(view: View, population: int, rows: int | None = None) -> tuple[
     )
 
 
-def _weight_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
-    return frozenset({ERROR})
-
-
-@metric(_weight_needs, reduce=None, unit="dB", against=True, sites=("weight",))
+@metric(ERROR, reduce=None, unit="dB", against=True, sites=("weight",))
 def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
     """Take the SQNR of the dequantized weight against the reference's; `channel`: its worst output channel, a row."""
     numbers = view.numbers
@@ -139,17 +137,13 @@ def weight_sqnr(view: View, *, by: WeightBy = "tensor") -> float:
     return decibels(*powers[:, :OWN].sum(axis=0).tolist())
 
 
-def _outlier_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
-    return frozenset({TOKENS, REFERENCE_TOKENS})
-
-
-@metric(_outlier_needs, reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+@metric((TOKENS, REFERENCE_TOKENS), reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
 def new_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample here that are not in the reference."""
     return _outliers_of_one(view, view.of_reference(), threshold)
 
 
-@metric(_outlier_needs, reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+@metric((TOKENS, REFERENCE_TOKENS), reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
 def lost_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample in the reference that are not here."""
     return _outliers_of_one(view.of_reference(), view, threshold)

@@ -30,6 +30,7 @@ def rounded_to(scheme: Scheme, values: NDArray[np.float64]) -> NDArray[np.float6
     """Return the numbers of the grid nearest to the values, whose magnitudes it covers."""
     if scheme != "fp8_e4m3":
         return np.rint(values)
+    # frexp's mantissa is below 1, so that its exponent is one more than the float's.
     exponents = np.maximum(np.frexp(values)[1] - 1, LEAST_EXPONENT)
     steps = np.ldexp(1.0, exponents - MANTISSA_BITS)
     nearest: NDArray[np.float64] = np.rint(values / steps) * steps
@@ -46,7 +47,9 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
     if not np.isfinite(largest):
         return float("nan"), float("nan")
     values, weights = _magnitudes(numbers)
+    # The middle of the last bin may be beyond the largest value, which is known exactly.
     values = np.minimum(values, largest)
+    # 1 for a tensor of zeros.
     scale = largest / LARGEST_CODE[scheme] or 1.0
     errors = values - rounded_to(scheme, values / scale) * scale
     return float(np.sum(weights * values**2)), float(np.sum(weights * errors**2))
@@ -55,6 +58,7 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
 def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if numbers.counted_exactly:
         return bin_values(numbers.bins, numbers.dtype), numbers.counts.astype(np.float64)
+    # The middles of equal parts of the 2¹⁶ patterns in a bin.
     inside = (np.arange(FINER, dtype=np.uint32) * 2 + 1) * (0x8000 // FINER)
     patterns = (numbers.bins.astype(np.uint32)[:, None] << 16) | np.where(numbers.bins[:, None] > 0, inside, 0)
     values = patterns.astype(np.uint32).view(np.float32).astype(np.float64).reshape(-1)

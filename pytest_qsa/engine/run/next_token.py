@@ -59,6 +59,7 @@ class Predictions(Participant):
         )
         keep = rows.unpadded("decoder" if rows.has_decoder else "", own.shape[1], own.device)
         for index, sample in enumerate(rows.samples):
+            # The reference may have run on another device.
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
             found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
             if pair is not None:

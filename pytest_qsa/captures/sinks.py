@@ -119,6 +119,7 @@ def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
 
 def _candidates(numbers: SiteNumbers, population: int) -> list[tuple[int, int, float]]:
     tokens = numbers.tokens_of(population)
+    # Neither padding, which is −1, nor NaN.
     median = lower_median(tokens[tokens >= 0])
     if not median > 0:
         return []

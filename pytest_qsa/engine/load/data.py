@@ -148,6 +148,7 @@ def read_hub(spec: HubSet, data: Data) -> Records:
                 cache_dir=str(cache_folder()),
                 streaming=streamed,
             )
+            # The first documents alone, streamed or from a copy: both then give the same windows.
             return _with_column(list(islice(map(dict, rows), DOCUMENTS)), spec.column, data, str(spec))
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InfraError(_unreachable(spec, data.source, error)) from None
@@ -322,5 +323,6 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _shifted(row: Tensor, config: Any) -> Tensor:
+    # A decoder reads, at each position, the token before the one that it predicts there.
     start = getattr(config, "decoder_start_token_id", None)
     return torch.cat([torch.full_like(row[:, :1], start if start is not None else 0), row[:, :-1]], dim=1)

@@ -93,6 +93,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         try:
             loaded.model = submodule_of(loaded.model, spec.submodule)
         except InfraError:
+            # Else the folder of offloaded weights would stay as long as the error lives.
             loaded.close()
             raise
     return loaded

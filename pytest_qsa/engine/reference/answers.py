@@ -94,6 +94,7 @@ def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -
         rows = slice(start, min(start + ROWS_AT_ONCE, len(ids)))
         p = logits[rows].double().log_softmax(1).cpu()
         known = p.gather(1, ids[rows].clamp_min(0)).masked_fill(ids[rows] == NO_TOKEN, float("-inf"))
+        # A token of probability 0 adds nothing; 0 · −∞ would be NaN.
         negentropy = torch.where(p > float("-inf"), p.exp() * p, 0.0).sum(1)
         parts.append((known, p.gather(1, following[rows][:, None])[:, 0], p.argmax(1), negentropy))
     if any(torch.isnan(part[1]).any() for part in parts):

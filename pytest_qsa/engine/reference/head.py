@@ -99,6 +99,7 @@ def located_head(head: Head, path: str, revision: str | None, folder: Path) -> d
     }
     for part, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is not None:
+            # By content, not by name: a tied head is stored as the embeddings.
             stored = next((each for each in checkpoint.tensors.values() if _is(each, tensor)), None)
             if stored is None:
                 raise InfraError(f"{path} holds no tensor that equals the head's {part}")

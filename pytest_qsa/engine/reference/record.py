@@ -178,6 +178,7 @@ class RowRecorder(Participant):
         except (InfraError, AnomalyError) as error:
             self.problem = str(error)
             return
+        # The file will hold it in 16 bits: what is checked is what a comparison will read.
         if self.options.with_head:
             head = replace(head, weight=halved(head.weight).to(head.weight.dtype))
         logits = logits if kept is None else logits.index_select(0, kept)
@@ -316,6 +317,7 @@ def _rows_of_samples(
         return SiteRows(maxima[0], maxima=maxima[1])
     ordered = [drawn[sample] for sample in sorted(drawn)]
     parts = [halved(each.rows).cpu() for each in ordered]
+    # A sample that overflows float16 is in bfloat16, and then all of them are: they are one array.
     narrow = len({part.dtype for part in parts}) == 1
     at = [each.at for each in ordered if each.at is not None]
     return SiteRows(

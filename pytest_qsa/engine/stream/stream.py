@@ -282,6 +282,7 @@ class Stream:
     def _prefetch(self, unit: Unit) -> None:
         if self._next is None or self._next[0] is not unit:
             if self._next is not None:
+                # Another unit was expected; its reading is not needed, unless it has begun.
                 self._next[1].cancel()
             self._next = unit, self._reader.submit(self._read, unit)
 

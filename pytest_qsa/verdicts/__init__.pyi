@@ -1,9 +1,13 @@
-from .baseline_file import BaselineFile as BaselineFile, Tolerance as Tolerance, is_baseline as is_baseline
+from .baseline_file import (
+    BaselineFile as BaselineFile,
+    Tolerance as Tolerance,
+    baseline_folder as baseline_folder,
+    is_baseline as is_baseline,
+)
 from .baselines import (
     BASELINE_FOLDER as BASELINE_FOLDER,
     BASELINE_NAME as BASELINE_NAME,
     QsaBaselineExtension as QsaBaselineExtension,
-    baseline_folder as baseline_folder,
     judge_against_baseline as judge_against_baseline,
     name_for_class as name_for_class,
 )

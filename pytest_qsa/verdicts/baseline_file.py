@@ -16,6 +16,7 @@ from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..common import BaselineError
 from ..metrics import LOSSLESS, Bounds, Series
 
+FOLDER = "qsa_baselines"
 BASELINE_FORMAT = "qsa-baseline/1"
 BASELINE_DIGITS = 5
 
@@ -68,6 +69,12 @@ class BaselineFile:
             return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
+
+
+def baseline_folder(suite: Path, model: str) -> Path:
+    """Return where the baselines of a suite (or a Python test file) lie for a model."""
+    stem = suite.name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".py").removesuffix(".qsa")
+    return suite.parent / FOLDER / model / stem
 
 
 def is_baseline(path: Path) -> bool:

@@ -18,7 +18,7 @@ from ..captures import ModelProvenance, since_text
 from ..common import BaselineError, InfraError, write_atomically
 from ..metrics import Series
 from ..suite import Location
-from .baseline_file import BaselineFile, Tolerance, check_comparable, is_baseline, rounded
+from .baseline_file import FOLDER, BaselineFile, Tolerance, check_comparable, is_baseline, rounded
 from .judgement import NO_LENIENCY, Judgement, Leniency, interval_text, judged
 from .verdict import Kind, Row
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from syrupy.location import PyTestLocation
     from syrupy.types import SerializedData, SnapshotIndex
 
-FOLDER = "qsa_baselines"
 BASELINE: Location = ("baseline",)
 """The key of an assertion that states its baseline."""
 CLASS = re.compile(r"@(cpu|mps|xpu|sm_\d+|gfx\w+)$")
@@ -143,12 +142,6 @@ def _class_of(baseline: Path) -> str | None:
         return None
     # A baseline that was made for all devices names its device, but no class.
     return made_with.device_class or ("cpu" if made_with.device == "cpu" else "another")
-
-
-def baseline_folder(suite: Path, model: str) -> Path:
-    """Return where the baselines of a suite (or a Python test file) lie for a model."""
-    stem = suite.name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".py").removesuffix(".qsa")
-    return suite.parent / FOLDER / model / stem
 
 
 def within_baseline(

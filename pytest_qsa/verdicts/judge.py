@@ -23,8 +23,7 @@ from ..suite import (
     Place,
     Subject,
 )
-from .baseline_file import BaselineFile, Tolerance, check_comparable
-from .baselines import baseline_folder
+from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable
 from .budgets import Budget, budget_of, limits_of
 from .explainers import sinks_behind
 from .judgement import (

@@ -223,6 +223,19 @@ def test_dynamic_overrides_the_bits_of_single_layers(write):
     assert [what for _, what in found(folder) if "sibling" not in what] == []
 
 
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("gptq in 4 bits", {"dynamic": {"+:layers.(2": {"bits": 8}}}),
+        ("gptq in 4 bits", {"dynamic": {"-:layers.(2": {}}}),
+        ("awq", {"modules_to_not_convert": ["layers.(2"]}),
+    ],
+)
+def test_a_pattern_that_is_no_regular_expression_is_told(write, case, settings):
+    with pytest.raises(AnomalyError, match=r"names layers by .*layers\.\(2.*, which is no regular expression"):
+        found(write(case, **settings)[0])
+
+
 def test_the_settings_of_single_layers_of_auto_round_are_read(write):
     def change(parts):
         codes, zeros, scales, _ = quantized(2, 8, symmetric=False)

@@ -103,6 +103,25 @@ def test_zero_points_that_are_all_one_too_large_are_far_from_their_siblings(writ
     assert "siblings" in what
 
 
+def test_zero_points_of_torchao_are_compared_with_their_siblings(tmp_path):
+    tensors = {}
+    for index, layer in enumerate(LAYERS):
+        codes = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(index)).mul(3).round().clamp(-8, 7)
+        zero_point = torch.full((OUT, IN // SIZE), int(layer == DOWN), dtype=torch.int8)
+        parts = {"qdata": codes.to(torch.int8), "scale": torch.full((OUT, IN // SIZE), 0.01 + index / 1e4)}
+        tensors |= {f"{layer}._weight_{part}": value for part, value in (*parts.items(), ("zero_point", zero_point))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stated = {
+        "model_type": "llama",
+        "num_hidden_layers": len(LAYERS),
+        "quantization_config": {"quant_method": "torchao"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    ((name, what),) = found(open_folder(tmp_path))
+    assert name == f"{DOWN}._weight_zero_point"
+    assert "with them the mean weight is -0.3" in what
+
+
 def test_zero_points_of_a_symmetric_scheme_are_zero(write):
     def change(parts):
         parts["weight_zero_point"] = torch.tensor([[1]], dtype=torch.int8)

@@ -20,7 +20,7 @@ FEWEST = 4
 TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
 OFFSET_FLOOR = 0.02
-"""The least deviation of mean over rms that is used: healthy layers are below it, zero points + 1 above 8 times it."""
+"""The least deviation of mean over rms that is used. SmolLM2 stays within 0.01; zero points + 1 give 0.24 at 4 bits."""
 ROWS_READ = 64
 """About how many rows of a layer are dequantized to compare its mean."""
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from ...common import AnomalyError
 from ..folder import Finding, Folder
 from ..tensors import Tensor
 from .format import BUDGET, Format, Matrix, unpacked
-from .scheme import Declaration, LayerScheme
+from .scheme import Declaration, LayerScheme, matches_from_start
 
 OLD_SETTINGS = "quantize_config.json"
 READABLE_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gemm": (4,), "gemv": (4,)}
@@ -268,7 +267,7 @@ class Awq(Gptq):
         keys = [str(key) for key in self.config.get("modules_to_not_convert") or ()]
         part = any(key in layer for key in keys)
         border = r"(?:(?<=\.)|(?=\.|$))"
-        return part, any(re.match(f"(?:{key}){border}", layer) or layer.endswith(key) for key in keys)
+        return part, any(layer.endswith(key) or matches_from_start(f"(?:{key}){border}", layer) for key in keys)
 
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also a layer that one reader of `modules_to_not_convert` leaves out and another doesn't."""
@@ -302,7 +301,7 @@ class AutoRound(Gptq):
     def declaration(self) -> Declaration:
         """The settings of all layers, and those of single ones in `extra_config`."""
         config, extra = self.config, self.config.get("extra_config") or {}
-        own = [([name], self._scheme({**config, **settings})) for name, settings in extra.items()]
+        own = [([name], self._scheme({**config, **(settings or {})})) for name, settings in extra.items()]
         return Declaration([*own, (["Linear"], self._scheme(config))])
 
 

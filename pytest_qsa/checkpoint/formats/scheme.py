@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from ...common import AnomalyError
+
 
 @dataclass(frozen=True)
 class LayerScheme:
@@ -70,10 +72,26 @@ def matches(layer: str, pattern: str) -> bool:
 
     Files and modules of multimodal models name what stands before the block in several ways, so that a name which ends
     in the other counts as the same.
+
+    Raises:
+        AnomalyError: the pattern is no regular expression.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], layer) is not None
+        return matches_from_start(pattern[3:], layer)
     return layer == pattern or layer.endswith(f".{pattern}") or pattern.endswith(f".{layer}")
+
+
+def matches_from_start(regex: str, layer: str) -> bool:
+    """Match a layer's name by a regex of a configuration, from its start on.
+
+    Raises:
+        AnomalyError: it is no regular expression.
+    """
+    try:
+        return re.match(regex, layer) is not None
+    except re.error as error:
+        what = f"quantization_config names layers by {regex!r}, which is no regular expression: {error}"
+        raise AnomalyError(f"{what}; correct it, for loaders read it as one") from None
 
 
 def block_of(size: object) -> tuple[int, int] | None:

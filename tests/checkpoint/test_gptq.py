@@ -223,6 +223,13 @@ def test_dynamic_overrides_the_bits_of_single_layers(write):
     assert [what for _, what in found(folder) if "sibling" not in what] == []
 
 
+def test_the_first_pattern_of_dynamic_that_matches_decides(write):
+    dynamic = {r"+:.*\.2\.": {"bits": 8}, "-:.*down_proj": {}, ".*": {"bits": 2}}
+    form = format_of(write("gptq in 4 bits", dynamic=dynamic)[0])
+    schemes = [form.scheme_of(layer) for layer in (DOWN, LAYERS[1], "up_proj", "lm_head")]
+    assert [scheme and scheme.bits for scheme in schemes] == [8, None, 2, None]
+
+
 @pytest.mark.parametrize(
     ("case", "settings"),
     [

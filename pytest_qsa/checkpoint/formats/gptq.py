@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -52,17 +53,19 @@ class Gptq(Format):
 
     @cached_property
     def declaration(self) -> Declaration:
-        """Every linear layer but the head, unless `lm_head` or `dynamic` say otherwise."""
-        config, dynamic = self.config, self.config.get("dynamic") or {}
-        ignore = [] if config.get("lm_head") else ["lm_head"]
-        ignore += [f"re:{key[2:]}" for key in dynamic if key.startswith("-:")]
-        own = [
-            ([f"re:{key.removeprefix('+:')}"], self._scheme({**config, **(settings or {})}))
-            for key, settings in dynamic.items()
-            if not key.startswith("-:")
-        ]
-        some_blocks = bool(config.get("modules_in_block_to_quantize"))
-        return Declaration([*own, (["Linear"], self._scheme(config))], ignore, names_layers=not some_blocks)
+        """Every linear layer but the head, unless `lm_head` says otherwise; `dynamic` is looked up for each layer."""
+        ignore = [] if self.config.get("lm_head") else ["lm_head"]
+        some_blocks = bool(self.config.get("modules_in_block_to_quantize"))
+        return Declaration([(["Linear"], self._scheme(self.config))], ignore, names_layers=not some_blocks)
+
+    def scheme_of(self, layer: str) -> LayerScheme | None:
+        """Return the scheme of a layer by the first pattern of `dynamic` that matches: `-:` leaves it out."""
+        scheme = super().scheme_of(layer)
+        for pattern, settings in (self.config.get("dynamic") or {}).items():
+            # without a sign a pattern overrides, as `+:` does
+            if scheme is not None and matches_from_start(re.sub("^[+-]:", "", pattern), layer):
+                return None if pattern.startswith("-:") else self._scheme({**self.config, **(settings or {})})
+        return scheme
 
     def _scheme(self, config: Mapping[str, Any]) -> LayerScheme:
         size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)

@@ -34,6 +34,7 @@ from ..suite import (
     load_suite,
     misfit,
 )
+from ._compat import fixture_source
 from .options import Options
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
@@ -140,18 +141,6 @@ class QsaSuite(pytest.Module):
     def istestclass(self, obj: object, name: str) -> bool:
         """Collect no class."""
         return False
-
-
-def fixture_source(item: pytest.Item, name: str) -> str:
-    """Say which of the fixtures of a name an item gets: where it is defined, and its parameter.
-
-    Without it (a pytest that has moved it), all items are taken to get the same one.
-    """
-    manager = getattr(item.session, "_fixturemanager", None)
-    definitions = manager.getfixturedefs(name, item) if manager else None
-    callspec = getattr(item, "callspec", None)
-    parameter = callspec.indices.get(name, "") if callspec else ""
-    return f"{definitions[-1].baseid if definitions else ''}[{parameter}]"
 
 
 EVERYTHING = ALL_STATISTICS | {Massive(100.0, 1000.0)}

@@ -166,7 +166,7 @@ def checkpoint_formats(files: Files) -> Iterator[Finding]:
 @_check(_all_layers)
 def checkpoint_keys(files: Files) -> Iterator[Finding]:
     """Count tensors that are missing or unexpected by the index, the number of blocks, or the sibling blocks."""
-    yield from lost_keys(files.folder)
+    yield from lost_keys(files.format)
 
 
 @_check(_settings)

@@ -15,12 +15,13 @@ _SAVE = "a loader fills it with random numbers: save or copy the checkpoint agai
 _DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
 
 
-def lost_keys(folder: Folder) -> Iterator[Finding]:
+def lost_keys(form: Format) -> Iterator[Finding]:
     """Yield keys that are missing or unexpected by the index, by the number of blocks, or by the sibling blocks."""
+    folder = form.folder
     yield from _by_index(folder)
     for container, blocks in _containers(folder).items():
         yield from _by_number(folder, container, blocks)
-        yield from _by_siblings(folder, container, blocks)
+        yield from (each for each in _by_siblings(folder, container, blocks) if not _left_out(form, each))
     yield from _by_shape(folder)
 
 
@@ -76,6 +77,15 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
         for rest in sorted(keys - nearest):
             tensor = folder.tensors[f"{container}.{number}.{rest}"]
             yield Finding.at(tensor, f"unexpected: none of {kinds[nearest]} sibling blocks has it", _DROPPED)
+
+
+def _left_out(form: Format, finding: Finding) -> bool:
+    """Say whether a key is other than the siblings' because the configuration leaves its layer alone in floats."""
+    layer, declaration = finding.layer, form.declaration
+    if not declaration.names_layers or form.scheme_of(layer) is not None or "weight" not in form.parts(layer):
+        return False
+    quantized = {part for _, each in declaration.groups for choice in each.required for part in choice}
+    return finding.tensor[len(layer) + 1 :] in quantized | {"weight"}
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> float:

@@ -43,6 +43,7 @@ class Format:
     Attributes:
         name: the `quant_method` by which a configuration declares the format.
         libraries: the packages that unpack it; their versions are part of the fingerprint of a capture.
+        loads: transformers can load it; else tensors that it drops are no fault of the files.
         streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.
         codes: the parts that may hold a layer's codes, in the order in which they are looked for.
@@ -52,6 +53,7 @@ class Format:
 
     name: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
+    loads: ClassVar[bool] = True
     streams: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")

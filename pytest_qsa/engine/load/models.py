@@ -176,8 +176,9 @@ def _check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> 
     if not (mismatched or missing or unexpected):
         return
     form = format_of(open_folder(path, spec.revision, spec.gguf_file))
+    known = form.loads and bool(form.name or not form.folder.quantization)
     # A declared format that nothing here knows is left unread by transformers as well: the files may be sound.
-    kind: type[QsaError] = AnomalyError if form.name or not form.folder.quantization else InfraError
+    kind: type[QsaError] = AnomalyError if known else InfraError
     for key, stored, wanted in mismatched:
         text = f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: "
         if _sound(form, key.rpartition(".")[0]):
@@ -203,8 +204,11 @@ def _sound(form: Format, layer: str) -> bool:
 
 
 def _belongs_to_quantization(form: Format, key: str) -> bool:
-    part = key.rpartition(".")[2]
-    return bool(form.scales.search(part) or form.zero_points.search(part) or part in set(form.codes) - {"weight"})
+    tensor = form.folder.tensors.get(key)
+    part = tensor.part if tensor else key.rpartition(".")[2]
+    return part.startswith("weight.") or bool(
+        form.scales.search(part) or form.zero_points.search(part) or part in set(form.codes) - {"weight"}
+    )
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:

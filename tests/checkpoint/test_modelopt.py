@@ -1,0 +1,170 @@
+"""ModelOpt's FP8, NVFP4 and MXFP8: packed here by the formula, in float64, for no loader of theirs is installed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
+from pytest_qsa.common import AnomalyError, InfraError
+from support.checkpoints import edited
+
+DOWN = "model.layers.2.mlp.down_proj"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+FP8 = torch.float8_e4m3fn
+
+
+def fp8(weight):
+    scale = weight.abs().max() / 448
+    return {"weight": (weight / scale).to(FP8), "weight_scale": scale.float(), "input_scale": torch.tensor(0.02)}
+
+
+def fp8_channel(weight):
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    return {"weight": (weight / scale).to(FP8), "weight_scale": scale[:, 0].float()}
+
+
+def mxfp8(weight):
+    groups = weight.reshape(len(weight), -1, 32)
+    exponent = torch.floor(torch.log2(groups.abs().amax(dim=-1))) - 8
+    codes = (groups / 2.0 ** exponent[..., None]).clamp(-448, 448).to(FP8)
+    return {"weight": codes.reshape(weight.shape), "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
+def nvfp4(weight):
+    whole = (weight.abs().max() / (448 * 6)).float()
+    groups = weight.reshape(len(weight), -1, 16)
+    scale = (groups.abs().amax(dim=-1) / 6 / whole).to(FP8)
+    scaled = groups / (scale.double() * whole.double())[..., None]
+    codes = (scaled[..., None] - E2M1).abs().argmin(dim=-1).reshape(weight.shape).to(torch.uint8)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    input_scale = torch.tensor(0.01)
+    return {"weight": packed, "weight_scale": scale, "weight_scale_2": whole, "input_scale": input_scale}
+
+
+def nvfp4_awq(weight):
+    smoothing = torch.linspace(0.5, 2, weight.shape[1], dtype=torch.float64)
+    return {**nvfp4(weight / smoothing), "pre_quant_scale": smoothing.to(torch.bfloat16)}
+
+
+ALGORITHMS = {
+    "FP8": fp8,
+    "FP8_PER_CHANNEL_PER_TOKEN": fp8_channel,
+    "MXFP8": mxfp8,
+    "NVFP4": nvfp4,
+    "NVFP4_AWQ": nvfp4_awq,
+}
+
+
+def exported(source, folder, algorithm, *, config=None, **settings):
+    """Pack the projections of a checkpoint, and declare it as ModelOpt does; attention of block 1 is left out."""
+
+    def quantize(weights):
+        for name in [name for name in weights if name.split(".")[-2] in PROJECTIONS and "1.self_attn" not in name]:
+            packed = ALGORITHMS[algorithm](weights.pop(name).double())
+            stem = name.removesuffix("weight")
+            weights.update({f"{stem}{part}": tensor.contiguous() for part, tensor in packed.items()})
+
+    edited(source, folder, quantize, config=config or (lambda settings: None))
+    declared = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "*.1.self_attn*"]}
+    content = {"producer": {"name": "modelopt", "version": "0.39.0"}, "quantization": declared | settings}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def healthy(request, llama, tmp_path_factory):
+    return exported(llama, tmp_path_factory.mktemp("modelopt") / "exported", request.param)
+
+
+@pytest.fixture(scope="module")
+def four(llama, tmp_path_factory):
+    return exported(llama, tmp_path_factory.mktemp("modelopt") / "four", "NVFP4")
+
+
+def findings(folder):
+    return [(f.tensor, f.what) for f in problems_of(Files(open_folder(folder)), "checkpoint_health")[1]]
+
+
+def test_a_healthy_checkpoint_has_no_problem(healthy):
+    found = [each for each in findings(healthy) if "input_scale" not in each[0]]  # made alike in every block here
+    assert found == []
+
+
+def by_formula(parts):
+    raw = {part: torch.from_numpy(np.array(tensor.raw())) for part, tensor in parts.items()}
+    weight, scale = raw["weight"], raw["weight_scale"]
+    if "weight_scale_2" in raw:
+        weight = E2M1[torch.stack([weight & 15, weight >> 4], dim=-1).reshape(len(weight), -1).long()]
+        scale = scale.view(FP8).double() * raw["weight_scale_2"].double()
+    else:
+        weight = weight.view(FP8).double()
+        scale = 2.0 ** (scale.double() - 127) if scale.dtype == torch.uint8 else scale.double()
+    if scale.dim() == 2:
+        scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    weight = weight * (scale[:, None] if scale.dim() == 1 else scale)
+    smoothing = parts["pre_quant_scale"].values() if "pre_quant_scale" in parts else 1.0
+    return weight.numpy() * smoothing
+
+
+def test_rows_follow_the_formula_and_come_near_the_original(healthy, llama):
+    form, original = format_of(open_folder(healthy)), open_folder(llama).tensors[f"{DOWN}.weight"].values()
+    rows = form.rows(DOWN)
+    np.testing.assert_allclose(rows, by_formula(form.parts(DOWN)), rtol=1e-14)
+    np.testing.assert_array_equal(form.rows(DOWN, slice(3, 9)), rows[3:9])
+    assert ((rows - original) ** 2).sum() < 0.02 * (original**2).sum()
+
+
+def change(part, edit):
+    return lambda weights: edit(weights[f"{DOWN}.{part}"])
+
+
+FAULTS_OF_FILES = {
+    "NaN": (change("weight_scale", lambda t: t.view(torch.uint8)[0, :1].fill_(127)), "1 of 128 are NaN"),
+    "scale": (change("weight_scale_2", lambda t: t.mul_(4)), "the median scale is "),
+    "constant": (change("weight", lambda t: t.fill_(0x33)), "all of it is one value"),
+    "lost": (lambda w: w.pop(f"{DOWN}.weight_scale_2"), "missing, though the scheme NVFP4 needs it"),
+    "shape": (lambda w: w.update({f"{DOWN}.weight_scale": torch.ones(32, 2).to(FP8)}), "shape 32×2, but group-wise"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_FILES)
+def test_a_fault_is_found_and_its_layer_named(four, tmp_path, fault):
+    edit, text = FAULTS_OF_FILES[fault]
+    found = findings(edited(four, tmp_path / "faulty", edit))
+    assert any(tensor.startswith(DOWN) and text in what for tensor, what in found), found
+
+
+def test_a_layer_that_lacks_a_scale_is_never_read_as_numbers(four, tmp_path):
+    form = format_of(open_folder(edited(four, tmp_path / "lost", lambda w: w.pop(f"{DOWN}.weight_scale_2"))))
+    with pytest.raises(AnomalyError, match="weight_scale_2 is missing"):
+        form.rows(DOWN)
+
+
+@pytest.mark.parametrize("algorithm", ["W4A8_AWQ", "NVFP4_SVD"])
+def test_an_algorithm_that_is_not_read_is_refused_by_name(llama, tmp_path, algorithm):
+    folder = exported(llama, tmp_path / "other", "NVFP4", quant_algo=algorithm)
+    with pytest.raises(InfraError, match=f"quant_algo {algorithm} is not known here"):
+        findings(folder)
+
+
+def test_mixed_precision_is_read_layer_by_layer(four, tmp_path, llama):
+    layers = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in open_folder(four).layers if "_proj" in name}
+    layers = {name: each for name, each in layers.items() if "1.self_attn" not in name}
+    folder = exported(llama, tmp_path / "mixed", "NVFP4", quant_algo="MIXED_PRECISION", quantized_layers=layers)
+    form = format_of(open_folder(folder))
+    assert form.rows(DOWN) is not None
+    assert form.scheme_of("model.layers.1.self_attn.q_proj") is None
+
+
+def test_two_configurations_that_disagree_are_a_finding(llama, tmp_path):
+    def config(settings):
+        settings["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+
+    found = dict(findings(exported(llama, tmp_path / "two", "NVFP4", config=config)))
+    assert found[f"{DOWN}.weight"] == "hf_quant_config.json declares NVFP4, config.json FP8"
+    assert "lm_head.weight" not in found

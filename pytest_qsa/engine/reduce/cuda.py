@@ -14,10 +14,9 @@ from torch import Tensor
 from ...captures import PADDING, TOP_NAMES, UNKNOWN
 from . import cuda_kernels as triton_kernels
 from .reductions import Plan, Row, Tables, blank_missing, peak_count, reduce_each
-from .storage import Accumulator, widened
+from .storage import HALF, Accumulator, widened
 from .torch_ops import TorchReducer
 
-HALF = 1 << 15
 BATCH_SIZE = 8
 """Rows whose numbers are computed together."""
 COPIES = 64

@@ -233,6 +233,7 @@ def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 Sparse = tuple[NDArray[np.uint16], NDArray[np.int64]]
 """Bins, ascending, and their counts."""
 HALF = 1 << 15
+"""The 16-bit patterns of one sign."""
 PAGE = 256
 """A window begins and ends at a multiple of this, two octaves of bfloat16, with as much to spare, so that it seldom
 grows."""

@@ -20,6 +20,7 @@ from .formats.format import (
     element_count as element_count,
     format_of as format_of,
     libraries_of_formats as libraries_of_formats,
+    scale_values as scale_values,
     spread_scales as spread_scales,
     streams_from_disk as streams_from_disk,
 )

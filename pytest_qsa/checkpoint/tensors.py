@@ -147,7 +147,9 @@ def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
         return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
     if dtype == "F8_E8M0":
-        return np.clip(np.round(np.log2(values)) + 127, 0, 254).astype(np.uint8)
+        with np.errstate(divide="ignore", invalid="ignore"):  # it has no zero, whose logarithm is clipped
+            exponents = np.clip(np.round(np.log2(values)) + 127, 0, 254)
+        return np.where(np.isnan(exponents), 255, exponents).astype(np.uint8)
     if dtype in EIGHT_BITS:
         table = decoded(np.arange(256, dtype=np.uint8), dtype).astype(np.float64)
         # the finite codes in the order of their values; a number belongs to the code on its side of the midpoint

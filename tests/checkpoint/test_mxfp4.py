@@ -13,6 +13,7 @@ from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
 from pytest_qsa.engine.formats.stored import StoredWeights
 from pytest_qsa.tools.selftest.faults import FAULTS
+from pytest_qsa.tools.selftest.mutant import Mutant
 from support.checkpoints import edited
 
 EXPERTS = "model.layers.2.mlp.experts"
@@ -126,3 +127,12 @@ def test_blocks_without_scales_are_never_read_as_numbers(healthy, tmp_path):
 )
 def test_faults_of_the_self_test_can_be_put_into_it(healthy, fault):
     assert DOWN in FAULTS[fault].targets(open_folder(healthy))
+
+
+def test_a_fault_of_scales_changes_exponents(healthy):
+    mutant, folder = Mutant(open_folder(healthy)), open_folder(healthy)
+    name = f"{DOWN}_scales"
+    FAULTS["scale_layer"].inject(mutant, DOWN, 4.0)
+    np.testing.assert_array_equal(mutant.raw(name), np.array(folder.tensors[name].raw()) + 2)
+    FAULTS["nan_scale"].inject(mutant, DOWN, 3.0)
+    assert (mutant.raw(name) == 255).sum() == 3

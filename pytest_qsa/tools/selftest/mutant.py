@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint import INDEX, Folder, Tensor, encoded
+from ...checkpoint import INDEX, Folder, Tensor, encoded, scale_values
 from ...common import write_atomically
 
 CHUNK = 1 << 24
@@ -59,10 +59,11 @@ class Mutant:
 
     @contextmanager
     def edit_values(self, name: str) -> Iterator[NDArray[np.float64]]:
-        """Yield the original's values of a floating-point tensor, to be changed in place and rounded to its dtype."""
-        values = self.source.tensors[name].values()
+        """Yield the original's values of floats or of exponents, to be changed in place and rounded to its dtype."""
+        tensor = self.source.tensors[name]
+        values = scale_values(tensor)
         yield values
-        self.put(name, encoded(values, self.source.tensors[name].dtype))
+        self.put(name, encoded(values, "F8_E8M0" if tensor.dtype == "U8" else tensor.dtype))
 
     def replace(self, name: str, dtype: str, values: NDArray[np.float64]) -> None:
         """Replace a tensor by one of another dtype or shape."""

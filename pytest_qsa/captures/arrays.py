@@ -71,6 +71,7 @@ def _ragged(tables: Sequence[Array]) -> Array:
 def _extremes(arrays: Sequence[Array]) -> Array:
     """Fold `EXTREME_NAMES`: the largest and the smallest |x|, then the smallest and the largest x."""
     largest, smallest, low, high = np.stack(arrays).swapaxes(0, 1)
+    # These ufuncs pass NaN on: if one part has not counted the signs, nothing is known of the whole.
     ends = [np.maximum.reduce(largest), np.minimum.reduce(smallest), np.minimum.reduce(low), np.maximum.reduce(high)]
     return np.array(ends, dtype=arrays[0].dtype)
 

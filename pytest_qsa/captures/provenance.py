@@ -28,6 +28,7 @@ class _Record:
     @classmethod
     def of(cls, content: Json) -> Self:
         """Read it from JSON."""
+        # A key that is unknown here was written by a newer version.
         known = {_key(each): each.name for each in fields(cls)}
         return cls(**{known[key]: value for key, value in content.items() if key in known})
 
@@ -83,6 +84,7 @@ class ModelProvenance(_Record):
     revision: str | None = None
     served: ServedProvenance | None = None
     files: FilesProvenance | None = None
+    # In the JSON the key is `class`, which can't be the name of an attribute in Python.
     class_name: str | None = field(default=None, metadata={"key": "class"})
     dtype: str | None = None
     device: str | None = None
@@ -160,6 +162,7 @@ class DataProvenance(_Record):
     def plain(self) -> Json:
         """Return it as JSON, the settings among the other keys; empty where nothing is known."""
         content = super().plain()
+        # A field with a default_factory is never equal to its `default`, so the parent always writes it.
         settings = content.pop("settings")
         return {"source": self.source} | settings | content if settings or content else {}
 
@@ -324,6 +327,7 @@ UNKNOWN_RUN = Provenance()
 def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
     """Say what a baseline was made with, and what is different now. A difference is reported and fails nothing."""
     before, after = then.for_baseline(), now.for_baseline()
+    # The checkpoint is expected to be another one, and `made` names the old one already.
     names = sorted({*before, *after} - {"model", "weights"})
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}" for name in names if before.get(name) != after.get(name)

@@ -56,6 +56,7 @@ class Sinks:
         """Return those of a sample's tokens that count, [T] booleans, that `positions` names, in canonical form."""
         named = counting.copy()
         if positions.startswith("skip_first:"):
+            # The first ones that count: padding on the left of a sample is no token to skip.
             named[np.flatnonzero(named)[: int(positions.partition(":")[2])]] = False
         elif positions != "all":
             sinks = self.mask(sample, len(named), layer)
@@ -65,6 +66,7 @@ class Sinks:
     def _trunk(self, layer: str) -> str | None:
         """Return the trunk that a layer belongs to; None, which stands for all of them, where it belongs to none."""
         beside = (trunk for trunk in self.trunks if layer.startswith(trunk.rpartition(".")[0] + "."))
+        # Trunks may be nested in one another, and the innermost has the longest name.
         return max(beside, key=len, default=None)
 
     def summary(self) -> str:

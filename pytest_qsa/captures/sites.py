@@ -77,6 +77,7 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
         return AnomalyError(
             f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
         )
+    # difflib compares plain text, so the pattern is first made to look like the name of a layer.
     plain = re.sub(r"\\d[+*]?", "0", pattern).replace("\\.", ".").strip("^$")
     near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or list(modules[:3])
     return AnomalyError(
@@ -111,6 +112,7 @@ def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:
     for request in requests:
         key = (request.pattern, request.site, request.exclude)
         union[key] = union.get(key, frozenset()) | request.statistics
+    # `exclude` may be None, which can't be sorted among texts.
     ordered = sorted(union.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or ""))
     return tuple(Request(pattern, site, exclude, stats) for (pattern, site, exclude), stats in ordered)
 
@@ -211,6 +213,7 @@ class SiteNumbers:
             "dtype": self.dtype,
             "shape": list(self.shape),
             "token_axis": self.token_axis,
+            # Sorted, because equal captures have equal bytes.
             "statistics": sorted(map(str, self.statistics)),
         }
         return {**{name: getattr(self, name) for name in POPULATIONS}, **self.arrays}, header
@@ -223,6 +226,7 @@ class SiteNumbers:
             ValueError: there is an array that no statistic keeps.
         """
         kept = {name: array for name, array in arrays.items() if name not in POPULATIONS}
+        # Behind a slash are the parameters of the statistic.
         if unknown := sorted({name.partition("/")[0] for name in kept} - {*LAYOUTS}):
             raise ValueError(f"no statistic keeps an array '{unknown[0]}'")
         return cls(

@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(arguments)
 
+    # First, so that a misspelt condition is reported before any large file is read.
     conditions = tools.parse_all(options.fail_on)
     also = [condition.metric for condition in conditions if condition.metric is not None]
     diff = tools.compare_sides(tools.read_side(options.old), tools.read_side(options.new), also, options.threshold)
@@ -55,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many layers to list (default: 20)")
     parser.add_argument(
-        "--least", type=_share, default=0.01, metavar="N%", help="the change from which on a layer moved (default: 1%%)"
+        # argparse formats its help with %, so that a percent sign is doubled.
+        "--least",
+        type=_share,
+        default=0.01,
+        metavar="N%",
+        help="the change from which on a layer moved (default: 1%%)",
     )
     parser.add_argument(
         "--threshold",

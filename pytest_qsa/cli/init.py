@@ -25,8 +25,10 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, overrides = parse_with_overrides(_parser(), arguments)
     target = options.output or Path(f"{_name(options.model)}.qsa.yaml")
+    # Before the measuring, which takes most of the time.
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
+    # As if it were read from the file that is to be written: messages and relative paths refer to that one.
     source = suite.YamlSource(target, _sections(options, target))
     subject = suite.subject_of(suite.load_suite(source, overrides, "--"))
     first = tools.first_suite(

@@ -24,6 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
+    # A suite made of the option alone, whose errors then name the option in the place of a file.
     named = suite.YamlSource(Path("--model"), {"model": {"path": options.model}})
     subject = suite.subject_of(suite.load_suite(options.config or named))
 

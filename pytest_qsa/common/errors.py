@@ -15,6 +15,8 @@ SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S
 
 def scrubbed(text: str) -> str:
     """Replace the hub's token and passwords in URLs: libraries put both into the texts of their errors."""
+    # By value as well, for not every token begins with hf_. An empty variable must not get here: to replace
+    # '' would put … between all characters.
     for token in filter(None, map(os.environ.get, TOKEN_VARIABLES)):
         text = text.replace(token, "…")
     return SECRETS.sub("…", text)
@@ -26,9 +28,11 @@ class QsaError(Exception):
     kind = "INFRA"
 
     def __init__(self, message: str) -> None:
+        # Here, so that nothing that prints or stores an error has to think of it.
         super().__init__(scrubbed(message))
 
 
+# A ValueError too: pydantic catches it in a validator and adds where in the suite it was raised.
 class SuiteError(QsaError, ValueError):
     """A suite, an override or a regular expression is wrong. `key`: the key of an assertion that it is about."""
 

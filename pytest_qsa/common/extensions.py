@@ -56,7 +56,9 @@ class Registry(Generic[T]):
         """
         self.built_in()
         if not self._entry_points_loaded:
+            # Before the loop, because a module that is loaded may itself ask for everything.
             self._entry_points_loaded = True
+            # By name, so that the order does not depend on which package was installed first.
             for entry in sorted(metadata.entry_points(group=self.group), key=lambda entry: entry.name):
                 logger.debug("loading the entry point %s = %s of the group %s", entry.name, entry.value, self.group)
                 try:

@@ -22,12 +22,14 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         OSError: the folder can't be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)  # mkstemp makes it readable for its owner alone
         os.replace(temporary, path)
+    # Also at Ctrl-C, which is no Exception.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -54,6 +56,7 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     def cleanup(self) -> None:
         """Remove the folder, then the lock file."""
         super().cleanup()
+        # After the folder: without its lock file, the rest of a half removed one would stay for ever.
         self._lock.release()
         self._file.unlink(missing_ok=True)
 
@@ -63,6 +66,7 @@ def _remove_orphans(home: Path, prefix: str) -> None:
     for file in home.glob(f"{prefix}-*.lock"):
         with suppress(OSError, NotImplementedError, Timeout):
             if _is_own_file(file):
+                # Whoever gets the lock at once knows that the process of its owner has ended.
                 with FileLock(file, timeout=0, thread_local=False):
                     for folder in home.glob(f"{file.stem}-*"):
                         shutil.rmtree(folder, ignore_errors=True)

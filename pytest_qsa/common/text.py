@@ -28,6 +28,7 @@ def markdown_table(table: Iterable[Sequence[str]]) -> Iterator[str]:
 def escaped(text: str) -> str:
     """Escape what Markdown or HTML would act on; a line stays a line."""
     text = "".join(f"\\{c}" if c in r"\`*_{}[]()#|~" else c for c in visible(text))
+    # The zero-width space after an @ keeps a name from notifying the person on GitHub.
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
 
 
@@ -35,6 +36,8 @@ def fitted(text: str, most: int) -> str:
     """Cut a text at the end of a line to at most `most` bytes, and say that it was cut."""
     if len(text.encode()) <= most:
         return text
+    # 60 bytes leave room for the last sentence; the cut may fall into a character, whose bytes are then
+    # dropped.
     cut = text.encode()[: most - 60].decode("utf-8", "ignore").rpartition("\n")[0]
     return f"{cut}\n\n… cut; the report has all of it.\n"
 

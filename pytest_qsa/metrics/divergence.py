@@ -70,9 +70,11 @@ def ks_of(old: SiteNumbers, new: SiteNumbers) -> float:
 def wasserstein_of(old: SiteNumbers, new: SiteNumbers, *, relative: bool = False) -> float:
     """Return `wasserstein` of one site; NaN if either side holds NaN or Inf."""
     values, before, after = _cumulated(old, new)
+    # The cumulated shares are steps: from one value to the next they stay what they are at the lower one.
     distance = float(np.sum(np.abs(before - after)[:-1] * np.diff(values)))
     if not relative:
         return distance
+    # A site of zeros alone gives NaN or Inf here, which `_series` reports as a problem of its layer.
     own, counts = sorted_counts(old)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(distance / np.average(own, weights=counts))
@@ -129,6 +131,7 @@ def _series(
         for layer, value in zip(layers, values, strict=True)
         if not np.isfinite(value)
     }
+    # A bin of float32 holds many values, so its numbers are estimates.
     wide = not all(numbers.counted_exactly for pair in pairs for numbers in pair)
     query = Query(name, f"{name}/1", site, pattern, exclude, parameters, estimated=wide)
     return Series(layers, values, query, problems=problems)

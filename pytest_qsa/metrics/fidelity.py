@@ -37,6 +37,8 @@ Rows = Annotated[int, Ge(2), Le(4096)]
 
 
 def _error_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    # `error` has sums for each token, from which no channel's can be had, so the pass sums these for the
+    # positions.
     if parameters.get("by") == "channel" and site != "weight":
         return frozenset({ChannelError(positions)})
     return frozenset({ERROR})
@@ -120,6 +122,7 @@ def local_tokens(view: View, population: int, rows: int | None = None) -> tuple[
     numbers = view.numbers
     drawn_key, powers_key = LocalError(rows).keys if rows is not None else ("", "")
     at = numbers.arrays.get(drawn_key, numbers.local_rows)[population]
+    # −1 fills up the rows of shorter samples.
     drawn = at >= 0
     drawn[drawn] = view.among(population, np.ones(numbers.lengths[population], dtype=bool))[at[drawn]]
     return at[drawn].astype(np.int64), numbers.arrays.get(powers_key, numbers.local)[population][drawn].astype(
@@ -184,6 +187,7 @@ def _some(view: View, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _by_channel(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # The rows of a weight's `error` are its output channels.
     if view.site == "weight":
         tokens = compared(view)
         return tokens[:, SIGNAL], tokens[:, NOISE]
@@ -217,6 +221,7 @@ def _spread(parts: NDArray[np.float64]) -> float:
 def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
     """Convert an SQNR and its interval from dB to a quotient. `step`: 10 for powers, 20 for norms."""
     found = _interval(tokens[:, SIGNAL], tokens[:, NOISE])
+    # More dB is a smaller error, so the two ends change places.
     value, high, low = (float(10 ** (-each / step)) for each in (found.value, found.low, found.high))
     return Estimate(value, low, high, found.count)
 
@@ -224,6 +229,7 @@ def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
 def _worst(signal: NDArray[np.float64], error: NDArray[np.float64]) -> float:
     pairs = zip(signal.tolist(), error.tolist(), strict=True)
     values = [decibels(x, e) for x, e in pairs if x != 0 or e != 0]
+    # Whether Python's `min` returns NaN depends on the order of its values, so NaN is looked for first.
     return min(values, default=float("nan")) if not np.isnan(values).any() else float("nan")
 
 
@@ -271,6 +277,7 @@ def made_by_loader(numbers: SiteNumbers) -> str:
     if not own:
         return "the loader left zeros"
     gain = product / signal if signal else math.nan
+    # What the least-squares fit w ≈ gain·w₀ leaves; rounding can make it negative.
     left = own - gain * product
     if math.isfinite(gain) and decibels(own, max(left, 0.0)) > ONE_FACTOR:
         return f"the loader made it × {gain:.4g}"

@@ -140,6 +140,7 @@ def _known(view: View, column: int) -> NDArray[np.float64]:
 
 
 def _pairs(view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # Only for its error, which says why no token counts.
     _known(view, NLL)
     scores = view.numbers.scores
     both = ~np.isnan(scores[:, NLL]) & ~np.isnan(scores[:, REFERENCE_NLL])

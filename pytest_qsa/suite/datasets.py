@@ -57,6 +57,7 @@ class HubSet:
     @property
     def copies(self) -> list[Path]:
         """The files of the copies in the cache; streaming leaves none."""
+        # As `datasets` names the folder of a repository.
         folder = cache_folder() / self.repository.replace("/", "___")
         return sorted(file for file in folder.rglob("*") if file.suffix == ".arrow")
 
@@ -75,6 +76,7 @@ BUILTIN: Mapping[str, HubSet] = {
 def hub_set_of(data: Data) -> HubSet | None:
     """Return the set that a source names, `hf:NAME[:subset]` or a built-in one; None for another kind of source."""
     found = BUILTIN.get(data.source)
+    # Any folder does for `local_path` here: only whether the source is local matters.
     if found is None and data.source.startswith("hf:") and local_path(data, Path()) is None:
         name, _, subset = data.source.removeprefix("hf:").partition(":")
         found = HubSet(name, subset or None) if name else None
@@ -98,5 +100,6 @@ def local_path(data: Data, folder: Path) -> Path | None:
 
 def cache_folder() -> Path:
     """Return the cache folder of the library `datasets`."""
+    # The order in which `datasets` itself looks; to import it would take longer than all else here.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets").expanduser()

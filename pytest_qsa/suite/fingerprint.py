@@ -52,6 +52,7 @@ class FileHashes:
 
     def of(self, file: Path) -> str:
         """Return the hash of a file's content."""
+        # Before the file is read: if it changes meanwhile, the stamp no longer fits, and it is hashed again.
         status = file.stat()
         if status.st_size > SMALL and (known := self._known_hash(file)) is not None:
             return known
@@ -78,11 +79,13 @@ class FileHashes:
             return
         self._read = True
         with suppress(OSError, ValueError, TypeError):  # there is no such file yet, or it is damaged
+            # What this process has hashed itself is newer than the file, so it wins.
             self._known = json.loads(self.memory.read_text(encoding="utf-8")) | self._known
 
     def _remember(self) -> None:
         if self.memory is None:
             return
+        # Else the checkpoints that are gone would stay in it for ever.
         kept = {path: entry for path, entry in self._known.items() if Path(path).exists()}
         try:
             write_atomically(self.memory, json.dumps(kept, indent=0, sort_keys=True))
@@ -144,6 +147,7 @@ def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
 
 def _named_files(folder: Path) -> list[tuple[str, Path]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    # Names relative to the folder: a checkpoint that was moved keeps its fingerprint.
     return [(str(file.relative_to(folder)), file) for file in files]
 
 
@@ -152,6 +156,7 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
     files = weight_files(folder)
     digest = hashlib.sha256()
     for file in files:
+        # No file name holds a NUL, so that a name can't run into the hash behind it.
         digest.update(file.name.encode() + b"\0" + bytes.fromhex(hashes.of(file)))
     return f"sha256:{digest.hexdigest()}" if files else None
 
@@ -192,10 +197,12 @@ def _version(library: str) -> str:
 def machine() -> Mapping[str, Any]:
     """Describe what computes: the same bits can be expected from the same processor, threads and accelerators only."""
     processor = platform.processor()
+    # On Linux `platform.processor()` is empty or names the architecture only.
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         processor = next((line for line in lines if line.startswith("model name")), processor)
+    # From the driver's own files, because asking torch would import it.
     gpus = [file.read_text(errors="replace") for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
     return {
         "system": platform.system(), "machine": platform.machine(), "processor": processor, "cores": os.cpu_count(),

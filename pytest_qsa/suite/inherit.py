@@ -43,6 +43,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Node:
     if extending:  # a base: its paths are used from the suite that the user named
         _rebase(source, extending[0].parent)
     chain = (*extending, path)
+    # A suite without bases is merged with nothing, which turns a mapping of assertions into a list as well.
     merged = Node({}, Place(path, 1))
     for index, named in enumerate(_named_bases(source)):
         merged = _extended(merged, _base(source, index, named, chain))
@@ -61,6 +62,7 @@ def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -
     path = Path(os.path.normpath(source.path.parent / named))  # not `resolve`: messages show the path as it is written
     location: Location = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
     files = " → ".join(shown_path(file) for file in (*chain, path))
+    # With links resolved, because a circle may go through one.
     if path.resolve() in {file.resolve() for file in chain}:
         raise source.error(location, f"extends goes in a circle: {files}")
     if not path.is_file():
@@ -146,6 +148,8 @@ def _by_id(assertions: Node | None) -> dict[str, Node]:
         return {}
     if isinstance(assertions.value, list):
         ids = [entry.value.get("id") for entry in assertions.value]
+        # An entry without an id keeps its place under its index, so that the missing key is reported at its
+        # line.
         return {str(id_.value if id_ else index): assertions.value[index] for index, id_ in enumerate(ids)}
     return {
         str(name): replace(entry, value={"id": Node(str(name), entry.place), **entry.value})
@@ -194,6 +198,7 @@ def apply_defaults(source: YamlSource) -> None:
     document = Node.of(source, source.data)
     defaults, entries = document.value["defaults"], document.value.get("assertions")
     for index, entry in enumerate(source.data.get("assertions") or ()):
+        # Which keys mean something depends on the metric and the site, and these may be defaults themselves.
         taken = {key: node for key, node in defaults.value.items() if _takes({**shared, **entry}, key)}
         entries.value[index] = _merged(replace(defaults, value=taken), entries.value[index])
     source.data, source.places = document.plain(), dict(document.places())

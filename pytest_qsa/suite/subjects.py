@@ -108,6 +108,7 @@ class NamedSubject(Subject):
 
     def with_checkpoint(self, named: str) -> NamedSubject:
         """Return another checkpoint as a subject of the same data, without the keys that describe this one's files."""
+        # The name of a folder may hold an @ as well.
         path, _, revision = (named, "", "") if (self.folder / named).exists() else named.partition("@")
         source = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
         model = self.model.model_copy(update={**source, "revision": revision or None, "previous": None})

@@ -31,8 +31,10 @@ def tier_of(item: pytest.Item) -> Tier | None:
         SuiteError: a mark names an unknown tier.
     """
     marks = list(item.iter_markers("qsa"))
+    # Items that are no Python functions have no fixturenames.
     if not marks and "qsa" not in getattr(item, "fixturenames", ()):
         return None
+    # iter_markers begins with the nearest mark.
     tier = next((mark.kwargs["tier"] for mark in marks if "tier" in mark.kwargs), TIERS[0])
     if tier not in TIERS:
         raise SuiteError(

@@ -162,6 +162,7 @@ def draw_picture(
         figure = PICTURE_KINDS[picture.section].draw(Drawing(kept, capture, visualization, run))
     except QsaError as error:
         return Drawn(picture, problem=str(error)), []
+    # Whatever files are asked for: the page shows this one.
     png = report.encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     files = []
     for form in ("png", "svg"):
@@ -207,12 +208,14 @@ def export_rows(analysis: Analysis, capture: Capture, visualization: Visualizati
     found: dict[tuple[str, str, str, str, int | None], ExportRow] = {}
     for numbers in _numbers(analysis, capture, visualization):
         for row in _rows(numbers, capture, raw=raw):
+            # Pictures of several sections may rest on the same number, which the table has once.
             found.setdefault(row[:5], row)
     order = {name: index for index, name in enumerate(capture.modules)}
     return sorted(found.values(), key=lambda row: (order[row.layer], row.site))
 
 
 def _numbers(analysis: Analysis, capture: Capture, visualization: Visualization) -> Iterator[_Numbers]:
+    # Pictures that differ in their form only show the same numbers.
     for picture in {(p.section, p.site, p.layers): p for p in analysis.pictures}.values():
         try:
             layers = drawable(picture, capture)[0].layers
@@ -273,6 +276,7 @@ def as_csv(rows: Sequence[ExportRow]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(ExportRow._fields)
+    # repr writes the shortest digits that read back as the same float.
     writer.writerows((*row[:4], "" if row.sample is None else row.sample, repr(row.value)) for row in rows)
     return text.getvalue().encode()
 
@@ -291,6 +295,7 @@ def as_parquet(rows: Sequence[ExportRow]) -> bytes:
     import pyarrow.parquet
 
     columns = dict(zip(ExportRow._fields, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+    # Without a schema a column without values, such as `sample`, would get the type null.
     kinds = [pyarrow.string()] * 4 + [pyarrow.int64(), pyarrow.float64()]
     schema = pyarrow.schema(list(zip(ExportRow._fields, kinds, strict=True)))
     table = pyarrow.table({name: columns.get(name, []) for name in ExportRow._fields}, schema=schema)

@@ -78,6 +78,7 @@ class Spread:
 
         That of an estimate is at least its standard error, because a few parts can agree by chance.
         """
+        # The mean of equal floats is rounded, so that their standard deviation may come out above 0.
         apart = np.where(np.ptp(self.parts, axis=0) > 0, self.parts.std(axis=0, ddof=1), 0.0)
         return np.maximum(apart, self.errors)
 
@@ -102,6 +103,7 @@ def _finite(series: Series) -> NDArray[np.float64]:
 def _errors(series: Series) -> NDArray[np.float64]:
     """Return the standard error of each value, [L]; 0 where it is no estimate."""
     ends = [series.intervals.get(layer, (0.0, 0.0, 0)) for layer in series.layers]
+    # An interval that ends at +∞ dB has no width.
     errors = [(high - low) / STANDARD_ERRORS if math.isfinite(high) else 0.0 for low, high, _ in ends]
     return np.array(errors, dtype=np.float64)
 
@@ -137,6 +139,7 @@ def _plain_bounds(stated: Stated | None) -> list[tuple[str, float]]:
 def _group_of(side: Side, stated: Stated | None, layer: str, schemes: Mapping[str, str] | None) -> str:
     """Return the group that gives a layer its bound; empty for a bound of all layers."""
     assert stated is not None
+    # `key_of` gives the side alone, or the side and the group.
     return (*key_of(side, stated, layer, schemes), "")[1]
 
 
@@ -177,6 +180,7 @@ class Sampled:
             SuiteError: no assertion needs a pass.
             InfraError: the subject can't be run.
         """
+        # Here, because the engine imports torch, and the rest of this module needs numpy only.
         from ..engine import capture_parts
 
         requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))
@@ -251,6 +255,7 @@ def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
     except AnomalyError:  # `finding` reports what has no sound number
         return 0.0
     apart = np.abs(again - first)
+    # Where nothing differs, 0 / 0 must not arise.
     return float((apart[apart > 0] / np.abs(first[apart > 0])).max(initial=0.0))
 
 

@@ -67,12 +67,14 @@ def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
     """Return whether a kept capture answers everything, and why."""
     if cache is None:
         return False, "nothing is kept between runs (--qsa-no-cache)"
+    # Before any file is hashed: where no capture is kept there is none to look for.
     if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
         return False, "no capture is kept yet"
     subject, hashes, compared = planned.subject, FileHashes(cache / "hashes.json"), compares(planned.requests)
     folders = [subject.local_folder]
     if compared and isinstance(subject.reference, Subject):  # a cached comparison is of the reference's bytes as well
         folders.append(subject.reference.local_folder)
+    # To hash a large checkpoint takes minutes, and a plan should not.
     unknown = [file for folder in folders if folder for file in weight_files(folder) if not hashes.remembers(file)]
     if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
         return False, "not known before the run has hashed the weights"

@@ -69,6 +69,7 @@ class Analysis:
     @property
     def requests(self) -> tuple[Request, ...]:
         """What one pass has to keep for all pictures."""
+        # By the names of the layers, because `layer_selection` narrows what the patterns find.
         return merge_requests(Request(exactly(each.layers), each.site, None, each.statistics) for each in self.pictures)
 
 
@@ -130,6 +131,7 @@ class _Finder:
         return layers
 
     def _warn(self, text: str) -> None:
+        # Several sections may use one pattern, such as the magnitudes of inputs and of outputs.
         if text not in self.warnings:
             self.warnings.append(text)
 
@@ -203,6 +205,7 @@ def _problem(numbers: SiteNumbers | None, picture: Picture) -> str:
         return "is none: the layer owns no weight" if picture.site == "weight" else "was not measured"
     if not numbers.populations:
         return "was never seen: the forward pass doesn't call this layer with a floating-point tensor"
+    # Before the general check: a map is also missing where the data has no such sample.
     if picture.section == "heatmap_3d" and not any(s.key in numbers for s in picture.statistics):
         return "has no token axis, or the data has no such sample"
     if any(s.needs_tokens and s.key not in numbers for s in picture.statistics):
@@ -218,6 +221,7 @@ def _grouped(
         union = {layer for layers in found.values() for layer in layers}
         yield stem, tuple(name for name in names if name in union)
         return
+    # Patterns that differ in punctuation only have the same slug, and one picture must not overwrite another.
     slugs: dict[str, int] = {}
     for pattern, layers in found.items():
         slug = _slug(pattern)

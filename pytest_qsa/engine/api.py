@@ -89,6 +89,7 @@ def capture(
     requests = merge_requests(
         Request(pattern, site, None, _statistics(statistics, site, compared=compared)) for pattern, site in sites
     )
+    # A pass that starts again runs every batch once more: an iterator would be empty by then.
     samples = list(batches)
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
@@ -121,6 +122,7 @@ def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozen
 def _all_statistics(site: Site, *, compared: bool) -> frozenset[Statistic]:
     if site == LOGITS:
         return frozenset({SCORES, AGREEMENT} if compared else {SCORES})
+    # The thresholds of massive activations are part of what is counted; these are the metric's defaults.
     both = {ERROR, REFERENCE_TOKENS, REFERENCE_SINKS} if compared else set()
     return ALL_STATISTICS | {Massive(100.0, 1000.0)} | both
 
@@ -165,9 +167,12 @@ def capture_parts(
         data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
         subject = replace(subject, data=data)
         if reference is not None:
+            # The subject's tokenizer makes the batches of both models: to the reference its ids must mean the
+            # same text.
             check_tokens(data, loaded.tokenizer, reference.tokenizer, subject.folder)
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
+        # A model's weights are the same in every part, so only the first pass reads them.
         activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))

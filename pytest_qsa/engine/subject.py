@@ -217,6 +217,7 @@ def capture_loaded(
     capture = share.ranks.gathered(run.own_part)
     if capture.reference is not None and isinstance(reference, Loaded):
         path = subject.reference.path if isinstance(subject.reference, NamedSubject) else ""
+        # The reference runs the subject's data, so that only its model needs to be named.
         theirs = provenance_of(reference.model, path)
         capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
     provenance = replace(
@@ -288,6 +289,7 @@ class _SharedPass:
             return range(len(self.batches))
         wanted, starts = self.share.samples, self.starts
         first, end = wanted[0], min(wanted[1], starts[-1])
+        # A batch runs as a whole, so that a share can't begin or end inside one.
         if first not in starts or end not in starts or first >= end:
             raise InfraError(
                 f"the samples {wanted[0]}:{wanted[1]} are no whole batches: there are {starts[-1]} samples "
@@ -299,6 +301,8 @@ class _SharedPass:
         """Return what an interrupted pass over the samples from `first` to `end` left of its first ones, if any."""
         done = self.share.sums.load(self.requests) if self.share.sums else None
         held = done.provenance.samples if done else None
+        # The earlier run may have had another share or batch size, whose samples end inside a batch of this
+        # run.
         if held is None or held.first != first or held.end not in self.starts or not first < held.end < end:
             return None
         logger.debug("an interrupted pass goes on: %d of %d samples are done", held.end - first, end - first)
@@ -311,6 +315,7 @@ class _SharedPass:
         position = held.end if held else first
 
         def joined(capture: Capture, to: int) -> Capture:
+            # `merge` joins captures by the range of samples that each one states.
             part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
             return merge([done, part]) if done else part
 
@@ -358,6 +363,7 @@ def _provenance(
     subject: Subject, loaded: Loaded, batches: Sequence[Batch], *, own_batches: bool, note: str = ""
 ) -> Provenance:
     """Say where a run's numbers come from. `note`: what is to be said of the tokenizer."""
+    # The batch size changes no sample: captures of different ones have the same data.
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
     folder = subject.local_folder
     fetched = folder is not None and not Path(subject.path).is_dir()
@@ -377,6 +383,7 @@ def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int]
         tensors = {name: value for name, value in sorted(named.items()) if isinstance(value, Tensor)}
         for rows in zip(*tensors.values(), strict=False):
             for name, row in zip(tensors, rows, strict=True):
+                # numpy has no bfloat16, so that a row is hashed as bytes; torch can't view a scalar as bytes.
                 content = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b""
                 yield name, str(row.dtype).removeprefix("torch."), row.shape, content
 

@@ -33,12 +33,15 @@ class CompressedTensorsModules(EngineFormat):
         with torch.no_grad():
             if status == QuantizationStatus.COMPRESSED:
                 form = scheme.format or infer_module_format(type(module), scheme)
+                # The codes, scales and zero points of a packed module may be parameters or buffers.
                 own = {**module._parameters, **module._buffers}
                 tensors = {name: tensor.detach() for name, tensor in own.items() if tensor is not None}
                 compressor = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
                 weight: Tensor | None = compressor.decompress(tensors, scheme).get("weight")
                 return weight
             weight = getattr(module, "weight", None)
+            # A decompressed module multiplies by its weight as it is; before that stage its forward rounds
+            # the weight.
             if weight is None or status is None or status > QuantizationStatus.COMPRESSED:
                 return weight
             rounded: Tensor = forward_quantize(module, weight.detach(), "weight", scheme.weights)
@@ -99,6 +102,7 @@ class CompressedTensorsModules(EngineFormat):
 def _config(stored: Format) -> Any:
     from compressed_tensors.quantization import QuantizationConfig
 
+    # transformers writes keys of its own, which the library tolerates only for now.
     known = QuantizationConfig.model_fields
     return QuantizationConfig.model_validate(
         {key: value for key, value in stored.folder.quantization.items() if key in known}

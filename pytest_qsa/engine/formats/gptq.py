@@ -17,6 +17,7 @@ class GptqModules(EngineFormat):
         """Return the bits of the configuration, and inputs in 16 bits."""
         if settings["quant_method"] != self.name:
             return None
+        # 4 is transformers' default for AWQ, whose configurations may leave the bits out.
         return scheme_name(int(settings.get("bits") or 4), 16, floats=False)
 
 

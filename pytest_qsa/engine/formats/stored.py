@@ -56,6 +56,7 @@ class StoredWeights:
             return None if weight is None else _powers(name, weight, self._weight(self._layers[name]))
         if name not in self._experts:
             return None
+        # A layer has one number: of its experts, the one that differs most stands for all.
         worst = np.zeros(4)
         for parameter, projections in EXPERT_PARTS.items():
             packed = getattr(module, parameter, None)

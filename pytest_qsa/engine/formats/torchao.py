@@ -51,9 +51,11 @@ class TorchAoModules(EngineFormat):
         if codes is None:
             return None
         name = f"{layer}.weight"
+        # The function rebuilds every tensor that the metadata lists, but only this layer's parts are read.
         own = {key: value for key, value in read_metadata(codes).items() if key == name}
         tensors = {f"{layer}.{part}": tensor for part, tensor in read_layer(stored, layer).items()}
         made: Any = unflatten_tensor_state_dict(tensors, {**own, "tensor_names": json.dumps(list(own))})
+        # Some versions also return the tensors that they left over.
         made = made[0] if isinstance(made, tuple) else made
         weight: Tensor = made[name].dequantize()
         return weight

@@ -43,6 +43,8 @@ def anatomy(spec: Model, path: str) -> Anatomy:
     linears = [
         name
         for name, module in layers_of(model).items()
+        # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no
+        # nn.Linear.
         if type(module).__name__.endswith(("Linear", "Conv1D"))
         and any(name.startswith(f"{block}.") for block in blocks)
         and "experts" not in name.split(".")
@@ -58,6 +60,7 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(
             path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
         )
+        # Only names and shapes are wanted: on the meta device no weight takes memory.
         with torch.device("meta"):
             model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
     except QsaError:
@@ -93,11 +96,13 @@ def check_layers(model: nn.Module, reference: nn.Module) -> None:
         raise InfraError(f"the reference has {_blocks(theirs)} and the model {_blocks(own)}{_ADVICE}")
     mine, originals = layers_of(model), layers_of(reference)
     for name, layer in originals.items():
+        # The reference's classes are asked, for a quantized layer of the model may be of any class.
         if not isinstance(layer, nn.Linear | nn.Embedding):
             continue
         if name not in mine:
             raise InfraError(f"the model has no layer {name}, which the reference has{_ADVICE}")
         one, other = _widths(mine[name]), _widths(layer)
+        # Not every packed layer says its sizes; an unknown width is no contradiction.
         if one and one != other:
             raise InfraError(f"{name} is {one} here and {other} in the reference{_ADVICE}")
 

@@ -59,6 +59,7 @@ def answers_of(
         AnomalyError: the model has fewer tokens than are asked for, or predicts none, or NaN.
         InfraError: it can't be run.
     """
+    # By index, for a streamed model ends its forwards in any order.
     found: dict[int, Answer] = {}
     device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
 
@@ -93,6 +94,7 @@ def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -
     for start in range(0, len(ids), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(ids)))
         p = logits[rows].double().log_softmax(1).cpu()
+        # gather refuses −1, so that missing ids ask for token 0 and are masked afterwards.
         known = p.gather(1, ids[rows].clamp_min(0)).masked_fill(ids[rows] == NO_TOKEN, float("-inf"))
         # A token of probability 0 adds nothing; 0 · −∞ would be NaN.
         negentropy = torch.where(p > float("-inf"), p.exp() * p, 0.0).sum(1)

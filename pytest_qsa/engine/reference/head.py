@@ -67,11 +67,13 @@ def loaded_head(model: nn.Module, name: str) -> Head:
         weight, bias = dequantized(module), getattr(module, "bias", None)
         if weight is None or weight.dim() != 2:
             raise InfraError(f"{name} has no weight of a row for each token of the vocabulary")
+        # Copies: an offloaded weight leaves memory again when the block ends.
         return Head(weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None, {})
 
 
 def scalings_of(model: nn.Module) -> Iterator[dict[str, float]]:
     """Yield the scalings that the head's output may have: none, or those of the configuration."""
+    # Whether a model applies what its configuration states shows only when its logits are made again.
     yield {}
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -136,6 +138,7 @@ def read_head(entry: Mapping[str, Any], file: Path) -> Head:
 
 
 def _is(stored: Stored, tensor: Tensor) -> bool:
+    # Integers are codes, which may have the weight's shape, so that only floats are read.
     if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES or not DTYPES[stored.dtype].is_floating_point:
         return False
     return torch.equal(_decoded(stored, _bytes(stored)).to(tensor.dtype), tensor.cpu())

@@ -46,11 +46,13 @@ def hashes_of(batch: Batch) -> list[str]:
     for row in range(count):
         digest = hashlib.sha256()
         for name, tensor in tensors.items():
+            # A mask counts only by the tokens that it leaves: padding depends on how samples are batched.
             if name in MASKS.values():
                 continue
             values, mask = tensor[row].detach().cpu(), tensors.get(MASKS.get(name, ""))
             if mask is not None and mask.shape[1:] == values.shape[:1]:
                 values = values[mask[row].bool().cpu()]
+            # One width for all: int32 and int64 ids are the same sample. And numpy has no bfloat16.
             values = values.double() if values.is_floating_point() else values.long()
             digest.update(f"{name}{tuple(values.shape)}".encode() + values.contiguous().numpy().tobytes())
         found.append(digest.hexdigest())
@@ -132,6 +134,7 @@ class ReferenceContent:
             "hidden": hidden,
             "head": self.head,
         }
+        # Sorted, so that equal content makes equal bytes.
         return save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)})
 
 
@@ -141,6 +144,7 @@ class _Tensors:
     _known: dict[Any, str] = field(default_factory=dict)
 
     def add(self, kind: str, tensor: Tensor) -> str:
+        # As bytes, for numpy has no bfloat16.
         content = tensor.contiguous().flatten().view(torch.uint8).numpy()
         key = (kind, tensor.dtype, tuple(tensor.shape), hashlib.sha256(content.tobytes()).digest())
         if key not in self._known:
@@ -152,6 +156,7 @@ class _Tensors:
 def _deflated(values: Tensor) -> Tensor:
     """Compress numbers without loss, all first bytes before all second ones: neighbours have the same exponent."""
     planes = values.contiguous().view(torch.uint8).numpy().reshape(-1, values.element_size()).T
+    # A copy, for torch warns of an array that can't be written to.
     return torch.from_numpy(np.frombuffer(zlib.compress(planes.tobytes(), 9), dtype=np.uint8).copy())
 
 
@@ -225,6 +230,7 @@ class ReferenceFile:
     def rows(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
         """Return the rows [R, C] that are recorded of each sample, and which of its tokens they are, [R] int64."""
         entry = self.calls[call]
+        # A sample with fewer tokens than were to be drawn has all of them in the file.
         sizes = np.minimum(self._counts(entry), self.header["rows"]).tolist()
         rows, at = self._tensor(entry["rows"]), self._tensor(entry["at"]).long()
         return list(torch.split(rows, sizes)), list(torch.split(at, sizes))
@@ -234,6 +240,7 @@ class ReferenceFile:
         entry = self.header["hidden"]
         ends = np.cumsum(self._counts(entry)).tolist()
         first = ends[sample - 1] if sample else 0
+        # A slice reads this sample alone: the hidden states of all samples may be larger than memory.
         found: Tensor = self._file.get_slice(entry["rows"])[first : ends[sample]]
         return found
 

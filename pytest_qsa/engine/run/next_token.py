@@ -54,9 +54,11 @@ class Predictions(Participant):
             )
         rows = forward.rows
         self._dtype = str(own.dtype).removeprefix("torch.")
+        # A model of masked tokens sees the next token, so that its score for it would mean nothing.
         following = following_tokens(
             forward.batch, own.shape[:2], causal=not type(self._model).__name__.endswith(MASKED)
         )
+        # Logits belong to no layer; those of an encoder-decoder are its decoder's, whose mask then counts.
         keep = rows.unpadded("decoder" if rows.has_decoder else "", own.shape[1], own.device)
         for index, sample in enumerate(rows.samples):
             # The reference may have run on another device.
@@ -111,6 +113,7 @@ def _blanked(scores: Tensor, kept: Tensor | None) -> Tensor:
         return scores
     blank = torch.full_like(scores, float("nan"))
     blank.index_copy_(0, kept, scores.index_select(0, kept))
+    # The score at a position is that of the token after it, so that the mask is read one position later.
     counts = torch.zeros(len(scores) + 1, dtype=torch.bool, device=scores.device)
     counts.index_fill_(0, kept, value=True)
     for column in (NLL, REFERENCE_NLL):

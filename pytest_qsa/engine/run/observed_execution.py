@@ -59,11 +59,13 @@ class ObservedExecution(Participant):
     def _after(self, stop: SiteKey) -> frozenset[str]:
         layer, site = stop
         after = self._layers[self._layers.index(layer) :]
+        # A layer calls the layers inside it before its own output is there.
         return frozenset(n for n in after if not (site == "output" and n.startswith(f"{layer}.")))
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
+            # One answer is enough: each further one would dequantize the weight again.
             if name in self._rounds or self._calls[name] > TRIES:
                 return
             inputs, outputs = input_of(args, kwargs), tensor_of(output)
@@ -86,6 +88,7 @@ class ObservedExecution(Participant):
         return Execution(
             self._ran,
             {words: ExecutedModules(len(names), names[0]) for words, names in kinds.items()},
+            # A router may send no token to an expert, so that idle experts are counted apart and not named.
             idle=tuple(name for name in never if "expert" not in name) if self._ran else (),
             idle_experts=sum("expert" in name for name in never) if self._ran else 0,
         )
@@ -97,6 +100,7 @@ class ObservedExecution(Participant):
         kind = f"W{weights}" if weights else "quantized"
         floats = " FP" if scheme and scheme.endswith("_fp") else ""
         rounds = self._rounds.get(name)
+        # A scheme of 16-bit inputs rounds none, so that there is nothing to prove.
         if rounds is None and activations in (None, 16):
             rounds = False
         if rounds is None:
@@ -134,6 +138,7 @@ def rounds_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool | 
             if weight is None or weight.shape != (outputs.shape[-1], inputs.shape[-1]):
                 return None
             return _compare(module, inputs, outputs.flatten(0, -2), weight.to(inputs.dtype))
+    # It is a RuntimeError too, and would read here as a kernel that can't be multiplied again.
     except torch.OutOfMemoryError:
         raise
     except (InfraError, RuntimeError, AttributeError) as error:  # a format or kernel that can't be multiplied again
@@ -152,11 +157,13 @@ def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor)
         return far
 
     plain = distances(inputs)
+    # A token whose inputs are all zero gives 0/0, which shows nothing.
     plain = plain[plain.isfinite()]
     if not len(plain):
         return None
     form = owner_of(module)
     rounded_inputs = form.rounded_inputs(module, inputs) if form else None
+    # Where the rounding is known, the nearer of two products decides: no tolerance is needed.
     if rounded_inputs is not None:
         rounded = distances(rounded_inputs)
         nearer = float(plain.sum() - rounded[rounded.isfinite()].sum())

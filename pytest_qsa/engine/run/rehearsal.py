@@ -37,6 +37,7 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
                 run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
             rehearsal.forward_ended(forward)
             break
+        # A rehearsal can find a sharing wrong, as a pass can: a layer's second call may get another tensor.
         except Restart:
             continue
         except QsaError:
@@ -68,6 +69,7 @@ def _without_data(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_buffers_on_meta(module))
             if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "out_features"):
                 stack.enter_context(_forward_as(module, _shape_of_linear(module)))
+        # The model's own tensors are on the meta device, but weren't made under this mode.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
@@ -84,6 +86,7 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
+    # Streaming leaves buffers in memory, and an operator can't mix them with tensors on the meta device.
     before = dict(module._buffers)
     module._buffers.update({name: buffer.to("meta") for name, buffer in before.items() if buffer is not None})
     try:
@@ -95,6 +98,7 @@ def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    # compressed-tensors sets a forward on the instance; without one, the class's own must show again.
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -100,8 +100,12 @@ class _Running:
         self.progress = progress
         self.save_partial = save_partial
         activations = {site: statistics for site, statistics in run.wanted.items() if site[1] != "weight"}
+        # A participant sees tensors through the hooks of the statistics, so that its sites need entries, even
+        # empty ones.
         seen_by_others = {site: frozenset[Statistic]() for other in participants for site in other.sites}
         self.statistics = SiteStatistics(seen_by_others | activations, run.modules, learns_order=run.stream is None)
+        # Each adds to the numbers of those before it: the reference to the sites', StoredComparison to the
+        # weights'.
         self.participants = [self.statistics, WeightStatistics(), *participants]
         if run.predictions:  # after the reference, whose output it may compare with
             self.participants.append(Predictions(run.model, run.predictions))
@@ -143,6 +147,8 @@ class _Running:
                 with torch.no_grad(), ExitStack() as exits:
                     for participant in self.participants:
                         participant.begin(exits)
+                    # After the participants' own hooks: torch calls hooks in the order of registration, and
+                    # these may end the forward before another one has seen its last layer.
                     exits.enter_context(hooked(self.statistics, self.participants))
                     self._attempt()
                 break
@@ -155,6 +161,8 @@ class _Running:
     def _attempt(self) -> None:
         """Run each batch once: one after the other, or side by side where weights are streamed."""
         streams = [self.run.stream, *(participant.stream for participant in self.participants)]
+        # The subject's stream drives that of a reference too; where only the reference streams, its stream
+        # drives.
         driving = next((stream for stream in streams if stream is not None), None)
         run = run_in_turn if driving is None else driving.run
         for done in run(forwards_of(self.batches, self.run.first_sample), self._run_one, self._resume):

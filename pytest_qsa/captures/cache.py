@@ -95,6 +95,8 @@ class CaptureCache:
             lacking = "there is no such capture" if found is None else "it lacks something that is asked for now"
             logger.debug("the cached capture %s can't be used: %s", file.name, lacking)
             sums = PartialSums(self.folder / f"{fingerprint}.partial")
+            # For what was asked earlier too, else two suites in turn would replace each other's capture for
+            # ever.
             capture = make(merge_requests([*requests, *(found.plan if found else ())]), sums)
             self._save(capture, file)
             return capture
@@ -133,6 +135,7 @@ class CaptureCache:
         total = 0
         for file in files:
             total += file.stat().st_size
+            # Even if it alone is above the limit, because no later run would find it otherwise.
             if total > self.limit and file != keep:
                 file.unlink(missing_ok=True)
                 self._checksum(file).unlink(missing_ok=True)

@@ -108,6 +108,7 @@ class Capture:
             return True
         layers = match_layers(self.modules, request.pattern, request.exclude)
         numbers = [self.sites.get((layer, request.site)) for layer in layers]
+        # `all` of no layers would be true, and nothing was measured for them.
         return bool(layers) and all(n is not None and request.statistics <= n.statistics for n in numbers)
 
     def to_bytes(self) -> bytes:
@@ -169,6 +170,7 @@ class Capture:
             if form != FORMAT:
                 raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
             return cls._joined(load(content), header)
+        # A damaged header can fail at any step of the reading.
         except (SafetensorError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise InfraError(f"not a whole capture: {error}") from None
 

@@ -197,6 +197,8 @@ class _Bins:
     def _holding(self, rank: int) -> NDArray[np.int64]:
         """Find the bin of one rank in every channel by one search: laid end to end, the cumulated counts ascend."""
         channels, bins = self.ends.shape
+        # Every channel has equally many values, so a step of that number keeps the channels apart in one
+        # ascending array.
         before = np.arange(channels) * self.ends[0, -1]
         found: NDArray[np.int64] = (
             np.searchsorted(self._joined, before + rank, side="right") - np.arange(channels) * bins
@@ -217,6 +219,7 @@ def _extreme(numbers: SiteNumbers, name: str) -> NDArray[np.float64]:
 
 def _signed_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
     low, high = _ends_of(numbers.channel_bins % CODES)
+    # With the sign turned, the upper end of a magnitude is the lower end of the value.
     negative = numbers.channel_bins >= CODES
     low, high = np.where(negative, -high, low), np.where(negative, -low, high)
     order = np.argsort(low, kind="stable")
@@ -226,6 +229,7 @@ def _signed_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
 def _magnitude_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
     codes, place = np.unique(numbers.channel_bins % CODES, return_inverse=True)
     counts = np.zeros((len(codes), numbers.channel_counts.shape[1]), dtype=np.int64)
+    # x and −x share a bin here, and `counts[place] += …` would add only one of the two.
     np.add.at(counts, place, numbers.channel_counts)
     return *_ends_of(codes), counts
 
@@ -234,5 +238,6 @@ def _ends_of(codes: NDArray[np.uint16]) -> tuple[Ends, Ends]:
     """Return the lower and the upper end of the magnitudes in each bin; both are 0 in the first one."""
     octave, step = np.divmod(codes.astype(np.int64) - 1, STEPS)
     low, high = (np.ldexp(1.0 + (step + end) / STEPS, octave + OCTAVES[0]) for end in (0, 1))
+    # The last bin has all that is larger; the channel's own maximum clips it.
     high[codes == CODES - 1] = np.inf
     return np.where(codes == 0, 0.0, low), np.where(codes == 0, 0.0, high)

@@ -100,6 +100,7 @@ def _in_order(captures: Sequence[Capture]) -> list[Capture]:
     for (first, end, _), (start, stop, _) in pairwise(sorted(ranges)):
         if start < end:
             raise InfraError(f"the captures overlap: one holds the samples {first}:{end}, another {start}:{stop}")
+        # A missing range would go unnoticed, because each capture by itself is whole.
         if start > end:
             raise InfraError(f"the samples {end}:{start} are in none of the captures")
     return ordered

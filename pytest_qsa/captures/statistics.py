@@ -58,11 +58,13 @@ class Statistic:
 
     def __init_subclass__(cls) -> None:
         """Register the class under its name, and the layouts of its arrays."""
+        # The whole registration: a new statistic needs no list that names it.
         STATISTICS[cls.name] = cls
         LAYOUTS.update(cls.arrays)
 
     def __str__(self) -> str:
         """Return the text by which plans, captures and the cache know it: `massive:100:1000`."""
+        # 17 digits give back the same float, so that equal parameters are found again in a file.
         values = (getattr(self, field.name) for field in fields(self))
         return ":".join([self.name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)])
 

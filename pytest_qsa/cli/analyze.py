@@ -89,6 +89,7 @@ def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbo
 
 def _check_writable(folder: Path, *, make: bool) -> None:
     """Check that the folder can be written, before the pass rather than after it."""
+    # A dry run makes no folder, so the nearest one that exists stands for it.
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         if make:

@@ -134,6 +134,7 @@ def _original(file: suite.SuiteFile, overrides: Sequence[str], *, named: bool) -
                 f"{subject.model.reference} is made of the original: say where that is, --model.path ORIGINAL",
             )
         original = subject.reference
+    # A reference file is made of one model alone.
     return replace(original, model=original.model.model_copy(update={"reference": None}))
 
 

@@ -55,13 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "'new_outliers > 0'; repeatable",
     )
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many layers to list (default: 20)")
+    # argparse formats its help with %, so that a percent sign is doubled.
     parser.add_argument(
-        # argparse formats its help with %, so that a percent sign is doubled.
-        "--least",
-        type=_share,
-        default=0.01,
-        metavar="N%",
-        help="the change from which on a layer moved (default: 1%%)",
+        "--least", type=_share, default=0.01, metavar="N%", help="the change from which on a layer moved (default: 1%%)"
     )
     parser.add_argument(
         "--threshold",

@@ -90,11 +90,14 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftes
     path = options.model or (model.path if model else None)
     if path is None:
         raise SuiteError(f"{shown_path(options.suite)} names no checkpoint in model.path: give --model")
+    # A path of the command line is relative to where one stands, that of a suite to its folder.
     local = (Path.cwd() if options.model else options.suite.parent) / path
+    # The revision pins the suite's own hub id and means nothing for another checkpoint.
     revision = model.revision if model and not options.model else None
     folder = checkpoint.open_folder(local if local.is_dir() else path, revision)
     wanted = options.perplexity
     if wanted is None:
+        # To compare with perplexity takes a pass for each fault, which a suite of static checks spares.
         wanted = tools.makes_a_pass(file) and not options.first
     return tools.Selftest(
         options.suite,

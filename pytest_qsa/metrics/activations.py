@@ -113,6 +113,8 @@ def magnitudes(
     if dim == -1:
         rows = [order_statistics(maxima, stats) for maxima in view.token_maxima()]
         return {stat: np.array([row[stat] for row in rows], dtype=np.float64) for stat in stats}
+    # Over tokens or elements the pass itself has taken the order statistics, because the elements are gone
+    # after it.
     table = view.numbers.channel_top if dim == -2 else view.numbers.element_top
     return {stat: table[:, TOP_NAMES.index(stat)].astype(np.float64) for stat in stats}
 
@@ -140,6 +142,7 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     # The ratio by which `find_sinks` finds them.
     count = float(np.count_nonzero(ratios > 64))
     largest = at[int(np.argmax(ratios))]
+    # The pass keeps the channels of the K largest tokens only, so that a sink may have none.
     where = np.flatnonzero(view.numbers.peaks[population] == largest)
     channel = float(view.numbers.peak_channels[population, where[0]]) if where.size else -1.0
     return count, channel, float(ratios.max())
@@ -322,6 +325,7 @@ def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
     for n, population_mean, population_m2 in rows:
         if not n:
             continue
+        # A plain sum of squares minus the squared mean would cancel where the mean is large.
         total = count + n
         delta = population_mean - mean_
         mean_ += delta * n / total

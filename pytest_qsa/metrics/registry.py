@@ -83,6 +83,7 @@ class Definition:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The keyword parameters: name → type and default."""
+        # eval_str: in a module with `from __future__ import annotations` the types are strings.
         parameters = inspect.signature(self.compute, eval_str=True).parameters
         return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -226,8 +227,10 @@ class Registry(Mapping[str, Metric]):
             self._metrics[metric.name] = metric
             return
         name, other = metric.name, self.get(metric.name)
+        # A suite names `external` and the static checks under the same key, although they are no metrics.
         if (other is not None and not other.origin) or name == "external" or name.startswith("checkpoint_"):
             raise SuiteError(f"{metric.place}: '{name}' is a name of pytest-qsa's own: give the metric another one")
+        # The same file again is a module that was imported a second time.
         if other is not None and (other.origin, other.file) != (metric.origin, metric.file):
             known = f"{other.origin} ({other.place})"
             raise SuiteError(f"{metric.place}: a metric '{name}' is already defined by {known}: rename one of the two")
@@ -330,6 +333,7 @@ def metric(
                 function,
                 reduce=reduce,
                 tokenwise=tokenwise,
+                # A metric of this package states it; of another one, `tokens` among its statistics says it.
                 positional=positional or tokenwise or bool(origin and TOKENS in kept),
                 unit=unit,
                 per="logits" if logits else per,
@@ -346,6 +350,7 @@ def metric(
 
 def _origin(function: Callable[..., Any]) -> str:
     """Return who defines a function: `conftest`, or the package that it is in; empty for this one."""
+    # A conftest in a package has a dotted name, of which only the last part is `conftest`.
     package, _, _ = function.__module__.partition(".")
     if package == __name__.partition(".")[0]:
         return ""

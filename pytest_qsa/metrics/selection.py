@@ -67,6 +67,7 @@ class Selection(MetricMethods):
             stat: self._asked("magnitude", reduce, positions, {"stat": stat, "reduce_dim": reduce_dim})[1]
             for stat in stats
         }
+        # The queries differ in the statistic only, so that any of them gives the same view.
         first = asked[stats[0]]
         found = {layer: magnitudes(self._view(layer, first), stats, reduce_dim) for layer in self.layers}
         return {

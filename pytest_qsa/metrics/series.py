@@ -157,6 +157,7 @@ class Series:
         """Fold the layers into one number; the label says how many they were."""
         if over is None or not self.layers:
             return self
+        # The number is of no single layer, so its label must not look like the name of one.
         label = f"{over} of {len(self.layers)} layers"
         problems = {label: next(iter(self.problems.values()))} if self.problems else {}
         values = np.array([OVER[over](self.values)])
@@ -188,6 +189,7 @@ class Series:
     def __eq__(self, bound: object) -> bool:
         if isinstance(bound, Real):
             return self.within(Bounds(equals=float(bound)))
+        # A baseline compares itself: Python then tries its reflected `==`.
         if getattr(bound, "judges_series", False):
             return NotImplemented
         raise TypeError(f"a series is compared with a number or a baseline, not with {type(bound).__name__}")
@@ -196,6 +198,7 @@ class Series:
         raise TypeError("`!=` has no meaning over many layers: use <=, >= or ==")
 
     def __bool__(self) -> bool:
+        # `assert series` would otherwise always hold.
         raise TypeError("a series of layers is neither true nor false: compare it with a bound, as in `series <= 1`")
 
     def __repr__(self) -> str:
@@ -281,6 +284,7 @@ def canonical_positions(positions: Positions) -> str:
     """
     if isinstance(positions, Mapping):
         count = positions.get("skip_first")
+        # bool is a subclass of int.
         if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
             return f"skip_first:{count}"
     elif isinstance(positions, str) and re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions):

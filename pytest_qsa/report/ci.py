@@ -127,6 +127,7 @@ def append_summary(path: Path, results: Sequence[PlainVerdict]) -> None:
     """
     written = path.stat().st_size if path.exists() else 0
     with path.open("a", encoding="utf-8") as file:
+        # The limit is of the whole file, so what other tools have written counts.
         file.write(fitted(step_summary(results), max(SUMMARY_BYTES - written, 1000)))
 
 

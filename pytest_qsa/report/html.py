@@ -67,6 +67,7 @@ def embedded(content: Mapping[str, Any]) -> Markup:
     """Write plain data as JSON for a script element; no text in it can end the element or begin another."""
     # JSON.parse refuses NaN, which strict_json writes as a string; it also indents, which would cost bytes here.
     text = json.dumps(json.loads(strict_json(content)), ensure_ascii=True, separators=(",", ":"))
+    # In a script element HTML's escapes mean nothing, but those of JSON keep `</script>` from ending it.
     return Markup(text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"))
 
 
@@ -177,6 +178,7 @@ def surface_data(
     """
     names = list(maps)
     step = math.ceil(len(names) / MOST_LAYERS)
+    # Counted from the end, so that the last layer is always among them.
     shown = sorted({*range(len(names) - 1, -1, -step)}) if names else []
     return {
         "tokens": size[0],
@@ -193,6 +195,7 @@ def _grid(values: NDArray[np.float32]) -> dict[str, Any]:
     coarse = finite
     for axis in (0, 1):
         cell = math.ceil(coarse.shape[axis] / SURFACE_SIDE)
+        # The largest of each cell, because a mean would hide the outliers that the picture is for.
         coarse = np.maximum.reduceat(coarse, np.arange(0, coarse.shape[axis], cell), axis=axis)
     return {
         "rows": coarse.shape[0],

@@ -60,6 +60,7 @@ def card_of(result: PlainVerdict, index: int) -> Card:
     """Return a result with what the template shows of it; keys that the result lacks are empty."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)
+    # A share of 0 % would say that a bound was compared where none was.
     measured = any(row.get("used") is not None for row in rows)
     return {
         **_EMPTY,
@@ -190,6 +191,7 @@ def _column(card: Card, *, several: bool) -> Variables:
 
 def _finished(entry: Variables, subject: str) -> Variables:
     cells = [cell for cell in entry["cells"] if cell]
+    # Every comparison with NaN is false, so that `max` would depend on the order.
     used = [cell["used"] for cell in cells if "used" in cell and not math.isnan(cell["used"])]
     worst = max(used, default=None)
     for cell in cells:
@@ -251,6 +253,7 @@ def _kinds(page: Page) -> Variables | None:
             kinds.setdefault(kind_of(row["layer"], 1), []).append(row)
         for kind, rows in kinds.items():
             out = [row for row in rows if is_out(row)]
+            # One row alone says nothing about a kind of layer.
             if not out or len(card["rows"]) == 1:
                 continue
             worst = max(out, key=lambda row: abs(row["excess"]))
@@ -327,6 +330,7 @@ def subjects_of(cards: Sequence[Card]) -> list[Variables]:
     runs: dict[str, Variables] = {}
     for card in cards:
         provenance = Provenance.of(card["run"])
+        # The execution follows as one text.
         flat = {key: text for key, text in flattened(card["run"]) if not key.startswith(("evals.", "execution."))}
         if provenance.execution:
             flat["model.executed_as"] = provenance.executed_as

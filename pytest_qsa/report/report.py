@@ -62,11 +62,14 @@ def builtins_of(value: Any) -> Any:
     if isinstance(value, str):
         return str(value).encode("utf-8", "backslashreplace").decode()  # a lone surrogate can't be written
     if isinstance(value, Mapping):
+        # The key through `builtins_of` too: a name of a layer or file may hold what can't be written as
+        # UTF-8.
         return {str(builtins_of(str(key))): builtins_of(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted((builtins_of(item) for item in value), key=str)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [builtins_of(item) for item in value]
+    # Numbers and arrays of numpy, which execnet can't serialize.
     if hasattr(value, "tolist"):
         return builtins_of(value.tolist())
     return str(value)

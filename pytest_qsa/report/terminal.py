@@ -49,6 +49,7 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
 
 def _facts(verdict: Verdict) -> Iterator[str]:
     first = verdict.first_failing
+    # The tasks of an eval have no order in which something could begin.
     begins = first is not None and len(verdict.rows) > 1 and _noun(verdict) == "layers"
     facts = [
         ("reason", verdict.reason),
@@ -82,6 +83,7 @@ def table(rows: Sequence[Row], of: str) -> Iterator[str]:
     shown = rows[:SHOWN_ROWS]
     heads = [of.removesuffix("s"), "value", "allowed", "excess", ""]
     cells = [[row.layer, number(row.value), allowed(row), number(row.excess, signed=True), row.detail] for row in shown]
+    # Most assertions have no baseline, and an empty column would only make the table wider.
     if any(row.baseline is not None for row in shown):
         heads.insert(1, "baseline")
         for cell, row in zip(cells, shown, strict=True):

@@ -148,6 +148,7 @@ class MeasuredAssertion(Assertion):
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
         if self.site not in definition.sites:
             raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
+        # `all` is what happens without positions too, so that every metric may state it.
         chosen = self.positions not in (None, "all")
         if chosen and not definition.positional:
             raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
@@ -197,6 +198,7 @@ class LoadedAssertion(MeasuredAssertion):
     @property
     def stated(self) -> dict[str, Stated]:
         """The bounds of the suite; without any, and without a baseline, the rounding of a dtype."""
+        # A baseline is a bound already, which this one would come on top of.
         return super().stated or ({} if self.baseline else {"max": LOADED_MAX})
 
 

@@ -199,6 +199,7 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
     if not equals or not key:
         raise SuiteError(f"{option}{override}: write KEY=VALUE, such as data.num_samples=8")
     parts = key.split(".")
+    # Which keys these have depends on the suite, so that they are checked when it is read.
     if parts[0] in ("assertions", "defaults") and len(parts) > 1:
         return
     if parts[0] == "extends":
@@ -253,6 +254,7 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
             f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
             "kept reference capture)",
         )
+    # A reference file that is still to be made is known by its suffix.
     if not named.endswith(".qsa") and not (source.path.parent / named).is_file():
         return
     by_channel = getattr(assertion, "by", None) == "channel"
@@ -296,6 +298,7 @@ def _explain(source: YamlSource, error: ValidationError, overridden: dict[Locati
 
 def _location(loc: tuple[int | str, ...]) -> Location:
     """Drop from a location what pydantic adds: the metric as the tag of an assertion, and the arms of unions."""
+    # The third part is the tag of the union, which no line of the file has.
     if loc[:1] == ("assertions",) and len(loc) > 2:
         loc = (*loc[:2], *loc[3:])
     return tuple(

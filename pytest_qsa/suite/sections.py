@@ -60,6 +60,7 @@ def _url(url: str) -> str:
         sound = False
     if not sound or parts.query or parts.fragment:
         raise ValueError(f"url: write an address such as http://localhost:8000/v1, not '{url}'")
+    # Suites are committed, and reports show the address.
     if parts.username or parts.password:
         raise ValueError("url: a password has no place in a suite: name the variable that holds the key, api_key_env")
     return url
@@ -177,6 +178,8 @@ class Model(Strict):
     @property
     def measured(self) -> dict[str, Any]:
         """The settings that a capture depends on, without the locations of model and reference."""
+        # Files count by their content, which the fingerprint hashes; the other keys do not change what a pass
+        # measures.
         other = {"name", "path", "reference", "previous", "allow_idle", "require"}
         # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
         return {**self.model_dump(exclude=other), "runs": self.require is not None}

@@ -63,6 +63,7 @@ class Captures:
                 self._failures[key] = error
                 raise
             self._memory[key] = capture
+            # The worker that made it has announced it.
             if source != "worker":
                 announce(capture, source == "cache")
         return self._memory[key]
@@ -88,6 +89,7 @@ class Captures:
         return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
+        # A fixture's model exists in its own process only, so that workers can't share its capture.
         if self.shared is None or subject.model is None:
             return self._through_cache(subject, requests, make)
         return _make_once(self.shared, subject, requests, lambda plan: self._through_cache(subject, plan, make))
@@ -128,6 +130,7 @@ def _make_once(
     with FileLock(shared / f"{plan}.lock"):
         if failure.exists():
             recorded = json.loads(failure.read_text(encoding="utf-8"))
+            # The class decides on the kind of the verdict, so that all workers must report the same.
             raise (AnomalyError if recorded["kind"] == AnomalyError.kind else InfraError)(recorded["text"])
         if file.exists():
             logger.debug("%s: another worker has made the capture", subject.name)

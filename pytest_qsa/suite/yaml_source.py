@@ -154,6 +154,7 @@ class _Walk:
         self.nodes += 1
         # The key of a mapping has set the place already; its value may begin lines below.
         self.source.places.setdefault(location, self._place(node))
+        # Each visit of an alias counts like a new value, because that is what it expands to.
         if self.nodes > MAX_NODES or id(node) in self.open:
             raise self.source.error(
                 location, f"the document expands to more than {MAX_NODES} values through its aliases"

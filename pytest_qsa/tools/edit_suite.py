@@ -138,6 +138,7 @@ def _noise(text: str, entry: yaml.MappingNode, proposals: Sequence[Proposal], da
 
 
 def _newline(text: str, at: int) -> str:
+    # The file keeps its own line ends.
     return "\r\n" if text[at : at + 1] == "\r" else "\n"
 
 

@@ -73,8 +73,10 @@ def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
     ratios, channels = blocks.sink_tokens("ratio").populations, blocks.sink_tokens("channel").populations
     clear = [layer for layer in blocks.layers if ratios[layer].min() >= CLEAR * 64]
     kept = sorted({float(channel) for layer in clear for channel in channels[layer]})
+    # Sinks at several channels fit no `equals`.
     if len(kept) != 1:
         return []
+    # The block pattern with the numbers of these blocks in the place of any number.
     numbers = [layer.rpartition(".")[2] for layer in clear]
     pattern = anatomy.block_pattern.replace(r"\d+$", rf"({'|'.join(dict.fromkeys(numbers))})$")
     (draft,) = drafts_of("sink", anatomy)
@@ -118,6 +120,7 @@ def first_suite(
     # Only the pass shows whether there is a clear sink; static checks need none.
     drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]
     drafts += sinks_of(sampled.whole, layers)
+    # The overrides are in the data of `file.source` already.
     file = load_suite(_with(file.source, drafts))
     kept, findings, left_out = _calibrated(file, sampled, drafts, k)
     data = sampled.data_text(file)

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..common import InfraError, QsaError, logger, one_line
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# torch's private bases, for its convolutions and its batch norms have no public one in common.
 _CHANNELS_FIRST = (_ConvNd, _BatchNorm)
 _PREFERRED = ("last_hidden_state", "logits", "hidden_states", "inputs_embeds")
 
@@ -50,6 +51,7 @@ def tensor_of(value: Any) -> Tensor | None:
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the floating-point tensor that stands for an input: the first positional one, else the first keyword."""
+    # The usual case comes first, for hooks ask this at every call.
     if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
         return args[0]
     positional = next((item for item in args if isinstance(item, Tensor) and item.is_floating_point()), None)
@@ -73,6 +75,7 @@ class Routing:
     def counts(self, indices: Tensor) -> Tensor:
         """Return how many of some indices name each expert, [E] int64."""
         flat = indices.flatten().long().clamp(max=self.experts)
+        # Not bincount, which waits for the device. The last bin takes the experts elsewhere, and is left out.
         counts = torch.zeros(self.experts + 1, dtype=torch.int64, device=flat.device)
         return counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.experts]
 
@@ -96,6 +99,7 @@ def channels_first(module: nn.Module) -> bool:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that takes the batches: the first one that holds weights."""
+    # The weights of an offloaded model are on the meta device, where no batch can go.
     tensors = (tensor for source in (model.parameters(), model.buffers()) for tensor in source)
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
 
@@ -111,6 +115,7 @@ def run_batch(model: nn.Module, batch: Tensor | Mapping[str, Any], device: torch
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode and its key-value cache off; afterwards both are as they were."""
+    # Module by module: a part of a model may have been in another mode than the whole.
     training = {name: module.training for name, module in model.named_modules()}
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)

@@ -37,6 +37,7 @@ def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int
     x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
     x @ w
     _wait(device)
+    # The product above isn't timed: the first one also pays for loading its kernel.
     began, times = time.perf_counter(), 0
     while time.perf_counter() - began < SECONDS:
         x @ w
@@ -47,6 +48,7 @@ def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
+        # A product on CUDA returns before it has been computed.
         torch.cuda.synchronize(device)
 
 
@@ -54,6 +56,7 @@ def reading_rate(weights: Path | None) -> float:
     """Return the bytes/s at which the middle of a file is read: from the disk, or from memory that holds it."""
     if weights is None:
         return 1e9
+    # Unbuffered, so that no copy of Python's is timed.
     with weights.open("rb", buffering=0) as file:
         file.seek(max(0, os.path.getsize(weights) // 2 - PART // 2))
         began = time.perf_counter()

@@ -118,6 +118,7 @@ def joined() -> Iterator[Ranks]:
     if size == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
+    # torch's own limit, 10 minutes with nccl and 30 with gloo, is too short for the wait for a slow rank.
     distributed.init_process_group(_backend(torch.cuda.device_count()), timeout=PATIENCE)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())

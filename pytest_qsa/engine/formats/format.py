@@ -99,6 +99,7 @@ def owner_of(module: nn.Module) -> EngineFormat | None:
     """
     found = _claiming(module, ENGINE_FORMATS.built_in())
     weight = getattr(module, "weight", None)
+    # Every module is asked, so that other packages are imported only for a weight that is no plain float.
     if found is None and isinstance(weight, Tensor) and not _plain(weight):
         return _claiming(module, ENGINE_FORMATS.all())
     return found
@@ -186,6 +187,7 @@ def read_layer(stored: Format, layer: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     tensors = {}
+    # The parts of a layer may lie in several shards; each is opened once.
     for path in {tensor.path for tensor in stored.parts(layer).values()}:
         with safe_open(path, "pt") as file:
             for part, tensor in stored.parts(layer).items():

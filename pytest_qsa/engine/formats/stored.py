@@ -113,6 +113,7 @@ def _powers(name: str, weight: Tensor, stored: Tensor) -> NDArray[np.float64]:
         raise InfraError(f"the weight of {name} is {ours} in the loaded model and {theirs} in the file")
     stored = stored.to(device=weight.device, dtype=weight.dtype)  # as the loader casts it
     total = torch.zeros(4, dtype=torch.float64)
+    # float64 takes four times the memory of bfloat16, so that only a part is widened at a time.
     step = max(1, ELEMENTS_AT_ONCE // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         w, w0 = weight[start : start + step].double(), stored[start : start + step].double()

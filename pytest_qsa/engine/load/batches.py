@@ -70,6 +70,7 @@ class BatchRows:
         """
         count = len(self.samples)
         shape = x.shape
+        # The usual case comes first, for this is asked of every tensor of a pass.
         if len(shape) == 3 and shape[0] == count and not channels_first:
             return x, True
         if x.dim() and x.shape[0] == 1 != count:  # position embeddings and masks are shared by the samples

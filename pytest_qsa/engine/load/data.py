@@ -171,6 +171,7 @@ def read_folder(path: Path, data: Data) -> Records:
                 rows = datasets.load_from_disk(str(path))
                 rows = _split_of(rows, data.split) if isinstance(rows, datasets.DatasetDict) else rows
             elif path.is_dir():
+                # Streamed, for otherwise the library first writes a copy of the whole set into its cache.
                 rows = datasets.load_dataset(str(path), data.subset, split=split, streaming=True)
             else:
                 rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
@@ -269,6 +270,7 @@ def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor
     for _ in range(data.num_samples * DOCUMENT_TRIES):
         if len(rows) == data.num_samples:
             break
+        # One generator draws texts and positions, so that their order is part of what a seed means.
         index = chance.randint(0, max(int(len(texts) * TRAINING_SHARE) - 1, 0))
         if index not in known:
             known[index] = _ids(tokenizer, texts[index])
@@ -296,6 +298,7 @@ def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    # Not verbose: transformers warns of a text that is longer than the model's context, and here it is cut.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

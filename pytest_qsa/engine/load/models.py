@@ -142,6 +142,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     if streamed:
         check_format(path, config, gguf=bool(spec.gguf_file))
         kind = skipping_packed(kind)
+    # With all weights on disk accelerate leaves an index of them, by which they are streamed.
     placement = {"device_map": {"": "disk"}} if streamed else _placement(path, memory)
     scratch = Scratch("qsa-offload") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
@@ -154,6 +155,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
             path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
         )
         _check_complete(spec, path, type(model).__name__, info)
+        # accelerate has placed a model with a device map already, and refuses to move one.
         if "device_map" not in placement:
             model.to(device_for(memory))
         model.eval()
@@ -217,6 +219,7 @@ def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
 
     names = list(getattr(config, "architectures", None) or ())
     auto_map = getattr(config, "auto_map", None) or {}
+    # Only transformers' Auto classes read `auto_map`, which leads to the checkpoint's code.
     if remote and auto_map:
         return getattr(transformers, next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel"))
     known = next((name for name in names if hasattr(transformers, name)), None)
@@ -364,6 +367,7 @@ def once_more(attempt: Callable[[], Result], *, pause: float = RETRY_PAUSE) -> R
 def is_transient(error: BaseException) -> bool:
     """Say whether the network broke or the server was busy, so that another try may succeed."""
     chain = list(_causes(error))
+    # It is a ConnectionError, but offline a second try fails as well.
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
         return False
     return any(
@@ -375,6 +379,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    # A chain of causes may lead back to itself.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

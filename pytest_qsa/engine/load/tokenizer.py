@@ -67,8 +67,10 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, **arguments)
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError
         folder = Folder(Path(path), arguments.get("gguf_file"))
+        # transformers raises for a folder without a tokenizer too, which is no error here.
         if folder.path.is_dir() and not _has_tokenizer(folder):
             return None
+        # A file that is no JSON is the checkpoint's fault: reading it raises AnomalyError.
         for name in ("tokenizer.json", "tokenizer_config.json"):
             folder.json(name)
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -166,6 +168,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
     except Exception:  # raised by Rust: a merge makes a word that isn't in the vocabulary
         return None
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PIECES[pre]]
+    # Without its own expression, which would cut the pieces once more.
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_only])
     return own
@@ -174,6 +177,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
 def _texts() -> Iterator[str]:
     yield from PROBES
     text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")
+    # Line by line: in one text all ids between two differences would count as differing.
     yield from text[:SAMPLE].splitlines(keepends=True)
 
 

@@ -46,6 +46,7 @@ class CudaReducer:
         key = (counted.shape, row.shape, row.dtype, row.device, id(plan))
         if key not in self._batches:
             if len(self._batches) >= MAX_BATCHES:
+                # The oldest: a dict keeps the order in which batches were begun.
                 self._batches.pop(next(iter(self._batches))).compute()
             self._batches[key] = RowBatch.for_rows(counted, row.shape[0], plan, self._tables)
         batch = self._batches[key]
@@ -160,6 +161,7 @@ class RowBatch:
         return self.tables.values(counts.shape[1], self.dtype, counts.device)
 
     def _find_peaks(self, channels: Tensor, found: dict[str, Tensor]) -> None:
+        # Stable, as on the CPU: of equal maxima the first token comes first.
         order = found["token_max"].sort(dim=1, descending=True, stable=True).indices[:, : found["peaks"].shape[1]]
         found["peak_channels"].copy_(channels.gather(1, order))
         found["peaks"].copy_(order)
@@ -171,6 +173,7 @@ class RowBatch:
         maxima = patterns.to(torch.int16).view(self.dtype).float()
         for row, pooled in enumerate(self.pooled):
             before = pooled.get("channel_max")
+            # A copy: a view would keep the maxima of the whole batch in memory.
             pooled["channel_max"] = maxima[row].clone() if before is None else torch.maximum(before, maxima[row])
         ranks = self.tables.ranks(maxima.shape[1], maxima.device)
         picked = maxima.sort(dim=1).values.index_select(1, ranks.clamp(0, maxima.shape[1] - 1))

@@ -122,9 +122,11 @@ class StreamObserver:
         routing: Routing | None = None,
     ) -> None:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
+        # A site keeps its dtype, so that a further call costs one comparison.
         reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
         self.last_shape = x.shape
         self.token_axis = token_axis
+        # One unbind, and a detach only with gradients: every step here costs time for each tensor.
         rows = (x.detach() if x.requires_grad else x).unbind()
         for row, kept, sample in zip(rows, keep, samples, strict=True):
             # A sample of padding alone, or an expert that no token reached, is no population.

@@ -160,16 +160,19 @@ def _scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Tensor:
         p = reference.double().log_softmax(1)
         columns[1] = _nll(p, following)
         columns[2] = (p.exp() * (p - q)).sum(1).clamp_min(0)
+        # By value, not by index: a tie is no difference.
         columns[3] = (own.gather(1, reference.argmax(1)[:, None])[:, 0] == own.amax(1)).double()
     return torch.stack(columns, dim=1)
 
 
 def _nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
+    # gather refuses −1, so that no token reads token 0 and is masked afterwards.
     picked = -log_probabilities.gather(1, following.clamp_min(0)[:, None])[:, 0]
     return picked.masked_fill(following < 0, float("nan"))
 
 
 def _patterns(tensor: Tensor) -> Any:
+    # numpy has no bfloat16.
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 

@@ -106,6 +106,7 @@ class Tables:
         """Return `ranks_of`, [7] int64."""
         key = (count, device)
         if key not in self._made:
+            # torch.tensor would copy the ranks from the host.
             filled = [torch.full((), rank, dtype=torch.int64, device=device) for rank in ranks_of(count)]
             self._made[key] = torch.stack(filled)
         return self._made[key]
@@ -212,8 +213,10 @@ def _order(counts: Tensor, magnitudes: Tensor, dtype: torch.dtype, ranks: Tensor
     count = magnitudes.numel()
     bins = torch.searchsorted(counts.cumsum(0), ranks.clamp(0, count - 1), right=True)
     if dtype in (torch.bfloat16, torch.float16):
+        # A 16-bit pattern is its own bin.
         order = bins.to(torch.int16).view(dtype).float()
     else:
+        # A bin has the upper half of a pattern; the middle of the lower half stands for all in it.
         order = ((bins << 16) | (bins > 0).long() << 15).to(torch.int32).view(torch.float32).clone()
         few = min(3, count)
         order[:few] = magnitudes.topk(few).values.float()

@@ -200,6 +200,7 @@ class Transfer:
         joint = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in group]).cpu().numpy()
         begin = 0
         for tensor in group:
+            # A copy: a slice of the joint bytes would keep all of them in memory.
             values = np.empty(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
             values.ravel().view(np.uint8)[:] = joint[begin : begin + tensor.nbytes]
             begin += tensor.nbytes

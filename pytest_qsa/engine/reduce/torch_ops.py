@@ -181,6 +181,7 @@ def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulat
         scales = scales.repeat_interleave(statistic.group_size, dim=1)[:, : x.shape[1]]
     scaled = x / scales
     if statistic.scheme == "fp8_e4m3":
+        # frexp's mantissas are in [½, 1), those of floats in [1, 2).
         exponents = (torch.frexp(scaled).exponent - 1).clamp_min(LEAST_EXPONENT)
         steps = torch.exp2((exponents - MANTISSA_BITS).to(x.dtype))
         rounded = (scaled / steps).round() * steps
@@ -195,6 +196,7 @@ def _scales(statistic: QuantizationPowers, x: Tensor) -> Tensor:
     """Return the scales of x [T, C] float32: [T, 1], [1, C] or [T, C / size rounded up]; 1 where all is zero."""
     magnitudes, size = x.abs(), statistic.group_size
     if statistic.by == "group":
+        # The last group may be short; zeros don't change its largest |x|.
         magnitudes = torch.nn.functional.pad(magnitudes, (0, -x.shape[1] % size))
         largest = magnitudes.reshape(len(x), -1, size).amax(dim=2)
     else:

@@ -125,6 +125,7 @@ class RowRecorder(Participant):
     def prepare(self, run: Pass, exits: ExitStack) -> None:
         """Look at the first logits that the model returns."""
         self._modules = run.modules
+        # The model's output, not its head's: a model may scale what its head returns.
         exits.callback(run.model.register_forward_hook(self._check_head).remove)
 
     def begin(self, exits: ExitStack) -> None:
@@ -152,6 +153,8 @@ class RowRecorder(Participant):
             values = shaped[index] if kept is None else shaped[index].index_select(0, kept)
             if site == (self.head, "input"):
                 self._latest = index, kept, values
+                # To the host at once, unlike the few rows: all hidden states together may not fit on the
+                # device.
                 self.hidden[sample] = _Drawn(len(values), None, halved(values).cpu())
             if site in self.rows:
                 at = drawn_tokens(self.options.seed, self.hashes[sample], len(values), self.options.rows)

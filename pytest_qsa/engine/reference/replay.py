@@ -101,6 +101,7 @@ class ReplayedReference(Reference):
             what = "maxima of the tokens" if part == "maxima" else "rows"
             raise AnomalyError(f"{self._name} holds no {what} of the {site[1]} of {site[0]}: {ANEW}")
         if local:
+            # A local error feeds the subject's layer with what went into the reference's.
             self._check((site[0], "input"))
 
     def _check_samples(self, batches: Sequence[Batch]) -> None:
@@ -124,6 +125,7 @@ class ReplayedReference(Reference):
         samples = [self._index[sample] for sample in hashes_of(forward.batch)]
         for row, (own, recorded) in enumerate(zip(forward.rows.samples, samples, strict=True)):
             self._replayed.append((own, recorded, forward.rows, row))
+        # Streamed forwards are interleaved; the number of the first sample tells them apart.
         self._samples[forward.rows.samples[0]] = samples
 
     def forward_ended(self, forward: Forward, output: Any) -> None:
@@ -231,6 +233,7 @@ class ReplayedReference(Reference):
 
 def _positions(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:
     """Return the indices of a sample's tokens in its row of a batch, without padding, and the length of the row."""
+    # Encoder and decoder have lengths of their own; the mask that leaves as many tokens is the right one.
     for length in rows.lengths:
         kept = rows.unpadded(layer, length)[index]
         if kept is not None and len(kept) == count:

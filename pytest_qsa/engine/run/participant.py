@@ -69,6 +69,7 @@ class Pass:
     @property
     def device(self) -> torch.device:
         """Where the batches go."""
+        # A streamed model has its weights on the meta device, except while they are loaded.
         return self.stream.device if self.stream is not None else device_of(self.model)
 
 

@@ -64,6 +64,7 @@ class Unit:
         """Put the weights where the model looks for them, and unpack those that are packed."""
         owners = {id(slot.module): slot.module for slot in self.slots}
         self._before = [
+            # Unpacking replaces parameters and changes the status, so that `detach` has all of it to restore.
             (owner, dict(owner._parameters), dict(owner._buffers), getattr(owner, "quantization_status", None))
             for owner in owners.values()
         ]
@@ -135,6 +136,7 @@ class Stream:
         self._owned: dict[nn.Module, Unit] = {}
         for unit in self.units:
             self._owned |= {slot.module: unit for slot in unit.slots}
+            # The entrance of a block comes before those of its layers, so that the hidden state waits there.
             self._owned[model.get_submodule(unit.name)] = unit
         self._after = {unit: after for unit, after in pairwise(self.units) if _siblings(unit.name, after.name)}
         self._loaded: Unit | None = None

@@ -31,6 +31,7 @@ REFERENCE = "reference/"
 """The prefix of the names of the reference's arrays."""
 
 
+# eq=False: the generated `==` would compare arrays, which have no single truth value.
 @dataclass(frozen=True, eq=False)
 class Capture:
     """The result of one pass over one subject; every metric is computed from it alone.

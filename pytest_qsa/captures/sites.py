@@ -130,6 +130,7 @@ class KeptArray(Generic[D]):
         return numbers.arrays[self.name]
 
 
+# eq=False: the generated `==` would compare arrays, which have no single truth value.
 @dataclass(frozen=True, eq=False)
 class SiteNumbers:
     """The numbers of one tensor stream. A population is one call of the layer for one sample (a row of a batch).

@@ -101,6 +101,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
             default = f"default: {_written(field.get_default())}" if stated else ""
             text = "; ".join(part for part in (field.description, default) if part).replace("%", "%%")
             kind = _shown(field.annotation)
+            # SUPPRESS leaves out what was not given, so that only real overrides are applied.
             group.add_argument(*words, dest=key, metavar=kind, default=argparse.SUPPRESS, help=text)
 
 
@@ -130,6 +131,7 @@ def read_overrides(options: argparse.Namespace, unknown: Sequence[str]) -> list[
 
 
 def _absolute(key: str, value: str) -> str:
+    # A path in a suite is relative to its folder, one of the command line to where the user stands.
     here = Path(value.removeprefix("custom:")).expanduser()
     if key == "visualization.save_dir" or (key in ("model.path", "model.reference") and here.exists()):
         return str(here.absolute())

@@ -37,6 +37,7 @@ class TokenScores:
 
     def table(self) -> NDArray[np.float64]:
         """Return `SCORE_NAMES` of each position, [T, 4]."""
+        # All columns whatever is known, so that `scores` has one shape in every capture.
         unknown = np.full(len(self.nll), np.nan)
         columns = (self.nll, self.reference_nll, self.kl, self.same_top)
         return np.stack([unknown if column is None else column for column in columns], axis=1).astype(np.float64)
@@ -88,6 +89,7 @@ def overlap(view: View) -> Estimate:
     (Leviathan et al., arXiv 2211.17192). With its 95 % interval.
     """
     values = view.numbers.arrays["overlap"]
+    # NaN stands at padding.
     return _mean(values[~np.isnan(values)])
 
 

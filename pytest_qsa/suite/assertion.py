@@ -65,6 +65,7 @@ class Assertion(Strict, ABC):
 
     @model_validator(mode="after")
     def _consistent(self) -> Assertion:
+        # A bound by group, or one that follows the last release, has no single number to compare.
         if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
             raise SuiteError(f"min {self.min:g} is above max {self.max:g}: nothing can satisfy both", "min")
         if self.equals is not None and (self.min is not None or self.max is not None):
@@ -333,6 +334,7 @@ def _assertion_model(metric: Metric | Check) -> type[Assertion]:
 def _in_order() -> list[str]:
     """Return the names of this package's metrics, those on activations of one model first, as messages list them."""
     return sorted(
+        # A user's metric comes and goes with its conftest, so that it is no part of the union.
         (name for name, metric in METRICS.items() if not metric.origin),
         key=lambda name: METRICS[name].against or METRICS[name].per == "logits" or METRICS[name].sites == ("weight",),
     )
@@ -382,5 +384,6 @@ def _of_users_metric(entry: object, validate: ValidatorFunctionWrapHandler) -> A
         raise ValidationError.from_exception_data(error.title, problems) from None
 
 
+# Made at run time, because only the registries know the metrics and the checks.
 _union = fold(or_, BUILT_IN.values())
 AnyAssertion = Annotated[_union, Field(discriminator="metric"), WrapValidator(_of_users_metric)]  # type: ignore[valid-type]

@@ -51,6 +51,7 @@ def suite_schema() -> dict[str, Any]:
     partial = {"$ref": f"#/$defs/{PARTIAL}"}
     by_id = {"type": "object", "additionalProperties": {"anyOf": [partial, {"type": "null"}]}}
     description = "A list, or a mapping of ids, in which null takes out a base's assertion"
+    # Without a type here: `then` and `else` say which form an assertion needs.
     properties["assertions"] = {"title": "Assertions", "description": description}
     properties["defaults"] = {**partial, "description": "What all assertions share"}
     entries = {"type": "array", "items": {"allOf": [partial, {"required": ["id"]}]}}

@@ -55,6 +55,7 @@ Regex = Annotated[str, AfterValidator(_regex)]
 def _url(url: str) -> str:
     parts = urlsplit(url)
     try:
+        # `parts.port` raises ValueError where the port is no number or too large.
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         sound = False
@@ -319,6 +320,7 @@ class LayerSelection(Strict):
 
 
 def _plain_name(name: str) -> str:
+    # Also what Windows forbids in names, because one suite serves all systems.
     if not name or name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
         raise ValueError(f"report_name '{name}' is a file's name, without a folder")
     return name

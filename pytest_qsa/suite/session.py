@@ -75,6 +75,7 @@ class Captures:
 
     def covering(self, key: str, requests: Sequence[Request]) -> Capture | None:
         """Return a capture of the key, the first or a later one, that has all that is asked for."""
+        # Before a `+` stands the key; `extend` appends the plan of a later capture.
         captures = (capture for name, capture in self._memory.items() if name.partition("+")[0] == key)
         return next((capture for capture in captures if capture.covers(requests)), None)
 

@@ -91,6 +91,7 @@ class Subject:
         data = self.data.model_dump()
         if (own := local_path(self.data, self.folder)) is not None:
             data["source"] = f"custom:{own.resolve()}"
+        # Sorted keys, because the hash must not depend on the order in which settings were made.
         text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -52,4 +52,5 @@ def split_by_tier(items: Sequence[pytest.Item], tier: Tier) -> tuple[list[pytest
     """
     tiers = {item: own for item in items if (own := tier_of(item)) is not None}
     later = {item: own for item, own in tiers.items() if TIERS.index(own) > TIERS.index(tier)}
+    # What uses nothing of this plugin has no tier and always runs.
     return [item for item in items if item not in later], later

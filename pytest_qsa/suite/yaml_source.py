@@ -137,6 +137,7 @@ def read_yaml(path: Path) -> YamlSource:
 def read_value(text: str) -> Any:
     """Read the VALUE of an override `KEY=VALUE` as YAML, so that `1e-3` and `[a, b]` mean what they mean in a suite."""
     try:
+        # A plain text, such as a regex, need not be valid YAML.
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
@@ -187,6 +188,7 @@ def _syntax_error(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     line = mark.line + 1 if mark else 1
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    # Layer patterns are full of backslashes, so this is a likely mistake.
     if "unknown escape character" in problem:
         problem += "; in double quotes a backslash is YAML's own: "
         problem += r"write a regex without quotes or in single ones, 'layers\.\d+$'"

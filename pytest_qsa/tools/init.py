@@ -110,6 +110,7 @@ def first_suite(
     Raises:
         InfraError: the subject can't be run, or the reference is no checkpoint that is here.
     """
+    # Here, because the engine imports torch.
     from ..engine import anatomy
 
     layers = anatomy(subject.model, subject.path)

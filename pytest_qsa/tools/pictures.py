@@ -157,6 +157,7 @@ def _distributions(finder: _Finder, section: str) -> Iterator[Picture]:
     settings = finder.visualization.distribution
     found = finder.each(settings.patterns, (section,))
     title = f"Distribution of the {settings.site}s"
+    # A form that is named twice would overwrite its own file.
     for form in dict.fromkeys(settings.plot_types):
         for name, layers in _grouped(found, f"{section}_{form}", together=True, names=finder.names):
             yield Picture(title, name, section, settings.site, layers, frozenset({SIGNED_COUNTS}), form)

@@ -158,6 +158,7 @@ def _affixes(names: Sequence[str]) -> tuple[str, str]:
     if len(set(names)) < 2:
         return "", ""
     split = [name.split(".") for name in names]
+    # One component is left at least, else the shortest name would have an empty label.
     shortest = min(map(len, split)) - 1
     front = next((i for i in range(shortest) if len({parts[i] for parts in split}) > 1), shortest)
     back = next((i for i in range(shortest - front) if len({parts[-1 - i] for parts in split}) > 1), shortest - front)

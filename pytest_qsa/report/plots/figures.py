@@ -107,6 +107,7 @@ def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:
         except (KeyError, QsaError):
             return None
         values = zip(series.layers, series.values.tolist(), strict=True)
+        # A bound on a sum says nothing about a single layer.
         shared = folded if query.get("over") in ("max", "mean") else None
         low, high = (shared.low, shared.high) if shared and shared.baseline is None else (None, None)
         rows = [Row(layer, value, low, high, None, 0.0) for layer, value in values]
@@ -200,6 +201,7 @@ def _draw_bounds(axes: Axes, judged: Judged) -> None:
         if len(bounds) != 1 or (bound := bounds.pop()) is None:
             continue
         equal = judged.rows[0].low == judged.rows[0].high
+        # `equals` is both bounds at once, and one line shows it.
         if equal and side == "min":
             continue
         label = bound_label(bound if equal or side == "min" else None, bound if equal or side == "max" else None)
@@ -291,6 +293,7 @@ def _scale(axes: Axes, judged: Judged, counts: bool) -> None:
         scale_log(axes)
         return
     low, high = min([*values, *bounds], default=0.0), max([*values, *bounds], default=0.0)
+    # Counts begin at 0, whatever the least of them is.
     if counts:
         low, high = min(low, 0), max(high, 1)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))

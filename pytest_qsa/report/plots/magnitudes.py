@@ -74,6 +74,7 @@ def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     except QsaError:
         return None
     first = next(iter(series.values()))
+    # One point is no line over depth.
     if len(first.layers) < 2 or not any(np.isfinite(each.values).any() for each in series.values()):
         return None
     if dim == "auto":
@@ -127,6 +128,7 @@ def _draw_allowed(axes: Axes, depth: Depth, rows: Mapping[str, Row]) -> None:
     """Draw the verdict's own bound, or its baseline with the allowed band."""
     known = [(x, rows[layer]) for x, layer in zip(depth.x, depth.layers, strict=True) if layer in rows]
     compared = [(x, row) for x, row in known if row.baseline is not None]
+    # A band over several layers at one x would connect what does not belong together.
     if compared and len(set(depth.x)) == len(depth.x):
         x = [x for x, _ in compared]
         low = [row.low if row.low is not None else row.baseline for _, row in compared]
@@ -295,6 +297,7 @@ def texts_of(capture: Capture, outliers: Outliers, *, decode: bool = True) -> li
     for sample, position, sink in zip(
         outliers.sample.tolist(), outliers.position.tolist(), outliers.sink.tolist(), strict=True
     ):
+        # A redacted capture and batches without ids have no tokens.
         if sample < len(capture.tokens) and position < len(capture.tokens[sample]):
             token = int(capture.tokens[sample][position])
             text = capture.pieces.get(token, f"⟨{token}⟩") if decode else f"⟨{token}⟩"

@@ -191,6 +191,7 @@ def _only(side: MeasureTable, other: MeasureTable) -> list[str]:
 
 
 def _tokens(old: DiffSide, new: DiffSide, threshold: float) -> dict[str, list[OutlierToken]]:
+    # At the same position of other data there is another token.
     if old.capture is None or new.capture is None or tokens_hash(old.capture) != tokens_hash(new.capture):
         return {}
     left, right = find_outlier_tokens(old.capture, threshold), find_outlier_tokens(new.capture, threshold)
@@ -251,6 +252,8 @@ class Condition:
         if name in METRICS and match["stat"] and "stat" not in METRICS[name].parameters:
             raise SuiteError(f"--fail-on '{text}': {name} has no stat")
         direction = -1 if number[0] == "-" else 1 if number[0] == "+" else 0
+        # `< 5%` would hold of every change that is small, and `> -5%` of nearly all: neither is what was
+        # meant.
         if (match["sign"] == "<") != (direction < 0):
             raise SuiteError(f"--fail-on '{text}': a rise is '> +5%', a fall is '< -5%', either is '> 5%'")
         scale = 0.01 if match["percent"] else 1.0
@@ -273,6 +276,7 @@ class Condition:
         changes = [change for change in diff.changes if self._concerns(change)]
         if not changes:
             shown = ", ".join(sorted({str(measure) for measure in diff.measures}))
+            # A condition that concerns nothing would always hold.
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
         lines = [
             f"{layer}: {measure} {old} → {new} ({moved})"
@@ -280,6 +284,7 @@ class Condition:
         ]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", diff.vanished), ("appeared", diff.appeared)):
+            # A layer that one side lacks has no change to judge, and must not pass for one that did not move.
             lines += [
                 f"{layer}: {word}, so {measure} has nothing to compare"
                 for measure, layers in sides.items()
@@ -299,6 +304,8 @@ class Condition:
     def _broken(self, change: Change) -> bool:
         moved = change.relative if self.percent else change.delta
         if math.isnan(moved):
+            # Two equal infinities have no difference and did not move; of any other NaN no limit can say that
+            # it is harmless.
             return change.size > 0
         return (moved * self.direction if self.direction else abs(moved)) > self.limit
 

@@ -42,6 +42,7 @@ def _median(changes: Sequence[Change]) -> str:
     middle = median(change.relative for change in changes)
     if math.isfinite(middle) or any(math.isnan(change.relative) for change in changes):
         return relative_text(middle)
+    # How an infinite change is put into words depends on its two values, so the change itself is needed.
     return sorted(changes, key=lambda change: change.relative)[len(changes) // 2].text
 
 
@@ -122,6 +123,7 @@ def diff_markdown(diff: Diff, failures: Iterable[tuple[str, Sequence[str]]], mos
             lines += [f"**{len(tokens)} {name} outlier tokens**", ""]
             lines += [*(f"- {escaped(token_text(token))}" for token in tokens[:most]), ""]
     lines += [f"> {escaped(note)}" for note in notes_of(diff)]
+    # `fitted` counts bytes and GitHub characters, of which there are never more.
     return fitted("\n".join(lines).rstrip() + "\n", 65_000)
 
 

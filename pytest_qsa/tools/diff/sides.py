@@ -130,6 +130,7 @@ def _baselines(path: Path, files: Iterable[Path], subject: str) -> DiffSide:
     seen: dict[DiffMeasure, Path] = {}
     facts: dict[str, str] = {}
     for file in files:
+        # The first folder below the path is named after the subject.
         if subject and file.relative_to(path).parts[:1] != (subject,):
             continue
         baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
@@ -182,6 +183,8 @@ def _of_results(path: Path, results: Iterable[Mapping[str, Any]], subject: str) 
     kept = [result for result in measured if subject in ("", result["subject"])]
     for result in kept:
         measure = DiffMeasure.of(result["query"])
+        # A report has the worst row first, a diff the order of the model; `float` reads the NaN and Infinity
+        # of strict JSON.
         values = {row["layer"]: float(row["value"]) for row in sorted(result["rows"], key=lambda row: row["depth"])}
         table = MeasureTable(result["query"]["definition"], Provenance.of(result["run"] or {}).data.fingerprint, values)
         tables[measure] = _joined(tables.get(measure), table, path, result["id"])
@@ -226,7 +229,9 @@ def _table(capture: Capture, series: Series) -> MeasureTable:
 def _can(capture: Capture, layer: str, site: Site, name: str, parameters: Mapping[str, Any]) -> bool:
     """Say whether a capture has at a layer what a metric needs."""
     metric, numbers = METRICS[name], capture.sites[layer, site]
+    # Sinks belong to the whole capture, so that a single site need not have them.
     needs = metric.needs(site, "all", parameters) - {SINKS}
+    # A site that no tensor reached would raise, where the other layers can still be compared.
     if not needs <= numbers.statistics or not numbers.populations or (site == "weight" and metric.tokenwise):
         return False
     return numbers.token_axis or not any(statistic.needs_tokens for statistic in needs)
@@ -239,5 +244,6 @@ def tokens_hash(capture: Capture) -> str | None:
         return noted
     digest = hashlib.sha256()
     for ids in capture.tokens:
+        # With the lengths, else the same ids cut into other samples would have the same hash.
         digest.update(f"{len(ids)}:".encode() + ids.tobytes())
     return f"ids:{digest.hexdigest()}"

@@ -161,6 +161,7 @@ def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
 def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight one code throughout."""
     with _edit_codes(mutant, layer) as codes:
+        # `or 1`: code 0 throughout would be a layer of zeros, which is another fault.
         codes[_rows(len(codes), strength)] = codes.flat[0] or 1
 
 
@@ -177,6 +178,7 @@ def nibbles_swapped(mutant: Mutant, layer: str, strength: float) -> None:
 def rows_permuted(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight in another order, their scales in the old one."""
     with _edit_codes(mutant, layer) as codes:
+        # One row alone has no other order.
         rows = _rows(len(codes), max(strength, 2 / len(codes)))
         codes[rows] = codes[np.roll(rows, 1)]
 
@@ -195,6 +197,7 @@ def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     other = f"{layer.rpartition('.')[0]}.k_proj"
     with _edit_scales(mutant, layer) as q, _edit_scales(mutant, other) as k:
         rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
+        # Copies, because a view of one side would already show the numbers of the other.
         q[rows], k[rows] = k[rows].copy(), q[rows].copy()
 
 
@@ -203,6 +206,7 @@ def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
     form, codes = format_of(mutant.source), _codes(mutant.source, layer)
     with mutant.edit((form.zero_point_of(layer) or codes).name) as raw:
+        # Packed zero points: one int32 holds several of them.
         if raw.dtype == np.int32:
             raw[...] = _added(raw.view(np.uint32), int(strength), form.code_bits(layer, codes)).view(np.int32)
         else:
@@ -283,6 +287,7 @@ def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
     """The weight of one expert random, as a loader leaves what it can't map (mixtures of experts)."""
     parts = mutant.source.layers[layer]
     tensor = format_of(mutant.source).codes_of(layer) or next(t for t in parts.values() if len(t.shape) >= 2)
+    # A fixed seed, so that a self-test finds the same again.
     random = np.random.default_rng(0)
     rows = _rows(tensor.shape[0], strength)
     if tensor.dtype in FLOATS:
@@ -342,8 +347,10 @@ def signs_lost(mutant: Mutant, layer: str, strength: float) -> None:
     with _edit_codes(mutant, layer) as raw:
         rows = _rows(len(raw), strength)
         if raw.dtype == np.int8:
+            # The absolute value of −128 does not fit into int8.
             raw[rows] = np.abs(np.maximum(raw[rows], -127))
         else:
+            # The sign of an FP8 number is its highest bit.
             raw[rows] &= 0x7F
 
 

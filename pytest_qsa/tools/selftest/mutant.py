@@ -80,6 +80,7 @@ class Mutant:
 
     def _differs(self, name: str, content: ChangedTensor | None) -> bool:
         tensor = self.source.tensors[name]
+        # First, because numpy can't compare arrays of other shapes element by element.
         if content is None or (content.shape, content.dtype) != (tensor.shape, tensor.dtype):
             return True
         return bool((np.asarray(tensor.raw()) != content.raw).any())
@@ -99,6 +100,8 @@ class Mutant:
             _rewrite(path, folder / path.name, self._contents(path))
         for name, text in self.texts.items():
             write_atomically(folder / name, text)
+        # transformers looks a tensor up where the index says, so that the index must not name one that is
+        # gone.
         if self.source.indexed and any(content is None for content in self.changes.values()):
             self._reindex(folder)
         return folder
@@ -117,6 +120,7 @@ class Mutant:
 
 def _link(file: Path, target: Path) -> None:
     try:
+        # A link to the file itself: in the hub's cache the files of a snapshot are relative links.
         os.symlink(file.resolve(), target)
     except OSError:  # a file system or an account without links
         shutil.copyfile(file, target)

@@ -186,6 +186,7 @@ class Selftest:
         """Return the layer that gets a fault, the middle one of those that can have it; None if there is none."""
         layers = list(fault.targets(self.folder))
         if self.layers is not None:
+            # The tokenizer is no layer, so that a regex of layers does not leave its fault out.
             layers = match_layers(layers, self.layers) or [layer for layer in layers if layer == TOKENIZER]
         return layers[len(layers) // 2] if layers else None
 
@@ -201,11 +202,13 @@ class Selftest:
 
         Return what failed, and the verdict on the perplexity if that was asked for.
         """
+        # One copy at a time, removed after its run: a changed shard is as large as the original's.
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             copy = mutant.save(Path(scratch) / self.folder.path.name)
             suites = [self.suite, home / PERPLEXITY_FILE] if perplexity else [self.suite]
             results = self._pytest(copy, Path(scratch) / "results.jsonl", suites)
         on_perplexity = [each for each in results if each["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
+        # Some faults change two layers, and a test that names either of them has found it.
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
         failed = tuple(
             Catch(
@@ -227,6 +230,7 @@ class Selftest:
         command = [*pytest, *map(str, suites), *options, *self.arguments]
         environment = os.environ | {recording.RESULTS: str(file)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        # pytest ends with 0 or 1 where tests ran; with any other code the verdicts are missing or incomplete.
         if done.returncode not in (0, 1) or not file.exists():
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise InfraError(
@@ -255,6 +259,7 @@ def smallest_caught(catches: Callable[[float], bool], low: float, high: float, *
 
 def middle_of(low: float, high: float, *, whole: bool) -> float:
     """Return the geometric mean of two strengths, from 0 the arithmetic one; rounded where only whole ones exist."""
+    # Strengths are mostly factors and span powers of ten, so that the middle is geometric.
     middle = (low * high) ** 0.5 if low > 0 else (low + high) / 2
     return float(round(middle)) if whole else middle
 

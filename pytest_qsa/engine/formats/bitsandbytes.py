@@ -26,6 +26,7 @@ class BitsAndBytesModules(EngineFormat):
         codes: Any = module.weight
         scales = _scales(module)
         assert scales is not None
+        # Another order would round otherwise than the library does.
         weight: Tensor = codes.detach() * scales.view(-1, 1) * (1 / 127)
         return weight
 

@@ -149,6 +149,7 @@ def schemes_of(model: nn.Module) -> dict[str, str] | None:
     own = {name: scheme for name, layer in layers.items() if (scheme := _scheme_of(layer)) is not None}
     stated = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = stated if isinstance(stated, dict) else stated.to_dict() if stated is not None else {}
+    # The modules say what was loaded, the configuration only what was declared.
     if own or not settings:
         return own
     method = settings.get("quant_method")
@@ -168,6 +169,7 @@ def _declared_scheme(settings: Mapping[str, Any], kinds: Sequence[type[EngineFor
 
 
 def _replaces_linear(layer: nn.Module) -> bool:
+    # Quantizers' classes keep the word in their names where they replace nn.Linear.
     return type(layer) is not nn.Linear and "Linear" in type(layer).__name__
 
 

@@ -256,6 +256,7 @@ def settle(scratch, low, high, signs, sums, base, row):
         zeros += scratch[0, zero]
         scratch[0, zero] = 0
     if row.shape[1] and signs == 1:
+        # The row is scratch: an earlier one with signs may have filled its second line.
         row[1, : high - low + 2] = 0
     return zeros
 

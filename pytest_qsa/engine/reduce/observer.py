@@ -80,6 +80,7 @@ class Owners:
     """
 
     def __init__(self, rows: array[int]) -> None:
+        # A copy, for the site's own rows grow while the pass goes on.
         self.rows = rows[:]
         table = np.array(rows, dtype=np.int64).reshape(-1, 3)
         order = np.lexsort((table[:, 1], table[:, 0]))

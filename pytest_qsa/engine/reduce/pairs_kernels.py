@@ -112,8 +112,10 @@ def _exponentials(logits, top, found, powers, exponents):
     powers, exponents: two views of one scratch array, in which powers of two are made by writing their exponent bits.
     """
     for at in range(logits.shape[0]):
+        # Below e^−708 float64 is subnormal, which the exponent bits alone can't make.
         x = max(np.float64(logits[at]) - top, -700.0)
         turns = np.floor(x * _LOG2E + 0.5)
+        # ln 2 in two parts: the first has few enough bits that its product is exact.
         r = (x - turns * _LN2_HIGH) - turns * _LN2_LOW
         # |r| is at most ln 2 / 2, where a polynomial of degree 9 is within 1e-11.
         tail = 1 / 120 + r * (1 / 720 + r * (1 / 5040 + r * (1 / 40320 + r * (1 / 362880))))
@@ -126,6 +128,7 @@ def _exponentials(logits, top, found, powers, exponents):
 @_ordered
 def _sum(values, count):
     """Return the sum of the first `count` values, as eight partial sums."""
+    # By hand, for the compiler may not reorder a sum here, and a single one would use no vectors.
     a = b = c = d = e = f = g = h = 0.0
     whole = count - count % 8
     for at in range(0, whole, 8):

@@ -70,6 +70,7 @@ class Plan:
     @classmethod
     def of(cls, statistics: frozenset[Statistic]) -> Plan:
         """Work out the plan of some statistics."""
+        # Sorted, so that the order of reductions isn't that of a set.
         ordered = sorted(statistics)
         steps = tuple((s, REDUCTIONS[s.name]) for s in ordered if s.name in REDUCTIONS)
         return cls(
@@ -198,6 +199,7 @@ def count_patterns(x: Tensor, *, signed: bool) -> Tensor:
     if x.dtype in (torch.bfloat16, torch.float16):
         patterns = x.contiguous().view(torch.int16).int()
     else:
+        # The shift repeats the sign in the upper bits, which the mask below clears.
         patterns = x.float().contiguous().view(torch.int32) >> 16
     patterns = patterns & (0xFFFF if signed else 0x7FFF)
     size = 1 << (16 if signed else 15)

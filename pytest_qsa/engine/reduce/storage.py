@@ -100,6 +100,7 @@ class Arena:
         self._start += len(self._map)
         self._map = own_pages(size)
         self._used = self._ready = 0
+        # np.frombuffer keeps the map as its base's `obj`; plain zeros have no map to advise on.
         self._advise = getattr(getattr(self._map.base, "obj", None), "madvise", None)
         self._maps.append(self._map)
         self._starts.append(self._start)
@@ -364,6 +365,7 @@ def joined_records(
     records: Sequence[NDArray[Any]], lengths: Sequence[int]
 ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
     """Return the maxima of all records, [Σ T], and their peaks with the channels of these, [n, K] each; −1 for none."""
+    # The usual case, samples of one length, needs no loop over the records.
     if len({*lengths}) == 1 and len({*map(len, records)}) == 1:
         table = np.stack(records)
         pairs = np.ascontiguousarray(table[:, lengths[0] + lengths[0] % 2 :]).view(np.int32)

@@ -160,6 +160,7 @@ class RowRecorder(Participant):
                 at = drawn_tokens(self.options.seed, self.hashes[sample], len(values), self.options.rows)
                 some = values.index_select(0, torch.from_numpy(at).long().to(values.device))
                 self.calls[*site, call][sample] = _Drawn(len(values), at, some.detach())
+        # One sample shows whether a layer mixes tokens; all of them would cost another forward.
         if forward.first and site[1] == "output" and site[0] in self._local:
             self._check_alone(site[0], call, rows.samples[0])
 
@@ -252,6 +253,7 @@ def halved(tensor: Tensor) -> Tensor:
 
 def _distance(logits: Tensor, made: Tensor) -> float:
     """Return the mean KL divergence of logits that were made again from a model's own, in nats."""
+    # A divergence needs no token that follows.
     scores = scores_of(made, logits, torch.full((len(logits),), -1))
     return float(scores[:, KL].mean())
 

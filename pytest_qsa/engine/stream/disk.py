@@ -72,6 +72,7 @@ class Shards:
         return tensor.to(getattr(torch, wanted)) if wanted else tensor
 
     def _entry(self, stored: StoredTensor) -> Tensor:
+        # The header of a shard is read once for all its tensors.
         if stored.file not in self._tables:
             self._tables[stored.file] = {tensor.name: tensor for tensor in tensors_of(Path(stored.file))}
         if stored.name not in self._tables[stored.file]:
@@ -109,6 +110,7 @@ class Spill:
         Raises:
             InfraError: there is no space for it.
         """
+        # Memory that another waiting sample holds already is counted once.
         if hidden is None or not hidden.numel() or not _owned(hidden) or hidden.data_ptr() in self._waiting:
             return None
         held = Held(hidden, hidden.nbytes, hidden.data_ptr(), hidden.shape)
@@ -129,6 +131,7 @@ class Spill:
             return
         content = torch.from_numpy(np.fromfile(held.file, dtype=np.uint8))
         held.hidden.data = content.view(held.hidden.dtype).reshape(held.shape).to(held.hidden.device)
+        # At once, so that the disk holds no more than what still waits.
         held.file.unlink()
 
     def close(self) -> None:

@@ -104,6 +104,7 @@ def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
         for population in range(numbers.populations):
             for position, channel, ratio in _candidates(numbers, population):
                 sightings[int(numbers.sample[population]), position, channel].append((layer, ratio))
+    # A quarter of three blocks is less than one.
     needed = max(1.0, SHARE_OF_BLOCKS * len(usable))
     return [
         Sink(
@@ -115,6 +116,7 @@ def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
             max(ratio for _, ratio in seen),
         )
         for (sample, position, channel), seen in sightings.items()
+        # A set, because a block that is called twice for a sample counts once.
         if len({layer for layer, _ in seen}) >= needed
     ]
 

@@ -98,6 +98,7 @@ class Statistic:
         kind = STATISTICS.get(name)
         if kind is None:
             raise SuiteError(f"unknown statistic '{text}'{did_you_mean(name, STATISTICS)}")
+        # Under `from __future__ import annotations` the type of a field is a string.
         types = [get_type_hints(kind)[field.name] for field in fields(kind)]
         # The last parameter may hold a colon itself, as in channel_error:skip_first:4.
         values = rest.split(":", len(types) - 1) if rest and types else [rest] if rest else []

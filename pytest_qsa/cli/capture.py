@@ -28,6 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, overrides = parse_with_overrides(_parser(), arguments)
     _check_options(options)
+    # Before the pass, which may take hours.
     if not options.output.absolute().parent.is_dir():
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")

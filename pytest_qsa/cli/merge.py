@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     merged = captures.merge([captures.Capture.load(path) for path in options.captures])
     with writing(options.output):
         merged.save(options.output)
+    # None once all samples are in it.
     held = merged.provenance.samples
     missing = f", samples {held.first}:{held.end} of {held.total}" if held else ""
     print(f"{shown_path(options.output)}: {len(options.captures)} captures merged{missing}")

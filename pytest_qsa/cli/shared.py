@@ -99,6 +99,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
             words = [f"--{key}"] if short == key else [f"--{short}", f"--{key}"]
             stated = not field.is_required() and field.default is not None
             default = f"default: {_written(field.get_default())}" if stated else ""
+            # argparse formats its help with %, so that a percent sign is doubled.
             text = "; ".join(part for part in (field.description, default) if part).replace("%", "%%")
             kind = _shown(field.annotation)
             # SUPPRESS leaves out what was not given, so that only real overrides are applied.

@@ -299,6 +299,7 @@ def expert_tokens(view: View) -> Values:
 @metric(MOMENTS, reduce=None)
 def zero_fraction(view: View) -> float:
     """Take the share of exact zeros."""
+    # A share of zeros among NaN or Inf would look sound.
     if view.numbers.moment("nonfinite").any():
         return float("nan")
     return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
@@ -323,6 +324,7 @@ def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
         numbers.moment("n").tolist(), numbers.moment("mean").tolist(), numbers.moment("m2").tolist(), strict=True
     )
     for n, population_mean, population_m2 in rows:
+        # For a first population without elements the division below would be 0 / 0.
         if not n:
             continue
         # A plain sum of squares minus the squared mean would cancel where the mean is large.

@@ -85,6 +85,7 @@ def psi_of(old: SiteNumbers, new: SiteNumbers, *, bins: int = 10) -> float:
     _, before, after = _cumulated(old, new)
     if not np.isfinite(before).all():
         return float("nan")
+    # A value that many elements share ends several bins at once; kept apart, all but one would be empty.
     ends = np.unique(np.searchsorted(before, np.arange(1, bins) / bins))
     shares = [np.diff(np.concatenate([[0.0], cumulated[ends], [1.0]])) for cumulated in (before, after)]
     p, q = (np.maximum(share, LEAST_SHARE) for share in shares)

@@ -179,6 +179,7 @@ class Selection(MetricMethods):
         if populations and query.reduce is None:
             where = METRICS[query.metric].place
             raise SuiteError(f"{where}: {query.metric} returns a number for each population: say reduce=, of them all")
+        # Without populations nothing is folded, so that any of them does.
         fold = REDUCTIONS[query.reduce or "max"]
         estimates = {layer: result for layer, result in results.items() if isinstance(result, Estimate)}
         plain = {**results, **{layer: estimate.value for layer, estimate in estimates.items()}}

@@ -112,6 +112,7 @@ class Noise(Strict):
 
 ByGroup = Annotated[
     Annotated[Noise, Tag("[noise]")] | Annotated[dict[str, Noise], Tag("[groups]")],
+    # Every noise has a `mean`.
     Discriminator(lambda value: "[groups]" if isinstance(value, dict) and "mean" not in value else "[noise]"),
 ]
 
@@ -153,6 +154,7 @@ class Noises(Strict):
 
 
 def _check_bound(side: Side, group: str, bound: Any, noise: Noise) -> None:
+    # Only a plain number can be held against a noise floor.
     if isinstance(bound, Relative | dict) or bound is None:
         raise SuiteError(f"noise.{side} is of another form than {side}: calibrate again, or take it out", "noise")
     floor = noise.floor(side)

@@ -27,6 +27,7 @@ class Anatomy:
     @property
     def block_pattern(self) -> str:
         r"""A regex that finds the blocks and nothing in them: `^model\.layers\.\d+$`."""
+        # An encoder and a decoder have a list of blocks each.
         trunks = list(dict.fromkeys(re.escape(block.rpartition(".")[0]) for block in self.blocks))
         return rf"^{trunks[0]}\.\d+$" if len(trunks) == 1 else rf"^({'|'.join(trunks)})\.\d+$"
 

@@ -127,6 +127,7 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
 
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    # A path that does not exist is no valid hub id either.
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     except OSError as error:

@@ -147,6 +147,7 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
     farthest = max if side == "max" else min
     noises = {index: spread.noise(index, k) for index in layers}
     decides = farthest(layers, key=lambda index: noises[index].floor(side))
+    # The suite itself runs on all the data, so the bound has to hold there as well.
     reached = farthest(noises[decides].floor(side), *spread.whole[layers].tolist())
     whole = bool((spread.parts[:, layers] == np.round(spread.parts[:, layers])).all())
     if spread.tokens and side == "max" and noises[decides].steady:

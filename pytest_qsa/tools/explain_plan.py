@@ -153,6 +153,7 @@ def _site_lines(planned: Planned, sizes: Sizes) -> Iterator[str]:
         ids = [name for name, other in planned.measured if (other.pattern, other.site, other.exclude) == sites]
         layers = len(match_layers(sizes.layers, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
+        # A module without tensors, such as an activation function, is in no file.
         found = f"{layers} layers" if layers else "no layer that the files name"
         statistics = ", ".join(sorted({statistic.name for statistic in request.statistics}))
         yield f"{label:<12}{where}, {found}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"

@@ -120,6 +120,7 @@ class _Finder:
     def _narrowed(self, pattern: str, location: Location) -> list[str]:
         layers = self._all(pattern, location)
         kept = [layer for layer in layers if layer in self.selected]
+        # An empty `layer_selection` selects every layer.
         if self.selected and not kept:
             self._warn(f"layer_selection would leave none of the {len(layers)} layers of '{pattern}', so all are drawn")
         return kept or layers
@@ -314,6 +315,7 @@ def maps_of(
 ) -> tuple[dict[str, NDArray[np.float32]], tuple[int, int]]:
     """Return the [t, c] map of one sample at each layer, and the tokens and channels of the largest site."""
     sites = {layer: capture.sites[layer, site] for layer in layers}
+    # The maps have common axes, which reach as far as the largest site.
     tokens, channels = max(numbers.shape for numbers in sites.values())[:2]
     return {layer: numbers.arrays[HeatMap(sample).key] for layer, numbers in sites.items()}, (tokens, channels)
 

@@ -32,6 +32,7 @@ def summary_table(diff: Diff, least: float = LEAST_MOVED) -> list[list[str]]:
     rows = []
     for measure in diff.measures:
         changes = [change for change in diff.changes if change.measure == measure]
+        # The changes of a diff are sorted, the worst first.
         count, worst = sum(change.size > least for change in changes), changes[0]
         at = worst.layer if worst.size else "–"
         rows.append([str(measure), str(len(changes)), str(count), _median(changes), worst.text, at])
@@ -54,6 +55,7 @@ def notes_of(diff: Diff) -> Iterator[str]:
     if diff.skipped:
         skipped = sorted({str(measure) for measure in diff.skipped})
         yield f"on one side only, so not compared: {_first_names(skipped)}"
+    # A reader would take the missing lists for empty ones.
     if not diff.outlier_tokens:
         yield "new and lost outlier tokens are known only between two captures of the same tokens"
 

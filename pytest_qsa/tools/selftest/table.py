@@ -28,6 +28,7 @@ def markdown_of(outcomes: Sequence[Outcome]) -> str:
 
 
 def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
+    # Without such a gate its column would be empty.
     compared = any(outcome.perplexity for outcome in outcomes)
     heads = ["fault", "layer", "strength", "caught by", "layer named", "smallest caught"]
     yield heads + [f"perplexity (≤ {MAX_RATIO:g})"] * compared
@@ -39,6 +40,7 @@ def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
 def _score_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield the mutation score, and the share of the same faults that a gate on perplexity catches, where one ran."""
     yield score_line(outcomes)
+    # Of the same faults as the score, so that the two shares can be compared.
     gates = [outcome.perplexity for outcome in done_of(outcomes) if outcome.perplexity]
     if gates:
         caught = sum(gate.caught for gate in gates)
@@ -68,6 +70,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 def _tests(outcome: Outcome) -> str:
     """Return the names of the tests that caught a fault. All that failed because nothing loads count as one."""
+    # Where nothing loads every test fails, so that their names say nothing of the fault.
     tests = [catch.test for catch in outcome.caught if catch.loaded]
     loads = ["(does not load)"] if any(not catch.loaded for catch in outcome.caught) else []
     shown = (tests + loads)[:MOST_TESTS]

@@ -104,7 +104,6 @@ def _find_in_trunk(trunk: str, usable: Mapping[str, SiteNumbers]) -> list[Sink]:
         for population in range(numbers.populations):
             for position, channel, ratio in _candidates(numbers, population):
                 sightings[int(numbers.sample[population]), position, channel].append((layer, ratio))
-    # A quarter of three blocks is less than one.
     needed = max(1.0, SHARE_OF_BLOCKS * len(usable))
     return [
         Sink(

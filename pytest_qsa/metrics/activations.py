@@ -324,7 +324,7 @@ def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:
         numbers.moment("n").tolist(), numbers.moment("mean").tolist(), numbers.moment("m2").tolist(), strict=True
     )
     for n, population_mean, population_m2 in rows:
-        # For a first population without elements the division below would be 0 / 0.
+        # A first population without elements would make the division below 0 / 0.
         if not n:
             continue
         # A plain sum of squares minus the squared mean would cancel where the mean is large.

@@ -36,7 +36,7 @@ BOX_SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """The quantiles of a box: extremes, whiskers, quartiles, median."""
 MOST_CURVES, BINS = 4, 120
 Bands = Mapping[str, NDArray[np.float64]]
-"""The names of `channels.SHARES` → [C]."""
+"""The names of `SHARES` in captures/distributions.py → a number for each channel, [C]."""
 PAIRS = (("min", "max"), ("p0.01", "p99.99"), ("p1", "p99"), ("p25", "p75"))
 _LABELS = ("all tokens", "0.01 to 99.99 %", "1 to 99 %", "25 to 75 %")
 _FILLS = ("#dfe6ee", "#b5c6d8", "#7f9dbb", "#2b5c8a")

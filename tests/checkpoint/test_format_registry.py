@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from pytest_qsa import Format
 from pytest_qsa.checkpoint import Files, format_of, libraries_of_formats, open_folder, problems_of
-from pytest_qsa.checkpoint.formats.format import FORMATS
+from pytest_qsa.checkpoint.formats.format import FORMATS, spread
 from pytest_qsa.common import InfraError, Registry
 
 PLUGIN = '''
@@ -119,3 +119,29 @@ def test_a_registry_finds_every_module_of_its_package_and_asks_entry_points_last
     assert registry.find("zip") is zip
     assert registry.find("nothing") is None
     assert list(registry.all()) == [zip]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "group", "expected"),
+    [
+        ((576, 1), (5, 1), (128, 1), np.repeat([0, 1, 2, 3, 4], 128)[:576]),
+        ((4, 1), (2, 1), None, [0, 0, 1, 1]),
+        ((4, 1), (1, 1), (128, 128), [0, 0, 0, 0]),
+        ((3, 1), (3, 1), 64, [0, 1, 2]),
+    ],
+    ids=["a smaller last block", "even blocks", "one scale", "a scale a row"],
+)
+def test_a_scale_belongs_to_the_elements_of_its_group(shape, scales, group, expected):
+    table = np.arange(np.prod(scales), dtype=float).reshape(scales)
+    np.testing.assert_array_equal(spread(table, shape, slice(None), group)[:, 0], expected)
+    np.testing.assert_array_equal(spread(table, shape, slice(1, 3), group)[:, 0], expected[1:3])
+
+
+def test_groups_of_columns_may_end_in_a_smaller_one():
+    found = spread(np.arange(10.0).reshape(2, 5), (2, 576), slice(None), 128)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(10.0).reshape(2, 5), 128, axis=1)[:, :576])
+
+
+def test_scales_that_nothing_assigns_give_no_number():
+    with pytest.raises(ValueError, match="5 scales for 576 rows, and no group size that fits"):
+        spread(np.ones((5, 1)), (576, 1), slice(None))

@@ -99,8 +99,20 @@ def test_block_wise_fp8_is_scaled_block_by_block():
     module = torch.nn.Linear(6, 5)
     module.weight = torch.nn.Parameter(codes, requires_grad=False)
     module.weight_scale_inv = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    module.block_size = (2, 3)
     scales = np.repeat(np.repeat([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], 2, axis=0)[:5], 3, axis=1)
     np.testing.assert_array_equal(dequantized(module), codes.double().numpy() * scales)
+
+
+def test_the_last_block_of_fp8_is_smaller_where_the_stated_size_says_so():
+    codes = torch.ones(576, 128).to(torch.float8_e4m3fn)
+    module = torch.nn.Linear(128, 576)
+    module.weight = torch.nn.Parameter(codes, requires_grad=False)
+    module.weight_scale_inv = torch.nn.Parameter(torch.arange(1.0, 6.0)[:, None], requires_grad=False)
+    with pytest.raises(InfraError, match="5 scales for 576 weights, and no block size that fits"):
+        dequantized(module)
+    module.block_size = (128, 128)
+    np.testing.assert_array_equal(dequantized(module)[:, 0], np.repeat(np.arange(1.0, 6.0), 128)[:576])
 
 
 def test_codes_of_an_unknown_format_are_no_weight():

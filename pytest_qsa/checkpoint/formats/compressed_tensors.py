@@ -94,10 +94,12 @@ class CompressedTensors(Format):
         if values is None or (zero_points is None and "weight_zero_point" in parts):
             return None
         shape = (codes.shape[0], values.shape[1])
+        scheme = self.scheme_of(layer)
+        group = scheme.group if scheme else None
         columns = _group_order(parts.get("weight_g_idx"), scale, shape[1])
         if zero_points is not None:
-            values = values - spread(zero_points, shape, rows)[:, columns]
-        scales = spread_scales(scale, shape, rows)[:, columns]
+            values = values - spread(zero_points, shape, rows, group)[:, columns]
+        scales = spread_scales(scale, shape, rows, group)[:, columns]
         if whole := parts.get("weight_global_scale"):
             scales = scales / float(
                 whole.values().item()

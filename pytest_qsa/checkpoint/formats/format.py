@@ -325,20 +325,38 @@ def unpacked(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     return np.packbits(digits, axis=2, bitorder="little").reshape(len(words), count)
 
 
-def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice) -> Matrix:
+Group = int | tuple[int, int] | None
+"""The columns that share a scale, or the rows and columns of a block; None where nothing says it."""
+
+
+def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice, group: Group = None) -> Matrix:
     """Return the scale of each element of some rows of a weight, [rows, in].
 
-    `shape`: [out, in] of the weight. The scales are one, one a row, or one a block of rows and columns.
+    `shape`: [out, in] of the weight. The scales are one, one a row, or one a group or block of `group`.
+
+    Raises:
+        ValueError: the scales don't divide the weight evenly, and `group` doesn't say where the last ones begin.
     """
-    return spread(scale_values(scale), shape, rows)
+    return spread(scale_values(scale), shape, rows, group)
 
 
-def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice) -> Matrix:
+def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice, group: Group = None) -> Matrix:
     """Return the scale or zero point of each element of some rows of a weight, as `spread_scales` does."""
     table = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
-    down = np.repeat(table, -(-shape[0] // len(table)), axis=0)[: shape[0]][rows]
-    elements: Matrix = np.repeat(down, -(-shape[1] // table.shape[1]), axis=1)[:, : shape[1]]
-    return elements
+    block = group if isinstance(group, tuple) else (None, group)
+    return _repeated(_repeated(table, 0, shape[0], block[0])[rows], 1, shape[1], block[1])
+
+
+def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix:
+    """Repeat the numbers along an axis for the `step` elements that share each; the last may have fewer."""
+    count = table.shape[axis]
+    # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.
+    if not step or -(-length // step) != count:
+        step, rest = divmod(length, count)
+        if rest:
+            what = "columns" if axis else "rows"
+            raise ValueError(f"{count} scales for {length} {what}, and no group size that fits")
+    return np.repeat(table, step, axis=axis).take(np.arange(length), axis)
 
 
 def _end(name: str) -> str:

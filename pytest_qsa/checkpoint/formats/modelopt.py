@@ -111,7 +111,7 @@ class ModelOpt(Format):
             raise ValueError(f"{lost} is missing")
         raw = np.asarray(codes.raw()[rows])
         values = decoded(raw, "F4" if codes.dtype == "U8" else codes.dtype).astype(np.float64)
-        weight = values * spread_scales(parts["weight_scale"], shape, rows)
+        weight = values * spread_scales(parts["weight_scale"], shape, rows, scheme.group)
         for part in ("weight_scale_2", "pre_quant_scale"):
             if part in parts:
                 weight = weight * parts[part].values().ravel()

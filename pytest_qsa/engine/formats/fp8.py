@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...common import InfraError
 from .format import EngineFormat, scheme_name
 
 
@@ -21,14 +22,25 @@ class Fp8Modules(EngineFormat):
         return isinstance(weight, Tensor) and isinstance(scale, Tensor) and weight.dtype.itemsize == 1
 
     def weight(self, module: nn.Module) -> Tensor | None:
-        """Multiply codes [out, in] by their scales [row blocks, column blocks], or by one."""
+        """Multiply codes [out, in] by their scales [row blocks, column blocks], or by one.
+
+        Raises:
+            InfraError: the scales don't divide the weight evenly, and the module doesn't say its block size.
+        """
         codes: Any = module.weight
         scale: Any = module.weight_scale_inv
         codes, scale = codes.detach(), scale.detach()
         if scale.dim() == 2:
-            for axis in (0, 1):
-                block = -(-codes.shape[axis] // scale.shape[axis])
-                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])
+            stated = getattr(module, "block_size", None) or (0, 0)
+            for axis, block in enumerate(stated):
+                length, count = codes.shape[axis], scale.shape[axis]
+                # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.
+                if not block or -(-length // block) != count:
+                    block, rest = divmod(length, count)
+                    if rest:
+                        kind = type(module).__name__
+                        raise InfraError(f"{kind} has {count} scales for {length} weights, and no block size that fits")
+                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, length)
         weight: Tensor = codes.float() * scale.float()
         return weight
 

@@ -215,6 +215,23 @@ def test_rows_are_the_codes_times_their_scales(write, scheme, scales):
     np.testing.assert_array_equal(format_of(folder).rows(LAYERS[2], rows), expected[rows])
 
 
+UNEVEN = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [12, 48]}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("fp8 by block", {"config_groups": {"group_0": {"targets": ["Linear"], "weights": UNEVEN}}}),
+        ("block fp8 of its own method", {"weight_block_size": [12, 48]}),
+    ],
+)
+def test_the_last_block_of_a_weight_may_be_smaller(write, scheme, settings):
+    kept = {}
+    rows = format_of(write(scheme, kept.update, **settings)).rows(LAYERS[2])
+    codes, scales = (kept[part].double().numpy() for part in kept if part.startswith("weight"))
+    np.testing.assert_array_equal(rows, codes * np.repeat(np.repeat(scales, [12, 4], axis=0), [48, 16], axis=1))
+
+
 @pytest.mark.parametrize(
     ("scheme", "settings"),
     [("gptq", {"checkpoint_format": "gptq_p"}), ("awq", {"version": "gemv_fast"})],

@@ -142,6 +142,7 @@ def test_groups_of_columns_may_end_in_a_smaller_one():
     np.testing.assert_array_equal(found, np.repeat(np.arange(10.0).reshape(2, 5), 128, axis=1)[:, :576])
 
 
-def test_scales_that_nothing_assigns_give_no_number():
-    with pytest.raises(ValueError, match="5 scales for 576 rows, and no group size that fits"):
-        spread(np.ones((5, 1)), (576, 1), slice(None))
+@pytest.mark.parametrize(("count", "length", "group"), [(5, 576, None), (5, 576, (64, 1)), (2, 64, (128, 128))])
+def test_scales_that_nothing_assigns_or_that_contradict_the_declaration_give_no_number(count, length, group):
+    with pytest.raises(ValueError, match=f"{count} scales for {length} rows, and no group size that fits"):
+        spread(np.ones((count, 1)), (length, 1), slice(None), group)

@@ -109,8 +109,10 @@ def test_the_last_block_of_fp8_is_smaller_where_the_stated_size_says_so():
     module = torch.nn.Linear(128, 576)
     module.weight = torch.nn.Parameter(codes, requires_grad=False)
     module.weight_scale_inv = torch.nn.Parameter(torch.arange(1.0, 6.0)[:, None], requires_grad=False)
-    with pytest.raises(InfraError, match="5 scales for 576 weights, and no block size that fits"):
-        dequantized(module)
+    for contradicting in (None, (64, 128)):
+        module.block_size = contradicting
+        with pytest.raises(InfraError, match="5 scales for 576 weights, and no block size that fits"):
+            dequantized(module)
     module.block_size = (128, 128)
     np.testing.assert_array_equal(dequantized(module)[:, 0], np.repeat(np.arange(1.0, 6.0), 128)[:576])
 

@@ -350,12 +350,12 @@ def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice, gro
 def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix:
     """Repeat the numbers along an axis for the `step` elements that share each; the last may have fewer."""
     count = table.shape[axis]
+    if step is None or count in (1, length):  # a scale for all of the axis, or for each element, whatever is declared
+        step = length // count
     # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.
-    if not step or -(-length // step) != count:
-        step, rest = divmod(length, count)
-        if rest:
-            what = "columns" if axis else "rows"
-            raise ValueError(f"{count} scales for {length} {what}, and no group size that fits")
+    if step < 1 or -(-length // step) != count:
+        what = "columns" if axis else "rows"
+        raise ValueError(f"{count} scales for {length} {what}, and no group size that fits")
     return np.repeat(table, step, axis=axis).take(np.arange(length), axis)
 
 

@@ -31,15 +31,13 @@ class Fp8Modules(EngineFormat):
         scale: Any = module.weight_scale_inv
         codes, scale = codes.detach(), scale.detach()
         if scale.dim() == 2:
-            stated = getattr(module, "block_size", None) or (0, 0)
-            for axis, block in enumerate(stated):
+            for axis, stated in enumerate(getattr(module, "block_size", None) or (None, None)):
                 length, count = codes.shape[axis], scale.shape[axis]
+                block = length // count if stated is None or count in (1, length) else stated
                 # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.
-                if not block or -(-length // block) != count:
-                    block, rest = divmod(length, count)
-                    if rest:
-                        kind = type(module).__name__
-                        raise InfraError(f"{kind} has {count} scales for {length} weights, and no block size that fits")
+                if block < 1 or -(-length // block) != count:
+                    kind = type(module).__name__
+                    raise InfraError(f"{kind} has {count} scales for {length} weights, and no block size that fits")
                 scale = scale.repeat_interleave(block, axis).narrow(axis, 0, length)
         weight: Tensor = codes.float() * scale.float()
         return weight

@@ -43,6 +43,8 @@ class Capture:
     `plan`: what was asked for when it was made.
     `schemes`: quantized layer → its scheme (`w8a8_int`), in model order; None where nothing says how it is quantized.
     `reference`: the numbers that the same pass left of the reference, which saw the same tokens.
+    `refused`: layer → why its weight isn't read as numbers; it has none at `weight`.
+    `uncompared`: quantized layer → why its loaded weight can't be held against the files.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -54,6 +56,8 @@ class Capture:
     plan: tuple[Request, ...] = ()
     schemes: Mapping[str, str] | None = None
     reference: Capture | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    uncompared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -140,7 +144,10 @@ class Capture:
         if self.reference is not None:
             theirs, reference = self.reference._split()
             arrays |= {f"{REFERENCE}{name}": array for name, array in theirs.items()}
+        # Left out where they are empty, so that a capture that lacks nothing has the bytes that it always had.
+        unread = {"refused": dict(self.refused), "uncompared": dict(self.uncompared)}
         return arrays, {
+            **{key: layers for key, layers in unread.items() if layers},
             "meta": self.provenance.plain(),
             "modules": list(self.modules),
             "blocks": list(self.blocks),
@@ -195,6 +202,8 @@ class Capture:
                 for pattern, site, exclude, statistics in header["plan"]
             ),
             reference=cls._joined(theirs, header["reference"]) if header.get("reference") else None,
+            refused=header.get("refused", {}),
+            uncompared=header.get("uncompared", {}),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -54,6 +54,9 @@ def merge(captures: Sequence[Capture]) -> Capture:
         pieces=dict(sorted(pieces.items())),
         provenance=_provenance(ordered),
         reference=_merged_references(ordered),
+        # The part of an interrupted pass has not looked at any weight yet.
+        refused={layer: why for capture in ordered for layer, why in capture.refused.items()},
+        uncompared={layer: why for capture in ordered for layer, why in capture.uncompared.items()},
     )
 
 

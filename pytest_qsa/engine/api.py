@@ -189,7 +189,13 @@ def capture_parts(
 def _with_weights(capture: Capture, first: Capture) -> Capture:
     """Take the weights from the first part: they are the same in all of them."""
     weights = {site: numbers for site, numbers in first.sites.items() if site[1] == "weight"}
-    return replace(capture, sites={**weights, **capture.sites}, plan=first.plan)
+    reference = capture.reference
+    if reference is not None and first.reference is not None:
+        reference = replace(reference, refused=first.reference.refused)
+    sites, refused = {**weights, **capture.sites}, first.refused
+    return replace(
+        capture, sites=sites, plan=first.plan, refused=refused, uncompared=first.uncompared, reference=reference
+    )
 
 
 def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Loaded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from ..captures import (
     need_tokens,
     no_match,
 )
-from ..common import AnomalyError, SuiteError
+from ..common import AnomalyError, InfraError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
 from .registry import METRICS, REDUCTIONS, Estimate, Metric, Reduce, View
@@ -45,7 +45,8 @@ class Selection(MetricMethods):
     """The layers of a capture that a regex finds, at one site. Each metric returns a `Series`, in model order.
 
     All methods take `reduce` (how samples are folded: max, mean, sum, p95) where the metric has samples, and
-    `positions` where it counts tokens. They raise `AnomalyError` where there is nothing to compute from.
+    `positions` where it counts tokens. They raise `AnomalyError` where there is nothing to compute from, and
+    `InfraError` for a weight in a format that isn't known here.
     """
 
     capture: Capture
@@ -86,6 +87,7 @@ class Selection(MetricMethods):
 
         Raises:
             AnomalyError: the pattern finds nothing in the model.
+            InfraError: the weight of one of them is refused.
             NotMeasuredError: the model has such layers, the capture doesn't.
         """
         if self.site == LOGITS:
@@ -93,6 +95,8 @@ class Selection(MetricMethods):
         found = match_layers(self.capture.modules, self.pattern, self.exclude)
         if not found:
             raise no_match(self.capture.modules, self.pattern, self.exclude)
+        if self.site == "weight":
+            _check_readable(found, self.capture.refused, "the weight of {} can't be read")
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
         # A layer without a weight has no numbers there, which isn't a gap in the capture.
         looked_at = set(measured) if self.site != "weight" else self.capture.weights_looked_at
@@ -107,6 +111,7 @@ class Selection(MetricMethods):
 
         Raises:
             AnomalyError: there are none, or some of the files' have no place in the model where they could be compared.
+            InfraError: one of them can't be compared.
             NotMeasuredError: the capture was made without the files.
         """
         found = match_layers(self.capture.modules, self.pattern, self.exclude)
@@ -120,6 +125,7 @@ class Selection(MetricMethods):
                 f"the files hold {unmatched[0]}{more} quantized, and the loaded model has no weight of its own for it, "
                 "so that what the loader made of it can't be told: use weight_sqnr against model.reference"
             )
+        _check_readable(found, self.capture.uncompared, "what the loader made of {} can't be told")
         layers = [x for x in found if (n := self.capture.sites.get((x, self.site))) and "stored" in n]
         if not layers:
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches is stored quantized")
@@ -137,6 +143,7 @@ class Selection(MetricMethods):
 
         Raises:
             AnomalyError: no layer, a hook that never fired, no tokens, or a metric that the site can't have.
+            InfraError: it needs a weight that is refused.
             SuiteError: an argument is none that the metric takes.
         """
         layers, query = self._asked(metric, reduce, positions, parameters)
@@ -159,6 +166,8 @@ class Selection(MetricMethods):
         check_arguments(definition, self.site, where, reduce, parameters)
         needs = definition.needs(self.site, where, parameters)
         layers = self._stored(needs) if STORED in needs else self.layers
+        if definition.against and self.site == "weight" and self.capture.reference is not None:
+            _check_readable(layers, self.capture.reference.refused, "the weight of {} can't be compared")
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         # float32 is counted by its upper half: what follows from these counts is an estimate, and says so.
@@ -221,6 +230,18 @@ class Selection(MetricMethods):
                 "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
                 "blocks; say positions: all or {skip_first: n}"
             )
+
+
+def _check_readable(layers: Iterable[str], refused: Mapping[str, str], what: str) -> None:
+    """Check that none of the layers is refused. `what`: what can't be said of one, {} in the place of its name.
+
+    Raises:
+        InfraError: one is.
+    """
+    found = [layer for layer in layers if layer in refused]
+    if found:
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        raise InfraError(f"{what.format(f'{found[0]}{more}')}: {refused[found[0]]}")
 
 
 def _spot(view: View, population: int) -> str:

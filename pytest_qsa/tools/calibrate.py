@@ -253,7 +253,7 @@ def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
     """Return the largest relative difference between two passes over the same data; 0 where one gives no number."""
     try:
         first, again = (_finite(checked_series(assertion, capture)) for capture in (one, other))
-    except AnomalyError:  # `finding` reports what has no sound number
+    except (AnomalyError, InfraError):  # `finding` reports what has no sound number
         return 0.0
     apart = np.abs(again - first)
     # Where nothing differs, 0 / 0 must not arise.

@@ -13,7 +13,7 @@ import yaml
 
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
-from ..common import AnomalyError
+from ..common import AnomalyError, InfraError
 from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, load_suite
 from .calibrate import Calibrated, Sampled
 from .edit_suite import calibrated, flow_yaml
@@ -168,7 +168,7 @@ def _calibrated(
     for draft, assertion in zip(drafts, file.assertions, strict=True):
         try:
             finding = sampled.finding(assertion, k)
-        except AnomalyError as error:
+        except (AnomalyError, InfraError) as error:
             left_out.append(f"left out: {assertion.id}: {error}")
             continue
         kept.append(draft)

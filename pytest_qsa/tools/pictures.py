@@ -193,6 +193,8 @@ def drawable(picture: Picture, capture: Capture) -> tuple[Picture, list[str]]:
     kept, left_out = [], []
     for layer in picture.layers:
         problem = _problem(capture.sites.get((layer, picture.site)), picture)
+        if picture.site == "weight" and layer in capture.refused:
+            problem = f"can't be read: {capture.refused[layer]}"
         if problem:
             left_out.append(f"the {picture.site} of {layer} {problem}")
         else:

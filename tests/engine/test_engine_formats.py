@@ -96,6 +96,83 @@ def test_formats_whose_modules_are_read_have_both_halves():
     assert {kind.name for kind in ENGINE_FORMATS.built_in()} - stored <= {"bitsandbytes"}
 
 
+class Wrapped(torch.Tensor):
+    """A float dtype outside, and codes inside: what quantizers make of a parameter."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default
+        return Wrapped(args[0])
+
+
+def with_packed_bytes_in_bfloat16():
+    module = nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)
+    module.weight.quant_state = {"quant_type": "int3"}
+    return module, r"Linear holds weight \(Parameter bfloat16 2×4\), weight.quant_state \(dict\)"
+
+
+def with_another_library_s_tensor():
+    module = nn.Linear(4, 2, bias=False)
+    module.weight = nn.Parameter(Wrapped(torch.zeros(2, 4, dtype=torch.uint8)), requires_grad=False)
+    return module, r"Linear holds weight \(Wrapped bfloat16 2×4\)"
+
+
+def with_codes_for_a_kernel():
+    module = nn.Module()
+    module.register_buffer("qweight", torch.zeros(1, 2, dtype=torch.int32))
+    return module, r"Module holds qweight \(Tensor int32 1×2\)"
+
+
+def with_a_scale_beside_a_float():
+    module = nn.Linear(4, 2, bias=False)
+    module.register_buffer("weight_scale", torch.ones(()))
+    return module, r"Linear holds weight \(Parameter float32 2×4\), weight_scale \(Tensor float32 scalar\)"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_packed_bytes_in_bfloat16,
+        with_another_library_s_tensor,
+        with_codes_for_a_kernel,
+        with_a_scale_beside_a_float,
+    ],
+)
+def test_what_lies_beside_a_weight_shows_that_it_is_quantized_whatever_its_dtype(make):
+    module, held = make()
+    assert is_quantized(module)
+    with pytest.raises(InfraError, match=f"{held} in a format that is not known"):
+        dequantized(module)
+
+
+def test_a_library_that_can_not_undo_its_own_tensor_is_named():
+    class Stubborn(EngineFormat):
+        name = "stubborn"
+
+        def owns(self, module):
+            return isinstance(module, Doubled)
+
+        def weight(self, module):
+            raise NotImplementedError("no kernel for the CPU")
+
+    try:
+        with pytest.raises(InfraError, match=r"Doubled holds .*stubborn can't dequantize here .*no kernel for the CPU"):
+            dequantized(Doubled(3, 2))
+    finally:
+        ENGINE_FORMATS._known.pop("stubborn")
+
+
+@pytest.mark.parametrize("name", ["weight_g", "embed_scale", "logit_scale"])
+def test_a_healthy_module_with_a_scale_of_another_meaning_is_plain(name):
+    module = nn.Embedding(4, 2)
+    module.register_buffer(name, torch.ones(1))
+    assert not is_quantized(module)
+
+
 DOWN = "model.layers.2.mlp.down_proj"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import Format, Tensor as StoredTensor
-from ...common import InfraError, Registry
+from ...common import InfraError, Registry, one_line
 from ..modules import layers_of
 
 
@@ -78,6 +78,13 @@ class EngineFormat:
         return None if rows is None else torch.from_numpy(rows)
 
 
+OTHERWISE = "leave its layers out of site: weight, or load the checkpoint dequantized"
+PARTS = re.compile(
+    r"^_?weight_(packed|qdata|shape|zero_point|absmax|(global_)?scale\w*)$|_proj_(blocks|scales)$"
+    r"|^(qweight|qzeros|scales|absmax|SCB|quant_map|g_idx|qscale_weight)$"
+)
+"""The parameters and buffers of a module that show that its weight is stored in codes, whatever its dtype."""
+
 ENGINE_FORMATS: Registry[type[EngineFormat]] = Registry("pytest_qsa.engine_formats", __package__)
 
 
@@ -98,9 +105,8 @@ def owner_of(module: nn.Module) -> EngineFormat | None:
         InfraError: an entry point of the group `pytest_qsa.engine_formats` can't be loaded.
     """
     found = _claiming(module, ENGINE_FORMATS.built_in())
-    weight = getattr(module, "weight", None)
     # Every module is asked, so that other packages are imported only for a weight that is no plain float.
-    if found is None and isinstance(weight, Tensor) and not _plain(weight):
+    if found is None and _quantized_parts(module):
         return _claiming(module, ENGINE_FORMATS.all())
     return found
 
@@ -110,7 +116,38 @@ def _claiming(module: nn.Module, kinds: Sequence[type[EngineFormat]]) -> EngineF
 
 
 def _plain(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
+    """Say whether a tensor holds the numbers that it stands for: floats, in memory of its own."""
+    kind = type(weight)
+    # A class that dispatches torch's operators by itself keeps its numbers in other tensors, whatever dtype it shows;
+    # those of torch.distributed hold a part of a plain one.
+    wraps = any("__torch_dispatch__" in vars(each) for each in kind.__mro__[: kind.__mro__.index(Tensor)])
+    wraps &= not kind.__module__.startswith("torch.")
+    return weight.is_floating_point() and weight.dtype.itemsize > 1 and not wraps
+
+
+def _quantized_parts(module: nn.Module) -> dict[str, object]:
+    """Return what shows that a module's weight is quantized, by name; empty for one that is what it looks like.
+
+    A weight of a float dtype may hold packed bytes, as bitsandbytes' `bnb_4bit_quant_storage` has it: then the tensors
+    beside it tell.
+    """
+    weight = getattr(module, "weight", None)
+    tensors = {**module._parameters, **module._buffers}
+    found: dict[str, object] = {name: part for name, part in tensors.items() if part is not None and PARTS.search(name)}
+    if isinstance(weight, Tensor):
+        states = {f"weight.{name}": getattr(weight, name, None) for name in ("quant_state", "SCB")}
+        found |= {name: state for name, state in states.items() if state is not None}
+        if found or not _plain(weight):
+            found = {"weight": weight, **found}
+    return found
+
+
+def _described(part: object) -> str:
+    """Return the class of a part of a layer, with dtype and shape where it is a tensor: `Tensor int32 8×64`."""
+    if not isinstance(part, Tensor):
+        return type(part).__name__
+    shape = "×".join(map(str, part.shape)) or "scalar"
+    return f"{type(part).__name__} {str(part.dtype).removeprefix('torch.')} {shape}"
 
 
 def dequantized(module: nn.Module) -> Tensor | None:
@@ -120,24 +157,36 @@ def dequantized(module: nn.Module) -> Tensor | None:
     as transformers does of a GGUF file, is plain.
 
     Raises:
-        InfraError: it is stored in a format that isn't known.
+        InfraError: it is stored in a format that isn't known, or that its library can't undo here.
     """
     form = owner_of(module)
-    weight = form.weight(module) if form else getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    if not _plain(weight):
-        raise InfraError(
-            f"a weight of {type(module).__name__} is kept as {str(weight.dtype).removeprefix('torch.')} in a format "
-            "that can't be dequantized here: leave its layers out of site: weight, or load the checkpoint dequantized"
-        )
+    parts = _quantized_parts(module)
+    if form is None:
+        if parts:
+            raise InfraError(f"{_holding(module, parts)} in a format that is not known: {OTHERWISE}")
+        weight = getattr(module, "weight", None)
+        return weight.detach() if isinstance(weight, Tensor) else None
+    try:
+        weight = form.weight(module)
+    except torch.OutOfMemoryError:  # a RuntimeError too, which the pass reports as what it is
+        raise
+    except (ImportError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise InfraError(f"{_holding(module, parts)}, which {form.name} can't dequantize here ({why})") from error
+    if not isinstance(weight, Tensor) or not _plain(weight):
+        raise InfraError(f"{_holding(module, parts)}, which {form.name} doesn't dequantize: {OTHERWISE}")
     return weight.detach()
 
 
+def _holding(module: nn.Module, parts: Mapping[str, object]) -> str:
+    """Say what a quantized module holds in the place of its weight."""
+    held = ", ".join(f"{name} ({_described(part)})" for name, part in parts.items()) or "nothing that tells its format"
+    return f"{type(module).__name__} holds {held}"
+
+
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether a module keeps its weight in codes: a format owns it, or its weight isn't of 16 bits at least."""
-    weight = getattr(module, "weight", None)
-    return (isinstance(weight, Tensor) and not _plain(weight)) or owner_of(module) is not None
+    """Say whether a module keeps its weight in codes: a format owns it, or what it holds shows it."""
+    return bool(_quantized_parts(module)) or owner_of(module) is not None
 
 
 def schemes_of(model: nn.Module) -> dict[str, str] | None:

@@ -100,6 +100,7 @@ class LiveReference(Reference):
         self.stream = stream
         self.modules = layers_of(model)
         self._own: dict[SiteKey, frozenset[Statistic]] = {}
+        self._refused: dict[str, str] = {}
         self._lockstep: dict[int, Lockstep] = {}
         """The forwards that are under way, by their first sample."""
         self._current: Forward | None = None
@@ -201,25 +202,27 @@ class LiveReference(Reference):
         """Add the reference's own numbers; its samples are numbered from 0 as well."""
         own = {site: numbers for site, numbers in self.statistics.numbers().items() if self._own[site]}
         modules, blocks = tuple(self.modules), tuple(blocks_of(self.model))
-        reference = Capture(sites=renumbered(own, self._first_sample), modules=modules, blocks=blocks)
+        sites = renumbered(own, self._first_sample)
+        reference = Capture(sites, modules=modules, blocks=blocks, refused=dict(self._refused))
         return replace(capture, reference=reference)
 
     def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
-        """Compare the weights of both models; those of a streamed model are read for it once more.
-
-        Raises:
-            InfraError: two weights have different shapes.
-        """
+        """Compare the weights of both models; those of a streamed model are read for it once more."""
         for site, statistics in self._run.wanted.items():
             if site[1] != "weight" or ERROR not in statistics:
                 continue
-            theirs = _weight_of(self.modules[site[0]], self.stream)
-            ours = _weight_of(self._run.modules[site[0]], self._run.stream)
+            try:
+                theirs = _weight_of(self.modules[site[0]], self.stream)
+                ours = _weight_of(self._run.modules[site[0]], self._run.stream)
+            except InfraError as error:
+                self._refused[site[0]] = str(error)
+                continue
             if theirs is None or ours is None:  # the layer owns no weight
                 continue
             if theirs.shape != ours.shape:
                 there, here = ("×".join(map(str, tensor.shape)) for tensor in (theirs, ours))
-                raise InfraError(f"the weight of {site[0]} is {here} here and {there} in the reference")
+                self._refused[site[0]] = f"it is {here} here and {there} in the reference"
+                continue
             numbers[site] = _with_error_of_weights(theirs, ours, numbers.get(site))
 
     def _find_sinks(self, run: Pass) -> Sinks:

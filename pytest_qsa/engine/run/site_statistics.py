@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import EXPERTS, STORED, SiteKey, SiteNumbers, Statistic, against_reference
+from ...captures import EXPERTS, STORED, Capture, SiteKey, SiteNumbers, Statistic, against_reference
 from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
@@ -294,6 +294,7 @@ class WeightStatistics(_Weights):
 
     def __init__(self) -> None:
         self._numbers: dict[SiteKey, SiteNumbers] = {}
+        self._refused: dict[str, str] = {}
 
     @staticmethod
     def concerns(statistics: frozenset[Statistic]) -> bool:
@@ -301,15 +302,12 @@ class WeightStatistics(_Weights):
         return bool(statistics - {STORED})
 
     def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
-        """Reduce one weight: [out, in], or [n] where it's no matrix.
-
-        Raises:
-            InfraError: it's kept in a quantization format that is not known.
-        """
+        """Reduce one weight: [out, in], or [n] where it's no matrix; note one in a format that is not known."""
         try:
             weight = dequantized(module)
         except InfraError as error:
-            raise InfraError(f"{layer}: {error}") from None
+            self._refused[layer] = str(error)
+            return
         if weight is not None:
             observer = StreamObserver(statistics)
             matrix = weight.dim() >= 2
@@ -321,6 +319,10 @@ class WeightStatistics(_Weights):
         """Add the numbers of all weights."""
         numbers |= self._numbers
 
+    def complete(self, capture: Capture) -> Capture:
+        """Add which weights are refused."""
+        return replace(capture, refused={**capture.refused, **self._refused}) if self._refused else capture
+
 
 class StoredComparison(_Weights):
     """Compares loaded weights with what the checkpoint's own files hold of them."""
@@ -328,6 +330,7 @@ class StoredComparison(_Weights):
     def __init__(self, stored: StoredWeights) -> None:
         self._stored = stored
         self._powers: dict[str, NDArray[np.float64]] = {}
+        self._uncompared: dict[str, str] = {}
 
     @staticmethod
     def concerns(statistics: frozenset[Statistic]) -> bool:
@@ -336,7 +339,11 @@ class StoredComparison(_Weights):
 
     def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
         """Compare one layer's weight, if the files hold it quantized."""
-        powers = self._stored.powers(layer, module)
+        try:
+            powers = self._stored.powers(layer, module)
+        except InfraError as error:  # of this layer alone: the others, and what else is measured, can be judged
+            self._uncompared[layer] = str(error)
+            return
         if powers is not None:
             self._powers[layer] = powers
 
@@ -346,3 +353,7 @@ class StoredComparison(_Weights):
         for layer, powers in self._powers.items():
             nothing = SiteNumbers("", (), False, self._wanted[layer], zero, zero, np.zeros(1, dtype=np.int64))
             numbers[layer, "weight"] = numbers.get((layer, "weight"), nothing).having((), {"stored": powers})
+
+    def complete(self, capture: Capture) -> Capture:
+        """Add which layers can't be compared."""
+        return replace(capture, uncompared={**capture.uncompared, **self._uncompared}) if self._uncompared else capture

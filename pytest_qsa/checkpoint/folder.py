@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common import AnomalyError, InfraError
 from .gguf_file import GgufFile, read_gguf
-from .tensors import Tensor, tensors_of
+from .tensors import Tensor, metadata_of, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 INDEX = "model.safetensors.index.json"
@@ -79,6 +79,17 @@ class Folder:
         else:
             raise InfraError(f"{self.path} holds no .safetensors file, which is what static checks read")
         return {name: found[name] for name in sorted(found, key=natural)}
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """What the headers of all safetensors files say beside the tensors; empty for a GGUF file.
+
+        Raises:
+            AnomalyError: a file is damaged.
+            InfraError: one can't be read.
+        """
+        files = [] if self._gguf else sorted(self.path.glob("*.safetensors"))
+        return {key: text for file in files for key, text in metadata_of(file).items()}
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -171,6 +171,30 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
         AnomalyError: it is no whole safetensors file.
         InfraError: it can't be read, or is a pointer of git-lfs.
     """
+    header, base, size = _header(path)
+    try:
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                yield _tensor(path, name, entry, base, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
+
+
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """Return what the header of a file says beside its tensors, texts by name; empty for nothing.
+
+    Raises:
+        AnomalyError: it is no safetensors file.
+        InfraError: it can't be read, or is a pointer of git-lfs.
+    """
+    try:
+        return dict(json.loads(_header(path)[0]).get("__metadata__") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
+
+
+def _header(path: Path) -> tuple[bytes, int, int]:
+    """Return the header of a file, the offset of what follows it, and the size of the file."""
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -179,16 +203,9 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
-            header = file.read(length)
-        size = path.stat().st_size
+            return file.read(length), 8 + length, path.stat().st_size
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error.strerror or error}") from None
-    try:
-        for name, entry in json.loads(header).items():
-            if name != "__metadata__":
-                yield _tensor(path, name, entry, 8 + length, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:

@@ -104,13 +104,17 @@ def test_zero_points_that_are_all_one_too_large_are_far_from_their_siblings(writ
 
 
 def test_zero_points_of_torchao_are_compared_with_their_siblings(tmp_path):
-    tensors = {}
+    tensors, metadata = {}, {}
     for index, layer in enumerate(LAYERS):
         codes = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(index)).mul(3).round().clamp(-8, 7)
         zero_point = torch.full((OUT, IN // SIZE), int(layer == DOWN), dtype=torch.int8)
         parts = {"qdata": codes.to(torch.int8), "scale": torch.full((OUT, IN // SIZE), 0.01 + index / 1e4)}
         tensors |= {f"{layer}._weight_{part}": value for part, value in (*parts.items(), ("zero_point", zero_point))}
-    save_file(tensors, tmp_path / "model.safetensors")
+        data = {"target_dtype": {"_type": "torch.dtype", "_data": "int4"}, "block_size": [1, SIZE]}
+        names = ["qdata", "scale", "zero_point"]
+        stored = {"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names}
+        metadata[f"{layer}.weight"] = json.dumps(stored)
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
     stated = {
         "model_type": "llama",
         "num_hidden_layers": len(LAYERS),

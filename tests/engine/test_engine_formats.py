@@ -91,6 +91,16 @@ def test_a_module_of_a_format_of_one_s_own_is_dequantized_by_it():
         ENGINE_FORMATS._known.pop("doubled")
 
 
+def test_the_scales_that_torchao_multiplies_inputs_by_belong_to_the_weight():
+    from torchao.quantization import Int8Tensor, PerRow
+
+    module, inputs = nn.Linear(64, 32, bias=False), torch.randn(4, 64)
+    scales = torch.linspace(0.5, 2, 64)
+    quantized = Int8Tensor.from_hp(module.weight.detach(), PerRow(), act_pre_scale=scales)
+    module.weight = nn.Parameter(quantized, requires_grad=False)
+    torch.testing.assert_close(inputs @ dequantized(module).T, module(inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_formats_whose_modules_are_read_have_both_halves():
     stored = {kind.name for kind in FORMATS.built_in()}
     assert {kind.name for kind in ENGINE_FORMATS.built_in()} - stored <= {"bitsandbytes"}

@@ -26,10 +26,8 @@ class TorchAoModules(EngineFormat):
         return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
 
     def weight(self, module: nn.Module) -> Tensor | None:
-        """Dequantize the weight."""
-        weight: Any = module.weight
-        made: Tensor = weight.dequantize()
-        return made
+        """Dequantize the weight, as the inputs are multiplied by it."""
+        return _dequantized(module.weight)
 
     def scheme(self, module: nn.Module) -> str | None:
         """Read the scheme off a tensor that says its own."""
@@ -57,5 +55,11 @@ class TorchAoModules(EngineFormat):
         made: Any = unflatten_tensor_state_dict(tensors, {**own, "tensor_names": json.dumps(list(own))})
         # Some versions also return the tensors that they left over.
         made = made[0] if isinstance(made, tuple) else made
-        weight: Tensor = made[name].dequantize()
-        return weight
+        return _dequantized(made[name])
+
+
+def _dequantized(stored: Any) -> Tensor:
+    """Dequantize a tensor subclass, and scale its columns by what its kernels multiply the inputs by (SmoothQuant)."""
+    weight: Tensor = stored.dequantize()
+    scale: Tensor | None = getattr(stored, "act_pre_scale", None)
+    return weight if scale is None else weight * scale

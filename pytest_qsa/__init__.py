@@ -10,9 +10,6 @@ As a library, without pytest::
 Importing the package imports nothing heavy; torch comes with the first call of `capture`.
 """
 
-import lazy_loader
+from .common import face
 
-from .common import find_moved_modules
-
-find_moved_modules()
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

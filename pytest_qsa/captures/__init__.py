@@ -1,5 +1,5 @@
 """What a pass leaves: statistics, the numbers of each site, the capture file, merging, the cache."""
 
-import lazy_loader
+from ..common import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

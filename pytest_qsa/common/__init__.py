@@ -1,5 +1,6 @@
 """Errors, files, text and progress, for every room."""
 
-import lazy_loader
+from .imports import face, find_moved_modules
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+find_moved_modules()
+__getattr__, __dir__ = face(__name__, __file__)

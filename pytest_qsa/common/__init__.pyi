@@ -13,8 +13,8 @@ from .errors import (
 )
 from .extensions import Registry as Registry
 from .files import Scratch as Scratch, write_atomically as write_atomically
+from .imports import face as face
 from .log import Progress as Progress, logger as logger, progress_bar as progress_bar
-from .moved import find_moved_modules as find_moved_modules
 from .text import (
     counted as counted,
     escaped as escaped,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from pathlib import Path
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """The variables that hold the token by which gated hub models are fetched."""
-SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+")
+SECRETS = r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+"
+"""Not compiled here: every start of pytest would pay for it."""
 
 
 def scrubbed(text: str) -> str:
@@ -19,7 +19,7 @@ def scrubbed(text: str) -> str:
     # '' would put … between all characters.
     for token in filter(None, map(os.environ.get, TOKEN_VARIABLES)):
         text = text.replace(token, "…")
-    return SECRETS.sub("…", text)
+    return re.sub(SECRETS, "…", text)
 
 
 class QsaError(Exception):
@@ -64,6 +64,8 @@ def one_line(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word nearest to `word`; empty if none is near."""
+    import difflib  # as slow as all else that every start of pytest imports of this package
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 

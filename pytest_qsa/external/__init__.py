@@ -1,5 +1,5 @@
 """Numbers that other programs measured: evals, read from their files, and models that a server runs."""
 
-import lazy_loader
+from ..common import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

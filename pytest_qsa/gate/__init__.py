@@ -1,5 +1,5 @@
 """A pytest session with gates: options, collection, the plan of the passes, fixtures, report hooks."""
 
-import lazy_loader
+from ..common import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

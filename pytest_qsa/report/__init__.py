@@ -1,5 +1,5 @@
 """Verdicts drawn: in the terminal, as a page, as plots, for CI services and as JSON."""
 
-import lazy_loader
+from ..common import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

@@ -1,5 +1,5 @@
 """What the commands of `qsa` do beside gating: analyze, diff, calibrate, selftest, plan, draft."""
 
-import lazy_loader
+from ..common import face
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__ = face(__name__, __file__)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from pytest_qsa.common import moved
+from pytest_qsa.common import imports
 from support.projects import Project
 
 MOVED = {
@@ -21,13 +21,13 @@ MOVED = {
 
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_import_path_works_and_names_the_new_one(old):
-    if old in sys.modules and sys.modules[old].__spec__.loader is moved.MovedModules:
+    if old in sys.modules and sys.modules[old].__spec__.loader is imports.MovedModules:
         del sys.modules[old]  # it warns when it is imported; a module of this name that is real stays what it is
-    new = importlib.import_module(moved.MOVED[old])
+    new = importlib.import_module(imports.MOVED[old])
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         module = importlib.import_module(old)
-    if module.__spec__.loader is moved.MovedModules:  # else a room has a module of this name still
+    if module.__spec__.loader is imports.MovedModules:  # else a room has a module of this name still
         assert [str(w.message) for w in shown] == [f"{old} has moved: import its names from {new.__name__}"]
     assert [getattr(module, name) for name in MOVED[old]] == [getattr(new, name) for name in MOVED[old]]
     with pytest.raises(AttributeError):

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .common import SuiteError
-from .gate import HookSpecs, Options, add_options, read_options
+from . import common, gate, suite, verdicts
 from .suite import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
-    from .gate import Gate, Overrides, Qsa, QsaBaseline, QsaSuite
+    from .gate import Gate, Options, Overrides, Qsa, QsaBaseline, QsaSuite
     from .suite import Checkpoint
 
-OPTIONS = pytest.StashKey[Options]()
+OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
 MARK = (
     "qsa(layers, site, exclude, metric, ..., tier): what a Python test will ask of the one pass, and its tier; "
@@ -28,12 +27,12 @@ MARK = (
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Register the hooks that others may implement."""
-    pluginmanager.add_hookspecs(HookSpecs)
+    pluginmanager.add_hookspecs(gate.HookSpecs)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the options."""
-    add_options(parser)
+    gate.add_options(parser)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -47,11 +46,9 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, so that a wrong one is a usage error; report from the process that sees all results."""
     config.addinivalue_line("markers", MARK)
-    options = config.stash[OPTIONS] = read_options(config)
+    options = config.stash[OPTIONS] = gate.read_options(config)
     if not hasattr(config, "workerinput"):
-        from .gate import Reporter
-
-        config.pluginmanager.register(Reporter(config, options), "qsa-reporter")
+        config.pluginmanager.register(gate.Reporter(config, options), "qsa-reporter")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite | None:
@@ -64,13 +61,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
     suite_like = any(fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites"))
     if not named and (base or not suite_like):
         return None
-    from .gate import Overrides, QsaSuite, run_assertion
-
-    suite: QsaSuite = QsaSuite.from_parent(parent, path=file_path)
+    found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
-    suite.overrides = stash.setdefault(OVERRIDES, Overrides(stash[OPTIONS].overrides))
-    suite.run = run_assertion
-    return suite
+    found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides))
+    found.run = gate.run_assertion
+    return found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -85,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(refusal)
     try:
         items[:], later = split_by_tier(items, config.stash[OPTIONS].tier)
-    except SuiteError as error:
+    except common.SuiteError as error:
         return _stop(config, items, str(error))
     if later:
         config.hook.pytest_deselected(items=list(later))
@@ -120,9 +115,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.stash[OPTIONS].models
     if not models or "qsa_checkpoint" not in metafunc.fixturenames:
         return
-    from .suite import Checkpoint
-
-    checkpoints = Checkpoint.parse_all(models)
+    checkpoints = suite.Checkpoint.parse_all(models)
     ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
     metafunc.parametrize("qsa_checkpoint", checkpoints, indirect=True, scope="session", ids=ids)
 
@@ -134,9 +127,7 @@ def pytest_runtest_makereport(
     """Show a red verdict as its own text, and hand the verdicts to the report."""
     report = yield
     if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
-        from .gate import describe
-
-        describe(item, call, report)
+        gate.describe(item, call, report)
     return report
 
 
@@ -173,32 +164,24 @@ def qsa_reference() -> object:
 @pytest.fixture(scope="session")
 def qsa_gate(request: pytest.FixtureRequest) -> Gate:
     """The gate of this session (internal)."""
-    from .gate import Gate
-    from .suite import Captures
-
     worker = hasattr(request.config, "workerinput")
     shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent / "qsa-captures" if worker else None
     options = request.config.stash[OPTIONS]
-    return Gate(request.config, options, Captures(shared, options.cache_folder))
+    return gate.Gate(request.config, options, suite.Captures(shared, options.cache_folder))
 
 
 @pytest.fixture
 def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoint | None) -> Qsa:
     r"""The subject's numbers: `assert qsa.output(r"layers\.\d+$").outlier_tokens(threshold=64) <= 1`."""
-    from .gate import Qsa
-
-    return Qsa(qsa_gate, request)
+    return gate.Qsa(qsa_gate, request)
 
 
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
     """Return a function that makes what a series must equal, within a tolerance: `rel=0.05`, say; it is kept in git."""
-    from .gate import QsaBaseline, baseline_snapshot
-    from .verdicts import Tolerance
-
-    snapshot = baseline_snapshot(request)
+    snapshot = gate.baseline_snapshot(request)
 
     def baseline(rel: float = 0.0, abs: float = 0.0, direction: str = "both") -> QsaBaseline:
-        return QsaBaseline(qsa, Tolerance(rel, abs, direction), snapshot)
+        return gate.QsaBaseline(qsa, verdicts.Tolerance(rel, abs, direction), snapshot)
 
     return baseline

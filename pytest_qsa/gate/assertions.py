@@ -1,21 +1,39 @@
-"""One assertion of a suite, judged: the body of its generated test."""
+"""What a test judges: an assertion of a suite, in the body of its generated test; and the fixtures of tests in Python.
+
+The fixtures `qsa` and `qsa_baseline` give the same engine, verdicts and report.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ..captures import Capture
+from ..captures import LOGITS, Capture, Request, Site
+from ..checkpoint import Files, Finding, problems_of
 from ..common import QsaError, QsaWarning, SuiteError
-from ..metrics import Series
+from ..metrics import (
+    METRICS,
+    Bounds,
+    Judge,
+    NotMeasuredError,
+    Positions,
+    Query,
+    Reduce,
+    Selection,
+    Series,
+    positions_of,
+    query_of,
+)
 from ..suite import Assertion, CheckpointAssertion, ExternalAssertion
 from ..verdicts import (
     BASELINE_FOLDER,
     BASELINE_NAME,
     NO_LENIENCY,
+    Budget,
     EvalFiles,
     Evidence,
     Judgement,
@@ -26,14 +44,18 @@ from ..verdicts import (
     Release,
     Tolerance,
     Verdict,
+    concluded,
     judge_against_baseline,
     judge_assertion,
+    judge_problems,
     kept_release,
     name_for_class,
+    stopped,
+    within_budget,
 )
-from .collection import QsaSuite, raise_at
+from .collection import EVERYTHING, QsaSuite, raise_at
 from .gate import Gate
-from .outcomes import GateFailure
+from .reporting import GateFailure, caller
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -158,3 +180,185 @@ def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
     if not hasattr(snapshot, "use_extension"):
         raise SuiteError("the fixture 'snapshot' is not syrupy's: another plugin has taken its name; disable that one")
     return snapshot.use_extension(QsaBaselineExtension)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class PlannedSelection(Selection):
+    """A selection in a test: a second pass measures what no mark announced, and an error fails the test."""
+
+    test: Qsa = field(kw_only=True)
+
+    def series(
+        self, metric: str, reduce: Reduce | None = None, positions: Positions | None = None, **parameters: Any
+    ) -> Series:
+        """Compute a metric; make another pass for a site that the first one left out."""
+        capture = self.capture
+        try:
+            try:
+                return super().series(metric, reduce, positions, **parameters)
+            except NotMeasuredError:
+                needs = METRICS[metric].needs(self.site, positions_of(metric, self.site, positions), parameters)
+                # With EVERYTHING, so that a second unannounced metric on this site needs no third pass.
+                capture = self.test.recapture(Request(self.pattern, self.site, self.exclude, EVERYTHING | needs))
+            selection = Selection(capture, self.pattern, self.site, self.exclude, self.test.judge_of(capture))
+            return selection.series(metric, reduce, positions, **parameters)
+        except QsaError as error:
+            where = positions_of(metric, self.site, positions)
+            query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
+            raise self.test.stopped(error, query, capture) from None
+
+
+class Qsa:
+    """The fixture `qsa`: the subject's numbers. `qsa.output(regex).outlier_tokens() <= 1` is an assertion."""
+
+    def __init__(self, gate: Gate, request: pytest.FixtureRequest) -> None:
+        self._gate = gate
+        self._request = request
+
+    @property
+    def capture(self) -> Capture:
+        """The capture, with every number of the pass."""
+        try:
+            return self._gate.capture_of(self._request)
+        except QsaError as error:
+            raise self.stopped(error) from None
+
+    def recapture(self, need: Request) -> Capture:
+        """Make another pass for what no mark announced."""
+        return self._gate.recapture(self._request, need)
+
+    def stopped(self, error: QsaError, query: Query | None = None, capture: Capture | None = None) -> GateFailure:
+        """Make the failure of a test that an error stopped before it could compare."""
+        return GateFailure(self._verdict(stopped(error, query), capture))
+
+    def logits(self) -> Selection:
+        """Select what the whole model predicts, for the metrics of its logits."""
+        return self._select("", LOGITS, None)
+
+    def input(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the inputs of the layers that the regex finds."""
+        return self._select(layers, "input", exclude)
+
+    def output(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the outputs of the layers that the regex finds."""
+        return self._select(layers, "output", exclude)
+
+    def weight(self, layers: str, *, exclude: str | None = None) -> Selection:
+        """Select the weights of the layers that the regex finds."""
+        return self._select(layers, "weight", exclude)
+
+    @property
+    def checkpoint(self) -> QsaCheckpoint:
+        """The static checks, which read the checkpoint's files: `assert qsa.checkpoint.health() == 0`."""
+        return QsaCheckpoint(self)
+
+    def problems(self, metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Series:
+        """Run a static check; comparing its series judges it, without a pass."""
+        try:
+            files = self._gate.files_of(self._request)
+            series, found = problems_of(files, metric, layers, exclude, **parameters)
+        except QsaError as error:
+            raise self.stopped(error) from None
+        return replace(series, judge=partial(self._judge_problems, found, files))
+
+    def _judge_problems(self, found: Sequence[Finding], files: Files, series: Series, bounds: Bounds) -> bool:
+        __tracebackhide__ = True
+        return self._finish(judge_problems(series, found, Budget.of(bounds, series.layers), files), None)
+
+    def _select(self, layers: str, site: Site, exclude: str | None) -> Selection:
+        return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
+
+    def judge_of(self, capture: Capture | None) -> Judge:
+        """Return the function that judges the series of a capture; None stands for the planned one."""
+        return lambda series, bounds: self.conclude(
+            lambda: within_budget(series, Budget.of(bounds, series.layers)), series, capture
+        )
+
+    def conclude(self, judge: Callable[[], Judgement], series: Series, capture: Capture | None = None) -> bool:
+        """Judge, record, and say whether it passed.
+
+        Raises:
+            GateFailure: there is nothing sound to judge; such a comparison is never just false.
+        """
+        __tracebackhide__ = True
+        try:
+            judgement = judge()
+        except QsaError as error:
+            judgement = stopped(error, series.query)
+        return self._finish(judgement, capture or self.capture)
+
+    def _finish(self, judgement: Judgement, capture: Capture | None) -> bool:
+        __tracebackhide__ = True
+        verdict = self._verdict(judgement, capture)
+        if verdict.failed and verdict.kind is not Kind.REGRESSION:
+            raise GateFailure(verdict)
+        return not verdict.failed
+
+    def _verdict(self, judgement: Judgement, capture: Capture | None) -> Verdict:
+        item, place = self._request.node, caller()
+        test = self._gate.identity_of(item, item.name, lambda key: place)
+        return self._gate.finish(self._request, concluded(judgement, test, capture), capture)
+
+
+@dataclass(frozen=True)
+class QsaCheckpoint:
+    """The static checks of a test's subject. Each returns the number of problems of each layer."""
+
+    test: Qsa
+
+    def health(
+        self, layers: str = ".", *, exclude: str | None = None, spread: float = 8.0, fused_equal: bool = False
+    ) -> Series:
+        """Count all that the other checks find; settings only where there is a reference."""
+        parameters = {"spread": spread, "fused_equal": fused_equal}
+        return self.test.problems("checkpoint_health", layers, exclude, parameters)
+
+    def scales(
+        self, layers: str = ".", *, exclude: str | None = None, spread: float = 8.0, fused_equal: bool = False
+    ) -> Series:
+        """Count scales that are missing, unexpected, unsound or far from their siblings."""
+        parameters = {"spread": spread, "fused_equal": fused_equal}
+        return self.test.problems("checkpoint_scales", layers, exclude, parameters)
+
+    def weights(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count quantized weights that are constant, and float tensors with NaN or Inf."""
+        return self.test.problems("checkpoint_weights", layers, exclude, {})
+
+    def formats(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count layers that are quantized, or left, against the configuration."""
+        return self.test.problems("checkpoint_formats", layers, exclude, {})
+
+    def keys(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count tensors that are missing or unexpected."""
+        return self.test.problems("checkpoint_keys", layers, exclude, {})
+
+    def settings(self, layers: str = ".", *, exclude: str | None = None) -> Series:
+        """Count settings that differ from the reference's."""
+        return self.test.problems("checkpoint_settings", layers, exclude, {})
+
+    def unquantized(self, layers: str = ".", *, exclude: str | None = None, rel: float = 0.0) -> Series:
+        """Count float tensors that differ from the reference's."""
+        return self.test.problems("checkpoint_unquantized", layers, exclude, {"rel": rel})
+
+
+class QsaBaseline:
+    """What `qsa_baseline(rel=0.05)` returns: equal to a series that is within the tolerance of its baseline."""
+
+    __hash__ = None  # type: ignore[assignment]
+    # `Series.__eq__` leaves the comparison to an object with this attribute.
+    judges_series = True
+
+    def __init__(self, qsa: Qsa, tolerance: Tolerance, snapshot: SnapshotAssertion) -> None:
+        self._qsa = qsa
+        self._tolerance = tolerance
+        self._snapshot = snapshot
+
+    def __eq__(self, series: object) -> bool:
+        if not isinstance(series, Series):
+            return NotImplemented
+        return self._qsa.conclude(
+            lambda: against_baseline(self._qsa.capture, self._snapshot, series, self._tolerance), series
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self._tolerance}>"

@@ -34,7 +34,6 @@ from ..suite import (
     load_suite,
     misfit,
 )
-from ._compat import fixture_source
 from .options import Options
 
 Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
@@ -247,3 +246,13 @@ def _marked(item: pytest.Item, args: tuple[object, ...], wanted: dict[str, Any])
             f"{item.nodeid}: the mark is wrong: {error}; write @pytest.mark.qsa(layers=r'…', site='output') "
             "with exclude, or metric and its parameters, where needed"
         ) from None
+
+
+def fixture_source(item: pytest.Item, name: str) -> str:
+    """Say which of the fixtures of a name an item gets: where it is defined, and its parameter."""
+    # pytest has no public name for it; in one that has moved it, all items are taken to get the same fixture.
+    manager = getattr(item.session, "_fixturemanager", None)
+    definitions = manager.getfixturedefs(name, item) if manager else None
+    callspec = getattr(item, "callspec", None)
+    parameter = callspec.indices.get(name, "") if callspec else ""
+    return f"{definitions[-1].baseid if definitions else ''}[{parameter}]"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from .. import engine, external
 from ..captures import COUNTS, Capture, PartialSums, Request
 from ..checkpoint import Files
 from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar
@@ -27,9 +28,8 @@ from ..verdicts import (
     kept_release,
 )
 from .collection import QsaSuite, Subjects, command_of, plain_name, requests_of
-from .hookspecs import call_hook
 from .options import Options
-from .outcomes import record, with_plots
+from .reporting import call_hook, record, with_plots
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
@@ -215,21 +215,17 @@ class Gate:
         with self._progress(subject) as progress:
             if subject.model is not None and subject.model.logprobs_only:
                 # torch is not loaded for a served model.
-                from ..external import capture_served
-
-                return capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
-            from ..engine import SampleShare, capture_loaded, capture_subject, loaded_from_fixture
-
+                return external.capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
             if subject.model is not None:
-                code, share = self.options.allow_code, SampleShare(sums=sums)
-                capture = capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
+                code, share = self.options.allow_code, engine.SampleShare(sums=sums)
+                capture = engine.capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
                 self._warn_unpinned(request, subject, capture)
                 return capture
             model = request.getfixturevalue("qsa_model")
-            loaded = loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
+            loaded = engine.loaded_from_fixture(model, request.getfixturevalue("qsa_tokenizer"))
             batches, other = request.getfixturevalue("qsa_batches"), request.getfixturevalue("qsa_reference")
-            reference = loaded_from_fixture(other, None, "qsa_reference") if other is not None else None
-            return capture_loaded(subject, loaded, batches, plan, progress, reference=reference)
+            reference = engine.loaded_from_fixture(other, None, "qsa_reference") if other is not None else None
+            return engine.capture_loaded(subject, loaded, batches, plan, progress, reference=reference)
 
     @staticmethod
     def _warn_unpinned(request: pytest.FixtureRequest, subject: Subject, capture: Capture) -> None:

@@ -1,4 +1,4 @@
-"""The options of a run, read once. Imports nothing heavy: the plugin registers them in every pytest start."""
+"""What every start of pytest registers: the options of a run, which are read once, and our hooks. Nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 
+from .. import common, suite
 from ..suite import TIERS, Tier
 
 if TYPE_CHECKING:
-    from ..suite import Checkpoint
+    from ..captures import Capture
+    from ..suite import Checkpoint, Subject
+    from ..verdicts import Verdict
 
 REPORT = ("on-failure", "always", "never")
 PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
@@ -53,9 +56,7 @@ class Options(NamedTuple):
         """Return the arguments that another run of one test needs."""
         arguments: list[str] = []
         if checkpoint is not None:
-            from ..common import shown_path
-
-            path = shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
+            path = common.shown_path(Path(checkpoint.path)) if Path(checkpoint.path).exists() else checkpoint.path
             arguments.append(f"--qsa-model={checkpoint.name}={path}" if checkpoint.name else f"--qsa-model={path}")
         # Only what changes the numbers or the verdict, not where the report goes.
         arguments += [f"--qsa-set={override}" for override in self.overrides]
@@ -221,14 +222,29 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
 
 
 def _check_overrides(overrides: tuple[str, ...]) -> None:
-    if not overrides:
-        return
-    # Imported here: the sections of a suite are pydantic models, and most runs have no override.
-    from ..common import SuiteError
-    from ..suite import check_override
-
     for override in overrides:
         try:
-            check_override(override)
-        except SuiteError as error:
+            suite.check_override(override)
+        except common.SuiteError as error:
             raise pytest.UsageError(str(error)) from None
+
+
+class HookSpecs:
+    """The hooks that a conftest or another plugin implements, to send verdicts elsewhere, say.
+
+    An implementation is a function of the hook's name with any of its arguments.
+    """
+
+    def pytest_qsa_verdict(self, item: pytest.Item, verdict: Verdict) -> None:
+        """Take a verdict, in the process that ran the item: a worker, under pytest-xdist.
+
+        Called for each verdict of each attempt, when the item's call has ended, with what the report shows: a
+        comparison that a passing test took back has no verdict. Under `--qsa-redact` it holds no text of a token.
+        """
+
+    def pytest_qsa_capture(self, subject: Subject, capture: Capture, cached: bool) -> None:
+        """Take the capture of a subject, once for each subject of a run, when it is there.
+
+        Under pytest-xdist it is called in the worker that made it. `cached`: it is from an earlier run. Under
+        `--qsa-redact` it holds no tokens.
+        """

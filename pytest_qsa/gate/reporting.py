@@ -1,22 +1,190 @@
-"""Verdicts on their way out: onto pytest's reports, into the HTML report, into the terminal's summary."""
+"""What becomes of verdicts: plots, the item, the failure, the hooks; pytest's reports, the HTML report, the summary.
+
+Rooms are imported whole, `from .. import report`: a run without a gate imports this module as well, and loads no module
+of theirs.
+"""
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
 import os
+import shlex
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ..common import scrubbed
+from .. import captures, common, engine, report, suite, tools, verdicts
 from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import Options
 
+if TYPE_CHECKING:
+    from ..captures import Capture
+    from ..report import PlainVerdict
+    from ..suite import Place
+    from ..verdicts import Verdict
+
+PACKAGE = Path(__file__).parent.parent
+VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()
+"""On an item: the verdicts of the present attempt."""
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 MOST_NOT_RUN = 20
+
+
+class GateFailure(AssertionError):  # noqa: N818 - as pytest says it: a failure, not an error
+    """Fails a test with a verdict; its text is what the terminal shows."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(report.failure_text(verdict))
+        self.verdict = verdict
+
+
+def record(item: pytest.Item, verdict: Verdict) -> None:
+    """Keep a verdict on its item, for the report, the hooks and JUnit."""
+    item.stash.setdefault(VERDICTS, []).append(verdict)
+    item.user_properties.extend(report.properties_of(verdict))
+    item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
+
+
+def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, options: Options) -> Verdict:
+    """Add the plots and the path of the report to a verdict that the report shows."""
+    reported = options.report == "always" or (options.report == "on-failure" and verdict.failed)
+    if not reported or not verdict.rows:
+        return verdict
+    page = {"report": common.shown_path(options.output / "report.html")}
+    if capture is None:
+        return replace(verdict, artefacts=page)
+    query = verdict.query
+    layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
+    histograms = {layer: captures.histograms_of(capture.sites[layer, query["site"]]) for layer in layers}
+    # Before drawing: the report shows distributions also where a plot fails.
+    verdict = replace(verdict, histograms=histograms)
+    try:
+        plots = report.draw(capture, verdict, options.output / "plots" / _slug(item.nodeid))
+    except Exception as error:  # a picture must never turn a verdict into an error
+        hint = f"the plots could not be drawn: {type(error).__name__}: {error}"
+        return replace(verdict, hints=[*verdict.hints, hint])
+    return replace(verdict, artefacts={title: common.shown_path(Path(path)) for title, path in plots.items()} | page)
+
+
+def _slug(text: str) -> str:
+    # The hash tells apart ids that end alike, or differ only in characters that a file's name can't have.
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+    return f"{plain[-80:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def caller() -> Place | None:
+    """Return the line of the test that compares."""
+    # context=0: the source lines of the frames are not read.
+    for frame in inspect.stack(context=0):
+        if not frame.filename.startswith(str(PACKAGE)):
+            return suite.Place(Path(frame.filename), frame.lineno)
+    return None
+
+
+def describe(item: pytest.Item, call: pytest.CallInfo[None], outcome: pytest.TestReport) -> None:
+    """Give a failed gate its own text, and put its verdicts on the report of its call."""
+    if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
+        _describe_failure(item, call, outcome)
+    if found := item.stash.get(VERDICTS, None):
+        if not outcome.failed:  # a comparison that the test itself took back, or an expected failure
+            found = [verdict for verdict in found if not verdict.failed]
+        for verdict in found:
+            call_hook("pytest_qsa_verdict", item.ihook, item.config, item.warn, item=item, verdict=verdict)
+        results = [report.to_plain(verdict) | {"nodeid": item.nodeid} for verdict in found]
+        setattr(outcome, FIELD, results)
+        report.attach(item, outcome, results)
+        # pytest-rerunfailures runs the same item again: each attempt has verdicts of its own.
+        item.stash[VERDICTS] = []
+
+
+def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: pytest.TestReport) -> None:
+    assert call.excinfo is not None
+    error = call.excinfo.value
+    recorded = item.stash.get(VERDICTS, None) or []
+    if isinstance(error, GateFailure):
+        verdict = error.verdict
+    # A comparison that is false raises nothing itself: `assert` does, without our text.
+    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and _asserts(call, recorded[-1].where):
+        verdict = recorded[-1]
+    elif isinstance(error, common.QsaError):
+        verdict = _stopped(item, error)
+    else:
+        return
+    representation = call.excinfo.getrepr(style="short", chain=False, tbfilter=lambda info: _users_frames(info, item))
+    _replace_text(representation, report.failure_text(verdict))
+    if representation.reprcrash is not None:
+        frames = _users_frames(call.excinfo, item)
+        if len(frames):
+            representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
+        # The short summary at the end of a run shows this line.
+        representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
+    outcome.longrepr = representation
+
+
+def _asserts(call: pytest.CallInfo[None], place: Place | None) -> bool:
+    """Say whether the failed assert statement holds the comparison at `place`: the test may have gone on to another."""
+    if call.excinfo is None or place is None:
+        return False
+    frame = call.excinfo.traceback[-1]
+    line, at = place.line, frame.lineno + 1
+    try:
+        tree = ast.parse(Path(frame.path).read_bytes())
+    except (OSError, SyntaxError):
+        return line == at
+    asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
+    return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
+
+
+def _users_frames(info: Any, item: pytest.Item) -> Any:
+    """Drop the frames of this package, which tell a user nothing; of a suite only the line of the bound is left."""
+    from .collection import QsaSuite
+
+    if isinstance(item.parent, QsaSuite):
+        return info.traceback[-1:]
+    return info.traceback.cut(path=item.path).filter(lambda entry: PACKAGE not in Path(entry.path).parents)
+
+
+def _replace_text(representation: Any, text: str) -> None:
+    """Put the verdict's text in the place of the exception, whose class name means nothing to a reader."""
+    entry = representation.reprtraceback.reprentries[-1]
+    source = [line for line in entry.lines if not line.startswith("E ")]
+    entry.lines = source + [f"E   {line}" for line in text.splitlines()]
+
+
+def _stopped(item: pytest.Item, error: common.QsaError) -> Verdict:
+    """Make the verdict of a Python test that an error stopped before it could compare."""
+    place = suite.Place(item.path, (item.location[1] or 0) + 1)
+    verdict = verdicts.concluded(verdicts.stopped(error), verdicts.Identity(item.name, place=lambda key: place))
+    item.stash.setdefault(VERDICTS, []).append(verdict)
+    return verdict
+
+
+def call_hook(name: str, hooks: Any, config: pytest.Config, warn: Callable[[Warning], None], **arguments: Any) -> None:
+    """Call each implementation of a hook by itself: one that raises leaves a warning, and the others still run.
+
+    `hooks`: `config.hook`, or that of an item, which leaves out the conftests of other folders.
+    """
+    everyone = {implementation.plugin for implementation in getattr(config.hook, name).get_hookimpls()}
+    # pluggy calls the implementation that was registered last first
+    for implementation in reversed(getattr(hooks, name).get_hookimpls()):
+        # subset_hook_caller takes the plugins to leave out: all but this one.
+        caller = config.pluginmanager.subset_hook_caller(name, everyone - {implementation.plugin})
+        try:
+            caller(**arguments)
+        except Exception as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # made an error, the warning would end the session
+                warn(common.QsaWarning(f"{name}: {type(error).__name__}: {error}"))
 
 
 class Reporter:
@@ -25,7 +193,7 @@ class Reporter:
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self.config = config
         self.options = options
-        self.results: list[dict[str, Any]] = []
+        self.results: list[PlainVerdict] = []
         self.started = time.time()
         self.written: str | None = None
         self.not_run: dict[str, str] = {}
@@ -66,25 +234,16 @@ class Reporter:
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
-        from ..common import shown_path
-
-        # Imported here: pytest imports this module in every run, gate or not.
-        from ..report import write_report
-
         try:
-            self.written = shown_path(write_report(self.results, self.options.output, self._session()))
+            self.written = common.shown_path(report.write_report(self.results, self.options.output, self._session()))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
 
     def _session(self) -> dict[str, Any]:
-        import shlex
-        from datetime import UTC, datetime
-        from importlib.metadata import version
-
         not_run = [{"nodeid": nodeid, "tier": tier} for nodeid, tier in sorted(self.not_run.items())]
         kinds = [result["kind"] for result in self.results]
         return {
-            "command": scrubbed(shlex.join(["pytest", *map(str, self.config.invocation_params.args)])),
+            "command": common.scrubbed(shlex.join(["pytest", *map(str, self.config.invocation_params.args)])),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.started, 1),
             "tier": self.options.tier,
@@ -93,7 +252,7 @@ class Reporter:
             "version": version("pytest-qsa"),
         }
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say in one line how the gate stands and where the report lies."""
         if self.problem:
             terminalreporter.write_line(f"qsa: {self.problem}", red=True)
@@ -108,35 +267,27 @@ class Reporter:
         if self.options.ratchet and self.results:
             self._propose(terminalreporter)
 
-    def _plan(self, terminalreporter: Any) -> None:
+    def _plan(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say what would run: sites, sizes, time, and the settings that fit."""
-        from ..suite import Captures
-        from ..tools import gathered, plan_lines
         from .collection import QsaSuite, plain_name
         from .gate import Gate
 
-        def measured(dtype: str, weights: Path | None) -> Any:
-            from ..engine import this_machine  # torch, only where a pass would run
-
-            return this_machine(dtype, weights)
-
         # A gate of its own: with --collect-only no test has asked for the fixture.
-        gate = Gate(self.config, self.options, Captures())
+        gate = Gate(self.config, self.options, suite.Captures())
         planned = gate.planned(self.selected)
         tests = (
             (plain_name(item), subject, needs, isinstance(item.parent, QsaSuite)) for item, subject, needs in planned
         )
         terminalreporter.write_sep("-", "qsa: what would run; nothing was loaded")
-        for line in plan_lines(gathered(tests), self.options.cache_folder, measured):
+        # Not `engine.this_machine` itself: to name it loads torch, which only a plan with a pass needs.
+        plans = tools.plan_lines(tools.gathered(tests), self.options.cache_folder, lambda *a: engine.this_machine(*a))
+        for line in plans:
             terminalreporter.write_line(line)
 
-    def _propose(self, terminalreporter: Any) -> None:
+    def _propose(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""
-        from ..common import shown_path, write_atomically
-        from ..verdicts import patch_of, project_root
-
         limits = [limit for result in self.results for limit in result["limits"]]
-        patch = patch_of(limits, project_root(self.config.rootpath))
+        patch = verdicts.patch_of(limits, verdicts.project_root(self.config.rootpath))
         if not patch:
             terminalreporter.write_sep("-", "qsa: no budget can be tightened")
             return
@@ -144,12 +295,14 @@ class Reporter:
         terminalreporter.write_sep("-", "qsa: budgets that could be tighter")
         terminalreporter.write_line(patch)
         try:
-            write_atomically(file, patch)
-            terminalreporter.write_line(f"to accept, at the root of the repository: git apply {shown_path(file)}")
+            common.write_atomically(file, patch)
+            terminalreporter.write_line(
+                f"to accept, at the root of the repository: git apply {common.shown_path(file)}"
+            )
         except OSError as error:
             terminalreporter.write_line(f"not written: {error}")
 
-    def _list_not_run(self, terminalreporter: Any) -> None:
+    def _list_not_run(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List what a tier left out, later tiers last: a reader must not take it for checked."""
         title = f"qsa: {len(self.not_run)} of later tiers than {self.options.tier} did not run"
         terminalreporter.write_sep("-", title)
@@ -159,9 +312,7 @@ class Reporter:
         if len(ordered) > MOST_NOT_RUN:
             terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
 
-    def _summarize(self, terminalreporter: Any) -> None:
-        from ..captures import Provenance
-
+    def _summarize(self, terminalreporter: pytest.TerminalReporter) -> None:
         failed = [result for result in self.results if result["failed"]]
         warned = sum(result["kind"] == "WARNED" for result in self.results)
         kinds = ", ".join(sorted({result["kind"] for result in failed}))
@@ -170,7 +321,7 @@ class Reporter:
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
         # Results are builtins here, for they may come from a worker of pytest-xdist.
-        runs = {(result["subject"], Provenance.of(result["run"]).executed_as) for result in self.results}
+        runs = {(result["subject"], captures.Provenance.of(result["run"]).executed_as) for result in self.results}
         for subject, how in sorted(runs):
             if how:
                 terminalreporter.write_line(f"{subject} was executed as {how}")
@@ -184,12 +335,10 @@ class Reporter:
         """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""
         if os.environ.get("GITHUB_ACTIONS") != "true" or not (self.results or self.suite_errors):
             return []
-        from ..report import annotation_lines, append_summary
-
-        lines = list(annotation_lines(self.results, self.suite_errors))
+        lines = list(report.annotation_lines(self.results, self.suite_errors))
         if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
             try:
-                append_summary(Path(summary), self.results)
+                report.append_summary(Path(summary), self.results)
             except OSError as error:  # the verdicts stand without it
                 lines.append(f"the step summary was not written: {error}")
         return lines

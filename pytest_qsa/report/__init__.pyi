@@ -35,5 +35,10 @@ from .plots.style import (
     population as population,
     samples_of as samples_of,
 )
-from .report import strict_json as strict_json, to_plain as to_plain, write_report as write_report
+from .report import (
+    PlainVerdict as PlainVerdict,
+    strict_json as strict_json,
+    to_plain as to_plain,
+    write_report as write_report,
+)
 from .terminal import context_text as context_text, failure_text as failure_text

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from ..common import SuiteError, did_you_mean
+from .. import common
 
 Tier = Literal["pr", "nightly", "release"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -37,9 +37,9 @@ def tier_of(item: pytest.Item) -> Tier | None:
     # iter_markers begins with the nearest mark.
     tier = next((mark.kwargs["tier"] for mark in marks if "tier" in mark.kwargs), TIERS[0])
     if tier not in TIERS:
-        raise SuiteError(
+        raise common.SuiteError(
             f"{item.nodeid}: the mark is wrong: tier '{tier}' is none of {', '.join(TIERS)}"
-            f"{did_you_mean(str(tier), TIERS)}"
+            f"{common.did_you_mean(str(tier), TIERS)}"
         )
     return tier
 

@@ -613,7 +613,7 @@ def test_defaults_of_a_suite_give_a_static_assertion_what_it_can_have(tmp_path):
 
 
 def test_every_check_is_a_method_of_python_tests():
-    from pytest_qsa.gate.fixtures import QsaCheckpoint
+    from pytest_qsa.gate.assertions import QsaCheckpoint
 
     for name, check in CHECKS.items():
         method = getattr(QsaCheckpoint, name.removeprefix("checkpoint_"))

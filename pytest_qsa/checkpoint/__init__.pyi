@@ -15,6 +15,7 @@ from .folder import (
     open_folder as open_folder,
 )
 from .formats.format import (
+    SIGNS as SIGNS,
     Format as Format,
     decoded_rows as decoded_rows,
     element_count as element_count,

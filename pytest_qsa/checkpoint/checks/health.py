@@ -65,8 +65,11 @@ class Files:
 
     @cached_property
     def quantized(self) -> list[str]:
-        """The layers that hold codes or scales."""
-        return [name for name in self.folder.layers if self.format.codes_of(name) or self.format.scales_of(name)]
+        """The layers that hold codes, scales or other parts that only quantized weights have."""
+        form = self.format
+        return [
+            name for name in self.folder.layers if form.codes_of(name) or form.scales_of(name) or form.signs_of(name)
+        ]
 
 
 @dataclass(frozen=True)

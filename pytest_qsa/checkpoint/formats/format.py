@@ -29,6 +29,11 @@ NOT_LINEAR = re.compile(
 """Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
 UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I32": "u4", "U32": "u4", "I64": "u8"}
 """The dtypes of codes → the unsigned integers of the same width."""
+SIGNS = re.compile(
+    r"^weight\..+|^_?weight_(packed|qdata|shape|zero_point|g_idx|format|(global_)?scale\w*)$|_proj_(blocks|scales)$"
+    r"|^(qweight|qzeros|scales|absmax|SCB|quant_map|g_idx|qscale_weight|pre_quant_scale)$"
+)
+"""The parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
 BUDGET = 4 << 20
 """The bytes that a check reads of one tensor: all of a small one, evenly spaced rows of a large one."""
 AGAIN = "quantize and save the layer again"
@@ -118,6 +123,10 @@ class Format:
         own = (part for part in self.scales_of(layer) if not part.startswith(other) and "global" not in part)
         return self.parts(layer).get(next(own, ""))
 
+    def signs_of(self, layer: str) -> list[str]:
+        """Return the parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
+        return [part for part in self.parts(layer) if SIGNS.search(part)]
+
     def zero_point_of(self, layer: str) -> Tensor | None:
         """Return the zero points of a layer's weight; None where it has none."""
         found = (part for part in self.parts(layer) if self.zero_points.search(part))
@@ -179,10 +188,14 @@ class Format:
     def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
         """Return rows of a layer's weight [rows, in] in float64, dequantized; None where this format can't.
 
+        It can where the tensors of the layer and what is declared of it agree; `refusal` says why it can't.
+
         Raises:
             AnomalyError: a tensor is missing or doesn't fit the others.
         """
         codes = self.codes_of(layer)
+        if self._contradiction(layer):
+            return None
         if codes is None:
             plain = self.parts(layer).get("weight")
             return decoded_rows(plain, rows) if plain is not None and plain.dtype in FLOATS else None
@@ -197,6 +210,25 @@ class Format:
         A format that doesn't override it is never read as numbers.
         """
         return None
+
+    def _contradiction(self, layer: str) -> str:
+        """Say why the tensors of a layer are no weight as it is declared; empty where nothing speaks against it."""
+        codes, scheme = self.codes_of(layer), self.scheme_of(layer)
+        if codes is None:
+            signs = self.signs_of(layer)
+            return f"{signs[0]} shows that it is quantized, and no codes are known" if signs else ""
+        if scheme is None and self.declaration.names_layers:
+            return f"{self.label} is declared, but not of this layer"
+        if scheme is not None and scheme.dtypes and codes.dtype not in scheme.dtypes:
+            return f"{scheme.form} is declared, which is stored as {' or '.join(scheme.dtypes)}"
+        return ""
+
+    def refusal(self, layer: str) -> str:
+        """Say why `rows` gives no numbers of a layer: what its tensors are, and what is wrong with them."""
+        parts = self.parts(layer).items()
+        held = ", ".join(f"{part} ({each.dtype} {'×'.join(map(str, each.shape)) or 'scalar'})" for part, each in parts)
+        why = self._contradiction(layer) or f"its format, {self.label}, is not known here"
+        return f"the files hold {held or 'nothing'} of it: {why}"
 
     def layers_of(self, modules: Collection[str]) -> dict[str, str]:
         """Return module → layer of the files, by the names of the modules of the loaded model.
@@ -277,6 +309,10 @@ class UnknownFormat(Format):
     def label(self) -> str:
         """The `quant_method` that the configuration declares."""
         return str(self.folder.quantization.get("quant_method") or "unknown")
+
+    def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
+        """Return rows of a norm or an embedding; a float may hold packed codes where nobody knows what is declared."""
+        return None if self.is_linear(layer) else super().rows(layer, rows)
 
 
 def streams_from_disk(method: str) -> bool:

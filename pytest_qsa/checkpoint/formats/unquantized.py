@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..folder import Folder
+from collections.abc import Iterator
+
+from ..folder import Finding, Folder
+from ..tensors import FLOATS
 from .format import Format
 
 
@@ -16,3 +19,11 @@ class Unquantized(Format):
     def declared_in(cls, folder: Folder) -> bool:
         """Say whether the configuration declares no quantization."""
         return not folder.gguf_file and not folder.quantization
+
+    def findings(self, layer: str) -> Iterator[Finding]:
+        """Yield also a weight that isn't what it looks like: transformers would read its codes as numbers."""
+        yield from super().findings(layer)
+        weight, signs = self.parts(layer).get("weight"), self.signs_of(layer)
+        if weight is not None and weight.dtype in FLOATS and signs:
+            what = f"{signs[0]} beside it shows that it is quantized, and config.json has no quantization_config"
+            yield Finding.at(weight, what, "restore the configuration of the quantizer, or save the layer again")

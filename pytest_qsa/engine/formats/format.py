@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import Format, Tensor as StoredTensor
+from ...checkpoint import SIGNS, Format, Tensor as StoredTensor
 from ...common import InfraError, Registry, one_line
 from ..modules import layers_of
 
@@ -79,12 +79,6 @@ class EngineFormat:
 
 
 OTHERWISE = "leave its layers out of site: weight, or load the checkpoint dequantized"
-PARTS = re.compile(
-    r"^_?weight_(packed|qdata|shape|zero_point|absmax|(global_)?scale\w*)$|_proj_(blocks|scales)$"
-    r"|^(qweight|qzeros|scales|absmax|SCB|quant_map|g_idx|qscale_weight)$"
-)
-"""The parameters and buffers of a module that show that its weight is stored in codes, whatever its dtype."""
-
 ENGINE_FORMATS: Registry[type[EngineFormat]] = Registry("pytest_qsa.engine_formats", __package__)
 
 
@@ -133,7 +127,7 @@ def _quantized_parts(module: nn.Module) -> dict[str, object]:
     """
     weight = getattr(module, "weight", None)
     tensors = {**module._parameters, **module._buffers}
-    found: dict[str, object] = {name: part for name, part in tensors.items() if part is not None and PARTS.search(name)}
+    found: dict[str, object] = {name: part for name, part in tensors.items() if part is not None and SIGNS.search(name)}
     if isinstance(weight, Tensor):
         states = {f"weight.{name}": getattr(weight, name, None) for name in ("quant_state", "SCB")}
         found |= {name: state for name, state in states.items() if state is not None}

@@ -76,7 +76,7 @@ class StoredWeights:
         count = shape[0] // experts if shape else 0
         rows = self._stored.rows(layer, slice(index * count, (index + 1) * count))
         if rows is None:
-            raise InfraError(f"{layer} can't be unpacked: its format, {self._stored.label}, is not known here")
+            raise InfraError(f"{layer} can't be unpacked: {self._stored.refusal(layer)}")
         return torch.from_numpy(rows).T
 
     def _expert(self, name: str, index: int, names: Sequence[str]) -> str:
@@ -101,7 +101,7 @@ class StoredWeights:
                 raise AnomalyError(f"{unpacking}: {finding}") from error
             raise InfraError(f"{unpacking}: {type(error).__name__}: {error}") from error
         if weight is None:
-            raise InfraError(f"{unpacking}: its format, {self._stored.label}, is not known here")
+            raise InfraError(f"{unpacking}: {self._stored.refusal(layer)}")
         return weight
 
 

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..common import AnomalyError, InfraError
-from .tensors import Tensor
+from .tensors import RAW, Tensor, decoded, encoded
+
+Bytes = NDArray[np.uint8]
+SPLIT = "F16 in quarters"
+"""IQ1_M: a float16 in the upper 4 bits of four words of 16 bits, its lowest bits in the first word."""
+
+
+class Block(NamedTuple):
+    """The layout of a quantized type's block (ggml-common.h).
+
+    `weights`: how many it holds. `size`: in bytes. `scales`: the offset and the dtype of each scale and minimum in
+    floating point; the integers by which some types refine them are left aside. `codes`: the start and the end of each
+    run of bytes that holds codes.
+    """
+
+    weights: int
+    size: int
+    scales: tuple[tuple[int, str], ...]
+    codes: tuple[tuple[int, int], ...]
+
+
+_D, _D_AND_MIN = ((0, "F16"),), ((0, "F16"), (2, "F16"))
+BLOCKS: Mapping[str, Block] = {
+    "Q1_0": Block(128, 18, _D, ((2, 18),)),
+    "Q4_0": Block(32, 18, _D, ((2, 18),)),
+    "Q4_1": Block(32, 20, _D_AND_MIN, ((4, 20),)),
+    "Q5_0": Block(32, 22, _D, ((2, 6), (6, 22))),
+    "Q5_1": Block(32, 24, _D_AND_MIN, ((4, 8), (8, 24))),
+    "Q8_0": Block(32, 34, _D, ((2, 34),)),
+    "Q2_K": Block(256, 84, ((80, "F16"), (82, "F16")), ((16, 80),)),
+    "Q3_K": Block(256, 110, ((108, "F16"),), ((0, 32), (32, 96))),
+    "Q4_K": Block(256, 144, _D_AND_MIN, ((16, 144),)),
+    "Q5_K": Block(256, 176, _D_AND_MIN, ((16, 48), (48, 176))),
+    "Q6_K": Block(256, 210, ((208, "F16"),), ((0, 128), (128, 192))),
+    "Q8_K": Block(256, 292, ((0, "F32"),), ((4, 260),)),
+    "IQ1_S": Block(256, 50, _D, ((2, 34),)),
+    "IQ1_M": Block(256, 56, ((48, SPLIT),), ((0, 32),)),
+    "IQ2_XXS": Block(256, 66, _D, ((2, 66),)),
+    "IQ2_XS": Block(256, 74, _D, ((2, 66),)),
+    "IQ2_S": Block(256, 82, _D, ((2, 34), (34, 66))),
+    "IQ3_XXS": Block(256, 98, _D, ((2, 66),)),
+    "IQ3_S": Block(256, 110, _D, ((2, 66), (74, 106))),
+    "IQ4_NL": Block(32, 18, _D, ((2, 18),)),
+    "IQ4_XS": Block(256, 136, _D, ((8, 136),)),
+    "TQ1_0": Block(256, 54, ((52, "F16"),), ((0, 48),)),
+    "TQ2_0": Block(256, 66, ((64, "F16"),), ((0, 64),)),
+    "MXFP4": Block(32, 17, ((0, "F8_E8M0"),), ((1, 17),)),
+    "NVFP4": Block(64, 36, tuple((offset, "F8_E4M3") for offset in range(4)), ((4, 36),)),
+}
+"""The quantized types that are read. Q8_1 isn't, for gguf gives its block 40 bytes and llama.cpp 36."""
 
 SETTING_NAMES: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
@@ -27,6 +81,70 @@ SETTING_NAMES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class BlockTensor(Tensor):
+    """A quantized tensor: rows of blocks, each with its scales and its codes inside."""
+
+    @property
+    def block(self) -> Block:
+        """The layout of its blocks."""
+        return BLOCKS[self.dtype]
+
+    def raw(self) -> Bytes:
+        """Return a memory map of the bytes, read-only: [..., bytes of a row]."""
+        shape = (*self.shape[:-1], (self.stop - self.start) // max(1, prod(self.shape[:-1])))
+        if not prod(shape):
+            return np.zeros(shape, np.uint8)
+        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=shape)
+
+    def scales(self, raw: Bytes) -> NDArray[np.float64]:
+        """Return the scales and minima in raw bytes, [blocks, per block]."""
+        blocks = raw.reshape(-1, self.block.size)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is reported, not raised
+            columns = [_numbers(blocks, offset, dtype) for offset, dtype in self.block.scales]
+        return np.stack(columns, axis=1)
+
+    def with_scales(self, raw: Bytes, scales: NDArray[np.float64]) -> Bytes:
+        """Return raw bytes with other scales and minima, rounded to their dtype."""
+        blocks = raw.reshape(-1, self.block.size).copy()
+        for (offset, dtype), values in zip(self.block.scales, scales.T, strict=True):
+            if dtype == SPLIT:
+                bits = values.astype(np.float16).view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16)
+                words = np.ascontiguousarray(blocks[:, offset : offset + 8]).view("<u2") & 0x0FFF
+                blocks[:, offset : offset + 8] = (words | bits << 12).astype("<u2").view(np.uint8)
+            else:
+                numbers = encoded(values, dtype).reshape(-1, 1).view(np.uint8)
+                blocks[:, offset : offset + numbers.shape[1]] = numbers
+        return blocks.reshape(raw.shape)
+
+    def codes(self, raw: Bytes) -> Bytes:
+        """Return the bytes of codes in raw bytes, [rows, bytes of a row]."""
+        blocks = raw.reshape(prod(raw.shape[:-1]), -1, self.block.size)
+        return np.concatenate([blocks[:, :, a:b] for a, b in self.block.codes], axis=2).reshape(len(blocks), -1)
+
+    def with_codes(self, raw: Bytes, codes: Bytes) -> Bytes:
+        """Return raw bytes with other bytes of codes, [rows, bytes of a row]."""
+        blocks = raw.reshape(prod(raw.shape[:-1]), -1, self.block.size).copy()
+        parts, begin = codes.reshape(*blocks.shape[:2], -1), 0
+        for a, b in self.block.codes:
+            blocks[:, :, a:b] = parts[:, :, begin : begin + b - a]
+            begin += b - a
+        return blocks.reshape(raw.shape)
+
+
+def _numbers(blocks: Bytes, offset: int, dtype: str) -> NDArray[np.float64]:
+    """Return the number at an offset of each block."""
+    if dtype == SPLIT:
+        quarters = np.ascontiguousarray(blocks[:, offset : offset + 8]).view("<u2") >> 12
+        bits = np.bitwise_or.reduce(quarters << np.array([0, 4, 8, 12], np.uint16), axis=1)
+        halves: NDArray[np.float64] = bits.astype("<u2").view(np.float16).astype(np.float64)
+        return halves
+    kind = np.dtype(RAW[dtype])
+    raw = np.ascontiguousarray(blocks[:, offset : offset + kind.itemsize]).view(kind)[:, 0]
+    numbers: NDArray[np.float64] = decoded(raw, dtype).astype(np.float64)
+    return numbers
+
+
+@dataclass(frozen=True)
 class GgufFile:
     """The content of a file. `settings`: as transformers names them; `vocabulary`: token → id."""
 
@@ -40,7 +158,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Read a file's headers; the tensors' bytes stay on disk.
 
     Raises:
-        InfraError: the package gguf is not installed, or there is no such file.
+        InfraError: the package gguf is not installed or doesn't know a type of the file, or there is no such file.
         AnomalyError: the file is damaged.
     """
     try:
@@ -58,6 +176,9 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error}") from None
     except (ValueError, KeyError, IndexError) as error:
+        if number := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
+            what = f"{path} holds tensors of the type {number[1]}, which the installed gguf doesn't know"
+            raise InfraError(f"{what}: upgrade it (pip install -U gguf)") from None
         raise AnomalyError(f"{path} can't be read as GGUF: {error}; copy or download it again") from None
     architecture = str(fields.get("general.architecture", ""))
     keys = {name: f"{architecture}.{key}" for key, name in SETTING_NAMES.items()}
@@ -69,4 +190,5 @@ def read_gguf(path: Path) -> GgufFile:
 def _tensor(path: Path, entry: Any) -> Tensor:
     shape = tuple(int(length) for length in reversed(entry.shape))
     kind, start = entry.tensor_type.name, int(entry.data_offset)
-    return Tensor(entry.name, kind, shape, path, start, start + int(entry.n_bytes))
+    form = BlockTensor if kind in BLOCKS else Tensor
+    return form(entry.name, kind, shape, path, start, start + int(entry.n_bytes))

@@ -94,7 +94,8 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftes
     local = (Path.cwd() if options.model else options.suite.parent) / path
     # The revision pins the suite's own hub id and means nothing for another checkpoint.
     revision = model.revision if model and not options.model else None
-    folder = checkpoint.open_folder(local if local.is_dir() else path, revision)
+    gguf = model.gguf_file if model else None
+    folder = checkpoint.open_folder(local if local.is_dir() else path, revision, gguf)
     wanted = options.perplexity
     if wanted is None:
         # To compare with perplexity takes a pass for each fault, which a suite of static checks spares.

@@ -53,24 +53,35 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     projection in the other blocks: |log₂ x − median| > spread × max(1.4826 · MAD, floor); Iglewicz and Hoaglin, 1993.
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
+    rows: dict[str, dict[str, NDArray[np.float64]]] = {}
     for layer in form.folder.layers:
         for part, tensor in form.scales_of(layer).items():
-            values = form.scale_values(layer, part).ravel()
-            values = values[np.isfinite(values) & (values > 0)]  # the others are reported as unsound
-            if values.size:
-                kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
+            _add(kinds, tensor, form.scale_values(layer, part).ravel())
+        codes, size = form.codes_of(layer), form.typical_row(layer)
+        if codes is not None and size is not None:
+            _add(rows, codes, np.array([size]))
     for kind, members in kinds.items():
         if len(members) >= FEWEST:
             yield from _untouched(form.folder, kind, members)
             yield from _outlying(form.folder, kind, members, spread)
+    for kind, members in rows.items():
+        if len(members) >= FEWEST:
+            yield from _outlying(form.folder, kind, members, spread, "rms of a row")
+
+
+def _add(kinds: dict[str, dict[str, NDArray[np.float64]]], tensor: Tensor, values: NDArray[np.float64]) -> None:
+    """Add the octaves of a tensor's sizes to those of its kind; those that are no sound size are reported as such."""
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size:
+        kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
 
 
 def _outlying(
-    folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]], spread: float
+    folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]], spread: float, noun: str = "scale"
 ) -> Iterator[Finding]:
     names = list(members)
     medians = np.array([np.median(members[name]) for name in names])
-    typical = "the median scale is"
+    typical = f"the median {noun} is"
     if all(folder.tensors[name].dtype in ("U8", "F8_E8M0") for name in names):
         # microscaling's scales are whole octaves: of healthy siblings some medians would be a whole octave apart
         typical = "the geometric mean of its scales is"
@@ -80,8 +91,8 @@ def _outlying(
     reported: set[str] = set()
     for what, values, floor in (
         (typical, medians, TENSOR_FLOOR),
-        ("its largest scale over its median is", high, CHANNEL_FLOOR),
-        ("its smallest scale over its median is", low, CHANNEL_FLOOR),
+        (f"its largest {noun} over its median is", high, CHANNEL_FLOOR),
+        (f"its smallest {noun} over its median is", low, CHANNEL_FLOOR),
     ):
         middle = float(np.median(values))
         deviation = max(1.4826 * float(np.median(np.abs(values - middle))), floor)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
-from ..formats.format import BUDGET, UNSIGNED, Format
+from ..formats.format import BUDGET, Format
 from ..formats.scheme import LayerScheme
 from ..tensors import FLOATS, Tensor, decoded
 
@@ -26,7 +26,7 @@ def constant_weights(form: Format) -> Iterator[Finding]:
     """Yield quantized weights that are one code throughout, and rows or groups that are one code other than zero."""
     for layer in form.folder.layers:
         codes = form.codes_of(layer)
-        if codes is not None and len(codes.shape) >= 2 and 0 not in codes.shape and codes.dtype in UNSIGNED:
+        if codes is not None and len(codes.shape) >= 2 and 0 not in codes.shape and codes.dtype in form.word_dtypes:
             yield from _constant(form, layer, codes)
 
 
@@ -36,7 +36,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
         what = f"all of it is one value, {int(words.ravel()[0]):#x}: nothing was packed"
         yield Finding.at(codes, what, _PACK_AGAIN)
         return
-    unpacked = words.dtype.itemsize < np.dtype(UNSIGNED[codes.dtype]).itemsize
+    unpacked = words.dtype.itemsize < np.dtype(form.word_dtypes[codes.dtype]).itemsize
     bits = 8 if unpacked else form.code_bits(layer, codes)
     # groups too: a writer that loses the signs or the shift of one group leaves its row varied
     for noun, lanes in _lanes(words, form.scheme_of(layer), bits):

@@ -54,6 +54,7 @@ class Format:
         codes: the parts that may hold a layer's codes, in the order in which they are looked for.
         scales: matches the parts that hold scales, those of inputs, outputs and KV caches too.
         zero_points: matches the parts that hold zero points.
+        word_dtypes: the dtypes of codes that `words` reads → the numpy dtype of the file's words.
     """
 
     name: ClassVar[str] = ""
@@ -64,6 +65,7 @@ class Format:
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")
     scales: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)scales?(_inv|_2)?$")
     zero_points: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)(zero_point|qzeros)$")
+    word_dtypes: ClassVar[Mapping[str, str]] = UNSIGNED
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -178,6 +180,10 @@ class Format:
         raw = raw.reshape(-1, raw.shape[-1])
         step = max(1, raw.nbytes // BUDGET)
         return np.asarray(raw[::step]), step
+
+    def typical_row(self, layer: str) -> float | None:
+        """Return the median rms of a layer's rows, which is compared with its siblings'; None for plain scales."""
+        return None
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return the codes that stand for zero: a row of them is a pruned output and no fault."""

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
+from ..gguf_file import BLOCKS, BlockTensor, Bytes
 from ..tensors import Tensor
-from .format import AGAIN, Format, Matrix
+from .format import AGAIN, BUDGET, Format, Matrix
 
-BLOCKS: Mapping[str, tuple[int, tuple[int, ...]]] = {
-    "Q4_0": (18, (0,)),
-    "Q4_1": (20, (0, 2)),
-    "Q5_0": (22, (0,)),
-    "Q5_1": (24, (0, 2)),
-    "Q8_0": (34, (0,)),
-    "Q2_K": (84, (80, 82)),
-    "Q3_K": (110, (108,)),
-    "Q4_K": (144, (0, 2)),
-    "Q5_K": (176, (0, 2)),
-    "Q6_K": (210, (208,)),
-}
-"""The quantized types → the bytes of a block, and the offsets of its float16 scales and minima (ggml-common.h)."""
 HEAD_COUNTS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+ELEMENTS_READ = 1 << 18
+"""About how many weights of a layer are dequantized to compare its rows with those of its siblings."""
+PRUNED = 0x100
+"""The word of a row of zeros, whatever the bytes of its codes are."""
 
 
 class Gguf(Format):
-    """One GGUF file (`model.gguf_file`). It declares no layers to quantize: each tensor has the type that it has."""
+    """One GGUF file (`model.gguf_file`). It declares no layers to quantize: each tensor has the type that it has.
+
+    A tensor `X.scale` multiplies the weight `X.weight`: NVFP4's scale of the whole tensor, BitNet's of the layer.
+    """
 
     name = "gguf"
     libraries = ("gguf",)
     uniform = False
     codes = ("weight",)
+    word_dtypes = dict.fromkeys(BLOCKS, "u2")
 
     @classmethod
     def declared_in(cls, folder: Folder) -> bool:
@@ -55,44 +53,119 @@ class Gguf(Format):
         known = gguf.get_tensor_name_map(arch, int(self.folder.config.get("num_hidden_layers") or 0))
         return {name: str(known.get_name(name) or name) for name in modules}
 
+    def scales_of(self, layer: str) -> dict[str, Tensor]:
+        """Return the scales that are tensors of their own; those of blocks lie in the weight."""
+        parts = self.parts(layer)
+        return {part: parts[part] for part in ("scale", "input_scale") if part in parts and "weight" in parts}
+
+    def weight_scale_of(self, layer: str) -> Tensor | None:
+        """Return the weight itself, which holds the scales of its blocks; None for floats."""
+        codes = self.codes_of(layer)
+        return codes if isinstance(codes, BlockTensor) else None
+
+    def weight_shape(self, layer: str) -> tuple[int, int] | None:
+        """Return [out, in]; of packed experts [experts · out, in]."""
+        weight = self.weight_of(layer)
+        return (prod(weight.shape[:-1]), weight.shape[-1]) if weight is not None and len(weight.shape) > 1 else None
+
+    def code_bits(self, layer: str, codes: Tensor) -> int:
+        """Return the bits of a word of `words`, which is a byte of codes or `PRUNED`."""
+        return 16
+
+    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+        """Return the bytes of every row's codes, so that all are one where all codes are."""
+        raw = _rows_of(codes)
+        step = max(1, raw.nbytes // BUDGET)
+        assert isinstance(codes, BlockTensor)
+        words = _aligned(codes, raw[::step]).astype(np.uint16)
+        same = np.flatnonzero((words == words[:, :1]).all(axis=1))
+        for row in same:
+            if not self._decoded(codes, raw[row * step : row * step + 1]).any():
+                words[row] = PRUNED
+        return words, step
+
+    def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
+        """Return the word that stands for zeros."""
+        return (PRUNED,)
+
+    def typical_row(self, layer: str) -> float | None:
+        """Return the median rms of evenly spaced rows: siblings may be of several types, with scales of other meaning.
+
+        The largest row says nothing: one of SmolLM2's blk.28.ffn_up is 7 times as large as the others.
+        """
+        codes, shape = self.codes_of(layer), self.weight_shape(layer)
+        if not isinstance(codes, BlockTensor) or shape is None or 0 in shape:
+            return None
+        rows = self.dequantized(layer, codes, slice(None, None, max(1, prod(shape) // ELEMENTS_READ)))
+        return None if rows is None else float(np.median(np.sqrt(np.square(rows).mean(axis=1))))
+
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Dequantize a tensor by the package gguf, its rows in the order of transformers."""
+        """Dequantize rows by the package gguf, in the order of transformers; None for a type that isn't read."""
+        if not isinstance(codes, BlockTensor):
+            return None
+        raw = _rows_of(codes)
+        wanted = self._order(layer, len(raw))[rows]
+        weight = self._decoded(codes, raw[wanted])
+        if whole := self.parts(layer).get("scale"):
+            each = whole.values().ravel()
+            weight = weight * np.repeat(each, len(raw) // len(each))[wanted, None]
+        return weight
+
+    def _order(self, layer: str, count: int) -> NDArray[np.intp]:
+        """Return the row of the file that each row of the weight is."""
+        order = np.arange(count)
+        heads = HEAD_COUNTS.get(layer.rpartition(".")[2])
+        if heads is None or self.folder.architecture != "llama":
+            return order
+        # llama.cpp's converter interleaves the two halves of every head of llama's q and k, for its rotary kernel
+        number = int(self.folder.config.get(heads) or self.folder.config["num_attention_heads"])
+        return order.reshape(number, -1, 2).swapaxes(1, 2).ravel()
+
+    def _decoded(self, codes: BlockTensor, raw: Bytes) -> Matrix:
+        """Return the numbers that rows of blocks stand for, [rows, in]."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        content = _bytes_of(codes).reshape(*codes.shape[:-1], -1)
-        try:
-            weight = dequantize(content, GGMLQuantizationType[codes.dtype]).reshape(codes.shape)
-        except NotImplementedError:  # a type that the installed gguf can name and not read
-            return None
-        heads = HEAD_COUNTS.get(layer.rpartition(".")[2])
-        if heads is not None and self.folder.architecture == "llama":
-            # llama.cpp's converter interleaves the two halves of every head of llama's q and k, for its rotary kernel
-            count = int(self.folder.config.get(heads) or self.folder.config["num_attention_heads"])
-            halves = weight.reshape(count, len(weight) // count // 2, 2, -1)
-            weight = halves.swapaxes(1, 2).reshape(weight.shape)
-        return np.asarray(weight[rows], dtype=np.float64)
+        blocks = raw.reshape(-1, codes.block.size)
+        if codes.dtype == "Q1_0":  # gguf names it and the next one, and doesn't read them
+            signs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float64) * 2 - 1
+            weight = signs * codes.scales(raw)
+        elif codes.dtype == "Q8_K":
+            weight = np.ascontiguousarray(blocks[:, 4:260]).view(np.int8) * codes.scales(raw)
+        else:
+            with np.errstate(all="ignore"):  # scales that are NaN are reported, not raised
+                weight = dequantize(np.ascontiguousarray(raw), GGMLQuantizationType[codes.dtype])
+        return weight.reshape(len(raw), -1).astype(np.float64)
 
     def findings(self, layer: str) -> Iterator[Finding]:
-        """Yield tensors with blocks whose scale is NaN or infinite."""
+        """Yield tensors with blocks whose scale is NaN, infinite, or lost in an exponent that was never written."""
         yield from super().findings(layer)
         for tensor in self.parts(layer).values():
-            scales = block_scales(tensor)
-            bad = 0 if scales is None else int(np.count_nonzero(~np.isfinite(scales).all(axis=1)))
-            if scales is not None and bad:
+            if not isinstance(tensor, BlockTensor):
+                continue
+            scales = tensor.scales(tensor.raw())
+            if bad := int(np.count_nonzero(~np.isfinite(scales).all(axis=1))):
                 what = f"{bad} of {len(scales)} blocks have a scale that is NaN or infinite"
                 yield Finding.at(tensor, what, AGAIN)
+            if tensor.dtype == "MXFP4" and (lost := _lost_blocks(tensor)):
+                yield Finding.at(tensor, f"{lost} of {len(scales)} scales are 0, and their weights aren't", AGAIN)
 
 
-def block_scales(tensor: Tensor) -> NDArray[np.float16] | None:
-    """Return the float16 scales and minima of a quantized tensor, [blocks, per block]; None for another type."""
-    if tensor.dtype not in BLOCKS:
-        return None
-    size, offsets = BLOCKS[tensor.dtype]
-    blocks = _bytes_of(tensor).reshape(-1, size)
-    columns = [np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")[:, 0] for offset in offsets]
-    return np.stack(columns, axis=1)
+def _rows_of(codes: Tensor) -> Bytes:
+    raw: Bytes = codes.raw()
+    return raw.reshape(-1, raw.shape[-1])
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
-    return np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.start, shape=tensor.stop - tensor.start)
+def _aligned(codes: BlockTensor, raw: Bytes) -> Bytes:
+    """Return the bytes of codes [rows, bytes], each run moved so that it begins with the row's first byte."""
+    blocks = raw.reshape(len(raw), -1, codes.block.size)
+    runs = [blocks[:, :, start:stop].reshape(len(raw), -1) for start, stop in codes.block.codes]
+    # of one code the low bits lie in one run and the high ones in another, so that two constant bytes can be one code
+    return np.concatenate([run ^ run[:, :1] ^ runs[0][:, :1] for run in runs], axis=1)
+
+
+def _lost_blocks(tensor: BlockTensor) -> int:
+    """Return how many blocks have an exponent of 0, which is 2⁻¹²⁷, and weights other than zero."""
+    blocks = tensor.raw().reshape(-1, tensor.block.size)
+    unwritten = blocks[np.flatnonzero(blocks[:, 0] == 0)]
+    return int(np.count_nonzero((unwritten[:, 1:] & 0x77).any(axis=1)))

@@ -8,15 +8,15 @@ is the text in the tables.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint import FLOATS, NUMBER, Folder, Tensor, element_count, format_of
+from ...checkpoint import FLOATS, NUMBER, BlockTensor, Folder, Tensor, element_count, format_of
 from .mutant import Mutant
 
 Inject = Callable[[Mutant, str, float], None]
@@ -91,8 +91,17 @@ def _edit_scales(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[n
     return mutant.edit_values(_scale(mutant.source, layer).name)
 
 
-def _edit_codes(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[Any]]:
-    return mutant.edit(_codes(mutant.source, layer).name)
+@contextmanager
+def _edit_codes(mutant: Mutant, layer: str) -> Iterator[NDArray[Any]]:
+    """Yield the raw codes of a layer, to be changed in place; of GGUF's blocks, [rows, bytes of codes]."""
+    tensor = _codes(mutant.source, layer)
+    with mutant.edit(tensor.name) as raw:
+        if not isinstance(tensor, BlockTensor):
+            yield raw
+            return
+        codes = tensor.codes(raw)
+        yield codes
+        raw[...] = tensor.with_codes(raw, codes)
 
 
 def _many_scales(folder: Folder) -> list[str]:
@@ -151,7 +160,11 @@ def nan_scale(mutant: Mutant, layer: str, strength: float) -> None:
     _one_scale(mutant, layer, float("nan"), int(strength))
 
 
-@_fault(_quantized)
+def _own_scales(folder: Folder) -> list[str]:
+    return [name for name in _quantized(folder) if not isinstance(_scale(folder, name), BlockTensor)]
+
+
+@_fault(_own_scales)
 def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
     """The scales of one layer left out of the file."""
     mutant.drop(_scale(mutant.source, layer).name)
@@ -236,9 +249,10 @@ def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _with_next(folder: Folder) -> list[str]:
-    """Return the quantized layers whose namesake in the next block has the same tensors, of the same shapes."""
-    shapes: dict[str | None, dict[str, tuple[int, ...]]] = {
-        layer: {part: tensor.shape for part, tensor in parts.items()} for layer, parts in folder.layers.items()
+    """Return the quantized layers whose namesake in the next block has tensors of the same dtypes and shapes."""
+    shapes: dict[str | None, dict[str, tuple[str, tuple[int, ...]]]] = {
+        layer: {part: (tensor.dtype, tensor.shape) for part, tensor in parts.items()}
+        for layer, parts in folder.layers.items()
     }
     return [name for name in _quantized(folder) if shapes[name] == shapes.get(_next(name))]
 
@@ -299,7 +313,7 @@ def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _embeddings(folder: Folder) -> list[str]:
-    names = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings")
+    names = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "token_embd")
     return [name for name in folder.layers if name.rpartition(".")[2] in names]
 
 

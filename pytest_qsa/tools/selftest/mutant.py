@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint import INDEX, Folder, Tensor, encoded, scale_values
+from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, scale_values
 from ...common import write_atomically
 
 CHUNK = 1 << 24
@@ -59,8 +59,17 @@ class Mutant:
 
     @contextmanager
     def edit_values(self, name: str) -> Iterator[NDArray[np.float64]]:
-        """Yield the original's values of floats or of exponents, to be changed in place and rounded to its dtype."""
+        """Yield the original's values of floats or of exponents, to be changed in place and rounded to its dtype.
+
+        Of a tensor of blocks the scales and minima of its blocks, [blocks, per block].
+        """
         tensor = self.source.tensors[name]
+        if isinstance(tensor, BlockTensor):
+            raw = self.raw(name)
+            scales = tensor.scales(raw)
+            yield scales
+            self.put(name, tensor.with_scales(raw, scales))
+            return
         values = scale_values(tensor)
         yield values
         self.put(name, encoded(values, "F8_E8M0" if tensor.dtype == "U8" else tensor.dtype))
@@ -97,7 +106,10 @@ class Mutant:
             if file.is_file() and file not in touched and file.name not in self.texts:
                 _link(file, folder / file.name)
         for path in touched:
-            _rewrite(path, folder / path.name, self._contents(path))
+            if path.name == self.source.gguf_file:
+                self._patch(path, folder / path.name)
+            else:
+                _rewrite(path, folder / path.name, self._contents(path))
         for name, text in self.texts.items():
             write_atomically(folder / name, text)
         # transformers looks a tensor up where the index says, so that the index must not name one that is
@@ -105,6 +117,15 @@ class Mutant:
         if self.source.indexed and any(content is None for content in self.changes.values()):
             self._reindex(folder)
         return folder
+
+    def _patch(self, path: Path, target: Path) -> None:
+        """Copy a GGUF file and write the changed tensors over the original's, whose sizes they have."""
+        shutil.copyfile(path, target)
+        with target.open("r+b") as out:
+            for name, content in self.changes.items():
+                assert content is not None
+                out.seek(self.source.tensors[name].start)
+                out.write(np.ascontiguousarray(content.raw).tobytes())
 
     def _contents(self, path: Path) -> dict[str, Tensor | ChangedTensor]:
         own = {name: tensor for name, tensor in self.source.tensors.items() if tensor.path == path}

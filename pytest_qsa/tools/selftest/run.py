@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...captures import match_layers
-from ...checkpoint import Folder
+from ...checkpoint import Folder, format_of
 from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
 from ...suite import MeasuredAssertion, SuiteFile, local_path, located
 from . import recording
@@ -210,11 +210,12 @@ class Selftest:
         on_perplexity = [each for each in results if each["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
         # Some faults change two layers, and a test that names either of them has found it.
         touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
+        stored = format_of(self.folder).layers_of
         failed = tuple(
             Catch(
                 result["test"].partition("::")[2],
                 result["kind"],
-                bool(touched & set(result["layers"])),
+                bool(touched & {*result["layers"], *stored(result["layers"]).values()}),
                 result["loaded"],
             )
             for result in results

@@ -59,15 +59,20 @@ class ServedProvenance(_Record):
 
 @dataclass(frozen=True)
 class FilesProvenance(_Record):
-    """What static checks read of a checkpoint: how many files and tensors, and the quantization that it declares."""
+    """What was read of a checkpoint's files: how many files and tensors, and the quantization that it declares.
+
+    `weights`: the numbers of weights are of the files, not of a loaded model.
+    """
 
     files: int
     tensors: int
     quantization: str
+    weights: bool = False
 
     def __str__(self) -> str:
         """Write it in words."""
-        return f"{self.tensors} tensors in {counted(self.files, 'file')}, {self.quantization}; no forward"
+        read = f"{self.tensors} tensors in {counted(self.files, 'file')}, {self.quantization}"
+        return f"weights read from the files ({read})" if self.weights else f"{read}; no forward"
 
 
 @dataclass(frozen=True)
@@ -290,6 +295,7 @@ class Provenance:
             "Model": model.path,
             "Served": model.served.served if model.served else None,
             "Weights": model.weights,
+            "Read from": str(model.files or ""),
             "Reference": reference.path or reference.class_name,
             "Its weights": reference.weights,
             "Class": model.class_name,

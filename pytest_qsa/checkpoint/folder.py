@@ -77,7 +77,7 @@ class Folder:
         elif files:
             found = {tensor.name: tensor for file in files for tensor in tensors_of(file)}
         else:
-            raise InfraError(f"{self.path} holds no .safetensors file, which is what static checks read")
+            raise InfraError(f"{self.path} holds no .safetensors file, and no other file is read here")
         return {name: found[name] for name in sorted(found, key=natural)}
 
     @cached_property

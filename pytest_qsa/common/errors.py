@@ -47,6 +47,10 @@ class InfraError(QsaError):
     """The subject could not be loaded, fetched or run: the machine or the installation is at fault, not the numbers."""
 
 
+class UnloadableFormatError(InfraError):
+    """The installed libraries can't load the format of a checkpoint, whose files may be sound and readable."""
+
+
 class AnomalyError(QsaError):
     """There is nothing sound to judge: no layer matches, no token was seen, a number is not finite."""
 

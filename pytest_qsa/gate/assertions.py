@@ -15,7 +15,6 @@ import pytest
 from ..captures import LOGITS, Capture, Request, Site
 from ..checkpoint import Files, Finding, problems_of
 from ..common import QsaError, QsaWarning, SuiteError
-from ..external import EvalFiles
 from ..metrics import (
     METRICS,
     Bounds,
@@ -35,6 +34,7 @@ from ..verdicts import (
     BASELINE_NAME,
     NO_LENIENCY,
     Budget,
+    EvalFiles,
     Evidence,
     Judgement,
     Kind,
@@ -100,7 +100,7 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     subject = gate.subject_of(request.node)
     assert subject is not None
     if isinstance(assertion, ExternalAssertion):
-        return EvalFiles(subject.folder, subject.name, subject.path)
+        return EvalFiles(subject.folder, subject.name)
     capture = gate.capture_of(request)
     release = None
     if assertion.follows:
@@ -218,8 +218,12 @@ class Qsa:
     @property
     def capture(self) -> Capture:
         """The capture, with every number of the pass."""
+        return self.capture_at(None)
+
+    def capture_at(self, site: Site | None) -> Capture:
+        """Return the capture with the numbers of a site: those of weights may be in one of their own."""
         try:
-            return self._gate.capture_of(self._request)
+            return self._gate.capture_of(self._request, site)
         except QsaError as error:
             raise self.stopped(error) from None
 
@@ -266,15 +270,16 @@ class Qsa:
         return self._finish(judge_problems(series, found, Budget.of(bounds, series.layers), files), None)
 
     def _select(self, layers: str, site: Site, exclude: str | None) -> Selection:
-        return PlannedSelection(self.capture, layers, site, exclude, self.judge_of(None), test=self)
+        capture = self.capture_at(site)
+        return PlannedSelection(capture, layers, site, exclude, self.judge_of(capture), test=self)
 
-    def judge_of(self, capture: Capture | None) -> Judge:
-        """Return the function that judges the series of a capture; None stands for the planned one."""
+    def judge_of(self, capture: Capture) -> Judge:
+        """Return the function that judges the series of a capture."""
         return lambda series, bounds: self.conclude(
             lambda: within_budget(series, Budget.of(bounds, series.layers)), series, capture
         )
 
-    def conclude(self, judge: Callable[[], Judgement], series: Series, capture: Capture | None = None) -> bool:
+    def conclude(self, judge: Callable[[], Judgement], series: Series, capture: Capture) -> bool:
         """Judge, record, and say whether it passed.
 
         Raises:
@@ -285,7 +290,7 @@ class Qsa:
             judgement = judge()
         except QsaError as error:
             judgement = stopped(error, series.query)
-        return self._finish(judgement, capture or self.capture)
+        return self._finish(judgement, capture)
 
     def _finish(self, judgement: Judgement, capture: Capture | None) -> bool:
         __tracebackhide__ = True
@@ -356,8 +361,9 @@ class QsaBaseline:
     def __eq__(self, series: object) -> bool:
         if not isinstance(series, Series):
             return NotImplemented
+        capture = self._qsa.capture_at("weight" if series.query.site == "weight" else None)
         return self._qsa.conclude(
-            lambda: against_baseline(self._qsa.capture, self._snapshot, series, self._tolerance), series
+            lambda: against_baseline(capture, self._snapshot, series, self._tolerance), series, capture
         )
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from .. import engine, external
-from ..captures import COUNTS, Capture, PartialSums, Request
-from ..checkpoint import Files
-from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, progress_bar
+from ..captures import COUNTS, Capture, PartialSums, Request, Site
+from ..checkpoint import Files, capture_weights
+from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, UnloadableFormatError, progress_bar
 from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
 from ..verdicts import (
     BASELINE_FOLDER,
@@ -62,26 +62,44 @@ class Gate:
         """Return the subject that an item tests; None for an item that is no gate."""
         return self._subjects.of(item)
 
-    def capture_of(self, request: pytest.FixtureRequest) -> Capture:
-        """Return the capture for a test: one pass for all selected tests of its subject.
+    def capture_of(self, request: pytest.FixtureRequest, site: Site | None = None) -> Capture:
+        """Return the capture for a test: one pass for all selected tests of its subject, one reading of its files.
+
+        `site`: where the numbers are looked for, if not at all sites that the test announces.
 
         Raises:
-            QsaError: the pass could not be made.
+            QsaError: the pass could not be made, or the files can't be read.
         """
         subject = self.subject_of(request.node)
         assert subject is not None
         self._claim_baselines(request.node, subject)
         # A wrong mark fails its own test here; the plan leaves that test out.
-        requests_of(request.node)
+        announced = requests_of(request.node)
         # At the first test, not at collection: only now every deselection (-k, -m, a tier) is known.
         if self._needs is None:
             self._needs = self._plan(request.session.items)
-        key, needs = self._key(request, subject), self._needs.get(subject.key, [])
-        capture = self._captured(request, key, subject, needs)
-        if subject.model is not None:
+        sites = {site} if site else {each.site for each in announced}
+        capture = self._captured_at(request, subject, sites)
+        if subject.model is not None and capture.provenance.model.files is None:
             # For each test, not each pass: suites that share a pass may require different executions.
             check_execution(capture.provenance.execution, subject.model)
         return capture
+
+    def _captured_at(self, request: pytest.FixtureRequest, subject: Subject, sites: Collection[Site]) -> Capture:
+        """Return what a subject's pass left, or its files where all that is asked for is weights and they have them."""
+        assert self._needs is not None
+        only_weights = set(sites) == {"weight"}
+        from_files = only_weights and subject.model is not None and subject.model.weights == "files"
+        source = subject.of_files if from_files else subject
+        needs = self._needs.get(source.key, [])
+        try:
+            return self._captured(request, self._key(request, source), source, needs)
+        except UnloadableFormatError as error:
+            if not only_weights:
+                raise
+            request.node.warn(QsaWarning(f"the weights were read from the files, for {error}"))
+            source, needs = subject.of_files, [each for each in needs if each.site == "weight"]
+            return self._captured(request, source.key, source, needs)
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
         """Return the capture of the last release: one file, or one pass, for all tests whose bounds follow it.
@@ -96,7 +114,7 @@ class Gate:
             if kept not in self._releases:
                 self._releases[kept] = Capture.load(kept)
             return self._releases[kept]
-        return self._captured(request, release.key, release, self._needs[release.key])
+        return self._captured_at(request, release, {each.site for each in requests_of(request.node)})
 
     def _captured(
         self, request: pytest.FixtureRequest, key: str, subject: Subject, needs: Sequence[Request]
@@ -176,9 +194,9 @@ class Gate:
             if subject is not None:
                 with contextlib.suppress(SuiteError):  # a wrong mark fails its own test
                     requests = self._with_distributions(requests_of(item))
-                    yield item, subject, requests
-                    if follows_checkpoint(item, subject):
-                        yield item, previous_of(subject), requests
+                    subjects = [subject, previous_of(subject)] if follows_checkpoint(item, subject) else [subject]
+                    for source, answered in (pair for each in subjects for pair in each.sources(requests)):
+                        yield item, source, answered
 
     def _with_distributions(self, requests: Sequence[Request]) -> list[Request]:
         """Add the counts that a report which is always written shows for every layer."""
@@ -189,6 +207,7 @@ class Gate:
         """Make a second pass for a Python test without a mark, and warn how to avoid it."""
         subject = self.subject_of(request.node)
         assert subject is not None
+        [(subject, _)] = subject.sources([need])
         key = self._key(request, subject)
         warned = request.node.stash.setdefault(UNANNOUNCED, set())
         if (need.pattern, need.site) not in warned:
@@ -216,6 +235,8 @@ class Gate:
             if subject.model is not None and subject.model.logprobs_only:
                 # torch is not loaded for a served model.
                 return external.capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
+            if subject.files_only:
+                return capture_weights(files_of(subject), plan, progress=progress)
             if subject.model is not None:
                 code, share = self.options.allow_code, engine.SampleShare(sums=sums)
                 capture = engine.capture_subject(subject, plan, allow_code=code, progress=progress, share=share)

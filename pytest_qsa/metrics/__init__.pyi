@@ -26,6 +26,7 @@ from .quantization import (
     MANTISSA_BITS as MANTISSA_BITS,
     Granularity as Granularity,
     Scheme as Scheme,
+    rounded_to as rounded_to,
 )
 from .registry import (
     METRICS as METRICS,

@@ -164,6 +164,7 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
 def _parts(subject: NamedSubject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     yield "qsa-fingerprint/5"
     yield subject.model.measured
+    yield "files" if subject.files_only else "pass"
     yield subject.data.model_dump()
     yield subject.memory.model_dump()
     for name, file in _named_files(folder):

@@ -151,6 +151,7 @@ def load_suite(
         for index, assertion in enumerate(suite.assertions or ()):
             _check_previous(source, suite.model, index, assertion)
             _check_reference(source, suite.model, index, assertion)
+            _check_loaded(source, suite.model, index, assertion)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
@@ -264,6 +265,16 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
         raise source.error(
             here,
             f"{what}, and {named} holds some tokens only: name the original, model.reference, in a suite of its own",
+        )
+
+
+def _check_loaded(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
+    """Check that a metric of what the loader made isn't asked of files that nothing loads."""
+    if assertion.metric == "loaded_weights" and model is not None and model.weights == "files":
+        raise source.error(
+            ("assertions", index, "metric"),
+            "loaded_weights holds a loaded model against its files, and with model.weights: files no weight is loaded: "
+            "leave one of the two out",
         )
 
 

@@ -157,6 +157,10 @@ class Model(Strict):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     submodule: str | None = None
+    weights: Annotated[
+        Literal["loaded", "files"],
+        Field(description="what is measured at site: weight: what the loader made, or what the files hold"),
+    ] = "loaded"
     allow_unexpected: Annotated[
         Regex | None, Field(description="tensors of the checkpoint that loading may drop; others are an error")
     ] = None
@@ -169,6 +173,8 @@ class Model(Strict):
     def _one_source(self) -> Model:
         if sum(source is not None for source in (self.path, self.factory, self.served, self.logprobs)) != 1:
             raise ValueError("give one of path, factory, served and logprobs")
+        if self.weights == "files" and self.path is None:
+            raise ValueError("weights: files reads a checkpoint's files: give its path, or leave it out")
         return self
 
     @property

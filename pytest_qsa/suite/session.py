@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
-from ..common import AnomalyError, InfraError, QsaError, logger, write_atomically
+from ..common import AnomalyError, InfraError, QsaError, UnloadableFormatError, logger, write_atomically
 from .fingerprint import FileHashes, fingerprint_of, identified
 from .subjects import Subject
 
@@ -23,6 +23,8 @@ MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
 Source = Literal["pass", "cache", "worker"]
 """Where a capture is from: a pass of this process, the cache of earlier runs, or another worker of xdist."""
 Found = tuple[Capture, Source]
+ERRORS: Mapping[str, type[QsaError]] = {kind.__name__: kind for kind in (AnomalyError, UnloadableFormatError)}
+"""The errors of a capture that are told apart, by name; any other is an `InfraError`."""
 
 
 @dataclass
@@ -131,15 +133,16 @@ def _make_once(
     with FileLock(shared / f"{plan}.lock"):
         if failure.exists():
             recorded = json.loads(failure.read_text(encoding="utf-8"))
-            # The class decides on the kind of the verdict, so that all workers must report the same.
-            raise (AnomalyError if recorded["kind"] == AnomalyError.kind else InfraError)(recorded["text"])
+            # The class decides on the kind of the verdict, and on what is tried instead, so that all workers must
+            # raise the same.
+            raise ERRORS.get(recorded["class"], InfraError)(recorded["text"])
         if file.exists():
             logger.debug("%s: another worker has made the capture", subject.name)
             return Capture.load(file), "worker"
         try:
             capture, source = make(requests)
         except QsaError as error:
-            write_atomically(failure, json.dumps({"kind": error.kind, "text": str(error)}))
+            write_atomically(failure, json.dumps({"class": type(error).__name__, "text": str(error)}))
             raise
         capture.save(file)
         return capture, source

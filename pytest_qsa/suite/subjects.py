@@ -7,10 +7,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+from ..captures import Request
 from ..checkpoint import Files, Folder, open_folder
 from ..common import InfraError
 from .datasets import local_path
@@ -22,7 +23,7 @@ class Subject:
     """One model with its data: loaded once, run once. Where a suite names no model, a fixture gives it.
 
     `folder`: what the suite's relative paths are relative to. `checkpoint`: stands in for the model's own path.
-    `fixture`: which fixture gives the model.
+    `fixture`: which fixture gives the model. `files_only`: it is read, and never run.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Subject:
     folder: Path
     checkpoint: str | None = None
     fixture: str = ""
+    files_only: bool = False
 
     @cached_property
     def named(self) -> NamedSubject:
@@ -42,7 +44,29 @@ class Subject:
         """
         if self.model is None:
             raise InfraError("the suite has no section 'model', and no fixture 'qsa_model' stands in for it")
-        return NamedSubject(self.name, self.model, self.data, self.memory, self.folder, self.checkpoint, self.fixture)
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return NamedSubject(**own)
+
+    @cached_property
+    def of_files(self) -> NamedSubject:
+        """The same checkpoint as far as its files alone say: nothing that decides how a model runs makes another one.
+
+        Raises:
+            InfraError: as `named`.
+        """
+        running = ("dtype", "attn_implementation", "trust_remote_code", "allow_unexpected", "allow_idle", "require")
+        defaults = {name: Model.model_fields[name].default for name in running}
+        model = self.named.model.model_copy(update={**defaults, "weights": "files"})
+        return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True)
+
+    def sources(self, requests: Sequence[Request]) -> list[tuple[Subject, list[Request]]]:
+        """Return by which subject each of the requests is answered: weights by the files, where the suite says so."""
+        if self.model is None or self.model.weights == "loaded":
+            return [(self, list(requests))]
+        weights = [request for request in requests if request.site == "weight"]
+        others = [request for request in requests if request.site != "weight"]
+        found: list[tuple[Subject, list[Request]]] = [(self.of_files, weights)] if weights else []
+        return [*found, (self, others)] if others or not weights else found
 
     @cached_property
     def reference(self) -> NamedSubject | Path | None:
@@ -92,7 +116,8 @@ class Subject:
         if (own := local_path(self.data, self.folder)) is not None:
             data["source"] = f"custom:{own.resolve()}"
         # Sorted keys, because the hash must not depend on the order in which settings were made.
-        text = json.dumps([self.path, self.fixture, model, data, self.memory.model_dump()], sort_keys=True)
+        settings = [self.path, self.fixture, model, data, self.memory.model_dump(), self.files_only]
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -141,24 +166,21 @@ def located(folder: Path, named: str) -> str:
 
 
 def files_of(subject: Subject) -> Files:
-    """Return the files that static checks read: the subject's, and its reference's where that is a checkpoint.
+    """Return the files of a subject, and those of its reference where that is a checkpoint.
 
     Raises:
         InfraError: the subject is no checkpoint, or isn't here.
     """
-    own, model, reference = _own_folder(subject), subject.model, None
-    if (
-        model is not None and model.reference is not None and not isinstance(subject.reference, Path)
-    ):  # a recorded one has no settings
-        local = subject.folder / model.reference
-        reference = open_folder(local if local.is_dir() else model.reference)
-    return Files(own, reference)
+    own, reference = _own_folder(subject), subject.reference
+    if not isinstance(reference, NamedSubject):  # a recorded one has neither settings nor weights
+        return Files(own)
+    return Files(own, open_folder(reference.path, reference.model.revision))
 
 
 def _own_folder(subject: Subject) -> Folder:
     model = subject.model
     if model is None or not subject.path or model.logprobs_only:
-        raise InfraError("static checks read a checkpoint's files, and this subject has none here: give model.path")
+        raise InfraError("this reads a checkpoint's files, and the subject has none here: give model.path")
     return open_folder(subject.path, model.revision, model.gguf_file)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..captures import Capture, FilesProvenance, ModelProvenance, Provenance
+from ..captures import Capture, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, problems_of
 from ..common import AnomalyError, BaselineError, InfraError, QsaError, counted
-from ..external import EvalFiles, eval_scores, widened_bounds
+from ..external import eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
     Assertion,
@@ -118,6 +118,14 @@ class Measurement:
     capture: Capture
     baseline: HoldAgainstBaseline
     release: Release | None = None
+
+
+@dataclass(frozen=True)
+class EvalFiles:
+    """Evidence for an external assertion: result files relative to `folder`; `name`: what `{name}` in a path means."""
+
+    folder: Path
+    name: str
 
 
 Evidence = Measurement | Files | EvalFiles | QsaError
@@ -263,12 +271,8 @@ def _not_checked(series: Series, files: Files) -> str:
 
 def _run_of_files(files: Files) -> Provenance:
     """Return what the checks read: the folder, how many files and tensors, the declared format, the reference."""
-    folder, quantization = files.folder, files.folder.quantization
-    names = {tensor.file for tensor in folder.tensors.values()}
-    form = quantization.get("format") or quantization.get("bits") or ""
-    read = FilesProvenance(len(names), len(folder.tensors), f"{files.format.label} {form}".strip())
     return Provenance(
-        ModelProvenance(str(folder.path), files=read),
+        ModelProvenance(str(files.folder.path), files=files.provenance),
         reference=ModelProvenance(str(files.reference.path)) if files.reference else None,
     )
 
@@ -280,7 +284,7 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
         InfraError: a file is missing.
         AnomalyError: there is nothing sound in it, or nothing that can be compared.
     """
-    scores, read = eval_scores(assertion, evals)
+    scores, read = eval_scores(assertion, evals.folder, evals.name)
     names = [each.score.name for each in scores]
     series = Series(names, np.array([each.value for each in scores]), assertion.query)
     series.check()

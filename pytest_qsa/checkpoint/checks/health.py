@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ...captures import match_layers, no_match
+from ...captures import FilesProvenance, match_layers, no_match
 from ...common import AnomalyError, shown_path
 from ...metrics import CHECKPOINT, Definition, Query, Series
 from ..folder import Finding, Folder, natural
@@ -52,6 +52,15 @@ class Files:
     def format(self) -> Format:
         """The format that the checkpoint declares."""
         return format_of(self.folder)
+
+    @property
+    def provenance(self) -> FilesProvenance:
+        """What there is to read: how many files and tensors, and the format that is declared."""
+        quantization, tensors = self.folder.quantization, self.folder.tensors.values()
+        form = quantization.get("format") or quantization.get("bits") or ""
+        return FilesProvenance(
+            len({tensor.file for tensor in tensors}), len(tensors), f"{self.format.label} {form}".strip()
+        )
 
     @property
     def stored_quantized(self) -> list[str]:

@@ -170,6 +170,15 @@ class Format:
         weight = self.weight_of(layer)
         return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else None
 
+    def weight_dtype(self, layer: str) -> str:
+        """Return the dtype that holds a layer's weight exactly: the file's of plain floats, else that of `rows`, cut.
+
+        What is dequantized is float32: statistics are of no more digits.
+        """
+        weight = self.weight_of(layer)
+        plain = weight is not None and self.codes_of(layer) is None
+        return {"BF16": "bfloat16", "F16": "float16"}.get(weight.dtype, "float32") if weight and plain else "float32"
+
     def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.
 
@@ -344,7 +353,7 @@ def element_count(tensor: Tensor) -> int:
 
 def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
     """Return some rows of a tensor as float64."""
-    return decoded(np.asarray(tensor.raw()[rows]), tensor.dtype).astype(np.float64)
+    return decoded(np.atleast_1d(tensor.raw())[rows], tensor.dtype).astype(np.float64)
 
 
 def scale_values(tensor: Tensor) -> NDArray[np.float64]:

@@ -1,0 +1,233 @@
+"""The weights of a checkpoint's files → a Capture: dequantized in numpy, without a model and without torch.
+
+A site is a layer of the files, under the name that its tensors have. Rows are read a few at a time, so that memory
+stays bounded whatever the size of a weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from math import prod
+from typing import NamedTuple
+
+from ..captures import (
+    ERROR,
+    STORED,
+    Capture,
+    ModelProvenance,
+    Provenance,
+    Request,
+    SiteKey,
+    SiteNumbers,
+    Statistic,
+    compares,
+    match_layers,
+    merge_requests,
+)
+from ..common import AnomalyError, InfraError, Progress
+from .checks.health import Files
+from .formats.format import Format, format_of
+from .weight_statistics import Floats, Rows, reduced
+
+AT_ONCE = 1 << 19
+"""The elements of a weight that one thread has in memory at a time: with all that is made of them, some 30 MB."""
+MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight of the files, read as float32 a few rows at a time."""
+
+    form: Format
+    layer: str
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in], or [n] where it is no matrix; empty where its packing isn't known."""
+        if (shape := self.form.weight_shape(self.layer)) is not None:
+            return shape
+        tensor = self.form.weight_of(self.layer)
+        if tensor is None or self.form.codes_of(self.layer) is not None:
+            return ()
+        lengths = tensor.shape or (1,)
+        return lengths if len(lengths) == 1 else (lengths[0], prod(lengths[1:]))
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it has rows, which are its output channels."""
+        return len(self.shape) == 2
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Its rows and columns; one row where it is no matrix."""
+        return (self.shape[0], self.shape[1]) if self.matrix else (1, prod(self.shape))
+
+    @cached_property
+    def problem(self) -> str:
+        """Why it can't be read as numbers; empty where it can.
+
+        Raises:
+            AnomalyError: its tensors don't fit one another.
+        """
+        try:
+            if self.shape and self.form.rows(self.layer, slice(0, 1)) is not None:
+                return ""
+        except InfraError as error:
+            return str(error)
+        parts = ", ".join(f"{part} {tensor.dtype}" for part, tensor in self.form.parts(self.layer).items())
+        return f"its tensors ({parts}) are in a format or a packing that isn't known here ({self.form.label})"
+
+    def parts(self) -> Iterator[Floats]:
+        """Yield its rows in order, a few at a time, [R, in].
+
+        Raises:
+            AnomalyError: its tensors don't fit one another.
+        """
+        count, columns = self.table
+        step = max(1, AT_ONCE // max(1, columns))
+        for start in range(0, count, step):
+            rows = self.form.rows(self.layer, slice(start, min(start + step, count)) if self.matrix else slice(None))
+            assert rows is not None  # `problem` has read the first one
+            yield rows.reshape(-1, columns).astype("f4")
+
+
+def stored_weights(files: Files) -> dict[str, StoredWeight]:
+    """Return the weights of a checkpoint's files by layer, in natural order."""
+    form = files.format
+    return {layer: StoredWeight(form, layer) for layer in files.folder.layers if form.weight_of(layer) is not None}
+
+
+def capture_weights(
+    files: Files, requests: Iterable[Request], *, modules: Sequence[str] = (), progress: Progress | None = None
+) -> Capture:
+    """Reduce the weights of a checkpoint's files to what is requested of them; no model is loaded.
+
+    `modules`: the names of the model's layers, where they are known; a weight is then asked for by its module's.
+    `progress`: called after each weight.
+
+    Raises:
+        AnomalyError: a tensor is missing, damaged, or doesn't fit the others; or the reference has no such layer.
+        InfraError: there is no reference to compare with.
+    """
+    plan = merge_requests(request for request in requests if request.site == "weight")
+    weights, modules = _named(stored_weights(files), files.format, modules), tuple(modules or files.folder.layers)
+    wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}
+    compared = [layer for layer, statistics in wanted.items() if ERROR in statistics]
+    pairs = _pairs(files, {layer: weights[layer] for layer in compared}) if compared else {}
+    sites: dict[SiteKey, SiteNumbers] = {}
+    refused: dict[str, str] = {}
+    uncompared: dict[str, str] = {}
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer]), wanted)
+        for done, (layer, result) in enumerate(zip(wanted, found, strict=True), 1):
+            if result.numbers is not None:
+                sites[layer, "weight"] = result.numbers
+            if result.problem:
+                refused[layer] = result.problem
+            if result.of_reference:
+                uncompared[layer] = result.of_reference
+            if progress is not None:
+                progress(done, len(wanted))
+    reference = _reference(files, uncompared) if compares(plan) else None
+    return Capture(sites, modules, provenance=_provenance(files), plan=plan, reference=reference, refused=refused)
+
+
+def _wanted(modules: tuple[str, ...], plan: Iterable[Request]) -> dict[str, frozenset[Statistic]]:
+    """Return the statistics of each layer, in the order of the files."""
+    wanted: dict[str, frozenset[Statistic]] = {}
+    for request in plan:
+        for layer in match_layers(modules, request.pattern, request.exclude):
+            # What a loader makes of a weight is not in the files.
+            wanted[layer] = wanted.get(layer, frozenset()) | (request.statistics - {STORED})
+    return {layer: wanted[layer] for layer in modules if layer in wanted}
+
+
+class _Measured(NamedTuple):
+    """What came of one weight. `problem`, `of_reference`: why it, or its pair, can't be read; empty where it can."""
+
+    numbers: SiteNumbers | None
+    problem: str = ""
+    of_reference: str = ""
+
+
+def _measured(weight: StoredWeight, pair: StoredWeight | None, statistics: frozenset[Statistic]) -> _Measured:
+    if weight.problem:
+        return _Measured(None, weight.problem)
+    problem = _incomparable(weight, pair) if pair is not None else ""
+    if problem:
+        pair, statistics = None, statistics - {ERROR}
+    rows = partial(_rows, weight, pair, weight.form.weight_dtype(weight.layer))
+    return _Measured(reduced(statistics, rows, weight.table, matrix=weight.matrix), of_reference=problem)
+
+
+def _incomparable(weight: StoredWeight, pair: StoredWeight) -> str:
+    if pair.problem:
+        return f"in the reference {pair.problem}"
+    if pair.shape != weight.shape:
+        theirs, ours = ("×".join(map(str, each.shape)) for each in (pair, weight))
+        return f"it is {ours} here and {theirs} in the reference"
+    return ""
+
+
+def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterator[Rows]:
+    theirs = pair.parts() if pair is not None else None
+    start = 0
+    for values in weight.parts():
+        yield Rows(values, start, dtype, next(theirs) if theirs is not None else None)
+        start += len(values)
+
+
+def _named(weights: Mapping[str, StoredWeight], form: Format, modules: Sequence[str]) -> Mapping[str, StoredWeight]:
+    """Return the weights under the names of the model's modules; under their own where no model is known."""
+    if not modules:
+        return weights
+    return {module: weights[layer] for module, layer in form.layers_of(modules).items() if layer in weights}
+
+
+def _pairs(files: Files, weights: Mapping[str, StoredWeight]) -> Mapping[str, StoredWeight]:
+    """Return the reference's weight of each site.
+
+    Raises:
+        AnomalyError: the reference lacks one.
+        InfraError: there is no reference.
+    """
+    if files.reference is None:
+        raise InfraError("there is nothing to compare with: name the original's checkpoint, model.reference")
+    form = format_of(files.reference)
+    # Each format knows the layers of its own files by the names that other files give them.
+    named = form.layers_of([weight.layer for weight in weights.values()])
+    named |= {own: theirs for theirs, own in files.format.layers_of(files.reference.layers).items() if own != theirs}
+    pairs = {site: StoredWeight(form, _tied(form, named[weight.layer])) for site, weight in weights.items()}
+    absent = [site for site, pair in pairs.items() if form.weight_of(pair.layer) is None]
+    if absent:
+        raise AnomalyError(
+            f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
+            "is model.reference the original of this model?"
+        )
+    return pairs
+
+
+def _tied(form: Format, layer: str) -> str:
+    """Return the layer whose weight a layer uses: the embedding, for a tied head without a weight of its own."""
+    if layer.rpartition(".")[2] != "lm_head" or layer in form.folder.layers:
+        return layer
+    tied = form.folder.text_config.get("tie_word_embeddings")
+    return next((name for name in form.folder.layers if tied and name.endswith("embed_tokens")), layer)
+
+
+def _provenance(files: Files) -> Provenance:
+    read = replace(files.provenance, weights=True)
+    versions = {name: version(name) for name in ("pytest-qsa", "numpy")}
+    return Provenance(ModelProvenance(str(files.folder.path), files=read, dtype="float32", versions=versions))
+
+
+def _reference(files: Files, uncompared: Mapping[str, str]) -> Capture | None:
+    if files.reference is None:
+        return None
+    provenance = Provenance(ModelProvenance(str(files.reference.path)))
+    return Capture({}, tuple(files.reference.layers), provenance=provenance, refused=uncompared)

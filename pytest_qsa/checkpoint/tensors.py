@@ -32,7 +32,10 @@ RAW: dict[str, str] = {
     "U32": "<u4",
     "U16": "<u2",
 }
-"""The dtypes of safetensors → the numpy dtype that holds their bytes; F6 and complex numbers are refused by name."""
+"""The dtypes of safetensors → the numpy dtype that holds their bytes.
+
+Refused by name are complex numbers, and F6, for safetensors doesn't say in which order its codes lie in the bytes.
+"""
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 LONGEST_HEADER = 100_000_000
@@ -103,41 +106,42 @@ def layer_of(name: str) -> str:
 def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Return the numbers that raw bytes stand for, in the smallest dtype of numpy that holds them.
 
-    Two numbers of F4 share a byte, so that its last axis becomes twice as long.
+    Two numbers of F4 share a byte, four of F6_E2M3 three bytes, so that the last axis becomes longer. The first number
+    is in the lowest bits.
     """
     if dtype == "BF16":  # the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E5M2":  # the upper half of a float16
         return (raw.astype(np.uint16) << 8).view(np.float16)
-    if dtype in _TABLES:
-        numbers: NDArray[Any] = _TABLES[dtype][raw]
-        return numbers
-    if dtype == "F4":
-        halves = np.stack([raw & 15, raw >> 4], axis=-1)  # the first number in the low half
-        return np.asarray(_E2M1[halves.reshape(*raw.shape[:-1], -1)])
     if dtype == "F8_E8M0":
         return np.where(raw == 255, np.nan, np.exp2(raw.astype(np.float64) - 127))
-    return raw
+    if dtype == "F4":
+        raw = np.stack([raw & 15, raw >> 4], axis=-1).reshape(*raw.shape[:-1], -1)
+    elif dtype == "F6_E2M3":
+        bits = np.unpackbits(np.ascontiguousarray(raw), axis=-1, bitorder="little").reshape(*raw.shape[:-1], -1, 6)
+        raw = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+    return np.asarray(_TABLES[dtype][raw]) if dtype in _TABLES else raw
 
 
-def _float8(mantissa_bits: int, bias: int, nan: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the value of each byte of a float8 without infinities. `nan`: the codes that are no number."""
-    code = np.arange(256)
+def _floats(bits: int, mantissa_bits: int, bias: int, nan: tuple[int, ...] = ()) -> NDArray[np.float32]:
+    """Return the value of each code of a small float without infinities. `nan`: the codes that are no number."""
+    code, sign = np.arange(1 << bits), 1 << (bits - 1)
     steps = 1 << mantissa_bits
-    exponent, mantissa = (code & 127) // steps, (code & 127) % steps / steps
+    exponent, mantissa = (code & (sign - 1)) // steps, code % steps / steps
     size = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
     size[list(nan)] = np.nan
-    return np.where(code & 128, -size, size).astype(np.float32)
+    return np.where(code & sign, -size, size).astype(np.float32)
 
 
 _TABLES = {
-    "F8_E4M3": _float8(3, 7, (0x7F, 0xFF)),  # arXiv 2209.05433
+    "F8_E4M3": _floats(8, 3, 7, (0x7F, 0xFF)),  # arXiv 2209.05433
     # arXiv 2206.02915: no negative zero, whose code is the one NaN
-    "F8_E4M3FNUZ": _float8(3, 8, (0x80,)),
-    "F8_E5M2FNUZ": _float8(2, 16, (0x80,)),
+    "F8_E4M3FNUZ": _floats(8, 3, 8, (0x80,)),
+    "F8_E5M2FNUZ": _floats(8, 2, 16, (0x80,)),
+    # OCP Microscaling Formats 1.0, tables 4 and 5
+    "F6_E2M3": _floats(6, 3, 1),
+    "F4": _floats(4, 1, 1),
 }
-_E2M1 = np.array([sign * size for sign in (1, -1) for size in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
-"""The values of a 4-bit float (OCP Microscaling Formats 1.0, table 5)."""
 
 
 def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:

@@ -113,7 +113,7 @@ def save_quantized_moe(folder, preset, **weights):
         if not name.endswith("_proj.weight"):
             tensors[name] = tensor
             continue
-        form, packed = _packed(tensor, scheme)
+        form, packed = packed_parts(tensor, scheme)
         tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     stated = QuantizationConfig(
@@ -126,7 +126,7 @@ def save_quantized_moe(folder, preset, **weights):
     return folder
 
 
-def _packed(weight, scheme):
+def packed_parts(weight, scheme):
     """Return a format's name, and the tensors that its compressor makes of one weight."""
     import torch
     from compressed_tensors.compressors import BaseCompressor
@@ -245,6 +245,9 @@ def _extremes(weight, scheme):
     """Return the least and the largest weight that share a scale."""
     import torch
 
+    if scheme.block_structure:
+        blocks = weight.unflatten(1, (-1, scheme.block_structure[1])).unflatten(0, (-1, scheme.block_structure[0]))
+        return blocks.amin(dim=(1, 3)), blocks.amax(dim=(1, 3))
     if scheme.group_size:
         return torch.aminmax(weight.reshape(weight.shape[0], -1, scheme.group_size), dim=-1)
     return torch.aminmax(weight, dim=1, keepdim=True) if scheme.strategy == "channel" else torch.aminmax(weight)

@@ -23,7 +23,14 @@ from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
 from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
 from .keys import lost_keys, misplaced_formats
-from .scales import outlying_scales, outlying_zero_points, unequal_fused, unsound_scales, unsound_zero_points
+from .scales import (
+    outlying_scales,
+    outlying_zero_points,
+    unequal_fused,
+    unsound_scales,
+    unsound_zero_points,
+    unwritten_exponents,
+)
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 _Spread = Annotated[float, Gt(0)]
@@ -152,6 +159,7 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     for layer in files.folder.layers:
         yield from files.format.findings(layer)
     yield from unsound_scales(files.format)
+    yield from unwritten_exponents(files.format)
     yield from outlying_scales(files.format, spread=spread)
     yield from unsound_zero_points(files.format)
     yield from outlying_zero_points(files.format, spread=spread)

@@ -21,8 +21,10 @@ TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
 OFFSET_FLOOR = 0.02
 """The least deviation of mean over rms that is used. SmolLM2 stays within 0.01; zero points + 1 give 0.24 at 4 bits."""
+SMALLEST_EXPONENT = 2.0**-127
+"""What a byte of 0 means as an exponent of microscaling (E8M0)."""
 ROWS_READ = 64
-"""About how many rows of a layer are dequantized to compare its mean."""
+"""About how many rows of a layer are dequantized at a time, and to compare its mean."""
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -44,6 +46,29 @@ def unsound_scales(form: Format) -> Iterator[Finding]:
                     several = f"{count} of {values.size} are {word}, the first at {first}"
                     what = several if values.size > 1 else f"is {word}"
                     yield Finding.at(tensor, what, AGAIN)
+
+
+def unwritten_exponents(form: Format) -> Iterator[Finding]:
+    """Yield exponents of microscaling that are 0, which is 2⁻¹²⁷, over weights that aren't zeros.
+
+    A group of zeros may have any exponent; other weights would be lost in every dtype of a model.
+    """
+    for layer in form.folder.layers:
+        scale, shape = form.weight_scale_of(layer), form.weight_shape(layer)
+        if scale is None or shape is None or scale.dtype not in ("U8", "F8_E8M0"):
+            continue
+        exponents = form.scale_values(layer, scale.part)
+        if not exponents.size or exponents.size % shape[0]:
+            continue
+        empty = exponents.reshape(shape[0], -1) == SMALLEST_EXPONENT
+        lost = 0
+        for start in np.unique(np.flatnonzero(empty.any(axis=1)) // ROWS_READ * ROWS_READ).tolist():
+            rows = _rows_of(form, layer, slice(start, start + ROWS_READ))
+            if rows is not None and rows.shape[1] % empty.shape[1] == 0:
+                groups = rows.reshape(len(rows), empty.shape[1], -1)
+                lost += int((empty[start : start + ROWS_READ] & groups.any(axis=2)).sum())
+        if lost:
+            yield Finding.at(scale, f"{lost} of {empty.size} are 0, and their weights aren't", AGAIN)
 
 
 def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
@@ -164,14 +189,17 @@ def outlying_zero_points(form: Format, *, spread: float) -> Iterator[Finding]:
 def _mean_over_rms(form: Format, layer: str) -> float | None:
     """Return the mean of some rows of a layer over their rms; None where they can't be read or aren't finite."""
     shape = form.weight_shape(layer)
-    step = max(1, (shape[0] if shape else 1) // ROWS_READ)
-    try:
-        rows = form.rows(layer, slice(None, None, step))
-    except AnomalyError:  # tensors that are lost or don't fit have findings of their own
-        return None
+    rows = _rows_of(form, layer, slice(None, None, max(1, (shape[0] if shape else 1) // ROWS_READ)))
     if rows is None or not np.isfinite(rows).all() or not rows.any():
         return None
     return float(rows.mean() / np.sqrt(np.square(rows).mean()))
+
+
+def _rows_of(form: Format, layer: str, rows: slice) -> NDArray[np.float64] | None:
+    try:
+        return form.rows(layer, rows)
+    except AnomalyError:  # tensors that are lost or don't fit have findings of their own
+        return None
 
 
 def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:

@@ -14,8 +14,11 @@ from ..tensors import EIGHT_BITS, Tensor, decoded
 from .format import Format, Matrix, decoded_rows, spread, spread_scales, unpacked
 from .scheme import Declaration, LayerScheme, block_of
 
-FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
-PACKED_DTYPES = {"pack-quantized": "I32", **dict.fromkeys(FLOAT4, "U8")}
+PACKED_FLOATS = {"nvfp4-pack-quantized": "F4", "mxfp4-pack-quantized": "F4", "mxfp6-pack-quantized": "F6_E2M3"}
+"""The formats with several floats in a byte or in three → the dtype as `decoded` names it."""
+PACKED_DTYPES = {"pack-quantized": "I32", **dict.fromkeys(PACKED_FLOATS, "U8")}
+WHOLE = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+"""The formats with a code in each byte."""
 OPTIONAL = frozenset(
     {"weight_zero_point", "weight_g_idx", "input_zero_point", "input_global_scale", "output_scale", "bias"}
 )
@@ -63,11 +66,25 @@ class CompressedTensors(Format):
         rows, words = codes.shape
         return rows, words * (8 if codes.dtype == "U8" else 32) // self.code_bits(layer, codes)
 
+    def _contradiction(self, layer: str) -> str:
+        """Name a format of earlier versions, whose packing isn't read."""
+        scheme = self.scheme_of(layer)
+        known = scheme is None or self.codes_of(layer) is None or bool(scheme.required)
+        return super()._contradiction(layer) if known or scheme is None else f"{scheme.form} is not read here"
+
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return the middle of the range for packed integers, which are stored with half of it added."""
         if codes.part == "weight_packed" and codes.dtype != "U8":
             return (1 << (self.code_bits(layer, codes) - 1),)
-        return super().zero_codes(layer, codes)
+        return (0, 32) if self.code_bits(layer, codes) == 6 else super().zero_codes(layer, codes)
+
+    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+        """Return the words of every row, or its codes where a word holds parts of some."""
+        words, step = super().words(layer, codes)
+        bits, shape = self.code_bits(layer, codes), self.weight_shape(layer)
+        if shape is None or words.itemsize * 8 % bits == 0 or words.nbytes // len(words) % 4:
+            return words, step
+        return unpacked(np.ascontiguousarray(words).view("<u4"), bits)[:, : shape[1]], step
 
     def zero_point_values(self, layer: str) -> Matrix | None:
         """Return the zero points [out, groups].
@@ -83,8 +100,11 @@ class CompressedTensors(Format):
         return unpacked(words, scheme.bits).T[: shape[0]].astype(np.float64) - (1 << (scheme.bits - 1))
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Subtract zero points from codes and multiply by scales: 8 bits, packed 4-bit floats, and packed integers."""
-        parts = self.parts(layer)
+        """Subtract zero points from codes and multiply by scales: 8 bits, packed floats, and packed integers."""
+        parts, scheme = self.parts(layer), self.scheme_of(layer)
+        needed = {choice[0] for choice in scheme.required} - {"weight_shape"} if scheme else set()
+        if lost := sorted(part for part in needed - set(parts) if part.startswith("weight_")):
+            raise ValueError(f"{lost[0]} is missing")
         scale = parts.get("weight_scale")
         if scale is None:
             return None
@@ -94,7 +114,6 @@ class CompressedTensors(Format):
         if values is None or (zero_points is None and "weight_zero_point" in parts):
             return None
         shape = (codes.shape[0], values.shape[1])
-        scheme = self.scheme_of(layer)
         group = scheme.group if scheme else None
         columns = _group_order(parts.get("weight_g_idx"), scale, shape[1])
         if zero_points is not None:
@@ -107,11 +126,11 @@ class CompressedTensors(Format):
         return values * scales
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
-        """Unpack 4-bit floats, or words of 32 bits: the first code in the lowest bits, with half of the range added."""
+        """Unpack small floats, or words of 32 bits: the first code in the lowest bits, with half of the range added."""
         scheme, shape = self.scheme_of(layer), self.weight_shape(layer)
-        if scheme is not None and codes.dtype == "U8" and scheme.form in FLOAT4:
-            return decoded(np.asarray(codes.raw()[rows]), "F4").astype(np.float64)
-        if scheme is None or shape is None or codes.dtype != "I32":
+        if scheme is not None and codes.dtype == "U8" and scheme.form in PACKED_FLOATS:
+            return decoded(np.asarray(codes.raw()[rows]), PACKED_FLOATS[scheme.form]).astype(np.float64)
+        if scheme is None or shape is None or codes.dtype != "I32" or scheme.form != "pack-quantized":
             return None
         # earlier versions leave bits of a word unused where 32 is no multiple of a code's: these have more words
         if codes.shape[1] != -(-shape[1] * scheme.bits // 32):
@@ -134,6 +153,8 @@ def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
     weights, inputs = group["weights"], group.get("input_activations") or {}
     form = str(group.get("format") or config.get("format") or "dense")
     bits, strategy = int(weights.get("num_bits") or 8), str(weights.get("strategy") or "tensor")
+    if form not in (*WHOLE, *PACKED_DTYPES, "dense", "mixed-precision"):  # marlin-24, sparse-24-bitmask
+        return LayerScheme(form, bits, allowed=OPTIONAL | {"weight_scale", "input_scale"})
     required = [("weight_packed",), ("weight_scale",)] if "pack" in form else [("weight",), ("weight_scale",)]
     if not weights.get("symmetric", True):
         required.append(("weight_zero_point",))
@@ -161,6 +182,6 @@ def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
 
 
 def _dtypes(form: str, kind: str, bits: int) -> tuple[str, ...]:
-    if form in ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"):
+    if form in WHOLE:
         return ("I8",) if kind == "int" else EIGHT_BITS if bits == 8 else ()
     return (PACKED_DTYPES[form],) if form in PACKED_DTYPES else ()

@@ -232,6 +232,8 @@ class Format:
         if codes is None:
             signs = self.signs_of(layer)
             return f"{signs[0]} shows that it is quantized, and no codes are known" if signs else ""
+        if codes.dtype not in RAW and codes.dtype not in self.word_dtypes:
+            return f"{codes.dtype} isn't read here"
         if scheme is None and self.declaration.names_layers:
             return f"{self.label} is declared, but not of this layer"
         if scheme is not None and scheme.dtypes and codes.dtype not in scheme.dtypes:

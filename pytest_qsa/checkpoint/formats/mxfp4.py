@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..folder import Finding
 from ..tensors import Tensor, decoded
-from .format import AGAIN, BUDGET, Format, Matrix, element_count, scale_values
+from .format import AGAIN, BUDGET, Format, Matrix, scale_values
 from .scheme import Declaration, LayerScheme
 
 GROUP = 32
@@ -62,7 +62,7 @@ class Mxfp4(Format):
         return values.astype(np.float64) * np.repeat(powers, GROUP, axis=1)
 
     def findings(self, layer: str) -> Iterator[Finding]:
-        """Yield also blocks of another shape, scales without blocks, and groups whose exponent was never written."""
+        """Yield also blocks of another shape, and scales without blocks."""
         yield from super().findings(layer)
         codes, scale = self.codes_of(layer), self.parts(layer).get("scales")
         if codes is None:
@@ -71,13 +71,6 @@ class Mxfp4(Format):
         elif self.weight_shape(layer) is None:
             size = "×".join(map(str, codes.shape))
             yield Finding.at(codes, f"shape {size}, but MXFP4 is [experts, out, in / 32, 16]", AGAIN)
-        elif scale is not None and element_count(scale) * GROUP == element_count(codes) * 2:
-            empty = np.asarray(scale.raw()).ravel() == 0
-            # a group of zeros may have any exponent; others of 2⁻¹²⁷ are lost in every dtype of a model
-            groups = codes.raw().reshape(-1, GROUP // 2)[empty] & 0x77 if empty.any() else np.zeros((0, 1))
-            count = int(groups.any(axis=1).sum())
-            if count:
-                yield Finding.at(scale, f"{count} of {empty.size} are 0, and their weights aren't", AGAIN)
 
 
 def _rows_of(codes: Tensor) -> NDArray[Any]:

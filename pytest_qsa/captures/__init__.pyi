@@ -50,6 +50,7 @@ from .sites import (
     SiteKey as SiteKey,
     SiteNumbers as SiteNumbers,
     against_reference as against_reference,
+    at_experts as at_experts,
     compares as compares,
     compile_pattern as compile_pattern,
     exactly as exactly,

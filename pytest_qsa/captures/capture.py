@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..common import InfraError, write_atomically
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
-from .sites import LOGITS, Request, Site, SiteNumbers, match_layers
+from .sites import LOGITS, Request, Site, SiteNumbers, at_experts, match_layers
 from .statistics import Statistic
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Capture:
 
     `sites`: (layer, site) → numbers, in model order; sites that read the same tensor share one `SiteNumbers`.
     `modules`: the names of all layers of the model. `blocks`: the repeated layers of its trunk.
+    `experts`: the layers that hold all their experts in a tensor each; after them `modules` has those of each expert.
     `tokens`: the token ids of each sample, empty where the data has none. `pieces`: token id → its text.
     `provenance`: where the numbers come from: model, hashes of weights and tokens, dtype, device, versions.
     `plan`: what was asked for when it was made.
@@ -58,6 +59,7 @@ class Capture:
     reference: Capture | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     uncompared: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -74,8 +76,22 @@ class Capture:
     @cached_property
     def weights_looked_at(self) -> frozenset[str]:
         """The layers at which weights were asked for; those without a weight have no numbers."""
-        asked = (match_layers(self.modules, r.pattern, r.exclude) for r in self.plan if r.site == "weight")
+        asked = (match_layers(self.layers_at("weight"), r.pattern, r.exclude) for r in self.plan if r.site == "weight")
         return frozenset(layer for layers in asked for layer in layers)
+
+    @cached_property
+    def _of_experts(self) -> frozenset[str]:
+        """The layers of packed experts, such as `experts.3.down_proj`: weights that the forward doesn't call."""
+        holders = frozenset(self.experts)
+        # Other children of such a module, an activation function say, are layers that are called.
+        parts = ((name, name.rsplit(".", 2)) for name in (self.modules if holders else ()))
+        return frozenset(name for name, part in parts if part[0] in holders and part[1].isdigit())
+
+    def layers_at(self, site: Site, statistics: frozenset[Statistic] = frozenset()) -> Sequence[str]:
+        """Return the names that a pattern can find at a site; `statistics`: what is asked of them there."""
+        if site == "weight" or not self.experts or (statistics and statistics == at_experts(site, statistics)):
+            return self.modules
+        return [name for name in self.modules if name not in self._of_experts]
 
     def redacted(self) -> Capture:
         """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
@@ -111,7 +127,7 @@ class Capture:
         planned = [done for done in self.plan if replace(done, statistics=request.statistics) == request]
         if any(request.statistics <= done.statistics for done in planned):
             return True
-        layers = match_layers(self.modules, request.pattern, request.exclude)
+        layers = match_layers(self.layers_at(request.site), request.pattern, request.exclude)
         numbers = [self.sites.get((layer, request.site)) for layer in layers]
         # `all` of no layers would be true, and nothing was measured for them.
         return bool(layers) and all(n is not None and request.statistics <= n.statistics for n in numbers)
@@ -150,6 +166,7 @@ class Capture:
             **{key: layers for key, layers in unread.items() if layers},
             "meta": self.provenance.plain(),
             "modules": list(self.modules),
+            **({"experts": list(self.experts)} if self.experts else {}),
             "blocks": list(self.blocks),
             "pieces": {str(token): piece for token, piece in self.pieces.items()},
             "plan": [[r.pattern, r.site, r.exclude, sorted(map(str, r.statistics))] for r in self.plan],
@@ -193,6 +210,7 @@ class Capture:
             sites={(layer, site): streams[index] for layer, site, index in header["sites"]},
             modules=tuple(header["modules"]),
             blocks=tuple(header["blocks"]),
+            experts=tuple(header.get("experts", ())),
             tokens=tuple(tokens),
             pieces={int(token): piece for token, piece in header["pieces"].items()},
             provenance=Provenance.of(header["meta"]),

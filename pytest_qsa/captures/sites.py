@@ -71,6 +71,11 @@ def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = Non
     return [name for name in modules if wanted.search(name) and not (unwanted and unwanted.search(name))]
 
 
+def at_experts(site: Site, statistics: frozenset[Statistic]) -> frozenset[Statistic]:
+    """Return those of the statistics that packed experts have at a site: weights that nothing calls."""
+    return statistics if site == "weight" else frozenset()
+
+
 def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
     """Return the error for a pattern that finds nothing; it names the layers nearest to the pattern."""
     if exclude is not None and match_layers(modules, pattern):

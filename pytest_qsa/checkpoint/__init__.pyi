@@ -5,6 +5,12 @@ from .checks.health import (
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
+from .experts import (
+    EXPERT as EXPERT,
+    PACKED as PACKED,
+    ExpertLayer as ExpertLayer,
+    expert_layers as expert_layers,
+)
 from .folder import (
     INDEX as INDEX,
     NUMBER as NUMBER,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..checkpoint import PACKED, ExpertLayer, expert_layers
 from ..common import InfraError, QsaError, logger, one_line
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -83,6 +84,56 @@ class Routing:
 def packed_experts(module: nn.Module) -> int:
     """Return how many experts a module keeps in tensors [E, …] of its own; 0 where it is no such module."""
     return next((len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One layer of one expert: a part of a tensor that a module keeps for all its experts. No module is called for it.
+
+    `module`, `holder`: the module and its name. `index`: the expert's number.
+    """
+
+    module: nn.Module
+    holder: str
+    index: int
+    place: ExpertLayer
+
+    @property
+    def packed(self) -> Tensor:
+        """The tensor of all experts."""
+        tensor: Tensor = getattr(self.module, self.place.tensor)
+        return tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of its weight, which need not be in memory."""
+        expert = self.packed.shape[1:]
+        outputs, inputs = reversed(expert) if self.place.transposed else expert
+        return len(range(outputs)[self.place.rows]), inputs
+
+
+Layer = nn.Module | Expert
+"""What may own a weight."""
+
+
+def owner_of_weight(layer: Layer) -> nn.Module:
+    """Return the module whose tensors a layer's weight is part of."""
+    return layer.module if isinstance(layer, Expert) else layer
+
+
+def with_experts(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    """Return modules and, after each that packs experts, the layers of these, by the names of files with one each."""
+    layers: dict[str, Layer] = {}
+    for name, module in modules.items():
+        layers[name] = module
+        packed = {part: tensor for part in PACKED if isinstance(tensor := getattr(module, part, None), Tensor)}
+        shapes = {part: tuple(tensor.shape) for part, tensor in packed.items()}
+        # Models say it of their experts; those that don't put gate before up (Llama 4).
+        interleaved = not getattr(module, "is_concatenated", True)
+        places = expert_layers(shapes, interleaved=interleaved)
+        for index in range(min(shape[0] for shape in shapes.values()) if places else 0):
+            layers |= {f"{name}.{index}.{part}": Expert(module, name, index, place) for part, place in places.items()}
+    return layers
 
 
 def routing_of(experts: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | None:

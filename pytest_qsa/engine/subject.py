@@ -41,7 +41,7 @@ from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
-from .modules import device_of, forward_errors, layers_of
+from .modules import device_of, forward_errors, layers_of, with_experts
 from .ranks import Ranks
 from .reference.head import located_head
 from .reference.live import LiveReference, Reference
@@ -239,7 +239,7 @@ def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
     Raises:
         InfraError: there are none, as of a factory's or a fixture's model.
     """
-    return StoredWeights(files_of(subject), layers_of(loaded.model))
+    return StoredWeights(files_of(subject), with_experts(layers_of(loaded.model)))
 
 
 def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenance: Provenance) -> Reference:

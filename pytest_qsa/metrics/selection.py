@@ -92,9 +92,7 @@ class Selection(MetricMethods):
         """
         if self.site == LOGITS:
             return self._logits()
-        found = match_layers(self.capture.modules, self.pattern, self.exclude)
-        if not found:
-            raise no_match(self.capture.modules, self.pattern, self.exclude)
+        found = self._found
         if self.site == "weight":
             _check_readable(found, self.capture.refused, "the weight of {} can't be read")
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
@@ -106,6 +104,14 @@ class Selection(MetricMethods):
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
+    @property
+    def _found(self) -> list[str]:
+        names = self.capture.layers_at(self.site)
+        found = match_layers(names, self.pattern, self.exclude)
+        if not found:
+            raise no_match(names, self.pattern, self.exclude)
+        return found
+
     def _stored(self, needs: frozenset[Statistic]) -> list[str]:
         """Return those of the layers that are quantized in the checkpoint's files.
 
@@ -114,9 +120,7 @@ class Selection(MetricMethods):
             InfraError: one of them can't be compared.
             NotMeasuredError: the capture was made without the files.
         """
-        found = match_layers(self.capture.modules, self.pattern, self.exclude)
-        if not found:
-            raise no_match(self.capture.modules, self.pattern, self.exclude)
+        found = self._found
         if not self.capture.covers([Request(self.pattern, self.site, self.exclude, needs)]):
             raise NotMeasuredError("the capture holds nothing of what is in the checkpoint's files")
         if unmatched := self.capture.provenance.unmatched:

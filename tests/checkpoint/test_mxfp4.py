@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
 from pytest_qsa.engine.formats.stored import StoredWeights
+from pytest_qsa.engine.modules import with_experts
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
 from support.checkpoints import edited
@@ -79,7 +80,7 @@ def test_rows_are_what_transformers_loads_and_the_formula_says(healthy):
     np.testing.assert_array_equal(rows, experts.down_proj.detach().double().numpy().transpose(0, 2, 1))
     gate_up = form.rows(f"{EXPERTS}.gate_up_proj").reshape(4, 128, 64)
     np.testing.assert_array_equal(gate_up, experts.gate_up_proj.detach().double().numpy().transpose(0, 2, 1))
-    stored = StoredWeights(files, {EXPERTS: experts})
+    stored = StoredWeights(files, with_experts({EXPERTS: experts}))
     assert stored.powers(EXPERTS, experts)[1] == 0
     experts.down_proj.data[3] *= 2
     assert stored.powers(EXPERTS, experts)[1] > 0

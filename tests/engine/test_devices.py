@@ -105,7 +105,7 @@ def test_no_hook_waits_for_the_device(elsewhere):
     model = models.llama(torch.bfloat16, num_hidden_layers=1).to(elsewhere)
     requests = tuple(Request("", site, statistics=STATISTICS) for site in ("input", "output"))
     modules = layers_of(model)
-    wanted = wanted_sites(list(modules), blocks_of(model), requests)
+    wanted = wanted_sites(modules, blocks_of(model), requests)
     statistics = SiteStatistics(wanted, modules, may_stop=False, fused=elsewhere == CUDA)
     batch = models.padded_batch([9, 5])
     statistics.forward = Forward(batch, rows_of(batch, 0), first=True)

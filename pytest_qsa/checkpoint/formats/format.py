@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...common import AnomalyError, Registry
+from ..experts import INTERLEAVED, PACKED, ExpertLayer, as_loaded, expert_layers
 from ..folder import Finding, Folder
 from ..tensors import EIGHT_BITS, FLOATS, RAW, Tensor, decoded
 from .scheme import Declaration, LayerScheme
@@ -200,14 +201,49 @@ class Format:
             return 0x00, 0x80
         return (0, 8) if codes.dtype in ("U8", "F4") else (0,)
 
+    @cached_property
+    def experts(self) -> Mapping[str, tuple[str, int, ExpertLayer]]:
+        """The layers of experts that lie packed → the module that holds them, the expert's number, and the place.
+
+        `rows` reads them by these names, which are those of files with a tensor for each expert.
+        """
+        holders: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in self.packed_tensors():
+            holder, _, tensor = name.rpartition(".")
+            holders.setdefault(holder, {})[tensor] = shape
+        interleaved = self.folder.text_config.get("model_type") in INTERLEAVED
+        return {
+            f"{holder}.{index}.{layer}": (holder, index, place)
+            for holder, shapes in holders.items()
+            for layers in [expert_layers(shapes, interleaved=interleaved)]
+            for index in range(min(shape[0] for shape in shapes.values()))
+            for layer, place in layers.items()
+        }
+
+    def packed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the tensors that hold all experts of a layer and their shapes, unpacked: those in floating point."""
+        for tensor in self.folder.tensors.values():
+            if tensor.part in PACKED and tensor.dtype in FLOATS and len(tensor.shape) == 3:
+                yield tensor.name, tensor.shape
+
+    def expert_rows(self, tensor: str, index: int, place: ExpertLayer, rows: slice) -> Matrix | None:
+        """Return rows of an expert's layer from one of the `packed_tensors`, [rows, in] in float64."""
+        packed = self.folder.tensors[tensor]
+        view = place.of(packed.raw()[index])[rows]  # of the mapped file, so that no other expert is read
+        return decoded(np.ascontiguousarray(view), packed.dtype).astype(np.float64)
+
     def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
         """Return rows of a layer's weight [rows, in] in float64, dequantized; None where this format can't.
 
-        It can where the tensors of the layer and what is declared of it agree; `refusal` says why it can't.
+        It can where the tensors of the layer and what is declared of it agree; `refusal` says why it can't. A layer of
+        the `experts` has rows too.
 
         Raises:
             AnomalyError: a tensor is missing or doesn't fit the others.
         """
+        if layer in self.experts:
+            holder, index, place = self.experts[layer]
+            return self.expert_rows(f"{holder}.{place.tensor}", index, place, rows)
         codes = self.codes_of(layer)
         if self._contradiction(layer):
             return None
@@ -251,7 +287,7 @@ class Format:
         """Return module → layer of the files, by the names of the modules of the loaded model.
 
         Multimodal models name what stands before the block in several ways, so that an end which only one layer and
-        one module have joins the two.
+        one module have joins the two; so do experts of Mixtral's kind of files.
         """
         layers, ends = Counter(map(_end, self.folder.layers)), Counter(map(_end, modules))
         by_end = {_end(layer): layer for layer in self.folder.layers}
@@ -413,5 +449,6 @@ def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix
 
 
 def _end(name: str) -> str:
-    """Return a layer's name from its block's number on."""
-    return name[found.start() :] if (found := re.search(r"(?<![^.])(layers|h|blocks)\.\d+\.", name)) else name
+    """Return a layer's name from its block's number on, with experts as transformers names them."""
+    found = re.search(r"(?<![^.])(layers|h|blocks)\.\d+\.", name)
+    return as_loaded(name[found.start() :] if found else name)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..experts import ExpertLayer
 from ..folder import Finding
 from ..tensors import Tensor, decoded
 from .format import AGAIN, BUDGET, Format, Matrix, scale_values
@@ -45,6 +46,23 @@ class Mxfp4(Format):
             return None
         experts, out, groups, _ = codes.shape
         return experts * out, groups * GROUP
+
+    def packed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield also the quantized ones, [experts, out, in]."""
+        yield from super().packed_tensors()
+        for layer in self.folder.layers:
+            shape, codes = self.weight_shape(layer), self.codes_of(layer)
+            if shape and codes:
+                yield layer, (codes.shape[0], codes.shape[1], shape[1])
+
+    def expert_rows(self, tensor: str, index: int, place: ExpertLayer, rows: slice) -> Matrix | None:
+        """Return rows of an expert's layer, which lie among those of all experts."""
+        codes = self.codes_of(tensor)
+        if codes is None:
+            return super().expert_rows(tensor, index, place, rows)
+        outputs = codes.shape[1]
+        among = range(index * outputs, (index + 1) * outputs)[place.rows][rows]
+        return self.rows(tensor, slice(among.start, among.stop, among.step))
 
     def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
         """Return the bytes of every output in a row."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import SIGNS, Format, Tensor as StoredTensor
 from ...common import InfraError, Registry, one_line
-from ..modules import layers_of
+from ..modules import Expert, Layer, layers_of
 
 
 class EngineFormat:
@@ -144,20 +144,27 @@ def _described(part: object) -> str:
     return f"{type(part).__name__} {str(part.dtype).removeprefix('torch.')} {shape}"
 
 
-def dequantized(module: nn.Module) -> Tensor | None:
-    """Return a module's own weight as its forward uses it, a plain float tensor; None where it has none.
+def dequantized(module: Layer) -> Tensor | None:
+    """Return a layer's own weight as its forward uses it, a plain float tensor; None where it has none.
 
-    The module stays as it was; an offloaded weight must have been brought in. A weight that the loader has unpacked,
-    as transformers does of a GGUF file, is plain.
+    The layer stays as it was; an offloaded weight must have been brought in. A weight that the loader has unpacked,
+    as transformers does of a GGUF file, is plain. That of an expert is a view of the experts' tensor, [out, in].
 
     Raises:
         InfraError: it is stored in a format that isn't known, or that its library can't undo here.
     """
+    if isinstance(module, Expert):
+        whole = _dequantized(_alone(module), type(module.module).__name__)
+        return None if whole is None else module.place.of(whole)
+    return _dequantized(module, type(module).__name__)
+
+
+def _dequantized(module: nn.Module, kind: str) -> Tensor | None:
     form = owner_of(module)
     parts = _quantized_parts(module)
     if form is None:
         if parts:
-            raise InfraError(f"{_holding(module, parts)} in a format that is not known: {OTHERWISE}")
+            raise InfraError(f"{_holding(kind, parts)} in a format that is not known: {OTHERWISE}")
         weight = getattr(module, "weight", None)
         return weight.detach() if isinstance(weight, Tensor) else None
     try:
@@ -166,16 +173,28 @@ def dequantized(module: nn.Module) -> Tensor | None:
         raise
     except (ImportError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         why = f"{type(error).__name__}: {one_line(error)}"
-        raise InfraError(f"{_holding(module, parts)}, which {form.name} can't dequantize here ({why})") from error
+        raise InfraError(f"{_holding(kind, parts)}, which {form.name} can't dequantize here ({why})") from error
     if not isinstance(weight, Tensor) or not _plain(weight):
-        raise InfraError(f"{_holding(module, parts)}, which {form.name} doesn't dequantize: {OTHERWISE}")
+        raise InfraError(f"{_holding(kind, parts)}, which {form.name} doesn't dequantize: {OTHERWISE}")
     return weight.detach()
 
 
-def _holding(module: nn.Module, parts: Mapping[str, object]) -> str:
-    """Say what a quantized module holds in the place of its weight."""
+def _alone(expert: Expert) -> nn.Module:
+    """Return what the module of all experts has of one, under the names that formats know of a linear layer."""
+    alone: Any = nn.Module()
+    alone.weight = expert.packed.detach()[expert.index]
+    scales = getattr(expert.module, f"{expert.place.tensor}_scale_inv", None)
+    if isinstance(scales, Tensor):
+        alone.weight_scale_inv = scales.detach()[expert.index]
+        alone.block_size = getattr(expert.module, "block_size", None)
+    made: nn.Module = alone
+    return made
+
+
+def _holding(kind: str, parts: Mapping[str, object]) -> str:
+    """Say what a quantized module of a class holds in the place of its weight."""
     held = ", ".join(f"{name} ({_described(part)})" for name, part in parts.items()) or "nothing that tells its format"
-    return f"{type(module).__name__} holds {held}"
+    return f"{kind} holds {held}"
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checkpoint import Files
 from ...common import AnomalyError, InfraError
-from ..modules import packed_experts
+from ..modules import Expert, Layer
 from .format import dequantized, engine_format_of
 
 ELEMENTS_AT_ONCE = 1 << 24
 """The number of elements that are compared at a time."""
-EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")), "down_proj": (("down_proj", "w2"),)}
-"""The tensors of packed experts → the projections of one expert in the files, one below the other."""
 
 
 class StoredWeights:
@@ -26,64 +24,45 @@ class StoredWeights:
     `unmatched`: layers that the files hold quantized and the model has no weight of its own for.
     """
 
-    def __init__(self, files: Files, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, files: Files, layers: Mapping[str, Layer]) -> None:
         self._stored = files.format
         self._engine = engine_format_of(files.format)
         quantized = set(files.stored_quantized)
         self._layers: dict[str, str] = {}
-        self._experts: set[str] = set()
+        self._experts: dict[str, list[tuple[str, Expert]]] = {}
+        self._known: dict[str, NDArray[np.float64] | None] = {}
         found: set[str] = set()
-        for name, layer in self._stored.layers_of(modules).items():
-            packed = packed_experts(modules[name]) > 0
-            inside = {other for other in quantized if other.startswith(f"{name}.")} if packed else set()
-            if layer in quantized:
-                self._layers[name] = layer
-                found.add(layer)
-            elif inside:
-                self._experts.add(name)
-                found |= inside
+        for name, stored in self._stored.layers_of(layers).items():
+            layer = layers[name]
+            # Packed experts have one quantized tensor together, of which each has its rows.
+            module, _, place = self._stored.experts.get(stored, (stored, 0, None))
+            holder = f"{module}.{place.tensor}" if place else stored
+            if holder in quantized:
+                self._layers[name] = stored
+                found.add(holder)
+                if isinstance(layer, Expert):
+                    self._experts.setdefault(layer.holder, []).append((name, layer))
         self.unmatched = sorted(quantized - found)
 
-    def powers(self, name: str, module: nn.Module) -> NDArray[np.float64] | None:
+    def powers(self, name: str, module: Layer) -> NDArray[np.float64] | None:
         """Return Σw₀², Σ(w − w₀)², Σw·w₀ and Σw² of a module; None where the files don't hold it quantized.
 
         Raises:
             AnomalyError: the tensors of the files contradict one another.
             InfraError: the module keeps its weight in a format that isn't known, or in another shape.
         """
+        if name not in self._known:
+            self._known[name] = self._powers(name, module)
+        return self._known[name]
+
+    def _powers(self, name: str, module: Layer) -> NDArray[np.float64] | None:
         if name in self._layers:
             weight = dequantized(module)
             return None if weight is None else _powers(name, weight, self._weight(self._layers[name]))
-        if name not in self._experts:
-            return None
-        # A layer has one number: of its experts, the one that differs most stands for all.
-        worst = np.zeros(4)
-        for parameter, projections in EXPERT_PARTS.items():
-            packed = getattr(module, parameter, None)
-            weights: Sequence[Tensor] = list(packed) if isinstance(packed, Tensor) else []
-            for index, weight in enumerate(weights):
-                if f"{name}.{parameter}" in self._stored.folder.layers:
-                    stored = self._packed_expert(f"{name}.{parameter}", index, len(weights))
-                else:
-                    stored = torch.cat([self._weight(self._expert(name, index, names)) for names in projections])
-                found = _powers(f"{name}.{parameter}[{index}]", weight.detach(), stored)
-                worst = max(worst, found, key=lambda powers: powers[1] / powers[0] if powers[0] else powers[1])
-        return worst
-
-    def _packed_expert(self, layer: str, index: int, experts: int) -> Tensor:
-        """Return one expert of a tensor [experts · out, in] as models hold it whose files pack experts: [in, out]."""
-        shape = self._stored.weight_shape(layer)
-        count = shape[0] // experts if shape else 0
-        rows = self._stored.rows(layer, slice(index * count, (index + 1) * count))
-        if rows is None:
-            raise InfraError(f"{layer} can't be unpacked: {self._stored.refusal(layer)}")
-        return torch.from_numpy(rows).T
-
-    def _expert(self, name: str, index: int, names: Sequence[str]) -> str:
-        for projection in names:
-            if self._stored.parts(layer := f"{name}.{index}.{projection}"):
-                return layer
-        raise InfraError(f"the files hold no {names[0]} of {name}.{index}, so that the loader can't be checked there")
+        # A module of packed experts has a number as well: the expert that differs most stands for all.
+        found = [self.powers(*expert) for expert in self._experts.get(name, ())]
+        known = [powers for powers in found if powers is not None]
+        return max(known, key=lambda powers: powers[1] / powers[0] if powers[0] else powers[1], default=None)
 
     def _weight(self, layer: str) -> Tensor:
         """Unpack a layer of the files, and say whose fault it is where that fails."""

@@ -7,9 +7,10 @@ streamed models have one unit of each in memory.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,17 @@ from ...captures import (
 from ...common import AnomalyError, InfraError
 from ..formats.format import dequantized
 from ..load.batches import rows_of
-from ..modules import blocks_of, device_of, evaluating, forward_errors, layers_of, run_batch
+from ..modules import (
+    Layer,
+    blocks_of,
+    device_of,
+    evaluating,
+    forward_errors,
+    layers_of,
+    owner_of_weight,
+    run_batch,
+    with_experts,
+)
 from ..reduce.pairs import powers_of
 from ..run.participant import Forward, ForwardComplete, Participant, Pass, WantedSites
 from ..run.rehearsal import rehearse
@@ -99,6 +110,7 @@ class LiveReference(Reference):
         self.model = model
         self.stream = stream
         self.modules = layers_of(model)
+        self.layers = with_experts(self.modules)
         self._own: dict[SiteKey, frozenset[Statistic]] = {}
         self._refused: dict[str, str] = {}
         self._lockstep: dict[int, Lockstep] = {}
@@ -138,7 +150,7 @@ class LiveReference(Reference):
 
     def _check_layers(self, wanted: WantedSites) -> None:
         sites = (site for site, statistics in wanted.items() if against_reference(statistics))
-        absent = [layer for layer, _ in sites if layer not in self.modules]
+        absent = [layer for layer, _ in sites if layer not in self.layers]
         if absent:
             raise AnomalyError(
                 f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
@@ -208,22 +220,29 @@ class LiveReference(Reference):
 
     def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Compare the weights of both models; those of a streamed model are read for it once more."""
-        for site, statistics in self._run.wanted.items():
-            if site[1] != "weight" or ERROR not in statistics:
-                continue
-            try:
-                theirs = _weight_of(self.modules[site[0]], self.stream)
-                ours = _weight_of(self._run.modules[site[0]], self._run.stream)
-            except InfraError as error:
-                self._refused[site[0]] = str(error)
-                continue
-            if theirs is None or ours is None:  # the layer owns no weight
-                continue
-            if theirs.shape != ours.shape:
-                there, here = ("×".join(map(str, tensor.shape)) for tensor in (theirs, ours))
-                self._refused[site[0]] = f"it is {here} here and {there} in the reference"
-                continue
-            numbers[site] = _with_error_of_weights(theirs, ours, numbers.get(site))
+        run = self._run
+        names = [name for (name, at), wanted in run.wanted.items() if at == "weight" and ERROR in wanted]
+        # Modules are brought in once for all of their experts, which follow one another.
+        for _, group in groupby(names, key=lambda name: id(owner_of_weight(run.layers[name]))):
+            together = list(group)
+            first, own = self.layers[together[0]], run.layers[together[0]]
+            with _in_memory(first, self.stream), _in_memory(own, run.stream):
+                for name in together:
+                    self._compare_weights(name, numbers)
+
+    def _compare_weights(self, name: str, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        try:
+            theirs, ours = dequantized(self.layers[name]), dequantized(self._run.layers[name])
+        except InfraError as error:
+            self._refused[name] = str(error)
+            return
+        if theirs is None or ours is None:  # the layer owns no weight
+            return
+        if theirs.shape != ours.shape:
+            there, here = ("×".join(map(str, tensor.shape)) for tensor in (theirs, ours))
+            self._refused[name] = f"it is {here} here and {there} in the reference"
+            return
+        numbers[name, "weight"] = _with_error_of_weights(theirs, ours, numbers.get((name, "weight")))
 
     def _find_sinks(self, run: Pass) -> Sinks:
         """Run the reference alone for its sinks: a channel's error is summed up in the pass, so they come first."""
@@ -357,11 +376,14 @@ def _parent() -> greenlet:
     return parent
 
 
-def _weight_of(module: nn.Module, stream: Stream | None) -> Tensor | None:
+@contextmanager
+def _in_memory(layer: Layer, stream: Stream | None) -> Iterator[None]:
+    """Bring a layer's weight in, from disk or from where accelerate has put it."""
+    module = owner_of_weight(layer)
     if stream is not None:
         stream.enter_module(module)
     with torch.no_grad(), align_module_device(module):
-        return dequantized(module)
+        yield
 
 
 def _with_error_of_weights(reference: Tensor, own: Tensor, known: SiteNumbers | None) -> SiteNumbers:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...captures import LOGITS, Capture, Request, SiteKey, SiteNumbers, Statistic
 from ..load.batches import Batch, BatchRows
-from ..modules import device_of
+from ..modules import Layer, device_of
 from ..stream.stream import Stream
 
 WantedSites = Mapping[SiteKey, frozenset[Statistic]]
@@ -50,10 +50,14 @@ class Need(IntEnum):
 
 @dataclass(frozen=True)
 class Pass:
-    """What is run. `requests`: what its capture has to answer; `first_sample`: the number of the first row."""
+    """What is run. `requests`: what its capture has to answer; `first_sample`: the number of the first row.
+
+    `layers`: what may own a weight, the `modules` and the layers of packed experts among them.
+    """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
     blocks: Sequence[str]
     batches: Sequence[Batch]
     requests: tuple[Request, ...]

@@ -21,13 +21,14 @@ from ...captures import (
     SiteKey,
     SiteNumbers,
     Statistic,
+    at_experts,
     match_layers,
     merge_requests,
     renumbered,
 )
 from ...common import Progress, logger
 from ..load.batches import Batch, row_count, rows_of, token_ids
-from ..modules import blocks_of, evaluating, layers_of, run_batch
+from ..modules import Expert, Layer, blocks_of, evaluating, layers_of, run_batch, with_experts
 from ..stream.stream import Stream
 from .next_token import Predictions
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart
@@ -61,26 +62,30 @@ def run_pass(
     of the subject. Afterwards the model's mode and hooks are as they were.
     """
     modules, blocks, requests = layers_of(model), blocks_of(model), merge_requests(requests)
-    wanted = wanted_sites(list(modules), blocks, requests)
-    run = Pass(model, modules, blocks, batches, requests, wanted, first_sample, stream)
+    layers = with_experts(modules)
+    wanted = wanted_sites(layers, blocks, requests)
+    run = Pass(model, modules, layers, blocks, batches, requests, wanted, first_sample, stream)
     return _Running(run, participants, decode, progress, save_partial).capture()
 
 
 def wanted_sites(
-    modules: Sequence[str], blocks: Sequence[str], requests: Iterable[Request]
+    layers: Mapping[str, Layer], blocks: Sequence[str], requests: Iterable[Request]
 ) -> dict[SiteKey, frozenset[Statistic]]:
     """Return what is to be measured at each site, in model order; where sinks matter, the blocks' outputs as well."""
     wanted: dict[SiteKey, frozenset[Statistic]] = {}
     for request in requests:
         if request.site == LOGITS:
             continue
-        for layer in match_layers(modules, request.pattern, request.exclude):
-            site: SiteKey = (layer, request.site)
-            wanted[site] = wanted.get(site, frozenset()) | request.statistics
+        of_experts = at_experts(request.site, request.statistics)
+        for name in match_layers(list(layers), request.pattern, request.exclude):
+            if isinstance(layers[name], Expert) and not of_experts:
+                continue  # nothing calls it, so that it has a weight alone
+            statistics = of_experts if isinstance(layers[name], Expert) else request.statistics
+            wanted[name, request.site] = wanted.get((name, request.site), frozenset()) | statistics
         if SINKS in request.statistics and request.site != "weight":
             for block in blocks:
                 wanted[block, "output"] = wanted.get((block, "output"), frozenset()) | {TOKENS, SINKS}
-    order = {name: index for index, name in enumerate(modules)}
+    order = {name: index for index, name in enumerate(layers)}
     return dict(sorted(wanted.items(), key=lambda item: (order[item[0][0]], SITES.index(item[0][1]))))
 
 
@@ -213,7 +218,8 @@ class _Running:
         unique = sorted({int(token) for row in ids for token in set(row.tolist())})
         capture = Capture(
             sites=renumbered({site: numbers[site] for site in sites if site in numbers}, run.first_sample),
-            modules=tuple(run.modules),
+            modules=tuple(run.layers),
+            experts=tuple(dict.fromkeys(each.holder for each in run.layers.values() if isinstance(each, Expert))),
             blocks=tuple(run.blocks),
             tokens=tuple(row.numpy().astype(np.int32) for row in ids),
             pieces=self.decode(unique) if self.decode else {},

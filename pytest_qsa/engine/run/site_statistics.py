@@ -20,7 +20,16 @@ from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
 from ..load.batches import BatchRows
-from ..modules import Routing, channels_first, input_of, packed_experts, routing_of, tensor_of
+from ..modules import (
+    Expert,
+    Layer,
+    Routing,
+    channels_first,
+    input_of,
+    packed_experts,
+    routing_of,
+    tensor_of,
+)
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart, SeenTensor, WantedSites
@@ -266,26 +275,33 @@ class _Weights(Participant):
 
     def prepare(self, run: Pass, exits: ExitStack) -> None:
         """Note which weights are wanted."""
-        self._modules = run.modules
+        self._modules, self._layers = run.modules, run.layers
         self._wanted = {
             layer: statistics
             for (layer, site), statistics in run.wanted.items()
             if site == "weight" and self.concerns(statistics)
         }
-        self.awaited_weights = frozenset(self._wanted)
+        self._in_module: dict[str, list[str]] = {}
+        """Module → the layers whose weights it holds: itself, or those of its experts."""
+        for name in self._wanted:
+            layer = run.layers[name]
+            self._in_module.setdefault(layer.holder if isinstance(layer, Expert) else name, []).append(name)
+        self.awaited_weights = frozenset(self._in_module)
 
     def weights_loaded(self, layers: Iterable[str]) -> None:
         """Look at those that are wanted, each once."""
-        for layer in self.awaited_weights.intersection(layers):
-            with torch.no_grad(), align_module_device(self._modules[layer]):
-                self.look_at(layer, self._modules[layer], self._wanted[layer])
+        for module in self.awaited_weights.intersection(layers):
+            # An offloaded module is brought in once for all of its experts.
+            with torch.no_grad(), align_module_device(self._modules[module]):
+                for name in self._in_module[module]:
+                    self.look_at(name, self._layers[name], self._wanted[name])
         self.awaited_weights = self.awaited_weights.difference(layers)
 
     @staticmethod
     def concerns(statistics: frozenset[Statistic]) -> bool:
         raise NotImplementedError
 
-    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+    def look_at(self, name: str, layer: Layer, statistics: frozenset[Statistic]) -> None:
         raise NotImplementedError
 
 
@@ -301,19 +317,19 @@ class WeightStatistics(_Weights):
         """Leave out layers of which only the files are compared."""
         return bool(statistics - {STORED})
 
-    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+    def look_at(self, name: str, layer: Layer, statistics: frozenset[Statistic]) -> None:
         """Reduce one weight: [out, in], or [n] where it's no matrix; note one in a format that is not known."""
         try:
-            weight = dequantized(module)
+            weight = dequantized(layer)
         except InfraError as error:
-            self._refused[layer] = str(error)
+            self._refused[name] = str(error)
             return
         if weight is not None:
             observer = StreamObserver(statistics)
             matrix = weight.dim() >= 2
             # One population: the rows of a matrix, which are its output channels, take the place of tokens.
             observer.add(weight.flatten(1)[None] if matrix else weight[None], [None], [0], 0, token_axis=matrix)
-            self._numbers[layer, "weight"] = observer.numbers(statistics)
+            self._numbers[name, "weight"] = observer.numbers(statistics)
 
     def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Add the numbers of all weights."""
@@ -337,15 +353,15 @@ class StoredComparison(_Weights):
         """Take the layers at which that is asked for."""
         return STORED in statistics
 
-    def look_at(self, layer: str, module: nn.Module, statistics: frozenset[Statistic]) -> None:
+    def look_at(self, name: str, layer: Layer, statistics: frozenset[Statistic]) -> None:
         """Compare one layer's weight, if the files hold it quantized."""
         try:
-            powers = self._stored.powers(layer, module)
+            powers = self._stored.powers(name, layer)
         except InfraError as error:  # of this layer alone: the others, and what else is measured, can be judged
-            self._uncompared[layer] = str(error)
+            self._uncompared[name] = str(error)
             return
         if powers is not None:
-            self._powers[layer] = powers
+            self._powers[name] = powers
 
     def finish(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Add the powers to the numbers of each weight, or to none where nothing else was asked for."""

@@ -44,6 +44,7 @@ from .sinks import Sinks as Sinks, find_sinks as find_sinks
 from .sites import (
     LOGITS as LOGITS,
     SITES as SITES,
+    LayerNames as LayerNames,
     LayerSite as LayerSite,
     Request as Request,
     Site as Site,

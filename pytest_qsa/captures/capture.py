@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..common import InfraError, write_atomically
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
-from .sites import LOGITS, Request, Site, SiteNumbers, at_experts, match_layers
+from .sites import LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
 from .statistics import Statistic
 
 if TYPE_CHECKING:
@@ -76,22 +76,16 @@ class Capture:
     @cached_property
     def weights_looked_at(self) -> frozenset[str]:
         """The layers at which weights were asked for; those without a weight have no numbers."""
-        asked = (match_layers(self.layers_at("weight"), r.pattern, r.exclude) for r in self.plan if r.site == "weight")
+        asked = (match_layers(self.names.at("weight"), r.pattern, r.exclude) for r in self.plan if r.site == "weight")
         return frozenset(layer for layers in asked for layer in layers)
 
     @cached_property
-    def _of_experts(self) -> frozenset[str]:
-        """The layers of packed experts, such as `experts.3.down_proj`: weights that the forward doesn't call."""
+    def names(self) -> LayerNames:
+        """The names of all layers, which say what a pattern can find at a site."""
         holders = frozenset(self.experts)
         # Other children of such a module, an activation function say, are layers that are called.
         parts = ((name, name.rsplit(".", 2)) for name in (self.modules if holders else ()))
-        return frozenset(name for name, part in parts if part[0] in holders and part[1].isdigit())
-
-    def layers_at(self, site: Site, statistics: frozenset[Statistic] = frozenset()) -> Sequence[str]:
-        """Return the names that a pattern can find at a site; `statistics`: what is asked of them there."""
-        if site == "weight" or not self.experts or (statistics and statistics == at_experts(site, statistics)):
-            return self.modules
-        return [name for name in self.modules if name not in self._of_experts]
+        return LayerNames(self.modules, frozenset(n for n, part in parts if part[0] in holders and part[1].isdigit()))
 
     def redacted(self) -> Capture:
         """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
@@ -127,7 +121,7 @@ class Capture:
         planned = [done for done in self.plan if replace(done, statistics=request.statistics) == request]
         if any(request.statistics <= done.statistics for done in planned):
             return True
-        layers = match_layers(self.layers_at(request.site), request.pattern, request.exclude)
+        layers = match_layers(self.names.at(request.site), request.pattern, request.exclude)
         numbers = [self.sites.get((layer, request.site)) for layer in layers]
         # `all` of no layers would be true, and nothing was measured for them.
         return bool(layers) and all(n is not None and request.statistics <= n.statistics for n in numbers)

@@ -76,6 +76,24 @@ def at_experts(site: Site, statistics: frozenset[Statistic]) -> frozenset[Statis
     return statistics if site == "weight" else frozenset()
 
 
+@dataclass(frozen=True)
+class LayerNames:
+    """The names of a model's layers, in model order. `experts`: those of packed experts among them."""
+
+    all: Sequence[str]
+    experts: frozenset[str] = frozenset()
+
+    @property
+    def called(self) -> Sequence[str]:
+        """The layers that the forward calls."""
+        return [name for name in self.all if name not in self.experts] if self.experts else self.all
+
+    def at(self, site: Site, statistics: frozenset[Statistic] = frozenset()) -> Sequence[str]:
+        """Return those that a pattern can find at a site. `statistics`: what is asked of them there."""
+        everywhere = site == "weight" or (statistics and statistics == at_experts(site, statistics))
+        return self.all if everywhere else self.called
+
+
 def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
     """Return the error for a pattern that finds nothing; it names the layers nearest to the pattern."""
     if exclude is not None and match_layers(modules, pattern):

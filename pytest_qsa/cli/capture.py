@@ -92,13 +92,14 @@ def _samples(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _requests(file: suite.SuiteFile, names: Sequence[str]) -> list[captures.Request]:
+def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[captures.Request]:
     """Return the requests of the assertions, or without any those of the pictures; every pattern must match a layer."""
     requests = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
     for request in requests:
-        if request.site != captures.LOGITS and not captures.match_layers(names, request.pattern, request.exclude):
-            raise captures.no_match(names, request.pattern, request.exclude)
-    return requests or list(planned(file, names).requests)
+        at = names.at(request.site, request.statistics)
+        if request.site != captures.LOGITS and not captures.match_layers(at, request.pattern, request.exclude):
+            raise captures.no_match(at, request.pattern, request.exclude)
+    return requests or list(planned(file, names.called).requests)
 
 
 def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:

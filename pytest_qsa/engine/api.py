@@ -37,7 +37,7 @@ from .load.data import windows_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
 from .load.tokenizer import decoder_of
-from .modules import device_of, layers_of
+from .modules import device_of, layers_of, names_of, with_experts
 from .reference.live import LiveReference
 from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference
@@ -93,10 +93,11 @@ def capture(
     samples = list(batches)
     if not samples:
         raise AnomalyError("there are no batches: nothing would be measured")
-    modules = list(layers_of(model))
+    names = names_of(with_experts(layers_of(model)))
     for request in requests:
-        if request.site != LOGITS and not match_layers(modules, request.pattern):
-            raise no_match(modules, request.pattern, None)
+        at = names.at(request.site, request.statistics)
+        if request.site != LOGITS and not match_layers(at, request.pattern):
+            raise no_match(at, request.pattern, None)
     participants: list[Participant] = []
     if isinstance(reference, nn.Module):
         participants = [LiveReference(reference)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..captures import LayerNames
 from ..checkpoint import PACKED, ExpertLayer, expert_layers
 from ..common import InfraError, QsaError, logger, one_line
 
@@ -134,6 +135,11 @@ def with_experts(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
         for index in range(min(shape[0] for shape in shapes.values()) if places else 0):
             layers |= {f"{name}.{index}.{part}": Expert(module, name, index, place) for part, place in places.items()}
     return layers
+
+
+def names_of(layers: Mapping[str, Layer]) -> LayerNames:
+    """Return the names of layers, in their order."""
+    return LayerNames(list(layers), frozenset(name for name, layer in layers.items() if isinstance(layer, Expert)))
 
 
 def routing_of(experts: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | None:

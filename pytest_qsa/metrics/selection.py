@@ -106,7 +106,7 @@ class Selection(MetricMethods):
 
     @property
     def _found(self) -> list[str]:
-        names = self.capture.layers_at(self.site)
+        names = self.capture.names.at(self.site)
         found = match_layers(names, self.pattern, self.exclude)
         if not found:
             raise no_match(names, self.pattern, self.exclude)

@@ -19,10 +19,14 @@ UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The blocks of a model and the linear layers in them, in model order."""
+    """The blocks of a model and the linear layers in them that every token passes, in model order.
+
+    `weights`: the linear layers, routers and experts, which all have a matrix.
+    """
 
     blocks: Sequence[str]
     linears: Sequence[str]
+    weights: Sequence[str] = ()
 
     @property
     def block_pattern(self) -> str:
@@ -34,16 +38,26 @@ class Anatomy:
     @property
     def linear_pattern(self) -> str:
         r"""A regex that finds the linear layers by the last part of their names: `\.(q_proj|down_proj)$`."""
-        return rf"\.({'|'.join(self._kinds)})$"
+        return rf"\.({'|'.join(_kinds(self.linears))})$"
 
     @property
     def linear_groups(self) -> list[str]:
         r"""A regex for each kind of linear layer, such as `\.q_proj$`: a bound of its own suits each kind."""
-        return [rf"\.{kind}$" for kind in self._kinds]
+        return [rf"\.{kind}$" for kind in _kinds(self.linears)]
 
     @property
-    def _kinds(self) -> list[str]:
-        return list(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in self.linears))
+    def weight_pattern(self) -> str:
+        r"""A regex that finds the `weights` by the last part of their names."""
+        return rf"\.({'|'.join(_kinds(self.weights or self.linears))})$"
+
+    @property
+    def weight_groups(self) -> list[str]:
+        r"""A regex for each kind of weight, such as `\.q_proj$`."""
+        return [rf"\.{kind}$" for kind in _kinds(self.weights or self.linears)]
+
+
+def _kinds(layers: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in layers))
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,16 @@ COMPARED: Mapping[Compare, str] = {
 def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
     """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers."""
     text = files("pytest_qsa.tools").joinpath("drafts.yaml").read_text(encoding="utf-8")
-    patterns = {"BLOCKS": anatomy.block_pattern, "LINEARS": anatomy.linear_pattern}
+    patterns = {
+        "BLOCKS": anatomy.block_pattern,
+        "LINEARS": anatomy.linear_pattern,
+        "WEIGHTS": anatomy.weight_pattern,
+    }
     drafts = []
     for entry in yaml.safe_load(text)[part]:
         keys = {key: patterns[value] if key == "layers" else value for key, value in entry["keys"].items()}
-        groups = anatomy.linear_groups if entry.get("each_kind") else ()
+        kinds = anatomy.weight_groups if entry["keys"].get("layers") == "WEIGHTS" else anatomy.linear_groups
+        groups = kinds if entry.get("each_kind") else ()
         drafts.append(Draft(entry["why"], keys, entry.get("open", ()), groups))
     return drafts
 

@@ -80,10 +80,13 @@ def test_rows_are_what_transformers_loads_and_the_formula_says(healthy):
     np.testing.assert_array_equal(rows, experts.down_proj.detach().double().numpy().transpose(0, 2, 1))
     gate_up = form.rows(f"{EXPERTS}.gate_up_proj").reshape(4, 128, 64)
     np.testing.assert_array_equal(gate_up, experts.gate_up_proj.detach().double().numpy().transpose(0, 2, 1))
-    stored = StoredWeights(files, with_experts({EXPERTS: experts}))
-    assert stored.powers(EXPERTS, experts)[1] == 0
+    layers = with_experts({EXPERTS: experts})
+    assert StoredWeights(files, layers).powers(EXPERTS, experts)[1] == 0
     experts.down_proj.data[3] *= 2
+    stored = StoredWeights(files, layers)
     assert stored.powers(EXPERTS, experts)[1] > 0
+    changed = [name for name, layer in layers.items() if stored.powers(name, layer)[1] > 0]
+    assert changed == [EXPERTS, f"{EXPERTS}.3.down_proj"]
 
 
 def put(part, change):

@@ -208,3 +208,38 @@ def damaged(model, strength=0.05, names=("proj",), seed=3):
             if any(part in name for part in names):
                 parameter.add_(torch.randn_like(parameter) * parameter.std() * strength)
     return other
+
+
+_TINY_MOE = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_DEEPSEEK = {
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+_LLAMA4 = {
+    "num_local_experts": 4, "intermediate_size_mlp": 48, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+    "attention_chunk_size": 32, "head_dim": 8,
+}  # fmt: skip
+MIXTURES = {
+    "mixtral": ("Mixtral", "Mixtral", {"num_local_experts": 4}),
+    "qwen3": ("Qwen3Moe", "Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "gpt_oss": ("GptOss", "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "deepseek": ("DeepseekV3", "DeepseekV3", _DEEPSEEK),
+    "llama4": ("Llama4", "Llama4Text", _LLAMA4),
+}
+"""Mixtures of experts: the model, its configuration, and what makes it small."""
+
+
+def mixture(kind, seed=0):
+    """Return a small mixture of 4 experts, in float32, whose packed weights are random too."""
+    model, config, sizes = MIXTURES[kind]
+    made = _build((f"{model}ForCausalLM", {**_TINY_MOE, **sizes}), config, seed=seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 3:
+                parameter.normal_(0, 0.2)
+    return made

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...captures import LayerNames
 from ...checkpoint import Folder
 from ...common import InfraError, QsaError, one_line
 from ...suite import Anatomy, Data, Memory, Model
-from ..modules import blocks_of, layers_of
+from ..modules import Expert, blocks_of, layers_of, names_of, with_experts
 from .batches import Batch
 from .data import batches_of
 from .models import class_of, load_model, submodule_of
@@ -25,11 +28,18 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
         InfraError: it can't be read, or the model needs code of its own.
     """
     rows = []
-    for name, module in layers_of(_empty(spec, path)).items():
-        weight = getattr(module, "weight", None)
-        shape = "×".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
-        rows.append((name, type(module).__name__, shape, sum(p.numel() for p in module.parameters())))
+    for name, layer in with_experts(layers_of(_empty(spec, path))).items():
+        if isinstance(layer, Expert):
+            rows.append((name, f"{type(layer.module).__name__}[{layer.index}]", _text(layer.shape), prod(layer.shape)))
+            continue
+        weight = getattr(layer, "weight", None)
+        shape = _text(weight.shape) if isinstance(weight, torch.Tensor) else ""
+        rows.append((name, type(layer).__name__, shape, sum(p.numel() for p in layer.parameters())))
     return rows
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def anatomy(spec: Model, path: str) -> Anatomy:
@@ -39,17 +49,17 @@ def anatomy(spec: Model, path: str) -> Anatomy:
         InfraError: as `outline`.
     """
     model = _empty(spec, path)
-    blocks = blocks_of(model)
+    blocks, layers = blocks_of(model), with_experts(layers_of(model))
+    # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no nn.Linear.
+    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
+    inside = [name for name in layers if any(name.startswith(f"{block}.") for block in blocks)]
     linears = [
-        name
-        for name, module in layers_of(model).items()
-        # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no
-        # nn.Linear.
-        if type(module).__name__.endswith(("Linear", "Conv1D"))
-        and any(name.startswith(f"{block}.") for block in blocks)
-        and "experts" not in name.split(".")
+        name for name in inside if kinds[name].endswith(("Linear", "Conv1D")) and "experts" not in name.split(".")
     ]
-    return Anatomy(blocks, linears)
+    # Routers are matrices of classes of their own. An expert gets some of the tokens, but its weight is always there.
+    others = ("Linear", "Conv1D", "Router")
+    weights = [name for name in inside if isinstance(layers[name], Expert) or kinds[name].endswith(others)]
+    return Anatomy(blocks, linears, weights)
 
 
 def _empty(spec: Model, path: str) -> torch.nn.Module:
@@ -70,17 +80,17 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
     return submodule_of(model, spec.submodule) if spec.submodule else model
 
 
-def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> list[str]:
-    """Return the names of a model's layers, in model order. A model with code of its own is loaded for it.
+def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> LayerNames:
+    """Return the names of a model's layers. A model with code of its own is loaded for it.
 
     Raises:
         InfraError: as `outline` and `load_model`.
     """
     if spec.factory is None and not spec.trust_remote_code:
-        return [row[0] for row in outline(spec, path)]
+        return names_of(with_experts(layers_of(_empty(spec, path))))
     loaded = load_model(spec, path, memory, allow_code=allow_code)
     try:
-        return list(layers_of(loaded.model))
+        return names_of(with_experts(layers_of(loaded.model)))
     finally:
         loaded.close()
 

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
-from ..common import BaselineError
+from ..checkpoint import EXPERT
+from ..common import BaselineError, counted
 from ..metrics import LOSSLESS, Bounds, Series
 
 FOLDER = "qsa_baselines"
 BASELINE_FORMAT = "qsa-baseline/1"
 BASELINE_DIGITS = 5
+EXPERTS_SINCE = "0.1.0"
+"""The version since which the experts of a packed tensor are layers with a weight."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +162,21 @@ def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -
             f"the baseline was made on other tokens ({_shortened(baseline.data)}, now {_shortened(now.data)}): data, "
             "tokenizer, seed, num_samples or seq_len changed, so the numbers can't be compared"
         )
-    gone = [layer for layer in baseline.values if layer not in series.layers]
+    own = set(series.layers)
+    gone = [layer for layer in baseline.values if layer not in own]
     new = [layer for layer in series.layers if layer not in baseline.values]
     if gone or new:
         parts = [f"{len(names)} {word} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})" for word, names in
                  (("vanished", gone), ("appeared", new)) if names]  # fmt: skip
-        raise BaselineError(f"the layers differ from the baseline's: {'; '.join(parts)}")
+        text = f"the layers differ from the baseline's: {'; '.join(parts)}"
+        if new and not gone and all(map(EXPERT.search, new)):
+            text = (
+                f"the baseline is older than pytest-qsa {EXPERTS_SINCE}, since which packed experts have weights of "
+                f"their own: {counted(len(new), 'layer')} of experts ({new[0]}, …) are none of its "
+                f"{len(baseline.values)}; look at their numbers and accept them with --snapshot-update, or leave them "
+                r"out by exclude: experts\.\d+\."
+            )
+        raise BaselineError(text)
 
 
 def _shortened(fingerprint: str | None) -> str:

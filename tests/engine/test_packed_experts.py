@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.captures import ERROR, MOMENTS, STORED, Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.checkpoint import format_of, open_folder
-from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.common.errors import AnomalyError, BaselineError, InfraError
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.modules import Expert, layers_of, with_experts
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Model, Subject
+from pytest_qsa.verdicts.baseline_file import BaselineFile, check_comparable
 from support import models
 from support.captures import differing
 from support.checkpoints import save_quantized_moe
@@ -152,6 +154,23 @@ def test_captures_of_disjoint_samples_keep_the_experts(model):
     ]
     merged = merge(parts)
     np.testing.assert_array_equal(merged.weight(EXPERT).absmax().values, parts[0].weight(EXPERT).absmax().values)
+
+
+def test_a_baseline_from_before_experts_had_weights_says_so_and_how_to_accept_them():
+    model = models.mixture("qwen3")
+    series = weights_of(model, r"_proj$").absmax()
+    whole = BaselineFile.of(series, None)
+    older = replace(whole, values={name: value for name, value in whole.values.items() if "experts" not in name})
+    with pytest.raises(BaselineError) as caught:
+        check_comparable(series, older, None)
+    assert "older than pytest-qsa 0.1.0, since which packed experts have weights of their own: 24 layers" in str(
+        caught.value
+    )
+    assert f"{len(older.values)}; look at their numbers and accept them with --snapshot-update" in str(caught.value)
+    other = replace(older, values=dict(list(older.values.items())[1:]))
+    with pytest.raises(BaselineError, match=r"the layers differ from the baseline's: 25 appeared"):
+        check_comparable(series, other, None)
+    check_comparable(series, whole, None)
 
 
 class Fp8Experts(torch.nn.Module):

@@ -278,6 +278,9 @@ class Format:
 
     def refusal(self, layer: str) -> str:
         """Say why `rows` gives no numbers of a layer: what its tensors are, and what is wrong with them."""
+        if layer in self.experts:
+            holder, _, place = self.experts[layer]
+            return self.refusal(f"{holder}.{place.tensor}")
         parts = self.parts(layer).items()
         held = ", ".join(f"{part} ({each.dtype} {'×'.join(map(str, each.shape)) or 'scalar'})" for part, each in parts)
         why = self._contradiction(layer) or f"its format, {self.label}, is not known here"
@@ -289,12 +292,11 @@ class Format:
         Multimodal models name what stands before the block in several ways, so that an end which only one layer and
         one module have joins the two; so do experts of Mixtral's kind of files.
         """
-        layers, ends = Counter(map(_end, self.folder.layers)), Counter(map(_end, modules))
-        by_end = {_end(layer): layer for layer in self.folder.layers}
+        own = {*self.folder.layers, *self.experts}
+        layers, ends = Counter(map(_end, own)), Counter(map(_end, modules))
+        by_end = {_end(layer): layer for layer in own}
         unique = {name for name in modules if layers[_end(name)] == ends[_end(name)] == 1}
-        return {
-            name: by_end[_end(name)] if name in unique and name not in self.folder.layers else name for name in modules
-        }
+        return {name: by_end[_end(name)] if name in unique and name not in own else name for name in modules}
 
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield the parts of a layer that its scheme needs and that it doesn't know, and scales of a wrong shape."""

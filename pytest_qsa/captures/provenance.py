@@ -81,8 +81,9 @@ class ModelProvenance(_Record):
 
     `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `revision`: the commit of a
     hub id. `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what
-    decides which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `tokenizer` and `weights`
-    are None where the model has none, and empty where they were not read.
+    decides which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `format`: the quantization
+    that its files declare, None for floats. `tokenizer` and `weights` are None where the model has none, and empty
+    where they were not read.
     """
 
     path: str = ""
@@ -98,6 +99,7 @@ class ModelProvenance(_Record):
     versions: Mapping[str, str] | None = None
     tokenizer: str | None = ""
     weights: str | None = ""
+    format: str | None = None
 
     @classmethod
     def of(cls, content: Json) -> Self:
@@ -115,7 +117,7 @@ class ModelProvenance(_Record):
     @classmethod
     def of_baseline(cls, header: Json) -> Self:
         """Read it from the header of a baseline, in which the versions stand among the other keys."""
-        names = {"weights", "dtype", "device", "device_class"}
+        names = {"weights", "dtype", "device", "device_class", "format"}
         versions = {name: str(version) for name, version in header.items() if name not in {*names, "model"}}
         known = {name: header[name] for name in names if name in header}
         return cls(path=str(header.get("model", "")), versions=versions, **known)
@@ -125,7 +127,8 @@ class ModelProvenance(_Record):
         name = Path(self.path).name if Path(self.path).is_absolute() else self.path
         known = {"weights": self.weights or None, "dtype": self.dtype, "device": self.device}
         classes = {"device_class": self.device_class} if self.device_class is not None else {}
-        return {"model": name, **known, **(self.versions or {}), **classes}
+        quantized = {"format": self.format} if self.format is not None else {}
+        return {"model": name, **known, **(self.versions or {}), **classes, **quantized}
 
     @property
     def place(self) -> str:
@@ -334,7 +337,7 @@ def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
     """Say what a baseline was made with, and what is different now. A difference is reported and fails nothing."""
     before, after = then.for_baseline(), now.for_baseline()
     # The checkpoint is expected to be another one, and `made` names the old one already.
-    names = sorted({*before, *after} - {"model", "weights"})
+    names = sorted({*before, *after} - {"model", "weights"} - ({"format"} if then.format is None else set()))
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}" for name in names if before.get(name) != after.get(name)
     ]

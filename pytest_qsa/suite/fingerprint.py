@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import Capture
-from ..checkpoint import Folder, libraries_of_formats
-from ..common import logger, write_atomically
+from ..checkpoint import Folder, format_of, libraries_of_formats
+from ..common import QsaError, logger, write_atomically
 from .datasets import hub_set_of, local_path
 from .subjects import NamedSubject, Subject
 
@@ -121,14 +121,24 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
 
 
 def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:
-    """Say in a capture's provenance which checkpoint it is of: its path here, and the SHA-256 of its weight files."""
+    """Say in a capture's provenance which checkpoint it is of: its path, its format, the SHA-256 of its weights."""
     folder = subject.local_folder
     weights = _weights_hash(folder, hashes) if folder else None
-    model = replace(capture.provenance.model, path=subject.path, weights=weights)
+    model = replace(capture.provenance.model, path=subject.path, weights=weights, format=_format_of(subject))
     if capture.reference is not None and isinstance(subject.reference, Subject):
         reference = identified(capture.reference, subject.reference, hashes)
         capture = replace(capture, reference=reference)
     return replace(capture, provenance=replace(capture.provenance, model=model))
+
+
+def _format_of(subject: Subject) -> str | None:
+    """Return the quantization that a subject's files declare; None for floats, and where there are no files to ask."""
+    folder = subject.local_folder
+    try:
+        form = format_of(Folder(folder, subject.model.gguf_file)) if folder and subject.model else None
+    except QsaError:
+        return None
+    return form.label if form is not None and form.name != "none" else None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -162,7 +172,7 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
 
 
 def _parts(subject: NamedSubject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
-    yield "qsa-fingerprint/5"
+    yield "qsa-fingerprint/6"
     yield subject.model.measured
     yield "files" if subject.files_only else "pass"
     yield subject.data.model_dump()

@@ -1,6 +1,7 @@
 """What makes two runs the same: every setting, file and library that could change a number, and nothing else."""
 
 import shutil
+from importlib import metadata
 
 import pytest
 
@@ -123,3 +124,19 @@ def test_a_capture_says_which_weights_it_is_of(own_llama, changed_llama):
     assert again.provenance.model.weights == named.weights
     fixture = identified(Capture(sites={}), Subject("x", None, Data(), Memory(), own_llama.parent), FileHashes(None))
     assert fixture.provenance.model.weights is None
+
+
+def test_a_library_that_reads_any_format_changes_the_fingerprint(own_llama, monkeypatch):
+    first, version = fingerprint(own_llama), metadata.version
+    for library in ("bitsandbytes", "compressed-tensors", "torchao", "gguf", "kernels", "gptqmodel"):
+        with monkeypatch.context() as patched:
+            patched.setattr(metadata, "version", lambda name, own=library: "0.0" if name == own else version(name))
+            assert fingerprint(own_llama) != first, library
+
+
+def test_a_capture_names_the_format_of_its_files(own_llama, quantized):
+    def of(folder):
+        return identified(Capture(sites={}), subject_of(folder), FileHashes(None)).provenance.model.format
+
+    assert of(quantized["int8"]) == "compressed-tensors"
+    assert of(own_llama) is None

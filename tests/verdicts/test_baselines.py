@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from pytest_qsa.captures import ModelProvenance, since_text
+from pytest_qsa.common import BaselineError
 from pytest_qsa.metrics import Query, Series
-from pytest_qsa.verdicts import BaselineFile
+from pytest_qsa.verdicts import BaselineFile, Tolerance
+from pytest_qsa.verdicts.baselines import within_baseline
 from support.projects import Project, peaks, suite
 
 pytestmark = pytest.mark.process
@@ -433,3 +437,32 @@ def test_the_300_db_of_an_older_baseline_is_no_error_at_all(definition, read):
     query = Query("sqnr", definition, "output", "layers", unit="dB")
     text = BaselineFile.of(Series(["a", "b"], np.array([300.0, 12.5]), query), None).dump()
     assert BaselineFile.parse(text).values == {"a": read, "b": 12.5}
+
+
+def of_weights(value, site="weight"):
+    return Series(["a"], np.array([value]), Query("absmax", "absmax/1", site, "a"))
+
+
+def against(kept, made_with, now, series):
+    baseline = BaselineFile.parse(BaselineFile.of(kept, None, made_with).dump())
+    return within_baseline(series, baseline, Tolerance(), None, now)
+
+
+DOUBT = "it was recorded by a version that read weights of bitsandbytes wrongly: if these are right, update it"
+
+
+def test_a_baseline_of_weights_that_were_read_wrongly_says_so_where_it_fails():
+    old, new = ModelProvenance("m", weights="w"), ModelProvenance("m", weights="w", format="bitsandbytes_4bit")
+    assert DOUBT in against(of_weights(255.0), old, new, of_weights(0.3)).headline
+    with pytest.raises(BaselineError, match=DOUBT):
+        against(Series(["b"], np.array([1.0]), of_weights(0.0).query), old, new, of_weights(0.3))
+    # What fits needs no doubt, nor does what is no weight, is in another format, or was read rightly.
+    healthy = [
+        against(of_weights(0.3), old, new, of_weights(0.3)),
+        against(of_weights(255.0, "output"), old, new, of_weights(0.3, "output")),
+        against(of_weights(255.0), old, replace(new, format="compressed-tensors"), of_weights(0.3)),
+        against(of_weights(255.0), new, new, of_weights(0.3)),
+    ]
+    assert not any("wrongly" in judgement.headline for judgement in healthy)
+    assert "format" not in healthy[0].since
+    assert "format was bitsandbytes_4bit, is gptq" in since_text(new, replace(new, format="gptq"))

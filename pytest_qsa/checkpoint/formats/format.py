@@ -48,7 +48,8 @@ class Format:
 
     Attributes:
         name: the `quant_method` by which a configuration declares the format.
-        libraries: the packages that unpack it; their versions are part of the fingerprint of a capture.
+        libraries: the packages that unpack it, and those without which transformers loads it otherwise; their versions
+            are part of the fingerprint of a capture.
         loads: transformers can load it; else tensors that it drops are no fault of the files.
         streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.

@@ -24,6 +24,7 @@ class Fp8(Format):
     """`weight` in FP8 times `weight_scale_inv` (which multiplies, its name notwithstanding) or another of `SCALES`."""
 
     name = "fp8"
+    libraries = ("kernels", "triton")
     codes = ("weight",)
     scales = re.compile(rf"{Format.scales.pattern}|^qscale_(weight|act)$")
 

@@ -30,6 +30,7 @@ class Gptq(Format):
     """
 
     name = "gptq"
+    libraries = ("gptqmodel", "optimum")
     codes = ("qweight", "weight")
     extra = frozenset({"g_idx", "bias"})
 

@@ -26,6 +26,7 @@ class Mxfp4(Format):
     """
 
     name = "mxfp4"
+    libraries = ("kernels", "triton")
     codes = ("blocks",)
     scales = re.compile("^scales$")
 

@@ -34,5 +34,11 @@ from .formats.format import (
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
-from .tensors import FLOATS as FLOATS, Tensor as Tensor, encoded as encoded, tensors_of as tensors_of
+from .tensors import (
+    FLOATS as FLOATS,
+    Tensor as Tensor,
+    encoded as encoded,
+    metadata_of as metadata_of,
+    tensors_of as tensors_of,
+)
 from .weights import StoredWeight as StoredWeight, capture_weights as capture_weights, stored_weights as stored_weights

@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
+from pytest_qsa.tools.selftest import faults
+from pytest_qsa.tools.selftest.mutant import Mutant
 
 OUT, IN, SIZE = 64, 128, 32
 GROUPS = IN // SIZE
@@ -83,9 +85,9 @@ CASES = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Return a function that writes six layers; `change` edits the tensors of the layer 2."""
+    """Return a function that writes six layers; `change` edits the tensors of the layer 2, `every` all tensors."""
 
-    def write(case, change=lambda parts: None, *, layers=LAYERS, **settings):
+    def write(case, change=lambda parts: None, *, layers=LAYERS, every=lambda tensors: None, **settings):
         config, bits, pack = CASES[case]
         tensors, values = {}, {}
         for index, layer in enumerate(layers):
@@ -94,6 +96,7 @@ def write(tmp_path):
             if index == 2:
                 change(parts)
             tensors |= {f"{layer}.{part}": np.ascontiguousarray(value) for part, value in parts.items()}
+        every(tensors)
         save_file(tensors, tmp_path / "model.safetensors")
         stated = {"model_type": "llama", "num_hidden_layers": len(layers), "quantization_config": config | settings}
         (tmp_path / "config.json").write_text(json.dumps(stated))
@@ -183,6 +186,47 @@ def test_a_zero_point_that_readers_of_v1_take_for_another_is_out_of_range(write)
 
 def permuted(parts):
     parts["g_idx"] = np.random.default_rng(0).permutation(np.arange(IN) // SIZE).astype(np.int32)
+
+
+def signed(tensors, layers):
+    """Turn the sign of every second group of some layers, as AutoRound does where the largest weight is positive."""
+    for layer in layers:
+        tensors[f"{layer}.scales"] = tensors[f"{layer}.scales"].copy()
+        tensors[f"{layer}.scales"][::2] *= -1
+
+
+def test_scales_that_have_a_sign_in_every_layer_are_no_fault(write):
+    folder, values = write("symmetric gptq", every=lambda tensors: signed(tensors, LAYERS))
+    expected = values[DOWN].reshape(OUT, GROUPS, SIZE) * np.array([-1, 1, -1, 1])[:, None]
+    np.testing.assert_array_equal(format_of(folder).rows(DOWN), expected.reshape(OUT, IN))
+    assert found(folder) == []
+
+
+def test_scales_that_have_a_sign_in_one_layer_alone_are_a_fault(write):
+    folder, _ = write("symmetric gptq", every=lambda tensors: signed(tensors, [DOWN]))
+    assert found(folder) == [(f"{DOWN}.scales", "128 of 256 are negative, the first at 0")]
+
+
+@pytest.mark.parametrize("case", ["gptq in 4 bits", "gptq in 3 bits", "awq", "awq by row"])
+@pytest.mark.parametrize("fault", ["rows_permuted", "zero_point_shifted", "weights_constant"])
+def test_faults_of_the_self_test_are_faults_of_outputs_and_of_single_zero_points(write, tmp_path, case, fault):
+    folder, values = write(case)
+    mutant = Mutant(folder)
+    faults.FAULTS[fault].inject(mutant, DOWN, 1.0)
+    rows = format_of(open_folder(mutant.save(tmp_path / "faulty"))).rows(DOWN)
+    width = 8 if case == "awq" else 1  # outputs in one word
+    scales = format_of(folder).scale_values(DOWN, "scales").T.repeat(SIZE, axis=1)
+    if fault == "zero_point_shifted":
+        steps = (values[DOWN] - rows) / scales
+        np.testing.assert_allclose(steps, np.where(steps > 0, 1, 1 - 2 ** CASES[case][1]), atol=1e-9)
+    elif fault == "rows_permuted":
+        zeros = format_of(folder).zero_point_values(DOWN).T.repeat(SIZE, axis=1)
+        codes = values[DOWN] / scales + zeros
+        np.testing.assert_allclose(rows, (np.roll(codes, width, axis=0) - zeros) * scales, atol=1e-9)
+    else:
+        zeros = format_of(folder).zero_point_values(DOWN).T.repeat(SIZE, axis=1)
+        codes = np.round(rows / scales + zeros)
+        assert (codes == codes[:, :1]).all() if 32 % CASES[case][1] else len(np.unique(codes, axis=1).T) <= 8
 
 
 def test_inputs_in_an_order_of_their_own_take_scales_by_g_idx(write):

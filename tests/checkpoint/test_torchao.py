@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
+from pytest_qsa.tools.selftest.faults import FAULTS
+from pytest_qsa.tools.selftest.mutant import Mutant
 from support.checkpoints import edited
 
 DOWN = "model.layers.2.mlp.down_proj"
@@ -67,6 +69,17 @@ def made(request, llama, tmp_path_factory):
 
 def findings(folder):
     return [(f.tensor, f.what) for f in problems_of(Files(open_folder(folder)), "checkpoint_health")[1]]
+
+
+def test_a_fault_of_the_self_test_leaves_the_classes_that_the_metadata_names(made, tmp_path):
+    folder, expected = made
+    mutant = Mutant(open_folder(folder))
+    FAULTS["weights_constant"].inject(mutant, DOWN, 1.0)
+    form = format_of(open_folder(mutant.save(tmp_path / "faulty")))
+    np.testing.assert_array_equal(form.rows(KEY), format_of(open_folder(folder)).rows(KEY))
+    assert {layer for layer in expected if (form.rows(layer) != format_of(open_folder(folder)).rows(layer)).any()} == {
+        DOWN
+    }
 
 
 def smoothing(form, layer):

@@ -30,6 +30,7 @@ FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1",
 
 def unsound_scales(form: Format) -> Iterator[Finding]:
     """Yield scales that are NaN, infinite, zero, negative or denormal, with how many and the first."""
+    may_be_negative = form.signed_scales and _most_are_signed(form)
     for layer in form.folder.layers:
         for part, tensor in form.scales_of(layer).items():
             values = form.scale_values(layer, part).ravel()
@@ -37,8 +38,8 @@ def unsound_scales(form: Format) -> Iterator[Finding]:
                 "NaN": np.isnan(values),
                 "infinite": np.isinf(values),
                 "zero": values == 0,
-                "negative": values < 0,
-                "denormal": (values > 0) & (values < SMALLEST.get(tensor.dtype, 0.0)),
+                "negative": (values < 0) & (not may_be_negative),
+                "denormal": (values != 0) & (np.abs(values) < SMALLEST.get(tensor.dtype, 0.0)),
             }
             for word, wrong in faults.items():
                 if wrong.any():
@@ -71,6 +72,12 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
             yield Finding.at(scale, f"{lost} of {empty.size} are 0, and their weights aren't", AGAIN)
 
 
+def _most_are_signed(form: Format) -> bool:
+    """Say whether most scales of a checkpoint are partly negative, as its writer then meant them."""
+    scales = [(layer, part) for layer in form.folder.layers for part in form.scales_of(layer)]
+    return 2 * sum(bool((form.scale_values(layer, part) < 0).any()) for layer, part in scales) > len(scales)
+
+
 def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """Yield scales that are more than `spread` × the robust deviation away from their siblings, in octaves.
 
@@ -96,7 +103,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
 
 def _add(kinds: dict[str, dict[str, NDArray[np.float64]]], tensor: Tensor, values: NDArray[np.float64]) -> None:
     """Add the octaves of a tensor's sizes to those of its kind; those that are no sound size are reported as such."""
-    values = values[np.isfinite(values) & (values > 0)]
+    values = np.abs(values[np.isfinite(values) & (values != 0)])
     if values.size:
         kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
 

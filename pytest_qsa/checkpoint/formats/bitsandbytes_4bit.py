@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
 from ..tensors import FLOATS, Tensor, decoded, encoded
-from .format import AGAIN, BUDGET, Format, Matrix, element_count
+from .format import AGAIN, Format, Matrix, element_count
 from .scheme import Declaration, LayerScheme
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -97,13 +97,11 @@ class BitsAndBytes4Bit(Format):
         state = self.state_of(layer)
         return state.shape if state else None
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
         """Return the bytes of every output in a row; the file has them in one column."""
-        shape, raw = self.weight_shape(layer), codes.raw().reshape(1, -1)
-        if shape and shape[1] % 2 == 0 and prod(shape) == 2 * raw.size:
-            raw = raw.reshape(shape[0], -1)
-        step = max(1, raw.nbytes // BUDGET)
-        return np.asarray(raw[::step]), step
+        shape = self.weight_shape(layer)
+        whole = shape is not None and shape[1] % 2 == 0 and prod(shape) == 2 * raw.size
+        return raw.reshape(shape[0] if shape and whole else 1, -1)
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return the codes whose value is 0."""

@@ -53,6 +53,7 @@ class Format:
         loads: transformers can load it; else tensors that it drops are no fault of the files.
         streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.
+        signed_scales: a writer may give a scale the sign of its group's largest weight.
         codes: the parts that may hold a layer's codes, in the order in which they are looked for.
         scales: matches the parts that hold scales, those of inputs, outputs and KV caches too.
         zero_points: matches the parts that hold zero points.
@@ -64,6 +65,7 @@ class Format:
     loads: ClassVar[bool] = True
     streams: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
+    signed_scales: ClassVar[bool] = False
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")
     scales: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)scales?(_inv|_2)?$")
     zero_points: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)(zero_point|qzeros)$")
@@ -187,10 +189,13 @@ class Format:
         A row holds the codes of one output, whatever the order in the file. Words of one byte, where the file's are
         longer, are one code each.
         """
-        raw = codes.raw().view(UNSIGNED[codes.dtype])
-        raw = raw.reshape(-1, raw.shape[-1])
+        raw = self.by_output(layer, codes.raw().view(UNSIGNED[codes.dtype]))
         step = max(1, raw.nbytes // BUDGET)
-        return np.asarray(raw[::step]), step
+        return np.ascontiguousarray(raw[::step]), step
+
+    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+        """Return a view of a layer's raw codes [outputs, words]: what is written into it changes `raw`."""
+        return raw.reshape(-1, raw.shape[-1]) if raw.ndim > 1 else raw
 
     def typical_row(self, layer: str) -> float | None:
         """Return the median rms of a layer's rows, which is compared with its siblings'; None for plain scales."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...common import AnomalyError
 from ..folder import Finding, Folder
 from ..tensors import Tensor
-from .format import BUDGET, Format, Matrix, unpacked
+from .format import Format, Matrix, unpacked
 from .scheme import Declaration, LayerScheme, matches_from_start
 
 OLD_SETTINGS = "quantize_config.json"
@@ -32,6 +32,7 @@ class Gptq(Format):
     name = "gptq"
     libraries = ("gptqmodel", "optimum")
     codes = ("qweight", "weight")
+    signed_scales = True  # AutoRound gives a scale the sign of the group's largest weight, which is then the code 0
     extra = frozenset({"g_idx", "bias"})
 
     @classmethod
@@ -107,15 +108,18 @@ class Gptq(Format):
 
         Where a word holds codes of several outputs, or parts of codes, they are unpacked into bytes.
         """
+        words, step = super().words(layer, codes)
+        bits = self.code_bits(layer, codes)
         if codes.part != "qweight" or self.packing == "gemv":
-            return super().words(layer, codes)
-        raw = codes.raw().view("u4")
-        raw = raw.reshape(-1, raw.shape[-1])
-        step, bits = max(1, raw.nbytes // BUDGET), self.code_bits(layer, codes)
-        sample = np.ascontiguousarray(raw[:, ::step])
+            return words, step
         if self.packing == "gemm" and bits in READABLE_BITS["gemm"]:
-            return np.ascontiguousarray(_in_order(unpacked(sample, bits)).T), step
-        return (unpacked(sample.T, bits) if 32 % bits else np.ascontiguousarray(sample.T)), step
+            return np.ascontiguousarray(_in_order(unpacked(words.T, bits)).T), step
+        return (unpacked(words, bits) if 32 % bits else words), step
+
+    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+        """Return the words of one output in each row; of AWQ's `gemm`, those of eight."""
+        own = "qweight" in self.parts(layer) and self.packing != "gemv"
+        return super().by_output(layer, raw).T if own else super().by_output(layer, raw)
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return both zero points that symmetric writers use."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..experts import ExpertLayer
 from ..folder import Finding
 from ..tensors import Tensor, decoded
-from .format import AGAIN, BUDGET, Format, Matrix, scale_values
+from .format import AGAIN, Format, Matrix, scale_values
 from .scheme import Declaration, LayerScheme
 
 GROUP = 32
@@ -65,11 +65,9 @@ class Mxfp4(Format):
         among = range(index * outputs, (index + 1) * outputs)[place.rows][rows]
         return self.rows(tensor, slice(among.start, among.stop, among.step))
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
-        """Return the bytes of every output in a row."""
-        raw = _rows_of(codes)
-        step = max(1, raw.nbytes // BUDGET)
-        return np.asarray(raw[::step]), step
+    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+        """Return the bytes of every output of every expert in a row."""
+        return raw.reshape(-1, raw.shape[-1] * raw.shape[-2]) if raw.ndim == 4 else super().by_output(layer, raw)
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix:
         """Multiply codes by the power of two of their group; rows [rows of all experts, in]."""
@@ -77,7 +75,7 @@ class Mxfp4(Format):
         if shape is None or scale is None:
             raise ValueError("its scales are missing" if shape else f"its blocks are {list(codes.shape)}")
         powers = scale_values(scale).reshape(shape[0], -1)[rows]
-        values = decoded(np.asarray(_rows_of(codes)[rows]), "F4")
+        values = decoded(np.asarray(self.by_output(layer, codes.raw())[rows]), "F4")
         return values.astype(np.float64) * np.repeat(powers, GROUP, axis=1)
 
     def findings(self, layer: str) -> Iterator[Finding]:
@@ -90,8 +88,3 @@ class Mxfp4(Format):
         elif self.weight_shape(layer) is None:
             size = "×".join(map(str, codes.shape))
             yield Finding.at(codes, f"shape {size}, but MXFP4 is [experts, out, in / 32, 16]", AGAIN)
-
-
-def _rows_of(codes: Tensor) -> NDArray[Any]:
-    raw = codes.raw()
-    return raw.reshape(-1, raw.shape[-1] * raw.shape[-2]) if raw.ndim == 4 else raw.reshape(-1, raw.shape[-1])

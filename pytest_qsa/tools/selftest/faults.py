@@ -93,11 +93,11 @@ def _edit_scales(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[n
 
 @contextmanager
 def _edit_codes(mutant: Mutant, layer: str) -> Iterator[NDArray[Any]]:
-    """Yield the raw codes of a layer, to be changed in place; of GGUF's blocks, [rows, bytes of codes]."""
+    """Yield the raw codes of a layer [outputs, words], to be changed in place; of GGUF's blocks, the bytes of codes."""
     tensor = _codes(mutant.source, layer)
     with mutant.edit(tensor.name) as raw:
         if not isinstance(tensor, BlockTensor):
-            yield raw
+            yield format_of(mutant.source).by_output(layer, raw)
             return
         codes = tensor.codes(raw)
         yield codes
@@ -120,9 +120,7 @@ def _whole_codes(folder: Folder) -> list[str]:
 
 def _zero_points(folder: Folder) -> list[str]:
     form = format_of(folder)
-    # codes of 3 bits lie in two words here and there
-    whole = [name for name in _quantized(folder) if 32 % form.code_bits(name, _codes(folder, name)) == 0]
-    return [name for name in whole if form.zero_point_of(name)] or _whole_codes(folder)
+    return [name for name in _quantized(folder) if form.zero_point_of(name)] or _whole_codes(folder)
 
 
 def _rows(size: int, share: float) -> NDArray[np.int64]:
@@ -173,9 +171,12 @@ def scale_dropped(mutant: Mutant, layer: str, strength: float) -> None:
 @_fault(_quantized, "of the rows")
 def weights_constant(mutant: Mutant, layer: str, strength: float) -> None:
     """The rows of one layer's weight one code throughout."""
+    form, tensor = format_of(mutant.source), _codes(mutant.source, layer)
     with _edit_codes(mutant, layer) as codes:
-        # `or 1`: code 0 throughout would be a layer of zeros, which is another fault.
-        codes[_rows(len(codes), strength)] = codes.flat[0] or 1
+        # `or 1`: code 0 throughout would be a layer of zeros, which is another fault. Codes of 3 bits lie in two words
+        # here and there, so that words which are equal aren't one code, but for words of ones.
+        same = 32 % form.code_bits(layer, tensor) == 0
+        codes[_rows(len(codes), strength)] = (codes.flat[0] or 1) if same else -1
 
 
 @_fault(_packed, "of the rows")
@@ -218,20 +219,30 @@ def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
 def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     """The zero point of one layer + n; without zero points its codes + n, as a reader that is off by n sees them."""
     form, codes = format_of(mutant.source), _codes(mutant.source, layer)
-    with mutant.edit((form.zero_point_of(layer) or codes).name) as raw:
+    tensor = form.zero_point_of(layer) or codes
+    if tensor.dtype in FLOATS:
+        with mutant.edit_values(tensor.name) as values:
+            values += strength
+        return
+    with mutant.edit(tensor.name) as raw:
         # Packed zero points: one int32 holds several of them.
         if raw.dtype == np.int32:
-            raw[...] = _added(raw.view(np.uint32), int(strength), form.code_bits(layer, codes)).view(np.int32)
+            raw[...] = _added(raw, int(strength), form.code_bits(layer, codes))
         else:
-            raw[...] = np.clip(raw.astype(np.int32) + int(strength), -128, 127).astype(raw.dtype)
+            info = np.iinfo(raw.dtype)
+            raw[...] = np.clip(raw.astype(np.int32) + int(strength), info.min, info.max).astype(raw.dtype)
 
 
-def _added(words: NDArray[np.uint32], step: int, bits: int) -> NDArray[np.uint32]:
-    """Add a step to each number of a word, without a carry."""
-    out, largest = np.zeros_like(words), np.uint32((1 << bits) - 1)
-    for shift in range(0, 32, bits):
-        out |= (((words >> np.uint32(shift)) + np.uint32(step)) & largest) << np.uint32(shift)
-    return out
+def _added(words: NDArray[np.int32], step: int, bits: int) -> NDArray[np.int32]:
+    """Add a step to each number of packed words, without a carry; numbers of 3 bits go on in the next word of a row."""
+    stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=-1, bitorder="little")
+    size = stream.shape[-1] // bits * bits
+    digits = stream[..., :size].reshape(*stream.shape[:-1], -1, bits)
+    numbers = np.packbits(digits, axis=-1, bitorder="little") + np.uint8(step % (1 << bits))
+    stream[..., :size] = np.unpackbits(numbers, axis=-1, count=bits, bitorder="little").reshape(
+        *stream.shape[:-1], size
+    )
+    return np.packbits(stream, axis=-1, bitorder="little").view("<i4")
 
 
 def _readable_codes(folder: Folder) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, scale_values
+from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, metadata_of, scale_values
 from ...common import write_atomically
 
 CHUNK = 1 << 24
@@ -149,7 +149,7 @@ def _link(file: Path, target: Path) -> None:
 
 def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | ChangedTensor]) -> None:
     """Write a safetensors file anew; unchanged tensors are copied in chunks, so that any size fits in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata_of(path) or {"format": "pt"}}
     offset = 0
     for name, content in contents.items():
         size = content.stop - content.start if isinstance(content, Tensor) else content.raw.nbytes

@@ -29,7 +29,6 @@ import pytest_qsa.engine.api
 import pytest_qsa.engine.subject
 import pytest_qsa.gate.assertions
 import pytest_qsa.gate.gate
-import pytest_qsa.gate.outcomes
 import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
 import pytest_qsa.report.plots.figures

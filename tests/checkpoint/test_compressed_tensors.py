@@ -113,3 +113,34 @@ def test_a_format_of_earlier_versions_that_is_packed_otherwise_is_not_read(quant
     assert form.rows(DOWN) is None
     assert "marlin-24 is not read here" in form.refusal(DOWN)
     assert problems_of(Files(open_folder(tmp_path)), "checkpoint_health")[1] == []
+
+
+def with_whole_scale(tensors, layer, factor):
+    """Quantize a layer as with a scale of the whole tensor that is too large: its scales of blocks are smaller."""
+    broken = {key: value.clone() for key, value in tensors.items()}
+    scales = broken[f"{layer}.weight_scale"]
+    broken[f"{layer}.weight_scale"] = (scales.float() / factor).to(scales.dtype)
+    broken[f"{layer}.weight_global_scale"] /= factor
+    return broken
+
+
+@pytest.mark.parametrize(("factor", "said"), [(10, "56 at least"), (2.5, "448 in its siblings"), (1.9, "")])
+def test_a_scale_of_the_whole_tensor_that_is_another_tensor_s_is_found(quantized, factor, said, tmp_path):
+    folder, _, tensors = quantized("NVFP4")
+    save_file(with_whole_scale(tensors, DOWN, factor), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    found = problems_of(Files(open_folder(tmp_path)), "checkpoint_scales")[1]
+    found = [each.what for each in found if each.tensor == f"{DOWN}.weight_global_scale" and "own weights" in each.what]
+    assert [what.endswith(said) for what in found] == ([True] if said else []), found
+
+
+def test_the_largest_scale_of_a_fused_group_is_what_counts(quantized, tmp_path):
+    folder, _, tensors = quantized("NVFP4")
+    wide, narrow = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
+    parts = {part: tensors[f"{DOWN}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale")}
+    pair = {f"{layer}.{part}": value.clone() for layer in (wide, narrow) for part, value in parts.items()}
+    pair |= {f"{layer}.input_global_scale": torch.rand(1) for layer in (wide, narrow)}
+    save_file(with_whole_scale(pair, narrow, 16), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    found = problems_of(Files(open_folder(tmp_path)), "checkpoint_scales")[1]
+    assert not [each for each in found if "own weights" in each.what]

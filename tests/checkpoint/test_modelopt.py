@@ -123,7 +123,18 @@ def change(part, edit):
     return lambda weights: edit(weights[f"{DOWN}.{part}"])
 
 
+def another_whole_scale(weights):
+    """Store a layer as with a scale of the whole tensor that is 16 times its own."""
+    scales = weights[f"{DOWN}.weight_scale"]
+    weights[f"{DOWN}.weight_scale"] = (scales.float() / 16).to(scales.dtype)
+    weights[f"{DOWN}.weight_scale_2"].mul_(16)
+
+
 FAULTS_OF_FILES = {
+    "another's scale": (
+        another_whole_scale,
+        "it isn't that of its own weights: the largest scale of their blocks is 28",
+    ),
     "NaN": (change("weight_scale", lambda t: t.view(torch.uint8)[0, :1].fill_(127)), "1 of 128 are NaN"),
     "scale": (change("weight_scale_2", lambda t: t.mul_(4)), "the median scale is "),
     "constant": (change("weight", lambda t: t.fill_(0x33)), "all of it is one value"),

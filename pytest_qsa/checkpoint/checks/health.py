@@ -24,6 +24,7 @@ from ..smoothing import Relation, compare_norms
 from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
 from .keys import lost_keys, misplaced_formats
 from .scales import (
+    foreign_whole_scales,
     outlying_scales,
     outlying_zero_points,
     unequal_fused,
@@ -163,6 +164,7 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     yield from outlying_scales(files.format, spread=spread)
     yield from unsound_zero_points(files.format)
     yield from outlying_zero_points(files.format, spread=spread)
+    yield from foreign_whole_scales(files.format)
     yield from unequal_fused(files.format, always=fused_equal)
 
 

@@ -25,7 +25,19 @@ SMALLEST_EXPONENT = 2.0**-127
 """What a byte of 0 means as an exponent of microscaling (E8M0)."""
 ROWS_READ = 64
 """About how many rows of a layer are dequantized at a time, and to compare its mean."""
-FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+WHOLE_SCALES = ("weight_global_scale", "weight_scale_2", "_weight_per_tensor_scale")
+"""The scale of the whole tensor, beside NVFP4's scales of blocks: of compressed-tensors, ModelOpt and torchao."""
+LARGEST_BLOCK_SCALE = 448.0
+"""The largest number of E4M3: a tensor's scale is chosen so that the block of its largest weight has this one."""
+FUSED_LAYERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""The layers that loaders read as one matrix: attention, feed-forward layers and experts, MLA, and Gated DeltaNet."""
 
 
 def unsound_scales(form: Format) -> Iterator[Finding]:
@@ -230,6 +242,40 @@ def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
         if always or len(unequal) < len(groups):
             for scales in unequal:
                 yield _unequal(scales, len(groups) - len(unequal))
+
+
+def foreign_whole_scales(form: Format) -> Iterator[Finding]:
+    """Yield NVFP4's scales of a whole tensor that are another tensor's.
+
+    The scale of a tensor, or of those that are fused, puts the largest scale of a block at 448 by definition. A search
+    for the least error leaves it lower, but not below 448/8, or more than an octave away from its siblings.
+    """
+    peaks: dict[str, float] = {}
+    for layer in form.folder.layers:
+        scale = form.weight_scale_of(layer)
+        if scale is not None and scale.dtype == "F8_E4M3" and any(part in form.parts(layer) for part in WHOLE_SCALES):
+            values = form.scale_values(layer, scale.part)
+            peaks[layer] = float(values[np.isfinite(values)].max(initial=0.0))
+    fused = {layer: max(peaks[name] for name in _fused_with(layer) if name in peaks) for layer in peaks}
+    kinds: dict[str, list[float]] = {}
+    for layer, peak in fused.items():
+        kinds.setdefault(kind_of(layer), []).append(peak)
+    for layer, peak in fused.items():
+        middle, scheme = float(np.median(kinds[kind_of(layer)])), form.scheme_of(layer)
+        # this one maps the largest weight to 448 itself, instead of to 448 · 6
+        least = LARGEST_BLOCK_SCALE / (48 if scheme is not None and scheme.form == "W4A8_NVFP4_FP8" else 8)
+        low, odd = peak < least, len(kinds[kind_of(layer)]) >= FEWEST and not middle / 2 <= peak <= middle * 2
+        if low or odd:
+            tensor = next(form.parts(layer)[part] for part in WHOLE_SCALES if part in form.parts(layer))
+            usual = f"{least:g} at least" if low else f"{middle:g} in its siblings"
+            what = f"it isn't that of its own weights: the largest scale of their blocks is {peak:g}, {usual}"
+            yield Finding.at(tensor, what, AGAIN)
+
+
+def _fused_with(layer: str) -> list[str]:
+    """Return the layers that loaders fuse with one, itself included."""
+    stem, dot, last = layer.rpartition(".")
+    return [f"{stem}{dot}{name}" for names in FUSED_LAYERS if last in names for name in names] or [layer]
 
 
 def _unequal(group: Sequence[tuple[Tensor, float]], equal: int) -> Finding:

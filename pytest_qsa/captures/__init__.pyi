@@ -24,7 +24,7 @@ from .distributions import (
     histograms_of as histograms_of,
     sorted_counts as sorted_counts,
 )
-from .merging import added as added, merge as merge
+from .merging import added as added, merge as merge, with_weights as with_weights
 from .provenance import (
     FLOAT as FLOAT,
     UNKNOWN_MODEL as UNKNOWN_MODEL,

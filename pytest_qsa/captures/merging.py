@@ -5,7 +5,7 @@ The rows of populations are concatenated in sample order, counts are added, extr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from ..common import InfraError
 from .arrays import Array
 from .capture import Capture
 from .provenance import Provenance, SampleRange
-from .sites import SITES, SiteNumbers
+from .sites import SITES, SiteKey, SiteNumbers, merge_requests
 from .statistics import LAYOUTS
 
 
@@ -57,6 +57,26 @@ def merge(captures: Sequence[Capture]) -> Capture:
         # The part of an interrupted pass has not looked at any weight yet.
         refused={layer: why for capture in ordered for layer, why in capture.refused.items()},
         uncompared={layer: why for capture in ordered for layer, why in capture.uncompared.items()},
+    )
+
+
+def with_weights(capture: Capture, weights: Capture) -> Capture:
+    """Return a capture with the weights of another one of the same model: of an earlier part, or of its files."""
+    own = {site: numbers for site, numbers in weights.sites.items() if site[1] == "weight"}
+    asked = [request for request in weights.plan if request.site == "weight"]
+    both = {**capture.sites, **own}
+    model = replace(capture.provenance.model, files=weights.provenance.model.files)
+    reference = capture.reference or weights.reference
+    if reference is not None and weights.reference is not None:
+        reference = replace(reference, refused=weights.reference.refused)
+    return replace(
+        capture,
+        sites={site: both[site] for site in _in_model_order(both, capture.modules)},
+        plan=merge_requests([*capture.plan, *asked]),
+        refused=weights.refused,
+        uncompared=weights.uncompared,
+        reference=reference,
+        provenance=replace(capture.provenance, model=model),
     )
 
 
@@ -154,10 +174,13 @@ def _provenance(captures: Sequence[Capture]) -> Provenance:
     return replace(provenance, samples=None if (joined.first, joined.end) == (0, joined.total) else joined)
 
 
-def _sites(captures: Sequence[Capture]) -> list[Any]:
+def _sites(captures: Sequence[Capture]) -> list[SiteKey]:
     """Return the sites of all captures, the logits last. A capture may lack a site: an expert that saw no token."""
-    order = {name: index for index, name in enumerate(captures[0].modules)}
-    sites = {site for capture in captures for site in capture.sites}
+    return _in_model_order({site for capture in captures for site in capture.sites}, captures[0].modules)
+
+
+def _in_model_order(sites: Iterable[SiteKey], modules: Sequence[str]) -> list[SiteKey]:
+    order = {name: index for index, name in enumerate(modules)}
     return sorted(sites, key=lambda site: (order.get(site[0], len(order)), SITES.index(site[1])))
 
 

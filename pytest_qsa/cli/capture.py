@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .. import captures, engine, suite
+from .. import captures, checkpoint, engine, suite
 from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
 from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
 
@@ -70,7 +70,7 @@ def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     file = suite.load_suite(options.config, overrides, "--")
     subject = suite.subject_of(file)
     samples, code = _samples(options.samples), options.qsa_allow_code
-    requests = _requests(file, engine.layer_names(subject.model, subject.path, subject.memory, allow_code=code))
+    requests = _requests(file, _layers(file, subject, allow_code=code))
     hashes = suite.FileHashes(None)
     fingerprint = suite.fingerprint_of(subject, hashes, with_reference=captures.compares(requests))
     # An interrupted pass leaves its sums in a file. The fingerprint in its name lets only the same pass go on from it.
@@ -90,6 +90,15 @@ def _samples(text: str | None) -> tuple[int, int] | None:
     if match is None or int(match[1]) >= int(match[2]):
         raise SuiteError(f"--samples {text}: write A:B, the first sample and the one after the last, as in 0:8")
     return int(match[1]), int(match[2])
+
+
+def _layers(file: suite.SuiteFile, subject: suite.NamedSubject, *, allow_code: bool) -> captures.LayerNames:
+    """Return the names of the layers that patterns are about: of the files where no model runs, else of the model."""
+    measured = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
+    of_pass, of_files = subject.divided(measured)
+    if of_files and not of_pass:
+        return checkpoint.weight_names(suite.files_of(subject))
+    return engine.layer_names(subject.model, subject.path, subject.memory, allow_code=allow_code)
 
 
 def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[captures.Request]:

@@ -28,10 +28,12 @@ from ..captures import (
     match_layers,
     merge_requests,
     no_match,
+    with_weights,
 )
+from ..checkpoint import capture_weights
 from ..common import AnomalyError, InfraError, Progress, SuiteError, did_you_mean
 from ..metrics import METRICS
-from ..suite import Data, NamedSubject
+from ..suite import Data, NamedSubject, files_of
 from .load.batches import Batch
 from .load.data import windows_available
 from .load.models import Loaded
@@ -43,7 +45,7 @@ from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference
 from .run.participant import Participant
 from .run.run_pass import run_pass
-from .subject import SampleShare, capture_loaded, load_reference, load_subject
+from .subject import SampleShare, capture_loaded, load_reference, load_subject, with_files
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
 
@@ -157,10 +159,13 @@ def capture_parts(
     Raises:
         InfraError: as `capture_subject`; there is too little text for the parts; or the reference does not fit.
     """
+    of_pass, of_files = subject.divided(requests)
+    if of_files and not of_pass:
+        return [capture_weights(files_of(subject), of_files)] * parts, []
     loaded = load_subject(subject, allow_code=allow_code)
     reference: Loaded | None = None
     try:
-        if compares(requests):
+        if compares(of_pass):
             reference = _reference(subject, loaded, allow_code=allow_code)
         size = part_size(subject.data, loaded, subject.folder, parts)
         # A batch must not reach into the next part.
@@ -178,25 +183,18 @@ def capture_parts(
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            own = capture_loaded(subject, loaded, None, activations if captures else requests, moved, share, reference)
-            captures.append(_with_weights(own, captures[0]) if captures else own)
+            asked = activations if captures else of_pass
+            own = capture_loaded(subject, loaded, None, asked, moved, share, reference)
+            if captures:
+                own = with_weights(own, captures[0])
+            elif of_files:
+                own = with_files(own, subject, of_files)
+            captures.append(own)
     finally:
         for held in (loaded, reference):
             if held is not None:
                 held.close()
     return captures[:parts], captures[parts:]
-
-
-def _with_weights(capture: Capture, first: Capture) -> Capture:
-    """Take the weights from the first part: they are the same in all of them."""
-    weights = {site: numbers for site, numbers in first.sites.items() if site[1] == "weight"}
-    reference = capture.reference
-    if reference is not None and first.reference is not None:
-        reference = replace(reference, refused=first.reference.refused)
-    sites, refused = {**weights, **capture.sites}, first.refused
-    return replace(
-        capture, sites=sites, plan=first.plan, refused=refused, uncompared=first.uncompared, reference=reference
-    )
 
 
 def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Loaded:

@@ -25,7 +25,9 @@ from ..captures import (
     compares,
     data_fingerprint,
     merge,
+    with_weights,
 )
+from ..checkpoint import capture_weights
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger
 from ..suite import (
     FileHashes,
@@ -74,12 +76,27 @@ def capture_subject(
     progress: Progress | None = None,
     share: SampleShare = SampleShare(),
 ) -> Capture:
-    """Load the subject's checkpoint, run it once, and free it.
+    """Load the subject's checkpoint, run it once, and free it; weights may be read from its files instead.
 
     Raises:
         InfraError: it can't be loaded or run, or its data can't be read.
     """
     subject = subject.named
+    of_pass, of_files = subject.divided(requests)
+    if of_files and not of_pass:
+        return capture_weights(files_of(subject), of_files, progress=progress)
+    capture = _capture_pass(subject, of_pass, allow_code, progress, share)
+    return with_files(capture, subject, of_files) if of_files else capture
+
+
+def with_files(capture: Capture, subject: Subject, requests: Sequence[Request]) -> Capture:
+    """Add to what a pass left the weights that its subject's files hold, under the names of the model's layers."""
+    return with_weights(capture, capture_weights(files_of(subject), requests, modules=capture.modules))
+
+
+def _capture_pass(
+    subject: NamedSubject, requests: Sequence[Request], allow_code: bool, progress: Progress | None, share: SampleShare
+) -> Capture:
     compared = compares(requests)
     reference: Loaded | ReferenceFile | None = None
     if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain

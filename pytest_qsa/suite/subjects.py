@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,14 +59,20 @@ class Subject:
         model = self.named.model.model_copy(update={**defaults, "weights": "files"})
         return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True)
 
+    def divided(self, requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+        """Return the requests that a pass answers, and those of weights that the files answer, if the suite says so."""
+        of_pass: list[Request] = []
+        of_files: list[Request] = []
+        files = self.model is not None and self.model.weights == "files"
+        for request in requests:
+            (of_files if files and request.site == "weight" else of_pass).append(request)
+        return of_pass, of_files
+
     def sources(self, requests: Sequence[Request]) -> list[tuple[Subject, list[Request]]]:
-        """Return by which subject each of the requests is answered: weights by the files, where the suite says so."""
-        if self.model is None or self.model.weights == "loaded":
-            return [(self, list(requests))]
-        weights = [request for request in requests if request.site == "weight"]
-        others = [request for request in requests if request.site != "weight"]
-        found: list[tuple[Subject, list[Request]]] = [(self.of_files, weights)] if weights else []
-        return [*found, (self, others)] if others or not weights else found
+        """Return what answers the requests: the subject by its pass, and its files by themselves."""
+        of_pass, of_files = self.divided(requests)
+        found: list[tuple[Subject, list[Request]]] = [(self.of_files, of_files)] if of_files else []
+        return [*found, (self, of_pass)] if of_pass or not of_files else found
 
     @cached_property
     def reference(self) -> NamedSubject | Path | None:

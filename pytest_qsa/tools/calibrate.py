@@ -220,15 +220,18 @@ class Sampled:
             raise InfraError(f"{file.place_of(index)}: {assertion.id} can't be calibrated: {error}") from None
 
     def data_text(self, file: SuiteFile) -> str:
-        """Return what was measured in words: `8 parts of 5 × 512 tokens`."""
+        """Return what was measured in words: `8 parts of 5 × 512 tokens`; `its files` where no model ran."""
         size = len(self.whole.tokens) // len(self.parts)
+        if not self.whole.tokens and self.whole.provenance.model.files:
+            return "its files"
         return f"{len(self.parts)} parts of {size} × {file.suite.data.seq_len} tokens"
 
     def lines(self, findings: Sequence[Calibrated], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
         """Yield what was measured, a table of the proposals, and the remarks. `stated`: show the suite's own bounds."""
         model, data = file.suite.model, file.suite.data
         assert model is not None
-        yield f"{model.id}: {self.data_text(file)} of {data.source}; {self._repeats_text(file)}"
+        ran = f" of {data.source}; {self._repeats_text(file)}" if self.whole.tokens else ", which no data changes"
+        yield f"{model.id}: {self.data_text(file)}{ran}"
         rows = [_cells(each.id, proposal, stated=stated) for each in findings for proposal in each.proposals]
         if rows:
             yield from text_table([["assertion", "bound", "mean ± sigma", "floor", "proposed", "decided by"], *rows])

@@ -41,4 +41,9 @@ from .tensors import (
     metadata_of as metadata_of,
     tensors_of as tensors_of,
 )
-from .weights import StoredWeight as StoredWeight, capture_weights as capture_weights, stored_weights as stored_weights
+from .weights import (
+    StoredWeight as StoredWeight,
+    capture_weights as capture_weights,
+    stored_weights as stored_weights,
+    weight_names as weight_names,
+)

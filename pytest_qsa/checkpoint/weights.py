@@ -15,10 +15,13 @@ from importlib.metadata import version
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+
 from ..captures import (
     ERROR,
     STORED,
     Capture,
+    LayerNames,
     ModelProvenance,
     Provenance,
     Request,
@@ -31,6 +34,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, InfraError, Progress
 from .checks.health import Files
+from .folder import natural
 from .formats.format import Format, format_of
 from .weight_statistics import Floats, Rows, reduced
 
@@ -49,6 +53,10 @@ class StoredWeight:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """[out, in], or [n] where it is no matrix; empty where its packing isn't known."""
+        if self.layer in self.form.experts:
+            holder, _, place = self.form.experts[self.layer]
+            packed = self.form.packed_shapes[f"{holder}.{place.tensor}"]
+            return tuple(place.of(np.broadcast_to(np.int8(0), packed[1:])).shape)
         if (shape := self.form.weight_shape(self.layer)) is not None:
             return shape
         tensor = self.form.weight_of(self.layer)
@@ -75,12 +83,10 @@ class StoredWeight:
             AnomalyError: its tensors don't fit one another.
         """
         try:
-            if self.shape and self.form.rows(self.layer, slice(0, 1)) is not None:
-                return ""
+            readable = self.shape and self.form.rows(self.layer, slice(0, 1)) is not None
+            return "" if readable else self.form.refusal(self.layer)
         except InfraError as error:
             return str(error)
-        parts = ", ".join(f"{part} {tensor.dtype}" for part, tensor in self.form.parts(self.layer).items())
-        return f"its tensors ({parts}) are in a format or a packing that isn't known here ({self.form.label})"
 
     def parts(self) -> Iterator[Floats]:
         """Yield its rows in order, a few at a time, [R, in].
@@ -97,9 +103,16 @@ class StoredWeight:
 
 
 def stored_weights(files: Files) -> dict[str, StoredWeight]:
-    """Return the weights of a checkpoint's files by layer, in natural order."""
+    """Return the weights of a checkpoint's files by layer, in natural order; experts that lie packed one by one."""
     form = files.format
-    return {layer: StoredWeight(form, layer) for layer in files.folder.layers if form.weight_of(layer) is not None}
+    packed = form.packed_shapes if form.experts else {}
+    whole = (layer for layer in files.folder.layers if layer not in packed and form.weight_of(layer) is not None)
+    return {layer: StoredWeight(form, layer) for layer in sorted([*whole, *form.experts], key=natural)}
+
+
+def weight_names(files: Files) -> LayerNames:
+    """Return the names that a pattern can find at the weights of files: their layers, and those of packed experts."""
+    return LayerNames(sorted({*files.folder.layers, *files.format.experts}, key=natural))
 
 
 def capture_weights(
@@ -115,7 +128,7 @@ def capture_weights(
         InfraError: there is no reference to compare with.
     """
     plan = merge_requests(request for request in requests if request.site == "weight")
-    weights, modules = _named(stored_weights(files), files.format, modules), tuple(modules or files.folder.layers)
+    weights, modules = _named(stored_weights(files), files.format, modules), modules or weight_names(files).all
     wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}
     compared = [layer for layer, statistics in wanted.items() if ERROR in statistics]
     pairs = _pairs(files, {layer: weights[layer] for layer in compared}) if compared else {}
@@ -134,10 +147,12 @@ def capture_weights(
             if progress is not None:
                 progress(done, len(wanted))
     reference = _reference(files, uncompared) if compares(plan) else None
-    return Capture(sites, modules, provenance=_provenance(files), plan=plan, reference=reference, refused=refused)
+    return Capture(
+        sites, tuple(modules), provenance=_provenance(files), plan=plan, reference=reference, refused=refused
+    )
 
 
-def _wanted(modules: tuple[str, ...], plan: Iterable[Request]) -> dict[str, frozenset[Statistic]]:
+def _wanted(modules: Sequence[str], plan: Iterable[Request]) -> dict[str, frozenset[Statistic]]:
     """Return the statistics of each layer, in the order of the files."""
     wanted: dict[str, frozenset[Statistic]] = {}
     for request in plan:
@@ -201,9 +216,12 @@ def _pairs(files: Files, weights: Mapping[str, StoredWeight]) -> Mapping[str, St
     form = format_of(files.reference)
     # Each format knows the layers of its own files by the names that other files give them.
     named = form.layers_of([weight.layer for weight in weights.values()])
-    named |= {own: theirs for theirs, own in files.format.layers_of(files.reference.layers).items() if own != theirs}
+    theirs = weight_names(Files(files.reference)).all
+    named |= {own: other for other, own in files.format.layers_of(theirs).items() if own != other}
     pairs = {site: StoredWeight(form, _tied(form, named[weight.layer])) for site, weight in weights.items()}
-    absent = [site for site, pair in pairs.items() if form.weight_of(pair.layer) is None]
+    absent = [
+        site for site, pair in pairs.items() if pair.layer not in form.experts and form.weight_of(pair.layer) is None
+    ]
     if absent:
         raise AnomalyError(
             f"the reference has no layer {absent[0]}{f' (and {len(absent) - 1} more)' if absent[1:] else ''}: "
@@ -230,4 +248,4 @@ def _reference(files: Files, uncompared: Mapping[str, str]) -> Capture | None:
     if files.reference is None:
         return None
     provenance = Provenance(ModelProvenance(str(files.reference.path)))
-    return Capture({}, tuple(files.reference.layers), provenance=provenance, refused=uncompared)
+    return Capture({}, tuple(weight_names(Files(files.reference)).all), provenance=provenance, refused=uncompared)

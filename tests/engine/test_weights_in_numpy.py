@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from pytest_qsa import capture
 from pytest_qsa.captures import ALL_STATISTICS, SIGNED_COUNTS, Statistic
+from pytest_qsa.checkpoint import Files, Folder, capture_weights
 from pytest_qsa.checkpoint.weight_statistics import WEIGHT_REDUCTIONS, Rows, reduced
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import powers_of
 from pytest_qsa.engine.reduce.reductions import REDUCTIONS
+from support import models
 from support.captures import statistics
 
 GRIDS = [f"quantized:{s}:{by}" for s in ("int8", "int4", "fp8_e4m3") for by in ("token:0", "channel:0", "group:48")]
@@ -88,3 +91,35 @@ def test_one_statistic_alone_gives_the_numbers_that_it_gives_among_others(text):
     )
     for name in alone.keys() - {"extremes"}:
         np.testing.assert_allclose(alone[name], among[name], rtol=1e-12)
+
+
+def loaded_and_read(folder, model, *wanted):
+    """Return the numbers of a model's weights by the engine, and of its files by numpy, under the model's names."""
+    made = capture(model, [torch.zeros(1, 4, dtype=torch.long)], sites=[(".", "weight")], statistics=list(wanted))
+    read = capture_weights(Files(Folder(folder)), made.plan, modules=made.modules)
+    return made, read
+
+
+@pytest.mark.parametrize("kind", models.MIXTURES)
+def test_experts_have_the_same_names_and_numbers_in_files_as_in_a_loaded_model(tmp_path, kind):
+    models.mixture(kind).save_pretrained(tmp_path)
+    model = type(models.mixture(kind)).from_pretrained(tmp_path)
+    made, read = loaded_and_read(tmp_path, model, "rms", "absmax")
+    assert [site for site in made.sites if ".experts." in site[0]]
+    assert list(read.sites) == list(made.sites)
+    for metric in ("rms", "absmax"):
+        ours, theirs = (getattr(each.weight("."), metric)().values for each in (read, made))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "int4", "fp8 by channel", "torchao int8 by group"])
+def test_files_give_the_numbers_of_the_loaded_weights(quantized, form):
+    from transformers import AutoModelForCausalLM
+
+    made, read = loaded_and_read(
+        quantized[form], AutoModelForCausalLM.from_pretrained(quantized[form]), "rms", "absmax"
+    )
+    assert list(read.sites) == list(made.sites)
+    for metric in ("rms", "absmax"):
+        ours, theirs = (getattr(each.weight("."), metric)().values for each in (read, made))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-7)

@@ -214,7 +214,7 @@ class Format:
         `rows` reads them by these names, which are those of files with a tensor for each expert.
         """
         holders: dict[str, dict[str, tuple[int, ...]]] = {}
-        for name, shape in self.packed_tensors():
+        for name, shape in self.packed_shapes.items():
             holder, _, tensor = name.rpartition(".")
             holders.setdefault(holder, {})[tensor] = shape
         interleaved = self.folder.text_config.get("model_type") in INTERLEAVED
@@ -225,6 +225,11 @@ class Format:
             for index in range(min(shape[0] for shape in shapes.values()))
             for layer, place in layers.items()
         }
+
+    @cached_property
+    def packed_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The `packed_tensors` by name."""
+        return dict(self.packed_tensors())
 
     def packed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the tensors that hold all experts of a layer and their shapes, unpacked: those in floating point."""

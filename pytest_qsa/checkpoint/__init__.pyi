@@ -38,6 +38,7 @@ from .tensors import (
     FLOATS as FLOATS,
     Tensor as Tensor,
     encoded as encoded,
+    layer_of as layer_of,
     metadata_of as metadata_of,
     tensors_of as tensors_of,
 )

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.engine.load.completeness import check_complete
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.tokenizer import load_tokenizer
 from pytest_qsa.suite.sections import Memory, Model
@@ -143,11 +143,70 @@ def test_a_package_that_a_tokenizer_needs_is_named(llama, monkeypatch):
         load_tokenizer(str(llama), {})
 
 
-def test_a_declared_format_that_nothing_knows_is_the_installation_s_fault(llama, tmp_path):
-    def declare(config):
-        config["quantization_config"] = {"quant_method": "nobodys"}
+def declaring(**keys):
+    def change(config):
+        config["quantization_config"] = keys
 
-    folder = edited(llama, tmp_path / "unknown", config=declare)
-    save_file({"x": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InfraError):
+    return change
+
+
+def as_codes(weights):
+    weights[f"{DOWN}.weight"] = (weights[f"{DOWN}.weight"] * 1000).to(torch.int8)
+
+
+def with_state(weights):
+    weights[f"{DOWN}.SCB"] = torch.ones(32)
+
+
+def as_unsigned(weights):
+    weights[f"{DOWN}.weight"] = weights[f"{DOWN}.weight"].view(torch.uint8)
+
+
+UNDECLARED = {
+    "an unknown method, and plain floats": (
+        "float", {"config": declaring(quant_method="nobodys")}, InfraError,
+        r"declares quant_method 'nobodys', which transformers 5.* doesn't know: it would take the codes for weights",
+    ),
+    "codes, and no declaration": (
+        "float", {"change": as_codes}, AnomalyError, r"down_proj\.weight \(.*\): its I8 codes have no scale",
+    ),
+    "codes of another dtype than is declared": (
+        "int8", {"change": as_unsigned}, AnomalyError,
+        r"files hold weight \(U8 32×64\), weight_scale .*: int-quantized is declared, which is stored as I8; correct",
+    ),
+    "a part of bitsandbytes, dropped": (
+        "float", {"change": with_state}, AnomalyError, r"SCB; the codes of a weight mean nothing without them",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNDECLARED)
+def test_codes_are_never_loaded_as_if_they_were_weights(quantized, tmp_path, case):
+    form, edit, kind, text = UNDECLARED[case]
+    with pytest.raises(kind, match=text) as raised:
+        load(edited(quantized[form], tmp_path / "undeclared", **edit))
+    assert "allow_unexpected" not in str(raised.value)
+
+
+def test_what_may_be_dropped_does_not_make_codes_weights(llama, tmp_path):
+    folder = edited(llama, tmp_path / "modelopt", as_codes)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(InfraError, match=r"is modelopt, and config\.json doesn't say so: transformers takes"):
+        load(folder, allow_unexpected="scale")
+
+
+def test_scales_under_a_name_that_the_loader_does_not_know_are_not_the_checkpoint_s_fault(llama, tmp_path):
+    def to_fp8(weights):
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            weights[name] = weights[name].to(torch.float8_e4m3fn)
+            weights[name.replace(".weight", ".weight_scale")] = torch.ones(())
+
+    folder = edited(llama, tmp_path / "fp8", to_fp8, config=declaring(quant_method="fp8"))
+    with pytest.raises(InfraError, match="mean nothing without them: compare the installed libraries") as raised:
         load(folder)
+    assert "allow_unexpected" not in str(raised.value)
+    info = {"missing_keys": {f"{DOWN}.weight_scale_inv"}}  # as where a GPU runs its kernels
+    with pytest.raises(
+        InfraError, match=f"wants {DOWN}.weight_scale_inv: the installed libraries can't load the format"
+    ):
+        check_complete(Model(path=str(folder)), str(folder), "LlamaForCausalLM", info)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ import torch
 from torch import nn
 
 from ...captures import ModelProvenance
-from ...checkpoint import Folder, Format, format_of, open_folder
-from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFormatError, counted, one_line
+from ...checkpoint import Folder, format_of, open_folder
+from ...common import InfraError, QsaError, Scratch, UnloadableFormatError, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
+from .completeness import check_complete, check_declaration, declares_quantization
 from .tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
@@ -150,6 +150,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     # Before the weights are read: without a loader they would be taken for floats, and hours later refused.
     if Path(path).is_dir() and not (form := format_of(Folder(Path(path), spec.gguf_file))).loads:
         raise UnloadableFormatError(f"{path} can't be loaded: transformers has no loader for {form.label}")
+    declares = not spec.gguf_file and declares_quantization(path, config)
     kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
     streamed = memory.offload_device == "disk"
     if streamed:
@@ -163,11 +164,12 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     with contextlib.ExitStack() as cleaning:
         if scratch is not None:
             cleaning.callback(scratch.cleanup)
-        # Mismatched sizes are let through, so that `_check_complete` can say whose fault they are.
+        # Mismatched sizes are let through, so that `check_complete` can say whose fault they are.
         model, info = kind.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
         )
-        _check_complete(spec, path, type(model).__name__, info)
+        check_complete(spec, path, type(model).__name__, info)
+        check_declaration(spec, path, declares=declares)
         # accelerate has placed a model with a device map already, and refuses to move one.
         if "device_map" not in placement:
             model.to(device_for(memory))
@@ -178,53 +180,6 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         return Loaded(model, once_more(lambda: load_tokenizer(path, common | gguf)), scratch, stream)
     except QsaError as error:
         return Loaded(model, None, scratch, stream, error)
-
-
-def _check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> None:
-    """Refuse a model with random numbers in the place of a weight, or one that left weights of its file out.
-
-    `name`: the model's class. `info`: what `from_pretrained` says of the keys.
-    """
-    mismatched, missing = sorted(info.get("mismatched_keys") or ()), sorted(info.get("missing_keys") or ())
-    allowed = spec.allow_unexpected
-    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
-    if not (mismatched or missing or unexpected):
-        return
-    form = format_of(open_folder(path, spec.revision, spec.gguf_file))
-    known = bool(form.name or not form.folder.quantization)
-    # A declared format that nothing here knows is left unread by transformers as well: the files may be sound.
-    kind: type[QsaError] = InfraError if not known else AnomalyError if form.loads else UnloadableFormatError
-    for key, stored, wanted in mismatched:
-        text = f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: "
-        if _sound(form, key.rpartition(".")[0]):
-            advice = "the installed libraries can't load the format; compare them to the saver's"
-            raise UnloadableFormatError(f"{text}{advice}")
-        raise kind(f"{text}its configuration is another model's, or the tensor is damaged")
-    if missing:
-        raise kind(
-            f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-        )
-    many = counted(len(unexpected), "tensor")
-    listed = f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}"
-    if any(_belongs_to_quantization(form, key) for key in unexpected):
-        advice = "the codes of a weight mean nothing without them: compare the installed libraries to the saver's"
-    else:
-        advice = "name them in model.allow_unexpected (a regex) if the model does without them"
-    raise kind(f"{path} holds {many} that {name} has no place for, and that loading drops: {listed}; {advice}")
-
-
-def _sound(form: Format, layer: str) -> bool:
-    """Say whether the files hold a layer as its declared scheme wants it, so that a wrong shape is the loader's."""
-    return form.codes_of(layer) is not None and next(form.findings(layer), None) is None
-
-
-def _belongs_to_quantization(form: Format, key: str) -> bool:
-    tensor = form.folder.tensors.get(key)
-    part = tensor.part if tensor else key.rpartition(".")[2]
-    return part.startswith("weight.") or bool(
-        form.scales.search(part) or form.zero_points.search(part) or part in set(form.codes) - {"weight"}
-    )
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from ..captures import match_layers
 from ..common import AnomalyError, InfraError, did_you_mean, number, shown_path
 from ..metrics import OVER, Bounds, Over
 from ..suite import NAME_PLACEHOLDER, ExternalAssertion
+from .paired import Pairs, Samples, read_pairs
 
 LATEST = "results_*.json"
 """The names of lm-eval's files; they hold the time of the run, so that the last name is the latest."""
+DEFAULT_SAMPLES = "samples_TASK_*.jsonl"
+"""The names of the files that lm-eval writes with --log_samples."""
 LOWER_IS_BETTER = re.compile(r"perplexity|ppl|bits_per_byte|loss|brier|(^|_)(wer|cer|ter)$")
 """Scores of which less is better, where the file doesn't say so."""
 CONDITIONS = {"versions": "version", "n-shot": "n-shot", "n-samples": "samples"}
@@ -31,7 +34,7 @@ IMPLAUSIBLE_SIGMAS = 4.0
 class Score:
     """One result. `stderr`: its standard error, None where the file has none. `higher`: more is better.
 
-    `conditions`: under which it was measured.
+    `conditions`: under which it was measured. `key`: `metric,filter` of lm-eval.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Score:
     stderr: float | None
     higher: bool
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    key: str = ""
 
     def __str__(self) -> str:
         """Write the value with its standard error."""
@@ -47,33 +51,81 @@ class Score:
 
 @dataclass(frozen=True)
 class Compared:
-    """A score as it is judged. `noise`: the standard error of `value`, 0 where it isn't known. `detail`: in words."""
+    """A score as it is judged. `noise`: the standard error of `value`, 0 where it isn't known. `detail`: in words.
+
+    `pairs`: the samples of a paired comparison.
+    """
 
     score: Score
     value: float
     noise: float
     detail: str
     reference: Score | None = None
+    pairs: Pairs | None = None
 
 
-def eval_scores(assertion: ExternalAssertion, folder: Path, name: str) -> tuple[Sequence[Compared], Mapping[str, str]]:
+@dataclass(frozen=True)
+class EvalFiles:
+    """Where results lie: paths are relative to `folder`. `name`, `path`: the subject's; `name` replaces `{name}`."""
+
+    folder: Path
+    name: str
+    path: str = ""
+
+    def at(self, named: str) -> Path:
+        """Return the file, or the folder of lm-eval's results, that a suite names."""
+        return self.folder / named.replace(NAME_PLACEHOLDER, self.name)
+
+
+def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequence[Compared], Mapping[str, str]]:
     """Return the scores that an assertion judges, and what was read: the files, and the conditions of the runs.
-
-    `folder`: what the assertion's paths are relative to; `name`: what `{name}` in them stands for.
 
     Raises:
         InfraError: a file is missing.
         AnomalyError: there is nothing sound in a file, or nothing that can be compared.
     """
-    file = folder / assertion.file.replace(NAME_PLACEHOLDER, name)
-    other = folder / assertion.reference.replace(NAME_PLACEHOLDER, name) if assertion.reference else None
+    file = evals.at(assertion.file)
+    other = evals.at(assertion.reference) if assertion.reference else None
     scores = read_scores(file, assertion)
     compared: Sequence[Compared] = [Compared(score, score.value, 0.0, str(score)) for score in scores]
     if other is not None:
         compared = compare_scores(scores, read_scores(other, assertion), assertion)
+    if other is not None and assertion.compare == "paired":
+        _check_model(_results_file(file), evals)
+        compared = [_paired(each, _results_file(file), _results_file(other), assertion) for each in compared]
     compared = folded(compared, assertion.over)
     reference = {"reference": shown_path(other)} if other else {}
     return compared, {"file": shown_path(file), **shared_conditions([each.score for each in compared]), **reference}
+
+
+def _check_model(file: Path, evals: EvalFiles) -> None:
+    """Raise an `AnomalyError` where results are of another model than the subject, or don't say of which."""
+    evaluated = _read(file).get("model_name")
+    if not isinstance(evaluated, str) or not evaluated:
+        raise AnomalyError(
+            f"{shown_path(file)} doesn't say which model was evaluated (model_name, which lm-eval writes since 0.4.3)"
+        )
+    known = {name for full in (evals.name, evals.path) if full for name in (full, Path(full).name)}
+    if known.isdisjoint((evaluated, Path(evaluated).name)):
+        raise AnomalyError(
+            f"{shown_path(file)} is of another model, {evaluated}, than the subject, {evals.path or evals.name}: "
+            "evaluate the subject, or give it that name, model.name"
+        )
+
+
+def _paired(compared: Compared, file: Path, other: Path, assertion: ExternalAssertion) -> Compared:
+    """Judge a task by the upper end of the interval of its drop, sample by sample."""
+    score, pattern = compared.score, assertion.samples or DEFAULT_SAMPLES
+    metric, _, filtered = score.key.partition(",")
+    own, reference = (Samples(side, pattern, score.name) for side in (file, other))
+    pairs = read_pairs(own, reference, metric, filtered, score.higher)
+    noted = score.conditions.get("samples")
+    if isinstance(noted, int) and noted != pairs.count:
+        raise AnomalyError(
+            f"{score.name}: the results are of {noted} samples, {shown_path(own.path())} has {pairs.count}: "
+            "they are of different runs"
+        )
+    return replace(compared, value=pairs.interval()[1], noise=0.0, detail=str(pairs), pairs=pairs)
 
 
 def read_scores(path: Path, assertion: ExternalAssertion) -> list[Score]:
@@ -83,17 +135,19 @@ def read_scores(path: Path, assertion: ExternalAssertion) -> list[Score]:
         InfraError: there is no such file, or it can't be read.
         AnomalyError: it is no JSON, has no such task, score or key, or what is there is no finite number.
     """
-    file = _latest(path) if path.is_dir() else path
+    file = _results_file(path)
     content = _read(file)
     if assertion.pointer is not None:
         return [_pointed(content, assertion.pointer, assertion, file)]
     return _of_tasks(content, assertion, file)
 
 
-def _latest(folder: Path) -> Path:
-    files = sorted(folder.rglob(LATEST), key=lambda file: file.name)
+def _results_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = sorted(path.rglob(LATEST), key=lambda file: file.name)
     if not files:
-        raise InfraError(f"{shown_path(folder)}: there is no {LATEST} of lm-eval below this folder")
+        raise InfraError(f"{shown_path(path)}: there is no {LATEST} of lm-eval below this folder")
     return files[-1]
 
 
@@ -138,7 +192,7 @@ def _of_task(content: Mapping[str, Any], task: str, assertion: ExternalAssertion
         # `original` is the size of the data set, `effective` how much of it ran (lm-eval's --limit).
         noted["samples"] = noted["samples"].get("effective")
     conditions = {name: value for name, value in noted.items() if value is not None}
-    return Score(task, _number(results[key], where), _stderr(error, where), higher, conditions)
+    return Score(task, _number(results[key], where), _stderr(error, where), higher, conditions, key)
 
 
 def _is_higher_better(name: str, assertion: ExternalAssertion, stated: bool | None = None) -> bool:
@@ -243,7 +297,7 @@ def _compare(score: Score, reference: Score, assertion: ExternalAssertion) -> Co
             "compare the drop"
         )
     _check_gain(score, reference, -drop, noise or 0.0, assertion.implausible_gain)
-    if assertion.compare == "drop":
+    if assertion.compare in ("drop", "paired"):
         return Compared(score, drop, noise or 0.0, detail, reference)
     return Compared(score, over.value / under.value, (noise or 0.0) / reference.value, detail, reference)
 
@@ -281,8 +335,12 @@ def widened_bounds(bounds: Sequence[Bounds], scores: Sequence[Compared], asserti
     """Widen each bound by the assertion's `sigmas`, in standard errors of the difference.
 
     Raises:
-        AnomalyError: a score has no standard error, or the bound would be so wide that the worst score were within it.
+        AnomalyError: a score has no standard error, or the bound would be so wide that the worst score were within it;
+            or a paired comparison has too few samples for its bound.
     """
+    for own, score in zip(bounds, scores, strict=True):
+        if score.pairs is not None and own.max is not None:
+            score.pairs.check_reachable(own.max, score.score.name)
     if not assertion.sigmas:
         return list(bounds)
     return [_widened(own, score, assertion) for own, score in zip(bounds, scores, strict=True)]

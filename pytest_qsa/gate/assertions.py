@@ -15,6 +15,7 @@ import pytest
 from ..captures import LOGITS, Capture, Request, Site
 from ..checkpoint import Files, Finding, problems_of
 from ..common import QsaError, QsaWarning, SuiteError
+from ..external import EvalFiles
 from ..metrics import (
     METRICS,
     Bounds,
@@ -34,7 +35,6 @@ from ..verdicts import (
     BASELINE_NAME,
     NO_LENIENCY,
     Budget,
-    EvalFiles,
     Evidence,
     Judgement,
     Kind,
@@ -100,7 +100,7 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     subject = gate.subject_of(request.node)
     assert subject is not None
     if isinstance(assertion, ExternalAssertion):
-        return EvalFiles(subject.folder, subject.name)
+        return EvalFiles(subject.folder, subject.name, subject.path)
     capture = gate.capture_of(request)
     release = None
     if assertion.follows:

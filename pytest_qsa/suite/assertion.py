@@ -263,7 +263,10 @@ class ExternalAssertion(Assertion):
     pointer: Annotated[Pointer | None, Field(description="a JSON Pointer to the number, of any other JSON")] = None
     stderr: Annotated[Pointer | None, Field(description="a JSON Pointer to its standard error")] = None
     higher_is_better: Annotated[bool | None, Field(description="default: as lm-eval says, or by the name")] = None
-    compare: Literal["value", "recovery", "drop"] = "value"
+    compare: Literal["value", "recovery", "drop", "paired"] = "value"
+    samples: Annotated[
+        str | None, Field(min_length=1, description="names of lm-eval's samples beside the results, TASK: the task's")
+    ] = None
     sigmas: Annotated[float, Ge(0), Field(description="standard errors of the difference that are allowed more")] = 0.0
     implausible_gain: Annotated[float, Gt(0), Field(description="share of the reference")] = 0.1
 
@@ -286,6 +289,7 @@ class ExternalAssertion(Assertion):
     def _check_compared(self) -> None:
         if self.compare != "value" and self.reference is None:
             raise SuiteError(f"{self.compare} is against a reference: name its file", "compare")
+        self._check_paired()
         if self.compare == "value" and self.reference is not None:
             raise SuiteError("say how the reference counts: compare: recovery or compare: drop", "reference")
         if self.sigmas and self.reference is None:
@@ -297,10 +301,23 @@ class ExternalAssertion(Assertion):
         if self.sigmas and self.equals is not None:
             raise SuiteError("sigmas let out min and max, and equals is neither", "sigmas")
 
+    def _check_paired(self) -> None:
+        if self.samples is not None and (self.compare != "paired" or {"..", ""} & set(self.samples.split("/"))):
+            raise SuiteError("samples are files beside the results, for compare: paired", "samples")
+        if self.compare != "paired":
+            return
+        if self.pointer is not None:
+            raise SuiteError("samples are paired by lm-eval's files: name score instead of pointer", "pointer")
+        if self.max is None or self.min is not None or self.equals is not None:
+            raise ValueError("a paired comparison needs one bound, the drop that may be lost: max: 0.02")
+        for key in ("sigmas", "over"):
+            if getattr(self, key):
+                raise SuiteError(f"a paired comparison has an interval for each task, and takes no {key}", key)
+
     @property
     def query(self) -> Query:
         """See `Assertion`."""
-        names = ("file", "score", "reference", "compare", "sigmas")
+        names = ("file", "score", "reference", "compare", "samples", "sigmas")
         parameters: dict[str, Any] = {name: value for name in names if (value := getattr(self, name))}
         where = self.tasks if self.pointer is None else self.pointer
         return Query("external", "external/1", EVALS, where, self.exclude, parameters, over=self.over)

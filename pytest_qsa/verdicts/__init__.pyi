@@ -21,7 +21,6 @@ from .budgets import (
 )
 from .explainers import Context as Context, channel_of as channel_of, context as context, explain as explain
 from .judge import (
-    EvalFiles as EvalFiles,
     Evidence as Evidence,
     Identity as Identity,
     Measurement as Measurement,

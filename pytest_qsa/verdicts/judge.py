@@ -12,7 +12,7 @@ import numpy as np
 from ..captures import Capture, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, problems_of
 from ..common import AnomalyError, BaselineError, InfraError, QsaError, counted
-from ..external import eval_scores, widened_bounds
+from ..external import EvalFiles, eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
     Assertion,
@@ -118,14 +118,6 @@ class Measurement:
     capture: Capture
     baseline: HoldAgainstBaseline
     release: Release | None = None
-
-
-@dataclass(frozen=True)
-class EvalFiles:
-    """Evidence for an external assertion: result files relative to `folder`; `name`: what `{name}` in a path means."""
-
-    folder: Path
-    name: str
 
 
 Evidence = Measurement | Files | EvalFiles | QsaError
@@ -284,7 +276,7 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
         InfraError: a file is missing.
         AnomalyError: there is nothing sound in it, or nothing that can be compared.
     """
-    scores, read = eval_scores(assertion, evals.folder, evals.name)
+    scores, read = eval_scores(assertion, evals)
     names = [each.score.name for each in scores]
     series = Series(names, np.array([each.value for each in scores]), assertion.query)
     series.check()

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.external.evals import EvalFiles
 from pytest_qsa.suite import load_suite
-from pytest_qsa.verdicts.judge import EvalFiles, judge_evals
+from pytest_qsa.verdicts.judge import judge_evals
 from pytest_qsa.verdicts.judgement import NO_LENIENCY
 from support.projects import Project
 
@@ -286,7 +287,10 @@ def test_an_eval_is_judged_without_torch(evals):
         ("file: f, score: acc, compare: drop, max: 0", "drop is against a reference: name its file"),
         ("file: f, reference: g, score: acc, max: 0", "say how the reference counts"),
         ("file: f, score: acc, sigmas: 2, min: 0", "a tolerance from the suspect alone"),
-        ("file: f, score: acc, compare: dorp, min: 0", "compare: 'dorp' is none of 'value', 'recovery' or 'drop'"),
+        (
+            "file: f, score: acc, compare: dorp, min: 0",
+            "compare: 'dorp' is none of 'value', 'recovery', 'drop' or",
+        ),
         ("file: f, score: acc, layers: x, min: 0", "unknown key 'layers'"),
         ("file: 3, score: acc, min: 0", "file: "),
         ("file: f, reference: g, score: acc, compare: drop, sigmas: two, max: 0", "sigmas: "),

@@ -11,10 +11,11 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.common.errors import AnomalyError, BaselineError, InfraError, SuiteError
+from pytest_qsa.external.evals import EvalFiles
 from pytest_qsa.suite.yaml_source import Place
 from pytest_qsa.verdicts.baseline_file import BaselineFile
 from pytest_qsa.verdicts.baselines import within_baseline
-from pytest_qsa.verdicts.judge import EvalFiles, Identity, Measurement, Release, concluded, judge_assertion
+from pytest_qsa.verdicts.judge import Identity, Measurement, Release, concluded, judge_assertion
 from pytest_qsa.verdicts.judgement import Judgement, checked_series
 from pytest_qsa.verdicts.verdict import Kind
 from support.judged import TODAY, assertion_of, capture_of, judged

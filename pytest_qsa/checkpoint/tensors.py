@@ -97,7 +97,7 @@ def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
     # bitsandbytes saves what belongs to a weight under the weight's own name: X.weight.absmax is a tensor of X
     owner = name.rpartition(".")[0]
-    owner = re.sub(r"\.weight(\.quant_state)?$", "", owner)
+    owner = re.sub(r"\.weight(\.quant_state|\._data)?$", "", owner)  # quanto: X.weight._data._data
     # gpt-oss keeps two packed weights in one module, each with scales: X_blocks and X_scales are of X
     packed = re.fullmatch(r"(.+\.(?:gate_up|down)_proj)_(?:blocks|scales)", name)
     return packed[1] if packed else owner or name
@@ -166,6 +166,12 @@ def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
         info = np.iinfo(kind)
         return np.clip(np.round(values), info.min, info.max).astype(kind)
     return values.astype(kind)
+
+
+def rounded(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """Return numbers rounded to a dtype in floating point, through float32, in which libraries compute."""
+    with np.errstate(over="ignore"):
+        return decoded(encoded(values.astype(np.float32).astype(np.float64), dtype), dtype).astype(np.float64)
 
 
 def tensors_of(path: Path) -> Iterator[Tensor]:

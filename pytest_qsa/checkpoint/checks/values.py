@@ -78,8 +78,9 @@ def unsound_floats(form: Format) -> Iterator[Finding]:
     for tensor in form.folder.tensors.values():
         if tensor.dtype not in FLOATS or not tensor.shape or 0 in tensor.shape or form.scales.search(tensor.part):
             continue
-        if tensor.part == "weight" and form.codes_of(tensor.layer) is not None:
-            continue  # bitsandbytes may store the bytes of codes under a float dtype, where they can look like NaN
+        codes = form.codes_of(tensor.layer)
+        if codes is not None and codes.name == tensor.name:
+            continue  # bitsandbytes and HQQ may store bytes of codes under a float dtype, where they can look like NaN
         raw = tensor.raw().reshape(tensor.shape[0], -1)
         values = decoded(np.asarray(raw[:: max(1, raw.nbytes // BUDGET)]), tensor.dtype)
         bad = int(np.count_nonzero(~np.isfinite(values)))

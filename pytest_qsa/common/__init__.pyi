@@ -15,13 +15,15 @@ from .errors import (
 from .extensions import Registry as Registry
 from .files import Scratch as Scratch, write_atomically as write_atomically
 from .imports import face as face
-from .log import Progress as Progress, logger as logger, progress_bar as progress_bar
 from .text import (
+    Progress as Progress,
     counted as counted,
     escaped as escaped,
     fitted as fitted,
+    logger as logger,
     markdown_table as markdown_table,
     number as number,
+    progress_bar as progress_bar,
     short_hash as short_hash,
     text_table as text_table,
     visible as visible,

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from .errors import InfraError
-from .log import logger
+from .text import logger
 
 T = TypeVar("T")
 

@@ -1,8 +1,10 @@
-"""Text for people: numbers, hashes, escapes, and Markdown that nothing in a name can break."""
+"""Text for people: numbers, tables, escapes, Markdown that no name can break; and the log and the progress of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), indent: str = "") -> Iterator[str]:
@@ -62,3 +64,28 @@ def number(value: float, *, signed: bool = False) -> str:
 def counted(count: int, noun: str) -> str:
     """Write `1 sample`, `8 samples`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+logger = logging.getLogger("pytest_qsa")
+"""Says at DEBUG what is hashed, whether a cached capture is used, why a pass starts again, and where the time goes.
+`--log-cli-level=DEBUG` of pytest and `qsa -v` show it."""
+
+Progress = Callable[[int, int], None]
+"""A callback that gets the samples done and the samples in all."""
+
+
+@contextmanager
+def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Progress]:
+    """Show a bar of samples; yield the callback that moves it: `progress(done, total)`.
+
+    `disable`: None shows the bar on a terminal only.
+    """
+    from tqdm import tqdm  # only a run that shows a bar pays for the import
+
+    with tqdm(desc=f"qsa {name}", unit="sample", leave=False, disable=disable) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total  # known only once the data is loaded
+            bar.update(done - bar.n)
+
+        yield progress

@@ -5,7 +5,7 @@ from .load.outline import anatomy as anatomy, layer_names as layer_names, outlin
 from .load.tokenizer import decoder_of as decoder_of
 from .probe import this_machine as this_machine
 from .ranks import joined as joined
-from .reference.answers import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
+from .reference.predictions import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions
 from .subject import (
     SampleShare as SampleShare,

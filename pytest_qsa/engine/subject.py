@@ -45,8 +45,8 @@ from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
 from .modules import device_of, forward_errors, layers_of, with_experts
 from .ranks import Ranks
-from .reference.head import located_head
 from .reference.live import LiveReference, Reference
+from .reference.predictions import located_head
 from .reference.record import Recording, RecordOptions, record_model
 from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference, check_answerable

@@ -2,15 +2,22 @@ from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels
 from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
     LARGEST as LARGEST,
+    LARGEST_CODE as LARGEST_CODE,
+    LEAST_EXPONENT as LEAST_EXPONENT,
+    LOSSLESS as LOSSLESS,
+    MANTISSA_BITS as MANTISSA_BITS,
     NOISE as NOISE,
     OWN as OWN,
     SIGNAL as SIGNAL,
+    Granularity as Granularity,
+    Scheme as Scheme,
     compared as compared,
     compared_tokens as compared_tokens,
     decibels as decibels,
     local_powers as local_powers,
     local_tokens as local_tokens,
     made_by_loader as made_by_loader,
+    rounded_to as rounded_to,
 )
 from .predictions import (
     KL as KL,
@@ -18,15 +25,6 @@ from .predictions import (
     REFERENCE_NLL as REFERENCE_NLL,
     TokenScores as TokenScores,
     numbers_of as numbers_of,
-)
-from .quantization import (
-    LARGEST_CODE as LARGEST_CODE,
-    LEAST_EXPONENT as LEAST_EXPONENT,
-    LOSSLESS as LOSSLESS,
-    MANTISSA_BITS as MANTISSA_BITS,
-    Granularity as Granularity,
-    Scheme as Scheme,
-    rounded_to as rounded_to,
 )
 from .registry import (
     METRICS as METRICS,

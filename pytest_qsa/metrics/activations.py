@@ -38,8 +38,7 @@ from ..captures import (
     order_statistics,
 )
 from ..common import AnomalyError, SuiteError
-from .fidelity import decibels
-from .quantization import Granularity, Scheme, counted_powers
+from .fidelity import Granularity, Scheme, counted_powers, decibels
 from .registry import Values, View, metric
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]

@@ -16,14 +16,6 @@ from .bounds import (
     Stated as Stated,
     Waiver as Waiver,
 )
-from .datasets import (
-    BUILTIN as BUILTIN,
-    DOCUMENTS as DOCUMENTS,
-    HubSet as HubSet,
-    cache_folder as cache_folder,
-    hub_set_of as hub_set_of,
-    local_path as local_path,
-)
 from .facts import (
     EMULATED as EMULATED,
     KERNELS as KERNELS,
@@ -62,10 +54,16 @@ from .sections import (
 )
 from .session import Captures as Captures, MakeCapture as MakeCapture
 from .subjects import (
+    BUILTIN as BUILTIN,
+    DOCUMENTS as DOCUMENTS,
     Checkpoint as Checkpoint,
+    HubSet as HubSet,
     NamedSubject as NamedSubject,
     Subject as Subject,
+    cache_folder as cache_folder,
     files_of as files_of,
+    hub_set_of as hub_set_of,
+    local_path as local_path,
     located as located,
     previous_of as previous_of,
     stored_quantized as stored_quantized,

@@ -21,8 +21,7 @@ from typing import Any
 from ..captures import Capture
 from ..checkpoint import Folder, format_of, libraries_of_formats
 from ..common import QsaError, logger, write_atomically
-from .datasets import hub_set_of, local_path
-from .subjects import NamedSubject, Subject
+from .subjects import NamedSubject, Subject, hub_set_of, local_path
 
 LIBRARIES = (
     "pytest-qsa",

@@ -3,9 +3,7 @@ from .calibrate import Sampled as Sampled
 from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
 from .diff.sides import read_side as read_side
-from .edit_suite import calibrated as calibrated
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
-from .init import first_suite as first_suite
 from .pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
 from .selftest.faults import FAULTS as FAULTS
 from .selftest.run import (
@@ -16,3 +14,4 @@ from .selftest.run import (
     score_of as score_of,
 )
 from .selftest.table import lines_of as lines_of, score_line as score_line, write_outcomes as write_outcomes
+from .suite_text import calibrated as calibrated, first_suite as first_suite

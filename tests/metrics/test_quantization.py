@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from pytest_qsa import Capture, capture
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics import decibels
-from pytest_qsa.metrics.quantization import rounded_to
+from pytest_qsa.metrics.fidelity import rounded_to
 from pytest_qsa.metrics.selection import NotMeasuredError
 from support import models
 

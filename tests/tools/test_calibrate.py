@@ -13,7 +13,7 @@ from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.metrics.series import Query, Series
 from pytest_qsa.suite import Data, load_suite
 from pytest_qsa.tools.calibrate import IDENTICAL, Spread, proposals_of
-from pytest_qsa.tools.edit_suite import calibrated
+from pytest_qsa.tools.suite_text import calibrated
 from support import models
 from support.projects import suite
 

@@ -11,7 +11,7 @@ from pytest_qsa import capture
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.suite import Anatomy, Data, load_suite
-from pytest_qsa.tools.init import measured_drafts, sinks_of
+from pytest_qsa.tools.suite_text import measured_drafts, sinks_of
 from support import models
 from support.checkpoints import edited, save_llama
 from support.projects import Project

@@ -171,7 +171,7 @@ def heat_map(statistic: HeatMap, row: Row, into: Accumulator) -> None:
 
 @reduces("quantized")
 def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulator) -> None:
-    """Keep Σx² and Σ(x − x̂)² as float64 [2]; metrics/quantization.py defines the grids.
+    """Keep Σx² and Σ(x − x̂)² as float64 [2]; metrics/fidelity.py defines the grids.
 
     The scales of tokens, channels and groups aren't known after the pass, so the pass must take the sums.
     """

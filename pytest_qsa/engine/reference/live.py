@@ -52,8 +52,7 @@ from ..modules import (
 )
 from ..reduce.pairs import powers_of
 from ..run.participant import Forward, ForwardComplete, Participant, Pass, WantedSites
-from ..run.rehearsal import rehearse
-from ..run.run_pass import forwards_of, run_in_turn
+from ..run.run_pass import forwards_of, rehearse, run_in_turn
 from ..run.site_statistics import SiteStatistics, hooked
 from ..stream.stream import Stream, Unit
 from .pair_statistics import PairStatistics, ReferenceTensor, check_rows, drawn_rows, run_rows

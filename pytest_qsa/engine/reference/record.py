@@ -39,8 +39,8 @@ from ..run.next_token import logits_of
 from ..run.participant import Forward, Need, Participant, Pass
 from ..run.run_pass import run_pass
 from ..stream.stream import Stream
-from .head import Head, head_of, loaded_head, scalings_of
 from .pair_statistics import check_rows, run_rows
+from .predictions import Head, head_of, loaded_head, scalings_of
 from .reference_file import Call, ReferenceContent, SiteRows, drawn_tokens, hashes_of
 
 FARTHEST = 1e-5

@@ -5,7 +5,7 @@ The fixtures `qsa` and `qsa_baseline` give the same engine, verdicts and report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ..metrics import (
     Bounds,
     Judge,
     NotMeasuredError,
+    Parameters,
     Positions,
     Query,
     Reduce,
@@ -256,7 +257,7 @@ class Qsa:
         """The static checks, which read the checkpoint's files: `assert qsa.checkpoint.health() == 0`."""
         return QsaCheckpoint(self)
 
-    def problems(self, metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Series:
+    def problems(self, metric: str, layers: str, exclude: str | None, parameters: Parameters) -> Series:
         """Run a static check; comparing its series judges it, without a pass."""
         try:
             files = self._gate.files_of(self._request)

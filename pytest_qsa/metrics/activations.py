@@ -7,7 +7,7 @@ decorator adds what the planner and the baselines must know of it. A changed def
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -39,7 +39,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError
 from .fidelity import Granularity, Scheme, counted_powers, decibels
-from .registry import Values, View, metric
+from .registry import Parameters, Values, View, metric
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
@@ -82,7 +82,7 @@ def outlier_ratio(view: View) -> Values:
     return np.array(ratios, dtype=np.float64)
 
 
-def _magnitude_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _magnitude_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     reduce_dim = _reduce_dim(site, parameters["reduce_dim"])
     return frozenset({{-1: TOKENS, -2: CHANNELS, None: ELEMENTS}[reduce_dim]})
 
@@ -147,7 +147,7 @@ def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: 
     return count, channel, float(ratios.max())
 
 
-def _massive_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _massive_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     return frozenset({Massive(parameters["abs"], parameters["ratio"])})
 
 
@@ -158,7 +158,7 @@ def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0
     return np.where(counts == UNKNOWN, np.nan, counts.astype(np.float64))
 
 
-def _absmax_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _absmax_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     # Moments are of all tokens: which of them count can be chosen among the maxima only.
     return frozenset({MOMENTS if positions == "all" else TOKENS})
 
@@ -207,7 +207,7 @@ def crest_factor(view: View) -> float:
         return float(np.float64(absmax(view)) / rms(view))
 
 
-def _quantile_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _quantile_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     return frozenset({SIGNED_COUNTS if parameters["signed"] else COUNTS})
 
 
@@ -234,7 +234,7 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
     return ACROSS[across](band)
 
 
-def _quantization_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _quantization_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     by, scheme = parameters["by"], parameters["scheme"]
     return frozenset({COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
 
@@ -259,7 +259,7 @@ def quantization_sqnr(
     return decibels(signal, error)
 
 
-def _features_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _features_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     return frozenset({FeatureCounts(parameters["abs"])})
 
 

@@ -6,13 +6,14 @@ Exact for two captures of one 16-bit dtype; float32 is counted by its upper half
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import Site, SiteNumbers, sorted_counts
 from ..common import AnomalyError, SuiteError
+from .registry import Parameters
 from .series import Query, Series
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _series(
     measure: Measure,
     captures: tuple[Capture, Capture],
     where: tuple[str, Site, str | None],
-    parameters: dict[str, Any],
+    parameters: Parameters,
 ) -> Series:
     pattern, site, exclude = where
     selections = [capture.select(pattern, site, exclude) for capture in captures]

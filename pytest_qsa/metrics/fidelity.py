@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -33,7 +33,7 @@ from ..captures import (
     bin_values,
 )
 from ..common import AnomalyError
-from .registry import TWO_SIDED_95, Estimate, Values, View, metric
+from .registry import TWO_SIDED_95, Estimate, Parameters, Values, View, metric
 
 SIGNAL, NOISE, OWN, LARGEST = range(len(ERROR_NAMES))
 By = Literal["tensor", "token", "channel"]
@@ -41,7 +41,7 @@ WeightBy = Literal["tensor", "channel"]
 Rows = Annotated[int, Ge(2), Le(4096)]
 
 
-def _error_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _error_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     # `error` has sums for each token, from which no channel's can be had, so the pass sums these for the
     # positions.
     if parameters.get("by") == "channel" and site != "weight":
@@ -100,7 +100,7 @@ def max_abs_diff(view: View) -> float:
     return float(compared(view)[:, LARGEST].max())
 
 
-def _local_needs(site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+def _local_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     return frozenset({LocalError(parameters["rows"])})
 
 

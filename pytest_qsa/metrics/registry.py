@@ -33,7 +33,9 @@ from ..common import SuiteError, shown_path
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Values = NDArray[np.float64]
-Needs = Callable[[Site, str, Mapping[str, Any]], frozenset[Statistic]]
+Parameters = Mapping[str, Any]
+"""The values of a metric's own parameters, or of a check's, by name."""
+Needs = Callable[[Site, str, Parameters], frozenset[Statistic]]
 """Site, positions, parameters → the statistics that a pass has to keep."""
 
 ENTRY_POINTS = "pytest_qsa.metrics"
@@ -192,13 +194,13 @@ class Metric(Definition):
         """Return which tokens count by default: against a reference all but the sinks, else all (docs/metrics.md)."""
         return "no_sink" if self.against and self.positional and site != "weight" else "all"
 
-    def counts_tokens(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> bool:
+    def counts_tokens(self, site: Site, positions: str, parameters: Parameters) -> bool:
         """Say whether the tokens that count can be chosen here."""
         if site == "weight" or not self.positional:
             return False
         return self.against or TOKENS in self.needs(site, positions, parameters)
 
-    def needs(self, site: Site, positions: str, parameters: Mapping[str, Any]) -> frozenset[Statistic]:
+    def needs(self, site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
         """Return the statistics that a pass has to keep."""
         defaults = {name: p.default for name, p in self.parameters.items()}
         needed = self.statistics(site, positions, {**defaults, **parameters})

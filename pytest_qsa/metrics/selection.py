@@ -29,7 +29,7 @@ from ..captures import (
 from ..common import AnomalyError, InfraError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
-from .registry import METRICS, REDUCTIONS, Estimate, Metric, Reduce, View
+from .registry import METRICS, REDUCTIONS, Estimate, Metric, Parameters, Reduce, View
 from .series import Judge, Positions, Query, Series, check_arguments, positions_of, query_of, sound
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Selection(MetricMethods):
         return self._series(query, results)
 
     def _asked(
-        self, metric: str, reduce: Reduce | None, positions: Positions | None, parameters: Mapping[str, Any]
+        self, metric: str, reduce: Reduce | None, positions: Positions | None, parameters: Parameters
     ) -> tuple[list[str], Query]:
         """Check that the capture can answer; return the layers, and what is asked for."""
         definition = METRICS[metric]
@@ -206,7 +206,7 @@ class Selection(MetricMethods):
         intervals = {layer: (of.low, of.high, of.count) for layer, of in estimates.items()}
         return Series(list(values), array, query, populations, problems, self.judge, intervals)
 
-    def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Mapping[str, Any]) -> None:
+    def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Parameters) -> None:
         needs = metric.needs(self.site, positions, parameters)
         # Nothing passes vacuously: a site that no tensor reached has no number, and no bound holds of it.
         dead = [layer for layer in layers if not self.capture.sites[layer, self.site].populations]

@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypedDict, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import LOGITS, Site
 from ..common import AnomalyError, SuiteError, did_you_mean
-from .registry import METRICS, REDUCTIONS, Metric, Reduce
+from .registry import METRICS, REDUCTIONS, Metric, Parameters, Reduce
 
 CHECKPOINT = "checkpoint"
 """The site in the query of a static check, which looks at files and at no tensor stream."""
@@ -80,7 +80,7 @@ class Query:
     site: str
     layers: str
     exclude: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     positions: str | None = None
     reduce: str | None = None
     over: Over | None = None
@@ -104,9 +104,27 @@ class Query:
             return "tasks"
         return "experts" if self.metric in METRICS and METRICS[self.metric].per == "expert" else "layers"
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> PlainQuery:
         """Return it as plain values, with its text."""
-        return {"text": str(self), "of": self.of, **asdict(self)}
+        return {"text": str(self), "of": self.of, **asdict(self)}  # type: ignore[typeddict-item]
+
+
+class PlainQuery(TypedDict, total=False):
+    """A query as plain values, as verdicts and reports hold it; empty where an error came before there was one."""
+
+    text: str
+    of: str
+    metric: str
+    definition: str
+    site: Any  # `Site`, `CHECKPOINT` or `EVALS`
+    layers: str
+    exclude: str | None
+    parameters: Parameters
+    positions: str | None
+    reduce: Reduce | None
+    over: Over | None
+    unit: str
+    estimated: bool
 
 
 Judge = Callable[["Series", Bounds], bool]
@@ -211,9 +229,7 @@ Positions = str | Mapping[str, int]
 """`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
 
 
-def check_arguments(
-    metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Mapping[str, Any]
-) -> None:
+def check_arguments(metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Parameters) -> None:
     """Check what a metric is asked with.
 
     Raises:
@@ -246,7 +262,7 @@ def query_of(
     site: Site,
     layers: str,
     exclude: str | None,
-    parameters: Mapping[str, Any],
+    parameters: Parameters,
     positions: str,
     reduce: Reduce | None,
 ) -> Query:

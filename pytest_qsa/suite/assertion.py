@@ -29,7 +29,18 @@ from pydantic import (
 from ..captures import LayerSite, Request
 from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
-from ..metrics import EVALS, METRICS, Metric, Over, Query, Reduce, canonical_positions, positions_of, query_of
+from ..metrics import (
+    EVALS,
+    METRICS,
+    Metric,
+    Over,
+    Parameters,
+    Query,
+    Reduce,
+    canonical_positions,
+    positions_of,
+    query_of,
+)
 from .bounds import Noises, Stated, Waiver, Waivers, is_relative
 from .sections import Regex, Strict
 from .tiers import Tier
@@ -162,7 +173,7 @@ class MeasuredAssertion(Assertion):
         return self
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> Parameters:
         """The values of the metric's own parameters."""
         return {name: getattr(self, name) for name in METRICS[self.metric].parameters}
 
@@ -223,7 +234,7 @@ class CheckpointAssertion(Assertion):
     exclude: Regex | None = None
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> Parameters:
         """The values of the check's own parameters."""
         return {name: getattr(self, name) for name in CHECKS[self.metric].parameters}
 
@@ -318,7 +329,7 @@ class ExternalAssertion(Assertion):
     def query(self) -> Query:
         """See `Assertion`."""
         names = ("file", "score", "reference", "compare", "samples", "sigmas")
-        parameters: dict[str, Any] = {name: value for name in names if (value := getattr(self, name))}
+        parameters: Parameters = {name: value for name in names if (value := getattr(self, name))}
         where = self.tasks if self.pointer is None else self.pointer
         return Query("external", "external/1", EVALS, where, self.exclude, parameters, over=self.over)
 

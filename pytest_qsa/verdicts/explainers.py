@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,18 @@ from numpy.typing import NDArray
 from ..captures import LOGITS, SINKS, Capture, Sinks, SiteNumbers, exactly, lower_median
 from ..checkpoint import Files, Finding, problems_of
 from ..common import AnomalyError, InfraError, QsaError, logger
-from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, Metric, View, compared_tokens, local_tokens, made_by_loader
+from ..metrics import (
+    LARGEST,
+    METRICS,
+    NOISE,
+    SIGNAL,
+    Metric,
+    PlainQuery,
+    View,
+    compared_tokens,
+    local_tokens,
+    made_by_loader,
+)
 from .origins import origin_of
 from .verdict import Kind, TokenEvidence, Verdict
 
@@ -46,7 +56,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
     return [token for token in found if token.ratio > threshold] or found[:1]
 
 
-def sinks_behind(capture: Capture, query: Mapping[str, Any]) -> Sinks:
+def sinks_behind(capture: Capture, query: PlainQuery) -> Sinks:
     """Return the sinks that `positions` refers to: the reference's for a metric against it, else the model's."""
     metric = METRICS.get(query.get("metric", ""))  # an error may have come before there was a query
     against = metric is not None and metric.against
@@ -69,7 +79,7 @@ def _of_magnitudes(capture: Capture, view: View, most: int) -> list[TokenEvidenc
     return found
 
 
-def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int) -> list[TokenEvidence]:
+def _of_errors(capture: Capture, view: View, query: PlainQuery, most: int) -> list[TokenEvidence]:
     """Return the tokens with the largest error; none where the pass kept no errors of tokens, or all are 0."""
     numbers, local = view.numbers, query["metric"] == "local_sqnr"
     if ("local" if local else "error") not in numbers or not numbers.token_axis:
@@ -97,7 +107,7 @@ def _of_errors(capture: Capture, view: View, query: Mapping[str, Any], most: int
     return found
 
 
-def _sizes(query: Mapping[str, Any], powers: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+def _sizes(query: PlainQuery, powers: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
     """Return the quantity that ranks the tokens of a metric, in words, and its values: [N] of energies [N, 3 or 4]."""
     if query["metric"] == "max_abs_diff":
         return "max |x − x̂|", powers[:, LARGEST]

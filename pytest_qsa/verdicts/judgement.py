@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import NotMeasuredError, Query, Series
+from ..metrics import NotMeasuredError, PlainQuery, Query, Series
 from ..suite import Location, Waiver
 from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
@@ -33,7 +33,7 @@ class Judgement:
 
     kind: Kind
     headline: str
-    query: Mapping[str, Any] = field(default_factory=dict)
+    query: PlainQuery = field(default_factory=PlainQuery)
     rows: Sequence[Row] = ()
     bound: str = ""
     key: Location = ()

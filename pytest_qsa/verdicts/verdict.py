@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..captures import UNKNOWN_RUN, Provenance
 from ..checkpoint import Finding
+from ..metrics import PlainQuery
 from ..suite import Place
 
 
@@ -150,7 +151,7 @@ class Verdict:
     subject: str
     kind: Kind
     headline: str
-    query: Mapping[str, Any] = field(default_factory=dict)
+    query: PlainQuery = field(default_factory=PlainQuery)
     rows: Sequence[Row] = ()
     bound: str = ""
     where: Place | None = None

@@ -147,7 +147,7 @@ def value_figure(verdict: Verdict, capture: Capture) -> Figure | None:
 
 def _notes(verdict: Verdict, capture: Capture, judged: Judged) -> list[str]:
     query = verdict.query
-    samples = samples_of(capture, [row.layer for row in judged.rows], query.get("site", ""))
+    samples = samples_of(capture, [row.layer for row in judged.rows], query["site"]) if "site" in query else 0
     positions = query.get("positions") if query.get("site") != "weight" else None
     parts = [population(query.get("reduce"), samples, positions), counted(len(judged.rows), "layer")]
     if judged.folded is not None:

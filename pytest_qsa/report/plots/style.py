@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +25,7 @@ from PIL import Image
 
 from ...captures import Capture, Site
 from ...common import counted, write_atomically
+from ...metrics import PlainQuery
 
 DPI = 120
 FIGURE_WIDTH = 9.0
@@ -256,7 +257,7 @@ def wants_log(values: list[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 100 * min(values)
 
 
-def metric_title(query: Mapping[str, Any]) -> str:
+def metric_title(query: PlainQuery) -> str:
     """Name the metric with its parameters and site: `outlier_tokens(threshold=64) at the output`."""
     parameters = {name: value for name, value in (query.get("parameters") or {}).items() if value != "auto"}
     arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())

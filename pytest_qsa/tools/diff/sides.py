@@ -12,7 +12,7 @@ from typing import Any
 
 from ...captures import SINKS, Capture, DataProvenance, Provenance, Site, exactly
 from ...common import InfraError, QsaError, SuiteError, number, shown_path
-from ...metrics import METRICS, Series
+from ...metrics import METRICS, Parameters, Series
 from ...verdicts import BaselineFile, is_baseline
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
@@ -198,7 +198,7 @@ def compute_tables(capture: Capture, wanted: Iterable[tuple[str, str | None]]) -
     tables: dict[DiffMeasure, MeasureTable] = {}
     for name, stat in dict.fromkeys(wanted):
         for site in dict.fromkeys(site for _, site in capture.sites):
-            parameters: dict[str, Any] = {"stat": stat} if stat is not None else {}
+            parameters: Parameters = {"stat": stat} if stat is not None else {}
             layers = [
                 layer for layer, at in capture.sites if at == site and _can(capture, layer, site, name, parameters)
             ]
@@ -226,7 +226,7 @@ def _table(capture: Capture, series: Series) -> MeasureTable:
     return MeasureTable(series.query.definition, tokens_hash(capture), values)
 
 
-def _can(capture: Capture, layer: str, site: Site, name: str, parameters: Mapping[str, Any]) -> bool:
+def _can(capture: Capture, layer: str, site: Site, name: str, parameters: Parameters) -> bool:
     """Say whether a capture has at a layer what a metric needs."""
     metric, numbers = METRICS[name], capture.sites[layer, site]
     # Sinks belong to the whole capture, so that a single site need not have them.

@@ -6,6 +6,7 @@ from .arrays import (
     SCORE_NAMES as SCORE_NAMES,
     TOP_NAMES as TOP_NAMES,
     UNKNOWN as UNKNOWN,
+    Array as Array,
     lower_median as lower_median,
     order_statistics as order_statistics,
     padded as padded,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+"""An array of any dtype."""
 TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
 """The columns of `channel_top` and `element_top`."""
 MOMENT_NAMES = ("n", "mean", "m2", "m4", "absmax", "zeros", "nonfinite")
@@ -95,7 +96,7 @@ def counts_of(bins: str) -> Layout:
     return Layout(_one, None, bins=bins)
 
 
-def lower_median(values: NDArray[Any]) -> float:
+def lower_median(values: Array) -> float:
     """Return the median of a 1-D array, the lower one for an even count, as `torch.median` does; NaN for none."""
     if not values.size:
         return float("nan")
@@ -103,7 +104,7 @@ def lower_median(values: NDArray[Any]) -> float:
     return float(np.partition(values, middle)[middle])
 
 
-def order_statistics(values: NDArray[Any], names: Sequence[str]) -> dict[str, float]:
+def order_statistics(values: Array, names: Sequence[str]) -> dict[str, float]:
     """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or if it holds NaN or Inf."""
     if not np.isfinite(values).all():
         return dict.fromkeys(names, float("nan"))

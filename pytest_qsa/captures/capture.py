@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import InfraError, write_atomically
+from .arrays import Array
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
 from .sites import LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
@@ -134,10 +135,10 @@ class Capture:
         # Sorted keys: equal captures make equal bytes.
         return save(arrays, metadata={"qsa": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
 
-    def _split(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def _split(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Split into named arrays and a header; `_joined` is the way back."""
         streams: dict[int, int] = {}
-        arrays: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, Array] = {}
         headers: list[dict[str, Any]] = []
         for numbers in self.sites.values():
             # Sites that read one tensor share their numbers, which are written once.
@@ -194,7 +195,7 @@ class Capture:
             raise InfraError(f"not a whole capture: {error}") from None
 
     @classmethod
-    def _joined(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> Capture:
+    def _joined(cls, arrays: Mapping[str, Array], header: Mapping[str, Any]) -> Capture:
         theirs = {name.removeprefix(REFERENCE): array for name, array in arrays.items() if name.startswith(REFERENCE)}
         arrays = {name: array for name, array in arrays.items() if not name.startswith(REFERENCE)}
         streams = _streams(arrays, header["streams"])
@@ -235,8 +236,8 @@ class Capture:
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {error}") from None
 
 
-def _streams(arrays: Mapping[str, NDArray[Any]], headers: list[dict[str, Any]]) -> list[SiteNumbers]:
-    own: list[dict[str, NDArray[Any]]] = [{} for _ in headers]
+def _streams(arrays: Mapping[str, Array], headers: list[dict[str, Any]]) -> list[SiteNumbers]:
+    own: list[dict[str, Array]] = [{} for _ in headers]
     for name, array in arrays.items():
         index, slash, rest = name.partition("/")
         if slash:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import AnomalyError, SuiteError
-from .arrays import MOMENT_NAMES, POPULATIONS
+from .arrays import MOMENT_NAMES, POPULATIONS, Array
 from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
 
 Site = Literal["input", "output", "weight", "logits"]
@@ -170,7 +170,7 @@ class SiteNumbers:
     sample: NDArray[np.int32]
     call: NDArray[np.int32]
     lengths: NDArray[np.int64]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
     token_max = KeptArray[np.float32]()
     peaks = KeptArray[np.int32]()
@@ -227,11 +227,11 @@ class SiteNumbers:
         """Return one column of `moments`, [P]."""
         return self.moments[:, MOMENT_NAMES.index(name)]
 
-    def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, NDArray[Any]]) -> SiteNumbers:
+    def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, Array]) -> SiteNumbers:
         """Return a copy with more statistics and their arrays."""
         return replace(self, statistics=self.statistics | {*statistics}, arrays={**self.arrays, **arrays})
 
-    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Split into named arrays and a JSON header; `from_arrays` is the way back."""
         header = {
             "dtype": self.dtype,
@@ -243,7 +243,7 @@ class SiteNumbers:
         return {**{name: getattr(self, name) for name in POPULATIONS}, **self.arrays}, header
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> SiteNumbers:
+    def from_arrays(cls, arrays: Mapping[str, Array], header: Mapping[str, Any]) -> SiteNumbers:
         """Join what `to_arrays` split.
 
         Raises:

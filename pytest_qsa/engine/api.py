@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +38,7 @@ from .load.batches import Batch
 from .load.data import windows_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
-from .load.tokenizer import decoder_of
+from .load.tokenizer import Tokenizer, decoder_of
 from .modules import device_of, layers_of, names_of, with_experts
 from .reference.live import LiveReference
 from .reference.reference_file import ReferenceFile
@@ -48,13 +48,6 @@ from .run.run_pass import run_pass
 from .subject import SampleShare, capture_loaded, load_reference, load_subject, with_files
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: token ids → text."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Return the text of some tokens."""
 
 
 def capture(
@@ -175,7 +168,7 @@ def capture_parts(
         if reference is not None:
             # The subject's tokenizer makes the batches of both models: to the reference its ids must mean the
             # same text.
-            check_tokens(data, loaded.tokenizer, reference.tokenizer, subject.folder)
+            check_tokens(data, loaded.required_tokenizer("the model"), reference.tokenizer, subject.folder)
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
         # A model's weights are the same in every part, so only the first pass reads them.

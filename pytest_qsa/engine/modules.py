@@ -38,12 +38,12 @@ def blocks_of(model: nn.Module) -> list[str]:
     return blocks
 
 
-def tensor_of(value: Any) -> Tensor | None:
+def tensor_of(value: object) -> Tensor | None:
     """Return the floating-point tensor that stands for an output: the first one, in tuples, dicts and model outputs."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     if isinstance(value, Mapping):
-        ordered: Iterable[Any] = [value[key] for key in _PREFERRED if key in value] + list(value.values())
+        ordered: Iterable[object] = [value[key] for key in _PREFERRED if key in value] + list(value.values())
     elif isinstance(value, (tuple, list)):
         ordered = value
     else:
@@ -51,7 +51,7 @@ def tensor_of(value: Any) -> Tensor | None:
     return next((tensor for item in ordered if (tensor := tensor_of(item)) is not None), None)
 
 
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def input_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
     """Return the floating-point tensor that stands for an input: the first positional one, else the first keyword."""
     # The usual case comes first, for hooks ask this at every call.
     if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -142,7 +142,7 @@ def names_of(layers: Mapping[str, Layer]) -> LayerNames:
     return LayerNames(list(layers), frozenset(name for name, layer in layers.items() if isinstance(layer, Expert)))
 
 
-def routing_of(experts: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routing | None:
+def routing_of(experts: int, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Routing | None:
     """Return the indices that packed experts get beside their tokens; None where every expert sees all of them."""
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() >= 2]
     indices = next((value for value in values if value.dtype in (torch.int64, torch.int32)), None)
@@ -161,7 +161,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
 
 
-def run_batch(model: nn.Module, batch: Tensor | Mapping[str, Any], device: torch.device) -> Any:
+def run_batch(model: nn.Module, batch: Tensor | Mapping[str, object], device: torch.device) -> object:
     """Run one batch on a device; return what the model returns. The copy to the device isn't waited for."""
     if isinstance(batch, Tensor):
         return model(batch.to(device, non_blocking=True))

@@ -42,7 +42,7 @@ from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
-from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
+from .load.tokenizer import TextTokenizer, compare_gguf_tokens, decoder_of, tokenizer_identity
 from .modules import device_of, forward_errors, layers_of, with_experts
 from .ranks import Ranks
 from .reference.live import LiveReference, Reference
@@ -405,7 +405,7 @@ def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int]
                 yield name, str(row.dtype).removeprefix("torch."), row.shape, content
 
 
-def loaded_from_fixture(model: object, tokenizer: object | None, fixture: str = "qsa_model") -> Loaded:
+def loaded_from_fixture(model: object, tokenizer: TextTokenizer | None, fixture: str = "qsa_model") -> Loaded:
     """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
 
     Raises:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...common import InfraError, did_you_mean, one_line, shown_path
 from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
+from .tokenizer import TextTokenizer
 
 Records = list[dict[str, Any]]
 
@@ -33,7 +34,7 @@ DOCUMENT_TRIES = 200
 """The number of documents that are tried for each window before a set counts as too short."""
 
 
-def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> list[Batch]:
+def batches_of(data: Data, tokenizer: TextTokenizer, folder: Path, config: Any = None) -> list[Batch]:
     """Return the batches of token windows, [batch_size, seq_len] each.
 
     `folder`: what a relative `custom:` path is relative to. `config`: the model's, which says whether it has a decoder.
@@ -53,7 +54,7 @@ def batches_of(data: Data, tokenizer: Any, folder: Path, config: Any = None) -> 
     return [{"input_ids": row} for row in rows]
 
 
-def windows_available(data: Data, tokenizer: Any, folder: Path) -> int | None:
+def windows_available(data: Data, tokenizer: TextTokenizer, folder: Path) -> int | None:
     """Return the number of disjoint windows of a source; None where its rule draws them at random places.
 
     Raises:
@@ -228,7 +229,7 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+def windows_of(texts: Sequence[str], data: Data, tokenizer: TextTokenizer) -> Tensor:
     """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has its special tokens.
 
     Where there are more windows than asked for, the seed chooses.
@@ -245,11 +246,11 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
     return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
 
 
-def _stream(texts: Sequence[str], tokenizer: Any) -> list[int]:
+def _stream(texts: Sequence[str], tokenizer: TextTokenizer) -> list[int]:
     return [token for text in texts for token in _ids(tokenizer, text)]
 
 
-def stream_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+def stream_windows(texts: Sequence[str], data: Data, tokenizer: TextTokenizer) -> Tensor:
     """Join the texts by blank lines and cut windows at random places, which may overlap (PrefixQuant's WikiText-2)."""
     prefix, suffix, inner = _frame(data, tokenizer)
     stream = _ids(tokenizer, "\n\n".join(texts))
@@ -261,7 +262,7 @@ def stream_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
     return torch.tensor([[*prefix, *stream[start : start + inner], *suffix] for start in starts])
 
 
-def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor:
+def document_windows(texts: Sequence[str], data: Data, tokenizer: TextTokenizer) -> Tensor:
     """Cut each window at a random place of a random text that is longer than it (PrefixQuant's Pile, C4, RedPajama)."""
     prefix, suffix, inner = _frame(data, tokenizer)
     chance = random.Random(data.seed)
@@ -286,7 +287,7 @@ def document_windows(texts: Sequence[str], data: Data, tokenizer: Any) -> Tensor
     return torch.tensor(rows)
 
 
-def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
+def _frame(data: Data, tokenizer: TextTokenizer) -> tuple[list[int], list[int], int]:
     """Return the special tokens before and after a window, and how many tokens of text fit between them."""
     prefix, suffix = _special_tokens(tokenizer) if data.add_special_tokens else ([], [])
     inner = data.seq_len - len(prefix) - len(suffix)
@@ -297,16 +298,16 @@ def _frame(data: Data, tokenizer: Any) -> tuple[list[int], list[int], int]:
     return prefix, suffix, inner
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: TextTokenizer, text: str) -> list[int]:
     # Not verbose: transformers warns of a text that is longer than the model's context, and here it is cut.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _prepared(texts: Sequence[Any], data: Data, tokenizer: Any) -> Sequence[str]:
+def _prepared(texts: Sequence[Any], data: Data, tokenizer: TextTokenizer) -> Sequence[str]:
     return [_templated(text, tokenizer) for text in texts] if data.chat_template else texts
 
 
-def _templated(text: Any, tokenizer: Any) -> str:
+def _templated(text: Any, tokenizer: TextTokenizer) -> str:
     """Put a text, or the messages of a conversation, into the tokenizer's own chat template."""
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
     try:
@@ -315,7 +316,7 @@ def _templated(text: Any, tokenizer: Any) -> str:
         raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
     """Return what the tokenizer puts before and after a text."""
     # Templates, post-processors or flags may add them, so an encoded text is looked at instead of settings.
     bare, whole = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])

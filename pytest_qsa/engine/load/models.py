@@ -23,7 +23,7 @@ from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .completeness import check_complete, check_declaration, declares_quantization
-from .tokenizer import load_tokenizer
+from .tokenizer import TextTokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
@@ -47,12 +47,12 @@ class Loaded:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: TextTokenizer | None
     scratch: Scratch | None = None
     stream: Stream | None = None
     tokenizer_error: QsaError | None = None
 
-    def required_tokenizer(self, name: str) -> Any:
+    def required_tokenizer(self, name: str) -> TextTokenizer:
         """Return the tokenizer. `name`: what the text of an error calls the subject.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from ..modules import Expert, blocks_of, layers_of, names_of, with_experts
 from .batches import Batch
 from .data import batches_of
 from .models import class_of, load_model, submodule_of
+from .tokenizer import TextTokenizer
 
 
 def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
@@ -130,7 +130,7 @@ def _widths(layer: nn.Module) -> str:
     return next((f"{getattr(layer, i)}→{getattr(layer, o)}" for i, o in sides if hasattr(layer, o)), "")
 
 
-def check_tokens(data: Data, own: Any, other: Any, folder: Path) -> None:
+def check_tokens(data: Data, own: TextTokenizer, other: TextTokenizer | None, folder: Path) -> None:
     """Check that two tokenizers make the same windows of the data; a reference without one has nothing to say.
 
     Raises:

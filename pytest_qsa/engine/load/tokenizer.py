@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...checkpoint import Folder
 from ...common import InfraError, one_line
@@ -20,7 +20,24 @@ TOKENIZER_FILES = (
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] | None:
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: token ids → text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of some tokens."""
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """What batches of a text are made with: one of transformers' tokenizers, or a fixture's own."""
+
+    def __call__(self, text: str, **options: bool) -> Mapping[str, list[int]]:
+        """Return the `input_ids` of a text."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool) -> object:
+        """Return the text of a conversation."""
+
+
+def decoder_of(tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], Mapping[int, str]] | None:
     """Return a function that decodes tokens one by one; a part of a character is shown as the vocabulary spells it."""
     if tokenizer is None:
         return None
@@ -31,14 +48,14 @@ def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], Mapping[int, str]] |
     return decode
 
 
-def _piece(tokenizer: Any, token: int) -> str:
+def _piece(tokenizer: Tokenizer, token: int) -> str:
     text = str(tokenizer.decode([token]))
     if REPLACEMENT in text and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(token))
     return text
 
 
-def tokenizer_identity(tokenizer: Any) -> str | None:
+def tokenizer_identity(tokenizer: Tokenizer | None) -> str | None:
     """Return the class, size and hash of a tokenizer, so that a report can say which one it was; None for none."""
     if tokenizer is None:
         return None
@@ -50,11 +67,11 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
         return type(tokenizer).__name__
-    size = f", {len(tokenizer):,} entries" if hasattr(tokenizer, "__len__") else ""
+    size = f", {len(tokenizer):,} entries" if isinstance(tokenizer, Sized) else ""
     return f"{type(tokenizer).__name__}{size}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def load_tokenizer(path: str, arguments: dict[str, Any]) -> Any:
+def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None:
     """Load the tokenizer of a checkpoint; None for a folder that has none. `arguments`: of `from_pretrained`.
 
     Raises:
@@ -64,7 +81,7 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, **arguments)
+        return transformers.AutoTokenizer.from_pretrained(path, **arguments)  # type: ignore[return-value]
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError
         folder = Folder(Path(path), arguments.get("gguf_file"))
         # transformers raises for a folder without a tokenizer too, which is no error here.
@@ -106,7 +123,7 @@ TOLERATED = 0.01
 """The share of ids that may differ: transformers cuts some texts, such as ` ½`, otherwise than llama.cpp."""
 
 
-def compare_gguf_tokens(file: Path, tokenizer: Any) -> str:
+def compare_gguf_tokens(file: Path, tokenizer: TextTokenizer) -> str:
     """Compare a tokenizer with that of a GGUF file on sample texts; return what a report says of it.
 
     Raises:
@@ -181,7 +198,7 @@ def _texts() -> Iterator[str]:
     yield from text[:SAMPLE].splitlines(keepends=True)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: TextTokenizer, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import PADDING, TOP_NAMES, UNKNOWN, bin_values
+from ...captures import PADDING, TOP_NAMES, UNKNOWN, Array, bin_values
 from . import cpu_kernels as kernels
 from .reductions import Plan, Row, Tables, peak_count, ranks_of, reduce_each
 from .storage import Accumulator, Window, floats_of, maxima_of, peaks_of, record_size
@@ -65,9 +65,7 @@ class CpuReducer:
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 
-    def _record(
-        self, lines: NDArray[Any], length: int, kept: Tensor | None, into: Accumulator
-    ) -> tuple[NDArray[Any], int]:
+    def _record(self, lines: Array, length: int, kept: Tensor | None, into: Accumulator) -> tuple[Array, int]:
         """Return where the kernels write the maxima of the tokens that count, and how many peaks among `length`."""
         peaks, size = _layout(len(lines), length, self.itemsize)
         if length and kept is None:
@@ -75,7 +73,7 @@ class CpuReducer:
         # With padding the record is spread over all tokens afterwards, so that this one is scratch.
         return np.empty(size, dtype=self.patterns), peaks
 
-    def _spread(self, record: NDArray[Any], kept: Tensor, length: int, peaks: int, into: Accumulator) -> None:
+    def _spread(self, record: Array, kept: Tensor, length: int, peaks: int, into: Accumulator) -> None:
         """Keep the record of some tokens as that of all `length`, with padding between them."""
         index = kept.numpy()
         whole = into.room("tokens", record_size(length, peaks, self.itemsize), self.patterns)
@@ -85,7 +83,7 @@ class CpuReducer:
         placed[0], placed[1] = index[found[0]], found[1]
 
     def _surveyed(
-        self, counted: Tensor, lines: NDArray[Any], record: NDArray[Any], peaks: int, plan: Plan, into: Accumulator
+        self, counted: Tensor, lines: Array, record: Array, peaks: int, plan: Plan, into: Accumulator
     ) -> None:
         """Reduce the tokens of a row, and what its counts tell."""
         window = into.pooled.get("window") or self._window(plan, into)
@@ -118,7 +116,7 @@ class CpuReducer:
     def _of_counts(
         self,
         counted: Tensor,
-        lines: NDArray[Any],
+        lines: Array,
         row: NDArray[np.uint32],
         low: int,
         top: int,
@@ -142,7 +140,7 @@ class CpuReducer:
                 count = kernels.massive_of_counts(row, low, self.values, absolute, least)
             into.add(name, np.array(count, dtype=np.int64))
 
-    def _channels(self, lines: NDArray[Any], into: Accumulator) -> None:
+    def _channels(self, lines: Array, into: Accumulator) -> None:
         shares = np.zeros((self.threads, lines.shape[1]), dtype=self.patterns)
         kernels.channel_maxima(lines, shares)
         maxima = shares.max(axis=0)
@@ -155,7 +153,7 @@ class CpuReducer:
         wanted, _, known = _ranks(len(maxima))
         into.add("channel_top", _blank_missing(floats_of(np.sort(maxima)[wanted], self.name), known))
 
-    def _order(self, flat: NDArray[Any], row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
+    def _order(self, flat: Array, row: NDArray[np.uint32], low: int) -> NDArray[np.float32]:
         wanted, ascending, known = _ranks(flat.size)
         found = np.empty(len(wanted), dtype=np.float32)
         kernels.order_of(row, low, self.values, wanted, ascending, found)

@@ -7,14 +7,14 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import EXPERTS, LAYOUTS, SiteNumbers, Statistic
+from ...captures import EXPERTS, LAYOUTS, Array, SiteNumbers, Statistic
 from ...common import InfraError
 from ..modules import Routing
 from .reductions import Plan
@@ -177,8 +177,8 @@ class StreamObserver:
             arrays=arrays,
         )
 
-    def _arrays_of_rows(self, ordered: Mapping[str, list[NDArray[Any]]], owners: Owners) -> dict[str, Any]:
-        arrays: dict[str, Any] = {}
+    def _arrays_of_rows(self, ordered: Mapping[str, list[Array]], owners: Owners) -> dict[str, Array]:
+        arrays: dict[str, Array] = {}
         for name, rows in ordered.items():
             if name == "tokens":
                 maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
@@ -187,8 +187,8 @@ class StreamObserver:
                 arrays[name] = LAYOUTS[name.partition("/")[0]].join(rows)
         return arrays
 
-    def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Any]:
-        arrays: dict[str, Any] = {}
+    def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Array]:
+        arrays: dict[str, Array] = {}
         for name, pooled in self.kept.pooled.items():
             if isinstance(pooled, Window):
                 arrays |= pooled.arrays()
@@ -199,7 +199,7 @@ class StreamObserver:
         return arrays
 
 
-def _sparse(counts: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[Any]]:
+def _sparse(counts: Array) -> tuple[NDArray[np.uint16], Array]:
     """Return the bins that occur, the first axis, and their counts; those of 32 bits are unsigned in a capture."""
     bins = np.flatnonzero(counts.any(axis=1) if counts.ndim == 2 else counts)
     return bins.astype(np.uint16), counts[bins].astype(np.uint32 if counts.itemsize == 4 else np.int64)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...captures import PADDING
+from ...captures import PADDING, Array
 
 ROWS_AT_ONCE = 64
 """Rows of logits that torch's operators widen to float64 at a time: all of them would take gigabytes."""
@@ -138,7 +137,7 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
     return found
 
 
-def _fused_scores(own: Tensor, reference: Tensor | None, following: Any) -> Any:
+def _fused_scores(own: Tensor, reference: Tensor | None, following: Array) -> Array:
     from . import pairs_kernels as pair_kernels
     from .cpu_kernels import share_torchs_threads
 
@@ -171,15 +170,15 @@ def _nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
     return picked.masked_fill(following < 0, float("nan"))
 
 
-def _patterns(tensor: Tensor) -> Any:
+def _patterns(tensor: Tensor) -> Array:
     # numpy has no bfloat16.
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def _rows(tensor: Tensor) -> Any:
+def _rows(tensor: Tensor) -> Array:
     """Return a tensor as the kernels read it: the patterns of bfloat16, or float32."""
     return _patterns(tensor) if tensor.dtype == torch.bfloat16 else _floats(tensor)
 
 
-def _floats(tensor: Tensor) -> Any:
+def _floats(tensor: Tensor) -> Array:
     return tensor.float().contiguous().numpy()

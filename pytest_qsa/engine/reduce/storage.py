@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from ...captures import added, padded
+from ...captures import Array, added, padded
 
 SIZE = 1 << 26
 """The bytes of a map, more for an array that is larger; pages that were never faulted in take no memory."""
@@ -63,9 +63,9 @@ class Arena:
         self._ready = 0
         self._advise: Callable[[int, int, int], None] | None = None
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Return an array of zeros."""
-        values: NDArray[Any] = self.take(math.prod(shape) * np.dtype(dtype).itemsize)[1].view(dtype)
+        values: Array = self.take(math.prod(shape) * np.dtype(dtype).itemsize)[1].view(dtype)
         return values.reshape(shape)
 
     def take(self, size: int) -> tuple[int, NDArray[np.uint8]]:
@@ -109,14 +109,14 @@ class Arena:
 class Column:
     """One array of each population: all of one dtype, of any length."""
 
-    def __init__(self, arena: Arena, dtype: Any, shape: tuple[int, ...]) -> None:
+    def __init__(self, arena: Arena, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
         """Begin a column of arrays of a dtype whose shapes differ from this one in the first dimension only."""
         self._arena = arena
         self._dtype = np.dtype(dtype)
         self._shape = (-1, *shape[1:]) if shape else ()
         self._offsets, self._sizes = array("q"), array("q")
 
-    def room(self, count: int) -> NDArray[Any]:
+    def room(self, count: int) -> Array:
         """Allocate zeros for the next array, [count]."""
         size = count * self._dtype.itemsize
         offset, taken = self._arena.take(size)
@@ -124,15 +124,15 @@ class Column:
         self._sizes.append(size)
         return taken.view(self._dtype)
 
-    def append(self, values: NDArray[Any]) -> None:
+    def append(self, values: Array) -> None:
         """Copy a population's values."""
         self.room(values.size)[:] = values.ravel()
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> NDArray[Any]:
-        values: NDArray[Any] = self._arena.at(self._offsets[index], self._sizes[index]).view(self._dtype)
+    def __getitem__(self, index: int) -> Array:
+        values: Array = self._arena.at(self._offsets[index], self._sizes[index]).view(self._dtype)
         return values.reshape(self._shape)
 
 
@@ -144,26 +144,26 @@ class Accumulator:
         self.rows: dict[str, Any] = {}
         self.pooled: dict[str, Any] = {}
 
-    def room(self, name: str, count: int, dtype: Any, shape: tuple[int, ...] = (0,)) -> NDArray[Any]:
+    def room(self, name: str, count: int, dtype: DTypeLike, shape: tuple[int, ...] = (0,)) -> Array:
         """Allocate zeros [count] for the next population's array of that name; `shape`: see `Column`."""
         column = self.rows.get(name)
         if column is None:
             column = self.rows[name] = Column(self.arena, dtype, shape)
-        room: NDArray[Any] = column.room(count)
+        room: Array = column.room(count)
         return room
 
-    def add(self, name: str, values: NDArray[Any]) -> None:
+    def add(self, name: str, values: Array) -> None:
         """Copy the next population's array of that name."""
         self.room(name, values.size, values.dtype, values.shape)[:] = values.ravel()
 
-    def take(self, name: str, value: Any) -> None:
+    def take(self, name: str, value: Tensor) -> None:
         """Keep the next population's tensor of that name: a copy of one on the CPU, one on an accelerator itself."""
         if value.device.type == "cpu":
             self.add(name, value.numpy())
         else:
             self.hold(name, value)
 
-    def hold(self, name: str, value: Any) -> None:
+    def hold(self, name: str, value: Tensor) -> None:
         """Keep the next population's tensor itself: its values may be computed later."""
         self.rows.setdefault(name, []).append(value)
 
@@ -192,7 +192,7 @@ class Transfer:
     """Tensors copied to the host together, since each copy waits for the device. Any other is copied when asked for."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self._arrays: dict[int, tuple[Tensor, NDArray[Any]]] = {}
+        self._arrays: dict[int, tuple[Tensor, Array]] = {}
         for group in _groups(tensors):
             self._copy(group)
 
@@ -208,7 +208,7 @@ class Transfer:
             # The tensor is kept as well, so that its id isn't given to another.
             self._arrays[id(tensor)] = tensor, values
 
-    def __call__(self, value: Tensor | NDArray[Any]) -> NDArray[Any]:
+    def __call__(self, value: Tensor | Array) -> Array:
         """Return the values of a tensor; an array as it is."""
         if not isinstance(value, Tensor):
             return np.asarray(value)
@@ -246,7 +246,7 @@ HELD, TOP, LEAST = 0, 1, 2
 """The indices of a window's marks."""
 
 
-def floats_of(patterns: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def floats_of(patterns: Array, dtype: str) -> NDArray[np.float32]:
     """Return the magnitudes that signless patterns stand for: uint32 of float32, uint16 of the others."""
     if dtype == "float32":
         return patterns.view(np.float32)
@@ -267,7 +267,7 @@ class Window:
     counts: bool
     signs: bool
     dtype: str
-    zeros: Callable[[tuple[int, ...], Any], NDArray[Any]] = np.zeros
+    zeros: Callable[[tuple[int, ...], Any], Array] = np.zeros
     base: int = 1
     low: np.float32 = field(default=np.float32("inf"))
     high: np.float32 = field(default=np.float32("-inf"))
@@ -314,9 +314,9 @@ class Window:
         """Widen the extremes of x; NaN stays."""
         self.low, self.high = np.minimum(self.low, np.float32(low)), np.maximum(self.high, np.float32(high))
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Array]:
         """Return the fields of `SiteNumbers`: bins that occur with their counts, and the extremes."""
-        found: dict[str, NDArray[Any]] = {}
+        found: dict[str, Array] = {}
         lines = [_joined(parts) for parts in zip(*self._carried, self._lines(), strict=True)]
         if self.counts:
             found["bins"], found["counts"] = _joined(lines)
@@ -351,19 +351,19 @@ def record_size(tokens: int, peaks: int, itemsize: int) -> int:
     return tokens + tokens % 2 + 2 * peaks * 4 // itemsize
 
 
-def maxima_of(record: NDArray[Any], tokens: int) -> NDArray[Any]:
+def maxima_of(record: Array, tokens: int) -> Array:
     """Return the signless patterns, [T]."""
     return record[:tokens]
 
 
-def peaks_of(record: NDArray[Any], tokens: int) -> NDArray[np.int32]:
+def peaks_of(record: Array, tokens: int) -> NDArray[np.int32]:
     """Return the tokens of the largest maxima, largest first, and their channels, [2, K]."""
     return record[tokens + tokens % 2 :].view(np.int32).reshape(2, -1)
 
 
 def joined_records(
-    records: Sequence[NDArray[Any]], lengths: Sequence[int]
-) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
+    records: Sequence[Array], lengths: Sequence[int]
+) -> tuple[Array, NDArray[np.int32], NDArray[np.int32]]:
     """Return the maxima of all records, [Σ T], and their peaks with the channels of these, [n, K] each; −1 for none."""
     # The usual case, samples of one length, needs no loop over the records.
     if len({*lengths}) == 1 and len({*map(len, records)}) == 1:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain, groupby
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ class Reference(Participant):
         """Return what the reference has at a site, for the rows of a forward; None if it doesn't come there."""
         raise NotImplementedError
 
-    def forward_ended(self, forward: Forward, output: Any) -> None:
+    def forward_ended(self, forward: Forward, output: object) -> None:
         """Let go of what belongs to the forward."""
         self.pairs.forget_tensors()
 
@@ -196,7 +195,7 @@ class LiveReference(Reference):
         """Return the lockstep that a forward, of the subject or of the reference, belongs to."""
         return self._lockstep[forward.rows.samples[0]]
 
-    def forward_ended(self, forward: Forward, output: Any) -> None:
+    def forward_ended(self, forward: Forward, output: object) -> None:
         """Let the reference come to its end; take what it returned, if predictions are compared."""
         lockstep = self._lockstep.pop(forward.rows.samples[0], None)
         if lockstep is not None:
@@ -294,7 +293,7 @@ class Lockstep:
         self._reference = reference
         self._forward = forward
         self._waiting: dict[tuple[SiteKey, int], ReferenceTensor] = {}
-        self._output: Any = None
+        self._output: object = None
         self._greenlet = greenlet(self._run)
         self._awaited: Unit | None = None
         self._alone: list[tuple[str, Tensor]] = []
@@ -307,7 +306,7 @@ class Lockstep:
             pass
         return self._waiting.pop(key, None)
 
-    def finish(self, *, whole: bool) -> Any:
+    def finish(self, *, whole: bool) -> object:
         """Let the reference come to its end; return its output, None where it was stopped.
 
         Raises:

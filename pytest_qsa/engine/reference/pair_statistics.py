@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from ...captures import (
     LAYOUTS,
     NOT_COMPARED,
     PADDING,
+    Array,
     ChannelError,
     LocalError,
     SiteKey,
@@ -35,6 +35,8 @@ from ..run.participant import WantedSites
 LEAST_AGREEMENT = 100.0
 """A layer that treats each token by itself has the same output for a few tokens alone: Σy² over the squared error is
 at least this."""
+Row = Mapping[str, Tensor | Array]
+"""The numbers of one sample, by name of the array."""
 SelectTokens = Callable[[str, NDArray[np.bool_], int, str], NDArray[np.bool_]]
 """Returns which tokens of a sample are meant, [T] booleans, by: positions, those that are no padding, sample, layer."""
 
@@ -60,7 +62,7 @@ class _SiteRows:
     dtype: str
     shape: tuple[int, ...]
     owners: list[tuple[int, int, int]] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
 
 @dataclass
@@ -69,7 +71,7 @@ class _Compared:
 
     tensors: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
     versions: tuple[int, int]
-    rows: list[dict[str, Any]]
+    rows: list[Row]
 
 
 class PairStatistics:
@@ -117,7 +119,7 @@ class PairStatistics:
 
     def _rows(
         self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, own: Tensor, shaped: Tensor
-    ) -> list[dict[str, Any]]:
+    ) -> list[Row]:
         """Return the numbers of each sample; those of the same two tensors at another site are not computed again."""
         # Local errors and channels also depend on the layer, not on the two tensors alone.
         if self._local[site] or self._channels[site] or site not in self._error:
@@ -133,9 +135,7 @@ class PairStatistics:
         self._known[key] = _Compared((weakref.ref(reference.tensor), weakref.ref(own)), versions, found)
         return found
 
-    def _compute(
-        self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor
-    ) -> list[dict[str, Any]]:
+    def _compute(self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor) -> list[Row]:
         theirs = reference.tensor
         if reference.rows is None:
             theirs = rows.shaped(theirs, channels_first(self._modules[site[0]]))[0]
@@ -144,7 +144,7 @@ class PairStatistics:
         kept = rows.unpadded(site[0], shaped.shape[1]) if token_axis else rows.all_count
         # The reference may have run on another device.
         theirs = theirs.to(shaped.device, non_blocking=True)
-        found: list[dict[str, Any]] = []
+        found: list[Row] = []
         for index, counting in enumerate(kept):
             if counting is not None and not len(counting):
                 found.append({})
@@ -154,7 +154,7 @@ class PairStatistics:
             found.append({name: self._apart(value) for name, value in row.items()})
         return found
 
-    def _apart(self, value: Tensor) -> Tensor | NDArray[Any]:
+    def _apart(self, value: Tensor) -> Tensor | Array:
         """Copy what is kept into memory of its own, apart from the models'; on an accelerator it stays where it is."""
         if value.device.type != "cpu":
             return value
@@ -170,7 +170,7 @@ class PairStatistics:
         counting: Tensor | None,
         reference: ReferenceTensor,
         index: int,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         """Return the numbers of one sample. `counting`: its tokens that are no padding, on the CPU; None for all."""
         (x, y), found = pair, {}
         recorded = None
@@ -233,7 +233,7 @@ class PairStatistics:
         """
         values = (value for made in self.compared.values() for row in made.rows for value in row.values())
         fetch = Transfer(value for value in values if isinstance(value, Tensor))
-        known: dict[tuple[Any, ...], SiteNumbers] = {}
+        known: dict[tuple[object, ...], SiteNumbers] = {}
         for site, statistics in self._wanted.items():
             own, made = numbers[site], self.compared.get(site)
             if made is None:
@@ -242,8 +242,8 @@ class PairStatistics:
             # Sites of one tensor have the same rows and numbers, and go on sharing them in the capture's file.
             key = (id(own), statistics, *(id(row) for row in made.rows))
             if key not in known:
-                placed, arrays = _arrays(made, fetch)
-                known[key] = _placed(own, made, site, placed).having(statistics, arrays)
+                owners, arrays = _arrays(made, fetch)
+                known[key] = _placed(own, made, site, owners).having(statistics, arrays)
             numbers[site] = known[key]
 
 
@@ -253,25 +253,22 @@ def _named_local_errors(statistics: Iterable[Statistic]) -> list[tuple[int, tupl
     return [(each.rows, each.keys if index else ("local_rows", "local")) for index, each in enumerate(ordered)]
 
 
-def _arrays(made: _SiteRows, fetch: Transfer) -> tuple[Mapping[str, Any], dict[str, NDArray[Any]]]:
-    """Return whose the rows are, and their arrays, by sample and call: a streamed pass visits all samples by call."""
+def _arrays(made: _SiteRows, fetch: Transfer) -> tuple[NDArray[np.int64], dict[str, Array]]:
+    """Return whose the rows are (sample, call, tokens) and their arrays, by sample: a streamed pass goes by call."""
     owners = np.array(made.owners, dtype=np.int64).reshape(-1, 3)
     order = np.lexsort((owners[:, 1], owners[:, 0]))
     owners, rows = owners[order], [made.rows[index] for index in order]
-    placed: dict[str, Any] = {
-        "sample": owners[:, 0].astype(np.int32),
-        "call": owners[:, 1].astype(np.int32),
-        "lengths": owners[:, 2],
-    }
     values = {name: [fetch(row[name]) for row in rows] for name in rows[0]}
-    return placed, {name: LAYOUTS[name.partition("/")[0]].join(found) for name, found in values.items()}
+    return owners, {name: LAYOUTS[name.partition("/")[0]].join(found) for name, found in values.items()}
 
 
-def _placed(own: SiteNumbers, made: _SiteRows, site: SiteKey, placed: Mapping[str, Any]) -> SiteNumbers:
+def _placed(own: SiteNumbers, made: _SiteRows, site: SiteKey, owners: NDArray[np.int64]) -> SiteNumbers:
     """Return numbers whose rows are those that were compared: the subject's own, or new ones where it has none."""
+    sample, call, lengths = owners[:, 0].astype(np.int32), owners[:, 1].astype(np.int32), owners[:, 2]
     if not own.populations:
-        return replace(own, dtype=made.dtype, shape=made.shape, token_axis=made.token_axis, **placed)
-    if any(not np.array_equal(getattr(own, name), array) for name, array in placed.items()):
+        own = replace(own, dtype=made.dtype, shape=made.shape, token_axis=made.token_axis)
+        return replace(own, sample=sample, call=call, lengths=lengths)
+    if not np.array_equal(np.stack([own.sample, own.call, own.lengths], axis=1), owners):
         raise InfraError(f"the {site[1]} of {site[0]} was compared in other calls than it was measured in")
     return own
 

@@ -26,7 +26,7 @@ from ..formats.format import dequantized
 from ..load.batches import token_ids
 from ..load.data import batches_of
 from ..load.models import Loaded, quiet
-from ..load.tokenizer import load_tokenizer
+from ..load.tokenizer import TextTokenizer, load_tokenizer
 from ..modules import device_of, evaluating, forward_errors, run_batch
 from ..reduce.pairs import ROWS_AT_ONCE
 from ..run.next_token import logits_of
@@ -171,7 +171,7 @@ Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDAr
 likeliest token, and Σ p ln p; all in nats."""
 
 
-def tokenizer_at(path: str) -> Any:
+def tokenizer_at(path: str) -> TextTokenizer | None:
     """Load a tokenizer alone; None for a folder that has none.
 
     Raises:
@@ -181,7 +181,7 @@ def tokenizer_at(path: str) -> Any:
     return load_tokenizer(path, {"trust_remote_code": False})
 
 
-def windows(subject: Subject, tokenizer: Any) -> list[list[int]]:
+def windows(subject: Subject, tokenizer: TextTokenizer) -> list[list[int]]:
     """Return the token ids of each sample of the subject's data."""
     batches = batches_of(subject.data, tokenizer, subject.folder)
     return [row.tolist() for batch in batches for row in token_ids(batch)]

@@ -172,7 +172,7 @@ class RowRecorder(Participant):
             alone = run_rows(self._modules[layer], layer, fed[sample].rows)
             check_rows(layer, powers_of(outputs, alone, None)[:, :2].sum(dim=0))
 
-    def _check_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _check_head(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Check once that the head makes the model's logits of what is recorded, and find out how they are scaled."""
         if self.head is None or self._latest is None or self.checked_head or self.problem:
             return

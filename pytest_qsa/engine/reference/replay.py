@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from ...captures import (
     REFERENCE_TOKENS,
     SINKS,
     TOKENS,
+    Array,
     Capture,
     ChannelError,
     LocalError,
@@ -128,7 +128,7 @@ class ReplayedReference(Reference):
         # Streamed forwards are interleaved; the number of the first sample tells them apart.
         self._samples[forward.rows.samples[0]] = samples
 
-    def forward_ended(self, forward: Forward, output: Any) -> None:
+    def forward_ended(self, forward: Forward, output: object) -> None:
         """Make the logits again, if predictions are compared."""
         samples = self._samples.pop(forward.rows.samples[0])
         if self.compares_predictions:
@@ -204,7 +204,7 @@ class ReplayedReference(Reference):
             for call in sorted(maxima):
                 values = maxima[call][recorded].numpy()
                 counting, length = _positions(rows, row, site[0], len(values))
-                at: NDArray[Any] = np.arange(length) if counting is None else counting.numpy()
+                at: Array = np.arange(length) if counting is None else counting.numpy()
                 spread = np.full(length, PADDING, dtype=np.float32)
                 spread[at] = values
                 tokens.append(spread)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class Predictions(Participant):
         self._samples: dict[int, Tensor] = {}
         self._dtype = ""
 
-    def forward_ended(self, forward: Forward, output: Any) -> None:
+    def forward_ended(self, forward: Forward, output: object) -> None:
         """Score the rows of one batch.
 
         Raises:
@@ -81,7 +80,7 @@ class Predictions(Participant):
         numbers[LOGITS, LOGITS] = found.having((), arrays)
 
 
-def logits_of(output: Any, model: nn.Module) -> Tensor:
+def logits_of(output: object, model: nn.Module) -> Tensor:
     """Return the logits [B, T, V] of what a model returned.
 
     Raises:

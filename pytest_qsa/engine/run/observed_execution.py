@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -63,7 +62,7 @@ class ObservedExecution(Participant):
         return frozenset(n for n in after if not (site == "output" and n.startswith(f"{layer}.")))
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
             # One answer is enough: each further one would dequantize the weight again.
             if name in self._rounds or self._calls[name] > TRIES:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,7 @@ class Forward:
     seen: dict[int, SeenTensor] = field(default_factory=dict)
     last: tuple[SiteKey, int] | None = None
     stopped_at: SiteKey | None = None
-    reference_output: Any = None
+    reference_output: object = None
 
 
 class Participant:
@@ -141,7 +140,7 @@ class Participant:
     def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
         """Look at the tensor of one of `sites`, before it's reduced. `inputs`: see `input_sites`."""
 
-    def forward_ended(self, forward: Forward, output: Any) -> None:
+    def forward_ended(self, forward: Forward, output: object) -> None:
         """Take what a forward returned, None if it was stopped after its last site."""
 
     def weights_loaded(self, layers: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -248,21 +248,21 @@ def _observer_of(statistics: SiteStatistics, visitors: Sequence[Participant], si
 
 
 def _input_hook(observe: Observe, experts: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         observe(input_of(args, kwargs), routing_of(experts, args, kwargs) if experts else None)
 
     return hook
 
 
 def _output_hook(observe: Observe) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         observe(tensor_of(output))
 
     return hook
 
 
 def _output_hook_with_inputs(observe: Observe) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         observe(tensor_of(output), None, input_of(args, kwargs))
 
     return hook

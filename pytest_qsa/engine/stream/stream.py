@@ -249,7 +249,7 @@ class Stream:
                 self._enter(unit)
 
     def _entrance(self, unit: Unit) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self._loaded is unit:
                 return
             if self._before_waiting is not None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ...captures import Capture, Site
+from ...captures import Array, Capture, Site
 from ...common import QsaError, counted
 from ...metrics import METRICS, Series, View
 from ...verdicts import Row, Verdict
@@ -160,7 +160,7 @@ class Outliers:
 
 def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: float, positions: str) -> Outliers:
     """Find the tokens above threshold × the median of their sample, which the metric `outlier_tokens` counts."""
-    found: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
+    found: list[tuple[Array, Array, Array, Array]] = []
     for index, layer in enumerate(layers):
         view = View(capture.sites[layer, site], site, positions, capture.sinks, layer)
         for each in range(view.numbers.populations):

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...checkpoint import FLOATS, NUMBER, BlockTensor, Folder, Tensor, element_count, format_of
 from .mutant import Mutant
 
@@ -92,7 +92,7 @@ def _edit_scales(mutant: Mutant, layer: str) -> AbstractContextManager[NDArray[n
 
 
 @contextmanager
-def _edit_codes(mutant: Mutant, layer: str) -> Iterator[NDArray[Any]]:
+def _edit_codes(mutant: Mutant, layer: str) -> Iterator[Array]:
     """Yield the raw codes of a layer [outputs, words], to be changed in place; of GGUF's blocks, the bytes of codes."""
     tensor = _codes(mutant.source, layer)
     with mutant.edit(tensor.name) as raw:

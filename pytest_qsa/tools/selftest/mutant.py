@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, metadata_of, scale_values
 from ...common import write_atomically
 
@@ -25,7 +26,7 @@ class ChangedTensor(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    raw: NDArray[Any]
+    raw: Array
 
 
 @dataclass
@@ -39,19 +40,19 @@ class Mutant:
     changes: dict[str, ChangedTensor | None] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
-    def raw(self, name: str) -> NDArray[Any]:
+    def raw(self, name: str) -> Array:
         """Return a copy of a tensor's raw numbers, with the changes so far."""
         changed = self.changes.get(name)
         # A copy, because the raw numbers of the original are mapped from its file.
         return np.array(changed.raw if changed else self.source.tensors[name].raw())
 
-    def put(self, name: str, raw: NDArray[Any]) -> None:
+    def put(self, name: str, raw: Array) -> None:
         """Replace the raw numbers of a tensor; its dtype and shape stay."""
         tensor = self.source.tensors[name]
         self.changes[name] = ChangedTensor(tensor.dtype, tensor.shape, raw)
 
     @contextmanager
-    def edit(self, name: str) -> Iterator[NDArray[Any]]:
+    def edit(self, name: str) -> Iterator[Array]:
         """Yield a tensor's raw numbers, with the changes so far, to be changed in place."""
         raw = self.raw(name)
         yield raw

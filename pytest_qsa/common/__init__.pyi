@@ -13,7 +13,7 @@ from .errors import (
     shown_path as shown_path,
 )
 from .extensions import Registry as Registry
-from .files import Scratch as Scratch, write_atomically as write_atomically
+from .files import Scratch as Scratch, read_json as read_json, write_atomically as write_atomically
 from .imports import face as face
 from .text import (
     Progress as Progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from .errors import AnomalyError, InfraError, shown_path
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -33,6 +36,25 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
+    """Read the JSON of another program; with `lines`, a list of one value a line. `missing`: what the file would be.
+
+    Raises:
+        InfraError: there is no such file, or it can't be read.
+        AnomalyError: it is no JSON.
+    """
+    try:
+        # utf-8-sig: results written on Windows may begin with a byte order mark.
+        text = path.read_text(encoding="utf-8-sig")
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except FileNotFoundError:
+        raise InfraError(f"{shown_path(path)}: there is no such file of {missing}") from None
+    except OSError as error:
+        raise InfraError(f"{shown_path(path)}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise AnomalyError(f"{shown_path(path)}: is no JSON: {str(error)[:120]}") from None
 
 
 class Scratch(tempfile.TemporaryDirectory[str]):

@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..captures import match_layers
-from ..common import AnomalyError, InfraError, did_you_mean, number, shown_path
+from ..common import AnomalyError, InfraError, did_you_mean, number, read_json, shown_path
 from ..metrics import OVER, Bounds, Over
 from ..suite import NAME_PLACEHOLDER, ExternalAssertion
 from .paired import Pairs, Samples, read_pairs
@@ -41,7 +40,7 @@ class Score:
     value: float
     stderr: float | None
     higher: bool
-    conditions: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, object] = field(default_factory=dict)
     key: str = ""
 
     def __str__(self) -> str:
@@ -136,7 +135,7 @@ def read_scores(path: Path, assertion: ExternalAssertion) -> list[Score]:
         AnomalyError: it is no JSON, has no such task, score or key, or what is there is no finite number.
     """
     file = _results_file(path)
-    content = _read(file)
+    content = read_json(file, "results; run the eval first")
     if assertion.pointer is not None:
         return [_pointed(content, assertion.pointer, assertion, file)]
     return _of_tasks(content, assertion, file)
@@ -151,19 +150,7 @@ def _results_file(path: Path) -> Path:
     return files[-1]
 
 
-def _read(file: Path) -> Any:
-    try:
-        # utf-8-sig: results written on Windows may begin with a byte order mark.
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InfraError(f"{shown_path(file)}: there is no such file of results; run the eval first") from None
-    except OSError as error:
-        raise InfraError(f"{shown_path(file)}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise AnomalyError(f"{shown_path(file)}: is no JSON: {str(error)[:120]}") from None
-
-
-def _of_tasks(content: Any, assertion: ExternalAssertion, file: Path) -> list[Score]:
+def _of_tasks(content: object, assertion: ExternalAssertion, file: Path) -> list[Score]:
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not all(isinstance(task, dict) for task in results.values()):
         raise AnomalyError(
@@ -179,8 +166,8 @@ def _of_tasks(content: Any, assertion: ExternalAssertion, file: Path) -> list[Sc
     return [_of_task(content, task, assertion, file) for task in tasks]
 
 
-def _of_task(content: Mapping[str, Any], task: str, assertion: ExternalAssertion, file: Path) -> Score:
-    results = content["results"][task]
+def _of_task(content: object, task: str, assertion: ExternalAssertion, file: Path) -> Score:
+    results = _mapping(_mapping(content, "results"), task)
     key = _key(results, task, assertion.score or "", file)
     metric, _, kind = key.partition(",")
     error = results.get(f"{metric}_stderr,{kind}" if kind else f"{metric}_stderr")
@@ -201,12 +188,12 @@ def _is_higher_better(name: str, assertion: ExternalAssertion, stated: bool | No
     return not LOWER_IS_BETTER.search(name) if known is None else known
 
 
-def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = content.get(key)
+def _mapping(content: object, key: str) -> Mapping[str, object]:
+    found = content.get(key) if isinstance(content, Mapping) else None
     return found if isinstance(found, dict) else {}
 
 
-def _key(results: Mapping[str, Any], task: str, score: str, file: Path) -> str:
+def _key(results: Mapping[str, object], task: str, score: str, file: Path) -> str:
     """Return the key of a score; `metric` alone stands for `metric,filter` where there is one filter."""
     keys = [key for key in results if key == score or key.partition(",")[0] == score]
     if score in keys:
@@ -221,14 +208,14 @@ def _key(results: Mapping[str, Any], task: str, score: str, file: Path) -> str:
     return keys[0]
 
 
-def _pointed(content: Any, pointer: str, assertion: ExternalAssertion, file: Path) -> Score:
+def _pointed(content: object, pointer: str, assertion: ExternalAssertion, file: Path) -> Score:
     value = _number(_at(content, pointer, file), f"{shown_path(file)}: {pointer}")
     error = None if assertion.stderr is None else _at(content, assertion.stderr, file)
     higher = _is_higher_better(pointer.rpartition("/")[2] or pointer, assertion)
     return Score(pointer, value, _stderr(error, f"{shown_path(file)}: {assertion.stderr}"), higher)
 
 
-def _at(content: Any, pointer: str, file: Path) -> Any:
+def _at(content: object, pointer: str, file: Path) -> object:
     """Follow a JSON Pointer (RFC 6901)."""
     here = content
     for part in pointer.split("/")[1:]:
@@ -244,7 +231,7 @@ def _at(content: Any, pointer: str, file: Path) -> Any:
     return here
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: object, where: str) -> float:
     # bool is an int in Python: `true` must not pass for 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AnomalyError(f"{where} is no number: {json.dumps(value)[:60]}")
@@ -253,7 +240,7 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _stderr(value: Any, where: str) -> float | None:
+def _stderr(value: object, where: str) -> float | None:
     if value is None or value == "N/A":  # lm-eval writes N/A where it knows none
         return None
     error = _number(value, f"the standard error of {where}")

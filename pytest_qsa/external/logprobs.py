@@ -26,16 +26,14 @@ For S the whole vocabulary both are the divergence itself. numpy only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import AnomalyError, InfraError, shown_path
+from ..common import AnomalyError, read_json, shown_path
 
 Floats = NDArray[np.float64]
 TOKENS, LOGPROBS = "prompt_token_ids", "prompt_logprobs"
@@ -114,32 +112,22 @@ def read_logprobs(path: Path) -> list[LogprobTable]:
         InfraError: there is no such file, or it can't be read.
         AnomalyError: it is no JSON, has no samples, or one without its tokens or logprobs.
     """
-    name = shown_path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        samples = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
-            json.loads(text)
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise InfraError(f"{name}: there is no such file of logprobs") from None
-    except OSError as error:
-        raise InfraError(f"{name}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise AnomalyError(f"{name}: is no JSON: {str(error)[:120]}") from None
+    name, samples = shown_path(path), read_json(path, "logprobs", lines=path.suffix == ".jsonl")
     if not isinstance(samples, list) or not samples:
         raise AnomalyError(f"{name} has no samples: it is a list of objects with {TOKENS} and {LOGPROBS}")
     return [_sample(sample, f"{name}, sample {index}") for index, sample in enumerate(samples)]
 
 
-def _sample(sample: Any, where: str) -> LogprobTable:
-    tokens = sample.get(TOKENS) if isinstance(sample, dict) else None
+def _sample(sample: object, where: str) -> LogprobTable:
+    named = sample if isinstance(sample, dict) else {}
+    tokens = named.get(TOKENS)
     # By type(), for True is an instance of int.
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
         raise AnomalyError(f"{where} has no {TOKENS}, the list of its ids")
-    return logprob_table(tokens, prompt_rows(sample.get(LOGPROBS), where), where)
+    return logprob_table(tokens, prompt_rows(named.get(LOGPROBS), where), where)
 
 
-def prompt_rows(positions: Any, where: str) -> list[Mapping[int, float]]:
+def prompt_rows(positions: object, where: str) -> list[Mapping[int, float]]:
     """Read the logprobs of a prompt as vLLM gives them; the first token has none.
 
     Raises:
@@ -150,7 +138,7 @@ def prompt_rows(positions: Any, where: str) -> list[Mapping[int, float]]:
     return [_row(position, f"{where}, position {at}") for at, position in enumerate(positions[1:], 1)]
 
 
-def _row(position: Any, where: str) -> Mapping[int, float]:
+def _row(position: object, where: str) -> Mapping[int, float]:
     if not isinstance(position, dict):
         raise AnomalyError(f"{where}: there are no logprobs")
     try:
@@ -159,7 +147,7 @@ def _row(position: Any, where: str) -> Mapping[int, float]:
         raise AnomalyError(f"{where}: the logprobs are no mapping of token ids to numbers") from None
 
 
-def number_of(entry: Any) -> float:
+def number_of(entry: object) -> float:
     """Read a log-probability, plain or as `{"logprob": …}`; null is −∞, for JSON has none.
 
     Raises:

@@ -46,7 +46,7 @@ class Endpoint:
     timeout: float
     key: str | None = field(default=None, repr=False)
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str) -> object:
         """Return the JSON that lies at a path below the address; None where there is none (404).
 
         Raises:
@@ -54,7 +54,7 @@ class Endpoint:
         """
         return self._twice("GET", path, None)
 
-    def post(self, path: str, content: Any) -> Any:
+    def post(self, path: str, content: object) -> object:
         """Return the JSON that the address answers to a JSON; None where the path isn't known (404).
 
         Raises:
@@ -62,7 +62,7 @@ class Endpoint:
         """
         return self._twice("POST", path, json.dumps(content).encode())
 
-    def _twice(self, method: str, path: str, body: bytes | None) -> Any:
+    def _twice(self, method: str, path: str, body: bytes | None) -> object:
         try:
             return self._once(method, path, body)
         except _Broken:
@@ -72,7 +72,7 @@ class Endpoint:
         except _Broken as broken:
             raise self._error(path, f"{broken} (tried twice)") from None
 
-    def _once(self, method: str, path: str, body: bytes | None) -> Any:
+    def _once(self, method: str, path: str, body: bytes | None) -> object:
         deadline = time.monotonic() + self.timeout
         try:
             # http.client rather than a larger library: it follows no redirect and reads no proxy from the environment,
@@ -126,7 +126,7 @@ class Endpoint:
             return http.client.HTTPSConnection(host, parts.port, timeout=self.timeout, context=secure)
         return http.client.HTTPConnection(host, parts.port, timeout=self.timeout)
 
-    def _json(self, path: str, content: bytes) -> Any:
+    def _json(self, path: str, content: bytes) -> object:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
@@ -214,7 +214,7 @@ class Client:
         rows = ask([int(token) for token in tokens], where)
         return logprob_table(tokens, rows, where)
 
-    def _answer(self, path: str, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _answer(self, path: str, content: Mapping[str, object], where: str) -> dict[str, Any]:
         answer = self.endpoint.post(path, content)
         if answer is None:
             raise InfraError(f"{where}: there is no {path}: is it a server of the kind '{self.served.api}'?")
@@ -247,7 +247,7 @@ class Client:
                 )
         return rows
 
-    def _check(self, answer: Mapping[str, Any], positions: Any, tokens: list[int], where: str) -> None:
+    def _check(self, answer: Mapping[str, Any], positions: object, tokens: list[int], where: str) -> None:
         usage = answer.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         found = len(positions) if isinstance(positions, list) else 0

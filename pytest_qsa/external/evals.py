@@ -99,7 +99,8 @@ def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequenc
 
 def _check_model(file: Path, evals: EvalFiles) -> None:
     """Raise an `AnomalyError` where results are of another model than the subject, or don't say of which."""
-    evaluated = _read(file).get("model_name")
+    content = read_json(file, "results; run the eval first")
+    evaluated = content.get("model_name") if isinstance(content, dict) else None
     if not isinstance(evaluated, str) or not evaluated:
         raise AnomalyError(
             f"{shown_path(file)} doesn't say which model was evaluated (model_name, which lm-eval writes since 0.4.3)"

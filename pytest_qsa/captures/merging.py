@@ -152,7 +152,7 @@ def _differing(one: Provenance, other: Provenance) -> str:
         return "data"
     ours, theirs = one.model.plain(), other.model.plain()
     # Jobs of a scheduler may see the same checkpoint under different paths.
-    names = sorted({*ours, *theirs} - {"path"})
+    names = sorted({*ours, *theirs} - {"path", "base"})
     return ", ".join(name for name in names if ours.get(name) != theirs.get(name))
 
 

@@ -79,14 +79,17 @@ class FilesProvenance(_Record):
 class ModelProvenance(_Record):
     """Which model ran, and on what.
 
-    `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `revision`: the commit of a
-    hub id. `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what
-    decides which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `format`: the quantization
-    that its files declare, None for floats. `tokenizer` and `weights` are None where the model has none, and empty
-    where they were not read.
+    `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `adapter`: what the adapter
+    on it is (`LoRA of rank 8`), and `base` what that is on, where it lies apart. `revision`: the commit of a hub id.
+    `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what decides
+    which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `format`: the quantization that
+    its files declare, None for floats. `tokenizer` and `weights` are None where the model has none, and empty where
+    they were not read.
     """
 
     path: str = ""
+    base: str = ""
+    adapter: str | None = None
     revision: str | None = None
     served: ServedProvenance | None = None
     files: FilesProvenance | None = None
@@ -137,7 +140,11 @@ class ModelProvenance(_Record):
 
     def __str__(self) -> str:
         """Write where it lies and which weights it has: `checkpoints/int8 (sha256 0123456789ab)`."""
-        return f"{self.place} {f'({short_hash(self.weights)})' if self.weights else ''}".strip()
+        adapter = f"with an adapter, {self.adapter}" if self.adapter else ""
+        if self.base:
+            adapter = f"{self.adapter or 'an adapter'} on {shown_path(Path(self.base))}"
+        text = f"{self.place} {f'({short_hash(self.weights)})' if self.weights else ''}".strip()
+        return ", ".join(part for part in (text, adapter) if part)
 
 
 _PARTS: Mapping[str, type[_Record]] = {"served": ServedProvenance, "files": FilesProvenance}

@@ -1,3 +1,4 @@
+from .adapter import Adapter as Adapter
 from .checks.health import (
     CHECKS as CHECKS,
     Check as Check,
@@ -12,10 +13,12 @@ from .experts import (
     expert_layers as expert_layers,
 )
 from .folder import (
+    ADAPTER as ADAPTER,
     INDEX as INDEX,
     NUMBER as NUMBER,
     Finding as Finding,
     Folder as Folder,
+    base_of as base_of,
     kind_of as kind_of,
     natural as natural,
     open_folder as open_folder,

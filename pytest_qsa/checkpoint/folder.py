@@ -16,6 +16,10 @@ from .tensors import Tensor, metadata_of, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder an adapter's, as peft saves it."""
+ADAPTER_FILES = "adapter_model*.safetensors"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,19 @@ class Finding:
 class Folder:
     """A checkpoint on disk, read lazily: of the tensors first the headers alone.
 
-    `gguf_file`: the one file that is read instead of safetensors.
+    `gguf_file`: the one file that is read instead of safetensors. `apart`: the folder of an adapter of this checkpoint,
+    where that isn't the same.
     """
 
     path: Path
     gguf_file: str | None = None
+    apart: Path | None = None
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter that changes its weights; None for a checkpoint without one."""
+        folder = self.apart or self.path
+        return folder if (folder / ADAPTER).is_file() else None
 
     @cached_property
     def _gguf(self) -> GgufFile | None:
@@ -65,13 +77,13 @@ class Folder:
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors by name, in the natural order of their names.
+        """All tensors by name, in the natural order of their names; those of an adapter are no part of them.
 
         Raises:
             AnomalyError: a file is damaged.
             InfraError: there is no file, or one can't be read.
         """
-        files = sorted(self.path.glob("*.safetensors"))
+        files = sorted(set(self.path.glob("*.safetensors")) - set(self.path.glob(ADAPTER_FILES)))
         if self._gguf:
             found = {tensor.name: tensor for tensor in self._gguf.tensors}
         elif files:
@@ -171,19 +183,30 @@ class Folder:
             _ = self.tensors  # which reads the header of every file
 
 
-def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> Folder:
-    """Open a folder, or the local copy of a hub id; nothing is fetched.
+def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | None = None, base: str = "") -> Folder:
+    """Open a folder, or the local copy of a hub id; nothing is fetched. Of an adapter its base is opened.
+
+    `base`: the folder or hub id of an adapter's base, with `@revision`; empty for the one that the adapter names.
 
     Raises:
-        InfraError: there is no such folder and no such id in the local cache, or the cache can't be read.
+        AnomalyError: an adapter's configuration can't be read.
+        InfraError: there is no such folder and no such id in the local cache, or the cache can't be read; or the base
+            isn't known.
     """
+    folder = _local_folder(path, revision)
+    if not (named := base_of(folder, base)):
+        return Folder(folder, gguf_file)
+    return Folder(_local_folder(*named), gguf_file, apart=folder)
+
+
+def _local_folder(path: str | Path, revision: str | None) -> Path:
     if Path(path).is_dir():
-        return Folder(Path(path), gguf_file)
+        return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Folder(Path(snapshot_download(str(path), revision=revision, local_files_only=True)), gguf_file)
+        return Path(snapshot_download(str(path), revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):  # no valid id: a folder was meant
         raise InfraError(
             f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "
@@ -191,6 +214,43 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
         ) from None
     except OSError as error:
         raise InfraError(f"the local cache of the hub can't be read for '{path}': {error}") from error
+
+
+def base_of(folder: Path, base: str = "") -> tuple[str, str | None] | None:
+    """Return the path or hub id of the base of an adapter in a folder, and its revision; None for no adapter apart.
+
+    `base`: what a suite names, with `@revision`. Else it is the folder's own model, else what the adapter's
+    configuration names, where that is a hub id or lies inside the folder: a downloaded file shall not choose among the
+    folders of this machine.
+
+    Raises:
+        AnomalyError: the adapter's configuration is no JSON.
+        InfraError: the base isn't known, or is named for a folder without an adapter.
+    """
+    holds_adapter = (folder / ADAPTER).is_file()
+    if base:
+        if not holds_adapter:
+            raise InfraError(f"model.base is the base of an adapter, and {folder} holds no {ADAPTER}: leave it out")
+        path, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+        return path, revision or None
+    if not holds_adapter or _holds_model(folder):
+        return None
+    config = Folder(folder).json(ADAPTER)
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(named, str) or not named:
+        raise InfraError(f"{folder} holds an adapter whose {ADAPTER} names no base: name it in model.base")
+    inside = (folder / named).resolve()
+    if inside.is_dir() and inside.is_relative_to(folder.resolve()):
+        return str(inside), None
+    if HUB_ID.fullmatch(named) and not Path(named).exists():
+        return named, config.get("revision")
+    raise InfraError(f"{folder} holds an adapter of '{named}', a folder outside of it: name the base in model.base")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Say whether a folder holds a whole model, weights included, beside what belongs to an adapter."""
+    weights = set(folder.glob("*.safetensors")) - set(folder.glob(ADAPTER_FILES))
+    return bool(weights or any(folder.glob("*.gguf"))) or (folder / "pytorch_model.bin").is_file()
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -152,7 +152,7 @@ def _column_ratio(mine: Format, theirs: Format, layer: str) -> Vector | None:
     original = theirs.weight_of(layer)
     assert original is not None  # it has a shape
     rows = slice(None, None, max(1, (original.stop - original.start) // BUDGET))
-    one, other = (form.rows(layer, rows) for form in (mine, theirs))
+    one, other = (form.stored_rows(layer, rows) for form in (mine, theirs))
     if one is None or other is None or one.shape != other.shape:
         return None
     with np.errstate(all="ignore"):

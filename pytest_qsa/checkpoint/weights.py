@@ -235,13 +235,16 @@ def _tied(form: Format, layer: str) -> str:
     if layer.rpartition(".")[2] != "lm_head" or layer in form.folder.layers:
         return layer
     tied = form.folder.text_config.get("tie_word_embeddings")
-    return next((name for name in form.folder.layers if tied and name.endswith("embed_tokens")), layer)
+    found = next((name for name in form.folder.layers if tied and name.endswith("embed_tokens")), layer)
+    # an adapter of one of the two leaves the other as it was
+    apart = form.adapter is not None and (form.adapter.touches(found) or form.adapter.touches(layer))
+    return layer if apart else found
 
 
 def _provenance(files: Files) -> Provenance:
     read = replace(files.provenance, weights=True)
     versions = {name: version(name) for name in ("pytest-qsa", "numpy")}
-    return Provenance(ModelProvenance(str(files.folder.path), files=read, dtype="float32", versions=versions))
+    return Provenance(replace(files.model, files=read, dtype="float32", versions=versions))
 
 
 def _reference(files: Files, uncompared: Mapping[str, str]) -> Capture | None:

@@ -29,7 +29,9 @@ def run(arguments: Sequence[str]) -> int:
     options, overrides = _options(arguments)
     file = suite.load_suite(options.config, overrides, "--")
     subject = suite.subject_of(file)
-    layers = engine.layer_names(subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code)
+    layers = engine.layer_names(
+        subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code, base=subject.base
+    )
     names = layers.called  # thousands of experts would be no picture
     analysis = planned(file, names)
     visualization = file.suite.visualization

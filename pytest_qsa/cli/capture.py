@@ -98,7 +98,7 @@ def _layers(file: suite.SuiteFile, subject: suite.NamedSubject, *, allow_code: b
     of_pass, of_files = subject.divided(measured)
     if of_files and not of_pass:
         return checkpoint.weight_names(suite.files_of(subject))
-    return engine.layer_names(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    return engine.layer_names(subject.model, subject.path, subject.memory, allow_code=allow_code, base=subject.base)
 
 
 def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[captures.Request]:

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     named = suite.YamlSource(Path("--model"), {"model": {"path": options.model}})
     subject = suite.subject_of(suite.load_suite(options.config or named))
 
-    rows = engine.outline(subject.model, subject.path)
+    rows = engine.outline(subject.model, subject.path, subject.base)
     names = [row[0] for row in rows]
     found = captures.match_layers(names, options.regex) if options.regex else names
     if not found:

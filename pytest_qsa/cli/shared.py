@@ -134,7 +134,7 @@ def read_overrides(options: argparse.Namespace, unknown: Sequence[str]) -> list[
 def _absolute(key: str, value: str) -> str:
     # A path in a suite is relative to its folder, one of the command line to where the user stands.
     here = Path(value.removeprefix("custom:")).expanduser()
-    if key == "visualization.save_dir" or (key in ("model.path", "model.reference") and here.exists()):
+    if key == "visualization.save_dir" or (key in ("model.path", "model.base", "model.reference") and here.exists()):
         return str(here.absolute())
     return f"custom:{here.absolute()}" if key == "data.source" and value.startswith("custom:") else value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,36 @@ _PREFERRED = ("last_hidden_state", "logits", "hidden_states", "inputs_embeds")
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers by name, in model order: every module but the root and the containers."""
-    return {name: module for name, module in model.named_modules() if name and not isinstance(module, _CONTAINERS)}
+    """Return the layers by name, in model order: every module but the root and the containers.
+
+    A layer with an adapter is one layer, with the name that it has without: what peft puts into it is none of its own.
+    """
+    layers: dict[str, nn.Module] = {}
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if name and not isinstance(module, _CONTAINERS):
+            layers[name] = module
+        if is_adapted(module):
+            inside = f"{name}."
+    return layers
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Say whether peft has put an adapter onto a layer: the module is then the layer and its adapter together."""
+    # Where peft isn't imported no model has an adapter, and to import it takes seconds.
+    tuners, others = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    return (tuners is not None and isinstance(module, tuners.BaseTunerLayer)) or (
+        others is not None and isinstance(module, others.AuxiliaryTrainingWrapper)
+    )
+
+
+def base_of_layer(module: nn.Module) -> nn.Module:
+    """Return a layer as it was before adapters were put onto it."""
+    while is_adapted(module) and isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -102,7 +131,7 @@ class Expert:
     @property
     def packed(self) -> Tensor:
         """The tensor of all experts."""
-        tensor: Tensor = getattr(self.module, self.place.tensor)
+        tensor: Tensor = getattr(base_of_layer(self.module), self.place.tensor)
         return tensor
 
     @property
@@ -126,11 +155,11 @@ def with_experts(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
     """Return modules and, after each that packs experts, the layers of these, by the names of files with one each."""
     layers: dict[str, Layer] = {}
     for name, module in modules.items():
-        layers[name] = module
-        packed = {part: tensor for part in PACKED if isinstance(tensor := getattr(module, part, None), Tensor)}
+        layers[name], base = module, base_of_layer(module)
+        packed = {part: tensor for part in PACKED if isinstance(tensor := getattr(base, part, None), Tensor)}
         shapes = {part: tuple(tensor.shape) for part, tensor in packed.items()}
         # Models say it of their experts; those that don't put gate before up (Llama 4).
-        interleaved = not getattr(module, "is_concatenated", True)
+        interleaved = not getattr(base, "is_concatenated", True)
         places = expert_layers(shapes, interleaved=interleaved)
         for index in range(min(shape[0] for shape in shapes.values()) if places else 0):
             layers |= {f"{name}.{index}.{part}": Expert(module, name, index, place) for part, place in places.items()}

@@ -130,7 +130,7 @@ def load_subject(subject: NamedSubject, *, allow_code: bool) -> Loaded:
         QsaError: it can't be loaded.
     """
     began = time.perf_counter()
-    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code)
+    loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code, base=subject.base)
     logger.debug("%s: loading %s took %.2f s", subject.name, subject.path, time.perf_counter() - began)
     return loaded
 
@@ -365,7 +365,7 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
     Raises:
         InfraError: they give other ids.
     """
-    folder = subject.local_folder
+    folder = subject.base_folder
     if subject.model is None or subject.model.gguf_file is None or loaded.tokenizer is None or folder is None:
         return ""
     return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)

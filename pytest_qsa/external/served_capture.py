@@ -100,7 +100,7 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
 
     model = subject.named.with_checkpoint(named)
     try:
-        loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code)
+        loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code, base=model.base)
     except QsaError as error:
         # The same kind of error: a damaged reference is ANOMALOUS, one that is not there INFRA.
         raise type(error)(f"model.reference: {error}") from error

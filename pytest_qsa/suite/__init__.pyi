@@ -30,6 +30,7 @@ from .facts import (
 from .fingerprint import (
     FileHashes as FileHashes,
     fingerprint_of as fingerprint_of,
+    folders_of as folders_of,
     identified as identified,
     weight_files as weight_files,
 )

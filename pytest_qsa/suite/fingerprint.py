@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import Capture
-from ..checkpoint import Folder, format_of, libraries_of_formats
+from ..checkpoint import format_of, libraries_of_formats
 from ..common import QsaError, logger, write_atomically
-from .subjects import NamedSubject, Subject, hub_set_of, local_path
+from .subjects import NamedSubject, Subject, hub_set_of, local_path, own_folder
 
 LIBRARIES = (
     "pytest-qsa",
@@ -102,7 +102,7 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
     None where no hash can cover it: a factory, a fixture, files that aren't here.
     """
     folder = subject.local_folder
-    if folder is None:
+    if folder is None or subject.base_folder is None:
         logger.debug("%s: no fingerprint, for no files of the model are here", subject.name)
         return None
     hub_set = hub_set_of(subject.data)
@@ -114,16 +114,16 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
     if reference is None:
         logger.debug("%s: no fingerprint, for no files of the reference are here", subject.name)
         return None
-    for part in (*_parts(subject.named, folder, hashes), [[name, hashes.of(file)] for name, file in reference]):
+    for part in (*_parts(subject.named, hashes), [[name, hashes.of(file)] for name, file in reference]):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
 def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:
     """Say in a capture's provenance which checkpoint it is of: its path, its format, the SHA-256 of its weights."""
-    folder = subject.local_folder
-    weights = _weights_hash(folder, hashes) if folder else None
-    model = replace(capture.provenance.model, path=subject.path, weights=weights, format=_format_of(subject))
+    weights = _weights_hash(folders_of(subject), hashes)
+    model = replace(capture.provenance.model, path=subject.path, base=subject.base_path)
+    model = replace(model, weights=weights, format=_format_of(subject))
     if capture.reference is not None and isinstance(subject.reference, Subject):
         reference = identified(capture.reference, subject.reference, hashes)
         capture = replace(capture, reference=reference)
@@ -132,12 +132,21 @@ def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Captur
 
 def _format_of(subject: Subject) -> str | None:
     """Return the quantization that a subject's files declare; None for floats, and where there are no files to ask."""
-    folder = subject.local_folder
     try:
-        form = format_of(Folder(folder, subject.model.gguf_file)) if folder and subject.model else None
+        form = format_of(own_folder(subject))
     except QsaError:
         return None
-    return form.label if form is not None and form.name != "none" else None
+    return form.label if form.name != "none" else None
+
+
+def folders_of(subject: Subject) -> list[Path]:
+    """Return the folders of a subject's model that are here: its own, and of an adapter that of its base.
+
+    Raises:
+        AnomalyError: an adapter's configuration can't be read.
+        InfraError: the hub's cache can't be read, or an adapter's base isn't known.
+    """
+    return list(dict.fromkeys(folder for folder in (subject.local_folder, subject.base_folder) if folder is not None))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -150,8 +159,9 @@ def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
     reference = subject.reference
     if isinstance(reference, Path):
         return [("reference", reference)] if reference.is_file() else None
-    folder = reference.local_folder if reference is not None else None
-    return _named_files(folder) if folder is not None else None
+    if reference is None or reference.base_folder is None:
+        return None
+    return [file for folder in folders_of(reference) for file in _named_files(folder)]
 
 
 def _named_files(folder: Path) -> list[tuple[str, Path]]:
@@ -160,9 +170,9 @@ def _named_files(folder: Path) -> list[tuple[str, Path]]:
     return [(str(file.relative_to(folder)), file) for file in files]
 
 
-def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
-    """Return the SHA-256 over the names and hashes of a folder's weight files; None where it has none."""
-    files = weight_files(folder)
+def _weights_hash(folders: Sequence[Path], hashes: FileHashes) -> str | None:
+    """Return the SHA-256 over the names and hashes of the weight files of folders; None where they have none."""
+    files = [file for folder in folders for file in weight_files(folder)]
     digest = hashlib.sha256()
     for file in files:
         # No file name holds a NUL, so that a name can't run into the hash behind it.
@@ -170,21 +180,22 @@ def _weights_hash(folder: Path, hashes: FileHashes) -> str | None:
     return f"sha256:{digest.hexdigest()}" if files else None
 
 
-def _parts(subject: NamedSubject, folder: Path, hashes: FileHashes) -> Iterator[Any]:
+def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
     yield "qsa-fingerprint/6"
     yield subject.model.measured
     yield "files" if subject.files_only else "pass"
     yield subject.data.model_dump()
     yield subject.memory.model_dump()
-    for name, file in _named_files(folder):
-        yield [name, hashes.of(file)]
+    for folder in folders_of(subject):
+        for name, file in _named_files(folder):
+            yield [name, hashes.of(file)]
     if subject.data.source == "sample":
         text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_bytes()
         yield hashlib.sha256(text).hexdigest()
     else:
         for file in _data_files(subject):
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"
-    formats = libraries_of_formats(Folder(folder, subject.model.gguf_file))
+    formats = libraries_of_formats(own_folder(subject))
     yield {name: _version(name) for name in (*LIBRARIES, *formats)}
     yield machine()
 

@@ -147,6 +147,9 @@ class Model(Strict):
     logprobs: Annotated[str | None, Field(description="a file of a served model's answers: .json or .jsonl")] = None
     tail: Annotated[Tail, Field(description="what to assume of the tokens that an answer leaves out")] = "unknown"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
+    base: Annotated[
+        str | None, Field(description="the base of an adapter: a folder or hub id; default: what the adapter names")
+    ] = None
     reference: str | None = None
     previous: Annotated[
         str | None, Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint")
@@ -175,6 +178,8 @@ class Model(Strict):
             raise ValueError("give one of path, factory, served and logprobs")
         if self.weights == "files" and self.path is None:
             raise ValueError("weights: files reads a checkpoint's files: give its path, or leave it out")
+        if self.base is not None and self.path is None:
+            raise ValueError("base is that of an adapter in path, and there is no path")
         return self
 
     @property
@@ -187,7 +192,7 @@ class Model(Strict):
         """The settings that a capture depends on, without the locations of model and reference."""
         # Files count by their content, which the fingerprint hashes; the other keys do not change what a pass
         # measures.
-        other = {"name", "path", "reference", "previous", "allow_idle", "require"}
+        other = {"name", "path", "base", "reference", "previous", "allow_idle", "require"}
         # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
         return {**self.model_dump(exclude=other), "runs": self.require is not None}
 

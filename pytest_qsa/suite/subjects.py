@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..captures import Request
-from ..checkpoint import Files, Folder, open_folder
+from ..checkpoint import ADAPTER, Files, Folder, base_of, open_folder
 from ..common import InfraError
 from .sections import Data, Memory, Model
 
@@ -93,7 +93,7 @@ class Subject:
     def local_folder(self) -> Path | None:
         """The folder of the model's files: its path, or the hub's cache of its id; None where neither is here.
 
-        Looked up each time, for loading the model may bring a hub id into the cache.
+        Of an adapter it is the adapter's. Looked up each time, for loading the model may bring a hub id into the cache.
 
         Raises:
             InfraError: the hub's cache can't be read.
@@ -101,6 +101,34 @@ class Subject:
         if self.model is None or not self.path or self.model.logprobs_only:
             return None
         return Path(self.path) if Path(self.path).is_dir() else cached_snapshot(self.path, self.model.revision)
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder of the model's configuration and weights, as `local_folder`: of an adapter it is its base's.
+
+        Raises:
+            AnomalyError: an adapter's configuration can't be read.
+            InfraError: the hub's cache can't be read, or an adapter's base isn't known.
+        """
+        named = self._base_apart
+        if named is None:
+            return self.local_folder
+        return Path(named[0]) if Path(named[0]).is_dir() else cached_snapshot(*named)
+
+    @property
+    def base_path(self) -> str:
+        """The folder or hub id of an adapter's base, where it lies apart from the adapter; else empty.
+
+        Raises:
+            AnomalyError: the adapter's configuration can't be read.
+            InfraError: its base isn't known.
+        """
+        return self._base_apart[0] if self._base_apart else ""
+
+    @property
+    def _base_apart(self) -> tuple[str, str | None] | None:
+        folder = self.local_folder
+        return base_of(folder, self.base) if folder is not None else None
 
     @cached_property
     def path(self) -> str:
@@ -116,6 +144,16 @@ class Subject:
         return located(self.folder, named) if named else named
 
     @property
+    def base(self) -> str:
+        """What the suite names as the base of an adapter, as `path`; empty where it names none, or for no adapter."""
+        if self.model is None or self.model.base is None:
+            return ""
+        # `--qsa-model` may give the merged model to the suite of its adapter
+        if self.checkpoint is not None and Path(self.path).is_dir() and not (Path(self.path) / ADAPTER).is_file():
+            return ""
+        return located(self.folder, self.model.base)
+
+    @property
     def key(self) -> str:
         """Equal for subjects that share one pass, whatever their names and suites."""
         model = self.model.measured if self.model else {}
@@ -125,7 +163,7 @@ class Subject:
         if (own := local_path(self.data, self.folder)) is not None:
             data["source"] = f"custom:{own.resolve()}"
         # Sorted keys, because the hash must not depend on the order in which settings were made.
-        settings = [self.path, self.fixture, model, data, self.memory.model_dump(), self.files_only]
+        settings = [self.path, self.base, self.fixture, model, data, self.memory.model_dump(), self.files_only]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -146,7 +184,9 @@ class NamedSubject(Subject):
         # The name of a folder may hold an @ as well.
         path, _, revision = (named, "", "") if (self.folder / named).exists() else named.partition("@")
         source = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
-        model = self.model.model_copy(update={**source, "revision": revision or None, "previous": None})
+        # the last release of an adapter is one of the same base
+        base = self.model.base if (self.folder / path / ADAPTER).is_file() and named == self.model.previous else None
+        model = self.model.model_copy(update={**source, "base": base, "revision": revision or None, "previous": None})
         return replace(self, name=named, model=model, checkpoint=None)
 
 
@@ -180,17 +220,23 @@ def files_of(subject: Subject) -> Files:
     Raises:
         InfraError: the subject is no checkpoint, or isn't here.
     """
-    own, reference = _own_folder(subject), subject.reference
+    own, reference = own_folder(subject), subject.reference
     if not isinstance(reference, NamedSubject):  # a recorded one has neither settings nor weights
         return Files(own)
-    return Files(own, open_folder(reference.path, reference.model.revision))
+    return Files(own, own_folder(reference))
 
 
-def _own_folder(subject: Subject) -> Folder:
+def own_folder(subject: Subject) -> Folder:
+    """Return the files of the subject's own model, of an adapter those of its base.
+
+    Raises:
+        AnomalyError: an adapter's configuration can't be read.
+        InfraError: the subject is no checkpoint, or isn't here.
+    """
     model = subject.model
     if model is None or not subject.path or model.logprobs_only:
         raise InfraError("this reads a checkpoint's files, and the subject has none here: give model.path")
-    return open_folder(subject.path, model.revision, model.gguf_file)
+    return open_folder(subject.path, model.revision, model.gguf_file, subject.base)
 
 
 def stored_quantized(subject: Subject) -> list[str]:
@@ -199,7 +245,7 @@ def stored_quantized(subject: Subject) -> list[str]:
         return []
     try:
         # without the reference's files: damage there must not stop the pass over the subject
-        return Files(_own_folder(subject)).stored_quantized
+        return Files(own_folder(subject)).stored_quantized
     except InfraError:  # a factory, a fixture, another format than safetensors
         return []
 

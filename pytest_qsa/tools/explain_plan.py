@@ -9,7 +9,7 @@ from pathlib import Path
 from ..captures import Capture, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder
 from ..common import InfraError, QsaError, counted, shown_path, text_table
-from ..suite import FileHashes, Machine, Subject, fingerprint_of, weight_files
+from ..suite import FileHashes, Machine, Subject, fingerprint_of, folders_of, weight_files
 from .estimates import (
     Setting,
     Sizes,
@@ -71,11 +71,11 @@ def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
     if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
         return False, "no capture is kept yet"
     subject, hashes, compared = planned.subject, FileHashes(cache / "hashes.json"), compares(planned.requests)
-    folders = [subject.local_folder]
+    folders = folders_of(subject)
     if compared and isinstance(subject.reference, Subject):  # a cached comparison is of the reference's bytes as well
-        folders.append(subject.reference.local_folder)
+        folders += folders_of(subject.reference)
     # To hash a large checkpoint takes minutes, and a plan should not.
-    unknown = [file for folder in folders if folder for file in weight_files(folder) if not hashes.remembers(file)]
+    unknown = [file for folder in folders for file in weight_files(folder) if not hashes.remembers(file)]
     if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
         return False, "not known before the run has hashed the weights"
     fingerprint = fingerprint_of(subject, hashes, with_reference=compared)
@@ -106,7 +106,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     if not planned.measured:
         yield "pass        none: no model is loaded"
         return
-    folder = subject.local_folder
+    folder = subject.base_folder
     if folder is None or subject.model is None:
         yield f"size        not known: {_why_unknown(planned)}"
         return

@@ -267,7 +267,7 @@ def first_suite(
     # Here, because the engine imports torch.
     from ..engine import anatomy
 
-    layers = anatomy(subject.model, subject.path)
+    layers = anatomy(subject.model, subject.path, subject.base)
     static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
     file = load_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown

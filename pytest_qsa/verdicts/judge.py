@@ -264,7 +264,7 @@ def _not_checked(series: Series, files: Files) -> str:
 def _run_of_files(files: Files) -> Provenance:
     """Return what the checks read: the folder, how many files and tensors, the declared format, the reference."""
     return Provenance(
-        ModelProvenance(str(files.folder.path), files=files.provenance),
+        files.model,
         reference=ModelProvenance(str(files.reference.path)) if files.reference else None,
     )
 

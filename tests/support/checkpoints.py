@@ -265,3 +265,45 @@ def edited(source, folder, change=lambda weights: None, *, config=lambda config:
     config(settings)
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+def save_adapter(folder, base, *, config=lambda config: None, tensors=lambda tensors: None, kind="Lora", **options):
+    """Save an adapter of random numbers for a checkpoint by peft; `config` and `tensors` edit what it wrote.
+
+    `options`: of peft's configuration class. Return the weights that peft's own merge of the unedited one makes, by
+    name; none for an adapter that it can't merge.
+    """
+    import warnings
+
+    import peft
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    if kind == "Lora":
+        options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about what it saves
+        torch.manual_seed(1)
+        model = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), getattr(peft, f"{kind}Config")(**options)
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # those of the adapter, most of which begin as zero or as the base's
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        mergeable = kind == "Lora" and not options.get("alora_invocation_tokens")
+        merged = model.merge_and_unload().state_dict() if mergeable else {}
+    (folder / "README.md").unlink()
+    edit_json(folder / "adapter_config.json", config)
+    held = load_file(folder / "adapter_model.safetensors")
+    tensors(held)
+    save_file(held, folder / "adapter_model.safetensors")
+    return {name: tensor.clone() for name, tensor in merged.items()}
+
+
+def edit_json(file, change):
+    """Write a JSON file anew with `change` applied to its content."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))

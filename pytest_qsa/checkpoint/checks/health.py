@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ...captures import FilesProvenance, match_layers, no_match
+from ...captures import FilesProvenance, ModelProvenance, match_layers, no_match
 from ...common import AnomalyError, shown_path
 from ...metrics import CHECKPOINT, Definition, Query, Series
 from ..folder import Finding, Folder, natural
@@ -68,6 +68,17 @@ class Files:
         form = quantization.get("format") or quantization.get("bits") or ""
         return FilesProvenance(
             len({tensor.file for tensor in tensors}), len(tensors), f"{self.format.label} {form}".strip()
+        )
+
+    @property
+    def model(self) -> ModelProvenance:
+        """Which model they are: where they lie, the adapter among them, and what there is to read."""
+        folder, adapter = self.folder, self.format.adapter
+        return ModelProvenance(
+            str(folder.apart or folder.path),
+            base=str(folder.path) if folder.apart else "",
+            adapter=str(adapter) if adapter else None,
+            files=self.provenance,
         )
 
     @property

@@ -23,6 +23,7 @@ def lost_keys(form: Format) -> Iterator[Finding]:
         yield from _by_number(folder, container, blocks)
         yield from (each for each in _by_siblings(folder, container, blocks) if not _left_out(form, each))
     yield from _by_shape(folder)
+    yield from form.adapter_findings()
 
 
 def _by_index(folder: Folder) -> Iterator[Finding]:

@@ -216,7 +216,7 @@ def _mean_over_rms(form: Format, layer: str) -> float | None:
 
 def _rows_of(form: Format, layer: str, rows: slice) -> NDArray[np.float64] | None:
     try:
-        return form.rows(layer, rows)
+        return form.stored_rows(layer, rows)
     except AnomalyError:  # tensors that are lost or don't fit have findings of their own
         return None
 

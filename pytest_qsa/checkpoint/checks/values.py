@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ def _constant_codes(lanes: NDArray[Any], bits: int) -> NDArray[np.int64]:
 
 def unsound_floats(form: Format) -> Iterator[Finding]:
     """Yield tensors in floating point that hold NaN or Inf, and matrices of one number; scales have their own check."""
-    for tensor in form.folder.tensors.values():
+    own = form.adapter.layers.values() if form.adapter else ()
+    for tensor in chain(form.folder.tensors.values(), *(parts.values() for parts in own)):
         if tensor.dtype not in FLOATS or not tensor.shape or 0 in tensor.shape or form.scales.search(tensor.part):
             continue
         codes = form.codes_of(tensor.layer)

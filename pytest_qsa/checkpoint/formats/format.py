@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...common import AnomalyError, Registry
+from ..adapter import CONV1D, Adapter
 from ..experts import INTERLEAVED, PACKED, ExpertLayer, as_loaded, expert_layers
 from ..folder import Finding, Folder
 from ..tensors import EIGHT_BITS, FLOATS, RAW, Tensor, decoded
@@ -243,8 +244,68 @@ class Format:
         view = place.of(packed.raw()[index])[rows]  # of the mapped file, so that no other expert is read
         return decoded(np.ascontiguousarray(view), packed.dtype).astype(np.float64)
 
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that changes the checkpoint's weights; None for none."""
+        folder = self.folder.adapter_folder
+        conv1d = folder is not None and self.folder.text_config.get("model_type") in CONV1D
+        return Adapter(folder, conv1d) if folder is not None else None
+
+    @cached_property
+    def _adapted(self) -> Mapping[str, str]:
+        """The layers of the files that the adapter has tensors of → their names there."""
+        names = self.adapter.layers if self.adapter else ()
+        return {layer: name for name, layer in self.layers_of(names).items()}
+
     def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
-        """Return rows of a layer's weight [rows, in] in float64, dequantized; None where this format can't.
+        """Return rows of the weight that a layer multiplies by [rows, in], in float64: dequantized, with its adapter.
+
+        None where `refusal` says why it can't.
+
+        Raises:
+            AnomalyError: a tensor is missing or doesn't fit the others.
+        """
+        return self.adapted(layer, rows, self.stored_rows(layer, rows))
+
+    def adapted(self, layer: str, rows: slice, stored: Matrix | None) -> Matrix | None:
+        """Return rows of a layer's weight with its adapter. `stored`: the rows in the files of the base.
+
+        None where it isn't known what the adapter does to them.
+
+        Raises:
+            AnomalyError: the adapter doesn't fit the layer.
+        """
+        if self.adapter is None:
+            return stored
+        name = self._adapted.get(layer, layer)
+        if not self.adapter.touches(name):
+            return stored
+        if problem := self.adapter_problem(layer):
+            raise AnomalyError(f"{self.adapter.folder}: {problem}")
+        return self.adapter.applied(name, rows, stored)
+
+    def adapter_problem(self, layer: str) -> str:
+        """Return what of an adapter's tensors of a layer doesn't fit the base; empty where all of it does."""
+        assert self.adapter is not None
+        return self.adapter.problem(self._adapted.get(layer, layer), self.weight_shape(layer))
+
+    def adapter_findings(self) -> Iterator[Finding]:
+        """Yield the layers of the adapter that the base doesn't have, and those whose tensors don't fit."""
+        if self.adapter is None or self.adapter.kind != "LORA":
+            return
+        ends = {_end(layer) for layer in self.folder.layers}
+        for layer, name in self._adapted.items():
+            tensor = next(iter(self.adapter.layers[name].values()))
+            what = self.adapter_problem(layer)
+            # a tied head has no tensors of its own in the files, and neither has what holds packed experts
+            inside = any(each.startswith(f"{name}.") for each in self.folder.layers)
+            if not what and _end(layer) not in ends and not inside and not name.endswith("lm_head"):
+                what = f"the adapter is for a layer {name}, which the base doesn't have"
+            if what:
+                yield Finding(layer, tensor.name, tensor.file, what, "is it an adapter of this base?")
+
+    def stored_rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
+        """Return rows of a layer's weight as its own files hold it, without an adapter, as `rows` does.
 
         It can where the tensors of the layer and what is declared of it agree; `refusal` says why it can't. A layer of
         the `experts` has rows too.
@@ -289,6 +350,9 @@ class Format:
 
     def refusal(self, layer: str) -> str:
         """Say why `rows` gives no numbers of a layer: what its tensors are, and what is wrong with them."""
+        name = self._adapted.get(layer, layer)
+        if self.adapter and self.adapter.touches(name) and (reason := self.adapter.refused(name)):
+            return reason
         if layer in self.experts:
             holder, _, place = self.experts[layer]
             return self.refusal(f"{holder}.{place.tensor}")
@@ -376,9 +440,9 @@ class UnknownFormat(Format):
         """The `quant_method` that the configuration declares."""
         return str(self.folder.quantization.get("quant_method") or "unknown")
 
-    def rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
+    def stored_rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
         """Return rows of a norm or an embedding; a float may hold packed codes where nobody knows what is declared."""
-        return None if self.is_linear(layer) else super().rows(layer, rows)
+        return None if self.is_linear(layer) else super().stored_rows(layer, rows)
 
 
 def streams_from_disk(method: str) -> bool:
@@ -387,14 +451,15 @@ def streams_from_disk(method: str) -> bool:
 
 
 def libraries_of_formats(folder: Folder) -> list[str]:
-    """Return the packages that unpack the built-in formats and that of a checkpoint, sorted.
+    """Return the packages that unpack the built-in formats and that of a checkpoint, and apply its adapter, sorted.
 
     Raises:
         AnomalyError: the configuration is no JSON.
         InfraError: there is none.
     """
-    kinds = [*FORMATS.built_in(), type(format_of(folder))]
-    return sorted({library for kind in kinds for library in kind.libraries})
+    own = format_of(folder)
+    libraries = {library for kind in (*FORMATS.built_in(), type(own)) for library in kind.libraries}
+    return sorted(libraries | ({"peft"} if own.adapter else set()))
 
 
 def element_count(tensor: Tensor) -> int:

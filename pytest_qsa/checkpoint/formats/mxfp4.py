@@ -63,7 +63,7 @@ class Mxfp4(Format):
             return super().expert_rows(tensor, index, place, rows)
         outputs = codes.shape[1]
         among = range(index * outputs, (index + 1) * outputs)[place.rows][rows]
-        return self.rows(tensor, slice(among.start, among.stop, among.step))
+        return self.stored_rows(tensor, slice(among.start, among.stop, among.step))
 
     def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
         """Return the bytes of every output of every expert in a row."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...checkpoint import SIGNS, Format, Tensor as StoredTensor
 from ...common import InfraError, Registry, one_line
-from ..modules import Expert, Layer, layers_of
+from ..modules import Expert, Layer, base_of_layer, is_adapted, layers_of
+from .adapters import adapted_weight, adapter_class
 
 
 class EngineFormat:
@@ -74,7 +75,7 @@ class EngineFormat:
 
         The numpy half reads it where there is no such library.
         """
-        rows = stored.rows(layer)
+        rows = stored.stored_rows(layer)
         return None if rows is None else torch.from_numpy(rows)
 
 
@@ -98,6 +99,7 @@ def owner_of(module: nn.Module) -> EngineFormat | None:
     Raises:
         InfraError: an entry point of the group `pytest_qsa.engine_formats` can't be loaded.
     """
+    module = base_of_layer(module)
     found = _claiming(module, ENGINE_FORMATS.built_in())
     # Every module is asked, so that other packages are imported only for a weight that is no plain float.
     if found is None and _quantized_parts(module):
@@ -151,11 +153,18 @@ def dequantized(module: Layer) -> Tensor | None:
     as transformers does of a GGUF file, is plain. That of an expert is a view of the experts' tensor, [out, in].
 
     Raises:
-        InfraError: it is stored in a format that isn't known, or that its library can't undo here.
+        InfraError: it is stored in a format that isn't known, or that its library can't undo here; or it has an
+            adapter whose delta isn't known.
     """
     if isinstance(module, Expert):
+        if is_adapted(module.module):
+            raise InfraError(
+                f"its experts have an adapter ({adapter_class(module.module)}), whose delta isn't known here"
+            )
         whole = _dequantized(_alone(module), type(module.module).__name__)
         return None if whole is None else module.place.of(whole)
+    if is_adapted(module):
+        return adapted_weight(module, dequantized)
     return _dequantized(module, type(module).__name__)
 
 
@@ -199,7 +208,7 @@ def _holding(kind: str, parts: Mapping[str, object]) -> str:
 
 def is_quantized(module: nn.Module) -> bool:
     """Say whether a module keeps its weight in codes: a format owns it, or what it holds shows it."""
-    return bool(_quantized_parts(module)) or owner_of(module) is not None
+    return bool(_quantized_parts(base_of_layer(module))) or owner_of(module) is not None
 
 
 def schemes_of(model: nn.Module) -> dict[str, str] | None:
@@ -223,7 +232,7 @@ def schemes_of(model: nn.Module) -> dict[str, str] | None:
 
 def _scheme_of(module: nn.Module) -> str | None:
     form = owner_of(module)
-    return form.scheme(module) if form else None
+    return form.scheme(base_of_layer(module)) if form else None
 
 
 def _declared_scheme(settings: Mapping[str, Any], kinds: Sequence[type[EngineFormat]]) -> str | None:
@@ -232,7 +241,8 @@ def _declared_scheme(settings: Mapping[str, Any], kinds: Sequence[type[EngineFor
 
 def _replaces_linear(layer: nn.Module) -> bool:
     # Quantizers' classes keep the word in their names where they replace nn.Linear.
-    return type(layer) is not nn.Linear and "Linear" in type(layer).__name__
+    kind = type(base_of_layer(layer))
+    return kind is not nn.Linear and "Linear" in kind.__name__
 
 
 def scheme_name(weight_bits: int, input_bits: int, *, floats: bool) -> str:

@@ -69,7 +69,7 @@ class StoredWeights:
         unpacking = f"{layer} can't be unpacked from {self._stored.folder.path}"
         try:
             with torch.no_grad():
-                weight = self._engine.stored_weight(self._stored, layer)
+                weight = self._adapted(layer, self._engine.stored_weight(self._stored, layer))
         except ImportError as error:
             needed = " ".join(self._stored.libraries)
             raise InfraError(f"{unpacking}: {error}; pip install {needed}".rstrip()) from error
@@ -82,6 +82,13 @@ class StoredWeights:
         if weight is None:
             raise InfraError(f"{unpacking}: {self._stored.refusal(layer)}")
         return weight
+
+    def _adapted(self, layer: str, weight: Tensor | None) -> Tensor | None:
+        """Return a layer's weight of the files with its adapter, as the loaded layer has it."""
+        if weight is None or self._stored.adapter is None:
+            return weight
+        rows = self._stored.adapted(layer, slice(None), weight.double().numpy())
+        return None if rows is None else torch.from_numpy(rows)
 
 
 def _powers(name: str, weight: Tensor, stored: Tensor) -> NDArray[np.float64]:

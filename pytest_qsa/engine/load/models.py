@@ -22,6 +22,7 @@ from ...common import InfraError, QsaError, Scratch, UnloadableFormatError, one_
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
+from .adapters import WITHOUT, Source, adapter_text, add_adapter, check_adapter, source_of
 from .completeness import check_complete, check_declaration, declares_quantization
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -72,8 +73,8 @@ class Loaded:
             self.scratch.cleanup()
 
 
-def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> Loaded:
-    """Load a subject. `path`: the folder or hub id that the suite's path stands for.
+def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "") -> Loaded:
+    """Load a subject. `path`, `base`: the folders or hub ids that those of the suite stand for.
 
     Raises:
         AnomalyError: its files are damaged, or their tensors aren't those of the model.
@@ -87,8 +88,12 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> L
         return _from_factory(spec.factory, allow_code=allow_code)
     if spec.trust_remote_code and not allow_code:
         raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
+    _check_path(path)
     with quiet(), _loading_errors(spec, path):
-        loaded = once_more(lambda: _from_checkpoint(spec, path, memory))
+        source = once_more(lambda: source_of(path, spec.revision, base))
+    spec = spec.model_copy(update={"revision": source.revision})
+    with quiet(), _loading_errors(spec, source.path):
+        loaded = once_more(lambda: _from_checkpoint(spec, source, memory))
     if spec.submodule:
         try:
             loaded.model = submodule_of(loaded.model, spec.submodule)
@@ -138,13 +143,14 @@ def _check_path(path: str) -> None:
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
 
 
-def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
+def _from_checkpoint(spec: Model, source: Source, memory: Memory) -> Loaded:
     import transformers
 
+    path = source.path
     _check_path(path)
     if Path(path).is_dir() and not spec.gguf_file:
         Folder(Path(path)).check_files()
-    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    common = {"revision": source.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
     # Before the weights are read: without a loader they would be taken for floats, and hours later refused.
@@ -153,6 +159,10 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     declares = not spec.gguf_file and declares_quantization(path, config)
     kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
     streamed = memory.offload_device == "disk"
+    if source.adapter is not None:
+        if streamed:
+            raise InfraError(f"{source.adapter}: a base on disk takes no adapter: write offload_device: cpu")
+        check_adapter(source, spec.gguf_file)
     if streamed:
         check_format(path, config, gguf=bool(spec.gguf_file))
         kind = skipping_packed(kind)
@@ -161,6 +171,7 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
     scratch = Scratch("qsa-offload") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
     arguments = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, **placement, **offload}
+    arguments |= WITHOUT if source.adapter is not None else {}
     with contextlib.ExitStack() as cleaning:
         if scratch is not None:
             cleaning.callback(scratch.cleanup)
@@ -173,13 +184,21 @@ def _from_checkpoint(spec: Model, path: str, memory: Memory) -> Loaded:
         # accelerate has placed a model with a device map already, and refuses to move one.
         if "device_map" not in placement:
             model.to(device_for(memory))
+        if source.adapter is not None:
+            add_adapter(model, source.adapter)
         model.eval()
         stream = stream_of(model, device_for(memory)) if streamed else None
         cleaning.pop_all()  # from here on Loaded.close cleans up
     try:
-        return Loaded(model, once_more(lambda: load_tokenizer(path, common | gguf)), scratch, stream)
+        return Loaded(model, once_more(lambda: _tokenizer_of(source, common, gguf)), scratch, stream)
     except QsaError as error:
         return Loaded(model, None, scratch, stream, error)
+
+
+def _tokenizer_of(source: Source, common: dict[str, Any], gguf: dict[str, Any]) -> Any:
+    """Return the tokenizer that an adapter was saved with, which may have tokens of its own; else the base's."""
+    own = load_tokenizer(str(source.adapter), {**common, "revision": None}) if source.adapter is not None else None
+    return own if own is not None else load_tokenizer(source.path, common | gguf)
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
@@ -277,6 +296,7 @@ def provenance_of(model: nn.Module, path: str = "") -> ModelProvenance:
         device_class=device_class(device),
         attention=str(getattr(config, "_attn_implementation", None) or "none"),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        adapter=adapter_text(model),
     )
 
 

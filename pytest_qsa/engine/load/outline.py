@@ -13,14 +13,16 @@ from ...captures import LayerNames
 from ...checkpoint import Folder
 from ...common import InfraError, QsaError, one_line
 from ...suite import Anatomy, Data, Memory, Model
-from ..modules import Expert, blocks_of, layers_of, names_of, with_experts
+from ..formats.adapters import adapter_class
+from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, names_of, with_experts
+from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .data import batches_of
 from .models import class_of, load_model, submodule_of
 from .tokenizer import TextTokenizer
 
 
-def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
+def outline(spec: Model, path: str, base: str = "") -> list[tuple[str, str, str, int]]:
     """Return (name, class, shape of the weight, number of parameters) of each layer, in model order.
 
     Raises:
@@ -28,13 +30,14 @@ def outline(spec: Model, path: str) -> list[tuple[str, str, str, int]]:
         InfraError: it can't be read, or the model needs code of its own.
     """
     rows = []
-    for name, layer in with_experts(layers_of(_empty(spec, path))).items():
+    for name, layer in with_experts(layers_of(_empty(spec, path, base))).items():
         if isinstance(layer, Expert):
             rows.append((name, f"{type(layer.module).__name__}[{layer.index}]", _text(layer.shape), prod(layer.shape)))
             continue
         weight = getattr(layer, "weight", None)
         shape = _text(weight.shape) if isinstance(weight, torch.Tensor) else ""
-        rows.append((name, type(layer).__name__, shape, sum(p.numel() for p in layer.parameters())))
+        kind = adapter_class(layer) if is_adapted(layer) else type(layer).__name__
+        rows.append((name, kind, shape, sum(p.numel() for p in layer.parameters())))
     return rows
 
 
@@ -42,16 +45,19 @@ def _text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def anatomy(spec: Model, path: str) -> Anatomy:
+def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
     """Return the blocks of a model, and the linear layers in them that every token passes.
 
     Raises:
         InfraError: as `outline`.
     """
-    model = _empty(spec, path)
+    model = _empty(spec, path, base)
     blocks, layers = blocks_of(model), with_experts(layers_of(model))
     # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no nn.Linear.
-    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
+    kinds = {
+        name: type(layer if isinstance(layer, Expert) else base_of_layer(layer)).__name__
+        for name, layer in layers.items()
+    }
     inside = [name for name in layers if any(name.startswith(f"{block}.") for block in blocks)]
     linears = [
         name for name in inside if kinds[name].endswith(("Linear", "Conv1D")) and "experts" not in name.split(".")
@@ -62,17 +68,20 @@ def anatomy(spec: Model, path: str) -> Anatomy:
     return Anatomy(blocks, linears, weights)
 
 
-def _empty(spec: Model, path: str) -> torch.nn.Module:
+def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
     import transformers
 
     try:
-        Folder(Path(path)).json("config.json")  # transformers reports a broken file as a missing one
+        source = source_of(path, spec.revision, base)
+        Folder(Path(source.path)).json("config.json")  # transformers reports a broken file as a missing one
         config = transformers.AutoConfig.from_pretrained(
-            path, revision=spec.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
+            source.path, revision=source.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
         )
         # Only names and shapes are wanted: on the meta device no weight takes memory.
         with torch.device("meta"):
             model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
+            if source.adapter is not None:
+                add_empty_adapter(model, source.adapter)
     except QsaError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
@@ -80,15 +89,15 @@ def _empty(spec: Model, path: str) -> torch.nn.Module:
     return submodule_of(model, spec.submodule) if spec.submodule else model
 
 
-def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> LayerNames:
+def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "") -> LayerNames:
     """Return the names of a model's layers. A model with code of its own is loaded for it.
 
     Raises:
         InfraError: as `outline` and `load_model`.
     """
     if spec.factory is None and not spec.trust_remote_code:
-        return names_of(with_experts(layers_of(_empty(spec, path))))
-    loaded = load_model(spec, path, memory, allow_code=allow_code)
+        return names_of(with_experts(layers_of(_empty(spec, path, base))))
+    loaded = load_model(spec, path, memory, allow_code=allow_code, base=base)
     try:
         return names_of(with_experts(layers_of(loaded.model)))
     finally:

@@ -14,7 +14,7 @@ from ...captures import ExecutedModules, Execution, SiteKey
 from ...common import InfraError, logger
 from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.format import bits_of, dequantized, is_quantized, owner_of, schemes_of
-from ..modules import input_of, layers_of, tensor_of
+from ..modules import base_of_layer, input_of, layers_of, tensor_of
 from .participant import Forward, Need, Participant
 
 TRIES = 2
@@ -38,7 +38,9 @@ class ObservedExecution(Participant):
         layers = layers_of(model)
         self._layers = list(layers)
         self._schemes = schemes_of(model) or {}
-        self._modules = {n: layer for n, layer in layers.items() if n in self._schemes or is_quantized(layer)}
+        # of a layer with an adapter only the base is quantized
+        found = {name: base_of_layer(layer) for name, layer in layers.items()}
+        self._modules = {n: layer for n, layer in found.items() if n in self._schemes or is_quantized(layer)}
         self._calls: dict[str, int] = {}
         self._rounds: dict[str, bool] = {}
         self._ran = False

@@ -247,13 +247,13 @@ def _added(words: NDArray[np.int32], step: int, bits: int) -> NDArray[np.int32]:
 
 def _readable_codes(folder: Folder) -> list[str]:
     form = format_of(folder)
-    return [name for name in _whole_codes(folder) if form.rows(name, slice(0, 1)) is not None]
+    return [name for name in _whole_codes(folder) if form.stored_rows(name, slice(0, 1)) is not None]
 
 
 @_fault(_readable_codes)
 def layer_unquantized(mutant: Mutant, layer: str, strength: float) -> None:
     """One layer left unquantized: its weight in 16 bits, its scales gone (8-bit checkpoints)."""
-    weight = format_of(mutant.source).rows(layer)
+    weight = format_of(mutant.source).stored_rows(layer)
     assert weight is not None
     mutant.replace(_codes(mutant.source, layer).name, "BF16", weight)
     mutant.drop(_scale(mutant.source, layer).name)

@@ -95,9 +95,9 @@ class Tensor:
 
 def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
-    # bitsandbytes saves what belongs to a weight under the weight's own name: X.weight.absmax is a tensor of X
+    # X.weight.absmax is a tensor of X, as bitsandbytes, quanto, Quark and ModelOpt save what belongs to a weight
     owner = name.rpartition(".")[0]
-    owner = re.sub(r"\.weight(\.quant_state|\._data)?$", "", owner)  # quanto: X.weight._data._data
+    owner = re.sub(r"\.(weight(\.quant_state|\._data)?|(weight|input|output|bias)_quantizer(\.\d+)?)$", "", owner)
     # gpt-oss keeps two packed weights in one module, each with scales: X_blocks and X_scales are of X
     packed = re.fullmatch(r"(.+\.(?:gate_up|down)_proj)_(?:blocks|scales)", name)
     return packed[1] if packed else owner or name

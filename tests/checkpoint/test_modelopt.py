@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
@@ -51,12 +53,41 @@ def nvfp4_awq(weight):
     return {**nvfp4(weight / smoothing), "pre_quant_scale": smoothing.to(torch.bfloat16)}
 
 
+def int8(weight):
+    scale = weight.abs().amax(dim=1) / 127
+    return {"weight": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale.float()}
+
+
+def int8_smoothed(weight):
+    smoothing = torch.linspace(0.5, 2, weight.shape[1], dtype=torch.float64)
+    return {**int8(weight / smoothing), "pre_quant_scale": smoothing, "input_scale": torch.tensor(0.02)}
+
+
+def int4(weight):
+    groups = weight.reshape(len(weight), -1, 16)
+    scale = groups.abs().amax(dim=-1) / 7
+    codes = (groups / scale[..., None]).round().reshape(weight.shape).to(torch.int8).view(torch.uint8) & 15
+    return {"weight": codes[::2] | codes[1::2] << 4, "weight_scale": scale.float()}
+
+
+def mxfp4(weight):
+    groups = weight.reshape(len(weight), -1, 32)
+    exponent = torch.floor(torch.log2(groups.abs().amax(dim=-1))) - 2
+    codes = (groups / 2.0 ** exponent[..., None]).clamp(-6, 6)[..., None] - E2M1
+    codes = codes.abs().argmin(dim=-1).reshape(weight.shape).to(torch.uint8)
+    return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
 ALGORITHMS = {
     "FP8": fp8,
     "FP8_PER_CHANNEL_PER_TOKEN": fp8_channel,
     "MXFP8": mxfp8,
     "NVFP4": nvfp4,
     "NVFP4_AWQ": nvfp4_awq,
+    "W8A16": int8,
+    "W8A8_SQ_PER_CHANNEL": int8_smoothed,
+    "W4A16_AWQ": int4,
+    "W4A8_MXFP4_FP8": mxfp4,
 }
 
 
@@ -98,7 +129,16 @@ def test_a_healthy_checkpoint_has_no_problem(healthy):
 def by_formula(parts):
     raw = {part: torch.from_numpy(np.array(tensor.raw())) for part, tensor in parts.items()}
     weight, scale = raw["weight"], raw["weight_scale"]
-    if "weight_scale_2" in raw:
+    dtype = parts["weight"].dtype
+    if dtype == "U8" and scale.dtype == torch.float32:  # two outputs a byte
+        weight = torch.stack([weight & 15, weight >> 4], dim=1).reshape(-1, 64).double()
+        weight = torch.where(weight > 7, weight - 16, weight)
+    elif dtype == "U8" and parts["weight_scale"].dtype == "U8":
+        weight = E2M1[torch.stack([weight & 15, weight >> 4], dim=-1).reshape(len(weight), -1).long()]
+        scale = 2.0 ** (scale.double() - 127)
+    elif dtype == "I8":
+        weight, scale = weight.double(), scale.double()
+    elif "weight_scale_2" in raw:
         weight = E2M1[torch.stack([weight & 15, weight >> 4], dim=-1).reshape(len(weight), -1).long()]
         scale = scale.view(FP8).double() * raw["weight_scale_2"].double()
     else:
@@ -117,6 +157,48 @@ def test_rows_follow_the_formula_and_come_near_the_original(healthy, llama):
     np.testing.assert_allclose(rows, by_formula(form.parts(DOWN)), rtol=1e-14)
     np.testing.assert_array_equal(form.rows(DOWN, slice(3, 9)), rows[3:9])
     assert ((rows - original) ** 2).sum() < 0.02 * (original**2).sum()
+
+
+EXPORTS = sorted(folder for folder in (Path(__file__).parent / "fixtures/modelopt").iterdir() if folder.is_dir())
+
+
+@pytest.mark.parametrize("folder", EXPORTS, ids=lambda folder: folder.name)
+def test_what_its_own_exporter_writes_is_read_as_its_own_quantizers_round(folder):
+    form = format_of(open_folder(folder))
+    assert findings(folder) == []
+    for layer, expected in load_file(f"{folder}.expected.safetensors").items():
+        rows = form.rows(layer)
+        # it rounds each of its three products to float32
+        np.testing.assert_allclose(rows, expected, rtol=0, atol=2.0**-22 * np.abs(expected).max())
+        np.testing.assert_allclose(form.rows(layer, slice(3, 9)), rows[3:9], rtol=1e-14)
+
+
+def test_matrices_of_low_rank_that_are_lost_are_a_problem_and_give_no_number(tmp_path):
+    part = f"{DOWN}.weight_quantizer._svdquant_lora_a"
+    source = next(folder for folder in EXPORTS if "SVD" in folder.name)
+    folder = edited(source, tmp_path / "lost", lambda weights: weights.pop(part))
+    assert (part, "missing, though the scheme NVFP4_SVD needs it") in findings(folder)
+    with pytest.raises(AnomalyError, match="_svdquant_lora_a is missing"):
+        format_of(open_folder(folder)).rows(DOWN)
+
+
+def test_a_smoothing_that_a_norm_has_taken_is_no_problem(llama, tmp_path):
+    folder = exported(llama, tmp_path / "exported", "NVFP4_AWQ")
+    fused = edited(
+        folder, tmp_path / "fused", lambda w: [w.pop(name) for name in [*w] if name.endswith("pre_quant_scale")]
+    )
+    assert [each for each in findings(fused) if "input_scale" not in each[0]] == []
+
+
+def test_a_config_json_that_leaves_the_group_size_out_does_not_contradict(llama, tmp_path):
+    def config(settings):
+        ignored = ["lm_head", "*.1.self_attn*"]
+        settings["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "ignore": ignored}
+
+    folder = exported(llama, tmp_path / "two", "W4A16_AWQ", config=config, group_size=16)
+    assert findings(folder) == []
+    (folder / "hf_quant_config.json").unlink()
+    assert findings(folder) == []
 
 
 def change(part, edit):
@@ -156,7 +238,7 @@ def test_a_layer_that_lacks_a_scale_is_never_read_as_numbers(four, tmp_path):
         form.rows(DOWN)
 
 
-@pytest.mark.parametrize("algorithm", ["W4A8_AWQ", "NVFP4_SVD"])
+@pytest.mark.parametrize("algorithm", ["FP8_PB_WO", "INT2_SOMETHING"])
 def test_an_algorithm_that_is_not_read_is_refused_by_name(llama, tmp_path, algorithm):
     folder = exported(llama, tmp_path / "other", "NVFP4", quant_algo=algorithm)
     with pytest.raises(InfraError, match=f"quant_algo {algorithm} is not known here"):

@@ -85,7 +85,8 @@ def _left_out(form: Format, finding: Finding) -> bool:
     layer, declaration = finding.layer, form.declaration
     if not declaration.names_layers or form.scheme_of(layer) is not None or "weight" not in form.parts(layer):
         return False
-    quantized = {part for _, each in declaration.groups for choice in each.required for part in choice}
+    schemes = [scheme for _, scheme in declaration.groups]
+    quantized = {part for each in schemes for part in each.allowed.union(*each.required)} - {"bias"}
     return finding.tensor[len(layer) + 1 :] in quantized | {"weight"}
 
 

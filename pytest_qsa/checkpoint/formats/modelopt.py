@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt: FP8, NVFP4 and MXFP8, declared in `hf_quant_config.json` or in config.json."""
+"""NVIDIA ModelOpt: FP8, FP4, INT8 and INT4, declared in `hf_quant_config.json` or in config.json."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...common import InfraError
 from ..folder import Finding, Folder
-from ..tensors import Tensor, decoded
-from .format import Format, Matrix, element_count, spread_scales
+from ..tensors import Tensor, decoded, encoded
+from .format import BUDGET, Format, Matrix, element_count, spread_scales
+from .hqq import packed_again
 from .scheme import Declaration, LayerScheme
 
 SETTINGS = "hf_quant_config.json"
@@ -22,7 +24,11 @@ KV = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
 OPTIONAL = KV | {"bias", "pre_quant_scale", "input_scale"}
 _FLOAT8 = (("weight",), ("weight_scale",))
 _NVFP4 = LayerScheme("NVFP4", 4, "group", 16, (*_FLOAT8, ("weight_scale_2",)), OPTIONAL, ("U8",))
+_MXFP4 = LayerScheme("W4A8_MXFP4_FP8", 4, "group", 32, _FLOAT8, OPTIONAL, ("U8",))
+_INT4 = LayerScheme("W4A16_AWQ", 4, "group", None, _FLOAT8, OPTIONAL, ("U8",))
+_INT8 = LayerScheme("W8A16", 8, "channel", None, _FLOAT8, OPTIONAL, ("I8",))
 _INPUT = ("input_scale",)
+_LORA = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
 ALGORITHMS = {
     scheme.form: scheme
     for scheme in (
@@ -31,16 +37,27 @@ ALGORITHMS = {
         LayerScheme("MXFP8", 8, "group", 32, _FLOAT8, OPTIONAL, ("F8_E4M3",)),
         replace(_NVFP4, required=(*_NVFP4.required, _INPUT)),
         replace(_NVFP4, form="W4A16_NVFP4"),
-        replace(_NVFP4, form="NVFP4_AWQ", required=(*_NVFP4.required, _INPUT, ("pre_quant_scale",))),
+        replace(_NVFP4, form="NVFP4_AWQ", required=(*_NVFP4.required, _INPUT)),  # a norm may have taken pre_quant_scale
+        replace(_NVFP4, form="NVFP4_SVD", required=(*_NVFP4.required, _INPUT, *((part,) for part in _LORA))),
+        replace(_NVFP4, form="W4A8_NVFP4_FP8", group=None, required=(*_NVFP4.required, _INPUT)),
+        _MXFP4,
+        _INT4,
+        replace(_INT4, form="W4A8_AWQ", required=(*_FLOAT8, ("weight_scale_2",), _INPUT)),
+        _INT8,
+        replace(_INT8, form="W8A8_SQ_PER_CHANNEL", required=(*_FLOAT8, _INPUT)),
     )
 }
 """The `quant_algo` that are read; any other is refused by name."""
+BY_OUTPUTS = ("W4A16_AWQ", "W4A8_AWQ")
+"""Those whose bytes hold the codes of two outputs, the first in the low half, as numbers of −8 … 7."""
 
 
 class ModelOpt(Format):
-    """w = (`weight` · `weight_scale` · `weight_scale_2`) · diag(`pre_quant_scale`); the last two where they are there.
+    """w = (`weight` · `weight_scale` · `weight_scale_2` + b · a) · diag(`pre_quant_scale`), of what is there.
 
-    Of NVFP4, `weight` holds two 4-bit floats a byte, and `weight_scale_2` multiplies (amax / (448 · 6)).
+    Of NVFP4, `weight` holds two 4-bit floats a byte, and `weight_scale_2` multiplies (amax / (448 · 6)). b and a are
+    the matrices of low rank of SVDQuant (Li et al., arXiv 2411.05007). `weight_scale_2` of W4A8_AWQ is the scale of a
+    second rounding, to FP8. The layouts are those of nvidia-modelopt 0.47.
     """
 
     name = "modelopt"
@@ -96,26 +113,52 @@ class ModelOpt(Format):
         found = {part: tensor for part, tensor in self.parts(layer).items() if self.scales.search(part)}
         return {part: tensor for part, tensor in found.items() if part not in KV or not (tensor.values() == 1).all()}
 
+    def _packs_outputs(self, layer: str) -> bool:
+        scheme = self.scheme_of(layer)
+        return scheme is not None and scheme.form in BY_OUTPUTS
+
     def weight_shape(self, layer: str) -> tuple[int, int] | None:
-        """Return [out, in]: a byte of NVFP4 holds two weights."""
+        """Return [out, in]: a byte holds two weights, of one output or of two."""
         shape, codes = super().weight_shape(layer), self.codes_of(layer)
-        return (shape[0], shape[1] * 2) if shape and codes is not None and codes.dtype == "U8" else shape
+        if shape is None or codes is None or codes.dtype != "U8":
+            return shape
+        return (shape[0] * 2, shape[1]) if self._packs_outputs(layer) else (shape[0], shape[1] * 2)
+
+    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+        """Return the codes of every output in a row, two a byte."""
+        shape = self.weight_shape(layer)
+        if shape is None or codes.dtype != "U8" or not self._packs_outputs(layer):
+            return super().words(layer, codes)
+        step = max(1, shape[0] * shape[1] // BUDGET)
+        return packed_again(_of_outputs(codes, np.arange(0, shape[0], step)), 4), step
+
+    def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
+        """Return the codes of zero; of 4-bit floats there are two."""
+        return (0,) if self._packs_outputs(layer) else super().zero_codes(layer, codes)
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix:
-        """Multiply codes by the scales of their groups and of the tensor, and columns by `pre_quant_scale`."""
+        """Multiply codes by scales, add the matrices of low rank, and multiply columns by `pre_quant_scale`."""
         parts, scheme, shape = self.parts(layer), self.scheme_of(layer), self.weight_shape(layer)
         if scheme is None or shape is None or codes.dtype not in scheme.dtypes:
             raise ValueError(f"{codes.dtype} isn't how {scheme.form if scheme else 'an excluded layer'} is stored")
         lost = next((choice[0] for choice in scheme.required if choice != _INPUT and choice[0] not in parts), None)
         if lost:
             raise ValueError(f"{lost} is missing")
-        raw = np.asarray(codes.raw()[rows])
-        values = decoded(raw, "F4" if codes.dtype == "U8" else codes.dtype).astype(np.float64)
+        if scheme.form in BY_OUTPUTS:
+            values = ((_of_outputs(codes, np.arange(shape[0])[rows]) ^ 8).astype(np.float64)) - 8
+        else:
+            raw = np.asarray(codes.raw()[rows])
+            values = decoded(raw, "F4" if codes.dtype == "U8" else codes.dtype).astype(np.float64)
         weight = values * spread_scales(parts["weight_scale"], shape, rows, scheme.group)
-        for part in ("weight_scale_2", "pre_quant_scale"):
-            if part in parts:
-                weight = weight * parts[part].values().ravel()
-        return weight
+        if (second := parts.get("weight_scale_2")) is not None:
+            whole = second.values().ravel()
+            awq = scheme.form in BY_OUTPUTS
+            weight = decoded(encoded(weight / whole, "F8_E4M3"), "F8_E4M3") * whole if awq else weight * whole
+        if scheme.form == "NVFP4_SVD":
+            low, high = (parts[part].values() for part in _LORA)
+            weight = weight + high[rows] @ low
+        smoothing = parts.get("pre_quant_scale")
+        return weight if smoothing is None else weight * smoothing.values().ravel()
 
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also a layer that the two configurations declare differently, and columns' scales of another number."""
@@ -125,7 +168,7 @@ class ModelOpt(Format):
         if weight is None or not self.is_linear(layer):
             return
         other = second.scheme_of(layer) if second is not None else own
-        if own != other:
+        if (own and own.form) != (other and other.form):
             names = [scheme.form if scheme else "floats" for scheme in (own, other)]
             what = f"{SETTINGS} declares {names[0]}, config.json {names[1]}"
             yield Finding.at(weight, what, "which one a loader reads differs: correct the one that is wrong")
@@ -133,6 +176,12 @@ class ModelOpt(Format):
         if smoothing is not None and shape is not None and element_count(smoothing) != shape[1]:
             what = f"{element_count(smoothing)} elements, but the weight has {shape[1]} inputs"
             yield Finding.at(smoothing, what, "export the checkpoint again")
+
+
+def _of_outputs(codes: Tensor, wanted: NDArray[np.intp]) -> NDArray[np.uint8]:
+    """Return the codes of some outputs [outputs, in], of bytes [out / 2, in]."""
+    raw = np.asarray(codes.raw()[wanted // 2])
+    return np.where((wanted % 2 == 0)[:, None], raw & 15, raw >> 4)
 
 
 def _settings(folder: Folder) -> Mapping[str, Any]:

@@ -67,6 +67,24 @@ def gemv(codes, zeros, scales, bits):
     return {"qweight": packed(codes, 4), "qzeros": packed(np.pad(zeros, padding), 4), "scales": np.pad(scales, padding)}
 
 
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+def planes(codes, bits):
+    """Write codes [rows, n] as GPTQModel's `gptq_p`: of every 32 the lowest bits first, then the higher ones."""
+    parts = []
+    for group in np.split(codes.astype(np.uint32), codes.shape[1] // 32, axis=1):
+        low = 0
+        for width in PLANES[bits]:
+            parts.append(packed((group >> np.uint32(low)) & np.uint32((1 << width) - 1), width))
+            low += width
+    return np.concatenate(parts, axis=1)
+
+
+def gptq_p(codes, zeros, scales, bits):
+    return {"qweight": planes(codes, bits).T, "qzeros": planes(zeros.T, bits), "scales": scales.T}
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": SIZE, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": SIZE, "zero_point": True}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": SIZE, "sym": False}
@@ -78,6 +96,12 @@ CASES = {
     "symmetric gptq v2": (GPTQ | {"checkpoint_format": "gptq_v2", "sym": True}, 4, gptq_v2),
     "awq": (AWQ | {"version": "gemm"}, 4, gemm),
     "awq by row": (AWQ | {"version": "GEMV"}, 4, gemv),
+    **{
+        f"gptq in planes of {bits} bits": (GPTQ | {"bits": bits, "checkpoint_format": "gptq_p"}, bits, gptq_p)
+        for bits in PLANES
+    },
+    "auto-round of its own": (ROUND | {"packing_format": "auto_round"}, 4, gptq_v2),
+    "auto-round for gptqmodel": (ROUND | {"packing_format": "auto_round:gptqmodel"}, 4, gptq_v2),
     "auto-round": (ROUND | {"packing_format": "auto_round:auto_gptq"}, 4, gptq),
     "auto-round for awq": (ROUND | {"packing_format": "auto_round:auto_awq"}, 4, gemm),
 }
@@ -88,7 +112,7 @@ def write(tmp_path):
     """Return a function that writes six layers; `change` edits the tensors of the layer 2, `every` all tensors."""
 
     def write(case, change=lambda parts: None, *, layers=LAYERS, every=lambda tensors: None, **settings):
-        config, bits, pack = CASES[case]
+        config, bits, pack = (CASES | FAST)[case]
         tensors, values = {}, {}
         for index, layer in enumerate(layers):
             codes, zeros, scales, values[layer] = quantized(index, bits, config.get("sym"))
@@ -333,3 +357,77 @@ def test_a_name_that_readers_of_awq_understand_differently_is_found(write, layer
     problems = found(write("awq", layers=layers, modules_to_not_convert=[key])[0], "checkpoint_scales")
     assert bool(problems) is disagree
     assert all("modules_to_not_convert leaves it out for" in what for _, what in problems)
+
+
+PLACES = [8 * column + row for row in range(8) for column in range(4)]
+"""The input, of 32, in each place of `gemv_fast`, as AutoAWQ's and llm-awq's own packer puts numbers from 0 to 31."""
+
+
+def gemv_fast(name):
+    """Return a packing of four outputs × 64 inputs in 64 words of 16 bits, with zero points times negative scales."""
+
+    def pack(codes, zeros, scales, bits):
+        words = np.zeros((OUT // 4, IN), np.uint16)
+        for output in range(OUT):
+            for block in range(IN // 64):
+                for place in range(64):
+                    code = int(codes[output, block * 64 + place // 32 * 32 + PLACES[place % 32]])
+                    word, nibble = divmod(output % 4 * 64 + place, 4)
+                    words[output // 4, block * 64 + word] |= np.uint16(code << 4 * nibble)
+        products = (-(scales.astype(np.float32) * zeros)).astype(np.float16)
+        padding = ((0, 32 - GROUPS), (0, 0))
+        return {
+            "qweight": words.view(np.int16),
+            "scales": np.pad(scales.T, padding),
+            name: np.pad(products.T, padding),
+        }
+
+    return pack
+
+
+FAST = {
+    "awq gemv_fast": (AWQ | {"version": "gemv_fast"}, 4, gemv_fast("qzeros")),
+    "llm-awq": (AWQ | {"version": "llm-awq"}, 4, gemv_fast("scaled_zeros")),
+}
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_tiles_of_four_outputs_are_read_as_their_writers_define_them(write, case):
+    folder, _ = write(case)
+    form = format_of(folder)
+    codes, zeros, scales, _ = quantized(2, 4, symmetric=False)
+    products = (-(scales.astype(np.float32) * zeros)).astype(np.float16).astype(np.float64)
+    expected = codes * scales.astype(np.float64).repeat(SIZE, axis=1) + products.repeat(SIZE, axis=1)
+    for rows in (slice(None), slice(5, 22), slice(3, None, 7)):
+        np.testing.assert_array_equal(form.rows(DOWN, rows), expected[rows])
+    np.testing.assert_array_equal(form.zero_point_values(DOWN), zeros.T)
+    assert form.weight_shape(DOWN) == (OUT, IN)
+    assert found(folder) == []
+
+
+@pytest.mark.parametrize("case", FAST)
+@pytest.mark.parametrize("fault", ["scale_layer", "nan_scale", "weights_constant", "zero_point_shifted"])
+def test_a_fault_in_tiles_is_found_in_its_layer(write, tmp_path, case, fault):
+    folder, _ = write(case)
+    mutant = Mutant(folder)
+    faults.FAULTS[fault].inject(mutant, DOWN, 4.0 if fault == "scale_layer" else 1.0)
+    problems = found(open_folder(mutant.save(tmp_path / "faulty")))
+    assert {name.rpartition(".")[0] for name, _ in problems} == {DOWN}, problems
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "said"),
+    [
+        ("gptq in 4 bits", {"checkpoint_format": "marlin"}, "the packing marlin isn't read in 4 bits"),
+        ("gptq in 4 bits", {"bits": 5}, "the packing gptq isn't read in 5 bits"),
+        (
+            "auto-round",
+            {"packing_format": "auto_round:llm_compressor"},
+            "auto_round:llm_compressor isn't read in 4 bits",
+        ),
+    ],
+)
+def test_a_packing_that_is_not_read_is_named(write, case, settings, said):
+    form = format_of(write(case, **settings)[0])
+    assert form.rows(DOWN) is None
+    assert said in form.refusal(DOWN)

@@ -29,7 +29,7 @@ NOT_LINEAR = re.compile(
     r"(embed|wte|wpe|norm|rotary|router|conv|position)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
 )
 """Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
-UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I32": "u4", "U32": "u4", "I64": "u8"}
+UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I16": "u2", "I32": "u4", "U32": "u4", "I64": "u8"}
 """The dtypes of codes → the unsigned integers of the same width."""
 SIGNS = re.compile(
     r"^weight\..+|^_?weight_(packed|qdata|shape|zero_point|g_idx|format|(global_)?scale\w*)$|_proj_(blocks|scales)$"
@@ -150,6 +150,10 @@ class Format:
         """
         tensor = self.zero_point_of(layer)
         return None if tensor is None or tensor.dtype == "I32" else tensor.values()
+
+    def zero_point_step(self, layer: str) -> Matrix | float:
+        """Return by how much a stored zero point in floating point grows where the zero point grows by one code."""
+        return 1.0
 
     def zero_point_range(self, layer: str) -> tuple[int, int] | None:
         """Return the least and the largest zero point of a layer; None where no scheme is declared.

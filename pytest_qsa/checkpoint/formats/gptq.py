@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and AutoRound: 32-bit words of codes in `qweight`, packed along the inputs or along the outputs."""
+"""GPTQ, AutoRound and what AWQ shares with them: words of 32 bits in `qweight`, packed along inputs or outputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,22 @@ from .format import Format, Matrix, unpacked
 from .scheme import Declaration, LayerScheme, matches_from_start
 
 OLD_SETTINGS = "quantize_config.json"
-READABLE_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gemm": (4,), "gemv": (4,)}
+READABLE_BITS = {
+    "gptq": (2, 3, 4, 8),
+    "gptq_v2": (2, 3, 4, 8),
+    "gptq_p": (2, 3, 4, 5, 6, 7, 8),
+    "gemm": (4,),
+    **dict.fromkeys(("gemv", "gemv_fast", "llm-awq"), (4,)),
+}
 """The packings that are read as numbers → the bits that their writers pack so."""
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+"""The bits of a code of `gptq_p` → the widths of its planes, the lowest bits first (GPTQModel's planar_packing)."""
+ROUND_PACKINGS = {
+    **dict.fromkeys(("auto", "auto_round:gptq", "auto_round:auto_gptq"), "gptq"),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), "gptq_v2"),
+    **dict.fromkeys(("auto_round:awq", "auto_round:auto_awq"), "gemm"),
+}
+"""AutoRound's `packing_format` → the packing (its inference/backend.py: which of them stores zero points − 1)."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of a word, from its lowest bits, that holds each of 8 outputs in AWQ's packing `gemm`."""
 
@@ -26,7 +40,8 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 class Gptq(Format):
     """`qweight` [in · bits / 32, out], `qzeros` [groups, out · bits / 32], `scales` [groups, out]: w = (q − z) · s.
 
-    Frantar et al., arXiv 2210.17323; the files are those of AutoGPTQ and GPTQModel. `gptq` stores z − 1, `gptq_v2` z.
+    Frantar et al., arXiv 2210.17323; the files are those of AutoGPTQ and GPTQModel. `gptq` stores z − 1, `gptq_v2` and
+    `gptq_p` z; the last one packs codes in planes of 4, 2 and 1 bits.
     """
 
     name = "gptq"
@@ -114,12 +129,32 @@ class Gptq(Format):
             return words, step
         if self.packing == "gemm" and bits in READABLE_BITS["gemm"]:
             return np.ascontiguousarray(_in_order(unpacked(words.T, bits)).T), step
-        return (unpacked(words, bits) if 32 % bits else words), step
+        return (self._unpacked(words, bits) if 32 % bits else words), step
+
+    def _unpacked(self, words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+        """Unpack words [rows, words] into codes."""
+        if self.packing != "gptq_p" or bits not in PLANES:
+            return unpacked(words, bits)
+        # of every 32 codes the lowest bits come first, and the higher ones in words after them
+        groups, codes, first, low = words.reshape(len(words), -1, bits), np.zeros((), np.uint8), 0, 0
+        for width in PLANES[bits]:
+            plane = unpacked(groups[:, :, first : first + width].reshape(len(words), -1), width)
+            codes, first, low = codes | plane << np.uint8(low), first + width, low + width
+        return codes
 
     def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
         """Return the words of one output in each row; of AWQ's `gemm`, those of eight."""
         own = "qweight" in self.parts(layer) and self.packing != "gemv"
         return super().by_output(layer, raw).T if own else super().by_output(layer, raw)
+
+    def _contradiction(self, layer: str) -> str:
+        """Name also a packing that isn't read."""
+        codes = self.codes_of(layer)
+        if codes is not None and codes.part == "qweight":
+            bits = self.code_bits(layer, codes)
+            if bits not in READABLE_BITS.get(self.packing, ()):
+                return f"the packing {self.packing} isn't read in {bits} bits"
+        return super()._contradiction(layer)
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return both zero points that symmetric writers use."""
@@ -138,7 +173,7 @@ class Gptq(Format):
         tensor, shape = self.parts(layer).get("qzeros"), self.weight_shape(layer)
         if tensor is None or shape is None or tensor.dtype != "I32" or len(tensor.shape) != 2:
             return None
-        codes = unpacked(np.asarray(tensor.raw()).view("u4"), self._own_scheme(layer).bits)
+        codes = self._unpacked(np.asarray(tensor.raw()).view("u4"), self._own_scheme(layer).bits)
         if self.packing == "gemm":
             codes = _in_order(codes)
         elif self.packing == "gemv":
@@ -182,7 +217,7 @@ class Gptq(Format):
         if self.packing == "gemv":
             return unpacked(np.asarray(raw[wanted]), bits)
         if self.packing != "gemm":
-            return unpacked(np.ascontiguousarray(raw[:, wanted].T), bits)
+            return self._unpacked(np.ascontiguousarray(raw[:, wanted].T), bits)
         lanes = 32 // bits
         columns, position = np.unique(wanted // lanes, return_inverse=True)
         every = _in_order(unpacked(np.ascontiguousarray(raw[:, columns]), bits))
@@ -237,58 +272,6 @@ class Gptq(Format):
         return f"input {int(np.flatnonzero(wrong)[0])} isn't in its group of {size}, as without desc_act it must be"
 
 
-class Awq(Gptq):
-    """`qweight` [in, out / 8] in an order of nibbles of its own (`gemm`), or [out, in / 8] (`gemv`).
-
-    Lin et al., arXiv 2306.00978; the files are those of AutoAWQ.
-    """
-
-    name = "awq"
-    extra = frozenset({"bias"})
-
-    @cached_property
-    def packing(self) -> str:
-        """The kernel that the words are packed for, by `version` or its later name `format`."""
-        return str(self.config.get("version") or self.config.get("format") or "gemm").lower()
-
-    def is_symmetric(self, config: Mapping[str, Any]) -> bool:
-        """Say whether settings state that there are no zero points."""
-        return config.get("zero_point") is False
-
-    @cached_property
-    def declaration(self) -> Declaration:
-        """Every linear layer but the head and `modules_to_not_convert`."""
-        return Declaration([(["Linear"], self._scheme(self.config))], ["lm_head"], names_layers=True)
-
-    def scheme_of(self, layer: str) -> LayerScheme | None:
-        """Return the scheme of a layer that isn't left out; where readers disagree, as the files have it."""
-        part, whole = self._left_out(layer)
-        left_out = part if part == whole else "qweight" not in self.parts(layer)
-        return None if left_out else super().scheme_of(layer)
-
-    def _left_out(self, layer: str) -> tuple[bool, bool]:
-        """Say whether a layer is left out by AutoAWQ and vLLM, and whether by transformers.
-
-        The first look for an entry anywhere in the name. transformers (`should_convert_module`) takes it for a regex
-        from the name's start to the end of a part of it, or for the name's end.
-        """
-        keys = [str(key) for key in self.config.get("modules_to_not_convert") or ()]
-        part = any(key in layer for key in keys)
-        border = r"(?:(?<=\.)|(?=\.|$))"
-        return part, any(layer.endswith(key) or matches_from_start(f"(?:{key}){border}", layer) for key in keys)
-
-    def findings(self, layer: str) -> Iterator[Finding]:
-        """Yield also a layer that one reader of `modules_to_not_convert` leaves out and another doesn't."""
-        yield from super().findings(layer)
-        part, whole = self._left_out(layer)
-        weight = self.weight_of(layer)
-        if part != whole and weight is not None and self.is_linear(layer):
-            one, other = "AutoAWQ and vLLM", "transformers"
-            out, kept = (one, other) if part else (other, one)
-            what = f"modules_to_not_convert leaves it out for {out}, and not for {kept}"
-            yield Finding.at(weight, what, "write whole names there, from the first part on")
-
-
 class AutoRound(Gptq):
     """GPTQ's or AWQ's packing; which layers it covers isn't read, so that they are compared with their siblings."""
 
@@ -301,9 +284,12 @@ class AutoRound(Gptq):
 
     @cached_property
     def packing(self) -> str:
-        """GPTQ's packing, which transformers takes for granted, unless the settings name AWQ's or another."""
-        stated = str(self.config.get("packing_format") or self.config.get("backend") or "gptq").lower()
-        return "gemm" if "awq" in stated else "gptq" if "gptq" in stated else stated
+        """The packing that `packing_format` names, GPTQ's without it; older files name a kernel in `backend`."""
+        stated = str(self.config.get("packing_format") or "").lower()
+        if stated in ROUND_PACKINGS:
+            return ROUND_PACKINGS[stated]
+        kernel = stated or str(self.config.get("backend") or "gptq").lower()
+        return "gemm" if "awq" in kernel else "gptq" if "gptq" in kernel and "gptqmodel" not in kernel else kernel
 
     @cached_property
     def declaration(self) -> Declaration:

@@ -222,7 +222,7 @@ def zero_point_shifted(mutant: Mutant, layer: str, strength: float) -> None:
     tensor = form.zero_point_of(layer) or codes
     if tensor.dtype in FLOATS:
         with mutant.edit_values(tensor.name) as values:
-            values += strength
+            values += strength * form.zero_point_step(layer)
         return
     with mutant.edit(tensor.name) as raw:
         # Packed zero points: one int32 holds several of them.

@@ -1,6 +1,6 @@
 from .api import capture as capture, capture_parts as capture_parts
 from .formats.format import EngineFormat as EngineFormat, scheme_name as scheme_name
-from .load.models import Loaded as Loaded, load_model as load_model
+from .load.models import Loaded as Loaded, load_model as load_model, loaded_from_fixture as loaded_from_fixture
 from .load.outline import anatomy as anatomy, layer_names as layer_names, outline as outline
 from .load.tokenizer import decoder_of as decoder_of
 from .probe import this_machine as this_machine
@@ -11,6 +11,5 @@ from .subject import (
     SampleShare as SampleShare,
     capture_loaded as capture_loaded,
     capture_subject as capture_subject,
-    loaded_from_fixture as loaded_from_fixture,
     record_reference as record_reference,
 )

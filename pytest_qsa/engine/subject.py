@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..captures import (
     STORED,
@@ -24,6 +24,7 @@ from ..captures import (
     SampleRange,
     compares,
     data_fingerprint,
+    match_layers,
     merge,
     with_weights,
 )
@@ -35,14 +36,14 @@ from ..suite import (
     Subject,
     files_of,
     identified,
-    stored_quantized,
+    loaded_files,
 )
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
-from .load.tokenizer import TextTokenizer, compare_gguf_tokens, decoder_of, tokenizer_identity
+from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
 from .modules import device_of, forward_errors, layers_of, with_experts
 from .ranks import Ranks
 from .reference.live import LiveReference, Reference
@@ -225,7 +226,7 @@ def capture_loaded(
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
     execution = ObservedExecution(loaded.model, required=_requires_execution(subject))
     participants: list[Participant] = [execution]
-    stored = _stored(subject, loaded) if any(STORED in request.statistics for request in requests) else None
+    stored, nothing_stored = _stored(subject, loaded, requests)
     if stored is not None:
         participants.append(StoredComparison(stored))
     if reference is not None:
@@ -239,24 +240,34 @@ def capture_loaded(
         capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
     provenance = replace(
         provenance,
-        execution=execution.execution(stored_quantized(subject)),
+        execution=execution.execution(loaded_files(subject), provenance.model.device_class),
         unmatched=tuple(stored.unmatched) if stored else (),
         samples=capture.provenance.samples,
     )
-    return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model))
+    uncompared = {**capture.uncompared, **nothing_stored}
+    return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
 
 
 def _requires_execution(subject: Subject) -> bool:
     return bool(subject.model and subject.model.require and subject.model.require.executed_as)
 
 
-def _stored(subject: Subject, loaded: Loaded) -> StoredWeights:
-    """Open the files that the subject was loaded from.
+def _stored(
+    subject: Subject, loaded: Loaded, requests: Sequence[Request]
+) -> tuple[StoredWeights | None, Mapping[str, str]]:
+    """Open the files that the subject was loaded from, if a request compares with them.
 
-    Raises:
-        InfraError: there are none, as of a factory's or a fixture's model.
+    Where there are none, as of a factory's or a fixture's model, return why, by layer.
     """
-    return StoredWeights(files_of(subject), with_experts(layers_of(loaded.model)))
+    asked = [request for request in requests if STORED in request.statistics]
+    if not asked:
+        return None, {}
+    modules = with_experts(layers_of(loaded.model))
+    try:
+        return StoredWeights(files_of(subject), modules), {}
+    except InfraError as error:
+        layers = {layer for each in asked for layer in match_layers(list(modules), each.pattern, each.exclude)}
+        return None, dict.fromkeys((name for name in modules if name in layers), str(error))
 
 
 def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenance: Provenance) -> Reference:
@@ -403,16 +414,3 @@ def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int]
                 # numpy has no bfloat16, so that a row is hashed as bytes; torch can't view a scalar as bytes.
                 content = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b""
                 yield name, str(row.dtype).removeprefix("torch."), row.shape, content
-
-
-def loaded_from_fixture(model: object, tokenizer: TextTokenizer | None, fixture: str = "qsa_model") -> Loaded:
-    """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
-
-    Raises:
-        InfraError: it is something else.
-    """
-    if isinstance(model, tuple) and len(model) == 2:
-        model, tokenizer = model
-    if not isinstance(model, nn.Module):
-        raise InfraError(f"the fixture {fixture} returned {type(model).__name__}, not a torch.nn.Module")
-    return Loaded(model, tokenizer)

@@ -64,10 +64,10 @@ from .subjects import (
     cache_folder as cache_folder,
     files_of as files_of,
     hub_set_of as hub_set_of,
+    loaded_files as loaded_files,
     local_path as local_path,
     located as located,
     previous_of as previous_of,
-    stored_quantized as stored_quantized,
 )
 from .tiers import (
     NOT_RUN as NOT_RUN,

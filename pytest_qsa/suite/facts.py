@@ -111,7 +111,7 @@ def _check_required(execution: Execution | None, required: Sequence[str]) -> Non
         raise InfraError(f"model.require: executed_as: {wanted} can't be checked: no forward of the checkpoint ran")
     # Without quantized modules the model ran in floating point as a whole.
     for words, kind in (execution.kinds or {FLOAT: ExecutedModules(0, "")}).items():
-        ran = set(words.lower().replace(",", "").split())
+        ran = set(re.sub("[,:]", "", words.lower()).split())
         # A suite may say less than what ran, and say it in any order.
         if not any(set(way.lower().split()) <= ran for way in required):
             what = f"{counted(kind.modules, 'module')}, the first {kind.first}, ran as {words}" if kind.first else ""

@@ -239,15 +239,17 @@ def own_folder(subject: Subject) -> Folder:
     return open_folder(subject.path, model.revision, model.gguf_file, subject.base)
 
 
-def stored_quantized(subject: Subject) -> list[str]:
-    """Return the layers that the subject's files hold quantized; none without files, or for a part of a model."""
+def loaded_files(subject: Subject) -> Files | None:
+    """Return the subject's own files; None where they don't tell what was loaded: without any, or for a part."""
     if subject.model is None or subject.model.submodule:
-        return []
+        return None
     try:
         # without the reference's files: damage there must not stop the pass over the subject
-        return Files(own_folder(subject)).stored_quantized
+        files = Files(own_folder(subject))
+        _ = files.folder.layers
     except InfraError:  # a factory, a fixture, another format than safetensors
-        return []
+        return None
+    return files
 
 
 def previous_of(subject: Subject) -> NamedSubject:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
@@ -15,46 +11,15 @@ from pytest_qsa.engine.formats.stored import StoredWeights
 from pytest_qsa.engine.modules import with_experts
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
-from support.checkpoints import edited
+from support.checkpoints import E2M1, edited, save_gpt_oss
 
 EXPERTS = "model.layers.2.mlp.experts"
 DOWN = f"{EXPERTS}.down_proj"
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def pack(weight):
-    """Round [experts, in, out] to MXFP4 by the standard: blocks [experts, out, in / 32, 16], and their scales."""
-    groups = weight.transpose(1, 2).contiguous().double().numpy()
-    groups = groups.reshape(*groups.shape[:2], -1, 32)
-    exponents = np.floor(np.log2(np.abs(groups).max(axis=-1))) - 2
-    scaled = groups / 2.0 ** exponents[..., None]
-    codes = np.abs(scaled[..., None] - E2M1).argmin(axis=-1)
-    blocks = codes[..., ::2] | codes[..., 1::2] << 4
-    return torch.from_numpy(blocks.astype(np.uint8)), torch.from_numpy((exponents + 127).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """Return a small gpt-oss in its released layout; hidden and intermediate sizes are the same, as in gpt-oss-20b."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("mxfp4") / "gpt-oss"
-    GptOssForCausalLM(config).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        weights[f"{name}_blocks"], weights[f"{name}_scales"] = pack(weights.pop(name))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text())
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
+    return save_gpt_oss(tmp_path_factory.mktemp("mxfp4") / "gpt-oss")
 
 
 def findings(folder):

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from pytest_qsa.captures import MOMENTS, Request
+from pytest_qsa.engine.formats.torchao import TorchAoModules
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.observed_execution import ObservedExecution
 from pytest_qsa.engine.subject import capture_loaded, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.tools.diff.sides import read_side
-from support.checkpoints import edited
+from support.checkpoints import edited, save_gpt_oss, save_quantized_llama
 from support.projects import Project, peaks, suite
 
 BLOCKS = Request(r"layers\.\d$", "output", None, frozenset({MOMENTS}))
@@ -69,7 +70,35 @@ def test_a_streamed_model_tells_it_too_and_modules_after_the_last_site_are_not_m
 
 
 def test_weights_that_the_loader_unpacked_are_executed_as_weights_only(unpacked):
-    assert told(unpacked) == "weights only, dequantized when loaded (28 modules)"
+    assert told(unpacked) == "weights only, dequantized when loaded: dequantize in config.json (28 modules)"
+
+
+def to_fp8(weights):
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+
+
+def declared_as_fp8(config):
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the codes themselves")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder, llama: edited(llama, folder, to_fp8, config=declared_as_fp8), "fp8 without a GPU (28 modules)"),
+        (lambda folder, llama: save_gpt_oss(folder), "mxfp4 without a GPU (8 modules)"),
+    ],
+    ids=["fp8", "gpt-oss"],
+)
+def test_what_a_loader_dequantizes_without_a_gpu_says_so(llama, tmp_path, make, words):
+    assert told(make(tmp_path / "made", llama)) == f"weights only, dequantized when loaded: {words}"
+
+
+def test_inputs_in_fp8_are_told_beside_weights_in_int4(llama, tmp_path):
+    folder = save_quantized_llama(tmp_path / "w4afp8", llama, "W4AFP8", group_size=16)
+    assert told(folder) == "W4A8 FP emulated (28 modules)"
 
 
 def test_a_comparison_of_two_captures_says_it_of_each(quantized, unpacked, tmp_path):
@@ -77,7 +106,7 @@ def test_a_comparison_of_two_captures_says_it_of_each(quantized, unpacked, tmp_p
         capture_subject(subject_of(folder), [BLOCKS]).save(tmp_path / f"{name}.qsa")
     before, after = (read_side(str(tmp_path / f"{name}.qsa")).title for name in ("before", "after"))
     assert "executed as W8A8 emulated (28 modules)" in before
-    assert "executed as weights only, dequantized when loaded (28 modules)" in after
+    assert "executed as weights only, dequantized when loaded: dequantize in config.json (28 modules)" in after
 
 
 def test_weights_alone_need_no_forward_and_say_so(quantized):
@@ -92,18 +121,67 @@ def test_inputs_that_are_not_rounded_are_told_whatever_the_configuration_declare
     assert capture.provenance.executed_as == "W8A8 emulated (21 modules), W8A16 weights only (7 modules)"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_torchao_inputs_that_are_rounded_as_they_come_are_seen(llama, dtype):
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerAxis
+def torchao_kinds(llama, dtype, config):
+    """Quantize a model by a configuration of torchao, run it, and return what was observed."""
+    from torchao.quantization import quantize_
 
     model = load_model(Model(path=str(llama)), str(llama), Memory(), allow_code=False).model.to(dtype)
-    quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_granularity=PerAxis(0)))
+    quantize_(model, config)
     execution = ObservedExecution(model)
     with torch.no_grad(), ExitStack() as exits:
         execution.begin(exits)
         model(torch.arange(16)[None])
-    assert list(execution.execution().kinds) == ["W8A8 emulated"]
+    return list(execution.execution().kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torchao_inputs_that_are_rounded_as_they_come_are_seen(llama, dtype):
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig
+    from torchao.quantization.granularity import PerAxis
+
+    config = Int8DynamicActivationIntxWeightConfig(weight_granularity=PerAxis(0))
+    assert torchao_kinds(llama, dtype, config) == ["W8A8 emulated"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("Int8DynamicActivationInt8WeightConfig", "W8A8 by kernels"),
+        ("Int8WeightOnlyConfig", "W8A16 weights only"),
+        ("Float8WeightOnlyConfig", "W8A16 FP weights only"),
+    ],
+)
+def test_torchao_says_its_bits(llama, config, words):
+    import torchao.quantization
+
+    assert torchao_kinds(llama, torch.bfloat16, getattr(torchao.quantization, config)()) == [words]
+
+
+def test_the_scheme_of_a_torchao_tensor_is_that_of_its_class_and_its_inputs():
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+    from torchao.quantization import Int4Tensor
+
+    weight, fp4 = torch.randn(32, 64, dtype=torch.bfloat16), torch.float4_e2m1fn_x2
+    packed, scales = torch.zeros(32, 32, dtype=torch.int8), torch.ones(2, 32)
+    float_inputs = QuantizeTensorToMXKwargs(elem_dtype=torch.float8_e4m3fn)
+    tensors = [
+        (NVFP4Tensor.to_nvfp4(weight), "w4a16_fp", False),
+        (MXTensor.to_mx(weight, torch.float8_e4m3fn, 32), "w8a16_fp", False),
+        (MXTensor.to_mx(weight, fp4, 32, act_quant_kwargs=float_inputs), "w4a8_fp", True),
+        (Int4Tensor(packed, scales, scales, [1, 32], weight.shape), "w4a16_int", False),
+        (
+            Int4Tensor(packed, scales, scales, [1, 32], weight.shape, activation_dtype=torch.float8_e4m3fn),
+            "w4a8_int",
+            True,
+        ),
+    ]
+    for tensor, scheme, floats in tensors:
+        module = torch.nn.Linear(64, 32, bias=False)
+        module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+        form = TorchAoModules()
+        assert form.owns(module)
+        assert (form.scheme(module), form.rounds_to_floats(module)) == (scheme, floats), type(tensor)
 
 
 def of_model(text, *keys):
@@ -187,7 +265,7 @@ def test_a_model_that_ran_otherwise_or_in_part_fails_and_names_the_module(run, n
 @pytest.mark.process
 def test_a_failure_and_the_report_say_what_the_model_was_executed_as(run):
     _, result, report = run
-    words = "weights only, dequantized when loaded (28 modules)"
+    words = "weights only, dequantized when loaded: dequantize in config.json (28 modules)"
     assert words in result.labelled("not-required.qsa.yaml::peaks")["ran"][0]
     assert "W8A8 emulated (28 modules)" in result.out
     assert words in report

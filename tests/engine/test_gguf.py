@@ -37,7 +37,7 @@ def run(files, llama, tmp_path_factory):
 def test_a_sound_file_passes_and_says_what_it_was_executed_as(run):
     found = {test.rpartition("::")[2]: outcome for test, outcome in run.outcomes.items() if test.startswith("sound.")}
     assert found == dict.fromkeys(("peaks", "loads", "close", "files"), "passed"), run.out
-    assert "weights only, dequantized when loaded (30 modules)" in run.out
+    assert "weights only, dequantized when loaded: GGUF (30 modules)" in run.out
 
 
 @pytest.mark.process

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from pytest_qsa.captures import MOMENTS, STORED, Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.common.errors import InfraError
 from pytest_qsa.engine.formats.stored import StoredWeights
-from pytest_qsa.engine.subject import capture_subject
+from pytest_qsa.engine.load.models import Loaded
+from pytest_qsa.engine.subject import capture_loaded, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support import models
 
@@ -92,4 +95,13 @@ def test_a_layer_that_can_not_be_held_against_the_files_stops_only_loaded_weight
         cap.weight("down_proj$").loaded_weights()
     assert cap.weight("down_proj$", exclude=r"layers\.1").loaded_weights().values.max() == 0
     assert LAYER in cap.weight("down_proj$").rms().layers
+    assert cap.output("norm$").rms().layers
+
+
+def test_a_model_without_files_can_be_gated_on_all_but_loaded_weights():
+    subject = Subject("fixture", None, Data(), Memory(device="cpu"), Path())
+    asked = [Request("down_proj$", "weight", None, frozenset({STORED})), Request("norm$", "output")]
+    cap = capture_loaded(subject, Loaded(models.llama(num_hidden_layers=2), None), BATCHES, asked)
+    with pytest.raises(InfraError, match=r"down_proj \(and 1 more\) can't be told: this reads a checkpoint's"):
+        cap.weight("down_proj$").loaded_weights()
     assert cap.output("norm$").rms().layers

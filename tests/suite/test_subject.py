@@ -12,9 +12,9 @@ from pytest_qsa.suite import (
     Model,
     Subject,
     files_of,
+    loaded_files,
     located,
     previous_of,
-    stored_quantized,
 )  # fmt: skip
 
 
@@ -137,17 +137,17 @@ def test_static_checks_need_files(folder, int8_llama, llama):
     for own in (subject(folder, factory="a:b"), subject(folder, served={"url": "http://localhost:1"})):
         with pytest.raises(InfraError, match="has none here"):
             files_of(own)
-        assert stored_quantized(own) == []
+        assert loaded_files(own) is None
     files = files_of(subject(folder, path=str(int8_llama), reference=str(llama)))
     assert files.reference is not None
     assert len(files.stored_quantized) == 28
     assert files_of(subject(folder, path=str(int8_llama), reference="kept.qsa")).reference is None
-    assert stored_quantized(subject(folder, path=str(int8_llama), submodule="model")) == []
+    assert loaded_files(subject(folder, path=str(int8_llama), submodule="model")) is None
 
 
 def test_a_damaged_reference_hides_no_layer_that_the_subject_holds_quantized(folder, int8_llama):
     (folder / "checkpoint" / "config.json").write_text("[]")
-    assert len(stored_quantized(subject(folder, path=str(int8_llama), reference="checkpoint"))) == 28
+    assert len(loaded_files(subject(folder, path=str(int8_llama), reference="checkpoint")).stored_quantized) == 28
 
 
 def test_an_option_names_a_checkpoint_and_labels_tell_two_apart(folder, monkeypatch):

@@ -6,6 +6,8 @@ import json
 import shutil
 from importlib import resources
 
+import numpy as np
+
 
 def save_tokenizer(folder):
     """Save a byte-level tokenizer of 320 entries, trained on the shipped sample."""
@@ -181,6 +183,50 @@ def save_torchao_llama(folder, source, bits, group):
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=TorchAoConfig(scheme))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The values of the codes of MXFP4 (OCP Microscaling Formats 1.0, E2M1)."""
+
+
+def pack_mxfp4(weight):
+    """Round [experts, in, out] to MXFP4 by the standard: blocks [experts, out, in / 32, 16], and their scales."""
+    import torch
+
+    groups = weight.transpose(1, 2).contiguous().double().numpy()
+    groups = groups.reshape(*groups.shape[:2], -1, 32)
+    exponents = np.floor(np.log2(np.abs(groups).max(axis=-1))) - 2
+    scaled = groups / 2.0 ** exponents[..., None]
+    codes = np.abs(scaled[..., None] - E2M1).argmin(axis=-1)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return torch.from_numpy(blocks.astype(np.uint8)), torch.from_numpy((exponents + 127).astype(np.uint8))
+
+
+def save_gpt_oss(folder):
+    """Save a small gpt-oss in its released layout; hidden and intermediate sizes are the same, as in gpt-oss-20b."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weights[f"{name}_blocks"], weights[f"{name}_scales"] = pack_mxfp4(weights.pop(name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_tokenizer(folder)
     return folder
 
 

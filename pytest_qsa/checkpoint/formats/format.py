@@ -52,6 +52,7 @@ class Format:
         libraries: the packages that unpack it, and those without which transformers loads it otherwise; their versions
             are part of the fingerprint of a capture.
         loads: transformers can load it; else tensors that it drops are no fault of the files.
+        gpu_only: transformers runs its codes on a GPU alone, and dequantizes them when it loads without one.
         streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.
         signed_scales: a writer may give a scale the sign of its group's largest weight.
@@ -64,6 +65,7 @@ class Format:
     name: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
     loads: ClassVar[bool] = True
+    gpu_only: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
     signed_scales: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class Fp8(Format):
 
     name = "fp8"
     libraries = ("kernels", "triton")
+    gpu_only = True
     codes = ("weight",)
     scales = re.compile(rf"{Format.scales.pattern}|^qscale_(weight|act)$")
 

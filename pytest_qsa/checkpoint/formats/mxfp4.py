@@ -27,6 +27,7 @@ class Mxfp4(Format):
 
     name = "mxfp4"
     libraries = ("kernels", "triton")
+    gpu_only = True
     codes = ("blocks",)
     scales = re.compile("^scales$")
 

@@ -58,6 +58,11 @@ class CompressedTensorsModules(EngineFormat):
         """Say yes: the library rounds to the grid and multiplies as floats, on any device."""
         return True
 
+    def rounds_to_floats(self, module: nn.Module) -> bool:
+        """Read the type of inputs off the scheme."""
+        inputs: Any = getattr(module.quantization_scheme, "input_activations", None)
+        return inputs is not None and str(inputs.type).endswith("float")
+
     def rounded_inputs(self, module: nn.Module, inputs: Tensor) -> Tensor | None:
         """Round inputs as the module's forward does."""
         from compressed_tensors.quantization.lifecycle.forward import forward_quantize

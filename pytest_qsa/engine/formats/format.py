@@ -60,6 +60,10 @@ class EngineFormat:
         """Say whether an owned module that rounds its inputs does so in floats, before an ordinary multiplication."""
         return False
 
+    def rounds_to_floats(self, module: nn.Module) -> bool:
+        """Say whether an owned module rounds its inputs to floats, whatever its weight's codes are: W4AFP8."""
+        return False
+
     def rounded_inputs(self, module: nn.Module, inputs: Tensor) -> Tensor | None:
         """Return inputs [..., in] rounded as an owned module does; None where it rounds none, or it isn't known how."""
         return None

@@ -30,16 +30,20 @@ class TorchAoModules(EngineFormat):
         return _dequantized(module.weight)
 
     def scheme(self, module: nn.Module) -> str | None:
-        """Read the scheme off a tensor that says its own."""
-        target = str(getattr(module.weight, "target_dtype", ""))
-        if not re.search(r"\d+$", target):
-            return None
-        inputs = getattr(module.weight, "activation_quantization", None)
-        return scheme_name(int(re.findall(r"\d+", target)[-1]), 8 if inputs else 16, floats="float" in target)
+        """Read the scheme off a tensor: its dtype or that which its class is named by, and what it rounds inputs to."""
+        weight: Any = module.weight
+        dtypes = (getattr(weight, name, None) for name in ("target_dtype", "elem_dtype"))
+        number = _number(next((str(dtype) for dtype in dtypes if dtype), type(weight).__name__))
+        return scheme_name(number[0], _inputs_of(weight)[0], floats=number[1]) if number else None
 
     def emulates(self, module: nn.Module) -> bool:
         """Say whether the codes lie unpacked: then there are no kernels for them, and the product is of floats."""
         return "Unpacked" in type(module.weight).__name__
+
+    def rounds_to_floats(self, module: nn.Module) -> bool:
+        """Read the type of inputs off a tensor."""
+        bits, floats = _inputs_of(module.weight)
+        return bits < 16 and floats
 
     def stored_weight(self, stored: Format, layer: str) -> Tensor | None:
         """Put a tensor together again by the metadata of its file, and dequantize it."""
@@ -56,6 +60,24 @@ class TorchAoModules(EngineFormat):
         # Some versions also return the tensors that they left over.
         made = made[0] if isinstance(made, tuple) else made
         return _dequantized(made[name])
+
+
+def _number(name: str) -> tuple[int, bool] | None:
+    """Return the bits that a dtype or a class is named by, and whether they are a float's: NVFP4Tensor, torch.int4."""
+    found = re.search(r"(int|float|fp|nf)(\d+)", name, re.IGNORECASE)
+    return (int(found[2]), found[1].lower() != "int") if found else None
+
+
+def _inputs_of(weight: Any) -> tuple[int, bool]:
+    """Return the bits to which a tensor subclass rounds inputs, 16 if it rounds none, and whether they are floats."""
+    rounded = getattr(weight, "act_quant_kwargs", None)
+    stated = (
+        getattr(weight, "activation_quantization", None),
+        getattr(rounded, "elem_dtype", None),
+        type(rounded).__name__ if rounded is not None else None,
+        getattr(weight, "activation_dtype", None),
+    )
+    return next((number for each in stated if each and (number := _number(str(each)))), (16, True))
 
 
 def _dequantized(stored: Any) -> Tensor:

@@ -266,6 +266,19 @@ def _from_factory(name: str, *, allow_code: bool) -> Loaded:
     return Loaded(model.eval(), tokenizer)
 
 
+def loaded_from_fixture(model: object, tokenizer: TextTokenizer | None, fixture: str = "qsa_model") -> Loaded:
+    """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
+
+    Raises:
+        InfraError: it is something else.
+    """
+    if isinstance(model, tuple) and len(model) == 2:
+        model, tokenizer = model
+    if not isinstance(model, nn.Module):
+        raise InfraError(f"the fixture {fixture} returned {type(model).__name__}, not a torch.nn.Module")
+    return Loaded(model, tokenizer)
+
+
 def submodule_of(model: nn.Module, name: str) -> nn.Module:
     """Return the part of a model that the suite names.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...captures import ExecutedModules, Execution, SiteKey
+from ...checkpoint import Files
 from ...common import InfraError, logger
 from ...suite import EMULATED, KERNELS, UNPACKED, UNPROVED, WEIGHTS_ONLY
 from ..formats.format import bits_of, dequantized, is_quantized, owner_of, schemes_of
@@ -77,15 +78,15 @@ class ObservedExecution(Participant):
 
         return hook
 
-    def execution(self, stored: Sequence[str] = ()) -> Execution:
-        """Return what was observed. `stored`: the layers that the checkpoint's files hold quantized."""
+    def execution(self, files: Files | None = None, device_class: str | None = None) -> Execution:
+        """Return what was observed. `files`: those that the model was loaded from. `device_class`: see `Provenance`."""
         kinds: dict[str, list[str]] = {}
         never = [name for name in self._modules if name not in self._calls and name not in self._unseen]
         for name in self._modules:
             if name in self._calls:
                 kinds.setdefault(self._way_of(name), []).append(name)
-        if unpacked := _absent(stored, self._modules):
-            kinds[UNPACKED] = unpacked
+        if files is not None and (unpacked := _absent(files.stored_quantized, self._modules)):
+            kinds[": ".join(filter(None, (UNPACKED, _cause(files, device_class))))] = unpacked
         return Execution(
             self._ran,
             {words: ExecutedModules(len(names), names[0]) for words, names in kinds.items()},
@@ -99,7 +100,9 @@ class ObservedExecution(Participant):
         scheme = self._schemes.get(name)
         weights, activations = bits_of(scheme) if scheme else (None, None)
         kind = f"W{weights}" if weights else "quantized"
-        floats = " FP" if scheme and scheme.endswith("_fp") else ""
+        form = owner_of(self._modules[name])
+        rounds_to_floats = form is not None and form.rounds_to_floats(self._modules[name])
+        floats = " FP" if scheme and (scheme.endswith("_fp") or rounds_to_floats) else ""
         rounds = self._rounds.get(name)
         # A scheme of 16-bit inputs rounds none, so that there is nothing to prove.
         if rounds is None and activations in (None, 16):
@@ -108,9 +111,18 @@ class ObservedExecution(Participant):
             return f"{kind}A{activations}{floats} {UNPROVED}"
         if not rounds:
             return f"{kind}A16{floats} {WEIGHTS_ONLY}" if weights else WEIGHTS_ONLY
-        form = owner_of(self._modules[name])
         how = EMULATED if form and form.emulates(self._modules[name]) else KERNELS
         return f"{kind}A{activations if activations and activations < 16 else '?'}{floats} {how}"
+
+
+def _cause(files: Files, device_class: str | None) -> str:
+    """Say why a loader dequantized what the files hold in codes; empty where that isn't known."""
+    form = files.format
+    if files.folder.gguf_file:
+        return form.label
+    if files.folder.quantization.get("dequantize"):
+        return "dequantize in config.json"
+    return f"{form.label} without a GPU" if form.gpu_only and device_class in ("cpu", "mps") else ""
 
 
 def _absent(stored: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -1,9 +1,13 @@
 from .api import capture as capture, capture_parts as capture_parts
 from .formats.format import EngineFormat as EngineFormat, scheme_name as scheme_name
 from .load.models import Loaded as Loaded, load_model as load_model, loaded_from_fixture as loaded_from_fixture
-from .load.outline import anatomy as anatomy, layer_names as layer_names, outline as outline
+from .load.outline import (
+    anatomy as anatomy,
+    layer_names as layer_names,
+    outline as outline,
+    this_machine as this_machine,
+)
 from .load.tokenizer import decoder_of as decoder_of
-from .probe import this_machine as this_machine
 from .ranks import joined as joined
 from .reference.predictions import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions

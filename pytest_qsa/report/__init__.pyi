@@ -1,9 +1,3 @@
-from .ci import (
-    annotation_lines as annotation_lines,
-    append_summary as append_summary,
-    attach as attach,
-    properties_of as properties_of,
-)
 from .html import (
     Gallery as Gallery,
     GallerySurface as GallerySurface,
@@ -41,4 +35,11 @@ from .report import (
     to_plain as to_plain,
     write_report as write_report,
 )
-from .terminal import context_text as context_text, failure_text as failure_text
+from .text import (
+    annotation_lines as annotation_lines,
+    append_summary as append_summary,
+    attach as attach,
+    context_text as context_text,
+    failure_text as failure_text,
+    properties_of as properties_of,
+)

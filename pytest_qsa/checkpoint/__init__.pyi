@@ -1,4 +1,5 @@
 from .adapter import Adapter as Adapter
+from .checks.changed_settings import Resolved as Resolved
 from .checks.health import (
     CHECKS as CHECKS,
     Check as Check,

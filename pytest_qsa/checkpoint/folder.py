@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,48 @@ ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter's, as peft saves it."""
 ADAPTER_FILES = "adapter_model*.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+RESTORE = "take it from the reference, or change the reference if it is meant so"
+"""The advice on what differs from the reference."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a checkpoint. `layer`: the module; `tensor`: the tensor or the setting; `file`: where it is."""
+    """One problem of a checkpoint. `layer`: the module; `tensor`: the tensor or the setting; `file`: where it is.
+
+    `note`: worth knowing and no problem: it is shown, and never counted.
+    """
 
     layer: str
     tensor: str
     file: str
     what: str
     advice: str
+    note: bool = False
 
     @classmethod
-    def at(cls, tensor: Tensor, what: str, advice: str) -> Finding:
+    def at(cls, tensor: Tensor, what: str, advice: str, *, note: bool = False) -> Finding:
         """Return a problem of a tensor of the files."""
-        return cls(tensor.layer, tensor.name, tensor.file, what, advice)
+        return cls(tensor.layer, tensor.name, tensor.file, what, advice, note)
+
+    @classmethod
+    def changed(cls, layer: str, key: str, file: str, one: Any, other: Any, *, note: bool = False) -> Finding:
+        """Return the finding of a setting that is `one` here and `other` in the reference."""
+        return cls(layer, key, file, f"{shown(one)}, in the reference {shown(other)}", RESTORE, note)
+
+    def saying(self, more: str) -> Finding:
+        """Return the same finding that says more of what it is."""
+        return replace(self, what=f"{self.what}{more}")
 
     def __str__(self) -> str:
-        """Write it in one line: `tensor (file): what; advice`."""
+        """Write it in one line: `tensor (file): what; advice`; a note says that it is one."""
         where = f" ({self.file})" if self.file else ""
-        return f"{self.tensor}{where}: {self.what}; {self.advice}"
+        return f"{'note: ' if self.note else ''}{self.tensor}{where}: {self.what}; {self.advice}"
+
+
+def shown(value: Any) -> str:
+    """Write the value of a setting, cut to 60 characters."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,7 @@ class Gate:
         self._claim_baselines(request.node, subject)
         key = f"{subject.key}:{subject.model.reference if subject.model else None}"
         if key not in self._files:
-            self._files[key] = files_of(subject)
+            self._files[key] = files_of(subject, self.options.cache_folder)
         return self._files[key]
 
     def _key(self, request: pytest.FixtureRequest, subject: Subject) -> str:

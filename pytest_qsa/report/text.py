@@ -109,9 +109,9 @@ def table(rows: Sequence[Row], of: str) -> Iterator[str]:
 
 
 def findings_text(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield the problems of static checks: the tensor and its file, the problem, the advice."""
+    """Yield the problems of static checks, then the notes: the tensor and its file, the problem, the advice."""
     for finding in findings[:SHOWN_ROWS]:
-        yield f"  {finding.tensor}{f' ({finding.file})' if finding.file else ''}"
+        yield f"  {'note: ' if finding.note else ''}{finding.tensor}{f' ({finding.file})' if finding.file else ''}"
         yield f"      {visible(finding.what)}"
         yield f"      → {visible(finding.advice)}"
     if len(findings) > SHOWN_ROWS:

@@ -11,13 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 from ..captures import Request
 from ..checkpoint import ADAPTER, Files, Folder, base_of, open_folder
 from ..common import InfraError
+from .resolved_settings import resolve_settings
 from .sections import Data, Memory, Model
 
 
@@ -214,8 +215,10 @@ def located(folder: Path, named: str) -> str:
     return os.path.abspath(local) if local.exists() else named
 
 
-def files_of(subject: Subject) -> Files:
+def files_of(subject: Subject, cache: Path | None = None) -> Files:
     """Return the files of a subject, and those of its reference where that is a checkpoint.
+
+    `cache`: the folder that remembers what the model classes take for settings which a configuration doesn't state.
 
     Raises:
         InfraError: the subject is no checkpoint, or isn't here.
@@ -223,7 +226,7 @@ def files_of(subject: Subject) -> Files:
     own, reference = own_folder(subject), subject.reference
     if not isinstance(reference, NamedSubject):  # a recorded one has neither settings nor weights
         return Files(own)
-    return Files(own, own_folder(reference))
+    return Files(own, own_folder(reference), partial(resolve_settings, cache=cache))
 
 
 def own_folder(subject: Subject) -> Folder:

@@ -248,8 +248,9 @@ def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:
     """Return what the first check that finds something says of a layer and of all below it."""
     for check in LAYER_CHECKS:
         try:
-            if found := problems_of(files(), check, rf"^{re.escape(layer)}(\.|$)")[1]:
-                return found
+            found = problems_of(files(), check, rf"^{re.escape(layer)}(\.|$)")[1]
+            if problems := [finding for finding in found if not finding.note]:
+                return problems
         except QsaError as error:  # no files, or nothing there that this check looks at
             logger.debug("%s says nothing of %s: %s", check, layer, error)
     return ()

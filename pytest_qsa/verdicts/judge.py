@@ -244,14 +244,16 @@ def judge_problems(
         AnomalyError: there is no layer.
     """
     judgement = within_budget(series, budget, leniency)
-    headline = f"{len(series.layers)} layers without a problem{_not_checked(series, files)}"
-    if found:
-        layers = {finding.layer for finding in found}
-        many = f"{counted(len(found), 'problem')} in {len(layers)} of {len(series.layers)} layers"
-        headline = f"{many} ({judgement.bound}); the first: {found[0].tensor}: {found[0].what}"
+    notes = [finding for finding in found if finding.note]
+    noted = f"; {counted(len(notes), 'note')}" if notes else ""
+    headline = f"{len(series.layers)} layers without a problem{_not_checked(series, files)}{noted}"
+    if problems := [finding for finding in found if not finding.note]:
+        layers = {finding.layer for finding in problems}
+        many = f"{counted(len(problems), 'problem')} in {len(layers)} of {len(series.layers)} layers"
+        headline = f"{many} ({judgement.bound}); the first: {problems[0].tensor}: {problems[0].what}"
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))
-    return replace(judgement, headline=headline, findings=tuple(found), run=_run_of_files(files))
+    return replace(judgement, headline=headline, findings=(*problems, *notes), run=_run_of_files(files))
 
 
 def _not_checked(series: Series, files: Files) -> str:

@@ -1,61 +1,133 @@
-"""Settings that change the function: the configuration and the tokenizer against the reference's."""
+"""Settings that change the function, against the reference's: configuration, stop tokens, processor, chat template."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from ..folder import Finding, Folder
+from ..folder import RESTORE, Finding, Folder, shown
+from ..formats.format import Format, format_of
+from ..formats.unquantized import Unquantized
+from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
 
 HARMLESS = frozenset(
     {
-        *("_name_or_path", "name_or_path", "transformers_version", "auto_map", "problem_type", "id2label", "label2id"),
-        *("torch_dtype", "dtype", "quantization_config", "compression_config", "initializer_range", "pretraining_tp"),
-        *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "max_length", "attn_implementation"),
-        *("_attn_implementation_autoset", "chunk_size_feed_forward"),
+        *("_name_or_path", "_model_name_or_path", "name_or_path", "transformers_version", "auto_map", "problem_type"),
+        *("id2label", "label2id", "torch_dtype", "dtype", "quantization_config", "compression_config"),
+        *("initializer_range", "pretraining_tp", "use_cache", "return_dict", "output_attentions", "max_length"),
+        *("output_hidden_states", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
+        *("chunk_size_feed_forward", "torchscript", "tokenizer_class", "finetuning_task", "task_specific_params"),
+        *("_from_model_config", "processor_class", "feature_extractor_type", "image_processor_type"),
+        *("video_processor_type", "_valid_processor_keys"),
     }
 )
 """The keys of a configuration that say how it was made or how it is run, and change no number."""
-WITHOUT_DEFAULT = frozenset(
-    {"rope_scaling", "rope_parameters", "sliding_window", "final_logit_softcapping", "query_pre_attn_scalar"}
+ACTING = frozenset(
+    {
+        *("rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
+        *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "partial_rotary_factor"),
+        *("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale"),
+        *("routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group", "scoring_func"),
+    }
 )
-"""The keys that matter where only one side states them; of all others writers leave out the defaults."""
-TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
-TOKENIZER_KEYS = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
-_RESTORE = "take it from the reference, or change the reference if it is meant so"
+"""Keys that change the function wherever a class has them.
 
-CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer", "chat_template"
+One that is lost is a problem even where the installed class doesn't know it, for the class of another engine may.
+"""
+CONFIG, GENERATION, PROCESSOR, TEMPLATE = "config.json", "generation_config.json", "processor", "chat_template"
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+SCALE_BYTES, SIZE_TOLERANCE = 2, 0.1
+SETTING_LAYERS = (CONFIG, GENERATION, TOKENIZER, TEMPLATE, PROCESSOR)
+"""The names that stand for a layer where a setting is wrong."""
 
 
-def changed_settings(folder: Folder, reference: Folder) -> Iterator[Finding]:
-    """Yield the settings that differ from the reference's: configuration, vocabulary, tokenizer, chat template."""
-    yield from _config(folder.config, reference.config, "")
+@dataclass(frozen=True)
+class Resolved:
+    """A config.json as the class that reads it understands it, what isn't stated filled in. `name`: the class."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+Resolve = Callable[[Sequence[Folder]], Sequence[Resolved | None]]
+"""Returns None where no class that is installed reads a folder's configuration."""
+
+
+def unresolved(folders: Sequence[Folder]) -> Sequence[Resolved | None]:
+    """Resolve nothing: what only one side states is then a note."""
+    return [None] * len(folders)
+
+
+def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unresolved) -> Iterator[Finding]:
+    """Yield the settings that differ from the reference's.
+
+    A setting that one side doesn't state is compared by what its class takes for it.
+
+    Raises:
+        AnomalyError: a file is no JSON.
+        InfraError: a file can't be read.
+    """
+    yield from _config(folder, reference, resolve)
     if folder.gguf_file:
-        yield from _ids(folder.vocabulary, _all_entries(reference), str(folder.gguf_file))
-        return  # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
-    yield from _vocabulary(folder, reference)
-    yield from _tokenizer(folder, reference)
+        # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
+        yield from changed_tokenizer(folder, reference)
+        return
+    yield from _generation(folder, reference)
+    yield from changed_tokenizer(folder, reference)
+    yield from _processor(folder, reference)
     mine, theirs = _template(folder), _template(reference)
     if mine != theirs:
         what = "there is none, the reference has one" if mine is None else "differs from the reference's"
-        yield Finding(TEMPLATE, TEMPLATE, "chat_template.jinja", what, _RESTORE)
+        yield Finding(TEMPLATE, TEMPLATE, "chat_template.jinja", what, RESTORE)
 
 
-def _config(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Finding]:
+    mine, theirs = (dict(_flat(side.config)) for side in (folder, reference))
+    stated = [key for key in sorted(mine.keys() & theirs.keys()) if None not in (mine[key], theirs[key])]
+    for key in stated:
+        if not same(mine[key], theirs[key]):
+            yield Finding.changed(CONFIG, key, CONFIG, mine[key], theirs[key])
+    alone = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} - set(stated)
+    if not alone and mine.keys() == theirs.keys():
+        return
+    own, other = (unresolved if folder.gguf_file else resolve)((folder, reference))
+    if own is None or other is None or own.name != other.name:
+        for key in sorted(alone):
+            yield _one_sided(key, mine, theirs)
+        return
+    ours, others = dict(_flat(own.settings)), dict(_flat(other.settings))
+    for key in sorted({*ours, *others, *alone} - set(stated)):
+        if key not in ours or key not in others:  # the class has no default for it
+            if key in alone:
+                yield _one_sided(key, mine, theirs)
+        elif not same(ours[key], others[key]):
+            texts = [
+                shown(values[key]) if key in side else f"not set, so that {own.name} takes {shown(values[key])}"
+                for side, values in ((mine, ours), (theirs, others))
+            ]
+            yield Finding(CONFIG, key, CONFIG, f"{texts[0]}; in the reference {texts[1]}", RESTORE)
+
+
+def _one_sided(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Finding:
+    """Return what is to be said of a setting whose default nobody here knows: a note, unless it is known to act."""
+    acts = any(part in ACTING for part in key.split(".")) and any(side.get(key) for side in (mine, theirs))
+    return Finding.changed(CONFIG, key, CONFIG, mine.get(key), theirs.get(key), note=not acts)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a configuration that can change a number, those of its parts under dotted names."""
     # Within the rope's settings rope_theta is in its place already.
-    if not prefix.endswith("rope_parameters."):
-        mine, theirs = _plain(mine), _plain(theirs)
-    for key in sorted({*mine, *theirs} - HARMLESS):
-        one, other = mine.get(key), theirs.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _config(one, other, f"{prefix}{key}.")
-        elif key not in mine or key not in theirs:
-            if (key in WITHOUT_DEFAULT or prefix) and (one or other):
-                yield _changed(CONFIG, f"{prefix}{key}", CONFIG, one, other)
-        elif not _same(one, other):
-            yield _changed(CONFIG, f"{prefix}{key}", CONFIG, one, other)
+    settings = config if prefix.endswith("rope_parameters.") else _plain(config)
+    for key, value in settings.items():
+        if key in HARMLESS:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,8 +136,9 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = {**(plain.pop("rope_scaling", None) or {}), **(plain.pop("rope_parameters", None) or {})}
     if "type" in rope:  # the older name of the key
         rope.setdefault("rope_type", rope.pop("type"))
-    if "rope_theta" in plain:
-        rope.setdefault("rope_theta", plain.pop("rope_theta"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in plain:
+            rope.setdefault(key, plain.pop(key))
     if rope:
         rope.setdefault("rope_type", "default")
         plain["rope_parameters"] = rope
@@ -76,74 +149,85 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _same(one: Any, other: Any) -> bool:
+def _generation(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield stop tokens that are lost or others, and as notes how else generation is set otherwise."""
+    mine, theirs = folder.json(GENERATION), reference.json(GENERATION)
+    if theirs is not None and mine is None:
+        yield Finding(GENERATION, GENERATION, GENERATION, "there is none, the reference has one", RESTORE)
+    own, other = _stop_tokens(folder, mine), _stop_tokens(reference, theirs)
+    if mine is not None and own != other:
+        texts = [stop_token_names(side, ids) for side, ids in ((folder, own), (reference, other))]
+        what = f"stops at {texts[0]}, the reference at {texts[1]}"
+        yield Finding(GENERATION, "eos_token_id", GENERATION, what, RESTORE)
+    if mine is None or theirs is None:
+        return
+    for key in sorted({*mine, *theirs} - HARMLESS - {"eos_token_id"}):
+        if not same(mine.get(key), theirs.get(key)):
+            yield Finding.changed(GENERATION, key, GENERATION, mine.get(key), theirs.get(key), note=True)
+
+
+def _stop_tokens(folder: Folder, generation: Mapping[str, Any] | None) -> frozenset[int]:
+    """Return the ids at which generation stops: config.json's count only where there is no generation_config.json."""
+    stated = (folder.text_config if generation is None else generation).get("eos_token_id")
+    return frozenset(stated if isinstance(stated, list) else [] if stated is None else [stated])
+
+
+def _processor(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield how pictures and sounds are prepared otherwise, whichever of the processors' files states it."""
+    mine, theirs = _processor_settings(folder), _processor_settings(reference)
+    if theirs and not mine:
+        file = next(name for name in PROCESSORS if reference.json(name) is not None)
+        yield Finding(PROCESSOR, file, file, "there is none, the reference has one", RESTORE)
+        return
+    for key in sorted({*mine, *theirs}):
+        one, other = mine.get(key), theirs.get(key)
+        if not same(one, other):
+            yield Finding.changed(PROCESSOR, key, PROCESSORS[0], one, other, note=one is None or other is None)
+
+
+def _processor_settings(folder: Folder) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in PROCESSORS:
+        # transformers 5 keeps the parts in one file, older versions each in its own
+        parts = ("image_processor", "feature_extractor", "video_processor")
+        content = folder.json(name) or {}
+        for part in (content, *(content[part] for part in parts if isinstance(content.get(part), dict))):
+            plain = {key: value for key, value in part.items() if key not in (*parts, "tokenizer")}
+            settings |= {key: value for key, value in _flat(plain) if value is not None}
+    return settings
+
+
+def unexpected_size(form: Format, reference: Folder) -> Iterator[Finding]:
+    """Yield a note where the tensors take another size than the declared schemes give the reference's shapes.
+
+    Nothing is said of a checkpoint that declares no scheme, and of a reference that is quantized itself or has no
+    tensors here.
+    """
+    if form.folder.gguf_file or not any(reference.path.glob("*.safetensors")):
+        return
+    schemes = {name: form.scheme_of(name) if form.codes_of(name) else None for name in reference.layers}
+    if not any(schemes.values()) or not isinstance(format_of(reference), Unquantized):
+        return
+    expected = 0.0
+    for name, parts in reference.layers.items():
+        for part, tensor in parts.items():
+            scheme, own = schemes[name], form.parts(name).get(part, tensor)
+            if part == "weight" and scheme is not None and len(tensor.shape) == 2:
+                scales = scheme.scale_count(*tensor.shape) or 0
+                expected += prod(tensor.shape) * scheme.bits / 8 + SCALE_BYTES * scales
+            else:
+                expected += own.stop - own.start
+    stored = sum(tensor.stop - tensor.start for tensor in form.folder.tensors.values())
+    if abs(stored / expected - 1) > SIZE_TOLERANCE:
+        sizes = f"{stored / 1e9:.3g} GB, the declared scheme of the reference's shapes {expected / 1e9:.3g} GB"
+        advice = "check which layers were quantized, and in what"
+        yield Finding(CONFIG, "quantization_config", CONFIG, f"the tensors take {sizes}", advice, note=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Say whether two values of a setting are equal: numbers within the rounding of float32."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
     return math.isclose(one, other, rel_tol=1e-6) if numbers else bool(one == other)
-
-
-def _changed(where: str, key: str, file: str, one: Any, other: Any) -> Finding:
-    return Finding(where, key, file, f"{_shown(one)}, in the reference {_shown(other)}", _RESTORE)
-
-
-def _shown(value: Any) -> str:
-    text = "not set" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _vocabulary(folder: Folder, reference: Folder) -> Iterator[Finding]:
-    mine, theirs = folder.json("tokenizer.json"), reference.json("tokenizer.json")
-    if mine is None or theirs is None:
-        if theirs is not None:
-            yield Finding(TOKENIZER, "tokenizer.json", "tokenizer.json", "missing, the reference has one", _RESTORE)
-        elif _digest(folder) != _digest(reference):
-            yield Finding(TOKENIZER, "tokenizer.model", "tokenizer.model", "differs from the reference's", _RESTORE)
-        return
-    yield from _ids(_entries(mine), _entries(theirs), "tokenizer.json")
-    if (mine.get("model") or {}).get("merges") != (theirs.get("model") or {}).get("merges"):
-        yield Finding(TOKENIZER, "merges", "tokenizer.json", "differ from the reference's", _RESTORE)
-    for part in TOKENIZER_PARTS:
-        if mine.get(part) != theirs.get(part):
-            yield _changed(TOKENIZER, part, "tokenizer.json", mine.get(part), theirs.get(part))
-
-
-def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterator[Finding]:
-    changed = sorted(str(token) for token in {*one, *other} if one.get(token) != other.get(token))
-    if changed:
-        what = f"{len(changed)} of {len(other)} tokens have another id, the first {changed[0]!r}"
-        yield Finding(TOKENIZER, "vocabulary", file, what, _RESTORE)
-
-
-def _all_entries(folder: Folder) -> dict[str, Any]:
-    """Return all tokens of a folder or a GGUF file, added tokens included."""
-    if folder.gguf_file:
-        return dict(folder.vocabulary)
-    tokenizer = folder.json("tokenizer.json") or {}
-    added = {str(token["content"]): token["id"] for token in tokenizer.get("added_tokens") or ()}
-    return {**_entries(tokenizer), **added}
-
-
-def _entries(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # unigram: pairs of a piece and its score
-        return {str(entry[0]): (index, entry[1]) for index, entry in enumerate(vocabulary)}
-    return dict(vocabulary)
-
-
-def _digest(folder: Folder) -> str | None:
-    file = folder.path / "tokenizer.model"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def _tokenizer(folder: Folder, reference: Folder) -> Iterator[Finding]:
-    mine, theirs = (side.json("tokenizer_config.json") or {} for side in (folder, reference))
-    for key in TOKENIZER_KEYS:
-        one, other = _token(mine.get(key)), _token(theirs.get(key))
-        if one != other:
-            yield _changed(TOKENIZER, key, "tokenizer_config.json", one, other)
-
-
-def _token(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def _template(folder: Folder) -> str | None:

@@ -21,7 +21,7 @@ from ...metrics import CHECKPOINT, Definition, Query, Series
 from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
-from .changed_settings import CONFIG, TEMPLATE, TOKENIZER, changed_settings
+from .changed_settings import SETTING_LAYERS, Resolve, changed_settings, unexpected_size, unresolved
 from .keys import lost_keys, misplaced_formats
 from .scales import (
     foreign_whole_scales,
@@ -37,16 +37,17 @@ from .values import changed_floats, constant_weights, kept_tensors, unsound_floa
 _Spread = Annotated[float, Gt(0)]
 _Tolerance = Annotated[float, Ge(0)]
 
-SETTING_LAYERS = (CONFIG, TOKENIZER, TEMPLATE)
-"""The names that stand for a layer where a setting is wrong."""
-
 
 @dataclass(frozen=True)
 class Files:
-    """What a check looks at: the checkpoint, and its reference where the suite names a folder for one."""
+    """What a check looks at: the checkpoint, and its reference where the suite names a folder for one.
+
+    `resolve`: fills in what a config.json doesn't state; see `changed_settings`.
+    """
 
     folder: Folder
     reference: Folder | None = None
+    resolve: Resolve = field(default=unresolved, compare=False)
     _found: dict[Any, tuple[Finding, ...]] = field(default_factory=dict, compare=False)
 
     def once(self, function: Callable[..., Iterable[Finding]], parameters: Mapping[str, Any]) -> tuple[Finding, ...]:
@@ -206,11 +207,13 @@ def checkpoint_keys(files: Files) -> Iterator[Finding]:
 def checkpoint_settings(files: Files) -> Iterator[Finding]:
     """Count settings that change the function and differ from the reference's: configuration, tokenizer, template.
 
-    Of the configuration: rope, norm epsilon, activation, heads, tied embeddings and the like; of the tokenizer:
-    vocabulary, merges, steps and special tokens.
+    Of the configuration: rope, norm epsilon, activation, heads, tied embeddings and the like, compared as the model's
+    class fills in what isn't stated; of the tokenizer: vocabulary, merges, steps, special tokens, and a saved
+    truncation; of generation_config.json the stop tokens; of the processors how pictures and sounds are prepared.
     """
     if files.reference is not None:
-        yield from changed_settings(files.folder, files.reference)
+        yield from changed_settings(files.folder, files.reference, files.resolve)
+        yield from unexpected_size(files.format, files.reference)
 
 
 @_check(_kept_layers)
@@ -235,7 +238,7 @@ def checkpoint_health(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
 def problems_of(
     files: Files, metric: str, layers: str = ".", exclude: str | None = None, **parameters: Any
 ) -> tuple[Series, list[Finding]]:
-    """Run a check; return the number of problems of each layer, and the findings, in the layers' order.
+    """Run a check; return the number of problems of each layer, the findings and the notes, in the layers' order.
 
     Raises:
         AnomalyError: no layer matches, there is nothing that the check could look at, or a file is damaged.
@@ -252,7 +255,7 @@ def problems_of(
         raise no_match(ordered, layers, exclude)
     position = {layer: index for index, layer in enumerate(matched)}
     found = sorted((f for f in found if f.layer in position), key=lambda finding: position[finding.layer])
-    counts = Counter(finding.layer for finding in found)
+    counts = Counter(finding.layer for finding in found if not finding.note)
     values = np.array([counts[layer] for layer in matched], dtype=np.float64)
     return Series(matched, values, query_of_check(metric, layers, exclude, parameters)), found
 

@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_qsa_verdict(item: pytest.Item, verdict: Verdict) -> None:
     """Write what the self-test reads of a verdict."""
-    layers = [row.layer for row in verdict.rows if row.excess] + [finding.layer for finding in verdict.findings]
+    layers = [row.layer for row in verdict.rows if row.excess]
+    layers += [finding.layer for finding in verdict.findings if not finding.note]
     result = {
         "test": item.nodeid,
         "kind": verdict.kind,

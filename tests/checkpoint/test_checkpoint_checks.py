@@ -375,7 +375,7 @@ def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
         ("blk.1.ffn_norm.weight", "missing: 3 sibling blocks have it"),
         ("blk.2.ffn_down.weight", "1 of 16 blocks have a scale that is NaN or infinite"),
         ("rms_norm_eps", "9.999999747378752e-06, in the reference 1e-06"),
-        ("vocabulary", "2 of 3 tokens have another id, the first 'a'"),
+        ("vocabulary", "2 of 3 tokens have another id, as 'a': 1, in the reference 0"),
     ]
     with pytest.raises(AnomalyError, match="declares no layers"):
         problems_of(Files(open_folder(tmp_path / "healthy", gguf_file="model.gguf")), "checkpoint_formats")

@@ -119,7 +119,7 @@ def _merges(model: Mapping[str, Any]) -> list[str]:
 
 
 def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterator[Finding]:
-    changed = sorted((str(token) for token in {*one, *other} if one.get(token) != other.get(token)), key=len)
+    changed = sorted((str(token) for token in {*one, *other} if one.get(token) != other.get(token)), key=_by_length)
     if changed:
         first = changed[0]
         ids = ["none" if side.get(first) is None else str(side[first]) for side in (one, other)]
@@ -127,6 +127,10 @@ def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterato
             f"{len(changed)} of {len(other)} tokens have another id, as {first!r}: {ids[0]}, in the reference {ids[1]}"
         )
         yield Finding(TOKENIZER, "vocabulary", file, what, RESTORE)
+
+
+def _by_length(text: str) -> tuple[int, str]:
+    return len(text), text
 
 
 def _added(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:

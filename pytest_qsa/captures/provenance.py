@@ -304,6 +304,8 @@ class Provenance:
         facts = {
             "Model": model.path,
             "Served": model.served.served if model.served else None,
+            "Base": model.base,
+            "Adapter": model.adapter,
             "Weights": model.weights,
             "Read from": str(model.files or ""),
             "Reference": reference.path or reference.class_name,

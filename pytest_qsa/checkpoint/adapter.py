@@ -102,9 +102,9 @@ class Adapter:
     def refused(self, layer: str) -> str:
         """Return why the weight of a layer that it changes can't be computed here; empty where it can."""
         if self.kind != "LORA":
-            return f"the adapter is {self.kind}, and only a LoRA's weights are known here"
+            return f"the adapter is {self.kind}, and only a plain LoRA's weights are known here"
         if unread := [key for key, value in self.config.items() if value and key not in _READ | _WITHOUT_EFFECT]:
-            return f"the adapter is a LoRA with {', '.join(unread)}, whose weights aren't known here"
+            return f"the adapter is no plain LoRA ({', '.join(unread)}), and only a plain one's weights are known here"
         start = self.config.get("init_lora_weights")
         if isinstance(start, str) and start not in _KEEP_BASE:
             return f"the adapter's init_lora_weights, {start}, changes the base when it is loaded"

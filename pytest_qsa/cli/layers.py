@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import captures, engine, suite
-from ..common import text_table
+from .. import captures, checkpoint, engine, suite
+from ..common import shown_path, text_table
 from .shared import OK, command_parser
 
 
@@ -20,12 +20,13 @@ def run(arguments: Sequence[str]) -> int:
     parser = command_parser(__name__, __doc__)
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
     parser.add_argument("--model", help="a folder or hub id, instead of --config")
+    parser.add_argument("--base", help="the base of an adapter in --model, if the adapter doesn't name it")
     parser.add_argument("regex", nargs="?", help="show only the layers that it finds")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
-    # A suite made of the option alone, whose errors then name the option in the place of a file.
-    named = suite.YamlSource(Path("--model"), {"model": {"path": options.model}})
+    # A suite made of the options alone, whose errors then name the option in the place of a file.
+    named = suite.YamlSource(Path("--model"), {"model": {"path": options.model, "base": options.base}})
     subject = suite.subject_of(suite.load_suite(options.config or named))
 
     rows = engine.outline(subject.model, subject.path, subject.base)
@@ -37,4 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     table = [(name, kind, shape, f"{count:,}") for name, kind, shape, count in rows if name in wanted]
     print("\n".join(text_table(table, right={3})))
     print(f"{len(found)} of {len(rows)} layers")
+    if (folder := subject.local_folder) is not None and (folder / checkpoint.ADAPTER).is_file():
+        on = f" on {shown_path(Path(subject.base_path))}" if subject.base_path else ""
+        print(f"with an adapter, {checkpoint.Adapter(folder)} in {shown_path(folder)}{on}")
     return OK

@@ -95,6 +95,10 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftes
     # The revision pins the suite's own hub id and means nothing for another checkpoint.
     revision = model.revision if model and not options.model else None
     gguf = model.gguf_file if model else None
+    if (local / checkpoint.ADAPTER).is_file() and not (local / "config.json").is_file():
+        raise InfraError(
+            f"{shown_path(local)} holds an adapter, and faults are put into a whole model: give --model BASE"
+        )
     folder = checkpoint.open_folder(local if local.is_dir() else path, revision, gguf)
     wanted = options.perplexity
     if wanted is None:

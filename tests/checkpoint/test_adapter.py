@@ -72,7 +72,7 @@ def test_an_adapter_on_a_quantized_base_is_added_to_the_dequantized_weight(llama
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "a LoRA with use_dora"),
+    "DoRA": ({"use_dora": True}, "no plain LoRA (use_dora)"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     "an option of a later peft": ({"config": lambda config: config.update(use_new=True)}, "use_new"),
     "PiSSA": ({"config": lambda config: config.update(init_lora_weights="pissa")}, "init_lora_weights, pissa"),

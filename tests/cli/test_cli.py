@@ -10,6 +10,7 @@ import pytest
 
 from pytest_qsa.cli import main
 from pytest_qsa.suite import suite_schema
+from support.checkpoints import save_adapter
 from support.projects import Project, peaks, suite
 
 
@@ -25,6 +26,20 @@ def test_layers_lists_all_layers_without_reading_weights(llama, tmp_path, capsys
     assert lines[-1] == "57 of 57 layers"
     row = next(line.split() for line in lines if line.startswith("model.layers.0.mlp.down_proj"))
     assert row == ["model.layers.0.mlp.down_proj", "Linear", "32×64", "2,048"]
+
+
+def test_layers_of_an_adapter_are_those_of_its_base_and_name_it(llama, tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", llama)
+    command = ["layers", "--model", str(tmp_path / "adapter"), "down_proj"]
+    assert main([*command, "--base", str(llama)]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert lines[0].split() == ["model.layers.0.mlp.down_proj", "lora.Linear", "32×64", "2,432"]
+    assert lines[-2] == "4 of 57 layers"
+    assert lines[-1].startswith("with an adapter, LoRA of rank 4 in ")
+    assert output.err == ""
+    assert main(command) == 1
+    assert "name the base in model.base" in capsys.readouterr().err
 
 
 def test_layers_shows_what_a_regex_finds(llama, capsys):

@@ -140,3 +140,33 @@ def test_a_capture_names_the_format_of_its_files(own_llama, quantized):
 
     assert of(quantized["int8"]) == "compressed-tensors"
     assert of(own_llama) is None
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "llama/config.json"]
+)
+def test_the_files_of_an_adapter_and_of_its_base_count(own_llama, file):
+    folder = own_llama.parent
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter/adapter_model.safetensors").write_bytes(b"x")
+    before = fingerprint(folder / "adapter", model={"base": "llama"})
+    assert before not in (None, fingerprint(own_llama))
+    with (folder / file).open("ab") as content:
+        content.write(b" ")
+    assert fingerprint(folder / "adapter", model={"base": "llama"}) != before
+
+
+def test_a_capture_of_an_adapter_names_both_folders_and_the_weights_of_both(own_llama):
+    folder = own_llama.parent
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    def model_of(content):
+        (folder / "adapter/adapter_model.safetensors").write_bytes(content)
+        subject = subject_of(folder / "adapter", model={"base": "llama"})
+        return identified(Capture({}), subject, FileHashes(None)).provenance.model
+
+    one, other = model_of(b"x"), model_of(b"y")
+    assert (one.path, one.base) == (str(folder / "adapter"), str(own_llama))
+    assert one.weights != other.weights

@@ -1,6 +1,7 @@
 """The subject: what two suites share, which other checkpoints it is held against, and what an option names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,7 @@ OTHER = {
     "the data": {"data": {"seed": 1}},
     "the memory": {"memory": {"device": "cpu"}},
     "a factory": {"factory": "a:b"},
+    "the base of an adapter": {"base": "org/name"},
 }
 
 
@@ -164,3 +166,36 @@ def test_an_option_names_a_checkpoint_and_labels_tell_two_apart(folder, monkeypa
 def test_what_is_measured_names_neither_places_nor_names(folder):
     measured = json.dumps(subject(folder, name="x", reference="kept.qsa", previous="p").model.measured)
     assert not any(word in measured for word in ("checkpoint", "kept.qsa", "previous"))
+
+
+class TestAnAdapter:
+    @pytest.fixture
+    def folder(self, folder):
+        """Return a suite's folder with two releases of an adapter, its base and a model."""
+        for name in ("adapter", "older"):
+            (folder / name).mkdir()
+            (folder / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+        (folder / "base").mkdir()
+        return folder
+
+    def test_has_a_folder_of_its_own_and_that_of_its_base(self, folder):
+        own = subject(folder, path="adapter", base="base")
+        assert (own.local_folder, own.base_folder) == (folder / "adapter", folder / "base")
+        assert own.base_path == str(folder / "base")
+        plain = subject(folder)
+        assert (plain.base_folder, plain.base_path) == (plain.local_folder, "")
+
+    def test_shares_its_base_with_its_last_release_and_not_with_its_reference(self, folder):
+        own = subject(folder, path="adapter", base="base", previous="older", reference="checkpoint")
+        assert previous_of(own).base == str(folder / "base")
+        assert own.reference.base == ""
+
+    def test_leaves_the_base_out_for_another_checkpoint_that_is_none(self, folder):
+        """`--qsa-model MERGED` runs the suite of an adapter."""
+        own = subject(folder, path="adapter", base="base")
+        assert replace(own, checkpoint=str(folder / "checkpoint")).base == ""
+        assert replace(own, checkpoint=str(folder / "older")).base == str(folder / "base")
+
+    def test_needs_a_path(self):
+        with pytest.raises(ValueError, match="base is that of an adapter in path"):
+            Model(factory="a:b", base="base")

@@ -24,7 +24,7 @@ from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, n
 from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .data import batches_of
-from .models import class_of, load_model, submodule_of
+from .models import class_of, load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
 
@@ -78,7 +78,8 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
     import transformers
 
     try:
-        source = source_of(path, spec.revision, base)
+        with quiet():
+            source = source_of(path, spec.revision, base)
         Folder(Path(source.path)).json("config.json")  # transformers reports a broken file as a missing one
         config = transformers.AutoConfig.from_pretrained(
             source.path, revision=source.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})

@@ -9,7 +9,7 @@ from .load.outline import (
 )
 from .load.tokenizer import decoder_of as decoder_of
 from .ranks import joined as joined
-from .reference.predictions import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
+from .reference.predicted import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions
 from .subject import (
     SampleShare as SampleShare,

@@ -47,7 +47,7 @@ from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
 from .modules import device_of, forward_errors, layers_of, with_experts
 from .ranks import Ranks
 from .reference.live import LiveReference, Reference
-from .reference.predictions import located_head
+from .reference.predicted import located_head
 from .reference.record import Recording, RecordOptions, record_model
 from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference, check_answerable

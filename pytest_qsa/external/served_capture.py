@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import engine
 from ..captures import (
     AGREEMENT,
     LOGITS,
@@ -95,12 +96,10 @@ def _reference(subject: Subject, requests: Sequence[Request], *, allow_code: boo
         raise InfraError(
             f"model.reference {named}: a served model is compared with a checkpoint, or a .json or .jsonl of logprobs"
         )
-    # torch is loaded only for a reference that has to run.
-    from ..engine import load_model
-
+    # `engine` loads torch where one of its names is used: only for a reference that has to run.
     model = subject.named.with_checkpoint(named)
     try:
-        loaded = load_model(model.model, model.path, subject.memory, allow_code=allow_code, base=model.base)
+        loaded = engine.load_model(model.model, model.path, subject.memory, allow_code=allow_code, base=model.base)
     except QsaError as error:
         # The same kind of error: a damaged reference is ANOMALOUS, one that is not there INFRA.
         raise type(error)(f"model.reference: {error}") from error
@@ -118,17 +117,15 @@ def _tokens(subject: Subject, reference: _Reference) -> tuple[Sequence[Sequence[
         return [table.tokens.tolist() for table in reference.tables], tokenizer
     if subject.model.served is None:
         return [], tokenizer
-    from ..engine import tokenizer_at, windows
-
     named = subject.model.served.tokenizer or subject.model.reference
     if tokenizer is None and named is not None:
-        tokenizer = tokenizer_at(located(subject.folder, named))
+        tokenizer = engine.tokenizer_at(located(subject.folder, named))
     if tokenizer is None:
         raise InfraError(
             "there is no tokenizer to make prompts of the data with: name the original, model.reference, or "
             "served.tokenizer"
         )
-    return windows(subject, tokenizer), tokenizer
+    return engine.windows(subject, tokenizer), tokenizer
 
 
 def _asked(subject: Subject, tokens: Sequence[Sequence[int]], progress: Progress | None) -> list[LogprobTable]:
@@ -154,9 +151,7 @@ def _rows(
         return [rows_of_table(one, other) for one, other in zip(reference.tables, tables, strict=True)]
     if reference.loaded is None:
         return [None] * len(tables)
-    from ..engine import answers_of
-
-    answers = answers_of(reference.loaded, [(table.tokens, table.ids) for table in tables], progress)
+    answers = engine.answers_of(reference.loaded, [(table.tokens, table.ids) for table in tables], progress)
     return [ReferenceRows(*answer) for answer in answers]
 
 
@@ -209,9 +204,7 @@ def _padded(column: Floats | None) -> Any:
 def _pieces(tables: Sequence[LogprobTable], tokenizer: Any) -> dict[int, str]:
     if tokenizer is None:
         return {}
-    from ..engine import decoder_of
-
-    decode = decoder_of(tokenizer)
+    decode = engine.decoder_of(tokenizer)
     assert decode is not None
     return dict(decode(sorted({int(token) for table in tables for token in table.tokens.tolist()})))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -64,64 +65,70 @@ class Options(NamedTuple):
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])
 
 
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "--qsa-model": {
+        "action": "append", "default": [], "metavar": "[NAME=]PATH",
+        "help": "put another checkpoint under every suite; repeatable. NAME has baselines of its own, "
+        "without it the suite's own model.name is what it is held against",
+    },
+    "--qsa-config": {
+        "metavar": "PATH", "help": "the suite or configuration that gives Python tests their model and data",
+    },
+    "--qsa-set": {
+        "action": "append", "default": [], "metavar": "KEY=VALUE",
+        "help": "override a key of every suite, such as data.num_samples=8; repeatable",
+    },
+    "--qsa-output": {"metavar": "DIR", "help": "where the report and the plots go (default: qsa-results)"},
+    "--qsa-report": {
+        "choices": REPORT, "help": "when to write report.html, report.json and plots (default: on-failure)",
+    },
+    "--qsa-cache": {
+        "metavar": "DIR", "help": "where captures are kept between runs (default: the user's cache folder)",
+    },
+    "--qsa-no-cache": {"action": "store_true", "help": "capture anew, and keep nothing"},
+    "--qsa-allow-code": {
+        # None, not False, is `not given`: only then the ini file decides.
+        "action": "store_true", "default": None,
+        "help": "let a suite run code: model.factory and model.trust_remote_code",
+    },
+    "--qsa-redact": {
+        "action": "store_true", "help": "leave the text of tokens out of terminal, report and plots",
+    },
+    "--qsa-plan": {
+        "action": "store_true",
+        "help": "run nothing; say what would run, about how long and how large, and which memory settings would fit",
+    },
+    "--qsa-ratchet": {
+        "action": "store_true",
+        "help": "propose tighter budgets where the numbers have improved, as DIR/ratchet.patch",
+    },
+    "--qsa-allow-update": {"action": "store_true", "help": "let --snapshot-update write baselines under CI"},
+    "--qsa-today": {
+        "metavar": "DATE", "help": "judge waivers as on that day, such as 2027-01-31 (default: today, UTC)",
+    },
+    "--qsa-tier": {
+        "choices": TIERS, "help": "run the gates of this tier and of those before it (default: release, all)",
+    },
+}  # fmt: skip
+INI_KEYS: Mapping[str, tuple[str, Literal["string", "bool", "linelist"], object]] = {
+    "qsa_suites": ("names of the files that are suites", "linelist", SUITES),
+    "qsa_config": ("as --qsa-config, relative to the root folder", "string", ""),
+    "qsa_output": ("as --qsa-output, relative to the root folder", "string", "qsa-results"),
+    "qsa_cache": ("as --qsa-cache, relative to the root folder", "string", ""),
+    "qsa_redact": ("as --qsa-redact", "bool", False),
+    "qsa_tier": ("as --qsa-tier", "string", TIERS[-1]),
+    "qsa_report": ("as --qsa-report", "string", "on-failure"),
+    "qsa_allow_code": ("as --qsa-allow-code", "bool", False),
+}
+
+
 def add_options(parser: pytest.Parser) -> None:
     """Register the options and the ini keys."""
     group = parser.getgroup("qsa", "gate model checkpoints on their numbers (pytest-qsa)")
-    group.addoption(
-        "--qsa-model", action="append", default=[], metavar="[NAME=]PATH",
-        help="put another checkpoint under every suite; repeatable. NAME has baselines of its own, "
-        "without it the suite's own model.name is what it is held against",
-    )  # fmt: skip
-    group.addoption(
-        "--qsa-config", metavar="PATH", help="the suite or configuration that gives Python tests their model and data"
-    )
-    group.addoption(
-        "--qsa-set", action="append", default=[], metavar="KEY=VALUE",
-        help="override a key of every suite, such as data.num_samples=8; repeatable",
-    )  # fmt: skip
-    group.addoption("--qsa-output", metavar="DIR", help="where the report and the plots go (default: qsa-results)")
-    group.addoption(
-        "--qsa-report", choices=REPORT, help="when to write report.html, report.json and plots (default: on-failure)"
-    )
-    group.addoption(
-        "--qsa-cache",
-        metavar="DIR",
-        help="where captures are kept between runs (default: the user's cache folder)",
-    )
-    group.addoption("--qsa-no-cache", action="store_true", help="capture anew, and keep nothing")
-    group.addoption(
-        # None, not False, is `not given`: only then the ini file decides.
-        "--qsa-allow-code", action="store_true", default=None,
-        help="let a suite run code: model.factory and model.trust_remote_code",
-    )  # fmt: skip
-    group.addoption(
-        "--qsa-redact",
-        action="store_true",
-        help="leave the text of tokens out of terminal, report and plots",
-    )
-    group.addoption(
-        "--qsa-plan", action="store_true",
-        help="run nothing; say what would run, about how long and how large, and which memory settings would fit",
-    )  # fmt: skip
-    group.addoption(
-        "--qsa-ratchet", action="store_true",
-        help="propose tighter budgets where the numbers have improved, as DIR/ratchet.patch",
-    )  # fmt: skip
-    group.addoption("--qsa-allow-update", action="store_true", help="let --snapshot-update write baselines under CI")
-    group.addoption(
-        "--qsa-today", metavar="DATE", help="judge waivers as on that day, such as 2027-01-31 (default: today, UTC)"
-    )
-    group.addoption(
-        "--qsa-tier", choices=TIERS, help="run the gates of this tier and of those before it (default: release, all)"
-    )
-    parser.addini("qsa_suites", "names of the files that are suites", type="linelist", default=SUITES)
-    parser.addini("qsa_config", "as --qsa-config, relative to the root folder", default="")
-    parser.addini("qsa_output", "as --qsa-output, relative to the root folder", default="qsa-results")
-    parser.addini("qsa_cache", "as --qsa-cache, relative to the root folder", default="")
-    parser.addini("qsa_redact", "as --qsa-redact", type="bool", default=False)
-    parser.addini("qsa_tier", "as --qsa-tier", default=TIERS[-1])
-    parser.addini("qsa_report", "as --qsa-report", default="on-failure")
-    parser.addini("qsa_allow_code", "as --qsa-allow-code", type="bool", default=False)
+    for name, settings in ARGUMENTS.items():
+        group.addoption(name, **settings)
+    for key, (text, kind, default) in INI_KEYS.items():
+        parser.addini(key, text, type=kind, default=default)
 
 
 def read_options(config: pytest.Config) -> Options:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import engine
 from ..captures import Capture, merge, merge_requests
 from ..common import AnomalyError, InfraError, SuiteError, progress_bar, shown_path, text_table
 from ..metrics import TWO_SIDED_95, Series
@@ -181,14 +182,11 @@ class Sampled:
             SuiteError: no assertion needs a pass.
             InfraError: the subject can't be run.
         """
-        # Here, because the engine imports torch, and the rest of this module needs numpy only.
-        from ..engine import capture_parts
-
         requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))
         if not requests:
             raise SuiteError(f"{shown_path(file.path)}:1: no assertion measures anything that could vary")
         with progress_bar(subject.name) as progress:
-            captures, repeated = capture_parts(
+            captures, repeated = engine.capture_parts(
                 subject, requests, parts, passes, allow_code=allow_code, progress=progress
             )
         return cls(captures, merge(captures), repeated)

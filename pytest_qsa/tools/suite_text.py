@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .. import engine
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
 from ..common import AnomalyError, InfraError
@@ -264,10 +265,7 @@ def first_suite(
     Raises:
         InfraError: the subject can't be run, or the reference is no checkpoint that is here.
     """
-    # Here, because the engine imports torch.
-    from ..engine import anatomy
-
-    layers = anatomy(subject.model, subject.path, subject.base)
+    layers = engine.anatomy(subject.model, subject.path, subject.base)
     static, compare, remarks = _comparable(subject)
     drafts = measured_drafts(layers, compare)
     file = load_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown

@@ -19,7 +19,7 @@ from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
 from pytest_qsa.engine.reference.live import LiveReference
-from pytest_qsa.engine.reference.predictions import located_head, read_head
+from pytest_qsa.engine.reference.predicted import located_head, read_head
 from pytest_qsa.engine.reference.record import RecordOptions, record_model
 from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn_tokens
 from pytest_qsa.engine.reference.replay import ReplayedReference

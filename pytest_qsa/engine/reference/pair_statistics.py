@@ -35,7 +35,7 @@ from ..run.participant import WantedSites
 LEAST_AGREEMENT = 100.0
 """A layer that treats each token by itself has the same output for a few tokens alone: Σy² over the squared error is
 at least this."""
-Row = Mapping[str, Tensor | Array]
+RowNumbers = Mapping[str, Tensor | Array]
 """The numbers of one sample, by name of the array."""
 SelectTokens = Callable[[str, NDArray[np.bool_], int, str], NDArray[np.bool_]]
 """Returns which tokens of a sample are meant, [T] booleans, by: positions, those that are no padding, sample, layer."""
@@ -62,7 +62,7 @@ class _SiteRows:
     dtype: str
     shape: tuple[int, ...]
     owners: list[tuple[int, int, int]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RowNumbers] = field(default_factory=list)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Compared:
 
     tensors: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
     versions: tuple[int, int]
-    rows: list[Row]
+    rows: list[RowNumbers]
 
 
 class PairStatistics:
@@ -119,7 +119,7 @@ class PairStatistics:
 
     def _rows(
         self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, own: Tensor, shaped: Tensor
-    ) -> list[Row]:
+    ) -> list[RowNumbers]:
         """Return the numbers of each sample; those of the same two tensors at another site are not computed again."""
         # Local errors and channels also depend on the layer, not on the two tensors alone.
         if self._local[site] or self._channels[site] or site not in self._error:
@@ -135,7 +135,7 @@ class PairStatistics:
         self._known[key] = _Compared((weakref.ref(reference.tensor), weakref.ref(own)), versions, found)
         return found
 
-    def _compute(self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor) -> list[Row]:
+    def _compute(self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor) -> list[RowNumbers]:
         theirs = reference.tensor
         if reference.rows is None:
             theirs = rows.shaped(theirs, channels_first(self._modules[site[0]]))[0]
@@ -144,7 +144,7 @@ class PairStatistics:
         kept = rows.unpadded(site[0], shaped.shape[1]) if token_axis else rows.all_count
         # The reference may have run on another device.
         theirs = theirs.to(shaped.device, non_blocking=True)
-        found: list[Row] = []
+        found: list[RowNumbers] = []
         for index, counting in enumerate(kept):
             if counting is not None and not len(counting):
                 found.append({})

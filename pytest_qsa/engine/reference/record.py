@@ -40,7 +40,7 @@ from ..run.participant import Forward, Need, Participant, Pass
 from ..run.run_pass import run_pass
 from ..stream.stream import Stream
 from .pair_statistics import check_rows, run_rows
-from .predictions import Head, head_of, loaded_head, scalings_of
+from .predicted import Head, head_of, loaded_head, scalings_of
 from .reference_file import Call, ReferenceContent, SiteRows, drawn_tokens, hashes_of
 
 FARTHEST = 1e-5

@@ -25,7 +25,7 @@ from torch import Tensor
 from ...captures import Provenance, Site
 from ...common import InfraError, shown_path
 from ..load.batches import Batch, row_count
-from .predictions import Head, read_head
+from .predicted import Head, read_head
 
 REFERENCE_FORMAT = "qsa-reference/1"
 Call = tuple[str, Site, int]

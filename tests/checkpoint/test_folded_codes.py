@@ -102,7 +102,9 @@ def test_a_grouped_layer_whose_rows_nothing_says_is_never_read_as_numbers(tmp_pa
         config["hidden_size"] = 96
 
     folder = edited(ROOT / "quanto/qint4", tmp_path / "other", config=change)
-    assert format_of(open_folder(folder)).rows("model.layers.1.self_attn.q_proj") is None
+    form = format_of(open_folder(folder))
+    assert form.rows("model.layers.1.self_attn.q_proj") is None
+    assert "how many of its groups make a row" in form.refusal("model.layers.1.self_attn.q_proj")
 
 
 def test_a_map_that_lacks_a_quantized_layer_is_a_problem(tmp_path):
@@ -121,3 +123,4 @@ def test_a_packing_of_hqq_that_is_not_known_is_named_and_never_read(tmp_path):
     folder = edited(ROOT / "hqq/2-bits-axis-0", tmp_path / "other", rename)
     assert (f"{DOWN}.W_q", "packed as '5bit_64', which is not known here") in findings(folder)
     assert format_of(open_folder(folder)).rows(DOWN) is None
+    assert "HQQ's packing '5bit_64' is not known" in format_of(open_folder(folder)).refusal(DOWN)

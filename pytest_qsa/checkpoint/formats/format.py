@@ -354,6 +354,10 @@ class Format:
             return f"{scheme.form} is declared, which is stored as {' or '.join(scheme.dtypes)}"
         return ""
 
+    def unread(self, layer: str) -> str:
+        """Say why codes that are as declared aren't read as numbers."""
+        return f"its format, {self.label}, is not known here"
+
     def refusal(self, layer: str) -> str:
         """Say why `rows` gives no numbers of a layer: what its tensors are, and what is wrong with them."""
         name = self._adapted.get(layer, layer)
@@ -364,7 +368,7 @@ class Format:
             return self.refusal(f"{holder}.{place.tensor}")
         parts = self.parts(layer).items()
         held = ", ".join(f"{part} ({each.dtype} {'×'.join(map(str, each.shape)) or 'scalar'})" for part, each in parts)
-        why = self._contradiction(layer) or f"its format, {self.label}, is not known here"
+        why = self._contradiction(layer) or self.unread(layer)
         return f"the files hold {held or 'nothing'} of it: {why}"
 
     def layers_of(self, modules: Collection[str]) -> dict[str, str]:

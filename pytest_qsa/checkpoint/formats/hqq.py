@@ -84,6 +84,13 @@ class Hqq(Format):
         sizes = stated.values().ravel().astype(int).tolist()
         return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
+    def unread(self, layer: str) -> str:
+        """Name the packing, or the settings that are lost."""
+        lost = [part for part in SETTINGS[:4] if part not in self.parts(layer)]
+        return (
+            f"{', '.join(lost)} are missing" if lost else f"HQQ's packing {self._text(layer, 'packing')!r} is not known"
+        )
+
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also a packing that isn't known, and scales and zero points of another number than there are groups."""
         yield from super().findings(layer)

@@ -108,6 +108,12 @@ class Quanto(Format):
         raw = np.asarray(codes.raw())
         return packed_again(folded(raw, shape, slice(None, None, step), bits, axis=1, high_first=False)[0], bits), step
 
+    def unread(self, layer: str) -> str:
+        """Say what is missing: the map's word of a layer, or how many groups make a row."""
+        if self.scheme_of(layer) is None:
+            return f"{MAP} doesn't name it"
+        return "nothing says how many of its groups make a row: it neither reads nor writes the residual stream"
+
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Multiply codes by the scales of their groups and subtract shifts, rounding as the library does."""
         shape, scale, shift = self.weight_shape(layer), self.weight_scale_of(layer), self.zero_point_of(layer)

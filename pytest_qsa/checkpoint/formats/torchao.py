@@ -158,6 +158,13 @@ class TorchAo(Format):
         smoothing = parts.get(f"{PREFIX}act_pre_scale")
         return weight if smoothing is None else weight * smoothing.values().ravel()
 
+    def unread(self, layer: str) -> str:
+        """Name the tensor subclass that torchao itself can't dequantize."""
+        stored = self._subclasses.get(layer)
+        if stored is None:
+            return "the metadata of its file doesn't name its tensor subclass"
+        return f"it is torchao's {stored.name}, which has no dequantize"
+
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also codes whose class the metadata doesn't name, and swizzled scales of a wrong size."""
         yield from super().findings(layer)

@@ -13,13 +13,12 @@ from functools import cached_property
 from itertools import chain
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common import AnomalyError, InfraError
-from .folder import ADAPTER, ADAPTER_FILES, Folder
+from .folder import ADAPTER, ADAPTER_FILES, Folder, Settings
 from .tensors import Tensor, decoded, tensors_of
 
 Matrix = NDArray[np.float64]
@@ -58,7 +57,7 @@ class Adapter:
     conv1d: bool = False
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Settings:
         """The content of adapter_config.json.
 
         Raises:

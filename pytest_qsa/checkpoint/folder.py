@@ -15,6 +15,8 @@ from .gguf_file import GgufFile, read_gguf
 from .tensors import Tensor, metadata_of, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+Settings = Mapping[str, Any]
+"""A part of a JSON file: of config.json, say."""
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter's, as peft saves it."""
@@ -133,7 +135,7 @@ class Folder:
         return layers
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Settings:
         """The content of config.json, or the settings of a GGUF file under the same names.
 
         Raises:
@@ -150,13 +152,13 @@ class Folder:
         return content
 
     @property
-    def text_config(self) -> Mapping[str, Any]:
+    def text_config(self) -> Settings:
         """The configuration of the language model: config.json, or its part of that name in a multimodal one."""
         part = self.config.get("text_config")
         return {**self.config, **part} if isinstance(part, dict) else self.config
 
     @property
-    def quantization(self) -> Mapping[str, Any]:
+    def quantization(self) -> Settings:
         """The `quantization_config`; empty for a checkpoint that declares none, and for a GGUF file."""
         if self.gguf_file:
             return {}

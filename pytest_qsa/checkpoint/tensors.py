@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..captures import Array
 from ..common import AnomalyError, InfraError
 
 RAW: dict[str, str] = {
@@ -68,7 +69,7 @@ class Tensor:
         """The name of its file."""
         return self.path.name
 
-    def raw(self) -> NDArray[Any]:
+    def raw(self) -> Array:
         """Return a memory map of the bytes, read-only and in the tensor's shape; of F4 two elements a byte.
 
         Raises:
@@ -103,7 +104,7 @@ def layer_of(name: str) -> str:
     return packed[1] if packed else owner or name
 
 
-def decoded(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+def decoded(raw: Array, dtype: str) -> Array:
     """Return the numbers that raw bytes stand for, in the smallest dtype of numpy that holds them.
 
     Two numbers of F4 share a byte, four of F6_E2M3 three bytes, so that the last axis becomes longer. The first number
@@ -144,7 +145,7 @@ _TABLES = {
 }
 
 
-def encoded(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+def encoded(values: NDArray[np.float64], dtype: str) -> Array:
     """Return raw bytes that `decoded` reads as these numbers, rounded to the nearest; integers are clipped."""
     if dtype == "BF16":
         bits = values.astype(np.float32).view(np.uint32)

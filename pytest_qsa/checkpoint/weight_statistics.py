@@ -22,6 +22,7 @@ from ..captures import (
     SHIFT,
     TOP_NAMES,
     UNKNOWN,
+    Array,
     FeatureCounts,
     HeatMap,
     Massive,
@@ -32,7 +33,7 @@ from ..captures import (
 )
 from ..metrics import LARGEST_CODE, rounded_to
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, Array]
 Floats = NDArray[np.float32]
 PATTERNS = 1 << 15
 """The 16-bit patterns of |x|."""
@@ -296,7 +297,7 @@ class ChannelCounts(Reduction):
     def begin(self) -> None:
         """Begin with counts of zero."""
         self._counts = np.zeros((2 * CODES, self.shape[1]), dtype=np.uint32)
-        self._ends: NDArray[Any] | None = None
+        self._ends: Array | None = None
 
     def add(self, rows: Rows) -> None:
         """Add the counts of some rows, and widen the extremes."""

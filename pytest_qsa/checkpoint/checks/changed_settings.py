@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ..folder import RESTORE, Finding, Folder, shown
+from ..folder import RESTORE, Finding, Folder, Settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
 from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
@@ -49,7 +49,7 @@ class Resolved:
     """A config.json as the class that reads it understands it, what isn't stated filled in. `name`: the class."""
 
     name: str
-    settings: Mapping[str, Any]
+    settings: Settings
 
 
 Resolve = Callable[[Sequence[Folder]], Sequence[Resolved | None]]
@@ -111,13 +111,13 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
             yield Finding(CONFIG, key, CONFIG, f"{texts[0]}; in the reference {texts[1]}", RESTORE)
 
 
-def _one_sided(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Finding:
+def _one_sided(key: str, mine: Settings, theirs: Settings) -> Finding:
     """Return what is to be said of a setting whose default nobody here knows: a note, unless it is known to act."""
     acts = any(part in ACTING for part in key.split(".")) and any(side.get(key) for side in (mine, theirs))
     return Finding.changed(CONFIG, key, CONFIG, mine.get(key), theirs.get(key), note=not acts)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the settings of a configuration that can change a number, those of its parts under dotted names."""
     # Within the rope's settings rope_theta is in its place already.
     settings = config if prefix.endswith("rope_parameters.") else _plain(config)
@@ -130,7 +130,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Settings) -> dict[str, Any]:
     """Bring a configuration to one form: the rope's settings where transformers 5 has them, and the derived sizes."""
     plain = dict(config)
     rope = {**(plain.pop("rope_scaling", None) or {}), **(plain.pop("rope_parameters", None) or {})}
@@ -166,7 +166,7 @@ def _generation(folder: Folder, reference: Folder) -> Iterator[Finding]:
             yield Finding.changed(GENERATION, key, GENERATION, mine.get(key), theirs.get(key), note=True)
 
 
-def _stop_tokens(folder: Folder, generation: Mapping[str, Any] | None) -> frozenset[int]:
+def _stop_tokens(folder: Folder, generation: Settings | None) -> frozenset[int]:
     """Return the ids at which generation stops: config.json's count only where there is no generation_config.json."""
     stated = (folder.text_config if generation is None else generation).get("eos_token_id")
     return frozenset(stated if isinstance(stated, list) else [] if stated is None else [stated])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..folder import RESTORE, Finding, Folder
+from ..folder import RESTORE, Finding, Folder, Settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def stop_token_names(folder: Folder, ids: Iterable[int]) -> str:
     return ", ".join(named) or "no token"
 
 
-def _lengths(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+def _lengths(mine: Settings, theirs: Settings) -> Iterator[Finding]:
     """Yield a truncation or padding that was saved with the tokenizer, as calibration leaves it behind."""
     for key, said in (("truncation", "cuts every prompt"), ("padding", "fills up every prompt")):
         one, other = mine.get(key), theirs.get(key)
@@ -78,9 +78,7 @@ def _lengths(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Fin
             yield Finding.changed(TOKENIZER, key, FILE, None, other, note=True)
 
 
-def _content(
-    folder: Folder, reference: Folder, mine: Mapping[str, Any], theirs: Mapping[str, Any]
-) -> Iterator[Finding]:
+def _content(folder: Folder, reference: Folder, mine: Settings, theirs: Settings) -> Iterator[Finding]:
     # The library would write an added token under the id that a damaged vocabulary gives it.
     same_added = mine.get("added_tokens") == theirs.get("added_tokens")
     own, other = _loaded(folder), _loaded(reference)
@@ -97,7 +95,7 @@ def _content(
         yield finding if finding.note else finding.saying(example)
 
 
-def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+def _model(mine: Settings, theirs: Settings) -> Iterator[Finding]:
     """Yield what differs of the algorithm: its merges, and its settings, of which null and false are the default."""
     ours, others = (_merges(side) for side in (mine, theirs))
     if ours != others:
@@ -113,12 +111,12 @@ def _model(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Findi
         yield Finding.changed(TOKENIZER, "dropout", FILE, mine.get("dropout"), theirs.get("dropout"), note=True)
 
 
-def _merges(model: Mapping[str, Any]) -> list[str]:
+def _merges(model: Settings) -> list[str]:
     # older versions write a merge as a text, newer ones as a pair
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
 
 
-def _ids(one: Mapping[str, Any], other: Mapping[str, Any], file: str) -> Iterator[Finding]:
+def _ids(one: Settings, other: Settings, file: str) -> Iterator[Finding]:
     changed = sorted((str(token) for token in {*one, *other} if one.get(token) != other.get(token)), key=_by_length)
     if changed:
         first = changed[0]
@@ -133,7 +131,7 @@ def _by_length(text: str) -> tuple[int, str]:
     return len(text), text
 
 
-def _added(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _added(mine: Sequence[Settings], theirs: Sequence[Settings]) -> Iterator[Finding]:
     ours, others = ({str(token.get("content")): dict(token) for token in side} for side in (mine, theirs))
     changed = [text for text in {**others, **ours} if ours.get(text) != others.get(text)]
     if changed:
@@ -197,7 +195,7 @@ def _all_tokens(folder: Folder) -> dict[str, Any]:
     return {**plain, **added}
 
 
-def _tokens(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _tokens(tokenizer: Settings) -> dict[str, Any]:
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # unigram: pairs of a piece and its score
         return {str(entry[0]): (index, entry[1]) for index, entry in enumerate(vocabulary)}

@@ -6,7 +6,7 @@ A check is a plain function whose keyword arguments are its parameters everywher
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from itertools import chain
@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt
 
 from ...captures import FilesProvenance, ModelProvenance, match_layers, no_match
 from ...common import AnomalyError, shown_path
-from ...metrics import CHECKPOINT, Definition, Query, Series
+from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
@@ -50,7 +50,7 @@ class Files:
     resolve: Resolve = field(default=unresolved, compare=False)
     _found: dict[Any, tuple[Finding, ...]] = field(default_factory=dict, compare=False)
 
-    def once(self, function: Callable[..., Iterable[Finding]], parameters: Mapping[str, Any]) -> tuple[Finding, ...]:
+    def once(self, function: Callable[..., Iterable[Finding]], parameters: Parameters) -> tuple[Finding, ...]:
         """Return what a check finds; several assertions that ask for the same read the files once."""
         key = (function.__name__, *sorted(parameters.items()))
         if key not in self._found:
@@ -260,7 +260,7 @@ def problems_of(
     return Series(matched, values, query_of_check(metric, layers, exclude, parameters)), found
 
 
-def query_of_check(metric: str, layers: str, exclude: str | None, parameters: Mapping[str, Any]) -> Query:
+def query_of_check(metric: str, layers: str, exclude: str | None, parameters: Parameters) -> Query:
     """Return the query of a static metric, with the defaults of its parameters filled in."""
     check = CHECKS[metric]
     defaults = {name: p.default for name, p in check.parameters.items()}

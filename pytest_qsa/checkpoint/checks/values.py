@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ..folder import Finding, Folder
 from ..formats.format import BUDGET, Format
 from ..formats.scheme import LayerScheme
@@ -52,7 +52,7 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
             return
 
 
-def _lanes(words: NDArray[Any], scheme: LayerScheme | None, bits: int) -> Iterator[tuple[str, NDArray[Any]]]:
+def _lanes(words: Array, scheme: LayerScheme | None, bits: int) -> Iterator[tuple[str, Array]]:
     yield "row", words
     width = words.dtype.itemsize * 8 // bits
     size = scheme.group if scheme is not None and isinstance(scheme.group, int) else 0
@@ -60,7 +60,7 @@ def _lanes(words: NDArray[Any], scheme: LayerScheme | None, bits: int) -> Iterat
         yield "group", words.reshape(-1, size // width)
 
 
-def _constant_codes(lanes: NDArray[Any], bits: int) -> NDArray[np.int64]:
+def _constant_codes(lanes: Array, bits: int) -> NDArray[np.int64]:
     """Return the one code of each lane [lanes, words]; −1 where it has several."""
     # all codes of a word are the same where rotating it by one code changes nothing
     first = lanes[:, 0]

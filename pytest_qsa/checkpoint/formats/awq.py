@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...common import AnomalyError
-from ..folder import Finding, Folder
+from ..folder import Finding, Folder, Settings
 from ..tensors import Tensor
 from .format import Format, Matrix, unpacked
 from .gptq import Gptq
@@ -42,7 +42,7 @@ class Awq(Gptq):
         """Leave two packings to `AwqFast`."""
         return super().declared_in(folder) and _awq_packing(folder.quantization) not in FAST
 
-    def is_symmetric(self, config: Mapping[str, Any]) -> bool:
+    def is_symmetric(self, config: Settings) -> bool:
         """Say whether settings state that there are no zero points."""
         return config.get("zero_point") is False
 
@@ -99,7 +99,7 @@ class AwqFast(Awq):
         """The name of the format as the configuration declares it."""
         return f"awq {self.packing}"
 
-    def _scheme(self, config: Mapping[str, Any]) -> LayerScheme:
+    def _scheme(self, config: Settings) -> LayerScheme:
         required = (("qweight",), ("qzeros", "scaled_zeros"), ("scales",))
         # scales and zero points are padded
         return replace(super()._scheme(config), required=required, strategy="any", dtypes=("I16",))
@@ -111,12 +111,12 @@ class AwqFast(Awq):
             return super().weight_shape(layer)
         return codes.shape[0] * 4, codes.shape[1]
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return the codes of every output in a row: a word holds those of four."""
         words, step = Format.words(self, layer, codes)
         return (_untiled(words), step) if codes.part == "qweight" else (words, step)
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return the words of four outputs in each row."""
         return raw.reshape(-1, raw.shape[-1])
 
@@ -162,12 +162,12 @@ class AwqFast(Awq):
         return f"shape {qzeros.shape}, its scales {scales.shape}" if scales and scales.shape != qzeros.shape else ""
 
 
-def _awq_packing(config: Mapping[str, Any]) -> str:
+def _awq_packing(config: Settings) -> str:
     """Return the packing by `version` or its later name `format`."""
     return str(config.get("version") or config.get("format") or "gemm").lower()
 
 
-def _untiled(words: NDArray[Any]) -> NDArray[np.uint8]:
+def _untiled(words: Array) -> NDArray[np.uint8]:
     """Unpack tiles [out / 4, in] of `gemv_fast` into codes [out, in]."""
     codes = unpacked(np.ascontiguousarray(words).view("<u4"), 4)  # four outputs of 64 inputs, one after the other
     rows = codes.reshape(len(words), -1, 4, 64).transpose(0, 2, 1, 3).reshape(-1, 32)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ..folder import Finding, Folder
 from ..tensors import FLOATS, Tensor, decoded, encoded
 from .format import AGAIN, Format, Matrix, element_count
@@ -97,7 +97,7 @@ class BitsAndBytes4Bit(Format):
         state = self.state_of(layer)
         return state.shape if state else None
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return the bytes of every output in a row; the file has them in one column."""
         shape = self.weight_shape(layer)
         whole = shape is not None and shape[1] % 2 == 0 and prod(shape) == 2 * raw.size

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..folder import Folder
+from ...captures import Array
+from ..folder import Folder, Settings
 from ..tensors import EIGHT_BITS, Tensor, decoded
 from .format import Format, Matrix, decoded_rows, spread, spread_scales, unpacked
 from .scheme import Declaration, LayerScheme, block_of
@@ -78,7 +77,7 @@ class CompressedTensors(Format):
             return (1 << (self.code_bits(layer, codes) - 1),)
         return (0, 32) if self.code_bits(layer, codes) == 6 else super().zero_codes(layer, codes)
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return the words of every row, or its codes where a word holds parts of some."""
         words, step = super().words(layer, codes)
         bits, shape = self.code_bits(layer, codes), self.weight_shape(layer)
@@ -149,7 +148,7 @@ def _group_order(order: Tensor | None, scale: Tensor, inputs: int) -> slice | ND
     return groups * -(-inputs // scale.shape[-1])
 
 
-def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> LayerScheme:
+def _scheme(group: Settings, config: Settings) -> LayerScheme:
     weights, inputs = group["weights"], group.get("input_activations") or {}
     form = str(group.get("format") or config.get("format") or "dense")
     bits, strategy = int(weights.get("num_bits") or 8), str(weights.get("strategy") or "tensor")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...common import AnomalyError, Registry
 from ..adapter import CONV1D, Adapter
 from ..experts import INTERLEAVED, PACKED, ExpertLayer, as_loaded, expert_layers
@@ -190,7 +191,7 @@ class Format:
         plain = weight is not None and self.codes_of(layer) is None
         return {"BF16": "bfloat16", "F16": "float16"}.get(weight.dtype, "float32") if weight and plain else "float32"
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.
 
         A row holds the codes of one output, whatever the order in the file. Words of one byte, where the file's are
@@ -200,7 +201,7 @@ class Format:
         step = max(1, raw.nbytes // BUDGET)
         return np.ascontiguousarray(raw[::step]), step
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return a view of a layer's raw codes [outputs, words]: what is written into it changes `raw`."""
         return raw.reshape(-1, raw.shape[-1]) if raw.ndim > 1 else raw
 

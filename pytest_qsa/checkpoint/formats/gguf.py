@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ..folder import Finding, Folder
 from ..gguf_file import BLOCKS, BlockTensor, Bytes
 from ..tensors import Tensor
@@ -72,7 +72,7 @@ class Gguf(Format):
         """Return the bits of a word of `words`, which is a byte of codes or `PRUNED`."""
         return 16
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return the bytes of every row's codes, so that all are one where all codes are."""
         raw = _rows_of(codes)
         step = max(1, raw.nbytes // BUDGET)

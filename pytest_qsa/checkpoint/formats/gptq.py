@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...common import AnomalyError
-from ..folder import Finding, Folder
+from ..folder import Finding, Folder, Settings
 from ..tensors import Tensor
 from .format import Format, Matrix, unpacked
 from .scheme import Declaration, LayerScheme, matches_from_start
@@ -58,7 +58,7 @@ class Gptq(Format):
         )
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Settings:
         """The settings, wherever they stand."""
         return self.folder.quantization or self.folder.json(OLD_SETTINGS) or {}
 
@@ -84,7 +84,7 @@ class Gptq(Format):
                 return None if pattern.startswith("-:") else self._scheme({**self.config, **(settings or {})})
         return scheme
 
-    def _scheme(self, config: Mapping[str, Any]) -> LayerScheme:
+    def _scheme(self, config: Settings) -> LayerScheme:
         size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)
         required = (("qweight",), ("qzeros",), ("scales",))
         strategy, group = ("group", size) if size > 0 else ("channel", None)
@@ -93,7 +93,7 @@ class Gptq(Format):
         zero_point = 1 << (bits - 1) if self.is_symmetric(config) else None
         return LayerScheme(self.name, bits, strategy, group, required, self.extra, ("I32",), zero_point)
 
-    def is_symmetric(self, config: Mapping[str, Any]) -> bool:
+    def is_symmetric(self, config: Settings) -> bool:
         """Say whether settings state that all zero points are the middle of the range; without a word they needn't."""
         return config.get("sym") is True
 
@@ -118,7 +118,7 @@ class Gptq(Format):
             return columns * 32 // bits, rows
         return (rows, columns * 32 // bits) if self.packing == "gemv" else (columns, rows * 32 // bits)
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return the words of every output in a row; the file has them in columns, but for AWQ's `gemv`.
 
         Where a word holds codes of several outputs, or parts of codes, they are unpacked into bytes.
@@ -142,7 +142,7 @@ class Gptq(Format):
             codes, first, low = codes | plane << np.uint8(low), first + width, low + width
         return codes
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return the words of one output in each row; of AWQ's `gemm`, those of eight."""
         own = "qweight" in self.parts(layer) and self.packing != "gemv"
         return super().by_output(layer, raw).T if own else super().by_output(layer, raw)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
 from ...common import InfraError
-from ..folder import Finding, Folder
+from ..folder import Finding, Folder, Settings
 from ..tensors import Tensor, decoded, encoded
 from .format import BUDGET, Format, Matrix, element_count, spread_scales
 from .hqq import packed_again
@@ -87,7 +87,7 @@ class ModelOpt(Format):
         stated = self.folder.quantization
         return self._declared(stated, "config.json") if stated.get("quant_algo") else None
 
-    def _declared(self, settings: Mapping[str, Any], file: str) -> Declaration:
+    def _declared(self, settings: Settings, file: str) -> Declaration:
         algorithm = settings.get("quant_algo")
         if algorithm == "MIXED_PRECISION":
             layers = settings.get("quantized_layers") or {}
@@ -97,7 +97,7 @@ class ModelOpt(Format):
         excluded = settings.get("exclude_modules") or settings.get("ignore") or ()
         return Declaration(groups, [f"re:{fnmatch.translate(str(glob))}" for glob in excluded], names_layers=True)
 
-    def _scheme(self, settings: Mapping[str, Any], file: str) -> LayerScheme:
+    def _scheme(self, settings: Settings, file: str) -> LayerScheme:
         algorithm = str(settings.get("quant_algo"))
         if algorithm not in ALGORITHMS:
             raise InfraError(
@@ -124,7 +124,7 @@ class ModelOpt(Format):
             return shape
         return (shape[0] * 2, shape[1]) if self._packs_outputs(layer) else (shape[0], shape[1] * 2)
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return the codes of every output in a row, two a byte."""
         shape = self.weight_shape(layer)
         if shape is None or codes.dtype != "U8" or not self._packs_outputs(layer):
@@ -184,7 +184,7 @@ def _of_outputs(codes: Tensor, wanted: NDArray[np.intp]) -> NDArray[np.uint8]:
     return np.where((wanted % 2 == 0)[:, None], raw & 15, raw >> 4)
 
 
-def _settings(folder: Folder) -> Mapping[str, Any]:
+def _settings(folder: Folder) -> Settings:
     """Return the part `quantization` of `hf_quant_config.json`; empty where there is none."""
     content = folder.json(SETTINGS)
     settings = content.get("quantization") if isinstance(content, dict) else None

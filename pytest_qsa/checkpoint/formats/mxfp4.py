@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ...captures import Array
 from ..experts import ExpertLayer
 from ..folder import Finding
 from ..tensors import Tensor, decoded
@@ -66,7 +65,7 @@ class Mxfp4(Format):
         among = range(index * outputs, (index + 1) * outputs)[place.rows][rows]
         return self.stored_rows(tensor, slice(among.start, among.stop, among.step))
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return the bytes of every output of every expert in a row."""
         return raw.reshape(-1, raw.shape[-1] * raw.shape[-2]) if raw.ndim == 4 else super().by_output(layer, raw)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..folder import Folder
+from ..folder import Folder, Settings
 from ..tensors import EIGHT_BITS, Tensor, decoded, rounded
 from .format import BUDGET, Format, Matrix
 from .hqq import folded, packed_again
@@ -48,7 +47,7 @@ class Quanto(Format):
     @cached_property
     def _map(self) -> Mapping[str, LayerScheme]:
         content = self.folder.json(MAP)
-        stated: Mapping[str, Any] = content if isinstance(content, dict) else {}
+        stated: Settings = content if isinstance(content, dict) else {}
         return {layer: _scheme(types) for layer, types in stated.items() if isinstance(types, dict)}
 
     @cached_property
@@ -135,7 +134,7 @@ class Quanto(Format):
         return rounded(rounded(numbers * scales[groups], scale.dtype) - shifts, scale.dtype)
 
 
-def _scheme(types: Mapping[str, Any]) -> LayerScheme:
+def _scheme(types: Settings) -> LayerScheme:
     """Return the scheme of a layer by its types, `{"weights": "qint4", "activations": "none"}`."""
     kind, inputs = str(types.get("weights")), str(types.get("activations") or "none")
     bits = BITS.get(kind, 8)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...captures import Array
+from ..folder import Settings
 from ..tensors import Tensor, decoded
 from .format import BUDGET, Format, Matrix, scale_values, spread, unpacked
 from .gptq import AWQ_ORDER
@@ -46,7 +48,7 @@ class Quark(Format):
     zero_points = re.compile(rf"^{_SIDES}_(zero_point|quantizer\.zero_point)$")
 
     @cached_property
-    def _export(self) -> Mapping[str, Any]:
+    def _export(self) -> Settings:
         stated = self.folder.quantization.get("export")
         return stated if isinstance(stated, dict) else {}
 
@@ -94,11 +96,11 @@ class Quark(Format):
             return (scale.shape[-1], shape[0]) if scale is not None and len(scale.shape) == 2 else None
         return shape[0], shape[1] * {"I32": 8, "U8": 8 // self.code_bits(layer, codes)}.get(codes.dtype, 1)
 
-    def by_output(self, layer: str, raw: NDArray[Any]) -> NDArray[Any]:
+    def by_output(self, layer: str, raw: Array) -> Array:
         """Return codes with the outputs first; eight of them share a word of 4-bit codes with groups."""
         return super().by_output(layer, raw).T if self._is_transposed(layer) else super().by_output(layer, raw)
 
-    def words(self, layer: str, codes: Tensor) -> tuple[NDArray[Any], int]:
+    def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return codes by output; of 4-bit codes with groups a byte each."""
         shape = self.weight_shape(layer)
         if codes.dtype != "I32" or shape is None or not self._is_transposed(layer):
@@ -162,7 +164,7 @@ class Quark(Format):
         every = self._nibbles(np.ascontiguousarray(raw[:, words]))
         return _signed(every[:, place * 8 + wanted % 8].T, scheme)
 
-    def _nibbles(self, words: NDArray[Any]) -> NDArray[np.uint8]:
+    def _nibbles(self, words: Array) -> NDArray[np.uint8]:
         """Unpack words [rows, words] into 4-bit codes [rows, 8 · words], in the order in which they were packed."""
         codes = unpacked(np.ascontiguousarray(words).view(np.uint32), 4)
         if self._export.get("pack_method", "reorder") != "reorder":
@@ -181,7 +183,7 @@ def _pattern(name: str) -> str:
     return name if str(name).startswith("re:") else f"re:{fnmatch.translate(str(name))}"
 
 
-def _scheme(weight: Mapping[str, Any] | Sequence[Any]) -> LayerScheme:
+def _scheme(weight: Settings | Sequence[Any]) -> LayerScheme:
     """Return the scheme of a weight's settings; those of two stages, a list, aren't read as numbers."""
     if not isinstance(weight, Mapping):
         return LayerScheme("two stages", 8)

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...common import AnomalyError
-from ..folder import Finding
+from ..folder import Finding, Settings
 from ..tensors import EIGHT_BITS, Tensor, decoded
 from .format import Format, Matrix, element_count, spread
 from .scheme import LayerScheme
@@ -42,7 +41,7 @@ class Subclass:
     """What the metadata says of a weight. `name`: its class; `data`: its attributes; `parts`: its tensors."""
 
     name: str
-    data: Mapping[str, Any]
+    data: Settings
     parts: tuple[str, ...]
 
     @property

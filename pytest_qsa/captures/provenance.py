@@ -130,7 +130,8 @@ class ModelProvenance(_Record):
         name = Path(self.path).name if Path(self.path).is_absolute() else self.path
         known = {"weights": self.weights or None, "dtype": self.dtype, "device": self.device}
         classes = {"device_class": self.device_class} if self.device_class is not None else {}
-        quantized = {"format": self.format} if self.format is not None else {}
+        # Of floats too: a baseline without it is of a version that may have read weights wrongly.
+        quantized = {"format": self.format or "none"} if self.weights else {}
         return {"model": name, **known, **(self.versions or {}), **classes, **quantized}
 
     @property

@@ -181,12 +181,13 @@ def within_baseline(
 def _doubt(series: Series, baseline: BaselineFile, made_with: ModelProvenance) -> str:
     """Say of a baseline of weights that an earlier version may have read them wrongly; empty for any other.
 
-    A baseline names the format of its checkpoint since these are read rightly.
+    Since all formats are read rightly, a baseline names that of its checkpoint.
     """
-    form = (made_with.format or "").partition("_")[0]
-    if series.query.site != "weight" or baseline.made_with.format is not None or form not in READ_WRONGLY:
+    if series.query.site != "weight" or baseline.made_with.format is not None:
         return ""
-    return f"; it was recorded by a version that read weights of {form} wrongly: if these are right, update it"
+    form = (made_with.format or "").partition("_")[0]
+    what = "without the adapter" if made_with.adapter else f"of {form} wrongly" if form in READ_WRONGLY else ""
+    return f"; it was recorded by a version that read weights {what}: if these are right, update it" if what else ""
 
 
 def judge_against_baseline(

@@ -257,10 +257,13 @@ def judge_problems(
 
 
 def _not_checked(series: Series, files: Files) -> str:
-    """Say what a passed health check did not look at."""
+    """Say what a passed check did not look at."""
+    notes = []
+    if not files.format.name:
+        notes.append(f"layers were only compared with their siblings, for the format {files.format.label} is not known")
     if series.query.metric == "checkpoint_health" and files.reference is None:
-        return "; settings were not compared, for the suite names no model.reference"
-    return ""
+        notes.append("settings were not compared, for the suite names no model.reference")
+    return "".join(f"; {note}" for note in notes)
 
 
 def _run_of_files(files: Files) -> Provenance:

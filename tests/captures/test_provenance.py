@@ -90,7 +90,7 @@ def test_a_baselines_header_leaves_out_the_folders_of_one_machine():
     header = ModelProvenance.of({**MODEL, "path": "/home/me/int8"}).for_baseline()
     assert header == {
         "model": "int8", "weights": SHA, "dtype": "bfloat16", "device": "cpu", "torch": "2.9", "transformers": "5.0",
-        "device_class": "cpu",
+        "device_class": "cpu", "format": "none",
     }  # fmt: skip
     assert ModelProvenance.of_baseline(header).for_baseline() == header
 

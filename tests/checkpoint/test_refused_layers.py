@@ -62,7 +62,7 @@ def test_tensors_that_contradict_the_declaration_are_no_numbers(tmp_path, case):
     parts, quantization, why = CONTRADICTIONS[case]
     read = form(tmp_path, parts, quantization)
     assert read.rows(LAYER) is None
-    assert re.match(r"the files hold .*weight \([FIU]\d+ 4×8\).* of it: ", read.refusal(LAYER))
+    assert re.match(rf"the files hold .*weight \([FIU]\d+ 4×8\).* of {LAYER}: ", read.refusal(LAYER))
     assert why in read.refusal(LAYER)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_qsa import Capture
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
+from pytest_qsa.checkpoint import Files, Folder
 from pytest_qsa.common.errors import AnomalyError, BaselineError, InfraError, SuiteError
 from pytest_qsa.external.evals import EvalFiles
 from pytest_qsa.suite.yaml_source import Place
@@ -18,6 +19,7 @@ from pytest_qsa.verdicts.baselines import within_baseline
 from pytest_qsa.verdicts.judge import Identity, Measurement, Release, concluded, judge_assertion
 from pytest_qsa.verdicts.judgement import Judgement, checked_series
 from pytest_qsa.verdicts.verdict import Kind
+from support.checkpoints import edited
 from support.judged import TODAY, assertion_of, capture_of, judged
 
 PEAKS = {"metric": "magnitude", "stat": "top1", "layers": "layers", "site": "output"}
@@ -195,3 +197,14 @@ def test_data_of_the_evidence_is_compared_with_that_of_a_release():
     verdict = judged(assertion_of(**PEAKS, max={"times": 2, "of": "previous"}), evidence)
     assert verdict.kind is Kind.ANOMALOUS
     assert "other tokens (other, now one)" in verdict.headline
+
+
+def test_a_passed_check_of_an_unknown_format_says_how_little_it_looked_at(int8_llama, tmp_path):
+    def declare(config):
+        config["quantization_config"] = {"quant_method": "nobodys"}
+
+    folder = edited(int8_llama, tmp_path / "unknown", config=declare)
+    asked = assertion_of(metric="checkpoint_weights")
+    notes = [judged(asked, Files(Folder(path))).headline for path in (folder, int8_llama)]
+    assert "only compared with their siblings, for the format nobodys is not known" in notes[0]
+    assert "siblings" not in notes[1]

@@ -369,8 +369,9 @@ class Format:
             return self.refusal(f"{holder}.{place.tensor}")
         parts = self.parts(layer).items()
         held = ", ".join(f"{part} ({each.dtype} {'×'.join(map(str, each.shape)) or 'scalar'})" for part, each in parts)
-        why = self._contradiction(layer) or self.unread(layer)
-        return f"the files hold {held or 'nothing'} of it: {why}"
+        wrong = self._contradiction(layer)
+        advice = "correct quantization_config, or save the layer again" if wrong else "leave it out of site: weight"
+        return f"the files hold {held or 'nothing'} of {layer}: {wrong or self.unread(layer)}; {advice}"
 
     def layers_of(self, modules: Collection[str]) -> dict[str, str]:
         """Return module → layer of the files, by the names of the modules of the loaded model.

@@ -83,7 +83,7 @@ class EngineFormat:
         return None if rows is None else torch.from_numpy(rows)
 
 
-OTHERWISE = "leave its layers out of site: weight, or load the checkpoint dequantized"
+OTHERWISE = "leave its layers out of site: weight, or read them from the files (model.weights: files)"
 ENGINE_FORMATS: Registry[type[EngineFormat]] = Registry("pytest_qsa.engine_formats", __package__)
 
 

@@ -57,7 +57,7 @@ def check_declaration(spec: Model, path: str, *, declares: bool) -> None:
                 f"{path} is {form.label}, and config.json doesn't say so: transformers takes {codes.name} for floats"
             )
         if codes is not None and scheme is not None and scheme.dtypes and codes.dtype not in scheme.dtypes:
-            raise AnomalyError(f"{path}: {form.refusal(layer)}; correct quantization_config, or save {layer} again")
+            raise AnomalyError(f"{path}: {form.refusal(layer)}")
 
 
 def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> None:

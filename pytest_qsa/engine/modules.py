@@ -135,6 +135,12 @@ class Expert:
         return tensor
 
     @property
+    def scales(self) -> Tensor | None:
+        """The scales of its blocks [experts, row blocks, column blocks], where it is quantized so."""
+        scales = getattr(self.module, f"{self.place.tensor}_scale_inv", None)
+        return scales if isinstance(scales, Tensor) else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[out, in] of its weight, which need not be in memory."""
         expert = self.packed.shape[1:]

@@ -165,6 +165,10 @@ def dequantized(module: Layer) -> Tensor | None:
             raise InfraError(
                 f"its experts have an adapter ({adapter_class(module.module)}), whose delta isn't known here"
             )
+        packed, scales = module.packed.detach(), module.scales
+        # The usual case comes first: a model may have 20,000 experts, of which each would be asked of all formats.
+        if scales is None and type(packed) is Tensor and _plain(packed):
+            return module.place.of(packed[module.index])
         whole = _dequantized(_alone(module), type(module.module).__name__)
         return None if whole is None else module.place.of(whole)
     if is_adapted(module):
@@ -196,9 +200,8 @@ def _alone(expert: Expert) -> nn.Module:
     """Return what the module of all experts has of one, under the names that formats know of a linear layer."""
     alone: Any = nn.Module()
     alone.weight = expert.packed.detach()[expert.index]
-    scales = getattr(expert.module, f"{expert.place.tensor}_scale_inv", None)
-    if isinstance(scales, Tensor):
-        alone.weight_scale_inv = scales.detach()[expert.index]
+    if expert.scales is not None:
+        alone.weight_scale_inv = expert.scales.detach()[expert.index]
         alone.block_size = getattr(expert.module, "block_size", None)
     made: nn.Module = alone
     return made

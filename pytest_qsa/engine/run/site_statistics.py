@@ -311,6 +311,7 @@ class WeightStatistics(_Weights):
     def __init__(self) -> None:
         self._numbers: dict[SiteKey, SiteNumbers] = {}
         self._refused: dict[str, str] = {}
+        self._reducers = Reducers()
 
     @staticmethod
     def concerns(statistics: frozenset[Statistic]) -> bool:
@@ -325,7 +326,7 @@ class WeightStatistics(_Weights):
             self._refused[name] = str(error)
             return
         if weight is not None:
-            observer = StreamObserver(statistics)
+            observer = StreamObserver(statistics, self._reducers)
             matrix = weight.dim() >= 2
             # One population: the rows of a matrix, which are its output channels, take the place of tokens.
             observer.add(weight.flatten(1)[None] if matrix else weight[None], [None], [0], 0, token_axis=matrix)

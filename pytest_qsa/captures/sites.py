@@ -72,8 +72,8 @@ def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = Non
 
 
 def at_experts(site: Site, statistics: frozenset[Statistic]) -> frozenset[Statistic]:
-    """Return those of the statistics that packed experts have at a site: weights that nothing calls."""
-    return statistics if site == "weight" else frozenset()
+    """Return those of the statistics that the layers of packed experts have at a site: weights that nothing calls."""
+    return statistics if site == "weight" else frozenset(each for each in statistics if each.alone and site == "output")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ class LayerNames:
 
     def at(self, site: Site, statistics: frozenset[Statistic] = frozenset()) -> Sequence[str]:
         """Return those that a pattern can find at a site. `statistics`: what is asked of them there."""
-        everywhere = site == "weight" or (statistics and statistics == at_experts(site, statistics))
-        return self.all if everywhere else self.called
+        return self.all if site == "weight" or at_experts(site, statistics) else self.called
 
 
 def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:

@@ -40,9 +40,10 @@ class Statistic:
     `arrays`: the arrays of `SiteNumbers` that it keeps. `by_parameters`: it keeps its array once for each set of
     parameters. `of_logits`: it is taken of what the model predicts, not of a layer's tensor. `needs_tokens`: only a
     site with a token axis has it. `reference`: whether it is taken of the subject alone, of the reference's own
-    tensors, or of both models' tensors as a pair. `default`: it is kept where nothing is chosen; the others cost much,
-    so that only a site that names them gets them. `token_bytes`, `channel_bytes`, `site_bytes`: about what it keeps of
-    each.
+    tensors, or of both models' tensors as a pair. `alone`: the layer is run by itself, so that the layers of packed
+    experts have it, which the forward doesn't call. `default`: it is kept where nothing is chosen; the others cost
+    much, so that only a site that names them gets them. `token_bytes`, `channel_bytes`, `site_bytes`: about what it
+    keeps of each.
     """
 
     name: ClassVar[str] = ""
@@ -51,6 +52,7 @@ class Statistic:
     of_logits: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
     reference: ClassVar[Literal["", "own", "pair"]] = ""
+    alone: ClassVar[bool] = False
     default: ClassVar[bool] = False
     token_bytes: ClassVar[int] = 0
     channel_bytes: ClassVar[int] = 0
@@ -353,6 +355,7 @@ class LocalError(Statistic):
     arrays: ClassVar = {"local_rows": RAGGED, "local": PER_POPULATION}
     needs_tokens = True
     reference = "pair"
+    alone = True
 
     @property
     def keys(self) -> tuple[str, str]:

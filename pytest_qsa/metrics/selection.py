@@ -21,6 +21,7 @@ from ..captures import (
     Request,
     Site,
     Statistic,
+    at_experts,
     channel_bands,
     match_layers,
     need_tokens,
@@ -90,9 +91,12 @@ class Selection(MetricMethods):
             InfraError: the weight of one of them is refused.
             NotMeasuredError: the model has such layers, the capture doesn't.
         """
+        return self._layers()
+
+    def _layers(self, needs: frozenset[Statistic] = frozenset()) -> list[str]:
         if self.site == LOGITS:
             return self._logits()
-        found = self._found
+        found = self._found(needs)
         if self.site == "weight":
             _check_readable(found, self.capture.refused, "the weight of {} can't be read")
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
@@ -104,13 +108,23 @@ class Selection(MetricMethods):
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
         return measured
 
-    @property
-    def _found(self) -> list[str]:
-        names = self.capture.names.at(self.site)
+    def _found(self, needs: frozenset[Statistic] = frozenset()) -> list[str]:
+        names = self.capture.names.at(self.site, needs)
         found = match_layers(names, self.pattern, self.exclude)
         if not found:
             raise no_match(names, self.pattern, self.exclude)
-        return found
+        if self.site == "weight" or not self.capture.experts:
+            return found
+        # Not all packed experts can be run alone, nor those of a reference that was recorded.
+        experts = self.capture.names.experts
+        run = [name for name in found if name not in experts or (name, self.site) in self.capture.sites]
+        asked = [r for r in self.capture.plan if r.site == self.site and at_experts(r.site, r.statistics)]
+        if not run and any(set(found) <= set(match_layers(names, r.pattern, r.exclude)) for r in asked):
+            raise AnomalyError(
+                f"the {len(found)} layers of packed experts that '{self.pattern}' matches can't be run by themselves "
+                "here (a recorded reference, codes, or experts as Llama 4 has them): use weight_sqnr"
+            )
+        return run or found
 
     def _stored(self, needs: frozenset[Statistic]) -> list[str]:
         """Return those of the layers that are quantized in the checkpoint's files.
@@ -120,7 +134,7 @@ class Selection(MetricMethods):
             InfraError: one of them can't be compared.
             NotMeasuredError: the capture was made without the files.
         """
-        found = self._found
+        found = self._found()
         if not self.capture.covers([Request(self.pattern, self.site, self.exclude, needs)]):
             raise NotMeasuredError("the capture holds nothing of what is in the checkpoint's files")
         if unmatched := self.capture.provenance.unmatched:
@@ -169,7 +183,7 @@ class Selection(MetricMethods):
         where = positions_of(metric, self.site, positions)
         check_arguments(definition, self.site, where, reduce, parameters)
         needs = definition.needs(self.site, where, parameters)
-        layers = self._stored(needs) if STORED in needs else self.layers
+        layers = self._stored(needs) if STORED in needs else self._layers(needs)
         if definition.against and self.site == "weight" and self.capture.reference is not None:
             _check_readable(layers, self.capture.reference.refused, "the weight of {} can't be compared")
         self._check_measured(definition, layers, where, parameters)

@@ -26,6 +26,8 @@ from .facts import (
     Gpu as Gpu,
     Machine as Machine,
     check_execution as check_execution,
+    kind_patterns as kind_patterns,
+    kinds_pattern as kinds_pattern,
 )
 from .fingerprint import (
     FileHashes as FileHashes,

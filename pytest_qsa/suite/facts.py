@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,13 @@ UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
 class Anatomy:
     """The blocks of a model and the linear layers in them that every token passes, in model order.
 
-    `weights`: the linear layers, routers and experts, which all have a matrix.
+    `experts`: the layers of packed experts, which some of the tokens pass. `routers`: what sends them there.
     """
 
     blocks: Sequence[str]
     linears: Sequence[str]
-    weights: Sequence[str] = ()
+    experts: Sequence[str] = ()
+    routers: Sequence[str] = ()
 
     @property
     def block_pattern(self) -> str:
@@ -38,25 +39,25 @@ class Anatomy:
     @property
     def linear_pattern(self) -> str:
         r"""A regex that finds the linear layers by the last part of their names: `\.(q_proj|down_proj)$`."""
-        return rf"\.({'|'.join(_kinds(self.linears))})$"
+        return kinds_pattern(self.linears)
 
     @property
     def linear_groups(self) -> list[str]:
         r"""A regex for each kind of linear layer, such as `\.q_proj$`: a bound of its own suits each kind."""
-        return [rf"\.{kind}$" for kind in _kinds(self.linears)]
-
-    @property
-    def weight_pattern(self) -> str:
-        r"""A regex that finds the `weights` by the last part of their names."""
-        return rf"\.({'|'.join(_kinds(self.weights or self.linears))})$"
-
-    @property
-    def weight_groups(self) -> list[str]:
-        r"""A regex for each kind of weight, such as `\.q_proj$`."""
-        return [rf"\.{kind}$" for kind in _kinds(self.weights or self.linears)]
+        return kind_patterns(self.linears)
 
 
-def _kinds(layers: Sequence[str]) -> list[str]:
+def kinds_pattern(layers: Iterable[str]) -> str:
+    r"""Return a regex that finds layers by the last part of their names: `\.(q_proj|down_proj)$`."""
+    return rf"\.({'|'.join(_kinds(layers))})$"
+
+
+def kind_patterns(layers: Iterable[str]) -> list[str]:
+    r"""Return a regex for each last part of layers' names, such as `\.q_proj$`."""
+    return [rf"\.{kind}$" for kind in _kinds(layers)]
+
+
+def _kinds(layers: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in layers))
 
 

@@ -19,7 +19,17 @@ from .. import engine
 from ..captures import Capture
 from ..checkpoint import Compare, compare_norms, problems_of
 from ..common import AnomalyError, InfraError
-from ..suite import Anatomy, CheckpointAssertion, NamedSubject, SuiteFile, YamlSource, files_of, load_suite
+from ..suite import (
+    Anatomy,
+    CheckpointAssertion,
+    NamedSubject,
+    SuiteFile,
+    YamlSource,
+    files_of,
+    kind_patterns,
+    kinds_pattern,
+    load_suite,
+)
 from .calibrate import Calibrated, Proposal, Sampled
 
 REMARK = re.compile(r"[ \t]*# calibrated: [^\r\n]*")
@@ -202,16 +212,16 @@ COMPARED: Mapping[Compare, str] = {
 def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
     """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers."""
     text = files("pytest_qsa.tools").joinpath("drafts.yaml").read_text(encoding="utf-8")
-    patterns = {
-        "BLOCKS": anatomy.block_pattern,
-        "LINEARS": anatomy.linear_pattern,
-        "WEIGHTS": anatomy.weight_pattern,
+    layers = {
+        "LINEARS": anatomy.linears,
+        "LINEARS_AND_EXPERTS": [*anatomy.linears, *anatomy.experts],
+        "WEIGHTS": [*anatomy.linears, *anatomy.routers, *anatomy.experts],
     }
+    patterns = {"BLOCKS": anatomy.block_pattern, **{name: kinds_pattern(own) for name, own in layers.items()}}
     drafts = []
     for entry in yaml.safe_load(text)[part]:
         keys = {key: patterns[value] if key == "layers" else value for key, value in entry["keys"].items()}
-        kinds = anatomy.weight_groups if entry["keys"].get("layers") == "WEIGHTS" else anatomy.linear_groups
-        groups = kinds if entry.get("each_kind") else ()
+        groups = kind_patterns(layers[entry["keys"]["layers"]]) if entry.get("each_kind") else ()
         drafts.append(Draft(entry["why"], keys, entry.get("open", ()), groups))
     return drafts
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.captures import ERROR, MOMENTS, STORED, Request
+from pytest_qsa.captures import ERROR, MOMENTS, STORED, LocalError, Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.checkpoint import format_of, open_folder
 from pytest_qsa.common.errors import AnomalyError, BaselineError, InfraError
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.modules import Expert, layers_of, with_experts
+from pytest_qsa.engine.reference.pair_statistics import drawn_rows
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.verdicts.baseline_file import BaselineFile, check_comparable
@@ -147,6 +148,97 @@ def test_one_wrong_expert_is_the_one_that_is_named(kind, model):
     np.testing.assert_allclose(series.values[list(series.layers).index(wrong[0])], 20 * np.log10(2), atol=1e-4)
 
 
+LOCAL_BATCHES = [models.token_batch(2, 9), models.padded_batch([7, 4]), models.padded_batch([5, 6], "left")]
+ROWS = 8
+"""Of a sample for one layer: 2 for each of 4 experts."""
+
+
+def local_powers_of(model, reference, batches, name):
+    """Return Σy² and Σ(y − ŷ)² of a layer in float64, on the drawn tokens of what the reference's module gets."""
+    layers, others = with_experts(layers_of(model)), with_experts(layers_of(reference))
+    holder, index, part = name.rsplit(".", 2)
+    module, seen = reference.get_submodule(holder), []
+    bias = {key: getattr(module, f"{key}_bias", None) for key in ("gate_up_proj", "down_proj")}
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    signal = noise = 0.0
+    for number, batch in enumerate(batches):
+        ids, mask = (batch["input_ids"], batch["attention_mask"]) if isinstance(batch, dict) else (batch, None)
+        with torch.no_grad():
+            reference(ids, attention_mask=mask)
+        for row, tokens in enumerate(seen.pop().reshape(*ids.shape, -1)):
+            kept = None if mask is None or mask[row].all() else mask[row].nonzero().flatten()
+            x = tokens.double()[drawn_rows(2 * number + row, len(tokens), kept, ROWS // 4)]
+            if part == "down_proj":
+                one, two = (others[f"{holder}.{index}.{each}"] for each in ("gate_proj", "up_proj"))
+                gate, up = (x @ dequantized(each).double().T for each in (one, two))
+                if bias["gate_up_proj"] is not None:
+                    gate = gate + bias["gate_up_proj"][int(index)][0::2].double()
+                    up = up + bias["gate_up_proj"][int(index)][1::2].double()
+                x = gated(module, gate, up)
+            added = 0.0
+            if bias["down_proj"] is not None:
+                own = bias["down_proj" if part == "down_proj" else "gate_up_proj"][int(index)].double()
+                added = {"gate_proj": own[0::2], "up_proj": own[1::2], "down_proj": own}[part]
+            y, own_y = (x @ dequantized(each[name]).double().T + added for each in (others, layers))
+            signal += float(y.square().sum().detach())
+            noise += float((y - own_y).square().sum().detach())
+    handle.remove()
+    return signal, noise
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek"])
+def test_the_local_error_of_an_expert_is_that_of_its_layers_on_tokens_of_the_reference(kind):
+    reference = models.mixture(kind)
+    if kind == "gpt_oss":
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                if name.endswith("proj_bias"):
+                    parameter.normal_()
+    model = models.damaged(reference, 0.02)
+    if kind == "gpt_oss":  # the biases are those of the original
+        own = dict(model.named_parameters())
+        for name, parameter in reference.named_parameters():
+            if name.endswith("proj_bias"):
+                own[name].data.copy_(parameter)
+    found = capture(
+        model, LOCAL_BATCHES, sites=[("_proj$", "output")], statistics=[("local_sqnr", {"rows": ROWS})],
+        reference=reference,
+    )  # fmt: skip
+    series = found.output(EXPERT).local_sqnr(rows=ROWS)
+    assert len(series.layers) == (12 if kind == "deepseek" else 24)
+    for name, value in zip(series.layers, series.values, strict=True):
+        signal, noise = local_powers_of(model, reference, LOCAL_BATCHES, name)
+        np.testing.assert_allclose(value, 10 * np.log10(signal / noise), atol=2e-3, err_msg=name)
+    # beside the layers that the forward calls
+    assert "model.layers.0.self_attn.o_proj" in found.output("_proj$").local_sqnr(rows=ROWS).layers
+    again = Capture.from_bytes(found.to_bytes()).output(EXPERT).local_sqnr(rows=ROWS)
+    np.testing.assert_array_equal(again.values, series.values)
+
+
+def test_the_local_error_of_a_router_is_measured():
+    reference = models.mixture("mixtral")
+    model = models.damaged(reference, 0.05, names=("gate.weight",))
+    found = capture(
+        model, LOCAL_BATCHES, sites=[(r"mlp\.gate$", "output")], statistics=["local_sqnr"], reference=reference
+    )
+    series = found.output(r"gate$").local_sqnr()
+    assert len(series.layers) == 2
+    want = capture(model, BATCH, sites=[(r"mlp\.gate$", "weight")], statistics=["weight_sqnr"], reference=reference)
+    np.testing.assert_allclose(series.values, want.weight("gate$").weight_sqnr().values, atol=3)
+
+
+def test_experts_that_can_not_be_run_alone_are_left_out_and_an_assertion_on_them_alone_says_why():
+    reference = models.mixture("llama4")
+    model = models.damaged(reference, 0.05)
+    found = capture(model, BATCH, sites=[("_proj$", "output")], statistics=["local_sqnr"], reference=reference)
+    layers = found.output("_proj$").local_sqnr().layers
+    assert "model.layers.0.feed_forward.shared_expert.up_proj" in layers
+    assert not [layer for layer in layers if ".experts." in layer]
+    with pytest.raises(AnomalyError, match=r"24 layers of packed experts .*can't be run by themselves.*weight_sqnr"):
+        found.output(EXPERT).local_sqnr()
+
+
 def test_captures_of_disjoint_samples_keep_the_experts(model):
     parts = [
         capture(model, [batch], sites=[(EXPERT, "weight"), ("mlp$|feed_forward$", "output")], statistics=["absmax"])
@@ -231,6 +323,7 @@ def test_weights_that_stream_from_disk_have_the_same_numbers(kind, tmp_path):
     models.damaged(original, names=("experts",)).save_pretrained(tmp_path / "model")
     original.save_pretrained(tmp_path / "original")
     requests = [Request(EXPERT, "weight", None, frozenset({ERROR, MOMENTS}))]
+    requests.append(Request(EXPERT, "output", None, frozenset({LocalError(ROWS)})))
     found = []
     for memory in (Memory(device="cpu"), Memory(device="cpu", offload_device="disk")):
         spec = Model(path=str(tmp_path / "model"), reference=str(tmp_path / "original"), dtype="float32")
@@ -242,6 +335,7 @@ def test_weights_that_stream_from_disk_have_the_same_numbers(kind, tmp_path):
     assert differing(*found) == []
     assert np.isfinite(found[0].weight(EXPERT).weight_sqnr().values).all()
     assert len(found[0].weight(EXPERT).layers) == 24
+    assert np.isfinite(found[0].output(EXPERT).local_sqnr(rows=ROWS, positions="all").values).all()
 
 
 @pytest.mark.parametrize("site", ["experts", "each expert"])

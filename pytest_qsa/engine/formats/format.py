@@ -115,7 +115,7 @@ def _claiming(module: nn.Module, kinds: Sequence[type[EngineFormat]]) -> EngineF
     return next((form for kind in kinds if (form := kind()).owns(module)), None)
 
 
-def _plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
     """Say whether a tensor holds the numbers that it stands for: floats, in memory of its own."""
     kind = type(weight)
     # A class that dispatches torch's operators by itself keeps its numbers in other tensors, whatever dtype it shows;
@@ -137,7 +137,7 @@ def _quantized_parts(module: nn.Module) -> dict[str, object]:
     if isinstance(weight, Tensor):
         states = {f"weight.{name}": getattr(weight, name, None) for name in ("quant_state", "SCB")}
         found |= {name: state for name, state in states.items() if state is not None}
-        if found or not _plain(weight):
+        if found or not is_plain(weight):
             found = {"weight": weight, **found}
     return found
 
@@ -167,7 +167,7 @@ def dequantized(module: Layer) -> Tensor | None:
             )
         packed, scales = module.packed.detach(), module.scales
         # The usual case comes first: a model may have 20,000 experts, of which each would be asked of all formats.
-        if scales is None and type(packed) is Tensor and _plain(packed):
+        if scales is None and type(packed) is Tensor and is_plain(packed):
             return module.place.of(packed[module.index])
         whole = _dequantized(_alone(module), type(module.module).__name__)
         return None if whole is None else module.place.of(whole)
@@ -191,7 +191,7 @@ def _dequantized(module: nn.Module, kind: str) -> Tensor | None:
     except (ImportError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         why = f"{type(error).__name__}: {one_line(error)}"
         raise InfraError(f"{_holding(kind, parts)}, which {form.name} can't dequantize here ({why})") from error
-    if not isinstance(weight, Tensor) or not _plain(weight):
+    if not isinstance(weight, Tensor) or not is_plain(weight):
         raise InfraError(f"{_holding(kind, parts)}, which {form.name} doesn't dequantize: {OTHERWISE}")
     return weight.detach()
 

@@ -75,6 +75,8 @@ class BatchRows:
             return x, True
         if x.dim() and x.shape[0] == 1 != count:  # position embeddings and masks are shared by the samples
             x = x.expand(count, *x.shape[1:])
+        if x.dim() == 4 and x.shape[1] == 1 != x.shape[2] and x.shape[2] in self.lengths and not channels_first:
+            x = x.squeeze(1)  # one head for all, as the latent keys and values of DeepSeek-V3 have it
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:
             return x.reshape(count, flat_tokens[0], -1), True

@@ -68,10 +68,8 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
     linears = [
         name for name in inside if kinds[name].endswith(("Linear", "Conv1D")) and "experts" not in name.split(".")
     ]
-    # Routers are matrices of classes of their own. An expert gets some of the tokens, but its weight is always there.
-    others = ("Linear", "Conv1D", "Router")
-    weights = [name for name in inside if isinstance(layers[name], Expert) or kinds[name].endswith(others)]
-    return Anatomy(blocks, linears, weights)
+    experts = [name for name in inside if isinstance(layers[name], Expert)]
+    return Anatomy(blocks, linears, experts, [name for name in inside if kinds[name].endswith("Router")])
 
 
 def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:

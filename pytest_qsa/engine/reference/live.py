@@ -39,6 +39,7 @@ from ...common import AnomalyError, InfraError
 from ..formats.format import dequantized
 from ..load.batches import rows_of
 from ..modules import (
+    Expert,
     Layer,
     blocks_of,
     device_of,
@@ -54,6 +55,7 @@ from ..run.participant import Forward, ForwardComplete, Participant, Pass, Wante
 from ..run.run_pass import forwards_of, rehearse, run_in_turn
 from ..run.site_statistics import SiteStatistics, hooked
 from ..stream.stream import Stream, Unit
+from .experts import ExpertErrors
 from .pair_statistics import PairStatistics, ReferenceTensor, check_rows, drawn_rows, run_rows
 
 NO_SINKS = Sinks((), searched=False)
@@ -74,7 +76,8 @@ class Reference(Participant):
     def prepare(self, run: Pass, exits: ExitStack) -> None:
         """Note what is compared."""
         names = {site: against_reference(statistics) for site, statistics in run.wanted.items() if site[1] != "weight"}
-        self.compared = {site: statistics for site, statistics in names.items() if statistics}
+        # Nothing calls the layers of packed experts: `LiveReference` runs them.
+        self.compared = {site: names[site] for site in names if names[site] and site[0] in run.modules}
         self.compares_predictions = bool(against_reference(run.predictions))
         self._subject_modules = run.modules
         self._first_sample = run.first_sample
@@ -129,6 +132,7 @@ class LiveReference(Reference):
         super().prepare(run, exits)
         self._run = run
         self._check_layers(run.wanted)
+        self.experts = self._experts()
         self._own = self._wanted_of_itself()
         streamed = self.stream is not None
         may_stop = not self.compares_predictions
@@ -161,6 +165,7 @@ class LiveReference(Reference):
             site: frozenset({TOKENS}) if REFERENCE_TOKENS in statistics else frozenset[Statistic]()
             for site, statistics in self.compared.items()
         }
+        own = {site: frozenset[Statistic]() for site in self.experts.sites} | own
         if any(REFERENCE_SINKS in statistics for statistics in self.compared.values()):
             for block in blocks_of(self.model):
                 own[block, "output"] = own.get((block, "output"), frozenset()) | {TOKENS, SINKS}
@@ -169,9 +174,32 @@ class LiveReference(Reference):
     def begin(self, exits: ExitStack) -> None:
         """Begin an attempt, with hooks on the reference."""
         super().begin(exits)
+        self.experts = self._experts()
+        self.sites |= self.experts.sites
         self.statistics.begin()
         self._lockstep = {}
         exits.enter_context(hooked(self.statistics, [_Rendezvous(self)]))
+
+    def _experts(self) -> ExpertErrors:
+        wanted = {
+            site: against_reference(statistics)
+            for site, statistics in self._run.wanted.items()
+            if site[1] == "output" and isinstance(self._run.layers[site[0]], Expert)
+        }
+        return ExpertErrors(wanted, self._run.layers, self.layers)
+
+    def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
+        """Compare the subject's tensor with the reference's; run the experts on what the reference's get."""
+        reference = self.tensor_at(forward, site, call)
+        if site in self.experts.sites and reference is not None:
+            self.experts.compare(forward.rows, site[0], call, reference.tensor)
+        if site in self.pairs.sites:
+            self.pairs.compare(forward.rows, site, call, reference, tensor)
+
+    def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
+        """Add what was compared to the subject's own numbers."""
+        super().contribute(numbers)
+        self.experts.contribute(numbers)
 
     def forward_resumed(self, forward: Forward) -> None:
         """Note which of the subject's forwards goes on."""
@@ -270,7 +298,7 @@ class _Rendezvous(Participant):
 
     def __init__(self, reference: LiveReference) -> None:
         self._reference = reference
-        self.sites = reference.pairs.sites
+        self.sites = reference.sites
         self.input_sites = frozenset(
             site
             for site, statistics in reference.compared.items()
@@ -325,6 +353,8 @@ class Lockstep:
     def run_alone(self, layer: str, inputs: Tensor, outputs: Tensor) -> None:
         """Run a layer on a few tokens of its inputs [B, T, C], to see at the end whether it gives the same for them."""
         rows = self._forward.rows
+        # A block of experts takes the samples of a batch together.
+        inputs, outputs = rows.shaped(inputs, False)[0], rows.shaped(outputs, False)[0]
         kept = rows.unpadded(layer, outputs.shape[1])[0] if outputs.dim() == 3 else None
         drawn = drawn_rows(rows.samples[0], outputs.shape[1], kept, 8).to(outputs.device, non_blocking=True)
         alone = run_rows(self._reference.modules[layer], layer, inputs[0].index_select(0, drawn))

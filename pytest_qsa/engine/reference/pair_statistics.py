@@ -85,7 +85,7 @@ class PairStatistics:
         self._select = select
         self._arena = Arena()
         self._error = frozenset(site for site, statistics in wanted.items() if ERROR in statistics)
-        self._local = {site: _named_local_errors(statistics) for site, statistics in wanted.items()}
+        self._local = {site: named_local_errors(statistics) for site, statistics in wanted.items()}
         self._channels = {
             site: [statistic for statistic in sorted(statistics) if isinstance(statistic, ChannelError)]
             for site, statistics in wanted.items()
@@ -139,6 +139,8 @@ class PairStatistics:
         theirs = reference.tensor
         if reference.rows is None:
             theirs = rows.shaped(theirs, channels_first(self._modules[site[0]]))[0]
+            if self._local[site] and reference.inputs is not None:  # a block's experts get tokens without samples
+                reference = replace(reference, inputs=rows.shaped(reference.inputs, False)[0])
         _check_shapes(site, theirs, shaped, first=1 if reference.rows is None else -1)
         token_axis = shaped.dim() == 3
         kept = rows.unpadded(site[0], shaped.shape[1]) if token_axis else rows.all_count
@@ -247,7 +249,7 @@ class PairStatistics:
             numbers[site] = known[key]
 
 
-def _named_local_errors(statistics: Iterable[Statistic]) -> list[tuple[int, tuple[str, str]]]:
+def named_local_errors(statistics: Iterable[Statistic]) -> list[tuple[int, tuple[str, str]]]:
     """Return the number of rows of each local error, and the names of its arrays."""
     ordered = sorted((each for each in statistics if isinstance(each, LocalError)), key=lambda each: -each.rows)
     return [(each.rows, each.keys if index else ("local_rows", "local")) for index, each in enumerate(ordered)]
@@ -286,6 +288,8 @@ def run_rows(module: nn.Module, layer: str, inputs: Tensor) -> Tensor:
         raise
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise _mixes_tokens(layer) from error
+    if output is not None and output.dim() == 2 and len(output) == len(inputs):
+        return output  # a router takes the samples of a batch together
     if output is None or output.dim() != 3:
         raise _mixes_tokens(layer)
     return output[0]

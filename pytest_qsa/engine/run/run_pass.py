@@ -110,10 +110,16 @@ class _Running:
         self.decode = decode
         self.progress = progress
         self.save_partial = save_partial
-        activations = {site: statistics for site, statistics in run.wanted.items() if site[1] != "weight"}
+        activations = {
+            site: statistics
+            for site, statistics in run.wanted.items()
+            if site[1] != "weight" and site[0] in run.modules  # nothing calls the layers of packed experts
+        }
         # A participant sees tensors through the hooks of the statistics, so that its sites need entries, even
         # empty ones.
         seen_by_others = {site: frozenset[Statistic]() for other in participants for site in other.sites}
+        alone = [run.layers[name] for name, site in run.wanted if site != "weight"]
+        seen_by_others |= {(each.holder, "input"): frozenset() for each in alone if isinstance(each, Expert)}
         self.statistics = SiteStatistics(seen_by_others | activations, run.modules, learns_order=run.stream is None)
         # Each adds to the numbers of those before it: the reference to the sites', StoredComparison to the
         # weights'.

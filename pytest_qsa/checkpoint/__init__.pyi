@@ -50,5 +50,6 @@ from .weights import (
     StoredWeight as StoredWeight,
     capture_weights as capture_weights,
     stored_weights as stored_weights,
+    threads as threads,
     weight_names as weight_names,
 )

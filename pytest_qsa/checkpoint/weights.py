@@ -38,8 +38,10 @@ from .folder import natural
 from .formats.format import Format, format_of
 from .weight_statistics import Floats, Rows, reduced
 
-AT_ONCE = 1 << 19
-"""The elements of a weight that one thread has in memory at a time: with all that is made of them, some 30 MB."""
+AT_ONCE = 1 << 18
+"""The elements of a weight that one thread has in memory at a time: with all that is made of them, some 15 MB."""
+KEPT = (32 << 20) - 8192
+"""The bytes of the largest array whose size glibc takes for one to keep."""
 MOST_THREADS = 8
 
 
@@ -115,6 +117,12 @@ def weight_names(files: Files) -> LayerNames:
     return LayerNames(sorted({*files.folder.layers, *files.format.experts}, key=natural))
 
 
+def threads() -> int:
+    """Return in how many threads weights are read: that of the cores, as far as OMP_NUM_THREADS lets them be used."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return min(MOST_THREADS, os.cpu_count() or 1, int(allowed) if allowed.isdigit() and int(allowed) else MOST_THREADS)
+
+
 def capture_weights(
     files: Files, requests: Iterable[Request], *, modules: Sequence[str] = (), progress: Progress | None = None
 ) -> Capture:
@@ -132,10 +140,13 @@ def capture_weights(
     wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}
     compared = [layer for layer, statistics in wanted.items() if ERROR in statistics]
     pairs = _pairs(files, {layer: weights[layer] for layer in compared}) if compared else {}
+    # glibc gives freed memory back to the system, but for sizes below the largest that was freed so far (mallopt(3),
+    # M_MMAP_THRESHOLD). Without this one, page faults of arrays that come and go take half of the time.
+    np.empty(KEPT, dtype=np.uint8)
     sites: dict[SiteKey, SiteNumbers] = {}
     refused: dict[str, str] = {}
     uncompared: dict[str, str] = {}
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         found = pool.map(lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer]), wanted)
         for done, (layer, result) in enumerate(zip(wanted, found, strict=True), 1):
             if result.numbers is not None:

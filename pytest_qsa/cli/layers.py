@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
@@ -13,14 +14,19 @@ from .shared import OK, command_parser
 def run(arguments: Sequence[str]) -> int:
     """Print name, class, shape of the weight and number of parameters of each layer.
 
+    Of weights in files: name, the dtype that they are stored in, shape and number of elements.
+
     Raises:
         SuiteError: the configuration is wrong or has no model, or the regex finds no layer.
-        InfraError: the model's configuration can't be read.
+        InfraError: the model's configuration, or its files, can't be read.
     """
     parser = command_parser(__name__, __doc__)
     parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
     parser.add_argument("--model", help="a folder or hub id, instead of --config")
     parser.add_argument("--base", help="the base of an adapter in --model, if the adapter doesn't name it")
+    parser.add_argument(
+        "--weights", choices=("loaded", "files"), help="files: the weights that the files hold, as model.weights: files"
+    )
     parser.add_argument("regex", nargs="?", help="show only the layers that it finds")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.model is None):
@@ -29,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     named = suite.YamlSource(Path("--model"), {"model": {"path": options.model, "base": options.base}})
     subject = suite.subject_of(suite.load_suite(options.config or named))
 
-    rows = engine.outline(subject.model, subject.path, subject.base)
+    files = (options.weights or subject.model.weights) == "files"
+    rows = _stored(subject) if files else engine.outline(subject.model, subject.path, subject.base)
     names = [row[0] for row in rows]
     found = captures.match_layers(names, options.regex) if options.regex else names
     if not found:
@@ -42,3 +49,13 @@ def run(arguments: Sequence[str]) -> int:
         on = f" on {shown_path(Path(subject.base_path))}" if subject.base_path else ""
         print(f"with an adapter, {checkpoint.Adapter(folder)} in {shown_path(folder)}{on}")
     return OK
+
+
+def _stored(subject: suite.Subject) -> list[tuple[str, str, str, int]]:
+    """Return (name, dtype, shape, number of elements) of each weight of the files; no shape where it can't be read."""
+    rows = []
+    for layer, weight in checkpoint.stored_weights(suite.files_of(subject)).items():
+        tensor = weight.form.weight_of(layer)
+        dtype = tensor.dtype if tensor is not None else weight.form.weight_dtype(layer)
+        rows.append((layer, dtype, "×".join(map(str, weight.shape)), prod(weight.shape) if weight.shape else 0))
+    return rows

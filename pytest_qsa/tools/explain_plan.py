@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from ..captures import Capture, Request, compares, match_layers, merge_requests
-from ..checkpoint import Folder
+from ..checkpoint import Folder, stored_weights, threads, weight_names
 from ..common import InfraError, QsaError, counted, shown_path, text_table
-from ..suite import FileHashes, Machine, Subject, fingerprint_of, folders_of, weight_files
+from ..suite import FileHashes, Machine, Subject, files_of, fingerprint_of, folders_of, weight_files
 from .estimates import (
     Setting,
     Sizes,
@@ -28,6 +29,8 @@ MEMORY_FACTOR = 1.5
 TIME_FACTOR = 3
 """The estimates are meant to be right within these factors; benchmarks/estimates.py measures it."""
 MOST_IDS = 4
+READ_IN_A_SECOND = 1e8
+"""Weights that one thread dequantizes and reduces in a second (docs/benchmarks.md)."""
 
 MeasureMachine = Callable[[str, Path | None], Machine]
 """Measures the machine for a dtype, with the file of weights that times reading."""
@@ -106,6 +109,9 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     if not planned.measured:
         yield "pass        none: no model is loaded"
         return
+    if subject.files_only:
+        yield from _file_lines(planned, cache)
+        return
     folder = subject.base_folder
     if folder is None or subject.model is None:
         yield f"size        not known: {_why_unknown(planned)}"
@@ -116,7 +122,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
         yield f"size        not known: {error}"
         return
     work = Work.of(subject.data, planned.requests, sizes)
-    yield from _site_lines(planned, sizes)
+    yield from _site_lines(planned, sizes.layers)
     data = subject.data
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield _size_line(sizes)
@@ -125,6 +131,29 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     if not hit:
         largest = max(weight_files(folder), key=lambda file: file.stat().st_size, default=None)
         yield from _setting_lines(planned, sizes, work, measure(sizes.dtype, largest))
+
+
+def _file_lines(planned: Planned, cache: Path | None) -> Iterator[str]:
+    """Yield the plan of weights that are read from files."""
+    try:
+        files = files_of(planned.subject)
+        yield from _site_lines(planned, weight_names(files).all)
+    except QsaError as error:
+        yield f"size        not known: {error}"
+        return
+    weights, wanted = stored_weights(files), planned.requests
+    layers = {layer for each in wanted for layer in match_layers(list(weights), each.pattern, each.exclude)}
+    seconds = sum(prod(weights[layer].shape) for layer in layers) / READ_IN_A_SECOND / threads()
+    sizes = [f"{shown_bytes(_stored_bytes(files.folder))} in {counted(files.provenance.files, 'file')}"]
+    if compares(wanted) and files.reference is not None:
+        sizes.append(f"{shown_bytes(_stored_bytes(files.reference))} of the reference")
+    took = _time(max(1, seconds))
+    yield f"weights     read from the files, {' and '.join(sizes)}, in about {took}; no model is loaded"
+    yield f"kept        {_cached(planned, cache)[1]}"
+
+
+def _stored_bytes(folder: Folder) -> int:
+    return sum(tensor.stop - tensor.start for tensor in folder.tensors.values())
 
 
 def _why_unknown(planned: Planned) -> str:
@@ -138,7 +167,8 @@ def _why_unknown(planned: Planned) -> str:
 
 def _test_lines(planned: Planned) -> Iterator[str]:
     measured = list(dict.fromkeys(name for name, _ in planned.measured))
-    parts = [f"{len(measured)} from one pass"] if measured else []
+    source = "the weights in the files" if planned.subject.files_only else "one pass"
+    parts = [f"{len(measured)} from {source}"] if measured else []
     parts += [f"{len(planned.static)} from the files alone ({_ids(planned.static)})"] if planned.static else []
     yield f"tests       {', '.join(parts) or 'none whose needs are known'}"
     if planned.unannounced:
@@ -146,12 +176,12 @@ def _test_lines(planned: Planned) -> Iterator[str]:
         yield f"            {len(planned.unannounced)} without a qsa mark ({names}): a pass each that nobody planned"
 
 
-def _site_lines(planned: Planned, sizes: Sizes) -> Iterator[str]:
+def _site_lines(planned: Planned, names: Sequence[str]) -> Iterator[str]:
     label = "sites"
     for request in planned.requests:
         sites = (request.pattern, request.site, request.exclude)
         ids = [name for name, other in planned.measured if (other.pattern, other.site, other.exclude) == sites]
-        layers = len(match_layers(sizes.layers, request.pattern, request.exclude))
+        layers = len(match_layers(names, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
         # A module without tensors, such as an activation function, is in no file.
         found = f"{layers} layers" if layers else "no layer that the files name"

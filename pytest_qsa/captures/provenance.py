@@ -61,18 +61,18 @@ class ServedProvenance(_Record):
 class FilesProvenance(_Record):
     """What was read of a checkpoint's files: how many files and tensors, and the quantization that it declares.
 
-    `weights`: the numbers of weights are of the files, not of a loaded model.
+    `weights_read`: the numbers of weights are of the files, not of a loaded model.
     """
 
     files: int
     tensors: int
     quantization: str
-    weights: bool = False
+    weights_read: bool = False
 
     def __str__(self) -> str:
         """Write it in words."""
         read = f"{self.tensors} tensors in {counted(self.files, 'file')}, {self.quantization}"
-        return f"weights read from the files ({read})" if self.weights else f"{read}; no forward"
+        return f"weights read from the files ({read})" if self.weights_read else f"{read}; no forward"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from ..captures import (
     STORED,
     Capture,
     LayerNames,
-    ModelProvenance,
     Provenance,
     Request,
     SiteKey,
@@ -253,13 +252,14 @@ def _tied(form: Format, layer: str) -> str:
 
 
 def _provenance(files: Files) -> Provenance:
-    read = replace(files.provenance, weights=True)
     versions = {name: version(name) for name in ("pytest-qsa", "numpy")}
+    read = replace(files.provenance, weights_read=True)
     return Provenance(replace(files.model, files=read, dtype="float32", versions=versions))
 
 
 def _reference(files: Files, uncompared: Mapping[str, str]) -> Capture | None:
     if files.reference is None:
         return None
-    provenance = Provenance(ModelProvenance(str(files.reference.path)))
-    return Capture({}, tuple(weight_names(Files(files.reference)).all), provenance=provenance, refused=uncompared)
+    reference = Files(files.reference)
+    provenance = Provenance(replace(reference.model, files=None))
+    return Capture({}, tuple(weight_names(reference).all), provenance=provenance, refused=uncompared)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pytest_qsa.captures import Request
-from pytest_qsa.checkpoint import Files, Folder, capture_weights, weights as module
+from pytest_qsa.captures import Capture, FilesProvenance, ModelProvenance, Request
+from pytest_qsa.checkpoint import Files, Folder, capture_weights, open_folder, weights as module
 from pytest_qsa.common import AnomalyError, InfraError
 from support.captures import statistics
+from support.checkpoints import save_adapter, save_gguf
 
 DOWN = "model.layers.2.mlp.down_proj"
 
@@ -163,3 +164,35 @@ def test_plain_floats_are_counted_in_the_dtype_of_the_file(llama, tmp_path, stor
     assert found.sites[DOWN, "weight"].dtype == stored
     exact = np.quantile(np.abs(tensors[f"{DOWN}.weight"].double().numpy()), 0.5)
     assert found.weight(DOWN).quantile(0.5).values == pytest.approx(exact, rel=2**-8 if stored == "float32" else 1e-12)
+
+
+def test_a_gguf_file_is_compared_with_an_original_that_names_its_layers_otherwise(llama, tmp_path):
+    folder = save_gguf(tmp_path / "gguf", llama)
+    files = Files(Folder(folder, "model.gguf"), Folder(llama))
+    found = capture_weights(files, [Request(".", "weight", None, statistics("error"))])
+    series = found.weight(r"^blk\.\d+\.").weight_sqnr()
+    assert "blk.2.attn_q" in series.layers  # whose rows llama.cpp has in another order
+    assert series.values.min() > 40
+
+
+def test_an_adapter_is_part_of_the_weights_that_are_read(llama, tmp_path):
+    merged = save_adapter(tmp_path / "adapter", llama)
+    files = Files(open_folder(tmp_path / "adapter", base=str(llama)))
+    found = capture_weights(files, [Request("_proj$", "weight", None, statistics("moments"))])
+    series = found.weight("_proj$").rms()
+    for layer, value in zip(series.layers, series.values, strict=True):
+        expected = merged[f"{layer}.weight"].double().square().mean().sqrt() if f"{layer}.weight" in merged else value
+        assert value == pytest.approx(float(expected), rel=1e-6)
+    assert "LoRA" in found.provenance.summary("adapted")
+    assert {numbers.dtype for numbers in found.sites.values()} == {"float32"}
+
+
+def test_where_the_numbers_come_from_is_kept_with_them(int8_llama, tmp_path):
+    found = captured(int8_llama, "moments")
+    found.save(tmp_path / "weights.qsa")
+    again = Capture.load(tmp_path / "weights.qsa")
+    assert again.provenance == found.provenance
+    assert "weights read from the files (" in again.provenance.summary("llama")
+    # A hash of the weights, which is another key, is no sign of it.
+    read = ModelProvenance("x", files=FilesProvenance(1, 2, "none"), weights="sha256:0")
+    assert ModelProvenance.of(read.plain()) == read

@@ -56,6 +56,15 @@ def test_layers_takes_the_model_of_a_suite_relative_to_it(llama, tmp_path, capsy
     assert "1 of 57 layers" in capsys.readouterr().out
 
 
+def test_layers_lists_the_weights_of_files(int8_llama, tmp_path, capsys):
+    (tmp_path / "a.qsa.yaml").write_text(suite(int8_llama, peaks("max: 1")).replace("}", ", weights: files}", 1))
+    for arguments in (["--model", str(int8_llama), "--weights", "files"], ["--config", str(tmp_path / "a.qsa.yaml")]):
+        assert main(["layers", *arguments, r"layers\.0\.mlp"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["model.layers.0.mlp.down_proj", "I8", "32×64", "2,048"]
+        assert lines[-1] == "3 of 39 layers"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

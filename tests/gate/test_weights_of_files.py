@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pytest_qsa import Capture
 from support.projects import peaks, suite
 
 pytestmark = pytest.mark.process
@@ -108,6 +109,31 @@ def test_numbers_of_files_and_of_a_loaded_model_are_kept_apart(gate, int8_llama)
     assert ["read from the files" in run.labelled("rms")["ran"][0] for run in runs] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("weights", ["loaded", "files"])
+def test_workers_read_the_files_once_and_agree(gate, quantized, llama, weights):
+    close = [CLOSE.replace("min: 20", "min: 5").replace("close", f"close{index}") for index in range(3)]
+    folder = quantized["int4 with zero points"]  # which can't be loaded here
+    run = gate(suite_of(folder, *close, weights=weights, reference=llama), "-n", "2")
+    assert list(run.outcomes.values()) == ["passed"] * 3, run.out
+
+
+def test_a_capture_file_holds_weights_of_the_files_beside_the_pass(own_project, int8_llama):
+    own_project.write("gate.qsa.yaml", suite_of(int8_llama, RMS, peaks("max: 100")))
+    own_project.program(sys.executable, "-m", "pytest_qsa", "capture", "--config", "gate.qsa.yaml", "-o", "all.qsa")
+    capture = Capture.load(own_project.folder / "all.qsa")
+    assert len(capture.weight("_proj$").rms().layers) == 28
+    assert len(capture.output(r"layers\.\d$").absmax().layers) == 4
+    assert "weights read from the files (" in capture.provenance.summary("llama")
+    assert "executed as W8A8 emulated" in capture.provenance.summary("llama")
+
+
+def test_bounds_of_weights_of_the_files_can_be_calibrated(own_project, int8_llama, llama):
+    own_project.write("gate.qsa.yaml", suite_of(int8_llama, CLOSE, reference=llama))
+    run = own_project.program(sys.executable, "-m", "pytest_qsa", "calibrate", "gate.qsa.yaml")
+    assert "llama: its files, which no data changes" in run.stdout
+    assert "min 20" in run.stdout
+
+
 def test_a_python_test_gets_weights_of_the_files_and_activations_of_the_pass(own_project, int8_llama):
     own_project.write("gate.qsa.yaml", suite_of(int8_llama, RMS))
     own_project.write(
@@ -120,7 +146,7 @@ def test_a_python_test_gets_weights_of_the_files_and_activations_of_the_pass(own
         def test_both(qsa):
             assert qsa.weight(r"down_proj$").rms() <= 0.3
             assert qsa.output(r"layers\.\d$").absmax() <= 100
-            assert qsa.capture_at("weight").provenance.model.files.weights
+            assert qsa.capture_at("weight").provenance.model.files.weights_read
             assert qsa.capture_at("output").provenance.execution is not None
         """,
     )

@@ -289,6 +289,22 @@ def test_a_plan_finds_the_cached_capture_of_a_comparison(tmp_path, llama):
     assert "kept        a capture that answers all of it: nothing would be loaded" in lines
 
 
+def test_a_plan_of_weights_in_files_says_what_is_read_and_needs_no_machine(tmp_path, int8_llama, llama):
+    model = Model(path=str(int8_llama), reference=str(llama), weights="files")
+    subject = Subject("a", model, Data(), Memory(), tmp_path).of_files
+    request = Request("_proj$", "weight", None, METRICS["weight_sqnr"].needs("weight", "all", {}))
+
+    def measure(dtype, weights):
+        pytest.fail("no model runs, so the machine is not measured")
+
+    lines = list(plan_lines([Planned(subject, [("close", request)])], None, measure))
+    assert "tests       1 from the weights in the files" in lines
+    assert "sites       weight of '_proj$', 28 layers: error  ← close" in lines
+    (weights,) = (line for line in lines if line.startswith("weights "))
+    assert " in 1 file and " in weights
+    assert weights.endswith(" of the reference, in about 1 s; no model is loaded")
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [

@@ -183,13 +183,15 @@ class Format:
         return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else None
 
     def weight_dtype(self, layer: str) -> str:
-        """Return the dtype that holds a layer's weight exactly: the file's of plain floats, else that of `rows`, cut.
+        """Return the dtype that holds a layer's weight exactly: the file's of plain floats, else float32.
 
-        What is dequantized is float32: statistics are of no more digits.
+        What is dequantized, or changed by an adapter, is rounded to float32.
         """
         weight = self.weight_of(layer)
-        plain = weight is not None and self.codes_of(layer) is None
-        return {"BF16": "bfloat16", "F16": "float16"}.get(weight.dtype, "float32") if weight and plain else "float32"
+        changed = self.adapter is not None and self.adapter.touches(self._adapted.get(layer, layer))
+        if weight is None or changed or self.codes_of(layer) is not None:
+            return "float32"
+        return {"BF16": "bfloat16", "F16": "float16"}.get(weight.dtype, "float32")
 
     def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pytest_qsa.checkpoint import Files, Folder, base_of, format_of, open_folder, problems_of
+from pytest_qsa.captures import Request
+from pytest_qsa.checkpoint import Files, Folder, base_of, capture_weights, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
+from support.captures import statistics
 from support.checkpoints import edit_json, edited, save_adapter
 
 Q, DOWN, GATE = (f"model.layers.2.{name}_proj" for name in ("self_attn.q", "mlp.down", "mlp.gate"))
@@ -111,6 +113,17 @@ def test_a_healthy_adapter_has_no_problem(llama, int8_llama, tmp_path):
     save_adapter(tmp_path / "adapter", llama, modules_to_save=["lm_head"])
     assert findings(tmp_path / "adapter", llama) == []
     assert findings(tmp_path / "adapter", int8_llama) == []
+
+
+def test_statistics_of_the_weights_of_files_are_those_of_the_merged_weights(llama, tmp_path):
+    merged = save_adapter(tmp_path / "adapter", llama, modules_to_save=["lm_head"])
+    files = Files(open_folder(tmp_path / "adapter", base=str(llama)))
+    found = capture_weights(files, [Request("_proj$|head", "weight", None, statistics("moments"))])
+    for layer in (DOWN, Q, GATE, "lm_head"):
+        rms = np.sqrt(np.mean(merged[f"{layer}.weight"].double().numpy() ** 2))
+        assert found.weight(f"^{layer}$").rms().values[0] == pytest.approx(rms, rel=1e-6)
+    assert found.provenance.model.base == str(llama)
+    assert found.provenance.model.adapter == "LoRA of rank 4"
 
 
 FAULTS = {

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from pytest_qsa.checkpoint import format_of, open_folder
+from pytest_qsa.captures import Request
+from pytest_qsa.checkpoint import Files, capture_weights, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
 from pytest_qsa.engine.formats.format import dequantized, is_quantized, schemes_of
 from pytest_qsa.engine.load import adapters
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.outline import outline
 from pytest_qsa.engine.modules import layers_of
-from pytest_qsa.suite import Memory, Model
+from pytest_qsa.engine.subject import capture_subject
+from pytest_qsa.suite import Data, Memory, Model, Subject, files_of
+from support.captures import statistics
 from support.checkpoints import edit_json, edited, save_adapter
 from support.models import llama as small_llama
 
@@ -182,6 +185,44 @@ def test_an_adapter_that_cannot_be_loaded_is_told_in_one_line(llama, tmp_path, m
     with pytest.raises(kind, match=text) as raised:
         load(tmp_path / "adapter", llama)
     assert "\n" not in str(raised.value)
+
+
+KINDS = {
+    "IA3": ("IA3", {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}),
+    "AdaLoRA": ("AdaLora", {"target_modules": ["down_proj"], "total_step": 10}),
+    "replicated layers": ("Lora", {"layer_replication": [[0, 3], [1, 4]]}),
+    "trained tokens": ("Lora", {"trainable_token_indices": [1, 2]}),
+    "PiSSA": ("Lora", {"init_lora_weights": "pissa"}),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_an_adapter_whose_weights_are_refused_runs_as_peft_loads_it(llama, tmp_path, case):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    kind, options = KINDS[case]
+    adapter, ids = str(tmp_path / "adapter"), torch.arange(20)[None]
+    save_adapter(tmp_path / "adapter", llama, kind=kind, **options)
+    files = Files(open_folder(adapter, base=str(llama)))
+    assert problems_of(files, "checkpoint_health")[1] == []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter).eval()
+        torch.testing.assert_close(load(adapter, llama)(ids).logits, loaded(ids).logits)
+
+
+def test_what_needs_no_refused_weight_is_measured(llama, tmp_path):
+    save_adapter(tmp_path / "adapter", llama, kind="IA3", **KINDS["IA3"][1])
+    model = Model(path="adapter", base=str(llama))
+    subject = Subject("ia3", model, Data(num_samples=1, seq_len=8), MEMORY, tmp_path)
+    rms = [Request("_proj$", site, None, statistics("moments")) for site in ("weight", "output")]
+    for capture in (capture_subject(subject, rms), capture_weights(files_of(subject), rms)):
+        downs = {f"model.layers.{block}.mlp.down_proj" for block in range(4)}
+        assert set(capture.refused) == downs
+        assert {layer for layer, site in capture.sites if site == "weight"}.isdisjoint(downs)
+        assert (UP, "weight") in capture.sites
+        assert capture.provenance.model.adapter == "IA3"
 
 
 def test_without_peft_nothing_is_measured(llama, tmp_path, monkeypatch):

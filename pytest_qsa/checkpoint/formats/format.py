@@ -300,10 +300,12 @@ class Format:
 
     def adapter_findings(self) -> Iterator[Finding]:
         """Yield the layers of the adapter that the base doesn't have, and those whose tensors don't fit."""
-        if self.adapter is None or self.adapter.kind != "LORA":
+        if self.adapter is None:
             return
         ends = {_end(layer) for layer in self.folder.layers}
         for layer, name in self._adapted.items():
+            if self.adapter.refused(name):  # its names and shapes are those of another kind
+                continue
             tensor = next(iter(self.adapter.layers[name].values()))
             what = self.adapter_problem(layer)
             # a tied head has no tensors of its own in the files, and neither has what holds packed experts

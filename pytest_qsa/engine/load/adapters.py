@@ -113,6 +113,8 @@ def add_adapter(model: Any, folder: Path) -> None:
         AnomalyError: it hasn't all tensors that its configuration declares, or has others.
         InfraError: peft can't put it onto this model.
     """
+    import peft
+
     try:
         found = model.load_adapter(str(folder), peft_config=_peft_config(folder))
     except QsaError:
@@ -121,16 +123,20 @@ def add_adapter(model: Any, folder: Path) -> None:
         raise InfraError(
             f"the adapter {folder} can't be put onto {type(model).__name__}: {type(error).__name__}: {one_line(error)}"
         ) from error
-    # without the name of the adapter in the model, which the files don't have
-    lost = sorted(name.replace(".default", "") for name in found.missing_keys)
-    held = {f"{layer}.{part}" for layer, parts in Adapter(folder).layers.items() for part in parts}
-    if dropped := [name for name in lost if name in held or name.removesuffix(".weight") in held]:
+    adapter = Adapter(folder)
+    held = {f"{layer}.{part}" for layer, parts in adapter.layers.items() for part in parts}
+    # What peft saves of the model, under the names of the files: not all that belongs to an adapter is saved.
+    saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = {name.replace(".default", "") for name in found.missing_keys}
+    lost = {name for name in saved if name in lost or f"{name}.weight" in lost}
+    others = sorted(found.unexpected_keys) if adapter.kind != "LORA" else []
+    if dropped := sorted(lost & held) or others:
         raise InfraError(
             f"the adapter {folder} holds {_first(dropped)}, which the installed transformers and peft don't load: "
             "merge it into its base"
         )
     if lost:
-        raise AnomalyError(f"the adapter {folder} lacks {_first(lost)}, filled with random numbers")
+        raise AnomalyError(f"the adapter {folder} lacks {_first(sorted(lost))}, filled with random numbers")
     if unknown := sorted(found.unexpected_keys):
         raise AnomalyError(
             f"the adapter {folder} holds {_first(unknown)}, which no layer of {type(model).__name__} takes: is it one "

@@ -107,3 +107,43 @@ def test_the_scale_of_inputs_is_not_taken_for_that_of_the_weight(llama, tmp_path
     folder = packed(llama, tmp_path / "fp8", *VARIANTS["weight_scale_inv"])
     static = edited(folder, tmp_path / "static", lambda w: w.update({f"{DOWN}.activation_scale": torch.tensor(0.5)}))
     assert format_of(open_folder(static)).weight_scale_of(DOWN).part == "weight_scale_inv"
+
+
+def tensorwise(source, folder, input_scale):
+    """Store every projection in FP8 with one scale, and one of its inputs, under `quant_method: fp8`."""
+
+    def quantize(weights):
+        for name in [name for name in weights if name.split(".")[-2] in PROJECTIONS]:
+            scale = weights[name].abs().max() / 448
+            weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale"] = scale
+            weights[f"{name.removesuffix('weight')}input_scale"] = torch.tensor(input_scale)
+
+    def declare(config):
+        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+
+    return edited(source, folder, quantize, config=declare)
+
+
+def test_fp8_with_a_scale_a_tensor_is_read_and_a_scale_of_inputs_that_is_set_by_hand_is_no_problem(llama, tmp_path):
+    folder = tensorwise(llama, tmp_path / "fp8", 0.02)
+    assert findings(folder) == []
+    original = open_folder(llama).tensors[f"{DOWN}.weight"].values()
+    rows = format_of(open_folder(folder)).rows(DOWN)
+    assert ((rows - original) ** 2).sum() < 0.002 * (original**2).sum()
+
+
+def test_a_scale_of_inputs_that_is_1_everywhere_is_the_initial_value(llama, tmp_path):
+    found = findings(tensorwise(llama, tmp_path / "fp8", 1.0))
+    assert {tensor.rpartition(".")[2] for tensor, _ in found} == {"input_scale"}
+    assert len(found) == 28
+    assert all(what.startswith("1, as every scale of the 4 siblings") for _, what in found)
+
+
+def test_a_scale_of_the_weight_that_is_the_same_in_every_block_is_the_initial_value(llama, tmp_path):
+    def reset(weights):
+        for name in [name for name in weights if name.endswith("down_proj.weight_scale")]:
+            weights[name] = torch.tensor(0.5)
+
+    found = findings(edited(tensorwise(llama, tmp_path / "fp8", 0.02), tmp_path / "reset", reset))
+    assert [what.startswith("0.5, as every scale") for _, what in found] == [True] * 4

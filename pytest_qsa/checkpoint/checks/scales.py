@@ -106,7 +106,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
             _add(rows, codes, np.array([size]))
     for kind, members in kinds.items():
         if len(members) >= FEWEST:
-            yield from _untouched(form.folder, kind, members)
+            yield from _untouched(form, kind, members)
             yield from _outlying(form.folder, kind, members, spread)
     for kind, members in rows.items():
         if len(members) >= FEWEST:
@@ -151,12 +151,16 @@ def _outlying(
                 yield Finding.at(tensor, far, advice)
 
 
-def _untouched(folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
-    """Yield scales that are the same number in every block: the initial value, because calibration saw no data."""
+def _untouched(form: Format, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
+    """Yield scales that are the same number in every block: the initial value, because calibration saw no data.
+
+    Scales of weights never agree; one of inputs or of a KV cache may be set by hand, and is initial only where it is 1.
+    """
     first = next(iter(members.values()))[0]
-    if all((values == first).all() for values in members.values()):
-        for name in members:
-            tensor = folder.tensors[name]
+    tensors = [form.folder.tensors[name] for name in members]
+    of_weights = all(t.part.startswith("weight") or t == form.weight_scale_of(t.layer) for t in tensors)
+    if (first == 0 or of_weights) and all((values == first).all() for values in members.values()):
+        for tensor in tensors:
             what = f"{2**first:g}, as every scale of the {len(members)} siblings {kind}: the initial value"
             advice = "the calibration saw no data: run it again and look at its hooks"
             yield Finding.at(tensor, what, advice)

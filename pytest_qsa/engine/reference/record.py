@@ -293,20 +293,8 @@ def _content(
         [s.sample, _place(capture.sites[s.layers[0], "output"], s.sample, s.position), s.channel, list(s.layers)]
         for s in capture.sinks.found
     ]
-    options = recorder.options
-    return ReferenceContent(
-        UNKNOWN_RUN,
-        options.seed,
-        options.rows,
-        samples,
-        capture.modules,
-        capture.blocks,
-        sinks,
-        calls,
-        hidden,
-        head,
-        weights,
-    )
+    drawn, names = (recorder.options.seed, recorder.options.rows, samples), (capture.modules, capture.blocks)
+    return ReferenceContent(UNKNOWN_RUN, *drawn, *names, sinks, calls, hidden, head, weights)
 
 
 def _rows_of_samples(

@@ -105,18 +105,7 @@ class ReferenceContent:
         tensors = _Tensors()
         for part, tensor in self.weights.items():
             tensors.named[f"head/{part}"] = tensor.contiguous()
-        streams = []
-        for (layer, site, call), rows in self.calls.items():
-            entry: dict[str, Any] = {"layer": layer, "site": site, "call": call}
-            entry["counts"] = tensors.add("counts", torch.from_numpy(rows.counts))
-            if rows.rows is not None:
-                entry["rows"] = tensors.add("rows", rows.rows)
-            if rows.at is not None:
-                entry["at"] = tensors.add("at", torch.from_numpy(rows.at))
-            if rows.maxima is not None:
-                entry["dtype"] = str(rows.maxima.dtype).removeprefix("torch.")
-                entry["maxima"] = tensors.add("maxima", _deflated(rows.maxima))
-            streams.append(entry)
+        streams = [{"layer": of[0], "site": of[1], "call": of[2], **tensors.entry(r)} for of, r in self.calls.items()]
         hidden = None
         if self.hidden is not None and self.hidden.rows is not None:
             counts = tensors.add("counts", torch.from_numpy(self.hidden.counts))
@@ -151,6 +140,18 @@ class _Tensors:
             self._known[key] = name = f"{kind}/{len(self._known)}"
             self.named[name] = tensor.contiguous()
         return self._known[key]
+
+    def entry(self, rows: SiteRows) -> dict[str, str]:
+        """Add the numbers of a call; return the names of their arrays."""
+        entry = {"counts": self.add("counts", torch.from_numpy(rows.counts))}
+        if rows.rows is not None:
+            entry["rows"] = self.add("rows", rows.rows)
+        if rows.at is not None:
+            entry["at"] = self.add("at", torch.from_numpy(rows.at))
+        if rows.maxima is not None:
+            entry["dtype"] = str(rows.maxima.dtype).removeprefix("torch.")
+            entry["maxima"] = self.add("maxima", _deflated(rows.maxima))
+        return entry
 
 
 def _deflated(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,6 +198,11 @@ class ReplayedReference(Reference):
         width = self.file.header["rows"]
         return torch.stack([nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows]).to(self._device)
 
+    def _sinks(self, sample: int, site: SiteKey) -> list[Sequence[Any]]:
+        """Return the sinks of a sample, as numbered in the file, at a site: they are found at the outputs of blocks."""
+        sinks = self.file.header["sinks"] if site[1] == "output" else ()
+        return [sink for sink in sinks if sink[0] == sample and site[0] in sink[3]]
+
     def _numbers(self, site: SiteKey, calls: Sequence[Call]) -> SiteNumbers:
         maxima = {call[2]: self.file.maxima(call) for call in calls}
         owners, tokens, peaks, channels = [], [], [], []
@@ -209,9 +215,7 @@ class ReplayedReference(Reference):
                 spread[at] = values
                 tokens.append(spread)
                 owners.append((own - self._first_sample, call, length))
-                sinks = [
-                    s for s in self.file.header["sinks"] if s[0] == recorded and site[0] in s[3] and site[1] == "output"
-                ]
+                sinks = self._sinks(recorded, site)
                 peaks.append([int(at[sink[1]]) for sink in sinks])
                 channels.append([sink[2] for sink in sinks])
         table = np.array(owners, dtype=np.int64).reshape(-1, 3)

@@ -13,7 +13,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
-from pytest_qsa.common import AnomalyError
+from pytest_qsa.common import AnomalyError, InfraError
 from support.checkpoints import packed_parts
 
 LAYERS = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
@@ -113,6 +113,45 @@ def test_a_format_of_earlier_versions_that_is_packed_otherwise_is_not_read(quant
     assert form.rows(DOWN) is None
     assert "marlin-24 is not read here" in form.refusal(DOWN)
     assert problems_of(Files(open_folder(tmp_path)), "checkpoint_health")[1] == []
+
+
+SPOILED = {
+    "a column less": lambda t: t[..., :-1],
+    "a row less": lambda t: t[:-1],
+    "no columns": lambda t: t[..., :0],
+    "no rows": lambda t: t[:0],
+    "in a row": lambda t: t.reshape(-1),
+    "one number": lambda t: t.flatten()[0],
+    "other axes": lambda t: t.T if t.dim() > 1 else t,
+    "another axis": lambda t: t[None],
+    "booleans": lambda t: t.float().bool(),
+}
+
+
+@pytest.mark.parametrize("preset", ["W4A16_ASYM", "FP8_BLOCK", "NVFP4", "MXFP6A16"])
+def test_tensors_of_another_shape_are_told_in_one_line(quantized, preset, tmp_path):
+    folder, _, tensors = quantized(preset)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    told = {}
+    for name in (name for name in tensors if name.startswith(f"{DOWN}.weight")):
+        for how, spoil in SPOILED.items():
+            spoiled = spoil(tensors[name]).contiguous()
+            if spoiled.shape == tensors[name].shape and spoiled.dtype == tensors[name].dtype:
+                continue
+            save_file({**tensors, name: spoiled}, tmp_path / "model.safetensors")
+            opened, said = open_folder(tmp_path), []
+            try:
+                said += [str(each) for each in problems_of(Files(opened), "checkpoint_health")[1]]
+                rows = format_of(opened).rows(DOWN)
+                said += [] if rows is not None else [format_of(opened).refusal(DOWN)]
+            except (AnomalyError, InfraError) as error:
+                said.append(str(error))
+            assert not any("\n" in line for line in said)
+            told[name.rpartition(".")[2], how] = bool(said)
+    # a narrower weight is a whole one to a format that states no width, and an axis of one changes no number
+    fits = {"a column less", "a row less", "another axis", "in a row", "one number"}
+    assert [case for case, one in told.items() if not one and case[1] not in fits] == []
+    assert all(told[part, how] for part, how in told if "scale" in part and how in ("a column less", "no rows"))
 
 
 def with_whole_scale(tensors, layer, factor):

@@ -102,6 +102,8 @@ def write(tmp_path):
                 part: torch.tensor([ROWS, COLUMNS]) if shape is None else tensor(index, *shape)
                 for part, shape in parts.items()
             }
+            if "weight_g_idx" in tensors:
+                tensors["weight_g_idx"] = torch.randperm(COLUMNS, dtype=INT32) // 32
             if index == 2:
                 change(tensors)
             weights |= {f"{layer}.{part}": value for part, value in tensors.items()}

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
-from pytest_qsa.common import AnomalyError
+from pytest_qsa.common import AnomalyError, InfraError
 from pytest_qsa.tools.selftest import faults
 from pytest_qsa.tools.selftest.mutant import Mutant
 
@@ -431,3 +431,33 @@ def test_a_packing_that_is_not_read_is_named(write, case, settings, said):
     form = format_of(write(case, **settings)[0])
     assert form.rows(DOWN) is None
     assert said in form.refusal(DOWN)
+
+
+SPOILED = {
+    "a column less": lambda array: array[..., :-1],
+    "a row less": lambda array: array[:-1],
+    "no columns": lambda array: array[..., :0],
+    "in a row": lambda array: array.reshape(-1),
+    "one number": lambda array: array.reshape(-1)[0],
+    "other axes": lambda array: array.T,
+    "booleans": lambda array: array.astype(bool),
+}
+
+
+@pytest.mark.parametrize("case", ["gptq in 3 bits", "gptq in planes of 5 bits", "awq", "awq by row", "awq gemv_fast"])
+def test_tensors_of_another_shape_are_told_in_one_line(write, tmp_path, case):
+    write(case)
+    tensors, untold = load_file(tmp_path / "model.safetensors"), []
+    for name in (name for name in tensors if name.startswith(DOWN)):
+        for how, spoil in SPOILED.items():
+            save_file({**tensors, name: np.ascontiguousarray(spoil(tensors[name]))}, tmp_path / "model.safetensors")
+            folder, said = open_folder(tmp_path), []
+            try:
+                said += [what for _, what in found(folder)]
+                said += [] if format_of(folder).rows(DOWN) is not None else [format_of(folder).refusal(DOWN)]
+            except (AnomalyError, InfraError) as error:
+                said.append(str(error))
+            assert not any("\n" in line for line in said)
+            untold += [] if said else [(name, how)]
+    # fewer inputs are a whole weight, and the padding of some packings may be narrower
+    assert {how for _, how in untold} <= {"a row less", "a column less"}, untold

@@ -25,6 +25,7 @@ from .changed_settings import SETTING_LAYERS, Resolve, changed_settings, unexpec
 from .keys import lost_keys, misplaced_formats
 from .scales import (
     foreign_whole_scales,
+    misfits,
     outlying_scales,
     outlying_zero_points,
     unequal_fused,
@@ -169,8 +170,7 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     within a fused group. Zero points that are missing, out of range, not those of a symmetric scheme that is declared,
     or with which the mean weight is far from that of the siblings.
     """
-    for layer in files.folder.layers:
-        yield from files.format.findings(layer)
+    yield from misfits(files.format)
     yield from unsound_scales(files.format)
     yield from unwritten_exponents(files.format)
     yield from outlying_scales(files.format, spread=spread)

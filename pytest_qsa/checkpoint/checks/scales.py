@@ -40,10 +40,20 @@ FUSED_LAYERS = (
 """The layers that loaders read as one matrix: attention, feed-forward layers and experts, MLA, and Gated DeltaNet."""
 
 
+def misfits(form: Format) -> Iterator[Finding]:
+    """Yield what a format finds in each layer, else why the tensors of the layer don't fit one another."""
+    for layer in form.folder.layers:
+        found = list(form.findings(layer))
+        yield from found
+        weight = form.weight_of(layer)
+        if not found and weight is not None and (what := form.misfit(layer)):
+            yield Finding.at(weight, f"the tensors of its layer don't fit one another: {what}", AGAIN)
+
+
 def unsound_scales(form: Format) -> Iterator[Finding]:
     """Yield scales that are NaN, infinite, zero, negative or denormal, with how many and the first."""
     may_be_negative = form.signed_scales and _most_are_signed(form)
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         for part, tensor in form.scales_of(layer).items():
             values = form.scale_values(layer, part).ravel()
             faults = {
@@ -66,7 +76,7 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
 
     A group of zeros may have any exponent; other weights would be lost in every dtype of a model.
     """
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         scale, shape = form.weight_scale_of(layer), form.weight_shape(layer)
         if scale is None or shape is None or scale.dtype not in ("U8", "F8_E8M0"):
             continue
@@ -86,7 +96,7 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
 
 def _most_are_signed(form: Format) -> bool:
     """Say whether most scales of a checkpoint are partly negative, as its writer then meant them."""
-    scales = [(layer, part) for layer in form.folder.layers for part in form.scales_of(layer)]
+    scales = [(layer, part) for layer in form.fitting for part in form.scales_of(layer)]
     return 2 * sum(bool((form.scale_values(layer, part) < 0).any()) for layer, part in scales) > len(scales)
 
 
@@ -98,7 +108,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
     rows: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         for part, tensor in form.scales_of(layer).items():
             _add(kinds, tensor, form.scale_values(layer, part).ravel())
         codes, size = form.codes_of(layer), form.typical_row(layer)
@@ -168,7 +178,7 @@ def _untouched(form: Format, kind: str, members: Mapping[str, NDArray[np.float64
 
 def unsound_zero_points(form: Format) -> Iterator[Finding]:
     """Yield zero points that lie outside of the codes' range, or that a symmetric scheme can't have."""
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         tensor, values = form.zero_point_of(layer), form.zero_point_values(layer)
         scheme, limits = form.scheme_of(layer), form.zero_point_range(layer)
         if tensor is None or values is None or not values.size:
@@ -192,7 +202,7 @@ def outlying_zero_points(form: Format, *, spread: float) -> Iterator[Finding]:
     points by themselves differ too much from group to group to show it.
     """
     kinds: dict[str, dict[str, float]] = {}
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         tensor, scheme = form.zero_point_of(layer), form.scheme_of(layer)
         symmetric = scheme is not None and scheme.zero_point is not None
         if tensor is not None and not symmetric and (offset := _mean_over_rms(form, layer)) is not None:
@@ -232,7 +242,7 @@ def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
     reports it.
     """
     kinds: dict[str, list[list[Tensor]]] = {}
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         stem, _, last = layer.rpartition(".")
         for names in (names for names in FUSED_LAYERS if names[0] == last):
             fused = [form.scales_of(f"{stem}.{name}") for name in names]
@@ -255,7 +265,7 @@ def foreign_whole_scales(form: Format) -> Iterator[Finding]:
     for the least error leaves it lower, but not below 448/8, or more than an octave away from its siblings.
     """
     peaks: dict[str, float] = {}
-    for layer in form.folder.layers:
+    for layer in form.fitting:
         scale = form.weight_scale_of(layer)
         if scale is not None and scale.dtype == "F8_E4M3" and any(part in form.parts(layer) for part in WHOLE_SCALES):
             values = form.scale_values(layer, scale.part)

@@ -24,11 +24,22 @@ _RESTORE = "take it from the reference; a smoothing or a rotation changes it by 
 
 
 def constant_weights(form: Format) -> Iterator[Finding]:
-    """Yield quantized weights that are one code throughout, and rows or groups that are one code other than zero."""
+    """Yield quantized weights that are one code throughout, and rows or groups that are one code other than zero.
+
+    Raises:
+        InfraError: codes have a dtype that isn't known here.
+    """
     for layer in form.folder.layers:
         codes = form.codes_of(layer)
-        if codes is not None and len(codes.shape) >= 2 and 0 not in codes.shape and codes.dtype in form.word_dtypes:
-            yield from _constant(form, layer, codes)
+        if codes is None or len(codes.shape) < 2 or 0 in codes.shape:
+            continue
+        if codes.dtype not in form.word_dtypes:
+            codes.raw()  # which refuses a dtype that isn't known, by its name
+            continue
+        try:
+            yield from list(_constant(form, layer, codes))
+        except (ValueError, IndexError) as error:
+            yield Finding.at(codes, f"its codes can't be unpacked: {error}", _PACK_AGAIN)
 
 
 def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ..folder import Folder, Settings
 from ..tensors import EIGHT_BITS, Tensor, decoded
-from .format import Format, Matrix, decoded_rows, spread, spread_scales, unpacked
+from .format import Format, Matrix, decoded_rows, element_count, spread, spread_scales, unpacked
 from .scheme import Declaration, LayerScheme, block_of
 
 PACKED_FLOATS = {"nvfp4-pack-quantized": "F4", "mxfp4-pack-quantized": "F4", "mxfp6-pack-quantized": "F6_E2M3"}
@@ -112,6 +112,10 @@ class CompressedTensors(Format):
         zero_points = self.zero_point_values(layer)
         if values is None or (zero_points is None and "weight_zero_point" in parts):
             return None
+        if zero_points is not None and zero_points.size not in (1, element_count(scale)):
+            raise ValueError(f"{zero_points.size} zero points for {element_count(scale)} scales")
+        if scheme is not None and scheme.strategy == "channel" and scale.shape[0] != codes.shape[0]:
+            raise ValueError(f"scales {'×'.join(map(str, scale.shape))} for {codes.shape[0]} rows")
         shape = (codes.shape[0], values.shape[1])
         group = scheme.group if scheme else None
         columns = _group_order(parts.get("weight_g_idx"), scale, shape[1])
@@ -119,9 +123,8 @@ class CompressedTensors(Format):
             values = values - spread(zero_points, shape, rows, group)[:, columns]
         scales = spread_scales(scale, shape, rows, group)[:, columns]
         if whole := parts.get("weight_global_scale"):
-            scales = scales / float(
-                whole.values().item()
-            )  # of NVFP4, by which the scales of the groups were multiplied
+            # of NVFP4, by which the scales of the groups were multiplied
+            scales = scales / float(whole.values().item())
         return values * scales
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:

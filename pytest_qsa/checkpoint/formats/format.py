@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from ...captures import Array
 from ...common import AnomalyError, Registry
 from ..adapter import CONV1D, Adapter
 from ..experts import INTERLEAVED, PACKED, ExpertLayer, as_loaded, expert_layers
-from ..folder import Finding, Folder
+from ..folder import Finding, Folder, kind_of
 from ..tensors import EIGHT_BITS, FLOATS, RAW, Tensor, decoded
 from .scheme import Declaration, LayerScheme
 
@@ -82,6 +82,7 @@ class Format:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+        self._tried: dict[Hashable, str] = {}
 
     @classmethod
     def declared_in(cls, folder: Folder) -> bool:
@@ -335,8 +336,36 @@ class Format:
             return decoded_rows(plain, rows) if plain is not None and plain.dtype in FLOATS else None
         try:
             return self.dequantized(layer, codes, rows)
-        except (ValueError, IndexError) as error:  # numpy's, of shapes that can't be broadcast
+        except (ValueError, IndexError, ZeroDivisionError) as error:  # numpy's, of shapes that can't be broadcast
             raise AnomalyError(f"{codes.path}: the tensors of {layer} don't fit one another: {error}") from error
+
+    @cached_property
+    def fitting(self) -> Sequence[str]:
+        """The layers whose tensors fit one another, of which alone the checks compare numbers."""
+        return [layer for layer in self.folder.layers if not self.misfit(layer)]
+
+    def misfit(self, layer: str) -> str:
+        """Say why the tensors of a layer don't fit one another; empty where they do."""
+        tensors = tuple((part, tensor.dtype, tensor.shape) for part, tensor in self.parts(layer).items())
+        alike = (kind_of(layer), tensors, self.scheme_of(layer))  # the layers of other blocks, of which one is tried
+        if alike not in self._tried:
+            self._tried[alike] = self._misfit(layer)
+        return self._tried[alike]
+
+    def _misfit(self, layer: str) -> str:
+        codes = self.codes_of(layer)
+        try:
+            with np.errstate(all="ignore"):  # numbers have checks of their own
+                for part in self.scales_of(layer):
+                    self.scale_values(layer, part)
+                self.zero_point_values(layer)
+                if codes is not None and self.weight_shape(layer) is not None and not self._contradiction(layer):
+                    self.dequantized(layer, codes, slice(0, 1))
+        except (AnomalyError, ValueError, IndexError, ZeroDivisionError) as error:
+            return str(error)
+        except KeyError as error:
+            return f"{error.args[0]} is missing"
+        return ""
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Return rows of a layer that is stored in codes, [rows, in] in float64; None where this format can't.
@@ -533,6 +562,8 @@ def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice, gro
 def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix:
     """Repeat the numbers along an axis for the `step` elements that share each; the last may have fewer."""
     count = table.shape[axis]
+    if not count:
+        raise ValueError("there are no scales")
     if step is None or count in (1, length):  # a scale for all of the axis, or for each element, whatever is declared
         step = length // count
     # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.

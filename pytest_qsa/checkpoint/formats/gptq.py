@@ -251,8 +251,8 @@ class Gptq(Format):
         if self.packing == "gemv":
             rows, numbers = numbers, rows
         words = -(-numbers * bits // 32)
-        padded = self.packing == "gemv" and qzeros.shape[-1] >= words
-        if qzeros.shape[:-1] == (rows,) and (qzeros.shape[-1] == words or padded):
+        padded = self.packing == "gemv" and len(qzeros.shape) == 2 and qzeros.shape[-1] >= words
+        if len(qzeros.shape) == 2 and qzeros.shape[0] == rows and (qzeros.shape[-1] == words or padded):
             return ""
         stored = "×".join(map(str, qzeros.shape))
         return f"shape {stored}, but zero points of {bits} bits in the packing {self.packing} are {rows}×{words}"

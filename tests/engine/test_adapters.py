@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from pytest_qsa.captures import Request
 from pytest_qsa.checkpoint import Files, capture_weights, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
 from pytest_qsa.engine.formats.format import dequantized, is_quantized, schemes_of
-from pytest_qsa.engine.load import adapters
+from pytest_qsa.engine.formats.stored import StoredWeights
+from pytest_qsa.engine.load import adapters, models
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.outline import outline
 from pytest_qsa.engine.modules import layers_of
@@ -92,6 +94,10 @@ def test_of_an_adapter_on_a_quantized_base_the_base_is_dequantized(llama, int8_l
     form = format_of(open_folder(tmp_path / "adapter", base=str(int8_llama)))
     np.testing.assert_allclose(weight(model, DOWN), form.rows(DOWN), rtol=1e-5, atol=1e-6)
     assert schemes_of(model) == schemes_of(base)
+    stored = StoredWeights(Files(form.folder), layers_of(model))
+    reference, error, *_ = stored.powers(DOWN, layers_of(model)[DOWN])
+    assert error < 1e-10 * reference
+    assert stored.unmatched == []
     assert is_quantized(layers_of(model)[DOWN])
 
 
@@ -126,6 +132,17 @@ def test_disabled_merged_and_second_adapters_count_as_the_forward_uses_them(peft
     model.base_model.set_adapter("default")
     model.merge_adapter()
     torch.testing.assert_close(dequantized(layer), base + first)
+
+
+def test_a_model_of_a_fixture_may_be_offloaded(peft_model):
+    from accelerate import cpu_offload
+
+    model, _ = peft_model
+    layer = layers_of(model)["base_model.model.model.layers.0.self_attn.q_proj"]
+    whole = dequantized(layer)
+    cpu_offload(model, execution_device="cpu")
+    assert layer.base_layer.weight.device.type == "meta"
+    assert torch.equal(dequantized(layer), whole)
 
 
 OTHERS = {
@@ -236,10 +253,13 @@ def test_without_peft_nothing_is_measured(llama, tmp_path, monkeypatch):
             load(path, base)
 
 
-def test_a_base_on_disk_takes_no_adapter(llama, tmp_path):
+def test_an_offloaded_base_takes_no_adapter(llama, tmp_path, monkeypatch):
     save_adapter(tmp_path / "adapter", llama)
-    with pytest.raises(InfraError, match="write offload_device: cpu"):
+    with pytest.raises(InfraError, match=r"memory\.offload_device is disk: merge it"):
         load(tmp_path / "adapter", llama, Memory(device="cpu", offload_device="disk"))
+    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    with pytest.raises(InfraError, match="its base does not fit into memory: merge it"):
+        load(tmp_path / "adapter", llama)
 
 
 def test_a_base_with_an_adapter_of_its_own_is_not_stacked(llama, tmp_path):

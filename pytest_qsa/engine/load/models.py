@@ -160,14 +160,15 @@ def _from_checkpoint(spec: Model, source: Source, memory: Memory) -> Loaded:
     kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
     streamed = memory.offload_device == "disk"
     if source.adapter is not None:
-        if streamed:
-            raise InfraError(f"{source.adapter}: a base on disk takes no adapter: write offload_device: cpu")
         check_adapter(source, spec.gguf_file)
     if streamed:
         check_format(path, config, gguf=bool(spec.gguf_file))
         kind = skipping_packed(kind)
     # With all weights on disk accelerate leaves an index of them, by which they are streamed.
     placement = {"device_map": {"": "disk"}} if streamed else _placement(path, memory)
+    if placement and source.adapter is not None:  # peft's layers would have no weights
+        why = "memory.offload_device is disk" if streamed else "its base does not fit into memory"
+        raise InfraError(f"{source.adapter}: an offloaded model takes no adapter, and {why}: merge it into the base")
     scratch = Scratch("qsa-offload") if placement else None
     offload = {"offload_folder": scratch.name} if scratch else {}
     arguments = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, **placement, **offload}

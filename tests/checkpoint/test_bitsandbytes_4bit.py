@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError
@@ -115,6 +116,24 @@ def test_a_loaded_module_multiplies_by_what_the_files_hold(healthy):
     powers = StoredWeights(files, {DOWN: module}).powers(DOWN, module)
     assert powers[0] > 0
     assert powers[1] == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_codes_that_a_cpu_moved_are_read_in_order_and_left_where_they_are(nested):
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    module = nn.Linear(192, 64, bias=False)
+    module.weight = Params4bit(codes, requires_grad=False, quant_state=state, bnb_quantized=True)
+    before = dequantized(module)
+    # what the first forward does on a CPU with AVX512-BF16
+    module.weight.data, module.weight.quant_state = functional._convert_weight_packed_for_cpu(codes, state)
+    moved, packed = module.weight.quant_state, module.weight.data.clone()
+    for _ in range(2):
+        torch.testing.assert_close(dequantized(module).float(), before.float(), rtol=2**-7, atol=0)
+    assert moved.packing_format_for_cpu
+    assert torch.equal(module.weight.data, packed)
+    if not nested:  # of a weight in bfloat16 the scales are bfloat16 too
+        assert torch.equal(dequantized(module), before)
 
 
 STATE = f"{DOWN}.weight.quant_state.bitsandbytes__nf4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,16 +49,35 @@ class BitsAndBytes4BitModules(EngineFormat):
         return getattr(state, "quant_type", None) in ("nf4", "fp4")
 
     def weight(self, module: nn.Module) -> Tensor | None:
-        """Dequantize a module's weight [out, in], in the dtype of its state."""
+        """Dequantize a module's weight [out, in], in the dtype of its state.
+
+        On a CPU with AVX512-BF16 the first forward moves the codes into an order of its own, and rounds the scales to
+        bfloat16: from then on the weight is that of the rounded scales, at most 2⁻⁹ away.
+        """
         from bitsandbytes import functional
 
         packed: Any = module.weight
         codes, state = packed.data, packed.quant_state
-        # on a CPU with AVX512-BF16 the first forward moves the codes into an order of its own
         if getattr(state, "packing_format_for_cpu", False):
-            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            codes, state = _in_order(codes, state)
         weight: Tensor = functional.dequantize_4bit(codes, state)
         return weight
+
+
+def _in_order(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return the bytes of a weight and its state as they were before the forward of a CPU moved them.
+
+    Moved, a byte holds the codes of two rows that are 16 apart, [out / 32, in / 2, 16 rows, 2 columns], and the scales
+    stand in columns, [in / block, out]. The library's own inverse changes the state that the next forward uses, and
+    leaves the scales as they are.
+    """
+    out, columns = state.shape
+    tiles = packed.view(torch.uint8).view(out // 32, columns // 2, 16, 2)
+    halves = torch.stack([tiles & 15, tiles >> 4])
+    codes = halves.permute(1, 0, 3, 2, 4).reshape(-1, 2)
+    own = copy.copy(state)
+    own.absmax, own.packing_format_for_cpu = state.absmax.float().T.contiguous().flatten(), False
+    return codes[:, :1] << 4 | codes[:, 1:], own
 
 
 def _scales(module: nn.Module) -> Tensor | None:

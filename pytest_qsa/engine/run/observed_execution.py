@@ -150,7 +150,9 @@ def rounds_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool | 
             weight = dequantized(module)
             if weight is None or weight.shape != (outputs.shape[-1], inputs.shape[-1]):
                 return None
-            return _compare(module, inputs, outputs.flatten(0, -2), weight.to(inputs.dtype))
+            # A kernel may multiply in the dtype of its weight: bitsandbytes' on a CPU does so in bfloat16.
+            within = max(TOLERANCE.get(dtype, TOLERANCE_OF_OTHERS) for dtype in (inputs.dtype, weight.dtype))
+            return _compare(module, inputs, outputs.flatten(0, -2), weight.to(inputs.dtype), within)
     # It is a RuntimeError too, and would read here as a kernel that can't be multiplied again.
     except torch.OutOfMemoryError:
         raise
@@ -159,8 +161,11 @@ def rounds_inputs(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool | 
         return None
 
 
-def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor) -> bool | None:
-    """Compare a call's outputs [rows, out] with those of the inputs [..., in] as they are, and rounded if declared."""
+def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor, within: float) -> bool | None:
+    """Compare a call's outputs [rows, out] with those of the inputs [..., in] as they are, and rounded if declared.
+
+    `within`: how far two multiplications by the same weight may differ.
+    """
     chosen = torch.linspace(0, len(outputs) - 1, min(ROWS, len(outputs)), device=inputs.device).long()
     bias = getattr(module, "bias", None)
 
@@ -181,4 +186,4 @@ def _compare(module: nn.Module, inputs: Tensor, outputs: Tensor, weight: Tensor)
         rounded = distances(rounded_inputs)
         nearer = float(plain.sum() - rounded[rounded.isfinite()].sum())
         return nearer > 0 if nearer else None
-    return bool(plain.median() > TOLERANCE.get(inputs.dtype, TOLERANCE_OF_OTHERS))
+    return bool(plain.median() > within)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter's, as peft saves it."""
 ADAPTER_FILES = "adapter_model*.safetensors"
+NO_MODEL = re.compile(r"(consolidated|optimizer|scheduler|train(er|ing)|rng_state|random_states|ema)([._-].*|\d*)")
+"""The names, without suffix, of files beside a model's: the original layout of Mistral, the state of a training."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 RESTORE = "take it from the reference, or change the reference if it is meant so"
 """The advice on what differs from the reference."""
@@ -106,14 +108,34 @@ class Folder:
             AnomalyError: a file is damaged.
             InfraError: there is no file, or one can't be read.
         """
-        files = sorted(set(self.path.glob("*.safetensors")) - set(self.path.glob(ADAPTER_FILES)))
+        return {name: self._all_copies[name][-1] for name in sorted(self._all_copies, key=natural)}
+
+    @cached_property
+    def files(self) -> Sequence[Path]:
+        """The safetensors files of the model, by name; none of an adapter, of a training, of another layout."""
+        found = set(self.path.glob("*.safetensors")) - set(self.path.glob(ADAPTER_FILES))
+        model = {file for file in found if not NO_MODEL.fullmatch(file.stem) or file.name in self.indexed.values()}
+        return sorted(model or found)
+
+    @property
+    def copies(self) -> Mapping[str, Sequence[Tensor]]:
+        """The tensors that lie in several files: name → all of them, the one that counts here last."""
+        return {name: copies for name, copies in self._all_copies.items() if len(copies) > 1}
+
+    @cached_property
+    def _all_copies(self) -> Mapping[str, Sequence[Tensor]]:
+        """All tensors by name. Of several that of the index counts, as for servers, else that of the last file."""
         if self._gguf:
-            found = {tensor.name: tensor for tensor in self._gguf.tensors}
-        elif files:
-            found = {tensor.name: tensor for file in files for tensor in tensors_of(file)}
-        else:
+            return {tensor.name: [tensor] for tensor in self._gguf.tensors}
+        if not self.files:
             raise InfraError(f"{self.path} holds no .safetensors file, and no other file is read here")
-        return {name: found[name] for name in sorted(found, key=natural)}
+        copies: dict[str, list[Tensor]] = {}
+        for file in self.files:
+            for tensor in tensors_of(file):
+                copies.setdefault(tensor.name, []).append(tensor)
+        for name, tensors in copies.items():
+            tensors.sort(key=lambda tensor: self.indexed.get(name) == tensor.file)
+        return copies
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:

@@ -88,6 +88,13 @@ class Tensor:
         # mapped, so that a check which looks at every tenth row of a matrix reads no more than that
         return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=shape)
 
+    def bytes(self) -> NDArray[np.uint8]:
+        """Return a memory map of the bytes as they lie in the file, of any dtype."""
+        count = self.stop - self.start
+        if not count:
+            return np.zeros(0, dtype=np.uint8)  # the system maps no file of zero bytes
+        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
+
     def values(self) -> NDArray[np.float64]:
         """Return the values, of any dtype, as float64 in the tensor's shape."""
         with np.errstate(invalid="ignore"):  # a signalling NaN is reported, not raised

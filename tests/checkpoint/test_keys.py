@@ -98,7 +98,7 @@ INDEXES = {
     ),
     "a file that is not there": (
         {"model.norm.weight": "other.safetensors"},
-        {"model.norm.weight": "the index says other.safetensors, which is not there"},
+        {"other.safetensors": "the file is not there (1 tensor)"},
     ),
     "a tensor that it does not name": (
         {"model.layers.0.norm.weight": None}, {"model.layers.0.norm.weight": f"not in {INDEX}"},

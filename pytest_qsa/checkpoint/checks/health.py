@@ -23,6 +23,7 @@ from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
 from .changed_settings import SETTING_LAYERS, Resolve, changed_settings, unexpected_size, unresolved
 from .keys import lost_keys, misplaced_formats
+from .parts import lost_parts, promised_parts, unusual_parts
 from .scales import (
     foreign_whole_scales,
     misfits,
@@ -33,6 +34,7 @@ from .scales import (
     unsound_zero_points,
     unwritten_exponents,
 )
+from .shards import absent_shards, ambiguous_files
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 _Spread = Annotated[float, Gt(0)]
@@ -195,12 +197,25 @@ def checkpoint_formats(files: Files) -> Iterator[Finding]:
     """Count layers that are left unquantized or quantized against the configuration, or stored in another format."""
     if files.format.uniform:
         yield from misplaced_formats(files.format)
+    if files.reference is not None:
+        yield from unusual_parts(files.format, files.reference)
 
 
 @_check(_all_layers)
 def checkpoint_keys(files: Files) -> Iterator[Finding]:
-    """Count tensors that are missing or unexpected by the index, the number of blocks, or the sibling blocks."""
-    yield from lost_keys(files.format)
+    """Count tensors that are missing or unexpected by the index, the number of blocks, or the sibling blocks.
+
+    Also parts that the configuration promises or the reference has and that are gone as a whole, shards that are not
+    there, files that no index names, and tensors that lie in two files, of which loaders read different ones.
+    """
+    if absent := list(absent_shards(files.folder)):
+        yield from absent  # what else is missing then, lies in them
+        return
+    yield from ambiguous_files(files.folder)
+    found = list(lost_keys(files.format, files.reference))
+    parts = promised_parts(files.format) if files.reference is None else lost_parts(files.format, files.reference)
+    known = {each.tensor for each in found}
+    yield from chain(found, (each for each in parts if each.tensor not in known))
 
 
 @_check(_settings)

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ..folder import INDEX, NUMBER, Finding, Folder, kind_of
+from ..folder import NUMBER, Finding, Folder, kind_of
 from ..formats.format import Format
-from ..tensors import Tensor, layer_of
+from ..tensors import FLOATS, Tensor, layer_of
 
 SAME_KIND = 0.7
 """Two blocks that share this much of their keys are of one kind: the keys that differ are then a fault."""
+FIRST_LACKS = re.compile(r"attn_norm\.")
+"""Keys that the first block lacks by design: in ModernBERT the embeddings' norm stands for its own."""
 _SAVE = "a loader fills it with random numbers: save or copy the checkpoint again"
 _DROPPED = "a loader drops it silently: rename it as its siblings are, or remove it"
 
 
-def lost_keys(form: Format) -> Iterator[Finding]:
-    """Yield keys that are missing or unexpected by the index, by the number of blocks, or by the sibling blocks."""
+def lost_keys(form: Format, reference: Folder | None = None) -> Iterator[Finding]:
+    """Yield keys that are missing or unexpected by the number of blocks, or by the sibling blocks.
+
+    What is as odd in the reference is no finding.
+    """
     folder = form.folder
-    yield from _by_index(folder)
-    for container, blocks in _containers(folder).items():
-        yield from _by_number(folder, container, blocks)
-        yield from (each for each in _by_siblings(folder, container, blocks) if not _left_out(form, each))
+    same = {each.tensor for each in _by_blocks(reference)} if reference and not folder.gguf_file else set()
+    yield from (each for each in _by_blocks(folder) if each.tensor not in same and not _left_out(form, each))
     yield from _by_shape(folder)
     yield from form.adapter_findings()
 
 
-def _by_index(folder: Folder) -> Iterator[Finding]:
-    for name, file in folder.indexed.items():
-        if name not in folder.tensors:
-            there = (folder.path / file).is_file()
-            what = f"the index says {file}, which {'lacks it' if there else 'is not there'}"
-            yield Finding(layer_of(name), name, INDEX, what, _SAVE)
-    if folder.indexed:
-        for name, tensor in folder.tensors.items():
-            if name not in folder.indexed:
-                yield Finding.at(tensor, f"not in {INDEX}", _DROPPED)
+def _by_blocks(folder: Folder) -> Iterator[Finding]:
+    for container, blocks in _containers(folder).items():
+        yield from _by_number(folder, container, blocks)
+        yield from _by_siblings(folder, container, blocks)
 
 
 def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
@@ -54,6 +52,8 @@ def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[st
     trunk = container.rpartition(".")[2] in ("layers", "h", "blocks", "blk") and not NUMBER.search(container)
     # a tower in front of the language model, an encoder or a head of several tokens has a count of its own
     trunk = trunk and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
+    if not trunk and not any("." in key for keys in blocks.values() for key in keys):
+        return  # the layers of a sequence, between which stand activations without tensors
     last = max(blocks)
     count = max(last + 1, stated) if trunk and isinstance(stated, int) else last + 1
     for number in range(count):
@@ -72,10 +72,14 @@ def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[
         # a block that only lacks keys is damaged, however many; one with keys of its own may be of another kind
         if not keys < nearest and _alike(nearest, keys) < SAME_KIND:
             continue
+        first = number == min(blocks)
         for rest in sorted(nearest - keys):
+            if first and FIRST_LACKS.match(rest):
+                continue
             name = f"{container}.{number}.{rest}"
             yield Finding(layer_of(name), name, "", f"missing: {kinds[nearest]} sibling blocks have it", _SAVE)
-        for rest in sorted(keys - nearest):
+        # What is shared by all blocks lies in the first one, as T5's relative_attention_bias and RWKV's pre_ln.
+        for rest in sorted(() if first and nearest < keys else keys - nearest):
             tensor = folder.tensors[f"{container}.{number}.{rest}"]
             yield Finding.at(tensor, f"unexpected: none of {kinds[nearest]} sibling blocks has it", _DROPPED)
 
@@ -125,8 +129,17 @@ def misplaced_formats(form: Format) -> Iterator[Finding]:
     # a head that is tied to the embeddings is stored in floats, and the configuration may still target it
     tied = form.folder.text_config.get("tie_word_embeddings", False)
     for layer in form.folder.layers:
-        if form.is_linear(layer) and not (tied and layer.rpartition(".")[2] == "lm_head"):
+        if tied and layer.rpartition(".")[2] == "lm_head":
+            yield from _tied_codes(form, layer)
+        elif form.is_linear(layer):
             yield from _against_config(form, layer)
+
+
+def _tied_codes(form: Format, layer: str) -> Iterator[Finding]:
+    codes, table = form.codes_of(layer), next((each for each in form.folder.tensors.values() if _is_table(each)), None)
+    if codes is not None and table is not None and table.dtype in FLOATS:
+        what = f"quantized, though it is tied to {table.name}, which is in {table.dtype}: loaders differ here"
+        yield Finding.at(codes, what, "leave it out of the files, or set tie_word_embeddings to false")
 
 
 def _against_config(form: Format, layer: str) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from ..folder import Finding, Folder
 from ..formats.format import BUDGET, Format
 from ..formats.scheme import LayerScheme
 from ..tensors import FLOATS, Tensor, decoded
+from .parts import lost_parts
 
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 """The relative distance of neighbouring numbers: what writing a tensor in another dtype may change."""
@@ -115,7 +116,11 @@ def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[Tensor, Tens
 
 
 def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[Finding]:
-    """Yield float tensors that are missing, of another shape, or differ by more than rel × the reference's value."""
+    """Yield float tensors that are missing, of another shape, or differ by more than rel × the reference's value.
+
+    Parts that are gone as a whole too.
+    """
+    yield from lost_parts(form, reference)
     for theirs, mine in kept_tensors(form, reference):
         if mine is None:
             what = "missing, the reference has it"

@@ -11,6 +11,7 @@ from ...captures import Array
 from ..folder import Folder, Settings
 from ..tensors import EIGHT_BITS, Tensor, decoded
 from .format import Format, Matrix, decoded_rows, element_count, spread, spread_scales, unpacked
+from .gptq import borrowed_layout
 from .scheme import Declaration, LayerScheme, block_of
 
 PACKED_FLOATS = {"nvfp4-pack-quantized": "F4", "mxfp4-pack-quantized": "F4", "mxfp6-pack-quantized": "F6_E2M3"}
@@ -139,6 +140,34 @@ class CompressedTensors(Format):
             return None
         numbers = unpacked(np.asarray(codes.raw()[rows]).view(np.uint32), scheme.bits)[:, : shape[1]]
         return numbers.astype(np.float64) - (1 << (scheme.bits - 1))
+
+
+class AutoRoundFloats(CompressedTensors):
+    """AutoRound's NVFP4, MXFP4 and MXFP8: in the layout of compressed-tensors, declared in settings of its own."""
+
+    name = "auto-round:llm_compressor"
+
+    @classmethod
+    def declared_in(cls, folder: Folder) -> bool:
+        """Recognize AutoRound's files in this packing."""
+        return borrowed_layout(folder) == "llm_compressor"
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        """The settings of all layers, and those of single ones in `extra_config`."""
+        config, extra = self.folder.quantization, self.folder.quantization.get("extra_config") or {}
+        own = [([name], _scheme_of_auto_round({**config, **(settings or {})})) for name, settings in extra.items()]
+        return Declaration([*own, (["Linear"], _scheme_of_auto_round(config))])
+
+
+def _scheme_of_auto_round(config: Mapping[str, Any]) -> LayerScheme:
+    """Return the scheme of compressed-tensors that AutoRound's settings of a layer stand for."""
+    bits, size = int(config.get("bits") or 4), config.get("group_size")
+    kind, _, _ = str(config.get("data_type")).partition("_fp")
+    form = {("nv", 4): "nvfp4-pack-quantized", ("mx", 4): "mxfp4-pack-quantized", ("mx", 8): "mxfp8-quantized"}
+    strategy = "tensor_group" if kind == "nv" else "group"
+    weights = {"num_bits": bits, "type": "float", "strategy": strategy, "group_size": size}
+    return _scheme({"weights": weights, "format": form.get((kind, bits), str(config.get("data_type")))}, config)
 
 
 def _group_order(order: Tensor | None, scale: Tensor, inputs: int) -> slice | NDArray[np.intp]:

@@ -11,6 +11,7 @@ import numpy as np
 from ..folder import Finding, Folder
 from ..tensors import EIGHT_BITS, Tensor
 from .format import AGAIN, Format, Matrix, decoded_rows, scale_values, spread_scales
+from .gptq import borrowed_layout
 from .scheme import Declaration, LayerScheme, block_of
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
@@ -31,8 +32,8 @@ class Fp8(Format):
 
     @classmethod
     def declared_in(cls, folder: Folder) -> bool:
-        """Recognize the name of microscaling's variant as well, which transformers reads by the same class."""
-        return folder.quantization.get("quant_method") in (cls.name, "mxfp8")
+        """Recognize microscaling's variant, which transformers reads by the same class, and AutoRound's files."""
+        return folder.quantization.get("quant_method") in (cls.name, "mxfp8") or borrowed_layout(folder) == "fp8"
 
     @cached_property
     def declaration(self) -> Declaration:

@@ -85,7 +85,14 @@ class Gptq(Format):
         return scheme
 
     def _scheme(self, config: Settings) -> LayerScheme:
-        size, bits = int(config.get("group_size") or -1), int(config.get("bits") or config.get("w_bit") or 4)
+        stated = config.get("group_size") or -1, config.get("bits") or config.get("w_bit") or 4
+        try:
+            size, bits = map(int, stated)
+        except (TypeError, ValueError):
+            raise AnomalyError(
+                f"{self.folder.path}: group_size {stated[0]!r} and bits {stated[1]!r} in quantization_config aren't "
+                f"whole numbers, as {self.label} has them; correct them"
+            ) from None
         required = (("qweight",), ("qzeros",), ("scales",))
         strategy, group = ("group", size) if size > 0 else ("channel", None)
         if self.packing == "gemv":  # its scales are padded to whole words of zero points
@@ -272,6 +279,20 @@ class Gptq(Format):
         return f"input {int(np.flatnonzero(wrong)[0])} isn't in its group of {size}, as without desc_act it must be"
 
 
+METHODS = ("auto-round", "intel/auto-round")
+"""The names by which AutoRound's files declare themselves."""
+
+
+def borrowed_layout(folder: Folder) -> str | None:
+    """Return whose layout AutoRound has packed a checkpoint in, `llm_compressor` or `fp8`; None for its own packings.
+
+    None too where the files aren't AutoRound's.
+    """
+    config = folder.quantization
+    layout = str(config.get("packing_format") or "").lower().rpartition(":")[2]
+    return layout if config.get("quant_method") in METHODS and layout in ("llm_compressor", "fp8") else None
+
+
 class AutoRound(Gptq):
     """GPTQ's or AWQ's packing; which layers it covers isn't read, so that they are compared with their siblings."""
 
@@ -279,8 +300,8 @@ class AutoRound(Gptq):
 
     @classmethod
     def declared_in(cls, folder: Folder) -> bool:
-        """Recognize its first name, `intel/auto-round`, too."""
-        return str(folder.quantization.get("quant_method")) in (cls.name, f"intel/{cls.name}")
+        """Recognize all of its packings that no other format reads."""
+        return folder.quantization.get("quant_method") in METHODS and borrowed_layout(folder) is None
 
     @cached_property
     def packing(self) -> str:

@@ -177,7 +177,7 @@ def cell(
             return "S" if all(map(_is_damaged, found)) else "wrong"
         kinds: tuple[tuple[str, Kind], ...] = (("W", "tensor"), ("C", "channel"))
         for letter, by in kinds:
-            lower = {layer for layer, value in damaged.sqnr(by).items() if not value > sqnr[by][layer] - ROOM}
+            lower = {layer for layer, value in damaged.sqnr(by).items() if not value >= sqnr[by][layer] - ROOM}
             if lower:
                 return letter if all(map(_is_damaged, lower)) else "wrong"
     return "missed"
@@ -192,7 +192,8 @@ def _is_damaged(layer: str) -> bool:
 FIXTURES = (
     "ct W8A8", "ct W4A16", "ct W4A16_ASYM", "ct FP8", "ct FP8_BLOCK", "ct NVFP4", "ct MXFP4", "ct MXFP8",
     "modelopt FP8_DEFAULT", "modelopt FP8_PER_CHANNEL_PER_TOKEN", "modelopt NVFP4_DEFAULT",
-    "modelopt MXFP8_DEFAULT", "gptq by auto-round", "gptq asym by auto-round", "gptq 3 bits by auto-round", "gptq v2",
+    "modelopt MXFP8_DEFAULT", "modelopt INT8_SMOOTHQUANT", "modelopt INT4_AWQ", "modelopt W4A8_AWQ_BETA",
+    "gptq by auto-round", "gptq asym by auto-round", "gptq 3 bits by auto-round", "gptq v2",
     "gptq desc_act", "awq by auto-round", "awq gemv", "auto-round NVFP4", "auto-round MXFP4", "auto-round FP8 block",
     "gguf Q4_0", "gguf Q8_0", "gguf Q4_K", "gguf Q6_K", "gguf TQ2_0", "gguf MXFP4", "bnb int8", "bnb nf4",
     "bnb nf4 nested", "torchao int8wo", "torchao intx4 asym", "torchao fp8wo", "fp8 blocks", "fp8 blocks ue8m0",
@@ -240,7 +241,8 @@ def row(recipe: Recipe, cache: Path) -> Iterator[str]:
         return
     yield agreement(checkpoint)
     yield "no alarm" if not before else f"{len(before)} alarms: {min(before)[1]}"
-    yield f"{min(sqnr['tensor'].values()):.1f} … {max(sqnr['tensor'].values()):.1f}"
+    quantized = [value for value in sqnr["tensor"].values() if value < np.inf]
+    yield f"{min(quantized):.1f} … {max(quantized):.1f}"
     for damage in DAMAGES:
         yield cell(checkpoint, before, sqnr, damage)
 

@@ -422,8 +422,8 @@ def test_a_fault_in_tiles_is_found_in_its_layer(write, tmp_path, case, fault):
         ("gptq in 4 bits", {"bits": 5}, "the packing gptq isn't read in 5 bits"),
         (
             "auto-round",
-            {"packing_format": "auto_round:llm_compressor"},
-            "auto_round:llm_compressor isn't read in 4 bits",
+            {"packing_format": "auto_round:mlx"},
+            "auto_round:mlx isn't read in 4 bits",
         ),
     ],
 )
@@ -461,3 +461,10 @@ def test_tensors_of_another_shape_are_told_in_one_line(write, tmp_path, case):
             untold += [] if said else [(name, how)]
     # fewer inputs are a whole weight, and the padding of some packings may be narrower
     assert {how for _, how in untold} <= {"a row less", "a column less"}, untold
+
+
+@pytest.mark.parametrize("settings", [{"group_size": [128, 128]}, {"bits": "four"}])
+def test_sizes_that_are_no_whole_numbers_are_told_in_one_line(write, settings):
+    folder, _ = write("gptq in 4 bits", **settings)
+    with pytest.raises(AnomalyError, match=r"group_size .* and bits .* in quantization_config aren't whole numbers"):
+        format_of(folder).rows(DOWN)

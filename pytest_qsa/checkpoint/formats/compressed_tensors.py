@@ -160,7 +160,7 @@ class AutoRoundFloats(CompressedTensors):
         return Declaration([*own, (["Linear"], _scheme_of_auto_round(config))])
 
 
-def _scheme_of_auto_round(config: Mapping[str, Any]) -> LayerScheme:
+def _scheme_of_auto_round(config: Settings) -> LayerScheme:
     """Return the scheme of compressed-tensors that AutoRound's settings of a layer stand for."""
     bits, size = int(config.get("bits") or 4), config.get("group_size")
     kind, _, _ = str(config.get("data_type")).partition("_fp")

@@ -109,9 +109,19 @@ class ModelOpt(Format):
         return replace(scheme, group=size) if scheme.strategy == "group" and isinstance(size, int) and size else scheme
 
     def scales_of(self, layer: str) -> dict[str, Tensor]:
-        """Return the scales of a layer, without those of a KV cache that are 1: ModelOpt never writes smaller ones."""
+        """Return the scales of a layer, without those that are one number by design.
+
+        Scales of a KV cache are 1 at least; SmoothQuant divides inputs by their largest, so that theirs are 1 / 127.
+        """
+        constants = dict.fromkeys(KV, 1.0)
+        if "pre_quant_scale" in self.parts(layer):
+            constants["input_scale"] = 1 / 127
         found = {part: tensor for part, tensor in self.parts(layer).items() if self.scales.search(part)}
-        return {part: tensor for part, tensor in found.items() if part not in KV or not (tensor.values() == 1).all()}
+        return {
+            part: tensor
+            for part, tensor in found.items()
+            if part not in constants or not np.allclose(tensor.values(), constants[part], rtol=1e-6)
+        }
 
     def _packs_outputs(self, layer: str) -> bool:
         scheme = self.scheme_of(layer)

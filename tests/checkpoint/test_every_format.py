@@ -1,0 +1,113 @@
+"""Each format as its own library has saved it: read as the library reads it, without an alarm, every damage found.
+
+The files in `fixtures/formats/` are small: of each block one projection, or the experts. `benchmarks/formats.py` made
+them, and runs the same on whole models. The libraries' own reading of a layer lies beside each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pytest_qsa.captures import ERROR, Request
+from pytest_qsa.checkpoint import Files, capture_weights, encoded, format_of, open_folder, problems_of
+from pytest_qsa.tools.selftest.faults import FAULTS
+from pytest_qsa.tools.selftest.mutant import Mutant
+
+ROOT = Path(__file__).parent / "fixtures" / "formats"
+ORIGINALS = ("llama", "gpt-oss")
+MADE = sorted(folder.name for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in ORIGINALS)
+DAMAGES = {
+    "scale × 4": ("scale_layer", 4.0),
+    "NaN scale": ("nan_scale", 1.0),
+    "constant codes": ("weights_constant", 1.0),
+    "zero point + 1": ("zero_point_shifted", 1.0),
+    "rows rolled": ("rows_permuted", 1.0),
+    "two rows exchanged": ("rows_permuted", 0.0),
+}
+NOT_IN_THE_FILES = ("zero point + 1", "rows rolled", "two rows exchanged")
+"""The damages that only a comparison with the original shows, but for zero points of 4 bits and fewer."""
+FAR_APART = ("ct_FP8", "modelopt_FP8_DEFAULT", "modelopt_INT8_SMOOTHQUANT", "fp8_tensor")
+"""The formats whose scales, one a tensor or smoothed, differ so much from block to block that × 4 is not far."""
+EVERY = r"(v_proj|\.experts\.\d+\.\w+)$"
+
+
+def opened(path):
+    return open_folder(path, gguf_file="model.gguf" if (path / "model.gguf").exists() else None)
+
+
+def original(name):
+    return open_folder(ROOT / ("gpt-oss" if "gpt-oss" in name else "llama"))
+
+
+def alarms(folder):
+    return {(found.layer, found.what) for found in problems_of(Files(folder), "checkpoint_health")[1]}
+
+
+def sqnr(folder, name):
+    """Return {(layer, by): dB} of every layer, by the names of the original's."""
+    files = Files(folder, original(name))
+    modules = list(original(name).layers) if folder.gguf_file else ()
+    capture = capture_weights(files, [Request(EVERY, "weight", None, frozenset({ERROR}))], modules=modules)
+    assert not capture.refused
+    found = {by: capture.select(EVERY, "weight").weight_sqnr(by=by) for by in ("tensor", "channel")}
+    return {(layer, by): value for by, s in found.items() for layer, value in zip(s.layers, s.values, strict=True)}
+
+
+def is_damaged(layer):
+    """Say whether a layer of the files or a site is of the one layer that is damaged, in block 3."""
+    return "3" in layer.split(".")[1:3] and layer.endswith(("v_proj", "attn_v", "experts.down_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_healthy_checkpoint_has_no_alarm_and_is_near_the_original(name):
+    folder = opened(ROOT / name)
+    assert alarms(folder) == set()
+    values = [value for (_, by), value in sqnr(folder, name).items() if by == "tensor" and value < np.inf]
+    assert min(values) > (1 if "TQ" in name else 12)
+    assert max(values) - min(values) < 6
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*.expected.safetensors")), ids=lambda file: file.name[:-21])
+def test_rows_in_float32_are_what_the_library_dequantizes(file):
+    form = format_of(opened(ROOT / file.name.removesuffix(".expected.safetensors")))
+    with safe_open(file, framework="np") as content:
+        names = list(content.keys())
+    assert names
+    for tensor in (tensor for tensor in expected_tensors(file) if tensor.name in names):
+        layer = tensor.name.removesuffix(".weight")
+        rows = form.rows(form.layers_of([layer, *original(file.name).layers])[layer]).reshape(tensor.shape)
+        rounded = rows.astype(np.float32).astype(np.float64)
+        same = encoded(rounded, tensor.dtype) == np.asarray(tensor.raw())
+        # a library that multiplies codes, scales and the scale of scales in float32 rounds twice
+        assert same.all() or (np.abs(rounded - tensor.values()) <= 2.0**-23 * np.abs(rounded)).all()
+
+
+def expected_tensors(file):
+    from pytest_qsa.checkpoint import tensors_of
+
+    return tensors_of(file)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", MADE)
+def test_a_damage_is_found_and_its_layer_named(name, damage, tmp_path):
+    folder, (fault, strength) = opened(ROOT / name), DAMAGES[damage]
+    layer = next(filter(is_damaged, FAULTS[fault].targets(folder)), None)
+    if layer is None:
+        assert damage == "zero point + 1"  # the other parts every format has
+        return
+    mutant = Mutant(folder)
+    FAULTS[fault].inject(mutant, layer, strength)
+    damaged = opened(mutant.save(tmp_path / "damaged"))
+    found = {named for named, _ in alarms(damaged)}
+    if not found:
+        assert damage in NOT_IN_THE_FILES or (damage == "scale × 4" and name in FAR_APART)
+        before = sqnr(folder, name)
+        after = sqnr(damaged, name)
+        found = {site for (site, by), value in before.items() if not after[site, by] >= value - 1}
+    assert found
+    assert [named for named in found if not is_damaged(named)] == []

@@ -295,6 +295,11 @@ class Provenance:
         return {key: value for key, value in content.items() if value}
 
     @property
+    def weights_read(self) -> bool:
+        """Whether the numbers of weights are those of the checkpoint's files, which no loader has changed."""
+        return self.model.files is not None and self.model.files.weights_read
+
+    @property
     def executed_as(self) -> str:
         """How the modules were executed, in words; empty where nothing is known."""
         return str(self.execution or "")

@@ -190,7 +190,9 @@ class Selection(MetricMethods):
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         # float32 is counted by its upper half: what follows from these counts is an estimate, and says so.
         wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
-        return layers, replace(query, estimated=wide and not needs.isdisjoint({COUNTS, SIGNED_COUNTS}))
+        estimated = wide and not needs.isdisjoint({COUNTS, SIGNED_COUNTS})
+        read = self.site == "weight" and self.capture.provenance.weights_read
+        return layers, replace(query, estimated=estimated, from_files=read)
 
     def _view(self, layer: str, query: Query) -> View:
         numbers, where = self.capture.sites[layer, self.site], query.positions or "all"

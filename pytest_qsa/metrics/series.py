@@ -72,7 +72,8 @@ class Bounds:
 class Query:
     """How a series was asked for: the metric with its definition, where, and how it was folded.
 
-    `estimated`: it was computed from counts of a tensor that has more than 16 bits.
+    `estimated`: it was computed from counts of a tensor that has more than 16 bits. `from_files`: its weights are those
+    of the checkpoint's files, not of a loaded model.
     """
 
     metric: str
@@ -86,6 +87,7 @@ class Query:
     over: Over | None = None
     unit: str = ""
     estimated: bool = False
+    from_files: bool = False
 
     def __str__(self) -> str:
         """Write it in one line, as a failure shows it."""
@@ -95,6 +97,7 @@ class Query:
         if self.reduce:
             text += f", {self.reduce} over samples"
         text += f", {self.over} over {self.of}" if self.over else ""
+        text += ", read from the files" if self.from_files else ""
         return text + (", estimated from float32's upper 16 bits" if self.estimated else "")
 
     @property
@@ -125,6 +128,7 @@ class PlainQuery(TypedDict, total=False):
     over: Over | None
     unit: str
     estimated: bool
+    from_files: bool
 
 
 Judge = Callable[["Series", Bounds], bool]

@@ -52,6 +52,7 @@ def test_a_verdict_says_that_its_weights_are_those_of_the_files(gate, int8_llama
     assert "weights read from the files (" in ran
     assert "compressed-tensors int-quantized" in ran
     assert str(llama) in ran
+    assert "weight_sqnr(by=tensor) at the weight of '_proj$', read from the files" in run.text("low")
 
 
 def test_weights_need_neither_data_nor_a_tokenizer_and_a_failed_pass_leaves_them_judged(gate, int8_llama, tmp_path):
@@ -146,7 +147,7 @@ def test_a_python_test_gets_weights_of_the_files_and_activations_of_the_pass(own
         def test_both(qsa):
             assert qsa.weight(r"down_proj$").rms() <= 0.3
             assert qsa.output(r"layers\.\d$").absmax() <= 100
-            assert qsa.capture_at("weight").provenance.model.files.weights_read
+            assert qsa.capture_at("weight").provenance.weights_read
             assert qsa.capture_at("output").provenance.execution is not None
         """,
     )

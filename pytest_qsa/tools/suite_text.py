@@ -270,6 +270,8 @@ def first_suite(
 ) -> FirstSuite:
     """Draft a suite, run the subject over parts of its data, and calibrate the bounds.
 
+    With `model.weights: files` it has what the files and their weights say alone, and nothing is run.
+
     `source`: the sections model and data of the suite to be written. `parts`, `passes`, `k`: as in `Sampled`.
 
     Raises:
@@ -277,12 +279,14 @@ def first_suite(
     """
     layers = engine.anatomy(subject.model, subject.path, subject.base)
     static, compare, remarks = _comparable(subject)
-    drafts = measured_drafts(layers, compare)
+    drafts, files = measured_drafts(layers, compare), subject.model.weights == "files"
+    if files:
+        drafts = [draft for draft in drafts if draft.keys.get("site") == "weight"]
     file = load_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown
     sampled = Sampled.of(subject, file, parts, passes, allow_code=allow_code)
     # Only the pass shows whether there is a clear sink; static checks need none.
     drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]
-    drafts += sinks_of(sampled.whole, layers)
+    drafts += [] if files else sinks_of(sampled.whole, layers)
     # The overrides are in the data of `file.source` already.
     file = load_suite(_with(file.source, drafts))
     kept, findings, left_out = _calibrated(file, sampled, drafts, k)

@@ -82,6 +82,19 @@ def test_a_model_that_is_nowhere_leaves_no_file(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_suite_of_a_checkpoint_that_nothing_here_loads_reads_its_files_alone(tmp_path, monkeypatch, quantized, llama):
+    monkeypatch.chdir(tmp_path)
+    unloadable = quantized["int4 with zero points"]
+    named = ["--reference", str(llama), "--model.weights", "files", "-o", "gate.qsa.yaml"]
+    assert main(["init", str(unloadable), *named]) == 0
+    file = load_suite(tmp_path / "gate.qsa.yaml")
+    assert file.suite.model.weights == "files"
+    ids = ["files", "unquantized", "weight-scales", "weights-without-bias", "weights-close", "rows-close"]
+    assert [assertion.id for assertion in file.assertions] == ids
+    assert all(assertion.site == "weight" for assertion in file.assertions[2:])
+    assert min(file.assertions[4].min.values()) > 5
+
+
 def test_a_sink_that_every_sample_has_is_gated_where_it_is_clear():
     model = models.llama(sink=True)
     anatomy = Anatomy([f"model.layers.{index}" for index in range(4)], ["model.layers.0.mlp.down_proj"])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Folder, Settings
-from ..tensors import EIGHT_BITS, Tensor, decoded, rounded
+from ..tensors import EIGHT_BITS, FLOATS, Tensor, decoded, rounded
 from .format import BUDGET, Format, Matrix
 from .hqq import folded, packed_again
 from .scheme import Declaration, LayerScheme
@@ -81,6 +81,11 @@ class Quanto(Format):
     def zero_point_range(self, layer: str) -> tuple[int, int] | None:
         """Return None: a shift is a weight, not a code."""
         return None
+
+    def zero_point_step(self, layer: str) -> Matrix | float:
+        """Return the scales, by which a zero point is multiplied before it is stored as a shift."""
+        scale, shift = self.weight_scale_of(layer), self.zero_point_of(layer)
+        return scale.values() if scale is not None and shift is not None and shift.dtype in FLOATS else 1.0
 
     def weight_shape(self, layer: str) -> tuple[int, int] | None:
         """Return [out, in] of a layer's weight; None where neither its groups nor the hidden size say it."""

@@ -199,8 +199,9 @@ def rows_permuted(mutant: Mutant, layer: str, strength: float) -> None:
 
 def _with_sibling(first: str, second: str) -> Targets:
     def targets(folder: Folder) -> list[str]:
-        found = [name for name in _quantized(folder) if name.rpartition(".")[2] == first]
-        return [name for name in found if f"{name.rpartition('.')[0]}.{second}" in folder.layers]
+        quantized = set(_quantized(folder))
+        found = [name for name in folder.layers if name in quantized and name.rpartition(".")[2] == first]
+        return [name for name in found if f"{name.rpartition('.')[0]}.{second}" in quantized]
 
     return targets
 

@@ -10,6 +10,7 @@ from .arrays import (
     lower_median as lower_median,
     order_statistics as order_statistics,
     padded as padded,
+    ranks_of as ranks_of,
 )
 from .cache import CaptureCache as CaptureCache, PartialSums as PartialSums
 from .capture import Capture as Capture
@@ -73,6 +74,7 @@ from .statistics import (
     ERROR as ERROR,
     EXPERTS as EXPERTS,
     LAYOUTS as LAYOUTS,
+    MAP_SIZE as MAP_SIZE,
     MOMENTS as MOMENTS,
     REFERENCE_SINKS as REFERENCE_SINKS,
     REFERENCE_TOKENS as REFERENCE_TOKENS,

@@ -104,12 +104,17 @@ def lower_median(values: Array) -> float:
     return float(np.partition(values, middle)[middle])
 
 
+def ranks_of(count: int) -> list[int]:
+    """Return the ascending ranks of `TOP_NAMES` among `count` values; missing ones are outside 0 … count − 1."""
+    return [count - 1, count - 2, count - 3, (count - 1) // 2, 2, 1, 0]
+
+
 def order_statistics(values: Array, names: Sequence[str]) -> dict[str, float]:
     """Return some of `TOP_NAMES` of a 1-D array by one partition; NaN for a missing rank, or if it holds NaN or Inf."""
     if not np.isfinite(values).all():
         return dict.fromkeys(names, float("nan"))
     size = values.size
-    ranks = dict(zip(TOP_NAMES, (size - 1, size - 2, size - 3, (size - 1) // 2, 2, 1, 0), strict=True))
+    ranks = dict(zip(TOP_NAMES, ranks_of(size), strict=True))
     known = {name: ranks[name] for name in names if 0 <= ranks[name] < size}
     # Only these ranks must stand in their places, so a full sort is not needed.
     ordered = np.partition(values, sorted(set(known.values()))) if known else values

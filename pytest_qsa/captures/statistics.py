@@ -327,6 +327,10 @@ class FeatureCounts(Statistic):
     channel_bytes = 8
 
 
+MAP_SIZE = 128
+"""The largest side of a map."""
+
+
 @dataclass(frozen=True)
 class HeatMap(Statistic):
     """|x| of the first call of one sample, made smaller: an array `maps` [≤ 128, ≤ 128] float32.
@@ -339,7 +343,7 @@ class HeatMap(Statistic):
     arrays: ClassVar = {"maps": OF_A_SAMPLE}
     by_parameters = True
     needs_tokens = True
-    site_bytes = 4 * 128 * 128
+    site_bytes = 4 * MAP_SIZE * MAP_SIZE
 
 
 @dataclass(frozen=True)

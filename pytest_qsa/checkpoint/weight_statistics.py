@@ -19,6 +19,7 @@ from ..captures import (
     CODES,
     ERROR,
     FIRST_CODE,
+    MAP_SIZE,
     SHIFT,
     TOP_NAMES,
     UNKNOWN,
@@ -30,33 +31,32 @@ from ..captures import (
     SiteNumbers,
     Statistic,
     bin_values,
+    ranks_of,
 )
 from ..metrics import LARGEST_CODE, rounded_to
 
 Arrays = dict[str, Array]
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 PATTERNS = 1 << 15
 """The 16-bit patterns of |x|."""
-MAP_SIZE = 128
-"""The most rows and columns that a map keeps."""
 COLUMNS_AT_ONCE = 64
 """How many columns are counted together: a table of counts of all of them would be larger than the weight."""
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class WeightRows:
     """Successive rows of a weight, [R, C], from row `start` on; what several reductions need is computed once.
 
     `dtype`: the dtype that holds the weight exactly. `reference`: the reference's rows, where two weights are compared.
     """
 
-    values: Floats
+    values: Singles
     start: int
     dtype: str
-    reference: Floats | None = None
+    reference: Singles | None = None
 
     @cached_property
-    def magnitudes(self) -> Floats:
+    def magnitudes(self) -> Singles:
         """|x|."""
         return np.abs(self.values)
 
@@ -68,7 +68,7 @@ class Rows:
         return (self.values.view(np.uint32) >> 16).astype(np.uint16).ravel()
 
 
-class Reduction:
+class WeightReduction:
     """Reduces a weight to the arrays of one statistic. A subclass that sets `name` is found by it.
 
     `shape`: [out, in] of the weight. `twice`: all rows come once more, to `add_again`.
@@ -88,11 +88,11 @@ class Reduction:
     def begin(self) -> None:
         """Begin with no rows."""
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Take the next rows."""
         raise NotImplementedError
 
-    def add_again(self, rows: Rows) -> None:
+    def add_again(self, rows: WeightRows) -> None:
         """Take the same rows in a second run over the weight."""
 
     def arrays(self) -> Arrays:
@@ -100,21 +100,21 @@ class Reduction:
         raise NotImplementedError
 
 
-WEIGHT_REDUCTIONS: dict[str, type[Reduction]] = {}
+WEIGHT_REDUCTIONS: dict[str, type[WeightReduction]] = {}
 """The name of a statistic → its reduction. Sinks and experts are of activations and have none."""
 
 
-class TokenMaxima(Reduction):
+class TokenMaxima(WeightReduction):
     """The largest |x| of each row, and which rows are the largest."""
 
     name = "tokens"
 
     def begin(self) -> None:
         """Begin with no rows."""
-        self._maxima: list[Floats] = []
+        self._maxima: list[Singles] = []
         self._channels: list[NDArray[np.int32]] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Keep the maximum of each row and its first channel."""
         self._maxima.append(rows.magnitudes.max(axis=1))
         self._channels.append(rows.magnitudes.argmax(axis=1).astype(np.int32))
@@ -127,7 +127,7 @@ class TokenMaxima(Reduction):
         return {"token_max": maxima, "peaks": order.astype(np.int32)[None], "peak_channels": channels[order][None]}
 
 
-class ChannelMaxima(Reduction):
+class ChannelMaxima(WeightReduction):
     """The largest |x| of each column, and order statistics of these."""
 
     name = "channels"
@@ -136,7 +136,7 @@ class ChannelMaxima(Reduction):
         """Begin with columns of zeros."""
         self.maxima = np.zeros(self.shape[1], dtype=np.float32)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Raise the maxima."""
         np.maximum(self.maxima, rows.magnitudes.max(axis=0), out=self.maxima)
 
@@ -148,7 +148,7 @@ class ChannelMaxima(Reduction):
         return {"channel_top": _blank_unless_finite(top)[None], "channel_max": self.maxima}
 
 
-class PatternCounts(Reduction):
+class PatternCounts(WeightReduction):
     """How often each 16-bit pattern of |x| occurs, and the extremes of |x|."""
 
     name = "counts"
@@ -159,7 +159,7 @@ class PatternCounts(Reduction):
         self.counts = np.zeros(2 * PATTERNS if self.signed else PATTERNS, dtype=np.int64)
         self._ends: list[tuple[Any, ...]] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Add the counts of some rows, and note their extremes."""
         patterns = rows.patterns if self.signed else rows.patterns & np.uint16(PATTERNS - 1)
         self.counts += np.bincount(patterns, minlength=len(self.counts))
@@ -186,7 +186,7 @@ class SignedPatternCounts(PatternCounts):
     signed = True
 
 
-class ElementOrder(Reduction):
+class ElementOrder(WeightReduction):
     """Order statistics of |x|: exact for 16 bits; else the median is within 2⁻⁸, and the ends are exact."""
 
     name = "elements"
@@ -197,7 +197,7 @@ class ElementOrder(Reduction):
         self._largest = self._least = np.zeros(0, dtype=np.float32)
         self._dtype = "float32"
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Add the counts of some rows, and keep the three largest and least |x|."""
         self._dtype = rows.dtype
         self._counts += np.bincount(rows.patterns & np.uint16(PATTERNS - 1), minlength=PATTERNS)
@@ -208,7 +208,7 @@ class ElementOrder(Reduction):
         self._least = np.sort(np.concatenate([self._least, ends[:few]]))[:3]
 
     @cached_property
-    def order(self) -> Floats:
+    def order(self) -> Singles:
         """`TOP_NAMES` of |x|, after all rows."""
         count = int(self._counts.sum())
         ranks = np.array(ranks_of(count))
@@ -234,7 +234,7 @@ class MassiveElements(ElementOrder):
         super().begin()
         self._count = 0
 
-    def add_again(self, rows: Rows) -> None:
+    def add_again(self, rows: WeightRows) -> None:
         """Count some rows, now that the median is known."""
         least = np.float32(self.statistic.ratio) * self.order[TOP_NAMES.index("median")]
         self._count += int(np.count_nonzero((rows.magnitudes > self.statistic.absolute) & (rows.magnitudes >= least)))
@@ -245,7 +245,7 @@ class MassiveElements(ElementOrder):
         return {self.statistic.key: np.array([self._count if known else UNKNOWN], dtype=np.int64)}
 
 
-class Moments(Reduction):
+class WeightMoments(WeightReduction):
     """Count, mean and central power sums; those of successive rows are joined in float64.
 
     The formulas are those of Pébay, SAND2008-6212, equations 3.1 for n = nA + nB.
@@ -259,7 +259,7 @@ class Moments(Reduction):
         self._largest = np.float32(0)
         self._zeros = self._nonfinite = 0
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Join the sums of some rows."""
         x = rows.values.ravel().astype(np.float64)
         mean = x.mean()
@@ -289,7 +289,7 @@ def _joined(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[Any, ...]
     return n, (n1 * mean1 + n2 * mean2) / n, m2, m3, m4
 
 
-class ChannelCounts(Reduction):
+class WeightChannelCounts(WeightReduction):
     """How often x falls into each bin, column by column; the extremes of each column."""
 
     name = "channel_counts"
@@ -299,7 +299,7 @@ class ChannelCounts(Reduction):
         self._counts = np.zeros((2 * CODES, self.shape[1]), dtype=np.uint32)
         self._ends: Array | None = None
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Add the counts of some rows, and widen the extremes."""
         patterns = rows.values.view(np.uint32)
         codes = ((patterns & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)).astype(np.int64) - FIRST_CODE
@@ -324,7 +324,7 @@ class ChannelCounts(Reduction):
         return {"channel_bins": bins.astype(np.uint16), "channel_counts": counts, "channel_extremes": self._ends}
 
 
-class Features(Reduction):
+class Features(WeightReduction):
     """In how many rows each column reaches the threshold; the rows; the NaN and Inf."""
 
     name = FeatureCounts.name
@@ -333,7 +333,7 @@ class Features(Reduction):
         """Begin with counts of zero."""
         self._counts = np.zeros(self.shape[1] + 2, dtype=np.int64)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Add the counts of some rows."""
         reached = np.count_nonzero(rows.magnitudes >= self.statistic.absolute, axis=0)
         nonfinite = np.count_nonzero(~np.isfinite(rows.values))
@@ -344,7 +344,7 @@ class Features(Reduction):
         return {self.statistic.key: self._counts}
 
 
-class Map(Reduction):
+class WeightMap(WeightReduction):
     """|x| made smaller: the largest of each cell."""
 
     name = HeatMap.name
@@ -354,7 +354,7 @@ class Map(Reduction):
         self._cell = [-(-size // MAP_SIZE) for size in self.shape]
         self._map = np.zeros([-(-size // cell) for size, cell in zip(self.shape, self._cell, strict=True)], np.float32)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Raise the cells of some rows."""
         columns = np.arange(0, self.shape[1], self._cell[1])
         at = np.arange(rows.start, rows.start + len(rows.values)) // self._cell[0]
@@ -365,7 +365,7 @@ class Map(Reduction):
         return {self.statistic.key: self._map} if self.statistic.sample == 0 else {}
 
 
-class QuantizationError(Reduction):
+class QuantizationError(WeightReduction):
     """Σx² and Σ(x − x̂)² under a simulated quantization, in float32 as the engine rounds, summed in float64."""
 
     name = QuantizationPowers.name
@@ -377,7 +377,7 @@ class QuantizationError(Reduction):
         self.twice = self.statistic.by == "channel"
         self._columns = ChannelMaxima(self.statistic, self.shape)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Round some rows to the grid and back."""
         if self.twice:
             self._columns.add(rows)
@@ -388,15 +388,15 @@ class QuantizationError(Reduction):
         else:
             self._add(rows.values, self._scales(rows.magnitudes.max(axis=1, keepdims=True)))
 
-    def add_again(self, rows: Rows) -> None:
+    def add_again(self, rows: WeightRows) -> None:
         """Round some rows by the scales of their columns."""
         self._add(rows.values, self._scales(self._columns.maxima))
 
-    def _scales(self, largest: Floats) -> Floats:
+    def _scales(self, largest: Singles) -> Singles:
         scales = largest / np.float32(LARGEST_CODE[self.statistic.scheme])
         return np.where(scales == 0, np.float32(1), scales)
 
-    def _add(self, x: Floats, scales: Floats) -> None:
+    def _add(self, x: Singles, scales: Singles) -> None:
         scaled = (x / scales).astype(np.float64)
         restored = rounded_to(self.statistic.scheme, scaled).astype(np.float32) * scales
         wide = x.astype(np.float64)
@@ -408,16 +408,16 @@ class QuantizationError(Reduction):
         return {self.statistic.key: self._powers[None]}
 
 
-class PairError(Reduction):
+class PairError(WeightReduction):
     """The powers of each row's error: Σx², Σ(x − x̂)², Σx̂² and max |x − x̂|, x the reference's."""
 
     name = ERROR.name
 
     def begin(self) -> None:
         """Begin with no rows."""
-        self._powers: list[Floats] = []
+        self._powers: list[Singles] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: WeightRows) -> None:
         """Take the powers of some rows."""
         assert rows.reference is not None
         x, y = rows.reference.astype(np.float64), rows.values.astype(np.float64)
@@ -430,18 +430,13 @@ class PairError(Reduction):
         return {"error": np.concatenate(self._powers)}
 
 
-def ranks_of(count: int) -> list[int]:
-    """Return the ascending ranks of `TOP_NAMES` among `count` values."""
-    return [count - 1, count - 2, count - 3, (count - 1) // 2, 2, 1, 0]
-
-
-def _blank_unless_finite(order: Floats) -> Floats:
+def _blank_unless_finite(order: Singles) -> Singles:
     """Return order statistics [7]; NaN for all where the largest is NaN or Inf."""
     return order if np.isfinite(order[0]) else np.full_like(order, np.nan)
 
 
 def reduced(
-    statistics: Iterable[Statistic], rows: Callable[[], Iterator[Rows]], shape: tuple[int, int], *, matrix: bool
+    statistics: Iterable[Statistic], rows: Callable[[], Iterator[WeightRows]], shape: tuple[int, int], *, matrix: bool
 ) -> SiteNumbers:
     """Reduce a weight to the numbers of its site.
 

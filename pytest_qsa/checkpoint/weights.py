@@ -35,7 +35,7 @@ from ..common import AnomalyError, InfraError, Progress
 from .checks.health import Files
 from .folder import natural
 from .formats.format import Format, format_of
-from .weight_statistics import Floats, Rows, reduced
+from .weight_statistics import Singles, WeightRows, reduced
 
 AT_ONCE = 1 << 18
 """The elements of a weight that one thread has in memory at a time: with all that is made of them, some 15 MB."""
@@ -89,7 +89,7 @@ class StoredWeight:
         except InfraError as error:
             return str(error)
 
-    def parts(self) -> Iterator[Floats]:
+    def parts(self) -> Iterator[Singles]:
         """Yield its rows in order, a few at a time, [R, in].
 
         Raises:
@@ -199,11 +199,11 @@ def _incomparable(weight: StoredWeight, pair: StoredWeight) -> str:
     return ""
 
 
-def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterator[Rows]:
+def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterator[WeightRows]:
     theirs = pair.parts() if pair is not None else None
     start = 0
     for values in weight.parts():
-        yield Rows(values, start, dtype, next(theirs) if theirs is not None else None)
+        yield WeightRows(values, start, dtype, next(theirs) if theirs is not None else None)
         start += len(values)
 
 

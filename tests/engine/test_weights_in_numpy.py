@@ -7,7 +7,7 @@ import torch
 from pytest_qsa import capture
 from pytest_qsa.captures import ALL_STATISTICS, SIGNED_COUNTS, Statistic
 from pytest_qsa.checkpoint import Files, Folder, capture_weights
-from pytest_qsa.checkpoint.weight_statistics import WEIGHT_REDUCTIONS, Rows, reduced
+from pytest_qsa.checkpoint.weight_statistics import WEIGHT_REDUCTIONS, WeightRows, reduced
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import powers_of
 from pytest_qsa.engine.reduce.reductions import REDUCTIONS
@@ -38,7 +38,7 @@ def in_numpy(weight, wanted, other=None, step=37):
 
     def rows():
         for at in range(0, len(x), step):
-            yield Rows(x[at : at + step], at, name, None if y is None else y[at : at + step])
+            yield WeightRows(x[at : at + step], at, name, None if y is None else y[at : at + step])
 
     return reduced(wanted, rows, x.shape, matrix=weight.dim() == 2)
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import PADDING, TOP_NAMES, UNKNOWN, Array, bin_values
+from ...captures import PADDING, TOP_NAMES, UNKNOWN, Array, bin_values, ranks_of
 from . import cpu_kernels as kernels
-from .reductions import Plan, Row, Tables, peak_count, ranks_of, reduce_each
+from .reductions import Plan, Row, Tables, peak_count, reduce_each
 from .storage import Accumulator, Window, floats_of, maxima_of, peaks_of, record_size
 
 WIDTHS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}

@@ -24,6 +24,7 @@ from ...captures import (
     TOKENS,
     Massive,
     Statistic,
+    ranks_of,
 )
 from .storage import Accumulator
 
@@ -234,8 +235,3 @@ def blank_missing(values: Tensor, ranks: Tensor, count: int) -> Tensor:
 def peak_count(counted: int, length: int) -> int:
     """Return how many of the largest tokens keep their channel: max(16, T / 32), of those that count."""
     return min(counted, max(PEAKS_MIN, length // PEAKS_SHARE))
-
-
-def ranks_of(count: int) -> list[int]:
-    """Return the ascending ranks of top1, top2, top3, the lower median, min3, min2, min among `count` values."""
-    return [count - 1, count - 2, count - 3, (count - 1) // 2, 2, 1, 0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...captures import (
     CODES,
     FIRST_CODE,
+    MAP_SIZE,
     PADDING,
     SHIFT,
     SIGNED_COUNTS,
@@ -26,9 +27,6 @@ from ...captures import (
 from ...metrics import LARGEST_CODE, LEAST_EXPONENT, MANTISSA_BITS
 from .reductions import Plan, Row, Tables, blank_missing, peak_count, reduce_each, reduces
 from .storage import Accumulator, own_pages
-
-MAP_SIZE = 128
-"""The most rows and columns that a map keeps."""
 
 
 class TorchReducer:

@@ -127,7 +127,7 @@ def _has_several(folder: Folder) -> bool:
 def unusual_parts(form: Format, reference: Folder) -> Iterator[Finding]:
     """Yield notes of quantized layers of a kind that the reference has in floats and most quantizers leave alone."""
     found: dict[str, list[str]] = {}
-    for layer in form.folder.layers:
+    for layer in () if form.folder.gguf_file else form.folder.layers:
         kind = next((kind for kind, (pattern, _) in PRACTICE.items() if pattern.search(layer)), None)
         theirs = reference.layers.get(layer, {}).get("weight")
         if kind and theirs is not None and theirs.dtype in FLOATS and form.codes_of(layer) is not None:

@@ -31,7 +31,7 @@ from pytest_qsa.tools.selftest.run import (
     smallest_caught,
 )
 from pytest_qsa.tools.selftest.table import lines_of, markdown_of
-from support.checkpoints import edited, save_quantized_llama
+from support.checkpoints import edited, save_gguf, save_quantized_llama
 from support.paths import ROOT
 from support.projects import Project, suite
 
@@ -451,3 +451,20 @@ def test_every_fault_is_listed_and_documented(capsys):
     assert listed == list(FAULTS)
     text = (ROOT / "docs" / "selftest.md").read_text(encoding="utf-8")
     assert [name for name in FAULTS if f"`{name}`" not in text] == []
+
+
+@pytest.mark.process
+def test_faults_are_put_into_a_gguf_file_and_named_by_the_names_of_the_model(llama, tmp_path, capsys):
+    folder = save_gguf(tmp_path / "gguf", llama)
+    written = suite(
+        folder, "id: files, metric: checkpoint_scales", "id: close, metric: weight_sqnr, layers: ffn_, min: 30"
+    )
+    keys = f"gguf_file: model.gguf, weights: files, reference: {llama}, name"
+    (tmp_path / "gguf.qsa.yaml").write_text(written.replace("{name", f"{{{keys}"))
+    before = (folder / "model.gguf").read_bytes()
+    faults = "nan_scale,rows_permuted"
+    words = ["selftest", str(tmp_path / "gguf.qsa.yaml"), "--faults", faults, "--bisect", "none", "--min-score", "1"]
+    assert main([*words, "--layers", "ffn_", "--", *QUIET]) == 0
+    out = capsys.readouterr().out
+    assert out.count("yes") == 2, out
+    assert (folder / "model.gguf").read_bytes() == before

@@ -17,6 +17,8 @@ from .format import AGAIN, BUDGET, Format, Matrix
 HEAD_COUNTS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 ELEMENTS_READ = 1 << 18
 """About how many weights of a layer are dequantized to compare its rows with those of its siblings."""
+BLOCKS_AT_ONCE = 1 << 20
+"""How many blocks' scales are looked at together."""
 PRUNED = 0x100
 """The word of a row of zeros, whatever the bytes of its codes are."""
 
@@ -143,12 +145,19 @@ class Gguf(Format):
         for tensor in self.parts(layer).values():
             if not isinstance(tensor, BlockTensor):
                 continue
-            scales = tensor.scales(tensor.raw())
-            if bad := int(np.count_nonzero(~np.isfinite(scales).all(axis=1))):
-                what = f"{bad} of {len(scales)} blocks have a scale that is NaN or infinite"
+            bad = lost = 0
+            blocks = tensor.raw().reshape(-1, tensor.block.size)
+            for start in range(0, len(blocks), BLOCKS_AT_ONCE):
+                piece = blocks[start : start + BLOCKS_AT_ONCE]
+                bad += int(np.count_nonzero(~np.isfinite(tensor.scales(piece)).all(axis=1)))
+                if tensor.dtype == "MXFP4":  # an exponent of 0 is 2⁻¹²⁷, in which all other weights are lost
+                    unwritten = piece[np.flatnonzero(piece[:, 0] == 0)]
+                    lost += int(np.count_nonzero((unwritten[:, 1:] & 0x77).any(axis=1)))
+            if bad:
+                what = f"{bad} of {len(blocks)} blocks have a scale that is NaN or infinite"
                 yield Finding.at(tensor, what, AGAIN)
-            if tensor.dtype == "MXFP4" and (lost := _lost_blocks(tensor)):
-                yield Finding.at(tensor, f"{lost} of {len(scales)} scales are 0, and their weights aren't", AGAIN)
+            if lost:
+                yield Finding.at(tensor, f"{lost} of {len(blocks)} scales are 0, and their weights aren't", AGAIN)
 
 
 def _rows_of(codes: Tensor) -> Bytes:
@@ -162,10 +171,3 @@ def _aligned(codes: BlockTensor, raw: Bytes) -> Bytes:
     runs = [blocks[:, :, start:stop].reshape(len(raw), -1) for start, stop in codes.block.codes]
     # of one code the low bits lie in one run and the high ones in another, so that two constant bytes can be one code
     return np.concatenate([run ^ run[:, :1] ^ runs[0][:, :1] for run in runs], axis=1)
-
-
-def _lost_blocks(tensor: BlockTensor) -> int:
-    """Return how many blocks have an exponent of 0, which is 2⁻¹²⁷, and weights other than zero."""
-    blocks = tensor.raw().reshape(-1, tensor.block.size)
-    unwritten = blocks[np.flatnonzero(blocks[:, 0] == 0)]
-    return int(np.count_nonzero((unwritten[:, 1:] & 0x77).any(axis=1)))

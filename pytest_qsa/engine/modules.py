@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..captures import LayerNames
-from ..checkpoint import PACKED, ExpertLayer, expert_layers
+from ..checkpoint import PACKED, SIGNS, ExpertLayer, expert_layers
 from ..common import InfraError, QsaError, logger, one_line
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -135,10 +135,15 @@ class Expert:
         return tensor
 
     @property
-    def scales(self) -> Tensor | None:
-        """The scales of its blocks [experts, row blocks, column blocks], where it is quantized so."""
-        scales = getattr(self.module, f"{self.place.tensor}_scale_inv", None)
-        return scales if isinstance(scales, Tensor) else None
+    def signs(self) -> dict[str, Tensor]:
+        """What lies beside the tensor of all experts and shows that it is quantized, by the names of a linear layer.
+
+        `gate_up_proj_scale_inv` is its `weight_scale_inv`.
+        """
+        own = {**self.module._parameters, **self.module._buffers}
+        named = {name.removeprefix(self.place.tensor): part for name, part in own.items() if name != self.place.tensor}
+        beside = {f"weight{name}": part for name, part in named.items() if name.startswith("_") and part is not None}
+        return {name: part for name, part in beside.items() if SIGNS.search(name)}
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -105,3 +105,13 @@ def test_a_model_without_files_can_be_gated_on_all_but_loaded_weights():
     with pytest.raises(InfraError, match=r"down_proj \(and 1 more\) can't be told: this reads a checkpoint's"):
         cap.weight("down_proj$").loaded_weights()
     assert cap.output("norm$").rms().layers
+
+
+def test_packed_experts_beside_scales_of_an_unknown_quantizer_are_refused_one_by_one():
+    made = models.mixture("qwen3")
+    experts = next(module for name, module in made.named_modules() if name.endswith("layers.1.mlp.experts"))
+    experts.register_buffer("gate_up_proj_scale", torch.ones(len(experts.gate_up_proj), 1, 1))
+    cap = capture(made, BATCHES, sites=[(r"experts\.\d+\.\w+_proj$", "weight")])
+    with pytest.raises(InfraError, match=r"layers\.1\.mlp\.experts\.0\.gate_proj .*can't be read: .*weight_scale"):
+        cap.weight(r"layers\.1\.mlp\.experts\.\d+\.gate_proj$").absmax()
+    assert len(cap.weight(r"layers\.1\.mlp\.experts\.\d+\.down_proj$").absmax().layers) == len(experts.gate_up_proj)

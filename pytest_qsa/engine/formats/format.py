@@ -165,9 +165,9 @@ def dequantized(module: Layer) -> Tensor | None:
             raise InfraError(
                 f"its experts have an adapter ({adapter_class(module.module)}), whose delta isn't known here"
             )
-        packed, scales = module.packed.detach(), module.scales
+        packed = module.packed.detach()
         # The usual case comes first: a model may have 20,000 experts, of which each would be asked of all formats.
-        if scales is None and type(packed) is Tensor and is_plain(packed):
+        if not module.signs and type(packed) is Tensor and is_plain(packed):
             return module.place.of(packed[module.index])
         whole = _dequantized(_alone(module), type(module.module).__name__)
         return None if whole is None else module.place.of(whole)
@@ -200,9 +200,10 @@ def _alone(expert: Expert) -> nn.Module:
     """Return what the module of all experts has of one, under the names that formats know of a linear layer."""
     alone: Any = nn.Module()
     alone.weight = expert.packed.detach()[expert.index]
-    if expert.scales is not None:
-        alone.weight_scale_inv = expert.scales.detach()[expert.index]
-        alone.block_size = getattr(expert.module, "block_size", None)
+    alone.block_size = getattr(expert.module, "block_size", None)
+    for name, part in expert.signs.items():
+        # A scale of the whole tensor has no part for each expert.
+        alone.register_buffer(name, part.detach()[expert.index] if part.dim() else part.detach())
     made: nn.Module = alone
     return made
 

@@ -111,7 +111,7 @@ def _runs(expert: Expert) -> bool:
     module: Any = expert.module
     gated = hasattr(module, "gate_up_proj") and hasattr(module, "_apply_gate")
     alone = not hasattr(module, "gate_up_proj") and not hasattr(module, "gate_proj") and hasattr(module, "act_fn")
-    return expert.scales is None and is_plain(expert.packed) and (gated or alone)
+    return not expert.signs and is_plain(expert.packed) and (gated or alone)
 
 
 def _powers(module: _Module, x: Tensor) -> Tensor:

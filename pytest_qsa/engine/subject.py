@@ -40,6 +40,7 @@ from ..suite import (
 )
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
+from .load.adapters import source_of
 from .load.batches import Batch, row_count
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
@@ -184,14 +185,14 @@ def record_reference(
     loaded = load_subject(subject, allow_code=allow_code)
     try:
         every = _batches(subject, loaded)
-        revision, folder = subject.model.revision, output.absolute().parent
+        own, folder = source_of(subject.path, subject.model.revision, subject.base), output.absolute().parent
         with quiet(), forward_errors(type(loaded.model).__name__):
             recording = record_model(
                 loaded.model,
                 every,
                 requests,
                 options,
-                lambda head: located_head(head, subject.path, revision, folder),
+                lambda head: located_head(head, own.path, own.revision, folder),
                 stream=loaded.stream,
                 progress=progress,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pytest_qsa.captures import Request
+from pytest_qsa.captures import LOGITS, Request
 from pytest_qsa.checkpoint import Files, capture_weights, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
 from pytest_qsa.engine.formats.format import dequantized, is_quantized, schemes_of
@@ -21,7 +22,8 @@ from pytest_qsa.engine.load import adapters, models
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.outline import outline
 from pytest_qsa.engine.modules import layers_of
-from pytest_qsa.engine.subject import capture_subject
+from pytest_qsa.engine.reference.record import RecordOptions
+from pytest_qsa.engine.subject import capture_subject, record_reference
 from pytest_qsa.suite import Data, Memory, Model, Subject, files_of
 from support.captures import statistics
 from support.checkpoints import edit_json, edited, save_adapter
@@ -240,6 +242,15 @@ def test_what_needs_no_refused_weight_is_measured(llama, tmp_path):
         assert {layer for layer, site in capture.sites if site == "weight"}.isdisjoint(downs)
         assert (UP, "weight") in capture.sites
         assert capture.provenance.model.adapter == "IA3"
+
+
+def test_an_adapter_is_kept_as_a_reference_whose_head_is_that_of_its_base(llama, tmp_path):
+    save_adapter(tmp_path / "adapter", llama)
+    data, file = Data(num_samples=1, seq_len=8), tmp_path / "kept.qsa"
+    subject = Subject("lora", Model(path="adapter", base=str(llama)), data, MEMORY, tmp_path).named
+    predictions = [Request("", LOGITS, None, statistics("scores", "agreement"))]
+    recording = record_reference(subject, predictions, RecordOptions(), file)
+    assert recording.content.head["path"] == os.path.relpath(llama, tmp_path)
 
 
 def test_without_peft_nothing_is_measured(llama, tmp_path, monkeypatch):

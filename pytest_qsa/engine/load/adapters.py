@@ -40,6 +40,8 @@ def source_of(path: str, revision: str | None, base: str = "") -> Source:
         AnomalyError: an adapter's configuration can't be read.
         InfraError: an adapter's base isn't known; or it can't be put onto a model here.
     """
+    if not path:  # a factory's model
+        return Source(path, revision)
     folder = _adapter_at(path, revision)
     named = base_of(folder or Path(path), base)
     if folder is None:

@@ -151,6 +151,24 @@ def test_a_fault_changes_what_it_says_and_nothing_else(int8_llama, tmp_path, fau
             assert torch.equal(after[name], tensor), name
 
 
+def test_scales_with_their_outputs_in_columns_are_swapped_as_far_as_both_layers_have_them(tmp_path):
+    source, parts = tmp_path / "gptq", ("qweight", "qzeros", "scales")
+    source.mkdir()
+    outputs = {QUERY: 32, KEY: 16}
+    weights = {
+        f"{layer}.{part}": torch.randn(2, count).half() if part == "scales" else torch.ones(2, count, dtype=torch.int32)
+        for layer, count in outputs.items()
+        for part in parts
+    }
+    save_file(weights, source / "model.safetensors")
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 8}
+    (source / "config.json").write_text(json.dumps({"quantization_config": scheme}))
+    after = mutated(source, tmp_path / "copy", "scales_swapped", QUERY)
+    query, key = weights[f"{QUERY}.scales"], weights[f"{KEY}.scales"]
+    assert torch.equal(after[f"{QUERY}.scales"], torch.cat([key, query[:, 16:]], dim=1))
+    assert torch.equal(after[f"{KEY}.scales"], query[:, :16])
+
+
 def test_faults_of_single_scales_touch_that_many(int8_llama, tmp_path):
     name = f"{DOWN}.weight_scale"
     before = load_file(int8_llama / "model.safetensors")[name]

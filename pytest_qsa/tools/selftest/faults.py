@@ -211,9 +211,12 @@ def scales_swapped(mutant: Mutant, layer: str, strength: float) -> None:
     """The scales of q and k swapped; where k has fewer rows, as many of them."""
     other = f"{layer.rpartition('.')[0]}.k_proj"
     with _edit_scales(mutant, layer) as q, _edit_scales(mutant, other) as k:
-        rows = _rows(min(len(q), len(k)), strength) if q.ndim and k.ndim else ...
+        # GPTQ has its outputs in the last dimension, so that any of them may be shorter in k.
+        both = tuple(map(slice, map(min, q.shape, k.shape)))
+        one, two = q[both or ...], k[both or ...]
+        rows = _rows(len(one), strength) if one.ndim else ...
         # Copies, because a view of one side would already show the numbers of the other.
-        q[rows], k[rows] = k[rows].copy(), q[rows].copy()
+        one[rows], two[rows] = two[rows].copy(), one[rows].copy()
 
 
 @_fault(_zero_points, "steps", default=1.0, strongest=16.0, whole=True)

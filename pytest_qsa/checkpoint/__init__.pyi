@@ -27,12 +27,8 @@ from .folder import (
 from .formats.format import (
     SIGNS as SIGNS,
     Format as Format,
-    decoded_rows as decoded_rows,
-    element_count as element_count,
     format_of as format_of,
     libraries_of_formats as libraries_of_formats,
-    scale_values as scale_values,
-    spread_scales as spread_scales,
     streams_from_disk as streams_from_disk,
 )
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
@@ -41,9 +37,13 @@ from .smoothing import Compare as Compare, Relation as Relation, compare_norms a
 from .tensors import (
     FLOATS as FLOATS,
     Tensor as Tensor,
+    decoded_rows as decoded_rows,
+    element_count as element_count,
     encoded as encoded,
     layer_of as layer_of,
     metadata_of as metadata_of,
+    scale_values as scale_values,
+    spread_scales as spread_scales,
     tensors_of as tensors_of,
 )
 from .weights import (

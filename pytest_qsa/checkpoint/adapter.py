@@ -15,13 +15,10 @@ from math import sqrt
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..common import AnomalyError, InfraError
 from .folder import ADAPTER, ADAPTER_FILES, Folder, Settings
-from .tensors import Tensor, decoded, tensors_of
-
-Matrix = NDArray[np.float64]
+from .tensors import Matrix, Tensor, decoded, tensors_of
 
 CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 """The `model_type` of models whose linear layers are transformers' Conv1D, which keeps its weight [in, out]."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ..common import counted
 from .checks.values import ROUNDING
 from .folder import Folder, natural
-from .formats.format import BUDGET, Format, decoded_rows, format_of
-from .tensors import FLOATS, Tensor
+from .formats.format import BUDGET, Format, format_of
+from .tensors import FLOATS, Tensor, decoded_rows
 
 MOST_NORMS = 8
 """The number of norms that are followed into the matrices which read them, evenly spaced among those that differ."""

@@ -37,6 +37,7 @@ RAW: dict[str, str] = {
 
 Refused by name are complex numbers, and F6, for safetensors doesn't say in which order its codes lie in the bytes.
 """
+Matrix = NDArray[np.float64]
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 LONGEST_HEADER = 100_000_000
@@ -234,3 +235,69 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) 
         )
     shape = tuple(int(length) for length in entry["shape"])
     return Tensor(name, str(entry["dtype"]), shape, path, base + int(start), base + int(stop))
+
+
+def element_count(tensor: Tensor) -> int:
+    """Return how many elements a tensor has."""
+    return prod(tensor.shape)
+
+
+def decoded_rows(tensor: Tensor, rows: slice | NDArray[np.intp]) -> Matrix:
+    """Return some rows of a tensor as float64."""
+    return decoded(np.atleast_1d(tensor.raw())[rows], tensor.dtype).astype(np.float64)
+
+
+def scale_values(tensor: Tensor) -> NDArray[np.float64]:
+    """Return scales as float64; microscaling's bytes are exponents (OCP MX: E8M0)."""
+    return decoded(np.asarray(tensor.raw()), "F8_E8M0") if tensor.dtype == "U8" else tensor.values()
+
+
+def unpacked(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+    """Unpack words [rows, words] into codes [rows, words · 32 // bits], the first one in the lowest bits.
+
+    Where 32 is no multiple of the bits, a code may begin in one word and end in the next.
+    """
+    if 32 % bits == 0:
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+        return codes.astype(np.uint8).reshape(len(words), -1)
+    stream = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")
+    count = stream.shape[1] // bits
+    digits = stream[:, : count * bits].reshape(len(words), count, bits)
+    return np.packbits(digits, axis=2, bitorder="little").reshape(len(words), count)
+
+
+Group = int | tuple[int, int] | None
+"""The columns that share a scale, or the rows and columns of a block; None where nothing says it."""
+
+
+def spread_scales(scale: Tensor, shape: tuple[int, int], rows: slice, group: Group = None) -> Matrix:
+    """Return the scale of each element of some rows of a weight, [rows, in].
+
+    `shape`: [out, in] of the weight. The scales are one, one a row, or one a group or block of `group`.
+
+    Raises:
+        ValueError: the scales don't divide the weight evenly, and `group` doesn't say where the last ones begin.
+    """
+    return spread(scale_values(scale), shape, rows, group)
+
+
+def spread(values: NDArray[np.float64], shape: tuple[int, int], rows: slice, group: Group = None) -> Matrix:
+    """Return the scale or zero point of each element of some rows of a weight, as `spread_scales` does."""
+    table = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+    block = group if isinstance(group, tuple) else (None, group)
+    return _repeated(_repeated(table, 0, shape[0], block[0])[rows], 1, shape[1], block[1])
+
+
+def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix:
+    """Repeat the numbers along an axis for the `step` elements that share each; the last may have fewer."""
+    count = table.shape[axis]
+    if not count:
+        raise ValueError("there are no scales")
+    if step is None or count in (1, length):  # a scale for all of the axis, or for each element, whatever is declared
+        step = length // count
+    # Of 576 rows 5 blocks are 128 rows each and a last one of 64: dividing the lengths would make it 116.
+    if step < 1 or -(-length // step) != count:
+        what = "columns" if axis else "rows"
+        raise ValueError(f"{count} scales for {length} {what}, and no group size that fits")
+    return np.repeat(table, step, axis=axis).take(np.arange(length), axis)

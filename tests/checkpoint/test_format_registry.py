@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from pytest_qsa import Format
 from pytest_qsa.checkpoint import Files, format_of, libraries_of_formats, open_folder, problems_of
-from pytest_qsa.checkpoint.formats.format import FORMATS, spread
+from pytest_qsa.checkpoint.formats.format import FORMATS
+from pytest_qsa.checkpoint.tensors import spread
 from pytest_qsa.common import InfraError, Registry
 
 PLUGIN = '''

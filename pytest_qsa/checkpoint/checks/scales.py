@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ...common import AnomalyError
 from ..folder import Finding, Folder, kind_of
-from ..formats.format import AGAIN, Format, element_count
-from ..tensors import Tensor
+from ..formats.format import AGAIN, Format
+from ..tensors import Tensor, element_count
 
 SMALLEST = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20}
 """A smaller scale is denormal; in float16, which keeps denormals, one with fewer than 4 bits left."""

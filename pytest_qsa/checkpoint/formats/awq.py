@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ...common import AnomalyError
 from ..folder import Finding, Folder, Settings
-from ..tensors import Tensor
-from .format import Format, Matrix, unpacked
+from ..tensors import Matrix, Tensor, unpacked
+from .format import Format
 from .gptq import Gptq
 from .scheme import Declaration, LayerScheme, matches_from_start
 

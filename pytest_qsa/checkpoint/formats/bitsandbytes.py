@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from ..folder import Folder
-from ..tensors import Tensor
-from .format import Format, Matrix, decoded_rows, spread_scales
+from ..tensors import Matrix, Tensor, decoded_rows, spread_scales
+from .format import Format
 from .scheme import Declaration, LayerScheme
 
 

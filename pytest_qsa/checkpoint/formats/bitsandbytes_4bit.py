@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ...captures import Array
 from ..folder import Finding, Folder
-from ..tensors import FLOATS, Tensor, decoded, encoded
-from .format import AGAIN, Format, Matrix, element_count
+from ..tensors import FLOATS, Matrix, Tensor, decoded, element_count, encoded
+from .format import AGAIN, Format
 from .scheme import Declaration, LayerScheme
 
 STATE = "weight.quant_state.bitsandbytes__"

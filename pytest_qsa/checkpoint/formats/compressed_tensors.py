@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from ...captures import Array
 from ..folder import Folder, Settings
-from ..tensors import EIGHT_BITS, Tensor, decoded
-from .format import Format, Matrix, decoded_rows, element_count, spread, spread_scales, unpacked
+from ..tensors import EIGHT_BITS, Matrix, Tensor, decoded, decoded_rows, element_count, spread, spread_scales, unpacked
+from .format import Format
 from .gptq import borrowed_layout
 from .scheme import Declaration, LayerScheme, block_of
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from ..folder import Finding, Folder
-from ..tensors import EIGHT_BITS, Tensor
-from .format import AGAIN, Format, Matrix, decoded_rows, scale_values, spread_scales
+from ..tensors import EIGHT_BITS, Matrix, Tensor, decoded_rows, scale_values, spread_scales
+from .format import AGAIN, Format
 from .gptq import borrowed_layout
 from .scheme import Declaration, LayerScheme, block_of
 

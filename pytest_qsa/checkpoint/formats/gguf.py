@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ..folder import Finding, Folder
 from ..gguf_file import BLOCKS, BlockTensor, Bytes
-from ..tensors import Tensor
-from .format import AGAIN, BUDGET, Format, Matrix
+from ..tensors import Matrix, Tensor
+from .format import AGAIN, BUDGET, Format
 
 HEAD_COUNTS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 ELEMENTS_READ = 1 << 18

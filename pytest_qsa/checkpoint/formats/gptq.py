@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ...common import AnomalyError
 from ..folder import Finding, Folder, Settings
-from ..tensors import Tensor
-from .format import Format, Matrix, unpacked
+from ..tensors import Matrix, Tensor, unpacked
+from .format import Format
 from .scheme import Declaration, LayerScheme, matches_from_start
 
 OLD_SETTINGS = "quantize_config.json"

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
-from ..tensors import FLOATS, Tensor, rounded
-from .format import BUDGET, Format, Matrix, element_count
+from ..tensors import FLOATS, Matrix, Tensor, element_count, rounded
+from .format import BUDGET, Format
 from .scheme import LayerScheme
 
 PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1, "3bit_32": 3}

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ...common import InfraError
 from ..folder import Finding, Folder, Settings
-from ..tensors import Tensor, decoded, encoded
-from .format import BUDGET, Format, Matrix, element_count, spread_scales
+from ..tensors import Matrix, Tensor, decoded, element_count, encoded, spread_scales
+from .format import BUDGET, Format
 from .hqq import packed_again
 from .scheme import Declaration, LayerScheme
 

@@ -11,8 +11,8 @@ import numpy as np
 from ...captures import Array
 from ..experts import ExpertLayer
 from ..folder import Finding
-from ..tensors import Tensor, decoded
-from .format import AGAIN, Format, Matrix, scale_values
+from ..tensors import Matrix, Tensor, decoded, scale_values
+from .format import AGAIN, Format
 from .scheme import Declaration, LayerScheme
 
 GROUP = 32

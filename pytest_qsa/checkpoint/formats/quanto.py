@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Folder, Settings
-from ..tensors import EIGHT_BITS, FLOATS, Tensor, decoded, rounded
-from .format import BUDGET, Format, Matrix
+from ..tensors import EIGHT_BITS, FLOATS, Matrix, Tensor, decoded, rounded
+from .format import BUDGET, Format
 from .hqq import folded, packed_again
 from .scheme import Declaration, LayerScheme
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ...captures import Array
 from ..folder import Settings
-from ..tensors import Tensor, decoded
-from .format import BUDGET, Format, Matrix, scale_values, spread, unpacked
+from ..tensors import Matrix, Tensor, decoded, scale_values, spread, unpacked
+from .format import BUDGET, Format
 from .gptq import AWQ_ORDER
 from .scheme import Declaration, LayerScheme
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ...common import AnomalyError
 from ..folder import Finding, Settings
-from ..tensors import EIGHT_BITS, Tensor, decoded
-from .format import Format, Matrix, element_count, spread
+from ..tensors import EIGHT_BITS, Matrix, Tensor, decoded, element_count, spread
+from .format import Format
 from .scheme import LayerScheme
 
 _BYTES, _FLOAT4 = ("I8",), ("U8", "F4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,29 @@ def test_the_scales_that_torchao_multiplies_inputs_by_belong_to_the_weight():
     quantized = Int8Tensor.from_hp(module.weight.detach(), PerRow(), act_pre_scale=scales)
     module.weight = nn.Parameter(quantized, requires_grad=False)
     torch.testing.assert_close(inputs @ dequantized(module).T, module(inputs), rtol=1e-5, atol=1e-6)
+
+
+class Rounding(nn.Module):
+    """A quantizer of Quark: codes or inputs on a grid of a half."""
+
+    def forward(self, values):
+        return (values.float() * 2).round() / 2
+
+
+def test_a_module_of_quark_is_dequantized_and_rounds_its_inputs_by_its_own_quantizers():
+    kind = type("QParamsLinear", (nn.Linear,), {"__module__": "quark.torch.export.nn.modules.qparamslinear"})
+    module = kind(3, 2, bias=False)
+    module.weight = nn.Parameter(torch.arange(6, dtype=torch.int32).reshape(2, 3), requires_grad=False)
+    module.weight_quantizer, module.input_quantizer = Rounding(), Rounding()
+    dtypes = {"weight": SimpleNamespace(dtype=SimpleNamespace(value="fp8_e4m3"))}
+    module._quant_config = SimpleNamespace(**dtypes, input_tensors=SimpleNamespace(dtype="int8"))
+    form = owner_of(module)
+    assert (form.name, form.scheme(module), form.emulates(module)) == ("quark", "w8a8_fp", True)
+    assert torch.equal(dequantized(module), torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(form.rounded_inputs(module, torch.tensor([0.3, 0.9])), torch.tensor([0.5, 1.0]))
+    module.input_quantizer, module._quant_config.input_tensors = None, None
+    assert form.rounded_inputs(module, torch.ones(1)) is None
+    assert form.scheme(module) == "w8a16_fp"
 
 
 def test_formats_whose_modules_are_read_have_both_halves():

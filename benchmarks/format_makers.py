@@ -82,7 +82,21 @@ def gpt_oss_model(folder: Path, small: bool) -> None:
     _save_source(GptOssForCausalLM(config), folder)
 
 
-SOURCES: dict[str, Callable[[Path, bool], None]] = {"llama": llama, "gpt-oss": gpt_oss_model}
+def mixture(folder: Path, small: bool) -> None:
+    """Save a random Qwen3-MoE of four blocks with four experts each."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    width = 128 if small else 256
+    config = Qwen3MoeConfig(
+        vocab_size=320, hidden_size=width, intermediate_size=width, moe_intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _save_source(Qwen3MoeForCausalLM(config), folder)
+
+
+SOURCES: dict[str, Callable[[Path, bool], None]] = {"llama": llama, "gpt-oss": gpt_oss_model, "moe": mixture}
 """The models that are quantized: each saves itself into a folder, small for a fixture of the tests."""
 
 
@@ -135,7 +149,8 @@ def compressor(preset: str, source: Path, target: Path, **modifier: Any) -> Tens
 
     model = _model(source)
     rows = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in _tokens(source)]
-    recipe = QuantizationModifier(targets="Linear", scheme=preset, ignore=["lm_head"], **modifier)
+    ignored = ["lm_head", r"re:.*mlp\.gate$"]
+    recipe = QuantizationModifier(targets="Linear", scheme=preset, ignore=ignored, **modifier)
     tokenizer = AutoTokenizer.from_pretrained(source)
     oneshot(model=model, recipe=recipe, dataset=Dataset.from_list(rows), processor=tokenizer, max_seq_length=64)
     model.save_pretrained(target, save_compressed=True)  # type: ignore[operator]
@@ -154,7 +169,8 @@ def decompressed(folder: Path) -> Tensors:
     reader = BaseCompressor.get_value_from_registry(group.get("format") or settings["format"])
     stored, found = _stored(folder), {}
     for layer in LAYERS:
-        parts = _parts(stored, layer)
+        if not (parts := _parts(stored, layer)):
+            continue
         floats = {n: t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for n, t in parts.items()}
         found[layer] = reader.decompress(floats, scheme)["weight"]
     return found
@@ -189,13 +205,14 @@ def _modelopt_read(parts: Tensors) -> Tensor | None:
 
     weight, scale, smoothing = parts["weight"], parts["weight_scale"], parts.get("pre_quant_scale")
     read: Tensor
-    if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32:
+    if weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.dim() < 2:
         scale = scale.reshape(-1, 1) if scale.dim() else scale
         read = FP8QTensor(weight.shape, torch.float32, weight).dequantize(scale=scale)
     elif "weight_scale_2" in parts and scale.dtype == torch.float8_e4m3fn:
         shape = torch.Size((len(weight), 2 * weight.shape[1]))
         whole = NVFP4QTensor(shape, torch.float32, weight)
-        read = whole.dequantize(scale=scale, double_scale=parts["weight_scale_2"], block_sizes={-1: 16})
+        size = shape[1] // scale.shape[1]
+        read = whole.dequantize(scale=scale, double_scale=parts["weight_scale_2"], block_sizes={-1: size})
     else:
         return None
     return read if smoothing is None else read * smoothing.float()
@@ -358,7 +375,9 @@ def _k_quants(values: Tensor, kind: str) -> Any:
     """Quantize to llama.cpp's K-quants as AutoRound exports them; the package gguf only reads these."""
     from auto_round.export.export_to_gguf.packing import ggml_quant
 
-    return ggml_quant(values, kind.lower(), device="cpu", original=True)
+    # AutoRound 0.16 takes llama.cpp's own search for a block's scale, `original`, for a wrong shape in Q6_K
+    weights = torch.ones(values.shape[1]) if kind == "Q6_K" else None
+    return ggml_quant(values, kind.lower(), device="cpu", original=weights is None, imatrix=weights)
 
 
 def _int4(name: str, **options: Any) -> Callable[[], Any]:
@@ -422,6 +441,8 @@ QUANTO = ("qint8", "qint4", "qint2", "qfloat8")
 def _recipes() -> Iterator[Recipe]:
     yield from (Recipe(f"ct {preset}", "library", partial(compressor, preset), CT) for preset in PRESETS)
     yield Recipe("ct FP8 + kv", "library", partial(compressor, "FP8", kv_cache_scheme=KV_CACHE), CT)
+    for preset in ("W4A16", "FP8_BLOCK"):
+        yield Recipe(f"ct {preset} of experts", "library", partial(compressor, preset), CT, "moe")
     yield from (Recipe(f"modelopt {name}", "library", partial(modelopt, f"{name}_CFG"), MODELOPT) for name in CONFIGS)
     for name, (form, scheme, options) in AUTO_ROUND.items():
         yield Recipe(name, "library", partial(autoround, form, scheme, **options), ROUND)

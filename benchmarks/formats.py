@@ -156,7 +156,7 @@ def agreement(checkpoint: Checkpoint) -> str:
         rounded = rows.astype(np.float32).astype(np.float64).reshape(expected.shape)
         apart += int(np.count_nonzero(encoded(rounded, expected.dtype) != expected.raw()))
         far += int(np.count_nonzero(np.abs(rounded - expected.values()) > 2.0**-23 * np.abs(rounded)))
-    return f"{far} differ" if far else "one rounding" if apart else "equal"
+    return "equal" if not apart else f"{far} differ" if far else "one rounding"
 
 
 def cell(
@@ -168,23 +168,30 @@ def cell(
     layer = next(filter(_is_damaged, FAULTS[fault].targets(folder)), None)
     if layer is None:
         return "–"
+    names = healthy.files.format.layers_of(list(open_folder(healthy.original).layers))
+    own = {layer, *(module for module, stored in names.items() if stored == layer)}
+
+    def all_own(named: set[str]) -> bool:
+        # the experts of a layer that lies packed in the files are sites of their own
+        return all(name in own or re.sub(r"(?<=experts)\.\d+", "", name) in own for name in named)
+
     mutant = Mutant(folder)
     FAULTS[fault].inject(mutant, layer, strength)
     with tempfile.TemporaryDirectory() as work:
         damaged = Checkpoint(mutant.save(Path(work) / "damaged"), healthy.original)
         found = {layer for layer, _ in damaged.findings() - before}
         if found:
-            return "S" if all(map(_is_damaged, found)) else "wrong"
+            return "S" if all_own(found) else "wrong"
         kinds: tuple[tuple[str, Kind], ...] = (("W", "tensor"), ("C", "channel"))
         for letter, by in kinds:
             lower = {layer for layer, value in damaged.sqnr(by).items() if not value >= sqnr[by][layer] - ROOM}
             if lower:
-                return letter if all(map(_is_damaged, lower)) else "wrong"
+                return letter if all_own(lower) else "wrong"
     return "missed"
 
 
 def _is_damaged(layer: str) -> bool:
-    """Say whether a layer of the files, or a site, is the one that is damaged."""
+    """Say whether a layer of the files is a down projection in block 3, which is the one that is damaged."""
     words = layer.split(".")
     return "3" in words[:3] and words[-1] in ("down_proj", "ffn_down")
 

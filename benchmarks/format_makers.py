@@ -89,8 +89,7 @@ def mixture(folder: Path, small: bool) -> None:
     width = 128 if small else 256
     config = Qwen3MoeConfig(
         vocab_size=320, hidden_size=width, intermediate_size=width, moe_intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
-        tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     _save_source(Qwen3MoeForCausalLM(config), folder)

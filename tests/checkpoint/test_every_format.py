@@ -30,8 +30,8 @@ DAMAGES = {
 }
 NOT_IN_THE_FILES = ("zero point + 1", "rows rolled", "two rows exchanged")
 """The damages that only a comparison with the original shows, but for zero points of 4 bits and fewer."""
-FAR_APART = ("ct_FP8", "modelopt_FP8_DEFAULT", "modelopt_INT8_SMOOTHQUANT", "fp8_tensor")
-"""The formats whose scales, one a tensor or smoothed, differ so much from block to block that × 4 is not far."""
+FAR_APART = ("ct_FP8", "modelopt_FP8_DEFAULT", "modelopt_INT8_SMOOTHQUANT", "fp8_tensor", "fp8_blocks_ue8m0")
+"""The formats whose one or two scales, or smoothed ones, differ so much from block to block that × 4 is not far."""
 EVERY = r"(v_proj|\.experts\.\d+\.\w+)$"
 
 

@@ -183,3 +183,22 @@ def test_the_largest_scale_of_a_fused_group_is_what_counts(quantized, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     found = problems_of(Files(open_folder(tmp_path)), "checkpoint_scales")[1]
     assert not [each for each in found if "own weights" in each.what]
+
+
+def test_scales_of_a_kv_cache_are_known_and_checked(quantized, tmp_path):
+    folder, _, tensors = quantized("FP8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = [f"model.layers.{index}.self_attn.{part}" for index in range(4) for part in ("k_scale", "v_scale")]
+    cache = {name: torch.tensor([0.03 if name.endswith("k_scale") else 0.02]).bfloat16() for name in names}
+
+    def found(**changed):
+        save_file(tensors | cache | {f"model.layers.2.self_attn.{k}": v for k, v in changed.items()}, file)
+        problems = problems_of(Files(open_folder(tmp_path)), "checkpoint_health")[1]
+        return [(each.tensor.rpartition(".")[2], each.what.partition(" × ")[0]) for each in problems]
+
+    file = tmp_path / "model.safetensors"
+    assert found() == []
+    assert found(k_scale=torch.tensor([float("nan")]).bfloat16()) == [("k_scale", "is NaN")]
+    assert found(v_scale=torch.tensor([2.0]).bfloat16()) == [("v_scale", "the median scale is 99.9")]

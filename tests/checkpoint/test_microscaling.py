@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -41,6 +42,21 @@ def test_a_dtype_that_is_not_read_is_refused_by_name(tmp_path):
     (tensor,) = tensors_of(tmp_path / "f")
     with pytest.raises(InfraError, match="x has the dtype C64, which isn't known here"):
         tensor.values()
+
+
+def test_a_weight_of_a_dtype_that_is_not_read_is_no_number_and_passes_no_check(tmp_path):
+    name, header = (
+        "model.layers.0.mlp.down_proj.weight",
+        {"dtype": "F6_E2M3", "shape": [4, 32], "data_offsets": [0, 96]},
+    )
+    text = json.dumps({name: header}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(96))
+    (tmp_path / "config.json").write_text("{}")
+    form = format_of(open_folder(tmp_path))
+    assert form.rows("model.layers.0.mlp.down_proj") is None
+    assert "F6_E2M3 isn't read here" in form.refusal("model.layers.0.mlp.down_proj")
+    with pytest.raises(InfraError, match=f"{name} has the dtype F6_E2M3, which isn't known here"):
+        findings(tmp_path)
 
 
 @pytest.fixture(scope="module", params=["NVFP4A16", "MXFP4A16", "MXFP8A16"])

@@ -142,7 +142,7 @@ class AwqFast(Awq):
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Multiply the codes of some outputs by scales, and add the zero points, which are multiplied already."""
         shape, parts, zeros = self.weight_shape(layer), self.parts(layer), self.zero_point_of(layer)
-        if shape is None or codes.part != "qweight" or codes.dtype != "I16":
+        if shape is None or codes.part != "qweight" or codes.dtype != "I16" or self.code_bits(layer, codes) != 4:
             return None
         if zeros is None or "scales" not in parts:
             raise AnomalyError(f"{codes.path}: {layer} has no {'scales' if zeros else 'zero points'}")

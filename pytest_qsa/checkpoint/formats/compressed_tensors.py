@@ -66,11 +66,10 @@ class CompressedTensors(Format):
         rows, words = codes.shape
         return rows, words * (8 if codes.dtype == "U8" else 32) // self.code_bits(layer, codes)
 
-    def _contradiction(self, layer: str) -> str:
-        """Name a format of earlier versions, whose packing isn't read."""
+    def unread(self, layer: str) -> str:
+        """Name the format: those of earlier versions are packed otherwise."""
         scheme = self.scheme_of(layer)
-        known = scheme is None or self.codes_of(layer) is None or bool(scheme.required)
-        return super()._contradiction(layer) if known or scheme is None else f"{scheme.form} is not read here"
+        return super().unread(layer) if scheme is None else f"{scheme.form} is not read here"
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return the middle of the range for packed integers, which are stored with half of it added."""
@@ -103,6 +102,8 @@ class CompressedTensors(Format):
         """Subtract zero points from codes and multiply by scales: 8 bits, packed floats, and packed integers."""
         parts, scheme = self.parts(layer), self.scheme_of(layer)
         needed = {choice[0] for choice in scheme.required} - {"weight_shape"} if scheme else set()
+        if scheme is not None and not needed:
+            return None
         if lost := sorted(part for part in needed - set(parts) if part.startswith("weight_")):
             raise ValueError(f"{lost[0]} is missing")
         scale = parts.get("weight_scale")

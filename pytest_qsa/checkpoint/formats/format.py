@@ -340,6 +340,8 @@ class Format:
         if codes is None:
             plain = self.parts(layer).get("weight")
             return decoded_rows(plain, rows) if plain is not None and plain.dtype in FLOATS else None
+        if not self._reads(codes):
+            return None
         try:
             return self.dequantized(layer, codes, rows)
         except (ValueError, IndexError, ZeroDivisionError) as error:  # numpy's, of shapes that can't be broadcast
@@ -365,13 +367,18 @@ class Format:
                 for part in self.scales_of(layer):
                     self.scale_values(layer, part)
                 self.zero_point_values(layer)
-                if codes is not None and self.weight_shape(layer) is not None and not self._contradiction(layer):
+                whole = codes is not None and self._reads(codes) and self.weight_shape(layer) is not None
+                if codes is not None and whole and not self._contradiction(layer):
                     self.dequantized(layer, codes, slice(0, 1))
         except (AnomalyError, ValueError, IndexError, ZeroDivisionError) as error:
             return str(error)
         except KeyError as error:
             return f"{error.args[0]} is missing"
         return ""
+
+    def _reads(self, codes: Tensor) -> bool:
+        """Say whether the dtype of codes is one that is read."""
+        return codes.dtype in RAW or codes.dtype in self.word_dtypes
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Return rows of a layer that is stored in codes, [rows, in] in float64; None where this format can't.
@@ -386,8 +393,6 @@ class Format:
         if codes is None:
             signs = self.signs_of(layer)
             return f"{signs[0]} shows that it is quantized, and no codes are known" if signs else ""
-        if codes.dtype not in RAW and codes.dtype not in self.word_dtypes:
-            return f"{codes.dtype} isn't read here"
         if scheme is None and self.declaration.names_layers:
             return f"{self.label} is declared, but not of this layer"
         if scheme is not None and scheme.dtypes and codes.dtype not in scheme.dtypes:
@@ -396,6 +401,9 @@ class Format:
 
     def unread(self, layer: str) -> str:
         """Say why codes that are as declared aren't read as numbers."""
+        codes = self.codes_of(layer)
+        if codes is not None and not self._reads(codes):
+            return f"{codes.dtype} isn't read here"
         return f"its format, {self.label}, is not known here"
 
     def refusal(self, layer: str) -> str:

@@ -154,14 +154,12 @@ class Gptq(Format):
         own = "qweight" in self.parts(layer) and self.packing != "gemv"
         return super().by_output(layer, raw).T if own else super().by_output(layer, raw)
 
-    def _contradiction(self, layer: str) -> str:
-        """Name also a packing that isn't read."""
+    def unread(self, layer: str) -> str:
+        """Name the packing and the bits."""
         codes = self.codes_of(layer)
-        if codes is not None and codes.part == "qweight":
-            bits = self.code_bits(layer, codes)
-            if bits not in READABLE_BITS.get(self.packing, ()):
-                return f"the packing {self.packing} isn't read in {bits} bits"
-        return super()._contradiction(layer)
+        if codes is None or codes.part != "qweight":
+            return super().unread(layer)
+        return f"the packing {self.packing} isn't read in {self.code_bits(layer, codes)} bits"
 
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return both zero points that symmetric writers use."""

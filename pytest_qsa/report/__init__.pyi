@@ -35,7 +35,7 @@ from .report import (
     to_plain as to_plain,
     write_report as write_report,
 )
-from .text import (
+from .verdict_text import (
     annotation_lines as annotation_lines,
     append_summary as append_summary,
     attach as attach,

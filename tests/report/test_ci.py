@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qsa.report.text import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
+from pytest_qsa.report.verdict_text import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
 from support.junit_format import violations
 from support.paths import ROOT
 from support.projects import Project, peaks, suite

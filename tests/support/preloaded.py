@@ -33,7 +33,7 @@ import pytest_qsa.gate.gate
 import pytest_qsa.gate.reporting
 import pytest_qsa.report.page
 import pytest_qsa.report.plots.figures
-import pytest_qsa.report.text
+import pytest_qsa.report.verdict_text
 import pytest_qsa.suite.load
 import pytest_qsa.verdicts.baselines
 from pytest_qsa.engine.reduce import cpu, cpu_kernels as kernels

@@ -154,8 +154,9 @@ def test_what_the_model_has_no_place_for_is_told_and_does_not_pass(quantized):
 def test_a_model_without_files_can_not_be_compared(llama):
     loaded = load_model(Model(path=str(llama)), str(llama), Memory(device="cpu"), allow_code=False)
     subject = Subject("fixture", None, Data(), Memory(), llama.parent)
+    cap = capture_loaded(subject, loaded, [torch.arange(8)[None]], [LOADED])
     with pytest.raises(InfraError, match=r"give model\.path"):
-        capture_loaded(subject, loaded, [torch.arange(8)[None]], [LOADED])
+        cap.weight(".").loaded_weights()
 
 
 FACTORY = """

@@ -21,6 +21,8 @@ from pytest_qsa.engine.modules import Expert, layers_of, with_experts
 from pytest_qsa.engine.reference.pair_statistics import drawn_rows
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Model, Subject
+from pytest_qsa.tools.selftest.faults import FAULTS
+from pytest_qsa.tools.selftest.mutant import Mutant
 from pytest_qsa.verdicts.baseline_file import BaselineFile, check_comparable
 from support import models
 from support.captures import differing
@@ -263,6 +265,22 @@ def test_a_baseline_from_before_experts_had_weights_says_so_and_how_to_accept_th
     with pytest.raises(BaselineError, match=r"the layers differ from the baseline's: 25 appeared"):
         check_comparable(series, other, None)
     check_comparable(series, whole, None)
+
+
+def test_selftest_puts_a_fault_into_one_expert_of_a_packed_tensor(tmp_path):
+    model = models.mixture("gpt_oss")
+    model.save_pretrained(tmp_path / "model")
+    folder = open_folder(tmp_path / "model")
+    fault = FAULTS["expert_reinitialised"]
+    layers = list(fault.targets(folder))
+    assert layers == list(format_of(folder).experts)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    mutant = Mutant(folder)
+    fault.inject(mutant, name, 1.0)
+    broken = format_of(open_folder(mutant.save(tmp_path / "broken")))
+    changed = [each for each in layers if not np.array_equal(broken.rows(each), format_of(folder).rows(each))]
+    assert changed == [name]
+    assert abs(broken.rows(name).std() - 0.02) < 0.002
 
 
 class Fp8Experts(torch.nn.Module):

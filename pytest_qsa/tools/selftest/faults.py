@@ -302,29 +302,36 @@ def norm_scaled(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _experts(folder: Folder) -> list[str]:
-    """Return the experts' layers, and what holds all experts of a block in one tensor."""
+    """Return the layers of experts, those that lie packed in a tensor of all experts too."""
     form = format_of(folder)
-    return [
+    holders = {name for holder, _, place in form.experts.values() for name in (holder, f"{holder}.{place.tensor}")}
+    own = [
         layer
         for layer, parts in folder.layers.items()
         if "experts" in layer.split(".") and (form.codes_of(layer) or len(next(iter(parts.values())).shape) >= 2)
     ]
+    return [*(layer for layer in own if layer not in holders), *form.experts]
 
 
 @_fault(_experts, "of the rows")
 def expert_reinitialised(mutant: Mutant, layer: str, strength: float) -> None:
     """The weight of one expert random, as a loader leaves what it can't map (mixtures of experts)."""
-    parts = mutant.source.layers[layer]
-    tensor = format_of(mutant.source).codes_of(layer) or next(t for t in parts.values() if len(t.shape) >= 2)
+    form = format_of(mutant.source)
+    holder, index, place = form.experts.get(layer, ("", 0, None))
+    name = f"{holder}.{place.tensor}" if place else layer
+    # Experts that lie packed in floating point are tensors of the module that holds them.
+    parts = mutant.source.layers.get(name) or {name: mutant.source.tensors[name]}
+    tensor = form.codes_of(name) or next(t for t in parts.values() if len(t.shape) >= 2)
     # A fixed seed, so that a self-test finds the same again.
     random = np.random.default_rng(0)
-    rows = _rows(tensor.shape[0], strength)
-    if tensor.dtype in FLOATS:
-        with mutant.edit_values(tensor.name) as values:
+    edit = mutant.edit_values if tensor.dtype in FLOATS else mutant.edit
+    with edit(tensor.name) as whole:
+        values = place.of(whole[index]) if place else whole
+        rows = _rows(len(values), strength)
+        if tensor.dtype in FLOATS:
             values[rows] = random.normal(0.0, 0.02, values[rows].shape)
-    else:
-        with mutant.edit(tensor.name) as raw:
-            raw[rows] = random.permutation(raw[rows].ravel()).reshape(raw[rows].shape)
+        else:
+            values[rows] = random.permutation(values[rows].ravel()).reshape(values[rows].shape)
 
 
 def _embeddings(folder: Folder) -> list[str]:

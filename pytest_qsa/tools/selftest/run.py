@@ -209,7 +209,7 @@ class Selftest:
             results = self._pytest(copy, Path(scratch) / "results.jsonl", suites)
         on_perplexity = [each for each in results if each["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
         # Some faults change two layers, and a test that names either of them has found it.
-        touched = {name.rpartition(".")[0] for name in mutant.changes} | {layer}
+        touched = {self.folder.tensors[name].layer for name in mutant.changes} | {layer}
         stored = format_of(self.folder).layers_of
         failed = tuple(
             Catch(

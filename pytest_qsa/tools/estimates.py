@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from ..captures import Request, match_layers
+from ..captures import LayerNames, Request, match_layers
 from ..checkpoint import Folder, Format, format_of, streams_from_disk
 from ..common import InfraError
 from ..suite import Data, Gpu, Machine, Memory, Model
@@ -54,7 +54,7 @@ class Sizes:
     files: int
     units: Mapping[str, int]
     active: Mapping[str, float]
-    layers: tuple[str, ...]
+    layers: LayerNames
     tied: bool
     hidden: int
     intermediate: int
@@ -101,11 +101,15 @@ class Sizes:
 
 
 class _Stored(NamedTuple):
-    """What a checkpoint's files say. `units`, `experts`: parameters by unit; `size`: bytes of all tensors."""
+    """What a checkpoint's files say. `units`, `experts`: parameters by unit; `packed`: the layers of packed experts.
+
+    `size`: bytes of all tensors.
+    """
 
     units: Mapping[str, int]
     experts: Mapping[str, int]
     layers: Iterable[str]
+    packed: Iterable[str]
     size: int
     files: int
     dtype: str | None
@@ -130,7 +134,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
         files=found.files,
         units={unit: found.units[unit] for unit in sorted(found.units, key=_order)},
         active=_active(found.experts, found.units, config),
-        layers=_layers(found.layers),
+        layers=LayerNames((*_layers(found.layers), *found.packed), frozenset(found.packed)),
         tied=bool(config.get("tie_word_embeddings")) and not any("lm_head" in unit for unit in found.units),
         hidden=hidden,
         # GPT-2 and its kin name no intermediate size: it is four times the hidden one.
@@ -159,7 +163,8 @@ def _from_headers(folder: Folder) -> _Stored:
     floats = {FLOAT_NAMES[dtype]: count for dtype, count in dtypes.items() if dtype in FLOAT_NAMES}
     size = sum(tensor.stop - tensor.start for tensor in folder.tensors.values())
     files = len({tensor.path for tensor in folder.tensors.values()})
-    return _Stored(units, experts, folder.layers, size, files, max(floats, key=lambda name: floats[name], default=None))
+    dtype = max(floats, key=lambda name: floats[name], default=None)
+    return _Stored(units, experts, folder.layers, list(form.experts), size, files, dtype)
 
 
 def _unpacked(form: Format, layer: str) -> int:
@@ -186,7 +191,7 @@ def _from_index(folder: Folder) -> _Stored:
     # An index has one size for all files; blocks of one model are alike.
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}
-    return _Stored(units, {}, layers, stored, len(set(names.values())), None)
+    return _Stored(units, {}, layers, (), stored, len(set(names.values())), None)
 
 
 def _order(unit: str) -> tuple[int, int]:
@@ -243,7 +248,7 @@ class Work:
         sites = {
             (layer, request.site): request.statistics
             for request in requests
-            for layer in match_layers(sizes.layers, request.pattern, request.exclude)
+            for layer in match_layers(sizes.layers.called, request.pattern, request.exclude)
             if request.site != "weight"
         }
         tokens = data.num_samples * data.seq_len

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from ..captures import Capture, Request, compares, match_layers, merge_requests
+from ..captures import Capture, LayerNames, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder, stored_weights, threads, weight_names
 from ..common import InfraError, QsaError, counted, shown_path, text_table
 from ..suite import FileHashes, Machine, Subject, files_of, fingerprint_of, folders_of, weight_files
@@ -137,7 +137,7 @@ def _file_lines(planned: Planned, cache: Path | None) -> Iterator[str]:
     """Yield the plan of weights that are read from files."""
     try:
         files = files_of(planned.subject)
-        yield from _site_lines(planned, weight_names(files).all)
+        yield from _site_lines(planned, weight_names(files))
     except QsaError as error:
         yield f"size        not known: {error}"
         return
@@ -176,12 +176,13 @@ def _test_lines(planned: Planned) -> Iterator[str]:
         yield f"            {len(planned.unannounced)} without a qsa mark ({names}): a pass each that nobody planned"
 
 
-def _site_lines(planned: Planned, names: Sequence[str]) -> Iterator[str]:
+def _site_lines(planned: Planned, names: LayerNames) -> Iterator[str]:
     label = "sites"
     for request in planned.requests:
         sites = (request.pattern, request.site, request.exclude)
         ids = [name for name, other in planned.measured if (other.pattern, other.site, other.exclude) == sites]
-        layers = len(match_layers(names, request.pattern, request.exclude))
+        own = names.at(request.site, request.statistics)
+        layers = len(match_layers(own, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
         # A module without tensors, such as an activation function, is in no file.
         found = f"{layers} layers" if layers else "no layer that the files name"

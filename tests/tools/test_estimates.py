@@ -139,7 +139,7 @@ def test_the_sizes_are_those_of_the_loaded_model(request, checkpoint):
     named = {name for name, module in layers_of(whole.model).items() if any(True for _ in module.parameters())}
     assert sizes.parameters == sum(p.numel() for p in whole.model.parameters())
     assert sizes.weights == sum(p.numel() * p.element_size() for p in whole.model.parameters())
-    assert named - {""} == set(sizes.layers)
+    assert named - {""} == set(sizes.layers.all)
     streamed = load_model(spec, str(folder), Memory(device="cpu", offload_device="disk"), allow_code=False)
     try:
         assert set(sizes.units) == {unit.name for unit in streamed.stream.units}

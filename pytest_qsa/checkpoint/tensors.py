@@ -177,7 +177,7 @@ def encoded(values: NDArray[np.float64], dtype: str) -> Array:
     return values.astype(kind)
 
 
-def rounded(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+def cast_to(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
     """Return numbers rounded to a dtype in floating point, through float32, in which libraries compute."""
     with np.errstate(over="ignore"):
         return decoded(encoded(values.astype(np.float32).astype(np.float64), dtype), dtype).astype(np.float64)

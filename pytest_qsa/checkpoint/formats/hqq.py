@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Finding, Folder
-from ..tensors import FLOATS, Matrix, Tensor, element_count, rounded
+from ..tensors import FLOATS, Matrix, Tensor, cast_to, element_count
 from .format import BUDGET, Format
 from .scheme import LayerScheme
 
@@ -144,8 +144,8 @@ class Hqq(Format):
         numbers, groups = found
         dtype = parts["scale"].dtype
         scales, zeros = (parts[part].values().ravel() for part in ("scale", "zero"))
-        values = rounded(numbers - (zeros[groups] if zeros.size > 1 else zeros), dtype)
-        return rounded(values * (scales[groups] if scales.size > 1 else scales), dtype)
+        values = cast_to(numbers - (zeros[groups] if zeros.size > 1 else zeros), dtype)
+        return cast_to(values * (scales[groups] if scales.size > 1 else scales), dtype)
 
     def _folded(self, layer: str, codes: Tensor, rows: slice) -> tuple[NDArray[np.uint8], NDArray[np.intp]] | None:
         """Return the codes of some outputs [rows, in] and the group of each; None where a setting is lost or unknown.
@@ -156,10 +156,10 @@ class Hqq(Format):
         axis = self._number(layer, "axis")
         if shape is None or bits is None or axis not in (0, 1):
             return None
-        return folded(np.asarray(codes.raw()), shape, rows, bits, axis=axis, high_first=True)
+        return folded_codes(np.asarray(codes.raw()), shape, rows, bits, axis=axis, high_first=True)
 
 
-def folded(
+def folded_codes(
     raw: NDArray[np.generic], shape: tuple[int, int], rows: slice, bits: int, *, axis: int, high_first: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
     """Return the codes of some rows of a weight [rows, in], and the group of each code.

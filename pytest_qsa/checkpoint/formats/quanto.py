@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folder import Folder, Settings
-from ..tensors import EIGHT_BITS, FLOATS, Matrix, Tensor, decoded, rounded
+from ..tensors import EIGHT_BITS, FLOATS, Matrix, Tensor, cast_to, decoded
 from .format import BUDGET, Format
-from .hqq import folded, packed_again
+from .hqq import folded_codes, packed_again
 from .scheme import Declaration, LayerScheme
 
 MAP = "quanto_qmap.json"
@@ -110,7 +110,9 @@ class Quanto(Format):
             return super().words(layer, codes)
         step = max(1, shape[0] * shape[1] // BUDGET)
         raw = np.asarray(codes.raw())
-        return packed_again(folded(raw, shape, slice(None, None, step), bits, axis=1, high_first=False)[0], bits), step
+        return packed_again(
+            folded_codes(raw, shape, slice(None, None, step), bits, axis=1, high_first=False)[0], bits
+        ), step
 
     def unread(self, layer: str) -> str:
         """Say what is missing: the map's word of a layer, or how many groups make a row."""
@@ -130,13 +132,13 @@ class Quanto(Format):
         raw, scales = np.asarray(codes.raw()), scale.values().ravel()
         if codes.part == "weight._data":
             values = decoded(raw[rows], codes.dtype).astype(np.float64)
-            return rounded(values * (scales[rows, None] if scales.size > 1 else scales), scale.dtype)
-        numbers, groups = folded(raw, shape, rows, scheme.bits, axis=1, high_first=False)
+            return cast_to(values * (scales[rows, None] if scales.size > 1 else scales), scale.dtype)
+        numbers, groups = folded_codes(raw, shape, rows, scheme.bits, axis=1, high_first=False)
         assert shift is not None
         shifts = shift.values().ravel()[groups]
         if shift.dtype == "I8":  # a zero point, of which the codes are freed before they are scaled
-            return rounded((numbers - shifts) * scales[groups], scale.dtype)
-        return rounded(rounded(numbers * scales[groups], scale.dtype) - shifts, scale.dtype)
+            return cast_to((numbers - shifts) * scales[groups], scale.dtype)
+        return cast_to(cast_to(numbers * scales[groups], scale.dtype) - shifts, scale.dtype)
 
 
 def _scheme(types: Settings) -> LayerScheme:

@@ -319,6 +319,7 @@ def hqq(bits: int, source: Path, target: Path) -> Tensors:
     config = BaseQuantizeConfig(nbits=bits, group_size=64)
     AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float32, device="cpu")
     AutoHQQHFModel.save_to_safetensors(model, f"{target}/")
+    shutil.copy(source / "generation_config.json", target)  # which HQQ leaves to the user, as the tokenizer
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
     found = {}
     for layer in LAYERS:

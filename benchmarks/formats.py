@@ -70,9 +70,8 @@ class Checkpoint:
         """Return the layers of which `checkpoint_health` says something, and what."""
         # a GGUF file keeps settings of its own; the table is about the weights
         own = Files(self.files.folder) if self.files.folder.gguf_file else self.files
-        return {
-            (finding.layer, f"{finding.tensor}: {finding.what}") for finding in problems_of(own, "checkpoint_health")[1]
-        }
+        found = problems_of(own, "checkpoint_health")[1]
+        return {(each.layer, f"{each.tensor}: {each.what}") for each in found if not each.note}
 
     def sqnr(self, by: Kind) -> Mapping[str, float]:
         """Return the SQNR of each quantized layer in dB, of the tensor or of its worst channel."""

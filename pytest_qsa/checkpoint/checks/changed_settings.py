@@ -11,6 +11,7 @@ from typing import Any
 from ..folder import RESTORE, Finding, Folder, Settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
+from ..tensors import element_count
 from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
 
 HARMLESS = frozenset(
@@ -39,7 +40,7 @@ One that is lost is a problem even where the installed class doesn't know it, fo
 """
 CONFIG, GENERATION, PROCESSOR, TEMPLATE = "config.json", "generation_config.json", "processor", "chat_template"
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-SCALE_BYTES, SIZE_TOLERANCE = 2, 0.1
+SIZE_TOLERANCE = 0.1
 SETTING_LAYERS = (CONFIG, GENERATION, TOKENIZER, TEMPLATE, PROCESSOR)
 """The names that stand for a layer where a setting is wrong."""
 
@@ -211,10 +212,14 @@ def unexpected_size(form: Format, reference: Folder) -> Iterator[Finding]:
     expected = 0.0
     for name, parts in reference.layers.items():
         for part, tensor in parts.items():
-            scheme, own = schemes[name], form.parts(name).get(part, tensor)
-            if part == "weight" and scheme is not None and len(tensor.shape) == 2:
-                scales = scheme.scale_count(*tensor.shape) or 0
-                expected += prod(tensor.shape) * scheme.bits / 8 + SCALE_BYTES * scales
+            scheme, own, codes = schemes[name], form.parts(name).get(part, tensor), form.codes_of(name)
+            if part == "weight" and scheme is not None and codes is not None and len(tensor.shape) == 2:
+                count = prod(tensor.shape)
+                # some writers give a code of fewer bits a byte of its own
+                expected += count * (8 if element_count(codes) == count else scheme.bits) / 8
+                # what lies beside codes differs from writer to writer: padding, zero points, scales of scales
+                beside = (each for each in form.parts(name).values() if each is not codes and each.part not in parts)
+                expected += sum(each.stop - each.start for each in beside)
             else:
                 expected += own.stop - own.start
     stored = sum(tensor.stop - tensor.start for tensor in form.folder.tensors.values())

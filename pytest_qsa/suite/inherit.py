@@ -23,6 +23,11 @@ FOLDERS = (("model", "path"), ("model", "reference"), ("model", "previous"))
 """Keys whose value is a path if such a path exists, and the id of something on the hub if not."""
 FILES = ("file", "reference")
 """Keys of an assertion whose value is always a path."""
+MAX_CHAIN = 100
+"""How many files may extend one another in a row; Python's stack ends at a few hundred."""
+Chain = dict[Path, Path]
+"""The files from the suite to the one that is read: each with links resolved, because a circle may go through one, and
+as messages show it."""
 
 
 def read_suite(path: Path) -> YamlSource:
@@ -31,23 +36,28 @@ def read_suite(path: Path) -> YamlSource:
     Raises:
         SuiteError: a file is no suite, a base is missing, or the bases form a circle; it names the chain of files.
     """
-    document = _read(path, ())
+    document = _read(path, {}, {})
     return YamlSource(path, document.plain(), dict(document.places()))
 
 
-def _read(path: Path, extending: tuple[Path, ...]) -> Node:
+def _read(path: Path, extending: Chain, done: dict[Path, Node]) -> Node:
+    """Read a file and what it extends. `done`: the files that are read already, so that each is read once."""
+    resolved = path.resolve()
+    if resolved in done:
+        return done[resolved]
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         raise source.error((), "a suite is a mapping with the sections model, data, memory and assertions")
     _check_entries(source)
     if extending:  # a base: its paths are used from the suite that the user named
-        _rebase(source, extending[0].parent)
-    chain = (*extending, path)
+        _rebase(source, next(iter(extending.values())).parent)
+    chain = {**extending, resolved: path}
     # A suite without bases is merged with nothing, which turns a mapping of assertions into a list as well.
     merged = Node({}, Place(path, 1))
     for index, named in enumerate(_named_bases(source)):
-        merged = _extended(merged, _base(source, index, named, chain))
-    return _extended(merged, Node.of(source, source.data))
+        merged = _extended(merged, _base(source, index, named, chain, done))
+    done[resolved] = _extended(merged, Node.of(source, source.data))
+    return done[resolved]
 
 
 def _named_bases(source: YamlSource) -> list[str]:
@@ -58,20 +68,25 @@ def _named_bases(source: YamlSource) -> list[str]:
     return bases
 
 
-def _base(source: YamlSource, index: int, named: str, chain: tuple[Path, ...]) -> Node:
+def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[Path, Node]) -> Node:
     path = Path(os.path.normpath(source.path.parent / named))  # not `resolve`: messages show the path as it is written
     location: Location = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
-    files = " → ".join(shown_path(file) for file in (*chain, path))
-    # With links resolved, because a circle may go through one.
-    if path.resolve() in {file.resolve() for file in chain}:
-        raise source.error(location, f"extends goes in a circle: {files}")
+
+    def files() -> str:
+        shown = [shown_path(file) for file in (*chain.values(), path)]
+        return " → ".join(shown if len(shown) <= 8 else [*shown[:4], "…", *shown[-3:]])
+
+    if path.resolve() in chain:
+        raise source.error(location, f"extends goes in a circle: {files()}")
+    if len(chain) >= MAX_CHAIN:
+        raise source.error(location, f"more than {MAX_CHAIN} suites extend one another in a row: {files()}")
     if not path.is_file():
-        raise source.error(location, f"extends '{named}': there is no such file ({files})")
+        raise source.error(location, f"extends '{named}': there is no such file ({files()})")
     try:
-        return _read(path, chain)
+        return _read(path, chain, done)
     except SuiteError as error:
         text = str(error)  # the innermost file has appended the longest chain already
-        raise SuiteError(text if " → " in text else f"{text} ({files})") from None
+        raise SuiteError(text if " → " in text else f"{text} ({files()})") from None
 
 
 def _rebase(source: YamlSource, folder: Path) -> None:

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from pytest_qsa.common import SuiteError
-from pytest_qsa.suite import load_suite, read_suite
+from pytest_qsa.suite import inherit, load_suite, read_suite
+from pytest_qsa.suite.yaml_source import read_yaml
 from support.projects import Project, peaks
 
 BASE = """\
@@ -355,3 +356,22 @@ def test_a_default_of_sites_does_not_reach_a_check_of_files(write):
         )
     )
     assert [assertion.max for assertion in file.assertions] == [1, 1]
+
+
+def test_a_base_named_twice_at_each_of_many_levels_is_read_once(write, monkeypatch):
+    write("b0.qsa.yaml", BASE)
+    for level in range(1, 25):
+        write(f"b{level}.qsa.yaml", f"extends: [b{level - 1}.qsa.yaml, b{level - 1}.qsa.yaml]\n")
+    read = []
+    monkeypatch.setattr(inherit, "read_yaml", lambda path: read.append(path.name) or read_yaml(path))
+    assert len(load_suite(write("top.qsa.yaml", "extends: b24.qsa.yaml\n")).assertions) == 3
+    assert len(read) == len(set(read)) == 26
+
+
+def test_a_chain_of_files_that_has_no_end_in_sight_is_refused_in_one_short_line(write):
+    write("c0.qsa.yaml", BASE)
+    for level in range(1, 400):
+        path = write(f"c{level}.qsa.yaml", f"extends: c{level - 1}.qsa.yaml\n")
+    with pytest.raises(SuiteError, match=r"^c300\.qsa\.yaml:1: more than 100 suites extend .* → … → ") as caught:
+        load_suite(path)
+    assert len(str(caught.value)) < 300

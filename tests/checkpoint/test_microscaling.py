@@ -140,3 +140,11 @@ def test_a_fault_is_found_and_its_layer_named(healthy, tmp_path, change, text):
     found = findings(edited(healthy, tmp_path / "faulty", change))
     assert any(tensor.startswith(EXPERT) and re.search(text, what) for tensor, what in found), found
     assert all(tensor.startswith(EXPERT) for tensor, _ in found)
+
+
+def test_an_expert_whose_gate_and_up_have_two_scales_is_found_with_what_a_server_makes_of_it(tmp_path):
+    healthy = save_quantized_moe(tmp_path / "moe", "NVFP4A16")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_global_scale"
+    found = findings(edited(healthy, tmp_path / "faulty", lambda weights: weights[name].mul_(2)))
+    assert [tensor for tensor, _ in found] == [name]
+    assert found[0][1].endswith("vLLM takes gate_proj's for all: up_proj's weights become × 2")

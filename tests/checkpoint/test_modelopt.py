@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.common import AnomalyError, InfraError
-from support.checkpoints import edited
+from support.checkpoints import edited, fused_with
 
 DOWN = "model.layers.2.mlp.down_proj"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -37,8 +37,8 @@ def mxfp8(weight):
     return {"weight": codes.reshape(weight.shape), "weight_scale": (exponent + 127).to(torch.uint8)}
 
 
-def nvfp4(weight):
-    whole = (weight.abs().max() / (448 * 6)).float()
+def nvfp4(weight, peak=None):
+    whole = ((weight.abs().max() if peak is None else peak) / (448 * 6)).float()
     groups = weight.reshape(len(weight), -1, 16)
     scale = (groups.abs().amax(dim=-1) / 6 / whole).to(FP8)
     scaled = groups / (scale.double() * whole.double())[..., None]
@@ -48,9 +48,9 @@ def nvfp4(weight):
     return {"weight": packed, "weight_scale": scale, "weight_scale_2": whole, "input_scale": input_scale}
 
 
-def nvfp4_awq(weight):
+def nvfp4_awq(weight, peak):
     smoothing = torch.linspace(0.5, 2, weight.shape[1], dtype=torch.float64)
-    return {**nvfp4(weight / smoothing), "pre_quant_scale": smoothing.to(torch.bfloat16)}
+    return {**nvfp4(weight / smoothing, 2 * peak), "pre_quant_scale": smoothing.to(torch.bfloat16)}
 
 
 def int8(weight):
@@ -95,8 +95,11 @@ def exported(source, folder, algorithm, *, config=None, **settings):
     """Pack the projections of a checkpoint, and declare it as ModelOpt does; attention of block 1 is left out."""
 
     def quantize(weights):
-        for name in [name for name in weights if name.split(".")[-2] in PROJECTIONS and "1.self_attn" not in name]:
-            packed = ALGORITHMS[algorithm](weights.pop(name).double())
+        names = [name for name in weights if name.split(".")[-2] in PROJECTIONS and "1.self_attn" not in name]
+        peaks = {name: max(weights[each].abs().max().double() for each in fused_with(name)) for name in names}
+        for name in names:
+            shared = [peaks[name]] if algorithm.startswith("NVFP4") else []
+            packed = ALGORITHMS[algorithm](weights.pop(name).double(), *shared)
             stem = name.removesuffix("weight")
             weights.update({f"{stem}{part}": tensor.contiguous() for part, tensor in packed.items()})
 
@@ -260,3 +263,41 @@ def test_two_configurations_that_disagree_are_a_finding(llama, tmp_path):
     found = dict(findings(exported(llama, tmp_path / "two", "NVFP4", config=config)))
     assert found[f"{DOWN}.weight"] == "hf_quant_config.json declares NVFP4, config.json FP8"
     assert "lm_head.weight" not in found
+
+
+def unshared(part, factor, layer="model.layers.2.self_attn.k_proj"):
+    def change(weights):
+        weights[f"{layer}.{part}"] *= factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "factor", "told"),
+    [
+        ("weight_scale_2", 0.8, "vLLM takes the largest for all: k_proj's weights become × 1.25"),
+        ("input_scale", 0.5, "vLLM takes the largest for all: k_proj's inputs are rounded with a scale × 2"),
+        ("weight_scale_2", 1.5, "vLLM takes the largest for all: q_proj's weights become × 1.5"),
+    ],
+)
+def test_scales_of_whole_tensors_that_differ_where_loaders_fuse_are_found_with_their_effect(
+    four, tmp_path, part, factor, told
+):
+    found = findings(edited(four, tmp_path / "faulty", unshared(part, factor)))
+    assert len(found) == 1
+    name, what = found[0]
+    assert name == f"model.layers.2.self_attn.{told.split(': ')[1].split(chr(39))[0]}.{part}"
+    assert what.endswith(told)
+
+
+def test_scales_of_whole_tensors_that_differ_in_every_block_are_found_too(four, tmp_path):
+    def change(weights):
+        for index in range(4):
+            unshared("weight_scale_2", 0.7, f"model.layers.{index}.mlp.up_proj")(weights)
+
+    found = findings(edited(four, tmp_path / "faulty", change))
+    assert [name for name, _ in found] == [f"model.layers.{index}.mlp.up_proj.weight_scale_2" for index in range(4)]
+
+
+def test_scales_of_whole_tensors_that_differ_by_rounding_alone_are_no_problem(four, tmp_path):
+    assert findings(edited(four, tmp_path / "healthy", unshared("weight_scale_2", 1 - 2.0**-11))) == []

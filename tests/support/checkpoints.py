@@ -111,11 +111,12 @@ def save_quantized_moe(folder, preset, **weights):
     scheme = preset_name_to_scheme(preset, targets=["Linear"])
     scheme.weights = scheme.weights.model_copy(update=weights)
     tensors, form = {}, None
-    for name, tensor in load_file(original / "model.safetensors").items():
+    weights = load_file(original / "model.safetensors")
+    for name, tensor in weights.items():
         if not name.endswith("_proj.weight"):
             tensors[name] = tensor
             continue
-        form, packed = packed_parts(tensor, scheme)
+        form, packed = packed_parts(tensor, scheme, torch.cat([weights[each].ravel() for each in fused_with(name)]))
         tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     stated = QuantizationConfig(
@@ -128,8 +129,19 @@ def save_quantized_moe(folder, preset, **weights):
     return folder
 
 
-def packed_parts(weight, scheme):
-    """Return a format's name, and the tensors that its compressor makes of one weight."""
+def fused_with(name):
+    """Return the tensors that loaders fuse with one, itself included, as llm-compressor lets them share a scale."""
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        if (own := name.split(".")[-2]) in group:
+            return [name.replace(own, each) for each in group]
+    return [name]
+
+
+def packed_parts(weight, scheme, group=None):
+    """Return a format's name, and the tensors that its compressor makes of one weight.
+
+    `group`: the weights that share its scale of the whole tensor, where there are others.
+    """
     import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
@@ -141,7 +153,7 @@ def packed_parts(weight, scheme):
     initialize_module_for_quantization(linear, scheme)
     whole = {}
     if hasattr(linear, "weight_global_scale"):
-        whole["global_scale"] = generate_gparam(*torch.aminmax(weight))
+        whole["global_scale"] = generate_gparam(*torch.aminmax(weight if group is None else group))
         linear.weight_global_scale.data.copy_(whole["global_scale"])
     scale, _ = calculate_qparams(*_extremes(weight, scheme.weights), scheme.weights, **whole)
     linear.weight_scale.data = scale.reshape(linear.weight_scale.shape).to(linear.weight_scale.dtype)

@@ -27,6 +27,12 @@ ROWS_READ = 64
 """About how many rows of a layer are dequantized at a time, and to compare its mean."""
 WHOLE_SCALES = ("weight_global_scale", "weight_scale_2", "_weight_per_tensor_scale")
 """The scale of the whole tensor, beside NVFP4's scales of blocks: of compressed-tensors, ModelOpt and torchao."""
+DIVISORS = ("weight_global_scale", "input_global_scale")
+"""The scales of a whole tensor, or of its inputs, that compressed-tensors stores inverted; ModelOpt's multiply."""
+SHARED_SCALES = (*DIVISORS, "weight_scale_2", "input_scale")
+"""What NVFP4 has one of for a whole tensor, and loaders keep one of for all that they fuse."""
+SHARED_TOLERANCE = 2.0**-10
+"""By how much of themselves such scales may differ within a fused group: by less than a bit of bfloat16."""
 LARGEST_BLOCK_SCALE = 448.0
 """The largest number of E4M3: a tensor's scale is chosen so that the block of its largest weight has this one."""
 FUSED_LAYERS = (
@@ -238,24 +244,61 @@ def _rows_of(form: Format, layer: str, rows: slice) -> NDArray[np.float64] | Non
 def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
     """Yield tensor-wise scales that differ within q/k/v or gate/up, which loaders fuse into one matrix with one scale.
 
-    Where no block has them equal, the writer gave each matrix its own, and a loader rescales; then only `always`
-    reports it.
+    NVFP4's scales of a whole tensor and of its inputs always, for loaders keep one of them and don't rescale the
+    others. Of other scales, where no block has them equal, the writer gave each matrix its own, and a loader rescales;
+    then only `always` reports it.
     """
     kinds: dict[str, list[list[Tensor]]] = {}
     for layer in form.fitting:
-        stem, _, last = layer.rpartition(".")
+        stem, dot, last = layer.rpartition(".")
         for names in (names for names in FUSED_LAYERS if names[0] == last):
-            fused = [form.scales_of(f"{stem}.{name}") for name in names]
-            for part, tensor in fused[0].items():
-                group = [scales[part] for scales in fused if part in scales]
+            fused = [f"{stem}{dot}{name}" for name in names]
+            shared = [each for each in fused if _has_whole_scale(form, each, SHARED_SCALES)]
+            yield from _unshared(form, shared)
+            scales = [form.scales_of(each) for each in fused if each not in shared]
+            for part, tensor in (scales[0] if scales else {}).items():
+                group = [members[part] for members in scales if part in members]
                 if len(group) == len(names) and all(element_count(member) == 1 for member in group):
                     kinds.setdefault(kind_of(tensor.name), []).append(group)
     for groups in kinds.values():
         scaled = [[(member, float(member.values().ravel()[0])) for member in group] for group in groups]
         unequal = [group for group in scaled if len({value for _, value in group}) > 1]
         if always or len(unequal) < len(groups):
-            for scales in unequal:
-                yield _unequal(scales, len(groups) - len(unequal))
+            for odd in unequal:
+                yield _unequal(odd, len(groups) - len(unequal))
+
+
+def _has_whole_scale(form: Format, layer: str, names: Sequence[str] = WHOLE_SCALES) -> bool:
+    """Say whether a layer has NVFP4's two scales: E4M3 of blocks, and one of the whole tensor by one of the names."""
+    scale = form.weight_scale_of(layer)
+    return scale is not None and scale.dtype == "F8_E4M3" and any(part in form.parts(layer) for part in names)
+
+
+def _unshared(form: Format, layers: Sequence[str]) -> Iterator[Finding]:
+    """Yield the scales of whole tensors that differ among NVFP4 layers that are fused, at the one that suffers most.
+
+    vLLM keeps the largest number that is stored for fused linear layers, and the first layer's for gate and up of an
+    expert; it warns, and rescales none of the others.
+    """
+    for part in SHARED_SCALES:
+        tensors = [form.parts(layer)[part] for layer in layers if part in form.parts(layer)]
+        stored = np.array([float(tensor.values().ravel()[0]) for tensor in tensors if element_count(tensor) == 1])
+        sound = len(stored) == len(tensors) > 1 and bool(np.isfinite(stored).all() and (stored > 0).all())
+        if not sound or stored.max() <= stored.min() * (1 + SHARED_TOLERANCE):
+            continue
+        expert = ".experts." in tensors[0].layer and not part.startswith("input")
+        kept = stored[0] if expert else stored.max()
+        factors = stored / kept if part in DIVISORS else kept / stored
+        worst = int(np.abs(np.log2(factors)).argmax())
+        ends = [tensor.layer.rpartition(".")[2] for tensor in tensors]
+        values = ", ".join(f"{end} {value:.4g}" for end, value in zip(ends, stored.tolist(), strict=True))
+        rule = f"{ends[0]}'s" if expert else "the largest"
+        suffers = "weights become" if not part.startswith("input") else "inputs are rounded with a scale"
+        what = f"unequal {part} in a fused group: {values}; vLLM takes {rule} for all"
+        effect = f"{ends[worst]}'s {suffers} × {factors[worst]:.4g}"
+        yield Finding.at(
+            tensors[worst], f"{what}: {effect}", "give the group the scale of its largest, and round again"
+        )
 
 
 def foreign_whole_scales(form: Format) -> Iterator[Finding]:
@@ -267,7 +310,7 @@ def foreign_whole_scales(form: Format) -> Iterator[Finding]:
     peaks: dict[str, float] = {}
     for layer in form.fitting:
         scale = form.weight_scale_of(layer)
-        if scale is not None and scale.dtype == "F8_E4M3" and any(part in form.parts(layer) for part in WHOLE_SCALES):
+        if scale is not None and _has_whole_scale(form, layer):
             values = form.scale_values(layer, scale.part)
             peaks[layer] = float(values[np.isfinite(values)].max(initial=0.0))
     fused = {layer: max(peaks[name] for name in _fused_with(layer) if name in peaks) for layer in peaks}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Matrix = TypeVar("Matrix", bound=Any)
+_Matrix = TypeVar("_Matrix", bound=Any)
 
 PACKED = {"gate_up_proj": ("gate_proj", "up_proj")} | {name: (name,) for name in ("gate_proj", "up_proj", "down_proj")}
 """The names of packed tensors → the layers of an expert that each holds."""
@@ -38,9 +38,9 @@ class ExpertLayer:
     rows: slice
     transposed: bool
 
-    def of(self, expert: Matrix) -> Matrix:
+    def of(self, expert: _Matrix) -> _Matrix:
         """Return the layer's weight [out, in], a view, from one expert's part of the tensor, of any library."""
-        weight: Matrix = (expert.T if self.transposed else expert)[self.rows]
+        weight: _Matrix = (expert.T if self.transposed else expert)[self.rows]
         return weight
 
 

@@ -25,7 +25,7 @@ TASK = "TASK"
 """The place of the task's name in the pattern of the files of samples."""
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-FEWEST = 2
+FEWEST_SAMPLES = 2
 """The fewest samples of which a spread can be known."""
 
 
@@ -154,7 +154,7 @@ def _check_joined(mine: Mapping[tuple[str, str], float], theirs: Mapping[tuple[s
                 f"{task}: {counted(len(keys), 'sample')} missing in {side} file, such as doc_id {min(keys)[0]}: "
                 "run both evals over the same samples"
             )
-    if len(mine) < FEWEST:
+    if len(mine) < FEWEST_SAMPLES:
         raise AnomalyError(f"{task}: there are too few samples to compare: {len(mine)}")
 
 

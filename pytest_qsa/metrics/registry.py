@@ -47,7 +47,7 @@ CONFTEST = "conftest"
 TWO_SIDED_95 = 1.959963984540054
 """The quantile of the normal distribution for 95 % on both sides: how many standard errors to each end."""
 
-REDUCTIONS: Mapping[str, Callable[[Values], float]] = {
+AGGREGATIONS: Mapping[str, Callable[[Values], float]] = {
     "max": lambda values: float(np.max(values)),
     "mean": lambda values: float(np.mean(values)),
     "sum": lambda values: float(np.sum(values)),
@@ -211,7 +211,7 @@ class Metric(Definition):
         return needed
 
 
-class Registry(Mapping[str, Metric]):
+class MetricRegistry(Mapping[str, Metric]):
     """Name → metric. This package's are complete whoever asks first; entry points load when `find` needs them."""
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ class Registry(Mapping[str, Metric]):
         return len(self._own) + len(self._others)
 
 
-METRICS = Registry()
+METRICS = MetricRegistry()
 
 
 def metric(

@@ -30,7 +30,7 @@ from ..captures import (
 from ..common import AnomalyError, InfraError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
-from .registry import METRICS, REDUCTIONS, Estimate, Metric, Parameters, Reduce, View
+from .registry import AGGREGATIONS, METRICS, Estimate, Metric, Parameters, Reduce, View
 from .series import Judge, Positions, Query, Series, check_arguments, positions_of, query_of, sound
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Selection(MetricMethods):
             where = METRICS[query.metric].place
             raise SuiteError(f"{where}: {query.metric} returns a number for each population: say reduce=, of them all")
         # Without populations nothing is folded, so that any of them does.
-        fold = REDUCTIONS[query.reduce or "max"]
+        fold = AGGREGATIONS[query.reduce or "max"]
         estimates = {layer: result for layer, result in results.items() if isinstance(result, Estimate)}
         plain = {**results, **{layer: estimate.value for layer, estimate in estimates.items()}}
         values = {layer: float(fold(result) if layer in populations else result) for layer, result in plain.items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..captures import LOGITS, Site
 from ..common import AnomalyError, SuiteError, did_you_mean
-from .registry import METRICS, REDUCTIONS, Metric, Parameters, Reduce
+from .registry import AGGREGATIONS, METRICS, Metric, Parameters, Reduce
 
 CHECKPOINT = "checkpoint"
 """The site in the query of a static check, which looks at files and at no tensor stream."""
@@ -243,8 +243,8 @@ def check_arguments(metric: Metric, site: Site, positions: str, reduce: str | No
         choices = _choices(metric.parameters[name].annotation)
         if choices and value not in choices:
             raise SuiteError(f"{metric.name}: {name} is one of {', '.join(map(str, choices))}, not {value!r}", name)
-    if reduce is not None and (metric.reduce is None or reduce not in REDUCTIONS):
-        takes = ", ".join(REDUCTIONS) if metric.reduce else "none, for it pools all samples itself"
+    if reduce is not None and (metric.reduce is None or reduce not in AGGREGATIONS):
+        takes = ", ".join(AGGREGATIONS) if metric.reduce else "none, for it pools all samples itself"
         raise SuiteError(f"{metric.name}: reduce is one of {takes}; not {reduce!r}", "reduce")
     if site not in metric.sites:
         places = " or ".join(metric.sites)

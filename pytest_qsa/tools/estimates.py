@@ -21,7 +21,7 @@ from ..suite import Data, Gpu, Machine, Memory, Model
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+BLOCK_NAME = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 """A name up to its first number: the block that a tensor belongs to."""
 BATCHES_IN_WAVE = 256
 """How many batches pass each block together when the weights stream, as in engine/stream/."""
@@ -96,7 +96,7 @@ class Sizes:
     @cached_property
     def trunk(self) -> float:
         """The parameters that a token is multiplied with, without embedding and head."""
-        blocks = {name: count for name, count in self.units.items() if BLOCK.match(name)}
+        blocks = {name: count for name, count in self.units.items() if BLOCK_NAME.match(name)}
         return sum(count * self.active.get(name, 1.0) for name, count in blocks.items())
 
 
@@ -146,7 +146,7 @@ def sizes_of(folder: Folder, model: Model) -> Sizes:
 
 def unit_of(name: str) -> str:
     """Return the unit that a layer is loaded with: its block, or itself."""
-    block = BLOCK.match(name)
+    block = BLOCK_NAME.match(name)
     return block[1] if block else name
 
 
@@ -187,7 +187,7 @@ def _from_index(folder: Folder) -> _Stored:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     outer = _number(config, "vocab_size") * _number(config, "hidden_size", "n_embd", "d_model")
     units = {unit_of(layer): outer if "embed" in layer or "lm_head" in layer else 0 for layer in layers}
-    blocks = [unit for unit in units if BLOCK.match(unit)]
+    blocks = [unit for unit in units if BLOCK_NAME.match(unit)]
     # An index has one size for all files; blocks of one model are alike.
     rest = stored // BYTES.get(dtype, 2) - sum(units.values())
     units |= {unit: rest // len(blocks) for unit in blocks}

@@ -263,7 +263,7 @@ def test_a_comparison_on_a_device_is_that_of_the_cpu(device):
 
 
 def test_what_a_pass_has_kept_comes_to_the_host_together(device, monkeypatch):
-    monkeypatch.setattr("pytest_qsa.engine.reduce.storage.AT_ONCE", 100)
+    monkeypatch.setattr("pytest_qsa.engine.reduce.storage.BYTES_AT_ONCE", 100)
     kept = [torch.arange(n, dtype=kind).reshape(shape).to(device) for n, kind, shape in KEPT]
     fetch = Transfer(kept)
     if device == CPU:  # where nothing has to be brought

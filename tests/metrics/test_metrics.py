@@ -14,7 +14,7 @@ from pytest_qsa import capture
 from pytest_qsa.captures import Massive
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics import METRICS
-from pytest_qsa.metrics.registry import REDUCTIONS
+from pytest_qsa.metrics.registry import AGGREGATIONS
 from pytest_qsa.metrics.series import Bounds, Query, Series, canonical_positions
 from support import models, oracle
 
@@ -110,7 +110,7 @@ def test_a_metric_of_samples_equals_the_oracle_under_every_reduction(case, site,
     name, parameters = case
     cap, populations = measured(dtype)
     rtol, atol = tolerance(name, parameters, dtype)
-    for how in (None, *REDUCTIONS):
+    for how in (None, *AGGREGATIONS):
         series = getattr(cap.select(PATTERN, site), name)(**parameters, reduce=how)
         assert series.layers == LAYERS
         np.testing.assert_allclose(

@@ -226,7 +226,7 @@ def test_unmarked(qsa):
 def test_other():
     raise AssertionError("it ran")
 """
-NO_ENGINE = "import sys\nsys.modules['pytest_qsa.engine'] = None\n"
+NO_TORCH = "import sys\nsys.modules['torch'] = None\n"
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +266,9 @@ def test_the_peak_of_a_real_run_is_within_the_stated_factor(planned, zeros, plac
 
 
 @pytest.mark.process
-def test_what_is_kept_is_not_planned_anew_and_needs_no_engine(planned):
+def test_what_is_kept_is_not_planned_anew_and_needs_no_torch(planned):
     assert planned.pytest("a.qsa.yaml::finite", "--qsa-report=never").code == 0
-    planned.write("conftest.py", NO_ENGINE)
+    planned.write("conftest.py", NO_TORCH)
     try:
         run = planned.pytest("a.qsa.yaml", "--co", "--qsa-plan")
         files = planned.pytest("a.qsa.yaml::files", "--co", "--qsa-plan")

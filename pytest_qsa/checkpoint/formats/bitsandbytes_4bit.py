@@ -20,7 +20,7 @@ from .scheme import Declaration, LayerScheme
 
 STATE = "weight.quant_state.bitsandbytes__"
 _FP4 = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3], dtype=np.float32) / 12
-TABLES: dict[str, NDArray[np.float32]] = {
+CODE_VALUES: dict[str, NDArray[np.float32]] = {
     "nf4": np.array(
         [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
          -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -30,7 +30,7 @@ TABLES: dict[str, NDArray[np.float32]] = {
     "fp4": np.concatenate([_FP4, -_FP4]),
 }  # fmt: skip
 """The value of each code: NF4 from Dettmers et al. (arXiv 2305.14314, appendix E), FP4 with a sign and 3 bits."""
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class BitsAndBytes4Bit(Format):
     def zero_codes(self, layer: str, codes: Tensor) -> tuple[int, ...]:
         """Return the codes whose value is 0."""
         state = self.state_of(layer)
-        return tuple(np.flatnonzero(TABLES[state.kind if state else "nf4"] == 0).tolist())
+        return tuple(np.flatnonzero(CODE_VALUES[state.kind if state else "nf4"] == 0).tolist())
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix:
         """Multiply the values of codes by the scales of their blocks, which run on from row to row."""
@@ -155,13 +155,13 @@ class BitsAndBytes4Bit(Format):
                 str(content["quant_type"]),
                 (int(out), int(columns)),
                 int(content["blocksize"]),
-                DTYPES[content["dtype"]],
+                FLOAT_DTYPES[content["dtype"]],
                 int(content.get("nested_blocksize") or 256),
                 float(content.get("nested_offset") or 0.0),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"its quant_state can't be read: {type(error).__name__}: {error}") from error
-        if state.kind not in TABLES or part != f"{STATE}{state.kind}":
+        if state.kind not in CODE_VALUES or part != f"{STATE}{state.kind}":
             raise ValueError(f"its quant_state is of {state.kind}, and its name says {part.removeprefix(STATE)}")
         if min(state.block, state.nested_block, *state.shape) < 1:
             raise ValueError(f"its quant_state has blocks of {state.block} and the shape {state.shape}")
@@ -201,7 +201,7 @@ class BitsAndBytes4Bit(Format):
 
     def _wrong_tables(self, layer: str, state: QuantState) -> Iterator[Finding]:
         """Yield tables of values that aren't the format's, with which every weight is another one."""
-        parts, table = self.parts(layer), TABLES[state.kind]
+        parts, table = self.parts(layer), CODE_VALUES[state.kind]
         for part in ("weight.quant_map", "weight.nested_quant_map"):
             values = parts[part].values().ravel() if part in parts else np.ones(1)
             if part == "weight.quant_map":

@@ -16,7 +16,7 @@ from .scheme import Declaration, LayerScheme, block_of
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The names of a weight's scales; transformers renames the last two, of DeepSeek and of Mistral, to the first."""
-BLOCK = (128, 128)
+DEFAULT_BLOCK = (128, 128)
 """The rows and columns of a block where the configuration names none, as transformers takes it."""
 INPUT_SCALES = ("input_scale", "activation_scale", "qscale_act")
 
@@ -68,7 +68,7 @@ class Fp8(Format):
         if scale is None or codes.dtype not in EIGHT_BITS:
             return None
         values = decoded_rows(codes, rows)
-        block = block_of(self.folder.quantization.get("weight_block_size")) or BLOCK
+        block = block_of(self.folder.quantization.get("weight_block_size")) or DEFAULT_BLOCK
         return values * spread_scales(scale, (codes.shape[0], values.shape[1]), rows, block)
 
     def findings(self, layer: str) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from .scheme import LayerScheme
 
 PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1, "3bit_32": 3}
 """The packings → the bits of one code in a byte or, of 3 bits, in a word of 32."""
-SETTINGS = ("shape", "nbits", "axis", "packing", "compute_dtype", "view_as_float", "unpack_view_dtype")
+LAYER_SETTINGS = ("shape", "nbits", "axis", "packing", "compute_dtype", "view_as_float", "unpack_view_dtype")
 
 
 class Hqq(Format):
@@ -38,7 +38,7 @@ class Hqq(Format):
         """Recognize the files of the package's own saver too, whose config.json doesn't name the format."""
         if folder.gguf_file or folder.quantization or not any(folder.path.glob("*.safetensors")):
             return super().declared_in(folder)
-        return any({"W_q", *SETTINGS[:4]} <= set(parts) for parts in folder.layers.values())
+        return any({"W_q", *LAYER_SETTINGS[:4]} <= set(parts) for parts in folder.layers.values())
 
     def scales_of(self, layer: str) -> dict[str, Tensor]:
         """Return the scales of a layer; `scale` beside no codes is the weight of some norms."""
@@ -49,7 +49,7 @@ class Hqq(Format):
         """Return what a layer says of itself."""
         if "W_q" not in self.parts(layer):
             return None
-        required = tuple((part,) for part in ("W_q", "scale", "zero", *SETTINGS[:5]))
+        required = tuple((part,) for part in ("W_q", "scale", "zero", *LAYER_SETTINGS[:5]))
         bits, size = self._number(layer, "nbits") or 4, self._number(layer, "group_size")
         return LayerScheme(self.label, bits, "any", size, required, frozenset({"bias"}))
 
@@ -86,7 +86,7 @@ class Hqq(Format):
 
     def unread(self, layer: str) -> str:
         """Name the packing, or the settings that are lost."""
-        lost = [part for part in SETTINGS[:4] if part not in self.parts(layer)]
+        lost = [part for part in LAYER_SETTINGS[:4] if part not in self.parts(layer)]
         return (
             f"{', '.join(lost)} are missing" if lost else f"HQQ's packing {self._text(layer, 'packing')!r} is not known"
         )

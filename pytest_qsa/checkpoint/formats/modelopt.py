@@ -19,22 +19,22 @@ from .format import BUDGET, Format
 from .hqq import packed_again
 from .scheme import Declaration, LayerScheme
 
-SETTINGS = "hf_quant_config.json"
+SETTINGS_FILE = "hf_quant_config.json"
 KV = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
-OPTIONAL = KV | {"bias", "pre_quant_scale", "input_scale"}
+_OPTIONAL = KV | {"bias", "pre_quant_scale", "input_scale"}
 _FLOAT8 = (("weight",), ("weight_scale",))
-_NVFP4 = LayerScheme("NVFP4", 4, "group", 16, (*_FLOAT8, ("weight_scale_2",)), OPTIONAL, ("U8",))
-_MXFP4 = LayerScheme("W4A8_MXFP4_FP8", 4, "group", 32, _FLOAT8, OPTIONAL, ("U8",))
-_INT4 = LayerScheme("W4A16_AWQ", 4, "group", None, _FLOAT8, OPTIONAL, ("U8",))
-_INT8 = LayerScheme("W8A16", 8, "channel", None, _FLOAT8, OPTIONAL, ("I8",))
+_NVFP4 = LayerScheme("NVFP4", 4, "group", 16, (*_FLOAT8, ("weight_scale_2",)), _OPTIONAL, ("U8",))
+_MXFP4 = LayerScheme("W4A8_MXFP4_FP8", 4, "group", 32, _FLOAT8, _OPTIONAL, ("U8",))
+_INT4 = LayerScheme("W4A16_AWQ", 4, "group", None, _FLOAT8, _OPTIONAL, ("U8",))
+_INT8 = LayerScheme("W8A16", 8, "channel", None, _FLOAT8, _OPTIONAL, ("I8",))
 _INPUT = ("input_scale",)
 _LORA = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
 ALGORITHMS = {
     scheme.form: scheme
     for scheme in (
-        LayerScheme("FP8", 8, "tensor", None, (*_FLOAT8, _INPUT), OPTIONAL, ("F8_E4M3",)),
-        LayerScheme("FP8_PER_CHANNEL_PER_TOKEN", 8, "channel", None, _FLOAT8, OPTIONAL, ("F8_E4M3",)),
-        LayerScheme("MXFP8", 8, "group", 32, _FLOAT8, OPTIONAL, ("F8_E4M3",)),
+        LayerScheme("FP8", 8, "tensor", None, (*_FLOAT8, _INPUT), _OPTIONAL, ("F8_E4M3",)),
+        LayerScheme("FP8_PER_CHANNEL_PER_TOKEN", 8, "channel", None, _FLOAT8, _OPTIONAL, ("F8_E4M3",)),
+        LayerScheme("MXFP8", 8, "group", 32, _FLOAT8, _OPTIONAL, ("F8_E4M3",)),
         replace(_NVFP4, required=(*_NVFP4.required, _INPUT)),
         replace(_NVFP4, form="W4A16_NVFP4"),
         replace(_NVFP4, form="NVFP4_AWQ", required=(*_NVFP4.required, _INPUT)),  # a norm may have taken pre_quant_scale
@@ -80,7 +80,7 @@ class ModelOpt(Format):
             InfraError: an algorithm isn't known here.
         """
         settings = _settings(self.folder)
-        return self._declared(settings, SETTINGS) if settings else self._second or Declaration()
+        return self._declared(settings, SETTINGS_FILE) if settings else self._second or Declaration()
 
     @cached_property
     def _second(self) -> Declaration | None:
@@ -180,7 +180,7 @@ class ModelOpt(Format):
         other = second.scheme_of(layer) if second is not None else own
         if (own and own.form) != (other and other.form):
             names = [scheme.form if scheme else "floats" for scheme in (own, other)]
-            what = f"{SETTINGS} declares {names[0]}, config.json {names[1]}"
+            what = f"{SETTINGS_FILE} declares {names[0]}, config.json {names[1]}"
             yield Finding.at(weight, what, "which one a loader reads differs: correct the one that is wrong")
         smoothing, shape = self.parts(layer).get("pre_quant_scale"), self.weight_shape(layer)
         if smoothing is not None and shape is not None and element_count(smoothing) != shape[1]:
@@ -196,6 +196,6 @@ def _of_outputs(codes: Tensor, wanted: NDArray[np.intp]) -> NDArray[np.uint8]:
 
 def _settings(folder: Folder) -> Settings:
     """Return the part `quantization` of `hf_quant_config.json`; empty where there is none."""
-    content = folder.json(SETTINGS)
+    content = folder.json(SETTINGS_FILE)
     settings = content.get("quantization") if isinstance(content, dict) else None
     return settings if isinstance(settings, dict) and settings.get("quant_algo") else {}

@@ -18,7 +18,7 @@ from .format import BUDGET, Format
 from .gptq import AWQ_ORDER
 from .scheme import Declaration, LayerScheme
 
-DTYPES = {
+WEIGHT_TYPES = {
     "int4": (4, "I32"),
     "uint4": (4, "I32"),
     "int8": (8, "I8"),
@@ -116,7 +116,7 @@ class Quark(Format):
     def zero_point_values(self, layer: str) -> Matrix | None:
         """Return the zero points, those of groups as [out, groups]; packed ones lie along the outputs."""
         tensor, scheme, shape = self.zero_point_of(layer), self.scheme_of(layer), self.weight_shape(layer)
-        if tensor is None or scheme is None or shape is None or scheme.form not in DTYPES:
+        if tensor is None or scheme is None or shape is None or scheme.form not in WEIGHT_TYPES:
             return None
         if tensor.dtype != "I32" or scheme.bits != 4 or not tensor.shape:
             values = tensor.values()
@@ -142,7 +142,7 @@ class Quark(Format):
         scheme, shape, scale = self.scheme_of(layer), self.weight_shape(layer), self.weight_scale_of(layer)
         if scale is None:
             raise ValueError("weight_scale is missing")
-        if scheme is None or shape is None or scheme.form not in DTYPES:
+        if scheme is None or shape is None or scheme.form not in WEIGHT_TYPES:
             return None
         values = self._values(layer, codes, scheme, shape, rows)
         zero_points, part = self.zero_point_values(layer), scale.part
@@ -188,7 +188,7 @@ def _scheme(weight: Settings | Sequence[Any]) -> LayerScheme:
     if not isinstance(weight, Mapping):
         return LayerScheme("two stages", 8)
     kind, strategy = str(weight.get("dtype")), STRATEGIES.get(str(weight.get("qscheme")), "any")
-    bits, stored = DTYPES.get(kind, (8, ""))
+    bits, stored = WEIGHT_TYPES.get(kind, (8, ""))
     size = weight.get("group_size")
     required = [("weight",), SCALE]
     if "int" in kind and weight.get("symmetric") is False:

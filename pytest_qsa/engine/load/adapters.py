@@ -23,7 +23,7 @@ transformers looks for the adapter in this part of the folder, which isn't there
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model is loaded from: a folder or hub id with its revision, and the folder of the adapter on it."""
 
     path: str
@@ -31,7 +31,7 @@ class Source:
     adapter: Path | None = None
 
 
-def source_of(path: str, revision: str | None, base: str = "") -> Source:
+def source_of(path: str, revision: str | None, base: str = "") -> ModelSource:
     """Return where a model is loaded from. `path`: its folder or hub id, or an adapter's; `base`: as a suite names it.
 
     The files of an adapter on the hub are fetched.
@@ -41,17 +41,17 @@ def source_of(path: str, revision: str | None, base: str = "") -> Source:
         InfraError: an adapter's base isn't known; or it can't be put onto a model here.
     """
     if not path:  # a factory's model
-        return Source(path, revision)
+        return ModelSource(path, revision)
     folder = _adapter_at(path, revision)
     named = base_of(folder or Path(path), base)
     if folder is None:
-        return Source(path, revision)
+        return ModelSource(path, revision)
     if util.find_spec("peft") is None:
         raise InfraError(
             f"{folder} holds an adapter, and without peft transformers would run its base alone: pip install peft"
         )
     _peft_config(folder)
-    return Source(*named, folder) if named else Source(path, revision, folder)
+    return ModelSource(*named, folder) if named else ModelSource(path, revision, folder)
 
 
 def _adapter_at(path: str, revision: str | None) -> Path | None:
@@ -92,7 +92,7 @@ def _peft_config(folder: Path) -> Any:
         return peft.PeftConfig.from_pretrained(str(folder))
 
 
-def check_adapter(source: Source, gguf_file: str | None) -> None:
+def check_adapter(source: ModelSource, gguf_file: str | None) -> None:
     """Check that an adapter's tensors fit the files of its base, which a loader would say in many lines or not at all.
 
     Raises:

@@ -22,7 +22,7 @@ from ...common import InfraError, QsaError, Scratch, UnloadableFormatError, one_
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
-from .adapters import WITHOUT, Source, adapter_text, add_adapter, check_adapter, source_of
+from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
 from .completeness import check_complete, check_declaration, declares_quantization
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -143,7 +143,7 @@ def _check_path(path: str) -> None:
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
 
 
-def _from_checkpoint(spec: Model, source: Source, memory: Memory) -> Loaded:
+def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory) -> Loaded:
     import transformers
 
     path = source.path
@@ -196,7 +196,7 @@ def _from_checkpoint(spec: Model, source: Source, memory: Memory) -> Loaded:
         return Loaded(model, None, scratch, stream, error)
 
 
-def _tokenizer_of(source: Source, common: dict[str, Any], gguf: dict[str, Any]) -> Any:
+def _tokenizer_of(source: ModelSource, common: dict[str, Any], gguf: dict[str, Any]) -> Any:
     """Return the tokenizer that an adapter was saved with, which may have tokens of its own; else the base's."""
     own = load_tokenizer(str(source.adapter), {**common, "revision": None}) if source.adapter is not None else None
     return own if own is not None else load_tokenizer(source.path, common | gguf)

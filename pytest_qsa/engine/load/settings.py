@@ -29,11 +29,11 @@ def resolved(config: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def main(files: list[str]) -> None:
+def print_resolved(files: list[str]) -> None:
     """Print what the files come to."""
     configs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
     print(json.dumps([resolved(config) for config in configs], default=str))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print_resolved(sys.argv[1:])

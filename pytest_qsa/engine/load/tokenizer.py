@@ -116,7 +116,7 @@ PIECES: Mapping[str, Sequence[str]] = {
 """`tokenizer.ggml.pre` → the expressions by which llama.cpp cuts a text, one after the other."""
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe")
 """The pre-tokenizers with which a piece of the vocabulary is one token, whatever the merges say."""
-PROBES = ("It's 1234567 times 3.14, isn't it? I'LL SEE…", "Über  größere\n\n\tTabs  und 你好 😀 = x_1 + $9.99;\r\n")
+_PROBES = ("It's 1234567 times 3.14, isn't it? I'LL SEE…", "Über  größere\n\n\tTabs  und 你好 😀 = x_1 + $9.99;\r\n")
 SAMPLE = 20_000
 """The number of characters of the shipped text that are compared, besides the probes."""
 TOLERATED = 0.01
@@ -192,7 +192,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
 
 
 def _texts() -> Iterator[str]:
-    yield from PROBES
+    yield from _PROBES
     text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")
     # Line by line: in one text all ids between two differences would count as differing.
     yield from text[:SAMPLE].splitlines(keepends=True)

@@ -184,7 +184,7 @@ def widened(before: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([largest[0], least[1], least[2], largest[3]])
 
 
-AT_ONCE = 1 << 28
+BYTES_AT_ONCE = 1 << 28
 """About how many bytes are copied together; joining them takes as many on the device."""
 
 
@@ -217,7 +217,7 @@ class Transfer:
 
 
 def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield those that are on a device, by device, in groups of about `AT_ONCE` bytes."""
+    """Yield those that are on a device, by device, in groups of about `BYTES_AT_ONCE` bytes."""
     waiting: dict[torch.device, list[Tensor]] = {}
     sizes: dict[torch.device, int] = {}
     for tensor in tensors:
@@ -226,7 +226,7 @@ def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             continue
         waiting.setdefault(device, []).append(tensor)
         sizes[device] = sizes.get(device, 0) + tensor.nbytes
-        if sizes[device] > AT_ONCE:
+        if sizes[device] > BYTES_AT_ONCE:
             yield waiting.pop(device)
             sizes[device] = 0
     yield from waiting.values()

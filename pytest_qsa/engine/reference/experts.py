@@ -20,7 +20,7 @@ from ..reduce.storage import Transfer
 from ..run.participant import WantedSites
 from .pair_statistics import drawn_rows, named_local_errors
 
-Rows = dict[str, list[Tensor]]
+_Rows = dict[str, list[Tensor]]
 """Name of an array → for each sample the positions of its tokens [R], or the powers of all layers [layers, R, 3]."""
 
 
@@ -34,7 +34,7 @@ class _Module:
 
     layers: dict[str, tuple[frozenset[Statistic], Expert, Expert]] = field(default_factory=dict)
     owners: list[tuple[int, int, int]] = field(default_factory=list)
-    rows: Rows = field(default_factory=dict)
+    rows: _Rows = field(default_factory=dict)
 
     @property
     def errors(self) -> list[tuple[int, tuple[str, str]]]:

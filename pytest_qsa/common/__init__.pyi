@@ -6,6 +6,7 @@ from .errors import (
     QsaUnplannedCaptureWarning as QsaUnplannedCaptureWarning,
     QsaWarning as QsaWarning,
     SuiteError as SuiteError,
+    ToldError as ToldError,
     UnloadableFormatError as UnloadableFormatError,
     did_you_mean as did_you_mean,
     one_line as one_line,

@@ -61,6 +61,15 @@ class BaselineError(AnomalyError):
     """A baseline is missing or can't be compared; `--snapshot-update` writes a new one."""
 
 
+class ToldError(QsaError):
+    """What stopped this test has stopped another one before, which has its text. `by`: that test's id."""
+
+    def __init__(self, message: str, kind: str, by: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.by = by
+
+
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's text that isn't empty; the name of its class where there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -30,7 +30,7 @@ from ..metrics import (
     positions_of,
     query_of,
 )
-from ..suite import Assertion, CheckpointAssertion, ExternalAssertion
+from ..suite import Assertion, CheckpointAssertion, ExternalAssertion, Subject
 from ..verdicts import (
     BASELINE_FOLDER,
     BASELINE_NAME,
@@ -96,20 +96,42 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     Raises:
         QsaError: there is none.
     """
-    if isinstance(assertion, CheckpointAssertion):
-        return gate.files_of(request)
     subject = gate.subject_of(request.node)
     assert subject is not None
+    if isinstance(assertion, CheckpointAssertion):
+        return _files(gate, request, reads_tensors=assertion.metric != "checkpoint_settings")
     if isinstance(assertion, ExternalAssertion):
         return EvalFiles(subject.folder, subject.name, subject.path)
-    capture = gate.capture_of(request)
+    with gate.told_once(request.node, f"nothing was measured of {subject.name}"):
+        capture = gate.capture_of(request)
     release = None
     if assertion.follows:
         assert subject.model is not None
         assert subject.model.previous is not None
         kept = kept_release(subject, request.node.path)
-        release = Release(subject.model.previous, kept, partial(gate.previous_capture, request, subject))
+        release = Release(subject.model.previous, kept, partial(_previous_capture, gate, request, subject))
     return Measurement(capture, partial(_against_own_baseline, request, capture), release)
+
+
+def _previous_capture(gate: Gate, request: pytest.FixtureRequest, subject: Subject) -> Capture:
+    assert subject.model is not None
+    with gate.told_once(request.node, f"nothing was measured of the last release, {subject.model.previous}"):
+        return gate.previous_capture(request, subject)
+
+
+def _files(gate: Gate, request: pytest.FixtureRequest, *, reads_tensors: bool) -> Files:
+    """Return the files of a test's checkpoint, whose headers can be read where the test reads tensors.
+
+    Raises:
+        QsaError: they can't be read, or there are none.
+    """
+    subject = gate.subject_of(request.node)
+    assert subject is not None
+    with gate.told_once(request.node, f"the files of {subject.name} can't be read"):
+        files = gate.files_of(request)
+        if reads_tensors:
+            _ = files.format, files.folder.layers
+    return files
 
 
 def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:
@@ -224,7 +246,8 @@ class Qsa:
     def capture_at(self, site: Site | None) -> Capture:
         """Return the capture with the numbers of a site: those of weights may be in one of their own."""
         try:
-            return self._gate.capture_of(self._request, site)
+            with self._gate.told_once(self._request.node, "nothing was measured"):
+                return self._gate.capture_of(self._request, site)
         except QsaError as error:
             raise self.stopped(error) from None
 
@@ -260,7 +283,7 @@ class Qsa:
     def problems(self, metric: str, layers: str, exclude: str | None, parameters: Parameters) -> Series:
         """Run a static check; comparing its series judges it, without a pass."""
         try:
-            files = self._gate.files_of(self._request)
+            files = _files(self._gate, self._request, reads_tensors=metric != "checkpoint_settings")
             series, found = problems_of(files, metric, layers, exclude, **parameters)
         except QsaError as error:
             raise self.stopped(error) from None

@@ -15,7 +15,15 @@ import pytest
 from .. import engine, external
 from ..captures import COUNTS, Capture, PartialSums, Request, Site
 from ..checkpoint import Files, capture_weights
-from ..common import QsaUnplannedCaptureWarning, QsaWarning, SuiteError, UnloadableFormatError, progress_bar
+from ..common import (
+    QsaError,
+    QsaUnplannedCaptureWarning,
+    QsaWarning,
+    SuiteError,
+    ToldError,
+    UnloadableFormatError,
+    progress_bar,
+)
 from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
 from ..verdicts import (
     BASELINE_FOLDER,
@@ -154,6 +162,28 @@ class Gate:
         if key not in self._files:
             self._files[key] = files_of(subject, self.options.cache_folder)
         return self._files[key]
+
+    @contextlib.contextmanager
+    def told_once(self, item: pytest.Item, what: str) -> Iterator[None]:
+        """Let the first test that meets an error tell it; any other names that test. `what`: "its files can't be read".
+
+        Raises:
+            QsaError: the error.
+            ToldError: another test tells it.
+        """
+        try:
+            yield
+        except QsaError as error:
+            # Captures remember what failed: another attempt would meet the same.
+            if item.config.pluginmanager.hasplugin("rerunfailures"):
+                item.add_marker(pytest.mark.flaky(condition=False), append=False)
+            # What an expected failure says is shown nowhere.
+            if item.get_closest_marker("xfail") is not None:
+                raise
+            first = self.captures.told_by(error, item.nodeid)
+            if first == item.nodeid:
+                raise
+            raise ToldError(f"could not be judged, for {what}; {first} has the reason", error.kind, first) from None
 
     def _key(self, request: pytest.FixtureRequest, subject: Subject) -> str:
         """Return the key of the subject's capture; for a fixture's model it names that very object and its batches."""

@@ -122,6 +122,8 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: p
         return
     representation = call.excinfo.getrepr(style="short", chain=False, tbfilter=lambda info: _users_frames(info, item))
     _replace_text(representation, report.failure_text(verdict))
+    if verdict.told_by:
+        representation.reprtraceback.reprentries = [_only_text(representation.reprtraceback.reprentries[-1])]
     if representation.reprcrash is not None:
         frames = _users_frames(call.excinfo, item)
         if len(frames):
@@ -159,6 +161,13 @@ def _replace_text(representation: Any, text: str) -> None:
     entry = representation.reprtraceback.reprentries[-1]
     source = [line for line in entry.lines if not line.startswith("E ")]
     entry.lines = source + [f"E   {line}" for line in text.splitlines()]
+
+
+def _only_text(entry: Any) -> Any:
+    """Leave out where a test was stopped: that is not the reason."""
+    entry.lines = [line for line in entry.lines if line.startswith("E ")]
+    entry.reprfileloc = None
+    return entry
 
 
 def _stopped(item: pytest.Item, error: common.QsaError) -> Verdict:

@@ -29,7 +29,12 @@ LABEL_WIDTH = 9
 
 
 def failure_text(verdict: Verdict) -> str:
-    """Return the whole text; its first line names the kind, the assertion and the numbers."""
+    """Return the whole text; its first line names the kind, the assertion and the numbers.
+
+    It is all that there is where another test has told what stopped this one.
+    """
+    if verdict.told_by:
+        return summary_line(verdict)
     sections = (list(section(verdict)) for section in TEXT_SECTIONS)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 

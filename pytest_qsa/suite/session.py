@@ -38,6 +38,7 @@ class Captures:
     cache: Path | None = None
     _memory: dict[str, Capture] = field(default_factory=dict)
     _failures: dict[str, QsaError] = field(default_factory=dict)
+    _told: dict[str, str] = field(default_factory=dict)
 
     def get(
         self,
@@ -74,6 +75,13 @@ class Captures:
         """Drop a capture whose model is gone."""
         self._memory.pop(key, None)
         self._failures.pop(key, None)
+
+    def told_by(self, error: QsaError, test: str) -> str:
+        """Return the test that tells an error, the first of the run that met it: `test` itself, or an earlier one."""
+        text = f"{type(error).__name__}: {error}"
+        if text not in self._told:
+            self._told[text] = test if self.shared is None else _first_of_workers(self.shared, text, test)
+        return self._told[text]
 
     def covering(self, key: str, requests: Sequence[Request]) -> Capture | None:
         """Return a capture of the key, the first or a later one, that has all that is asked for."""
@@ -146,3 +154,15 @@ def _make_once(
             raise
         capture.save(file)
         return capture, source
+
+
+def _first_of_workers(shared: Path, text: str, test: str) -> str:
+    """Return the first test of any worker that asked with this text."""
+    from filelock import FileLock
+
+    shared.mkdir(parents=True, exist_ok=True)
+    file = shared / f"told-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            write_atomically(file, test)
+        return file.read_text(encoding="utf-8")

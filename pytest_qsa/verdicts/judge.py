@@ -11,7 +11,7 @@ import numpy as np
 
 from ..captures import Capture, ModelProvenance, Provenance
 from ..checkpoint import Files, Finding, problems_of
-from ..common import AnomalyError, BaselineError, InfraError, QsaError, counted
+from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted
 from ..external import EvalFiles, eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
@@ -206,6 +206,7 @@ def concluded(
         findings=judgement.findings,
         waivers=judgement.waivers,
         limits=limits,
+        told_by=judgement.told_by,
     )
 
 
@@ -224,7 +225,8 @@ def stopped(error: QsaError, query: Query | None = None) -> Judgement:
     kind = Kind(error.kind) if error.kind in Kind.__members__ else Kind.INFRA
     asked = query.plain() if query else {}
     # --snapshot-update mends what is wrong with a baseline, and no other error.
-    return Judgement(kind, str(error), asked, updatable=isinstance(error, BaselineError))
+    told_by = error.by if isinstance(error, ToldError) else ""
+    return Judgement(kind, str(error), asked, updatable=isinstance(error, BaselineError), told_by=told_by)
 
 
 def _of_files(assertion: CheckpointAssertion, files: Files, leniency: Leniency) -> Judgement:

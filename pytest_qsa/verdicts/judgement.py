@@ -28,7 +28,7 @@ class Judgement:
     """What came of holding numbers against one bound or baseline; a `Verdict` is made of it.
 
     `key`: the keys in the suite, below the assertion, that lead to the bound that the worst row is about.
-    `run`: the provenance of numbers that no capture holds.
+    `run`: the provenance of numbers that no capture holds. `told_by`: see `Verdict`.
     """
 
     kind: Kind
@@ -42,6 +42,7 @@ class Judgement:
     findings: Sequence[Finding] = ()
     waivers: Sequence[WaiverUse] = ()
     run: Provenance = UNKNOWN_RUN
+    told_by: str = ""
 
     @property
     def failed(self) -> bool:

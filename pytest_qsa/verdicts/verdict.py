@@ -144,7 +144,8 @@ class Verdict:
     `run`: provenance (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what
     changed since. `histograms`: layer → its distributions, for the report. `findings`: problems found by a static
     check, in the order of the layers. `limits`: bounds that `--qsa-ratchet` may tighten. `origin`: where a difference
-    from the reference comes from.
+    from the reference comes from. `told_by`: the id of the test that has the whole text of what stopped this one too;
+    empty for a verdict that tells it itself.
     """
 
     id: str
@@ -171,6 +172,7 @@ class Verdict:
     waivers: Sequence[WaiverUse] = ()
     limits: Sequence[Limit] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
+    told_by: str = ""
 
     @property
     def failed(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.checkpoints import edited
 from support.projects import Project, peaks, suite
 
 pytestmark = pytest.mark.process
@@ -98,6 +99,49 @@ def test_reruns_run_it_again_and_report_it_once(gate):
     results = [result["nodeid"] for result in gate.json("again/report.json")["results"]]
     assert sorted(results) == ["a.qsa.yaml::above", "a.qsa.yaml::holds"]
     assert run.out.count("qsa: 1 of 2 assertions ") == 1
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, llama):
+    """Run suites over a checkpoint without its last norm and one whose file is cut short, with reruns."""
+    project = Project(tmp_path_factory.mktemp("broken") / "project")
+    lost = edited(llama, project.folder / "lost", lambda weights: weights.pop("model.norm.weight"))
+    cut = edited(llama, project.folder / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    project.write("a.qsa.yaml", suite(lost, peaks("max: 9"), peaks("max: 8", "again"), peaks("baseline: {}", "kept")))
+    keys = ("id: keys, metric: checkpoint_keys, max: 0", "id: scales, metric: checkpoint_weights, max: 0")
+    project.write("b.qsa.yaml", suite(cut, *keys, peaks("max: 9", "cut")))
+    project.write("test_lost.py", "def test_lost(qsa): assert qsa.output('up_proj').rms() <= 3")
+    return project, project.pytest("--reruns=2", "--qsa-config=a.qsa.yaml", "--junitxml=junit.xml")
+
+
+def test_what_stops_many_tests_is_told_by_the_first(broken):
+    _, run = broken
+    assert "LlamaForCausalLM" in run.first_line("a.qsa.yaml::peaks")
+    assert "cut short" in run.first_line("::keys")
+    elsewhere = {
+        "a.qsa.yaml::again": "a.qsa.yaml::peaks", "a.qsa.yaml::kept": "a.qsa.yaml::peaks",
+        "::test_lost": "a.qsa.yaml::peaks", "::scales": "b.qsa.yaml::keys", "::cut": "b.qsa.yaml::keys",
+    }  # fmt: skip
+    for test, first in elsewhere.items():
+        [line] = run.text(test).splitlines()
+        assert line.startswith("E   ANOMALOUS ")
+        assert "could not be judged" in line
+        assert line.endswith(f"; {first} has the reason")
+    assert run.report("::again")["crash"].startswith("ANOMALOUS: could not be judged")
+
+
+def test_what_another_attempt_would_meet_again_is_not_run_again(broken):
+    assert "rerun" not in broken[1].out.splitlines()[-1]
+    assert broken[0].read("junit.xml").count("<failure") == 7
+
+
+def test_a_test_that_is_expected_to_fail_is_not_the_one_that_tells(broken):
+    mark = "import pytest\ndef pytest_collection_modifyitems(items): items[0].add_marker(pytest.mark.xfail)"
+    broken[0].write("conftest.py", mark)
+    run = broken[0].pytest("--qsa-report=never", "a.qsa.yaml")
+    assert "LlamaForCausalLM" in run.first_line("::again")
+    assert run.first_line("::kept").endswith("a.qsa.yaml::again has the reason")
 
 
 def test_random_order_changes_nothing(gate):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
@@ -47,11 +48,24 @@ class Request:
                 compile_pattern(pattern)
 
 
+MAX_PATTERN = 1_000
+"""How many characters a pattern of a suite may have; those of `exactly` are longer."""
+MAX_REPEATS = 10_000
+"""How often a part of a pattern may repeat by counts such as `{3}`, with those around it multiplied."""
+MATCH_SECONDS = 2.0
+"""The processor time that a pattern may take for all names. A million names take a harmless one about as long."""
+_ALTERNATIVES = re.compile(r"\^\(\?:(?:[^\\()\[\]{}*+?^$]|\\.)*\)\$")
+_TOKEN = re.compile(
+    r"\\N\{[^}]*\}|\\.|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|\{(?P<least>\d*)(?:,(?P<most>\d*))?\}|.", re.DOTALL
+)
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     r"""Compile a layer pattern.
 
     Raises:
-        SuiteError: it is not a regular expression, or holds a control character, as `"\b"` in double quotes does.
+        SuiteError: it is not a regular expression, repeats too often, or holds a control character, as `"\b"` in
+            double quotes does.
     """
     if min(pattern, default=" ") < " ":
         raise SuiteError(
@@ -59,16 +73,105 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             "write it without quotes or in single ones"
         )
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        compiled = re.compile(pattern)
+    # A count too large for C is an OverflowError, a hundred nested groups a RecursionError.
+    except (re.error, OverflowError, RecursionError) as error:
         raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None
+    if (repeats := _repeats(pattern)) > MAX_REPEATS:
+        raise SuiteError(f"the regex '{pattern}' repeats a part {repeats:,} times; at most {MAX_REPEATS:,}")
+    return compiled
+
+
+def check_pattern(pattern: str) -> str:
+    """Return a pattern of a suite that can be compiled and isn't too long.
+
+    Raises:
+        SuiteError: it is; or as `compile_pattern`.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise SuiteError(f"the regex '{pattern[:40]}…' has {len(pattern):,} characters; at most {MAX_PATTERN:,}")
+    compile_pattern(pattern)
+    return pattern
+
+
+def _repeats(pattern: str) -> int:
+    """Return the largest product of nested counts: 12 for `(a{3}b){2,4}`."""
+    groups, last, most = [1], 1, 1  # the largest product in each open group; that of the last part
+    for token in _TOKEN.finditer(pattern):
+        text = token[0]
+        if text == "(":
+            groups.append(1)
+        elif text == ")":
+            last = groups.pop() if groups[1:] else 1
+        elif text.startswith("{") and text[1:-1].strip(","):
+            last *= max(int(token["least"] or 0), int(token["most"] or 0), 1)
+        elif not text.isspace():  # which verbose patterns may have before a count
+            last = 1
+        groups[-1] = max(groups[-1], last)
+        most = max(most, groups[-1])
+    return most
+
+
+@lru_cache(maxsize=256)
+def _matcher(pattern: str) -> Any:
+    """Compile a pattern of Python's `re` for the package `regex`, which can be stopped: `re` can't.
+
+    What only `regex` reads as syntax is escaped: fuzzy counts `{e<=1}` and sets in sets.
+    """
+    import regex  # only what matches names pays for the import
+
+    compile_pattern(pattern)
+
+    def meant(token: re.Match[str]) -> str:
+        text = token[0]
+        if token["set"]:
+            return "[" + re.sub(r"(\\.)|\[", lambda part: part[1] or r"\[", text[1:], flags=re.DOTALL)
+        return r"\{" if text in ("{", "{}") else text
+
+    try:
+        return regex.compile(_TOKEN.sub(meant, pattern), regex.VERSION0)
+    except (regex.error, RecursionError) as error:
+        raise SuiteError(f"'{pattern}' can't be matched: {error}") from None
+
+
+def found_by(
+    pattern: str, names: Iterable[str], *, from_start: bool = False, seconds: float = MATCH_SECONDS
+) -> list[str]:
+    """Return the names that a pattern finds, anywhere in them or from their start on.
+
+    Raises:
+        SuiteError: as `compile_pattern`; or it takes more than `seconds` of processor time for all names.
+    """
+    # Made by `exactly`: nothing in it repeats, and `regex` is slow to compile thousands of names.
+    if len(pattern) > MAX_PATTERN and _ALTERNATIVES.fullmatch(pattern):
+        compiled = compile_pattern(pattern)
+        return [name for name in names if (compiled.match(name) if from_start else compiled.search(name))]
+    matcher = _matcher(pattern)
+    match = matcher.match if from_start else matcher.search
+    found, began, left = [], time.process_time(), seconds
+    try:
+        for name in names:
+            if match(name, timeout=left):
+                found.append(name)
+            if (left := seconds - (time.process_time() - began)) <= 0:
+                raise TimeoutError
+    except TimeoutError:
+        raise SuiteError(
+            f"the regex '{pattern}' takes more than {seconds:g} s for the names: write it without a repeat in a "
+            "repeat, such as (.*)*"
+        ) from None
+    return found
 
 
 def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = None) -> list[str]:
-    """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order."""
-    wanted = compile_pattern(pattern)
-    unwanted = compile_pattern(exclude) if exclude is not None else None
-    return [name for name in modules if wanted.search(name) and not (unwanted and unwanted.search(name))]
+    """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order.
+
+    Raises:
+        SuiteError: as `found_by`.
+    """
+    found = found_by(pattern, modules)
+    unwanted = set(found_by(exclude, found)) if exclude is not None else ()
+    return [name for name in found if name not in unwanted]
 
 
 def at_experts(site: Site, statistics: frozenset[Statistic]) -> frozenset[Statistic]:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common import AnomalyError, InfraError
+from ..captures import found_by
+from ..common import AnomalyError, InfraError, SuiteError
 from .folder import ADAPTER, ADAPTER_FILES, Folder, Settings
 from .tensors import Matrix, Tensor, decoded, tensors_of
 
@@ -146,9 +147,11 @@ class Adapter:
         try:
             stated = self.config.get(patterns) or {}
             # as peft looks a pattern up (`get_pattern_key`)
-            found = (value for name, value in stated.items() if re.match(rf"(.*\.)?({name})$", layer))
+            found = (
+                value for name, value in stated.items() if found_by(rf"(.*\.)?({name})$", [layer], from_start=True)
+            )
             value = next(found, self.config.get(key))
-        except (AttributeError, re.error) as error:
+        except (AttributeError, SuiteError) as error:
             raise AnomalyError(f"{self.folder / ADAPTER}: {patterns} can't be read: {error}") from None
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise AnomalyError(f"{self.folder / ADAPTER}: {key} of {layer} is {value!r}, not a number above 0")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from ..captures import compile_pattern
+from ..captures import check_pattern
 from ..common import SuiteError
 from .sections import Regex, Strict
 
@@ -57,7 +57,7 @@ def _groups(groups: dict[str, Bound]) -> dict[str, Bound]:
     for key in groups:
         scheme = key.removeprefix(SCHEME)
         if scheme == key:
-            compile_pattern(key)
+            check_pattern(key)
         elif not SCHEMES.fullmatch(scheme):
             raise SuiteError(
                 f"'{key}' names no scheme: write scheme:w8a8, scheme:w4a16_int, scheme:w8a8_fp or scheme:none"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..captures import FLOAT, ExecutedModules, Execution
+from ..captures import FLOAT, ExecutedModules, Execution, found_by
 from ..common import AnomalyError, InfraError, counted
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def check_execution(execution: Execution | None, model: Model) -> None:
     """
     allowed = model.allow_idle
     idle = execution.idle if execution else ()
-    idle = tuple(name for name in idle if not (allowed and re.search(allowed, name)))
+    named = set(found_by(allowed, idle)) if allowed else ()
+    idle = tuple(name for name in idle if name not in named)
     if idle:
         others = f" (and {len(idle) - 1} more)" if idle[1:] else ""
         raise AnomalyError(

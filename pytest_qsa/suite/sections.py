@@ -14,7 +14,7 @@ from annotated_types import Gt, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
 
-from ..captures import Site, compile_pattern
+from ..captures import Site, check_pattern
 
 
 class Strict(BaseModel):
@@ -44,12 +44,7 @@ def fields_at(section: type[BaseModel], keys: Iterable[str | int]) -> Mapping[st
     return inner.model_fields if inner else {}
 
 
-def _regex(pattern: str) -> str:
-    compile_pattern(pattern)
-    return pattern
-
-
-Regex = Annotated[str, AfterValidator(_regex)]
+Regex = Annotated[str, AfterValidator(check_pattern)]
 
 
 def _url(url: str) -> str:

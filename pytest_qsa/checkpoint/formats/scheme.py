@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from ...common import AnomalyError
+from ...captures import found_by
+from ...common import AnomalyError, SuiteError
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,14 @@ def matches_from_start(regex: str, layer: str) -> bool:
         AnomalyError: it is no regular expression.
     """
     try:
-        return re.match(regex, layer) is not None
-    except re.error as error:
-        what = f"quantization_config names layers by {regex!r}, which is no regular expression: {error}"
+        return bool(found_by(regex, [layer], from_start=True, seconds=NAME_SECONDS))
+    except SuiteError as error:
+        what = f"quantization_config names layers by {regex[:100]!r}, which is no regular expression: {error}"
         raise AnomalyError(f"{what}; correct it, for loaders read it as one") from None
+
+
+NAME_SECONDS = 0.05
+"""The processor time that a regex of a configuration may take for one name."""
 
 
 def block_of(size: object) -> tuple[int, int] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from ...captures import found_by
 from ...checkpoint import SIGNS, Format, format_of, layer_of, open_folder
 from ...common import AnomalyError, InfraError, QsaError, UnloadableFormatError, counted
 from ...suite import Model
@@ -67,7 +67,9 @@ def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> N
     """
     mismatched, missing = sorted(info.get("mismatched_keys") or ()), sorted(info.get("missing_keys") or ())
     allowed = spec.allow_unexpected
-    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not (allowed and re.search(allowed, key)))
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    named = set(found_by(allowed, unexpected)) if allowed else ()
+    unexpected = [key for key in unexpected if key not in named]
     if not (mismatched or missing or unexpected):
         return
     form = format_of(open_folder(path, spec.revision, spec.gguf_file))

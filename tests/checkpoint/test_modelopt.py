@@ -100,6 +100,8 @@ def exported(source, folder, algorithm, *, config=None, **settings):
         for name in names:
             shared = [peaks[name]] if algorithm.startswith("NVFP4") else []
             packed = ALGORITHMS[algorithm](weights.pop(name).double(), *shared)
+            if "input_scale" in packed:
+                packed["input_scale"] *= 1 + int(name.split(".")[2]) / 8  # calibrated scales differ
             stem = name.removesuffix("weight")
             weights.update({f"{stem}{part}": tensor.contiguous() for part, tensor in packed.items()})
 

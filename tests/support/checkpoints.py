@@ -117,6 +117,8 @@ def save_quantized_moe(folder, preset, **weights):
             tensors[name] = tensor
             continue
         form, packed = packed_parts(tensor, scheme, torch.cat([weights[each].ravel() for each in fused_with(name)]))
+        if "input_global_scale" in packed:
+            packed["input_global_scale"] = torch.tensor([300.0 + 10 * int(name.split(".")[2])])
         tensors |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     stated = QuantizationConfig(

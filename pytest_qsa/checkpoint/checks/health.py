@@ -21,6 +21,7 @@ from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
 from ..smoothing import Relation, compare_norms
+from .cache_scales import lost_cache_scales, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, Resolve, changed_settings, unexpected_size, unresolved
 from .keys import lost_keys, misplaced_formats
 from .parts import lost_parts, promised_parts, unusual_parts
@@ -169,8 +170,9 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings.
 
     Also scales that all have one initial value, that have another shape than the declared scheme's, or that differ
-    within a fused group. Zero points that are missing, out of range, not those of a symmetric scheme that is declared,
-    or with which the mean weight is far from that of the siblings.
+    within a fused group, and scales of inputs and of a KV cache that are declared and missing. Zero points that are
+    missing, out of range, not those of a symmetric scheme that is declared, or with which the mean weight is far from
+    that of the siblings.
     """
     yield from misfits(files.format)
     yield from unsound_scales(files.format)
@@ -180,6 +182,7 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     yield from outlying_zero_points(files.format, spread=spread)
     yield from foreign_whole_scales(files.format)
     yield from unequal_fused(files.format, always=fused_equal)
+    yield from chain(lost_cache_scales(files.format), unit_cache_scales(files.format))
 
 
 @_check(_all_layers)

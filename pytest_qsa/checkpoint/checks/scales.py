@@ -170,16 +170,22 @@ def _outlying(
 def _untouched(form: Format, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
     """Yield scales that are the same number in every block: the initial value, because calibration saw no data.
 
-    Scales of weights never agree; one of inputs or of a KV cache may be set by hand, and is initial only where it is 1.
+    Scales of weights never agree. One of inputs or of a KV cache may be set by hand, which is a note, and is initial
+    only where it is 1 and its writer doesn't mean that.
     """
     first = next(iter(members.values()))[0]
+    if not all((values == first).all() for values in members.values()):
+        return
     tensors = [form.folder.tensors[name] for name in members]
     of_weights = all(t.part.startswith("weight") or t == form.weight_scale_of(t.layer) for t in tensors)
-    if (first == 0 or of_weights) and all((values == first).all() for values in members.values()):
+    what = f"{2**first:g}, as every scale of the {len(members)} siblings {kind}"
+    if of_weights or (first == 0 and not form.unit_scales):
         for tensor in tensors:
-            what = f"{2**first:g}, as every scale of the {len(members)} siblings {kind}: the initial value"
             advice = "the calibration saw no data: run it again and look at its hooks"
-            yield Finding.at(tensor, what, advice)
+            yield Finding.at(tensor, f"{what}: the initial value", advice)
+    else:
+        advice = "leave it so if it was set by hand, for calibrated scales differ"
+        yield Finding.at(tensors[0], what, advice, note=True)
 
 
 def unsound_zero_points(form: Format) -> Iterator[Finding]:

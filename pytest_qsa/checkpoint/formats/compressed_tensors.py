@@ -168,7 +168,10 @@ def _scheme_of_auto_round(config: Settings) -> LayerScheme:
     form = {("nv", 4): "nvfp4-pack-quantized", ("mx", 4): "mxfp4-pack-quantized", ("mx", 8): "mxfp8-quantized"}
     strategy = "tensor_group" if kind == "nv" else "group"
     weights = {"num_bits": bits, "type": "float", "strategy": strategy, "group_size": size}
-    return _scheme({"weights": weights, "format": form.get((kind, bits), str(config.get("data_type")))}, config)
+    static = str(config.get("act_data_type")).endswith("static_gs")
+    inputs = {"dynamic": "local", "strategy": "tensor_group"} if static else {}
+    stored = form.get((kind, bits), str(config.get("data_type")))
+    return _scheme({"weights": weights, "input_activations": inputs, "format": stored}, config)
 
 
 def _group_order(order: Tensor | None, scale: Tensor, inputs: int) -> slice | NDArray[np.intp]:
@@ -198,6 +201,8 @@ def _scheme(group: Settings, config: Settings) -> LayerScheme:
         required.append(("weight_g_idx",))
     if inputs and inputs.get("dynamic") is False:
         required.append(("input_scale",))
+    if inputs and inputs.get("dynamic") in (False, "local") and inputs.get("strategy") == "tensor_group":
+        required.append(("input_global_scale",))
     size = weights.get("group_size")
     group_size = size if isinstance(size, int) and size > 0 else None
     kv_cache = {"k_scale", "v_scale", "q_scale"} if config.get("kv_cache_scheme") else set()

@@ -63,6 +63,7 @@ class Format:
         streams: transformers can leave its weights on disk (`memory.offload_device: disk`).
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.
         signed_scales: a writer may give a scale the sign of its group's largest weight.
+        unit_scales: a writer may leave scales of inputs and of a KV cache at 1.0, or out, by design.
         codes: the parts that may hold a layer's codes, in the order in which they are looked for.
         scales: matches the parts that hold scales, those of inputs, outputs and KV caches too.
         zero_points: matches the parts that hold zero points.
@@ -76,6 +77,7 @@ class Format:
     streams: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
     signed_scales: ClassVar[bool] = False
+    unit_scales: ClassVar[bool] = False
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")
     scales: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)scales?(_inv|_2)?$")
     zero_points: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)(zero_point|qzeros)$")
@@ -104,6 +106,13 @@ class Format:
     def declaration(self) -> Declaration:
         """What the configuration declares of each layer; nothing, unless a format overrides it."""
         return Declaration()
+
+    @property
+    def cache_scales_by(self) -> str:
+        """What declares static scales of a KV cache, as a clause of a sentence; empty where nothing does."""
+        scheme = self.folder.quantization.get("kv_cache_scheme")
+        static = isinstance(scheme, dict) and bool(scheme) and not scheme.get("dynamic")
+        return "kv_cache_scheme declares a static cache" if static or scheme == "static" else ""
 
     def scheme_of(self, layer: str) -> LayerScheme | None:
         """Return the scheme that a layer is declared to have; None for none."""

@@ -62,6 +62,8 @@ class ModelOpt(Format):
 
     name = "modelopt"
     loads = False
+    # until March 2026 it clamped scales of a KV cache at 1.0; since then, its default writes none and means 1.0
+    unit_scales = True
     codes = ("weight",)
     scales = re.compile(r"^(weight_scale(_2)?|input_scale|[kv]_scale)$")
 
@@ -81,6 +83,13 @@ class ModelOpt(Format):
         """
         settings = _settings(self.folder)
         return self._declared(settings, SETTINGS_FILE) if settings else self._second or Declaration()
+
+    @property
+    def cache_scales_by(self) -> str:
+        """What declares the scales: `kv_cache_quant_algo`, or as in every format."""
+        algorithm = _settings(self.folder).get("kv_cache_quant_algo")
+        named = isinstance(algorithm, str) and algorithm not in ("", "None", "MIXED_PRECISION")
+        return f"kv_cache_quant_algo is {algorithm}" if named else super().cache_scales_by
 
     @cached_property
     def _second(self) -> Declaration | None:

@@ -68,6 +68,12 @@ class Quark(Format):
         plain = [target for target, weight in weights.items() if not weight and target != "Linear"]
         return Declaration(groups, [*map(_pattern, config.get("exclude") or ()), *plain], names_layers=True)
 
+    @property
+    def cache_scales_by(self) -> str:
+        """What declares the scales: `kv_cache_group` names the layers whose outputs they are of."""
+        group = self._export.get("kv_cache_group")
+        return f"kv_cache_group is {', '.join(map(str, group))}" if isinstance(group, list) and group else ""
+
     def weight_scale_of(self, layer: str) -> Tensor | None:
         """Return the scales of a layer's weight under either name."""
         return next((self.parts(layer)[part] for part in SCALE if part in self.parts(layer)), None)

@@ -1,0 +1,150 @@
+"""Scales of inputs and of a KV cache: demanded where they are declared, and noted where all are one number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pytest_qsa.checkpoint import Files, open_folder, problems_of
+
+BLOCKS = 5
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+K_PROJ, MLA = ("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+
+
+def calibrated(index):
+    return 0.05 + 0.003 * (index * 7 % 11)
+
+
+def checkpoint(folder, scales, config=None, *, projections=K_PROJ, algorithm=None, **quantization):
+    """Write blocks of an attention in FP8, with `scales`: (block, k or v) → the scale of its cache, None for none."""
+    torch.manual_seed(0)
+    weights = {}
+    for index in range(BLOCKS):
+        for name in projections:
+            layer = f"model.layers.{index}.self_attn.{name}"
+            weights[f"{layer}.weight"] = (torch.randn(8, 16) * 100).to(torch.float8_e4m3fn)
+            weights[f"{layer}.weight_scale"] = torch.rand(()) + 1
+        for side in "kv":
+            name = f"model.layers.{index}.self_attn.{f'{side}_proj.' if algorithm else ''}{side}_scale"
+            if (scale := scales(index, side)) is not None:
+                weights[name] = torch.tensor([scale])
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    stated = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+    }
+    settings = {"num_hidden_layers": BLOCKS, **(config or {})}
+    if algorithm:
+        declared = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "kv_cache_quant_algo": algorithm}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": declared}))
+    else:
+        settings["quantization_config"] = stated | quantization
+    (folder / "config.json").write_text(json.dumps(settings))
+    return Files(open_folder(folder))
+
+
+def found(files, *, notes=False):
+    findings = problems_of(files, "checkpoint_health")[1]
+    return [f for f in findings if f.note == notes and "_scale" in f.tensor and "weight" not in f.tensor]
+
+
+def test_a_cache_whose_scales_are_all_there_has_no_finding(tmp_path):
+    files = checkpoint(tmp_path / "c", lambda index, side: calibrated(index), kv_cache_scheme=CACHE)
+    assert (found(files), found(files, notes=True)) == ([], [])
+
+
+def test_a_cache_that_is_declared_and_has_no_scale_is_found_in_every_layer(tmp_path):
+    told = found(checkpoint(tmp_path / "c", lambda index, side: None, kv_cache_scheme=CACHE))
+    assert [each.layer for each in told] == [f"model.layers.{index}.self_attn" for index in range(BLOCKS)]
+    assert told[0].tensor == "model.layers.0.self_attn.k_scale"
+    assert told[0].what == (
+        "missing with v_scale, as in every layer, though kv_cache_scheme declares a static cache: "
+        "a server runs its KV cache at 1.0"
+    )
+
+
+def test_the_layer_that_lacks_one_of_its_two_scales_is_named(tmp_path):
+    lacking = checkpoint(
+        tmp_path / "c", lambda i, side: None if (i, side) == (3, "v") else calibrated(i), kv_cache_scheme=CACHE
+    )
+    told = {each.tensor: each.what for each in found(lacking)}
+    assert set(told) == {"model.layers.3.self_attn.v_scale"}
+    assert any("a server takes k_scale's value" in each.what for each in found(lacking))
+
+
+@pytest.mark.parametrize("scheme", [None, {**CACHE, "dynamic": True}])
+def test_a_cache_that_declares_no_static_scales_needs_none(tmp_path, scheme):
+    assert found(checkpoint(tmp_path / "c", lambda index, side: None, kv_cache_scheme=scheme)) == []
+
+
+def test_only_layers_with_a_cache_need_scales(tmp_path):
+    kinds = ["linear_attention", "full_attention", "sliding_attention", "linear_attention", "full_attention"]
+
+    def scales(index, side):
+        return None if index in (0, 2, 3) else calibrated(index)
+
+    files = checkpoint(tmp_path / "c", scales, {"layer_types": kinds}, kv_cache_scheme=CACHE)
+    assert [each.layer for each in found(files)] == ["model.layers.2.self_attn"]
+
+
+def test_blocks_that_read_the_cache_of_others_need_no_scales(tmp_path):
+    files = checkpoint(
+        tmp_path / "c", lambda i, side: calibrated(i) if i < 3 else None, {"num_kv_shared_layers": 2},
+        kv_cache_scheme=CACHE,
+    )  # fmt: skip
+    assert [each for each in found(files) if "though" in each.what] == []
+
+
+def test_a_latent_cache_has_one_scale(tmp_path):
+    one = checkpoint(
+        tmp_path / "c", lambda i, side: calibrated(i) if side == "k" else None, projections=MLA, kv_cache_scheme=CACHE
+    )
+    assert found(one) == []
+    none = checkpoint(tmp_path / "none", lambda i, side: None, projections=MLA, kv_cache_scheme=CACHE)
+    assert len(found(none)) == BLOCKS
+
+
+def test_scales_that_are_all_1_are_the_initial_value_or_the_writer_s_clamp(tmp_path):
+    initial = found(checkpoint(tmp_path / "c", lambda index, side: 1.0, kv_cache_scheme=CACHE))
+    assert len(initial) == 2 * BLOCKS
+    assert "the initial value" in initial[0].what
+    clamped = checkpoint(tmp_path / "modelopt", lambda index, side: 1.0, algorithm="FP8")
+    assert found(clamped) == []
+    (note,) = found(clamped, notes=True)
+    assert "the writer clamps them at 1.0" in note.what
+
+
+def test_scales_that_are_all_one_other_number_are_a_note(tmp_path):
+    files = checkpoint(tmp_path / "c", lambda i, side: 0.03 if side == "k" else calibrated(i), kv_cache_scheme=CACHE)
+    assert found(files) == []
+    (note,) = found(files, notes=True)
+    assert note.what.startswith("0.03, as every scale of the 5 siblings")
+
+
+def test_a_cache_of_modelopt_without_scales_is_a_note_and_one_that_lacks_some_a_problem(tmp_path):
+    cast = checkpoint(tmp_path / "cast", lambda index, side: None, algorithm="FP8")
+    assert found(cast) == []
+    (note,) = found(cast, notes=True)
+    assert "kv_cache_quant_algo is FP8: a server runs the KV cache at 1.0" in note.what
+    some = checkpoint(tmp_path / "some", lambda i, side: None if i == 1 else 2 + calibrated(i), algorithm="FP8")
+    told = [each for each in found(some) if "a server runs" in each.what]
+    assert [(each.layer, each.tensor) for each in told] == [
+        ("model.layers.1.self_attn", "model.layers.1.self_attn.k_proj.k_scale")
+    ]
+
+
+def test_nvfp4_with_static_inputs_needs_their_scale_in_every_layer(tmp_path):
+    from support.checkpoints import edited, save_quantized_moe
+
+    folder = save_quantized_moe(tmp_path / "moe", "NVFP4")
+    name = "model.layers.1.mlp.experts.2.down_proj.input_global_scale"
+    told = found(Files(open_folder(edited(folder, tmp_path / "lost", lambda weights: weights.pop(name)))))
+    assert {each.tensor for each in told} == {name}
+    assert "missing, though the scheme nvfp4-pack-quantized needs it" in told[0].what

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import captures, engine, suite, tools
 from ..common import InfraError, counted, progress_bar, shown_path
-from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
+from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, say, writing
 
 FIRST = 20
 """How many layers are listed, as in quant-smooth-ana."""
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         _list(names, analysis, folder, verbose=options.verbose)
     _check_writable(folder, make=not options.dry_run)  # before the pass, which may take hours
     if options.dry_run:
-        print("dry run: nothing was loaded, nothing written")
+        say("dry run: nothing was loaded, nothing written")
         return OK
     started = time.perf_counter()
     capture = _captured(subject, analysis, options)
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.redact:
         capture = capture.redacted()
     if options.verbose:
-        print(f"measured in {time.perf_counter() - started:.1f} s")
+        say(f"measured in {time.perf_counter() - started:.1f} s")
     export = tools.Export(visualization, subject, analysis, capture, folder)
     return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
@@ -76,16 +76,16 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbose: bool) -> None:
     """Print the first layers of the model, the planned pictures, and the warnings about their patterns."""
-    print(f"Total layers found: {len(names)}")
-    print(f"Showing first {min(FIRST, len(names))} layers:")
+    say(f"Total layers found: {len(names)}")
+    say(f"Showing first {min(FIRST, len(names))} layers:")
     for name in names[:FIRST]:
-        print(f"  {name}")
-    print(f"Pictures, into {shown_path(folder)}:")
+        say(f"  {name}")
+    say(f"Pictures, into {shown_path(folder)}:")
     width = max(len(picture.name) for picture in analysis.pictures)
     for picture in analysis.pictures:
-        print(f"  {picture.name:<{width}}  {picture.site} of {counted(len(picture.layers), 'layer')}")
+        say(f"  {picture.name:<{width}}  {picture.site} of {counted(len(picture.layers), 'layer')}")
         if verbose:
-            print("\n".join(f"      {layer}" for layer in picture.layers))
+            say(*(f"      {layer}" for layer in picture.layers))
     for warning in analysis.warnings:
         _warn(warning)
 
@@ -130,11 +130,11 @@ def _write(export: tools.Export, command: str, *, verbose: bool) -> int:
     for warning in export.warnings:
         _warn(warning)
     for path in export.files:
-        print(shown_path(path))
+        say(shown_path(path))
     for drawn in export.problems:
-        print(f"qsa: {drawn.picture.name} was not drawn: {drawn.problem}", file=sys.stderr)
+        say(f"qsa: {drawn.picture.name} was not drawn: {drawn.problem}", file=sys.stderr)
     return FAILED if export.problems else OK
 
 
 def _warn(text: str) -> None:
-    print(f"qsa: warning: {text}", file=sys.stderr)
+    say(f"qsa: warning: {text}", file=sys.stderr)

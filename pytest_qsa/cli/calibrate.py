@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
-from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,16 +28,16 @@ def run(arguments: Sequence[str]) -> int:
     subject = suite.subject_of(file)
     sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
     findings = [sampled.finding_at(file, index, options.k) for index in range(len(file.assertions))]
-    print("\n".join(sampled.lines(findings, file)))
+    say(*sampled.lines(findings, file))
     text = options.suite.read_bytes().decode("utf-8")  # as bytes, to keep its line ends
     proposals = {each.id: each.proposals for each in findings if each.proposals}
     changed, left = tools.calibrated(text, proposals, sampled.data_text(file))
     if left:
-        print(f"not in {options.suite.name} itself, so not written: {', '.join(left)}")
+        say(f"not in {options.suite.name} itself, so not written: {', '.join(left)}")
     if target is not None:
         with writing(target):
             write_atomically(target, changed.encode("utf-8"))
-        print(f"{shown_path(target)} is written; look at what changed before you commit it")
+        say(f"{shown_path(target)} is written; look at what changed before you commit it")
     return OK
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
-from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, writing
+from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, say, writing
 
 MOST_ROWS = 4096
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")
     held = _keep_reference(options, overrides) if options.for_reference else _keep_capture(options, overrides)
-    print(f"{shown_path(options.output)}: {held}")
+    say(f"{shown_path(options.output)}: {held}")
     return OK
 
 

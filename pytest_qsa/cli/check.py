@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import suite
 from ..common import SuiteError, counted, shown_path
-from .shared import OK, SUITE_IS_WRONG, command_parser
+from .shared import OK, SUITE_IS_WRONG, command_parser, say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,12 +28,12 @@ def run(arguments: Sequence[str]) -> int:
             count = len(suite.load_suite(path).assertions)
         except SuiteError as error:
             wrong += 1
-            print(error, file=sys.stderr)
+            say(str(error), file=sys.stderr)
             continue
         assertions += count
-        print(f"{shown_path(path)}: {counted(count, 'assertion') if count else 'no assertions yet'}")
+        say(f"{shown_path(path)}: {counted(count, 'assertion') if count else 'no assertions yet'}")
     verdict = f": {wrong} wrong" if wrong else f", {counted(assertions, 'assertion')}: all valid"
-    print(f"{counted(len(suites), 'suite')}{verdict}")
+    say(f"{counted(len(suites), 'suite')}{verdict}")
     return SUITE_IS_WRONG if wrong else OK
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import tools
 from ..common import shown_path, write_atomically
-from .shared import FAILED, OK, command_parser, writing
+from .shared import FAILED, OK, command_parser, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,9 +34,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.markdown is not None:
         _write(options.markdown, tools.diff_markdown(diff, failures, options.top, options.least))
     for text, lines in failures:
-        print(f"\n{'FAILED' if lines else 'holds'}  {text}" + (f": {len(lines)} × broken" if lines else ""))
+        say("", f"{'FAILED' if lines else 'holds'}  {text}" + (f": {len(lines)} × broken" if lines else ""))
         for line in lines[: options.top]:
-            print(f"  {line}")
+            say(f"  {line}")
     return FAILED if any(lines for _, lines in failures) else OK
 
 
@@ -76,4 +76,4 @@ def _share(text: str) -> float:
 def _write(path: Path, content: str) -> None:
     with writing(path):
         write_atomically(path, content)
-    print(f"\nwritten: {shown_path(path)}")
+    say("", f"written: {shown_path(path)}")

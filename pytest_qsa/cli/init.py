@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
-from .shared import OK, add_sampling, command_parser, parse_with_overrides, writing
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,14 +36,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     with writing(target):
         write_atomically(target, first.text)
-    print("\n".join(first.lines))
+    say(*first.lines)
     shown = shown_path(target)
-    print(f"{shown} is written: {len(first.ids)} assertions. Next:")
+    say(f"{shown} is written: {len(first.ids)} assertions. Next:")
     if first.baselines:
         names = ", ".join(first.baselines)
-        print(f"  pytest {shown} --snapshot-update    # once, for the baselines of {names}; commit them")
-    print(f"  pytest {shown}")
-    print(f"  qsa selftest {shown}    # which faults it would catch")
+        say(f"  pytest {shown} --snapshot-update    # once, for the baselines of {names}; commit them")
+    say(f"  pytest {shown}")
+    say(f"  qsa selftest {shown}    # which faults it would catch")
     return OK
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import shown_path, text_table
-from .shared import OK, command_parser
+from .shared import OK, command_parser, say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -43,11 +43,11 @@ def run(arguments: Sequence[str]) -> int:
         raise captures.no_match(names, options.regex, None)
     wanted = set(found)
     table = [(name, kind, shape, f"{count:,}") for name, kind, shape, count in rows if name in wanted]
-    print("\n".join(text_table(table, right={3})))
-    print(f"{len(found)} of {len(rows)} layers")
+    say(*text_table(table, right={3}))
+    say(f"{len(found)} of {len(rows)} layers")
     if (folder := subject.local_folder) is not None and (folder / checkpoint.ADAPTER).is_file():
         on = f" on {shown_path(Path(subject.base_path))}" if subject.base_path else ""
-        print(f"with an adapter, {checkpoint.Adapter(folder)} in {shown_path(folder)}{on}")
+        say(f"with an adapter, {checkpoint.Adapter(folder)} in {shown_path(folder)}{on}")
     return OK
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import captures
 from ..common import shown_path
-from .shared import OK, command_parser, writing
+from .shared import OK, command_parser, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,5 +26,5 @@ def run(arguments: Sequence[str]) -> int:
     # None once all samples are in it.
     held = merged.provenance.samples
     missing = f", samples {held.first}:{held.end} of {held.total}" if held else ""
-    print(f"{shown_path(options.output)}: {len(options.captures)} captures merged{missing}")
+    say(f"{shown_path(options.output)}: {len(options.captures)} captures merged{missing}")
     return OK

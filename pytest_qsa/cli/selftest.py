@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import checkpoint, suite, tools
 from ..common import InfraError, SuiteError, shown_path
-from .shared import FAILED, OK, between, command_parser, writing
+from .shared import FAILED, OK, between, command_parser, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,8 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     faults = tools.chosen([name for names in options.faults for name in names.split(",") if name])
     test = _selftest(options, more)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcomes = list(test.run(faults, lambda text: print(f"… {text}", file=sys.stderr, flush=True)))
-    print("\n".join(tools.lines_of(outcomes)))
+    outcomes = list(test.run(faults, lambda text: say(f"… {text}", file=sys.stderr)))
+    say(*tools.lines_of(outcomes))
     score = tools.score_of(outcomes)
     passed = options.min_score is None or score >= options.min_score
     if options.output is not None:
@@ -43,9 +43,9 @@ def run(arguments: Sequence[str]) -> int:
             "arguments": list(test.arguments),
         }
         with writing(options.output):
-            print(f"report: {shown_path(tools.write_outcomes(outcomes, options.output, session))}")
+            say(f"report: {shown_path(tools.write_outcomes(outcomes, options.output, session))}")
     if not passed:
-        print(f"qsa: {tools.score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
+        say(f"qsa: {tools.score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
     return OK if passed else FAILED
 
 
@@ -77,7 +77,7 @@ def _list() -> int:
 
     for fault in tools.FAULTS.values():
         strength = f"{fault.default:g} {fault.unit}, up to {fault.strongest:g}" if fault.graded else "one strength"
-        print(f"{fault.name:<22}{fault.text} ({strength})")
+        say(f"{fault.name:<22}{fault.text} ({strength})")
     return OK
 
 

@@ -8,10 +8,10 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin
 
 from .. import suite, tools
-from ..common import InfraError, logger, shown_path
+from ..common import InfraError, logger, shown_path, visible
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -214,6 +214,12 @@ def planned(file: suite.SuiteFile, names: Sequence[str]) -> tools.Analysis:
     if not analysis.pictures:
         raise file.source.error(("visualization", "enabled"), "nothing is enabled: there is nothing to draw")
     return analysis
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines that may hold text of a suite or of a checkpoint, at once."""
+    for line in lines:
+        print(visible(line), file=file, flush=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .files import Scratch as Scratch, read_json as read_json, write_atomically 
 from .imports import face as face
 from .text import (
     Progress as Progress,
+    code_span as code_span,
     counted as counted,
     escaped as escaped,
     fitted as fitted,

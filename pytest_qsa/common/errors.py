@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .text import visible
+
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """The variables that hold the token by which gated hub models are fetched."""
 SECRETS = r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S+"
@@ -29,7 +31,7 @@ class QsaError(Exception):
 
     def __init__(self, message: str) -> None:
         # Here, so that nothing that prints or stores an error has to think of it.
-        super().__init__(scrubbed(message))
+        super().__init__(visible(scrubbed(message)))
 
 
 # A ValueError too: pydantic catches it in a validator and adds where in the suite it was raised.
@@ -93,6 +95,9 @@ def shown_path(path: Path) -> str:
 
 class QsaWarning(UserWarning):
     """The base of all warnings of this package: a softened excess, a suite without assertions."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(scrubbed(message)))
 
 
 class QsaUnplannedCaptureWarning(QsaWarning):

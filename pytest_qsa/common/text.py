@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
 def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), indent: str = "") -> Iterator[str]:
-    """Yield the rows of a table with aligned columns. `right`: the indices of the columns that are flush right."""
-    rows = list(table)
+    """Yield the rows of a table with aligned columns; its cells are made `visible`.
+
+    `right`: the indices of the columns that are flush right.
+    """
+    rows = [[visible(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (
@@ -19,12 +23,35 @@ def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), in
         yield f"{indent}{'  '.join(cells)}".rstrip()
 
 
-def markdown_table(table: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table; the first row is its head, and the cells are escaped."""
+def markdown_table(table: Iterable[Sequence[str]], *, plain: Container[int] = ()) -> Iterator[str]:
+    """Yield the lines of a Markdown table; the first row is its head.
+
+    `plain`: the indices of the columns that hold our own words and numbers; any other cell is a code span.
+    """
     heads, *rows = table
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
-    yield from (f"| {' | '.join(map(escaped, row))} |" for row in rows)
+    for row in rows:
+        cells = (escaped(cell) if column in plain else _in_cell(code_span(cell)) for column, cell in enumerate(row))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _in_cell(span: str) -> str:
+    # A pipe ends a cell in a code span as well, unless a backslash is before it that isn't escaped itself.
+    return re.sub(r"(\\*)\|", r"\1\1\\|", span)
+
+
+def code_span(text: str) -> str:
+    """Write foreign text as a code span of Markdown, in which nothing is acted on; empty text stays empty.
+
+    Its fence is longer than any run of backticks in the text (CommonMark 0.31, section 6.1).
+    """
+    text = visible(text)
+    if not text.strip():
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text[0] in " `" or text[-1] in " `" else ""  # CommonMark strips one space from either side
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def escaped(text: str) -> str:
@@ -44,9 +71,19 @@ def fitted(text: str, most: int) -> str:
     return f"{cut}\n\n… cut; the report has all of it.\n"
 
 
+LOG_COMMAND = re.compile(r"##(?=\w*\[)|^ *:(?=:)")
+"""What CI services take for the beginning of a command in a log."""
+
+
 def visible(text: str) -> str:
-    """Escape what would move the cursor, turn the text around or not show at all; spaces stay."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    r"""Make any text one line that is safe in a terminal and in the log of a CI service; spaces stay.
+
+    What would move the cursor, turn the text around or not show at all becomes an escape, `\x1b`: controls of C0 and
+    C1, bidirectional controls, line ends. A space breaks what a service takes for a command: anywhere `##[`, `##vso[`
+    (GitHub, Azure Pipelines) and `##teamcity[`, and `::` at the start (GitHub).
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return LOG_COMMAND.sub(lambda found: f"{found[0]} ", text) if "##" in text or "::" in text else text
 
 
 def short_hash(digest: str) -> str:
@@ -70,6 +107,14 @@ logger = logging.getLogger("pytest_qsa")
 """Says at DEBUG what is hashed, whether a cached capture is used, why a pass starts again, and where the time goes.
 `--log-cli-level=DEBUG` of pytest and `qsa -v` show it."""
 
+
+def _visible_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
+logger.addFilter(_visible_record)
+
 Progress = Callable[[int, int], None]
 """A callback that gets the samples done and the samples in all."""
 
@@ -82,7 +127,7 @@ def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Progress
     """
     from tqdm import tqdm  # only a run that shows a bar pays for the import
 
-    with tqdm(desc=f"qsa {name}", unit="sample", leave=False, disable=disable) as bar:
+    with tqdm(desc=f"qsa {visible(name)}", unit="sample", leave=False, disable=disable) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total  # known only once the data is loaded

@@ -8,10 +8,11 @@ then point into the YAML without any help.
 from __future__ import annotations
 
 import functools
+import linecache
 import shlex
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import pytest
 
 from ..captures import ALL_STATISTICS, Massive, Request
-from ..common import QsaWarning, SuiteError, did_you_mean, shown_path
+from ..common import QsaWarning, SuiteError, did_you_mean, shown_path, visible
 from ..metrics import METRICS, positions_of
 from ..suite import (
     Assertion,
@@ -70,6 +71,14 @@ def compiled(source: str, place: Place) -> types.CodeType:
     return compile("\n" * (place.line - 1) + source, str(place.path), "exec")
 
 
+def _show_visible(files: Iterable[Path]) -> None:
+    """Let Python quote the lines of suites in tracebacks and warnings as `visible` writes them."""
+    for file in files:
+        lines = [f"{visible(line)}\n" for line in file.read_text(encoding="utf-8").split("\n")]
+        # Without a time of modification, which `linecache.checkcache` would compare with the file's.
+        linecache.cache[str(file)] = (sum(map(len, lines)), None, lines, str(file))
+
+
 def raise_at(place: Place, name: str, error: Exception) -> NoReturn:
     """Raise an error from a line of a suite: its frame is the last of the traceback that pytest shows."""
     __tracebackhide__ = True
@@ -102,6 +111,7 @@ class QsaSuite(pytest.Module):
         # In the place of pytest's own `obj`, which would import the YAML file as Python.
         module = types.ModuleType(self.path.name)
         module.__file__ = str(self.path)
+        _show_visible({place.path for place in self.file.source.places.values()})
         for index, assertion in enumerate(self.file.assertions):
             setattr(module, assertion.id, self._function(index, module.__name__))
         if self.file.suite.assertions is None:
@@ -125,7 +135,7 @@ class QsaSuite(pytest.Module):
         function.__name__ = function.__qualname__ = name
         function.__module__ = module
         # `pytest --collect-only -v` prints the docstring of a test.
-        function.__doc__ = self.file.assertions[index].reason
+        function.__doc__ = visible(self.file.assertions[index].reason or "") or None
         gate: Callable[[pytest.FixtureRequest], None] = pytest.mark.usefixtures("qsa_checkpoint")(function)
         return pytest.mark.qsa(tier=self.file.assertions[index].tier)(gate)
 

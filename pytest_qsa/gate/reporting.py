@@ -52,7 +52,6 @@ def record(item: pytest.Item, verdict: Verdict) -> None:
     """Keep a verdict on its item, for the report, the hooks and JUnit."""
     item.stash.setdefault(VERDICTS, []).append(verdict)
     item.user_properties.extend(report.properties_of(verdict))
-    item.user_properties.extend(("qsa_waiver", str(use)) for use in verdict.waivers)
 
 
 def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, options: Options) -> Verdict:
@@ -129,7 +128,7 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: p
         if len(frames):
             representation.reprcrash.path, representation.reprcrash.lineno = str(frames[-1].path), frames[-1].lineno + 1
         # The short summary at the end of a run shows this line.
-        representation.reprcrash.message = f"{verdict.kind}: {verdict.headline}"
+        representation.reprcrash.message = common.visible(f"{verdict.kind}: {verdict.headline}")
     outcome.longrepr = representation
 
 
@@ -194,6 +193,11 @@ def call_hook(name: str, hooks: Any, config: pytest.Config, warn: Callable[[Warn
             with warnings.catch_warnings():
                 warnings.simplefilter("always")  # made an error, the warning would end the session
                 warn(common.QsaWarning(f"{name}: {type(error).__name__}: {error}"))
+
+
+def _write(terminalreporter: pytest.TerminalReporter, line: str) -> None:
+    """Write one line that may hold text of a suite or of a checkpoint."""
+    terminalreporter.write_line(common.visible(line))
 
 
 class Reporter:
@@ -264,9 +268,9 @@ class Reporter:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say in one line how the gate stands and where the report lies."""
         if self.problem:
-            terminalreporter.write_line(f"qsa: {self.problem}", red=True)
+            terminalreporter.write_line(common.visible(f"qsa: {self.problem}"), red=True)
         for line in self._for_github():
-            terminalreporter.write_line(line)
+            terminalreporter.write_line(line)  # the only lines that are to be commands
         if self.selected:
             self._plan(terminalreporter)
         if self.results:
@@ -291,7 +295,7 @@ class Reporter:
         # Not `engine.this_machine` itself: to name it loads torch, which only a plan with a pass needs.
         plans = tools.plan_lines(tools.gathered(tests), self.options.cache_folder, lambda *a: engine.this_machine(*a))
         for line in plans:
-            terminalreporter.write_line(line)
+            _write(terminalreporter, line)
 
     def _propose(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""
@@ -302,14 +306,13 @@ class Reporter:
             return
         file = self.options.output / "ratchet.patch"
         terminalreporter.write_sep("-", "qsa: budgets that could be tighter")
-        terminalreporter.write_line(patch)
+        for line in patch.split("\n"):
+            _write(terminalreporter, line)
         try:
             common.write_atomically(file, patch)
-            terminalreporter.write_line(
-                f"to accept, at the root of the repository: git apply {common.shown_path(file)}"
-            )
+            _write(terminalreporter, f"to accept, at the root of the repository: git apply {common.shown_path(file)}")
         except OSError as error:
-            terminalreporter.write_line(f"not written: {error}")
+            _write(terminalreporter, f"not written: {error}")
 
     def _list_not_run(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List what a tier left out, later tiers last: a reader must not take it for checked."""
@@ -317,9 +320,9 @@ class Reporter:
         terminalreporter.write_sep("-", title)
         ordered = sorted(self.not_run.items(), key=lambda entry: TIERS.index(entry[1]))
         for nodeid, tier in ordered[:MOST_NOT_RUN]:
-            terminalreporter.write_line(f"{tier:<8} {nodeid}")
+            _write(terminalreporter, f"{tier:<8} {nodeid}")
         if len(ordered) > MOST_NOT_RUN:
-            terminalreporter.write_line(f"… and {len(ordered) - MOST_NOT_RUN} more")
+            _write(terminalreporter, f"… and {len(ordered) - MOST_NOT_RUN} more")
 
     def _summarize(self, terminalreporter: pytest.TerminalReporter) -> None:
         failed = [result for result in self.results if result["failed"]]
@@ -333,12 +336,12 @@ class Reporter:
         runs = {(result["subject"], captures.Provenance.of(result["run"]).executed_as) for result in self.results}
         for subject, how in sorted(runs):
             if how:
-                terminalreporter.write_line(f"{subject} was executed as {how}")
+                _write(terminalreporter, f"executed: {subject} as {how}")
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
-            terminalreporter.write_line(f"waiver {use['text']}: {result['nodeid']}")
+            _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")
         if self.written:
-            terminalreporter.write_line(f"report: {self.written}")
+            _write(terminalreporter, f"report: {self.written}")
 
     def _for_github(self) -> list[str]:
         """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""
@@ -349,5 +352,5 @@ class Reporter:
             try:
                 report.append_summary(Path(summary), self.results)
             except OSError as error:  # the verdicts stand without it
-                lines.append(f"the step summary was not written: {error}")
+                lines.append(common.visible(f"the step summary was not written: {error}"))
         return lines

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ..checkpoint import Finding
-from ..common import escaped, fitted, markdown_table, number, text_table, visible
+from ..common import code_span, fitted, markdown_table, number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ def failure_text(verdict: Verdict) -> str:
     """
     if verdict.told_by:
         return summary_line(verdict)
-    sections = (list(section(verdict)) for section in TEXT_SECTIONS)
+    sections = (list(map(visible, section(verdict))) for section in TEXT_SECTIONS)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
 def summary_line(verdict: Verdict) -> str:
     """Return the line for pytest's short summary."""
-    return f"{verdict.kind} {verdict.id}: {verdict.headline}"
+    return visible(f"{verdict.kind} {verdict.id}: {verdict.headline}")
 
 
 def _headline(verdict: Verdict) -> Iterator[str]:
@@ -117,8 +117,8 @@ def findings_text(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the problems of static checks, then the notes: the tensor and its file, the problem, the advice."""
     for finding in findings[:SHOWN_ROWS]:
         yield f"  {'note: ' if finding.note else ''}{finding.tensor}{f' ({finding.file})' if finding.file else ''}"
-        yield f"      {visible(finding.what)}"
-        yield f"      → {visible(finding.advice)}"
+        yield f"      {finding.what}"
+        yield f"      → {finding.advice}"
     if len(findings) > SHOWN_ROWS:
         yield f"  … and {len(findings) - SHOWN_ROWS} more problems; the report has them all"
 
@@ -172,7 +172,8 @@ def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
         properties += [("qsa_worst_layer", worst.layer), ("qsa_value", float(worst.value))]
         if worst.used is not None:
             properties.append(("qsa_used", float(worst.used)))
-    return [(name, value) for name, value in properties if value != ""]
+    properties += [("qsa_waiver", str(use)) for use in verdict.waivers]
+    return [(name, visible(value) if isinstance(value, str) else value) for name, value in properties if value != ""]
 
 
 def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[PlainVerdict]) -> None:
@@ -272,7 +273,7 @@ def step_summary(results: Sequence[PlainVerdict]) -> str:
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
     lines = [f"## {'❌' if failed else '✅'} qsa: {len(results) - len(failed)} of {len(results)} assertions hold", ""]
     heads = ["", "assertion", "subject", "worst layer", "value", "bound", "used"]
-    lines += markdown_table([heads, *map(_cells, ordered)])
+    lines += markdown_table([heads, *map(_cells, ordered)], plain={0, 4, 6})
     lines.append("")
     for result in (result for result in ordered if result["failed"] or result["kind"] == "WARNED"):
         lines += _details(result)
@@ -288,13 +289,13 @@ def _cells(result: PlainVerdict) -> list[str]:
 
 
 def _details(result: PlainVerdict) -> Iterator[str]:
-    yield f"<details><summary><b>{escaped(result['id'])}</b>: {escaped(result['headline'])}</summary>"
+    yield f"<details><summary>{_html(result['id'])}: {_html(result['headline'])}</summary>"
     yield ""
     if result["reason"]:
-        yield escaped(result["reason"])
+        yield code_span(result["reason"])
         yield ""
     for token in result["evidence"]:
-        context = f"{escaped(token['before'])}**⟦{escaped(token['text'])}⟧**{escaped(token['after'])}"
+        context = code_span(context_text(token["before"], token["text"], token["after"]))
         where = f"sample {token['sample']}, position {token['position']}"
         yield f"- {part_of_error(token.get('share'))}{token['ratio']:.1f} × median at {where}: {context}"
     commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]
@@ -303,3 +304,8 @@ def _details(result: PlainVerdict) -> Iterator[str]:
     yield f"<pre>{html.escape(text)}</pre>"
     yield "</details>"
     yield ""
+
+
+def _html(text: str) -> str:
+    # In a block of HTML, Markdown's code spans mean nothing.
+    return f"<code>{html.escape(visible(text))}</code>"

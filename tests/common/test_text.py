@@ -1,10 +1,26 @@
 """Text for people: aligned tables, Markdown that no name can break, numbers as one writes them."""
 
+import html
+import logging
 import math
 
 import pytest
+from markdown_it import MarkdownIt
 
-from pytest_qsa.common import counted, escaped, fitted, markdown_table, number, short_hash, text_table, visible
+from pytest_qsa.common import (
+    InfraError,
+    QsaWarning,
+    code_span,
+    counted,
+    escaped,
+    fitted,
+    logger,
+    markdown_table,
+    number,
+    short_hash,
+    text_table,
+    visible,
+)
 
 
 def test_columns_are_aligned_and_no_line_ends_with_spaces():
@@ -18,9 +34,54 @@ def test_columns_are_aligned_and_no_line_ends_with_spaces():
     assert list(text_table([("a", ""), ("bb", "")])) == ["a", "bb"]
 
 
-def test_a_markdown_table_has_a_head_and_its_cells_are_escaped():
-    lines = list(markdown_table([("layer", "text"), ("a|b", "x\ny")]))
-    assert lines == ["| layer | text |", "|---|---|", r"| a\|b | x\\ny |"]
+def test_a_markdown_table_holds_foreign_text_as_code_and_our_own_escaped():
+    rows = [("layer", "text", "share"), ("a|b", "x\ny", "*1 %")]
+    lines = list(markdown_table(rows, plain={2}))
+    assert lines == ["| layer | text | share |", "|---|---|---|", r"| `a\|b` | `x\ny` | \*1 % |"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "`a", "a``b`", "```", " a", "<b>@team</b>", "a|b", "[x](http://y)", "a\\|b", "&amp;"]
+)
+def test_markdown_shows_a_code_span_as_the_text_that_it_was(text):
+    assert MarkdownIt("commonmark").render(code_span(text)) == f"<p><code>{html.escape(text)}</code></p>\n"
+    (row,) = list(markdown_table([["x"], [text]]))[2:]
+    page = MarkdownIt("commonmark").enable("table").render("\n".join(markdown_table([["x", "y"], [text, "z"]])))
+    assert page.count("<td>") == 2
+    assert row.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("::error::x", ": :error::x"),
+        ("  ::stop-commands::zz", "  : :stop-commands::zz"),
+        ("me\n::add-mask::REGRESSION", r"me\n::add-mask::REGRESSION"),
+        ("see ##[error]x", "see ## [error]x"),
+        ("##vso[task.complete]", "## vso[task.complete]"),
+        ("a ##teamcity[testFailed]", "a ## teamcity[testFailed]"),
+        ("###[group]", "### [group]"),
+        ("\x9b31m \x1b]8;;http://x\x07", r"\x9b31m \x1b]8;;http://x\x07"),
+        ("\u2066a\u2069\u200f", r"\u2066a\u2069\u200f"),
+        ("a\u2028::b", r"a\u2028::b"),
+        ("file.yaml::name", "file.yaml::name"),
+    ],
+)
+def test_no_text_is_a_command_of_a_ci_service_or_of_a_terminal(text, shown):
+    assert visible(text) == shown
+    assert visible(shown) == shown
+    assert str(InfraError(text)) == shown
+    assert str(QsaWarning(text)) == shown
+
+
+def test_a_table_aligns_what_is_shown():
+    assert list(text_table([("a\x1b", "b"), ("::c", "d")])) == [r"a\x1b  b", ": :c   d"]
+
+
+def test_the_log_is_safe_as_well(caplog):
+    with caplog.at_level(logging.DEBUG, "pytest_qsa"):
+        logger.debug("hashing %s", "x\n::error::y")
+    assert caplog.messages == [r"hashing x\n::error::y"]
 
 
 @pytest.mark.parametrize(

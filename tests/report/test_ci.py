@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from pytest_qsa.report.verdict_text import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
 from support.junit_format import violations
@@ -19,7 +20,7 @@ from support.paths import ROOT
 from support.projects import Project, peaks, suite
 
 PNG = b"\x89PNG\r\n\x1a\n"
-HOSTILE = "</summary><img src=x>|`@team`\n::error::no%\u202e"
+HOSTILE = "</summary><img src=x>\\|`@team``\n::error::no%\u202e"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_github_gets_annotations_at_the_suites_lines_and_a_summary(gate, on_gith
     ]
     summary = gate.read("github/summary.md")
     assert summary.startswith("## ❌ qsa: 2 of 3 assertions hold")
-    row = r"^\| ❌ REGRESSION \| fails \| llama \| model.layers.\d \| [\d.]+ \| max 1 \| \d+% \|$"
+    row = r"^\| ❌ REGRESSION \| `fails` \| `llama` \| `model.layers.\d` \| [\d.]+ \| `max 1` \| \d+% \|$"
     assert re.search(row, summary, re.MULTILINE)
     assert "again   pytest suites/gate.qsa.yaml::fails" in summary
 
@@ -222,12 +223,42 @@ def test_no_text_breaks_the_summary():
     hostile = dict.fromkeys(("id", "subject", "headline", "reason", "where", "bound", "command", "accept"), HOSTILE)
     text = step_summary([result_of(rows=[{"layer": HOSTILE, "value": 1.0, "used": None}], evidence=[token], **hostile)])
 
-    assert text.count("</summary>") == 1
-    assert "<img" not in text
     assert "\u202e" not in text
-    assert "@team" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
-    (row,) = [line for line in text.splitlines() if line.startswith("| ❌")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 8
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    assert page.count("</summary>") == 1
+    assert "<img" not in page
+    assert page.count("<td>") == 7
+    outside = re.sub(r"<(pre|code)>.*?</\1>", "", page, flags=re.DOTALL)
+    assert "@team" not in outside  # GitHub calls nobody who is named in code
+    assert "img" not in outside
+
+
+INJECTING = r"""
+model: {{name: llama, path: {path}}}
+data: {{num_samples: 2, seq_len: 32}}
+assertions:
+  - {{id: waived, metric: absmax, layers: 'layers\.\d$', site: output, reason: "a
+      ::stop-commands::zz", max: 0,
+      waive: {{layers: ., owner: "me\n::stop-commands::zz\n##[error]x", reason: "\e[2Jr\u202e", until: 2027-01-01}}}}
+  - {{id: unused, metric: absmax, layers: 'layers\.\d$', site: output, max: 1e9, reason: "a\n::add-mask::REGRESSION",
+      waive: {{layers: ., owner: "me\n::stop-commands::zz", reason: r, until: 2027-01-01}}}}
+  - {{id: fails, metric: absmax, layers: 'layers\.\d$', site: output, reason: "a
+      ::stop-commands::zz", max: 0}}
+  - {{id: warns, metric: absmax, layers: 'layers\.\d$', site: output, level: warn,
+      reason: "::x::\n##vso[task.x]", max: 0}}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("options", [["-rA", "--junitxml=junit.xml", "-vv"], ["--collect-only", "-v"]])
+def test_no_text_of_a_suite_is_a_command_in_the_log(own_project, llama, options):
+    own_project.write("a.qsa.yaml", INJECTING.format(path=llama))
+    run = own_project.pytest(*options, "--qsa-today=2026-12-01")
+    assert "waived" in run.out
+    junit = own_project.folder / "junit.xml"
+    text = run.out + (junit.read_text("utf-8").replace("&#10;", "\n") if junit.exists() else "")
+    assert not [line for line in text.splitlines() if line.lstrip().removeprefix("E").lstrip().startswith("::")]
+    assert not re.search(r"##\w*\[|[\x1b\u202e]", re.sub(r"\x1b\[[0-9;]*m", "", text))
 
 
 @pytest.mark.process

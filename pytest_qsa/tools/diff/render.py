@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common import counted, escaped, fitted, markdown_table, text_table
+from ...common import code_span, counted, fitted, markdown_table, text_table, visible
 from ...report import context_text, render
 from .changes import Change, Diff, OutlierToken, relative_text
 
@@ -75,7 +75,7 @@ def _share_text(share: float) -> str:
 
 def diff_text(diff: Diff, most: int, least: float = LEAST_MOVED) -> str:
     """Return what the terminal shows. `most`: how many changes and tokens are listed."""
-    return "\n".join(_lines(diff, most, least))
+    return "\n".join(map(visible, _lines(diff, most, least)))
 
 
 def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
@@ -113,18 +113,18 @@ def diff_markdown(diff: Diff, failures: Iterable[tuple[str, Sequence[str]]], mos
     broken = [(text, lines) for text, lines in failures if lines]
     changes = moved(diff, least)
     lines = [f"### {'❌' if broken else '✅'} {_moved_text(changes, least)}", ""]
-    lines += [f"- **{escaped(text)}** is broken by {len(why)}: {escaped(why[0])}" for text, why in broken]
-    lines += ["", f"old: {escaped(diff.old.title)}  ", f"new: {escaped(diff.new.title)}", ""]
-    lines += [*markdown_table([SUMMARY, *summary_table(diff, least)]), ""]
+    lines += [f"- {code_span(text)} is broken by {len(why)}: {code_span(why[0])}" for text, why in broken]
+    lines += ["", f"old: {code_span(diff.old.title)}  ", f"new: {code_span(diff.new.title)}", ""]
+    lines += [*markdown_table([SUMMARY, *summary_table(diff, least)], plain=range(1, 5)), ""]
     if changes:
-        lines += [*markdown_table([CHANGE, *(change.cells for change in changes[:most])]), ""]
+        lines += [*markdown_table([CHANGE, *(change.cells for change in changes[:most])], plain={2, 3, 4}), ""]
     if len(changes) > most:
         lines += [f"… and {len(changes) - most} more.", ""]
     for name, tokens in diff.outlier_tokens.items():
         if tokens:
             lines += [f"**{len(tokens)} {name} outlier tokens**", ""]
-            lines += [*(f"- {escaped(token_text(token))}" for token in tokens[:most]), ""]
-    lines += [f"> {escaped(note)}" for note in notes_of(diff)]
+            lines += [*(f"- {code_span(token_text(token))}" for token in tokens[:most]), ""]
+    lines += [f"> {code_span(note)}" for note in notes_of(diff)]
     # `fitted` counts bytes and GitHub characters, of which there are never more.
     return fitted("\n".join(lines).rstrip() + "\n", 65_000)
 

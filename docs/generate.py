@@ -107,11 +107,12 @@ def checkpoints_page(text: str) -> str:
 @generates("docs/selftest.md")
 def selftest_page(text: str) -> str:
     """List the faults of the selftest with the strengths that it tries."""
-    rows = ["| fault | what it does | default, strongest |", "|---|---|---|"]
+    rows = ["| fault | what it does | default, strongest | has to be named |", "|---|---|---|---|"]
     for fault in FAULTS.values():
         strengths = ", ".join(f"{strength:g}" for strength in sorted({fault.default, fault.strongest}))
         counted = f"all {fault.unit}" if fault.unit.startswith("of ") else f"{strengths} {fault.unit}"
-        rows.append(f"| `{fault.name}` | {fault.text.removesuffix('.')} | {counted if fault.graded else ''} |")
+        strength = counted if fault.graded else ""
+        rows.append(f"| `{fault.name}` | {fault.text.removesuffix('.')} | {strength} | {fault.names} |")
     return between(text, "faults", "\n".join(rows))
 
 

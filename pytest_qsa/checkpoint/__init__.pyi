@@ -1,5 +1,5 @@
 from .adapter import Adapter as Adapter
-from .checks.changed_settings import Resolved as Resolved
+from .checks.changed_settings import SETTING_LAYERS as SETTING_LAYERS, Resolved as Resolved
 from .checks.health import (
     CHECKS as CHECKS,
     Check as Check,
@@ -7,6 +7,8 @@ from .checks.health import (
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
+from .checks.parts import SEVERAL_TOKENS as SEVERAL_TOKENS
+from .checks.scales import FUSED_LAYERS as FUSED_LAYERS, WHOLE_SCALES as WHOLE_SCALES
 from .experts import (
     EXPERT as EXPERT,
     PACKED as PACKED,

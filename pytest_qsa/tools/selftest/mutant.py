@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...captures import Array
-from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, metadata_of, scale_values
+from ...checkpoint import INDEX, BlockTensor, Folder, Tensor, encoded, format_of, layer_of, metadata_of, scale_values
 from ...common import write_atomically
 
 CHUNK = 1 << 24
@@ -34,11 +34,26 @@ class Mutant:
     """A copy with changes. Nothing is written before `save`, and never into the original.
 
     `changes`: name of a tensor → its new content, None if it is left out. `texts`: name of a file → its new text.
+    `moved`: name of a tensor → the file that it goes to. `added`: name of a file → what it holds besides: new tensors,
+    or second copies of some whose first ones count for the index.
     """
 
     source: Folder
     changes: dict[str, ChangedTensor | None] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
+    added: dict[str, dict[str, ChangedTensor]] = field(default_factory=dict)
+
+    def home(self, name: str) -> str:
+        """Return the file that holds a tensor of the original in the copy."""
+        return self.moved.get(name, self.source.tensors[name].file)
+
+    @property
+    def layers(self) -> set[str]:
+        """The layers that the changes touch, those of packed experts by their names too."""
+        own = {layer_of(name) for name in (*self.changes, *(name for each in self.added.values() for name in each))}
+        packed = format_of(self.source).experts.items()
+        return own | {name for name, (holder, _, place) in packed if {holder, f"{holder}.{place.tensor}"} & own}
 
     def raw(self, name: str) -> Array:
         """Return a copy of a tensor's raw numbers, with the changes so far."""
@@ -86,7 +101,8 @@ class Mutant:
     @property
     def changed(self) -> bool:
         """Whether anything differs from the original: a swap of equal scales makes no difference."""
-        return bool(self.texts) or any(self._differs(name, content) for name, content in self.changes.items())
+        changed = (self._differs(name, content) for name, content in self.changes.items())
+        return bool(self.texts or self.added) or any(changed)
 
     def _differs(self, name: str, content: ChangedTensor | None) -> bool:
         tensor = self.source.tensors[name]
@@ -102,20 +118,22 @@ class Mutant:
             OSError: the folder can't be written.
         """
         folder.mkdir(parents=True)
-        touched = {self.source.tensors[name].path for name in self.changes}
+        tensors = self.source.tensors
+        touched = {tensors[name].file for name in (*self.changes, *self.moved)} | {*self.moved.values(), *self.added}
         for file in self.source.path.iterdir():
-            if file.is_file() and file not in touched and file.name not in self.texts:
+            if file.is_file() and file.name not in touched and file.name not in self.texts:
                 _link(file, folder / file.name)
-        for path in touched:
-            if path.name == self.source.gguf_file:
-                self._patch(path, folder / path.name)
-            else:
-                _rewrite(path, folder / path.name, self._contents(path))
+        for name in sorted(touched):
+            if name == self.source.gguf_file:
+                self._patch(self.source.path / name, folder / name)
+            elif contents := self._contents(name):
+                _rewrite(folder / name, contents)
         for name, text in self.texts.items():
             write_atomically(folder / name, text)
         # transformers looks a tensor up where the index says, so that the index must not name one that is
         # gone.
-        if self.source.indexed and any(content is None for content in self.changes.values()):
+        new = any(name not in tensors for added in self.added.values() for name in added)
+        if self.moved or (self.source.indexed and (new or None in self.changes.values())):
             self._reindex(folder)
         return folder
 
@@ -128,16 +146,20 @@ class Mutant:
                 out.seek(self.source.tensors[name].start)
                 out.write(np.ascontiguousarray(content.raw).tobytes())
 
-    def _contents(self, path: Path) -> dict[str, Tensor | ChangedTensor]:
-        own = {name: tensor for name, tensor in self.source.tensors.items() if tensor.path == path}
+    def _contents(self, file: str) -> dict[str, Tensor | ChangedTensor]:
+        own = {name: tensor for name, tensor in self.source.tensors.items() if self.home(name) == file}
         contents = {name: self.changes.get(name, tensor) for name, tensor in own.items()}
-        return {name: content for name, content in contents.items() if content is not None}
+        kept = {name: content for name, content in contents.items() if content is not None}
+        return kept | self.added.get(file, {})
 
     def _reindex(self, folder: Path) -> None:
-        index = dict(self.source.json(INDEX))
-        dropped = {name for name, content in self.changes.items() if content is None}
-        index["weight_map"] = {name: file for name, file in self.source.indexed.items() if name not in dropped}
-        write_atomically(folder / INDEX, json.dumps(index))
+        # an index of a checkpoint of one file is new
+        index = dict(self.source.json(INDEX) or {"metadata": {}})
+        names = [name for name in self.source.indexed or self.source.tensors if self.changes.get(name, ...) is not None]
+        homes = {name: self.moved.get(name) or self.source.indexed[name] for name in names}
+        for file, added in self.added.items():
+            homes |= {name: file for name in added if name not in homes}
+        write_atomically(folder / INDEX, json.dumps(index | {"weight_map": homes}))
 
 
 def _link(file: Path, target: Path) -> None:
@@ -148,9 +170,11 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | ChangedTensor]) -> None:
+def _rewrite(target: Path, contents: Mapping[str, Tensor | ChangedTensor]) -> None:
     """Write a safetensors file anew; unchanged tensors are copied in chunks, so that any size fits in memory."""
-    header: dict[str, Any] = {"__metadata__": metadata_of(path) or {"format": "pt"}}
+    sources = {content.path for content in contents.values() if isinstance(content, Tensor)}
+    metadata = {key: text for path in sources for key, text in metadata_of(path).items()}
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     offset = 0
     for name, content in contents.items():
         size = content.stop - content.start if isinstance(content, Tensor) else content.raw.nbytes
@@ -159,15 +183,20 @@ def _rewrite(path: Path, target: Path, contents: Mapping[str, Tensor | ChangedTe
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
-    with target.open("wb") as out, path.open("rb") as source:
+    with target.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for content in contents.values():
             if isinstance(content, ChangedTensor):
                 out.write(np.ascontiguousarray(content.raw).tobytes())
-                continue
-            source.seek(content.start)
-            left = content.stop - content.start
-            while left:
-                piece = source.read(min(left, CHUNK))
-                out.write(piece)
-                left -= len(piece)
+            else:
+                _copy(content, out)
+
+
+def _copy(tensor: Tensor, out: BinaryIO) -> None:
+    with tensor.path.open("rb") as source:
+        source.seek(tensor.start)
+        left = tensor.stop - tensor.start
+        while left:
+            piece = source.read(min(left, CHUNK))
+            out.write(piece)
+            left -= len(piece)

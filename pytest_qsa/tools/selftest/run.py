@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ...captures import match_layers
-from ...checkpoint import Folder, format_of
+from ...checkpoint import SETTING_LAYERS, Folder, format_of
 from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
 from ...suite import MeasuredAssertion, SuiteFile, local_path, located
 from . import recording
-from .faults import FAULTS, TOKENIZER, Fault
+from .fault import Fault
+from .faults import FAULTS
 from .mutant import Mutant
 
 BISECTIONS = 4
@@ -186,8 +187,8 @@ class Selftest:
         """Return the layer that gets a fault, the middle one of those that can have it; None if there is none."""
         layers = list(fault.targets(self.folder))
         if self.layers is not None:
-            # The tokenizer is no layer, so that a regex of layers does not leave its fault out.
-            layers = match_layers(layers, self.layers) or [layer for layer in layers if layer == TOKENIZER]
+            # A file of settings is no layer, so that a regex of layers does not leave its fault out.
+            layers = match_layers(layers, self.layers) or [layer for layer in layers if layer in SETTING_LAYERS]
         return layers[len(layers) // 2] if layers else None
 
     def _mutant(self, fault: Fault, layer: str, strength: float) -> Mutant:
@@ -208,8 +209,8 @@ class Selftest:
             suites = [self.suite, home / PERPLEXITY_FILE] if perplexity else [self.suite]
             results = self._pytest(copy, Path(scratch) / "results.jsonl", suites)
         on_perplexity = [each for each in results if each["test"].partition("::")[2].partition("[")[0] == PERPLEXITY_ID]
-        # Some faults change two layers, and a test that names either of them has found it.
-        touched = {self.folder.tensors[name].layer for name in mutant.changes} | {layer}
+        # Some faults change several layers, and a test that names one of them has found it.
+        touched = mutant.layers | {layer}
         stored = format_of(self.folder).layers_of
         failed = tuple(
             Catch(

@@ -27,12 +27,12 @@ from .folder import (
     open_folder as open_folder,
 )
 from .formats.format import (
-    SIGNS as SIGNS,
     Format as Format,
     format_of as format_of,
     libraries_of_formats as libraries_of_formats,
     streams_from_disk as streams_from_disk,
 )
+from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms

@@ -11,8 +11,8 @@ from .load.tokenizer import decoder_of as decoder_of
 from .ranks import joined as joined
 from .reference.predicted import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions
+from .run.shared_pass import SampleShare as SampleShare
 from .subject import (
-    SampleShare as SampleShare,
     capture_loaded as capture_loaded,
     capture_subject as capture_subject,
     record_reference as record_reference,

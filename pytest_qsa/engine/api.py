@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference
 from .run.participant import Participant
 from .run.run_pass import run_pass
-from .subject import SampleShare, capture_loaded, load_reference, load_subject, with_files
+from .run.shared_pass import SampleShare
+from .subject import capture_loaded, load_reference, load_subject, with_files
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
 
@@ -155,20 +157,13 @@ def capture_parts(
     of_pass, of_files = subject.divided(requests)
     if of_files and not of_pass:
         return [capture_weights(files_of(subject), of_files)] * parts, []
-    loaded = load_subject(subject, allow_code=allow_code)
-    reference: Loaded | None = None
-    try:
-        if compares(of_pass):
-            reference = _reference(subject, loaded, allow_code=allow_code)
-        size = part_size(subject.data, loaded, subject.folder, parts)
-        # A batch must not reach into the next part.
-        batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
-        data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
-        subject = replace(subject, data=data)
+    with ExitStack() as exits:
+        loaded = load_subject(subject, allow_code=allow_code)
+        exits.callback(loaded.close)
+        reference = _reference(subject, loaded, allow_code=allow_code) if compares(of_pass) else None
         if reference is not None:
-            # The subject's tokenizer makes the batches of both models: to the reference its ids must mean the
-            # same text.
-            check_tokens(data, loaded.required_tokenizer("the model"), reference.tokenizer, subject.folder)
+            exits.callback(reference.close)
+        subject, size = _divided(subject, loaded, reference, parts)
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
         # A model's weights are the same in every part, so only the first pass reads them.
@@ -183,11 +178,19 @@ def capture_parts(
             elif of_files:
                 own = with_files(own, subject, of_files)
             captures.append(own)
-    finally:
-        for held in (loaded, reference):
-            if held is not None:
-                held.close()
     return captures[:parts], captures[parts:]
+
+
+def _divided(subject: NamedSubject, loaded: Loaded, reference: Loaded | None, parts: int) -> tuple[NamedSubject, int]:
+    """Return the subject with the data of all parts, and how many samples each part has."""
+    size = part_size(subject.data, loaded, subject.folder, parts)
+    # A batch must not reach into the next part.
+    batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
+    data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
+    if reference is not None:
+        # The subject's tokenizer makes the batches of both models: to the reference its ids must mean the same text.
+        check_tokens(data, loaded.required_tokenizer("the model"), reference.tokenizer, subject.folder)
+    return replace(subject, data=data), size
 
 
 def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Loaded:

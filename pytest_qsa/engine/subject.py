@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,11 @@ from ..captures import (
     STORED,
     Capture,
     DataProvenance,
-    PartialSums,
     Provenance,
     Request,
-    SampleRange,
     compares,
     data_fingerprint,
     match_layers,
-    merge,
     with_weights,
 )
 from ..checkpoint import capture_weights
@@ -41,12 +36,11 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
-from .load.batches import Batch, row_count
+from .load.batches import Batch
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
-from .load.tokenizer import compare_gguf_tokens, decoder_of, tokenizer_identity
+from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
 from .modules import device_of, forward_errors, layers_of, with_experts
-from .ranks import Ranks
 from .reference.live import LiveReference, Reference
 from .reference.predicted import located_head
 from .reference.record import Recording, RecordOptions, record_model
@@ -54,20 +48,8 @@ from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference, check_answerable
 from .run.observed_execution import ObservedExecution
 from .run.participant import Participant
-from .run.run_pass import run_pass
+from .run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from .run.site_statistics import StoredComparison
-
-
-@dataclass(frozen=True)
-class SampleShare:
-    """Which part of the samples is run here, and how it goes on where an earlier run was stopped.
-
-    `samples`: first and end, None for all. `ranks`: the processes that run a part each. `sums`: of an unfinished pass.
-    """
-
-    samples: tuple[int, int] | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    sums: PartialSums | None = None
 
 
 def capture_subject(
@@ -76,7 +58,7 @@ def capture_subject(
     *,
     allow_code: bool = False,
     progress: Progress | None = None,
-    share: SampleShare = SampleShare(),
+    share: SampleShare = ALL_SAMPLES,
 ) -> Capture:
     """Load the subject's checkpoint, run it once, and free it; weights may be read from its files instead.
 
@@ -211,7 +193,7 @@ def capture_loaded(
     batches: Iterable[Batch] | None,
     requests: Sequence[Request],
     progress: Progress | None = None,
-    share: SampleShare = SampleShare(),
+    share: SampleShare = ALL_SAMPLES,
     reference: Loaded | ReferenceFile | None = None,
 ) -> Capture:
     """Run a loaded model over its own batches or over the subject's data, or over a share of them.
@@ -232,13 +214,8 @@ def capture_loaded(
         participants.append(StoredComparison(stored))
     if reference is not None:
         participants.append(_participant_of(reference, loaded, provenance))
-    run = _SharedPass(loaded, participants, every, requests, progress, share)
-    capture = share.ranks.gathered(run.own_part)
-    if capture.reference is not None and isinstance(reference, Loaded):
-        path = subject.reference.path if isinstance(subject.reference, NamedSubject) else ""
-        # The reference runs the subject's data, so that only its model needs to be named.
-        theirs = provenance_of(reference.model, path)
-        capture = replace(capture, reference=replace(capture.reference, provenance=Provenance(theirs)))
+    run = SharedPass(loaded, participants, every, requests, progress, share)
+    capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
     provenance = replace(
         provenance,
         execution=execution.execution(loaded_files(subject), provenance.model.device_class),
@@ -247,6 +224,15 @@ def capture_loaded(
     )
     uncompared = {**capture.uncompared, **nothing_stored}
     return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
+
+
+def _with_model_of_reference(capture: Capture, subject: Subject, reference: Loaded | ReferenceFile | None) -> Capture:
+    """Say of the reference's own numbers which model made them; it runs the subject's data."""
+    if capture.reference is None or not isinstance(reference, Loaded):
+        return capture
+    path = subject.reference.path if isinstance(subject.reference, NamedSubject) else ""
+    theirs = Provenance(provenance_of(reference.model, path))
+    return replace(capture, reference=replace(capture.reference, provenance=theirs))
 
 
 def _requires_execution(subject: Subject) -> bool:
@@ -277,98 +263,6 @@ def _participant_of(reference: Loaded | ReferenceFile, loaded: Loaded, provenanc
         return LiveReference(reference.model, reference.stream)
     device = loaded.stream.device if loaded.stream is not None else device_of(loaded.model)
     return ReplayedReference(reference, device, reference.origin(provenance))
-
-
-@dataclass(frozen=True)
-class _SharedPass:
-    """A pass of which this process runs a share of the batches, from where an earlier run was interrupted."""
-
-    loaded: Loaded
-    participants: Sequence[Participant]
-    batches: Sequence[Batch]
-    requests: Sequence[Request]
-    progress: Progress | None
-    share: SampleShare
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """The first sample of each batch, and the end of the last one."""
-        return [0, *accumulate(map(row_count, self.batches))]
-
-    def own_part(self) -> Capture | None:
-        """Return the capture of this process's samples; None where it has none.
-
-        Raises:
-            InfraError: the wanted samples are no whole batches; or the pass fails.
-        """
-        selected = self._selected()
-        own = selected[self.share.ranks.share(len(selected))]
-        if not own:
-            return None
-        first, end, total = self.starts[own.start], self.starts[own.stop], self.starts[-1]
-        capture = self._run(own, self._interrupted(first, end))
-        if self.share.sums is not None:
-            self.share.sums.discard()
-        samples = None if (first, end) == (0, total) else SampleRange(first, end, total)
-        return replace(capture, provenance=Provenance(samples=samples))
-
-    def _selected(self) -> range:
-        """Return which batches hold the wanted samples."""
-        if self.share.samples is None:
-            return range(len(self.batches))
-        wanted, starts = self.share.samples, self.starts
-        first, end = wanted[0], min(wanted[1], starts[-1])
-        # A batch runs as a whole, so that a share can't begin or end inside one.
-        if first not in starts or end not in starts or first >= end:
-            raise InfraError(
-                f"the samples {wanted[0]}:{wanted[1]} are no whole batches: there are {starts[-1]} samples "
-                f"in batches of {starts[1]}"
-            )
-        return range(starts.index(first), starts.index(end))
-
-    def _interrupted(self, first: int, end: int) -> Capture | None:
-        """Return what an interrupted pass over the samples from `first` to `end` left of its first ones, if any."""
-        done = self.share.sums.load(self.requests) if self.share.sums else None
-        held = done.provenance.samples if done else None
-        # The earlier run may have had another share or batch size, whose samples end inside a batch of this
-        # run.
-        if held is None or held.first != first or held.end not in self.starts or not first < held.end < end:
-            return None
-        logger.debug("an interrupted pass goes on: %d of %d samples are done", held.end - first, end - first)
-        return done
-
-    def _run(self, own: range, done: Capture | None) -> Capture:
-        """Run some batches; those whose samples are done already are left out."""
-        first, end, total = self.starts[own.start], self.starts[own.stop], self.starts[-1]
-        held = done.provenance.samples if done else None
-        position = held.end if held else first
-
-        def joined(capture: Capture, to: int) -> Capture:
-            # `merge` joins captures by the range of samples that each one states.
-            part = replace(capture, provenance=Provenance(samples=SampleRange(position, to, total)))
-            return merge([done, part]) if done else part
-
-        def save_partial(make: Callable[[], Capture], count: int) -> None:
-            if self.share.sums is not None:
-                self.share.sums.keep(lambda: joined(make(), position + count))
-
-        def moved(count: int, _: int) -> None:
-            if self.progress is not None:
-                self.progress(position - first + count, end - first)
-
-        with quiet(), forward_errors(type(self.loaded.model).__name__):  # compressed-tensors shows bars of its own
-            capture = run_pass(
-                self.loaded.model,
-                self.batches[self.starts.index(position) : own.stop],
-                self.requests,
-                self.participants,
-                stream=self.loaded.stream,
-                first_sample=position,
-                decode=decoder_of(self.loaded.tokenizer),
-                progress=moved,
-                save_partial=save_partial,
-            )
-        return joined(capture, end)
 
 
 def _tokens_note(subject: Subject, loaded: Loaded) -> str:

@@ -18,13 +18,13 @@ from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.cli import capture as capture_command, main
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
+from pytest_qsa.engine import SampleShare, capture_subject
 from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.reference.predicted import located_head, read_head
 from pytest_qsa.engine.reference.record import RecordOptions, record_model
 from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn_tokens
 from pytest_qsa.engine.reference.replay import ReplayedReference
 from pytest_qsa.engine.run.run_pass import run_pass
-from pytest_qsa.engine.subject import SampleShare, capture_subject
 from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
 from support.captures import statistics

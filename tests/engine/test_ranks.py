@@ -12,7 +12,7 @@ from pytest_qsa import Capture
 from pytest_qsa.captures import ALL_STATISTICS, Request
 from pytest_qsa.captures.cache import CaptureCache, PartialSums
 from pytest_qsa.cli import main
-from pytest_qsa.engine.subject import SampleShare, capture_subject
+from pytest_qsa.engine import SampleShare, capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.captures import same
 from support.processes import die_after, torchrun
@@ -153,7 +153,7 @@ PROGRAM = """
 import os, sys
 from pytest_qsa.cli import main
 if {dies} and os.environ["RANK"] == "1":
-    import pytest_qsa.engine.subject as running
+    import pytest_qsa.engine.run.shared_pass as running
     running.run_pass = lambda *a, **k: os._exit(9)
 sys.exit(main({arguments!r}))
 """

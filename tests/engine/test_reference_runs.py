@@ -9,7 +9,7 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.cache import PartialSums
 from pytest_qsa.captures.merging import merge
-from pytest_qsa.engine.subject import SampleShare
+from pytest_qsa.engine import SampleShare
 from support.captures import assert_equal
 from support.checkpoints import save_llama, save_quantized_llama
 from support.paths import TESTS
@@ -108,7 +108,7 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from support.reference_runs import captured, subject_of
 from pytest_qsa.engine.ranks import joined
-from pytest_qsa.engine.subject import SampleShare
+from pytest_qsa.engine import SampleShare
 
 with joined() as ranks:
     found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=SampleShare(ranks=ranks))

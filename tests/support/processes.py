@@ -54,8 +54,8 @@ def torchrun(program, tmp_path, ranks=2):
 def die_after(count, file, subject, requests):
     """Capture in this process, which kills itself when `count` samples are done."""
     from pytest_qsa.captures.cache import PartialSums
+    from pytest_qsa.engine import SampleShare, capture_subject
     from pytest_qsa.engine.stream import stream
-    from pytest_qsa.engine.subject import SampleShare, capture_subject
 
     stream.WAVE = 2
 

@@ -1,4 +1,4 @@
-"""The numpy half of a quantization format: how it is declared, which tensors a layer has, and what their codes mean.
+"""The numpy half of a quantization format: how it is declared, and what the codes of a layer mean.
 
 Each format is one module of this folder with a subclass of `Format`, and its torch half in `engine/formats/`. Formats
 of other packages register by the entry point group `pytest_qsa.formats`.
@@ -17,7 +17,7 @@ import numpy as np
 from ...captures import Array
 from ...common import AnomalyError, Registry
 from ..adapter import CONV1D, Adapter
-from ..experts import INTERLEAVED, PACKED, ExpertLayer, as_loaded, expert_layers
+from ..experts import ExpertLayer, as_loaded
 from ..folder import Finding, Folder, kind_of
 from ..tensors import (
     EIGHT_BITS,
@@ -28,27 +28,18 @@ from ..tensors import (
     decoded,
     decoded_rows,
     element_count,
-    scale_values,
 )
-from .scheme import Declaration, LayerScheme
+from .layer_tensors import LayerTensors
+from .scheme import LayerScheme
 
-NOT_LINEAR = re.compile(
-    r"(embed|wte|wpe|norm|rotary|router|conv|position)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
-)
-"""Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
 UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I16": "u2", "I32": "u4", "U32": "u4", "I64": "u8"}
 """The dtypes of codes → the unsigned integers of the same width."""
-SIGNS = re.compile(
-    r"^weight\..+|^_?weight_(packed|qdata|shape|zero_point|g_idx|format|(global_)?scale\w*)$|_proj_(blocks|scales)$"
-    r"|^(qweight|qzeros|scales|absmax|SCB|quant_map|g_idx|qscale_weight|pre_quant_scale)$"
-)
-"""The parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
 BUDGET = 4 << 20
 """The bytes that a check reads of one tensor: all of a small one, evenly spaced rows of a large one."""
 AGAIN = "quantize and save the layer again"
 
 
-class Format:
+class Format(LayerTensors):
     """A quantization format, bound to one checkpoint folder.
 
     A subclass that sets `name` is registered by it. The defaults fit a format that stores one code an element and
@@ -64,9 +55,6 @@ class Format:
         uniform: layers of one kind are stored alike, so that one which isn't is a fault.
         signed_scales: a writer may give a scale the sign of its group's largest weight.
         unit_scales: a writer may leave scales of inputs and of a KV cache at 1.0, or out, by design.
-        codes: the parts that may hold a layer's codes, in the order in which they are looked for.
-        scales: matches the parts that hold scales, those of inputs, outputs and KV caches too.
-        zero_points: matches the parts that hold zero points.
         word_dtypes: the dtypes of codes that `words` reads → the numpy dtype of the file's words.
     """
 
@@ -78,9 +66,6 @@ class Format:
     uniform: ClassVar[bool] = True
     signed_scales: ClassVar[bool] = False
     unit_scales: ClassVar[bool] = False
-    codes: ClassVar[tuple[str, ...]] = ("weight_packed", "qweight", "_weight_qdata", "weight")
-    scales: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)scales?(_inv|_2)?$")
-    zero_points: ClassVar[re.Pattern[str]] = re.compile(r"(^|_)(zero_point|qzeros)$")
     word_dtypes: ClassVar[Mapping[str, str]] = UNSIGNED
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -89,7 +74,7 @@ class Format:
             FORMATS.add(cls.name, cls)
 
     def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._tried: dict[Hashable, str] = {}
 
     @classmethod
@@ -101,102 +86,6 @@ class Format:
     def label(self) -> str:
         """The name of the format as the configuration declares it."""
         return self.name
-
-    @cached_property
-    def declaration(self) -> Declaration:
-        """What the configuration declares of each layer; nothing, unless a format overrides it."""
-        return Declaration()
-
-    @property
-    def cache_scales_by(self) -> str:
-        """What declares static scales of a KV cache, as a clause of a sentence; empty where nothing does."""
-        scheme = self.folder.quantization.get("kv_cache_scheme")
-        static = isinstance(scheme, dict) and bool(scheme) and not scheme.get("dynamic")
-        return "kv_cache_scheme declares a static cache" if static or scheme == "static" else ""
-
-    def scheme_of(self, layer: str) -> LayerScheme | None:
-        """Return the scheme that a layer is declared to have; None for none."""
-        return self.declaration.scheme_of(layer)
-
-    def parts(self, layer: str) -> Mapping[str, Tensor]:
-        """Return the tensors of a layer by part; empty where the files have no such layer."""
-        return self.folder.layers.get(layer, {})
-
-    def codes_of(self, layer: str) -> Tensor | None:
-        """Return the tensor that holds a layer's quantized weight; None for a layer in floating point."""
-        parts = self.parts(layer)
-        for part in self.codes:
-            tensor = parts.get(part)
-            if tensor is not None and not (part == "weight" and tensor.dtype in FLOATS):
-                return tensor
-        return None
-
-    def weight_of(self, layer: str) -> Tensor | None:
-        """Return the tensor that holds a layer's weight, as codes or in floating point; None where it has none."""
-        return self.codes_of(layer) or self.parts(layer).get("weight")
-
-    def scales_of(self, layer: str) -> dict[str, Tensor]:
-        """Return the scales of a layer by part: of its weight, inputs, outputs and KV cache."""
-        found = {part: tensor for part, tensor in self.parts(layer).items() if self.scales.search(part)}
-        found.pop("scale", None)  # the weight of some norms
-        if "scales" in found and "qweight" not in self.parts(layer):
-            found.pop("scales")
-        return found
-
-    def weight_scale_of(self, layer: str) -> Tensor | None:
-        """Return the scales of a layer's weight; None where it has none."""
-        other = ("input", "output", "k_", "v_", "q_")
-        own = (part for part in self.scales_of(layer) if not part.startswith(other) and "global" not in part)
-        return self.parts(layer).get(next(own, ""))
-
-    def signs_of(self, layer: str) -> list[str]:
-        """Return the parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
-        return [part for part in self.parts(layer) if SIGNS.search(part)]
-
-    def zero_point_of(self, layer: str) -> Tensor | None:
-        """Return the zero points of a layer's weight; None where it has none."""
-        found = (part for part in self.parts(layer) if self.zero_points.search(part))
-        return self.parts(layer).get(next((part for part in found if not part.startswith(("input", "output"))), ""))
-
-    def scale_values(self, layer: str, part: str) -> Matrix:
-        """Return the scales in a part of a layer in float64, without padding."""
-        return scale_values(self.parts(layer)[part])
-
-    def zero_point_values(self, layer: str) -> Matrix | None:
-        """Return the zero points of a layer's weight as they are subtracted from its codes; None where it has none.
-
-        None too where they are packed in words of 32 bits, which a format unpacks by itself.
-        """
-        tensor = self.zero_point_of(layer)
-        return None if tensor is None or tensor.dtype == "I32" else tensor.values()
-
-    def zero_point_step(self, layer: str) -> Matrix | float:
-        """Return by how much a stored zero point in floating point grows where the zero point grows by one code."""
-        return 1.0
-
-    def zero_point_range(self, layer: str) -> tuple[int, int] | None:
-        """Return the least and the largest zero point of a layer; None where no scheme is declared.
-
-        The default is that of signed codes.
-        """
-        scheme = self.scheme_of(layer)
-        return None if scheme is None else (-(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1)
-
-    def is_linear(self, layer: str) -> bool:
-        """Say whether a target `Linear` means a layer: one with codes, or a matrix that isn't named as an embedding."""
-        if self.codes_of(layer) is not None:
-            return True
-        weight = self.parts(layer).get("weight")
-        return weight is not None and len(weight.shape) == 2 and min(weight.shape) > 1 and not NOT_LINEAR.search(layer)
-
-    def code_bits(self, layer: str, codes: Tensor) -> int:
-        """Return the bits that one code takes in its word."""
-        return 4 if codes.dtype in ("I32", "U8", "F4") else 8
-
-    def weight_shape(self, layer: str) -> tuple[int, int] | None:
-        """Return [out, in] of a layer's weight, unpacked; None where it is no matrix or its packing isn't known."""
-        weight = self.weight_of(layer)
-        return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else None
 
     def weight_dtype(self, layer: str) -> str:
         """Return the dtype that holds a layer's weight exactly: the file's of plain floats, else float32.
@@ -232,36 +121,6 @@ class Format:
         if codes.dtype in ("F8_E4M3", "F8_E5M2"):
             return 0x00, 0x80
         return (0, 8) if codes.dtype in ("U8", "F4") else (0,)
-
-    @cached_property
-    def experts(self) -> Mapping[str, tuple[str, int, ExpertLayer]]:
-        """The layers of experts that lie packed → the module that holds them, the expert's number, and the place.
-
-        `rows` reads them by these names, which are those of files with a tensor for each expert.
-        """
-        holders: dict[str, dict[str, tuple[int, ...]]] = {}
-        for name, shape in self.packed_shapes.items():
-            holder, _, tensor = name.rpartition(".")
-            holders.setdefault(holder, {})[tensor] = shape
-        interleaved = self.folder.text_config.get("model_type") in INTERLEAVED
-        return {
-            f"{holder}.{index}.{layer}": (holder, index, place)
-            for holder, shapes in holders.items()
-            for layers in [expert_layers(shapes, interleaved=interleaved)]
-            for index in range(min(shape[0] for shape in shapes.values()))
-            for layer, place in layers.items()
-        }
-
-    @cached_property
-    def packed_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The `packed_tensors` by name."""
-        return dict(self.packed_tensors())
-
-    def packed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the tensors that hold all experts of a layer and their shapes, unpacked: those in floating point."""
-        for tensor in self.folder.tensors.values():
-            if tensor.part in PACKED and tensor.dtype in FLOATS and len(tensor.shape) == 3:
-                yield tensor.name, tensor.shape
 
     def expert_rows(self, tensor: str, index: int, place: ExpertLayer, rows: slice) -> Matrix | None:
         """Return rows of an expert's layer from one of the `packed_tensors`, [rows, in] in float64."""

@@ -8,11 +8,12 @@ the base's as a whole.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common import SuiteError, did_you_mean, shown_path
+from ..common import SuiteError, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
 from .yaml_source import Location, Node, Place, YamlSource, read_yaml
@@ -76,11 +77,15 @@ def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[P
         shown = [shown_path(file) for file in (*chain.values(), path)]
         return " → ".join(shown if len(shown) <= 8 else [*shown[:4], "…", *shown[-3:]])
 
-    if path.resolve() in chain:
+    try:
+        resolved, there = path.resolve(), path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long for the system
+        raise source.error(location, f"extends '{named[:40]}…': {one_line(error)[:60]}") from None
+    if resolved in chain:
         raise source.error(location, f"extends goes in a circle: {files()}")
     if len(chain) >= MAX_CHAIN:
         raise source.error(location, f"more than {MAX_CHAIN} suites extend one another in a row: {files()}")
-    if not path.is_file():
+    if not there:
         raise source.error(location, f"extends '{named}': there is no such file ({files()})")
     try:
         return _read(path, chain, done)
@@ -98,8 +103,10 @@ def _rebase(source: YamlSource, folder: Path) -> None:
     for section, key in FOLDERS:
         values = source.data.get(section)
         named = values.get(key) if isinstance(values, dict) else None
-        if isinstance(named, str) and named and (source.path.parent / named).exists():
-            values[key] = moved(named)
+        # A name that is too long for the system is refused later, at its line.
+        with suppress(OSError):
+            if isinstance(named, str) and named and (source.path.parent / named).exists():
+                values[key] = moved(named)
     entries = source.data.get("assertions") or ()
     for entry in [source.data.get("defaults"), *(entries.values() if isinstance(entries, dict) else entries)]:
         for key in FILES:

@@ -294,11 +294,11 @@ def _explain(source: YamlSource, error: ValidationError, overridden: dict[Locati
 
     # A misspelt key also makes a field that is missing: the unknown key is the error to show.
     def order(problem: Any) -> tuple[bool, int]:
-        return problem["type"] != "extra_forbidden", source.place(_location(problem["loc"])).line
+        return problem["type"] != "extra_forbidden", source.place(_location(source, problem["loc"])).line
 
     first = min(problems, key=order)
     cause = first.get("ctx", {}).get("error")
-    location = _location(first["loc"])
+    location = _location(source, first["loc"])
     if isinstance(cause, SuiteError) and cause.key:
         location = (*location, cause.key)
     message = _message(first, location)
@@ -308,14 +308,18 @@ def _explain(source: YamlSource, error: ValidationError, overridden: dict[Locati
     return source.error(location, message)
 
 
-def _location(loc: tuple[int | str, ...]) -> Location:
+def _location(source: YamlSource, loc: tuple[int | str, ...]) -> Location:
     """Drop from a location what pydantic adds: the metric as the tag of an assertion, and the arms of unions."""
     # The third part is the tag of the union, which no line of the file has.
     if loc[:1] == ("assertions",) and len(loc) > 2:
         loc = (*loc[:2], *loc[3:])
-    return tuple(
-        part for part in loc if isinstance(part, int) or ("[" not in part and part not in ("str", "float", "int"))
-    )
+    location: Location = ()
+    for part in loc:
+        # A key of the file may look like a tag of pydantic's.
+        named = (*location, part) in source.places
+        if named or isinstance(part, int) or ("[" not in part and part not in ("str", "float", "int")):
+            location = (*location, part)
+    return location
 
 
 def _message(problem: Any, location: Location) -> str:
@@ -334,11 +338,12 @@ def _message(problem: Any, location: Location) -> str:
         choices = re.findall(r"'([^']+)'", expected)
         return f"{key}: '{given}' is none of {expected}{did_you_mean(str(given), choices)}"
     what = str(problem["msg"]).removeprefix("Input ")
-    return f"{key}: {what}, not {given!r}"
+    text = repr(given)
+    return f"{key}: {what}, not {text if len(text) <= 100 else f'{text[:100]}…'}"
 
 
 def _keys_at(location: Location, loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that may stand next to the last one of a location."""
-    if location[0] == "assertions" and len(loc) >= 4:
+    if location[:1] == ("assertions",) and len(loc) >= 4:
         return list(fields_at(ASSERTIONS[str(loc[2])], location[2:-1]))
     return list(fields_at(Suite, location[:-1]))

@@ -68,6 +68,16 @@ class Floor(Strict):
     at_least: Annotated[float, Le(0), Field(description="nats, such as -25")]
 
 
+def _path(text: str) -> str:
+    # The system raises an error of its own where a longer one is looked up.
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"'{text[:40]}…' is no path: a name has at most 255 bytes, and all of it 4,000")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path, the id of something on the hub, or `custom:PATH`."""
+
 Tail = Annotated[
     Annotated[Literal["unknown", "as_reference"], Tag("[word]")] | Annotated[Floor, Tag("[floor]")],
     Discriminator(lambda value: "[floor]" if isinstance(value, dict | Floor) else "[word]"),
@@ -136,18 +146,22 @@ def _device(name: str) -> str:
 class Model(Strict):
     """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
 
-    path: str | None = None
+    path: PathText | None = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
     served: Served | None = None
-    logprobs: Annotated[str | None, Field(description="a file of a served model's answers: .json or .jsonl")] = None
+    logprobs: Annotated[PathText | None, Field(description="a file of a served model's answers: .json or .jsonl")] = (
+        None
+    )
     tail: Annotated[Tail, Field(description="what to assume of the tokens that an answer leaves out")] = "unknown"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-/]+$")] | None = None
     base: Annotated[
-        str | None, Field(description="the base of an adapter: a folder or hub id; default: what the adapter names")
+        PathText | None,
+        Field(description="the base of an adapter: a folder or hub id; default: what the adapter names"),
     ] = None
-    reference: str | None = None
+    reference: PathText | None = None
     previous: Annotated[
-        str | None, Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint")
+        PathText | None,
+        Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint"),
     ] = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -205,6 +219,10 @@ class CustomData(Strict):
     text_column: str = "text"
 
 
+MOST_SAMPLES, MOST_TOKENS = 1_000_000, 10_000_000
+"""Far above what a gate runs, so that a slip of the keyboard isn't a run without an end."""
+
+
 class Data(Strict):
     """The calibration data, as windows of tokens.
 
@@ -212,14 +230,14 @@ class Data(Strict):
     `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column` and `revision`.
     """
 
-    source: str = "sample"
+    source: PathText = "sample"
     subset: str | None = None
     split: str | None = None
     column: str | None = None
     revision: str | None = None
-    num_samples: Annotated[int, Field(gt=0)] = 16
-    seq_len: Annotated[int, Field(gt=0)] = 512
-    seed: int = 0
+    num_samples: Annotated[int, Field(gt=0, le=MOST_SAMPLES)] = 16
+    seq_len: Annotated[int, Field(gt=0, le=MOST_TOKENS)] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     batch_size: Annotated[int, Field(gt=0)] = 1
     add_special_tokens: bool = True
     chat_template: bool = False

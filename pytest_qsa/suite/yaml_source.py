@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..common import SuiteError, shown_path
+from ..common import SuiteError, one_line, shown_path
 
 MAX_NODES = 100_000
 """How many values a document may have with its aliases expanded; a few lines can expand to billions."""
+MAX_BITS = 3_320
+"""The length of a whole number: about 1,000 digits. Python prints none of more than 4,300."""
 Key = str | int
 Location = tuple[Key, ...]
 
@@ -24,9 +26,20 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Make the value of a node; one that is none, such as the day 2027-02-30, is an error with its line."""
         try:
-            return super().construct_object(node, deep=deep)
-        except ValueError as error:  # PyYAML lets those of `datetime` through
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+            made = super().construct_object(node, deep=deep)
+            if isinstance(made, int) and made.bit_length() > MAX_BITS:
+                raise ValueError("a whole number has at most 1,000 digits")
+            if isinstance(made, str):
+                if "\0" in made:
+                    raise ValueError("a text holds the character NUL")
+                made.encode()  # half a surrogate pair can't be printed or written
+            return made
+        # PyYAML lets those of `datetime` through, and with a tag (`!!bool abc`) those of a failed look-up.
+        except (ValueError, OverflowError) as error:
+            raise yaml.constructor.ConstructorError(None, None, _first_line(error), node.start_mark) from None
+        except (LookupError, AttributeError, TypeError):
+            problem = f"the value is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 # In YAML 1.1, which PyYAML reads, a float needs a dot and a signed exponent: `1e-3` is a string there.
@@ -182,6 +195,11 @@ class _Walk:
 
     def _place(self, node: yaml.Node) -> Place:
         return Place(self.source.path, node.start_mark.line + 1)
+
+
+def _first_line(error: Exception) -> str:
+    # Python's error of a number with too many digits gives advice for programmers.
+    return "a whole number has at most 1,000 digits" if "digits" in str(error) else one_line(error)
 
 
 def _syntax_error(path: Path, error: yaml.YAMLError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.completeness import check_complete
 from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.load.outline import layer_names, outline
 from pytest_qsa.engine.load.tokenizer import load_tokenizer
 from pytest_qsa.suite.sections import Memory, Model
 from support.checkpoints import edited, save_gguf
@@ -210,3 +212,42 @@ def test_scales_under_a_name_that_the_loader_does_not_know_are_not_the_checkpoin
         InfraError, match=f"wants {DOWN}.weight_scale_inv: the installed libraries can't load the format"
     ):
         check_complete(Model(path=str(folder)), str(folder), "LlamaForCausalLM", info)
+
+
+def name_own_code(folder):
+    """Make a checkpoint whose classes are code of its own that leaves a file behind where it runs."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["Own"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+
+
+@pytest.mark.parametrize("way", ["load_model", "outline", "layer_names"])
+def test_a_checkpoint_s_own_code_is_neither_run_nor_offered_on_the_terminal(llama, tmp_path, monkeypatch, way):
+    folder = edited(llama, tmp_path / "own")
+    name_own_code(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    spec, memory = Model(path=str(folder)), Memory(device="cpu")
+    ways = {
+        "load_model": lambda: load_model(spec, str(folder), memory, allow_code=False),
+        "outline": lambda: outline(spec, str(folder)),
+        "layer_names": lambda: layer_names(spec, str(folder), memory, allow_code=False),
+    }
+    with pytest.raises(InfraError, match=r"own has code of its own: set model\.trust_remote_code .* --qsa-allow-code"):
+        ways[way]()
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("who", ["suite", "checkpoint"])
+def test_a_kernel_of_the_hub_is_not_fetched_unless_code_is_allowed(llama, tmp_path, who):
+    folder, named = edited(llama, tmp_path / "kernel"), "someone/attention"
+    if who == "checkpoint":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": named}))
+        assert outline(Model(path=str(folder)), str(folder))
+    keys = {"attn_implementation": named} if who == "suite" else {}
+    with pytest.raises(
+        InfraError, match=r"attn_implementation.* 'someone/attention' is code .*: allow it with --qsa-a"
+    ):
+        load(folder, **keys)

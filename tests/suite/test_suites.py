@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -329,3 +330,35 @@ def test_an_override_for_an_assertion_reaches_the_suite_that_has_it(usage):
     run = usage.pytest("--co", "-q", "--qsa-set", "assertions.other.max=2")
     assert run.code == 0, run.out
     assert run.collected == ["a.qsa.yaml::peaks", "b.qsa.yaml::other"]
+
+
+ASSERTION = "assertions:\n  - {id: a, metric: absmax, layers: ., site: output, "
+MISTAKES = {
+    "a key that looks like a tag": (f"{ASSERTION}max: 1}}\n'[': 1\n", 4, "unknown key '['"),
+    "such a key of an assertion": (f"{ASSERTION}max: 1, '[x': 3}}\n", 3, "unknown key '[x'"),
+    "an int that is none": (f"{ASSERTION}max: !!int abc}}\n", 3, "invalid literal for int"),
+    "a bool that is none": (f"{ASSERTION}max: !!bool abc}}\n", 3, "the value is no bool"),
+    "a time that is none": (f"{ASSERTION}max: !!timestamp abc}}\n", 3, "the value is no timestamp"),
+    "5,000 digits": (f"{ASSERTION}max: {'9' * 5000}}}\n", 3, "a whole number has at most 1,000 digits"),
+    "as many in hexadecimal": (f"{ASSERTION}max: 0x{'f' * 5000}}}\n", 3, "a whole number has at most 1,000 digits"),
+    "a long text for a number": (f"{ASSERTION}max: {'x' * 5000}}}\n", 3, "max: should be a valid number"),
+    "NUL in a path": (f'{ASSERTION}max: 1}}\ndata: {{source: "custom:a\\0b"}}\n', 4, "holds the character NUL"),
+    "NUL in a base": ('extends: "a\\0b"\n', 2, "holds the character NUL"),
+    "half a pair of surrogates": ('data: {source: "\\ud800"}\n', 2, "surrogates not allowed"),
+    "a count too large for a regex": (f"{ASSERTION}max: 1, exclude: 'x{{99999999999}}'}}\n", 3, "number is too large"),
+    "a seed below zero": ("data: {seed: -1}\n", 2, "seed: should be greater than or equal to 0"),
+    "samples without an end": ("data: {num_samples: 99999999999999999999}\n", 2, "num_samples: should be less than"),
+    "a name that no system takes": (f"data: {{source: {'a' * 5000}}}\n", 2, "is no path"),
+    "such a name of a base": (f"extends: {'a' * 5000}\n", 2, "File name too long"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_odd_mistake_is_one_short_line_too(tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    text, line, said = MISTAKES[mistake]
+    Path("odd.qsa.yaml").write_text(f"model: {{path: x}}\n{text}", encoding="utf-8")
+    with pytest.raises(SuiteError, match=rf"^odd\.qsa\.yaml:{line}: .*{re.escape(said)}") as caught:
+        load_suite(Path("odd.qsa.yaml"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 300

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,14 +87,14 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
         )
     if spec.factory is not None:
         return _from_factory(spec.factory, allow_code=allow_code)
-    if spec.trust_remote_code and not allow_code:
-        raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
+    if not allow_code:
+        _check_code(spec)
     _check_path(path)
     with quiet(), _loading_errors(spec, path):
         source = once_more(lambda: source_of(path, spec.revision, base))
     spec = spec.model_copy(update={"revision": source.revision})
     with quiet(), _loading_errors(spec, source.path):
-        loaded = once_more(lambda: _from_checkpoint(spec, source, memory))
+        loaded = once_more(lambda: _from_checkpoint(spec, source, memory, allow_code))
     if spec.submodule:
         try:
             loaded.model = submodule_of(loaded.model, spec.submodule)
@@ -102,6 +103,27 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
             loaded.close()
             raise
     return loaded
+
+
+def fetching_kernels(config: Any) -> list[Any]:
+    """Return those of a configuration and its parts that name a repository of the hub, where a kernel is fetched."""
+    parts = (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()))
+    return [part for part in parts if "/" in str(getattr(part, "_attn_implementation", None) or "")]
+
+
+def _check_code(spec: Model, config: Any = None) -> None:
+    """Refuse a model that runs code of others, by its suite or by its `config`, without --qsa-allow-code.
+
+    Raises:
+        InfraError: it does; the text names the key and the option.
+    """
+    if spec.trust_remote_code:
+        raise InfraError("model.trust_remote_code runs code of the checkpoint's author: allow it with --qsa-allow-code")
+    named, where = spec.attn_implementation or "", "model.attn_implementation"
+    if "/" not in named and (parts := fetching_kernels(config)):
+        named, where = parts[0]._attn_implementation, "attn_implementation in config.json"
+    if "/" in named:
+        raise InfraError(f"{where} '{named}' is code that is fetched from the hub: allow it with --qsa-allow-code")
 
 
 @contextlib.contextmanager
@@ -121,10 +143,20 @@ def _loading_errors(spec: Model, path: str) -> Iterator[None]:
             f"'{path}' is no folder here, and as a hub id it can't be fetched: {one_line(error)}"
         ) from error
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
+        if wants_code(error):
+            raise InfraError(f"{path} {OWN_CODE}") from error
         if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
             Folder(Path(path), spec.gguf_file).check_files()
         kind = UnloadableFormatError if _needs_a_quantizer(spec, path) else InfraError
         raise kind(f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
+
+
+OWN_CODE = "has code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
+
+
+def wants_code(error: Exception) -> bool:
+    """Say whether transformers refused to run the code of a checkpoint; it has no class of error for that."""
+    return "trust_remote_code" in str(error)
 
 
 def _needs_a_quantizer(spec: Model, path: str) -> bool:
@@ -143,7 +175,7 @@ def _check_path(path: str) -> None:
         raise InfraError(f"there is no folder {path}, and it can't be a hub id")
 
 
-def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory) -> Loaded:
+def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_code: bool) -> Loaded:
     import transformers
 
     path = source.path
@@ -153,6 +185,8 @@ def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory) -> Loaded
     common = {"revision": source.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
+    if not allow_code:
+        _check_code(spec, config)
     # Before the weights are read: without a loader they would be taken for floats, and hours later refused.
     if Path(path).is_dir() and not (form := format_of(Folder(Path(path), spec.gguf_file))).loads:
         raise UnloadableFormatError(f"{path} can't be loaded: transformers has no loader for {form.label}")
@@ -215,10 +249,7 @@ def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
     if known:
         return getattr(transformers, known)
     if names and auto_map:
-        raise InfraError(
-            f"the checkpoint's class {names[0]} is code of its own: set model.trust_remote_code "
-            "and allow it with --qsa-allow-code"
-        )
+        raise InfraError(f"the checkpoint's class {names[0]} {OWN_CODE}")
     return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
 
 
@@ -325,16 +356,19 @@ def device_class(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and warnings of the loading libraries out of pytest's output; exceptions still come."""
+    """Keep progress bars, warnings and questions of the loading libraries from the terminal; exceptions still come."""
     from transformers.utils import logging as transformers_logging
 
+    stdin = sys.stdin
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()), _errors_only(NOISY):
+            sys.stdin = io.StringIO()  # where a library asks whether it may run a checkpoint's code, nobody answers
             yield
     finally:
+        sys.stdin = stdin
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

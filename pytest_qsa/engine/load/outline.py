@@ -24,7 +24,7 @@ from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, n
 from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .data import batches_of
-from .models import class_of, load_model, quiet, submodule_of
+from .models import OWN_CODE, class_of, fetching_kernels, load_model, quiet, submodule_of, wants_code
 from .tokenizer import TextTokenizer
 
 
@@ -80,8 +80,13 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
             source = source_of(path, spec.revision, base)
         Folder(Path(source.path)).json("config.json")  # transformers reports a broken file as a missing one
         config = transformers.AutoConfig.from_pretrained(
-            source.path, revision=source.revision, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
+            source.path,
+            revision=source.revision,
+            trust_remote_code=False,  # without it transformers asks on the terminal, and a `y` runs the author's code
+            **({"gguf_file": spec.gguf_file} if spec.gguf_file else {}),
         )
+        for part in fetching_kernels(config):  # names and shapes don't depend on it
+            part._attn_implementation = "eager"
         # Only names and shapes are wanted: on the meta device no weight takes memory.
         with torch.device("meta"):
             model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
@@ -90,6 +95,8 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
     except QsaError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
+        if wants_code(error):
+            raise InfraError(f"{path} {OWN_CODE}; its layers can't be listed without running it") from error
         raise InfraError(f"{path}: no model can be made of it: {one_line(error)}") from error
     return submodule_of(model, spec.submodule) if spec.submodule else model
 

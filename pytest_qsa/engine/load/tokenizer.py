@@ -84,6 +84,11 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
         return transformers.AutoTokenizer.from_pretrained(path, **arguments)  # type: ignore[return-value]
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError
         folder = Folder(Path(path), arguments.get("gguf_file"))
+        if "trust_remote_code" in str(error) and not arguments.get("trust_remote_code"):
+            raise InfraError(
+                f"the tokenizer of {path} has code of its own: set model.trust_remote_code and allow it with "
+                "--qsa-allow-code"
+            ) from error
         # transformers raises for a folder without a tokenizer too, which is no error here.
         if folder.path.is_dir() and not _has_tokenizer(folder):
             return None

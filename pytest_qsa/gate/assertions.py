@@ -336,10 +336,16 @@ class QsaCheckpoint:
     test: Qsa
 
     def health(
-        self, layers: str = ".", *, exclude: str | None = None, spread: float = 8.0, fused_equal: bool = False
+        self,
+        layers: str = ".",
+        *,
+        exclude: str | None = None,
+        spread: float = 8.0,
+        fused_equal: bool = False,
+        tensor_parallel: int = 1,
     ) -> Series:
         """Count all that the other checks find; settings only where there is a reference."""
-        parameters = {"spread": spread, "fused_equal": fused_equal}
+        parameters = {"spread": spread, "fused_equal": fused_equal, "tensor_parallel": tensor_parallel}
         return self.test.problems("checkpoint_health", layers, exclude, parameters)
 
     def scales(
@@ -353,9 +359,9 @@ class QsaCheckpoint:
         """Count quantized weights that are constant, and float tensors with NaN or Inf."""
         return self.test.problems("checkpoint_weights", layers, exclude, {})
 
-    def formats(self, layers: str = ".", *, exclude: str | None = None) -> Series:
-        """Count layers that are quantized, or left, against the configuration."""
-        return self.test.problems("checkpoint_formats", layers, exclude, {})
+    def formats(self, layers: str = ".", *, exclude: str | None = None, tensor_parallel: int = 1) -> Series:
+        """Count layers that are quantized, or left, against the configuration, or that so many ranks can't share."""
+        return self.test.problems("checkpoint_formats", layers, exclude, {"tensor_parallel": tensor_parallel})
 
     def keys(self, layers: str = ".", *, exclude: str | None = None) -> Series:
         """Count tensors that are missing or unexpected."""

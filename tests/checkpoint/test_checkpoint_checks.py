@@ -136,6 +136,69 @@ def test_fused_scales_that_are_unequal_everywhere_are_a_fault_only_where_they_mu
     assert len(found(folder, "checkpoint_scales", fused_equal=True)) == 8  # q/k/v and gate/up of four blocks
 
 
+def odd_in_a_block(weights):
+    """Multiply what a block's up projection writes, and divide what its down projection reads."""
+    for part in ("weight_scale", "weight"):
+        name = f"{DOWN}.{part}"
+        if name in weights and weights[name].is_floating_point():
+            weights[name] /= 4096
+            weights[name.replace("down", "up")] *= 4096
+            return
+
+
+def test_a_layer_that_is_as_odd_in_the_original_is_no_problem(quantized, llama, tmp_path):
+    original = edited(llama, tmp_path / "original", odd_in_a_block)
+    odd = edited(quantized["int8"], tmp_path / "odd", odd_in_a_block)
+    assert found(odd, "checkpoint_scales", reference=original) == []
+    assert DOWN in layers(found(odd, "checkpoint_scales", reference=llama))
+    assert DOWN in layers(found(odd, "checkpoint_scales"))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8 with static inputs"])
+def test_weights_of_another_size_than_the_original_s_are_found_though_all_siblings_agree(
+    quantized, llama, tmp_path, form
+):
+    def doubled(weights):
+        for name in weights:
+            if name.endswith("weight_scale"):
+                weights[name] *= 2
+
+    folder = edited(quantized[form], tmp_path / "doubled", doubled)
+    assert found(folder, "checkpoint_scales") == []
+    told = found(folder, "checkpoint_scales", reference=llama)
+    assert len(told) == 28
+    factors = [float(each.what.split("the dequantized weight is ")[1].split(" ×")[0]) for each in told]
+    assert factors == pytest.approx([2] * 28, rel=0.03)
+
+
+def test_a_group_s_scale_that_the_original_does_not_confirm_stays_a_problem(quantized, llama, tmp_path):
+    folder = edited(quantized["int4"], tmp_path / "faulty", scaled("weight_scale", 1 / 512, (7, 0)))
+    assert [each.tensor for each in found(folder, reference=llama)] == [f"{DOWN}.weight_scale"]
+
+
+@pytest.mark.parametrize(
+    ("form", "ranks", "told"),
+    [
+        ("int8", 2, {}),
+        ("int8", 4, {}),  # two ranks share a KV head
+        ("int4", 4, {"o_proj": "its 32 inputs that share a scale or a word in 16s are 8 each"}),
+        ("int4", 8, {
+            "q_proj": "its 4 heads can't be shared out among 8 ranks", "down_proj": "its 64 inputs", "o_proj": "",
+        }),
+        ("int8", 3, {
+            "q_proj": "its 4 heads can't", "k_proj": "3 ranks can't share its 2 heads evenly", "v_proj": "",
+            "gate_proj": "its 64 outputs are 21.3333 each in 3 shards", "up_proj": "", "down_proj": "", "o_proj": "",
+        }),
+    ],
+)  # fmt: skip
+def test_layers_that_so_many_ranks_can_not_share_are_found(quantized, form, ranks, told):
+    findings = found(quantized[form], "checkpoint_formats", tensor_parallel=ranks)
+    kinds = {each.layer.rpartition(".")[2]: each.what for each in findings}
+    assert all(each.layer.startswith("model.layers.") for each in findings)
+    assert set(kinds) == set(told)
+    assert all(text in kinds[kind] for kind, text in told.items())
+
+
 def test_a_layer_that_is_quantized_against_ignore_is_found(quantized, tmp_path):
     def config(settings):
         settings["quantization_config"]["ignore"].append("re:.*layers[.]1.*q_proj$")

@@ -35,11 +35,14 @@ from .scales import (
     unsound_zero_points,
     unwritten_exponents,
 )
+from .sharding import uneven_shards
 from .shards import absent_shards, ambiguous_files
+from .sizes import Original
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 _Spread = Annotated[float, Gt(0)]
 _Tolerance = Annotated[float, Ge(0)]
+_Ranks = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,13 @@ class Files:
     def relation(self) -> Relation:
         """How the checkpoint differs from its reference by design; `same` without a reference."""
         return compare_norms(self.folder, self.reference) if self.reference else Relation("same")
+
+    @cached_property
+    def original(self) -> Original | None:
+        """The reference's weights, where those of the checkpoint mean the same: neither smoothed nor rotated."""
+        if self.reference is None or self.folder.gguf_file or not self.reference.files or self.relation.kind != "same":
+            return None
+        return Original(self.format, self.reference)
 
     @cached_property
     def quantized(self) -> list[str]:
@@ -169,15 +179,17 @@ def _everything(files: Files) -> list[str]:
 def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings.
 
-    Also scales that all have one initial value, that have another shape than the declared scheme's, or that differ
-    within a fused group, and scales of inputs and of a KV cache that are declared and missing. Zero points that are
-    missing, out of range, not those of a symmetric scheme that is declared, or with which the mean weight is far from
-    that of the siblings.
+    Where there is a reference, dequantized sizes other than its are a problem, and what is as odd there is none. Also
+    scales that all have one initial value, that have another shape than the declared scheme's, or that differ within a
+    fused group, and scales of inputs and of a KV cache that are declared and missing. Zero points that are missing, out
+    of range, not those of a symmetric scheme that is declared, or with which the mean weight is far from that of the
+    siblings.
     """
     yield from misfits(files.format)
     yield from unsound_scales(files.format)
     yield from unwritten_exponents(files.format)
-    yield from outlying_scales(files.format, spread=spread)
+    found = outlying_scales(files.format, spread=spread)
+    yield from (files.original.judge(found) if files.original else found)
     yield from unsound_zero_points(files.format)
     yield from outlying_zero_points(files.format, spread=spread)
     yield from foreign_whole_scales(files.format)
@@ -196,10 +208,14 @@ def checkpoint_weights(files: Files) -> Iterator[Finding]:
 
 
 @_check(_declared_layers)
-def checkpoint_formats(files: Files) -> Iterator[Finding]:
-    """Count layers that are left unquantized or quantized against the configuration, or stored in another format."""
+def checkpoint_formats(files: Files, *, tensor_parallel: _Ranks = 1) -> Iterator[Finding]:
+    """Count layers that are left unquantized or quantized against the configuration, or stored in another format.
+
+    Also those that can't be cut for `tensor_parallel` ranks without cutting a group, a block or a head.
+    """
     if files.format.uniform:
         yield from misplaced_formats(files.format)
+        yield from uneven_shards(files.format, tensor_parallel)
     if files.reference is not None:
         yield from unusual_parts(files.format, files.reference)
 
@@ -246,10 +262,13 @@ def checkpoint_unquantized(files: Files, *, rel: _Tolerance = 0.0) -> Iterator[F
 
 
 @_check(_everything)
-def checkpoint_health(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
+def checkpoint_health(
+    files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False, tensor_parallel: _Ranks = 1
+) -> Iterator[Finding]:
     """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
     yield from checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
-    yield from chain(checkpoint_weights(files), checkpoint_formats(files), checkpoint_keys(files))
+    formats = checkpoint_formats(files, tensor_parallel=tensor_parallel)
+    yield from chain(checkpoint_weights(files), formats, checkpoint_keys(files))
     yield from checkpoint_settings(files)
 
 

@@ -1,0 +1,94 @@
+"""Sizes of dequantized weights against the reference's: what siblings can't judge, or judge wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...common import AnomalyError
+from ..folder import Finding, Folder
+from ..formats.format import AGAIN, Format, format_of
+from ..tensors import Matrix
+
+ROWS_SAMPLED = 64
+"""About how many rows of a layer are compared, evenly spaced."""
+ROWS_AT_ONCE = 1024
+GROUP_ROOM = 0.5
+"""By how many octaves the rms of the weights of one scale may differ; rounding to 4 bits moves it by 0.1."""
+LAYER_ROOM = {2: 0.5, 3: 0.5}
+"""The same of the median row of a layer, by bits; 0.2 for all others."""
+
+
+class Original:
+    """The reference's weights beside a checkpoint's, for layers that both have under one name and in one shape."""
+
+    def __init__(self, form: Format, reference: Folder) -> None:
+        self.form, self.theirs = form, format_of(reference)
+        names = () if form.folder.gguf_file else list(reference.layers)
+        self._names = {own: name for name, own in form.layers_of(names).items()}
+
+    def judge(self, found: Iterable[Finding]) -> Iterator[Finding]:
+        """Yield what siblings found without what the original has as well, then layers whose sizes are others.
+
+        Scales of inputs and of a KV cache have nothing in the reference, and stay as they were found.
+        """
+        named: set[str] = set()
+        for finding in found:
+            tensors = (self.form.weight_scale_of(finding.layer), self.form.codes_of(finding.layer))
+            of_weight = any(tensor is not None and tensor.name == finding.tensor for tensor in tensors)
+            if not (of_weight and self.has_sizes_of(finding.layer)):
+                named.add(finding.layer)
+                yield finding
+        for layer in self.form.fitting:
+            if layer not in named and self.form.codes_of(layer) is not None:
+                yield from self._resized(layer)
+
+    def has_sizes_of(self, layer: str) -> bool:
+        """Say whether the weights of each scale of a layer have the original's rms, within half an octave."""
+        shape, scale = self.form.weight_shape(layer), self.form.weight_scale_of(layer)
+        if shape is None or scale is None:
+            return False
+        scales = self.form.scale_values(layer, scale.part)
+        grouped = scales.ndim == 2 and len(scales) == shape[0] and shape[1] % scales.shape[1] == 0
+        groups = scales.shape[1] if grouped else 1
+        for start in range(0, shape[0], ROWS_AT_ONCE):
+            octaves = self._octaves(layer, slice(start, start + ROWS_AT_ONCE), groups)
+            if octaves is None or not (np.abs(octaves) <= GROUP_ROOM).all():
+                return False
+        return True
+
+    def _resized(self, layer: str) -> Iterator[Finding]:
+        shape, scheme = self.form.weight_shape(layer), self.form.scheme_of(layer)
+        step = max(1, shape[0] // ROWS_SAMPLED) if shape else 1
+        octaves = self._octaves(layer, slice(None, None, step), 1)
+        tensor = self.form.weight_scale_of(layer) or self.form.codes_of(layer)
+        if octaves is None or tensor is None:
+            return
+        middle = float(np.median(octaves))
+        room = LAYER_ROOM.get(scheme.bits if scheme else 0, 0.2)
+        if np.isfinite(middle) and abs(middle) > room:  # NaN and zeros are found as such
+            size = f"{2**middle:.3g} × the size of the reference's"
+            what = f"the dequantized weight is {size} (median of {len(octaves)} rows)"
+            yield Finding.at(tensor, what, AGAIN)
+
+    def _octaves(self, layer: str, rows: slice, groups: int) -> NDArray[np.float64] | None:
+        """Return log₂ of the rms of groups in some rows over the original's, flat; None where one can't be read.
+
+        Where both are zero it is 0.
+        """
+        mine, theirs = self._rows(self.form, layer, rows), self._rows(self.theirs, self._names.get(layer, ""), rows)
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            return None
+        one, other = (np.square(each.reshape(len(each) * groups, -1)).mean(axis=1) for each in (mine, theirs))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            octaves: NDArray[np.float64] = np.where(one == other, 0.0, 0.5 * np.log2(one / other))
+        return octaves
+
+    @staticmethod
+    def _rows(form: Format, layer: str, rows: slice) -> Matrix | None:
+        try:
+            return form.stored_rows(layer, rows) if len(form.weight_shape(layer) or ()) == 2 else None
+        except AnomalyError:  # tensors that are lost or don't fit have findings of their own
+            return None

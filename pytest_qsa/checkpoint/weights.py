@@ -33,7 +33,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, InfraError, Progress
 from .checks.health import Files
-from .folder import natural
+from .folder import Folder, natural
 from .formats.format import Format, format_of
 from .weight_statistics import Singles, WeightRows, reduced
 
@@ -214,6 +214,26 @@ def _named(weights: Mapping[str, StoredWeight], form: Format, modules: Sequence[
     return {module: weights[layer] for module, layer in form.layers_of(modules).items() if layer in weights}
 
 
+def paired_weights(files: Files, weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """Return the reference's weight of each site by its name there, whether or not the reference has it.
+
+    Raises:
+        InfraError: there is no reference.
+    """
+    form = format_of(_original(files))
+    # Each format knows the layers of its own files by the names that other files give them.
+    named = form.layers_of([weight.layer for weight in weights.values()])
+    theirs = weight_names(Files(form.folder)).all
+    named |= {own: other for other, own in files.format.layers_of(theirs).items() if own != other}
+    return {site: StoredWeight(form, _tied(form, named[weight.layer])) for site, weight in weights.items()}
+
+
+def _original(files: Files) -> Folder:
+    if files.reference is None:
+        raise InfraError("there is nothing to compare with: name the original's checkpoint, model.reference")
+    return files.reference
+
+
 def _pairs(files: Files, weights: Mapping[str, StoredWeight]) -> Mapping[str, StoredWeight]:
     """Return the reference's weight of each site.
 
@@ -221,14 +241,8 @@ def _pairs(files: Files, weights: Mapping[str, StoredWeight]) -> Mapping[str, St
         AnomalyError: the reference lacks one.
         InfraError: there is no reference.
     """
-    if files.reference is None:
-        raise InfraError("there is nothing to compare with: name the original's checkpoint, model.reference")
-    form = format_of(files.reference)
-    # Each format knows the layers of its own files by the names that other files give them.
-    named = form.layers_of([weight.layer for weight in weights.values()])
-    theirs = weight_names(Files(files.reference)).all
-    named |= {own: other for other, own in files.format.layers_of(theirs).items() if own != other}
-    pairs = {site: StoredWeight(form, _tied(form, named[weight.layer])) for site, weight in weights.items()}
+    pairs = paired_weights(files, weights)
+    form = format_of(_original(files))
     absent = [
         site for site, pair in pairs.items() if pair.layer not in form.experts and form.weight_of(pair.layer) is None
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import LOGITS, SINKS, Capture, Sinks, SiteNumbers, exactly, lower_median
-from ..checkpoint import Files, Finding, problems_of
+from ..checkpoint import Files, Finding, Suspicion, by_kind, problems_of, suspicions_of, weight_names
 from ..common import AnomalyError, InfraError, QsaError, logger
 from ..metrics import (
     LARGEST,
@@ -155,6 +155,8 @@ def context(capture: Capture, sample: int, position: int) -> tuple[str, str, str
     )
 
 
+MOST_SUSPICIONS = 2
+"""The number of suspicions that a headline names; `suspect` has all."""
 OUT_OF_BOUNDS = frozenset({Kind.REGRESSION, Kind.WARNED})
 ANY = frozenset(Kind)
 LAYER_CHECKS = ("checkpoint_scales", "checkpoint_weights", "checkpoint_formats", "checkpoint_keys")
@@ -244,6 +246,45 @@ def find_origin(verdict: Verdict, context: Context) -> Verdict:
     return replace(verdict, origin=context.origins[capture])
 
 
+def recognize(verdict: Verdict, context: Context) -> Verdict:
+    """Begin with what the weights of the layers out of bounds are in the reference, where they are not their own.
+
+    What was recognized takes the place of guesses from the size of the error. Where nothing was, many layers are summed
+    up by kind.
+    """
+    found = _recognized(verdict, context)
+    if not found:
+        summary = by_kind([row.layer for row in verdict.failing_rows], [row.layer for row in verdict.rows])
+        return replace(verdict, headline=f"{summary}; {verdict.headline}") if summary else verdict
+    headline = "; ".join([*(each.what for each in found[:MOST_SUSPICIONS]), verdict.headline])
+    origin = {"suspect": "; ".join(each.what for each in found)}
+    most = verdict.origin.get("adds most", "")
+    if len(found) == 1 and found[0].layers == {most.partition(":")[0]}:
+        origin = {"adds most": most} | origin
+    return replace(verdict, headline=headline, origin=origin)
+
+
+def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:
+    if context.capture.reference is None or not METRICS[verdict.query["metric"]].against:
+        return ()
+    try:
+        files = context.files()
+        return suspicions_of(files, _suspects(verdict, context.capture, files)) if files.reference else ()
+    except QsaError as error:  # no files, or damaged ones: static checks judge these
+        logger.debug("no weight of %s was looked for in the reference: %s", verdict.id, error)
+        return ()
+
+
+def _suspects(verdict: Verdict, capture: Capture, files: Files) -> Sequence[str]:
+    """Return the layers of the files that are out of bounds, or hold what is; all for a number of the whole model."""
+    if verdict.query.get("over") or verdict.query.get("site", LOGITS) == LOGITS:
+        return weight_names(files).all
+    named = files.format.layers_of(capture.modules)
+    out = tuple(row.layer for row in verdict.rows if row.excess)
+    inside = tuple(f"{layer}." for layer in out)
+    return [own for module, own in named.items() if module in out or module.startswith(inside)]
+
+
 def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:
     """Return what the first check that finds something says of a layer and of all below it."""
     for check in LAYER_CHECKS:
@@ -298,6 +339,7 @@ EXPLAINERS = (
     # before the origin: what differs by design is ANOMALOUS then, and has no origin
     Explainer(tell_design, lambda metric: metric.against and metric.per != "logits", OUT_OF_BOUNDS),
     Explainer(find_origin, lambda metric: metric.against, OUT_OF_BOUNDS),
+    Explainer(recognize, lambda metric: True, OUT_OF_BOUNDS),
     # a metric against the reference has no value of the reference's own: the value itself is the distance
     Explainer(show_reference, lambda metric: not metric.against),
     Explainer(show_tokens, lambda metric: metric.positional, ANY - {Kind.PASSED}),

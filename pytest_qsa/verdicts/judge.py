@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..captures import Capture, ModelProvenance, Provenance
-from ..checkpoint import Files, Finding, problems_of
-from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted
+from ..checkpoint import Files, Finding, by_kind, problems_of, suspicions_of
+from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted, logger
 from ..external import EvalFiles, eval_scores, widened_bounds
 from ..metrics import Query, Series
 from ..suite import (
@@ -25,7 +25,7 @@ from ..suite import (
 )
 from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable
 from .budgets import Budget, budget_of, limits_of
-from .explainers import sinks_behind
+from .explainers import MOST_SUSPICIONS, sinks_behind
 from .judgement import (
     NO_LENIENCY,
     Judgement,
@@ -253,9 +253,20 @@ def judge_problems(
         layers = {finding.layer for finding in problems}
         many = f"{counted(len(problems), 'problem')} in {len(layers)} of {len(series.layers)} layers"
         headline = f"{many} ({judgement.bound}); the first: {problems[0].tensor}: {problems[0].what}"
+        headline = "; ".join([*_suspected(series, layers, files), headline])
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))
     return replace(judgement, headline=headline, findings=(*problems, *notes), run=_run_of_files(files))
+
+
+def _suspected(series: Series, layers: Collection[str], files: Files) -> list[str]:
+    """Say what the weights of layers with problems are in the reference; else of which kinds many layers are."""
+    try:
+        found = [each.what for each in suspicions_of(files, layers)[:MOST_SUSPICIONS]]
+    except QsaError as error:  # the findings say what is damaged
+        logger.debug("no weight was looked for in the reference: %s", error)
+        found = []
+    return found or list(filter(None, [by_kind(layers, series.layers)]))
 
 
 def _not_checked(series: Series, files: Files) -> str:

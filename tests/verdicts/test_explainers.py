@@ -55,7 +55,7 @@ def compared(values, high):
 
 
 def files(relation):
-    return lambda: SimpleNamespace(relation=relation)
+    return lambda: SimpleNamespace(relation=relation, reference=None)
 
 
 SMOOTHED, ROTATED = (Relation(kind, (), f"it is {kind}") for kind in ("smoothed", "rotated"))

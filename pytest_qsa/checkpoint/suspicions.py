@@ -1,0 +1,206 @@
+"""What is suspected of weights, in sentences: many layers that share a fault are one suspicion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..common import number
+from .checks.health import Files
+from .copies import Place, Resemblance, place_of, recognizer_of, resemblances
+from .folder import kind_of, natural
+
+MOST_KINDS = 3
+"""The number of kinds of layers that are counted one by one."""
+MOST_NAMED = 3
+MANY = 4
+"""The number of layers from which a summary says which they are."""
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """A fault that was recognized. `what`: a sentence without a full stop; `layers`: the layers that it is about."""
+
+    what: str
+    layers: frozenset[str]
+
+
+def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
+    """Return what the weights of some layers, and of all below them, are in the reference, if not their own.
+
+    The one about most layers comes first; none where there is no reference, or nothing was recognized.
+
+    Raises:
+        AnomalyError: a file is damaged.
+        InfraError: a file is missing or can't be read.
+    """
+    if files.reference is None:
+        return []
+    found = resemblances(files, layers)
+    known = [each for each in found.values() if each is not None]
+    every = list(recognizer_of(files).weights)
+    said = [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
+    said += [*_blocks(files, known, every), *_factors(known, every)]
+    return sorted(said, key=lambda each: -len(each.layers))
+
+
+def by_kind(layers: Collection[str], among: Collection[str]) -> str:
+    """Say which layers of many they are, by kind or by block; empty for a few, and where neither says more.
+
+    `among`: all layers that were looked at.
+    """
+    counts, kinds = Counter(map(kind_of, layers)), Counter(map(kind_of, among))
+    if len(layers) < MANY or len(layers) == len(among) or len(kinds) < 2:
+        return ""
+    if len(counts) <= MOST_KINDS:
+        return f"{counted_kinds(layers, among)}, nothing else"
+    blocks, every = ({place_of(layer).block for layer in names} - {""} for names in (layers, among))
+    inside = [layer for layer in among if place_of(layer).block in blocks]
+    if len(blocks) < len(every) and {*inside} == {*layers}:
+        return f"all of {'layers' if len(blocks) > 1 else 'layer'} {_range({*map(int, blocks)})}, nothing else"
+    return ""
+
+
+def counted_kinds(layers: Collection[str], among: Collection[str]) -> str:
+    """Write `30 of 30 q_proj and 30 of 30 k_proj`; the name where it is one layer; `50 of 210 layers` for many kinds.
+
+    `among`: all layers that there are.
+    """
+    if len(layers) == 1:
+        return next(iter(layers))
+    if len(layers) == len(among):
+        return f"all {len(among)} layers"
+    counts, all_counts = (Counter(map(kind_of, names)) for names in (layers, among))
+    if len(counts) > MOST_KINDS:
+        whole = sum(all_counts[kind] for kind in counts)
+        kinds = "" if len(counts) == len(all_counts) else f", of {len(counts)} kinds"
+        return f"{len(layers)} of {whole} layers{kinds}"
+    return joined([f"{count} of {all_counts[kind]} {_short(kind)}" for kind, count in counts.items()])
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Write `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
+def _short(kind: str) -> str:
+    last = kind.rpartition(".")[2]
+    return kind if last == "*" else f"{last} of experts" if ".experts." in kind else last
+
+
+def _only(layers: Collection[str], odd: int) -> str:
+    """Say that no other layer is unlike its own. `odd`: the number of those that are."""
+    return ", nothing else" if len(layers) == odd > 1 else ""
+
+
+def _orders(known: Sequence[Resemblance], every: Collection[str], odd: int) -> Iterator[Suspicion]:
+    groups: dict[str, list[Resemblance]] = {}
+    for each in known:
+        if each.order is not None:
+            groups.setdefault(each.order.name, []).append(each)
+    for name, members in groups.items():
+        layers = [each.layer for each in members]
+        details = {each.order.detail for each in members if each.order is not None}
+        detail = f" ({details.pop()})" if len(details) == 1 and details != {""} else ""
+        what = f"{counted_kinds(layers, every)}{_only(layers, odd)}: {name}{detail}"
+        yield Suspicion(what, frozenset(layers))
+
+
+def _siblings(known: Sequence[Resemblance], every: Collection[str], odd: int) -> Iterator[Suspicion]:
+    """Yield the layers that are another one of their block: `gate_proj is the reference's up_proj`."""
+    groups: dict[tuple[str, str], list[Resemblance]] = {}
+    for each in known:
+        own, source = place_of(each.layer), place_of(each.source)
+        if each.source != each.layer and own.block == source.block and kind_of(own.rest) != kind_of(source.rest):
+            groups.setdefault((_short(kind_of(own.rest)), _short(kind_of(source.rest))), []).append(each)
+    for (own_kind, source_kind), members in groups.items():
+        layers = [each.layer for each in members]
+        back = [each.layer for each in groups.get((source_kind, own_kind), [])]
+        if back and {place_of(layer).block for layer in back} == {place_of(layer).block for layer in layers}:
+            if own_kind < source_kind:
+                both = [*layers, *back]
+                what = f"{counted_kinds(both, every)}{_only(both, odd)}: exchanged, each is the reference's other one"
+                yield Suspicion(what, frozenset(both))
+        else:
+            verb = "is" if len(layers) == 1 else "are"
+            theirs = "" if len(layers) == 1 else " of their block"
+            what = f"{counted_kinds(layers, every)} {verb} the reference's {source_kind}{theirs}"
+            yield Suspicion(what, frozenset(layers))
+
+
+def _experts(known: Sequence[Resemblance]) -> Iterator[Suspicion]:
+    """Yield experts that are others of their layer, as where they were sorted by name."""
+    moves: dict[str, str] = {}
+    layers: list[str] = []
+    for each in known:
+        own, source = place_of(each.layer), place_of(each.source)
+        if each.source != each.layer and own.block == source.block and kind_of(own.rest) == kind_of(source.rest):
+            inner, other = (place_of(place.rest) for place in (own, source))
+            moves.setdefault(inner.block, other.block)
+            layers.append(each.layer)
+    if not layers:
+        return
+    blocks = {place_of(layer).block for layer in layers}
+    where = f"in layer {blocks.pop()}" if len(blocks) == 1 else f"in {len(blocks)} layers"
+    yield Suspicion(f"{where} {_moves(moves, 'expert')}", frozenset(layers))
+
+
+def _moves(moves: Mapping[str, str], noun: str) -> str:
+    """Write `expert 2 is the reference's expert 10, …`, and whether that is the order of the numbers as text."""
+    order = sorted(moves, key=natural)
+    text = ", ".join(f"{noun} {each} is the reference's {noun} {moves[each]}" for each in order[:MOST_NAMED])
+    more = f" and {len(order) - MOST_NAMED} more" if len(order) > MOST_NAMED else ""
+    count = max(int(each) for each in (*moves, *moves.values())) + 1
+    as_text = sorted(map(str, range(count)))
+    sorted_so = all(as_text[int(each)] == source for each, source in moves.items()) and len(moves) > 1
+    return f"{text}{more}{': sorted as text, 0, 1, 10, 11, …' if sorted_so else ''}"
+
+
+def _blocks(files: Files, known: Sequence[Resemblance], every: Collection[str]) -> Iterator[Suspicion]:
+    """Yield blocks that are other ones: `layers 15 to 29 repeat layers 0 to 14`."""
+    groups: dict[tuple[str, int], list[tuple[Place, str, str]]] = {}
+    for each in known:
+        own, source = place_of(each.layer), place_of(each.source)
+        if each.source != each.layer and own.rest == source.rest:
+            shift = int(source.block) - int(own.block)
+            groups.setdefault((own.before, shift), []).append((own, each.layer, each.source))
+    moved = {own.block: place_of(source).block for members in groups.values() for own, _, source in members}
+    if len(groups) > MOST_NAMED:
+        layers = frozenset(layer for members in groups.values() for _, layer, _ in members)
+        yield Suspicion(_moves(moved, "layer"), layers)
+        return
+    for members in groups.values():
+        blocks, sources = ({*map(int, numbers)} for numbers in (
+            (own.block for own, _, _ in members), (place_of(source).block for _, _, source in members)
+        ))  # fmt: skip
+        rests = {own.rest for own, _, _ in members}
+        whole = len(rests) >= len({place_of(layer).rest for layer in every if place_of(layer).block in moved})
+        whole |= len(rests) > MOST_KINDS
+        parts = "" if whole else f" in {joined(sorted(rest.rpartition('.')[2] for rest in rests))}"
+        plural = len(blocks) > 1
+        noun = "layers" if plural else "layer"
+        kept = [recognizer_of(files).find(source) if source in every else None for _, _, source in members]
+        repeats = all(each is not None and each.own for each in kept)
+        verb = f"repeat{'' if plural else 's'}" if repeats else f"{'are' if plural else 'is'} the reference's"
+        what = f"{noun} {_range(blocks)} {verb} {noun} {_range(sources)}{parts}"
+        yield Suspicion(what, frozenset(layer for _, layer, _ in members))
+
+
+def _range(numbers: Collection[int]) -> str:
+    first, last = min(numbers), max(numbers)
+    if len(numbers) > 2 and last - first + 1 == len(numbers):
+        return f"{first} to {last}"
+    shown = [str(each) for each in sorted(numbers)]
+    return joined(shown if len(shown) <= 6 else [*shown[:5], f"{len(shown) - 5} more"])
+
+
+def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[Suspicion]:
+    groups: dict[str, list[str]] = {}
+    for each in known:
+        if each.factor != 1 and each.source == each.layer and each.order is None:
+            groups.setdefault(number(round(each.factor, 2)), []).append(each.layer)
+    for factor, layers in groups.items():
+        verb = "is" if len(layers) == 1 else "are"
+        what = f"{counted_kinds(layers, every)} {verb} {factor} × the reference's and otherwise the same"
+        yield Suspicion(what, frozenset(layers))

@@ -1,0 +1,186 @@
+"""Weights that are the reference's, but moved or times a factor, are called what they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_qsa.checkpoint.checks.health import Files
+from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.checkpoint.row_orders import named_order
+from pytest_qsa.checkpoint.suspicions import by_kind, suspicions_of
+from pytest_qsa.checkpoint.weights import stored_weights
+from support.checkpoints import edited, save_llama, save_quantized_moe
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Save a Llama of 4 heads of 16, 2 of them for keys, in 4 layers."""
+    return save_llama(tmp_path_factory.mktemp("copies") / "original", tokenizer=False, layers=LAYERS, width=64)
+
+
+def said(folder, reference, layers=None):
+    files = Files(open_folder(folder), open_folder(reference))
+    return [each.what for each in suspicions_of(files, stored_weights(files) if layers is None else layers)]
+
+
+def noisy(change):
+    """Return a change that also rounds every matrix, as 4 bits would."""
+
+    def changed(weights):
+        change(weights)
+        for tensor in weights.values():
+            if tensor.dim() == 2:
+                scale = tensor.abs().amax(1, keepdim=True) / 7
+                tensor.copy_((tensor / scale).round() * scale)
+
+    return changed
+
+
+def each(names, function):
+    def change(weights):
+        for name, tensor in weights.items():
+            if any(f".{each}." in name for each in names):
+                tensor.copy_(function(tensor.clone()))
+
+    return change
+
+
+def of_layer(layer, name, function):
+    return lambda weights: weights[f"model.layers.{layer}.{name}.weight"].copy_(
+        function(weights[f"model.layers.{layer}.{name}.weight"].clone())
+    )
+
+
+def alternating(weight, head=16):
+    """Return rows in Llama's original layout, as `permute` of convert_llama_weights_to_hf.py reverts it."""
+    return weight.view(-1, 2, head // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def exchanged(weights):
+    for layer in range(LAYERS):
+        gate, up = (weights[f"model.layers.{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        kept = gate.clone()
+        gate.copy_(up)
+        up.copy_(kept)
+
+
+def repeated(weights):
+    for name, tensor in weights.items():
+        for later, earlier in ((2, 0), (3, 1)):
+            if name.startswith(f"model.layers.{later}."):
+                tensor.copy_(weights[name.replace(f"layers.{later}.", f"layers.{earlier}.")])
+
+
+def shifted(weights):
+    for layer in reversed(range(1, LAYERS)):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        weights[name].copy_(weights[name.replace(f"layers.{layer}.", f"layers.{layer - 1}.")].clone())
+
+
+FAULTS = {
+    "rope": (
+        each(["q_proj", "k_proj"], alternating),
+        "4 of 4 k_proj and 4 of 4 q_proj, nothing else: rows in the rope's interleaved layout",
+    ),
+    "rope back": (
+        each(["q_proj"], lambda weight: weight.view(-1, 8, 2, 64).transpose(1, 2).reshape(weight.shape)),
+        "4 of 4 q_proj, nothing else: rows in the rope's layout of halves, where the reference's are interleaved",
+    ),
+    "rope with the heads of the queries": (
+        each(["k_proj"], lambda weight: alternating(weight).view(1, -1, 2, 64).transpose(1, 2).reshape(weight.shape)),
+        "4 of 4 k_proj, nothing else: rows as a conversion of the rope's layout leaves them with heads of 32 rows "
+        "(not 16)",
+    ),
+    "heads": (
+        of_layer(2, "self_attn.q_proj", lambda weight: weight.view(4, 16, 64)[[1, 2, 0, 3]].reshape(64, 64)),
+        "model.layers.2.self_attn.q_proj: heads in another order (1, 2, 0, 3)",
+    ),
+    "halves": (
+        of_layer(2, "mlp.up_proj", lambda weight: weight.roll(32, 0)),
+        "model.layers.2.mlp.up_proj: its two halves exchanged",
+    ),
+    "columns": (
+        of_layer(1, "mlp.down_proj", lambda weight: weight[:, np.random.default_rng(0).permutation(64)]),
+        "model.layers.1.mlp.down_proj: columns in another order",
+    ),
+    "transposed": (
+        of_layer(1, "self_attn.o_proj", lambda weight: weight.T),
+        "model.layers.1.self_attn.o_proj: transposed",
+    ),
+    "gate and up": (
+        exchanged,
+        "4 of 4 gate_proj and 4 of 4 up_proj, nothing else: exchanged, each is the reference's other one",
+    ),
+    "pipeline stage": (repeated, "layers 2 and 3 repeat layers 0 and 1"),
+    "factor": (
+        each(["down_proj"], lambda weight: 2 * weight),
+        "4 of 4 down_proj are 2 × the reference's and otherwise the same",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_weight_that_was_moved_is_called_what_it_is(original, tmp_path, fault):
+    change, expected = FAULTS[fault]
+    assert said(edited(original, tmp_path / "moved", noisy(change)), original) == [expected]
+
+
+def test_layers_that_are_all_one_too_late_repeat_nothing(original, tmp_path):
+    told = said(edited(original, tmp_path / "shifted", shifted), original)
+    assert told == ["layers 1 to 3 are the reference's layers 0 to 2 in o_proj"]
+
+
+def test_only_the_layers_asked_for_are_looked_at_and_all_below_them(original, tmp_path):
+    folder = edited(original, tmp_path / "rope", each(["k_proj"], alternating))
+    assert said(folder, original, ["model.layers.3"]) == [
+        "model.layers.3.self_attn.k_proj: rows in the rope's interleaved layout"
+    ]
+    assert said(folder, original, ["model.layers.3.mlp"]) == []
+
+
+def test_what_is_healthy_or_only_damaged_is_like_nothing_else(original, tmp_path):
+    assert said(original, original) == []
+    assert said(edited(original, tmp_path / "int4", noisy(lambda weights: None)), original) == []
+    noise = np.random.default_rng(1).normal(size=(64, 64)).astype("f4")
+    random = edited(original, tmp_path / "random", of_layer(1, "self_attn.o_proj", lambda w: torch.from_numpy(noise)))
+    assert said(random, original) == []
+
+
+def test_what_the_reference_repeats_too_is_nothing(original, tmp_path):
+    shared = edited(original, tmp_path / "shared", repeated)
+    assert said(edited(shared, tmp_path / "int4", noisy(lambda weights: None)), shared) == []
+
+
+def test_experts_in_another_order_are_named(tmp_path):
+    experts = save_quantized_moe(tmp_path / "moe", "W8A8")
+
+    def moved(weights):
+        kept = {name: tensor.clone() for name, tensor in weights.items()}
+        for name in kept:
+            if ".experts.1." in name:
+                other = name.replace(".experts.1.", ".experts.3.")
+                weights[name], weights[other] = kept[other], kept[name]
+
+    folder = edited(experts, tmp_path / "moved", moved)
+    assert said(folder, tmp_path / "moe-float") == [
+        "in 2 layers expert 1 is the reference's expert 3, expert 3 is the reference's expert 1"
+    ]
+    assert said(experts, tmp_path / "moe-float") == []
+
+
+def test_partly_turned_heads_and_larger_blocks_have_names():
+    partial = np.concatenate([head + np.array([0, 2, 1, 3, 4, 5, 6, 7]) for head in (0, 8)])
+    assert named_order(partial, 8, "rows").name == "rows in the rope's interleaved layout"
+    assert named_order(np.array([4, 5, 0, 1, 2, 3]), 0, "rows") == ("blocks of 2 rows in another order", "2, 0, 1")
+
+
+def test_many_layers_are_summed_up_by_kind_or_by_block():
+    every = [f"layers.{layer}.{name}_proj" for layer in range(6) for name in ("q", "k", "v", "o", "up")]
+    keys = [layer for layer in every if ".k_proj" in layer]
+    assert by_kind(keys, every) == "6 of 6 k_proj, nothing else"
+    assert by_kind([layer for layer in every if layer[7] in "45"], every) == "all of layers 4 and 5, nothing else"
+    assert by_kind(keys[:2], every) == by_kind(every, every) == ""

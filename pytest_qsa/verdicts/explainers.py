@@ -257,11 +257,13 @@ def recognize(verdict: Verdict, context: Context) -> Verdict:
         summary = by_kind([row.layer for row in verdict.failing_rows], [row.layer for row in verdict.rows])
         return replace(verdict, headline=f"{summary}; {verdict.headline}") if summary else verdict
     headline = "; ".join([*(each.what for each in found[:MOST_SUSPICIONS]), verdict.headline])
-    origin = {"suspect": "; ".join(each.what for each in found)}
+    suspects, origin = [each.what for each in found], {}
     most = verdict.origin.get("adds most", "")
-    if len(found) == 1 and found[0].layers == {most.partition(":")[0]}:
-        origin = {"adds most": most} | origin
-    return replace(verdict, headline=headline, origin=origin)
+    layer = most.partition(":")[0]
+    if len(found) == 1 and found[0].layers == {layer}:
+        origin = {"adds most": most}
+        suspects += [f"{finding.tensor}: {finding.what}" for finding in _findings(context.files, layer)[:1]]
+    return replace(verdict, headline=headline, origin=origin | {"suspect": "; ".join(suspects)})
 
 
 def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:

@@ -36,7 +36,12 @@ from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
-from .suspicions import Suspicion as Suspicion, by_kind as by_kind, suspicions_of as suspicions_of
+from .suspicions import (
+    Suspicion as Suspicion,
+    by_kind as by_kind,
+    counted_kinds as counted_kinds,
+    suspicions_of as suspicions_of,
+)
 from .tensors import (
     FLOATS as FLOATS,
     Tensor as Tensor,

@@ -5,7 +5,7 @@ Computed from the energies of signal and error that a capture holds for its site
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import Capture, Site
-from ..checkpoint import Finding
+from ..checkpoint import Finding, counted_kinds
 from ..common import AnomalyError, number
 from ..metrics import NOISE, OWN, SIGNAL, View, compared, decibels, local_powers
 
@@ -27,6 +27,17 @@ MOST_OF_THE_ERROR = 0.5
 """The share of the error that makes a few channels suspect."""
 FEW = 0.05
 """The share of the channels that counts as few."""
+
+NEAR = 4.0
+"""Layers whose share of error is within this factor of the worst one's (6 dB) are as bad."""
+STANDS_OUT = 100.0
+"""From this multiple (20 dB) of the other layers' median share of error, layers stand out."""
+WRONG = 0.25
+"""From this share of error, the energy of error over that of the signal, a layer is wrong and not just coarse."""
+GROWS = 1.5
+"""By at least this factor the error grows at a block that is named; less is what each block adds."""
+FIRST = 4.0
+"""The first block, before which there is no error, is named where it adds this multiple of what the others do."""
 
 FindingsAt = Callable[[str], Sequence[Finding]]
 """What the static checks say of a layer and of all below it."""
@@ -76,12 +87,15 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
     weights = {layer: sums for layer in capture.modules if (sums := _summed(capture, layer, "weight")) is not None}
     local = {layer: sums for layer in capture.modules if (sums := _local(capture, layer)) is not None}
     block, growth = _steepest(capture)
-    for energies, text in (
-        (local, "on the reference's input its sqnr is {} dB"),
-        (weights, "the sqnr of its weight is {} dB"),
+    for energies, text, of_many in (
+        (local, "on the reference's input its sqnr is {} dB", "on the reference's input their sqnr is {} dB or more"),
+        (weights, "the sqnr of its weight is {} dB", "the sqnr of their weights is {} dB or more"),
     ):
         ratios = {layer: own[NOISE] / own[SIGNAL] for layer, own in energies.items() if own[SIGNAL] > 0}
         worst = max(ratios, key=lambda layer: ratios[layer], default="")
+        if worst and (equals := _equals(ratios, ratios[worst])):
+            least = number(decibels(energies[worst][SIGNAL], energies[worst][NOISE]))
+            return {"adds most": f"{counted_kinds(equals, list(ratios))} alike: {of_many.format(least)}"}
         # a layer outside the block where the error grows most would contradict what the outputs show
         if worst and ratios[worst] > 0 and (not block or worst.startswith(f"{block}.")):
             value = number(decibels(energies[worst][SIGNAL], energies[worst][NOISE]))
@@ -97,6 +111,17 @@ def origin_of(capture: Capture, findings_at: FindingsAt = lambda layer: ()) -> d
     return origin | ({"suspect": suspect} if suspect else {})
 
 
+def _equals(ratios: Mapping[str, float], most: float) -> list[str]:
+    """Return the layers that are about as bad as the worst, where they are several and far worse than the median.
+
+    All of them, where half of the layers and more have nothing in common with the reference.
+    """
+    near = [layer for layer, ratio in ratios.items() if ratio >= most / NEAR]
+    rest = [ratio for ratio in ratios.values() if ratio < most / NEAR]
+    apart = most >= WRONG or (bool(rest) and most >= STANDS_OUT * float(np.median(rest)))
+    return near if len(near) > 1 and most > 0 and apart else []
+
+
 def _steepest(capture: Capture) -> tuple[str, str]:
     """Return the block at whose output Σe²/Σx² grows most, and how it grows; nothing where blocks weren't compared."""
     sums = {block: found for block in capture.blocks if (found := _summed(capture, block, "output")) is not None}
@@ -110,6 +135,9 @@ def _steepest(capture: Capture) -> tuple[str, str]:
     if not steps[at] > 0:
         return "", ""
     before = values[at - 1] if at else 0.0
+    least = (GROWS - 1) * before if at else FIRST * float(np.median(np.abs(steps[1:])))
+    if steps[at] < least:
+        return "", ""  # as it grows from block to block in any quantized model
     text = f"the error at its output grows from {number(before)} to {number(values[at])} of the signal, more than at "
     return list(ratios)[at], text + f"any other of {len(values)} blocks"
 

@@ -79,6 +79,23 @@ def test_the_block_where_the_error_grows_most_is_named_where_nothing_else_was_co
     assert "suspect" not in told
 
 
+def test_of_many_layers_that_are_as_bad_none_is_singled_out(original):
+    other = damaged(original, 0.002)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "k_proj" in name:
+                weight.copy_(weight.flip(0))
+    told = origin_of(compared(original, other, "weights"))
+    assert told["adds most"].startswith("4 of 4 k_proj alike: the sqnr of their weights is -")
+    assert "suspect" not in told
+
+
+def test_the_ordinary_growth_of_error_from_block_to_block_names_no_block():
+    other = models.llama(num_hidden_layers=12)
+    told = origin_of(compared(other, damaged(other, 0.01), "blocks alone"))
+    assert told == {}
+
+
 def test_noise_alone_makes_nobody_a_suspect(original):
     told = origin_of(compared(original, damaged(original, 0.01), "weights"))
     assert "suspect" not in told

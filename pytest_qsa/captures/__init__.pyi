@@ -1,6 +1,7 @@
 from .arrays import (
     ERROR_NAMES as ERROR_NAMES,
     EXTREME_NAMES as EXTREME_NAMES,
+    GAIN_NAMES as GAIN_NAMES,
     NOT_COMPARED as NOT_COMPARED,
     PADDING as PADDING,
     SCORE_NAMES as SCORE_NAMES,
@@ -74,6 +75,7 @@ from .statistics import (
     ELEMENTS as ELEMENTS,
     ERROR as ERROR,
     EXPERTS as EXPERTS,
+    GAIN as GAIN,
     LAYOUTS as LAYOUTS,
     MAP_SIZE as MAP_SIZE,
     MOMENTS as MOMENTS,

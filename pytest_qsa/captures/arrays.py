@@ -21,6 +21,9 @@ ERROR_NAMES = ("signal", "error", "own", "largest")
 """The columns of `error`, of one token: Σx², Σ(x − x̂)², Σx̂², max |x − x̂|, where x is the reference's."""
 STORED_NAMES = ("signal", "error", "product", "own")
 """What `stored` holds: Σw₀², Σ(w − w₀)², Σw·w₀, Σw², w₀ the file's weight and w the loaded one."""
+GAIN_NAMES = ("share", "factor", "row", "rows", "column", "columns")
+"""What `gain` holds of one scale group: its departure over its room, Σw·w₀ / Σw₀², and where it lies: its first row,
+how many it has, and the same of its columns; −1 in `column` where the columns of a group don't follow one another."""
 SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
 """The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
 reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""

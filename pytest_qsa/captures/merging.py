@@ -63,18 +63,23 @@ def merge(captures: Sequence[Capture]) -> Capture:
 def with_weights(capture: Capture, weights: Capture) -> Capture:
     """Return a capture with the weights of another one of the same model: of an earlier part, or of its files."""
     own = {site: numbers for site, numbers in weights.sites.items() if site[1] == "weight"}
+    measured = capture.sites.keys() & own.keys()
+    for site in measured:  # loaded weights, to which the files add what they alone know
+        own[site] = capture.sites[site].having(own[site].statistics, own[site].arrays)
     asked = [request for request in weights.plan if request.site == "weight"]
     both = {**capture.sites, **own}
-    model = replace(capture.provenance.model, files=weights.provenance.model.files)
+    model = capture.provenance.model
+    if not measured:
+        model = replace(model, files=weights.provenance.model.files)
     reference = capture.reference or weights.reference
     if reference is not None and weights.reference is not None:
-        reference = replace(reference, refused=weights.reference.refused)
+        reference = replace(reference, refused={**reference.refused, **weights.reference.refused})
     return replace(
         capture,
         sites={site: both[site] for site in _in_model_order(both, capture.modules)},
         plan=merge_requests([*capture.plan, *asked]),
-        refused=weights.refused,
-        uncompared=weights.uncompared,
+        refused={**capture.refused, **weights.refused},
+        uncompared={**capture.uncompared, **weights.uncompared},
         reference=reference,
         provenance=replace(capture.provenance, model=model),
     )

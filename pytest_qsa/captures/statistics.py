@@ -41,9 +41,9 @@ class Statistic:
     parameters. `of_logits`: it is taken of what the model predicts, not of a layer's tensor. `needs_tokens`: only a
     site with a token axis has it. `reference`: whether it is taken of the subject alone, of the reference's own
     tensors, or of both models' tensors as a pair. `alone`: the layer is run by itself, so that the layers of packed
-    experts have it, which the forward doesn't call. `default`: it is kept where nothing is chosen; the others cost
-    much, so that only a site that names them gets them. `token_bytes`, `channel_bytes`, `site_bytes`: about what it
-    keeps of each.
+    experts have it, which the forward doesn't call. `of_files`: the checkpoint's files answer it, whatever model runs.
+    `default`: it is kept where nothing is chosen; the others cost much, so that only a site that names them gets them.
+    `token_bytes`, `channel_bytes`, `site_bytes`: about what it keeps of each.
     """
 
     name: ClassVar[str] = ""
@@ -53,6 +53,7 @@ class Statistic:
     needs_tokens: ClassVar[bool] = False
     reference: ClassVar[Literal["", "own", "pair"]] = ""
     alone: ClassVar[bool] = False
+    of_files: ClassVar[bool] = False
     default: ClassVar[bool] = False
     token_bytes: ClassVar[int] = 0
     channel_bytes: ClassVar[int] = 0
@@ -250,6 +251,18 @@ class StoredError(Statistic):
     arrays: ClassVar = {"stored": OF_THE_WEIGHT}
 
 
+class GroupGain(Statistic):
+    """How far the scale group of a weight that is farthest from the reference's is: `gain` [6] float64, `GAIN_NAMES`.
+
+    Which weights share a scale is known from the files alone.
+    """
+
+    name = "gain"
+    arrays: ClassVar = {"gain": OF_THE_WEIGHT}
+    reference = "pair"
+    of_files = True
+
+
 class TokenError(Statistic):
     """The powers of each token's error: `error` [sum of lengths, 4] float32, Σx², Σ(x − x̂)², Σx̂², max |x − x̂|.
 
@@ -402,6 +415,7 @@ CHANNEL_COUNTS: Statistic = ChannelCounts()
 SCORES: Statistic = Scores()
 AGREEMENT: Statistic = PredictionAgreement()
 STORED: Statistic = StoredError()
+GAIN: Statistic = GroupGain()
 ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
 REFERENCE_SINKS: Statistic = ReferenceSinks()

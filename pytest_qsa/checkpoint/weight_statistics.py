@@ -19,6 +19,7 @@ from ..captures import (
     CODES,
     ERROR,
     FIRST_CODE,
+    GAIN,
     MAP_SIZE,
     SHIFT,
     TOP_NAMES,
@@ -33,7 +34,8 @@ from ..captures import (
     bin_values,
     ranks_of,
 )
-from ..metrics import LARGEST_CODE, rounded_to
+from ..metrics import FAINT, FEW_SIGMAS, LARGEST_CODE, LEAST_ROOM, MOST_ROOM, ROOM_SIGMAS, rounded_to
+from .formats.scheme import ScaleGroups
 
 Arrays = dict[str, Array]
 Singles = NDArray[np.float32]
@@ -48,12 +50,14 @@ class WeightRows:
     """Successive rows of a weight, [R, C], from row `start` on; what several reductions need is computed once.
 
     `dtype`: the dtype that holds the weight exactly. `reference`: the reference's rows, where two weights are compared.
+    `groups`: which weights share a scale, where that matters.
     """
 
     values: Singles
     start: int
     dtype: str
     reference: Singles | None = None
+    groups: ScaleGroups | None = None
 
     @cached_property
     def magnitudes(self) -> Singles:
@@ -428,6 +432,57 @@ class PairError(WeightReduction):
     def arrays(self) -> Arrays:
         """Return `ERROR_NAMES` of each row."""
         return {"error": np.concatenate(self._powers)}
+
+
+class GroupGains(WeightReduction):
+    """The factor of each scale group against the reference's, Σw·w₀ / Σw₀²; the group that is farthest out is kept."""
+
+    name = GAIN.name
+
+    def begin(self) -> None:
+        """Begin without groups, which come with the first rows."""
+        self._groups: ScaleGroups | None = None
+
+    def add(self, rows: WeightRows) -> None:
+        """Add Σw₀², Σw·w₀, Σw² and Σw₀⁴ of the groups of some rows."""
+        assert rows.reference is not None
+        assert rows.groups is not None
+        if self._groups is None:
+            self._groups = rows.groups
+            self._starts = np.arange(0, self.shape[1], rows.groups.columns)
+            self._sums = np.zeros((4, -(-self.shape[0] // rows.groups.rows), len(self._starts)))
+        x, y = rows.reference.astype(np.float64), rows.values.astype(np.float64)
+        if (order := self._groups.order) is not None:
+            x, y = x[:, order], y[:, order]
+        blocks = np.arange(rows.start, rows.start + len(x)) // self._groups.rows
+        squares = x * x
+        for sums, products in zip(self._sums, (squares, x * y, y * y, squares * squares), strict=True):
+            np.add.at(sums, blocks, np.add.reduceat(products, self._starts, axis=1))
+
+    def arrays(self) -> Arrays:
+        """Return `GAIN_NAMES` of the group whose factor is farthest out of its room; NaN where no group counts."""
+        assert self._groups is not None
+        signal, product, own, fourth = self._sums
+        sizes = [
+            np.diff(np.append(np.arange(0, length, step), length))
+            for length, step in zip(self.shape, (self._groups.rows, self._groups.columns), strict=True)
+        ]
+        counts = np.outer(*sizes)
+        nmse = (signal + own - 2 * product).sum() / signal.sum()
+        # What lies below the layer's rounding error may be lost: the scales of groups can be rounded themselves.
+        faint = min(nmse, FAINT) * signal.sum() / counts.sum()
+        counted = np.maximum(signal, own) > np.maximum(faint, 0) * counts
+        factors = np.where(signal > 0, product / signal, np.inf)
+        # Where few weights carry a group its factor varies as theirs: of (Σw₀²)² / Σw₀⁴ weights.
+        sigmas = np.maximum(ROOM_SIGMAS / np.sqrt(counts), FEW_SIGMAS * np.sqrt(fourth) / signal)
+        rooms = np.clip(sigmas * np.sqrt(np.maximum(nmse, 0)), LEAST_ROOM, MOST_ROOM)
+        shares = np.where(counted | ~np.isfinite(factors) & (own > 0), np.abs(factors - 1) / rooms, -1.0)
+        row, column = np.unravel_index(int(np.argmax(shares)), shares.shape)  # the first NaN, where there is one
+        place = [row * self._groups.rows, sizes[0][row], column * self._groups.columns, sizes[1][column]]
+        if self._groups.order is not None:
+            place[2] = -1
+        share = float(shares[row, column])
+        return {"gain": np.array([share if share != -1 else np.nan, factors[row, column], *place], dtype=np.float64)}
 
 
 def _blank_unless_finite(order: Singles) -> Singles:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..captures import (
     ERROR,
+    GAIN,
     STORED,
     Capture,
     LayerNames,
@@ -42,6 +43,8 @@ AT_ONCE = 1 << 18
 KEPT = (32 << 20) - 8192
 """The bytes of the largest array whose size glibc takes for one to keep."""
 MOST_THREADS = 8
+COMPARED = frozenset({ERROR, GAIN})
+"""The statistics for which a weight is read beside the reference's."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def capture_weights(
     plan = merge_requests(request for request in requests if request.site == "weight")
     weights, modules = _named(stored_weights(files), files.format, modules), modules or weight_names(files).all
     wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}
-    compared = [layer for layer, statistics in wanted.items() if ERROR in statistics]
+    compared = [layer for layer, statistics in wanted.items() if statistics & COMPARED]
     pairs = _pairs(files, {layer: weights[layer] for layer in compared}) if compared else {}
     # glibc gives freed memory back to the system, but for sizes below the largest that was freed so far (mallopt(3),
     # M_MMAP_THRESHOLD). Without this one, page faults of arrays that come and go take half of the time.
@@ -185,7 +188,7 @@ def _measured(weight: StoredWeight, pair: StoredWeight | None, statistics: froze
         return _Measured(None, weight.problem)
     problem = _incomparable(weight, pair) if pair is not None else ""
     if problem:
-        pair, statistics = None, statistics - {ERROR}
+        pair, statistics = None, statistics - COMPARED
     rows = partial(_rows, weight, pair, weight.form.weight_dtype(weight.layer))
     return _Measured(reduced(statistics, rows, weight.table, matrix=weight.matrix), of_reference=problem)
 
@@ -201,9 +204,10 @@ def _incomparable(weight: StoredWeight, pair: StoredWeight) -> str:
 
 def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterator[WeightRows]:
     theirs = pair.parts() if pair is not None else None
+    groups = weight.form.scale_groups(weight.layer, weight.table) if pair is not None else None
     start = 0
     for values in weight.parts():
-        yield WeightRows(values, start, dtype, next(theirs) if theirs is not None else None)
+        yield WeightRows(values, start, dtype, next(theirs) if theirs is not None else None, groups)
         start += len(values)
 
 

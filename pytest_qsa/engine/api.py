@@ -112,6 +112,8 @@ def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozen
         if METRICS.find(name) is None:
             raise SuiteError(f"unknown metric '{name}'{did_you_mean(name, METRICS)}")
         wanted |= _of_metric(name, site, parameters)
+    if any(each.of_files for each in wanted):
+        raise SuiteError("weight_gain reads the files of a checkpoint, and here is a model: ask it of a suite")
     if against_reference(wanted) and not compared:
         raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
     return wanted

@@ -86,8 +86,7 @@ class Gate:
         # At the first test, not at collection: only now every deselection (-k, -m, a tier) is known.
         if self._needs is None:
             self._needs = self._plan(request.session.items)
-        sites = {site} if site else {each.site for each in announced}
-        capture = self._captured_at(request, subject, sites)
+        capture = self._captured_at(request, subject, {site} if site else {each.site for each in announced})
         if subject.model is not None and capture.provenance.model.files is None:
             # For each test, not each pass: suites that share a pass may require different executions.
             check_execution(capture.provenance.execution, subject.model)
@@ -97,8 +96,12 @@ class Gate:
         """Return what a subject's pass left, or its files where all that is asked for is weights and they have them."""
         assert self._needs is not None
         only_weights = set(sites) == {"weight"}
-        from_files = only_weights and subject.model is not None and subject.model.weights == "files"
-        source = subject.of_files if from_files else subject
+        asked = [each for each in requests_of(request.node) if each.site == "weight"]
+        of_pass, of_files = subject.divided(asked)
+        answered = bool(of_files) and not of_pass
+        if not asked:  # a test without a mark
+            answered = subject.model is not None and subject.model.weights == "files"
+        source = subject.of_files if only_weights and answered else subject
         needs = self._needs.get(source.key, [])
         try:
             return self._captured(request, self._key(request, source), source, needs)

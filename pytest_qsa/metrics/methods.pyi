@@ -111,6 +111,9 @@ class MetricMethods:
     def weight_sqnr(self, by: Literal["tensor", "channel"] = "tensor") -> Series:
         """Take the SQNR of the dequantized weight against the reference's; `channel`: its worst output channel, a row."""
 
+    def weight_gain(self, stat: Literal["room", "factor"] = "room") -> Series:
+        """Take the factor g = Σw·w₀ / Σw₀² of the scale group farthest from 1, w₀ the reference's weights of the group."""
+
     def new_outliers(
         self, threshold: float = 64.0, *, reduce: Reduce | None = None, positions: Positions | None = None
     ) -> Series:

@@ -64,12 +64,22 @@ class Subject:
         return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True)
 
     def divided(self, requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
-        """Return the requests that a pass answers, and those of weights that the files answer, if the suite says so."""
+        """Return the requests that a pass answers, and those of weights that the files answer.
+
+        These are all if the suite says so, else the statistics that only the files can answer.
+        """
         of_pass: list[Request] = []
         of_files: list[Request] = []
         files = self.model is not None and self.model.weights == "files"
         for request in requests:
-            (of_files if files and request.site == "weight" else of_pass).append(request)
+            if request.site != "weight":
+                of_pass.append(request)
+                continue
+            own = frozenset(each for each in request.statistics if files or each.of_files)
+            if own or files:
+                of_files.append(replace(request, statistics=own))
+            if request.statistics - own or not (own or files):
+                of_pass.append(replace(request, statistics=request.statistics - own))
         return of_pass, of_files
 
     def sources(self, requests: Sequence[Request]) -> list[tuple[Subject, list[Request]]]:

@@ -22,6 +22,7 @@ from ..metrics import (
     PlainQuery,
     View,
     compared_tokens,
+    group_gain,
     local_tokens,
     made_by_loader,
 )
@@ -209,6 +210,17 @@ def blame_loader(verdict: Verdict, context: Context) -> Verdict:
     return replace(verdict, headline=headline, hints=[*verdict.hints, advice])
 
 
+def place_group(verdict: Verdict, context: Context) -> Verdict:
+    """Say of each weight which of its scale groups is farthest from the reference's, and by which factor."""
+    if verdict.query.get("over"):  # one number for all layers names none of them
+        return verdict
+    rows = [replace(row, detail=group_gain(context.capture.sites[row.layer, "weight"])) for row in verdict.rows]
+    verdict = replace(verdict, rows=rows)
+    if not verdict.failing_rows:
+        return verdict
+    return replace(verdict, headline=f"{verdict.headline}; {verdict.failing_rows[0].detail}")
+
+
 def tell_design(verdict: Verdict, context: Context) -> Verdict:
     """Say that layers differ from the reference by design, where the checkpoint was smoothed or rotated.
 
@@ -338,6 +350,7 @@ def show_tokens(verdict: Verdict, context: Context) -> Verdict:
 
 EXPLAINERS = (
     Explainer(blame_loader, lambda metric: metric.name == "loaded_weights"),
+    Explainer(place_group, lambda metric: metric.name == "weight_gain"),
     # before the origin: what differs by design is ANOMALOUS then, and has no origin
     Explainer(tell_design, lambda metric: metric.against and metric.per != "logits", OUT_OF_BOUNDS),
     Explainer(find_origin, lambda metric: metric.against, OUT_OF_BOUNDS),

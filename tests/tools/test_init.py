@@ -229,7 +229,19 @@ def test_a_reference_that_is_not_the_original_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("compare", "kinds"),
     [
-        ("layers", {"weight_sqnr", "local_sqnr", "sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
+        (
+            "layers",
+            {
+                "weight_sqnr",
+                "weight_gain",
+                "local_sqnr",
+                "sqnr",
+                "new_outliers",
+                "kl_divergence",
+                "same_top",
+                "ln_ppl_ratio",
+            },
+        ),
         ("blocks", {"sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
         ("logits", {"kl_divergence", "same_top", "ln_ppl_ratio"}),
     ],

@@ -16,7 +16,7 @@ from ...captures import Array
 from ..folder import Finding, Folder
 from ..tensors import FLOATS, Matrix, Tensor, decoded, element_count, encoded
 from .format import AGAIN, Format
-from .scheme import Declaration, LayerScheme
+from .scheme import Declaration, LayerScheme, ScaleGroups
 
 STATE = "weight.quant_state.bitsandbytes__"
 _FP4 = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3], dtype=np.float32) / 12
@@ -96,6 +96,13 @@ class BitsAndBytes4Bit(Format):
             return super().weight_shape(layer)
         state = self.state_of(layer)
         return state.shape if state else None
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return the blocks, where none reaches from one row into the next."""
+        state = self.state_of(layer) if self.codes_of(layer) is not None else None
+        if state is None or shape[1] % state.block:
+            return ScaleGroups(1, shape[1])
+        return ScaleGroups(1, state.block)
 
     def by_output(self, layer: str, raw: Array) -> Array:
         """Return the bytes of every output in a row; the file has them in one column."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..folder import Folder, Settings
 from ..tensors import EIGHT_BITS, Matrix, Tensor, decoded, decoded_rows, element_count, spread, spread_scales, unpacked
 from .format import Format
 from .gptq import borrowed_layout
-from .scheme import Declaration, LayerScheme, block_of
+from .scheme import Declaration, LayerScheme, ScaleGroups, block_of
 
 PACKED_FLOATS = {"nvfp4-pack-quantized": "F4", "mxfp4-pack-quantized": "F4", "mxfp6-pack-quantized": "F6_E2M3"}
 """The formats with several floats in a byte or in three → the dtype as `decoded` names it."""
@@ -97,6 +98,13 @@ class CompressedTensors(Format):
             return None
         words = np.ascontiguousarray(np.asarray(tensor.raw()).view(np.uint32).T)
         return unpacked(words, scheme.bits).T[: shape[0]].astype(np.float64) - (1 << (scheme.bits - 1))
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return groups of inputs, in the order that `weight_g_idx` gives them."""
+        groups, stated = super().scale_groups(layer, shape), self.parts(layer).get("weight_g_idx")
+        if stated is None or element_count(stated) != shape[1] or (stated.values() == -1).all():
+            return groups
+        return replace(groups, order=np.argsort(stated.values().ravel(), kind="stable"))
 
     def dequantized(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Subtract zero points from codes and multiply by scales: 8 bits, packed floats, and packed integers."""

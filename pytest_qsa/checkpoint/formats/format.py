@@ -30,7 +30,7 @@ from ..tensors import (
     element_count,
 )
 from .layer_tensors import LayerTensors
-from .scheme import LayerScheme
+from .scheme import LayerScheme, ScaleGroups
 
 UNSIGNED = {**dict.fromkeys(("I8", "U8", "F4", *EIGHT_BITS), "u1"), "I16": "u2", "I32": "u4", "U32": "u4", "I64": "u8"}
 """The dtypes of codes → the unsigned integers of the same width."""
@@ -97,6 +97,25 @@ class Format(LayerTensors):
         if weight is None or changed or self.codes_of(layer) is not None:
             return "float32"
         return {"BF16": "bfloat16", "F16": "float16"}.get(weight.dtype, "float32")
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return which weights of a matrix [out, in] share a scale, by its scheme, else by how many scales there are.
+
+        The rows of a matrix where neither says so.
+        """
+        rows, columns = shape
+        scheme = self.scheme_of(layer) if self.codes_of(layer) is not None else None
+        if scheme is not None and isinstance(scheme.group, tuple):
+            return ScaleGroups(*scheme.group)
+        if scheme is not None and isinstance(scheme.group, int) and scheme.group > 0:
+            return ScaleGroups(1, scheme.group)
+        scale = self.weight_scale_of(layer)
+        count = element_count(scale) if scale is not None else rows
+        if count == 1:
+            return ScaleGroups(rows, columns)
+        return ScaleGroups(
+            1, -(-columns // (count // rows)) if count % rows == 0 < count <= rows * columns else columns
+        )
 
     def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.

@@ -13,6 +13,7 @@ from ..folder import Finding, Folder
 from ..gguf_file import BLOCKS, BlockTensor, Bytes
 from ..tensors import Matrix, Tensor
 from .format import AGAIN, BUDGET, Format
+from .scheme import ScaleGroups
 
 HEAD_COUNTS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 ELEMENTS_READ = 1 << 18
@@ -21,6 +22,9 @@ BLOCKS_AT_ONCE = 1 << 20
 """How many blocks' scales are looked at together."""
 PRUNED = 0x100
 """The word of a row of zeros, whatever the bytes of its codes are."""
+
+SCALE_GROUPS = {**dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "NVFP4"), 16), "TQ1_0": 256, "TQ2_0": 256, "Q1_0": 128}
+"""The types of blocks whose scales aren't of 32 weights each."""
 
 
 class Gguf(Format):
@@ -69,6 +73,13 @@ class Gguf(Format):
         """Return [out, in]; of packed experts [experts · out, in]."""
         weight = self.weight_of(layer)
         return (prod(weight.shape[:-1]), weight.shape[-1]) if weight is not None and len(weight.shape) > 1 else None
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return the weights that share a scale within a block: 16 of some K-quants, all of the ternary types."""
+        codes = self.codes_of(layer)
+        if not isinstance(codes, BlockTensor):
+            return ScaleGroups(1, shape[1])
+        return ScaleGroups(1, SCALE_GROUPS.get(codes.dtype, 32))
 
     def code_bits(self, layer: str, codes: Tensor) -> int:
         """Return the bits of a word of `words`, which is a byte of codes or `PRUNED`."""

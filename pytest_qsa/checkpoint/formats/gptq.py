@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from ...captures import Array
 from ...common import AnomalyError
 from ..folder import Finding, Folder, Settings
-from ..tensors import Matrix, Tensor, unpacked
+from ..tensors import Matrix, Tensor, element_count, unpacked
 from .format import Format
-from .scheme import Declaration, LayerScheme, matches_from_start
+from .scheme import Declaration, LayerScheme, ScaleGroups, matches_from_start
 
 OLD_SETTINGS = "quantize_config.json"
 READABLE_BITS = {
@@ -237,6 +238,14 @@ class Gptq(Format):
             what = f"in groups of {size}" if stated is None else "grouped by g_idx"
             raise ValueError(f"{inputs} inputs {what} don't have {count} scales an output")
         return groups
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return groups of inputs, in the order that `desc_act` gives them."""
+        groups, stated = super().scale_groups(layer, shape), self.parts(layer).get("g_idx")
+        if stated is None or element_count(stated) != shape[1]:
+            return groups
+        order = np.argsort(stated.values().ravel(), kind="stable")
+        return groups if (np.diff(order) == 1).all() else replace(groups, order=order)
 
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield what all formats find, zero points of a wrong shape, and inputs in groups that aren't the declared."""

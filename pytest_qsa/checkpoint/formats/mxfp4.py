@@ -13,7 +13,7 @@ from ..experts import ExpertLayer
 from ..folder import Finding
 from ..tensors import Matrix, Tensor, decoded, scale_values
 from .format import AGAIN, Format
-from .scheme import Declaration, LayerScheme
+from .scheme import Declaration, LayerScheme, ScaleGroups
 
 GROUP = 32
 
@@ -47,6 +47,10 @@ class Mxfp4(Format):
             return None
         experts, out, groups, _ = codes.shape
         return experts * out, groups * GROUP
+
+    def scale_groups(self, layer: str, shape: tuple[int, int]) -> ScaleGroups:
+        """Return the groups of packed experts as well, which have their scales together."""
+        return ScaleGroups(1, GROUP) if layer in self.experts else super().scale_groups(layer, shape)
 
     def packed_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield also the quantized ones, [experts, out, in]."""

@@ -6,8 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...captures import found_by
 from ...common import AnomalyError, SuiteError
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleGroups:
+    """Which weights of a matrix share a scale: blocks of `rows` and `columns`, the last of which may be smaller.
+
+    `order`: the columns in the order in which groups follow one another, [in]; None for their own.
+    """
+
+    rows: int
+    columns: int
+    order: NDArray[np.intp] | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from ..common import AnomalyError, InfraError, Progress
 from .checks.health import Files
 from .folder import Folder, natural
 from .formats.format import Format, format_of
+from .nearest import grid_of, nearest
 from .weight_statistics import Singles, WeightRows, reduced
 
 AT_ONCE = 1 << 18
@@ -126,12 +127,18 @@ def threads() -> int:
 
 
 def capture_weights(
-    files: Files, requests: Iterable[Request], *, modules: Sequence[str] = (), progress: Progress | None = None
+    files: Files,
+    requests: Iterable[Request],
+    *,
+    modules: Sequence[str] = (),
+    progress: Progress | None = None,
+    rounded: bool = False,
 ) -> Capture:
     """Reduce the weights of a checkpoint's files to what is requested of them; no model is loaded.
 
     `modules`: the names of the model's layers, where they are known; a weight is then asked for by its module's.
-    `progress`: called after each weight.
+    `progress`: called after each weight. `rounded`: where a weight is compared, and its scheme can be applied here, the
+    reference's own, rounded to nearest in that scheme, stands in its place.
 
     Raises:
         AnomalyError: a tensor is missing, damaged, or doesn't fit the others; or the reference has no such layer.
@@ -149,7 +156,7 @@ def capture_weights(
     refused: dict[str, str] = {}
     uncompared: dict[str, str] = {}
     with ThreadPoolExecutor(threads()) as pool:
-        found = pool.map(lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer]), wanted)
+        found = pool.map(lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer], rounded), wanted)
         for done, (layer, result) in enumerate(zip(wanted, found, strict=True), 1):
             if result.numbers is not None:
                 sites[layer, "weight"] = result.numbers
@@ -183,13 +190,18 @@ class _Measured(NamedTuple):
     of_reference: str = ""
 
 
-def _measured(weight: StoredWeight, pair: StoredWeight | None, statistics: frozenset[Statistic]) -> _Measured:
+def _measured(
+    weight: StoredWeight, pair: StoredWeight | None, statistics: frozenset[Statistic], rounded: bool
+) -> _Measured:
     if weight.problem:
         return _Measured(None, weight.problem)
     problem = _incomparable(weight, pair) if pair is not None else ""
     if problem:
         pair, statistics = None, statistics - COMPARED
-    rows = partial(_rows, weight, pair, weight.form.weight_dtype(weight.layer))
+    dtype = weight.form.weight_dtype(weight.layer)
+    rows = partial(_rows, weight, pair, dtype)
+    if rounded and pair is not None:
+        rows = partial(_rounded_rows, weight, pair, dtype)
     return _Measured(reduced(statistics, rows, weight.table, matrix=weight.matrix), of_reference=problem)
 
 
@@ -209,6 +221,19 @@ def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterat
     for values in weight.parts():
         yield WeightRows(values, start, dtype, next(theirs) if theirs is not None else None, groups)
         start += len(values)
+
+
+def _rounded_rows(weight: StoredWeight, pair: StoredWeight, dtype: str) -> Iterator[WeightRows]:
+    """Yield the reference's rows rounded in the scheme of a weight; its own rows where the scheme isn't known."""
+    grid, groups = grid_of(weight.form, weight.layer), weight.form.scale_groups(weight.layer, weight.table)
+    if grid is None or not weight.matrix:
+        yield from _rows(weight, pair, dtype)
+        return
+    start = 0
+    # a scale of several rows needs all of these at once
+    for theirs in pair.parts() if groups.rows == 1 else (np.concatenate([*pair.parts()]),):
+        yield WeightRows(nearest(theirs, grid, groups), start, dtype, theirs, groups)
+        start += len(theirs)
 
 
 def _named(weights: Mapping[str, StoredWeight], form: Format, modules: Sequence[str]) -> Mapping[str, StoredWeight]:

@@ -87,12 +87,21 @@ SIDES: tuple[Side, ...] = get_args(Side)
 
 
 class Noise(Strict):
-    """How a number varied over n parts of the data on a healthy model. `sigma`: with n − 1 in its denominator."""
+    """How a number varied over n parts of the data on a healthy model. `sigma`: with n − 1 in its denominator.
+
+    Of a weight, which no data changes: the number that rounding the original to nearest gives, and the room below it.
+    """
 
     mean: float
     sigma: Annotated[float, Field(ge=0)]
     n: Annotated[int, Field(ge=2, description="parts of the data")]
     k: Annotated[float, Field(ge=0, description="how many sigmas a bound has to leave")]
+    room: Annotated[float, Field(ge=0, description="what another healthy quantization may differ by")] = 0.0
+
+    @property
+    def elsewhere(self) -> str:
+        """Where the number varies, in words."""
+        return "where it is quantized again" if self.room else "on other text"
 
     @property
     def steady(self) -> bool:
@@ -101,12 +110,15 @@ class Noise(Strict):
 
     def floor(self, side: Side) -> float:
         """Return the tightest bound on a side: mean + k·sigma for a `max`, mean − k·sigma for a `min`."""
-        return self.mean + self.k * self.sigma if side == "max" else self.mean - self.k * self.sigma
+        apart = self.k * self.sigma + self.room
+        return self.mean + apart if side == "max" else self.mean - apart
 
     def text(self, side: Side) -> str:
         """Return the floor and how it is computed."""
         sign = "+" if side == "max" else "−"
         figures = f"mean {self.mean:g} {sign} {self.k:g} × sigma {self.sigma:g} over {self.n} parts"
+        if self.room:
+            figures = f"round to nearest {self.mean:g} {sign} {self.room:g} for another quantization"
         return f"{self.floor(side):.4g} ({figures})"
 
 
@@ -162,8 +174,8 @@ def _check_bound(side: Side, group: str, bound: Any, noise: Noise) -> None:
         name = f"{side} of '{group}'" if group else side
         word = "below" if side == "max" else "above"
         raise SuiteError(
-            f"{name} {bound:g} is {word} the noise floor {noise.text(side)}: a healthy model would fail on other text; "
-            "give it more room, or run qsa calibrate again",
+            f"{name} {bound:g} is {word} the noise floor {noise.text(side)}: a healthy model would fail "
+            f"{noise.elsewhere}; give it more room, or run qsa calibrate again",
             side,
         )
 

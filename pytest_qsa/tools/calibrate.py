@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
-from ..captures import Capture, merge, merge_requests
-from ..common import AnomalyError, InfraError, SuiteError, progress_bar, shown_path, text_table
+from ..captures import Capture, Request, merge, merge_requests
+from ..checkpoint import capture_weights
+from ..common import AnomalyError, InfraError, SuiteError, logger, progress_bar, shown_path, text_table
 from ..metrics import TWO_SIDED_95, Series
-from ..suite import SIDES, Assertion, MeasuredAssertion, NamedSubject, Noise, Relative, Side, Stated, SuiteFile
+from ..suite import (
+    SIDES,
+    Assertion,
+    MeasuredAssertion,
+    NamedSubject,
+    Noise,
+    Relative,
+    Side,
+    Stated,
+    SuiteFile,
+    files_of,
+)
 from ..verdicts import SPARE, checked_series, key_of, outward
 
 FIGURES = 4
@@ -24,6 +37,10 @@ FIGURES = 4
 IDENTICAL = 200.0
 """dB that stand for +∞, where nothing differs from the reference, so that a mean and a sigma exist. The rounding of
 float32 is at 150 dB, so no measured difference is above it."""
+ROOMS = {"tensor": 4.0, "channel": 6.0}
+"""By how many dB a healthy quantization of a weight, or of its worst row, may lie below round to nearest in the same
+scheme: stochastic rounding lies 3 dB below it, in the worst row 5 dB (SmolLM2 in 3 to 8 bits), GPTQ in between."""
+WEIGHT_ERRORS = ("weight_sqnr", "sqnr")
 STANDARD_ERRORS = 2 * TWO_SIDED_95
 """The width of a 95 % interval, in standard errors."""
 
@@ -49,7 +66,8 @@ class Spread:
     """The values of each layer on each part of the data, [parts, L], and on all of it, [L].
 
     `errors` [L]: the standard error of a part's value, where it is an estimate from that part's tokens; else 0.
-    `tokens`: the values count tokens.
+    `tokens`: the values count tokens. `rounded` [L]: of weights, the value that rounding the original to nearest gives;
+    `room`: by how much another healthy quantization may be worse than that.
     """
 
     layers: Sequence[str]
@@ -57,6 +75,8 @@ class Spread:
     whole: NDArray[np.float64]
     errors: NDArray[np.float64]
     tokens: bool = False
+    rounded: NDArray[np.float64] | None = None
+    room: float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence[Series], whole: Series) -> Spread:
@@ -85,8 +105,16 @@ class Spread:
 
     def noise(self, index: int, k: float) -> Noise:
         """Return the noise of one layer, rounded to what a suite holds."""
+        if self.rounded is not None:
+            worse = self.is_worse(index)
+            mean = float(f"{(self.whole if worse else self.rounded)[index]:.{FIGURES}g}")
+            return Noise(mean=mean, sigma=0.0, n=len(self.parts), k=k, room=0.0 if worse else self.room)
         mean, sigma = (float(f"{of[index]:.{FIGURES}g}") for of in (self.parts.mean(axis=0), self.sigmas))
         return Noise(mean=mean, sigma=sigma, n=len(self.parts), k=k)
+
+    def is_worse(self, index: int) -> bool:
+        """Say whether a weight is farther below round to nearest than a healthy quantization."""
+        return self.rounded is not None and bool(self.whole[index] < self.rounded[index] - self.room)
 
     def relative(self, k: float) -> tuple[str, float]:
         """Return the layer with the largest k·sigma / |mean|, and that ratio: the drift that another text makes."""
@@ -168,11 +196,16 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part."""
+    """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part.
+
+    `rounded`: of the reference's weights, rounded to nearest in the scheme of the subject's; None where none are
+    compared.
+    """
 
     parts: Sequence[Capture]
     whole: Capture
     repeated: Sequence[Capture]
+    rounded: Capture | None = None
 
     @classmethod
     def of(cls, subject: NamedSubject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
@@ -189,7 +222,9 @@ class Sampled:
             captures, repeated = engine.capture_parts(
                 subject, requests, parts, passes, allow_code=allow_code, progress=progress
             )
-        return cls(captures, merge(captures), repeated)
+        whole = merge(captures)
+        compared = [each.request for each in file.assertions if _has_room(each)]
+        return cls(captures, whole, repeated, _rounded(subject, compared, whole) if compared else None)
 
     def finding(self, assertion: Assertion, k: float) -> Calibrated:
         """Return the proposals for an assertion.
@@ -199,9 +234,13 @@ class Sampled:
         """
         if not isinstance(assertion, MeasuredAssertion):
             return Calibrated(assertion.id, remark="reads files, which do not vary")
-        spread = Spread.of(
-            [checked_series(assertion, part) for part in self.parts], checked_series(assertion, self.whole)
-        )
+        if assertion.metric == "weight_gain":
+            return Calibrated(assertion.id, remark="1 is its bound in every format: the metric has its own room")
+        whole = checked_series(assertion, self.whole)
+        spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
+        if _has_room(assertion) and "max" not in assertion.stated:
+            near = spread.whole if self.rounded is None else _finite(checked_series(assertion, self.rounded))
+            spread = replace(spread, rounded=near, room=ROOMS[assertion.parameters.get("by", "tensor")])
         remarks = list(_remarks(assertion, spread, k))
         return Calibrated(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
 
@@ -244,6 +283,21 @@ class Sampled:
         return f"{len(self.repeated) + 1} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
 
 
+def _has_room(assertion: Assertion) -> TypeGuard[MeasuredAssertion]:
+    """Say whether an assertion is on the error of weights, which another quantization changes and no text does."""
+    return isinstance(assertion, MeasuredAssertion) and assertion.site == "weight" and assertion.metric in WEIGHT_ERRORS
+
+
+def _rounded(subject: NamedSubject, requests: Sequence[Request], whole: Capture) -> Capture | None:
+    """Return what rounding the original to nearest in the subject's scheme gives; None where its files aren't read."""
+    of_files = bool(whole.provenance.weights_read and not whole.tokens)
+    try:
+        return capture_weights(files_of(subject), requests, modules=() if of_files else whole.modules, rounded=True)
+    except (AnomalyError, InfraError) as error:
+        logger.debug("no weights are rounded to nearest: %s", error)
+        return None
+
+
 def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:
     noise, floor = each.noise, f"{each.noise.floor(each.side):.4g}"
     bound = each.side + (f" of {each.group}" if each.group else "") + (f" {each.bound:g}" if stated else "")
@@ -263,7 +317,18 @@ def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
 
 def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator[str]:
     """Yield how the numbers under a baseline, an `equals` or a relative bound vary."""
-    if assertion.baseline is not None:
+    if spread.rounded is not None:
+        worse = [index for index in range(len(spread.layers)) if spread.is_worse(index)]
+        if worse:
+            at = max(worse, key=lambda index: spread.rounded[index] - spread.whole[index])
+            more = f" (and {len(worse) - 1} more)" if worse[1:] else ""
+            below = f"is {spread.rounded[at] - spread.whole[at]:.1f} dB below the original rounded to nearest"
+            usual = f"in its scheme, where {spread.room:g} dB are usual: look at it before you trust this bound"
+            yield f"{spread.layers[at]}{more} {below} {usual}"
+        if assertion.baseline is not None:
+            allowed = f"baseline: {{abs: {spread.room:g}}}"
+            yield f"no text moves it, and another quantization may, by {spread.room:g} dB: {allowed}"
+    elif assertion.baseline is not None:
         layer, share = spread.relative(k)
         yield f"a baseline is held on its own text; another one moves {layer} by {share:.0%} ({k:g} sigma)"
     if assertion.equals is not None:

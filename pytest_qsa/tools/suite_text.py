@@ -84,7 +84,8 @@ def _figures(proposals: Sequence[Proposal]) -> dict[str, dict[str, str]]:
     figures: dict[str, dict[str, str]] = {}
     for each in proposals:
         noise = each.noise
-        text = f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}}}"
+        room = f", room: {noise.room:g}" if noise.room else ""
+        text = f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}{room}}}"
         figures.setdefault(each.side, {})[each.group] = text
     return figures
 

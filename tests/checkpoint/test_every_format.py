@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from pytest_qsa.captures import ERROR, Request
+from pytest_qsa.captures import ERROR, GAIN, Request
 from pytest_qsa.checkpoint import Files, capture_weights, encoded, format_of, open_folder, problems_of
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
@@ -69,6 +69,33 @@ def test_a_healthy_checkpoint_has_no_alarm_and_is_near_the_original(name):
     values = [value for (_, by), value in sqnr(folder, name).items() if by == "tensor" and value < np.inf]
     assert min(values) > (1 if "TQ" in name else 12)
     assert max(values) - min(values) < 6
+
+
+NEAREST = [
+    name
+    for name in MADE
+    if name.startswith(("ct_", "fp8_", "bnb_int8", "gptq_v2", "awq_gemv", "torchao_int", "modelopt_FP8", "modelopt_NV"))
+]
+"""The formats whose libraries round to nearest here, in a scheme that is known as numbers."""
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_the_original_rounded_to_nearest_is_as_near_as_what_the_library_saved(name):
+    request = Request(EVERY, "weight", None, frozenset({ERROR}))
+    files = Files(opened(ROOT / name), original(name))
+    own, rounded = (capture_weights(files, [request], rounded=each).weight(EVERY) for each in (False, True))
+    # of powers of two one rule clips where another doesn't, 1.6 dB of a row; a wrong number of bits is 6 dB
+    np.testing.assert_allclose(rounded.weight_sqnr().values, own.weight_sqnr().values, atol=2)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_no_scale_group_of_a_healthy_checkpoint_is_out_of_its_room(name):
+    if "TQ" in name:
+        return  # ternary numbers are no rounding of ordinary weights
+    files = Files(opened(ROOT / name), original(name))
+    modules = list(original(name).layers) if files.folder.gguf_file else ()
+    capture = capture_weights(files, [Request(EVERY, "weight", None, frozenset({GAIN}))], modules=modules)
+    assert capture.select(EVERY, "weight").weight_gain().values.max() < 1
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.expected.safetensors")), ids=lambda file: file.name[:-21])

@@ -299,3 +299,39 @@ def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):
         "max: 8 # eight\r\n",
         "max: 3 # eight\r\n    noise: {max: {mean: 2, sigma: 0.1, n: 4, k: 6}}  # calibrated: layers.1, 4 parts\r\n",
     )
+
+
+def test_the_error_of_weights_gets_room_below_the_original_rounded_to_nearest():
+    """What clips, rounds or is calibrated otherwise is no fault; a layer that is worse already keeps its own bound."""
+    values = np.array([[40.0, 30.0, 41.0]] * 2)
+    spread = Spread(["a", "b", "c"], values, values[0], np.zeros(3), rounded=np.array([39.5, 39.0, 41.0]), room=4.0)
+    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0, "c": 0.0}})
+    found = {each.group: each for each in proposals_of(assertion, spread, None, 10.0)}
+    assert {group: each.proposed for group, each in found.items()} == {"a": 35.0, "b": 30.0, "c": 37.0}
+    assert found["a"].noise.floor("min") == 35.5
+    assert [spread.is_worse(index) for index in range(3)] == [False, True, False]
+
+
+def test_int8_of_the_original_is_calibrated_with_its_room_and_written_so(
+    tmp_path, llama, int8_llama, monkeypatch, capsys
+):
+    text = suite(
+        f"{int8_llama}, reference: {llama}, weights: files",
+        "id: close, metric: weight_sqnr, layers: _proj$, site: weight, min: 0",
+        "id: rows, metric: weight_sqnr, by: channel, layers: _proj$, site: weight, min: 0",
+        "id: gain, metric: weight_gain, layers: _proj$, site: weight, max: 1",
+    )
+    (tmp_path / "gate.qsa.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "gate.qsa.yaml", "--write"]) == 0
+    noise = {each.id: each.noise.min for each in load_suite(tmp_path / "gate.qsa.yaml").assertions if each.noise}
+    assert {name: each.room for name, each in noise.items()} == {"close": 4.0, "rows": 6.0}
+    bounds = {each.id: each.stated for each in load_suite(tmp_path / "gate.qsa.yaml").assertions}
+    assert noise["close"].mean - 5.1 < bounds["close"]["min"] <= noise["close"].mean - 4
+    assert bounds["gain"] == {"max": 1.0}
+    assert "gain: 1 is its bound in every format" in capsys.readouterr().out
+    (tmp_path / "tight.qsa.yaml").write_text(
+        (tmp_path / "gate.qsa.yaml").read_text().replace(f"min: {bounds['close']['min']:g}", "min: 99")
+    )
+    with pytest.raises(SuiteError, match="would fail where it is quantized again"):
+        load_suite(tmp_path / "tight.qsa.yaml")

@@ -1,0 +1,105 @@
+"""Round to nearest in the scheme of a layer: what the plainest quantizer would make of the original, in numpy.
+
+Its error is what a healthy quantization is measured by: others clip, round or calibrate differently, and stay near it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .formats.format import Format
+from .formats.scheme import ScaleGroups
+
+Singles = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Whole numbers of some bits; with zero points where it isn't symmetric."""
+
+    bits: int
+    symmetric: bool
+
+    def nearest(self, low: Doubles, high: Doubles, values: Doubles) -> Doubles:
+        """Return the values on the grid that reaches from the least to the largest of their group."""
+        if self.symmetric:
+            most = 1 << (self.bits - 1)
+            scales = _positive(np.maximum(-low, high) / (most - 0.5))  # of all codes, as compressed-tensors takes it
+            symmetric: Doubles = np.clip(np.rint(values / scales), -most, most - 1) * scales
+            return symmetric
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scales = _positive((high - low) / ((1 << self.bits) - 1))
+        zero = np.rint(-low / scales)
+        restored: Doubles = (np.clip(np.rint(values / scales) + zero, 0, (1 << self.bits) - 1) - zero) * scales
+        return restored
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """Floats of a few bits (OCP's 8-bit floats and microscaling formats). `powers`: scales are powers of two."""
+
+    mantissa: int
+    least_exponent: int
+    largest: float
+    powers: bool = False
+
+    def nearest(self, low: Doubles, high: Doubles, values: Doubles) -> Doubles:
+        """Return the values on the grid whose largest number is the largest |x| of their group."""
+        most = np.maximum(-low, high)
+        scales = _positive(most / self.largest)
+        if self.powers:  # OCP MX v1.0, 6.3: 2^(floor(log2(max)) − emax), what lies above is clipped
+            scales = _positive(np.exp2(np.floor(np.log2(_positive(most))) - np.floor(np.log2(self.largest))))
+        scaled = np.clip(values / scales, -self.largest, self.largest)
+        # frexp's mantissa is below 1, so that its exponent is one more than the float's.
+        steps = np.ldexp(1.0, np.maximum(np.frexp(scaled)[1] - 1, self.least_exponent) - self.mantissa)
+        restored: Doubles = np.rint(scaled / steps) * steps * scales
+        return restored
+
+
+Grid = IntegerGrid | FloatGrid
+E4M3, E5M2, E2M1 = (3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0)
+
+
+def grid_of(form: Format, layer: str) -> Grid | None:
+    """Return the numbers that the codes of a layer can be, before their scales; None where that isn't known here."""
+    scheme, codes = form.scheme_of(layer), form.codes_of(layer)
+    if scheme is None or codes is None:
+        return None
+    name = scheme.form.lower()
+    powers = "mx" in name
+    if codes.dtype == "F8_E4M3":
+        return FloatGrid(*E4M3, powers)
+    if codes.dtype == "F8_E5M2":
+        return FloatGrid(*E5M2, powers)
+    if "fp4" in name and form.name.partition("_")[0] != "bitsandbytes":
+        return FloatGrid(*E2M1, powers)
+    if "fp" in name or "nf4" in name or codes.dtype not in form.word_dtypes:
+        return None
+    return IntegerGrid(scheme.bits, scheme.zero_point is not None or form.zero_point_of(layer) is None)
+
+
+def nearest(weight: Singles, grid: Grid, groups: ScaleGroups) -> Singles:
+    """Round a weight [R, in] to the nearest numbers of a grid, a scale for each group; R is whole blocks of groups.
+
+    The scales are exact: what another dtype of them adds is small beside the rounding.
+    """
+    order = groups.order if groups.order is not None else slice(None)
+    values = weight[:, order].astype(np.float64)
+    rows, columns = np.arange(0, len(values), groups.rows), np.arange(0, values.shape[1], groups.columns)
+
+    def of_groups(fold: np.ufunc) -> Doubles:
+        table = fold.reduceat(fold.reduceat(values, columns, axis=1), rows, axis=0)
+        spread = np.repeat(np.repeat(table, groups.rows, axis=0)[: len(values)], groups.columns, axis=1)
+        return spread[:, : values.shape[1]]
+
+    rounded = np.empty_like(weight)
+    rounded[:, order] = grid.nearest(of_groups(np.minimum), of_groups(np.maximum), values)
+    return rounded
+
+
+def _positive(scales: Doubles) -> Doubles:
+    return np.where(scales > 0, scales, 1.0)  # of a group of zeros

@@ -320,9 +320,10 @@ def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator
     if spread.rounded is not None:
         worse = [index for index in range(len(spread.layers)) if spread.is_worse(index)]
         if worse:
-            at = max(worse, key=lambda index: spread.rounded[index] - spread.whole[index])
+            below_nearest = spread.rounded - spread.whole
+            at = max(worse, key=lambda index: below_nearest[index])
             more = f" (and {len(worse) - 1} more)" if worse[1:] else ""
-            below = f"is {spread.rounded[at] - spread.whole[at]:.1f} dB below the original rounded to nearest"
+            below = f"is {below_nearest[at]:.1f} dB below the original rounded to nearest"
             usual = f"in its scheme, where {spread.room:g} dB are usual: look at it before you trust this bound"
             yield f"{spread.layers[at]}{more} {below} {usual}"
         if assertion.baseline is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import Array
-from ..common import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError, refuse_special
 
 RAW: dict[str, str] = {
     "F64": "<f8",
@@ -214,6 +214,7 @@ def metadata_of(path: Path) -> Mapping[str, str]:
 
 def _header(path: Path) -> tuple[bytes, int, int]:
     """Return the header of a file, the offset of what follows it, and the size of the file."""
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             head = file.read(8)

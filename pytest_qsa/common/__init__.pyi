@@ -14,7 +14,12 @@ from .errors import (
     shown_path as shown_path,
 )
 from .extensions import Registry as Registry
-from .files import Scratch as Scratch, read_json as read_json, write_atomically as write_atomically
+from .files import (
+    Scratch as Scratch,
+    read_json as read_json,
+    refuse_special as refuse_special,
+    write_atomically as write_atomically,
+)
 from .imports import face as face
 from .text import (
     Progress as Progress,

@@ -38,13 +38,24 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse what would block or never end when it is read.
+
+    Raises:
+        InfraError: it is a FIFO, a socket or a device, or a link to one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InfraError(f"{shown_path(path)}: is no regular file, so it isn't read")
+
+
 def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
     """Read the JSON of another program; with `lines`, a list of one value a line. `missing`: what the file would be.
 
     Raises:
-        InfraError: there is no such file, or it can't be read.
+        InfraError: there is no such file, it can't be read, or it is no regular one.
         AnomalyError: it is no JSON.
     """
+    refuse_special(path)
     try:
         # utf-8-sig: results written on Windows may begin with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")

@@ -226,6 +226,11 @@ def _check_models(models: tuple[str, ...], *, updating: bool) -> None:
             raise pytest.UsageError(f"--qsa-model {name}=…: the name stands twice")
         if name is not None and not all(c.isalnum() or c in "._-/" for c in name):
             raise pytest.UsageError(f"--qsa-model {name}=…: a name may hold letters, digits and _ . - / only")
+        if name is not None and (problem := suite.name_problem(name)):
+            raise pytest.UsageError(f"--qsa-model {name}=…: {problem}")
+    for model in models:
+        if problem := suite.name_problem(Path(os.path.abspath(model.rpartition("=")[2])).name):
+            raise pytest.UsageError(f"--qsa-model {common.visible(model)}: its folder's name won't do: {problem}")
 
 
 def _check_overrides(overrides: tuple[str, ...]) -> None:

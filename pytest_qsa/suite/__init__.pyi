@@ -53,6 +53,7 @@ from .sections import (
     Model as Model,
     Served as Served,
     Visualization as Visualization,
+    name_problem as name_problem,
     section_of as section_of,
 )
 from .session import Captures as Captures, MakeCapture as MakeCapture

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..captures import Capture
 from ..checkpoint import format_of, libraries_of_formats
-from ..common import QsaError, logger, write_atomically
+from ..common import QsaError, logger, refuse_special, write_atomically
 from .subjects import NamedSubject, Subject, hub_set_of, local_path, own_folder
 
 LIBRARIES = (
@@ -51,6 +51,7 @@ class FileHashes:
 
     def of(self, file: Path) -> str:
         """Return the hash of a file's content."""
+        refuse_special(file)
         # Before the file is read: if it changes meanwhile, the stamp no longer fits, and it is hashed again.
         status = file.stat()
         if status.st_size > SMALL and (known := self._known_hash(file)) is not None:

@@ -5,6 +5,7 @@ They are the configuration of quant-smooth-ana, key for key, with additions.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic.fields import FieldInfo
 
 from ..captures import Site, check_pattern
+from ..common import SuiteError
 
 
 class Strict(BaseModel):
@@ -143,6 +145,15 @@ def _device(name: str) -> str:
     return name
 
 
+def name_problem(name: str) -> str | None:
+    """Return why a subject can't have a name, under which its baselines lie in `qsa_baselines`; None where it can."""
+    if not name.isprintable():
+        return "a character in it can't be shown"
+    if os.path.splitdrive(name)[0] or {"", ".", ".."} & set(re.split(r"[/\\]", name)):  # a drive: on Windows
+        return "its baselines would lie outside qsa_baselines, or in no folder of their own"
+    return None
+
+
 class Model(Strict):
     """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
 
@@ -189,6 +200,11 @@ class Model(Strict):
             raise ValueError("weights: files reads a checkpoint's files: give its path, or leave it out")
         if self.base is not None and self.path is None:
             raise ValueError("base is that of an adapter in path, and there is no path")
+        if problem := name_problem(self.id):
+            keys = ("name", "path", "factory", "served", "logprobs")
+            key = next(key for key in keys if getattr(self, key) is not None)
+            advice = "choose another" if self.name else "give model.name"
+            raise SuiteError(f"the name '{self.id}' can't be that of a subject: {problem}; {advice}", key)
         return self
 
     @property

@@ -1,10 +1,11 @@
 """Files are written whole or not at all; no temporary folder outlives its run for long, and no other is removed."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from pytest_qsa.common import Scratch, write_atomically
+from pytest_qsa.common import InfraError, Scratch, read_json, refuse_special, write_atomically
 
 
 @pytest.fixture
@@ -77,3 +78,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="full"):
         write_atomically(tmp_path / "a.txt", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.txt", b"old")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFO in a folder")
+def test_what_would_block_or_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    for name in ("results.json", "endless.json"):
+        with pytest.raises(InfraError, match="is no regular file, so it isn't read"):
+            read_json(tmp_path / name, "results")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    (tmp_path / "real.json").write_text("[1]")
+    assert read_json(tmp_path / "link.json", "results") == [1]
+    refuse_special(tmp_path)
+    refuse_special(tmp_path / "absent")

@@ -24,6 +24,27 @@ def test_a_subject_has_a_name_for_its_baselines(model, name):
     assert Model(**model).id == name
 
 
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ({"path": "x", "name": "../../../out"}, "name"),
+        ({"path": "x", "name": "/etc"}, "name"),
+        ({"path": "x", "name": "a//b"}, "name"),
+        ({"path": "x", "name": "team/."}, "name"),
+        ({"path": "../.."}, "path"),
+        ({"path": "/"}, "path"),
+        ({"path": "models/a\nb"}, "path"),
+        ({"path": r"models\.."}, "path"),
+        ({"served": {"url": "http://localhost", "model": ".."}}, "served"),
+    ],
+)
+def test_no_name_leads_out_of_the_folder_of_baselines(model, key):
+    with pytest.raises(ValidationError, match="can't be that of a subject") as raised:
+        Model(**model)
+    assert raised.value.errors()[0]["ctx"]["error"].key == key
+    assert Model(**model | {"name": "named"}).id == "named"
+
+
 @pytest.mark.parametrize("sources", [{}, {"path": "x", "factory": "a:b"}, {"path": "x", "logprobs": "y"}])
 def test_a_model_has_one_source(sources):
     with pytest.raises(ValidationError, match="give one of path, factory, served and logprobs"):

@@ -13,9 +13,9 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 MOST_NOT_RUN = 20
+LONGEST_WAIVER = timedelta(days=366)
 
 
 class GateFailure(AssertionError):  # noqa: N818 - as pytest says it: a failure, not an error
@@ -340,8 +341,23 @@ class Reporter:
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
             _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")
+        for text in self._lenient():
+            _write(terminalreporter, f"warning: {text}")
         if self.written:
             _write(terminalreporter, f"report: {self.written}")
+
+    def _lenient(self) -> Iterator[str]:
+        """Yield what is more lenient than a waiver is meant to be: it has a near end, and names what it is for."""
+        if self.options.today < datetime.now(UTC).date():
+            yield f"--qsa-today {self.options.today} is over: waivers that have expired since count as in force"
+        for result in self.results:
+            for use in result["waivers"]:
+                whose = f"the waiver of {use['owner']} until {use['until']}, {result['nodeid']},"
+                if date.fromisoformat(use["until"]) - self.options.today > LONGEST_WAIVER:
+                    yield f"{whose} ends in more than a year"
+                # No layer has a name of this character alone: what finds it finds anything.
+                if captures.match_layers(["\uffff"], use["layers"]):
+                    yield f"{whose} is on everything: name the layers, so that the others are checked"
 
     def _for_github(self) -> list[str]:
         """Write the step's summary, and return the annotations, if this runs in GitHub Actions."""

@@ -46,6 +46,7 @@ from .selection import NotMeasuredError as NotMeasuredError, Selection as Select
 from .series import (
     CHECKPOINT as CHECKPOINT,
     EVALS as EVALS,
+    MOST_RELATIVE as MOST_RELATIVE,
     OVER as OVER,
     Bounds as Bounds,
     Judge as Judge,

@@ -28,6 +28,10 @@ OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
 }
 
 
+MOST_RELATIVE = 10.0
+"""The widest tolerance of a baseline, as a share of it; with a wider one nothing would be checked."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a value may be: `min ≤ value ≤ max`, or exactly `equals`; `strict` leaves the ends themselves out."""

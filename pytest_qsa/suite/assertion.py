@@ -32,6 +32,7 @@ from ..common import SuiteError
 from ..metrics import (
     EVALS,
     METRICS,
+    MOST_RELATIVE,
     Metric,
     Over,
     Parameters,
@@ -122,7 +123,7 @@ PositionsKey = Annotated[
 class Baseline(Strict):
     """How far a layer may be from its baseline: max(abs, rel·|baseline|), in one direction or both."""
 
-    rel: Annotated[float, Field(ge=0)] = 0.0
+    rel: Annotated[float, Field(ge=0, le=MOST_RELATIVE)] = 0.0
     abs: Annotated[float, Field(ge=0)] = 0.0
     direction: Literal["both", "up", "down"] = "both"
     per: Annotated[

@@ -15,7 +15,7 @@ from typing import Any
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..checkpoint import EXPERT
 from ..common import BaselineError, counted
-from ..metrics import LOSSLESS, Bounds, Series
+from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
 
 FOLDER = "qsa_baselines"
 BASELINE_FORMAT = "qsa-baseline/1"
@@ -122,6 +122,11 @@ class Tolerance:
             raise ValueError(f"direction '{self.direction}': one of both, up, down")
         if not (self.rel >= 0 and self.abs >= 0):
             raise ValueError(f"rel={self.rel:g}, abs={self.abs:g}: a tolerance is 0 or more")
+        if self.rel > MOST_RELATIVE or not math.isfinite(self.abs):
+            raise ValueError(
+                f"rel={self.rel:g}, abs={self.abs:g}: with a tolerance above {MOST_RELATIVE:.0%} of the baseline, or "
+                "without end, nothing would be checked"
+            )
 
     def bounds(self, baseline: float) -> Bounds:
         """Return the bounds of a layer with this baseline; no finite value is near an infinite one."""

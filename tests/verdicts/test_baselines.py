@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pytest_qsa.captures import ModelProvenance, since_text
-from pytest_qsa.common import BaselineError
+from pytest_qsa.common import BaselineError, SuiteError
 from pytest_qsa.metrics import Query, Series
+from pytest_qsa.suite import load_suite
 from pytest_qsa.verdicts import BaselineFile, Tolerance
 from pytest_qsa.verdicts.baselines import within_baseline
 from support.projects import Project, peaks, suite
@@ -472,3 +473,19 @@ def test_a_baseline_of_weights_that_were_read_wrongly_says_so_where_it_fails():
     assert not any("wrongly" in judgement.headline for judgement in healthy)
     assert "format" not in healthy[0].since
     assert "format was bitsandbytes_4bit, is gptq" in since_text(new, replace(new, format="gptq"))
+
+
+@pytest.mark.parametrize(
+    "tolerance", [{"rel": 10.1}, {"rel": math.inf}, {"abs": math.inf}, {"rel": math.nan}, {"abs": -1}]
+)
+def test_a_tolerance_with_which_nothing_is_checked_is_refused(tolerance):
+    with pytest.raises(ValueError, match=r"nothing would be checked|a tolerance is 0 or more"):
+        Tolerance(**tolerance)
+    Tolerance(rel=10, abs=1e30)
+
+
+def test_a_suite_has_no_such_tolerance_either(tmp_path):
+    path = tmp_path / "a.qsa.yaml"
+    path.write_text(suite("x", peaks("baseline: {rel: 11}")))
+    with pytest.raises(SuiteError, match=r"a.qsa.yaml:4: rel: .*less than or equal to 10, not 11"):
+        load_suite(path)

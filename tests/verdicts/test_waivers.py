@@ -175,3 +175,13 @@ def test_a_baseline_is_judged_beside_a_bound_that_is_waived(told):
 def test_a_wrong_day_is_a_usage_error(told):
     run = told.pytest("--qsa-today=soon")
     assert (run.code, "--qsa-today soon: write a day, such as 2027-01-31" in run.out) == (4, True)
+
+
+@pytest.mark.process
+def test_a_waiver_on_everything_or_for_years_and_an_earlier_day_are_warned_of(told):
+    assert "warning: the waiver of team-x until 2027-01-31, a.qsa.yaml::drift, is on everything" in told.before.out
+    assert told.before.out.count("is on everything") == 1
+    assert "ends in more than a year" not in told.before.out
+    run = told.pytest("a.qsa.yaml::known", "--qsa-today=2026-01-29", "--qsa-report=never")
+    assert "warning: --qsa-today 2026-01-29 is over" in run.out
+    assert "warning: the waiver of team-x until 2027-01-31, a.qsa.yaml::known, ends in more than a year" in run.out

@@ -203,12 +203,22 @@ class Folder:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
             raise AnomalyError(f"{file} is no JSON: {error}") from None
+        except RecursionError:
+            raise AnomalyError(f"{file} is nested too deeply to be read") from None
 
     @cached_property
     def indexed(self) -> Mapping[str, str]:
-        """The index of a sharded checkpoint, tensor → file; empty for a checkpoint of a single file."""
+        """The index of a sharded checkpoint, tensor → file; empty for a checkpoint of a single file.
+
+        Raises:
+            AnomalyError: it is no JSON, or no index.
+        """
         index = self.json(INDEX) or {}
-        return dict(index.get("weight_map") or {})
+        weights = (index.get("weight_map") or {}) if isinstance(index, dict) else None
+        # The system raises an error of its own where a longer name is looked up.
+        if not isinstance(weights, dict) or not all(isinstance(f, str) and len(f) < 250 for f in weights.values()):
+            raise AnomalyError(f"{self.path / INDEX} doesn't name the file of each tensor: copy or download it again")
+        return dict(weights)
 
     def check_files(self) -> None:
         """Check what every loader needs: JSON that can be read, whole tensor files, and all files of the index.
@@ -301,7 +311,8 @@ def _holds_model(folder: Path) -> bool:
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a sorting key by which layers.2 comes before layers.10."""
     # pairs of the same types throughout, for a number and a word may stand at the same depth
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    # 18: Python reads no number of thousands of digits; `²` is a digit to Python, and no number.
+    return [(int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part) for part in name.split(".")]
 
 
 def kind_of(name: str, numbers: int = 0) -> str:

@@ -40,6 +40,8 @@ Refused by name are complex numbers, and F6, for safetensors doesn't say in whic
 Matrix = NDArray[np.float64]
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+SPARSE = 1_000_000_000
+"""Bytes of a file above which it is looked at whether the disk holds them."""
 LONGEST_HEADER = 100_000_000
 """The limit of the safetensors library in bytes; a file of another kind states far more."""
 
@@ -195,7 +197,7 @@ def tensors_of(path: Path) -> Iterator[Tensor]:
         for name, entry in json.loads(header).items():
             if name != "__metadata__":
                 yield _tensor(path, name, entry, base, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
 
 
@@ -208,7 +210,7 @@ def metadata_of(path: Path) -> Mapping[str, str]:
     """
     try:
         return dict(json.loads(_header(path)[0]).get("__metadata__") or {})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
 
 
@@ -223,7 +225,15 @@ def _header(path: Path) -> tuple[bytes, int, int]:
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
-            return file.read(length), 8 + length, path.stat().st_size
+            found = path.stat()
+            # Holes read as zeros: a file of kilobytes may pretend to hold hundreds of gigabytes.
+            held = getattr(found, "st_blocks", 0) * 512
+            if found.st_size > SPARSE and 0 < held < found.st_size // 100:
+                raise AnomalyError(
+                    f"{path} is a sparse file, with {held:,} of its {found.st_size:,} bytes on the disk: copy or "
+                    "download it again"
+                )
+            return file.read(length), 8 + length, found.st_size
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error.strerror or error}") from None
 
@@ -234,8 +244,14 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) 
         raise AnomalyError(
             f"{path} is cut short: {name} ends at byte {base + stop:,} of {size:,}; copy or download it again"
         )
-    shape = tuple(int(length) for length in entry["shape"])
-    return Tensor(name, str(entry["dtype"]), shape, path, base + int(start), base + int(stop))
+    shape, dtype = tuple(int(length) for length in entry["shape"]), str(entry["dtype"])
+    if min(shape, default=0) < 0 or not 0 <= start <= stop:
+        raise AnomalyError(f"{path}: {name} has the shape {list(shape)} and lies at the bytes {start:,} to {stop:,}")
+    if dtype in RAW and dtype != "F4" and (size := prod(shape) * np.dtype(RAW[dtype]).itemsize) != stop - start:
+        raise AnomalyError(
+            f"{path}: {name} of the shape {list(shape)} takes {size:,} bytes, and its header gives it {stop - start:,}"
+        )
+    return Tensor(name, dtype, shape, path, base + int(start), base + int(stop))
 
 
 def element_count(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint.checks import health as checks
 from pytest_qsa.checkpoint.checks.health import CHECKS, Files, problems_of
-from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.checkpoint.folder import natural, open_folder
 from pytest_qsa.checkpoint.tensors import decoded
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from support.checkpoints import FORMATS, edited, save_llama
@@ -686,3 +686,48 @@ def test_every_check_is_a_method_of_python_tests():
 def test_a_random_llama_passes_in_a_second_layout(tmp_path, llama):
     reference = save_llama(tmp_path / "again", tokenizer=False)
     assert found(reference) == []
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HEADER = {"x.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
+SENSELESS = {
+    "a header that is nested too deeply": {"header": f'{{"__metadata__": {DEEP}}}'},
+    "a negative shape": {"header": json.dumps(HEADER).replace("[4, 4]", "[-4, -4]")},
+    "an infinite shape": {"header": json.dumps(HEADER).replace("[4, 4]", "[Infinity, 4]")},
+    "a shape beyond the file": {"header": json.dumps(HEADER).replace("[4, 4]", "[400, 400]")},
+    "bytes that end before they begin": {"header": json.dumps(HEADER).replace("[0, 64]", "[64, 0]")},
+    "a configuration that is nested too deeply": {"config.json": DEEP},
+    "an index that is a list": {"model.safetensors.index.json": "[1]"},
+    "an index of names that no system takes": {
+        "model.safetensors.index.json": json.dumps({"weight_map": {"x.weight": "a" * 5000}})
+    },
+    "groups that are a list": {
+        "config.json": json.dumps({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}})
+    },
+}
+
+
+@pytest.mark.parametrize("damage", SENSELESS)
+def test_a_file_that_makes_no_sense_is_one_line(tmp_path, damage):
+    texts = {"config.json": "{}", "header": json.dumps(HEADER)} | SENSELESS[damage]
+    header = texts.pop("header").encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(AnomalyError) as caught:
+        found(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_sparse_file_that_pretends_to_be_large_is_refused_at_once(tmp_path):
+    header = json.dumps({"x.weight": {"dtype": "F32", "shape": [25, 10**9], "data_offsets": [0, 10**11]}}).encode()
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 10**11)
+    with pytest.raises(AnomalyError, match="is a sparse file"):
+        found(tmp_path)
+
+
+def test_names_with_odd_digits_are_sorted_as_words():
+    assert sorted(["a.10", "a.²", "a.2", f"a.{'9' * 5000}"], key=natural)[-2:] == ["a.2", "a.10"]

@@ -16,7 +16,7 @@ import numpy as np
 from annotated_types import Ge, Gt
 
 from ...captures import FilesProvenance, ModelProvenance, match_layers, no_match
-from ...common import AnomalyError, shown_path
+from ...common import AnomalyError, QsaError, logger, one_line, shown_path
 from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..folder import Finding, Folder, natural
 from ..formats.format import Format, format_of
@@ -282,8 +282,18 @@ def problems_of(
         InfraError: a file is missing or can't be read.
     """
     check = CHECKS[metric]
-    looked_at = list(check.layers(files))
-    found = list(check.compute(files, **parameters))
+    try:
+        looked_at = list(check.layers(files))
+        found = list(check.compute(files, **parameters))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # Any setting of a downloaded file may be of any type, and a setting that can't be read is its fault.
+        if isinstance(error, QsaError):
+            raise
+        logger.debug("%s of %s failed", metric, files.folder.path, exc_info=True)
+        raise AnomalyError(
+            f"{files.folder.path}: a setting in config.json or a header can't be read ({type(error).__name__}: "
+            f"{one_line(error)}); compare it to the original's"
+        ) from error
     lost = {finding.layer for finding in found} - set(looked_at)  # a missing block is no layer of the files
     modules = {*looked_at, *lost} - set(SETTING_LAYERS)
     ordered = sorted(modules, key=natural) + [name for name in looked_at if name in SETTING_LAYERS]

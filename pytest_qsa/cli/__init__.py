@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from types import ModuleType
 
 from ..common import QsaError, SuiteError
 from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr
+
+CLOSED_PIPE = 141
+"""The exit code of a program that SIGPIPE ends: 128 + 13."""
 
 
 def commands() -> Mapping[str, ModuleType]:
@@ -37,9 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with log_on_stderr():
         try:
             options, rest = parser.parse_known_args(arguments)
-            return int(known[options.command].run(rest))
+            code = int(known[options.command].run(rest))
+            sys.stdout.flush()  # here, where a closed pipe is caught
+            return code
         except SystemExit as stop:  # argparse: 2 for a mistake, 0 after --help
             return USAGE if stop.code else OK
+        except BrokenPipeError:  # `qsa layers … | head` has read enough
+            # Python flushes once more when it ends, and would print a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return CLOSED_PIPE
         except QsaError as error:
             print(f"qsa: {error}", file=sys.stderr)
             return SUITE_IS_WRONG if isinstance(error, SuiteError) else FAILED

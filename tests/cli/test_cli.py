@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,3 +107,12 @@ def test_the_program_runs_by_its_name_and_as_a_module(tmp_path, program):
     assert done.returncode == 0
     assert json.loads(done.stdout)["title"] == "Suite"
     assert project.program(*words, "nothing").returncode == 4
+
+
+@pytest.mark.process
+def test_a_closed_pipe_ends_a_command_without_a_traceback():
+    command = [sys.executable, "-m", "pytest_qsa", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")

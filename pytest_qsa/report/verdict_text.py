@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from ..checkpoint import Finding
 from ..common import code_span, fitted, markdown_table, number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
 
 if TYPE_CHECKING:
+    import pytest
+
     from .report import PlainVerdict
 
 

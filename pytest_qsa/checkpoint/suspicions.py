@@ -74,7 +74,7 @@ def counted_kinds(layers: Collection[str], among: Collection[str]) -> str:
     counts, all_counts = (Counter(map(kind_of, names)) for names in (layers, among))
     if len(counts) > MOST_KINDS:
         whole = sum(all_counts[kind] for kind in counts)
-        kinds = "" if len(counts) == len(all_counts) else f", of {len(counts)} kinds"
+        kinds = "" if len(counts) == len(all_counts) else f" of {len(counts)} kinds"
         return f"{len(layers)} of {whole} layers{kinds}"
     return joined([f"{count} of {all_counts[kind]} {_short(kind)}" for kind, count in counts.items()])
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from pytest_qsa import Capture
+from pytest_qsa.captures import Request
 from pytest_qsa.captures.sites import SiteNumbers
+from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.checkpoint.smoothing import Relation
 from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind
 from support.captures import statistics
-from support.judged import capture_of, explained, judge_bounds
+from support.checkpoints import edited
+from support.judged import assertion_of, capture_of, explained, judge_bounds, judged
 
 VALUES = [[1, 2, 1, 1], [1, 1, 8, 1], [1, 1, 1, 4]]
 
@@ -134,3 +137,19 @@ def test_a_pass_shows_no_tokens_and_an_error_explains_nothing():
     assert not explained(judge_bounds(capture.output(".").outlier_tokens(), Bounds(max=9)), capture).evidence
     stopped = replace(judge_bounds(capture.output(".").outlier_tokens(), Bounds(max=0)), kind=Kind.ANOMALOUS, rows=())
     assert explained(stopped, capture) == stopped
+
+
+def test_a_failure_begins_with_what_its_weights_are_in_the_reference(llama, tmp_path):
+    def exchanged(weights):
+        for layer in range(4):
+            gate, up = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+            weights[gate], weights[up] = weights[up].clone(), weights[gate].clone()
+
+    files = Files(open_folder(edited(llama, tmp_path / "exchanged", exchanged)), open_folder(llama))
+    told = "4 of 4 gate_proj and 4 of 4 up_proj, nothing else: exchanged, each is the reference's other one"
+    found = capture_weights(files, [Request("_proj$", "weight", None, statistics("error"))])
+    verdict = explained(judge_bounds(found.weight("_proj$").weight_sqnr(), Bounds(min=20)), found, lambda: files)
+    assert verdict.headline.startswith(f"{told}; 8 of 28 layers are out of bounds")
+    assert verdict.origin == {"suspect": told}
+    unquantized = judged(assertion_of(metric="checkpoint_unquantized", max=0), files)
+    assert unquantized.headline.startswith(f"{told}; 8 problems in 8 of ")

@@ -137,14 +137,12 @@ class Capture:
 
     def _split(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Split into named arrays and a header; `_joined` is the way back."""
-        streams: dict[int, int] = {}
+        # Sites that read one tensor share their numbers, which are written once.
+        distinct = {id(numbers): numbers for numbers in self.sites.values()}
+        streams = {identity: index for index, identity in enumerate(distinct)}
         arrays: dict[str, Array] = {}
         headers: list[dict[str, Any]] = []
-        for numbers in self.sites.values():
-            # Sites that read one tensor share their numbers, which are written once.
-            if id(numbers) in streams:
-                continue
-            index = streams[id(numbers)] = len(streams)
+        for index, numbers in enumerate(distinct.values()):
             own, header = numbers.to_arrays()
             headers.append(header)
             arrays |= {f"{index}/{name}": np.ascontiguousarray(array) for name, array in own.items()}

@@ -179,13 +179,11 @@ def _capture(
         (AT_LEAST, LOGITS): numbers(lambda bounds: [each.low for each in bounds]),
         (AT_MOST, LOGITS): numbers(lambda bounds: [each.high for each in bounds]),
     }
-    pieces = _pieces(tables, tokenizer)
-    provenance = _provenance(subject, tables, found)
     return Capture(
         sites,
         tokens=tuple(table.tokens for table in tables),
-        pieces=pieces,
-        provenance=provenance,
+        pieces=_pieces(tables, tokenizer),
+        provenance=_provenance(subject, tables, found),
         plan=tuple(requests),
     )
 

@@ -121,9 +121,16 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     except QsaError as error:
         yield f"size        not known: {error}"
         return
-    work = Work.of(subject.data, planned.requests, sizes)
+    yield from _pass_lines(planned, cache, measure, sizes, folder)
+
+
+def _pass_lines(
+    planned: Planned, cache: Path | None, measure: MeasureMachine, sizes: Sizes, folder: Path
+) -> Iterator[str]:
+    """Yield the plan of a pass. `folder`: of the weights."""
+    data = planned.subject.data
+    work = Work.of(data, planned.requests, sizes)
     yield from _site_lines(planned, sizes.layers)
-    data = subject.data
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield _size_line(sizes)
     hit, text = _cached(planned, cache)  # a hit needs no engine, so the machine is measured only without one

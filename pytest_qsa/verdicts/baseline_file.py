@@ -167,6 +167,10 @@ def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -
             f"the baseline was made on other tokens ({_shortened(baseline.data)}, now {_shortened(now.data)}): data, "
             "tokenizer, seed, num_samples or seq_len changed, so the numbers can't be compared"
         )
+    _check_layers(series, baseline)
+
+
+def _check_layers(series: Series, baseline: BaselineFile) -> None:
     own = set(series.layers)
     gone = [layer for layer in baseline.values if layer not in own]
     new = [layer for layer in series.layers if layer not in baseline.values]

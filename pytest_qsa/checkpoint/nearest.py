@@ -60,11 +60,11 @@ class FloatGrid:
         return restored
 
 
-Grid = IntegerGrid | FloatGrid
+CodeGrid = IntegerGrid | FloatGrid
 E4M3, E5M2, E2M1 = (3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0)
 
 
-def grid_of(form: Format, layer: str) -> Grid | None:
+def grid_of(form: Format, layer: str) -> CodeGrid | None:
     """Return the numbers that the codes of a layer can be, before their scales; None where that isn't known here."""
     scheme, codes = form.scheme_of(layer), form.codes_of(layer)
     if scheme is None or codes is None:
@@ -82,7 +82,7 @@ def grid_of(form: Format, layer: str) -> Grid | None:
     return IntegerGrid(scheme.bits, scheme.zero_point is not None or form.zero_point_of(layer) is None)
 
 
-def nearest(weight: Singles, grid: Grid, groups: ScaleGroups) -> Singles:
+def nearest(weight: Singles, grid: CodeGrid, groups: ScaleGroups) -> Singles:
     """Round a weight [R, in] to the nearest numbers of a grid, a scale for each group; R is whole blocks of groups.
 
     The scales are exact: what another dtype of them adds is small beside the rounding.

@@ -15,7 +15,7 @@ from .. import captures, engine, suite, tools
 from ..common import InfraError, counted, progress_bar, shown_path
 from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, say, writing
 
-FIRST = 20
+SHOWN_LAYERS = 20
 """How many layers are listed, as in quant-smooth-ana."""
 
 
@@ -77,8 +77,8 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbose: bool) -> None:
     """Print the first layers of the model, the planned pictures, and the warnings about their patterns."""
     say(f"Total layers found: {len(names)}")
-    say(f"Showing first {min(FIRST, len(names))} layers:")
-    for name in names[:FIRST]:
+    say(f"Showing first {min(SHOWN_LAYERS, len(names))} layers:")
+    for name in names[:SHOWN_LAYERS]:
         say(f"  {name}")
     say(f"Pictures, into {shown_path(folder)}:")
     width = max(len(picture.name) for picture in analysis.pictures)

@@ -203,7 +203,7 @@ class Draft:
         return {**self.keys, **{side: dict.fromkeys(self.groups, 0) if self.groups else 0 for side in self.open}}
 
 
-COMPARED: Mapping[Compare, str] = {
+COMPARED_TEXT: Mapping[Compare, str] = {
     "layers": "every layer is compared",
     "blocks": "whole blocks are compared, not layers",
     "logits": "only predictions are compared",
@@ -316,7 +316,7 @@ def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[
     checked = files_of(subject)
     assert checked.reference is not None
     relation = compare_norms(checked.folder, checked.reference)
-    remarks = [f"{relation.why}: {COMPARED[relation.compare]}"] if relation.why else []
+    remarks = [f"{relation.why}: {COMPARED_TEXT[relation.compare]}"] if relation.why else []
     try:
         found = problems_of(checked, "checkpoint_unquantized")[1]
         problem = f"{found[0].tensor}: {found[0].what}; if it is not meant so, mend it" if found else ""

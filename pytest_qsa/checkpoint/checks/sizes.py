@@ -14,7 +14,7 @@ from ..tensors import Matrix
 
 ROWS_SAMPLED = 64
 """About how many rows of a layer are compared, evenly spaced."""
-ROWS_AT_ONCE = 1024
+ROWS_READ_AT_ONCE = 1024
 GROUP_ROOM = 0.5
 """By how many octaves the rms of the weights of one scale may differ; rounding to 4 bits moves it by 0.1."""
 LAYER_ROOM = {2: 0.5, 3: 0.5}
@@ -53,8 +53,8 @@ class Original:
         scales = self.form.scale_values(layer, scale.part)
         grouped = scales.ndim == 2 and len(scales) == shape[0] and shape[1] % scales.shape[1] == 0
         groups = scales.shape[1] if grouped else 1
-        for start in range(0, shape[0], ROWS_AT_ONCE):
-            octaves = self._octaves(layer, slice(start, start + ROWS_AT_ONCE), groups)
+        for start in range(0, shape[0], ROWS_READ_AT_ONCE):
+            octaves = self._octaves(layer, slice(start, start + ROWS_READ_AT_ONCE), groups)
             if octaves is None or not (np.abs(octaves) <= GROUP_ROOM).all():
                 return False
         return True

@@ -48,7 +48,7 @@ ALGORITHMS = {
     )
 }
 """The `quant_algo` that are read; any other is refused by name."""
-BY_OUTPUTS = ("W4A16_AWQ", "W4A8_AWQ")
+_PACKED_BY_OUTPUTS = ("W4A16_AWQ", "W4A8_AWQ")
 """Those whose bytes hold the codes of two outputs, the first in the low half, as numbers of −8 … 7."""
 
 
@@ -134,7 +134,7 @@ class ModelOpt(Format):
 
     def _packs_outputs(self, layer: str) -> bool:
         scheme = self.scheme_of(layer)
-        return scheme is not None and scheme.form in BY_OUTPUTS
+        return scheme is not None and scheme.form in _PACKED_BY_OUTPUTS
 
     def weight_shape(self, layer: str) -> tuple[int, int] | None:
         """Return [out, in]: a byte holds two weights, of one output or of two."""
@@ -163,7 +163,7 @@ class ModelOpt(Format):
         lost = next((choice[0] for choice in scheme.required if choice != _INPUT and choice[0] not in parts), None)
         if lost:
             raise ValueError(f"{lost} is missing")
-        if scheme.form in BY_OUTPUTS:
+        if scheme.form in _PACKED_BY_OUTPUTS:
             values = ((_of_outputs(codes, np.arange(shape[0])[rows]) ^ 8).astype(np.float64)) - 8
         else:
             raw = np.asarray(codes.raw()[rows])
@@ -171,7 +171,7 @@ class ModelOpt(Format):
         weight = values * spread_scales(parts["weight_scale"], shape, rows, scheme.group)
         if (second := parts.get("weight_scale_2")) is not None:
             whole = second.values().ravel()
-            awq = scheme.form in BY_OUTPUTS
+            awq = scheme.form in _PACKED_BY_OUTPUTS
             weight = decoded(encoded(weight / whole, "F8_E4M3"), "F8_E4M3") * whole if awq else weight * whole
         if scheme.form == "NVFP4_SVD":
             low, high = (parts[part].values() for part in _LORA)

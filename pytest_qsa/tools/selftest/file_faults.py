@@ -14,7 +14,7 @@ from .mutant import ChangedTensor, Mutant
 
 FILE_FAULTS = Faults()
 CONFIG, GENERATION, TOKENIZER = SETTING_LAYERS[:3]
-DEFAULTS: Mapping[str, Any] = {
+SETTING_DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
     "layer_norm_eps": 1e-12,
     "layer_norm_epsilon": 1e-5,
@@ -134,7 +134,7 @@ def _lost_settings(folder: Folder) -> Iterator[tuple[str, ...]]:
         settings = folder.config
         for key in part:
             settings = settings.get(key) or {}
-        for key, default in DEFAULTS.items():
+        for key, default in SETTING_DEFAULTS.items():
             if key in settings and settings[key] != default:
                 yield (*part, key)
 

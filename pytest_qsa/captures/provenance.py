@@ -304,6 +304,11 @@ class Provenance:
         """How the modules were executed, in words; empty where nothing is known."""
         return str(self.execution or "")
 
+    @property
+    def run_as(self) -> str:
+        """What follows the word `executed`: `as …`, or that no forward ran; empty where nothing is known."""
+        return "in no forward" if self.executed_as == NOTHING_RAN else self.executed_as and f"as {self.executed_as}"
+
     def facts(self) -> dict[str, str]:
         """Return what a reader asks first: label → text, without what is not known."""
         model, data, reference = self.model, self.data, self.reference or UNKNOWN_MODEL
@@ -332,7 +337,7 @@ class Provenance:
     def summary(self, subject: str) -> str:
         """Write in one line what was run: the checkpoint with its hash, class, dtype, device, reference and tokens."""
         model, served = self.model, self.model.served
-        how = f", executed as {self.executed_as}" if self.execution else ""
+        how = f", executed {self.run_as}" if self.execution else ""
         parts = [
             f"{subject}: {model}" if str(model) else subject,
             str(model.files or ""),

@@ -24,6 +24,7 @@ from .folder import (
     base_of as base_of,
     kind_of as kind_of,
     natural as natural,
+    no_folder as no_folder,
     open_folder as open_folder,
 )
 from .formats.format import (

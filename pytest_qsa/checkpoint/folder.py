@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError, did_you_mean
 from .gguf_file import GgufFile, read_gguf
 from .tensors import Tensor, metadata_of, tensors_of
 
@@ -254,6 +254,17 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
     return Folder(_local_folder(*named), gguf_file, apart=folder)
 
 
+def no_folder(path: str | Path, nor: str) -> str:
+    """Say that no folder is at a path: what is there instead, or the nearest name. `nor`: what else it isn't."""
+    path = Path(path)
+    if path.is_file():
+        key = f" and model.gguf_file: {path.name}" if path.suffix == ".gguf" else ""
+        return f"{path} is a file: give its folder, {path.parent}{key}"
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = did_you_mean(path.name, (each.name for each in beside if each.is_dir()))
+    return f"there is no folder {path}{near}, and {nor}"
+
+
 def _local_folder(path: str | Path, revision: str | None) -> Path:
     if Path(path).is_dir():
         return Path(path)
@@ -262,11 +273,11 @@ def _local_folder(path: str | Path, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(str(path), revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):  # no valid id: a folder was meant
-        raise InfraError(
-            f"'{path}' is no folder here and no hub id in the local cache; static checks fetch nothing: "
-            f"run `hf download {path}` first, or give a folder"
-        ) from None
+    except HFValidationError:  # a folder was meant
+        raise InfraError(no_folder(path, "it can't be a hub id")) from None
+    except LocalEntryNotFoundError:
+        cache = "it is no hub id in the local cache; static checks fetch nothing"
+        raise InfraError(no_folder(path, f"{cache}: run `hf download {path}` first, or give a folder")) from None
     except OSError as error:
         raise InfraError(f"the local cache of the hub can't be read for '{path}': {error}") from error
 

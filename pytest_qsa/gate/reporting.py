@@ -334,10 +334,10 @@ class Reporter:
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
         # Results are builtins here, for they may come from a worker of pytest-xdist.
-        runs = {(result["subject"], captures.Provenance.of(result["run"]).executed_as) for result in self.results}
+        runs = {(result["subject"], captures.Provenance.of(result["run"]).run_as) for result in self.results}
         for subject, how in sorted(runs):
             if how:
-                _write(terminalreporter, f"executed: {subject} as {how}")
+                _write(terminalreporter, f"executed: {subject} {how}")
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
             _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")

@@ -223,7 +223,9 @@ class TestTheBase:
             open_folder(llama, base=str(llama))
 
     def test_that_is_not_here_is_named(self, adapter):
-        with pytest.raises(InfraError, match="'nowhere/at-all' is no folder here and no hub id in the local cache"):
+        with pytest.raises(
+            InfraError, match="there is no folder nowhere/at-all, and it is no hub id in the local cache"
+        ):
             open_folder(adapter, base="nowhere/at-all")
 
 

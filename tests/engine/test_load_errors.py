@@ -14,7 +14,7 @@ from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.outline import layer_names, outline
 from pytest_qsa.engine.load.tokenizer import load_tokenizer
 from pytest_qsa.suite.sections import Memory, Model
-from support.checkpoints import edited, save_gguf
+from support.checkpoints import edited, save_gguf, save_quantized_moe
 
 DOWN = "model.layers.2.mlp.down_proj"
 
@@ -81,7 +81,7 @@ def scale_added(weights):
 
 TENSORS = {
     reshaped: (AnomalyError, r"weight is \[3, 4\], and LlamaForCausalLM as it is loaded here wants \[32, 64\]"),
-    lost: (AnomalyError, "lacks 1 weights of LlamaForCausalLM, filled with random numbers"),
+    lost: (AnomalyError, r"model\.safetensors lacks 1 weight of LlamaForCausalLM, which would be random numbers"),
     added: (AnomalyError, r"extra; name them in model\.allow_unexpected"),
     scale_added: (AnomalyError, "weight_scale; the codes of a weight mean nothing without them"),
 }
@@ -93,6 +93,45 @@ def test_tensors_that_are_not_those_of_the_model_are_the_checkpoint_s_fault(llam
     with pytest.raises(kind, match=text) as raised:
         load(edited(llama, tmp_path / "damaged", change))
     assert change is not scale_added or "allow_unexpected" not in str(raised.value)
+
+
+def as_tied(config):
+    config["tie_word_embeddings"] = True
+
+
+def tied_head_in_codes(weights):
+    weights["lm_head.weight"] = torch.ones(320, 32, dtype=torch.int8)
+    weights["lm_head.weight_scale"] = torch.ones(320, 1)
+
+
+def test_a_tied_head_in_codes_is_the_checkpoint_s_fault(quantized, tmp_path):
+    folder = edited(quantized["int8"], tmp_path / "tied", tied_head_in_codes, config=as_tied)
+    with pytest.raises(AnomalyError, match=r"model\.safetensors holds 1 tensor .*; config\.json ties this head to the"):
+        load(folder)
+
+
+def test_a_head_that_was_tied_by_a_key_which_is_gone_says_so(llama, tmp_path):
+    def untold(config):
+        del config["tie_word_embeddings"]
+
+    folder = edited(llama, tmp_path / "untold", lambda weights: weights.pop("lm_head.weight"), config=untold)
+    with pytest.raises(AnomalyError, match=r"lm_head\.weight; config\.json doesn't state tie_word_embeddings"):
+        load(folder)
+
+
+def test_weights_that_transformers_can_not_make_of_the_files_are_named(tmp_path):
+    folder = save_quantized_moe(tmp_path / "moe", "W8A8")
+    with pytest.raises(InfraError, match=r"can't make 2 weights of .*: model\.layers\.0\.mlp\.experts\.gate_up_proj, "):
+        load(folder)
+
+
+def test_a_path_without_a_folder_says_what_is_there(llama):
+    with pytest.raises(InfraError, match=rf"config\.json is a file: give its folder, {llama}$"):
+        load(llama / "config.json")
+    with pytest.raises(
+        InfraError, match=rf"there is no folder .* \(did you mean '{llama.name}'\?\), and it can't be a hub"
+    ):
+        load(llama.with_name(f"{llama.name}x"))
 
 
 def test_sound_files_that_the_libraries_load_wrongly_are_the_installation_s_fault(quantized):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from ...captures import found_by
-from ...checkpoint import SIGNS, Format, format_of, layer_of, open_folder
+from ...checkpoint import INDEX, SIGNS, Format, format_of, layer_of, open_folder
 from ...common import AnomalyError, InfraError, QsaError, UnloadableFormatError, counted
 from ...suite import Model
 
@@ -77,7 +79,8 @@ def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> N
     # A declared format that nothing here knows is left unread by transformers as well: the files may be sound.
     kind: type[QsaError] = InfraError if not known else AnomalyError if form.loads else UnloadableFormatError
     for key, stored, wanted in mismatched:
-        text = f"{path}: {key} is {list(stored)}, and {name} as it is loaded here wants {list(wanted)}: "
+        held = f"{_file_of(form, path, key)}: {key} is {list(stored)}"
+        text = f"{held}, and {name} as it is loaded here wants {list(wanted)}: "
         if _sound(form, layer_of(key)):
             advice = "the installed libraries can't load the format; compare them to the saver's"
             raise UnloadableFormatError(f"{text}{advice}")
@@ -89,22 +92,68 @@ def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> N
         )
     if missing:
         raise kind(
-            f"{path} lacks {len(missing)} weights of {name}, filled with random numbers: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            f"{_file_of(form, path, missing[0])} lacks {counted(len(missing), 'weight')} of {name}, which would be "
+            f"random numbers: {_listed(missing)}{_why_missing(form, missing)}"
         )
     many = counted(len(unexpected), "tensor")
-    listed = f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}"
-    if any(_belongs_to_quantization(form, key) for key in unexpected):
+    if all(_is_tied(form, layer_of(key)) for key in unexpected):
+        advice = "config.json ties this head to the embeddings: leave it out, or set tie_word_embeddings to false"
+    elif any(_belongs_to_quantization(form, key) for key in unexpected):
         kind = UnloadableFormatError if all(_sound(form, layer_of(key)) for key in unexpected) else kind
         advice = "the codes of a weight mean nothing without them: compare the installed libraries to the saver's"
     else:
         advice = "name them in model.allow_unexpected (a regex) if the model does without them"
-    raise kind(f"{path} holds {many} that {name} has no place for, and that loading drops: {listed}; {advice}")
+    where = _file_of(form, path, unexpected[0])
+    raise kind(
+        f"{where} holds {many} that {name} has no place for, and that loading drops: {_listed(unexpected)}; {advice}"
+    )
+
+
+def conversion_failure(path: str, error: BaseException) -> str | None:
+    """Say which weights transformers could not make of a checkpoint's tensors; None for an error of anything else.
+
+    Its own error names none: it speaks of a report that went to a logger, a table with tracebacks.
+    """
+    import transformers
+
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    infos = (frame.f_locals.get("loading_info") for frame in frames)
+    failed = sorted(next((found for info in infos if (found := getattr(info, "conversion_errors", None))), ()))
+    if not failed:
+        return None
+    return (
+        f"{path} can't be loaded: transformers {transformers.__version__} can't make {counted(len(failed), 'weight')} "
+        f"of its tensors: {_listed(failed)}; check the files instead, or compare the libraries to the saver's"
+    )
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+
+
+def _file_of(form: Format, path: str, key: str) -> str:
+    """Return the file that holds a tensor, or should: the only one, or what the index names, or the index."""
+    folder = form.folder
+    held = folder.tensors.get(key)
+    if held is not None or folder.gguf_file:
+        return f"{path}/{held.file if held else folder.gguf_file}"
+    return f"{path}/{folder.files[0].name if len(folder.files) == 1 else folder.indexed.get(key, INDEX)}"
+
+
+def _why_missing(form: Format, missing: Sequence[str]) -> str:
+    if [layer_of(key) for key in missing] == ["lm_head"] and "tie_word_embeddings" not in form.folder.text_config:
+        return "; config.json doesn't state tie_word_embeddings, and without it the head is a tensor of its own"
+    return ""
+
+
+def _is_tied(form: Format, layer: str) -> bool:
+    return bool(form.folder.text_config.get("tie_word_embeddings")) and layer.rpartition(".")[2] == "lm_head"
 
 
 def _sound(form: Format, layer: str) -> bool:
     """Say whether the files hold a layer as its declared scheme wants it, so that a wrong shape is the loader's."""
-    return form.codes_of(layer) is not None and next(form.findings(layer), None) is None
+    held = form.codes_of(layer) is not None and not _is_tied(form, layer)
+    return held and next(form.findings(layer), None) is None
 
 
 def _belongs_to_quantization(form: Format, key: str) -> bool:

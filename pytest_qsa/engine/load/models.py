@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from ...captures import ModelProvenance
-from ...checkpoint import Folder, format_of, open_folder
+from ...checkpoint import Folder, format_of, no_folder, open_folder
 from ...common import InfraError, QsaError, Scratch, UnloadableFormatError, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
-from .completeness import check_complete, check_declaration, declares_quantization
+from .completeness import check_complete, check_declaration, conversion_failure, declares_quantization
 from .tokenizer import TextTokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -139,16 +139,16 @@ def _loading_errors(spec: Model, path: str) -> Iterator[None]:
     except OSError as error:
         if Path(path).is_dir():
             raise InfraError(f"{path} can't be loaded: {one_line(error)}") from error
-        raise InfraError(
-            f"'{path}' is no folder here, and as a hub id it can't be fetched: {one_line(error)}"
-        ) from error
+        raise InfraError(no_folder(path, f"as a hub id it can't be fetched: {one_line(error)}")) from error
     except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
         if wants_code(error):
             raise InfraError(f"{path} {OWN_CODE}") from error
         if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
             Folder(Path(path), spec.gguf_file).check_files()
+        text = f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}"
+        text = conversion_failure(path, error) or text
         kind = UnloadableFormatError if _needs_a_quantizer(spec, path) else InfraError
-        raise kind(f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}") from error
+        raise kind(text) from error
 
 
 OWN_CODE = "has code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
@@ -172,7 +172,7 @@ def _check_path(path: str) -> None:
     """Refuse a folder that isn't there, which transformers would report as a malformed hub id."""
     looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     if looks_like_a_folder and not Path(path).is_dir():
-        raise InfraError(f"there is no folder {path}, and it can't be a hub id")
+        raise InfraError(no_folder(path, "it can't be a hub id"))
 
 
 def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_code: bool) -> Loaded:

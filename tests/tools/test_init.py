@@ -195,7 +195,8 @@ def test_it_holds_its_model_and_names_the_layer_of_a_fault(against, int8_llama, 
     both = (f"--qsa-model=sound={int8_llama}", f"--qsa-model=broken={broken}")
     run = against.pytest("gate.qsa.yaml", "--qsa-report=never", "-k", "not drift and not weight-scales", *both)
     failed = {name.partition("::")[2] for name, how in run.outcomes.items() if how == "failed"}
-    assert failed == {f"{name}[broken]" for name in ("weights-close", "rows-close", "layers-alone")}, run.out
+    named = ("weights-close", "rows-close", "groups-keep-their-size", "layers-alone")
+    assert failed == {f"{name}[broken]" for name in named}, run.out
     for name in failed:
         assert f"worst {DOWN}" in run.first_line(f"::{name}")
 

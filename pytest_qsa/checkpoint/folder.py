@@ -256,13 +256,13 @@ def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | 
 
 def no_folder(path: str | Path, nor: str) -> str:
     """Say that no folder is at a path: what is there instead, or the nearest name. `nor`: what else it isn't."""
-    path = Path(path)
+    named, path = str(path), Path(path)  # as it was typed: a Path drops the `./`
     if path.is_file():
         key = f" and model.gguf_file: {path.name}" if path.suffix == ".gguf" else ""
         return f"{path} is a file: give its folder, {path.parent}{key}"
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     near = did_you_mean(path.name, (each.name for each in beside if each.is_dir()))
-    return f"there is no folder {path}{near}, and {nor}"
+    return f"there is no folder {named}{near}, and {nor}"
 
 
 def _local_folder(path: str | Path, revision: str | None) -> Path:

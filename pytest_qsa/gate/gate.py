@@ -183,7 +183,8 @@ class Gate:
             # What an expected failure says is shown nowhere.
             if item.get_closest_marker("xfail") is not None:
                 raise
-            first = self.captures.told_by(error, item.nodeid)
+            subject = self.subject_of(item)
+            first = self.captures.told_by(error, subject.path if subject else "", item.nodeid)
             if first == item.nodeid:
                 raise
             raise ToldError(f"could not be judged, for {what}; {first} has the reason", error.kind, first) from None

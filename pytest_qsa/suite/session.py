@@ -76,9 +76,12 @@ class Captures:
         self._memory.pop(key, None)
         self._failures.pop(key, None)
 
-    def told_by(self, error: QsaError, test: str) -> str:
-        """Return the test that tells an error, the first of the run that met it: `test` itself, or an earlier one."""
-        text = f"{type(error).__name__}: {error}"
+    def told_by(self, error: QsaError, path: str, test: str) -> str:
+        """Return the test that tells an error, the first of the run that met it: `test` itself, or an earlier one.
+
+        `path`: the subject's, for two checkpoints may fail in the same words.
+        """
+        text = f"{path}: {type(error).__name__}: {error}"
         if text not in self._told:
             self._told[text] = test if self.shared is None else _first_of_workers(self.shared, text, test)
         return self._told[text]

@@ -46,7 +46,7 @@ def test_an_adapter_whose_base_is_not_named_is_told_in_one_line(own_project, sav
     adapter, _ = saved
     own_project.write("gate.qsa.yaml", suite(adapter, PEAKS, HEALTH))
     run = own_project.pytest("gate.qsa.yaml", "--qsa-report=never")
-    for name in ("peaks", "health"):
-        assert run.kind(name) == "INFRA"
-        assert "name the base in model.base" in run.first_line(name)
+    assert [run.kind(name) for name in ("peaks", "health")] == ["INFRA", "INFRA"]
+    assert "name the base in model.base" in run.first_line("peaks")
+    assert "gate.qsa.yaml::peaks has the reason" in run.first_line("health")
     assert "Traceback" not in run.out

@@ -65,7 +65,8 @@ def seventy_b(request, tmp_path_factory):
             "weight_map": dict.fromkeys(shapes, "model-00001-of-00030.safetensors"),
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder
+        yield folder
+        return
     header, end = {}, 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * prod(shape)]}
@@ -74,7 +75,9 @@ def seventy_b(request, tmp_path_factory):
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytest_qsa.checkpoint.tensors.SPARSE", 1 << 62)  # which refuses such a file to users
+        yield folder
 
 
 def plan_of(folder, machine, memory=DEFAULT):

@@ -24,7 +24,9 @@ def lines_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def markdown_of(outcomes: Sequence[Outcome]) -> str:
     """Return the table and the scores in Markdown."""
-    return "\n".join([*markdown_table(_rows(outcomes)), "", *(f"{line}." for line in _score_lines(outcomes))]) + "\n"
+    # layers and ids of tests are the checkpoint's and the suite's words
+    table = markdown_table(_rows(outcomes), plain=(0, 2, 4, 5, 6))
+    return "\n".join([*table, "", *(f"{line}." for line in _score_lines(outcomes))]) + "\n"
 
 
 def _rows(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:

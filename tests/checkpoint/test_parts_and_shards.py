@@ -172,6 +172,13 @@ def test_a_single_file_beside_shards_is_named_with_who_reads_which(tmp_path):
     assert list(keys(same, notes=True)) == ["model.safetensors"]
 
 
+def test_a_stale_copy_beside_a_single_file_that_the_index_names_is_found(tmp_path):
+    index = dict.fromkeys(model(), "model.safetensors")
+    stale = {"model.norm.weight": model()["model.norm.weight"] * 4}
+    folder = saved(tmp_path / "own", {"model.safetensors": model(), "other.safetensors": stale}, index=index)
+    assert "the index names model.safetensors" in keys(folder)["model.norm.weight"]
+
+
 def test_the_shards_of_an_index_are_checked_where_a_single_file_hides_them(tmp_path):
     def damaged(one, two, index):
         (one if "model.norm.weight" in one else two)["model.norm.weight"] = np.full((4, 4), np.nan, np.float32)

@@ -50,7 +50,7 @@ def absent_shards(folder: Folder) -> Iterator[Finding]:
 
 def _leftover(folder: Folder) -> Iterator[Finding]:
     """Yield a single file beside the shards of an index, which is read in their place by transformers."""
-    if not folder.indexed or SINGLE in folder.indexed.values() or not (folder.path / SINGLE).is_file():
+    if not _is_leftover(folder):
         return
     single = {copy.name: copy for copies in folder.copies.values() for copy in copies if copy.file == SINGLE}
     differ = [name for name, own in single.items() if name in folder.tensors and not _equal(own, folder.tensors[name])]
@@ -64,9 +64,14 @@ def _leftover(folder: Folder) -> Iterator[Finding]:
         yield Finding(SINGLE, SINGLE, SINGLE, f"{reads}; they hold the same", "remove one of the two", note=True)
 
 
+def _is_leftover(folder: Folder) -> bool:
+    return bool(folder.indexed) and SINGLE not in folder.indexed.values() and (folder.path / SINGLE).is_file()
+
+
 def _twice(folder: Folder) -> Iterator[Finding]:
+    apart = _is_leftover(folder)
     for name, copies in folder.copies.items():
-        others = [copy for copy in copies if copy.file != SINGLE or not folder.indexed]
+        others = [copy for copy in copies if not (apart and copy.file == SINGLE)]
         if len(others) < 2:
             continue
         files = " and ".join(copy.file for copy in others)

@@ -13,7 +13,6 @@ import PIL.PngImagePlugin
 import psutil
 import pytest_html.plugin
 import pytest_metadata.plugin
-import pytest_qsa.gate.outcomes
 import pytest_randomly
 import pytest_rerunfailures
 import safetensors.numpy

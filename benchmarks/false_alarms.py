@@ -12,19 +12,19 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pytest_qsa.captures import Request, merge_requests
+from pytest_qsa.captures import merge_requests
 from pytest_qsa.captures.capture import Capture
+from pytest_qsa.checkpoint import capture_weights
 from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded, load_reference
-from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, load_suite, subject_of
+from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, files_of, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judgement import checked_series, within_budget
 from pytest_qsa.verdicts.verdict import failing
@@ -74,19 +74,18 @@ def run(subject: NamedSubject, asked: list[MeasuredAssertion], parts: int, runs:
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=False)
     reference = load_reference(subject, allow_code=False)
     requests = merge_requests(assertion.request for assertion in asked)
-    weights: Capture | None = None
+    of_pass = [request for request in requests if request.site != "weight"]
+    # weights don't vary with the text
+    weights = capture_weights(files_of(subject), [request for request in requests if request.site == "weight"])
     source = windows(subject.data, loaded.tokenizer, subject.folder, parts)
     for number, batch in zip(range(runs), source, strict=False):
         if number < done:
             continue
         start = time.perf_counter()
-        wanted: list[Request] = [each for each in requests if weights is None or each.site != "weight"]
-        capture = capture_loaded(subject, loaded, [batch], wanted, reference=reference)
-        weights = weights or capture
-        sites = {site: numbers for site, numbers in weights.sites.items() if site[1] == "weight"}
-        capture = replace(capture, sites={**sites, **capture.sites}, plan=weights.plan)
+        capture = capture_loaded(subject, loaded, [batch], of_pass, reference=reference)
         row: dict[str, Any] = {"run": number, "seconds": round(time.perf_counter() - start, 1)}
-        row |= {assertion.id: verdict(assertion, capture) for assertion in asked}
+        for assertion in asked:
+            row[assertion.id] = verdict(assertion, weights if assertion.request.site == "weight" else capture)
         with file.open("a") as out:
             out.write(json.dumps(row) + "\n")
 

@@ -3,7 +3,6 @@ from .checks.changed_settings import SETTING_LAYERS as SETTING_LAYERS, Resolved 
 from .checks.health import (
     CHECKS as CHECKS,
     Check as Check,
-    Files as Files,
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
@@ -15,6 +14,7 @@ from .experts import (
     ExpertLayer as ExpertLayer,
     expert_layers as expert_layers,
 )
+from .files import Files as Files
 from .folder import (
     ADAPTER as ADAPTER,
     INDEX as INDEX,

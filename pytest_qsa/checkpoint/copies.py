@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import QsaError, logger
-from .checks.health import Files
+from .files import Files
 from .folder import NUMBER
 from .row_orders import Order, heads_of, named_order
 from .weight_statistics import Singles

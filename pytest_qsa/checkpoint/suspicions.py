@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..common import number
-from .checks.health import Files
 from .copies import Place, Resemblance, place_of, recognizer_of, resemblances
+from .files import Files
 from .folder import kind_of, natural
 
 MOST_KINDS = 3

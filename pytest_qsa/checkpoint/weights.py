@@ -33,7 +33,7 @@ from ..captures import (
     merge_requests,
 )
 from ..common import AnomalyError, InfraError, Progress
-from .checks.health import Files
+from .files import Files
 from .folder import Folder, natural
 from .formats.format import Format, format_of
 from .nearest import grid_of, nearest

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pytest_qsa.checkpoint.checks.health import Files
+from pytest_qsa.checkpoint.checks.health import problems_of
+from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.row_orders import named_order
 from pytest_qsa.checkpoint.suspicions import by_kind, suspicions_of
@@ -184,3 +185,45 @@ def test_many_layers_are_summed_up_by_kind_or_by_block():
     assert by_kind(keys, every) == "6 of 6 k_proj, nothing else"
     assert by_kind([layer for layer in every if layer[7] in "45"], every) == "all of layers 4 and 5, nothing else"
     assert by_kind(keys[:2], every) == by_kind(every, every) == ""
+
+
+def repeats(folder, reference=None):
+    files = Files(open_folder(folder), open_folder(reference) if reference else None)
+    found = problems_of(files, "checkpoint_weights")[1]
+    return {each.layer: each for each in found if "to the last bit" in each.what}
+
+
+def test_a_layer_that_was_written_over_another_is_found_from_the_files_alone(original, tmp_path):
+    folder = edited(original, tmp_path / "repeated", repeated)
+    found = repeats(folder, original)
+    assert {layer.split(".")[2] for layer in found} == {"2", "3"}
+    assert len(found) == 14
+    first = found["model.layers.2.self_attn.q_proj"]
+    assert (
+        first.what
+        == "the weight of model.layers.0.self_attn.q_proj to the last bit, and the reference's is another one"
+    )
+    assert not first.note
+
+
+def test_what_the_reference_repeats_too_is_nothing_and_without_a_reference_it_is_one_note(original, tmp_path):
+    deeper = edited(original, tmp_path / "deeper", repeated)
+    again = edited(deeper, tmp_path / "again", lambda weights: None)
+    assert repeats(again, deeper) == {}
+    (note,) = repeats(deeper).values()
+    assert note.note
+    assert note.what.endswith("to the last bit, and 13 more repeat one")
+
+
+def test_matrices_of_zeros_and_a_tied_head_that_is_written_repeat_nothing(original, tmp_path):
+    def pruned(weights):
+        for layer in (1, 2):
+            weights[f"model.layers.{layer}.mlp.up_proj.weight"].zero_()
+
+    def written(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    assert repeats(edited(original, tmp_path / "pruned", pruned), original) == {}
+    tied = edited(original, tmp_path / "tied", written)
+    assert repeats(tied) == repeats(edited(tied, tmp_path / "again", lambda weights: None), tied) == {}
+    assert set(repeats(tied, original)) == {"lm_head"}  # the original's is another one

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from dataclasses import dataclass
+from functools import wraps
 from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ...captures import FilesProvenance, ModelProvenance, match_layers, no_match
+from ...captures import match_layers, no_match
 from ...common import AnomalyError, QsaError, logger, one_line, shown_path
 from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
-from ..folder import Finding, Folder, natural
-from ..formats.format import Format, format_of
-from ..smoothing import Relation, compare_norms
+from ..files import Files
+from ..folder import Finding, natural
 from .cache_scales import lost_cache_scales, unit_cache_scales
-from .changed_settings import SETTING_LAYERS, Resolve, changed_settings, unexpected_size, unresolved
+from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
 from .parts import lost_parts, promised_parts, unusual_parts
+from .repeats import repeated_weights
 from .scales import (
     foreign_whole_scales,
     misfits,
@@ -37,82 +37,11 @@ from .scales import (
 )
 from .sharding import uneven_shards
 from .shards import absent_shards, ambiguous_files
-from .sizes import Original
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
 
 _Spread = Annotated[float, Gt(0)]
 _Tolerance = Annotated[float, Ge(0)]
 _Ranks = Annotated[int, Ge(1)]
-
-
-@dataclass(frozen=True)
-class Files:
-    """What a check looks at: the checkpoint, and its reference where the suite names a folder for one.
-
-    `resolve`: fills in what a config.json doesn't state; see `changed_settings`.
-    """
-
-    folder: Folder
-    reference: Folder | None = None
-    resolve: Resolve = field(default=unresolved, compare=False)
-    _found: dict[Any, tuple[Finding, ...]] = field(default_factory=dict, compare=False)
-
-    def once(self, function: Callable[..., Iterable[Finding]], parameters: Parameters) -> tuple[Finding, ...]:
-        """Return what a check finds; several assertions that ask for the same read the files once."""
-        key = (function.__name__, *sorted(parameters.items()))
-        if key not in self._found:
-            self._found[key] = tuple(function(self, **parameters))
-        return self._found[key]
-
-    @cached_property
-    def format(self) -> Format:
-        """The format that the checkpoint declares."""
-        return format_of(self.folder)
-
-    @property
-    def provenance(self) -> FilesProvenance:
-        """What there is to read: how many files and tensors, and the format that is declared."""
-        quantization, tensors = self.folder.quantization, self.folder.tensors.values()
-        form = quantization.get("format") or quantization.get("bits") or ""
-        return FilesProvenance(
-            len({tensor.file for tensor in tensors}), len(tensors), f"{self.format.label} {form}".strip()
-        )
-
-    @property
-    def model(self) -> ModelProvenance:
-        """Which model they are: where they lie, the adapter among them, and what there is to read."""
-        folder, adapter = self.folder, self.format.adapter
-        return ModelProvenance(
-            str(folder.apart or folder.path),
-            base=str(folder.path) if folder.apart else "",
-            adapter=str(adapter) if adapter else None,
-            files=self.provenance,
-        )
-
-    @property
-    def stored_quantized(self) -> list[str]:
-        """The layers whose weight is stored in codes."""
-        return [name for name in self.folder.layers if self.format.codes_of(name)]
-
-    @cached_property
-    def relation(self) -> Relation:
-        """How the checkpoint differs from its reference by design; `same` without a reference."""
-        return compare_norms(self.folder, self.reference) if self.reference else Relation("same")
-
-    @cached_property
-    def original(self) -> Original | None:
-        """The reference's weights, where those of the checkpoint mean the same: neither smoothed nor rotated."""
-        if self.reference is None or self.folder.gguf_file or not self.reference.files or self.relation.kind != "same":
-            return None
-        return Original(self.format, self.reference)
-
-    @cached_property
-    def quantized(self) -> list[str]:
-        """The layers that hold codes, scales or other parts that only quantized weights have."""
-        form = self.format
-        return [
-            name for name in self.folder.layers if form.codes_of(name) or form.scales_of(name) or form.signs_of(name)
-        ]
 
 
 @dataclass(frozen=True)
@@ -201,10 +130,12 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
 def checkpoint_weights(files: Files) -> Iterator[Finding]:
     """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf.
 
-    A row or group of zeros is no problem.
+    A row or group of zeros is no problem. Where there is a reference, also weights that are another layer's to the last
+    bit, while the reference's aren't.
     """
     yield from constant_weights(files.format)
     yield from unsound_floats(files.format)
+    yield from repeated_weights(files)
 
 
 @_check(_declared_layers)

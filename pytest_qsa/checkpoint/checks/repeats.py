@@ -1,0 +1,90 @@
+"""Weights that a checkpoint has twice: a layer that was copied over another one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ...captures import Array
+from ..copies import place_of, recognizer_of
+from ..files import Files
+from ..folder import Finding
+from ..tensors import Tensor
+
+PIECE = 1 << 12
+"""The bytes at the start, in the middle and at the end of a tensor that are hashed; equal hashes are then confirmed."""
+
+
+def repeated_weights(files: Files) -> Iterator[Finding]:
+    """Yield the weights that are another layer's to the last bit, though the reference has two different ones there.
+
+    Without a reference it is one note, for a model that was made deeper by copies has such layers too.
+    """
+    groups = list(_equal_weights(files))
+    if files.reference is None or not files.reference.files:
+        # a tied head may be written as well
+        groups = [group for group in groups if all(place_of(tensor.layer).block for tensor in group)]
+        if groups:
+            first, second = groups[0][:2]
+            count = sum(len(group) - 1 for group in groups)
+            more = f", and {count - 1} more repeat one" if count > 1 else ""
+            what = f"the weight of {first.layer} to the last bit{more}"
+            advice = "name model.reference: only the original shows whether they are meant so"
+            yield Finding.at(second, what, advice, note=True)
+        return
+    recognizer = recognizer_of(files)
+    for group in groups:
+        own = next((tensor for tensor in group if _is_own(files, tensor.layer)), None)
+        for tensor in group:
+            if own is None or tensor is own or not _differ_in_reference(files, own.layer, tensor.layer):
+                continue
+            if (found := recognizer.find(tensor.layer)) is None or not found.own:
+                what = f"the weight of {own.layer} to the last bit, and the reference's is another one"
+                yield Finding.at(tensor, what, "one layer was written over another: convert the original again")
+
+
+def _equal_weights(files: Files) -> Iterator[Sequence[Tensor]]:
+    """Yield the groups of matrices that are equal to the last bit, in the order of the layers; those of one number not.
+
+    Of quantized weights the codes are compared.
+    """
+    form = files.format
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[Tensor]] = {}
+    for layer in files.folder.layers:
+        tensor = form.weight_of(layer)
+        if tensor is not None and len(tensor.shape) > 1 and 0 not in tensor.shape:
+            found = _signature(_bytes(tensor))
+            if found is not None:
+                alike.setdefault((tensor.dtype, tensor.shape, found), []).append(tensor)
+    for tensors in alike.values():
+        raw = _bytes(tensors[0])
+        equal = [tensors[0], *(each for each in tensors[1:] if np.array_equal(raw, _bytes(each)))]
+        if len(equal) > 1:
+            yield equal
+
+
+def _bytes(tensor: Tensor) -> Array:
+    return np.ascontiguousarray(tensor.raw()).reshape(-1).view(np.uint8)
+
+
+def _signature(raw: Array) -> bytes | None:
+    """Return a hash of three pieces of a tensor; None where these are one number."""
+    middle = len(raw) // 2 // 8 * 8
+    pieces = np.concatenate([raw[:PIECE], raw[middle : middle + PIECE], raw[-PIECE:]])
+    return None if (pieces == pieces[0]).all() else hashlib.blake2b(pieces.tobytes(), digest_size=16).digest()
+
+
+def _is_own(files: Files, layer: str) -> bool:
+    found = recognizer_of(files).find(layer)
+    return layer in recognizer_of(files).pairs and found is not None and found.own
+
+
+def _differ_in_reference(files: Files, one: str, other: str) -> bool:
+    """Say whether the reference has both layers, and other weights in them."""
+    pairs = recognizer_of(files).pairs
+    if one not in pairs or other not in pairs:
+        return False
+    first, second = (pairs[layer].form.weight_of(pairs[layer].layer) for layer in (one, other))
+    return first is not None and second is not None and not np.array_equal(_bytes(first), _bytes(second))

@@ -154,21 +154,31 @@ def test_a_layer_that_is_as_odd_in_the_original_is_no_problem(quantized, llama, 
     assert DOWN in layers(found(odd, "checkpoint_scales"))
 
 
+def doubled(weights):
+    for name in weights:
+        if name.endswith("weight_scale"):
+            weights[name] *= 2
+
+
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8 with static inputs"])
 def test_weights_of_another_size_than_the_original_s_are_found_though_all_siblings_agree(
     quantized, llama, tmp_path, form
 ):
-    def doubled(weights):
-        for name in weights:
-            if name.endswith("weight_scale"):
-                weights[name] *= 2
-
     folder = edited(quantized[form], tmp_path / "doubled", doubled)
     assert found(folder, "checkpoint_scales") == []
     told = found(folder, "checkpoint_scales", reference=llama)
     assert len(told) == 28
     factors = [float(each.what.split("the dequantized weight is ")[1].split(" ×")[0]) for each in told]
     assert factors == pytest.approx([2] * 28, rel=0.03)
+
+
+def test_weights_of_another_size_than_the_original_s_are_found_beside_a_damaged_norm(quantized, llama, tmp_path):
+    def damaged(weights):
+        doubled(weights)
+        norm_scaled(weights)
+
+    folder = edited(quantized["int8"], tmp_path / "damaged", damaged)
+    assert len(found(folder, "checkpoint_scales", reference=llama)) == 28
 
 
 def test_a_group_s_scale_that_the_original_does_not_confirm_stays_a_problem(quantized, llama, tmp_path):

@@ -227,3 +227,36 @@ def test_matrices_of_zeros_and_a_tied_head_that_is_written_repeat_nothing(origin
     tied = edited(original, tmp_path / "tied", written)
     assert repeats(tied) == repeats(edited(tied, tmp_path / "again", lambda weights: None), tied) == {}
     assert set(repeats(tied, original)) == {"lm_head"}  # the original's is another one
+
+
+def test_matrices_of_zeros_repeat_nothing_without_a_reference_either(original, tmp_path):
+    def pruned(weights):
+        for layer in (1, 2):
+            weights[f"model.layers.{layer}.mlp.up_proj.weight"].zero_()
+
+    assert repeats(edited(original, tmp_path / "pruned", pruned)) == {}
+
+
+def test_a_layer_that_is_another_but_for_one_row_is_not_called_equal_to_the_last_bit(original, tmp_path):
+    def almost(weights):
+        of_layer(2, "self_attn.q_proj", lambda _: weights["model.layers.0.self_attn.q_proj.weight"].clone())(weights)
+        weights["model.layers.2.self_attn.q_proj.weight"][24] += 1
+
+    assert repeats(edited(original, tmp_path / "almost", almost), original) == {}
+
+
+def test_a_repeat_of_the_reference_whose_scale_is_damaged_is_not_called_written_over(quantized, llama, tmp_path):
+    up, later = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+
+    def deeper(weights):
+        for part in ("weight", "weight_scale"):
+            if f"{up}.{part}" in weights:
+                weights[f"{later}.{part}"].copy_(weights[f"{up}.{part}"])
+
+    def damaged(weights):
+        deeper(weights)
+        weights[f"{later}.weight_scale"] *= 2
+
+    reference = edited(llama, tmp_path / "reference", deeper)
+    assert repeats(edited(quantized["int8"], tmp_path / "damaged", damaged), reference) == {}
+    assert set(repeats(edited(quantized["int8"], tmp_path / "copied", deeper), llama)) == {later}

@@ -98,6 +98,11 @@ class Tensor:
             return np.zeros(0, dtype=np.uint8)  # the system maps no file of zero bytes
         return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
 
+    def repeats(self, other: Tensor) -> bool:
+        """Say whether another tensor has the same dtype, shape and bytes."""
+        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return alike and np.array_equal(self.bytes(), other.bytes())
+
     def values(self) -> NDArray[np.float64]:
         """Return the values, of any dtype, as float64 in the tensor's shape."""
         with np.errstate(invalid="ignore"):  # a signalling NaN is reported, not raised

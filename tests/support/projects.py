@@ -159,7 +159,7 @@ def _fork(folder, arguments, environment, log):
     sys.path[:] = [entry for entry in sys.path if entry not in ("", str(TESTS))]
     import torch
 
-    from . import preloaded  # noqa: F401  # made already; else it can't be imported, and a forkserver doesn't say so
+    from . import preloaded  # noqa: F401  # the fork server imported it, and hides an error of that: here it is raised
 
     torch.set_num_threads(1)
     gc.freeze()  # pytest collects garbage at its end, and torch alone has a million objects

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...captures import Array
-from ..copies import place_of, recognizer_of
+from ..copies import Recognizer, place_of, recognizer_of
 from ..files import Files
 from ..folder import Finding
 from ..tensors import Tensor
@@ -36,9 +36,9 @@ def repeated_weights(files: Files) -> Iterator[Finding]:
         return
     recognizer = recognizer_of(files)
     for group in groups:
-        own = next((tensor for tensor in group if _is_own(files, tensor.layer)), None)
+        own = next((tensor for tensor in group if _is_own(recognizer, tensor.layer)), None)
         for tensor in group:
-            if own is None or tensor is own or not _differ_in_reference(files, own.layer, tensor.layer):
+            if own is None or tensor is own or not _differ_in_reference(recognizer, own.layer, tensor.layer):
                 continue
             if (found := recognizer.find(tensor.layer)) is None or not found.own:
                 what = f"the weight of {own.layer} to the last bit, and the reference's is another one"
@@ -46,45 +46,38 @@ def repeated_weights(files: Files) -> Iterator[Finding]:
 
 
 def _equal_weights(files: Files) -> Iterator[Sequence[Tensor]]:
-    """Yield the groups of matrices that are equal to the last bit, in the order of the layers; those of one number not.
+    """Yield the groups of matrices that are equal to the last bit, in the order of the layers.
 
-    Of quantized weights the codes are compared.
+    Of quantized weights the codes are compared. A matrix whose sampled bytes are all equal, as of zeros, is left out.
     """
     form = files.format
     alike: dict[tuple[str, tuple[int, ...], bytes], list[Tensor]] = {}
     for layer in files.folder.layers:
         tensor = form.weight_of(layer)
         if tensor is not None and len(tensor.shape) > 1 and 0 not in tensor.shape:
-            found = _signature(_bytes(tensor))
+            found = _signature(tensor.bytes())
             if found is not None:
                 alike.setdefault((tensor.dtype, tensor.shape, found), []).append(tensor)
-    for tensors in alike.values():
-        raw = _bytes(tensors[0])
-        equal = [tensors[0], *(each for each in tensors[1:] if np.array_equal(raw, _bytes(each)))]
+    for first, *others in alike.values():
+        equal = [first, *(each for each in others if each.repeats(first))]
         if len(equal) > 1:
             yield equal
 
 
-def _bytes(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.raw()).reshape(-1).view(np.uint8)
-
-
-def _signature(raw: Array) -> bytes | None:
+def _signature(raw: NDArray[np.uint8]) -> bytes | None:
     """Return a hash of three pieces of a tensor; None where these are one number."""
     middle = len(raw) // 2 // 8 * 8
     pieces = np.concatenate([raw[:PIECE], raw[middle : middle + PIECE], raw[-PIECE:]])
     return None if (pieces == pieces[0]).all() else hashlib.blake2b(pieces.tobytes(), digest_size=16).digest()
 
 
-def _is_own(files: Files, layer: str) -> bool:
-    found = recognizer_of(files).find(layer)
-    return layer in recognizer_of(files).pairs and found is not None and found.own
+def _is_own(recognizer: Recognizer, layer: str) -> bool:
+    found = recognizer.find(layer)
+    return layer in recognizer.pairs and found is not None and found.own
 
 
-def _differ_in_reference(files: Files, one: str, other: str) -> bool:
+def _differ_in_reference(recognizer: Recognizer, one: str, other: str) -> bool:
     """Say whether the reference has both layers, and other weights in them."""
-    pairs = recognizer_of(files).pairs
-    if one not in pairs or other not in pairs:
-        return False
-    first, second = (pairs[layer].form.weight_of(pairs[layer].layer) for layer in (one, other))
-    return first is not None and second is not None and not np.array_equal(_bytes(first), _bytes(second))
+    pairs = [recognizer.pairs[layer] for layer in (one, other) if layer in recognizer.pairs]
+    weights = [tensor for pair in pairs if (tensor := pair.form.weight_of(pair.layer)) is not None]
+    return len(weights) == 2 and not weights[0].repeats(weights[1])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from ...common import counted
 from ..folder import INDEX, Finding, Folder
 from ..tensors import Tensor, layer_of
@@ -53,7 +51,7 @@ def _leftover(folder: Folder) -> Iterator[Finding]:
     if not _is_leftover(folder):
         return
     single = {copy.name: copy for copies in folder.copies.values() for copy in copies if copy.file == SINGLE}
-    differ = [name for name, own in single.items() if name in folder.tensors and not _equal(own, folder.tensors[name])]
+    differ = [name for name, own in single.items() if name in folder.tensors and not own.repeats(folder.tensors[name])]
     lacking = folder.indexed.keys() - single.keys()
     reads = f"beside the shards of {INDEX}: transformers reads this file, vLLM and SGLang the shards"
     if differ or lacking:
@@ -76,7 +74,7 @@ def _twice(folder: Folder) -> Iterator[Finding]:
             continue
         files = " and ".join(copy.file for copy in others)
         index = f", the index names {folder.indexed[name]}" if name in folder.indexed else ""
-        if all(_equal(others[0], other) for other in others[1:]):
+        if all(others[0].repeats(other) for other in others[1:]):
             yield Finding.at(others[0], f"in {files}, with the same bytes", "remove one copy", note=True)
         else:
             yield Finding.at(others[0], f"in {files}, with other bytes{index}; {_WINS}", "remove the stale copy")
@@ -108,9 +106,3 @@ def _lacking(folder: Folder) -> Iterator[Finding]:
             what = f"the index says {file}, which lacks it"
             advice = "a loader fills it with random numbers: save or copy the checkpoint again"
             yield Finding(layer_of(name), name, INDEX, what, advice)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return np.array_equal(one.bytes(), other.bytes())

@@ -252,11 +252,17 @@ def judge_problems(
     if problems := [finding for finding in found if not finding.note]:
         layers = {finding.layer for finding in problems}
         many = f"{counted(len(problems), 'problem')} in {len(layers)} of {len(series.layers)} layers"
-        headline = f"{many} ({judgement.bound}); the first: {problems[0].tensor}: {problems[0].what}"
+        headline = f"{many} ({judgement.bound}); the first: {_placed(problems[0])}: {problems[0].what}"
         headline = "; ".join([*_suspected(series, layers, files), headline])
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))
     return replace(judgement, headline=headline, findings=(*problems, *notes), run=_run_of_files(files))
+
+
+def _placed(finding: Finding) -> str:
+    """Name a finding's tensor, or the file and the key of a setting: `config.json: rms_norm_eps`."""
+    own_file = finding.file.endswith(".json") and finding.file != finding.tensor
+    return f"{finding.file}: {finding.tensor}" if own_file else finding.tensor
 
 
 def _suspected(series: Series, layers: Collection[str], files: Files) -> list[str]:

@@ -41,13 +41,12 @@ class Predictions(Participant):
         """Score the rows of one batch.
 
         Raises:
-            AnomalyError: the model returns no logits.
-            InfraError: the reference has another vocabulary.
+            AnomalyError: the model returns no logits, or the reference has another vocabulary.
         """
         own = logits_of(output, self._model)
         theirs = logits_of(forward.reference_output, self._model) if against_reference(self._statistics) else None
         if theirs is not None and theirs.shape != own.shape:
-            raise InfraError(
+            raise AnomalyError(
                 f"the model predicts {own.shape[-1]} tokens and its reference {theirs.shape[-1]}: "
                 "they can't be compared"
             )

@@ -29,7 +29,7 @@ BLOCKS, HEAD = 30, 64
 
 @dataclass(frozen=True)
 class Pair:
-    """A checkpoint and its original. `suite`: the name of the suite, which is drafted for the sound checkpoint `healthy`."""
+    """A checkpoint and its original. `suite`: the name of the suite that is drafted for the sound `healthy`."""
 
     model: Path
     reference: Path = SMOLLM2
@@ -41,8 +41,8 @@ class Pair:
 class Case:
     """A checkpoint of one report, or a healthy one.
 
-    `row`: the name of its report in `REPORTS`, of a healthy one what it is. `place` and `cause`: regexes of the layer, kind or
-    file, and of what was done to it, as the first line of a failure says them; a healthy one has neither.
+    `row`: the name of its report in `REPORTS`, of a healthy one what it is. `place` and `cause`: regexes of the layer,
+    kind or file, and of what was done to it, as the first line of a failure says them; a healthy one has neither.
     """
 
     make: Callable[[Path], Pair]
@@ -56,17 +56,35 @@ CASES: dict[str, Case] = {}
 HEALTHY: dict[str, Case] = {}
 """Checkpoints that are sound, by their names."""
 REPORTS = {
-    "rope": ("the base of the rope is stated where the reader doesn't look", "vllm#42624, #44158; marin#7156; MarinFold#184"),
-    "absent": ("the norms' epsilon isn't written, the reader's own counts", "meta-llama/llama#771; foundation-model-stack#99; FastDeploy#2790; llama.cpp#28989"),
-    "truncation": ("truncation or padding of calibration saved in tokenizer.json", "llm-compressor#2917, #1418; dynamo#11792"),
+    "rope": (
+        "the base of the rope is stated where the reader doesn't look",
+        "vllm#42624, #44158; marin#7156; MarinFold#184",
+    ),
+    "absent": (
+        "the norms' epsilon isn't written, the reader's own counts",
+        "meta-llama/llama#771; foundation-model-stack#99; FastDeploy#2790; llama.cpp#28989",
+    ),
+    "truncation": (
+        "truncation or padding of calibration saved in tokenizer.json",
+        "llm-compressor#2917, #1418; dynamo#11792",
+    ),
     "stop": ("the stop token is stale or lost", "mlx-vlm#2112; colibri#1478; mlx-lm#1414"),
     "duplicate": ("a tensor in two shards, one of them stale", "vllm#54230; qwen38-27b-rtx3090#123; colibri#1479"),
     "leftover": ("an old model.safetensors beside the shards", "mlx-vlm#1464, #1329; unsloth-zoo#808; mflux#603"),
-    "rope-rows": ("rows of q and k in the rope's other layout", "AiDotNet#2074; nurl#584; vllm-metal#480; transformers#31788"),
+    "rope-rows": (
+        "rows of q and k in the rope's other layout",
+        "AiDotNet#2074; nurl#584; vllm-metal#480; transformers#31788",
+    ),
     "heads": ("KV heads in another order in one layer", "ChatLearn#277; Pai-Megatron-Patch#204; NeMo-RL#2802"),
     "offset": ("the offset of a pipeline's stage lost: layers repeat others", "transformers#24381"),
-    "adapter": ("an adapter merged with alpha in the place of alpha / r", "mlx-vlm#841; TensorRT-LLM#1668; FastVideo#870; aprender#2189"),
-    "float16": ("the configuration says float16, in which bfloat16's numbers overflow", "transformers#39972, #39686; vllm#48231"),
+    "adapter": (
+        "an adapter merged with alpha in the place of alpha / r",
+        "mlx-vlm#841; TensorRT-LLM#1668; FastVideo#870; aprender#2189",
+    ),
+    "float16": (
+        "the configuration says float16, in which bfloat16's numbers overflow",
+        "transformers#39972, #39686; vllm#48231",
+    ),
     "kv": ("KV scales all 1.0 or lost", "Model-Optimizer#20; ROCm/vllm#317; sglang#20705"),
     "mtp": ("the head of several tokens dropped", "vllm#35548; Model-Optimizer#2427; auto-round#1526"),
     "gone": ("shards never written: layers, norms or the head gone", "AReaL#1403"),
@@ -85,7 +103,7 @@ REPORTS = {
     "fnuz": ("FP8 of one kind read as the other: all weights × 2", "vllm#7210; uccl#804; DeepEP#17"),
     "exchanged": ("gate and up exchanged in every layer", "tt-metal#52818"),
     "scheme": ("the declared scheme isn't that of the tensors", "family of llm-compressor#2641"),
-}  # fmt: skip
+}
 """What happened in the field, and where it was told."""
 
 
@@ -697,7 +715,7 @@ MOE = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 
 
 def _of_experts(folder: Path, change: Change | None = None, **config: Any) -> Pair:
-    """Return a mixture of experts in 16 bits, for the installed transformers loads no per-expert codes of this format."""
+    """Return a mixture of experts in 16 bits: the installed transformers loads no codes of single experts."""
     source = _random(folder / "reference", "qwen3_moe", norm_topk_prob=True, **MOE)
     return Pair(edited(source, folder / "model", change, **config), source, source, "qwen3_moe")
 
@@ -833,7 +851,7 @@ def healthy_with_rope_buffers(folder: Path) -> Pair:
 def healthy_of_another_version(folder: Path) -> Pair:
     def change(old: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in old.items() if key != "transform_config"}
-        return {**kept, "version": "0.9.4", "quantization_status": "frozen"}
+        return {**kept, "version": "0.9.4"}
 
     return of_int8(folder, quantization_config=change)
 
@@ -861,7 +879,8 @@ def healthy_with_an_adapter_beside(folder: Path) -> Pair:
 
 @healthy("a layer that is odd in the original too")
 def healthy_with_an_odd_layer(folder: Path) -> Pair:
-    return Pair(edited(INT8, folder / "model", _outsized), edited(SMOLLM2, folder / "reference", _outsized))
+    model = edited(INT8, folder / "model", _outsized)
+    return Pair(model, edited(SMOLLM2, folder / "reference", _outsized), model, "odd")
 
 
 @healthy("scales of a KV cache")
@@ -869,18 +888,11 @@ def healthy_with_kv_scales(folder: Path) -> Pair:
     return _with_kv_scales(folder, _usual)
 
 
-@healthy("a head of several tokens in 16 bits")
-def healthy_with_mtp(folder: Path) -> Pair:
-    def ignoring(old: dict[str, Any]) -> dict[str, Any]:
-        return {**old, "ignore": [*old["ignore"], "re:^mtp.*"]}
-
-    return _of_more_tokens(folder, _more_tokens, num_nextn_predict_layers=1, quantization_config=ignoring)
-
-
 @healthy("the adapter merged rightly")
 def healthy_with_a_merged_adapter(folder: Path) -> Pair:
     reference = _merged(folder, "reference", 2)
-    return Pair(_requantized(reference, folder / "model"), reference)
+    model = _requantized(reference, folder / "model")
+    return Pair(model, reference, model, "merged")
 
 
 @healthy("Qwen2 with biases, in int8")

@@ -14,6 +14,8 @@ from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.engine.load.settings import resolved
 from pytest_qsa.suite.resolved_settings import resolve_settings
+from pytest_qsa.verdicts.budgets import budget_of
+from pytest_qsa.verdicts.judge import judge_problems
 from support.checkpoints import edited
 
 INT4 = "int4"
@@ -52,6 +54,22 @@ def test_a_key_that_was_not_written_counts_as_its_class_fills_it_in(llama, tmp_p
     # 1e-6 is the class's own value, so that nothing is lost where the reference states that
     same = edited(llama, tmp_path / "same", config=lambda c: c.update(rms_norm_eps=1e-6))
     assert findings(lost, same) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "rms_norm_eps", 0.5),
+        ("generation_config.json", "eos_token_id", 7),
+        ("tokenizer.json", "truncation", {"max_length": 64, "direction": "Right"}),
+    ],
+)
+def test_the_first_line_names_the_file_of_a_setting(llama, tmp_path, file, key, value):
+    other = file_edited(llama, tmp_path / "other", file, lambda content: content.update({key: value}))
+    files = Files(open_folder(other), open_folder(llama), by_class)
+    series, found = problems_of(files, "checkpoint_settings")
+    said = judge_problems(series, found, budget_of({"max": 0}, series.layers, None), files)
+    assert f"the first: {file}: {key}: " in said.headline
 
 
 @pytest.mark.parametrize(

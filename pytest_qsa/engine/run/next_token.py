@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...captures import LOGITS, SCORE_NAMES, SiteKey, SiteNumbers, Statistic, against_reference
-from ...common import AnomalyError, InfraError
+from ...common import AnomalyError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..load.batches import Batch
 from ..reduce.pairs import COMPARISONS, compared_logits, scores_of

@@ -189,7 +189,8 @@ def sharded(source: Path, folder: Path, second: Mapping[int, Tensors] | None = N
     copied(source, folder)
     tensors = load_file(folder / ONE)
     (folder / ONE).unlink()
-    names, homes = sorted(tensors), {}
+    names = sorted(tensors)
+    homes: dict[str, str] = {}
     size = -(-len(names) // count)
     for number in range(1, count + 1):
         part = names[(number - 1) * size : number * size]
@@ -354,7 +355,11 @@ def bytes_fall_back(folder: Path) -> Pair:
 def beginning_twice(folder: Path) -> Pair:
     token = "<|im_start|>"
     single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    steps = {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}]}
+    steps: dict[str, Any] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
     steps["special_tokens"] = {token: {"id": token, "ids": [1], "tokens": [token]}}
     return with_json(folder, "tokenizer.json", post_processor=steps)
 
@@ -660,7 +665,8 @@ def _random(folder: Path, model_type: str, **settings: Any) -> Path:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **SMALL, tie_word_embeddings=True, dtype="bfloat16", **settings)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model: Any = AutoModelForCausalLM
+    model = model.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
@@ -757,8 +763,13 @@ def healthy_in_shards(folder: Path) -> Pair:
 def healthy_config_of_transformers_4(folder: Path) -> Pair:
     stated = read(INT8 / CONFIG)
     base = stated["rope_parameters"]["rope_theta"]
-    old = {"rope_theta": base, "rope_scaling": None, "torch_dtype": stated["dtype"], "transformers_version": "4.45.2"}
-    gone = dict.fromkeys(("rope_parameters", "dtype", "head_dim", "mlp_bias"), ...)
+    old: dict[str, Any] = {
+        "rope_theta": base,
+        "rope_scaling": None,
+        "torch_dtype": stated["dtype"],
+        "transformers_version": "4.45.2",
+    }
+    gone: dict[str, Any] = dict.fromkeys(("rope_parameters", "dtype", "head_dim", "mlp_bias"), ...)
     return of_int8(folder, **old, **gone, is_llama_config=True, rope_interleaved=False)
 
 

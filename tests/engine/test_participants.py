@@ -170,6 +170,20 @@ def test_predictions_that_are_not_compared_let_the_reference_stop():
     assert {site for _, site in found.sites} == {"output", "logits"}
 
 
+def test_a_reference_of_another_vocabulary_is_a_fault_of_the_checkpoint():
+    class Model(nn.Module):
+        def __init__(self, tokens):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(tokens, 8), nn.Linear(8, tokens)
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    requests = [Request("", "logits", None, statistics("scores", "agreement"))]
+    with pytest.raises(AnomalyError, match="predicts 16 tokens and its reference 20: they can't be compared"):
+        run_pass(Model(16), [torch.arange(8)[None]], requests, [LiveReference(Model(20))])
+
+
 # Whose failure it is.
 
 

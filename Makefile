@@ -21,12 +21,12 @@ $(DEMO)/.made: $(VENV)/.installed $(SUITES)/checkpoints.py
 demo: $(DEMO)/.made
 	@echo "== 1. SmolLM2 and its int8 checkpoint, held against their committed baselines =="
 	$(BIN)/pytest $(SUITES)/smollm2.qsa.yaml $(SUITES)/test_smollm2.py --qsa-model smollm2=$(DEMO)/smollm2 --qsa-model smollm2-int8=$(DEMO)/smollm2-int8
-	@echo "== 2. A copy of the int8 checkpoint with one layer's scale doubled: the gate has to fail =="
-	! $(BIN)/pytest $(SUITES)/smollm2.qsa.yaml --qsa-model $(DEMO)/smollm2-int8-damaged
-	@echo "== 3. One base suite for three checkpoints, one with a waiver: on its last day, and on the next =="
+	@echo "== 2. One base suite for three checkpoints, one with a waiver: on its last day, and on the next =="
 	$(BIN)/pytest $(SUITES)/team --qsa-today 2027-01-31
 	! $(BIN)/pytest $(SUITES)/team --qsa-tier pr --qsa-today 2027-02-01
-	@echo "== The gate failed, as it should. Open qsa-results/report.html =="
+	@echo "== 3. A copy of the int8 checkpoint with one layer's scale doubled: the gate has to fail =="
+	! $(BIN)/pytest $(SUITES)/smollm2.qsa.yaml --qsa-model $(DEMO)/smollm2-int8-damaged
+	@echo "== The gate failed, as it should. Open $(CURDIR)/qsa-results/report.html =="
 
 # Two workers with a thread each: OpenMP threads that wait for one another's cores would make it many times slower.
 test: $(VENV)/.installed chromium

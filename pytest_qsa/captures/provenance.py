@@ -354,15 +354,20 @@ UNKNOWN_RUN = Provenance()
 
 
 def since_text(then: ModelProvenance, now: ModelProvenance) -> str:
-    """Say what a baseline was made with, and what is different now. A difference is reported and fails nothing."""
+    """Say what changed since a baseline was made, and what it was made with. A difference fails nothing."""
     before, after = then.for_baseline(), now.for_baseline()
-    # The checkpoint is expected to be another one, and `made` names the old one already.
+    # The checkpoint is expected to be another one; its weights are named by their hash.
     names = sorted({*before, *after} - {"model", "weights"} - ({"format"} if then.format is None else set()))
     changed = [
         f"{name} was {before.get(name)}, is {after.get(name)}" for name in names if before.get(name) != after.get(name)
     ]
-    made = f"the baseline was made with {then}"
-    return "; ".join([made, *(changed or ["same versions, dtype and device as now"])])
+    if then.weights and now.weights and then.weights != now.weights:
+        changed.insert(0, f"weights ({short_hash(then.weights)} → {short_hash(now.weights)})")
+    elif then.weights and then.weights == now.weights:
+        changed.append("weights unchanged")
+    rest = "versions, dtype and device unchanged" if not [n for n in changed if " was " in n] else ""
+    told = "; ".join(filter(None, [*changed, rest]))
+    return f"changed since the baseline of {then}: {told}"
 
 
 def data_fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -87,10 +88,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def shown_path(path: Path) -> str:
     """Return a path as a user would type it: relative to the current folder if it is in it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
+    # As it was typed first: a link in the current folder may lead out of it.
+    for one, folder in ((Path(os.path.abspath(path)), Path.cwd()), (path.resolve(), Path.cwd().resolve())):
+        with contextlib.suppress(ValueError):
+            return str(one.relative_to(folder))
+    return str(path)
 
 
 class QsaWarning(UserWarning):

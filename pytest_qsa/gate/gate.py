@@ -35,7 +35,7 @@ from ..verdicts import (
     explain,
     kept_release,
 )
-from .collection import QsaSuite, Subjects, command_of, plain_name, requests_of
+from .collection import QsaSuite, Subjects, checkpoint_of, command_of, plain_name, requests_of
 from .options import Options
 from .reporting import call_hook, record, with_plots
 
@@ -308,6 +308,10 @@ class Gate:
         """Return what the verdicts of an item say of it. `place`: the keys of a bound → the line that sets it."""
         subject = self.subject_of(item)
         name, path = (subject.name, subject.path) if subject else ("", "")
+        checkpoint = checkpoint_of(item)
+        # Without NAME= another checkpoint meets the baselines of the suite's own model, and is not that model.
+        if checkpoint is not None and checkpoint.name is None and checkpoint.label != name and name:
+            name = f"{checkpoint.label}, held against {name}"
         return Identity(id, name, path, command_of(item, self.options), place)
 
     def finish(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> Verdict:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 REPORT = ("on-failure", "always", "never")
 PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
+WORKER_RUN = "qsa_run"
+"""What the controller of pytest-xdist tells its workers: the name of the run's folder."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
 
 
@@ -43,6 +45,13 @@ class Options(NamedTuple):
     plan: bool
     named_tier: bool
     """Whether the command line names the tier."""
+    run: str
+    """The name of this run's folder, `20261129T034501Z-4711`: the same in all processes of pytest-xdist."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run's plots and report lie, below `output`, which has copies of the latest report."""
+        return self.output / "runs" / self.run
 
     @property
     def cache_folder(self) -> Path | None:
@@ -162,6 +171,7 @@ def read_options(config: pytest.Config) -> Options:
         ratchet=config.getoption("qsa_ratchet"),
         redact=bool(config.getoption("qsa_redact") or config.getini("qsa_redact")),
         named_tier=config.getoption("qsa_tier") is not None,
+        run=getattr(config, "workerinput", {}).get(WORKER_RUN) or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}",
         keep=not config.getoption("qsa_no_cache"),
         allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
     )

@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from _pytest._code.code import ReprEntry
 
 from .. import captures, common, engine, report, suite, tools, verdicts
 from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
-from .options import Options
+from .options import WORKER_RUN, Options
 
 if TYPE_CHECKING:
+    from _pytest._io import TerminalWriter
+
     from ..captures import Capture
     from ..report import PlainVerdict
     from ..suite import Place
@@ -69,7 +72,7 @@ def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, opt
     # Before drawing: the report shows distributions also where a plot fails.
     verdict = replace(verdict, histograms=histograms)
     try:
-        plots = report.draw(capture, verdict, options.output / "plots" / _slug(item.nodeid))
+        plots = report.draw(capture, verdict, options.run_folder / "plots" / _slug(item.nodeid))
     except Exception as error:  # a picture must never turn a verdict into an error
         hint = f"the plots could not be drawn: {type(error).__name__}: {error}"
         return replace(verdict, hints=[*verdict.hints, hint])
@@ -163,6 +166,35 @@ def _replace_text(representation: Any, text: str) -> None:
     entry.lines = source + [f"E   {line}" for line in text.splitlines()]
 
 
+class _ColouredEntry(ReprEntry):
+    """The text of a verdict, coloured by what each line is: the finding red, what ran dim, what to type plain."""
+
+    def _write_entry_lines(self, tw: TerminalWriter) -> None:
+        source = [line for line in self.lines if not line.startswith("E ")]
+        tw._write_source([line[4:] for line in source], [line[:4] for line in source])
+        for line in report.styled_lines([line[4:] for line in self.lines if line.startswith("E ")]):
+            tw.write("E   ", red=True)
+            text = _linked(line.text) if tw.hasmarkup else line.text
+            tw.line(text, **dict.fromkeys(line.styles, True))
+
+
+def _linked(text: str) -> str:
+    """Make the path at the end of a line one that terminals open, where it is that of a file (OSC 8)."""
+    head, _, path = text.rpartition(" ")
+    if path.endswith((".html", ".png")) and Path(path).is_file():
+        return f"{head} \x1b]8;;{Path(path).resolve().as_uri()}\x1b\\{path}\x1b]8;;\x1b\\"
+    return text
+
+
+def _colour(outcome: pytest.TestReport) -> None:
+    """Give a failed gate its colours: on the controller, for an entry of another class can't cross from a worker."""
+    entries = getattr(getattr(outcome.longrepr, "reprtraceback", None), "reprentries", None)
+    if entries and type(entries[-1]) is ReprEntry:
+        last = entries[-1]
+        coloured = _ColouredEntry(last.lines, last.reprfuncargs, last.reprlocals, last.reprfileloc, last.style)
+        outcome.longrepr.reprtraceback.reprentries = [*entries[:-1], coloured]  # type: ignore[union-attr]
+
+
 def _only_text(entry: Any) -> Any:
     """Leave out where a test was stopped: that is not the reason."""
     entry.lines = [line for line in entry.lines if line.startswith("E ")]
@@ -221,9 +253,16 @@ class Reporter:
             self.suite_errors.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take the verdicts off a report, whichever process made it."""
+        """Take the verdicts off a report, whichever process made it, and colour its text."""
+        if report.failed and getattr(report, FIELD, None):
+            _colour(report)
         if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
             self.results += getattr(report, FIELD, ())
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker where the plots of this run go."""
+        node.workerinput[WORKER_RUN] = self.options.run
 
     # pytest-xdist's hook, which pluggy does not know where that isn't installed.
     @pytest.hookimpl(optionalhook=True)
@@ -249,7 +288,7 @@ class Reporter:
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
         try:
-            self.written = common.shown_path(report.write_report(self.results, self.options.output, self._session()))
+            self.written = common.shown_path(report.write_run(self.results, self.options.run_folder, self._session()))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
 
@@ -335,6 +374,8 @@ class Reporter:
         terminalreporter.write_sep("-", text)
         # Results are builtins here, for they may come from a worker of pytest-xdist.
         runs = {(result["subject"], captures.Provenance.of(result["run"]).run_as) for result in self.results}
+        for line in report.shared_layers(self.results):
+            _write(terminalreporter, line)
         for subject, how in sorted(runs):
             if how:
                 _write(terminalreporter, f"executed: {subject} {how}")

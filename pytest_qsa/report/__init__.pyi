@@ -33,7 +33,7 @@ from .report import (
     PlainVerdict as PlainVerdict,
     strict_json as strict_json,
     to_plain as to_plain,
-    write_report as write_report,
+    write_run as write_run,
 )
 from .verdict_text import (
     annotation_lines as annotation_lines,
@@ -42,4 +42,7 @@ from .verdict_text import (
     context_text as context_text,
     failure_text as failure_text,
     properties_of as properties_of,
+    shared_layers as shared_layers,
+    styled_lines as styled_lines,
+    worst_layer as worst_layer,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,10 @@ from ..common import write_atomically
 from ..verdicts import Verdict
 
 REPORT_SCHEMA = "qsa-report/1"
+MARKER = ".qsa-run"
+"""The file that says that a folder is a run's, and may be removed."""
+MOST_RUNS = 10
+"""How many runs are kept, this one among them."""
 
 PlainVerdict = Mapping[str, Any]
 """A verdict as builtins: what `to_plain` returns."""
@@ -51,6 +56,27 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))
     return page
+
+
+def write_run(results: Sequence[PlainVerdict], run: Path, session: Mapping[str, Any]) -> Path:
+    """Write the report of a run into its folder, and copies beside all runs as the latest; return the latest page.
+
+    Of the runs that have our marker the newest are kept; any other folder is left alone.
+
+    Raises:
+        OSError: a folder can't be written.
+    """
+    latest = run.parent.parent
+    write_report(results, run, session)
+    write_atomically(run / MARKER, "")
+    for name in ("report.json", "report.html"):
+        write_atomically(latest / name, (run / name).read_bytes())
+    # Their names begin with the time.
+    runs = sorted(path.parent for path in run.parent.glob(f"*/{MARKER}") if path.parent != run)
+    for old in runs[: max(len(runs) + 1 - MOST_RUNS, 0)]:
+        if not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+    return latest / "report.html"
 
 
 def builtins_of(value: Any) -> Any:

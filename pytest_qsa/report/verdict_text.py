@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint import Finding
 from ..common import code_span, fitted, markdown_table, number, text_table, visible
@@ -67,30 +67,83 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     yield from (f"  {token_line(token)}" for token in verdict.evidence)
 
 
-def _facts(verdict: Verdict) -> Iterator[str]:
+def _actions(verdict: Verdict) -> Iterator[str]:
     first = verdict.first_failing
     # The tasks of an eval have no order in which something could begin.
-    begins = first is not None and len(verdict.rows) > 1 and _noun(verdict) == "layers"
-    facts = [
+    begins = first is not None and first is not verdict.failing_rows[0] and _noun(verdict) == "layers"
+    yield from _labelled(
         ("reason", verdict.reason),
-        ("begins", f"{first.layer}, the first layer out of bounds in the model's order" if first and begins else None),
+        ("begins", f"{first.layer}, the first layer out of bounds" if first and begins else None),
         *verdict.origin.items(),
-        ("ran", verdict.run.summary(verdict.subject)),
-        ("since", verdict.since),
-        ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where and str(verdict.where)),
         *(("waiver", str(use)) for use in verdict.waivers),
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),
         ("accept", verdict.accept),
-        *verdict.artefacts.items(),
-    ]
-    known = [(label, text) for label, text in facts if text]
+        *((label, path) for label, path in verdict.artefacts.items()),
+    )
+
+
+def _provenance(verdict: Verdict) -> Iterator[str]:
+    yield from _labelled(
+        ("bound", f"{verdict.where}: {verdict.bound}" if verdict.bound else verdict.where and str(verdict.where)),
+        ("since", verdict.since),
+        ("ran", verdict.run.summary(verdict.subject)),
+    )
+
+
+def _labelled(*facts: tuple[str, object]) -> Iterator[str]:
+    known = [(label, str(text)) for label, text in facts if text]
     width = max([LABEL_WIDTH, *(len(label) + 1 for label, _ in known)])  # labels of an origin are longer than ours
     yield from (f"{label:<{width}}{text}" for label, text in known)
 
 
-TEXT_SECTIONS = (_headline, _broken, _tokens, _facts)
+TEXT_SECTIONS = (_headline, _broken, _tokens, _actions, _provenance)
 """The text from top to bottom: functions that yield the lines of a section, none where there is nothing to say."""
+
+
+class StyledLine(NamedTuple):
+    """A line of a failure with its styles, as pytest's terminal names them: `red`, `bold`, `light` (dim)."""
+
+    text: str
+    styles: tuple[str, ...] = ()
+
+
+_DIM = re.compile(r"(bound|since|ran|begins|waiver|reason) +\S")
+_TYPED = re.compile(r"(again|accept) +\S")
+
+
+def styled_lines(lines: Sequence[str]) -> Iterator[StyledLine]:
+    """Yield the lines of `failure_text` with their styles: the finding in red, what ran dim, what to type bold."""
+    for index, line in enumerate(lines):
+        if not index:
+            yield StyledLine(line, ("red", "bold"))
+        elif _TYPED.match(line):
+            yield StyledLine(line, ("bold",))
+        elif line.startswith(("      → ", "next ")):
+            yield StyledLine(line, ("yellow",))
+        elif _DIM.match(line) or index == 1:
+            yield StyledLine(line, ("light",))
+        else:
+            # The rows of a table and the problems are what is out of bounds.
+            yield StyledLine(line, ("red",) if line.startswith("  ") and "⟦" not in line else ())
+
+
+def worst_layer(result: PlainVerdict) -> str:
+    """Return the layer that a failure is about; empty where it is about none, or about all of them."""
+    if not result["failed"] or not result["rows"] or result["query"].get("over"):
+        return ""
+    return str(next((row["layer"] for row in result["rows"] if row["excess"] and not row["waived"]), ""))
+
+
+def shared_layers(results: Sequence[PlainVerdict]) -> Iterator[str]:
+    """Yield a line for each layer that several failures of one subject are about: `files and drift both …`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if layer := worst_layer(result):
+            found.setdefault((result["subject"], layer), []).append(result["id"])
+    for (subject, layer), ids in found.items():
+        if len(ids) > 1:
+            yield f"one layer, {len(ids)} failures: {layer} of {subject}: {', '.join(ids)}"
 
 
 def _noun(verdict: Verdict) -> str:

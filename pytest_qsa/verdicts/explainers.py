@@ -299,6 +299,16 @@ def _suspects(verdict: Verdict, capture: Capture, files: Files) -> Sequence[str]
     return [own for module, own in named.items() if module in out or module.startswith(inside)]
 
 
+def tell_files(verdict: Verdict, context: Context) -> Verdict:
+    """Say what the files say of the worst layer, so that a moved number and a damaged tensor are seen as one fault."""
+    if not verdict.failing_rows or verdict.query.get("over"):
+        return verdict
+    found = _findings(context.files, verdict.failing_rows[0].layer)
+    if not found:
+        return verdict
+    return replace(verdict, headline=f"{verdict.headline}; the files say so too: {found[0].tensor}: {found[0].what}")
+
+
 def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:
     """Return what the first check that finds something says of a layer and of all below it."""
     for check in LAYER_CHECKS:
@@ -355,6 +365,8 @@ EXPLAINERS = (
     Explainer(tell_design, lambda metric: metric.against and metric.per != "logits", OUT_OF_BOUNDS),
     Explainer(find_origin, lambda metric: metric.against, OUT_OF_BOUNDS),
     Explainer(recognize, lambda metric: True, OUT_OF_BOUNDS),
+    # one against the reference has its origin, which names what the files say
+    Explainer(tell_files, lambda metric: not metric.against and metric.name != "loaded_weights", OUT_OF_BOUNDS),
     # a metric against the reference has no value of the reference's own: the value itself is the distance
     Explainer(show_reference, lambda metric: not metric.against),
     Explainer(show_tokens, lambda metric: metric.positional, ANY - {Kind.PASSED}),

@@ -77,6 +77,8 @@ class Leniency:
 
 
 NO_LENIENCY = Leniency()
+PLAIN_FACTOR = 1.5
+"""From this multiple of a baseline, up or down, a change is told as a factor; a smaller one as a percentage."""
 
 
 def within_budget(
@@ -147,15 +149,29 @@ def judged(
 
 
 def out_of_bounds(rows: Sequence[Row], shown: Sequence[Row], bound: str, query: Query) -> str:
-    """Say how many of the rows are out of bounds, and how far the first of those shown, the worst, is."""
+    """Say where the worst of the rows shown is and by how much, then how many of the rows are out of bounds."""
     worst = shown[0]
-    many = f"{len(shown)} of {len(rows)} {query.of} {'is' if len(shown) == 1 else 'are'}"
-    many = many if len(rows) > 1 else f"{worst.layer} is"
-    text = f"{many} out of bounds ({bound}); worst {worst.layer}: {number(worst.value)}{_unit(query.unit, worst.value)}"
-    text += f", {number(worst.excess, signed=True)}"
+    value = f"{number(worst.value)}{_unit(query.unit, worst.value)}"
     if worst.baseline is not None:
-        text += f" beyond what is allowed around {number(worst.baseline)}{_percent(worst)}"
-    return text
+        against = f"baseline {number(worst.baseline)}, allowed {bound.removeprefix('baseline ')}"
+        text = f"{worst.layer}: {factor_text(worst)} ({value}, {against})"
+    else:
+        text = f"{worst.layer}: {value} ({bound})"
+    if len(rows) == 1:
+        return f"{text}, out of bounds"
+    return f"{text}; {len(shown)} of {len(rows)} {query.of} {'is' if len(shown) == 1 else 'are'} out of bounds"
+
+
+def factor_text(row: Row) -> str:
+    """Say how far a value is from its baseline: `× 2`, `+12.5 %`, or the difference where a share means nothing."""
+    baseline = row.baseline
+    assert baseline is not None
+    if not baseline or not math.isfinite(baseline) or not math.isfinite(row.value):
+        return f"{number(row.value - baseline, signed=True)}" if math.isfinite(row.value - baseline) else "moved"
+    ratio = row.value / baseline
+    if ratio >= PLAIN_FACTOR or 0 < ratio <= 1 / PLAIN_FACTOR:
+        return f"× {ratio:.3g}"
+    return f"{(row.value - baseline) / abs(baseline):+.1%}".replace("-", "−").replace("%", " %")
 
 
 def _all_within(rows: Sequence[Row], bound: str, query: Query) -> str:
@@ -168,11 +184,6 @@ def _all_within(rows: Sequence[Row], bound: str, query: Query) -> str:
 
 def _unit(unit: str, value: float) -> str:
     return f" {unit.removesuffix('s') if value == 1 else unit}" if unit else ""
-
-
-def _percent(row: Row) -> str:
-    known = row.baseline and math.isfinite(row.baseline) and math.isfinite(row.value)
-    return f" ({(row.value - row.baseline) / abs(row.baseline):+.1%})" if known and row.baseline else ""
 
 
 def waiver_notes(uses: Sequence[WaiverUse], out: Sequence[Row], red: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,9 @@ def test_a_baselines_header_leaves_out_the_folders_of_one_machine():
 def test_a_baseline_says_what_is_different_now():
     then = ModelProvenance.of(MODEL)
     now = ModelProvenance.of({**MODEL, "weights": None, "dtype": "float32", "versions": {"torch": "2.9"}})
-    made = "the baseline was made with checkpoints/int8 (sha256 ab12ab12ab12)"
-    assert since_text(then, then) == f"{made}; same versions, dtype and device as now"
-    assert since_text(then, now) == f"{made}; dtype was bfloat16, is float32; transformers was 5.0, is None"
+    made = "changed since the baseline of checkpoints/int8 (sha256 ab12ab12ab12): "
+    assert since_text(then, then) == f"{made}weights unchanged; versions, dtype and device unchanged"
+    assert since_text(then, now) == f"{made}dtype was bfloat16, is float32; transformers was 5.0, is None"
+    other = replace(then, weights=f"sha256:{'cd34' * 16}")
+    told = "weights (sha256 ab12ab12ab12 → sha256 cd34cd34cd34); versions, dtype and device unchanged"
+    assert since_text(then, other) == made + told

@@ -90,7 +90,7 @@ def test_recovery_and_drop_are_of_the_reference_whichever_way_is_better(evals):
     assert values == pytest.approx([0.549 / 0.61, 0.061, 12 / 12.5, 0.5, 0.549 / 0.61, 0.5, 0.44])
     assert [run.report(f"::a{n}")["outcome"] for n in range(7)] == ["failed"] * 4 + ["passed"] * 3
     assert run.first_line("::a0") == (
-        "REGRESSION a0: gsm8k is out of bounds (min 0.91); worst gsm8k: 0.9, −0.01 "
+        "REGRESSION a0: gsm8k: 0.9 (min 0.91), out of bounds "
         "(0.549 ± 0.0134 against 0.61 ± 0.0134, ± 0.01895 of the difference)"
     )
     report = evals.project.read("qsa-results/report.html")

@@ -154,7 +154,7 @@ def test_nibbles_in_the_wrong_order_are_caught_at_their_layer(tmp_path, quantize
     broken = edited(quantized["int4"], tmp_path / "broken", swapped)
     run = gate(Project(tmp_path / "project"), quantized["int4"], llama, ("broken", broken))
     for assertion in ("weights", "alone"):
-        worst, _, value = run.first_line(f"::{assertion}").partition("worst ")[2].partition(": ")
+        worst, _, value = run.first_line(f"::{assertion}").partition(f"{assertion}: ")[2].partition(": ")
         assert worst == DOWN, run.out
         assert value.startswith("-"), value
 

@@ -18,7 +18,7 @@ import pytest
 from pytest_qsa.captures.distributions import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.report import page as report_page
-from pytest_qsa.report.report import to_plain, write_report
+from pytest_qsa.report.report import MARKER, MOST_RUNS, to_plain, write_report, write_run
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 from support.projects import peaks, suite
 
@@ -67,6 +67,19 @@ def tokens_of(maxima):
 
 def page_of(tmp_path, *verdicts, session=SESSION):
     return write_report([to_plain(verdict) for verdict in verdicts], tmp_path / "out", session).read_text("utf-8")
+
+
+def test_each_run_is_kept_beside_the_latest_and_only_marked_ones_are_removed(tmp_path):
+    for number in range(MOST_RUNS + 2):
+        run = tmp_path / f"runs/20260101T0000{number:02}Z-1"
+        latest = write_run([to_plain(verdict_of(id=f"run{number}"))], run, SESSION)
+        if number == 1:
+            (run / MARKER).unlink()  # now a user's own folder
+    kept = sorted(int(path.name[13:15]) for path in (tmp_path / "runs").iterdir())
+    assert kept == [1, *range(2, MOST_RUNS + 2)]
+    assert latest == tmp_path / "report.html"
+    assert latest.read_bytes() == (run / "report.html").read_bytes()
+    assert f"run{MOST_RUNS + 1}" in (tmp_path / "report.json").read_text()
 
 
 class Page(HTMLParser):

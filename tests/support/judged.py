@@ -9,6 +9,7 @@ import numpy as np
 
 from pytest_qsa import Capture
 from pytest_qsa.captures.sites import SiteNumbers
+from pytest_qsa.common import InfraError
 from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.suite.load import load_suite
 from pytest_qsa.suite.yaml_source import YamlSource
@@ -32,8 +33,13 @@ def judged(assertion, evidence, *, today=TODAY, **keywords):
 
 
 def explained(verdict, capture, files=None, origins=None):
-    """Return a verdict with what explains it. `files`: returns the checkpoint's."""
-    return explain(verdict, Context(capture, files, {} if origins is None else origins))
+    """Return a verdict with what explains it. `files`: returns the checkpoint's; without it there are none."""
+    return explain(verdict, Context(capture, files or no_files, {} if origins is None else origins))
+
+
+def no_files():
+    """Raise as a model of a fixture does, which has no files."""
+    raise InfraError("no files")
 
 
 def assertion_of(**keys):

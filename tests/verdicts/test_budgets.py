@@ -155,7 +155,7 @@ def grouped(tmp_path_factory, llama):
 
 @pytest.mark.process
 def test_a_failure_stands_at_the_group_whose_bound_was_exceeded(grouped):
-    assert grouped.first_line("::peaks").startswith("REGRESSION peaks: 1 of 4 layers ")
+    assert grouped.first_line("::peaks").endswith("; 1 of 4 layers is out of bounds")
     assert grouped.labelled("::peaks")["bound"][0].startswith("_base/b.qsa.yaml:4: max {")
     assert grouped.text("::own").startswith("a.qsa.yaml:12: in own\n    layers\\.2$: 2\n")
     assert grouped.first_line("::own").startswith("REGRESSION own: 1 of 4 layers ")
@@ -163,4 +163,4 @@ def test_a_failure_stands_at_the_group_whose_bound_was_exceeded(grouped):
 
 @pytest.mark.process
 def test_layers_that_are_not_quantized_are_in_the_group_none(grouped):
-    assert grouped.first_line("::schemes").startswith("REGRESSION schemes: 4 of 4 layers ")
+    assert grouped.first_line("::schemes").endswith("; 4 of 4 layers are out of bounds")

@@ -149,7 +149,8 @@ def test_a_failure_begins_with_what_its_weights_are_in_the_reference(llama, tmp_
     told = "4 of 4 gate_proj and 4 of 4 up_proj, nothing else: exchanged, each is the reference's other one"
     found = capture_weights(files, [Request("_proj$", "weight", None, statistics("error"))])
     verdict = explained(judge_bounds(found.weight("_proj$").weight_sqnr(), Bounds(min=20)), found, lambda: files)
-    assert verdict.headline.startswith(f"{told}; 8 of 28 layers are out of bounds")
+    assert verdict.headline.startswith(f"{told}; model.layers.")
+    assert verdict.headline.endswith("; 8 of 28 layers are out of bounds")
     assert verdict.origin == {"suspect": told}
     unquantized = judged(assertion_of(metric="checkpoint_unquantized", max=0), files)
     assert unquantized.headline.startswith(f"{told}; 8 problems in 8 of ")

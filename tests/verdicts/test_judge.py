@@ -58,7 +58,7 @@ def test_a_bound_that_holds_says_what_came_nearest():
 def test_an_exceeded_bound_names_the_worst_layer_and_the_first_one():
     verdict = verdict_of(max=3)
     assert verdict.kind is Kind.REGRESSION
-    assert verdict.headline == "2 of 3 layers are out of bounds (max 3); worst layers.1: 8, +5"
+    assert verdict.headline == "layers.1: 8 (max 3); 2 of 3 layers are out of bounds"
     assert verdict.first_failing.layer == "layers.1"
 
 

@@ -119,7 +119,7 @@ def test_what_rose_beyond_the_last_release_fails(releases, previous):
     line = run.first_line("::drift")
     assert line.startswith("REGRESSION drift: ")
     assert "(max 1.1 × previous)" in line
-    assert "worst model.layers.2.mlp.down_proj" in line
+    assert line.startswith("REGRESSION drift: model.layers.2.mlp.down_proj: ")
 
 
 @pytest.mark.process

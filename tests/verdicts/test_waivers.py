@@ -40,7 +40,7 @@ def test_an_excess_that_is_waived_whole_is_a_warning_that_names_the_waiver():
 def test_what_is_not_waived_still_fails_and_the_headline_is_about_it():
     verdict = waived([9, 3, 0.5], "layers.0")
     assert verdict.kind is Kind.REGRESSION
-    assert verdict.headline == ("1 of 3 layers is out of bounds (max 1); worst layers.1: 3, +2; 1 more are waived")
+    assert verdict.headline == ("layers.1: 3 (max 1); 1 of 3 layers is out of bounds; 1 more are waived")
     assert [row.layer for row in failing(verdict.rows)] == ["layers.1"]
 
 
@@ -141,7 +141,9 @@ def test_a_waiver_in_force_is_printed_in_terminal_report_and_junit(told):
 
 @pytest.mark.process
 def test_what_a_waiver_does_not_name_fails(told):
-    assert told.before.first_line("::partly").startswith("REGRESSION partly: 2 of 4 layers ")
+    assert told.before.first_line("::partly").startswith(
+        "REGRESSION partly: model.layers.3: 11.53 (max 1); 2 of 4 layers "
+    )
     assert "waived" in told.before.first_line("::partly")
 
 

@@ -156,10 +156,16 @@ def out_of_bounds(rows: Sequence[Row], shown: Sequence[Row], bound: str, query: 
         against = f"baseline {number(worst.baseline)}, allowed {bound.removeprefix('baseline ')}"
         text = f"{worst.layer}: {factor_text(worst)} ({value}, {against})"
     else:
-        text = f"{worst.layer}: {value} ({bound})"
+        text = f"{worst.layer}: {value} ({_own_bound(worst) if '{' in bound else bound})"
     if len(rows) == 1:
         return f"{text}, out of bounds"
     return f"{text}; {len(shown)} of {len(rows)} {query.of} {'is' if len(shown) == 1 else 'are'} out of bounds"
+
+
+def _own_bound(row: Row) -> str:
+    """Say the bound of one layer, where a suite states one for each group."""
+    sides = (("min", row.low), ("max", row.high))
+    return ", ".join(f"{side} {number(bound)}" for side, bound in sides if bound is not None)
 
 
 def factor_text(row: Row) -> str:

@@ -119,8 +119,8 @@ def test_junit_has_the_place_the_kind_and_the_verdict(two):
     assert (cases["fails"].get("file"), cases["fails"].get("line")) == ("a.qsa.yaml", "4")
     properties = {p.get("name"): p.get("value") for p in cases["fails"].iter("property")}
     assert properties["qsa_kind"] == "REGRESSION"
-    assert properties["qsa_verdict"].startswith("4 of 4 layers ")
-    assert cases["fails"].find("failure").get("message").startswith("REGRESSION: 4 of 4 layers")
+    assert properties["qsa_verdict"].endswith("; 4 of 4 layers are out of bounds")
+    assert cases["fails"].find("failure").get("message").startswith("REGRESSION: model.layers.3: ")
     assert {p.get("value") for p in cases["holds"].iter("property")} >= {"PASSED"}
 
 

@@ -139,7 +139,7 @@ def test_a_python_failure_can_be_run_again_with_its_subject(both):
 
 
 def test_the_failures_of_a_file_begin_with_their_kind(both):
-    assert "FAILED test_p.py::test_above - REGRESSION: 4 of 4 layers " in both.out
+    assert "FAILED test_p.py::test_above - REGRESSION: model.layers.3: " in both.out
     assert "FAILED test_p.py::test_missing - ANOMALOUS: " in both.out
 
 

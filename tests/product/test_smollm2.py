@@ -68,8 +68,7 @@ def test_the_doubled_scale_fails_and_its_layer_is_named(runs):
     failed = {test.partition("::")[2] for test, outcome in runs["damaged"].outcomes.items() if outcome == "failed"}
     assert failed == {"drift", "scales"}
     for test in failed:
-        assert ": model.layers.17.mlp.down_proj: × 2 (" in runs["damaged"].first_line(f"::{test}")
-        assert runs["damaged"].labelled(f"::{test}")["begins"][0].startswith("model.layers.17.mlp.down_proj,")
+        assert ": model.layers.17.mlp.down_proj: × 2" in runs["damaged"].first_line(f"::{test}")
 
 
 @pytest.mark.process

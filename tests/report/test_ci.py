@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from pytest_qsa.report.verdict_text import SUMMARY_BYTES, annotation_lines, append_summary, command, step_summary
+from pytest_qsa.report.verdict_text import (
+    SUMMARY_BYTES,
+    annotation_lines,
+    append_summary,
+    command,
+    shared_layers,
+    step_summary,
+    styled_lines,
+)
 from support.junit_format import violations
 from support.paths import ROOT
 from support.projects import Project, peaks, suite
@@ -278,3 +286,24 @@ def test_the_documented_pipelines_fit_their_services_schemas(tmp_path, job, sche
     assert check(re.sub(rf"(?m)^( +){job}:", r"\1unknown-key:", pipeline)).returncode == 1
     options = set(re.findall(r"--qsa-[a-z]+", text))
     assert options <= set(re.findall(r"--qsa-[a-z]+", (ROOT / "README.md").read_text("utf-8")))
+
+
+def failure_at(layer, **fields):
+    row = {"layer": layer, "value": 2.0, "used": 2.0, "excess": 1.0, "waived": False}
+    return result_of(**({"rows": [row], "query": {}} | fields))
+
+
+def test_failures_of_one_subject_at_one_layer_are_named_together():
+    results = [
+        failure_at("l.17", id="files"), failure_at("l.17", id="drift"), failure_at("l.18", id="other"),
+        failure_at("l.17", id="warned", kind="WARNED"), failure_at("l.17", id="elsewhere", subject="n"),
+        failure_at("l.17", id="summed", query={"over": "sum"}),
+    ]  # fmt: skip
+    assert list(shared_layers(results)) == ["one layer, 2 failures: l.17 of m: files, drift"]
+
+
+def test_a_failure_is_red_where_it_says_what_broke_and_dim_where_it_says_what_ran():
+    lines = ["REGRESSION a: l: 2 (max 1)", "  rms()", "", "  l  2", "again    pytest x", "bound    f:1", "ran      m"]
+    styles = [line.styles for line in styled_lines(lines)]
+    assert styles == [("red", "bold"), ("light",), (), ("red",), ("bold",), ("light",), ("light",)]
+    assert [line.text for line in styled_lines(lines)] == lines

@@ -16,20 +16,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from _pytest._code.code import ReprEntry
 
 from .. import captures, common, engine, report, suite, tools, verdicts
 from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import WORKER_RUN, Options
 
 if TYPE_CHECKING:
-    from _pytest._io import TerminalWriter
-
     from ..captures import Capture
     from ..report import PlainVerdict
     from ..suite import Place
@@ -166,16 +164,15 @@ def _replace_text(representation: Any, text: str) -> None:
     entry.lines = source + [f"E   {line}" for line in text.splitlines()]
 
 
-class _ColouredEntry(ReprEntry):
-    """The text of a verdict, coloured by what each line is: the finding red, what ran dim, what to type plain."""
+def _write_coloured(entry: Any, writer: Any) -> None:
+    """Write the text of a verdict, coloured by what each line is: the finding red, what ran dim, what to type bold.
 
-    def _write_entry_lines(self, tw: TerminalWriter) -> None:
-        source = [line for line in self.lines if not line.startswith("E ")]
-        tw._write_source([line[4:] for line in source], [line[:4] for line in source])
-        for line in report.styled_lines([line[4:] for line in self.lines if line.startswith("E ")]):
-            tw.write("E   ", red=True)
-            text = _linked(line.text) if tw.hasmarkup else line.text
-            tw.line(text, **dict.fromkeys(line.styles, True))
+    `entry`, `writer`: pytest's `ReprEntry` and `TerminalWriter`, neither of which is public.
+    """
+    replace(entry, lines=[line for line in entry.lines if not line.startswith("E ")]).toterminal(writer)
+    for line in report.styled_lines([line[4:] for line in entry.lines if line.startswith("E ")]):
+        writer.write("E   ", red=True)
+        writer.line(_linked(line.text) if writer.hasmarkup else line.text, **dict.fromkeys(line.styles, True))
 
 
 def _linked(text: str) -> str:
@@ -187,12 +184,11 @@ def _linked(text: str) -> str:
 
 
 def _colour(outcome: pytest.TestReport) -> None:
-    """Give a failed gate its colours: on the controller, for an entry of another class can't cross from a worker."""
+    """Give a failed gate its colours. Done on the controller: how an entry is written can't cross from a worker."""
     entries = getattr(getattr(outcome.longrepr, "reprtraceback", None), "reprentries", None)
-    if entries and type(entries[-1]) is ReprEntry:
-        last = entries[-1]
-        coloured = _ColouredEntry(last.lines, last.reprfuncargs, last.reprlocals, last.reprfileloc, last.style)
-        outcome.longrepr.reprtraceback.reprentries = [*entries[:-1], coloured]  # type: ignore[union-attr]
+    if entries and hasattr(entries[-1], "lines"):
+        # Not an entry of another class: plugins that store reports know pytest's own by their name.
+        entries[-1].toterminal = partial(_write_coloured, entries[-1])
 
 
 def _only_text(entry: Any) -> Any:

@@ -306,7 +306,8 @@ def tell_files(verdict: Verdict, context: Context) -> Verdict:
     found = _findings(context.files, verdict.failing_rows[0].layer)
     if not found:
         return verdict
-    return replace(verdict, headline=f"{verdict.headline}; the files say so too: {found[0].tensor}: {found[0].what}")
+    said = {"files": f"{found[0].tensor}: {found[0].what}"}
+    return replace(verdict, headline=f"{verdict.headline}; the files say so too", origin={**verdict.origin, **said})
 
 
 def _findings(files: Callable[[], Files], layer: str) -> Sequence[Finding]:

@@ -154,3 +154,18 @@ def test_a_failure_begins_with_what_its_weights_are_in_the_reference(llama, tmp_
     assert verdict.origin == {"suspect": told}
     unquantized = judged(assertion_of(metric="checkpoint_unquantized", max=0), files)
     assert unquantized.headline.startswith(f"{told}; 8 problems in 8 of ")
+
+
+def test_a_failure_says_what_the_files_say_of_its_worst_layer(int8_llama, tmp_path):
+    scale = "model.layers.2.mlp.down_proj.weight_scale"
+
+    def doubled(weights):
+        weights[scale] = weights[scale] * 50
+
+    files = Files(open_folder(edited(int8_llama, tmp_path / "scaled", doubled)))
+    found = capture_weights(files, [Request("down_proj$", "weight", None, statistics("moments"))])
+    verdict = explained(judge_bounds(found.weight("down_proj$").rms(), Bounds(max=1)), found, lambda: files)
+    assert verdict.headline.endswith("; 1 of 4 layers is out of bounds; the files say so too")
+    assert verdict.origin["files"].startswith(f"{scale}: the median scale is 50 ×")
+    healthy = judge_bounds(found.weight("layers.1.mlp.down_proj$").rms(), Bounds(max=0))
+    assert "files" not in explained(healthy, found, lambda: files).headline

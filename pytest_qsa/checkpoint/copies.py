@@ -37,6 +37,18 @@ LEAST_FACTOR = 0.02
 """A factor this close to 1 is what rounding and clipping may leave."""
 SAME_VALUES = 2.0**-6
 """The relative distance of a vector's elements that another dtype may leave."""
+RANK_ROWS = 256
+"""The rows and columns of a difference whose rank is counted."""
+FULL_RANK = 0.75
+"""From this share of the dimensions that noise fills, a difference is noise."""
+ABOVE_NOISE = 12.0
+"""Above this multiple of the median, an eigenvalue is no noise: the largest of noise is 6 × the median."""
+IN_FEW = 0.5
+"""The share of a difference that these eigenvalues hold, where it is of low rank."""
+ONE_COLUMN = 0.98
+"""Columns that correlate by more are one, as where a zero point is off by one."""
+LEAST_DIFFERENCE = 1e-6
+"""The share of the energy from which a difference is looked at."""
 MOST_ELEMENTS = 1 << 26
 """The elements of the largest matrix in which an order of rows is looked for: it is held in memory."""
 
@@ -46,18 +58,19 @@ class Resemblance:
     """What a weight of the checkpoint is in the reference.
 
     `source`: the layer of the reference under its name here; the layer itself where the weight is its own. `order`: how
-    its rows or columns are moved. `factor`: what multiplies all of it.
+    its rows or columns are moved. `factor`: what multiplies all of it. `rank`: that of the difference, where it is low.
     """
 
     layer: str
     source: str
     order: Order | None = None
     factor: float = 1.0
+    rank: int = 0
 
     @property
     def own(self) -> bool:
         """Whether nothing is odd: it is the reference's, quantized."""
-        return self.source == self.layer and self.order is None and self.factor == 1
+        return self.source == self.layer and self.order is None and self.factor == 1 and not self.rank
 
 
 class _Sample(NamedTuple):
@@ -119,7 +132,7 @@ class Recognizer:
             return self._scaled(layer, mine, theirs)
         if not mine.any():
             return None
-        return self._elsewhere(layer, mine) or self._moved(layer, wrong)
+        return self._elsewhere(layer, mine) or self._moved(layer, wrong) or self._added(layer, mine, theirs)
 
     def _sample(self, layer: str, *, reference: bool = False) -> Singles | None:
         """Return sampled rows and columns of a layer's weight [n, C], of a vector all of it; None if unreadable."""
@@ -147,10 +160,20 @@ class Recognizer:
         return Resemblance(layer, layer, factor=factor) if found else None
 
     def _scaled(self, layer: str, mine: Singles, theirs: Singles) -> Resemblance:
-        """Return the layer times a factor, where one explains most of how it differs from its own."""
+        """Return the layer times a factor or with an addition, where one explains most of how it differs."""
         if _factor(_products(mine, theirs)) == 1:
-            return Resemblance(layer, layer)
+            return self._added(layer, mine, theirs) or Resemblance(layer, layer)
         return Resemblance(layer, layer, factor=_fit(self.weights[layer], self.pairs[layer]).factor)
+
+    def _added(self, layer: str, mine: Singles, theirs: Singles) -> Resemblance | None:
+        """Return the layer with the rank of what was added to it, where it is low, as that of an adapter is."""
+        difference = mine - theirs
+        if np.vdot(difference, difference) <= LEAST_DIFFERENCE * np.vdot(theirs, theirs) or _is_noise(difference):
+            return None
+        weight, pair = self.weights[layer], self.pairs[layer]
+        one, other = (_sampled(each, RANK_ROWS).rows for each in (weight, pair))
+        rank = _low_rank((one - other)[:, _columns(weight.table, RANK_ROWS)])
+        return Resemblance(layer, layer, rank=rank) if rank else None
 
     def _elsewhere(self, layer: str, mine: Singles) -> Resemblance | None:
         """Return the other layer whose matrix it is, of its block or in its place of another block."""
@@ -187,6 +210,8 @@ class Recognizer:
             own = np.concatenate([part[:, taken] for part in weight.parts()])
             order = _order_of(own, whole[:, taken])
             if order is not None and _fit(weight, pair, whole[order]).correlation >= CONFIRMED:
+                if not (order != np.arange(rows)).any():
+                    return None
                 heads = heads_of(self.files.folder.text_config, rows)
                 return Resemblance(layer, layer, named_order(order, heads, "rows"))
         if len(mine.rows) >= LEAST_ROWS and _matches(mine.rows.T[:LEAST_ROWS], theirs.rows.T):
@@ -232,23 +257,23 @@ def resemblances(files: Files, layers: Iterable[str]) -> dict[str, Resemblance |
     return {layer: each for layer, each in found.items() if each is None or not each.own}
 
 
-def _step(rows: int) -> int:
+def _step(rows: int, least: int) -> int:
     """Return an odd distance of the sampled rows: it meets every place in a head, whose rows are an even number."""
-    step = max(1, rows // max(LEAST_ROWS, rows // 32))
+    step = max(1, rows // max(least, rows // 32))
     return step - 1 if step > 1 and step % 2 == 0 else step
 
 
-def _columns(table: tuple[int, int]) -> NDArray[np.intp]:
+def _columns(table: tuple[int, int], most: int = COLUMNS) -> NDArray[np.intp]:
     generator = np.random.default_rng([SEED, *table])
-    return np.sort(generator.permutation(table[1])[:COLUMNS])
+    return np.sort(generator.permutation(table[1])[:most])
 
 
-def _sampled(weight: StoredWeight) -> _Sample:
+def _sampled(weight: StoredWeight, least: int = LEAST_ROWS) -> _Sample:
     rows, _ = weight.table
     if not weight.matrix:
         values = np.concatenate(list(weight.parts()))
         return _Sample(values, values)
-    step = _step(rows)
+    step = _step(rows, least)
     first = int(np.random.default_rng([SEED, rows]).integers(step))
     found = weight.form.rows(weight.layer, slice(first, None, step))
     assert found is not None  # it is no problem to read
@@ -318,3 +343,30 @@ def _order_of(mine: Singles, theirs: Singles) -> NDArray[np.intp] | None:
         moved = likeness[at, best] > likeness[at, start + at] + TIED
         order[start : start + 1024][moved] = best[moved]
     return order if len(np.unique(order)) == len(order) else None
+
+
+def _even(difference: Singles) -> Singles:
+    """Return it with columns and then rows of one size: the sizes of scales leave its rank as it is."""
+    even = difference / np.maximum(np.sqrt(np.mean(difference**2, axis=0)), np.finfo(np.float32).tiny)
+    return _normalized(even)
+
+
+def _is_noise(difference: Singles) -> bool:
+    """Say whether a difference fills the dimensions of noise: (Σλ)² / Σλ² of n × C of it is n·C / (n + C)."""
+    even = _even(difference)
+    gram = even.T @ even
+    rows, columns = difference.shape
+    filled = np.trace(gram) ** 2 / max(np.vdot(gram, gram), np.finfo(np.float32).tiny)
+    return bool(filled >= FULL_RANK * rows * columns / (rows + columns))
+
+
+def _low_rank(difference: Singles) -> int:
+    """Return the rank of what is in a difference beside noise; 0 where most is noise, or one column is like another."""
+    even = _even(difference)
+    columns = _normalized(even.T)
+    alike = np.abs(columns @ columns.T)
+    np.fill_diagonal(alike, 0)
+    values = np.sort(np.linalg.eigvalsh((even @ even.T if len(even) < len(columns) else even.T @ even)))[::-1]
+    above = values[values > ABOVE_NOISE * max(np.median(values), 1e-9 * values[0])]
+    few = len(above) <= len(values) // 4 and above.sum() >= IN_FEW * values.sum()
+    return len(above) if few and len(above) > 1 and np.median(alike.max(axis=0)) < ONE_COLUMN else 0

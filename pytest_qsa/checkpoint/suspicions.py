@@ -14,6 +14,7 @@ from .folder import kind_of, natural
 MOST_KINDS = 3
 """The number of kinds of layers that are counted one by one."""
 MOST_NAMED = 3
+MOST_LISTED = 6
 MANY = 4
 """The number of layers from which a summary says which they are."""
 
@@ -29,7 +30,8 @@ class Suspicion:
 def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     """Return what the weights of some layers, and of all below them, are in the reference, if not their own.
 
-    The one about most layers comes first; none where there is no reference, or nothing was recognized.
+    None where there is no reference, or nothing was recognized. Where something was, all weights are looked at: which
+    others share it says what happened. Those about the given layers come first, and of these the one about most.
 
     Raises:
         AnomalyError: a file is damaged.
@@ -37,12 +39,15 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     """
     if files.reference is None:
         return []
-    found = resemblances(files, layers)
-    known = [each for each in found.values() if each is not None]
+    asked = frozenset(layer for layer, each in resemblances(files, layers).items() if each is not None)
+    if not asked:
+        return []
     every = list(recognizer_of(files).weights)
+    found = resemblances(files, every)
+    known = [each for each in found.values() if each is not None]
     said = [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
-    said += [*_blocks(files, known, every), *_factors(known, every)]
-    return sorted(said, key=lambda each: -len(each.layers))
+    said += [*_blocks(files, known, every), *_factors(known, every), *_additions(known, every, len(found))]
+    return sorted(said, key=lambda each: (each.layers.isdisjoint(asked), -len(each.layers)))
 
 
 def by_kind(layers: Collection[str], among: Collection[str]) -> str:
@@ -63,9 +68,9 @@ def by_kind(layers: Collection[str], among: Collection[str]) -> str:
 
 
 def counted_kinds(layers: Collection[str], among: Collection[str]) -> str:
-    """Write `30 of 30 q_proj and 30 of 30 k_proj`; the name where it is one layer; `50 of 210 layers` for many kinds.
+    """Write `30 of 30 q_proj and 30 of 30 k_proj`, or which of a kind; the name where it is one layer.
 
-    `among`: all layers that there are.
+    Of many kinds `all 210 layers of 7 kinds`, or `50 of 210 layers of 7 kinds`. `among`: all layers that there are.
     """
     if len(layers) == 1:
         return next(iter(layers))
@@ -75,8 +80,20 @@ def counted_kinds(layers: Collection[str], among: Collection[str]) -> str:
     if len(counts) > MOST_KINDS:
         whole = sum(all_counts[kind] for kind in counts)
         kinds = "" if len(counts) == len(all_counts) else f" of {len(counts)} kinds"
-        return f"{len(layers)} of {whole} layers{kinds}"
-    return joined([f"{count} of {all_counts[kind]} {_short(kind)}" for kind, count in counts.items()])
+        return f"{f'all {whole}' if len(layers) == whole else f'{len(layers)} of {whole}'} layers{kinds}"
+    which = [_which([layer for layer in layers if kind_of(layer) == kind], all_counts[kind]) for kind in counts]
+    if len(set(which)) == 1:  # the same blocks of each kind are told once
+        which = [""] * (len(which) - 1) + which[:1]
+    parts = zip(counts.items(), which, strict=True)
+    return joined([f"{count} of {all_counts[kind]} {_short(kind)}{where}" for (kind, count), where in parts])
+
+
+def _which(layers: Sequence[str], of: int) -> str:
+    """Write ` (layers 5, 12 and 20)` for a few of a kind, or a range of it; empty for all, and for many."""
+    blocks = {int(place_of(layer).block or 0) for layer in layers}
+    if len(layers) == of or len(blocks) < len(layers) or len(blocks) > MOST_LISTED and not _is_range(blocks):
+        return ""
+    return f" ({'layer' if len(blocks) == 1 else 'layers'} {_range(blocks)})"
 
 
 def joined(texts: Sequence[str]) -> str:
@@ -188,11 +205,14 @@ def _blocks(files: Files, known: Sequence[Resemblance], every: Collection[str]) 
 
 
 def _range(numbers: Collection[int]) -> str:
-    first, last = min(numbers), max(numbers)
-    if len(numbers) > 2 and last - first + 1 == len(numbers):
-        return f"{first} to {last}"
+    if _is_range(numbers):
+        return f"{min(numbers)} to {max(numbers)}"
     shown = [str(each) for each in sorted(numbers)]
-    return joined(shown if len(shown) <= 6 else [*shown[:5], f"{len(shown) - 5} more"])
+    return joined(shown if len(shown) <= MOST_LISTED else [*shown[:5], f"{len(shown) - 5} more"])
+
+
+def _is_range(numbers: Collection[int]) -> bool:
+    return len(numbers) > 2 and max(numbers) - min(numbers) + 1 == len(numbers)
 
 
 def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[Suspicion]:
@@ -204,3 +224,15 @@ def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[S
         verb = "is" if len(layers) == 1 else "are"
         what = f"{counted_kinds(layers, every)} {verb} {factor} × the reference's and otherwise the same"
         yield Suspicion(what, frozenset(layers))
+
+
+def _additions(known: Sequence[Resemblance], every: Collection[str], odd: int) -> Iterator[Suspicion]:
+    """Yield the layers that differ from their own by few dimensions."""
+    ranks = {each.layer: each.rank for each in known if each.rank}
+    if ranks:
+        least, most = min(ranks.values()), max(ranks.values())
+        rank = str(most) if least == most else f"{least} to {most}"
+        verb = "differs" if len(ranks) == 1 else "differ"
+        what = f"{verb} from the reference's by a matrix of rank {rank}, as of an adapter that one of both has merged"
+        text = f"{counted_kinds(ranks, every)}{_only(ranks, odd)}: {what}, or with another factor"
+        yield Suspicion(text, frozenset(ranks))

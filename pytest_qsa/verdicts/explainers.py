@@ -279,7 +279,7 @@ def recognize(verdict: Verdict, context: Context) -> Verdict:
 
 
 def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:
-    if context.capture.reference is None or not METRICS[verdict.query["metric"]].against:
+    if verdict.query["metric"] == "loaded_weights":  # the loader's, not the files'
         return ()
     try:
         files = context.files()
@@ -290,8 +290,13 @@ def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:
 
 
 def _suspects(verdict: Verdict, capture: Capture, files: Files) -> Sequence[str]:
-    """Return the layers of the files that are out of bounds, or hold what is; all for a number of the whole model."""
-    if verdict.query.get("over") or verdict.query.get("site", LOGITS) == LOGITS:
+    """Return the layers of the files that are out of bounds, or hold what is.
+
+    All for a number of the whole model, and for one of its own activations: a weight earlier on may have moved them.
+    """
+    site = verdict.query.get("site", LOGITS)
+    own = site != "weight" and not METRICS[verdict.query["metric"]].against
+    if verdict.query.get("over") or site == LOGITS or own:
         return weight_names(files).all
     named = files.format.layers_of(capture.modules)
     out = tuple(row.layer for row in verdict.rows if row.excess)

@@ -43,10 +43,12 @@ FULL_RANK = 0.75
 """From this share of the dimensions that noise fills, a difference is noise."""
 ABOVE_NOISE = 12.0
 """Above this multiple of the median, an eigenvalue is no noise: the largest of noise is 6 × the median."""
+GAP = 4.0
+"""The ratio of two eigenvalues in a row where the rank ends."""
 IN_FEW = 0.5
 """The share of a difference that these eigenvalues hold, where it is of low rank."""
-ONE_COLUMN = 0.98
-"""Columns that correlate by more are one, as where a zero point is off by one."""
+NEIGHBOURS_ALIKE = 0.5
+"""From this mean correlation of neighbouring columns a difference is a shift of groups, as by a zero point."""
 LEAST_DIFFERENCE = 1e-6
 """The share of the energy from which a difference is looked at."""
 MOST_ELEMENTS = 1 << 26
@@ -172,8 +174,11 @@ class Recognizer:
             return None
         weight, pair = self.weights[layer], self.pairs[layer]
         one, other = (_sampled(each, RANK_ROWS).rows for each in (weight, pair))
-        rank = _low_rank((one - other)[:, _columns(weight.table, RANK_ROWS)])
-        return Resemblance(layer, layer, rank=rank) if rank else None
+        columns = np.ascontiguousarray((one - other).T)
+        if float(np.mean(_correlations(columns[:-1], columns[1:]))) >= NEIGHBOURS_ALIKE:
+            return None
+        rank = _low_rank(columns[_columns(weight.table, RANK_ROWS)])
+        return Resemblance(layer, layer, rank=rank) if rank > 1 else None
 
     def _elsewhere(self, layer: str, mine: Singles) -> Resemblance | None:
         """Return the other layer whose matrix it is, of its block or in its place of another block."""
@@ -210,8 +215,6 @@ class Recognizer:
             own = np.concatenate([part[:, taken] for part in weight.parts()])
             order = _order_of(own, whole[:, taken])
             if order is not None and _fit(weight, pair, whole[order]).correlation >= CONFIRMED:
-                if not (order != np.arange(rows)).any():
-                    return None
                 heads = heads_of(self.files.folder.text_config, rows)
                 return Resemblance(layer, layer, named_order(order, heads, "rows"))
         if len(mine.rows) >= LEAST_ROWS and _matches(mine.rows.T[:LEAST_ROWS], theirs.rows.T):
@@ -335,14 +338,18 @@ def _matches(few: Singles, all_rows: Singles) -> bool:
 
 
 def _order_of(mine: Singles, theirs: Singles) -> NDArray[np.intp] | None:
-    """Return the reference's row that each row is; a row that is its own stays. None where it is no permutation."""
+    """Return the reference's row that each row is; a row that is its own stays. None where it is no permutation.
+
+    None as well where each stays: then it isn't the order that is another one.
+    """
     one, other, order = _normalized(mine), _normalized(theirs), np.arange(len(mine))
     for start in range(0, len(one), 1024):
         likeness = one[start : start + 1024] @ other.T
         best, at = likeness.argmax(axis=1), np.arange(len(likeness))
         moved = likeness[at, best] > likeness[at, start + at] + TIED
         order[start : start + 1024][moved] = best[moved]
-    return order if len(np.unique(order)) == len(order) else None
+    anywhere = (order != np.arange(len(order))).any()
+    return order if anywhere and len(np.unique(order)) == len(order) else None
 
 
 def _even(difference: Singles) -> Singles:
@@ -361,12 +368,12 @@ def _is_noise(difference: Singles) -> bool:
 
 
 def _low_rank(difference: Singles) -> int:
-    """Return the rank of what is in a difference beside noise; 0 where most is noise, or one column is like another."""
+    """Return the rank of what is in a difference beside noise; 0 where most of it is noise."""
     even = _even(difference)
-    columns = _normalized(even.T)
-    alike = np.abs(columns @ columns.T)
-    np.fill_diagonal(alike, 0)
-    values = np.sort(np.linalg.eigvalsh((even @ even.T if len(even) < len(columns) else even.T @ even)))[::-1]
+    gram = even @ even.T if len(even) < even.shape[1] else even.T @ even
+    values = np.sort(np.linalg.eigvalsh(gram))[::-1]
     above = values[values > ABOVE_NOISE * max(np.median(values), 1e-9 * values[0])]
-    few = len(above) <= len(values) // 4 and above.sum() >= IN_FEW * values.sum()
-    return len(above) if few and len(above) > 1 and np.median(alike.max(axis=0)) < ONE_COLUMN else 0
+    if not 0 < len(above) <= len(values) // 4 or above.sum() < IN_FEW * values.sum():
+        return 0
+    ends = np.flatnonzero(above >= GAP * values[1 : len(above) + 1])
+    return int(ends[-1]) + 1 if ends.size else len(above)

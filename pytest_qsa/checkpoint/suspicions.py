@@ -91,7 +91,7 @@ def counted_kinds(layers: Collection[str], among: Collection[str]) -> str:
 def _which(layers: Sequence[str], of: int) -> str:
     """Write ` (layers 5, 12 and 20)` for a few of a kind, or a range of it; empty for all, and for many."""
     blocks = {int(place_of(layer).block or 0) for layer in layers}
-    if len(layers) == of or len(blocks) < len(layers) or len(blocks) > MOST_LISTED and not _is_range(blocks):
+    if len(layers) == of or len(blocks) < len(layers) or (len(blocks) > MOST_LISTED and not _is_range(blocks)):
         return ""
     return f" ({'layer' if len(blocks) == 1 else 'layers'} {_range(blocks)})"
 
@@ -219,7 +219,7 @@ def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[S
     groups: dict[str, list[str]] = {}
     for each in known:
         if each.factor != 1 and each.source == each.layer and each.order is None:
-            groups.setdefault(number(round(each.factor, 2)), []).append(each.layer)
+            groups.setdefault(number(float(f"{each.factor:.3g}")), []).append(each.layer)
     for factor, layers in groups.items():
         verb = "is" if len(layers) == 1 else "are"
         what = f"{counted_kinds(layers, every)} {verb} {factor} × the reference's and otherwise the same"

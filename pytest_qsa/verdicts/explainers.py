@@ -279,8 +279,6 @@ def recognize(verdict: Verdict, context: Context) -> Verdict:
 
 
 def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:
-    if verdict.query["metric"] == "loaded_weights":  # the loader's, not the files'
-        return ()
     try:
         files = context.files()
         return suspicions_of(files, _suspects(verdict, context.capture, files)) if files.reference else ()

@@ -10,7 +10,7 @@ from pytest_qsa.checkpoint.checks.health import problems_of
 from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.row_orders import named_order
-from pytest_qsa.checkpoint.suspicions import by_kind, suspicions_of
+from pytest_qsa.checkpoint.suspicions import by_kind, counted_kinds, suspicions_of
 from pytest_qsa.checkpoint.weights import stored_weights
 from support.checkpoints import edited, save_llama, save_quantized_moe
 
@@ -135,12 +135,58 @@ def test_layers_that_are_all_one_too_late_repeat_nothing(original, tmp_path):
     assert told == ["layers 1 to 3 are the reference's layers 0 to 2 in o_proj"]
 
 
-def test_only_the_layers_asked_for_are_looked_at_and_all_below_them(original, tmp_path):
-    folder = edited(original, tmp_path / "rope", each(["k_proj"], alternating))
-    assert said(folder, original, ["model.layers.3"]) == [
-        "model.layers.3.self_attn.k_proj: rows in the rope's interleaved layout"
-    ]
+def test_what_one_of_the_layers_asked_for_is_is_said_of_all_that_are(original, tmp_path):
+    def change(weights):
+        each(["k_proj"], alternating)(weights)
+        each(["0.mlp.up_proj"], lambda weight: 2 * weight)(weights)
+
+    folder = edited(original, tmp_path / "rope", change)
+    rows = "4 of 4 k_proj: rows in the rope's interleaved layout"
+    factor = "model.layers.0.mlp.up_proj is 2 × the reference's and otherwise the same"
+    assert said(folder, original, ["model.layers.3"]) == [rows, factor]
+    assert said(folder, original, ["model.layers.0.mlp"]) == [factor, rows]
     assert said(folder, original, ["model.layers.3.mlp"]) == []
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_an_adapter_that_is_merged_is_known_by_the_rank_of_the_difference(tmp_path, rank):
+    original = save_llama(tmp_path / "original", tokenizer=False, layers=LAYERS, width=256)
+    random = np.random.default_rng(0)
+
+    def merge(weight):
+        up, down = random.normal(size=(len(weight), rank)), random.normal(size=(rank, weight.shape[1]))
+        added = torch.from_numpy(up @ down).float()
+        return weight + added * (0.2 * weight.std() / added.std())
+
+    merged = edited(original, tmp_path / "merged", noisy(each(["q_proj"], merge)))
+    assert said(merged, original) == [
+        f"4 of 4 q_proj, nothing else: differ from the reference's by a matrix of rank {rank}, as of an adapter that "
+        "one of both has merged, or with another factor"
+    ]
+
+
+def test_a_zero_point_that_is_off_is_no_adapter(original, tmp_path):
+    def shift(weight):
+        return (weight.view(-1, 16) + 0.2 * weight.view(-1, 16).abs().amax(1, keepdim=True)).view(weight.shape)
+
+    assert said(edited(original, tmp_path / "shifted", noisy(each(["q_proj"], shift))), original) == []
+
+
+def test_a_few_of_a_kind_are_named_by_their_blocks():
+    every = [f"model.layers.{block}.{kind}" for block in range(30) for kind in ("q_proj", "k_proj", "v_proj", "o_proj")]
+
+    def named(blocks, *kinds):
+        return counted_kinds([f"model.layers.{block}.{kind}" for block in blocks for kind in kinds], every)
+
+    assert named([5, 12, 20], "q_proj") == "3 of 30 q_proj (layers 5, 12 and 20)"
+    assert named(range(15, 30), "q_proj") == "15 of 30 q_proj (layers 15 to 29)"
+    assert named([3], "q_proj", "k_proj") == "1 of 30 q_proj and 1 of 30 k_proj (layer 3)"
+    assert named(range(0, 20, 2), "q_proj") == "10 of 30 q_proj"
+    assert named(range(30), "q_proj") == "30 of 30 q_proj"
+    kinds = ("a_proj", "b_proj", "c_proj", "d_proj")
+    more = [f"model.layers.{block}.{kind}" for block in range(2) for kind in kinds]
+    assert counted_kinds(more, [*more, "model.norm"]) == "all 8 layers of 4 kinds"
+    assert counted_kinds(more[1:], [*more, "model.norm"]) == "7 of 8 layers of 4 kinds"
 
 
 def test_what_is_healthy_or_only_damaged_is_like_nothing_else(original, tmp_path):

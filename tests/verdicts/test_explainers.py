@@ -13,18 +13,14 @@ from pytest_qsa.captures import Request
 from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.checkpoint.smoothing import Relation
-from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind
 from support.captures import statistics
 from support.checkpoints import edited
-from support.judged import assertion_of, capture_of, explained, judge_bounds, judged
+from support.judged import assertion_of, capture_of, explained, judge_bounds, judged, no_files
 
 VALUES = [[1, 2, 1, 1], [1, 1, 8, 1], [1, 1, 1, 4]]
-
-
-def no_files():
-    raise InfraError("there are no files")
 
 
 def loaded(gain):
@@ -169,3 +165,13 @@ def test_a_failure_says_what_the_files_say_of_its_worst_layer(int8_llama, tmp_pa
     assert verdict.origin["files"].startswith(f"{scale}: the median scale is 50 ×")
     healthy = judge_bounds(found.weight("layers.1.mlp.down_proj$").rms(), Bounds(max=0))
     assert "files" not in explained(healthy, found, lambda: files).headline
+
+
+def test_a_number_of_the_model_alone_is_red_by_a_weight_that_stands_elsewhere_in_the_files(llama, tmp_path):
+    moved = edited(llama, tmp_path / "moved", lambda weights: weights["model.layers.1.mlp.up_proj.weight"].mul_(3))
+    files = Files(open_folder(moved), open_folder(llama))
+    capture = capture_of(VALUES)
+    verdict = explained(judge_bounds(capture.output(".").magnitude("top1"), Bounds(max=1)), capture, lambda: files)
+    told = "model.layers.1.mlp.up_proj is 3 × the reference's and otherwise the same"
+    assert verdict.headline.startswith(f"{told}; ")
+    assert verdict.origin == {"suspect": told}

@@ -5,7 +5,6 @@ The cache has a file for each fingerprint, checksummed, locked, in a folder of b
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,8 +19,6 @@ LIMIT = 4 << 30
 """The bytes that a cache folder may hold; the captures that were not used for longest go first."""
 EVERY = 60.0
 """Seconds between two writes of partial sums."""
-_DIGEST = 32
-"""Bytes of the SHA-256 at the end of a file of partial sums."""
 
 
 @dataclass
@@ -35,10 +32,7 @@ class PartialSums:
     def load(self, requests: Sequence[Request]) -> Capture | None:
         """Return the capture of the first samples, if it was made for the same plan and is whole."""
         try:
-            content = self.file.read_bytes()
-            if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
-                return None
-            capture = Capture.from_bytes(content[:-_DIGEST])
+            capture = Capture.from_bytes(self.file.read_bytes())
         except (OSError, InfraError):
             return None
         return capture if capture.plan == merge_requests(requests) else None
@@ -49,7 +43,7 @@ class PartialSums:
             return
         content = make().to_bytes()
         try:
-            write_atomically(self.file, content + hashlib.sha256(content).digest())
+            write_atomically(self.file, content)
         except OSError:
             self.every = float("inf")  # a full disk stays full: don't try again
         self._written = time.monotonic()
@@ -107,20 +101,14 @@ class CaptureCache:
         if not file.exists():
             return None
         try:
-            content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() != self._checksum(file).read_text(encoding="ascii"):
-                raise InfraError("its checksum does not fit")
-            return Capture.from_bytes(content)
-        except (OSError, InfraError, UnicodeDecodeError) as error:
+            return Capture.from_bytes(file.read_bytes())
+        except (OSError, InfraError) as error:
             self._warn(f"holds a damaged capture ({error}), which is made anew")
             return None
 
     def _save(self, capture: Capture, file: Path) -> None:
         content = capture.to_bytes()
         try:
-            # The checksum comes first: a kill between the two leaves a capture that is made anew, never one that is
-            # trusted.
-            write_atomically(self._checksum(file), hashlib.sha256(content).hexdigest())
             write_atomically(file, content)
             self._prune(keep=file)
         except OSError as error:
@@ -138,11 +126,7 @@ class CaptureCache:
             # Even if it alone is above the limit, because no later run would find it otherwise.
             if total > self.limit and file != keep:
                 file.unlink(missing_ok=True)
-                self._checksum(file).unlink(missing_ok=True)
-
-    @staticmethod
-    def _checksum(file: Path) -> Path:
-        return file.with_suffix(".sha256")
+                file.with_suffix(".sha256").unlink(missing_ok=True)  # of an earlier version
 
     def _warn(self, text: str) -> None:
         warnings.warn(QsaWarning(f"the cache {self.folder} {text}"), stacklevel=3)

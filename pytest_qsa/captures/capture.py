@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import InfraError, write_atomically
+from ..common import (
+    BLANK,
+    NO_CHECKSUM,
+    InfraError,
+    check_checksum,
+    remark,
+    shown_path,
+    with_checksum,
+    write_atomically,
+)
 from .arrays import Array
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
@@ -133,7 +142,8 @@ class Capture:
 
         arrays, header = self._split()
         # Sorted keys: equal captures make equal bytes.
-        return save(arrays, metadata={"qsa": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
+        text = json.dumps({"checksum": BLANK, "format": FORMAT, **header}, sort_keys=True)
+        return with_checksum(save(arrays, metadata={"qsa": text}))
 
     def _split(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Split into named arrays and a header; `_joined` is the way back."""
@@ -170,11 +180,13 @@ class Capture:
         }
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Capture:
+    def from_bytes(cls, content: bytes, shown: str | None = None) -> Capture:
         """Read what `to_bytes` made.
 
+        `shown`: the name of a file that may be of an earlier version. Without a checksum it is read, with a warning.
+
         Raises:
-            InfraError: it is damaged, or not a capture of this format.
+            InfraError: it is damaged or was changed, has no checksum, or is not a capture of this format.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -187,6 +199,10 @@ class Capture:
             form = header.get("format") if isinstance(header, dict) else None
             if form != FORMAT:
                 raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
+            if "checksum" in header or shown is None:
+                check_checksum(content, header.get("checksum"))
+            else:
+                remark(f"{shown} {NO_CHECKSUM}: make it anew")
             return cls._joined(load(content), header)
         # A damaged header can fail at any step of the reading.
         except (SafetensorError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
@@ -229,7 +245,7 @@ class Capture:
             InfraError: the file is missing, damaged, or not a capture of this format.
         """
         try:
-            return cls.from_bytes(Path(path).read_bytes())
+            return cls.from_bytes(Path(path).read_bytes(), shown_path(Path(path)))
         except (OSError, InfraError) as error:
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {error}") from None
 

@@ -12,11 +12,12 @@ import importlib
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from ..common import QsaError, SuiteError
-from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr
+from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr, say
 
 CLOSED_PIPE = 141
 """The exit code of a program that SIGPIPE ends: 128 + 13."""
@@ -29,6 +30,11 @@ def commands() -> Mapping[str, ModuleType]:
     return {name: module for name, module in modules.items() if hasattr(module, "run")}
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line, without the line of our own code that raised it."""
+    say(f"qsa: warning: {message}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return pytest's own exit codes: 1 for a failure, 2 for a wrong suite, 4 for wrong usage."""
     parser = argparse.ArgumentParser(prog="qsa", description="Look at models and suites of pytest-qsa.")
@@ -38,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, module in known.items():
         # Without help: `qsa merge --help` is for the parser of the command, which knows its options.
         subparsers.add_parser(name, help=first_line(module.__doc__), add_help=False)
-    with log_on_stderr():
+    with log_on_stderr(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         try:
             options, rest = parser.parse_known_args(arguments)
             code = int(known[options.command].run(rest))

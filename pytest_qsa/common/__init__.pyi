@@ -1,3 +1,12 @@
+from .checksums import (
+    BLANK as BLANK,
+    NO_CHECKSUM as NO_CHECKSUM,
+    check_checksum as check_checksum,
+    checked_json as checked_json,
+    content_hash as content_hash,
+    json_with_checksum as json_with_checksum,
+    with_checksum as with_checksum,
+)
 from .errors import (
     AnomalyError as AnomalyError,
     BaselineError as BaselineError,
@@ -10,6 +19,7 @@ from .errors import (
     UnloadableFormatError as UnloadableFormatError,
     did_you_mean as did_you_mean,
     one_line as one_line,
+    remark as remark,
     scrubbed as scrubbed,
     shown_path as shown_path,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -100,6 +101,13 @@ class QsaWarning(UserWarning):
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(scrubbed(message)))
+
+
+def remark(text: str) -> None:
+    """Warn of what a reader should know and what must fail nothing, even where warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(QsaWarning(text), stacklevel=3)
 
 
 class QsaUnplannedCaptureWarning(QsaWarning):

@@ -31,6 +31,7 @@ from .plots.style import (
 )
 from .report import (
     PlainVerdict as PlainVerdict,
+    read_report as read_report,
     strict_json as strict_json,
     to_plain as to_plain,
     write_run as write_run,

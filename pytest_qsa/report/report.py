@@ -11,7 +11,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..common import write_atomically
+from ..common import (
+    BLANK,
+    NO_CHECKSUM,
+    InfraError,
+    check_checksum,
+    remark,
+    shown_path,
+    with_checksum,
+    write_atomically,
+)
 from ..verdicts import Verdict
 
 REPORT_SCHEMA = "qsa-report/1"
@@ -48,11 +57,12 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
     # Imported here: page.py imports this module, and jinja2 is loaded only where a report is written.
     from .page import render_page
 
-    content = builtins_of({"schema": REPORT_SCHEMA, "session": session, "results": results})
+    content = builtins_of({"checksum": BLANK, "schema": REPORT_SCHEMA, "session": session, "results": results})
     without_histograms = [
         {key: value for key, value in result.items() if key != "histograms"} for result in content["results"]
     ]
-    write_atomically(folder / "report.json", strict_json(content | {"results": without_histograms}))
+    text = strict_json(content | {"results": without_histograms})
+    write_atomically(folder / "report.json", with_checksum(text.encode()))
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))
     return page
@@ -77,6 +87,31 @@ def write_run(results: Sequence[PlainVerdict], run: Path, session: Mapping[str, 
         if not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
     return latest / "report.html"
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """Read a report.json; None for a file of another kind. A warning tells of one of an earlier version.
+
+    Raises:
+        InfraError: it can't be read, was damaged, or was changed after it was written.
+    """
+    try:
+        content = path.read_bytes()
+        report = json.loads(content)
+    except OSError as error:
+        raise InfraError(f"{shown_path(path)}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(report, dict) or not str(report.get("schema", "")).startswith(REPORT_SCHEMA):
+        return None
+    if "checksum" not in report:
+        remark(f"{shown_path(path)} {NO_CHECKSUM}")
+        return report
+    try:
+        check_checksum(content, report["checksum"])
+    except InfraError as error:
+        raise InfraError(f"{shown_path(path)}: {error}") from None
+    return report
 
 
 def builtins_of(value: Any) -> Any:

@@ -20,8 +20,17 @@ from typing import Any
 
 from ..captures import Capture
 from ..checkpoint import format_of, libraries_of_formats
-from ..common import QsaError, logger, refuse_special, write_atomically
-from .subjects import NamedSubject, Subject, hub_set_of, local_path, own_folder
+from ..common import (
+    InfraError,
+    QsaError,
+    checked_json,
+    json_with_checksum,
+    logger,
+    read_json,
+    refuse_special,
+    write_atomically,
+)
+from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
 
 LIBRARIES = (
     "pytest-qsa",
@@ -39,6 +48,11 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN
 SMALL = 1 << 20
 """Smaller files are hashed every time: reading them costs as little as looking their hash up."""
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+
+
+AUTO_MAP = "auto_map"
+NAMES_CODE = (AUTO_MAP, "attn_implementation", "_attn_implementation")
+"""Keys of a configuration that name code outside of the checkpoint."""
 
 
 @dataclass
@@ -78,9 +92,10 @@ class FileHashes:
         if self._read or self.memory is None:
             return
         self._read = True
-        with suppress(OSError, ValueError, TypeError):  # there is no such file yet, or it is damaged
+        # There is no such file yet, it is damaged, or it is of an earlier version: all is hashed again.
+        with suppress(OSError, InfraError):
             # What this process has hashed itself is newer than the file, so it wins.
-            self._known = json.loads(self.memory.read_text(encoding="utf-8")) | self._known
+            self._known = checked_json(self.memory.read_bytes()) | self._known
 
     def _remember(self) -> None:
         if self.memory is None:
@@ -88,7 +103,7 @@ class FileHashes:
         # Else the checkpoints that are gone would stay in it for ever.
         kept = {path: entry for path, entry in self._known.items() if Path(path).exists()}
         try:
-            write_atomically(self.memory, json.dumps(kept, indent=0, sort_keys=True))
+            write_atomically(self.memory, json_with_checksum(kept))
         except OSError:
             self.memory = None  # a read-only cache: hashed again the next time
 
@@ -111,11 +126,13 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
         logger.debug("%s: no fingerprint, for the hub's data isn't in the cache", subject.name)
         return None
     digest = hashlib.sha256()
-    reference = _reference_files(subject) if with_reference else []
-    if reference is None:
-        logger.debug("%s: no fingerprint, for no files of the reference are here", subject.name)
+    code, reference = _remote_code(subject), _reference_files(subject) if with_reference else []
+    if code is None or reference is None:
+        what = "code from the hub" if code is None else "files of the reference"
+        logger.debug("%s: no fingerprint, for not all %s are here", subject.name, what)
         return None
-    for part in (*_parts(subject.named, hashes), [[name, hashes.of(file)] for name, file in reference]):
+    named = ([[name, hashes.of(file)] for name, file in files] for files in (reference, code))
+    for part in (*_parts(subject.named, hashes), *named):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -160,9 +177,46 @@ def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
     reference = subject.reference
     if isinstance(reference, Path):
         return [("reference", reference)] if reference.is_file() else None
-    if reference is None or reference.base_folder is None:
+    if reference is None or reference.base_folder is None or (code := _remote_code(reference)) is None:
         return None
-    return [file for folder in folders_of(reference) for file in _named_files(folder)]
+    return [file for folder in folders_of(reference) for file in _named_files(folder)] + code
+
+
+def _remote_code(subject: Subject) -> list[tuple[str, Path]] | None:
+    """Return the Python files that a model imports from elsewhere than its own folders; None where no hash covers them.
+
+    transformers imports `OTHER--module.Class` of an `auto_map` from another folder or repository, with what that
+    imports there. An attention `org/name` is a kernel that is fetched from the hub.
+    """
+    if subject.model is None or "/" in (subject.model.attn_implementation or ""):
+        return None
+    named = {pair for folder in folders_of(subject) for pair in _code_named(folder)}
+    if any(key != AUTO_MAP and "/" in text for key, text in named):
+        return None
+    others = {text.partition("--")[0] for key, text in named if key == AUTO_MAP and "--" in text}
+    files: list[tuple[str, Path]] = []
+    for other in sorted(others) if subject.model.trust_remote_code else ():
+        folder = Path(other) if Path(other).is_dir() else cached_snapshot(other, None)
+        if folder is None:
+            return None
+        files += [(f"{other}/{file.relative_to(folder)}", file) for file in sorted(folder.rglob("*.py"))]
+    return files
+
+
+def _code_named(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield each text at a key of `NAMES_CODE` in the configurations of a folder, at any depth, with that key."""
+    for file in folder.glob("*config.json"):
+        with suppress(QsaError):  # the load says what is wrong with it
+            yield from _texts_at(read_json(file, "the checkpoint"), "")
+
+
+def _texts_at(value: object, at: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str) and at:
+        yield at, value
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from _texts_at(item, key if key in NAMES_CODE else at)
+    for item in value if isinstance(value, list) else ():
+        yield from _texts_at(item, at)
 
 
 def _named_files(folder: Path) -> list[tuple[str, Path]]:
@@ -182,7 +236,7 @@ def _weights_hash(folders: Sequence[Path], hashes: FileHashes) -> str | None:
 
 
 def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
-    yield "qsa-fingerprint/6"
+    yield "qsa-fingerprint/7"
     yield subject.model.measured
     yield "files" if subject.files_only else "pass"
     yield subject.data.model_dump()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Folder, Resolved
-from ..common import logger, write_atomically
+from ..common import InfraError, checked_json, json_with_checksum, logger, write_atomically
 
 PROGRAM = "pytest_qsa.engine.load.settings"
 TIMEOUT = 300.0
@@ -33,10 +33,10 @@ def resolve_settings(folders: Sequence[Folder], cache: Path | None) -> list[Reso
     if any(entry is None for entry in found):
         answers = _ask(files)
         found = [{"resolved": answer} for answer in answers]
-        for file, entry in zip(remembered, found, strict=True):
+        for file, answer in zip(remembered, answers, strict=True):
             if file is not None:
                 with suppress(OSError):  # a read-only cache: asked again the next time
-                    write_atomically(file, json.dumps(entry))
+                    write_atomically(file, json_with_checksum({"resolved": answer}))
     resolved = [entry["resolved"] if entry else None for entry in found]
     return [Resolved(each["name"], each["settings"]) if each else None for each in resolved]
 
@@ -46,9 +46,9 @@ def _key(file: Path) -> str:
 
 
 def _read(file: Path | None) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):  # not there, or damaged
-        content = json.loads(file.read_text(encoding="utf-8")) if file else None
-        return content if isinstance(content, dict) and "resolved" in content else None
+    with suppress(OSError, InfraError):  # not there, damaged, or of an earlier version
+        content = checked_json(file.read_bytes()) if file else {}
+        return content if "resolved" in content else None
     return None
 
 

@@ -3,6 +3,7 @@ from .baseline_file import (
     Tolerance as Tolerance,
     baseline_folder as baseline_folder,
     is_baseline as is_baseline,
+    read_baseline as read_baseline,
 )
 from .baselines import (
     BASELINE_FOLDER as BASELINE_FOLDER,

@@ -14,24 +14,29 @@ from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..checkpoint import EXPERT
-from ..common import BaselineError, counted
+from ..common import BaselineError, content_hash, counted, remark, shown_path
 from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
 
 FOLDER = "qsa_baselines"
 BASELINE_FORMAT = "qsa-baseline/1"
 BASELINE_DIGITS = 5
+EDITED = "the baseline was edited by hand or merged since it was written (its key `content` doesn't fit)"
 EXPERTS_SINCE = "0.1.0"
 """The version since which the experts of a packed tensor are layers with a weight."""
 
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """A baseline. `query`: all that defines the number. `data`: the hash of the tokens. `made_with`: the model."""
+    """A baseline. `query`: all that defines the number. `data`: the hash of the tokens. `made_with`: the model.
+
+    `edited`: the file states the hash of another content.
+    """
 
     values: Mapping[str, float]
     query: Mapping[str, Any]
     data: str | None
     made_with: ModelProvenance = UNKNOWN_MODEL
+    edited: bool = False
 
     @classmethod
     def of(cls, series: Series, data: str | None, made_with: ModelProvenance = UNKNOWN_MODEL) -> BaselineFile:
@@ -46,13 +51,15 @@ class BaselineFile:
 
     def dump(self) -> str:
         """Return the text: sorted keys, and the layers in the model's order, one a line."""
-        content = {
+        content: dict[str, Any] = {
             "data": self.data,
             "format": BASELINE_FORMAT,
             "made_with": dict(sorted(self.made_with.for_baseline().items())),
             "query": dict(sorted(self.query.items())),
             "values": {layer: _written(value) for layer, value in self.values.items()},
         }
+        # The last key, so that a baseline of an earlier version differs in one line.
+        content["content"] = _hash_of(content)
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -69,9 +76,29 @@ class BaselineFile:
             # Other metrics may be 300 and mean it.
             read = _decibels if content["query"].get("definition") == "quantization_sqnr/1" else float
             values = {layer: read(value) for layer, value in content["values"].items()}
-            return cls(values, content["query"], content["data"], ModelProvenance.of_baseline(content["made_with"]))
+            made_with = ModelProvenance.of_baseline(content["made_with"])
+            edited = content.get("content", own := _hash_of(content)) != own
+            return cls(values, content["query"], content["data"], made_with, edited)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """Return the hash of what is compared; `made_with` is for the reader."""
+    return content_hash({key: content[key] for key in ("query", "data", "values")})
+
+
+def read_baseline(path: Path) -> BaselineFile:
+    """Read a baseline; a remark says so where its numbers aren't those that were written.
+
+    Raises:
+        OSError: it can't be read; `FileNotFoundError` where there is none.
+        BaselineError: it is not a baseline of this format.
+    """
+    baseline = BaselineFile.parse(path.read_bytes().decode("utf-8", "replace"))
+    if baseline.edited:
+        remark(f"{shown_path(path)}: {EDITED}; if that was meant, --snapshot-update accepts it")
+    return baseline
 
 
 def baseline_folder(suite: Path, model: str) -> Path:

@@ -18,7 +18,16 @@ from ..captures import ModelProvenance, since_text
 from ..common import BaselineError, InfraError, write_atomically
 from ..metrics import Series
 from ..suite import Location
-from .baseline_file import FOLDER, BaselineFile, Tolerance, check_comparable, is_baseline, rounded
+from .baseline_file import (
+    EDITED,
+    FOLDER,
+    BaselineFile,
+    Tolerance,
+    check_comparable,
+    is_baseline,
+    read_baseline,
+    rounded,
+)
 from .judgement import NO_LENIENCY, Judgement, Leniency, interval_text, judged
 from .verdict import Kind, Row
 
@@ -172,10 +181,11 @@ def within_baseline(
         value, kept = rounded(exact), baseline.values[layer]
         bounds, detail = tolerance.bounds(kept), interval_text(series, layer)
         rows.append(Row(layer, value, bounds.low, bounds.high, kept, bounds.excess(value), depth, detail=detail))
-    since = since_text(baseline.made_with, made_with)
+    since = since_text(baseline.made_with, made_with) + (f"; {EDITED}" if baseline.edited else "")
     found = judged(rows, series.query, str(tolerance), leniency)
     headline = found.headline + (doubt if found.kind is not Kind.PASSED else "")
-    return replace(found, headline=headline, key=BASELINE, since=since)
+    updatable = found.updatable or baseline.edited
+    return replace(found, headline=headline, key=BASELINE, since=since, updatable=updatable)
 
 
 def _doubt(series: Series, baseline: BaselineFile, made_with: ModelProvenance) -> str:
@@ -210,7 +220,9 @@ def judge_against_baseline(
     location = Path(extension.get_location(test_location=snapshot.test_location, index=snapshot.index))
     existed = location.exists()
     judgement, problem = _judgement(location, series, tolerance, data, made_with, leniency)
-    extension.accepts = judgement is not None and judgement.kind is Kind.PASSED
+    passed = judgement is not None and judgement.kind is Kind.PASSED
+    # One that was edited is written again by an update, though it fits.
+    extension.accepts = passed and not (judgement.updatable and snapshot.update_snapshots)
     # comparing with a snapshot is what makes syrupy write it
     written = snapshot == BaselineFile.of(series, data, made_with).dump()
     if not extension.accepts and written:
@@ -236,12 +248,10 @@ def _judgement(
     leniency: Leniency = NO_LENIENCY,
 ) -> tuple[Judgement | None, BaselineError | None]:
     try:
-        text = location.read_bytes().decode("utf-8", "replace")
+        return within_baseline(series, read_baseline(location), tolerance, data, made_with, leniency), None
     except (FileNotFoundError, NotADirectoryError):
         return None, BaselineError(
             f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
         )
-    try:
-        return within_baseline(series, BaselineFile.parse(text), tolerance, data, made_with, leniency), None
     except BaselineError as error:
         return None, error

@@ -23,7 +23,7 @@ from ..suite import (
     Place,
     Subject,
 )
-from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable
+from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable, read_baseline
 from .budgets import Budget, budget_of, limits_of
 from .explainers import MOST_SUSPICIONS, sinks_behind
 from .judgement import (
@@ -77,7 +77,7 @@ class Release:
 
     def _baseline(self, file: Path) -> BaselineFile:
         try:
-            return BaselineFile.parse(file.read_text(encoding="utf-8"))
+            return read_baseline(file)
         except FileNotFoundError:
             raise AnomalyError(
                 f"model.previous '{self.name}' has no baseline {file.name}: give the assertion a baseline and make "

@@ -1,23 +1,22 @@
 """A reference that was kept as a file: its numbers against those of two models side by side, and what it refuses."""
 
-import json
+import random
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from pytest_qsa import capture
 from pytest_qsa.captures import Request
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import ModelProvenance, Provenance
 from pytest_qsa.cli import capture as capture_command, main
-from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, SuiteError
+from pytest_qsa.common.errors import AnomalyError, InfraError, QsaError, QsaWarning, SuiteError
 from pytest_qsa.engine import SampleShare, capture_subject
 from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.reference.predicted import located_head, read_head
@@ -27,7 +26,7 @@ from pytest_qsa.engine.reference.replay import ReplayedReference
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
-from support.captures import statistics
+from support.captures import flipped, statistics, with_header, without_checksum
 from support.models import BLOCKS, LINEAR, damaged
 from support.paths import ROOT
 
@@ -423,11 +422,30 @@ def made_for_errors(folder):
     (folder / "short.qsa").write_bytes(content[:-100])
     checkpoints.edited(folder / "small", folder / "other", lambda weights: weights["lm_head.weight"].mul_(1.5))
     for name, place in (("gone.qsa", "away"), ("changed.qsa", "other")):
-        with safe_open(folder / "ref.qsa", framework="pt") as file:
-            header = json.loads(file.metadata()["qsa"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header["head"]["path"] = place
-        (folder / name).write_bytes(save(tensors, metadata={"qsa": json.dumps(header)}))
+        moved = with_header(content, lambda header, place=place: header["head"].update(path=place))
+        (folder / name).write_bytes(moved)
+
+
+def test_a_changed_byte_anywhere_in_a_kept_reference_is_told(gated):
+    content, file = (gated.folder / "ref.qsa").read_bytes(), gated.folder / "flipped.qsa"
+    seen = []
+    for at in random.Random(15).sample(range(len(content)), 60):
+        file.write_bytes(flipped(content, at))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                ReferenceFile.open(file)
+            except InfraError as error:
+                told.append(error)
+        seen += [] if told else [at]
+    assert seen == []
+
+
+def test_a_kept_reference_without_a_checksum_is_read_with_a_warning(gated):
+    file = gated.folder / "old.qsa"
+    file.write_bytes(without_checksum((gated.folder / "ref.qsa").read_bytes()))
+    with pytest.warns(QsaWarning, match="old.qsa has no checksum, as those of earlier versions"):
+        ReferenceFile.open(file)
 
 
 def test_another_tokenizer_is_named(gated):

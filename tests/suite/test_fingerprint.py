@@ -1,5 +1,6 @@
 """What makes two runs the same: every setting, file and library that could change a number, and nothing else."""
 
+import json
 import shutil
 from importlib import metadata
 
@@ -170,3 +171,70 @@ def test_a_capture_of_an_adapter_names_both_folders_and_the_weights_of_both(own_
     one, other = model_of(b"x"), model_of(b"y")
     assert (one.path, one.base) == (str(folder / "adapter"), str(own_llama))
     assert one.weights != other.weights
+
+
+@pytest.fixture
+def with_code_elsewhere(own_llama):
+    """Return a checkpoint whose class lies in another folder, and that folder."""
+    code = own_llama.parent / "code"
+    (code / "parts").mkdir(parents=True)
+    (code / "modeling_own.py").write_text("from .parts import layers\n")
+    (code / "parts/layers.py").write_text("x = 1\n")
+    config = json.loads((own_llama / "config.json").read_text())
+    config["text_config"] = {"auto_map": {"AutoModelForCausalLM": [f"{code}--modeling_own.Own", None]}}
+    (own_llama / "config.json").write_text(json.dumps(config))
+    return own_llama, code
+
+
+@pytest.mark.parametrize("file", ["modeling_own.py", "parts/layers.py"])
+def test_changed_code_of_another_repository_changes_the_fingerprint_where_it_may_run(with_code_elsewhere, file):
+    folder, code = with_code_elsewhere
+    trusted, not_trusted = ({"trust_remote_code": trust} for trust in (True, False))
+    before = [fingerprint(folder, model=model) for model in (trusted, not_trusted)]
+    (code / file).write_text("x = 2\n")
+    after = [fingerprint(folder, model=model) for model in (trusted, not_trusted)]
+    assert None not in before
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+
+
+def test_code_of_another_repository_counts_for_the_reference_too(with_code_elsewhere, llama):
+    folder, code = with_code_elsewhere
+    subject = subject_of(llama, model={"reference": str(folder), "trust_remote_code": True})
+    before = fingerprint_of(subject, FileHashes(None), with_reference=True)
+    (code / "modeling_own.py").write_text("x = 2\n")
+    assert before not in (None, fingerprint_of(subject, FileHashes(None), with_reference=True))
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation"])
+def test_a_model_with_code_that_is_not_here_has_no_fingerprint(own_llama, key):
+    config = json.loads((own_llama / "config.json").read_text())
+    config[key] = {"AutoModel": "nobody/nothing--modeling.Own"} if key == "auto_map" else "nobody/kernel"
+    (own_llama / "config.json").write_text(json.dumps(config))
+    assert fingerprint(own_llama, model={"trust_remote_code": True}) is None
+    assert fingerprint(own_llama, model={"attn_implementation": "nobody/kernel"}) is None
+
+
+def remembered(tmp_path):
+    """Return a file above the size from which its hash is remembered, and the file that remembers it."""
+    weights, memory = tmp_path / "weights.bin", tmp_path / "hashes.json"
+    weights.write_bytes(b"x" * ((1 << 20) + 1))
+    FileHashes(memory).of(weights)
+    return weights, memory
+
+
+def test_a_remembered_hash_that_was_edited_is_not_believed(tmp_path):
+    weights, memory = remembered(tmp_path)
+    assert FileHashes(memory).remembers(weights)
+    digest = FileHashes(None).of(weights)
+    memory.write_text(memory.read_text().replace(digest, "0" * 64))
+    assert not FileHashes(memory).remembers(weights)
+    assert FileHashes(memory).of(weights) == digest
+
+
+def test_a_remembered_hash_in_a_file_without_a_checksum_is_not_believed(tmp_path):
+    weights, memory = remembered(tmp_path)
+    content = json.loads(memory.read_text())
+    del content["checksum"]
+    memory.write_text(json.dumps(content))
+    assert not FileHashes(memory).remembers(weights)

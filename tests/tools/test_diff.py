@@ -14,6 +14,7 @@ import torch
 
 from pytest_qsa import Capture, capture
 from pytest_qsa.cli import main
+from pytest_qsa.common import json_with_checksum
 from pytest_qsa.tools.diff.changes import Change, Condition
 from pytest_qsa.tools.diff.sides import DiffMeasure
 from support import models
@@ -190,6 +191,10 @@ def test_what_equals_its_reference_is_at_infinite_decibels_and_stays_reaches_or_
     assert qsa("after.json", "after.json")[1].count("0 numbers moved") == 1
 
 
+def report_of(results):
+    return json_with_checksum({"schema": "qsa-report/1", "results": results}).decode()
+
+
 @pytest.mark.parametrize(("old", "new"), [(30.0, math.nan), (math.nan, math.inf), (30.0, -math.inf)])
 def test_decibels_that_are_not_sound_stay_not_finite(old, new):
     assert Change(DiffMeasure("sqnr", "output"), "x", old, new, 0).text == "not finite"
@@ -203,8 +208,8 @@ def test_decibels_that_are_not_sound_stay_not_finite(old, new):
         ("other.json", '{"a": 1}', "neither a capture"),
         ("list.json", "[]", "neither a capture"),
         ("half.qsa", "broken", "can't be read as a capture"),
-        ("half.json", '{"schema": "qsa-report/1", "results": [{}]}', "a damaged report.json"),
-        ("empty.json", '{"schema": "qsa-report/1", "results": []}', "no assertion in it was measured"),
+        ("half.json", report_of([{}]), "a damaged report.json"),
+        ("empty.json", report_of([]), "no assertion in it was measured"),
         ("merge.json", '<<<<<<<\n"format": "qsa-baseline/1"', "the baseline can't be read"),
         ("gone.json", None, "No such file"),
     ],
@@ -216,6 +221,16 @@ def test_a_file_of_another_kind_is_one_line_that_names_it(qsa, folder, name, con
     assert code in (1, 2)
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+def test_a_report_that_was_changed_after_it_was_written_is_refused(qsa, folder):
+    (folder / "report.json").write_text(report_of([]).replace("[]", "[ ]"))
+    code, _, err = qsa("report.json", "old.qsa")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "report.json: its checksum differs: it was damaged, or changed after it was written" in err
+    (folder / "report.json").write_text('{"schema": "qsa-report/1", "results": []}')
+    err = qsa("report.json", "old.qsa")[2]
+    assert err.startswith("qsa: warning: report.json has no checksum, as those of earlier versions")
 
 
 def test_new_and_lost_outlier_tokens_are_shown_in_context(qsa, folder):

@@ -1,12 +1,13 @@
 """Baselines as syrupy's snapshots: where they lie, whose they are, and when a run may rewrite one."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pytest_qsa.captures import ModelProvenance
-from pytest_qsa.common import BaselineError, InfraError
+from pytest_qsa.common import BaselineError, InfraError, QsaWarning
 from pytest_qsa.verdicts import (
     BASELINE_FOLDER,
     BASELINE_NAME,
@@ -17,6 +18,7 @@ from pytest_qsa.verdicts import (
     baseline_folder,
     judge_against_baseline,
     name_for_class,
+    read_baseline,
 )  # fmt: skip
 from support.judged import capture_of
 
@@ -41,7 +43,7 @@ class Snapshot:
 
     def __init__(self, location, *, update=False, error=None):
         self.extension, self.test_location, self.index = QsaBaselineExtension(), location, 0
-        self.update, self.error, self.executions = update, error, {}
+        self.update_snapshots, self.error, self.executions = update, error, {}
 
     __hash__ = None
 
@@ -49,10 +51,10 @@ class Snapshot:
         file = Path(self.extension.get_location(test_location=self.test_location, index=self.index))
         self.executions[0] = SimpleNamespace(exception=self.error)
         matches = self.extension.matches(serialized_data=text, snapshot_data="")
-        if self.update and not matches and self.error is None:
+        if self.update_snapshots and not matches and self.error is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        return matches or (self.update and self.error is None)
+        return matches or (self.update_snapshots and self.error is None)
 
 
 def judged(location, values, *, tolerance=0.1, made_with=CPU, **snapshot):
@@ -82,6 +84,57 @@ def test_an_update_rewrites_what_does_not_fit_and_nothing_else(location, drift):
     assert drift.read_text() == before
     assert judged(location, [1.05, 3], update=True).kind is Kind.PASSED
     assert BaselineFile.parse(drift.read_text()).values["layers.1"] == 3.0
+
+
+def edited(file, change):
+    """Change the JSON of a baseline by hand, and write it in another layout."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_bytes(json.dumps(content, indent=4, sort_keys=True).replace("\n", "\r\n").encode())
+
+
+EDITS = {
+    "a value": lambda content: content["values"].update({"layers.0": 1.01}),
+    "a layer": lambda content: content["values"].update({"layers.2": 1.0}),
+    "the query": lambda content: content["query"].update(stat="top2"),
+    "the data": lambda content: content.update(data="sha256:0"),
+    "the hash": lambda content: content.update(content="sha256:0"),
+}
+
+
+@pytest.mark.parametrize("change", EDITS.values(), ids=EDITS)
+def test_a_baseline_that_was_edited_by_hand_is_told(drift, change):
+    edited(drift, change)
+    with pytest.warns(QsaWarning, match=r"drift\.json: the baseline was edited by hand or merged since"):
+        read_baseline(drift)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: None,
+        lambda content: content.pop("content"),
+        lambda content: content["made_with"].update(torch="3"),
+    ],
+    ids=["another layout", "no hash, as in earlier versions", "what it was made with"],
+)
+def test_another_layout_or_no_hash_is_no_edit(location, drift, change):
+    edited(drift, change)
+    assert judged(location, [1, 2]).kind is Kind.PASSED
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_edited_baseline_fails_nothing_and_is_written_anew_by_an_update(location, drift):
+    edited(drift, EDITS["a value"])
+    with pytest.warns(QsaWarning, match="edited by hand"):
+        judgement = judged(location, [1, 2])
+    assert judgement.kind is Kind.PASSED
+    assert "edited by hand or merged" in judgement.since
+    with pytest.warns(QsaWarning, match="edited by hand"):
+        judged(location, [1, 2], update=True)
+    assert BaselineFile.parse(drift.read_text()).values["layers.0"] == 1.0
+    assert judged(location, [1, 2]).kind is Kind.PASSED
 
 
 def test_without_a_baseline_there_is_nothing_to_hold_against(location):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...captures import Provenance, Site
-from ...common import InfraError, shown_path
+from ...common import BLANK, NO_CHECKSUM, InfraError, check_checksum, remark, shown_path, with_checksum
 from ..load.batches import Batch, row_count
 from .predicted import Head, read_head
 
@@ -111,6 +112,7 @@ class ReferenceContent:
             counts = tensors.add("counts", torch.from_numpy(self.hidden.counts))
             hidden = {"counts": counts, "rows": tensors.add("hidden", self.hidden.rows)}
         header = {
+            "checksum": BLANK,
             "format": REFERENCE_FORMAT,
             "meta": self.provenance.plain(),
             "seed": self.seed,
@@ -124,7 +126,7 @@ class ReferenceContent:
             "head": self.head,
         }
         # Sorted, so that equal content makes equal bytes.
-        return save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)})
+        return with_checksum(save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)}))
 
 
 @dataclass
@@ -166,6 +168,24 @@ def _inflated(content: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(planes.reshape(dtype.itemsize, -1).T.copy()).view(dtype).flatten()
 
 
+def _check_content(path: Path, header: Mapping[str, Any]) -> None:
+    """Hold a whole file against its checksum, once, before any of its rows is used; warn where it has none.
+
+    Raises:
+        InfraError: it was damaged, or changed.
+    """
+    shown, again = shown_path(path), "make it anew with `qsa capture --for-reference`"
+    if "checksum" not in header:
+        remark(f"{shown} {NO_CHECKSUM}: {again}")
+        return
+    try:
+        # Mapped, for the hidden states may be larger than memory.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            check_checksum(content, header["checksum"])
+    except (OSError, InfraError) as error:
+        raise InfraError(f"model.reference: {shown}: {error}; copy it again, or {again}") from None
+
+
 @dataclass(eq=False)
 class ReferenceFile:
     """A file that `ReferenceContent.to_bytes` made, open; its arrays are read where they are needed."""
@@ -197,6 +217,7 @@ class ReferenceFile:
                 f"model.reference: {shown} is {what} (format {form!r}, not {REFERENCE_FORMAT}): make it with "
                 "`qsa capture --for-reference`"
             )
+        _check_content(path, header)
         return cls(path, header, file)
 
     @property

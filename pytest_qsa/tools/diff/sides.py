@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...captures import SINKS, Capture, DataProvenance, Provenance, Site, exactly
-from ...common import InfraError, QsaError, SuiteError, number, shown_path
+from ...common import QsaError, SuiteError, number, shown_path
 from ...metrics import METRICS, Parameters, Series
-from ...verdicts import BaselineFile, is_baseline
+from ...report import read_report
+from ...verdicts import is_baseline, read_baseline
 
 USUAL = (("magnitude", "top1"), ("magnitude", "median"), ("outlier_tokens", None), ("rms", None), ("kurtosis", None))
 """What two captures are compared by; `--fail-on` adds what it names."""
@@ -109,11 +110,7 @@ def read_side(given: str) -> DiffSide:
         return DiffSide(shown_path(path), _facts(capture.provenance), capture=capture)
     if is_baseline(path):
         return _baselines(path, [path], subject)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InfraError(f"{name}: can't be read: {error.strerror}") from None
-    return _reported(path, content, subject)
+    return _reported(path, subject)
 
 
 def _facts(provenance: Provenance) -> dict[str, str]:
@@ -133,7 +130,7 @@ def _baselines(path: Path, files: Iterable[Path], subject: str) -> DiffSide:
         # The first folder below the path is named after the subject.
         if subject and file.relative_to(path).parts[:1] != (subject,):
             continue
-        baseline = BaselineFile.parse(file.read_text(encoding="utf-8"))
+        baseline = read_baseline(file)
         measure = DiffMeasure.of(baseline.query)
         table = MeasureTable(baseline.query["definition"], baseline.data, baseline.values)
         facts = _facts(Provenance(baseline.made_with, DataProvenance(fingerprint=baseline.data)))
@@ -157,15 +154,11 @@ def _joined(known: MeasureTable | None, new: MeasureTable, first: object, second
     return MeasureTable(known.definition, known.data, {**known.values, **new.values})
 
 
-def _reported(path: Path, content: bytes, subject: str) -> DiffSide:
-    try:
-        report = json.loads(content)
-        schema = report.get("schema", "") if isinstance(report, dict) else ""
-    except ValueError:
-        schema = ""
-    if not str(schema).startswith("qsa-report/1"):
+def _reported(path: Path, subject: str) -> DiffSide:
+    report = read_report(path)
+    if report is None:
         raise SuiteError(f"{path}: neither a capture (.qsa), nor a baseline, nor a report.json of this program")
-    try:  # the file may be edited or of another version
+    try:  # the file may be of another version
         return _of_results(path, report["results"], subject)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # SuiteError is a ValueError too.

@@ -220,9 +220,9 @@ def judge_against_baseline(
     location = Path(extension.get_location(test_location=snapshot.test_location, index=snapshot.index))
     existed = location.exists()
     judgement, problem = _judgement(location, series, tolerance, data, made_with, leniency)
-    passed = judgement is not None and judgement.kind is Kind.PASSED
     # One that was edited is written again by an update, though it fits.
-    extension.accepts = passed and not (judgement.updatable and snapshot.update_snapshots)
+    mended = judgement is not None and judgement.updatable and snapshot.update_snapshots
+    extension.accepts = judgement is not None and judgement.kind is Kind.PASSED and not mended
     # comparing with a snapshot is what makes syrupy write it
     written = snapshot == BaselineFile.of(series, data, made_with).dump()
     if not extension.accepts and written:

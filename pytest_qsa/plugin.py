@@ -63,7 +63,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
         return None
     found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
-    found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides))
+    found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides, stash[OPTIONS].roots))
     found.run = gate.run_assertion
     return found
 

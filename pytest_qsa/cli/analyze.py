@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import captures, engine, suite, tools
 from ..common import InfraError, counted, progress_bar, shown_path
-from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, say, writing
+from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, roots_of, say, writing
 
 SHOWN_LAYERS = 20
 """How many layers are listed, as in quant-smooth-ana."""
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: nothing can be written where the pictures should go, or the model or data can't be loaded.
     """
     options, overrides = _options(arguments)
-    file = suite.load_suite(options.config, overrides, "--")
+    file = suite.load_suite(options.config, overrides, "--", roots=roots_of(options))
     subject = suite.subject_of(file)
     layers = engine.layer_names(
         subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code, base=subject.base

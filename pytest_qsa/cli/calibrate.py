@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
-from .shared import OK, add_sampling, command_parser, parse_with_overrides, say, writing
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options, overrides = parse_with_overrides(_parser(), arguments)
     # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.
-    file = suite.load_suite(options.suite, overrides, "--", noise=False)
+    file = suite.load_suite(options.suite, overrides, "--", noise=False, roots=roots_of(options))
     target = _target(options)
     subject = suite.subject_of(file)
     sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
-from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, say, writing
+from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, roots_of, say, writing
 
 MOST_ROWS = 4096
 
@@ -67,7 +67,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Measure and write a capture; return what it holds."""
-    file = suite.load_suite(options.config, overrides, "--")
+    file = suite.load_suite(options.config, overrides, "--", roots=roots_of(options))
     subject = suite.subject_of(file)
     samples, code = _samples(options.samples), options.qsa_allow_code
     requests = _requests(file, _layers(file, subject, allow_code=code))
@@ -113,7 +113,7 @@ def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[capture
 
 def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Run the original and write a reference file; return what it holds."""
-    source = suite.read_suite(options.config)
+    source = suite.read_suite(options.config, roots_of(options))
     own = source.data.get("model")
     named = isinstance(own, dict) and own.get("reference") is not None
     if not named and not any(each.startswith("model.reference=") for each in overrides):

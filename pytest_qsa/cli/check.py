@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import suite
 from ..common import SuiteError, counted, shown_path
-from .shared import OK, SUITE_IS_WRONG, command_parser, say
+from .shared import OK, SUITE_IS_WRONG, add_allow_path, command_parser, roots_of, say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -19,13 +19,15 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = command_parser(__name__, __doc__)
     parser.add_argument("paths", nargs="*", type=Path, default=[Path()], metavar="PATH", help="a suite, or a folder")
+    add_allow_path(parser)
     options = parser.parse_args(arguments)
+    roots = roots_of(options)
     # A suite may be named twice, by its own path and by its folder's.
     suites = dict.fromkeys(found for path in options.paths for found in _suites_at(path))
     assertions, wrong = 0, 0
     for path in suites:
         try:
-            count = len(suite.load_suite(path).assertions)
+            count = len(suite.load_suite(path, roots=roots).assertions)
         except SuiteError as error:
             wrong += 1
             say(str(error), file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
-from .shared import OK, add_sampling, command_parser, parse_with_overrides, say, writing
+from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
     # As if it were read from the file that is to be written: messages and relative paths refer to that one.
-    source = suite.YamlSource(target, _sections(options, target))
+    source = suite.YamlSource(target, _sections(options, target), roots=roots_of(options))
     subject = suite.subject_of(suite.load_suite(source, overrides, "--"))
     first = tools.first_suite(
         subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code

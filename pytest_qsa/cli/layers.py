@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import shown_path, text_table
-from .shared import OK, command_parser, say
+from .shared import OK, add_allow_path, command_parser, roots_of, say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,12 +28,13 @@ def run(arguments: Sequence[str]) -> int:
         "--weights", choices=("loaded", "files"), help="files: the weights that the files hold, as model.weights: files"
     )
     parser.add_argument("regex", nargs="?", help="show only the layers that it finds")
+    add_allow_path(parser)
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.model is None):
         parser.error("give one of --config and --model")
     # A suite made of the options alone, whose errors then name the option in the place of a file.
     named = suite.YamlSource(Path("--model"), {"model": {"path": options.model, "base": options.base}})
-    subject = suite.subject_of(suite.load_suite(options.config or named))
+    subject = suite.subject_of(suite.load_suite(options.config or named, roots=roots_of(options)))
 
     files = (options.weights or subject.model.weights) == "files"
     rows = _stored(subject) if files else engine.outline(subject.model, subject.path, subject.base)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import checkpoint, suite, tools
 from ..common import InfraError, SuiteError, shown_path
-from .shared import FAILED, OK, between, command_parser, say, writing
+from .shared import FAILED, OK, add_allow_path, between, command_parser, roots_of, say, writing
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="what a gate on perplexity alone would catch (default: where the suite makes a pass, and without --first)",
     )
+    add_allow_path(parser)
     parser.add_argument("--list", action="store_true", help="list the faults")
     return parser
 
@@ -85,7 +86,7 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftes
     """Return the self-test of a suite, on its own checkpoint or that of `--model`."""
     if not options.suite.is_file():
         raise InfraError(f"{options.suite}: there is no such suite")
-    file = suite.load_suite(options.suite)
+    file = suite.load_suite(options.suite, roots=roots_of(options))
     model = file.suite.model
     path = options.model or (model.path if model else None)
     if path is None:
@@ -109,6 +110,7 @@ def _selftest(options: argparse.Namespace, more: Sequence[str]) -> tools.Selftes
         folder,
         arguments=tuple(word for word in more if word != "--"),
         layers=options.layers,
+        allowed=file.boundary.allowed,
         first_only=options.first,
         bisect=options.bisect,
         perplexity=tools.perplexity_suite(file) if wanted else "",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin
 
 from .. import suite, tools
-from ..common import InfraError, logger, shown_path, visible
+from ..common import InfraError, allowed_code, allowed_paths, logger, shown_path, visible
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -161,8 +161,31 @@ def _shown(annotation: Any) -> str:
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
-    """Offer `--qsa-allow-code`."""
-    parser.add_argument("--qsa-allow-code", action="store_true", help="let the model run code of its own")
+    """Offer `--qsa-allow-code` and `--qsa-allow-path`.
+
+    Raises:
+        SuiteError: `QSA_ALLOW_CODE` says neither yes nor no.
+    """
+    allowed = bool(allowed_code())
+    parser.add_argument(
+        "--qsa-allow-code", action="store_true", default=allowed, help="let the model run code of its own"
+    )
+    add_allow_path(parser)
+
+
+def add_allow_path(parser: argparse.ArgumentParser) -> None:
+    """Offer `--qsa-allow-path`."""
+    text = "let the suite read in that folder as well as in its own repository; repeatable"
+    parser.add_argument(suite.ALLOW_PATH, action="append", default=[], metavar="DIR", help=text)
+
+
+def roots_of(options: argparse.Namespace) -> suite.Roots:
+    """Return where a suite may read beside its repository.
+
+    Raises:
+        SuiteError: a folder that is allowed isn't there.
+    """
+    return suite.Roots(allowed=allowed_paths(options.qsa_allow_path))
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from .files import (
     write_atomically as write_atomically,
 )
 from .imports import face as face
+from .permissions import allowed_code as allowed_code, allowed_paths as allowed_paths
 from .text import (
     Progress as Progress,
     code_span as code_span,

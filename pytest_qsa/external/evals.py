@@ -14,7 +14,7 @@ import numpy as np
 from ..captures import match_layers
 from ..common import AnomalyError, InfraError, did_you_mean, number, read_json, shown_path
 from ..metrics import OVER, Bounds, Over
-from ..suite import NAME_PLACEHOLDER, ExternalAssertion
+from ..suite import NAME_PLACEHOLDER, Boundary, ExternalAssertion
 from .paired import Pairs, Samples, read_pairs
 
 LATEST = "results_*.json"
@@ -65,15 +65,35 @@ class Compared:
 
 @dataclass(frozen=True)
 class EvalFiles:
-    """Where results lie: paths are relative to `folder`. `name`, `path`: the subject's; `name` replaces `{name}`."""
+    """Where results lie: paths are relative to `folder`. `name`, `path`: the subject's; `name` replaces `{name}`.
+
+    `boundary`: the folders in which they may lie; None for any.
+    """
 
     folder: Path
     name: str
     path: str = ""
+    boundary: Boundary | None = None
 
     def at(self, named: str) -> Path:
-        """Return the file, or the folder of lm-eval's results, that a suite names."""
-        return self.folder / named.replace(NAME_PLACEHOLDER, self.name)
+        """Return the file, or the folder of lm-eval's results, that a suite names.
+
+        Raises:
+            InfraError: it, or the latest of the results in it, lies where nothing may be read.
+        """
+        path = self.checked(self.folder / named.replace(NAME_PLACEHOLDER, self.name))
+        self.checked(_results_file(path))
+        return path
+
+    def checked(self, path: Path) -> Path:
+        """Return a path as it is.
+
+        Raises:
+            InfraError: as `at`.
+        """
+        if self.boundary is not None:
+            self.boundary.check(path)
+        return path
 
 
 def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequence[Compared], Mapping[str, str]]:
@@ -91,7 +111,8 @@ def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequenc
         compared = compare_scores(scores, read_scores(other, assertion), assertion)
     if other is not None and assertion.compare == "paired":
         _check_model(_results_file(file), evals)
-        compared = [_paired(each, _results_file(file), _results_file(other), assertion) for each in compared]
+        files = _results_file(file), _results_file(other)
+        compared = [_paired(each, *files, assertion, evals) for each in compared]
     compared = folded(compared, assertion.over)
     reference = {"reference": shown_path(other)} if other else {}
     return compared, {"file": shown_path(file), **shared_conditions([each.score for each in compared]), **reference}
@@ -113,11 +134,14 @@ def _check_model(file: Path, evals: EvalFiles) -> None:
         )
 
 
-def _paired(compared: Compared, file: Path, other: Path, assertion: ExternalAssertion) -> Compared:
+def _paired(compared: Compared, file: Path, other: Path, assertion: ExternalAssertion, evals: EvalFiles) -> Compared:
     """Judge a task by the upper end of the interval of its drop, sample by sample."""
     score, pattern = compared.score, assertion.samples or DEFAULT_SAMPLES
     metric, _, filtered = score.key.partition(",")
+    # The pattern finds them beside the results, where a link may lead anywhere.
     own, reference = (Samples(side, pattern, score.name) for side in (file, other))
+    for side in (own, reference):
+        evals.checked(side.path())
     pairs = read_pairs(own, reference, metric, filtered, score.higher)
     noted = score.conditions.get("samples")
     if isinstance(noted, int) and noted != pairs.count:

@@ -101,7 +101,8 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     if isinstance(assertion, CheckpointAssertion):
         return _files(gate, request, reads_tensors=assertion.metric != "checkpoint_settings")
     if isinstance(assertion, ExternalAssertion):
-        return EvalFiles(subject.folder, subject.name, subject.path)
+        suite: QsaSuite = request.node.parent
+        return EvalFiles(subject.folder, subject.name, subject.path, suite.file.boundary)
     with gate.told_once(request.node, f"nothing was measured of {subject.name}"):
         capture = gate.capture_of(request)
     release = None

@@ -30,6 +30,7 @@ from ..suite import (
     Memory,
     Model,
     Place,
+    Roots,
     Subject,
     SuiteFile,
     load_suite,
@@ -42,9 +43,13 @@ Run = Callable[[pytest.FixtureRequest, "QsaSuite", int], None]
 
 @dataclass
 class Overrides:
-    """The overrides of a run. One that names an assertion applies to the suites that have it: at least one must."""
+    """The overrides of a run. One that names an assertion applies to the suites that have it: at least one must.
+
+    `roots`: where suites may read beside their repositories.
+    """
 
     given: tuple[str, ...]
+    roots: Roots
     used: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
 
@@ -52,7 +57,7 @@ class Overrides:
         """Return the overrides that apply to a suite, and note the others."""
         taken = []
         for override in self.given:
-            problem = misfit(suite, override)
+            problem = misfit(suite, override, self.roots)
             if problem is None:
                 taken.append(override)
                 self.used.add(override)
@@ -101,7 +106,7 @@ class QsaSuite(pytest.Module):
             CollectError: one line that says where and what is wrong.
         """
         try:
-            return load_suite(self.path, self.overrides.of(self.path), conftests=True)
+            return load_suite(self.path, self.overrides.of(self.path), conftests=True, roots=self.overrides.roots)
         except SuiteError as error:
             raise self.CollectError(str(error)) from None
 
@@ -165,7 +170,9 @@ class Subjects:
     @functools.cached_property
     def config_suite(self) -> SuiteFile | None:
         """The file of `--qsa-config`, which gives Python tests their subject."""
-        return load_suite(self.options.config, self.options.overrides, conftests=True) if self.options.config else None
+        if self.options.config is None:
+            return None
+        return load_suite(self.options.config, self.options.overrides, conftests=True, roots=self.options.roots)
 
     def of(self, item: pytest.Item) -> Subject | None:
         """Return the subject that an item tests; None for an item that is no gate."""

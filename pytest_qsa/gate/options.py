@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -15,13 +17,15 @@ from ..suite import TIERS, Tier
 
 if TYPE_CHECKING:
     from ..captures import Capture
-    from ..suite import Checkpoint, Subject
+    from ..suite import Checkpoint, Roots, Subject
     from ..verdicts import Verdict
 
 REPORT = ("on-failure", "always", "never")
-PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache")
-WORKER_RUN = "qsa_run"
-"""What the controller of pytest-xdist tells its workers: the name of the run's folder."""
+PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache", "--qsa-allow-path")
+PERMISSIONS = ("qsa_allow_code", "qsa_allow_path")
+"""What an operator alone may say: an ini file that pytest finds by itself comes with a pull request."""
+WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
+"""What the controller of pytest-xdist tells its workers: the name of the run's folder; the code and folders allowed."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
 
 
@@ -34,6 +38,9 @@ class Options(NamedTuple):
     output: Path
     report: Literal["on-failure", "always", "never"]
     allow_code: bool
+    allowed: tuple[Path, ...]
+    """The folders in which suites may read beside their repositories."""
+    root: Path
     cache: Path | None
     keep: bool
     tier: Tier
@@ -54,6 +61,11 @@ class Options(NamedTuple):
         return self.output / "runs" / self.run
 
     @property
+    def roots(self) -> Roots:
+        """Where suites may read beside their repositories."""
+        return suite.Roots(self.root, (*self.allowed, *([self.cache] if self.cache else [])))
+
+    @property
     def cache_folder(self) -> Path | None:
         """Where captures are kept between runs; None where they aren't."""
         if not self.keep or self.cache is not None:
@@ -71,6 +83,7 @@ class Options(NamedTuple):
         # Only what changes the numbers or the verdict, not where the report goes.
         arguments += [f"--qsa-set={override}" for override in self.overrides]
         arguments += [f"--qsa-tier={self.tier}"] if self.named_tier else []
+        arguments += [f"--qsa-allow-path={common.shown_path(path)}" for path in self.allowed]
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])
 
 
@@ -100,6 +113,10 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "action": "store_true", "default": None,
         "help": "let a suite run code: model.factory and model.trust_remote_code",
     },
+    "--qsa-allow-path": {
+        "action": "append", "default": [], "metavar": "DIR",
+        "help": "let suites read in that folder as well as in their own repository; repeatable",
+    },
     "--qsa-redact": {
         "action": "store_true", "help": "leave the text of tokens out of terminal, report and plots",
     },
@@ -127,7 +144,8 @@ INI_KEYS: Mapping[str, tuple[str, Literal["string", "bool", "linelist"], object]
     "qsa_redact": ("as --qsa-redact", "bool", False),
     "qsa_tier": ("as --qsa-tier", "string", TIERS[-1]),
     "qsa_report": ("as --qsa-report", "string", "on-failure"),
-    "qsa_allow_code": ("as --qsa-allow-code", "bool", False),
+    "qsa_allow_code": ("as --qsa-allow-code; only in a file that is given with -c", "bool", False),
+    "qsa_allow_path": ("as --qsa-allow-path, a folder a line; only in a file that is given with -c", "linelist", []),
 }
 
 
@@ -151,8 +169,8 @@ def read_options(config: pytest.Config) -> Options:
         given = config.getoption("qsa_config")
         named = f"--qsa-config {given}" if given else f"qsa_config = {config.getini('qsa_config')}"
         raise pytest.UsageError(f"{named}: there is no such file")
-    allowed = config.getoption("qsa_allow_code")
     _check_roots(config)
+    code, allowed = _permissions(config)
     models = tuple(config.getoption("qsa_model"))
     overrides = tuple(config.getoption("qsa_set"))
     _check_models(models, updating=bool(config.getoption("update_snapshots", False)))
@@ -173,8 +191,54 @@ def read_options(config: pytest.Config) -> Options:
         named_tier=config.getoption("qsa_tier") is not None,
         run=getattr(config, "workerinput", {}).get(WORKER_RUN) or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}",
         keep=not config.getoption("qsa_no_cache"),
-        allow_code=config.getini("qsa_allow_code") if allowed is None else allowed,
+        allow_code=code,
+        allowed=allowed,
+        root=config.rootpath,
     )
+
+
+def _permissions(config: pytest.Config) -> tuple[bool, tuple[Path, ...]]:
+    """Return whether the operator allows code, and in which folders suites may read beside their repositories.
+
+    Raises:
+        UsageError: an ini file that pytest found by itself tries to allow something, or a value is wrong.
+    """
+    if hasattr(config, "workerinput"):  # the controller has judged its own words
+        code, paths = config.workerinput.get(WORKER_ALLOWED, (False, ()))
+        return code, tuple(map(Path, paths))
+    words = _operators_words(config)
+    for name in PERMISSIONS:
+        overridden = any(text.partition("=")[0].strip() == name for text in words.override_ini)
+        by_key = bool(config.getini(name)) and not overridden
+        by_addopts = (config.getoption(name) or None) != (getattr(words, name) or None)
+        if words.inifilename is None and (by_key or by_addopts):
+            option = f"--{name.replace('_', '-')}"
+            raise pytest.UsageError(
+                f"{config.inipath or 'an ini file'}: {name if by_key else f'addopts with {option}'} counts only in a "
+                "file that is given with -c, for one that pytest finds by itself comes with what is tested: write "
+                f"{option} on the command line, or set {name.upper()}"
+            )
+    stand, root = config.invocation_params.dir, config.rootpath
+    named = [stand / path for path in config.getoption("qsa_allow_path")]
+    named += [root / path for path in config.getini("qsa_allow_path")]
+    try:
+        environment, folders = common.allowed_code(), common.allowed_paths(map(str, named))
+    except common.SuiteError as error:
+        raise pytest.UsageError(str(error)) from None
+    given = config.getini("qsa_allow_code") if environment is None else environment
+    return bool(config.getoption("qsa_allow_code") or given), folders
+
+
+def _operators_words(config: pytest.Config) -> argparse.Namespace:
+    """Return what the command line and PYTEST_ADDOPTS say of permissions and of the ini file, without its addopts."""
+    # Not pytest's own parser, in which --help ends the parsing.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.add_argument("-c", "--config-file", dest="inifilename")
+    parser.add_argument("-o", "--override-ini", action="append", default=[])
+    parser.add_argument("--qsa-allow-code", action="store_true")
+    parser.add_argument("--qsa-allow-path", action="append")
+    words = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *map(str, config.invocation_params.args)]
+    return parser.parse_known_args(words)[0]
 
 
 def _refused_update(config: pytest.Config) -> str | None:

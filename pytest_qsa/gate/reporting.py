@@ -25,7 +25,7 @@ import pytest
 
 from .. import captures, common, engine, report, suite, tools, verdicts
 from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
-from .options import WORKER_RUN, Options
+from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
     from ..captures import Capture
@@ -255,12 +255,13 @@ class Reporter:
         if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
             self.results += getattr(report, FIELD, ())
 
+    # pytest-xdist's hooks, which pluggy does not know where that isn't installed.
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker where the plots of this run go."""
+        """Tell a worker where plots go, and what the operator allows: the command line doesn't say who wrote a part."""
         node.workerinput[WORKER_RUN] = self.options.run
+        node.workerinput[WORKER_ALLOWED] = (self.options.allow_code, list(map(str, self.options.allowed)))
 
-    # pytest-xdist's hook, which pluggy does not know where that isn't installed.
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Take what a worker's tier left out, or why it ran nothing; each worker collects all tests."""

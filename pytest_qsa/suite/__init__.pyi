@@ -46,6 +46,7 @@ from .load import (
     subject_of as subject_of,
     suite_schema as suite_schema,
 )
+from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots
 from .sections import (
     Data as Data,
     Floor as Floor,

@@ -16,6 +16,7 @@ from typing import Any
 from ..common import SuiteError, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
+from .paths import Boundary, Roots
 from .yaml_source import Location, Node, Place, YamlSource, read_yaml
 
 ENTRIES: Location = ("assertions",)
@@ -31,17 +32,24 @@ Chain = dict[Path, Path]
 as messages show it."""
 
 
-def read_suite(path: Path) -> YamlSource:
+def read_suite(path: Path, roots: Roots | None = None) -> YamlSource:
     """Read a suite and everything that it extends, merged; `assertions` becomes a list in either of its forms.
 
+    `roots`: where bases may lie beside the suite's repository.
+
     Raises:
-        SuiteError: a file is no suite, a base is missing, or the bases form a circle; it names the chain of files.
+        SuiteError: a file is no suite, a base is missing or lies elsewhere, or the bases form a circle; it names the
+            chain of files.
     """
-    document = _read(path, {}, {})
-    return YamlSource(path, document.plain(), dict(document.places()))
+    roots = roots or Roots()
+    boundary = roots.around(path)
+    if problem := boundary.problem(path):
+        raise SuiteError(f"{path}:1: the suite {problem}")  # not where the link leads
+    document = _read(path, {}, {}, boundary)
+    return YamlSource(path, document.plain(), dict(document.places()), roots)
 
 
-def _read(path: Path, extending: Chain, done: dict[Path, Node]) -> Node:
+def _read(path: Path, extending: Chain, done: dict[Path, Node], boundary: Boundary) -> Node:
     """Read a file and what it extends. `done`: the files that are read already, so that each is read once."""
     resolved = path.resolve()
     if resolved in done:
@@ -56,7 +64,7 @@ def _read(path: Path, extending: Chain, done: dict[Path, Node]) -> Node:
     # A suite without bases is merged with nothing, which turns a mapping of assertions into a list as well.
     merged = Node({}, Place(path, 1))
     for index, named in enumerate(_named_bases(source)):
-        merged = _extended(merged, _base(source, index, named, chain, done))
+        merged = _extended(merged, _base(source, index, named, chain, done, boundary))
     done[resolved] = _extended(merged, Node.of(source, source.data))
     return done[resolved]
 
@@ -69,7 +77,7 @@ def _named_bases(source: YamlSource) -> list[str]:
     return bases
 
 
-def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[Path, Node]) -> Node:
+def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[Path, Node], boundary: Boundary) -> Node:
     path = Path(os.path.normpath(source.path.parent / named))  # not `resolve`: messages show the path as it is written
     location: Location = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
 
@@ -77,6 +85,9 @@ def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[P
         shown = [shown_path(file) for file in (*chain.values(), path)]
         return " → ".join(shown if len(shown) <= 8 else [*shown[:4], "…", *shown[-3:]])
 
+    # Before anything is looked up: whether a file is there is nobody's business either.
+    if problem := boundary.problem(path):
+        raise source.error(location, f"extends '{named[:80]}' {problem}")
     try:
         resolved, there = path.resolve(), path.is_file()
     except (OSError, ValueError) as error:  # a name that is too long for the system
@@ -88,7 +99,7 @@ def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[P
     if not there:
         raise source.error(location, f"extends '{named}': there is no such file ({files()})")
     try:
-        return _read(path, chain, done)
+        return _read(path, chain, done, boundary)
     except SuiteError as error:
         text = str(error)  # the innermost file has appended the longest chain already
         raise SuiteError(text if " → " in text else f"{text} ({files()})") from None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ from pydantic import Field, ValidationError
 
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
-from .assertion import ASSERTIONS, BOUND_KEYS, AnyAssertion, Assertion, MeasuredAssertion
+from .assertion import (
+    ASSERTIONS,
+    BOUND_KEYS,
+    NAME_PLACEHOLDER,
+    AnyAssertion,
+    Assertion,
+    ExternalAssertion,
+    MeasuredAssertion,
+)
 from .inherit import apply_defaults, read_suite
+from .paths import Boundary, Roots
 from .sections import Data, Memory, Model, Strict, Visualization, fields_at
-from .subjects import NamedSubject
+from .subjects import NamedSubject, hub_set_of, local_path
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
@@ -84,6 +93,11 @@ class SuiteFile:
     source: YamlSource
 
     @property
+    def boundary(self) -> Boundary:
+        """Where the files that the suite names may lie."""
+        return self.source.boundary
+
+    @property
     def assertions(self) -> Sequence[Assertion]:
         """The assertions in the order of the file; none for a configuration without any."""
         return self.suite.assertions or ()
@@ -111,11 +125,11 @@ def subject_of(file: SuiteFile) -> NamedSubject:
     return NamedSubject(suite.model.id, suite.model, suite.data, suite.memory, file.path.parent)
 
 
-def misfit(path: Path, override: str) -> str | None:
+def misfit(path: Path, override: str, roots: Roots | None = None) -> str | None:
     """Return why an override doesn't fit a suite, which has no assertion of that id; None where it fits."""
     if not override.startswith("assertions."):
         return None
-    source = read_suite(path)
+    source = read_suite(path, roots)
     try:
         _split(source, override.partition("=")[0])
     except SuiteError as error:
@@ -130,16 +144,18 @@ def load_suite(
     *,
     noise: bool = True,
     conftests: bool = False,
+    roots: Roots | None = None,
 ) -> SuiteFile:
     """Read a suite, unless it is read already, apply `KEY=VALUE` overrides and validate it.
 
     `option`: how the user gives an override, for error messages. `noise`: whether bounds are checked against the noise
     that an earlier calibration measured. `conftests`: those that may define metrics were imported, as pytest does.
+    `roots`: as in `read_suite`.
 
     Raises:
         SuiteError: `file:line: what is wrong (did you mean …?)`, for the first mistake of the file.
     """
-    source = read_suite(given) if isinstance(given, Path) else given
+    source = read_suite(given, roots) if isinstance(given, Path) else given
     # Where an override made the mistake, the message names the option: the file's line is right.
     overridden = {_apply(source, override, option): f"{option}{override}" for override in overrides}
     try:
@@ -152,6 +168,7 @@ def load_suite(
             _check_previous(source, suite.model, index, assertion)
             _check_reference(source, suite.model, index, assertion)
             _check_loaded(source, suite.model, index, assertion)
+        _check_paths(source, suite)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
     except LocatedError as error:
@@ -173,6 +190,7 @@ def _apply(source: YamlSource, override: str, option: str) -> Location:
         if not isinstance(here, (dict, list)):
             raise SuiteError(f"{option}{override}: '{part}' is a value, not a section")
     here[last] = read_value(text)
+    source.given.add(text)
     return (*parents, last)
 
 
@@ -276,6 +294,45 @@ def _check_loaded(source: YamlSource, model: Model | None, index: int, assertion
             "loaded_weights holds a loaded model against its files, and with model.weights: files no weight is loaded: "
             "leave one of the two out",
         )
+
+
+def _check_paths(source: YamlSource, suite: Suite) -> None:
+    """Check that what a suite reads or writes lies where it may; what an override names may lie anywhere.
+
+    Model, reference and last release may lie anywhere too: of these only a checkpoint's files are opened.
+    """
+    for location, named, path in _named_paths(source.path.parent, suite):
+        if named in source.given:
+            beside = [path.parent] if location[0] == "assertions" else []  # where the samples of an eval lie
+            source.roots = replace(source.roots, allowed=(*source.roots.allowed, path, *beside))
+        elif problem := source.boundary.problem(path, below=location[0] == "data"):
+            raise source.error(location, f"'{named}' {problem}")
+
+
+def _named_paths(folder: Path, suite: Suite) -> Iterator[tuple[Location, str, Path]]:
+    """Yield (key, text, path) of each path of a suite that is no checkpoint's."""
+    hub_set, data = hub_set_of(suite.data), suite.data.source
+    if (own := local_path(suite.data, folder)) is not None:
+        yield ("data", "source"), data, own
+    # `datasets` takes an id for a folder where there is one, relative to where one stands.
+    elif hub_set is not None and Path(hub_set.repository).exists():
+        yield ("data", "source"), data, Path.cwd() / hub_set.repository
+    if suite.model is not None and suite.model.logprobs is not None:
+        yield ("model", "logprobs"), suite.model.logprobs, folder / suite.model.logprobs
+    reference = suite.model.reference if suite.model is not None else None
+    if reference is not None and reference.endswith((".json", ".jsonl")):
+        yield ("model", "reference"), reference, folder / reference
+    yield (
+        ("visualization", "save_dir"),
+        suite.visualization.save_dir,
+        folder / Path(suite.visualization.save_dir).expanduser(),
+    )
+    for index, assertion in enumerate(suite.assertions or ()):
+        if isinstance(assertion, ExternalAssertion):
+            for key in ("file", "reference"):
+                if (named := getattr(assertion, key)) is not None:
+                    # What replaces a placeholder is known when the file is read, and then it is checked again.
+                    yield ("assertions", index, key), named, folder / named.replace(NAME_PLACEHOLDER, "name")
 
 
 def _unknown_id(source: YamlSource, index: int) -> str:

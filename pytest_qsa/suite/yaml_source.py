@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..common import SuiteError, one_line, shown_path
+from .paths import Boundary, Roots
 
 MAX_NODES = 100_000
 """How many values a document may have with its aliases expanded; a few lines can expand to billions."""
@@ -72,11 +73,21 @@ class Place(NamedTuple):
 
 @dataclass
 class YamlSource:
-    """A parsed document: `data`, and the place of each value, which is in another file where a suite extends others."""
+    """A parsed document: `data`, and the place of each value, which is in another file where a suite extends others.
+
+    `roots`: where its files may lie beside its repository. `given`: texts of overrides, which are the operator's own.
+    """
 
     path: Path
     data: Any
     places: dict[Location, Place] = field(default_factory=dict)
+    roots: Roots = field(default_factory=Roots)
+    given: set[str] = field(default_factory=set)
+
+    @property
+    def boundary(self) -> Boundary:
+        """Where the files that the document names may lie."""
+        return self.roots.around(self.path)
 
     def place(self, location: Location) -> Place:
         """Return the place of a location; where it has none, as for an absent key, that of its nearest parent."""

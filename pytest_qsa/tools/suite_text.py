@@ -300,7 +300,7 @@ def first_suite(
 
 
 def _with(source: YamlSource, drafts: Sequence[Draft]) -> YamlSource:
-    return YamlSource(source.path, {**source.data, "assertions": [draft.entry for draft in drafts]})
+    return replace(source, data={**source.data, "assertions": [draft.entry for draft in drafts]}, places={})
 
 
 def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[str]]:

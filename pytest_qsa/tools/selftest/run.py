@@ -19,7 +19,7 @@ from typing import Any
 from ...captures import match_layers
 from ...checkpoint import SETTING_LAYERS, Folder, format_of
 from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
-from ...suite import MeasuredAssertion, SuiteFile, local_path, located
+from ...suite import ALLOW_PATH, MeasuredAssertion, Roots, SuiteFile, local_path, located
 from . import recording
 from .fault import Fault
 from .faults import FAULTS
@@ -112,12 +112,13 @@ class Selftest:
     """A suite under test.
 
     `arguments`: more arguments for pytest. `layers`: a regex of the layers that may get a fault. `perplexity`: the text
-    of a suite that measures the perplexity of the same subject; empty for none.
+    of a suite that measures the perplexity of the same subject; empty for none. `allowed`: where suites may read.
     """
 
     suite: Path
     folder: Folder
     arguments: tuple[str, ...] = ()
+    allowed: tuple[Path, ...] = ()
     layers: str | None = None
     first_only: bool = False
     bisect: str = "slipped"
@@ -228,6 +229,9 @@ class Selftest:
         # No caches: pytest's own would lie in the user's folder, and a capture of each mutant would fill ours.
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", recording.__name__, "-p", "no:cacheprovider"]
         options = [f"--qsa-model={checkpoint}", "--qsa-report=never", "--qsa-no-cache"]
+        # The suite of the perplexity lies in a folder of its own, and reads what the other one does.
+        beside = [Roots().around(self.suite).repository] if len(suites) > 1 else []
+        options += [f"{ALLOW_PATH}={path}" for path in (*self.allowed, *beside)]
         options += ["-x"] if self.first_only else []
         command = [*pytest, *map(str, suites), *options, *self.arguments]
         environment = os.environ | {recording.RESULTS: str(file)}

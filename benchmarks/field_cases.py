@@ -454,7 +454,7 @@ def interleaved_rows_but_not_their_scales(folder: Path) -> Pair:
     return of_int8(folder, change)
 
 
-@case("rope-rows", "30 of 30 k_proj", "order")
+@case("rope-rows", "30 of 30 k_proj", "heads of 192 rows")
 def rows_of_another_count_of_heads(folder: Path) -> Pair:
     def order(rows: Tensor) -> Tensor:
         return _interleaved(rows).view(1, 96, 2, -1).transpose(1, 2).reshape(rows.shape)
@@ -897,6 +897,22 @@ def healthy_with_an_odd_layer(folder: Path) -> Pair:
 @healthy("scales of a KV cache")
 def healthy_with_kv_scales(folder: Path) -> Pair:
     return _with_kv_scales(folder, _usual)
+
+
+@healthy("a head of several tokens in floats, as config.json promises")
+def healthy_with_mtp(folder: Path) -> Pair:
+    def ignoring(old: dict[str, Any]) -> dict[str, Any]:
+        return {**old, "ignore": [*old["ignore"], "re:^mtp.*"]}
+
+    return _of_more_tokens(folder, _more_tokens, num_nextn_predict_layers=1, quantization_config=ignoring)
+
+
+@healthy("the tie cut, and the head written as the embeddings are")
+def healthy_untied(folder: Path) -> Pair:
+    def change(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    return of_int8(folder, change, tie_word_embeddings=False)
 
 
 @healthy("the adapter merged rightly")

@@ -221,6 +221,17 @@ def place_group(verdict: Verdict, context: Context) -> Verdict:
     return replace(verdict, headline=f"{verdict.headline}; {verdict.failing_rows[0].detail}")
 
 
+def place_nonfinite(verdict: Verdict, context: Context) -> Verdict:
+    """Begin with the first layer that has NaN or Inf, and with the dtype where that is the likely cause."""
+    first = verdict.first_failing
+    if first is None or verdict.query.get("over"):  # one number for all layers names none of them
+        return verdict
+    numbers = context.capture.sites.get((first.layer, verdict.query.get("site", "output")))
+    narrow = numbers is not None and numbers.dtype == "float16"
+    cause = ", in float16, whose largest number is 65504" if narrow else ""
+    return replace(verdict, headline=f"NaN or Inf from {first.layer} on{cause}; {verdict.headline}")
+
+
 def tell_design(verdict: Verdict, context: Context) -> Verdict:
     """Say that layers differ from the reference by design, where the checkpoint was smoothed or rotated.
 
@@ -365,6 +376,7 @@ def show_tokens(verdict: Verdict, context: Context) -> Verdict:
 EXPLAINERS = (
     Explainer(blame_loader, lambda metric: metric.name == "loaded_weights"),
     Explainer(place_group, lambda metric: metric.name == "weight_gain"),
+    Explainer(place_nonfinite, lambda metric: metric.name == "nonfinite", OUT_OF_BOUNDS),
     # before the origin: what differs by design is ANOMALOUS then, and has no origin
     Explainer(tell_design, lambda metric: metric.against and metric.per != "logits", OUT_OF_BOUNDS),
     Explainer(find_origin, lambda metric: metric.against, OUT_OF_BOUNDS),

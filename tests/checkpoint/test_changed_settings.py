@@ -244,3 +244,40 @@ def test_tensors_of_another_size_than_the_declared_scheme_gives_are_a_note(quant
     (what,) = notes(folder, llama).values()
     assert what.startswith("the tensors take ")
     assert "the declared scheme of the reference's shapes" in what
+
+
+def tied(llama, folder):
+    """Save the Llama with its head tied to the embeddings."""
+    return edited(llama, folder, lambda w: w.pop("lm_head.weight"), config=lambda c: c.update(tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        (lambda table: table.clone(), False),
+        (lambda table: (table * 40).round() / 40, False),
+        (lambda table: table.flip(1) + 1, True),
+    ],
+    ids=["the same", "rounded", "another"],
+)
+def test_a_tie_that_was_cut_is_a_fault_only_with_another_head(llama, tmp_path, head, problem):
+    reference = tied(llama, tmp_path / "reference")
+
+    def untie(weights):
+        weights["lm_head.weight"] = head(weights["model.embed_tokens.weight"])
+
+    own = edited(reference, tmp_path / "own", untie, config=lambda c: c.update(tie_word_embeddings=False))
+    end = "lm_head is unlike the reference's embeddings" if problem else "lm_head holds the reference's embeddings"
+    found = {"tie_word_embeddings": f"False, in the reference True; {end}"}
+    assert problems(own, reference) == (found if problem else {})
+    assert notes(own, reference) == ({} if problem else found)
+
+
+@pytest.mark.parametrize(("mine", "theirs", "noted"), [("float16", "bfloat16", True), ("bfloat16", "float16", False)])
+def test_a_dtype_of_a_smaller_range_is_noted(llama, tmp_path, mine, theirs, noted):
+    one, other = (
+        edited(llama, tmp_path / name, config=lambda c, name=name: c.update(dtype=name)) for name in (mine, theirs)
+    )
+    what = {"dtype": f"{mine}, in the reference {theirs}: what is above 65504 becomes Inf"}
+    assert notes(one, other) == (what if noted else {})
+    assert problems(one, other) == {}

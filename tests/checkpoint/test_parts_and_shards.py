@@ -167,6 +167,9 @@ def test_a_single_file_beside_shards_is_named_with_who_reads_which(tmp_path):
         "1 of 14 tensors differ, as model.norm",
     ):
         assert text in found["model.safetensors"]
+    damaged = {**model(), "model.embed_tokens.weight": np.full((4, 4), np.nan, np.float32)}
+    both = sharded(tmp_path / "both", damaged, **{"model.safetensors": old})
+    assert list(keys(both, metric="checkpoint_health")) == ["model.safetensors", "model.embed_tokens.weight"]
     same = sharded(tmp_path / "same", model(), **{"model.safetensors": model()})
     assert keys(same) == {}
     assert list(keys(same, notes=True)) == ["model.safetensors"]

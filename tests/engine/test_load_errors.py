@@ -253,6 +253,20 @@ def test_scales_under_a_name_that_the_loader_does_not_know_are_not_the_checkpoin
         check_complete(Model(path=str(folder)), str(folder), "LlamaForCausalLM", info)
 
 
+@pytest.mark.parametrize("key", ["mtp.fc.weight", "model.layers.4.eh_proj.weight"])
+def test_a_head_of_several_tokens_that_is_promised_stops_no_load(llama, tmp_path, key):
+    for name, count in (("promised", 1), ("not", 0)):
+        edited(llama, tmp_path / name, config=lambda config, count=count: config.update(num_nextn_predict_layers=count))
+
+    def check(name):
+        folder = str(tmp_path / name)
+        check_complete(Model(path=folder), folder, "LlamaForCausalLM", {"unexpected_keys": {key}})
+
+    check("promised")
+    with pytest.raises(AnomalyError, match=f"holds 1 tensor that .* has no place for, and that loading drops: {key}"):
+        check("not")
+
+
 def name_own_code(folder):
     """Make a checkpoint whose classes are code of its own that leaves a file behind where it runs."""
     config = json.loads((folder / "config.json").read_text())

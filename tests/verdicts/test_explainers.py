@@ -175,3 +175,19 @@ def test_a_number_of_the_model_alone_is_red_by_a_weight_that_stands_elsewhere_in
     told = "model.layers.1.mlp.up_proj is 3 × the reference's and otherwise the same"
     assert verdict.headline.startswith(f"{told}; ")
     assert verdict.origin == {"suspect": told}
+
+
+def test_what_is_not_finite_begins_with_the_first_layer_and_a_dtype_that_is_too_narrow():
+    def counted(dtype):
+        one = np.zeros(1, np.int32)
+        arrays = [{"moments": np.array([[8.0, 0, 0, 0, 1, 0, count]])} for count in (0, 2, 7)]
+        sites = {
+            (f"layers.{i}", "output"): SiteNumbers(dtype, (1, 8), False, statistics("moments"), one, one, one, array)
+            for i, array in enumerate(arrays)
+        }
+        return Capture(sites, tuple(name for name, _ in sites))
+
+    for dtype, cause in (("float16", ", in float16, whose largest number is 65504"), ("bfloat16", "")):
+        capture = counted(dtype)
+        verdict = explained(judge_bounds(capture.output(".").nonfinite(), Bounds(max=0)), capture)
+        assert verdict.headline.startswith(f"NaN or Inf from layers.1 on{cause}; ")

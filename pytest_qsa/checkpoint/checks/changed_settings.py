@@ -72,6 +72,7 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
         InfraError: a file can't be read.
     """
     yield from _config(folder, reference, resolve)
+    yield from _narrower(folder, reference)
     if folder.gguf_file:
         # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
         yield from changed_tokenizer(folder, reference)
@@ -110,6 +111,16 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
                 for side, values in ((mine, ours), (theirs, others))
             ]
             yield Finding(CONFIG, key, CONFIG, f"{texts[0]}; in the reference {texts[1]}", RESTORE)
+
+
+def _narrower(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield a note where it runs in float16 and the reference in a dtype of a larger range."""
+    mine, theirs = (
+        side.text_config.get("dtype") or side.text_config.get("torch_dtype") for side in (folder, reference)
+    )
+    if mine == "float16" and theirs in ("bfloat16", "float32"):
+        what = f"float16, in the reference {theirs}: what is above 65504 becomes Inf"
+        yield Finding(CONFIG, "dtype", CONFIG, what, "bound headroom, or say bfloat16", note=True)
 
 
 def _one_sided(key: str, mine: Settings, theirs: Settings) -> Finding:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import chain
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt
 from ...captures import match_layers, no_match
 from ...common import AnomalyError, QsaError, logger, one_line, shown_path
 from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
+from ..copies import recognizer_of
 from ..files import Files
 from ..folder import Finding, natural
 from .cache_scales import lost_cache_scales, unit_cache_scales
@@ -38,6 +39,9 @@ from .scales import (
 from .sharding import uneven_shards
 from .shards import absent_shards, ambiguous_files
 from .values import changed_floats, constant_weights, kept_tensors, unsound_floats
+
+FILES = (".safetensors", ".safetensors.index.json")
+"""The ends of the names of files that stand for a layer where the file itself is at fault."""
 
 _Spread = Annotated[float, Gt(0)]
 _Tolerance = Annotated[float, Ge(0)]
@@ -177,8 +181,23 @@ def checkpoint_settings(files: Files) -> Iterator[Finding]:
     truncation; of generation_config.json the stop tokens; of the processors how pictures and sounds are prepared.
     """
     if files.reference is not None:
-        yield from changed_settings(files.folder, files.reference, files.resolve)
+        found = changed_settings(files.folder, files.reference, files.resolve)
+        yield from (_with_head(files, finding) for finding in found)
         yield from unexpected_size(files.format, files.reference)
+
+
+def _with_head(files: Files, finding: Finding) -> Finding:
+    """Add to a tie to the embeddings that was cut what the head is: with the reference's embeddings it is no fault."""
+    theirs = files.reference.layers if files.reference else {}
+    heads = (layer for layer in files.folder.layers if layer.rpartition(".")[2] == "lm_head" and layer not in theirs)
+    head = next(heads, "") if finding.tensor.rpartition(".")[2] == "tie_word_embeddings" else ""
+    recognizer = recognizer_of(files)
+    if not head or head not in recognizer.pairs:
+        return finding
+    known = recognizer.find(head)
+    own = known is not None and known.own
+    what = f"{finding.what}; {head} {'holds' if own else 'is unlike'} the reference's embeddings"
+    return replace(finding, what=what, note=own)
 
 
 @_check(_kept_layers)
@@ -227,7 +246,9 @@ def problems_of(
         ) from error
     lost = {finding.layer for finding in found} - set(looked_at)  # a missing block is no layer of the files
     modules = {*looked_at, *lost} - set(SETTING_LAYERS)
-    ordered = sorted(modules, key=natural) + [name for name in looked_at if name in SETTING_LAYERS]
+    # What is wrong with a file decides what all else was read from.
+    ordered = sorted(modules, key=lambda name: (not name.endswith(FILES), natural(name)))
+    ordered += [name for name in looked_at if name in SETTING_LAYERS]
     matched = match_layers(ordered, layers, exclude)
     if not matched:
         raise no_match(ordered, layers, exclude)

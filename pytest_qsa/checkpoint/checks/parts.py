@@ -107,7 +107,7 @@ def promised_parts(form: Format) -> Iterator[Finding]:
     folder, config = form.folder, form.folder.text_config
     if folder.gguf_file:
         return
-    several = next((key for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if config.get(key)), "")
+    several = _several_key(folder)
     if several and not _has_several(folder):
         what = f"missing, though {several} is {config[several]}: speculative decoding accepts nothing without it"
         yield Finding("mtp", "mtp", "config.json", what, "copy its tensors from the original, or set the key to 0")
@@ -115,6 +115,19 @@ def promised_parts(form: Format) -> Iterator[Finding]:
         if folder.config.get(f"{name}_config") and not any(map(pattern.search, folder.layers)):
             what = f"no layer is named as one, though config.json has a {name}_config"
             yield Finding(name, f"{name}_config", "config.json", what, "copy the tower from the original")
+
+
+def of_several_tokens(folder: Folder, tensor: str) -> bool:
+    """Say whether a tensor is of a head of several tokens that the configuration promises; transformers runs none."""
+    block, blocks = re.match(r"(.+\.)?layers\.\d+(?=\.)", tensor), folder.text_config.get("num_hidden_layers")
+    apart = SEVERAL_TOKENS.search(tensor) or (block and _beyond(block[0], blocks))
+    return bool(apart and _several_key(folder))
+
+
+def _several_key(folder: Folder) -> str:
+    """Return the key by which the configuration promises a head of several tokens; empty if it doesn't."""
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    return next((key for key in keys if folder.text_config.get(key)), "")
 
 
 def _has_several(folder: Folder) -> bool:

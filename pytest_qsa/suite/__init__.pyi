@@ -81,4 +81,9 @@ from .tiers import (
     Tier as Tier,
     split_by_tier as split_by_tier,
 )
-from .yaml_source import Location as Location, Place as Place, YamlSource as YamlSource
+from .yaml_source import (
+    Location as Location,
+    Place as Place,
+    YamlSource as YamlSource,
+    suites_read_by as suites_read_by,
+)

@@ -17,7 +17,7 @@ from ..common import SuiteError, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
 from .paths import Boundary, Roots
-from .yaml_source import Location, Node, Place, YamlSource, read_yaml
+from .yaml_source import Location, Node, Place, YamlSource, is_there, read_yaml
 
 ENTRIES: Location = ("assertions",)
 DEFAULTS: Location = ("defaults",)
@@ -89,7 +89,7 @@ def _base(source: YamlSource, index: int, named: str, chain: Chain, done: dict[P
     if problem := boundary.problem(path):
         raise source.error(location, f"extends '{named[:80]}' {problem}")
     try:
-        resolved, there = path.resolve(), path.is_file()
+        resolved, there = path.resolve(), is_there(path)
     except (OSError, ValueError) as error:  # a name that is too long for the system
         raise source.error(location, f"extends '{named[:40]}…': {one_line(error)[:60]}") from None
     if resolved in chain:

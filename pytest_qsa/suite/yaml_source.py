@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,32 @@ MAX_BITS = 3_320
 """The length of a whole number: about 1,000 digits. Python prints none of more than 4,300."""
 Key = str | int
 Location = tuple[Key, ...]
+
+
+Reader = Callable[[Path], str | None]
+"""Returns the text of a file; None where there is none."""
+_reader: ContextVar[Reader | None] = ContextVar("reader", default=None)
+
+
+@contextmanager
+def suites_read_by(reader: Reader) -> Iterator[None]:
+    """Read suites and what they extend by a function, such as one that knows another commit, and not from the disk."""
+    token = _reader.set(reader)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
+
+
+def is_there(path: Path) -> bool:
+    """Say whether there is a file for `read_yaml`."""
+    reader = _reader.get()
+    return path.is_file() if reader is None else reader(path) is not None
+
+
+def _text_of(path: Path) -> str:
+    reader = _reader.get()
+    return path.read_text(encoding="utf-8") if reader is None else reader(path) or ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,7 +166,7 @@ def read_yaml(path: Path) -> YamlSource:
         SuiteError: the file can't be read, is not YAML, is empty, repeats a key, or its aliases expand to too much.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path)
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
     try:

@@ -4,7 +4,9 @@ from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
 from .diff.sides import read_side as read_side
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
+from .loosening import Loosening as Loosening, compared as compared, loosening_markdown as loosening_markdown
 from .pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
+from .revision import Revision as Revision
 from .selftest.faults import FAULTS as FAULTS
 from .selftest.run import (
     Selftest as Selftest,

@@ -1,4 +1,5 @@
 from .baseline_file import (
+    BASELINES as BASELINES,
     BaselineFile as BaselineFile,
     Tolerance as Tolerance,
     baseline_folder as baseline_folder,
@@ -19,6 +20,7 @@ from .budgets import (
     outward as outward,
     patch_of as patch_of,
     project_root as project_root,
+    stated_text as stated_text,
 )
 from .explainers import Context as Context, channel_of as channel_of, context as context, explain as explain
 from .judge import (

@@ -17,7 +17,7 @@ from ..checkpoint import EXPERT
 from ..common import BaselineError, content_hash, counted, remark, shown_path
 from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
 
-FOLDER = "qsa_baselines"
+BASELINES = "qsa_baselines"
 BASELINE_FORMAT = "qsa-baseline/1"
 BASELINE_DIGITS = 5
 EDITED = "the baseline was edited by hand or merged since it was written (its key `content` doesn't fit)"
@@ -104,7 +104,7 @@ def read_baseline(path: Path) -> BaselineFile:
 def baseline_folder(suite: Path, model: str) -> Path:
     """Return where the baselines of a suite (or a Python test file) lie for a model."""
     stem = suite.name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".py").removesuffix(".qsa")
-    return suite.parent / FOLDER / model / stem
+    return suite.parent / BASELINES / model / stem
 
 
 def is_baseline(path: Path) -> bool:

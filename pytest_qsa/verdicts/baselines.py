@@ -19,8 +19,8 @@ from ..common import BaselineError, InfraError, write_atomically
 from ..metrics import Series
 from ..suite import Location
 from .baseline_file import (
+    BASELINES,
     EDITED,
-    FOLDER,
     BaselineFile,
     Tolerance,
     check_comparable,
@@ -69,7 +69,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
 
         syrupy asks this of every collected test, gates or not; one that has not run owns a folder that can't exist.
         """
-        nowhere = Path(test_location.filepath).parent / FOLDER / "\N{EMPTY SET}" / "\N{EMPTY SET}"
+        nowhere = Path(test_location.filepath).parent / BASELINES / "\N{EMPTY SET}" / "\N{EMPTY SET}"
         return str(test_location.item.stash.get(BASELINE_FOLDER, nowhere))
 
     @classmethod

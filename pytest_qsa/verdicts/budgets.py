@@ -52,7 +52,7 @@ def budget_of(
     keys = {(layer, name): key_of(name, stated[name], layer, schemes) for name in stated for layer in layers}
     for name, bound in stated.items():
         _check_groups(name, bound, layers)
-    text = ", ".join(f"{name} {_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
+    text = ", ".join(f"{name} {stated_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
     bounds = []
     for layer in layers:
         numbers = {name: _number(stated[name], keys[layer, name], layer, previous or {}) for name in stated}
@@ -111,9 +111,10 @@ def _number(stated: Stated, key: tuple[str, ...], layer: str, previous: Mapping[
     return bound.number(previous[layer]) if isinstance(bound, Relative) else bound
 
 
-def _text(stated: Stated) -> str:
+def stated_text(stated: Stated) -> str:
+    """Write a bound as a suite states it, in one line."""
     if isinstance(stated, dict):
-        return f"{{{', '.join(f'{group}: {_text(bound)}' for group, bound in stated.items())}}}"
+        return f"{{{', '.join(f'{group}: {stated_text(bound)}' for group, bound in stated.items())}}}"
     return str(stated) if isinstance(stated, Relative) else f"{stated:g}"
 
 

@@ -148,9 +148,17 @@ def capture_page(text: str) -> str:
 @generates("pytest_qsa/metrics/methods.pyi")
 def metric_methods(text: str) -> str:
     """Write the stub that gives each metric's method its signature and the first sentence of its docstring."""
-    head = ["from typing import Any, Literal", "", "from .registry import Reduce"]
+    head = ["from typing import Any, Literal", "", "from .query import Positions", "from .registry import Reduce"]
     methods = [_method(metric) for metric in METRICS.values() if not metric.origin]
-    lines = [*head, "from .series import Positions, Series", "", "class MetricMethods:", *methods, ANY_METHOD]
+    lines = [
+        *head,
+        "from .query import Positions",
+        "from .series import Series",
+        "",
+        "class MetricMethods:",
+        *methods,
+        ANY_METHOD,
+    ]
     return _formatted("\n".join(lines), "methods.pyi")
 
 

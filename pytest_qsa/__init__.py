@@ -12,4 +12,18 @@ Importing the package imports nothing heavy; torch comes with the first call of 
 
 from .common import face
 
-__getattr__, __dir__ = face(__name__, __file__)
+_import, _names = face(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is used; the version as well, for looking it up takes milliseconds."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pytest-qsa")
+    return _import(name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion."""
+    return [*_names(), "__version__"]

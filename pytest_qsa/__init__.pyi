@@ -1,3 +1,5 @@
+__version__: str
+
 from .captures import Capture as Capture
 from .checkpoint import Format as Format
 from .common import (

@@ -22,6 +22,8 @@ from ..common import (
     NO_CHECKSUM,
     InfraError,
     check_checksum,
+    counted,
+    html_table,
     remark,
     shown_path,
     with_checksum,
@@ -41,8 +43,8 @@ REFERENCE = "reference/"
 """The prefix of the names of the reference's arrays."""
 
 
-# eq=False: the generated `==` would compare arrays, which have no single truth value.
-@dataclass(frozen=True, eq=False)
+# eq=False: the generated `==` would compare arrays, which have no single truth value. repr=False: it would print them.
+@dataclass(frozen=True, eq=False, repr=False)
 class Capture:
     """The result of one pass over one subject; every metric is computed from it alone.
 
@@ -70,6 +72,42 @@ class Capture:
     refused: Mapping[str, str] = field(default_factory=dict)
     uncompared: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Capture{f' {self._model}' if self._model else ''}: {self._measured}; {self._data}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows: the sites, how many layers each has, and what was measured there."""
+        rows = [["site", "layers", "statistics"]]
+        for site, (layers, statistics) in self._by_site().items():
+            rows.append([site, str(layers), ", ".join(sorted(map(str, statistics)))])
+        return html_table(rows, f"Capture {self._model}: {self._data}".replace(" :", ":"))
+
+    @property
+    def _model(self) -> str:
+        return Path(self.provenance.model.place).name or self.provenance.model.class_name or ""
+
+    @property
+    def _data(self) -> str:
+        lengths = sorted({len(ids) for ids in self.tokens})
+        if not lengths:
+            return "no tokens kept"
+        length = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} … {lengths[-1]}"
+        return f"{counted(len(self.tokens), 'sample')} × {length} tokens"
+
+    @property
+    def _measured(self) -> str:
+        sites = self._by_site()
+        texts = [site if site == LOGITS else f"{site} of {counted(sites[site][0], 'layer')}" for site in sites]
+        return ", ".join(texts) or "nothing measured"
+
+    def _by_site(self) -> dict[Site, tuple[int, frozenset[Statistic]]]:
+        """Return site → how many layers were measured there, and all statistics that some of them have."""
+        found: dict[Site, tuple[int, frozenset[Statistic]]] = {}
+        for (_, site), numbers in self.sites.items():
+            count, statistics = found.get(site, (0, frozenset()))
+            found[site] = count + 1, statistics | numbers.statistics
+        return found
 
     @property
     def meta(self) -> Mapping[str, Any]:

@@ -38,6 +38,7 @@ from .text import (
     counted as counted,
     escaped as escaped,
     fitted as fitted,
+    html_table as html_table,
     logger as logger,
     markdown_table as markdown_table,
     number as number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -34,6 +35,17 @@ def markdown_table(table: Iterable[Sequence[str]], *, plain: Container[int] = ()
     for row in rows:
         cells = (escaped(cell) if column in plain else _in_cell(code_span(cell)) for column, cell in enumerate(row))
         yield f"| {' | '.join(cells)} |"
+
+
+def html_table(table: Iterable[Sequence[str]], caption: str) -> str:
+    """Return a table of HTML, as notebooks show it; the first row is its head. Its cells are made `visible`."""
+    heads, *rows = ([html.escape(visible(cell)) for cell in row] for row in table)
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f"<table><caption>{html.escape(visible(caption))}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _in_cell(span: str) -> str:

@@ -32,10 +32,10 @@ from ..captures import (
     with_weights,
 )
 from ..checkpoint import capture_weights
-from ..common import AnomalyError, InfraError, Progress, SuiteError, did_you_mean
+from ..common import InfraError, Progress, SuiteError, did_you_mean
 from ..metrics import METRICS
 from ..suite import Data, NamedSubject, files_of
-from .load.batches import Batch
+from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
@@ -81,15 +81,14 @@ def capture(
     Raises:
         AnomalyError: there is no batch, or a pattern matches no layer.
         SuiteError: a pattern is not a regular expression, or a site or metric is unknown.
+        TypeError: an argument is something else: a tensor in the place of a list of batches, a path of a model, …
     """
+    _check_types(model, sites, statistics, tokenizer, reference)
     compared = reference is not None
     requests = merge_requests(
         Request(pattern, site, None, _statistics(statistics, site, compared=compared)) for pattern, site in sites
     )
-    # A pass that starts again runs every batch once more: an iterator would be empty by then.
-    samples = list(batches)
-    if not samples:
-        raise AnomalyError("there are no batches: nothing would be measured")
+    samples = listed(batches)
     names = names_of(with_experts(layers_of(model)))
     for request in requests:
         at = names.at(request.site, request.statistics)
@@ -101,6 +100,28 @@ def capture(
     elif reference is not None:
         participants = [ReplayedReference(ReferenceFile.open(Path(reference)), device_of(model))]
     return run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)
+
+
+def _check_types(model: object, sites: object, statistics: object, tokenizer: object, reference: object) -> None:
+    """Check what would fail later, in a place that says nothing of the argument.
+
+    Raises:
+        TypeError: an argument is no such thing.
+    """
+    for name, value in (("model", model), ("reference", reference)):
+        file = name == "reference" and (value is None or isinstance(value, (str, os.PathLike)))
+        if not isinstance(value, nn.Module) and not file:
+            loaded = ": load it, AutoModelForCausalLM.from_pretrained(…)" if isinstance(value, (str, Path)) else ""
+            raise TypeError(f"{name} is a torch.nn.Module, not {kind_of(value)}{loaded}")
+    if isinstance(tokenizer, (str, Path)):
+        raise TypeError("tokenizer is one that is loaded, not its name: AutoTokenizer.from_pretrained(…)")
+    if not isinstance(statistics, Iterable):
+        raise TypeError(f'statistics is "all" or a list of metrics, not {kind_of(statistics)}')
+    if isinstance(sites, (str, Mapping)) or not isinstance(sites, Iterable):
+        raise TypeError(f'sites is a list of pairs, [(r"layers\\.\\d+$", "output")], not {kind_of(sites)}')
+    for pair in sites:
+        if not isinstance(pair, (tuple, list)) or [type(part) for part in pair] != [str, str]:
+            raise TypeError(f'sites has {pair!r}, where a pair of a regex and a site is needed: (r"mlp$", "output")')
 
 
 def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozenset[Statistic]:

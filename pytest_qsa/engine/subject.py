@@ -24,7 +24,7 @@ from ..captures import (
     with_weights,
 )
 from ..checkpoint import capture_weights
-from ..common import AnomalyError, InfraError, Progress, QsaError, logger
+from ..common import InfraError, Progress, QsaError, logger
 from ..suite import (
     FileHashes,
     NamedSubject,
@@ -36,7 +36,7 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
-from .load.batches import Batch
+from .load.batches import Batch, listed
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
@@ -203,9 +203,10 @@ def capture_loaded(
     if compares(requests) and reference is None:
         raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
     note = _tokens_note(subject, loaded) if batches is None else ""
-    every = list(batches) if batches is not None else _batches(subject, loaded)
-    if not every:
-        raise AnomalyError("there are no batches: nothing would be measured")
+    try:
+        every = listed(batches if batches is not None else _batches(subject, loaded))
+    except TypeError as error:  # in a test run the caller is pytest, and a traceback would say nothing of the fixture
+        raise InfraError(f"the fixture qsa_batches: {error}") from None
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
     execution = ObservedExecution(loaded.model, required=_requires_execution(subject))
     participants: list[Participant] = [execution]

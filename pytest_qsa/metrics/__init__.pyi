@@ -32,6 +32,17 @@ from .predictions import (
     TokenScores as TokenScores,
     numbers_of as numbers_of,
 )
+from .query import (
+    CHECKPOINT as CHECKPOINT,
+    EVALS as EVALS,
+    Over as Over,
+    PlainQuery as PlainQuery,
+    Positions as Positions,
+    Query as Query,
+    canonical_positions as canonical_positions,
+    positions_of as positions_of,
+    query_of as query_of,
+)
 from .registry import (
     METRICS as METRICS,
     TWO_SIDED_95 as TWO_SIDED_95,
@@ -44,18 +55,9 @@ from .registry import (
 )
 from .selection import NotMeasuredError as NotMeasuredError, Selection as Selection
 from .series import (
-    CHECKPOINT as CHECKPOINT,
-    EVALS as EVALS,
     MOST_RELATIVE as MOST_RELATIVE,
     OVER as OVER,
     Bounds as Bounds,
     Judge as Judge,
-    Over as Over,
-    PlainQuery as PlainQuery,
-    Positions as Positions,
-    Query as Query,
     Series as Series,
-    canonical_positions as canonical_positions,
-    positions_of as positions_of,
-    query_of as query_of,
 )

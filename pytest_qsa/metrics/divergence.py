@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ..captures import Site, SiteNumbers, sorted_counts
 from ..common import AnomalyError, SuiteError
+from .query import Query
 from .registry import Parameters
-from .series import Query, Series
+from .series import Series
 
 if TYPE_CHECKING:
     from ..captures import Capture

@@ -81,7 +81,7 @@ def relative_l2(view: View) -> float | Estimate:
     return _from_decibels(tokens, 20) if view.sampled else float(np.sqrt(_ratio(tokens)))
 
 
-@metric(ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True, worst="lowest")
 def cosine(view: View) -> float | Estimate:
     """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
     signal, error, own = compared(view)[:, :LARGEST].T

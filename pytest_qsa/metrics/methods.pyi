@@ -1,7 +1,9 @@
 from typing import Any, Literal
 
+from .query import Positions
 from .registry import Reduce
-from .series import Positions, Series
+from .query import Positions
+from .series import Series
 
 class MetricMethods:
     def outlier_tokens(

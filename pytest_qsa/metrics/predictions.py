@@ -72,7 +72,7 @@ def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     return float(np.percentile(values, {"median": 50, "p99": 99, "max": 100}[stat]))
 
 
-@metric(AGREEMENT, reduce=None, per="logits", against=True)
+@metric(AGREEMENT, reduce=None, per="logits", against=True, worst="lowest")
 def same_top(view: View) -> Estimate:
     """Take the share of positions where both models find the same token likeliest; a tie is no difference.
 
@@ -81,7 +81,7 @@ def same_top(view: View) -> Estimate:
     return _mean(_known(view, SAME_TOP))
 
 
-@metric("overlap", reduce=None, per="logits", against=True)
+@metric("overlap", reduce=None, per="logits", against=True, worst="lowest")
 def overlap(view: View) -> Estimate:
     """Take the mean of Σ min(p, q) over the vocabulary at each position: 1 − the total variation of both predictions.
 

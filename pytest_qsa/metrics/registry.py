@@ -32,6 +32,7 @@ from ..common import SuiteError, shown_path
 
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
+Worst = Literal["highest", "lowest"]
 Values = NDArray[np.float64]
 Parameters = Mapping[str, Any]
 """The values of a metric's own parameters, or of a check's, by name."""
@@ -170,7 +171,7 @@ class Metric(Definition):
     `per`: what one number is about; of a `model` it is computed from the views of all layers, for the `expert`s of a
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
-    be asked for.
+    be asked for. `worst`: which of its values is the worst one.
     """
 
     reduce: Reduce | None
@@ -181,6 +182,7 @@ class Metric(Definition):
     statistics: Needs
     against: bool
     sites: tuple[Site, ...]
+    worst: Worst = field(default="highest", kw_only=True)
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -301,6 +303,7 @@ def metric(
     positional: bool = False,
     per: Per = "layer",
     against: bool = False,
+    worst: Worst | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
 
@@ -318,6 +321,7 @@ def metric(
         positional: it counts only the tokens that an assertion's `positions` names; so does each that keeps `tokens`.
         per: what one number is about: a layer, the model, an expert, or the model's logits.
         against: it compares with a reference; so does each whose statistics need one.
+        worst: which of its values is the worst one: the `lowest` by default for dB, else the `highest`.
 
     Raises:
         SuiteError: a statistic that there isn't, a name that is taken, or a parameter without type or default; it
@@ -342,6 +346,7 @@ def metric(
                 statistics=needs,
                 against=against or bool(against_reference(kept)),
                 sites=(LOGITS,) if logits else tuple(sites),
+                worst=worst or ("lowest" if unit == "dB" else "highest"),
                 origin=origin,
             )
         )

@@ -30,8 +30,9 @@ from ..captures import (
 from ..common import AnomalyError, InfraError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
+from .query import Positions, Query, check_arguments, positions_of, query_of
 from .registry import AGGREGATIONS, METRICS, Estimate, Metric, Parameters, Reduce, View
-from .series import Judge, Positions, Query, Series, check_arguments, positions_of, query_of, sound
+from .series import Judge, Series, sound
 
 if TYPE_CHECKING:
     from ..captures import Capture
@@ -41,7 +42,8 @@ class NotMeasuredError(AnomalyError):
     """The capture lacks the site or the statistic; a second pass can bring it."""
 
 
-@dataclass(frozen=True)
+# repr=False: that of the class itself, which is short.
+@dataclass(frozen=True, repr=False)
 class Selection(MetricMethods):
     """The layers of a capture that a regex finds, at one site. Each metric returns a `Series`, in model order.
 
@@ -55,6 +57,10 @@ class Selection(MetricMethods):
     site: Site
     exclude: str | None = None
     judge: Judge | None = None
+
+    def __repr__(self) -> str:
+        without = f" without '{self.exclude}'" if self.exclude is not None else ""
+        return f"<Selection: {self.site} of '{self.pattern}'{without}, of {self.capture!r}>"
 
     def magnitudes(
         self,

@@ -1,26 +1,23 @@
-"""Series: one number per layer, the query that it answers, and how it compares with a bound."""
+"""Series: one number per layer, how it compares with a bound, and how a notebook shows it."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal, TypedDict, get_args, get_origin
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import LOGITS, Site
-from ..common import AnomalyError, SuiteError, did_you_mean
-from .registry import AGGREGATIONS, METRICS, Metric, Parameters, Reduce
+from ..common import AnomalyError, counted, did_you_mean, html_table, number
+from .query import Over, Query
+from .registry import METRICS
 
-CHECKPOINT = "checkpoint"
-"""The site in the query of a static check, which looks at files and at no tensor stream."""
-EVALS = "evals"
-"""The site in the query of an external assertion, whose numbers are of tasks and not of layers."""
-Over = Literal["sum", "max", "mean"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
     "sum": lambda values: float(np.sum(values)),
     "max": lambda values: float(np.max(values)),
@@ -28,6 +25,8 @@ OVER: Mapping[str, Callable[[NDArray[np.float64]], float]] = {
 }
 
 
+MOST_SHOWN = 20
+"""The most layers of a series that a notebook shows."""
 MOST_RELATIVE = 10.0
 """The widest tolerance of a baseline, as a share of it; with a wider one nothing would be checked."""
 
@@ -72,69 +71,6 @@ class Bounds:
         return ", ".join(f"{word} {number:g}" for word, number in parts if number is not None)
 
 
-@dataclass(frozen=True)
-class Query:
-    """How a series was asked for: the metric with its definition, where, and how it was folded.
-
-    `estimated`: it was computed from counts of a tensor that has more than 16 bits. `from_files`: its weights are those
-    of the checkpoint's files, not of a loaded model.
-    """
-
-    metric: str
-    definition: str
-    site: str
-    layers: str
-    exclude: str | None = None
-    parameters: Parameters = field(default_factory=dict)
-    positions: str | None = None
-    reduce: str | None = None
-    over: Over | None = None
-    unit: str = ""
-    estimated: bool = False
-    from_files: bool = False
-
-    def __str__(self) -> str:
-        """Write it in one line, as a failure shows it."""
-        arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
-        where = {CHECKPOINT: "in the files, layers", EVALS: "of"}.get(self.site, f"at the {self.site} of")
-        text = f"{self.metric}({arguments})" + ("" if self.site == LOGITS else f" {where} '{self.layers}'")
-        if self.reduce:
-            text += f", {self.reduce} over samples"
-        text += f", {self.over} over {self.of}" if self.over else ""
-        text += ", read from the files" if self.from_files else ""
-        return text + (", estimated from float32's upper 16 bits" if self.estimated else "")
-
-    @property
-    def of(self) -> str:
-        """What its numbers are about: layers, the experts in them, or the tasks of an eval."""
-        if self.site == EVALS:
-            return "tasks"
-        return "experts" if self.metric in METRICS and METRICS[self.metric].per == "expert" else "layers"
-
-    def plain(self) -> PlainQuery:
-        """Return it as plain values, with its text."""
-        return {"text": str(self), "of": self.of, **asdict(self)}  # type: ignore[typeddict-item]
-
-
-class PlainQuery(TypedDict, total=False):
-    """A query as plain values, as verdicts and reports hold it; empty where an error came before there was one."""
-
-    text: str
-    of: str
-    metric: str
-    definition: str
-    site: Any  # `Site`, `CHECKPOINT` or `EVALS`
-    layers: str
-    exclude: str | None
-    parameters: Parameters
-    positions: str | None
-    reduce: Reduce | None
-    over: Over | None
-    unit: str
-    estimated: bool
-    from_files: bool
-
-
 Judge = Callable[["Series", Bounds], bool]
 
 
@@ -150,6 +86,9 @@ class Series:
     `problems`: layer → why its value is not finite. `intervals`: layer → the 95 % interval of an estimated value, and
     from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
     and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
+
+    Otherwise it is read as a Series of pandas: `len`, iteration over the values, `items()`, `in` for the name of a
+    layer, and `series[…]` with a name or a position for a value, with a slice for a series.
     """
 
     layers: list[str]
@@ -162,6 +101,103 @@ class Series:
 
     # `==` judges against a bound, so that a series can't be a key.
     __hash__ = None  # type: ignore[assignment]
+    # A bound may be a scalar of numpy, which would otherwise compare itself with each value.
+    __array_ufunc__ = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.values.tolist())
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
+
+    @overload
+    def __getitem__(self, key: str | int) -> float: ...
+    @overload
+    def __getitem__(self, key: slice) -> Series: ...
+    def __getitem__(self, key: str | int | slice) -> float | Series:
+        if isinstance(key, slice):
+            return self._at(range(len(self))[key])
+        if not isinstance(key, str):
+            return float(self.values[key])
+        if key not in self.layers:
+            raise KeyError(f"the series has no layer '{key}'{did_you_mean(key, self.layers)}")
+        return float(self.values[self.layers.index(key)])
+
+    def _at(self, indices: Iterable[int]) -> Series:
+        chosen = list(indices)
+        return replace(self, layers=[self.layers[index] for index in chosen], values=self.values[chosen])
+
+    def items(self) -> Iterator[tuple[str, float]]:
+        """Yield the name and the value of each layer, in model order."""
+        return zip(self.layers, self.values.tolist(), strict=True)
+
+    def worst(self, count: int = 1) -> Series:
+        """Return the `count` worst layers, the worst first: the largest values, or the smallest of a metric like SQNR.
+
+        A value that is not finite is worse than any other.
+        """
+        known = METRICS.get(self.query.metric)
+        sign = 1.0 if known is not None and known.worst == "lowest" else -1.0
+        # Stable, so that of equal layers the first in the model comes first.
+        order = np.argsort(np.where(np.isnan(self.values), -np.inf, sign * self.values), kind="stable")
+        return self._at(order[:count].tolist())
+
+    def require(self, *, min: float | None = None, max: float | None = None, equals: float | None = None) -> Series:
+        """Return the series if every layer is within the bounds; for scripts and notebooks, where `assert` says little.
+
+        Raises:
+            AssertionError: some are not; the text says how many, and which one is worst.
+            AnomalyError: as `check`.
+        """
+        bounds = Bounds(min, max, equals)
+        if bounds == Bounds():
+            raise TypeError("require() needs a bound: min=, max= or equals=")
+        if not self.within(bounds):
+            out = [(abs(bounds.excess(value)), layer, value) for layer, value in self.items() if bounds.excess(value)]
+            _, layer, value = sorted(out, key=lambda entry: -entry[0])[0]
+            raise AssertionError(
+                f"{self.query}: {len(out)} of {len(self)} {self.query.of} out of bounds ({bounds}); "
+                f"worst {layer}: {number(value)}"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, float]:
+        """Return layer → value, in model order."""
+        return dict(self.items())
+
+    def to_pandas(self) -> Any:  # pandas.Series, which ships no types
+        """Return it as a Series of pandas: the index is the layers, the name is the metric. Needs pandas."""
+        import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+        return pd.Series(self.values, index=pd.Index(self.layers, name="layer"), name=self.query.metric)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the values over the layers in model order, the worst one named; return the axes, for changes of yours.
+
+        `ax`: axes to draw on; by default a new figure, which a notebook shows.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            _, ax = plt.subplots(figsize=(8, 3), layout="constrained")
+        ax.plot(self.values, marker="o", markersize=3, linewidth=1)
+        if len(self):
+            layer = self.worst().layers[0]
+            index = self.layers.index(layer)
+            ax.set_title(f"{self.query.metric}: worst {layer}, {number(self.values[index])} {self.query.unit}".rstrip())
+        ax.set_xlabel(f"{self.query.of} in model order")
+        ax.set_ylabel(f"{self.query.metric}{f' [{self.query.unit}]' if self.query.unit else ''}")
+        return ax
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows: all layers in model order, or the worst ones of many."""
+        shown = self if len(self) <= MOST_SHOWN else self.worst(MOST_SHOWN)
+        more = f"; the {MOST_SHOWN} worst of {len(self)} {self.query.of}" if len(self) > MOST_SHOWN else ""
+        heads = [self.query.of.removesuffix("s"), self.query.unit or "value"]
+        return html_table([heads, *([layer, number(value)] for layer, value in shown.items())], f"{self.query}{more}")
 
     def check(self) -> None:
         """Raise unless there is at least one layer and every value is finite.
@@ -230,88 +266,6 @@ class Series:
     def __repr__(self) -> str:
         head = ", ".join(f"{name}: {value:g}" for name, value in zip(self.layers[:3], self.values[:3], strict=True))
         more = ", …" if len(self.layers) > 3 else ""
-        return f"<{self.query}: {len(self.layers)} layers{' | ' + head if head else ''}{more}>"
-
-
-Positions = str | Mapping[str, int]
-"""`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
-
-
-def check_arguments(metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Parameters) -> None:
-    """Check what a metric is asked with.
-
-    Raises:
-        SuiteError: it doesn't take that.
-    """
-    for name, value in parameters.items():
-        choices = _choices(metric.parameters[name].annotation)
-        if choices and value not in choices:
-            raise SuiteError(f"{metric.name}: {name} is one of {', '.join(map(str, choices))}, not {value!r}", name)
-    if reduce is not None and (metric.reduce is None or reduce not in AGGREGATIONS):
-        takes = ", ".join(AGGREGATIONS) if metric.reduce else "none, for it pools all samples itself"
-        raise SuiteError(f"{metric.name}: reduce is one of {takes}; not {reduce!r}", "reduce")
-    if site not in metric.sites:
-        places = " or ".join(metric.sites)
-        raise SuiteError(f"{metric.name} is a metric of the {places}, not of the {site}", "site")
-    if positions != "all" and not metric.counts_tokens(site, positions, parameters):
-        raise SuiteError(f"{metric.name} counts no tokens here, so it takes no positions", "positions")
-
-
-def _choices(annotation: Any) -> list[Any]:
-    """Return the values of a Literal, or of a union with one; nothing for a type that is open."""
-    arms = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return list(arms)
-    return [choice for arm in arms for choice in ([None] if arm is type(None) else _choices(arm))]
-
-
-def query_of(
-    metric: str,
-    site: Site,
-    layers: str,
-    exclude: str | None,
-    parameters: Parameters,
-    positions: str,
-    reduce: Reduce | None,
-) -> Query:
-    """Return the query, completed with the metric's own defaults."""
-    definition = METRICS[metric]
-    defaults = {name: p.default for name, p in definition.parameters.items()}
-    return Query(
-        metric,
-        definition.definition,
-        site,
-        layers,
-        exclude,
-        defaults | dict(parameters),
-        positions if definition.positional else None,
-        reduce or definition.reduce,
-        None,
-        definition.unit,
-    )
-
-
-def positions_of(metric: str, site: Site, positions: Positions | None) -> str:
-    """Return which tokens count, in canonical form: the metric's own choice where nothing is said.
-
-    Raises:
-        ValueError: as `canonical_positions`.
-    """
-    return canonical_positions(METRICS[metric].positions_at(site) if positions is None else positions)
-
-
-def canonical_positions(positions: Positions) -> str:
-    """Return `all`, `no_sink`, `sink` or `skip_first:n`.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if isinstance(positions, Mapping):
-        count = positions.get("skip_first")
-        # bool is a subclass of int.
-        if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-            return f"skip_first:{count}"
-    elif isinstance(positions, str) and re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions):
-        return positions
-    hint = did_you_mean(positions, ("no_sink", "sink")) if isinstance(positions, str) else ""
-    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}{hint}")
+        return (
+            f"<{self.query}: {counted(len(self), self.query.of.removesuffix('s'))}{' | ' + head if head else ''}{more}>"
+        )

@@ -10,8 +10,12 @@ from typing import Any, Literal
 
 from ..captures import UNKNOWN_RUN, Provenance
 from ..checkpoint import Finding
+from ..common import html_table, number
 from ..metrics import PlainQuery
 from ..suite import Place
+
+MOST_SHOWN = 8
+"""The most layers of a verdict that a notebook shows."""
 
 
 class Kind(StrEnum):
@@ -188,6 +192,13 @@ class Verdict:
     def first_failing(self) -> Row | None:
         """The first layer out of bounds in the model's order: where it began."""
         return min(self.failing_rows, key=lambda row: row.depth, default=None)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the headline, and the worst layers in a table."""
+        rows = self.failing_rows or self.rows
+        caption = f"{self.kind} {self.id}: {self.headline}"
+        values = ([row.layer, number(row.value), number(row.excess, signed=True)] for row in rows[:MOST_SHOWN])
+        return html_table([["layer", "value", "excess"], *values], caption)
 
 
 def failing(rows: Sequence[Row]) -> list[Row]:

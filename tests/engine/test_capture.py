@@ -758,3 +758,28 @@ def test_a_capture_whose_arrays_were_lost_is_an_infrastructure_error(full, tmp_p
     (tmp_path / "a.qsa").write_bytes(save(arrays, metadata))
     with pytest.raises(InfraError, match=r"a\.qsa"):
         Capture.load(tmp_path / "a.qsa")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"batches": torch.ones(2, 8)}, r"a list of batches, not a tensor of shape \(2, 8\): wrap it"),
+        ({"batches": {"input_ids": torch.ones(2, 8)}}, "a list of batches, not a dict: wrap it"),
+        ({"batches": None}, "a list of batches, not None"),
+        ({"batches": [(torch.ones(2, 8), 1)]}, r"batch 0 is a tuple.*DataLoader.*batch\[0\]"),
+        ({"batches": [torch.ones(2, 8), 3]}, "batch 1 is an int"),
+        ({"batches": [torch.tensor(1.0)]}, "batch 0 is a tensor without dimensions"),
+        ({"model": "checkpoints/my-model"}, "model is a torch.nn.Module, not a str: load it"),
+        ({"reference": 3}, "reference is a torch.nn.Module, not an int"),
+        ({"tokenizer": "my-model"}, "tokenizer is one that is loaded"),
+        ({"statistics": 5}, "statistics is .* not an int"),
+        ({"sites": "layers"}, "sites is a list of pairs.*not a str"),
+        ({"sites": ["layers"]}, "sites has 'layers', where a pair"),
+        ({"sites": [(0, "output")]}, r"sites has \(0, 'output'\), where a pair"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(change, text):
+    """A tensor in the place of a list would run row by row, and its numbers would look right."""
+    arguments = {"model": nn.Linear(8, 4), "batches": [torch.ones(2, 8)], "sites": [(".", "output")]} | change
+    with pytest.raises(TypeError, match=text):
+        capture(**arguments)

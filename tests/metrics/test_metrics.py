@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pytest_qsa import capture
 from pytest_qsa.captures import Massive
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.metrics import METRICS
+from pytest_qsa.metrics import METRICS, Bounds, Query, Series, canonical_positions
 from pytest_qsa.metrics.registry import AGGREGATIONS
-from pytest_qsa.metrics.series import Bounds, Query, Series, canonical_positions
 from support import models, oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

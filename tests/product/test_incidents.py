@@ -14,7 +14,7 @@ import torch
 from pytest_qsa import capture
 from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
-from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind
 from support import models
 from support.checkpoints import edited

@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 
 from pytest_qsa.captures.capture import Capture
 from pytest_qsa.captures.sites import SiteNumbers
-from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.report.plots import style
 from pytest_qsa.report.plots.depth import depth_of
 from pytest_qsa.report.plots.figures import draw, judged_layers, value_figure

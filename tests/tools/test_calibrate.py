@@ -10,7 +10,7 @@ import pytest
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.metrics.series import Query, Series
+from pytest_qsa.metrics import Query, Series
 from pytest_qsa.suite import Data, load_suite
 from pytest_qsa.tools.calibrate import IDENTICAL, Spread, proposals_of
 from pytest_qsa.tools.suite_text import calibrated

@@ -14,7 +14,7 @@ from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.checkpoint.smoothing import Relation
 from pytest_qsa.common.errors import AnomalyError
-from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind
 from support.captures import statistics
 from support.checkpoints import edited

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pytest_qsa.common.errors import SuiteError
-from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.suite import Waiver, load_suite
 from pytest_qsa.verdicts.budgets import Budget
 from pytest_qsa.verdicts.judgement import Leniency, within_budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common import InfraError
+from ...common import AnomalyError, InfraError
 
 Batch = Tensor | Mapping[str, Any]
 CPU = torch.device("cpu")
@@ -103,6 +103,41 @@ class BatchRows:
         in_decoder = self.has_decoder and "encoder" not in layer.split(".") and not _ENCODER_STATES.search(layer)
         padding = self.decoder_padding if in_decoder else self.padding
         return padding.on(device) if padding and padding.length == length else self.all_count
+
+
+def listed(batches: object) -> list[Batch]:
+    """Return the batches as a list, for a pass that starts again runs each of them once more.
+
+    Raises:
+        AnomalyError: there is none.
+        TypeError: it is one batch rather than several, or one of them is no batch.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        # A tensor can be iterated over as well: its rows would be taken for batches.
+        what = "wrap it, [batch]" if isinstance(batches, (Tensor, Mapping)) else "[B, T] tensors or dicts of arguments"
+        raise TypeError(f"batches is a list of batches, not {kind_of(batches)}: {what}")
+    samples: list[Any] = list(batches)
+    if not samples:
+        raise AnomalyError("there are no batches: nothing would be measured")
+    for index, batch in enumerate(samples):
+        if isinstance(batch, (tuple, list)):
+            raise TypeError(
+                f"batch {index} is {kind_of(batch)}, as a DataLoader makes it: give the tensor of inputs, "
+                "[batch[0] for batch in loader], or a dict of the forward's arguments"
+            )
+        if not isinstance(batch, (Tensor, Mapping)):
+            raise TypeError(f"batch {index} is {kind_of(batch)}: a batch is a tensor [B, T] or a dict of arguments")
+        if isinstance(batch, Tensor) and batch.dim() == 0:
+            raise TypeError(f"batch {index} is a tensor without dimensions: a batch is [B, T]")
+    return samples
+
+
+def kind_of(value: object) -> str:
+    """Name the kind of a wrong argument: `a tuple`, `a tensor of shape (4, 8)`."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def rows_of(batch: Batch, first_sample: int) -> BatchRows:

@@ -152,7 +152,6 @@ def metric_methods(text: str) -> str:
     methods = [_method(metric) for metric in METRICS.values() if not metric.origin]
     lines = [
         *head,
-        "from .query import Positions",
         "from .series import Series",
         "",
         "class MetricMethods:",

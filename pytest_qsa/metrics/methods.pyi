@@ -2,7 +2,6 @@ from typing import Any, Literal
 
 from .query import Positions
 from .registry import Reduce
-from .query import Positions
 from .series import Series
 
 class MetricMethods:

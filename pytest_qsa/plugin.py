@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
+SUITES: pytest.StashKey[list[QsaSuite]] = pytest.StashKey()
+"""The suites that a run has met."""
 MARK = (
     "qsa(layers, site, exclude, metric, ..., tier): what a Python test will ask of the one pass, and its tier; "
     "every suite's tests carry it"
@@ -65,7 +67,23 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
     stash = parent.config.stash
     found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides, stash[OPTIONS].roots))
     found.run = gate.run_assertion
+    stash.setdefault(SUITES, []).append(found)
     return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Say what a suite has where a run names an assertion that it hasn't."""
+    try:
+        return (yield)
+    except pytest.UsageError as error:
+        config = session.config
+        folder, suites = config.invocation_params.dir, config.stash.get(SUITES, [])
+        unknown = gate.unknown_assertions(config.args, folder, suites) if suites else []
+        output = getattr(config, "workeroutput", None)
+        if output is not None and unknown:  # an error of a worker is shown nowhere
+            output[WORKER_PROBLEM] = "; ".join(unknown)
+        raise pytest.UsageError(*error.args, *unknown) from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

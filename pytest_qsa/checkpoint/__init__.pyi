@@ -3,6 +3,7 @@ from .checks.changed_settings import SETTING_LAYERS as SETTING_LAYERS, Resolved 
 from .checks.health import (
     CHECKS as CHECKS,
     Check as Check,
+    examine as examine,
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
@@ -26,6 +27,7 @@ from .folder import (
     natural as natural,
     no_folder as no_folder,
     open_folder as open_folder,
+    refusing_odd_settings as refusing_odd_settings,
 )
 from .formats.format import (
     Format as Format,

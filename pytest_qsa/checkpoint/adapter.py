@@ -62,8 +62,8 @@ class Adapter:
             AnomalyError: it declares no adapter.
             InfraError: it can't be read.
         """
-        content = Folder(self.folder).json(ADAPTER)
-        if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+        content = Folder(self.folder).json(ADAPTER) or {}
+        if not isinstance(content.get("peft_type"), str):
             raise AnomalyError(f"{self.folder / ADAPTER} declares no adapter: it has no peft_type such as LORA")
         return content
 

@@ -35,6 +35,11 @@ class Files:
             self._found[key] = tuple(function(self, **parameters))
         return self._found[key]
 
+    @property
+    def settings_text(self) -> str:
+        """What the text of an error calls the settings, those of files and headers."""
+        return f"{self.folder.path}: a setting in config.json or a header"
+
     @cached_property
     def format(self) -> Format:
         """The format that the checkpoint declares."""

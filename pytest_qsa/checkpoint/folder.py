@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common import AnomalyError, InfraError, did_you_mean
+from ..common import AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line
 from .gguf_file import GgufFile, read_gguf
-from .tensors import Tensor, metadata_of, tensors_of
+from .tensors import LFS_POINTER, Tensor, metadata_of, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 Settings = Mapping[str, Any]
@@ -23,6 +24,8 @@ ADAPTER = "adapter_config.json"
 ADAPTER_FILES = "adapter_model*.safetensors"
 NO_MODEL = re.compile(r"(consolidated|optimizer|scheduler|train(er|ing)|rng_state|random_states|ema)([._-].*|\d*)")
 """The names, without suffix, of files beside a model's: the original layout of Mistral, the state of a training."""
+OTHER_WEIGHTS = ("bin", "pt", "pth", "h5", "msgpack", "onnx")
+"""The suffixes of weights that only other programs read."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 RESTORE = "take it from the reference, or change the reference if it is meant so"
 """The advice on what differs from the reference."""
@@ -105,8 +108,8 @@ class Folder:
         """All tensors by name, in the natural order of their names; those of an adapter are no part of them.
 
         Raises:
-            AnomalyError: a file is damaged.
-            InfraError: there is no file, or one can't be read.
+            AnomalyError: a file is damaged, or there is none.
+            InfraError: one can't be read, or they are of a kind that isn't read here.
         """
         return {name: self._all_copies[name][-1] for name in sorted(self._all_copies, key=natural)}
 
@@ -128,7 +131,7 @@ class Folder:
         if self._gguf:
             return {tensor.name: [tensor] for tensor in self._gguf.tensors}
         if not self.files:
-            raise InfraError(f"{self.path} holds no .safetensors file, and no other file is read here")
+            raise self._no_weights()
         copies: dict[str, list[Tensor]] = {}
         for file in self.files:
             for tensor in tensors_of(file):
@@ -136,6 +139,18 @@ class Folder:
         for name, tensors in copies.items():
             tensors.sort(key=lambda tensor: self.indexed.get(name) == tensor.file)
         return copies
+
+    def _no_weights(self) -> QsaError:
+        """Make the error of a folder without safetensors: weights of another kind may be sound."""
+        if gguf := sorted(self.path.glob("*.gguf")):
+            return InfraError(f"{self.path} holds no .safetensors file: name the file, model.gguf_file: {gguf[0].name}")
+        if others := sorted(file.name for end in OTHER_WEIGHTS for file in self.path.glob(f"*.{end}")):
+            return InfraError(f"{self.path} holds no .safetensors file, and {others[0]} is not read here")
+        return self._lacking("weights, no .safetensors file")
+
+    def _lacking(self, what: str) -> AnomalyError:
+        lacks = f"holds no {what}" if any(self.path.iterdir()) else "is empty"
+        return AnomalyError(f"{self.path} {lacks}: copy or download the checkpoint again")
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:
@@ -161,17 +176,14 @@ class Folder:
         """The content of config.json, or the settings of a GGUF file under the same names.
 
         Raises:
-            AnomalyError: it is no JSON object.
-            InfraError: there is none.
+            AnomalyError: there is none, or it is no JSON object.
+            InfraError: it can't be read.
         """
         if self._gguf:
             return self._gguf.settings
-        content = self.json("config.json")
-        if content is None:
-            raise InfraError(f"{self.path} holds no config.json")
-        if not isinstance(content, dict):
-            raise AnomalyError(f"{self.path / 'config.json'} is no JSON object but a {type(content).__name__}")
-        return content
+        if (content := self.json("config.json")) is not None:
+            return content
+        raise self._lacking("config.json")
 
     @property
     def text_config(self) -> Settings:
@@ -187,24 +199,30 @@ class Folder:
         declared = self.text_config.get("quantization_config")
         return declared if isinstance(declared, dict) else {}
 
-    def json(self, name: str) -> Any:
-        """Return a JSON file's content; None where there is no such file.
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return the content of one of a checkpoint's JSON files, all of which are objects; None where there is none.
 
         Raises:
-            AnomalyError: it is no JSON.
-            InfraError: it can't be read.
+            AnomalyError: it is no JSON object.
+            InfraError: it can't be read, or is a pointer of git-lfs.
         """
         file = self.path / name
         if not file.is_file():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_bytes()
+            if text.startswith(LFS_POINTER):
+                raise InfraError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
+            content = json.loads(text)
         except OSError as error:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
             raise AnomalyError(f"{file} is no JSON: {error}") from None
         except RecursionError:
             raise AnomalyError(f"{file} is nested too deeply to be read") from None
+        if not isinstance(content, dict):
+            raise AnomalyError(f"{file} is no JSON object but a {type(content).__name__}")
+        return content
 
     @cached_property
     def indexed(self) -> Mapping[str, str]:
@@ -213,29 +231,46 @@ class Folder:
         Raises:
             AnomalyError: it is no JSON, or no index.
         """
-        index = self.json(INDEX) or {}
-        weights = (index.get("weight_map") or {}) if isinstance(index, dict) else None
+        weights = (self.json(INDEX) or {}).get("weight_map") or {}
         # The system raises an error of its own where a longer name is looked up.
         if not isinstance(weights, dict) or not all(isinstance(f, str) and len(f) < 250 for f in weights.values()):
             raise AnomalyError(f"{self.path / INDEX} doesn't name the file of each tensor: copy or download it again")
         return dict(weights)
 
     def check_files(self) -> None:
-        """Check what every loader needs: JSON that can be read, whole tensor files, and all files of the index.
+        """Check what every loader needs: JSON that can be read, weights, whole tensor files, all files of the index.
 
         Loaders report such a fault in the same words as a missing package or a full disk, and its kind would be wrong.
 
         Raises:
-            AnomalyError: a file of the checkpoint is damaged, or one that its index names is not there.
+            AnomalyError: a file of the checkpoint is damaged, or one that it needs or its index names is not there.
             InfraError: a file can't be read, or is a pointer of git-lfs.
         """
-        for name in ("config.json", "generation_config.json"):
-            self.json(name)
+        _ = self.config
+        self.json("generation_config.json")
         for file in sorted(set(self.indexed.values())):
             if not (self.path / file).is_file():
                 raise AnomalyError(f"{self.path}: {INDEX} names {file}, which is not there: copy or download it again")
-        if self._gguf is None and any(self.path.glob("*.safetensors")):
+        if self.files or not any(self.path.glob("*.bin")):
             _ = self.tensors  # which reads the header of every file
+
+
+@contextlib.contextmanager
+def refusing_odd_settings(where: str) -> Iterator[None]:
+    """Say in one line where a setting isn't what it should be: those of a downloaded file may be of any type.
+
+    Raises:
+        AnomalyError: whatever was raised because of it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, QsaError):
+            raise
+        logger.debug("a setting of %s can't be read", where, exc_info=True)
+        raise AnomalyError(
+            f"{where} can't be read ({type(error).__name__}: {one_line(error)}); compare it to the original's"
+        ) from error
 
 
 def open_folder(path: str | Path, revision: str | None = None, gguf_file: str | None = None, base: str = "") -> Folder:
@@ -301,8 +336,8 @@ def base_of(folder: Path, base: str = "") -> tuple[str, str | None] | None:
         return path, revision or None
     if not holds_adapter or _holds_model(folder):
         return None
-    config = Folder(folder).json(ADAPTER)
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    config = Folder(folder).json(ADAPTER) or {}
+    named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise InfraError(f"{folder} holds an adapter whose {ADAPTER} names no base: name it in model.base")
     inside = (folder / named).resolve()

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from ..captures import Array
 from ..common import AnomalyError, InfraError, refuse_special
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that git has in the place of one which git-lfs would fetch."""
 RAW: dict[str, str] = {
     "F64": "<f8",
     "F32": "<f4",
@@ -226,7 +228,7 @@ def _header(path: Path) -> tuple[bytes, int, int]:
         with path.open("rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")
-            if head.startswith(b"version "):  # text, and as a number a header of 2·10¹⁸ bytes
+            if head == LFS_POINTER[:8]:  # text, and as a number a header of 2·10¹⁸ bytes
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
@@ -239,6 +241,8 @@ def _header(path: Path) -> tuple[bytes, int, int]:
                     "download it again"
                 )
             return file.read(length), 8 + length, found.st_size
+    except (IsADirectoryError, FileNotFoundError) as error:  # the latter of a link to a file that is gone
+        raise AnomalyError(f"{path} is no file: {error.strerror}; copy or download it again") from None
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error.strerror or error}") from None
 

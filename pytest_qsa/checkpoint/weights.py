@@ -34,7 +34,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, InfraError, Progress
 from .files import Files
-from .folder import Folder, natural
+from .folder import Folder, natural, refusing_odd_settings
 from .formats.format import Format, format_of
 from .nearest import grid_of, nearest
 from .weight_statistics import Singles, WeightRows, reduced
@@ -144,6 +144,13 @@ def capture_weights(
         AnomalyError: a tensor is missing, damaged, or doesn't fit the others; or the reference has no such layer.
         InfraError: there is no reference to compare with.
     """
+    with refusing_odd_settings(files.settings_text):
+        return _captured(files, requests, modules, progress, rounded=rounded)
+
+
+def _captured(
+    files: Files, requests: Iterable[Request], modules: Sequence[str], progress: Progress | None, *, rounded: bool
+) -> Capture:
     plan = merge_requests(request for request in requests if request.site == "weight")
     weights, modules = _named(stored_weights(files), files.format, modules), modules or weight_names(files).all
     wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}

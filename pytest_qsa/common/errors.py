@@ -75,8 +75,15 @@ class ToldError(QsaError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's text that isn't empty; the name of its class where there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of an error's text that isn't empty; the name of its class where there is none.
+
+    A line that only announces others, as `Validation error for field 'hidden_size':`, is followed by what it announces.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    more = 2 if re.match(r"\d+ validation errors? for ", lines[0]) else lines[0].endswith(":")  # pydantic; the hub's
+    return " ".join(lines[: 1 + more])
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ LATEST = "results_*.json"
 """The names of lm-eval's files; they hold the time of the run, so that the last name is the latest."""
 DEFAULT_SAMPLES = "samples_TASK_*.jsonl"
 """The names of the files that lm-eval writes with --log_samples."""
+RESULTS = "results; run the eval first"
+"""What a missing file would be, for the text of its error."""
 LOWER_IS_BETTER = re.compile(r"perplexity|ppl|bits_per_byte|loss|brier|(^|_)(wer|cer|ter)$")
 """Scores of which less is better, where the file doesn't say so."""
 CONDITIONS = {"versions": "version", "n-shot": "n-shot", "n-samples": "samples"}
@@ -95,6 +97,16 @@ class EvalFiles:
             self.boundary.check(path)
         return path
 
+    def check(self, assertion: ExternalAssertion) -> None:
+        """Read the results that an assertion names.
+
+        Raises:
+            InfraError: a file is missing, or can't be read.
+            AnomalyError: one is no JSON.
+        """
+        for named in filter(None, (assertion.file, assertion.reference)):
+            read_json(_results_file(self.at(named)), RESULTS)
+
 
 def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequence[Compared], Mapping[str, str]]:
     """Return the scores that an assertion judges, and what was read: the files, and the conditions of the runs.
@@ -120,7 +132,7 @@ def eval_scores(assertion: ExternalAssertion, evals: EvalFiles) -> tuple[Sequenc
 
 def _check_model(file: Path, evals: EvalFiles) -> None:
     """Raise an `AnomalyError` where results are of another model than the subject, or don't say of which."""
-    content = read_json(file, "results; run the eval first")
+    content = read_json(file, RESULTS)
     evaluated = content.get("model_name") if isinstance(content, dict) else None
     if not isinstance(evaluated, str) or not evaluated:
         raise AnomalyError(
@@ -160,7 +172,7 @@ def read_scores(path: Path, assertion: ExternalAssertion) -> list[Score]:
         AnomalyError: it is no JSON, has no such task, score or key, or what is there is no finite number.
     """
     file = _results_file(path)
-    content = read_json(file, "results; run the eval first")
+    content = read_json(file, RESULTS)
     if assertion.pointer is not None:
         return [_pointed(content, assertion.pointer, assertion, file)]
     return _of_tasks(content, assertion, file)

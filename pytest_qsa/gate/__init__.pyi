@@ -4,7 +4,7 @@ from .assertions import (
     baseline_snapshot as baseline_snapshot,
     run_assertion as run_assertion,
 )
-from .collection import Overrides as Overrides, QsaSuite as QsaSuite
+from .collection import Overrides as Overrides, QsaSuite as QsaSuite, unknown_assertions as unknown_assertions
 from .gate import Gate as Gate
 from .options import (
     HookSpecs as HookSpecs,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..captures import LOGITS, Capture, Request, Site
-from ..checkpoint import Files, Finding, problems_of
+from ..checkpoint import Files, Finding, examine, problems_of
 from ..common import QsaError, QsaWarning, SuiteError
 from ..external import EvalFiles
 from ..metrics import (
@@ -99,10 +99,13 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     subject = gate.subject_of(request.node)
     assert subject is not None
     if isinstance(assertion, CheckpointAssertion):
-        return _files(gate, request, reads_tensors=assertion.metric != "checkpoint_settings")
+        return _files(gate, request, assertion.metric, assertion.parameters)
     if isinstance(assertion, ExternalAssertion):
         suite: QsaSuite = request.node.parent
-        return EvalFiles(subject.folder, subject.name, subject.path, suite.file.boundary)
+        evals = EvalFiles(subject.folder, subject.name, subject.path, suite.file.boundary)
+        with gate.told_once(request.node, f"the results of {subject.name} can't be read"):
+            evals.check(assertion)
+        return evals
     with gate.told_once(request.node, f"nothing was measured of {subject.name}"):
         capture = gate.capture_of(request)
     release = None
@@ -120,8 +123,8 @@ def _previous_capture(gate: Gate, request: pytest.FixtureRequest, subject: Subje
         return gate.previous_capture(request, subject)
 
 
-def _files(gate: Gate, request: pytest.FixtureRequest, *, reads_tensors: bool) -> Files:
-    """Return the files of a test's checkpoint, whose headers can be read where the test reads tensors.
+def _files(gate: Gate, request: pytest.FixtureRequest, metric: str, parameters: Parameters) -> Files:
+    """Return the files of a test's checkpoint, which its check has looked at.
 
     Raises:
         QsaError: they can't be read, or there are none.
@@ -130,8 +133,7 @@ def _files(gate: Gate, request: pytest.FixtureRequest, *, reads_tensors: bool) -
     assert subject is not None
     with gate.told_once(request.node, f"the files of {subject.name} can't be read"):
         files = gate.files_of(request)
-        if reads_tensors:
-            _ = files.format, files.folder.layers
+        examine(files, metric, **parameters)
     return files
 
 
@@ -284,7 +286,7 @@ class Qsa:
     def problems(self, metric: str, layers: str, exclude: str | None, parameters: Parameters) -> Series:
         """Run a static check; comparing its series judges it, without a pass."""
         try:
-            files = _files(self._gate, self._request, reads_tensors=metric != "checkpoint_settings")
+            files = _files(self._gate, self._request, metric, parameters)
             series, found = problems_of(files, metric, layers, exclude, **parameters)
         except QsaError as error:
             raise self.stopped(error) from None

@@ -71,6 +71,27 @@ class Overrides:
         return next(lost, None)
 
 
+def unknown_assertions(arguments: Iterable[str], folder: Path, suites: Iterable[QsaSuite]) -> list[str]:
+    """Say of each `SUITE::ID` that a run was given, and that names no test, what the suite has. `folder`: pytest's."""
+    found = {suite.path: suite for suite in suites}
+    texts = []
+    for argument in arguments:
+        path, _, named = argument.partition("::")
+        suite, (name, bracket, model) = found.get((folder / path).resolve()), named.partition("[")
+        if suite is None or not name:
+            continue
+        try:
+            known = [assertion.id for assertion in suite.file.assertions]
+        except suite.CollectError:  # pytest shows it
+            continue
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; it has {', '.join(known[:5]) or 'none'}{', …' * (len(known) > 5)}"
+            texts.append(f"{shown_path(suite.path)} has no assertion '{name}'{hint}")
+        elif bracket:
+            texts.append(f"{shown_path(suite.path)}: {name} runs on no checkpoint [{model}: --qsa-model names them")
+    return texts
+
+
 def compiled(source: str, place: Place) -> types.CodeType:
     """Compile one line of Python as if it stood at a place of a suite."""
     return compile("\n" * (place.line - 1) + source, str(place.path), "exec")

@@ -495,15 +495,23 @@ DAMAGED = {
         InfraError,
         "git-lfs pointer",
     ),
-    "no weights": ("model.safetensors", lambda path: path.unlink(), InfraError, r"holds no \.safetensors file"),
+    "no weights": ("model.safetensors", lambda path: path.unlink(), AnomalyError, r"no \.safetensors file"),
+    "weights of another kind": (
+        "model.safetensors",
+        lambda path: path.rename(path.with_name("pytorch_model.bin")),
+        InfraError,
+        r"pytorch_model\.bin is not read here",
+    ),
     "config.json no JSON": ("config.json", lambda path: path.write_text("{"), AnomalyError, r"config\.json is no JSON"),
     "config.json a list": ("config.json", lambda path: path.write_text("[]"), AnomalyError, "is no JSON object"),
-    "no config.json": ("config.json", lambda path: path.unlink(), InfraError, r"holds no config\.json"),
+    "no config.json": ("config.json", lambda path: path.unlink(), AnomalyError, r"holds no config\.json"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_is_the_checkpoint_s_fault_and_an_absent_one_the_machine_s(int8_llama, tmp_path, damage):
+def test_a_damaged_or_absent_file_is_the_checkpoint_s_fault_and_one_that_is_not_read_here_is_not(
+    int8_llama, tmp_path, damage
+):
     name, change, kind, text = DAMAGED[damage]
     folder = edited(int8_llama, tmp_path / "damaged")
     change(folder / name)

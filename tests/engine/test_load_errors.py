@@ -50,7 +50,37 @@ FILES = {
         r"config\.json is no JSON",
     ),
     "a pointer of git-lfs": (replace_by_a_pointer, InfraError, "git lfs pull"),
-    "no config.json": (lambda folder: (folder / "config.json").unlink(), InfraError, "can't be loaded"),
+    "no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        AnomalyError,
+        r"holds no config\.json: copy or download the checkpoint again",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), AnomalyError, "holds no weights"),
+    "weights in a format that is read by others": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
+        InfraError,
+        r"name the file, model\.gguf_file: model\.gguf",
+    ),
+    "a pickle that is none": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        AnomalyError,
+        r"pytorch_model\.bin is no file of weights alone",
+    ),
+    "a link to nothing": (
+        lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").symlink_to("gone")),
+        AnomalyError,
+        r"model\.safetensors is no file: No such file",
+    ),
+    "a generation_config.json that is no object": (
+        lambda folder: (folder / "generation_config.json").write_text("[1]"),
+        AnomalyError,
+        r"generation_config\.json is no JSON object but a list",
+    ),
+    "a config.json that is a pointer of git-lfs": (
+        lambda folder: (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        InfraError,
+        r"config\.json is a git-lfs pointer, not the file",
+    ),
 }
 
 
@@ -61,6 +91,100 @@ def test_a_damaged_file_is_told_from_one_that_this_machine_lacks(llama, tmp_path
     change(folder)
     with pytest.raises(kind, match=text):
         load(folder)
+
+
+def other_settings(**keys):
+    """Return an edit of config.json; a key that is None is left out."""
+
+    def change(config):
+        config |= {key: value for key, value in keys.items() if value is not None}
+        for key in [key for key, value in keys.items() if value is None]:
+            config.pop(key, None)
+
+    return change
+
+
+def groups(**weights):
+    """Return an edit of the first quantized group of config.json."""
+
+    def change(config):
+        config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
+
+    return change
+
+
+def quantization(**keys):
+    def change(config):
+        other_settings(**keys)(config["quantization_config"])
+
+    return change
+
+
+SETTINGS = {
+    "no model_type": (other_settings(model_type=None), AnomalyError, r"config\.json names no model_type"),
+    "a size that is no number": (
+        other_settings(hidden_size="many"),
+        AnomalyError,
+        r"config\.json is no configuration of llama: .*hidden_size.* expected int, got str",
+    ),
+    "an unknown activation": (
+        other_settings(hidden_act="nope"),
+        AnomalyError,
+        r"config\.json: no model can be made of its settings: KeyError: 'nope' \(hidden_act\)",
+    ),
+    "no heads": (other_settings(num_attention_heads=0), AnomalyError, r"json is no configuration of llama: Zero"),
+    "another model's width": (
+        other_settings(intermediate_size=128),
+        AnomalyError,
+        r"config\.json makes model\.layers\.0\.mlp\.down_proj \[32, 128\], and the files hold \[32, 64\]",
+    ),
+    "another model's heads": (
+        other_settings(head_dim=16),
+        AnomalyError,
+        r"config\.json makes model\.layers\.0\.self_attn\..*_proj \[",
+    ),
+    "another model's depth": (
+        other_settings(num_hidden_layers=6),
+        AnomalyError,
+        r"wants model\.layers\.4\..* the files don't hold",
+    ),
+    "a quantization without groups": (
+        quantization(config_groups=3),
+        AnomalyError,
+        r"config\.json: quantization_config can't be read: .* config_groups Input should be a valid dictionary",
+    ),
+    "a quantization without a method": (quantization(quant_method=None), AnomalyError, "it names no quant_method"),
+    "a quantization that is no section": (
+        other_settings(quantization_config=3),
+        AnomalyError,
+        r"config\.json is no configuration of llama",
+    ),
+    "bits that are no number": (groups(num_bits="eight"), AnomalyError, "config can't be read: .*num_bits"),
+    "a strategy that a newer library may know": (groups(strategy="newer"), InfraError, "'newer' is not a valid"),
+    "a class that a newer library may know": (
+        other_settings(model_type="newer"),
+        InfraError,
+        "model type `newer` but Transformers does not recognize",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SETTINGS)
+def test_a_setting_that_no_model_can_be_made_of_is_the_checkpoint_s_fault(quantized, tmp_path, damage):
+    change, kind, text = SETTINGS[damage]
+    with pytest.raises(kind, match=text):
+        load(edited(quantized["int8"], tmp_path / "odd", config=change))
+
+
+def test_a_missing_package_is_not_the_checkpoint_s_fault_whatever_its_settings(llama, tmp_path, monkeypatch):
+    import transformers
+
+    def lacking(*arguments, **options):
+        raise ImportError("this model needs a package")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", lacking)
+    with pytest.raises(InfraError, match="can't be loaded: ImportError: this model needs a package"):
+        load(edited(llama, tmp_path / "odd", config=other_settings(intermediate_size=128)))
 
 
 def reshaped(weights):
@@ -152,13 +276,20 @@ def test_a_model_without_a_tokenizer_says_so_where_one_is_needed(llama, tmp_path
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((llama / name).read_bytes())
     assert load_tokenizer(str(folder), {}) is None
-    with pytest.raises(InfraError, match="bare has no tokenizer"):
+    with pytest.raises(AnomalyError, match="bare has no tokenizer"):
         load(folder).required_tokenizer("bare")
 
 
 TOKENIZERS = {
-    "a tokenizer.json that is no JSON": ("{,", AnomalyError, r"tokenizer\.json is no JSON"),
-    "a tokenizer.json that is no tokenizer": ('{"model": {}}', InfraError, "the tokenizer of .* can't be loaded: "),
+    "no JSON": ("{,", AnomalyError, r"tokenizer\.json is no JSON"),
+    "no object": ("[]", AnomalyError, r"tokenizer\.json is no JSON object but a list"),
+    "no tokenizer": ('{"model": {}}', AnomalyError, r"no tokenizer can be made of .*damaged/tokenizer\.json: "),
+    "missing": (
+        None,
+        AnomalyError,
+        r"holds no tokenizer\.json, and no tokenizer can be made of tokenizer_config\.json",
+    ),
+    "a newer library's": ('{"model": {"type": "Newer"}}', InfraError, "the tokenizer of .* can't be loaded: "),
 }
 
 
@@ -166,7 +297,7 @@ TOKENIZERS = {
 def test_a_tokenizer_that_can_not_be_loaded_is_not_one_that_is_missing(llama, tmp_path, damage):
     text, kind, message = TOKENIZERS[damage]
     folder = edited(llama, tmp_path / "damaged")
-    (folder / "tokenizer.json").write_text(text)
+    (folder / "tokenizer.json").write_text(text) if text else (folder / "tokenizer.json").unlink()
     loaded = load(folder)  # weights and batches of one's own need no tokenizer
     assert loaded.tokenizer is None
     with pytest.raises(kind, match=message):

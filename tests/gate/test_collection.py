@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -72,6 +73,21 @@ def test_an_unknown_id_is_not_found(mixed):
     run = mixed.pytest("gate.qsa.yaml::peak")
     assert run.code == 4
     assert "not found" in run.out
+
+
+UNKNOWN = {
+    "gate.qsa.yaml::peek": r"gate.qsa.yaml has no assertion 'peek' \(did you mean 'peaks'\?\)",
+    "gate.qsa.yaml::zz": r"gate.qsa.yaml has no assertion 'zz'; it has peaks",
+    "gate.qsa.yaml::peaks[new]": r"gate.qsa.yaml: peaks runs on no checkpoint \[new\]: --qsa-model names them",
+}
+
+
+@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "workers"])
+def test_an_unknown_id_is_answered_with_what_the_suite_has(mixed, workers):
+    run = mixed.pytest(*UNKNOWN, *workers)
+    assert run.code == (2 if workers else 4)
+    for text in UNKNOWN.values():
+        assert re.search(text, run.out)
 
 
 def test_a_suite_without_assertions_is_collected_with_a_warning(own_project):

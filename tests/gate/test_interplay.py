@@ -103,7 +103,10 @@ def test_reruns_run_it_again_and_report_it_once(gate):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, llama):
-    """Run suites over a checkpoint without its last norm and one whose file is cut short, with reruns."""
+    """Run suites over a checkpoint without its last norm, one whose file is cut short, one without a tokenizer of JSON.
+
+    Also over results of an eval that are no JSON; all with reruns.
+    """
     project = Project(tmp_path_factory.mktemp("broken") / "project")
     lost = edited(llama, project.folder / "lost", lambda weights: weights.pop("model.norm.weight"))
     cut = edited(llama, project.folder / "cut")
@@ -111,6 +114,14 @@ def broken(tmp_path_factory, llama):
     project.write("a.qsa.yaml", suite(lost, peaks("max: 9"), peaks("max: 8", "again"), peaks("baseline: {}", "kept")))
     keys = ("id: keys, metric: checkpoint_keys, max: 0", "id: scales, metric: checkpoint_weights, max: 0")
     project.write("b.qsa.yaml", suite(cut, *keys, peaks("max: 9", "cut")))
+    text = edited(llama, project.folder / "text")
+    (text / "tokenizer.json").write_text("{,")
+    evals = ("id: first, metric: external, file: r.json, pointer: /a, max: 1",)
+    evals += ("id: second, metric: external, file: r.json, pointer: /b, max: 1",)
+    settings = ("id: settings, metric: checkpoint_settings, max: 0", "id: health, metric: checkpoint_health, max: 0")
+    both = suite(f"{text}, reference: {llama}", *settings, peaks("max: 9", "text"), *evals)
+    project.write("c.qsa.yaml", both)
+    project.write("r.json", "{")
     project.write("test_lost.py", "def test_lost(qsa): assert qsa.output('up_proj').rms() <= 3")
     return project, project.pytest("--reruns=2", "--qsa-config=a.qsa.yaml", "--junitxml=junit.xml")
 
@@ -119,9 +130,12 @@ def test_what_stops_many_tests_is_told_by_the_first(broken):
     _, run = broken
     assert "LlamaForCausalLM" in run.first_line("a.qsa.yaml::peaks")
     assert "cut short" in run.first_line("::keys")
+    assert "tokenizer.json is no JSON" in run.first_line("::settings")
+    assert "r.json: is no JSON" in run.first_line("::first")
     elsewhere = {
         "a.qsa.yaml::again": "a.qsa.yaml::peaks", "a.qsa.yaml::kept": "a.qsa.yaml::peaks",
         "::test_lost": "a.qsa.yaml::peaks", "::scales": "b.qsa.yaml::keys", "::cut": "b.qsa.yaml::keys",
+        "::health": "c.qsa.yaml::settings", "::text": "c.qsa.yaml::settings", "::second": "c.qsa.yaml::first",
     }  # fmt: skip
     for test, first in elsewhere.items():
         [line] = run.text(test).splitlines()
@@ -133,7 +147,7 @@ def test_what_stops_many_tests_is_told_by_the_first(broken):
 
 def test_what_another_attempt_would_meet_again_is_not_run_again(broken):
     assert "rerun" not in broken[1].out.splitlines()[-1]
-    assert broken[0].read("junit.xml").count("<failure") == 7
+    assert broken[0].read("junit.xml").count("<failure") == 12
 
 
 def test_a_test_that_is_expected_to_fail_is_not_the_one_that_tells(broken):

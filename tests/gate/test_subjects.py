@@ -151,7 +151,8 @@ def broken(tmp_path_factory):
 def test_a_subject_that_cannot_be_run_is_told_in_one_line(broken, name):
     test = f"{name}.qsa.yaml::peaks"
     assert broken.outcomes[f"texts/{test}"] == "failed"
-    assert broken.first_line(test).startswith(f"{'ANOMALOUS' if name in ('lacking', 'dropping') else 'INFRA'} peaks: ")
+    of_files = name in ("folder", "lacking", "dropping", "tokens")
+    assert broken.first_line(test).startswith(f"{'ANOMALOUS' if of_files else 'INFRA'} peaks: ")
     assert BROKEN[name][2] in broken.first_line(test)
     assert "Traceback" not in broken.text(test)
     assert ".py:" not in broken.text(test)

@@ -316,7 +316,7 @@ def test_a_plan_of_weights_in_files_says_what_is_read_and_needs_no_machine(tmp_p
             "size        not known: org/nowhere is not in the local cache of the hub; `hf download org/nowhere`",
         ),
         ("cut", "/cut/model.safetensors is cut short"),
-        ("empty", "/empty holds no config.json"),
+        ("empty", "/empty is empty"),
     ],
 )
 def test_what_is_not_known_is_said(tmp_path, monkeypatch, llama, path, told):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ..folder import RESTORE, Finding, Folder, Settings, shown
+from ..folder import RESTORE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
 from ..tensors import element_count
@@ -77,8 +77,10 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
         # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
         yield from changed_tokenizer(folder, reference)
         return
-    yield from _generation(folder, reference)
-    yield from changed_tokenizer(folder, reference)
+    with refusing_odd_settings(f"{folder.path / GENERATION}: a setting"):
+        yield from _generation(folder, reference)
+    with refusing_odd_settings(f"{folder.path}: a setting of the tokenizer, in tokenizer.json or beside it,"):
+        yield from changed_tokenizer(folder, reference)
     yield from _processor(folder, reference)
     mine, theirs = _template(folder), _template(reference)
     if mine != theirs:

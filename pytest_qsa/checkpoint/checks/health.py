@@ -16,11 +16,11 @@ import numpy as np
 from annotated_types import Ge, Gt
 
 from ...captures import match_layers, no_match
-from ...common import AnomalyError, QsaError, logger, one_line, shown_path
+from ...common import AnomalyError, shown_path
 from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..copies import recognizer_of
 from ..files import Files
-from ..folder import Finding, natural
+from ..folder import Finding, natural, refusing_odd_settings
 from .cache_scales import lost_cache_scales, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
@@ -222,6 +222,17 @@ def checkpoint_health(
     yield from checkpoint_settings(files)
 
 
+def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]:
+    """Return all that a check finds in the files; it is kept there for `problems_of`.
+
+    Raises:
+        AnomalyError: a file is damaged.
+        InfraError: one can't be read.
+    """
+    with refusing_odd_settings(files.settings_text):
+        return tuple(CHECKS[metric].compute(files, **parameters))
+
+
 def problems_of(
     files: Files, metric: str, layers: str = ".", exclude: str | None = None, **parameters: Any
 ) -> tuple[Series, list[Finding]]:
@@ -229,22 +240,13 @@ def problems_of(
 
     Raises:
         AnomalyError: no layer matches, there is nothing that the check could look at, or a file is damaged.
-        InfraError: a file is missing or can't be read.
+        InfraError: a file can't be read.
     """
     check = CHECKS[metric]
-    try:
-        looked_at = list(check.layers(files))
-        found = list(check.compute(files, **parameters))
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        # Any setting of a downloaded file may be of any type, and a setting that can't be read is its fault.
-        if isinstance(error, QsaError):
-            raise
-        logger.debug("%s of %s failed", metric, files.folder.path, exc_info=True)
-        raise AnomalyError(
-            f"{files.folder.path}: a setting in config.json or a header can't be read ({type(error).__name__}: "
-            f"{one_line(error)}); compare it to the original's"
-        ) from error
-    lost = {finding.layer for finding in found} - set(looked_at)  # a missing block is no layer of the files
+    with refusing_odd_settings(files.settings_text):
+        looked_at = check.layers(files)
+    everything = examine(files, metric, **parameters)
+    lost = {finding.layer for finding in everything} - set(looked_at)  # a missing block is no layer of the files
     modules = {*looked_at, *lost} - set(SETTING_LAYERS)
     # What is wrong with a file decides what all else was read from.
     ordered = sorted(modules, key=lambda name: (not name.endswith(FILES), natural(name)))
@@ -253,7 +255,7 @@ def problems_of(
     if not matched:
         raise no_match(ordered, layers, exclude)
     position = {layer: index for index, layer in enumerate(matched)}
-    found = sorted((f for f in found if f.layer in position), key=lambda finding: position[finding.layer])
+    found = sorted((f for f in everything if f.layer in position), key=lambda finding: position[finding.layer])
     counts = Counter(finding.layer for finding in found if not finding.note)
     values = np.array([counts[layer] for layer in matched], dtype=np.float64)
     return Series(matched, values, query_of_check(metric, layers, exclude, parameters)), found

@@ -205,6 +205,5 @@ def _of_outputs(codes: Tensor, wanted: NDArray[np.intp]) -> NDArray[np.uint8]:
 
 def _settings(folder: Folder) -> Settings:
     """Return the part `quantization` of `hf_quant_config.json`; empty where there is none."""
-    content = folder.json(SETTINGS_FILE)
-    settings = content.get("quantization") if isinstance(content, dict) else None
+    settings = (folder.json(SETTINGS_FILE) or {}).get("quantization")
     return settings if isinstance(settings, dict) and settings.get("quant_algo") else {}

@@ -42,12 +42,11 @@ class Quanto(Format):
         """Recognize it by its map, for its own saver leaves config.json as it was."""
         if folder.gguf_file or folder.quantization:
             return super().declared_in(folder)
-        return isinstance(folder.json(MAP), dict)
+        return folder.json(MAP) is not None
 
     @cached_property
     def _map(self) -> Mapping[str, LayerScheme]:
-        content = self.folder.json(MAP)
-        stated: Settings = content if isinstance(content, dict) else {}
+        stated: Settings = self.folder.json(MAP) or {}
         return {layer: _scheme(types) for layer, types in stated.items() if isinstance(types, dict)}
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoint import ADAPTER, Adapter, base_of, format_of, open_folder
+from ...checkpoint import ADAPTER, Adapter, base_of, format_of, open_folder, refusing_odd_settings
 from ...common import AnomalyError, InfraError, QsaError, one_line
 
 ON_HUB = ("adapter_config.json", "adapter_model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -89,7 +89,8 @@ def _peft_config(folder: Path) -> Any:
         raise InfraError(f"{folder / ADAPTER}: peft {version} doesn't know {unknown[0]}, and would leave it out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of unknown options, of which only empty ones are left
-        return peft.PeftConfig.from_pretrained(str(folder))
+        with refusing_odd_settings(f"{folder / ADAPTER}: a setting"):
+            return peft.PeftConfig.from_pretrained(str(folder))
 
 
 def check_adapter(source: ModelSource, gguf_file: str | None) -> None:

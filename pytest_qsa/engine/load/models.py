@@ -1,4 +1,4 @@
-"""Loading: a checkpoint → a model, by transformers, with its tokenizer; whose fault it is where that fails."""
+"""Loading: a checkpoint → a model, by transformers, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import torch
 from torch import nn
 
 from ...captures import ModelProvenance
-from ...checkpoint import Folder, format_of, no_folder, open_folder
-from ...common import InfraError, QsaError, Scratch, UnloadableFormatError, one_line
+from ...checkpoint import Folder, format_of, no_folder
+from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFormatError, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
-from .completeness import check_complete, check_declaration, conversion_failure, declares_quantization
+from .classes import class_of, fetching_kernels
+from .completeness import check_complete, check_declaration, declares_quantization
+from .load_errors import loading_errors
 from .tokenizer import TextTokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -58,11 +60,11 @@ class Loaded:
         """Return the tokenizer. `name`: what the text of an error calls the subject.
 
         Raises:
-            AnomalyError: one of its files is no JSON.
-            InfraError: there is none, or it can't be loaded.
+            AnomalyError: there is none, or its files are to blame that it can't be loaded.
+            InfraError: the installation is.
         """
         if self.tokenizer is None:
-            raise self.tokenizer_error or InfraError(
+            raise self.tokenizer_error or AnomalyError(
                 f"{name} has no tokenizer to make token batches with; save one beside the weights, or give batches in "
                 "a fixture qsa_batches"
             )
@@ -90,10 +92,10 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
     if not allow_code:
         _check_code(spec)
     _check_path(path)
-    with quiet(), _loading_errors(spec, path):
+    with quiet(), loading_errors(spec, path):
         source = once_more(lambda: source_of(path, spec.revision, base))
     spec = spec.model_copy(update={"revision": source.revision})
-    with quiet(), _loading_errors(spec, source.path):
+    with quiet(), loading_errors(spec, source.path):
         loaded = once_more(lambda: _from_checkpoint(spec, source, memory, allow_code))
     if spec.submodule:
         try:
@@ -103,12 +105,6 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
             loaded.close()
             raise
     return loaded
-
-
-def fetching_kernels(config: Any) -> list[Any]:
-    """Return those of a configuration and its parts that name a repository of the hub, where a kernel is fetched."""
-    parts = (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()))
-    return [part for part in parts if "/" in str(getattr(part, "_attn_implementation", None) or "")]
 
 
 def _check_code(spec: Model, config: Any = None) -> None:
@@ -124,48 +120,6 @@ def _check_code(spec: Model, config: Any = None) -> None:
         named, where = parts[0]._attn_implementation, "attn_implementation in config.json"
     if "/" in named:
         raise InfraError(f"{where} '{named}' is code that is fetched from the hub: allow it with --qsa-allow-code")
-
-
-@contextlib.contextmanager
-def _loading_errors(spec: Model, path: str) -> Iterator[None]:
-    """Say in one line what stopped the loading of a checkpoint."""
-    try:
-        yield
-    except QsaError:
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = "set memory.auto_offload or a smaller data.seq_len"
-        raise InfraError(f"{path} does not fit: {one_line(error)}; {advice}") from error
-    except OSError as error:
-        if Path(path).is_dir():
-            raise InfraError(f"{path} can't be loaded: {one_line(error)}") from error
-        raise InfraError(no_folder(path, f"as a hub id it can't be fetched: {one_line(error)}")) from error
-    except Exception as error:  # transformers raises whatever its parts raise; a user needs its text, not its stack
-        if wants_code(error):
-            raise InfraError(f"{path} {OWN_CODE}") from error
-        if spec.gguf_file:  # a damaged file says so itself, and only now is it worth reading twice
-            Folder(Path(path), spec.gguf_file).check_files()
-        text = f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}"
-        text = conversion_failure(path, error) or text
-        kind = UnloadableFormatError if _needs_a_quantizer(spec, path) else InfraError
-        raise kind(text) from error
-
-
-OWN_CODE = "has code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
-
-
-def wants_code(error: Exception) -> bool:
-    """Say whether transformers refused to run the code of a checkpoint; it has no class of error for that."""
-    return "trust_remote_code" in str(error)
-
-
-def _needs_a_quantizer(spec: Model, path: str) -> bool:
-    """Say whether the files are quantized in a format that is known here, so that they may be read without a loader."""
-    try:
-        form = format_of(open_folder(path, spec.revision, spec.gguf_file))
-        return bool(form.name) and any(form.codes_of(layer) for layer in form.folder.layers)
-    except QsaError:
-        return False
 
 
 def _check_path(path: str) -> None:
@@ -234,23 +188,6 @@ def _tokenizer_of(source: ModelSource, common: dict[str, Any], gguf: dict[str, A
     """Return the tokenizer that an adapter was saved with, which may have tokens of its own; else the base's."""
     own = load_tokenizer(str(source.adapter), {**common, "revision": None}) if source.adapter is not None else None
     return own if own is not None else load_tokenizer(source.path, common | gguf)
-
-
-def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
-    """Return the class that the configuration names, whatever its task; AutoModel would leave its head out."""
-    import transformers
-
-    names = list(getattr(config, "architectures", None) or ())
-    auto_map = getattr(config, "auto_map", None) or {}
-    # Only transformers' Auto classes read `auto_map`, which leads to the checkpoint's code.
-    if remote and auto_map:
-        return getattr(transformers, next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel"))
-    known = next((name for name in names if hasattr(transformers, name)), None)
-    if known:
-        return getattr(transformers, known)
-    if names and auto_map:
-        raise InfraError(f"the checkpoint's class {names[0]} {OWN_CODE}")
-    return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
 
 
 def device_for(memory: Memory) -> torch.device:

@@ -17,14 +17,16 @@ from torch import nn
 
 from ...captures import LayerNames
 from ...checkpoint import Folder
-from ...common import InfraError, QsaError, one_line
+from ...common import AnomalyError, InfraError, QsaError, one_line
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
 from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, names_of, with_experts
 from .adapters import add_empty_adapter, source_of
 from .batches import Batch
+from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
-from .models import OWN_CODE, class_of, fetching_kernels, load_model, quiet, submodule_of, wants_code
+from .load_errors import fault_of_files
+from .models import load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
 
@@ -78,25 +80,25 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
     try:
         with quiet():
             source = source_of(path, spec.revision, base)
-        Folder(Path(source.path)).json("config.json")  # transformers reports a broken file as a missing one
+        if Path(source.path).is_dir() and not spec.gguf_file:
+            _ = Folder(Path(source.path)).config  # transformers reports a broken file as a missing one
         config = transformers.AutoConfig.from_pretrained(
             source.path,
             revision=source.revision,
             trust_remote_code=False,  # without it transformers asks on the terminal, and a `y` runs the author's code
             **({"gguf_file": spec.gguf_file} if spec.gguf_file else {}),
         )
-        for part in fetching_kernels(config):  # names and shapes don't depend on it
-            part._attn_implementation = "eager"
-        # Only names and shapes are wanted: on the meta device no weight takes memory.
-        with torch.device("meta"):
-            model = class_of(config, remote=False, gguf=bool(spec.gguf_file))._from_config(config)
-            if source.adapter is not None:
+        model = empty_model(config, gguf=bool(spec.gguf_file))
+        if source.adapter is not None:
+            with torch.device("meta"):
                 add_empty_adapter(model, source.adapter)
     except QsaError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
         if wants_code(error):
             raise InfraError(f"{path} {OWN_CODE}; its layers can't be listed without running it") from error
+        if fault := fault_of_files(spec, path, error):
+            raise AnomalyError(fault) from error
         raise InfraError(f"{path}: no model can be made of it: {one_line(error)}") from error
     return submodule_of(model, spec.submodule) if spec.submodule else model
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...checkpoint import Folder
-from ...common import InfraError, one_line
+from ...common import AnomalyError, InfraError, logger, one_line
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
 )
 """The files that show that a folder has a tokenizer."""
+FILE = TOKENIZER_FILES[0]
+SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
+"""The keys of tokenizer.json for the members of a step that is a sequence."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -75,8 +78,8 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
     """Load the tokenizer of a checkpoint; None for a folder that has none. `arguments`: of `from_pretrained`.
 
     Raises:
-        AnomalyError: a tokenizer file is no JSON.
-        InfraError: it can't be loaded for any other reason.
+        AnomalyError: its files are to blame.
+        InfraError: the installation is, or what it lacks.
     """
     import transformers
 
@@ -92,11 +95,54 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
         # transformers raises for a folder without a tokenizer too, which is no error here.
         if folder.path.is_dir() and not _has_tokenizer(folder):
             return None
-        # A file that is no JSON is the checkpoint's fault: reading it raises AnomalyError.
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            folder.json(name)
         reason = f"{type(error).__name__}: {one_line(error)}"
+        if fault := _fault_of_files(folder, error):
+            raise AnomalyError(f"{fault}: {reason}") from error
         raise InfraError(f"the tokenizer of {path} can't be loaded: {reason}") from error
+
+
+def _fault_of_files(folder: Folder, error: Exception) -> str | None:
+    """Say which file of a tokenizer has stopped its loading; None where this machine lacks something instead.
+
+    Raises:
+        AnomalyError: one of them is no JSON object.
+    """
+    held = [file for file in TOKENIZER_FILES if (folder.path / file).is_file()]
+    for name in (file for file in held if file.endswith(".json") and file != "tekken.json"):
+        folder.json(name)
+    if folder.gguf_file or not folder.path.is_dir() or isinstance(error, ImportError | MemoryError):
+        return None
+    if FILE not in held:
+        return f"{folder.path} holds no {FILE}, and no tokenizer can be made of {', '.join(held)} alone"
+    if unknown := _unknown_step(folder.json(FILE) or {}):
+        logger.debug("the installed tokenizers doesn't know %s of %s", unknown, folder.path)
+        return None
+    return f"no tokenizer can be made of {folder.path / FILE}"
+
+
+def _unknown_step(tokenizer: Mapping[str, Any]) -> str:
+    """Return the name of a step that the installed tokenizers doesn't know, a newer one's say; empty for none."""
+    import tokenizers
+
+    for part, known in (
+        ("model", tokenizers.models),
+        ("normalizer", tokenizers.normalizers),
+        ("pre_tokenizer", tokenizers.pre_tokenizers),
+        ("post_processor", tokenizers.processors),
+        ("decoder", tokenizers.decoders),
+    ):
+        named = (name for name in _types(tokenizer.get(part)) if not hasattr(known, name))
+        if unknown := next(named, ""):
+            return unknown
+    return ""
+
+
+def _types(section: Any) -> Iterator[str]:
+    """Yield the `type` of a step and of those that it is a sequence of."""
+    if isinstance(section, dict):
+        if isinstance(kind := section.get("type"), str):
+            yield kind
+        yield from (name for key in SEQUENCES for each in section.get(key) or () for name in _types(each))
 
 
 def _has_tokenizer(folder: Folder) -> bool:

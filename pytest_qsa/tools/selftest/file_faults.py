@@ -126,6 +126,11 @@ def _text(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
+def _content(mutant: Mutant, file: str) -> dict[str, Any]:
+    """Return the content of one of the original's files, which may be changed."""
+    return mutant.source.json(file) or {}
+
+
 def _lost_settings(folder: Folder) -> Iterator[tuple[str, ...]]:
     """Yield the paths in config.json of settings that differ from what a class takes where they are lost."""
     if folder.gguf_file:
@@ -146,7 +151,7 @@ def _with_setting(folder: Folder) -> list[str]:
 @FILE_FAULTS.add(_with_setting, names="`config.json`")
 def setting_absent(mutant: Mutant, layer: str, strength: float) -> None:
     """A setting left out of config.json, so that the class's default counts: the norms' epsilon, else a factor."""
-    config = json.loads(json.dumps(mutant.source.json(CONFIG)))
+    config = _content(mutant, CONFIG)
     *part, key = next(_lost_settings(mutant.source))
     settings = config
     for name in part:
@@ -169,7 +174,7 @@ def stop_token_changed(mutant: Mutant, layer: str, strength: float) -> None:
     """The stop token of generation_config.json another one than the model's: generation does not end."""
     own = set(_stop_tokens(mutant.source))
     other = next(token for token in range(len(own) + 1) if token not in own)
-    mutant.texts[GENERATION] = _text({**mutant.source.json(GENERATION), "eos_token_id": other})
+    mutant.texts[GENERATION] = _text({**_content(mutant, GENERATION), "eos_token_id": other})
 
 
 def _without_truncation(folder: Folder) -> list[str]:
@@ -181,7 +186,7 @@ def _without_truncation(folder: Folder) -> list[str]:
 def truncation_saved(mutant: Mutant, layer: str, strength: float) -> None:
     """The truncation of calibration saved in tokenizer.json: a server cuts longer prompts silently."""
     cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
-    tokenizer = mutant.source.json("tokenizer.json")
+    tokenizer = _content(mutant, "tokenizer.json")
     mutant.texts["tokenizer.json"] = json.dumps({**tokenizer, "truncation": cut}, ensure_ascii=False)
 
 
@@ -200,7 +205,7 @@ def _version(declared: Mapping[str, Any]) -> str:
 @FILE_FAULTS.add(_versioned)
 def zero_point_version(mutant: Mutant, layer: str, strength: float) -> None:
     """The other version of zero points declared (GPTQ: `gptq` for `gptq_v2`), so that all are off by one."""
-    config = json.loads(json.dumps(mutant.source.json(CONFIG)))
+    config = _content(mutant, CONFIG)
     holder = config if "quantization_config" in config else config["text_config"]
     declared = holder["quantization_config"]
     declared["checkpoint_format"] = "gptq" if _version(declared) == "gptq_v2" else "gptq_v2"
@@ -214,7 +219,7 @@ def _with_bos(folder: Folder) -> list[str]:
 @FILE_FAULTS.add(_with_bos, names="`tokenizer`")
 def bos_dropped(mutant: Mutant, layer: str, strength: float) -> None:
     """The tokenizer's beginning-of-sequence token dropped: the token, and the step that puts it in front."""
-    settings = dict(mutant.source.json("tokenizer_config.json"))
+    settings = _content(mutant, "tokenizer_config.json")
     settings.pop("bos_token")
     settings["add_bos_token"] = False
     mutant.texts["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False)

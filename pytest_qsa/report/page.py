@@ -5,29 +5,26 @@ A new section is a function here, a line in `PAGE_SECTIONS` and a template of th
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from ..captures import Provenance
-from ..checkpoint import kind_of, natural
+from ..checkpoint import kind_of
 from .html import PagePicture, flattened, render
+from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, state_of
 from .report import PlainVerdict
+from .verdict_text import worst_layer
 
-Plain = Mapping[str, Any]
-"""A part of a result: a row, a token."""
-Card = Plain
-"""A result with what the page shows of it."""
-Variables = dict[str, Any]
-"""Variables of a template."""
-MOST_STRIPS = 16
-_FIELDS = ("value", "low", "high", "baseline", "reference", "used", "excess", "waived")
+MOST_FINDINGS = 3
+"""How many findings stand at the top of the page."""
 _PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
 _POSITIONS = {
     "all": "all positions, sinks included",
@@ -41,11 +38,6 @@ _EMPTY: Variables = {
 }  # fmt: skip
 
 
-def is_out(row: Plain) -> bool:
-    """Say whether a layer is out of bounds with no waiver that covers it."""
-    return bool(row.get("excess")) and not row.get("waived")
-
-
 def worst_first(results: Iterable[PlainVerdict], ranks: Mapping[str, int]) -> list[PlainVerdict]:
     """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
     return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
@@ -56,7 +48,16 @@ def _worst_used(result: PlainVerdict) -> float:
     return max((value for value in used if isinstance(value, float | int) and not math.isnan(value)), default=0.0)
 
 
-def card_of(result: PlainVerdict, index: int) -> Card:
+def anchors_of(results: Sequence[PlainVerdict]) -> Iterator[str]:
+    """Yield the anchor of each result, made of its id, so that a link to it holds in the report of the next run too."""
+    seen: Counter[str] = Counter()
+    for result in results:
+        name = re.sub(r"[^a-z0-9]+", "-", str(result.get("id", "")).lower())[:60].strip("-") or "assertion"
+        seen[name] += 1
+        yield f"a-{name}" if seen[name] == 1 else f"a-{name}-{seen[name]}"
+
+
+def card_of(result: PlainVerdict, anchor: str) -> Card:
     """Return a result with what the template shows of it; keys that the result lacks are empty."""
     rows = sorted(result.get("rows") or (), key=lambda row: row["depth"])
     used = _worst_used(result)
@@ -65,11 +66,14 @@ def card_of(result: PlainVerdict, index: int) -> Card:
     return {
         **_EMPTY,
         **result,
-        "anchor": f"a{index}",
+        "anchor": anchor,
+        # The rows of a result have the worst first.
+        "worst": worst_layer({**_EMPTY, "rows": (), **result, "query": result.get("query") or {}}),
         "rows": rows,
         "query": result.get("query") or {},
         "run": result.get("run") or {},
         "used": used if measured else None,
+        "near": measured and state_of(used, out=any(map(is_out, rows))) == "near",
         "strip": list(strip_of(rows)),
         "evidence": grouped_tokens(result.get("evidence") or ()),
         "positions": positions_text(result.get("positions")),
@@ -87,9 +91,8 @@ def strip_of(rows: Sequence[Plain]) -> Iterator[Variables]:
         heat = row.get("used")
         if heat is None:
             heat = (row["value"] - low) / (high - low) if high > low else 0.0
-        # What is no number must not look harmless.
-        heat = min(max(heat, 0.0), 1.0) if not math.isnan(heat) else 1.0
-        yield {"layer": row["layer"], "value": row["value"], "heat": round(heat, 3), "out": is_out(row)}
+        state = state_of(row.get("used"), out=is_out(row))
+        yield {"layer": row["layer"], "value": row["value"], "heat": heat_of(heat), "state": state}
 
 
 def grouped_tokens(evidence: Sequence[Plain]) -> list[Variables]:
@@ -123,89 +126,6 @@ def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
             yield PagePicture(_PLOTS.get(title, title), path, png)
 
 
-def layer_table(cards: Sequence[Card]) -> Variables:
-    """Join the rows of all cards by layer, sorted by name and number.
-
-    Returns `columns`, an assertion each; `rows`, with the layer, its cells (one for each column, or None), its worst
-    share of the budget, and its histograms; and `strips`, the indices of rows by kind of layer.
-    """
-    # Tasks of an eval and the many experts of a layer would fill the table; they have the table of their own card.
-    layered = [card for card in cards if card["query"].get("of", "layers") == "layers"]
-    # One number over all layers (`over`) has no cell at a layer.
-    columns = [card for card in layered if card["rows"] and not card["query"].get("over")]
-    rows: dict[tuple[str, str], Variables] = {}
-
-    def entry_of(card: Card, layer: str) -> Variables:
-        empty = {"layer": layer, "cells": [None] * len(columns), "histograms": []}
-        return rows.setdefault((card["subject"], layer), empty)
-
-    for index, card in enumerate(columns):
-        for row in card["rows"]:
-            cell = {name: row[name] for name in _FIELDS if row.get(name) is not None}
-            entry_of(card, row["layer"])["cells"][index] = cell
-    for card in cards:
-        site = card["query"].get("site", "")
-        for layer, histograms in (card.get("histograms") or {}).items():
-            entry = entry_of(card, layer)
-            # Several assertions on one site bring the same histograms.
-            known = {(each["site"], each["of"]) for each in entry["histograms"]}
-            entry["histograms"] += [{"site": site, **each} for each in histograms if (site, each["of"]) not in known]
-    several = len({subject for subject, _ in rows}) > 1
-    ordered = sorted(rows, key=lambda key: (key[0], natural(key[1])))
-    finished = [_finished(rows[key], key[0] if several else "") for key in ordered]
-    return {
-        "columns": [_column(card, several=several) for card in columns],
-        "rows": finished,
-        "strips": strips_of(finished),
-    }
-
-
-def strips_of(rows: Sequence[Plain]) -> list[Variables]:
-    """Group rows into a few heat strips over depth: those of one kind, `model.layers.*.mlp.down_proj`, stand together.
-
-    Experts and other second numbers share a strip where each by itself would make too many.
-    """
-    for count in (1, 0):
-        strips: dict[str, list[int]] = {}
-        for index, row in enumerate(rows):
-            kind = kind_of(row["layer"], count)
-            strips.setdefault(f"{row['subject']} {kind}".strip(), []).append(index)
-        if len(strips) <= MOST_STRIPS:
-            return [{"name": name, "rows": members} for name, members in strips.items()]
-    return [{"name": "", "rows": [*range(len(rows))]}]
-
-
-def _column(card: Card, *, several: bool) -> Variables:
-    return {
-        "id": card["id"],
-        "subject": card["subject"] if several else "",
-        "anchor": card["anchor"],
-        "kind": card["kind"],
-        "unit": card["query"].get("unit", ""),
-        "site": card["query"].get("site", ""),
-        "text": card["query"].get("text", ""),
-        "bound": card["bound"],
-        "threshold": (card["query"].get("parameters") or {}).get("threshold"),
-    }
-
-
-def _finished(entry: Variables, subject: str) -> Variables:
-    cells = [cell for cell in entry["cells"] if cell]
-    # Every comparison with NaN is false, so that `max` would depend on the order.
-    used = [cell["used"] for cell in cells if "used" in cell and not math.isnan(cell["used"])]
-    worst = max(used, default=None)
-    for cell in cells:
-        cell["heat"] = round(min(max(cell.get("used", 0.0), 0.0), 1.0), 3)
-        cell["out"] = is_out(cell)
-    return {
-        **entry,
-        "subject": subject,
-        "used": worst,
-        "out": any(cell["out"] for cell in cells),
-        "heat": round(min(max(worst or 0.0, 0.0), 1.0), 3),
-    }
-
-
 MEANINGS = {
     "REGRESSION": "a bound was exceeded",
     "ANOMALOUS": "nothing sound was seen",
@@ -224,6 +144,11 @@ class Page:
     session: Plain
 
     @cached_property
+    def table(self) -> Variables:
+        """All layers, as `layer_table` returns them."""
+        return layer_table(self.cards)
+
+    @cached_property
     def subjects(self) -> list[Variables]:
         """What was tested, one entry for each distinct run."""
         return subjects_of(self.cards)
@@ -233,10 +158,57 @@ def _subjects(page: Page) -> Variables:
     return {"subjects": page.subjects}
 
 
+def _finding(page: Page) -> Variables | None:
+    """Put first what was found: the worst layers with the failures that are about them, or what is nearest to fail."""
+    found: dict[tuple[str, str], list[Card]] = {}
+    for card in page.cards:
+        if card["failed"]:
+            # Without a layer, a failure is a finding of its own.
+            found.setdefault((card["subject"], card["worst"] or f"#{card['anchor']}"), []).append(card)
+    findings = [finding_of(layer, cards) for (_, layer), cards in found.items()]
+    shown = [strip for strip in page.table["strips"] if strip["out"]]
+    if not findings:
+        close = max((card for card in page.cards if card["used"] is not None), key=lambda c: c["used"], default=None)
+        return {"findings": [], "closest": close, "strips": []} if close else None
+    return {
+        "findings": findings[:MOST_FINDINGS],
+        "more": len(findings) - MOST_FINDINGS,
+        "strips": shown[: 2 * MOST_FINDINGS],
+        "rows": page.table["rows"],
+        "several": len(page.subjects) > 1,
+    }
+
+
+def finding_of(layer: str, cards: Sequence[Card]) -> Variables:
+    """Return a finding: what the card says that compares with a baseline, else the first; why; and all its cards."""
+    plainest = next((card for card in cards if any(row["baseline"] is not None for row in card["rows"])), cards[0])
+    why = [card["origin"].get(key) for card in cards for key in ("suspect", "files") if card["origin"].get(key)]
+    why += [f"{finding['tensor']}: {finding['what']}" for card in cards for finding in card["findings"][:1]]
+    return {
+        "layer": "" if layer.startswith("#") else layer,
+        "what": plainest["headline"],
+        "why": next(iter(why), ""),
+        "cards": cards,
+        "card": plainest,
+    }
+
+
 def _assertions(page: Page) -> Variables:
     counts = Counter(card["kind"] for card in page.cards)
+    columns = {column["anchor"]: index for index, column in enumerate(page.table["columns"])}
+    failed = [card["anchor"] for card in page.cards if card["failed"]]
+    following = dict(itertools.pairwise(failed))
+    # A plot needs two layers.
+    drawn = {card["anchor"] for card in page.cards if len(card["rows"]) > 1}
     return {
-        "cards": page.cards,
+        "cards": [
+            {
+                **card,
+                "column": columns.get(card["anchor"]) if card["anchor"] in drawn else None,
+                "next": following.get(card["anchor"], ""),
+            }
+            for card in page.cards
+        ],
         "counts": {kind: counts[kind] for kind in MEANINGS if counts[kind]},
         "meaning": MEANINGS,
         "several": len(page.subjects) > 1,
@@ -274,8 +246,7 @@ def _kinds(page: Page) -> Variables | None:
 
 
 def _layers(page: Page) -> Variables | None:
-    table = layer_table(page.cards)
-    return {"table": table} if len(table["rows"]) > 1 else None
+    return {"table": page.table} if len(page.table["rows"]) > 1 else None
 
 
 def _left_out(page: Page) -> Variables | None:
@@ -290,26 +261,39 @@ def _provenance(page: Page) -> Variables:
 
 
 PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
-    "subjects": _subjects,
+    "finding": _finding,
     "assertions": _assertions,
     "kinds": _kinds,
     "layers": _layers,
     "left_out": _left_out,
+    "subjects": _subjects,
     "provenance": _provenance,
 }
 """The page from top to bottom: the name of a template → what it shows, or None where it has nothing to show."""
+CONTENTS = {
+    "assertions": "Assertions",
+    "kinds": "Kinds of layers",
+    "layers": "All layers",
+    "subjects": "What was tested",
+    "provenance": "Provenance",
+}
+"""The sections that the table of contents names, by their templates, which are their anchors as well."""
 
 
 def render_page(results: Sequence[PlainVerdict], session: Plain) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     ranks = {kind: rank for rank, kind in enumerate(MEANINGS)}
-    page = Page([card_of(result, index) for index, result in enumerate(worst_first(results, ranks))], session)
-    sections = [
-        Markup(render(f"report/{name}.html.j2", **content))
-        for name, section in PAGE_SECTIONS.items()
-        if (content := section(page)) is not None
-    ]
-    return render("report.html.j2", sections=sections, session=session, overall=overall(page.cards))
+    ordered = worst_first(results, ranks)
+    page = Page([*map(card_of, ordered, anchors_of(ordered))], session)
+    contents = {name: content for name, section in PAGE_SECTIONS.items() if (content := section(page)) is not None}
+    return render(
+        "report.html.j2",
+        sections=[Markup(render(f"report/{name}.html.j2", **content)) for name, content in contents.items()],
+        contents={name: title for name, title in CONTENTS.items() if name in contents},
+        session=session,
+        subjects=page.subjects,
+        overall=overall(page.cards),
+    )
 
 
 def overall(cards: Sequence[Card]) -> dict[str, str]:

@@ -4,39 +4,7 @@
   const table = JSON.parse(document.getElementById("layer-data").textContent);
   const section = document.getElementById("layers");
   const rows = Array.from(section.querySelectorAll("tbody tr"));
-  const SVG = "http://www.w3.org/2000/svg";
-
-  const element = (name, attributes = {}, text = "") => {
-    const made = document.createElement(name);
-    Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
-    made.textContent = text;
-    return made;
-  };
-  const drawn = (name, attributes, text = "") => {
-    const made = document.createElementNS(SVG, name);
-    Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
-    made.textContent = text;
-    return made;
-  };
-  const number = (value) => {
-    const x = Number(value);
-    if (!Number.isFinite(x)) return String(value).replace("Infinity", "∞").replace("-", "−");
-    const size = Math.abs(x);
-    const text = size && (size >= 1e7 || size < 1e-4) ? x.toExponential(2) : String(Number(x.toPrecision(4)));
-    return text.replace("-", "−");
-  };
-  const share = (used) => {
-    const x = Number(used);
-    return Number.isFinite(x) ? (x >= 10 ? `${Math.round(x)} ×` : `${Math.round(100 * x)} %`) : "∞";
-  };
-
-  const allowed = (cell) => {
-    const known = (key) => cell[key] !== undefined;
-    if (known("low") && known("high")) {
-      return cell.low === cell.high ? `= ${number(cell.low)}` : `${number(cell.low)} … ${number(cell.high)}`;
-    }
-    return known("high") ? `≤ ${number(cell.high)}` : known("low") ? `≥ ${number(cell.low)}` : "";
-  };
+  const { element, drawn, number } = qsa;
 
   const marks = (cells) => {
     const list = element("ul", { class: "marks" });
@@ -45,15 +13,11 @@
       const column = table.columns[index];
       const item = element("li");
       item.append(element("a", { href: `#${column.anchor}` }, column.id));
+      if (column.subject) item.append(` on ${column.subject}`);
       const unit = Number(cell.value) === 1 ? column.unit.replace(/s$/, "") : column.unit;
       item.append(` ${number(cell.value)} ${unit} `);
-      const words = [allowed(cell)];
-      if (cell.baseline !== undefined) words.push(`baseline ${number(cell.baseline)}`);
-      if (cell.reference !== undefined) words.push(`reference ${number(cell.reference)}`);
-      if (cell.waived) words.push("out, but waived");
-      if (cell.used !== undefined) words.push(`${share(cell.used)} used`);
-      item.append(element("span", { class: cell.out ? "beyond-text" : "quiet" },
-        (cell.out ? "◆ " : "") + words.filter(Boolean).join(" · ")));
+      item.append(element("span", { class: cell.out ? "beyond-text" : cell.state ? "near-text" : "quiet" },
+        (cell.out ? "◆ " : "") + qsa.words(cell)));
       list.append(item);
     });
     return list;
@@ -73,7 +37,7 @@
     const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...data.counts, 1) + 1)));
     const y = (count) => height - bottom - (Math.log10(count + 1) / decades) * (height - bottom - top);
     const what = data.of === "tokens" ? "largest |x| of each token" : "|x| of each element";
-    const label = `${data.site}: ${what}; ${data.total.toLocaleString("en")} ${data.of}, `
+    const label = `${data.subject ? `${data.subject}, ` : ""}${data.site}: ${what}; ${data.total.toLocaleString("en")} ${data.of}, `
       + `median ${number(data.median)}, largest ${number(data.largest)}`;
     const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, class: "histogram" });
     for (let decade = 0; decade <= decades; decade += Math.ceil(decades / 4)) {
@@ -142,17 +106,38 @@
     row.detail.hidden = !wanted;
     row.querySelector(".open").setAttribute("aria-expanded", String(wanted));
   };
-  rows.forEach((row) => row.addEventListener("click", (event) => {
-    if (event.target.closest("a")) return;
-    open(row, !(row.detail && row.detail.wanted));
-  }));
-  section.querySelectorAll(".strip i").forEach((cell) => cell.addEventListener("click", () => {
-    const row = rows.find((each) => each.dataset.row === cell.dataset.row);
+  // A link to a layer, #layer=NAME, opens it; so does a click on a cell of a strip or on a point of a plot.
+  const byIndex = new Map(rows.map((row) => [Number(row.dataset.row), row]));
+  const show = (index) => {
+    const row = byIndex.get(index);
     section.querySelector(".filter").value = "";
     section.querySelector(".only-out").checked = false;
     section.querySelector(".filter").dispatchEvent(new Event("input"));
     open(row, true);
     row.scrollIntoView({ block: "center" });
-    row.querySelector(".open").focus();
+    row.querySelector(".open").focus({ preventScroll: true });
+    history.replaceState(null, "", `#layer=${encodeURIComponent(table.rows[index].layer)}`);
+  };
+  rows.forEach((row) => row.addEventListener("click", (event) => {
+    if (event.target.closest("a")) return;
+    const wanted = !(row.detail && row.detail.wanted);
+    open(row, wanted);
+    if (wanted) history.replaceState(null, "", `#layer=${encodeURIComponent(table.rows[Number(row.dataset.row)].layer)}`);
   }));
+  document.querySelectorAll(".strip i[data-row]").forEach((cell) => {
+    cell.addEventListener("click", () => show(Number(cell.dataset.row)));
+  });
+  document.querySelectorAll(".plot[data-column]").forEach((figure) => {
+    const column = Number(figure.dataset.column);
+    const points = table.rows.map((row, index) => ({ ...row.cells[column], row: index })).filter((point) => (
+      table.rows[point.row].cells[column]));
+    qsa.draw(figure, table, points, { chosen: (point) => show(point.row) });
+  });
+  const followed = () => {
+    const name = location.hash.startsWith("#layer=") ? decodeURIComponent(location.hash.slice(7)) : null;
+    const index = name === null ? -1 : table.rows.findIndex((row) => row.layer === name);
+    if (index >= 0) show(index);
+  };
+  addEventListener("hashchange", followed);
+  followed();
 })();

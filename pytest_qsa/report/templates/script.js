@@ -37,6 +37,14 @@
     setTimeout(() => { button.textContent = "Copy"; }, 1600);
   }));
 
+  // A link to an assertion that is folded opens it.
+  const unfold = () => {
+    const target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
+    if (target && target.matches("details")) { target.hidden = false; target.open = true; target.scrollIntoView(); }
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
+
   const search = document.getElementById("search");
   const chips = all(".chip");
   const choose = () => {

@@ -263,7 +263,10 @@ def test_every_layer_stands_once_with_the_numbers_of_all_its_assertions(tmp_path
     assert [cell["value"] for cell in nine["cells"]] == [1.09, 0.9]
     assert nine["used"] == 0.8  # |0.9 − 0.5| of the allowed 0.5, against 1.09 of 4
     assert (eleven["out"], eleven["used"], eleven["cells"][1]) == (True, 2.25, None)
-    assert [(strip["name"], len(strip["rows"])) for strip in data["strips"]] == [("model.layers.*", LAYERS)]
+    assert [(strip["name"], len(strip["cells"]), strip["out"]) for strip in data["strips"]] == [
+        ("model.layers.*", LAYERS, 1)
+    ]
+    assert data["order"][:2] == [11, 10]  # the worst first
 
 
 def test_experts_have_the_table_of_their_card_and_none_among_the_layers(tmp_path):
@@ -288,7 +291,7 @@ def test_a_waived_layer_is_not_counted_as_out_of_bounds_anywhere(tmp_path):
 def test_the_page_needs_nothing_but_itself(tmp_path):
     picture = tmp_path / "value.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
-    artefacts = {"value": str(picture), "magnitude": str(tmp_path / "gone.png"), "report": "out/report.html"}
+    artefacts = {"outliers": str(picture), "magnitude": str(tmp_path / "gone.png"), "report": "out/report.html"}
 
     html = page_of(tmp_path, verdict_of(artefacts=artefacts))
     page = Page(html)
@@ -421,6 +424,8 @@ def test_a_layer_opens_its_distributions_with_the_keyboard_and_takes_them_along_
     ]  # fmt: skip
     assert opened_row.locator("svg").get_attribute("aria-label").endswith("4 tokens, median 1, largest 90")
 
+    layers.get_by_role("button", name="Used").press("Enter")  # the worst were first: now they are last
+    assert layers.locator("tbody tr").last.get_attribute("class") == "detail"
     layers.get_by_role("button", name="Used").press("Enter")
     assert layers.locator("tbody tr").nth(1).get_attribute("class") == "detail"
     layers.locator(".filter").fill("layers.3")
@@ -484,24 +489,91 @@ def test_a_command_is_copied_as_it_is(opened):
     assert page.evaluate("navigator.clipboard.readText()") == "pytest 'gate.qsa.yaml::a \"b\"' --qsa-set 'x=<1>'"
 
 
+def of_subjects(*subjects):
+    """Return verdicts of a bound and of a drift for each subject: hundreds of layers of many kinds."""
+    kinds = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm"]
+    names = [f"model.layers.{layer}.{kind}" for layer in range(60) for kind in kinds]
+    rows = [Row(name, 1.0 + index / 400, None, 4.0, None, 0.0, index) for index, name in enumerate(names)]
+    return [verdict_of(Kind.PASSED, subject=subject, id="bound", rows=rows) for subject in subjects]
+
+
 @pytest.mark.process
 @pytest.mark.browser
-def test_a_phone_never_scrolls_the_page_sideways(opened, tmp_path):
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_no_width_scrolls_the_page_sideways(opened, tmp_path, width):
     from pytest_qsa.report.plots.style import new_figure, save_png
 
-    picture = save_png(new_figure(4.0), tmp_path / "value.png")
+    picture = save_png(new_figure(4.0), tmp_path / "magnitude.png")
     long = "model." + "a_module_with_a_name_beyond_all_measure." * 6 + "proj"
-    page = opened(
-        verdict_of(
-            id="an-id." * 30, evidence=[token_of("x" * 400, layer=long)], artefacts={"value": picture},
-            command="c" * 300,
-            rows=[Row(long, 9.0, 1.0, 4.0, 2.0, 5.0), Row(long + "2", 9.0, 1.0, 4.0, 2.0, 5.0)],
-        ),
-        width=390,
+    odd = verdict_of(
+        id="an-id." * 30, evidence=[token_of("x" * 400, layer=long)], artefacts={"magnitude": picture},
+        command="c" * 300,
+        rows=[Row(long, 9.0, 1.0, 4.0, 2.0, 5.0), Row(long + "2", 9.0, 1.0, 4.0, 2.0, 5.0)],
     )  # fmt: skip
+    page = opened(odd, *of_subjects("w8a8", "w4a16", "a-name-that-is-long" * 4), width=width)
     page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator(".plot svg").last.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator(".picture img").evaluate("image => image.naturalWidth") == 1080
+    # The text of a plot is as large on a phone as anywhere.
+    assert page.locator(".plot svg").first.evaluate(
+        "svg => svg.getBoundingClientRect().width <= svg.viewBox.baseVal.width"
+    )
+
+
+def test_the_finding_stands_first_with_all_failures_that_are_about_it(tmp_path):
+    rows = [Row("model.layers.11", 12.8, 5.8, 7.0, 6.4, 5.8, 11), Row("model.layers.12", 1.0, None, 4.0, 1.0, 0.0, 12)]
+    drift = verdict_of(id="drift", rows=rows, headline="model.layers.11: × 2", origin={"files": "its scale is × 2"})
+    text = Page(page_of(tmp_path, verdict_of(id="bound"), drift, verdict_of(Kind.PASSED, 2.0))).text
+    first = " ".join(text[: text.index("All 3")].split())
+    assert "model.layers.11: × 2 its scale is × 2 2 failures: drift, bound" in first
+    assert "model.layers.*1 of 30 out of bounds Run it again pytest gate.qsa.yaml::regression" in first
+    assert text.index("What was tested", len(first)) > text.index("All layers", len(first))
+
+
+def test_a_page_without_a_failure_says_what_is_nearest_to_its_limit(tmp_path):
+    html = page_of(tmp_path, verdict_of(Kind.PASSED, 3.4), verdict_of(Kind.PASSED, 2.0, id="far"))
+    text = " ".join(Page(html).text.split())
+    assert "Closest to its limit: passed on tiny-int8, which uses 85 % of what is allowed." in text
+    assert html.count('<i class="near"') == 1
+    assert 'class="meter near"' in html
+
+
+def test_several_subjects_have_one_row_a_layer_and_a_strip_each(tmp_path):
+    page = Page(page_of(tmp_path, verdict_of(subject="w8a8"), verdict_of(Kind.PASSED, 2.0, subject="w4a16")))
+    (data,) = (json.loads(text) for text in page.scripts if text.startswith("{"))
+    assert len(data["rows"]) == LAYERS
+    assert [cell["value"] for cell in data["rows"][11]["cells"]] == [9.0, 2.0]
+    assert [(strip["subject"], strip["out"]) for strip in data["strips"]] == [("w8a8", 1), ("w4a16", 0)]
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_a_plot_tells_the_numbers_of_a_layer_and_a_click_opens_it_and_makes_a_link(opened):
+    page = opened(verdict_of())
+    plot = page.locator(".card .plot")
+    plot.locator("svg").focus()
+    for _ in range(12):
+        page.keyboard.press("ArrowRight")
+    assert plot.locator(".readout").inner_text() == "model.layers.11: 9 · ≤ 4 · 225 % used"
+    box = plot.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 20, box["y"] + 50)
+    assert plot.locator(".readout").inner_text().startswith("model.layers.29: 1.29")
+    page.mouse.click(box["x"] + box["width"] - 20, box["y"] + 50)
+    assert page.locator("#layers tr.detail:visible").count() == 1
+    assert page.evaluate("document.activeElement.textContent") == "model.layers.29"
+    assert page.evaluate("location.hash") == "#layer=model.layers.29"
+    page.evaluate("location.hash = '#layer=model.layers.7'")
+    page.wait_for_function("document.activeElement.textContent == 'model.layers.7'")
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_a_link_to_an_assertion_that_is_folded_opens_it(opened):
+    page = opened(verdict_of(), verdict_of(Kind.PASSED, 2.0, id="quiet one"))
+    assert page.locator("#a-quiet-one").get_attribute("open") is None
+    page.evaluate("location.hash = '#a-quiet-one'")
+    page.wait_for_function("document.getElementById('a-quiet-one').open")
 
 
 def test_every_section_of_the_page_has_a_template_of_its_name():

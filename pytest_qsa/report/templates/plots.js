@@ -155,8 +155,8 @@ const qsa = (() => {
       svg.append(drawn("text", {
         x: x(worst.x) + (late ? -9 : 9), y: Math.max(y(parsed(worst.value)) + 4, top + 8), class: "named",
         "text-anchor": late ? "end" : "start",
-      }, `${worst.numbered ? worst.x : ""} ${number(worst.value)}${
-        worst.baseline === undefined ? "" : `, baseline ${number(worst.baseline)}`}`.trim()));
+      }, `${worst.numbered ? `${worst.x}: ` : ""}${number(worst.value)}${
+        worst.baseline === undefined ? "" : `, baseline ${number(worst.baseline)}`}`));
     }
     // The pointer, or the arrow keys, choose a layer: its numbers stand below the plot, and a click opens it.
     const cursor = drawn("line", { y1: top, y2: bottom, class: "cursor", visibility: "hidden" });
@@ -189,7 +189,7 @@ const qsa = (() => {
     return svg;
   };
 
-  // Points by kind of layer, the kinds with findings first; kinds with equal numbers (q, k and v read one input) are one.
+  // The points of each kind, the kinds with findings first; kinds with equal numbers (q, k and v read one input) are one.
   const panelsOf = (table, points) => {
     const kinds = new Map();
     points.forEach((point) => {

@@ -38,6 +38,7 @@ from .formats.format import (
 from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
+from .nearest import HEALTHY as HEALTHY, NEAREST as NEAREST, Requantization as Requantization
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
 from .suspicions import (
     Suspicion as Suspicion,

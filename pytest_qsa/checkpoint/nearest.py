@@ -1,10 +1,12 @@
-"""Round to nearest in the scheme of a layer: what the plainest quantizer would make of the original, in numpy.
+"""Quantize a weight again in the scheme of a layer, in numpy: rounded to nearest, or clipped and rounded otherwise.
 
-Its error is what a healthy quantization is measured by: others clip, round or calibrate differently, and stay near it.
+The error of round to nearest is what a healthy quantization is measured by: others clip, round or calibrate
+differently, and stay near it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,38 @@ from .formats.scheme import ScaleGroups
 
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Rounding = Callable[[Doubles], Doubles]
+"""Makes whole numbers of an array."""
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """One way to quantize a weight. `clip`: the share of a group's range that the codes reach.
+
+    `chance`: a number is rounded up or down by chance, so that the mean is the number (stochastic rounding).
+    """
+
+    clip: float = 1.0
+    chance: bool = False
+
+    def rounding(self) -> Rounding:
+        """Return what makes whole numbers of an array; the same chances for every weight."""
+        if not self.chance:
+            return np.rint
+        generator = np.random.default_rng(SEED)
+
+        def by_chance(scaled: Doubles) -> Doubles:
+            rounded: Doubles = np.floor(scaled + generator.random(scaled.shape))
+            return rounded
+
+        return by_chance
+
+
+SEED = 20261129
+NEAREST = Requantization()
+HEALTHY = (NEAREST, Requantization(clip=0.95), Requantization(chance=True), Requantization(clip=0.9, chance=True))
+"""Ways in which a healthy quantizer may quantize a weight: what an `mse` observer clips, and noise 3 dB above the
+least, which GPTQ's error is about."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +58,18 @@ class IntegerGrid:
     bits: int
     symmetric: bool
 
-    def nearest(self, low: Doubles, high: Doubles, values: Doubles) -> Doubles:
+    def restored(self, low: Doubles, high: Doubles, values: Doubles, rounded: Rounding = np.rint) -> Doubles:
         """Return the values on the grid that reaches from the least to the largest of their group."""
         if self.symmetric:
             most = 1 << (self.bits - 1)
             scales = _positive(np.maximum(-low, high) / (most - 0.5))  # of all codes, as compressed-tensors takes it
-            symmetric: Doubles = np.clip(np.rint(values / scales), -most, most - 1) * scales
+            symmetric: Doubles = np.clip(rounded(values / scales), -most, most - 1) * scales
             return symmetric
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scales = _positive((high - low) / ((1 << self.bits) - 1))
         zero = np.rint(-low / scales)
-        restored: Doubles = (np.clip(np.rint(values / scales) + zero, 0, (1 << self.bits) - 1) - zero) * scales
-        return restored
+        whole: Doubles = (np.clip(rounded(values / scales) + zero, 0, (1 << self.bits) - 1) - zero) * scales
+        return whole
 
 
 @dataclass(frozen=True)
@@ -47,7 +81,7 @@ class FloatGrid:
     largest: float
     powers: bool = False
 
-    def nearest(self, low: Doubles, high: Doubles, values: Doubles) -> Doubles:
+    def restored(self, low: Doubles, high: Doubles, values: Doubles, rounded: Rounding = np.rint) -> Doubles:
         """Return the values on the grid whose largest number is the largest |x| of their group."""
         most = np.maximum(-low, high)
         scales = _positive(most / self.largest)
@@ -56,8 +90,8 @@ class FloatGrid:
         scaled = np.clip(values / scales, -self.largest, self.largest)
         # frexp's mantissa is below 1, so that its exponent is one more than the float's.
         steps = np.ldexp(1.0, np.maximum(np.frexp(scaled)[1] - 1, self.least_exponent) - self.mantissa)
-        restored: Doubles = np.rint(scaled / steps) * steps * scales
-        return restored
+        whole: Doubles = np.clip(rounded(scaled / steps) * steps, -self.largest, self.largest) * scales
+        return whole
 
 
 CodeGrid = IntegerGrid | FloatGrid
@@ -82,10 +116,13 @@ def grid_of(form: Format, layer: str) -> CodeGrid | None:
     return IntegerGrid(scheme.bits, scheme.zero_point is not None or form.zero_point_of(layer) is None)
 
 
-def nearest(weight: Singles, grid: CodeGrid, groups: ScaleGroups) -> Singles:
-    """Round a weight [R, in] to the nearest numbers of a grid, a scale for each group; R is whole blocks of groups.
+def requantized(
+    weight: Singles, grid: CodeGrid, groups: ScaleGroups, how: Requantization = NEAREST, rounded: Rounding = np.rint
+) -> Singles:
+    """Quantize a weight [R, in] to numbers of a grid, a scale for each group; R is whole blocks of groups.
 
-    The scales are exact: what another dtype of them adds is small beside the rounding.
+    `rounded`: the `rounding` of `how`, which goes on from one part of a weight to the next. The scales are exact: what
+    another dtype of them adds is small beside the rounding.
     """
     order = groups.order if groups.order is not None else slice(None)
     values = weight[:, order].astype(np.float64)
@@ -96,9 +133,10 @@ def nearest(weight: Singles, grid: CodeGrid, groups: ScaleGroups) -> Singles:
         spread = np.repeat(np.repeat(table, groups.rows, axis=0)[: len(values)], groups.columns, axis=1)
         return spread[:, : values.shape[1]]
 
-    rounded = np.empty_like(weight)
-    rounded[:, order] = grid.nearest(of_groups(np.minimum), of_groups(np.maximum), values)
-    return rounded
+    low, high = (how.clip * of_groups(fold) for fold in (np.minimum, np.maximum))
+    found = np.empty_like(weight)
+    found[:, order] = grid.restored(low, high, values, rounded)
+    return found
 
 
 def _positive(scales: Doubles) -> Doubles:

@@ -46,7 +46,9 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     found = resemblances(files, every)
     known = [each for each in found.values() if each is not None]
     said = [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
-    said += [*_blocks(files, known, every), *_factors(known, every), *_additions(known, every, len(found))]
+    # a smoothing folds factors into layers by design
+    factors = _factors(known, every) if files.relation.kind != "smoothed" else ()
+    said += [*_blocks(files, known, every), *factors, *_additions(known, every, len(found))]
     return sorted(said, key=lambda each: (each.layers.isdisjoint(asked), -len(each.layers)))
 
 

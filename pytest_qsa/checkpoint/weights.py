@@ -36,7 +36,8 @@ from ..common import AnomalyError, InfraError, Progress
 from .files import Files
 from .folder import Folder, natural, refusing_odd_settings
 from .formats.format import Format, format_of
-from .nearest import grid_of, nearest
+from .formats.scheme import ScaleGroups
+from .nearest import Requantization, grid_of, requantized
 from .weight_statistics import Singles, WeightRows, reduced
 
 AT_ONCE = 1 << 18
@@ -132,13 +133,14 @@ def capture_weights(
     *,
     modules: Sequence[str] = (),
     progress: Progress | None = None,
-    rounded: bool = False,
+    again: Requantization | None = None,
 ) -> Capture:
     """Reduce the weights of a checkpoint's files to what is requested of them; no model is loaded.
 
     `modules`: the names of the model's layers, where they are known; a weight is then asked for by its module's.
-    `progress`: called after each weight. `rounded`: where a weight is compared, and its scheme can be applied here, the
-    reference's own, rounded to nearest in that scheme, stands in its place.
+    `progress`: called after each weight. `again`: where its scheme can be applied here, what the reference's weight is
+    when it is quantized so stands in the place of a weight; its own, quantized once more, where the reference has none
+    that means the same.
 
     Raises:
         AnomalyError: a tensor is missing, damaged, or doesn't fit the others; or the reference has no such layer.
@@ -156,6 +158,7 @@ def _captured(
     wanted = {layer: statistics for layer, statistics in _wanted(modules, plan).items() if layer in weights}
     compared = [layer for layer, statistics in wanted.items() if statistics & COMPARED]
     pairs = _pairs(files, {layer: weights[layer] for layer in compared}) if compared else {}
+    sources = {**_sources(files, {layer: weights[layer] for layer in wanted}), **pairs} if again else {}
     # glibc gives freed memory back to the system, but for sizes below the largest that was freed so far (mallopt(3),
     # M_MMAP_THRESHOLD). Without this one, page faults of arrays that come and go take half of the time.
     np.empty(KEPT, dtype=np.uint8)
@@ -163,7 +166,9 @@ def _captured(
     refused: dict[str, str] = {}
     uncompared: dict[str, str] = {}
     with ThreadPoolExecutor(threads()) as pool:
-        found = pool.map(lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer], rounded), wanted)
+        found = pool.map(
+            lambda layer: _measured(weights[layer], pairs.get(layer), wanted[layer], sources.get(layer), again), wanted
+        )
         for done, (layer, result) in enumerate(zip(wanted, found, strict=True), 1):
             if result.numbers is not None:
                 sites[layer, "weight"] = result.numbers
@@ -198,7 +203,11 @@ class _Measured(NamedTuple):
 
 
 def _measured(
-    weight: StoredWeight, pair: StoredWeight | None, statistics: frozenset[Statistic], rounded: bool
+    weight: StoredWeight,
+    pair: StoredWeight | None,
+    statistics: frozenset[Statistic],
+    source: StoredWeight | None,
+    again: Requantization | None,
 ) -> _Measured:
     if weight.problem:
         return _Measured(None, weight.problem)
@@ -207,8 +216,8 @@ def _measured(
         pair, statistics = None, statistics - COMPARED
     dtype = weight.form.weight_dtype(weight.layer)
     rows = partial(_rows, weight, pair, dtype)
-    if rounded and pair is not None:
-        rows = partial(_rounded_rows, weight, pair, dtype)
+    if again is not None:
+        rows = partial(_rows_again, weight, pair, dtype, source or weight, again)
     return _Measured(reduced(statistics, rows, weight.table, matrix=weight.matrix), of_reference=problem)
 
 
@@ -230,17 +239,25 @@ def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterat
         start += len(values)
 
 
-def _rounded_rows(weight: StoredWeight, pair: StoredWeight, dtype: str) -> Iterator[WeightRows]:
-    """Yield the reference's rows rounded in the scheme of a weight; its own rows where the scheme isn't known."""
+def _rows_again(
+    weight: StoredWeight, pair: StoredWeight | None, dtype: str, source: StoredWeight, again: Requantization
+) -> Iterator[WeightRows]:
+    """Yield the rows of a source quantized in the scheme of a weight; its own rows where the scheme isn't known."""
     grid, groups = grid_of(weight.form, weight.layer), weight.form.scale_groups(weight.layer, weight.table)
     if grid is None or not weight.matrix:
         yield from _rows(weight, pair, dtype)
         return
-    start = 0
-    # a scale of several rows needs all of these at once
-    for theirs in pair.parts() if groups.rows == 1 else (np.concatenate([*pair.parts()]),):
-        yield WeightRows(nearest(theirs, grid, groups), start, dtype, theirs, groups)
-        start += len(theirs)
+    rounded, start = again.rounding(), 0
+    theirs = iter(_whole_groups(pair, groups)) if pair is not None else None
+    for values in _whole_groups(source, groups):
+        own = requantized(values, grid, groups, again, rounded)
+        yield WeightRows(own, start, dtype, next(theirs) if theirs is not None else None, groups if theirs else None)
+        start += len(values)
+
+
+def _whole_groups(weight: StoredWeight, groups: ScaleGroups) -> Iterable[Singles]:
+    """Return the parts of a weight; all of it where several rows have a scale together."""
+    return weight.parts() if groups.rows == 1 else (np.concatenate([*weight.parts()]),)
 
 
 def _named(weights: Mapping[str, StoredWeight], form: Format, modules: Sequence[str]) -> Mapping[str, StoredWeight]:
@@ -268,6 +285,15 @@ def _original(files: Files) -> Folder:
     if files.reference is None:
         raise InfraError("there is nothing to compare with: name the original's checkpoint, model.reference")
     return files.reference
+
+
+def _sources(files: Files, weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """Return the reference's weight of each site that a quantizer would have made it of: of the same size and order."""
+    if files.original is None:
+        return {}
+    pairs = paired_weights(files, weights)
+    known = {site: pair for site, pair in pairs.items() if pair.shape and not pair.problem}
+    return {site: pair for site, pair in known.items() if pair.shape == weights[site].shape}
 
 
 def _pairs(files: Files, weights: Mapping[str, StoredWeight]) -> Mapping[str, StoredWeight]:

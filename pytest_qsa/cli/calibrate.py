@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import suite, tools
-from ..common import InfraError, shown_path, write_atomically
+from ..common import InfraError, SuiteError, shown_path, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
+
+SIZES = ("data.num_samples", "data.seq_len")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print a proposal for each bound of the suite, and write them into it if asked to.
 
     Raises:
-        SuiteError: the suite is wrong, or no assertion measures anything.
+        SuiteError: the suite is wrong, no assertion measures anything, or the data would be of another size than its.
         InfraError: the model or data can't be loaded, or the suite can't be written.
     """
     options, overrides = parse_with_overrides(_parser(), arguments)
@@ -39,6 +41,22 @@ def run(arguments: Sequence[str]) -> int:
             write_atomically(target, changed.encode("utf-8"))
         say(f"{shown_path(target)} is written; look at what changed before you commit it")
     return OK
+
+
+def _check_size(file: suite.SuiteFile, path: Path, overrides: Sequence[str]) -> None:
+    """Refuse data of another size than the suite's, for how much a number varies follows from it.
+
+    Raises:
+        SuiteError: it is of another size.
+    """
+    kept = [each for each in overrides if each.partition("=")[0] not in SIZES]
+    if len(kept) == len(overrides):
+        return
+    own, given = suite.load_suite(path, kept, "--", noise=False).suite.data, file.suite.data
+    if (own.num_samples, own.seq_len) != (given.num_samples, given.seq_len):
+        other = f"{given.num_samples} × {given.seq_len} tokens are measured, and the suite runs on {own.num_samples}"
+        advice = "change data in the suite instead, and calibrate it then"
+        raise SuiteError(f"{shown_path(path)}: {other} × {own.seq_len}: its bounds would be of other data; {advice}")
 
 
 def _parser() -> argparse.ArgumentParser:

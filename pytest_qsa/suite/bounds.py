@@ -118,7 +118,7 @@ class Noise(Strict):
         sign = "+" if side == "max" else "−"
         figures = f"mean {self.mean:g} {sign} {self.k:g} × sigma {self.sigma:g} over {self.n} parts"
         if self.room:
-            figures = f"round to nearest {self.mean:g} {sign} {self.room:g} for another quantization"
+            figures = f"rounded to nearest {self.mean:g} {sign} {self.room:g} for another quantization"
         return f"{self.floor(side):.4g} ({figures})"
 
 

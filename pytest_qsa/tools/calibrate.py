@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
-from ..captures import Capture, Request, merge, merge_requests
-from ..checkpoint import capture_weights
-from ..common import AnomalyError, InfraError, SuiteError, logger, progress_bar, shown_path, text_table
+from ..captures import STORED, Capture, Request, merge, merge_requests
+from ..checkpoint import HEALTHY, capture_weights
+from ..common import AnomalyError, InfraError, SuiteError, logger, number, progress_bar, shown_path, text_table
 from ..metrics import TWO_SIDED_95, Series
 from ..suite import (
     SIDES,
@@ -40,6 +40,10 @@ float32 is at 150 dB, so no measured difference is above it."""
 ROOMS = {"tensor": 4.0, "channel": 6.0}
 """By how many dB a healthy quantization of a weight, or of its worst row, may lie below round to nearest in the same
 scheme: stochastic rounding lies 3 dB below it, in the worst row 5 dB (SmolLM2 in 3 to 8 bits), GPTQ in between."""
+PARTS_ENOUGH, TOKENS_ENOUGH = 8, 1024
+"""From as many parts, and tokens in each, sigma is known to about a quarter (docs/bounds.md)."""
+MOST_TEXT = 100.0
+"""More than this multiple of the text is not proposed: the mean is about 0, and hardly moves away from it."""
 WEIGHT_ERRORS = ("weight_sqnr", "sqnr")
 STANDARD_ERRORS = 2 * TWO_SIDED_95
 """The width of a 95 % interval, in standard errors."""
@@ -66,17 +70,17 @@ class Spread:
     """The values of each layer on each part of the data, [parts, L], and on all of it, [L].
 
     `errors` [L]: the standard error of a part's value, where it is an estimate from that part's tokens; else 0.
-    `tokens`: the values count tokens. `rounded` [L]: of weights, the value that rounding the original to nearest gives;
-    `room`: by how much another healthy quantization may be worse than that.
+    `unit`: of the values. `rounded` [L]: of weights, the value that rounding the original to nearest gives; `room` [L]:
+    by how much another healthy quantization may differ from that.
     """
 
     layers: Sequence[str]
     parts: NDArray[np.float64]
     whole: NDArray[np.float64]
     errors: NDArray[np.float64]
-    tokens: bool = False
+    unit: str = ""
     rounded: NDArray[np.float64] | None = None
-    room: float = 0.0
+    room: NDArray[np.float64] | float = 0.0
 
     @classmethod
     def of(cls, parts: Sequence[Series], whole: Series) -> Spread:
@@ -90,8 +94,7 @@ class Spread:
         if any(series.layers != whole.layers for series in parts):
             raise AnomalyError("the parts of the data have different layers, so their noise can't be measured")
         errors = np.mean([_errors(part) for part in parts], axis=0)
-        values, tokens = np.stack([_finite(part) for part in parts]), whole.query.unit == "tokens"
-        return cls(whole.layers, values, _finite(whole), errors, tokens)
+        return cls(whole.layers, np.stack([_finite(part) for part in parts]), _finite(whole), errors, whole.query.unit)
 
     @property
     def sigmas(self) -> NDArray[np.float64]:
@@ -106,20 +109,30 @@ class Spread:
     def noise(self, index: int, k: float) -> Noise:
         """Return the noise of one layer, rounded to what a suite holds."""
         if self.rounded is not None:
-            worse = self.is_worse(index)
-            mean = float(f"{(self.whole if worse else self.rounded)[index]:.{FIGURES}g}")
-            return Noise(mean=mean, sigma=0.0, n=len(self.parts), k=k, room=0.0 if worse else self.room)
+            apart, room = self.is_apart(index), float(f"{np.broadcast_to(self.room, self.whole.shape)[index]:.3g}")
+            mean = float(f"{(self.whole if apart else self.rounded)[index]:.{FIGURES}g}")
+            return Noise(mean=mean, sigma=0.0, n=len(self.parts), k=k, room=room)
         mean, sigma = (float(f"{of[index]:.{FIGURES}g}") for of in (self.parts.mean(axis=0), self.sigmas))
         return Noise(mean=mean, sigma=sigma, n=len(self.parts), k=k)
 
-    def is_worse(self, index: int) -> bool:
-        """Say whether a weight is farther below round to nearest than a healthy quantization."""
-        return self.rounded is not None and bool(self.whole[index] < self.rounded[index] - self.room)
+    @property
+    def distances(self) -> NDArray[np.float64]:
+        """How far each weight's value is from that of round to nearest, beyond the room, [L]; 0 within it."""
+        apart = np.abs(self.whole - (self.whole if self.rounded is None else self.rounded))
+        return np.where(apart > self.room, apart, 0.0)
+
+    def is_apart(self, index: int) -> bool:
+        """Say whether a weight's value is farther from round to nearest than a healthy quantization's."""
+        return bool(self.distances[index] > 0)
 
     def relative(self, k: float) -> tuple[str, float]:
-        """Return the layer with the largest k·sigma / |mean|, and that ratio: the drift that another text makes."""
+        """Return the layer with the largest k·sigma / |mean|, and that ratio: the drift that another text makes.
+
+        Of weights, the drift that another quantization makes.
+        """
+        room = k * self.sigmas if self.rounded is None else np.broadcast_to(self.room, self.whole.shape)
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares = np.where(self.sigmas > 0, k * self.sigmas / np.abs(self.parts.mean(axis=0)), 0.0)
+            shares = np.where(room > 0, room / np.abs(self.parts.mean(axis=0)), 0.0)
         worst = int(np.argmax(shares))
         return self.layers[worst], float(shares[worst])
 
@@ -179,7 +192,7 @@ def _proposal(side: Side, group: str, bound: float, spread: Spread, layers: Sequ
     # The suite itself runs on all the data, so the bound has to hold there as well.
     reached = farthest(noises[decides].floor(side), *spread.whole[layers].tolist())
     whole = bool((spread.parts[:, layers] == np.round(spread.parts[:, layers])).all())
-    if spread.tokens and side == "max" and noises[decides].steady:
+    if spread.unit == "tokens" and side == "max" and noises[decides].steady:
         reached += SPARE
     proposed = float(math.ceil(reached) if side == "max" else math.floor(reached)) if whole else outward(side, reached)
     return Proposal(side, group, spread.layers[decides], bound, proposed, noises[decides])
@@ -198,14 +211,14 @@ class Calibrated:
 class Sampled:
     """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part.
 
-    `rounded`: of the reference's weights, rounded to nearest in the scheme of the subject's; None where none are
-    compared.
+    `again`: of the weights, as each healthy way of quantizing the original again makes them (`HEALTHY`), round to
+    nearest first; none where no weight is asked for.
     """
 
     parts: Sequence[Capture]
     whole: Capture
     repeated: Sequence[Capture]
-    rounded: Capture | None = None
+    again: Sequence[Capture] = ()
 
     @classmethod
     def of(cls, subject: NamedSubject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
@@ -223,8 +236,8 @@ class Sampled:
                 subject, requests, parts, passes, allow_code=allow_code, progress=progress
             )
         whole = merge(captures)
-        compared = [each.request for each in file.assertions if _has_room(each)]
-        return cls(captures, whole, repeated, _rounded(subject, compared, whole) if compared else None)
+        asked = [each.request for each in file.assertions if _of_stored_weights(each)]
+        return cls(captures, whole, repeated, _quantized_again(subject, asked, whole) if asked else ())
 
     def finding(self, assertion: Assertion, k: float) -> Calibrated:
         """Return the proposals for an assertion.
@@ -238,11 +251,49 @@ class Sampled:
             return Calibrated(assertion.id, remark="1 is its bound in every format: the metric has its own room")
         whole = checked_series(assertion, self.whole)
         spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
-        if _has_room(assertion) and "max" not in assertion.stated:
-            near = spread.whole if self.rounded is None else _finite(checked_series(assertion, self.rounded))
-            spread = replace(spread, rounded=near, room=ROOMS[assertion.parameters.get("by", "tensor")])
-        remarks = list(_remarks(assertion, spread, k))
-        return Calibrated(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), "; ".join(remarks))
+        if _of_stored_weights(assertion):
+            spread = self._with_room(assertion, spread, k)
+        proposals = proposals_of(assertion, spread, self.whole.schemes, k)
+        remarks = [*_remarks(assertion, spread, k), *self._thin(spread, proposals)]
+        return Calibrated(assertion.id, proposals, "; ".join(remarks))
+
+    def _thin(self, spread: Spread, proposals: Sequence[Proposal]) -> Iterator[str]:
+        """Yield why too little was measured for these bounds to be trusted, and what would be enough."""
+        if spread.rounded is not None or not proposals or not self.whole.tokens:
+            return
+        parts, tokens = len(self.parts), sum(map(len, self.whole.tokens)) // len(self.parts)
+        why, enough, times = [], [], TOKENS_ENOUGH / tokens
+        if parts < PARTS_ENOUGH:
+            why.append(f"{parts} parts tell sigma to ± {1 / math.sqrt(2 * (parts - 1)):.0%}")
+            enough.append(f"--parts {PARTS_ENOUGH}")
+        if times > 1:
+            why.append(f"a part has {tokens} tokens")
+        # a count of a few tokens is Poisson's, and its room is a few tokens
+        wide = [each for each in proposals if 0 < abs(each.noise.mean) <= each.noise.k * each.noise.sigma]
+        if wide and spread.unit != "tokens":
+            most = max(wide, key=lambda each: each.noise.sigma / abs(each.noise.mean)).noise
+            share = most.k * most.sigma / abs(most.mean)
+            why.append(f"{most.k:g} sigma are {share:.2g} × the mean")
+            times = max(times, share**2)  # sigma of a mean falls as the root of the tokens
+        if times > MOST_TEXT:
+            enough.append("more text hardly helps where the mean is about 0: state the bound by hand")
+        elif times > 1:
+            enough.append(f"data.num_samples: {math.ceil(times * self.size)} in the suite")
+        if why:
+            yield f"thin: {', '.join(why)}; enough: {' and '.join(enough)}"
+
+    @property
+    def size(self) -> int:
+        """How many windows of the text a part has."""
+        return len(self.whole.tokens) // len(self.parts)
+
+    def _with_room(self, assertion: MeasuredAssertion, spread: Spread, k: float) -> Spread:
+        """Return a spread of weights with the room that another quantization of the same original needs."""
+        ways = [_finite(checked_series(assertion, capture)) for capture in self.again] or [spread.whole]
+        if assertion.metric in WEIGHT_ERRORS and "max" not in assertion.stated:
+            return replace(spread, rounded=ways[0], room=ROOMS[assertion.parameters.get("by", "tensor")])
+        room = k * np.std(ways, axis=0, ddof=1) if self.again else np.zeros(len(spread.whole))
+        return replace(spread, rounded=ways[0], room=room)
 
     def finding_at(self, file: SuiteFile, index: int, k: float) -> Calibrated:
         """Return the proposals for the assertion at an index of a suite.
@@ -258,10 +309,9 @@ class Sampled:
 
     def data_text(self, file: SuiteFile) -> str:
         """Return what was measured in words: `8 parts of 5 × 512 tokens`; `its files` where no model ran."""
-        size = len(self.whole.tokens) // len(self.parts)
         if not self.whole.tokens and self.whole.provenance.model.files:
             return "its files"
-        return f"{len(self.parts)} parts of {size} × {file.suite.data.seq_len} tokens"
+        return f"{len(self.parts)} parts of {self.size} × {file.suite.data.seq_len} tokens"
 
     def lines(self, findings: Sequence[Calibrated], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
         """Yield what was measured, a table of the proposals, and the remarks. `stated`: show the suite's own bounds."""
@@ -269,6 +319,9 @@ class Sampled:
         assert model is not None
         ran = f" of {data.source}; {self._repeats_text(file)}" if self.whole.tokens else ", which no data changes"
         yield f"{model.id}: {self.data_text(file)}{ran}"
+        if self.whole.tokens and self.size < data.num_samples:
+            less = f"a part has {self.size} windows, the suite {data.num_samples}: {data.source} has too little text"
+            yield f"{less} for {len(self.parts)} parts as large as the suite's data, which vary less"
         rows = [_cells(each.id, proposal, stated=stated) for each in findings for proposal in each.proposals]
         if rows:
             yield from text_table([["assertion", "bound", "mean ± sigma", "floor", "proposed", "decided by"], *rows])
@@ -283,19 +336,24 @@ class Sampled:
         return f"{len(self.repeated) + 1} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
 
 
-def _has_room(assertion: Assertion) -> TypeGuard[MeasuredAssertion]:
-    """Say whether an assertion is on the error of weights, which another quantization changes and no text does."""
-    return isinstance(assertion, MeasuredAssertion) and assertion.site == "weight" and assertion.metric in WEIGHT_ERRORS
+def _of_stored_weights(assertion: Assertion) -> TypeGuard[MeasuredAssertion]:
+    """Say whether an assertion is on numbers of weights that another quantization changes and no text does."""
+    if not isinstance(assertion, MeasuredAssertion) or assertion.site != "weight":
+        return False
+    # what a loader makes of a file is the same in every quantization
+    return assertion.metric != "weight_gain" and STORED not in assertion.request.statistics
 
 
-def _rounded(subject: NamedSubject, requests: Sequence[Request], whole: Capture) -> Capture | None:
-    """Return what rounding the original to nearest in the subject's scheme gives; None where its files aren't read."""
+def _quantized_again(subject: NamedSubject, requests: Sequence[Request], whole: Capture) -> list[Capture]:
+    """Return the weights as each of `HEALTHY` makes them of the original; none where its files aren't read."""
     of_files = bool(whole.provenance.weights_read and not whole.tokens)
+    modules = () if of_files else whole.modules
     try:
-        return capture_weights(files_of(subject), requests, modules=() if of_files else whole.modules, rounded=True)
+        files = files_of(subject)
+        return [capture_weights(files, requests, modules=modules, again=way) for way in HEALTHY]
     except (AnomalyError, InfraError) as error:
-        logger.debug("no weights are rounded to nearest: %s", error)
-        return None
+        logger.debug("no weights are quantized again: %s", error)
+        return []
 
 
 def _cells(name: str, each: Proposal, *, stated: bool) -> list[str]:
@@ -316,19 +374,9 @@ def _apart(assertion: MeasuredAssertion, one: Capture, other: Capture) -> float:
 
 
 def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator[str]:
-    """Yield how the numbers under a baseline, an `equals` or a relative bound vary."""
+    """Yield how the numbers under a baseline, an `equals` or a relative bound vary, and what is odd in them."""
     if spread.rounded is not None:
-        worse = [index for index in range(len(spread.layers)) if spread.is_worse(index)]
-        if worse:
-            below_nearest = spread.rounded - spread.whole
-            at = max(worse, key=lambda index: below_nearest[index])
-            more = f" (and {len(worse) - 1} more)" if worse[1:] else ""
-            below = f"is {below_nearest[at]:.1f} dB below the original rounded to nearest"
-            usual = f"in its scheme, where {spread.room:g} dB are usual: look at it before you trust this bound"
-            yield f"{spread.layers[at]}{more} {below} {usual}"
-        if assertion.baseline is not None:
-            allowed = f"baseline: {{abs: {spread.room:g}}}"
-            yield f"no text moves it, and another quantization may, by {spread.room:g} dB: {allowed}"
+        yield from _weight_remarks(assertion, spread, k)
     elif assertion.baseline is not None:
         layer, share = spread.relative(k)
         yield f"a baseline is held on its own text; another one moves {layer} by {share:.0%} ({k:g} sigma)"
@@ -338,3 +386,26 @@ def _remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator
         yield f"equals {assertion.equals}: {values} in the {len(spread.parts)} parts"
     if assertion.follows:
         yield f"{assertion.follows} follows the last release"
+
+
+def _weight_remarks(assertion: MeasuredAssertion, spread: Spread, k: float) -> Iterator[str]:
+    """Yield which weights are farther from round to nearest than usual, and what moves those under a baseline."""
+    assert spread.rounded is not None
+    decibels = assertion.metric in WEIGHT_ERRORS
+    if odd := np.flatnonzero(spread.distances).tolist():
+        at = max(odd, key=lambda index: spread.distances[index])
+        more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+        usual = float(np.broadcast_to(spread.room, spread.whole.shape)[at])
+        below, away = spread.rounded[at] - spread.whole[at], number(float(spread.distances[at]))
+        where = f"{below:.1f} dB below" if decibels else f"{away} away from"
+        room = f"{usual:g} dB" if decibels else number(usual)
+        text = f"{spread.layers[at]}{more} is {where} the original rounded to nearest in its scheme, where {room} are"
+        yield f"{text} usual: look at it before you trust this bound"
+    if assertion.baseline is None:
+        return
+    layer, share = spread.relative(k)
+    if decibels:
+        most = float(np.max(spread.room))
+        yield f"no text moves it, and another quantization may, by {most:g} dB: baseline: {{abs: {most:g}}}"
+    elif share:
+        yield f"no text moves it, and another quantization may move {layer} by {share:.2g} of its value"

@@ -210,8 +210,11 @@ COMPARED_TEXT: Mapping[Compare, str] = {
 }
 
 
-def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
-    """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers."""
+def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Draft]:
+    """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers.
+
+    `smoothed`: without those on sizes of layers, which a smoothing takes from its calibration.
+    """
     text = files("pytest_qsa.tools").joinpath("drafts.yaml").read_text(encoding="utf-8")
     layers = {
         "LINEARS": anatomy.linears,
@@ -221,7 +224,11 @@ def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
     patterns = {"BLOCKS": anatomy.block_pattern, **{name: kinds_pattern(own) for name, own in layers.items()}}
     drafts = []
     for entry in yaml.safe_load(text)[part]:
-        keys = {key: patterns[value] if key == "layers" else value for key, value in entry["keys"].items()}
+        instead = {"layers": entry["smoothed"]} if smoothed and "smoothed" in entry else {}
+        if instead.get("layers") == "none":
+            continue
+        stated = {**entry["keys"], **instead}
+        keys = {key: patterns[value] if key == "layers" else value for key, value in stated.items()}
         groups = kind_patterns(layers[entry["keys"]["layers"]]) if entry.get("each_kind") else ()
         drafts.append(Draft(entry["why"], keys, entry.get("open", ()), groups))
     return drafts
@@ -230,7 +237,8 @@ def drafts_of(part: str, anatomy: Anatomy) -> list[Draft]:
 def measured_drafts(anatomy: Anatomy, compare: Compare | None = None) -> list[Draft]:
     """Return the assertions that a pass answers. `compare`: what can be compared with the reference, None without."""
     parts = {"layers": ("layers", "blocks", "logits"), "blocks": ("blocks", "logits"), "logits": ("logits",)}
-    return [draft for part in ("model", *parts.get(compare or "", ())) for draft in drafts_of(part, anatomy)]
+    chosen, smoothed = ("model", *parts.get(compare or "", ())), compare == "blocks"
+    return [draft for part in chosen for draft in drafts_of(part, anatomy, smoothed=smoothed)]
 
 
 def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:

@@ -13,7 +13,15 @@ import pytest
 from safetensors import safe_open
 
 from pytest_qsa.captures import ERROR, GAIN, Request
-from pytest_qsa.checkpoint import Files, capture_weights, encoded, format_of, open_folder, problems_of
+from pytest_qsa.checkpoint import (
+    NEAREST as ROUNDED,
+    Files,
+    capture_weights,
+    encoded,
+    format_of,
+    open_folder,
+    problems_of,
+)
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
 
@@ -83,7 +91,7 @@ NEAREST = [
 def test_the_original_rounded_to_nearest_is_as_near_as_what_the_library_saved(name):
     request = Request(EVERY, "weight", None, frozenset({ERROR}))
     files = Files(opened(ROOT / name), original(name))
-    own, rounded = (capture_weights(files, [request], rounded=each).weight(EVERY) for each in (False, True))
+    own, rounded = (capture_weights(files, [request], again=each).weight(EVERY) for each in (None, ROUNDED))
     # of powers of two one rule clips where another doesn't, 1.6 dB of a row; a wrong number of bits is 6 dB
     np.testing.assert_allclose(rounded.weight_sqnr().values, own.weight_sqnr().values, atol=2)
 

@@ -302,14 +302,14 @@ def test_a_bound_that_stands_elsewhere_is_left_and_named(calibration):
 
 
 def test_the_error_of_weights_gets_room_below_the_original_rounded_to_nearest():
-    """What clips, rounds or is calibrated otherwise is no fault; a layer that is worse already keeps its own bound."""
+    """What clips, rounds or is calibrated otherwise is no fault; a layer that is worse has its room too."""
     values = np.array([[40.0, 30.0, 41.0]] * 2)
     spread = Spread(["a", "b", "c"], values, values[0], np.zeros(3), rounded=np.array([39.5, 39.0, 41.0]), room=4.0)
     assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0, "c": 0.0}})
     found = {each.group: each for each in proposals_of(assertion, spread, None, 10.0)}
-    assert {group: each.proposed for group, each in found.items()} == {"a": 35.0, "b": 30.0, "c": 37.0}
+    assert {group: each.proposed for group, each in found.items()} == {"a": 35.0, "b": 26.0, "c": 37.0}
     assert found["a"].noise.floor("min") == 35.5
-    assert [spread.is_worse(index) for index in range(3)] == [False, True, False]
+    assert [spread.is_apart(index) for index in range(3)] == [False, True, False]
 
 
 def test_int8_of_the_original_is_calibrated_with_its_room_and_written_so(

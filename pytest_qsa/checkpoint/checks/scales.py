@@ -44,6 +44,8 @@ FUSED_LAYERS = (
     ("in_proj_b", "in_proj_a"),
 )
 """The layers that loaders read as one matrix: attention, feed-forward layers and experts, MLA, and Gated DeltaNet."""
+FOLDED_LAYERS = (("up_proj", "down_proj"), ("v_proj", "o_proj"), ("w3", "w2"), ("fc1", "fc2"))
+"""The layers of which the second takes factors that a smoothing has divided the rows of the first by."""
 
 
 def misfits(form: Format) -> Iterator[Finding]:
@@ -111,6 +113,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
 
     Of each tensor the median and the largest and smallest scale over that median are compared with those of the same
     projection in the other blocks: |log₂ x − median| > spread × max(1.4826 · MAD, floor); Iglewicz and Hoaglin, 1993.
+    What a smoothing took from one layer and gave to the next is no finding.
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
     rows: dict[str, dict[str, NDArray[np.float64]]] = {}
@@ -120,13 +123,35 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
         codes, size = form.codes_of(layer), form.typical_row(layer)
         if codes is not None and size is not None:
             _add(rows, codes, np.array([size]))
+    moved = _folded(form.folder, [*kinds.values(), *rows.values()])
     for kind, members in kinds.items():
         if len(members) >= FEWEST:
             yield from _untouched(form, kind, members)
-            yield from _outlying(form.folder, kind, members, spread)
+            found = _outlying(form.folder, kind, members, spread)
+            yield from (each for each in found if each.layer not in moved)
     for kind, members in rows.items():
         if len(members) >= FEWEST:
-            yield from _outlying(form.folder, kind, members, spread, "rms of a row")
+            found = _outlying(form.folder, kind, members, spread, "rms of a row")
+            yield from (each for each in found if each.layer not in moved)
+
+
+def _folded(folder: Folder, kinds: Sequence[Mapping[str, NDArray[np.float64]]]) -> set[str]:
+    """Return the layers that are larger than their siblings by what the layer before or after them is smaller by."""
+    sizes: dict[str, float] = {}
+    for members in kinds:
+        medians = {name: float(np.median(octaves)) for name, octaves in members.items()}
+        middle = float(np.median(list(medians.values())))
+        for name, median in medians.items():
+            if not folder.tensors[name].part.startswith(("input", "output", "k_", "v_", "q_")):
+                sizes[folder.tensors[name].layer] = median - middle
+    found: set[str] = set()
+    for layer, own in sizes.items():
+        stem, dot, last = layer.rpartition(".")
+        for other in (f"{stem}{dot}{second}" for first, second in FOLDED_LAYERS if first == last):
+            opposite = own * sizes.get(other, 0.0) < 0
+            if opposite and abs(own + sizes[other]) <= max(abs(own), abs(sizes[other])) / 2:
+                found |= {layer, other}
+    return found
 
 
 def _add(kinds: dict[str, dict[str, NDArray[np.float64]]], tensor: Tensor, values: NDArray[np.float64]) -> None:

@@ -373,6 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--work", type=Path, default=Path("build/requantizations"), help="keeps suites, and the file")
     parser.add_argument("--only", default="", help="checkpoints whose name begins so")
+    parser.add_argument("--scheme", choices=[scheme.name for scheme in SCHEMES], help="default: both")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -380,7 +381,7 @@ def main() -> None:
     file = work / "judged.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(row["scheme"], row["name"]) for row in rows}
-    for scheme in SCHEMES:
+    for scheme in [each for each in SCHEMES if options.scheme in (None, each.name)]:
         for case in cases(scheme, work):
             first = case.name in ("nearest", "GPTQ, text 0", "AWQ, text 0")
             wanted = case.name.startswith(options.only) or (first and options.only.startswith(case.kind))

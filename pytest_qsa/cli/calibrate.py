@@ -24,8 +24,8 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: the model or data can't be loaded, or the suite can't be written.
     """
     options, overrides = parse_with_overrides(_parser(), arguments)
-    # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.
-    file = suite.load_suite(options.suite, overrides, "--", noise=False, roots=roots_of(options))
+    file = _loaded(options, overrides)
+    _check_size(file, options, overrides)
     target = _target(options)
     subject = suite.subject_of(file)
     sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
@@ -43,7 +43,12 @@ def run(arguments: Sequence[str]) -> int:
     return OK
 
 
-def _check_size(file: suite.SuiteFile, path: Path, overrides: Sequence[str]) -> None:
+def _loaded(options: argparse.Namespace, overrides: Sequence[str]) -> suite.SuiteFile:
+    # Without the noise of an earlier calibration: a bound that it forbids now is what this command mends.
+    return suite.load_suite(options.suite, overrides, "--", noise=False, roots=roots_of(options))
+
+
+def _check_size(file: suite.SuiteFile, options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuse data of another size than the suite's, for how much a number varies follows from it.
 
     Raises:
@@ -52,11 +57,13 @@ def _check_size(file: suite.SuiteFile, path: Path, overrides: Sequence[str]) -> 
     kept = [each for each in overrides if each.partition("=")[0] not in SIZES]
     if len(kept) == len(overrides):
         return
-    own, given = suite.load_suite(path, kept, "--", noise=False).suite.data, file.suite.data
+    own, given = _loaded(options, kept).suite.data, file.suite.data
     if (own.num_samples, own.seq_len) != (given.num_samples, given.seq_len):
         other = f"{given.num_samples} × {given.seq_len} tokens are measured, and the suite runs on {own.num_samples}"
         advice = "change data in the suite instead, and calibrate it then"
-        raise SuiteError(f"{shown_path(path)}: {other} × {own.seq_len}: its bounds would be of other data; {advice}")
+        raise SuiteError(
+            f"{shown_path(file.path)}: {other} × {own.seq_len}: its bounds would be of other data; {advice}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pytest_qsa.checkpoint.checks.health import problems_of
+from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
 from pytest_qsa.checkpoint.smoothing import compare_norms
@@ -219,3 +221,18 @@ def test_a_broken_layer_of_an_ordinary_checkpoint_is_still_a_regression(run):
     text = run.first_line("broken.qsa.yaml::layers")
     assert text.startswith("REGRESSION")
     assert "model.layers.2.self_attn.q_proj" in text
+
+
+def test_a_layer_whose_size_the_next_one_makes_up_for_has_no_finding(llama, tmp_path):
+    """AWQ divides the rows of up_proj by what it multiplies the columns of down_proj by (arXiv 2306.00978)."""
+
+    def fold(weights, *, back=True):
+        weights["model.layers.2.mlp.up_proj.weight"] *= 8
+        if back:
+            weights[f"{DOWN}.weight"] /= 8
+
+    folded = save_quantized_llama(tmp_path / "int8", edited(llama, tmp_path / "folded", fold))
+    assert problems_of(Files(open_folder(folded)), "checkpoint_scales")[1] == []
+    half = edited(llama, tmp_path / "half", lambda weights: fold(weights, back=False))
+    found = problems_of(Files(open_folder(save_quantized_llama(tmp_path / "odd", half))), "checkpoint_scales")[1]
+    assert {each.layer for each in found} == {"model.layers.2.mlp.up_proj"}

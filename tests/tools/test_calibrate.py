@@ -6,15 +6,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.metrics import Query, Series
 from pytest_qsa.suite import Data, load_suite
-from pytest_qsa.tools.calibrate import IDENTICAL, Spread, proposals_of
+from pytest_qsa.tools.calibrate import IDENTICAL, Sampled, Spread, proposals_of
 from pytest_qsa.tools.suite_text import calibrated
+from pytest_qsa.verdicts import checked_series
 from support import models
+from support.checkpoints import edited
 from support.projects import suite
 
 SUITE = """\
@@ -335,3 +340,92 @@ def test_int8_of_the_original_is_calibrated_with_its_room_and_written_so(
     )
     with pytest.raises(SuiteError, match="would fail where it is quantized again"):
         load_suite(tmp_path / "tight.qsa.yaml")
+
+
+def requantized(clip, seed=None):
+    """Return a change of int8 weights of the original: quantized again with another clip, or rounded by chance."""
+
+    def change(original):
+        def changed(weights):
+            generator = torch.Generator().manual_seed(seed or 0)
+            for name in [name for name in weights if name.endswith("_proj.weight")]:
+                values = original[name].float()
+                scale = values.abs().amax(1, keepdim=True) * clip / 127.5
+                chance = 0.5 if seed is None else torch.rand(values.shape, generator=generator)
+                weights[name] = (values / scale + chance).floor().clamp(-128, 127).to(torch.int8)
+                weights[f"{name}_scale"] = scale.to(weights[f"{name}_scale"].dtype)
+
+        return changed
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def of_weights(tmp_path_factory, llama, int8_llama):
+    """Calibrate a suite on the weights of an int8 model; return its file and what was printed."""
+    folder = tmp_path_factory.mktemp("weights")
+    assertions = "\n".join(
+        f"  - {{id: {metric}, metric: {metric}, layers: _proj$, site: weight, min: 0, max: 0}}" for metric in OF_WEIGHTS
+    )
+    text = f"model: {{name: m, path: {int8_llama}, reference: {llama}, weights: files}}\nassertions:\n{assertions}\n"
+    (folder / "gate.qsa.yaml").write_text(text)
+    assert main(["calibrate", str(folder / "gate.qsa.yaml"), "--write"]) == 0
+    return folder / "gate.qsa.yaml"
+
+
+OF_WEIGHTS = ("mean", "rms", "absmax")
+
+
+@pytest.mark.parametrize("change", [requantized(0.97), requantized(1, seed=1), requantized(0.93, seed=2)])
+def test_bounds_on_weights_leave_room_for_the_same_original_quantized_otherwise(
+    of_weights, llama, int8_llama, tmp_path, change
+):
+    folder = edited(int8_llama, tmp_path / "again", change(load_file(llama / "model.safetensors")))
+    weights = [assertion.request for assertion in load_suite(of_weights).assertions]
+    capture = capture_weights(Files(open_folder(folder)), weights)
+    for assertion in load_suite(of_weights).assertions:
+        values = checked_series(assertion, capture).values
+        assert (assertion.min < values).all(), assertion.id
+        assert (values < assertion.max).all(), assertion.id
+
+
+def test_the_room_of_a_mean_of_weights_is_far_below_a_zero_point_that_is_off_by_one(of_weights, llama):
+    bound = next(each for each in load_suite(of_weights).assertions if each.id == "mean")
+    assert bound.noise.max.room > 0
+    step = min(
+        float(tensor.float().abs().amax(1).mean()) / 127.5
+        for name, tensor in load_file(llama / "model.safetensors").items()
+        if name.endswith("_proj.weight")
+    )
+    assert bound.noise.max.room < step / 2
+
+
+def test_a_calibration_that_is_too_thin_says_so_for_each_assertion_and_what_would_be_enough(calibration):
+    out = (calibration / "out.txt").read_text()
+    thin = [line for line in out.splitlines() if "thin: 4 parts tell sigma to ± 41%, a part has 48 tokens" in line]
+    assert len(thin) == out.count("noise") or len(thin) >= 2
+    assert "enough: --parts 8 and data.num_samples: 43 in the suite" in thin[0]
+
+
+def noise_of(mean, sigma, unit=""):
+    """Return what is said of a calibration whose one layer has these numbers in 8 parts of 2048 tokens."""
+    values = np.array([[mean + sigma * each] for each in (-1, 1) * 4])
+    spread = Spread(["a"], values, values.mean(axis=0), np.zeros(1), unit)
+    sampled = Sampled([None] * 8, SimpleNamespace(tokens=[np.zeros(256)] * 64, schemes=None), ())
+    return list(sampled._thin(spread, proposals_of(SimpleNamespace(stated={"max": 0.0}), spread, None, 10.0)))
+
+
+def test_noise_as_large_as_the_mean_is_told_with_the_text_that_it_takes():
+    assert noise_of(0.1, 0.005) == []
+    assert noise_of(0.1, 0.02) == ["thin: 10 sigma are 2.1 × the mean; enough: data.num_samples: 37 in the suite"]
+    assert "more text hardly helps" in noise_of(0.001, 0.02)[0]
+    assert noise_of(1, 1, "tokens") == []
+
+
+def test_data_of_another_size_than_the_suites_is_refused(calibration, monkeypatch, capsys):
+    monkeypatch.chdir(calibration)
+    assert main(["calibrate", "gate.qsa.yaml", "--data.num_samples", "4"]) == 2
+    assert "gate.qsa.yaml: 4 × 24 tokens are measured, and the suite runs on 2 × 24" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("pytest_qsa.tools.Sampled.of", lambda *arguments, **options: pytest.fail("measured"))
+        assert main(["calibrate", "gate.qsa.yaml", "--data.seq_len", "12"]) == 2

@@ -1,6 +1,7 @@
 """`qsa init`: a first suite, calibrated, that a team can commit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -272,5 +273,8 @@ def test_a_suite_of_a_smoothed_model_says_so(int8_llama, llama, tmp_path, monkey
     left = next(line for line in lines if line.startswith("left out: unquantized"))
     assert "model.layers.1.input_layernorm.weight" in left
     ids = [assertion.id for assertion in load_suite(tmp_path / "gate.qsa.yaml").assertions]
-    assert not {"unquantized", "layers-alone", "weights-close"} & set(ids)
+    # sizes of layers follow the factors that a calibration folds in
+    assert not {"unquantized", "layers-alone", "weights-close", "weight-scales"} & set(ids)
+    drift = next(each for each in load_suite(tmp_path / "gate.qsa.yaml").assertions if each.id == "drift")
+    assert re.search(drift.layers, "model.layers.1")
     assert "blocks-close" in ids

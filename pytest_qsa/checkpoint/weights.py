@@ -147,11 +147,16 @@ def capture_weights(
         InfraError: there is no reference to compare with.
     """
     with refusing_odd_settings(files.settings_text):
-        return _captured(files, requests, modules, progress, rounded=rounded)
+        return _captured(files, requests, modules, progress, again=again)
 
 
 def _captured(
-    files: Files, requests: Iterable[Request], modules: Sequence[str], progress: Progress | None, *, rounded: bool
+    files: Files,
+    requests: Iterable[Request],
+    modules: Sequence[str],
+    progress: Progress | None,
+    *,
+    again: Requantization | None,
 ) -> Capture:
     plan = merge_requests(request for request in requests if request.site == "weight")
     weights, modules = _named(stored_weights(files), files.format, modules), modules or weight_names(files).all

@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common import InfraError, QsaWarning, logger, write_atomically
+from ..common import InfraError, Patience, QsaWarning, locked, logger, remove_unfinished, write_atomically
 from .capture import Capture
 from .sites import Request, merge_requests
 
@@ -53,49 +54,76 @@ class PartialSums:
         self.file.unlink(missing_ok=True)
 
 
+Make = Callable[[Sequence[Request], PartialSums | None], Capture]
+"""Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""
+
+
 @dataclass(frozen=True)
 class CaptureCache:
-    """A folder of captures of earlier runs. A damaged one is made anew, a read-only folder is left unused."""
+    """A folder of captures of earlier runs. A damaged one is made anew; a folder that can't be written is only read."""
 
     folder: Path
     limit: int = LIMIT
+    patience: Patience = field(default_factory=Patience)
 
     def get_or_make(
         self,
         fingerprint: str,
         requests: Sequence[Request],
-        make: Callable[[Sequence[Request], PartialSums | None], Capture],
+        make: Make,
+        work: str = "a capture",
     ) -> Capture:
-        """Return a capture that covers the requests; the lock lets one process of a machine make it at a time.
+        """Return a capture that covers the requests; its lock lets one process make it at a time.
 
         A capture that exists but lacks something is made again for all that was ever asked of it and what is asked now.
-        """
-        from filelock import FileLock
+        `work`: what the lock is held for, for those who wait.
 
+        Raises:
+            InfraError: another process makes it, and gives no sign of life.
+        """
         file = self.folder / f"{fingerprint}.qsa"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "capture.lock")
-            lock.acquire()
-        except OSError as error:
-            self._warn(f"can't be used ({error}); the capture is not kept")
-            return make(requests, None)
-        try:
-            found = self._load(file)
+        with ExitStack() as exits:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                exits.enter_context(locked([file.with_suffix(".lock")], work, self.patience))
+            except OSError as error:
+                return self._without_lock(file, requests, make, error)
+            remove_unfinished(self.folder)
+            found = self._found(file, requests)
             if found is not None and found.covers(requests):
-                logger.debug("the cached capture %s answers everything", file.name)
-                file.touch()  # pruning goes by the time of the last use
+                with suppress(OSError):
+                    file.touch()  # pruning goes by the time of the last use
                 return found
-            lacking = "there is no such capture" if found is None else "it lacks something that is asked for now"
-            logger.debug("the cached capture %s can't be used: %s", file.name, lacking)
             sums = PartialSums(self.folder / f"{fingerprint}.partial")
             # For what was asked earlier too, else two suites in turn would replace each other's capture for
             # ever.
             capture = make(merge_requests([*requests, *(found.plan if found else ())]), sums)
             self._save(capture, file)
             return capture
-        finally:
-            lock.release()
+
+    def _without_lock(
+        self,
+        file: Path,
+        requests: Sequence[Request],
+        make: Make,
+        error: OSError,
+    ) -> Capture:
+        """Return what a folder holds that can't be written, else make it and keep nothing. Files are replaced whole."""
+        found = self._found(file, requests)
+        if found is not None and found.covers(requests):
+            return found
+        self._warn(f"can't be used ({error}); the capture is not kept")
+        return make(requests, None)
+
+    def _found(self, file: Path, requests: Sequence[Request]) -> Capture | None:
+        """Return the capture of a file; None where there is none, or a damaged one."""
+        found = self._load(file)
+        if found is not None and found.covers(requests):
+            logger.debug("the cached capture %s answers everything", file.name)
+        else:
+            lacking = "there is no such capture" if found is None else "it lacks something that is asked for now"
+            logger.debug("the cached capture %s can't be used: %s", file.name, lacking)
+        return found
 
     def _load(self, file: Path) -> Capture | None:
         if not file.exists():

@@ -28,9 +28,15 @@ from .files import (
     Scratch as Scratch,
     read_json as read_json,
     refuse_special as refuse_special,
+    remove_unfinished as remove_unfinished,
     write_atomically as write_atomically,
 )
 from .imports import face as face
+from .locks import (
+    LOCK_TIMEOUT as LOCK_TIMEOUT,
+    Patience as Patience,
+    locked as locked,
+)
 from .permissions import allowed_code as allowed_code, allowed_paths as allowed_paths
 from .text import (
     Progress as Progress,

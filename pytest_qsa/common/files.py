@@ -7,13 +7,17 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from .errors import AnomalyError, InfraError, shown_path
+from .locks import UNFINISHED, flocked, try_lock
+
+LONGEST_WRITE = 24 * 3600.0
+"""Seconds after which a temporary file is taken for a killed write's, where the file system has no locks."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -25,8 +29,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         OSError: the folder can't be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_unfinished(path.parent)
+    handle, temporary = _temporary(path)
+    # The lock of a file is held until its last duplicate is closed: here until it has its name.
+    lock = None if sys.platform == "win32" else os.dup(handle)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -36,6 +42,33 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Make a temporary file for the content of a file, and lock it, so that others know that it is being written."""
+    while True:
+        # In the same folder, because a rename is atomic only within one file system.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=UNFINISHED)
+        # Between these two lines, another process may have taken it for a killed one's.
+        if flocked(handle) is not False and os.path.exists(name):
+            return handle, name
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of writes that were killed; those of writes that go on are locked."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        with suppress(OSError):
+            handle = os.open(file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                old = time.time() - os.fstat(handle).st_mtime > LONGEST_WRITE
+                if (locked := flocked(handle)) or (locked is None and old):
+                    file.unlink()
+            finally:
+                os.close(handle)
 
 
 def refuse_special(path: Path) -> None:
@@ -78,32 +111,28 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     def __init__(self, prefix: str) -> None:
         home = Path(tempfile.gettempdir())
         _remove_orphans(home, prefix)
-        self._file = home / f"{prefix}-{secrets.token_hex(4)}.lock"
-        self._lock = FileLock(self._file, thread_local=False)
-        try:
-            self._lock.acquire(timeout=0)
-        except (OSError, NotImplementedError):  # no locks on this file system: nobody may take the folder for an orphan
-            self._file.unlink(missing_ok=True)
-        super().__init__(prefix=f"{self._file.stem}-", dir=home)
+        file = home / f"{prefix}-{secrets.token_hex(4)}.lock"
+        self._lock = try_lock(file, prefix)
+        super().__init__(prefix=f"{file.stem}-", dir=home)
 
     def cleanup(self) -> None:
         """Remove the folder, then the lock file."""
         super().cleanup()
         # After the folder: without its lock file, the rest of a half removed one would stay for ever.
-        self._lock.release()
-        self._file.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def _remove_orphans(home: Path, prefix: str) -> None:
     """Remove the folders of this user whose owner is gone."""
     for file in home.glob(f"{prefix}-*.lock"):
-        with suppress(OSError, NotImplementedError, Timeout):
-            if _is_own_file(file):
-                # Whoever gets the lock at once knows that the process of its owner has ended.
-                with FileLock(file, timeout=0, thread_local=False):
-                    for folder in home.glob(f"{file.stem}-*"):
-                        shutil.rmtree(folder, ignore_errors=True)
-                    file.unlink(missing_ok=True)
+        with suppress(OSError):
+            # Whoever gets the lock at once knows that the process of its owner has ended.
+            if _is_own_file(file) and (lock := try_lock(file, prefix)) is not None:
+                for folder in home.glob(f"{file.stem}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
 
 
 def _is_own_file(file: Path) -> bool:

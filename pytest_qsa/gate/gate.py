@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,15 @@ from .. import engine, external
 from ..captures import COUNTS, Capture, PartialSums, Request, Site
 from ..checkpoint import Files, capture_weights
 from ..common import (
+    Patience,
     QsaError,
     QsaUnplannedCaptureWarning,
     QsaWarning,
     SuiteError,
     ToldError,
     UnloadableFormatError,
+    locked,
+    logger,
     progress_bar,
 )
 from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
@@ -61,6 +65,9 @@ class Gate:
     # Weak keys: to remember an origin must not keep a capture in memory.
     _origins: MutableMapping[Capture, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def __post_init__(self) -> None:
+        self.captures.patience = Patience(self.options.lock_timeout, self._tell)
 
     @cached_property
     def _subjects(self) -> Subjects:
@@ -273,7 +280,8 @@ class Gate:
                 return capture_weights(files_of(subject), plan, progress=progress)
             if subject.model is not None:
                 code, share = self.options.allow_code, engine.SampleShare(sums=sums)
-                capture = engine.capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
+                with self._slot(subject):
+                    capture = engine.capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
                 self._warn_unpinned(request, subject, capture)
                 return capture
             model = request.getfixturevalue("qsa_model")
@@ -281,6 +289,28 @@ class Gate:
             batches, other = request.getfixturevalue("qsa_batches"), request.getfixturevalue("qsa_reference")
             reference = engine.loaded_from_fixture(other, None, "qsa_reference") if other is not None else None
             return engine.capture_loaded(subject, loaded, batches, plan, progress, reference=reference)
+
+    @contextlib.contextmanager
+    def _slot(self, subject: Subject) -> Iterator[None]:
+        """Wait until this machine has room for a pass: models that load at once may not fit, or slow one another."""
+        slots = self.options.slots
+        hint = f"; --qsa-jobs lets {len(slots)} pass{'es' if len(slots) > 1 else ''} run on this machine at once"
+        with contextlib.ExitStack() as exits:
+            try:
+                slots[0].parent.mkdir(parents=True, exist_ok=True)
+                exits.enter_context(locked(slots, subject.name, self.captures.patience, hint))
+            except OSError as error:
+                logger.debug("no slot of this machine is taken: %s", error)
+            yield
+
+    def _tell(self, text: str) -> None:
+        """Write a line to the terminal at once, past pytest's capturing: a run that waits is not a run that hangs."""
+        with self._uncaptured():
+            print(f"\nqsa: {text}", file=sys.stderr, flush=True)
+
+    def _uncaptured(self) -> contextlib.AbstractContextManager[None]:
+        capturing = self.config.pluginmanager.getplugin("capturemanager")
+        return capturing.global_and_fixture_disabled() if capturing else contextlib.nullcontext()
 
     @staticmethod
     def _warn_unpinned(request: pytest.FixtureRequest, subject: Subject, capture: Capture) -> None:
@@ -294,14 +324,12 @@ class Gate:
     @contextlib.contextmanager
     def _progress(self, subject: Subject) -> Iterator[Any]:
         """Show a bar on a terminal, past pytest's capturing of output; nowhere else."""
-        capturing = self.config.pluginmanager.getplugin("capturemanager")
         terminal = self.config.pluginmanager.getplugin("terminalreporter")
         # Several workers of pytest-xdist would draw their bars over one another.
         if terminal is None or not terminal.isatty or hasattr(self.config, "workerinput"):
             yield None
             return
-        shown = capturing.global_and_fixture_disabled() if capturing else contextlib.nullcontext()
-        with shown, progress_bar(subject.name, disable=False) as progress:
+        with self._uncaptured(), progress_bar(subject.name, disable=False) as progress:
             yield progress
 
     def identity_of(self, item: pytest.Item, id: str, place: Callable[[Location], Place | None]) -> Identity:

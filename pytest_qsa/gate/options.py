@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -54,6 +55,8 @@ class Options(NamedTuple):
     """Whether the command line names the tier."""
     run: str
     """The name of this run's folder, `20261129T034501Z-4711`: the same in all processes of pytest-xdist."""
+    jobs: int
+    lock_timeout: float
 
     @property
     def run_folder(self) -> Path:
@@ -64,6 +67,15 @@ class Options(NamedTuple):
     def roots(self) -> Roots:
         """Where suites may read beside their repositories."""
         return suite.Roots(self.root, (*self.allowed, *([self.cache] if self.cache else [])))
+
+    @property
+    def slots(self) -> list[Path]:
+        """The files whose locks let one pass each run on this machine, for this user, whatever the run's cache is."""
+        import platformdirs
+
+        # A home folder may be that of several machines.
+        folder = platformdirs.user_cache_path("pytest-qsa") / "slots"
+        return [folder / f"{socket.gethostname()}-{number}.lock" for number in range(self.jobs)]
 
     @property
     def cache_folder(self) -> Path | None:
@@ -132,6 +144,15 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--qsa-today": {
         "metavar": "DATE", "help": "judge waivers as on that day, such as 2027-01-31 (default: today, UTC)",
     },
+    "--qsa-jobs": {
+        "type": int, "metavar": "N",
+        "help": "how many passes may run on this machine at once, of all pytest runs and workers (default: 1)",
+    },
+    "--qsa-lock-timeout": {
+        "type": float, "metavar": "SECONDS", "default": common.LOCK_TIMEOUT,
+        "help": "give up waiting for another process when it has given no sign of life for that long; it gives one "
+        "every 10 s (default: 120)",
+    },
     "--qsa-tier": {
         "choices": TIERS, "help": "run the gates of this tier and of those before it (default: release, all)",
     },
@@ -146,6 +167,7 @@ INI_KEYS: Mapping[str, tuple[str, Literal["string", "bool", "linelist"], object]
     "qsa_report": ("as --qsa-report", "string", "on-failure"),
     "qsa_allow_code": ("as --qsa-allow-code; only in a file that is given with -c", "bool", False),
     "qsa_allow_path": ("as --qsa-allow-path, a folder a line; only in a file that is given with -c", "linelist", []),
+    "qsa_jobs": ("as --qsa-jobs", "string", "1"),
 }
 
 
@@ -194,6 +216,8 @@ def read_options(config: pytest.Config) -> Options:
         allow_code=code,
         allowed=allowed,
         root=config.rootpath,
+        jobs=_jobs(config),
+        lock_timeout=_lock_timeout(config.getoption("qsa_lock_timeout")),
     )
 
 
@@ -239,6 +263,21 @@ def _operators_words(config: pytest.Config) -> argparse.Namespace:
     parser.add_argument("--qsa-allow-path", action="append")
     words = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *map(str, config.invocation_params.args)]
     return parser.parse_known_args(words)[0]
+
+
+def _jobs(config: pytest.Config) -> int:
+    """Return how many passes may run at once: of the command line, else of the ini file."""
+    given = config.getoption("qsa_jobs")
+    value = str(config.getini("qsa_jobs") if given is None else given)
+    if not (value.isascii() and value.isdigit() and 1 <= len(value) <= 4 and int(value)):
+        raise pytest.UsageError(f"qsa_jobs = {value}: a whole number from 1 to 9999")
+    return int(value)
+
+
+def _lock_timeout(given: float) -> float:
+    if not given > 0:
+        raise pytest.UsageError(f"--qsa-lock-timeout {given:g}: more than 0 seconds")
+    return given
 
 
 def _refused_update(config: pytest.Config) -> str | None:

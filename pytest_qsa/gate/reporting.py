@@ -277,10 +277,12 @@ class Reporter:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write report.json and report.html."""
+        """Write report.json and report.html. What a killed run left half written goes, whatever this one writes."""
         if self.problem:
             # As `plugin._stop` ends a run without workers.
             session.exitstatus = pytest.ExitCode.INTERRUPTED
+        for folder in self.options.output.glob("**/"):
+            common.remove_unfinished(folder)
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return

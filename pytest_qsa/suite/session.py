@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from ..captures import Capture, CaptureCache, PartialSums, Request, compares, merge_requests
-from ..common import AnomalyError, InfraError, QsaError, UnloadableFormatError, logger, write_atomically
+from ..common import (
+    AnomalyError,
+    InfraError,
+    Patience,
+    QsaError,
+    UnloadableFormatError,
+    locked,
+    logger,
+    write_atomically,
+)
 from .fingerprint import FileHashes, fingerprint_of, identified
 from .subjects import Subject
 
@@ -31,11 +40,12 @@ ERRORS: Mapping[str, type[QsaError]] = {kind.__name__: kind for kind in (Anomaly
 class Captures:
     """The captures of a session. `shared`: the folder that all xdist workers of a run see; None without workers.
 
-    `cache`: the folder of captures that outlive the run; None for none.
+    `cache`: the folder of captures that outlive the run; None for none. `patience`: for what another process makes.
     """
 
     shared: Path | None = None
     cache: Path | None = None
+    patience: Patience = field(default_factory=Patience)
     _memory: dict[str, Capture] = field(default_factory=dict)
     _failures: dict[str, QsaError] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
@@ -83,7 +93,8 @@ class Captures:
         """
         text = f"{path}: {type(error).__name__}: {error}"
         if text not in self._told:
-            self._told[text] = test if self.shared is None else _first_of_workers(self.shared, text, test)
+            shared = self.shared
+            self._told[text] = test if shared is None else _first_of_workers(shared, text, test, self.patience)
         return self._told[text]
 
     def covering(self, key: str, requests: Sequence[Request]) -> Capture | None:
@@ -106,7 +117,9 @@ class Captures:
         # A fixture's model exists in its own process only, so that workers can't share its capture.
         if self.shared is None or subject.model is None:
             return self._through_cache(subject, requests, make)
-        return _make_once(self.shared, subject, requests, lambda plan: self._through_cache(subject, plan, make))
+        return _make_once(
+            self.shared, subject, requests, lambda plan: self._through_cache(subject, plan, make), self.patience
+        )
 
     def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
         hashes = self._hashes()
@@ -122,26 +135,29 @@ class Captures:
             reason = "no cache is used" if self.cache is None else "it has no fingerprint"
             logger.debug("%s: no cached capture is looked for, for %s", subject.name, reason)
             return known(requests, None), source
-        capture = CaptureCache(self.cache).get_or_make(fingerprint, requests, known)
+        cache = CaptureCache(self.cache, patience=self.patience)
+        capture = cache.get_or_make(fingerprint, requests, known, subject.name)
         return identified(capture, subject, hashes), source  # the same bytes may have lain elsewhere
 
 
 def _make_once(
-    shared: Path, subject: Subject, requests: Sequence[Request], make: Callable[[Sequence[Request]], Found]
+    shared: Path,
+    subject: Subject,
+    requests: Sequence[Request],
+    make: Callable[[Sequence[Request]], Found],
+    patience: Patience,
 ) -> Found:
     """Make a capture in one of the workers that share a folder; the others wait for its file, or its failure.
 
     Raises:
         QsaError: the capture failed, here or in another worker: none tries again.
     """
-    from filelock import FileLock
-
     shared.mkdir(parents=True, exist_ok=True)
     # sorted, for a set's own order is another in each worker: they would not find one another's file
     wanted = [(each.pattern, each.site, each.exclude, sorted(map(str, each.statistics))) for each in requests]
     plan = hashlib.sha256(repr((subject.key, wanted)).encode()).hexdigest()[:32]
     file, failure = shared / f"{plan}.qsa", shared / f"{plan}.json"
-    with FileLock(shared / f"{plan}.lock"):
+    with locked([shared / f"{plan}.lock"], subject.name, patience):
         if failure.exists():
             recorded = json.loads(failure.read_text(encoding="utf-8"))
             # The class decides on the kind of the verdict, and on what is tried instead, so that all workers must
@@ -159,13 +175,11 @@ def _make_once(
         return capture, source
 
 
-def _first_of_workers(shared: Path, text: str, test: str) -> str:
+def _first_of_workers(shared: Path, text: str, test: str, patience: Patience) -> str:
     """Return the first test of any worker that asked with this text."""
-    from filelock import FileLock
-
     shared.mkdir(parents=True, exist_ok=True)
     file = shared / f"told-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    with FileLock(f"{file}.lock"):
+    with locked([file.with_suffix(".lock")], test, patience):
         if not file.exists():
             write_atomically(file, test)
         return file.read_text(encoding="utf-8")

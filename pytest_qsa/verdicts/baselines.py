@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from ..captures import ModelProvenance, since_text
-from ..common import BaselineError, InfraError, write_atomically
+from ..common import BaselineError, InfraError, remove_unfinished, write_atomically
 from ..metrics import Series
 from ..suite import Location
 from .baseline_file import (
@@ -103,6 +104,7 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
         self, *, snapshot_location: str, snapshot_name: str, session_id: str
     ) -> SerializedData | None:
         """Read whatever bytes are there, so that a damaged baseline can be made anew."""
+        _tidy(Path(snapshot_location).parent)
         try:
             return Path(snapshot_location).read_bytes().decode("utf-8", "replace")
         except OSError:
@@ -114,6 +116,12 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
     ) -> None:
         """Write atomically."""
         write_atomically(Path(snapshot_collection.location), str(next(iter(snapshot_collection)).data))
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    """Remove what a killed update left, once a process: a run that only reads baselines writes nothing there."""
+    remove_unfinished(folder)
 
 
 def _has_classes(path: Path) -> bool:

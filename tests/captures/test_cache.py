@@ -1,5 +1,6 @@
 """Captures that outlive a run: when one is taken again, and when it must not be."""
 
+import errno
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from pytest_qsa.captures import COUNTS, MOMENTS, TOKENS, Request
 from pytest_qsa.captures.cache import CaptureCache
 from pytest_qsa.captures.capture import Capture
-from pytest_qsa.common.errors import QsaWarning
+from pytest_qsa.common import InfraError, Patience, QsaWarning
 from support.captures import without_checksum
 from support.checkpoints import save_llama
 from support.projects import peaks, suite
@@ -97,6 +98,44 @@ def test_a_folder_that_can_not_be_made_is_done_without(tmp_path):
     with pytest.warns(QsaWarning, match="can't be used"):
         CaptureCache(tmp_path / "file" / "cache").get_or_make("f", REQUESTS, passes)
     assert len(passes.plans) == 1
+
+
+def test_a_folder_that_can_only_be_read_is_read(tmp_path, monkeypatch):
+    cache, passes = CaptureCache(tmp_path), Passes()
+    cache.get_or_make("f", REQUESTS, passes)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def read_only(*arguments, **named):  # a mode alone doesn't stop root
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pytest_qsa.common.locks.os.open", read_only)
+    assert cache.get_or_make("f", REQUESTS, passes).plan == tuple(REQUESTS)
+    with pytest.warns(QsaWarning, match="can't be used .*Read-only file system"):
+        cache.get_or_make("g", REQUESTS, passes)
+    assert len(passes.plans) == 2
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_subjects_do_not_wait_for_one_another_and_one_subject_does(tmp_path):
+    cache, passes = CaptureCache(tmp_path, patience=Patience(0.1)), Passes()
+
+    def make(plan, sums=None):
+        cache.get_or_make("g", REQUESTS, passes, "other")
+        with pytest.raises(InfraError, match="llama waits for process"):
+            cache.get_or_make("f", REQUESTS, passes, "llama")
+        return passes(plan)
+
+    cache.get_or_make("f", REQUESTS, make, "llama")
+    assert len(passes.plans) == 2
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_what_a_killed_write_left_goes_with_the_next_run(tmp_path):
+    cache, passes = CaptureCache(tmp_path), Passes()
+    cache.get_or_make("f", REQUESTS, passes)
+    (tmp_path / ".g.partial.x1y2.qsa-tmp").write_bytes(b"half")
+    cache.get_or_make("f", REQUESTS, passes)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_folder_stays_within_its_size_and_loses_nothing_that_is_not_a_capture(tmp_path):

@@ -1,11 +1,13 @@
 """Files are written whole or not at all; no temporary folder outlives its run for long, and no other is removed."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from pytest_qsa.common import InfraError, Scratch, read_json, refuse_special, write_atomically
+from pytest_qsa.common import InfraError, Scratch, read_json, refuse_special, remove_unfinished, write_atomically
+from pytest_qsa.common.locks import flocked
 
 
 @pytest.fixture
@@ -78,6 +80,29 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="full"):
         write_atomically(tmp_path / "a.txt", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.txt", b"old")]
+
+
+def test_what_a_killed_write_left_goes_with_the_next_and_one_that_goes_on_stays(tmp_path):
+    left, other = tmp_path / ".b.json.x1y2.qsa-tmp", tmp_path / ".b.json.tmp"
+    left.write_bytes(b"half")
+    other.write_bytes(b"not ours")
+    handle, going = tempfile.mkstemp(dir=tmp_path, prefix=".c.", suffix=".qsa-tmp")
+    assert flocked(handle)
+    write_atomically(tmp_path / "a.txt", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", other.name, Path(going).name}
+    os.close(handle)
+    remove_unfinished(tmp_path)
+    assert not Path(going).exists()
+
+
+def test_without_locks_of_the_system_only_an_old_one_is_taken_for_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("pytest_qsa.common.files.flocked", lambda handle: None)
+    old, new = tmp_path / ".b.qsa-tmp", tmp_path / ".c.qsa-tmp"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    write_atomically(tmp_path / "a.txt", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", new.name}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFO in a folder")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 
+from pytest_qsa.common.locks import UNFINISHED, try_lock
 from support.projects import COUNTED, Project, peaks, suite
 
 pytestmark = pytest.mark.process
@@ -93,3 +97,36 @@ def test_the_controller_writes_one_report_of_all_verdicts(workers):
 
 def test_junit_of_workers_has_the_kinds(workers):
     assert 'name="qsa_kind" value="REGRESSION"' in workers.read("junit.xml")
+
+
+def test_a_pass_waits_until_the_machine_has_a_slot(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100")))
+    folder = own_project.folder.parent / "cache"
+    own_project.settings["XDG_CACHE_HOME"] = str(folder)
+    folder /= "pytest-qsa/slots"
+    folder.mkdir(parents=True)
+    held = try_lock(folder / f"{socket.gethostname()}-0.lock", "int8")
+    run = own_project.pytest("--qsa-lock-timeout=1.5", "--qsa-no-cache", "--qsa-report=never")
+    with_two = own_project.pytest("--qsa-jobs=2", "--qsa-no-cache", "--qsa-report=never")
+    held.release()
+    whom = f"llama waits for process {os.getpid()}, which has worked on int8 since "
+    assert run.first_line("::peaks").startswith(f"INFRA peaks: {whom}")
+    assert f"qsa: {whom}" in run.out
+    assert "--qsa-jobs lets 1 pass run on this machine at once" in run.out
+    assert with_two.outcomes == {"a.qsa.yaml::peaks": "passed"}
+
+
+@pytest.mark.parametrize("option", ["--qsa-jobs=0", "--qsa-lock-timeout=0", "--qsa-lock-timeout=nan"])
+def test_a_wrong_count_of_slots_or_seconds_is_a_usage_error(own_project, option):
+    run = own_project.pytest(option)
+    assert run.code == 4
+    assert option.partition("=")[0].removeprefix("--").replace("-", "_") in run.out.replace("-", "_")
+
+
+def test_what_a_killed_write_left_goes_with_a_run_that_writes_nothing(own_project, llama):
+    own_project.write("a.qsa.yaml", suite(llama, peaks("baseline: {rel: 0.05}")))
+    assert own_project.pytest("--snapshot-update", "--qsa-report=never").code == 0
+    for folder in ("qsa_baselines/llama/a", "qsa-results/plots"):
+        own_project.write(f"{folder}/.peaks.json.x1{UNFINISHED}", "half")
+    assert own_project.pytest("--qsa-report=never").code == 0
+    assert [name for name in own_project.files(".") if name.endswith(UNFINISHED)] == []

@@ -3,7 +3,6 @@
 # ruff: noqa: F401
 import accelerate
 import allure_pytest.plugin
-import filelock
 import jinja2
 import matplotlib.backends.backend_agg
 import matplotlib.figure

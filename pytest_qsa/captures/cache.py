@@ -143,14 +143,14 @@ class CaptureCache:
             self._warn(f"can't be written ({error}); the capture is not kept")
 
     def _prune(self, keep: Path) -> None:
-        files = sorted(
-            [*self.folder.glob("*.qsa"), *self.folder.glob("*.partial")],
-            key=lambda file: file.stat().st_mtime,
-            reverse=True,
-        )
+        held: list[tuple[float, int, Path]] = []
+        for file in [*self.folder.glob("*.qsa"), *self.folder.glob("*.partial")]:
+            with suppress(OSError):  # another process has pruned it
+                found = file.stat()
+                held.append((found.st_mtime, found.st_size, file))
         total = 0
-        for file in files:
-            total += file.stat().st_size
+        for _, size, file in sorted(held, reverse=True):
+            total += size
             # Even if it alone is above the limit, because no later run would find it otherwise.
             if total > self.limit and file != keep:
                 file.unlink(missing_ok=True)

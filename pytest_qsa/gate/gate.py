@@ -117,7 +117,8 @@ class Gate:
                 raise
             request.node.warn(QsaWarning(f"the weights were read from the files, for {error}"))
             source, needs = subject.of_files, [each for each in needs if each.site == "weight"]
-            return self._captured(request, source.key, source, needs)
+            # not under the key of what is always read from the files, as weight_gain is: that asks for other numbers
+            return self._captured(request, f"{source.key}, for no loader", source, needs)
 
     def previous_capture(self, request: pytest.FixtureRequest, subject: Subject) -> Capture:
         """Return the capture of the last release: one file, or one pass, for all tests whose bounds follow it.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from formats_by_hand import GPTQ, NVFP4, by_hand, gptq, nvfp4, save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,12 +30,16 @@ BLOCKS, HEAD = 30, 64
 
 @dataclass(frozen=True)
 class Pair:
-    """A checkpoint and its original. `suite`: the name of the suite that is drafted for the sound `healthy`."""
+    """A checkpoint and its original. `suite`: the name of the suite that is drafted for the sound `healthy`.
+
+    `files`: the suite of files and weights, for a format that no library here loads. `ranks`: those of its server.
+    """
 
     model: Path
     reference: Path = SMOLLM2
     healthy: Path = INT8
     suite: str = "smollm2"
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,16 @@ REPORTS = {
     "windows": ("windows, soft caps and multipliers left out", "sglang#4823; cascadia#151; vllm#5908"),
     "fnuz": ("FP8 of one kind read as the other: all weights × 2", "vllm#7210; uccl#804; DeepEP#17"),
     "exchanged": ("gate and up exchanged in every layer", "tt-metal#52818"),
+    "global": (
+        "second-level scales of NVFP4 that differ between gate and up, or q, k and v",
+        "vllm#54150, #54974; TensorRT-LLM#14199; Model-Optimizer#1411",
+    ),
+    "unwritten": (
+        "second-level scales of NVFP4, of weights or of inputs, that were never written",
+        "vllm#54444, #45212; transformers#48371",
+    ),
+    "zero": ("zero points of GPTQ's first version, read as the second's", "vllm#38966, #26343, #26092"),
+    "ranks": ("a quantization group that tensor parallelism cuts", "vllm#34476, #41511, #45200; auto-round#643"),
     "scheme": ("the declared scheme isn't that of the tensors", "family of llm-compressor#2641"),
 }
 """What happened in the field, and where it was told."""
@@ -664,7 +679,8 @@ def _random(folder: Path, model_type: str, **settings: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL, tie_word_embeddings=True, dtype="bfloat16", **settings)
+    settings = {**SMALL, "tie_word_embeddings": True, "dtype": "bfloat16", **settings}
+    config = AutoConfig.for_model(model_type, **settings)
     model: Any = AutoModelForCausalLM
     model = model.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
@@ -751,7 +767,86 @@ def router_choice_changed(folder: Path) -> Pair:
     return _of_experts(folder, num_experts_per_tok=1)
 
 
+# --- other formats, from their files
+
+WIDER = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": 1024}
+Parts = dict[str, Tensors]
+"""Layer → its stored parts."""
+
+
+def _in_nvfp4(
+    folder: Path, change: Callable[[Parts], object] = lambda layers: None, larger: tuple[str, float] = ("", 1.0)
+) -> Pair:
+    """Return a small Llama in NVFP4. `larger`: a layer, and what multiplies the range of its second scale."""
+    source = _random(folder / "reference", "llama", **WIDER)
+    tensors = load_file(source / ONE)
+    names = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
+    weights = {layer: tensors.pop(f"{layer}.weight").float() for layer in names}
+    layers: Parts = {}
+    for layer, weight in weights.items():
+        block, _, kind = layer.rpartition(".")
+        shared = max(weights[f"{block}.{each}"].abs().max() for each in FUSED.get(kind, (kind,)))
+        layers[layer], _ = nvfp4(weight, shared * (larger[1] if layer == larger[0] else 1))
+        layers[layer]["input_global_scale"] = 448 * 6 / (40 * shared.reshape(1))
+    change(layers)
+    stored = {f"{layer}.{part}": tensor for layer, parts in layers.items() for part, tensor in parts.items()}
+    save_checkpoint(source, folder / "model", tensors | stored, NVFP4)
+    return Pair(folder / "model", source, folder / "model", "files")
+
+
+FUSED = {kind: group for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) for kind in group}
+
+
+@case("global", r"layers\.2\.mlp", "fused|gate_proj.*up_proj|up_proj.*gate_proj")
+def nvfp4_gate_and_up_apart(folder: Path) -> Pair:
+    return _in_nvfp4(folder, larger=("model.layers.2.mlp.up_proj", 1.078))
+
+
+@case("global", r"layers\.4\.self_attn", "fused|[qkv]_proj.*[qkv]_proj")
+def nvfp4_keys_apart_in_their_inputs(folder: Path) -> Pair:
+    def change(layers: Parts) -> None:
+        layers["model.layers.4.self_attn.k_proj"]["input_global_scale"] *= 7
+
+    return _in_nvfp4(folder, change)
+
+
+@case("unwritten", r"layers\.3\.self_attn\.o_proj", "weight_global_scale.*missing|missing.*weight_global_scale")
+def nvfp4_global_scale_lost(folder: Path) -> Pair:
+    return _in_nvfp4(folder, lambda layers: layers["model.layers.3.self_attn.o_proj"].pop("weight_global_scale"))
+
+
+@case("unwritten", r"layers\.3\.mlp\.down_proj", "input_global_scale.*missing|missing.*input_global_scale")
+def nvfp4_input_scale_lost(folder: Path) -> Pair:
+    return _in_nvfp4(folder, lambda layers: layers["model.layers.3.mlp.down_proj"].pop("input_global_scale"))
+
+
+def _in_gptq(folder: Path, ranks: int = 1, **declared: Any) -> Pair:
+    source = _random(folder / "reference", "llama", **WIDER)
+    by_hand(gptq, {**GPTQ, **declared}, source, folder / "model")
+    return Pair(folder / "model", source, folder / "model", "files", ranks)
+
+
+@case("zero", "_proj", "qzeros.*as a symmetric scheme has them")
+def gptq_zero_points_of_another_version(folder: Path) -> Pair:
+    return _in_gptq(folder, checkpoint_format="gptq_v2")
+
+
+@case("ranks", "6 of 6 down_proj", "share a scale or a word")
+def gptq_groups_cut_by_two_ranks(folder: Path) -> Pair:
+    return _in_gptq(folder, ranks=2)
+
+
 # --- sound checkpoints
+
+
+@healthy("NVFP4 with scales that are shared where a server shares them")
+def healthy_nvfp4(folder: Path) -> Pair:
+    return _in_nvfp4(folder)
+
+
+@healthy("GPTQ in groups of 128")
+def healthy_gptq(folder: Path) -> Pair:
+    return _in_gptq(folder)
 
 
 @healthy("in two shards")

@@ -140,6 +140,38 @@ FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 FP8_TENSOR = {"quant_method": "fp8", "activation_scheme": "static"}
 
 
+# --- NVFP4 of compressed-tensors
+
+
+def nvfp4(weight: Tensor, largest: Tensor) -> Packed:
+    """Store blocks of 16 with a scale in FP8 each, and one for all. `largest`: the largest |x| that shares the last."""
+    whole = 448 * 6 / largest
+    blocks = weight.reshape(len(weight), -1, 16)
+    scale = (blocks.abs().amax(2) / 6 * whole).to(FP8)
+    step = (scale.float() / whole)[..., None]
+    codes = (blocks[..., None] / step[..., None] - E2M1).abs().argmin(-1)
+    words = codes.reshape(weight.shape)
+    packed = (words[:, ::2] | words[:, 1::2] << 4).to(torch.uint8)
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": whole.reshape(1)}
+    return parts, (E2M1[codes] * step).reshape(weight.shape)
+
+
+_FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+NVFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**_FLOAT4, "dynamic": False},
+            "input_activations": {**_FLOAT4, "dynamic": "local"},
+        }
+    },
+}
+
+
 # --- gpt-oss
 
 

@@ -305,6 +305,44 @@ def test_a_folder_of_files_is_read_by_split_and_column(tmp_path):
     assert read_texts(Data(**settings, split="test"), tmp_path)[0] == "body 50"
 
 
+ELSEWHERE = {
+    "an absolute path": "data_files: OUT/secret.txt",
+    "a path by ..": "data_files: ../out/secret.txt",
+    "files of a folder": "data_dir: ../out",
+    "an address": "data_files: http://127.0.0.1:1/secret.txt",
+}
+
+
+@pytest.mark.parametrize("named", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_the_readme_of_a_data_set_names_no_file_outside_of_it(tmp_path, named):
+    for name, text in (("set/train.txt", "w1"), ("out/secret.txt", "hunter2")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    readme = f"---\nconfigs:\n- config_name: default\n  {named.replace('OUT', str(tmp_path / 'out'))}\n---\n"
+    assert read_texts(Data(source="custom:set"), tmp_path) == ["w1"]
+    (tmp_path / "set" / "README.md").write_text(readme, encoding="utf-8")
+    with pytest.raises(
+        InfraError, match=r"set: its README\.md takes data from .*secret\.txt, (which lies outside|an addr)"
+    ):
+        read_texts(Data(source="custom:set"), tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["state.json", "dataset_dict.json"])
+def test_a_saved_data_set_is_made_of_no_file_outside_of_it(tmp_path, changed):
+    import datasets
+
+    dataset().save_to_disk(tmp_path / "out")
+    datasets.DatasetDict({"train": dataset()}).save_to_disk(tmp_path / "saved")
+    contents = {
+        "dataset_dict.json": {"splits": ["train", "../out"]},
+        "state.json": {"_data_files": [{"filename": "../../out/data-00000-of-00001.arrow"}]},
+    }
+    file = tmp_path / "saved" / ("train" if changed == "state.json" else "") / changed
+    file.write_text(json.dumps({**json.loads(file.read_text()), **contents[changed]}), encoding="utf-8")
+    with pytest.raises(InfraError, match=r"saved: it is made of '\.\./.*out.*', which is no file of this folder"):
+        read_texts(Data(source="custom:saved"), tmp_path)
+
+
 def test_a_missing_column_of_a_data_set_names_those_that_it_has(tmp_path):
     dataset("txet").to_parquet(tmp_path / "a.parquet")
     with pytest.raises(

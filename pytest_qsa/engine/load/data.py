@@ -9,7 +9,9 @@ import contextlib
 import csv
 import io
 import json
+import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import islice
@@ -18,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
-from ...common import InfraError, did_you_mean, one_line, shown_path
+from ...common import InfraError, QsaError, did_you_mean, one_line, read_json, shown_path
 from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
 from .tokenizer import TextTokenizer
@@ -140,15 +143,9 @@ def read_hub(spec: HubSet, data: Data) -> Records:
     streamed = spec.large and not offline and not spec.copies
     try:
         with _quiet_datasets():
-            rows = datasets.load_dataset(
-                spec.repository,
-                spec.subset,
-                split=spec.split,
-                revision=spec.revision,
-                data_files=spec.files,
-                cache_dir=str(cache_folder()),
-                streaming=streamed,
-            )
+            keys = {"revision": spec.revision, "data_files": spec.files, "cache_dir": str(cache_folder())}
+            _check_files(datasets.load_dataset_builder(spec.repository, spec.subset, **keys), cache_folder(), str(spec))
+            rows = datasets.load_dataset(spec.repository, spec.subset, split=spec.split, streaming=streamed, **keys)
             # The first documents alone, streamed or from a copy: both then give the same windows.
             return _with_column(list(islice(map(dict, rows), DOCUMENTS)), spec.column, data, str(spec))
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -169,18 +166,78 @@ def read_folder(path: Path, data: Data) -> Records:
     try:
         with _quiet_datasets():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                _check_saved(path)
                 rows = datasets.load_from_disk(str(path))
                 rows = _split_of(rows, data.split) if isinstance(rows, datasets.DatasetDict) else rows
             elif path.is_dir():
                 # Streamed, for otherwise the library first writes a copy of the whole set into its cache.
-                rows = datasets.load_dataset(str(path), data.subset, split=split, streaming=True)
+                _check_addresses(path)
+                builder = datasets.load_dataset_builder(str(path), data.subset)
+                _check_files(builder, path, shown_path(path))
+                rows = builder.as_streaming_dataset(split=split)
             else:
                 rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             return _with_column(list(map(dict, rows)), data.column or data.custom.text_column, data, shown_path(path))
-    except InfraError:
+    except QsaError:
         raise
     except Exception as error:  # pyarrow's, fsspec's and the loaders' own
         raise InfraError(f"{shown_path(path)}: can't be read as data: {one_line(error)}") from None
+
+
+def _check_files(builder: Any, folder: Path, name: str) -> None:
+    """Check that a set takes its files from its own folder or from the hub: its README.md may name any of this machine.
+
+    Raises:
+        InfraError: it names another file, or an address.
+    """
+    inside = os.path.abspath(folder)
+    for file in (str(file) for files in (builder.config.data_files or {}).values() for file in files):
+        own = file.rpartition("::")[2]  # of a member of an archive: where the archive is
+        if not own.startswith("hf://") and ("://" in own or not Path(os.path.abspath(own)).is_relative_to(inside)):
+            raise InfraError(f"{name}: its README.md takes data from {own}, which lies outside of it: copy it there")
+
+
+def _check_addresses(folder: Path) -> None:
+    """Check that the configurations of a data set's folder name no address: `datasets` would ask it for a file's size.
+
+    Raises:
+        InfraError: they name one.
+    """
+    for name in ("README.md", ".huggingface.yaml"):
+        file = folder / name
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        if name == "README.md":  # its header, between two lines of ---
+            text = text.split("---")[1] if text.startswith("---") else ""
+        loaded = yaml.safe_load(text)
+        configs = loaded.get("configs") if isinstance(loaded, dict) else None
+        for own in re.findall(r"[\w+]+://[^\s'\"]*", str(configs)):
+            if not own.startswith("hf://"):
+                raise InfraError(f"{shown_path(folder)}: its {name} takes data from {own}, an address: copy it there")
+
+
+def _check_saved(path: Path) -> None:
+    """Check that a set of `save_to_disk` is made of files in its own folder.
+
+    Raises:
+        InfraError: it names another, or can't be read.
+        AnomalyError: what says so is no JSON.
+    """
+    splits = [_plain(path, name) for name in _field(path / "dataset_dict.json", "splits")]
+    for split in ("", *splits):
+        for file in _field(path / split / "state.json", "_data_files"):
+            _plain(path, file.get("filename") if isinstance(file, dict) else file)
+
+
+def _plain(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:
+        raise InfraError(f"{shown_path(path)}: it is made of {name!r}, which is no file of this folder")
+    return name
+
+
+def _field(file: Path, key: str) -> list[Any]:
+    content = read_json(file, "a data set") if file.is_file() else None
+    found = content.get(key) if isinstance(content, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _split_of(rows: Any, wanted: str | None) -> Any:

@@ -133,6 +133,18 @@ def test_the_class_is_asked_once_and_remembered_by_the_content_of_the_file(llama
         problems(lost, reference, resolve=resolve)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "preprocessor_config.json"])
+def test_no_other_json_of_this_machine_is_quoted(llama, tmp_path, name):
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({"auths": {"ghcr.io": {"auth": "aHVudGVyMg=="}}}), encoding="utf-8")
+    folder = edited(llama, tmp_path / "linked")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(AnomalyError, match=rf"{name} is no {name} of transformers, for it has n.*") as caught:
+        findings(folder, llama)
+    assert "aHVu" not in str(caught.value)
+
+
 def test_a_stop_token_that_was_lost_or_is_stale_is_named_with_its_text(llama, tmp_path):
     name = "generation_config.json"
     reference = file_edited(llama, tmp_path / "reference", name, lambda g: g.update(eos_token_id=[1, 2]))

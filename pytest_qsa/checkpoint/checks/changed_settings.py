@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ...common import AnomalyError
 from ..folder import RESTORE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
@@ -40,6 +42,16 @@ One that is lost is a problem even where the installed class doesn't know it, fo
 """
 CONFIG, GENERATION, PROCESSOR, TEMPLATE = "config.json", "generation_config.json", "processor", "chat_template"
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+WRITTEN = {
+    CONFIG: r"model_type|architectures",
+    GENERATION: r"transformers_version|_from_model_config|\w+_token_id|max_(new_tokens|length)|temperature|top_[kp]"
+    r"|do_sample|repetition_penalty|num_beams|use_cache|cache_implementation",
+    **dict.fromkeys(
+        PROCESSORS, r"do_\w+|\w*(processor|extractor)(_class|_type)?|sampling_rate|feature_size|(crop_)?size"
+    ),
+}
+"""Of each file the keys of which it has one at least. Any other JSON may be linked to here, or lie in a folder that a
+suite names, and what differs is quoted: it must not be a file of this machine that holds a password."""
 SIZE_TOLERANCE = 0.1
 SETTING_LAYERS = (CONFIG, GENERATION, TOKENIZER, TEMPLATE, PROCESSOR)
 """The names that stand for a layer where a setting is wrong."""
@@ -89,7 +101,7 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
 
 
 def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Finding]:
-    mine, theirs = (dict(_flat(side.config)) for side in (folder, reference))
+    mine, theirs = (dict(_flat(_checked(side, CONFIG, side.config))) for side in (folder, reference))
     stated = [key for key in sorted(mine.keys() & theirs.keys()) if None not in (mine[key], theirs[key])]
     for key in stated:
         if not same(mine[key], theirs[key]):
@@ -123,6 +135,18 @@ def _narrower(folder: Folder, reference: Folder) -> Iterator[Finding]:
     if mine == "float16" and theirs in ("bfloat16", "float32"):
         what = f"float16, in the reference {theirs}: what is above 65504 becomes Inf"
         yield Finding(CONFIG, "dtype", CONFIG, what, "bound headroom, or say bfloat16", note=True)
+
+
+def _checked(folder: Folder, name: str, content: Any) -> Any:
+    """Return the content of a file, which is one of transformers' if its keys say so.
+
+    Raises:
+        AnomalyError: they don't.
+    """
+    if not content or folder.gguf_file or any(re.fullmatch(WRITTEN[name], str(key)) for key in content):
+        return content
+    what = "it has neither model_type nor architectures" if name == CONFIG else "it has no key of such a file"
+    raise AnomalyError(f"{folder.path / name} is no {name} of transformers, for {what}: copy or download it again")
 
 
 def _one_sided(key: str, mine: Settings, theirs: Settings) -> Finding:
@@ -165,7 +189,7 @@ def _plain(config: Settings) -> dict[str, Any]:
 
 def _generation(folder: Folder, reference: Folder) -> Iterator[Finding]:
     """Yield stop tokens that are lost or others, and as notes how else generation is set otherwise."""
-    mine, theirs = folder.json(GENERATION), reference.json(GENERATION)
+    mine, theirs = (_checked(side, GENERATION, side.json(GENERATION)) for side in (folder, reference))
     if theirs is not None and mine is None:
         yield Finding(GENERATION, GENERATION, GENERATION, "there is none, the reference has one", RESTORE)
     own, other = _stop_tokens(folder, mine), _stop_tokens(reference, theirs)
@@ -204,7 +228,7 @@ def _processor_settings(folder: Folder) -> dict[str, Any]:
     for name in PROCESSORS:
         # transformers 5 keeps the parts in one file, older versions each in its own
         parts = ("image_processor", "feature_extractor", "video_processor")
-        content = folder.json(name) or {}
+        content = _checked(folder, name, folder.json(name)) or {}
         for part in (content, *(content[part] for part in parts if isinstance(content.get(part), dict))):
             plain = {key: value for key, value in part.items() if key not in (*parts, "tokenizer")}
             settings |= {key: value for key, value in _flat(plain) if value is not None}

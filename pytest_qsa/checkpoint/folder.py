@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..common import AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line
+from ..common import MOST_TEXT, AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line, refuse_special
 from .gguf_file import GgufFile, read_gguf
 from .tensors import LFS_POINTER, Tensor, metadata_of, tensors_of
 
@@ -209,6 +209,7 @@ class Folder:
         file = self.path / name
         if not file.is_file():
             return None
+        refuse_special(file, MOST_TEXT)
         try:
             text = file.read_bytes()
             if text.startswith(LFS_POINTER):

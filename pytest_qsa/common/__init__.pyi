@@ -25,6 +25,7 @@ from .errors import (
 )
 from .extensions import Registry as Registry
 from .files import (
+    MOST_TEXT as MOST_TEXT,
     Scratch as Scratch,
     read_json as read_json,
     refuse_special as refuse_special,

@@ -19,6 +19,9 @@ from .locks import UNFINISHED, flocked, try_lock
 LONGEST_WRITE = 24 * 3600.0
 """Seconds after which a temporary file is taken for a killed write's, where the file system has no locks."""
 
+MOST_TEXT = 1 << 30
+"""The largest text that is read whole, in bytes."""
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file in the same folder, then rename it; missing folders are made.
@@ -71,14 +74,18 @@ def remove_unfinished(folder: Path) -> None:
                 os.close(handle)
 
 
-def refuse_special(path: Path) -> None:
-    """Refuse what would block or never end when it is read.
+def refuse_special(path: Path, most: int | None = None) -> None:
+    """Refuse what would block or never end when it is read, and what has more than `most` bytes.
 
     Raises:
-        InfraError: it is a FIFO, a socket or a device, or a link to one.
+        InfraError: it is a FIFO, a socket or a device, or a link to one; or it is too large.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InfraError(f"{shown_path(path)}: is no regular file, so it isn't read")
+    if most is not None and path.is_file() and (size := path.stat().st_size) > most:
+        raise InfraError(
+            f"{shown_path(path)}: has {size / 1e6:,.0f} MB, and of more than {most / 1e6:,.0f} it isn't read"
+        )
 
 
 def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
@@ -88,7 +95,7 @@ def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
         InfraError: there is no such file, it can't be read, or it is no regular one.
         AnomalyError: it is no JSON.
     """
-    refuse_special(path)
+    refuse_special(path, MOST_TEXT)
     try:
         # utf-8-sig: results written on Windows may begin with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")

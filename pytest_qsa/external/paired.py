@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import AnomalyError, InfraError, counted, number, refuse_special, shown_path
+from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, refuse_special, shown_path
 
 TASK = "TASK"
 """The place of the task's name in the pattern of the files of samples."""
@@ -177,7 +177,7 @@ def _values(file: Path, metric: str, filtered: str) -> dict[tuple[str, str], flo
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    refuse_special(file)
+    refuse_special(file, MOST_TEXT)
     try:
         with file.open(encoding="utf-8-sig") as stream:
             for number_, line in enumerate(stream, start=1):

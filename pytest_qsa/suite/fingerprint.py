@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..captures import Capture
-from ..checkpoint import format_of, libraries_of_formats
+from ..checkpoint import ADAPTER, format_of, libraries_of_formats
 from ..common import (
     InfraError,
     QsaError,
@@ -118,7 +118,7 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
     None where no hash can cover it: a factory, a fixture, files that aren't here.
     """
     folder = subject.local_folder
-    if folder is None or subject.base_folder is None:
+    if folder is None or subject.base_folder is None or not _is_checkpoint(folder):
         logger.debug("%s: no fingerprint, for no files of the model are here", subject.name)
         return None
     hub_set = hub_set_of(subject.data)
@@ -179,7 +179,10 @@ def _reference_files(subject: Subject) -> list[tuple[str, Path]] | None:
         return [("reference", reference)] if reference.is_file() else None
     if reference is None or reference.base_folder is None or (code := _remote_code(reference)) is None:
         return None
-    return [file for folder in folders_of(reference) for file in _named_files(folder)] + code
+    folders = folders_of(reference)
+    return (
+        [file for each in folders for file in _named_files(each)] + code if all(map(_is_checkpoint, folders)) else None
+    )
 
 
 def _remote_code(subject: Subject) -> list[tuple[str, Path]] | None:
@@ -217,6 +220,11 @@ def _texts_at(value: object, at: str) -> Iterator[tuple[str, str]]:
         yield from _texts_at(item, key if key in NAMES_CODE else at)
     for item in value if isinstance(value, list) else ():
         yield from _texts_at(item, at)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Say whether a folder is worth hashing whole: a suite may name any, such as /."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER)) or bool(weight_files(folder))
 
 
 def _named_files(folder: Path) -> list[tuple[str, Path]]:

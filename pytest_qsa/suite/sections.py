@@ -80,6 +80,13 @@ def _path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_path)]
 """A path, the id of something on the hub, or `custom:PATH`."""
 
+
+def _file_inside(name: str) -> str:
+    if not name or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise ValueError(f"gguf_file is a file of the checkpoint's folder, such as model-q4_k_m.gguf, not '{name}'")
+    return name
+
+
 Tail = Annotated[
     Annotated[Literal["unknown", "as_reference"], Tag("[word]")] | Annotated[Floor, Tag("[floor]")],
     Discriminator(lambda value: "[floor]" if isinstance(value, dict | Floor) else "[word]"),
@@ -176,7 +183,7 @@ class Model(Strict):
     ] = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    gguf_file: str | None = None
+    gguf_file: Annotated[str, AfterValidator(_file_inside)] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     submodule: str | None = None

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..common import SuiteError, one_line, shown_path
+from ..common import InfraError, SuiteError, one_line, refuse_special, shown_path
 from .paths import Boundary, Roots
 
 MAX_NODES = 100_000
 """How many values a document may have with its aliases expanded; a few lines can expand to billions."""
+MAX_BYTES = 10_000_000
 MAX_BITS = 3_320
 """The length of a whole number: about 1,000 digits. Python prints none of more than 4,300."""
 Key = str | int
@@ -46,7 +47,10 @@ def is_there(path: Path) -> bool:
 
 def _text_of(path: Path) -> str:
     reader = _reader.get()
-    return path.read_text(encoding="utf-8") if reader is None else reader(path) or ""
+    if reader is not None:
+        return reader(path) or ""
+    refuse_special(path, MAX_BYTES)
+    return path.read_text(encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,6 +171,8 @@ def read_yaml(path: Path) -> YamlSource:
     """
     try:
         text = _text_of(path)
+    except InfraError as error:
+        raise SuiteError(f"{shown_path(path)}:1: {str(error).partition(': ')[2]}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
     try:

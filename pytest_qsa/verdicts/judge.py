@@ -22,6 +22,7 @@ from ..suite import (
     MeasuredAssertion,
     Place,
     Subject,
+    name_problem,
 )
 from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable, read_baseline
 from .budgets import Budget, budget_of, limits_of
@@ -97,8 +98,11 @@ def kept_release(subject: Subject, suite: Path) -> Path | None:
     # A checkpoint: its numbers take a pass of its own.
     if named.is_dir():
         return None
+    if named.is_file():
+        return named
+    # As a name it is one of a subject: no other leads to its baselines.
     folder = baseline_folder(suite, subject.model.previous)
-    return named if named.is_file() else folder if folder.is_dir() else None
+    return folder if name_problem(subject.model.previous) is None and folder.is_dir() else None
 
 
 HoldAgainstBaseline = Callable[[Series, Tolerance, str | None, Leniency], Judgement]

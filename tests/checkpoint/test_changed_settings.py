@@ -12,6 +12,7 @@ from transformers import GraniteConfig, MistralConfig
 from pytest_qsa.checkpoint.checks.changed_settings import Resolved
 from pytest_qsa.checkpoint.checks.health import Files, problems_of
 from pytest_qsa.checkpoint.folder import open_folder
+from pytest_qsa.common import AnomalyError
 from pytest_qsa.engine.load.settings import resolved
 from pytest_qsa.suite.resolved_settings import resolve_settings
 from pytest_qsa.verdicts.budgets import budget_of

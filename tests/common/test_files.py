@@ -117,3 +117,10 @@ def test_what_would_block_or_never_end_is_not_read(tmp_path):
     assert read_json(tmp_path / "link.json", "results") == [1]
     refuse_special(tmp_path)
     refuse_special(tmp_path / "absent")
+
+
+def test_a_sparse_file_of_many_gigabytes_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "results.json").open("wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(InfraError, match=r"results\.json: has 214,748 MB, and of more than 1,074 it isn't read"):
+        read_json(tmp_path / "results.json", "results")

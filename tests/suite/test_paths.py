@@ -10,8 +10,9 @@ import pytest
 
 from pytest_qsa.common import InfraError, SuiteError
 from pytest_qsa.external.evals import EvalFiles
-from pytest_qsa.suite import Roots, load_suite
+from pytest_qsa.suite import Roots, fingerprint_of, load_suite, subject_of, yaml_source
 from pytest_qsa.suite.paths import repository_of
+from pytest_qsa.verdicts import kept_release
 
 BASE = "model: {path: x}\nassertions:\n  - {id: settings, metric: checkpoint_settings}\n"
 EVAL = "  - {id: gsm8k, metric: external, pointer: /score, min: 0.5, "
@@ -145,3 +146,29 @@ def test_results_that_are_found_only_when_they_are_read_stay_inside_as_well(tree
     suite = tree(BASE + EVAL + f"file: '../{file}'}}\n")
     with pytest.raises(InfraError, match="outside of"):
         EvalFiles(suite.path.parent, "int8", boundary=suite.boundary).at(suite.assertions[1].file)
+
+
+@pytest.mark.parametrize("name", ["/x.gguf", "../x.gguf", "a/../../x.gguf"])
+def test_a_gguf_file_lies_in_the_checkpoints_folder(tree, name):
+    with pytest.raises(SuiteError, match=r":1: gguf_file is a file of the checkpoint's folder"):
+        tree(BASE.replace("{path: x}", f"{{path: x, gguf_file: {name}}}"))
+    tree(BASE.replace("{path: x}", "{path: x, gguf_file: quants/x.gguf}"))
+
+
+@pytest.mark.parametrize("previous", ["../outside", "one/..", "."])
+def test_a_last_release_by_name_lies_in_qsa_baselines(tree, previous):
+    suite = tree(BASE.replace("{path: x}", f"{{path: x, previous: {previous}}}"))
+    (tree.repository / "gates" / "outside" / "one").mkdir(parents=True)
+    (tree.repository / "gates" / "qsa_baselines" / "one").mkdir(parents=True)
+    assert kept_release(subject_of(suite), suite.path) is None
+
+
+def test_a_suite_too_large_to_be_one_is_not_read(tree, monkeypatch):
+    monkeypatch.setattr(yaml_source, "MAX_BYTES", 100)
+    with pytest.raises(SuiteError, match=r"one\.qsa\.yaml:1: has 0 MB, and of more than 0 it isn't read"):
+        tree(BASE + "#" * 100)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_hashed(tree):
+    subject = subject_of(tree(BASE.replace("path: x", f"path: {tree.outside}")))
+    assert fingerprint_of(subject, None) is None  # which would raise, were a file hashed

@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ...common import InfraError, QsaError, did_you_mean, one_line, read_json, shown_path
+from ...common import MOST_TEXT, InfraError, QsaError, did_you_mean, one_line, read_json, refuse_special, shown_path
 from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
 from .tokenizer import TextTokenizer
@@ -100,6 +100,7 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
     form: str = data.custom.format
     if form == "auto":
         form = SUFFIXES.get(path.suffix, "text")
+    refuse_special(path, MOST_TEXT)
     text = path.read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first token
     if form in ("text", "txt"):
         return [text]

@@ -52,6 +52,11 @@ lint: $(VENV)/.installed
 generate: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
+# The pictures of the documentation, from real pages of the demo's gate.
+.PHONY: screenshots
+screenshots: $(DEMO)/.made chromium
+	$(BIN)/python docs/screenshots.py
+
 # A warning (a link without a target, a page that no table of contents names) is an error.
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --builder html \

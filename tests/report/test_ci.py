@@ -285,7 +285,7 @@ def test_the_documented_pipelines_fit_their_services_schemas(tmp_path, job, sche
     assert check(pipeline).returncode == 0, check(pipeline).stdout
     assert check(re.sub(rf"(?m)^( +){job}:", r"\1unknown-key:", pipeline)).returncode == 1
     options = set(re.findall(r"--qsa-[a-z]+", text))
-    assert options <= set(re.findall(r"--qsa-[a-z]+", (ROOT / "README.md").read_text("utf-8")))
+    assert options <= set(re.findall(r"--qsa-[a-z]+", (ROOT / "docs" / "options.md").read_text("utf-8")))
 
 
 def failure_at(layer, **fields):

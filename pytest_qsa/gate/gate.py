@@ -62,6 +62,7 @@ class Gate:
     _fixtures: dict[str, Any] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
     _releases: dict[Path, Capture] = field(default_factory=dict)
+    _previous: dict[str, Capture] = field(default_factory=dict)  # by the key of the subject that follows it
     # Weak keys: to remember an origin must not keep a capture in memory.
     _origins: MutableMapping[Capture, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
@@ -129,11 +130,14 @@ class Gate:
         assert self._needs is not None
         release = previous_of(subject)
         kept = kept_release(subject, request.node.path)
-        if kept is not None:
-            if kept not in self._releases:
-                self._releases[kept] = Capture.load(kept)
-            return self._releases[kept]
-        return self._captured_at(request, release, {each.site for each in requests_of(request.node)})
+        if kept is None:
+            found = self._captured_at(request, release, {each.site for each in requests_of(request.node)})
+        elif kept in self._releases:
+            found = self._releases[kept]
+        else:
+            found = self._releases[kept] = Capture.load(kept)
+        self._previous[subject.key] = found
+        return found
 
     def _captured(
         self, request: pytest.FixtureRequest, key: str, subject: Subject, needs: Sequence[Request]
@@ -349,7 +353,12 @@ class Gate:
         if capture is not None:
             # On the redacted capture: what an explainer adds reaches the terminal and the report.
             verdict = explain(verdict, Context(capture, partial(self.files_of, request), self._origins))
-        verdict = with_plots(request.node, verdict, capture, self.options)
+        subject = self.subject_of(request.node)
+        others = {
+            "reference": capture.reference if capture else None,
+            "last release": self._previous.get(subject.key) if subject else None,
+        }
+        verdict = with_plots(request.node, verdict, capture, self.options, others)
         record(request.node, verdict)
         return verdict
 

@@ -39,6 +39,7 @@ VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()
 FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 MOST_NOT_RUN = 20
+NO_OTHERS: Mapping[str, Capture | None] = {}
 LONGEST_WAIVER = timedelta(days=366)
 
 
@@ -56,8 +57,17 @@ def record(item: pytest.Item, verdict: Verdict) -> None:
     item.user_properties.extend(report.properties_of(verdict))
 
 
-def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, options: Options) -> Verdict:
-    """Add the plots and the path of the report to a verdict that the report shows."""
+def with_plots(
+    item: pytest.Item,
+    verdict: Verdict,
+    capture: Capture | None,
+    options: Options,
+    others: Mapping[str, Capture | None] = NO_OTHERS,
+) -> Verdict:
+    """Add the plots and the path of the report to a verdict that the report shows.
+
+    `others`: captures whose distributions are drawn over those of `capture`, by what they are: `reference`.
+    """
     reported = options.report == "always" or (options.report == "on-failure" and verdict.failed)
     if not reported or not verdict.rows:
         return verdict
@@ -66,15 +76,28 @@ def with_plots(item: pytest.Item, verdict: Verdict, capture: Capture | None, opt
         return replace(verdict, artefacts=page)
     query = verdict.query
     layers = capture.select(query["layers"], query["site"], query["exclude"]).layers
-    histograms = {layer: captures.histograms_of(capture.sites[layer, query["site"]]) for layer in layers}
+    histograms = {layer: [*_histograms(capture, others, layer, query["site"])] for layer in layers}
     # Before drawing: the report shows distributions also where a plot fails.
     verdict = replace(verdict, histograms=histograms)
     try:
         plots = report.draw(capture, verdict, options.run_folder / "plots" / _slug(item.nodeid))
+        verdict = replace(verdict, curves=report.curves_of(verdict, capture))
     except Exception as error:  # a picture must never turn a verdict into an error
         hint = f"the plots could not be drawn: {type(error).__name__}: {error}"
         return replace(verdict, hints=[*verdict.hints, hint])
     return replace(verdict, artefacts={title: common.shown_path(Path(path)) for title, path in plots.items()} | page)
+
+
+def _histograms(
+    capture: Capture, others: Mapping[str, Capture | None], layer: str, site: captures.Site
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the distributions of a layer, then those of other captures there, with `whose`."""
+    yield from captures.histograms_of(capture.sites[layer, site])
+    for whose, other in others.items():
+        numbers = other.sites.get((layer, site)) if other is not None else None
+        yield from (
+            {**each, "whose": whose} for each in (captures.histograms_of(numbers) if numbers is not None else ())
+        )
 
 
 def _slug(text: str) -> str:

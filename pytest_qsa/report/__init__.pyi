@@ -6,6 +6,7 @@ from .html import (
     render_gallery as render_gallery,
     surface_data as surface_data,
 )
+from .plots.curves import curves_of as curves_of
 from .plots.depth import evenly_spread as evenly_spread
 from .plots.elements import (
     BOX_SHARES as BOX_SHARES,

@@ -23,6 +23,7 @@ from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, s
 from .report import PlainVerdict
 from .verdict_text import worst_layer
 
+NO_CURVES: Mapping[str, object] = {}
 MOST_FINDINGS = 3
 """How many findings stand at the top of the page."""
 _PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
@@ -77,7 +78,8 @@ def card_of(result: PlainVerdict, anchor: str) -> Card:
         "strip": list(strip_of(rows)),
         "evidence": grouped_tokens(result.get("evidence") or ()),
         "positions": positions_text(result.get("positions")),
-        "plots": list(plots_of(result.get("artefacts") or {})),
+        "plots": list(plots_of(result.get("artefacts") or {}, result.get("curves") or {})),
+        "curves": result.get("curves") or {},
         "out": sum(map(is_out, rows)),
         "columns": [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)],
     }
@@ -114,11 +116,11 @@ def positions_text(positions: str | None) -> str:
     return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
 
 
-def plots_of(artefacts: Mapping[str, str]) -> Iterator[PagePicture]:
-    """Yield the pictures with their content; one that is gone has none."""
+def plots_of(artefacts: Mapping[str, str], curves: Mapping[str, object] = NO_CURVES) -> Iterator[PagePicture]:
+    """Yield the pictures that the page doesn't draw itself, with their content; one that is gone has none."""
     for title, path in artefacts.items():
         # The path of the report itself is an artefact as well.
-        if path.endswith(".png"):
+        if path.endswith(".png") and title not in curves:
             try:
                 png = Path(path).read_bytes()
             except OSError:

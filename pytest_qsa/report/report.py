@@ -24,6 +24,8 @@ from ..common import (
 from ..verdicts import Verdict
 
 REPORT_SCHEMA = "qsa-report/1"
+PAGE_ONLY = frozenset({"histograms", "curves"})
+"""What of a result the page alone has: it would make report.json many times larger."""
 MARKER = ".qsa-run"
 """The file that says that a folder is a run's, and may be removed."""
 MOST_RUNS = 10
@@ -47,7 +49,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
 
 
 def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping[str, Any]) -> Path:
-    """Write report.json and report.html into a folder; return the path of the page. Only the page has histograms.
+    """Write report.json and report.html into a folder; return the path of the page. Only the page has `PAGE_ONLY`.
 
     `results`: what `to_plain` returns for each verdict. `session`: command, started, duration_s, counts, version.
 
@@ -58,10 +60,8 @@ def write_report(results: Sequence[PlainVerdict], folder: Path, session: Mapping
     from .page import render_page
 
     content = builtins_of({"checksum": BLANK, "schema": REPORT_SCHEMA, "session": session, "results": results})
-    without_histograms = [
-        {key: value for key, value in result.items() if key != "histograms"} for result in content["results"]
-    ]
-    text = strict_json(content | {"results": without_histograms})
+    smaller = [{key: value for key, value in result.items() if key not in PAGE_ONLY} for result in content["results"]]
+    text = strict_json(content | {"results": smaller})
     write_atomically(folder / "report.json", with_checksum(text.encode()))
     page = folder / "report.html"
     write_atomically(page, render_page(content["results"], content["session"]))

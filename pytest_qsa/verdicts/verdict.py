@@ -146,10 +146,10 @@ class Verdict:
     `rows`: all layers, worst first. `bound`: the bound in words; `where`: the line that set it. `hints`: what to do
     next, one line each. `updatable`: `--snapshot-update` would accept the change; `accept`: the command that does so.
     `run`: provenance (model, weights, device, dtype, tokens). `since`: what the baseline was made with, and what
-    changed since. `histograms`: layer → its distributions, for the report. `findings`: problems found by a static
-    check, in the order of the layers. `limits`: bounds that `--qsa-ratchet` may tighten. `origin`: where a difference
-    from the reference comes from. `told_by`: the id of the test that has the whole text of what stopped this one too;
-    empty for a verdict that tells it itself.
+    changed since. `histograms`: layer → its distributions, and `curves`: figure → the numbers it is drawn from, both
+    for the report's page. `findings`: problems found by a static check, in the order of the layers. `limits`: bounds
+    that `--qsa-ratchet` may tighten. `origin`: where a difference from the reference comes from. `told_by`: the id of
+    the test that has the whole text of what stopped this one too; empty for a verdict that tells it itself.
     """
 
     id: str
@@ -172,6 +172,7 @@ class Verdict:
     updatable: bool = False
     since: str = ""
     histograms: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     waivers: Sequence[WaiverUse] = ()
     limits: Sequence[Limit] = ()

@@ -57,9 +57,18 @@ def magnitude_title(site: Site, reduce_dim: int | None) -> str:
     return f"Magnitude of the {_OF[str(reduce_dim)]} at the {site}s"
 
 
-@styled
-def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
-    """Draw top1, top2, top3, median and min by layer; None where there are not two layers with a finite one."""
+@dataclass(frozen=True)
+class Magnitudes:
+    """The magnitudes of the layers of a verdict. `series`: statistic → its numbers. `own`: the one that it judges."""
+
+    series: Mapping[Any, Series]
+    title: str
+    note: str
+    own: str | None
+
+
+def magnitudes_of(verdict: Verdict, capture: Capture) -> Magnitudes | None:
+    """Return top1, top2, top3, median and min by layer; None where there are not two layers with a finite one."""
     query = verdict.query
     if not query.get("layers") or not query.get("site"):
         return None
@@ -82,8 +91,17 @@ def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     samples = samples_of(capture, first.layers, site)
     note = population(first.query.reduce, samples, positions if samples else None)
     title = f"Magnitude of the {_OF[str(dim)]} at the {site}"
-    rows = {row.layer: row for row in verdict.rows} if judged else {}
-    return magnitude_panels(series, title, note, own=own, rows=rows)
+    return Magnitudes(series, title, note, own)
+
+
+@styled
+def magnitude_figure(verdict: Verdict, capture: Capture) -> Figure | None:
+    """Draw the magnitudes of the layers of a verdict; None where `magnitudes_of` has none."""
+    found = magnitudes_of(verdict, capture)
+    if found is None:
+        return None
+    rows = {row.layer: row for row in verdict.rows} if verdict.query["metric"] == "magnitude" else {}
+    return magnitude_panels(found.series, found.title, found.note, own=found.own, rows=rows)
 
 
 @styled
@@ -172,9 +190,8 @@ def outliers_of(capture: Capture, layers: Sequence[str], site: Site, threshold: 
     return Outliers(list(layers), joined[0], joined[1], joined[2], joined[3].astype(bool))
 
 
-@styled
-def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
-    """Draw outlier tokens by layer, position and text; None where there are none or the metric is not about tokens."""
+def judged_outliers(verdict: Verdict, capture: Capture) -> tuple[Outliers, float, str] | None:
+    """Return the outlier tokens of the layers of a verdict, the threshold and the positions; None without any."""
     query = verdict.query
     metric = METRICS.get(query.get("metric", ""))
     if metric is None or not metric.tokenwise:
@@ -187,9 +204,14 @@ def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
         return None
     held = [layer for layer in layers if "token_max" in capture.sites[layer, query["site"]]]
     outliers = outliers_of(capture, held, query["site"], threshold, positions)
-    if not len(outliers.layer):
-        return None
-    return _drawn(outliers, capture, query["site"], threshold, positions)
+    return (outliers, threshold, positions) if len(outliers.layer) else None
+
+
+@styled
+def outlier_figure(verdict: Verdict, capture: Capture) -> Figure | None:
+    """Draw outlier tokens by layer, position and text; None where there are none or the metric is not about tokens."""
+    found = judged_outliers(verdict, capture)
+    return _drawn(found[0], capture, verdict.query["site"], *found[1:]) if found else None
 
 
 def _drawn(outliers: Outliers, capture: Capture, site: Site, threshold: float, positions: str) -> Figure:

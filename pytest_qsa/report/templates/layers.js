@@ -23,18 +23,25 @@
     return list;
   };
 
+  // Ticks at powers of two, short where they are far from 1: 2⁻¹² for 0.0002441.
+  const raised = (exponent) => String(exponent).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] || "⁻");
+  const power = (octave) => (octave < -6 || octave > 13 ? `2${raised(octave)}` : number(2 ** octave));
+
   // Bars on a logarithmic scale of counts over a logarithmic axis of magnitudes: outliers are few and far.
-  const histogram = (data, thresholds) => {
+  // `others`: those of the reference or of the last release, drawn as lines; `baselines`: numbers on the same axis.
+  const histogram = (data, thresholds, others, baselines) => {
     const [width, height, left, bottom, top] = [460, 170, 44, 34, 14];
     const perOctave = 4;
-    const first = data.first - 1;
+    const first = Math.min(data.first, ...others.map((other) => other.first)) - 1;
     const medianAt = Math.log2(Number(data.median)) * perOctave;
     const marksAt = [["median", medianAt]];
     thresholds.forEach((times) => marksAt.push([`${number(times)} × median`, medianAt + Math.log2(times) * perOctave]));
+    const lastOf = (each) => each.first + each.counts.length + 1;
+    const known = baselines.filter((value) => value > 0).map((value) => Math.log2(value) * perOctave);
     const shown = marksAt.filter(([, at]) => Number.isFinite(at) && at >= first);
-    const last = Math.max(data.first + data.counts.length + 1, ...shown.map(([, at]) => at + 1));
+    const last = Math.max(lastOf(data), ...others.map(lastOf), ...[...shown.map(([, at]) => at), ...known].map((at) => at + 1));
     const x = (at) => left + ((at - first) / (last - first)) * (width - left - 8);
-    const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...data.counts, 1) + 1)));
+    const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...[data, ...others].flatMap((each) => each.counts), 1) + 1)));
     const y = (count) => height - bottom - (Math.log10(count + 1) / decades) * (height - bottom - top);
     const what = data.of === "tokens" ? "largest |x| of each token" : "|x| of each element";
     const label = `${data.subject ? `${data.subject}, ` : ""}${data.site}: ${what}; ${data.total.toLocaleString("en")} ${data.of}, `
@@ -43,7 +50,7 @@
     for (let decade = 0; decade <= decades; decade += Math.ceil(decades / 4)) {
       const at = y(10 ** decade - 1);
       svg.append(drawn("line", { x1: left, x2: width - 8, y1: at, y2: at, class: "grid" }));
-      const text = decade ? (decade > 3 ? `1e${decade}` : String(10 ** decade)) : "0";
+      const text = decade ? (decade > 3 ? `10${raised(decade)}` : String(10 ** decade)) : "0";
       svg.append(drawn("text", { x: left - 6, y: at + 3, "text-anchor": "end" }, text));
     }
     data.counts.forEach((count, index) => {
@@ -57,10 +64,20 @@
       bar.append(drawn("title", {}, `${edge(index)} to ${edge(index + 1)}: ${count.toLocaleString("en")}`));
       svg.append(bar);
     });
+    others.forEach((other) => {
+      // Of another number of tokens: counts as if there were as many here.
+      const scale = data.total / other.total;
+      const steps = other.counts.map((count, index) => (
+        `L${x(other.first + index).toFixed(1)} ${y(count * scale).toFixed(1)}H${x(other.first + index + 1).toFixed(1)}`)).join("");
+      const line = drawn("path", { d: `M${x(other.first).toFixed(1)} ${y(0)}${steps}V${y(0)}`, class: "other" });
+      line.append(drawn("title", {}, `${other.whose}: median ${number(other.median)}, largest ${number(other.largest)}`));
+      svg.append(line);
+    });
+    known.forEach((at) => svg.append(drawn("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, class: "baseline" })));
     const step = 2 ** Math.ceil(Math.log2(Math.max((last - first) / perOctave / 7, 1)));
     for (let octave = Math.ceil(first / perOctave / step) * step; octave * perOctave <= last; octave += step) {
       svg.append(drawn("text", { x: x(octave * perOctave), y: height - bottom + 14, "text-anchor": "middle" },
-        number(2 ** octave)));
+        power(octave)));
     }
     shown.forEach(([name, at], index) => {
       svg.append(drawn("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, class: index ? "limit" : "middle" }));
@@ -71,7 +88,10 @@
     const figure = element("figure");
     const small = data.zeros + data.below;
     const note = small ? `; ${small.toLocaleString("en")} are zero or below the axis` : "";
-    figure.append(svg, element("p", { class: "quiet caption" }, label + note));
+    const over = [...others.map((other) => (
+      `line: the ${other.whose}, median ${number(other.median)}, largest ${number(other.largest)}`
+    )), ...(known.length ? [`dashed: baseline ${baselines.map(number).join(", ")}`] : [])];
+    figure.append(svg, element("p", { class: "quiet caption" }, [label + note, ...over].join("; ")));
     return figure;
   };
 
@@ -81,11 +101,17 @@
     const box = element("div", { class: "opened" });
     box.append(marks(data.cells));
     const figures = element("div", { class: "figures" });
-    data.histograms.forEach((each) => {
+    data.histograms.filter((each) => !each.whose).forEach((each) => {
+      const same = (other) => other.site === each.site && other.of === each.of && other.subject === each.subject;
+      const others = data.histograms.filter((other) => other.whose && same(other) && other.counts.length);
+      // Baselines of |x| itself stand on its axis, where no other distribution does.
+      const baselines = others.length ? [] : table.columns.flatMap((column, index) => (
+        data.cells[index] && data.cells[index].baseline !== undefined && column.site === each.site && column.subject === each.subject
+          && ["magnitude", "absmax", "rms"].includes(column.metric) ? [Number(data.cells[index].baseline)] : []));
       const thresholds = table.columns.filter((column, index) => (
         data.cells[index] && column.threshold && column.site === each.site && each.of === "tokens"
       )).map((column) => Number(column.threshold));
-      if (each.counts.length) figures.append(histogram(each, [...new Set(thresholds)]));
+      if (each.counts.length) figures.append(histogram(each, [...new Set(thresholds)], others, baselines));
     });
     if (!figures.children.length) {
       figures.append(element("p", { class: "quiet" },
@@ -133,9 +159,15 @@
       table.rows[point.row].cells[column]));
     qsa.draw(figure, table, points, { chosen: (point) => show(point.row) });
   });
+  const indexOf = new Map(table.rows.map((row, index) => [row.layer, index]));
+  document.querySelectorAll(".plot.lines").forEach((figure) => {
+    const curve = JSON.parse(figure.querySelector("script").textContent);
+    const points = curve.layers.map((layer, at) => ({ row: indexOf.get(layer), at })).filter((point) => point.row !== undefined);
+    if (points.length) qsa.draw(figure, table, points, { lines: curve.lines, chosen: (point) => show(point.row) });
+  });
   const followed = () => {
     const name = location.hash.startsWith("#layer=") ? decodeURIComponent(location.hash.slice(7)) : null;
-    const index = name === null ? -1 : table.rows.findIndex((row) => row.layer === name);
+    const index = name === null ? -1 : indexOf.has(name) ? indexOf.get(name) : -1;
     if (index >= 0) show(index);
   };
   addEventListener("hashchange", followed);

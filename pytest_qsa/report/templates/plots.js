@@ -190,7 +190,7 @@ const qsa = (() => {
   };
 
   // The points of each kind, the kinds with findings first; kinds with equal numbers (q, k and v read one input) are one.
-  const panelsOf = (table, points) => {
+  const panelsOf = (table, points, lines) => {
     const kinds = new Map();
     points.forEach((point) => {
       const kind = table.rows[point.row].kind;
@@ -201,7 +201,8 @@ const qsa = (() => {
       const numbers = members.map((point) => (table.rows[point.row].layer.match(/\d+/) || [NaN])[0]).map(Number);
       const numbered = numbers.every(Number.isFinite) && new Set(numbers).size === numbers.length;
       members.forEach((point, index) => Object.assign(point, { x: numbered ? numbers[index] : index, numbered }));
-      const key = members.length > 1 ? JSON.stringify(members.map((point) => [point.x, point.value, point.high])) : String(kind);
+      const shown = (point) => [point.x, point.high, ...(lines ? Object.values(lines).map((values) => values[point.at]) : [point.value])];
+      const key = members.length > 1 ? JSON.stringify(members.map(shown)) : String(kind);
       if (equal.has(key)) equal.get(key).names.push(table.kinds[kind]);
       else equal.set(key, { names: [table.kinds[kind]], points: members });
     });
@@ -214,7 +215,7 @@ const qsa = (() => {
 
   // Draw the panels into a figure, again whenever it becomes visible or changes its width.
   const draw = (figure, table, points, { lines, chosen }) => {
-    const panels = panelsOf(table, points);
+    const panels = panelsOf(table, points, lines);
     const readout = element("p", { class: "readout quiet", role: "status" });
     const say = (point) => {
       if (!point) { readout.textContent = "Point at a layer for its numbers; a click opens it."; return; }
@@ -235,14 +236,21 @@ const qsa = (() => {
       slots.push([each, box]);
     };
     shown.forEach((each) => slot(each, grid));
-    figure.append(grid, readout);
+    if (lines && Object.keys(lines).length > 1) {
+      const keys = element("p", { class: "keys" });
+      Object.keys(lines).forEach((name, index) => keys.append(element("span", { class: `key-${index}` }, name)));
+      figure.insertBefore(keys, figure.querySelector(".bars"));
+    }
+    const bars = figure.querySelector(".bars");
+    figure.insertBefore(grid, bars);
+    figure.insertBefore(readout, bars);
     if (rest.length) {
       const more = element("details", { class: "others" });
       more.append(element("summary", {}, `${rest.length} more ${rest.length === 1 ? "kind" : "kinds"} of layers`));
       const hidden = element("div", { class: "panels" });
       rest.forEach((each) => slot(each, hidden));
       more.append(hidden);
-      figure.append(more);
+      figure.insertBefore(more, bars);
     }
     grid.classList.toggle("single", shown.length === 1);
     const paint = ([each, box]) => {

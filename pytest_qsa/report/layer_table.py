@@ -29,9 +29,15 @@ def is_out(row: Plain) -> bool:
     return bool(row.get("excess")) and not row.get("waived")
 
 
-def state_of(used: float | None, *, out: bool) -> str:
-    """Return the class of a number on the page: `out`, `near` from 80 % of what is allowed on, or nothing."""
-    return "out" if out else "near" if used is not None and used >= NEAR else ""
+def state_of(row: Plain) -> str:
+    """Return the class of a layer on the page: `out`, `near` from 80 % of what is allowed on, or nothing.
+
+    What has to equal a number is not near to a limit where it does.
+    """
+    if is_out(row):
+        return "out"
+    used, exact = row.get("used"), row.get("low") is not None and row.get("low") == row.get("high")
+    return "near" if used is not None and used >= NEAR and not exact else ""
 
 
 def heat_of(used: float | None) -> float:
@@ -61,8 +67,7 @@ def layer_table(cards: Sequence[Card]) -> Variables:
     for index, card in enumerate(columns):
         for row in card["rows"]:
             cell = {name: row[name] for name in _FIELDS if row.get(name) is not None}
-            used = None if math.isnan(cell.get("used", 0.0)) else cell.get("used")
-            shown = {"heat": heat_of(cell.get("used")), "out": is_out(row), "state": state_of(used, out=is_out(row))}
+            shown = {"heat": heat_of(cell.get("used")), "out": is_out(row), "state": state_of(row)}
             entry_of(row["layer"])["cells"][index] = {**cell, **shown}
     for card in cards:
         for layer, histograms in (card.get("histograms") or {}).items():
@@ -118,8 +123,8 @@ def strips_of(rows: Sequence[Plain], columns: Sequence[Card], *, several: bool) 
             cells = [cell for cell in map(row["cells"].__getitem__, own) if cell]
             if not cells:
                 continue
-            used, out = _worst(cells), any(cell["out"] for cell in cells)
-            cell = {"row": index, "used": used, "heat": heat_of(used), "state": state_of(used, out=out)}
+            used = _worst(cells)
+            cell = {"row": index, "used": used, "heat": heat_of(used), "state": _state(cells)}
             strips.setdefault((row["kind"], subject), []).append(cell)
     found = []
     for (kind, subject), cells in strips.items():
@@ -132,6 +137,11 @@ def strips_of(rows: Sequence[Plain], columns: Sequence[Card], *, several: bool) 
 def _worst(cells: Sequence[Plain]) -> float | None:
     # Every comparison with NaN is false, so that `max` would depend on the order.
     return max((cell["used"] for cell in cells if "used" in cell and not math.isnan(cell["used"])), default=None)
+
+
+def _state(cells: Sequence[Plain]) -> str:
+    states = {cell["state"] for cell in cells}
+    return next((state for state in ("out", "near") if state in states), "")
 
 
 def _column(card: Card, *, several: bool) -> Variables:
@@ -151,5 +161,5 @@ def _column(card: Card, *, several: bool) -> Variables:
 
 def _finished(entry: Variables, kind: str) -> Variables:
     cells = [cell for cell in entry["cells"] if cell]
-    used, out = _worst(cells), any(cell["out"] for cell in cells)
-    return {**entry, "kind": kind, "used": used, "out": out, "heat": heat_of(used), "state": state_of(used, out=out)}
+    used, state = _worst(cells), _state(cells)
+    return {**entry, "kind": kind, "used": used, "out": state == "out", "heat": heat_of(used), "state": state}

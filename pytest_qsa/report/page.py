@@ -74,7 +74,7 @@ def card_of(result: PlainVerdict, anchor: str) -> Card:
         "query": result.get("query") or {},
         "run": result.get("run") or {},
         "used": used if measured else None,
-        "near": measured and state_of(used, out=any(map(is_out, rows))) == "near",
+        "near": {*map(state_of, rows)} & {"out", "near"} == {"near"},
         "strip": list(strip_of(rows)),
         "evidence": grouped_tokens(result.get("evidence") or ()),
         "positions": positions_text(result.get("positions")),
@@ -93,7 +93,7 @@ def strip_of(rows: Sequence[Plain]) -> Iterator[Variables]:
         heat = row.get("used")
         if heat is None:
             heat = (row["value"] - low) / (high - low) if high > low else 0.0
-        state = state_of(row.get("used"), out=is_out(row))
+        state = state_of(row)
         yield {"layer": row["layer"], "value": row["value"], "heat": heat_of(heat), "state": state}
 
 

@@ -19,6 +19,7 @@ from pytest_qsa.captures.capture import Capture
 from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.report.plots import style
+from pytest_qsa.report.plots.curves import curves_of
 from pytest_qsa.report.plots.depth import depth_of
 from pytest_qsa.report.plots.figures import draw, judged_layers, value_figure
 from pytest_qsa.report.plots.magnitudes import magnitude_figure, outlier_figure
@@ -196,6 +197,21 @@ def test_the_outliers_drawn_are_those_that_the_metric_counts():
     assert sorted(position.lines[0].get_xydata().tolist()) == [[4, 2], [9, 1]]
     assert [label.get_text() for label in token.get_yticklabels()] == ["“four”", "“nine”"]
     assert {text.get_text() for text in token.texts} == {"2", "1"}
+
+
+def test_the_page_draws_the_same_outliers_and_magnitudes_as_the_pictures():
+    capture = capture_of(maxima_of(4, [(1, 0, 0), (2, 0, 0), (2, 1, 7)]), pieces={0: "<s>", 7: "cat"})
+    verdict = judge_bounds(capture.output(BLOCKS).outlier_tokens(), Bounds(max=9))
+    curves = curves_of(verdict, capture)
+    outliers = curves["outliers"]
+    assert outliers["title"].startswith("3 outlier tokens above 64 × the median")
+    assert outliers["lines"]["outlier tokens"] == [0, 1, 2, 0]
+    assert [(bar["name"], bar["count"]) for bar in outliers["bars"][0]["bars"]] == [("“<s>”", 2), ("“cat”", 1)]
+    magnitude = capture.output(BLOCKS).magnitude("top1")
+    assert curves["magnitude"]["lines"]["top1"] == pytest.approx(magnitude.values, rel=1e-4)
+    assert "value" not in curves  # its rows are on the page
+    folded = judge_bounds(capture.output(BLOCKS).outlier_tokens().folded("sum"), Bounds(max=9))
+    assert curves_of(folded, capture)["value"]["lines"] == {"outlier_tokens": [0.0, 1.0, 1.0, 0.0]}
 
 
 def test_sinks_are_told_from_other_outliers_and_left_out_where_they_do_not_count():

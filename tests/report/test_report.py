@@ -288,6 +288,28 @@ def test_a_waived_layer_is_not_counted_as_out_of_bounds_anywhere(tmp_path):
     assert sum(tag == "tr" and attrs.get("class") == "out" for tag, attrs in page.tags) == 2 * 2  # in both tables
 
 
+def test_what_must_equal_a_number_is_not_near_its_limit_where_it_does(tmp_path):
+    rows = [Row(f"model.layers.{i}", 507.0, 507.0, 507.0, None, 0.0, i) for i in range(3)]
+    assert 'class="near"' not in page_of(tmp_path, verdict_of(Kind.PASSED, rows=rows))
+
+
+def test_a_curve_is_drawn_by_the_page_instead_of_its_picture_and_is_not_in_the_json(tmp_path):
+    picture = tmp_path / "magnitude.png"
+    picture.write_bytes(bytes(40))
+    curve = {
+        "title": f"Magnitude {HOSTILE}",
+        "layers": ["model.layers.3", "model.layers.4"],
+        "lines": {"top1": [3.0, math.inf]},
+        "bars": [{"title": "By text", "bars": [{"name": HOSTILE, "count": 3, "share": 1.0}], "more": 2}],
+    }
+    page = Page(page_of(tmp_path, verdict_of(artefacts={"magnitude": str(picture)}, curves={"magnitude": curve})))
+    assert not any(tag == "img" for tag, _ in page.tags)
+    (data,) = (json.loads(text) for text in page.scripts if text.startswith('{"title"'))
+    assert data["lines"]["top1"] == [3.0, "Infinity"]
+    assert "and 2 more" in page.text
+    assert "curves" not in json.loads((tmp_path / "out/report.json").read_text())["results"][0]
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path):
     picture = tmp_path / "value.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
@@ -435,6 +457,40 @@ def test_a_layer_opens_its_distributions_with_the_keyboard_and_takes_them_along_
     assert opened_row.is_hidden()
     layers.get_by_role("button", name="model.layers.3", exact=True).click()
     assert "--qsa-report=always" in layers.locator("tr.detail:visible").inner_text()
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_a_distribution_is_drawn_over_the_reference_s_and_else_beside_the_baseline(opened):
+    ours, theirs = tokens_of([1.0, 1.0, 1.5, 90.0]), {**tokens_of([1.0, 2.0]), "whose": "reference"}
+    rows = [Row(f"model.layers.{i}", 3.0, 1.0, 4.0, 2.0, 0.0, i) for i in (11, 12)]
+    query = {"metric": "magnitude", "site": "output"}
+    histograms = {"model.layers.11": [ours, theirs], "model.layers.12": [ours]}
+    page = opened(verdict_of(Kind.PASSED, rows=rows, query=query, histograms=histograms))
+    layers = page.locator("#layers")
+    layers.get_by_role("button", name="model.layers.11", exact=True).click()
+    assert layers.locator("tr.detail path.other title").text_content() == "reference: median 1, largest 2"
+    assert layers.locator("tr.detail .histogram").count() == 1
+    assert layers.locator("tr.detail line.baseline").count() == 0
+    layers.get_by_role("button", name="model.layers.12", exact=True).click()
+    assert layers.locator("tr.detail line.baseline").count() == 1
+    assert "dashed: baseline 2" in layers.locator("tr.detail").last.inner_text()
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_a_curve_says_the_numbers_of_a_layer_and_a_click_opens_it(opened):
+    lines = {"top1": [3.0, 900.0], "median": [1.0, 2.0]}
+    curve = {"title": "Magnitudes", "layers": ["model.layers.3", "model.layers.4"], "lines": lines}
+    page = opened(verdict_of(curves={"magnitude": curve}))
+    plot = page.locator(".plot.lines")
+    plot.locator("svg").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert plot.locator(".readout").inner_text() == "model.layers.4: top1 900 · median 2"
+    assert plot.locator(".keys span").all_inner_texts() == ["top1", "median"]
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#layer=model.layers.4"
 
 
 @pytest.mark.process

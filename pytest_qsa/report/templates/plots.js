@@ -71,7 +71,7 @@ const qsa = (() => {
     const floor = low === 0 ? 0 : 0.08;
     [low, high] = [to(low) - floor * room, to(high) + 0.12 * room];
     const y = (value) => bottom - ((to(value) - low) / (high - low)) * (bottom - top);
-    return { y, ticks: ticksOf(from(low), from(high), log, 4) };
+    return { y, ticks: ticksOf(from(low), from(high), log, log ? 6 : 4) };
   };
 
   // One panel. `points`: what `column` shows at each layer of a kind; `lines`: name → a value for each point.
@@ -226,7 +226,7 @@ const qsa = (() => {
     say(null);
     const grid = element("div", { class: "panels" });
     const bad = panels.filter((each) => each.points.some((point) => point.state));
-    const shown = bad.length && panels.length > 3 ? bad.slice(0, MOST_PANELS) : panels.slice(0, MOST_PANELS);
+    const shown = (bad.length ? bad : panels).slice(0, MOST_PANELS);
     const rest = panels.filter((each) => !shown.includes(each));
     const slots = [];
     const slot = (each, where) => {

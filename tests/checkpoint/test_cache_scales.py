@@ -19,7 +19,7 @@ def calibrated(index):
     return 0.05 + 0.003 * (index * 7 % 11)
 
 
-def checkpoint(folder, scales, config=None, *, projections=K_PROJ, algorithm=None, **quantization):
+def checkpoint(folder, scales, config=None, *, projections=K_PROJ, algorithm=None, version="0.43.0", **quantization):
     """Write blocks of an attention in FP8, with `scales`: (block, k or v) → the scale of its cache, None for none."""
     torch.manual_seed(0)
     weights = {}
@@ -43,7 +43,9 @@ def checkpoint(folder, scales, config=None, *, projections=K_PROJ, algorithm=Non
     settings = {"num_hidden_layers": BLOCKS, **(config or {})}
     if algorithm:
         declared = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "kv_cache_quant_algo": algorithm}
-        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": declared}))
+        (folder / "hf_quant_config.json").write_text(
+            json.dumps({"producer": {"name": "modelopt", "version": version}, "quantization": declared})
+        )
     else:
         settings["quantization_config"] = stated | quantization
     (folder / "config.json").write_text(json.dumps(settings))
@@ -74,9 +76,15 @@ def test_the_layer_that_lacks_one_of_its_two_scales_is_named(tmp_path):
     lacking = checkpoint(
         tmp_path / "c", lambda i, side: None if (i, side) == (3, "v") else calibrated(i), kv_cache_scheme=CACHE
     )
-    told = {each.tensor: each.what for each in found(lacking)}
-    assert set(told) == {"model.layers.3.self_attn.v_scale"}
-    assert any("a server takes k_scale's value" in each.what for each in found(lacking))
+    (told,) = found(lacking)  # once, though the keys of its siblings show it too
+    assert told.tensor == "model.layers.3.self_attn.v_scale"
+    assert "a server takes k_scale's value" in told.what
+    assert len(problems_of(lacking, "checkpoint_keys")[1]) == 1
+
+
+def test_a_layer_that_lacks_both_of_its_scales_is_one_problem(tmp_path):
+    lacking = checkpoint(tmp_path / "c", lambda i, side: None if i == 3 else calibrated(i), kv_cache_scheme=CACHE)
+    assert [each.tensor for each in found(lacking)] == ["model.layers.3.self_attn.k_scale"]
 
 
 @pytest.mark.parametrize("scheme", [None, {**CACHE, "dynamic": True}])
@@ -128,6 +136,13 @@ def test_scales_that_are_all_one_other_number_are_a_note(tmp_path):
     assert note.what.startswith("0.03, as every scale of the 5 siblings")
 
 
+@pytest.mark.parametrize("version", ["0.33.1", "0.42.0", "unknown"])
+def test_a_cache_of_modelopt_that_wrote_scales_always_needs_them(tmp_path, version):
+    told = found(checkpoint(tmp_path / "c", lambda index, side: None, algorithm="FP8", version=version))
+    assert len(told) == BLOCKS
+    assert "as in every layer, though kv_cache_quant_algo is FP8: a server runs its KV cache at 1.0" in told[0].what
+
+
 def test_a_cache_of_modelopt_without_scales_is_a_note_and_one_that_lacks_some_a_problem(tmp_path):
     cast = checkpoint(tmp_path / "cast", lambda index, side: None, algorithm="FP8")
     assert found(cast) == []
@@ -145,6 +160,6 @@ def test_nvfp4_with_static_inputs_needs_their_scale_in_every_layer(tmp_path):
 
     folder = save_quantized_moe(tmp_path / "moe", "NVFP4")
     name = "model.layers.1.mlp.experts.2.down_proj.input_global_scale"
-    told = found(Files(open_folder(edited(folder, tmp_path / "lost", lambda weights: weights.pop(name)))))
-    assert {each.tensor for each in told} == {name}
-    assert "missing, though the scheme nvfp4-pack-quantized needs it" in told[0].what
+    (told,) = found(Files(open_folder(edited(folder, tmp_path / "lost", lambda weights: weights.pop(name)))))
+    assert told.tensor == name
+    assert "missing, though the scheme nvfp4-pack-quantized needs it" in told.what

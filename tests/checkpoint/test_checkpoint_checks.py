@@ -209,6 +209,69 @@ def test_layers_that_so_many_ranks_can_not_share_are_found(quantized, form, rank
     assert all(text in kinds[kind] for kind, text in told.items())
 
 
+QWEN_NEXT = {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+}  # fmt: skip
+FUSED = {
+    "self_attn.qkv_proj": (8 * 16 + 2 * 2 * 16, 64),
+    "mlp.gate_up_proj": (2 * 96, 64),
+    "linear_attn.in_proj_qkv": (2 * 4 * 8 + 8 * 16, 64),
+    "linear_attn.in_proj_z": (8 * 16, 64),
+    "linear_attn.in_proj_qkvz": (2 * 4 * 8 + 2 * 8 * 16, 64),
+    "linear_attn.in_proj_ba": (2 * 8, 64),
+    "linear_attn.out_proj": (64, 8 * 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        (2, {}),
+        (4, {}),  # two ranks share a KV head
+        (3, {
+            "qkv_proj": "its 8 heads can't be shared out among 3 ranks", "in_proj_qkv": "its 4 heads", "in_proj_z": "",
+            "in_proj_qkvz": "its 4 heads", "in_proj_ba": "its 4 heads", "out_proj": "its 128 inputs",
+        }),
+        (8, {"in_proj_qkv": "its 4 heads", "in_proj_qkvz": "its 4 heads", "in_proj_ba": "its 4 heads"}),
+        (64, {
+            **dict.fromkeys(("qkv_proj", "in_proj_qkv", "in_proj_z", "in_proj_qkvz", "in_proj_ba"), ""),
+            "gate_up_proj": "its 96 outputs are 1.5 each in 64 shards",
+        }),
+    ],
+)  # fmt: skip
+def test_fused_layers_and_linear_attention_are_cut_piece_by_piece(tmp_path, ranks, told):
+    weights = {}
+    for name, shape in FUSED.items():
+        weights[f"model.layers.0.{name}.weight"] = torch.randint(-90, 90, shape, dtype=torch.int8)
+        weights[f"model.layers.0.{name}.weight_scale"] = torch.rand(shape[0], 1) + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    scheme = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+    stated = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN_NEXT, "quantization_config": stated}))
+    findings = found(tmp_path, "checkpoint_formats", tensor_parallel=ranks)
+    kinds = {each.layer.rpartition(".")[2]: each.what for each in findings}
+    assert set(kinds) == set(told)
+    assert all(text in kinds[kind] for kind, text in told.items())
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(3, None), (2, "evenly"), (5, "too few for 5 ranks")])
+def test_packed_experts_are_cut_by_whole_groups(tmp_path, ranks, told):
+    """vLLM gives each rank whole groups of 32 and the last one fewer (gpt_oss.py: per_rank_intermediate_size_block)."""
+    experts, width, inner = 2, 64, 3 * 32
+    weights = {}
+    for name, rows, columns in (("gate_up_proj", 2 * inner, width), ("down_proj", width, inner)):
+        layer = f"model.layers.0.mlp.experts.{name}"
+        weights[f"{layer}_blocks"] = torch.randint(0, 255, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        weights[f"{layer}_scales"] = torch.randint(120, 124, (experts, rows, columns // 32), dtype=torch.uint8)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    findings = found(tmp_path, "checkpoint_formats", tensor_parallel=ranks)
+    assert len(findings) == (2 if told else 0)
+    assert all(told in each.what and each.note == (told == "evenly") for each in findings)
+
+
 def test_a_layer_that_is_quantized_against_ignore_is_found(quantized, tmp_path):
     def config(settings):
         settings["quantization_config"]["ignore"].append("re:.*layers[.]1.*q_proj$")

@@ -154,3 +154,62 @@ def test_scales_that_are_lost_give_no_number(tmp_path):
     folder = edited(UINT4, tmp_path / "lost", lambda weights: weights.pop(f"{DOWN}.weight_scale"))
     with pytest.raises(AnomalyError, match="weight_scale is missing"):
         format_of(open_folder(folder)).rows(DOWN)
+
+
+FP8_OUTPUT = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+K, V = ("model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.v_proj")
+
+
+def with_scales(part, layers):
+    """Return a change that gives layers a scale of their inputs or outputs."""
+
+    def change(weights):
+        for index, layer in enumerate(sorted({name.rpartition(".")[0] for name in weights})):
+            if layer.endswith(layers):
+                weights[f"{layer}.{part}"] = torch.tensor(0.02 + 0.001 * (index * 7 % 11))
+
+    return change
+
+
+def test_static_scales_of_inputs_are_demanded_and_dynamic_ones_are_not(llama, tmp_path):
+    static = {"weight": SPECS["fp8"][1], "input_tensors": FP8_OUTPUT}
+    exported(llama, tmp_path / "made", "fp8", global_quant_config=static)
+    whole = edited(tmp_path / "made", tmp_path / "whole", with_scales("input_scale", "_proj"))
+    assert findings(whole) == []
+    lost = edited(whole, tmp_path / "lost", lambda weights: weights.pop(f"{DOWN}.input_scale"))
+    ((tensor, what),) = findings(lost)
+    assert (tensor, "missing, though the scheme fp8_e4m3 needs it" in what) == (f"{DOWN}.input_scale", True)
+    dynamic = {"weight": SPECS["fp8"][1], "input_tensors": FP8_OUTPUT | {"is_dynamic": True}}
+    exported(llama, tmp_path / "dynamic", "fp8", global_quant_config=dynamic)
+
+    def drop(weights):
+        for name in [name for name in weights if name.endswith("input_scale")]:
+            weights.pop(name)
+
+    assert findings(edited(tmp_path / "dynamic", tmp_path / "none", drop)) == []
+    assert len(findings(edited(tmp_path / "made", tmp_path / "all", drop))) == 28
+
+
+@pytest.mark.parametrize("part", ["output_scale", "output_quantizer.scale"])
+def test_scales_of_a_kv_cache_group_are_demanded_in_every_layer_and_told_once(llama, tmp_path, part):
+    own = {"weight": SPECS["fp8"][1], "output_tensors": FP8_OUTPUT}
+    exported(
+        llama, tmp_path / "made", "fp8", export={"kv_cache_group": ["*k_proj", "*v_proj"]},
+        layer_quant_config={"*k_proj": own, "*v_proj": own},
+    )  # fmt: skip
+    whole = edited(tmp_path / "made", tmp_path / "whole", with_scales(part, ("k_proj", "v_proj")))
+    assert findings(whole) == []
+    ((tensor, what),) = findings(edited(whole, tmp_path / "lost", lambda weights: weights.pop(f"{V}.{part}")))
+    assert tensor == f"{V}.{part}"
+    assert "though kv_cache_group is *k_proj, *v_proj: a server takes k_scale's value" in what
+    none = findings(tmp_path / "made")
+    assert len(none) == 4
+    assert "a server runs its KV cache at 1.0" in none[0][1]
+
+
+def test_a_dynamic_kv_cache_group_needs_no_scales(llama, tmp_path):
+    own = {"weight": SPECS["fp8"][1], "output_tensors": FP8_OUTPUT | {"is_dynamic": True}}
+    exported(
+        llama, tmp_path / "made", "fp8", export={"kv_cache_group": ["*k_proj"]}, layer_quant_config={"*k_proj": own}
+    )
+    assert findings(tmp_path / "made") == []

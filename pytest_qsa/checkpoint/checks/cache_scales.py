@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..folder import NUMBER, Finding, Folder
 from ..formats.format import Format
@@ -16,7 +16,9 @@ KEYS_OF_CACHE = re.compile(
 """The layers whose outputs a KV cache keeps; the module that holds one is an attention."""
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 """Those of multi-head latent attention, whose cache keeps one tensor for keys and values."""
-SCALE_OF_CACHE = re.compile(r"\.(?:(?P<cache>k|v|kv)(_cache)?(_global)?_scale|(?P<output>[kv])_proj\.output_scale)$")
+SCALE_OF_CACHE = re.compile(
+    r"\.(?:(?P<cache>k|v|kv)(_cache)?(_global)?_scale|(?P<output>[kv])_proj\.output_(quantizer\.)?scale)$"
+)
 NO_CACHE = re.compile(r"linear|mamba|conv|recurrent")
 """The `layer_types` of blocks that keep a state instead of a KV cache."""
 OTHER_MODELS = re.compile(r"vision|visual|audio|speech|image|encoder")
@@ -27,8 +29,8 @@ _AGAIN = "calibrate the KV cache and save the checkpoint again, or take the decl
 def lost_cache_scales(form: Format) -> Iterator[Finding]:
     """Yield the layers that lack scales of a KV cache that are declared.
 
-    vLLM fills in 1.0 for both, with one warning in its log, and for one of them the other's. Where the writer knows a
-    cache without scales (`unit_scales`) and no layer has any, that is a note.
+    vLLM fills in 1.0 for both, with one warning in its log, and for one of them the other's. Where the writer writes
+    none by design (`cast_cache`) and no layer has any, that is a note.
     """
     declared, attentions = form.cache_scales_by, _attentions(form.folder)
     if not declared or not attentions:
@@ -41,7 +43,7 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
             found[module] |= dict.fromkeys(match["cache"] or match["output"], tensor)
     ends = {side: each[side].name[len(module) :] for module, each in found.items() for side in each}
     none = not any(found.values())
-    if none and form.unit_scales:
+    if none and form.cast_cache:
         what = f"no layer has scales, though {declared}: a server runs the KV cache at 1.0, as `fp8_cast` means it"
         yield Finding(next(iter(found)), "k_scale", "", what, "calibrate the KV cache if it isn't meant so", note=True)
         return
@@ -55,6 +57,20 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
         runs = "runs its KV cache at 1.0" if len(missing) > 1 else f"takes {next(iter(held))}_scale's value"
         what = f"missing{both}{everywhere}, though {declared}: a server {runs}"
         yield Finding(module, names[0], "", what, _AGAIN)
+
+
+def lost_once(form: Format, found: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield findings, and of what is missing only the first: several checks notice it, and so does a cache's layer."""
+    lost: set[str] = set()
+    attentions = _attentions(form.folder)
+    for finding in found:
+        if finding.tensor not in form.folder.tensors and finding.what.startswith("missing"):
+            of_cache = SCALE_OF_CACHE.search(finding.tensor)
+            name = (of_cache and _holder(finding.tensor, attentions)) or finding.tensor
+            if name in lost:
+                continue
+            lost.add(name)
+        yield finding
 
 
 def unit_cache_scales(form: Format) -> Iterator[Finding]:

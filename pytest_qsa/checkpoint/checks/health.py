@@ -21,7 +21,7 @@ from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..copies import recognizer_of
 from ..files import Files
 from ..folder import Finding, natural, refusing_odd_settings
-from .cache_scales import lost_cache_scales, unit_cache_scales
+from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
 from .parts import lost_parts, promised_parts, unusual_parts
@@ -216,10 +216,10 @@ def checkpoint_health(
     files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False, tensor_parallel: _Ranks = 1
 ) -> Iterator[Finding]:
     """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
-    yield from checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
+    scales = checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
     formats = checkpoint_formats(files, tensor_parallel=tensor_parallel)
-    yield from chain(checkpoint_weights(files), formats, checkpoint_keys(files))
-    yield from checkpoint_settings(files)
+    found = chain(scales, checkpoint_weights(files), formats, checkpoint_keys(files), checkpoint_settings(files))
+    yield from lost_once(files.format, found)
 
 
 def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]:

@@ -46,6 +46,8 @@ FUSED_LAYERS = (
 """The layers that loaders read as one matrix: attention, feed-forward layers and experts, MLA, and Gated DeltaNet."""
 FOLDED_LAYERS = (("up_proj", "down_proj"), ("v_proj", "o_proj"), ("w3", "w2"), ("fc1", "fc2"))
 """The layers of which the second takes factors that a smoothing has divided the rows of the first by."""
+MOST_FOLDED = 4.0
+"""The most octaves that a smoothing moves from one layer to the next; AWQ moves two on SmolLM2."""
 
 
 def misfits(form: Format) -> Iterator[Finding]:
@@ -148,7 +150,7 @@ def _folded(folder: Folder, kinds: Sequence[Mapping[str, NDArray[np.float64]]]) 
     for layer, own in sizes.items():
         stem, dot, last = layer.rpartition(".")
         for other in (f"{stem}{dot}{second}" for first, second in FOLDED_LAYERS if first == last):
-            opposite = own * sizes.get(other, 0.0) < 0
+            opposite = own * sizes.get(other, 0.0) < 0 and abs(own) <= MOST_FOLDED
             if opposite and abs(own + sizes[other]) <= max(abs(own), abs(sizes[other])) / 2:
                 found |= {layer, other}
     return found

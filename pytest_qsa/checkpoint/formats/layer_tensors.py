@@ -53,6 +53,11 @@ class LayerTensors:
         static = isinstance(scheme, dict) and bool(scheme) and not scheme.get("dynamic")
         return "kv_cache_scheme declares a static cache" if static or scheme == "static" else ""
 
+    @property
+    def cast_cache(self) -> bool:
+        """Whether a KV cache that is declared and has no scales means 1.0 for all, by what wrote the files."""
+        return False
+
     def scheme_of(self, layer: str) -> LayerScheme | None:
         """Return the scheme that a layer is declared to have; None for none."""
         return self.declaration.scheme_of(layer)

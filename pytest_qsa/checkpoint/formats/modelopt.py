@@ -21,6 +21,8 @@ from .scheme import Declaration, LayerScheme
 
 SETTINGS_FILE = "hf_quant_config.json"
 KV = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
+CAST_SINCE = (0, 43)
+"""The version whose default for a KV cache, `fp8_cast`, writes no scales and means 1.0 (its changelog, 2026-04-16)."""
 _OPTIONAL = KV | {"bias", "pre_quant_scale", "input_scale"}
 _FLOAT8 = (("weight",), ("weight_scale",))
 _NVFP4 = LayerScheme("NVFP4", 4, "group", 16, (*_FLOAT8, ("weight_scale_2",)), _OPTIONAL, ("U8",))
@@ -62,7 +64,7 @@ class ModelOpt(Format):
 
     name = "modelopt"
     loads = False
-    # until March 2026 it clamped scales of a KV cache at 1.0; since then, its default writes none and means 1.0
+    # until version 0.43 it clamped scales of a KV cache at 1.0
     unit_scales = True
     codes = ("weight",)
     scales = re.compile(r"^(weight_scale(_2)?|input_scale|[kv]_scale)$")
@@ -90,6 +92,15 @@ class ModelOpt(Format):
         algorithm = _settings(self.folder).get("kv_cache_quant_algo")
         named = isinstance(algorithm, str) and algorithm not in ("", "None", "MIXED_PRECISION")
         return f"kv_cache_quant_algo is {algorithm}" if named else super().cache_scales_by
+
+    @property
+    def cast_cache(self) -> bool:
+        """Whether it was written since `fp8_cast`, which writes no scales, is the default: by version 0.43 or later."""
+        content = self.folder.json(SETTINGS_FILE) or {}
+        stated = (content.get("producer"), self.folder.quantization.get("producer"))
+        versions = [str(each.get("version")) for each in stated if isinstance(each, dict)]
+        numbers = [re.match(r"(\d+)\.(\d+)", version) for version in versions]
+        return any((int(each[1]), int(each[2])) >= CAST_SINCE for each in numbers if each)
 
     @cached_property
     def _second(self) -> Declaration | None:

@@ -31,6 +31,8 @@ WEIGHT_TYPES = {
 STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}
 SCALE = ("weight_scale", "weight_quantizer.scale")
 ZERO_POINT = ("weight_zero_point", "weight_quantizer.zero_point")
+INPUT_SCALE = ("input_scale", "input_quantizer.scale")
+OUTPUT_SCALE = ("output_scale", "output_quantizer.scale")
 _SIDES = "(weight|input|output|bias)"
 
 
@@ -64,15 +66,35 @@ class Quark(Format):
         }
         stated.setdefault("Linear", config.get("global_quant_config"))
         weights = {target: each.get("weight") if isinstance(each, dict) else None for target, each in stated.items()}
-        groups = [([target], _scheme(weight)) for target, weight in weights.items() if weight]
+        cached = {_pattern(name) for name in self._cache_layers}
+        groups = [
+            ([target], _scheme(weight, stated[target], cached=target in cached or bool(self.cache_scales_by)))
+            for target, weight in weights.items()
+            if weight
+        ]
         plain = [target for target, weight in weights.items() if not weight and target != "Linear"]
         return Declaration(groups, [*map(_pattern, config.get("exclude") or ()), *plain], names_layers=True)
 
+    @cached_property
+    def _cache_layers(self) -> Sequence[str]:
+        """The names, with stars, of the layers whose outputs are a KV cache."""
+        group = self._export.get("kv_cache_group")
+        return [str(name) for name in group] if isinstance(group, list) else []
+
     @property
     def cache_scales_by(self) -> str:
-        """What declares the scales: `kv_cache_group` names the layers whose outputs they are of."""
-        group = self._export.get("kv_cache_group")
-        return f"kv_cache_group is {', '.join(map(str, group))}" if isinstance(group, list) and group else ""
+        """What declares the scales: `kv_cache_group` names the layers whose outputs they are of.
+
+        How these are quantized stands in `layer_quant_config`, in newer files in `kv_cache_quant_config`.
+        """
+        config, outputs = self.folder.quantization, []
+        for part in ("layer_quant_config", "kv_cache_quant_config"):
+            for name, each in (config.get(part) or {}).items():
+                if isinstance(each, dict) and any(fnmatch.fnmatchcase(str(name), own) for own in self._cache_layers):
+                    outputs.append(each.get("output_tensors"))
+        if outputs and all(isinstance(each, dict) and each.get("is_dynamic") for each in outputs):
+            return ""
+        return f"kv_cache_group is {', '.join(self._cache_layers)}" if self._cache_layers else ""
 
     def weight_scale_of(self, layer: str) -> Tensor | None:
         """Return the scales of a layer's weight under either name."""
@@ -189,8 +211,11 @@ def _pattern(name: str) -> str:
     return name if str(name).startswith("re:") else f"re:{fnmatch.translate(str(name))}"
 
 
-def _scheme(weight: Settings | Sequence[Any]) -> LayerScheme:
-    """Return the scheme of a weight's settings; those of two stages, a list, aren't read as numbers."""
+def _scheme(weight: Settings | Sequence[Any], layer: Settings, *, cached: bool) -> LayerScheme:
+    """Return the scheme of a weight's settings; those of two stages, a list, aren't read as numbers.
+
+    `layer`: the settings of its inputs and outputs too. `cached`: a KV cache demands the scales of its outputs.
+    """
     if not isinstance(weight, Mapping):
         return LayerScheme("two stages", 8)
     kind, strategy = str(weight.get("dtype")), STRATEGIES.get(str(weight.get("qscheme")), "any")
@@ -199,8 +224,17 @@ def _scheme(weight: Settings | Sequence[Any]) -> LayerScheme:
     required = [("weight",), SCALE]
     if "int" in kind and weight.get("symmetric") is False:
         required.append(ZERO_POINT)
+    if _is_static(layer.get("input_tensors")):
+        required.append(INPUT_SCALE)
+    if _is_static(layer.get("output_tensors")) and not cached:
+        required.append(OUTPUT_SCALE)
     optional = frozenset({"bias", "bias_scale", "bias_zero_point", "input_zero_point", "output_zero_point"})
-    allowed = optional | {*ZERO_POINT, "input_scale", "output_scale", "input_quantizer.scale", "output_quantizer.scale"}
+    allowed = optional | {*ZERO_POINT, *INPUT_SCALE, *OUTPUT_SCALE}
     group = int(size) if strategy == "group" and isinstance(size, int) and size > 0 else None
     zero_point = 0 if kind.startswith("int") and weight.get("symmetric") else None
     return LayerScheme(kind, bits, strategy, group, tuple(required), allowed, (stored,) if stored else (), zero_point)
+
+
+def _is_static(tensors: Any) -> bool:
+    """Say whether inputs or outputs have one scale that calibration found."""
+    return isinstance(tensors, Mapping) and tensors.get("is_dynamic") is False and tensors.get("scale_format") != "e8m0"

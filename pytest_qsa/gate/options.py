@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..verdicts import Verdict
 
 REPORT = ("on-failure", "always", "never")
-PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-cache", "--qsa-allow-path")
+PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-markdown", "--qsa-cache", "--qsa-allow-path")
 PERMISSIONS = ("qsa_allow_code", "qsa_allow_path")
 """What an operator alone may say: an ini file that pytest finds by itself comes with a pull request."""
 WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
@@ -37,6 +37,7 @@ class Options(NamedTuple):
     overrides: tuple[str, ...]
     config: Path | None
     output: Path
+    markdown: Path | None
     report: Literal["on-failure", "always", "never"]
     allow_code: bool
     allowed: tuple[Path, ...]
@@ -113,6 +114,9 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "help": "override a key of every suite, such as data.num_samples=8; repeatable",
     },
     "--qsa-output": {"metavar": "DIR", "help": "where the report and the plots go (default: qsa-results)"},
+    "--qsa-markdown": {
+        "metavar": "FILE", "help": "write the verdicts as Markdown, for the comment of a pull request",
+    },
     "--qsa-report": {
         "choices": REPORT, "help": "when to write report.html, report.json and plots (default: on-failure)",
     },
@@ -202,6 +206,7 @@ def read_options(config: pytest.Config) -> Options:
         overrides=overrides,
         config=path,
         output=_path(config, "output") or config.rootpath / "qsa-results",
+        markdown=config.invocation_params.dir / given if (given := config.getoption("qsa_markdown")) else None,
         report=_choice(config, "report", REPORT),
         cache=_path(config, "cache"),
         tier=_choice(config, "tier", TIERS),

@@ -261,6 +261,7 @@ class Reporter:
         self.results: list[PlainVerdict] = []
         self.started = time.time()
         self.written: str | None = None
+        self.unwritten: str | None = None
         self.not_run: dict[str, str] = {}
         self.problem: str | None = None
         self.suite_errors: list[str] = []
@@ -306,6 +307,7 @@ class Reporter:
             session.exitstatus = pytest.ExitCode.INTERRUPTED
         for folder in self.options.output.glob("**/"):
             common.remove_unfinished(folder)
+        self._write_comment()
         failed = any(result["failed"] for result in self.results)
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
@@ -313,6 +315,14 @@ class Reporter:
             self.written = common.shown_path(report.write_run(self.results, self.options.run_folder, self._session()))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
+
+    def _write_comment(self) -> None:
+        if self.options.markdown is None or not (self.results or self.suite_errors):
+            return
+        try:
+            common.write_atomically(self.options.markdown, report.comment(self.results, self.suite_errors))
+        except OSError as error:  # the verdicts stand without it
+            self.unwritten = f"{common.shown_path(self.options.markdown)} was not written: {error}"
 
     def _session(self) -> dict[str, Any]:
         not_run = [{"nodeid": nodeid, "tier": tier} for nodeid, tier in sorted(self.not_run.items())]
@@ -333,6 +343,8 @@ class Reporter:
             terminalreporter.write_line(common.visible(f"qsa: {self.problem}"), red=True)
         for line in self._for_github():
             terminalreporter.write_line(line)  # the only lines that are to be commands
+        if self.unwritten:
+            _write(terminalreporter, f"qsa: {self.unwritten}")
         if self.selected:
             self._plan(terminalreporter)
         if self.results:

@@ -41,6 +41,7 @@ from .verdict_text import (
     annotation_lines as annotation_lines,
     append_summary as append_summary,
     attach as attach,
+    comment as comment,
     context_text as context_text,
     failure_text as failure_text,
     properties_of as properties_of,

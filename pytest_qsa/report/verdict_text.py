@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint import Finding
-from ..common import code_span, fitted, markdown_table, number, text_table, visible
+from ..common import code_span, counted, fitted, markdown_table, number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
 
 if TYPE_CHECKING:
@@ -210,6 +210,10 @@ MOST_ANNOTATIONS = 10
 """GitHub shows this many errors, and as many warnings, of one step and drops the others."""
 SUMMARY_BYTES = 900_000
 """GitHub drops a summary of more than 1 MiB as a whole."""
+COMMENT_BYTES = 60_000
+"""GitHub refuses a comment of more than 65,536 characters."""
+MOST_FINDINGS = 5
+"""The most failures that a comment names above its table, which has all of them."""
 _SUITE_ERROR = re.compile(r"^(?P<file>[^:\n]+\.ya?ml):(?P<line>\d+)(?::\d+)?: (?P<text>.+)", re.MULTILINE)
 _SIGNS = {"REGRESSION": "❌", "ANOMALOUS": "❓", "INFRA": "🔧", "WARNED": "⚠️", "PASSED": "✅"}
 
@@ -319,12 +323,23 @@ def append_summary(path: Path, results: Sequence[PlainVerdict]) -> None:
         file.write(fitted(step_summary(results), max(SUMMARY_BYTES - written, 1000)))
 
 
+def comment(results: Sequence[PlainVerdict], suite_errors: Sequence[str] = ()) -> str:
+    """Return a run as the comment of a pull request: wrong suites, then the step's summary, cut to GitHub's limit."""
+    wrong = [match for text in suite_errors if (match := _SUITE_ERROR.search(text))]
+    lines = [f"- {code_span(match[0])}" for match in wrong]
+    head = [f"## ❌ qsa: {counted(len(wrong), 'suite')} wrong", "", *lines, ""] if wrong else []
+    return fitted("\n".join(head) + (step_summary(results) if results else ""), COMMENT_BYTES)
+
+
 def step_summary(results: Sequence[PlainVerdict]) -> str:
-    """Return a run as Markdown: the verdict, a line for each assertion, and what one needs to act on each failure."""
+    """Return a run as Markdown: the verdict, what failed, a line for each assertion, and how to act on each failure."""
     failed = [result for result in results if result["failed"]]
     order = list(_SIGNS)
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
     lines = [f"## {'❌' if failed else '✅'} qsa: {len(results) - len(failed)} of {len(results)} assertions hold", ""]
+    lines += [f"- {code_span(result['id'])}: {code_span(result['headline'])}" for result in failed[:MOST_FINDINGS]]
+    lines += [f"- … and {len(failed) - MOST_FINDINGS} more"] if failed[MOST_FINDINGS:] else []
+    lines += [""] if failed else []
     heads = ["", "assertion", "subject", "worst layer", "value", "bound", "used"]
     lines += markdown_table([heads, *map(_cells, ordered)], plain={0, 4, 6})
     lines.append("")

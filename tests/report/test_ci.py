@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 from pytest_qsa.report.verdict_text import (
@@ -19,6 +21,7 @@ from pytest_qsa.report.verdict_text import (
     annotation_lines,
     append_summary,
     command,
+    comment,
     shared_layers,
     step_summary,
     styled_lines,
@@ -239,6 +242,59 @@ def test_no_text_breaks_the_summary():
     outside = re.sub(r"<(pre|code)>.*?</\1>", "", page, flags=re.DOTALL)
     assert "@team" not in outside  # GitHub calls nobody who is named in code
     assert "img" not in outside
+
+
+def test_a_comment_begins_with_the_verdict_and_what_failed():
+    results = [result_of(id=f"a{index}", headline=f"layer {index}: × 2") for index in range(7)] + [result_of("PASSED")]
+    lines = comment(results).splitlines()
+    assert lines[0] == "## ❌ qsa: 1 of 8 assertions hold"
+    assert lines[2] == "- `a0`: `layer 0: × 2`"
+    assert lines[7] == "- … and 2 more"
+
+
+def test_a_comment_of_a_wrong_suite_names_its_line_and_fits_into_what_github_takes():
+    assert comment([], ["gates/a.qsa.yaml:2: unknown metric 'x'"]).splitlines() == [
+        "## ❌ qsa: 1 suite wrong", "", "- `gates/a.qsa.yaml:2: unknown metric 'x'`",
+    ]  # fmt: skip
+    many = comment([result_of(id=f"a{index}", reason="é" * 500) for index in range(400)])
+    assert len(many.encode()) <= 60_000
+
+
+ACTION = (ROOT / "action.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.process
+def test_the_action_fits_githubs_schema_and_no_input_is_text_of_a_script(tmp_path):
+    def check(content):
+        (tmp_path / "action.yml").write_text(content, encoding="utf-8")
+        words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions"]
+        return subprocess.run([*words, str(tmp_path / "action.yml")], capture_output=True, text=True, check=False)
+
+    assert check(ACTION).returncode == 0, check(ACTION).stdout
+    assert check(ACTION.replace("using: composite", "usng: composite")).returncode == 1
+    scripts = [step.get("run", "") for step in yaml.safe_load(ACTION)["runs"]["steps"]]
+    assert [script for script in scripts if "${{" in script] == []
+    options = set(re.findall(r"--qsa-[a-z]+(?:-[a-z]+)*", ACTION))
+    assert options <= set(re.findall(r"--qsa-[a-z-]+", (ROOT / "docs" / "options.md").read_text("utf-8")))
+
+
+@pytest.mark.process
+def test_the_script_of_the_action_runs_the_gate_and_leaves_report_and_comment(gate, llama):
+    """It runs in bash as GitHub runs it, with errexit; suites and arguments are words, `*` is no pattern of files."""
+    gate.write("files.qsa.yaml", f"model: {{path: {llama}}}\nassertions: [{{id: files, metric: checkpoint_health}}]\n")
+    script = next(step["run"] for step in yaml.safe_load(ACTION)["runs"]["steps"] if step["name"] == "Gate")
+    tools = gate.folder / "tools"
+    tools.mkdir()
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
+    inputs = {"SUITES": "files.qsa.yaml", "KEEP": "true", "MODEL": "", "ARGS": "-q --qsa-set=data.source=* -rA"}
+    words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **inputs}
+    done = subprocess.run(words, cwd=gate.folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (gate.folder / "qsa-comment.md").read_text("utf-8").startswith("## ✅ qsa: 1 of 1 assertions hold")
+    assert (gate.folder / "qsa-results" / "report.json").is_file()
+    assert (gate.folder / "qsa-results" / "junit.xml").is_file()
 
 
 INJECTING = r"""

@@ -2,6 +2,7 @@ from .arrays import (
     ERROR_NAMES as ERROR_NAMES,
     EXTREME_NAMES as EXTREME_NAMES,
     GAIN_NAMES as GAIN_NAMES,
+    MARGIN_NAMES as MARGIN_NAMES,
     NOT_COMPARED as NOT_COMPARED,
     PADDING as PADDING,
     SCORE_NAMES as SCORE_NAMES,
@@ -92,6 +93,7 @@ from .statistics import (
     HeatMap as HeatMap,
     LocalError as LocalError,
     Massive as Massive,
+    PredictionMargins as PredictionMargins,
     QuantizationPowers as QuantizationPowers,
     Statistic as Statistic,
 )

@@ -27,6 +27,10 @@ how many it has, and the same of its columns; −1 in `column` where the columns
 SCORE_NAMES = ("nll", "reference_nll", "kl", "same_top")
 """The columns of `scores`, of one position: −ln of the probability of the token that came next, by the model and by the
 reference; Σ p·(ln p − ln q) over the vocabulary, p the reference's; 1 where both find the same token likeliest."""
+MARGIN_NAMES = ("reference", "own", "token", "other")
+"""The columns of `margins`, of one position, in logits: of the reference z_t − max z_v over all tokens v but t, the one
+that it finds likeliest; of the model's own logits the same at that t, below 0 where it prefers another; then the id of
+t, and that of the token which the model finds likeliest."""
 UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0

@@ -244,6 +244,19 @@ class PredictionOverlap(Statistic):
     token_bytes = 8
 
 
+class PredictionMargins(Statistic):
+    """How clearly two models prefer the reference's token: `margins` [sum of lengths, 4] float64, `MARGIN_NAMES`.
+
+    NaN at padding.
+    """
+
+    name = "margins"
+    arrays: ClassVar = {"margins": PER_TOKEN}
+    of_logits = True
+    reference = "pair"
+    token_bytes = 32
+
+
 class StoredError(Statistic):
     """How far a loaded weight w is from the file's w₀: `stored` [4] float64, Σw₀², Σ(w − w₀)², Σw·w₀, Σw²."""
 

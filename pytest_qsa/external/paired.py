@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, refuse_special, shown_path
+from ..metrics import t_quantile
 
 TASK = "TASK"
 """The place of the task's name in the pattern of the files of samples."""
@@ -251,15 +252,3 @@ def mcnemar(lost: int, gained: int) -> float:
     differing = lost + gained
     tail = sum(math.comb(differing, k) for k in range(min(lost, gained) + 1))
     return min(1.0, float(2 * tail / 2**differing))
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the quantile of Student's t that leaves 2.5 % above it, within 1e-6.
-
-    The distribution is integrated in the angle θ with t = √ν · tan θ, where its density is ∝ cos^(ν−1) θ.
-    """
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angles) ** (degrees - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(LEVEL, below / below[-1], angles))
-    return math.sqrt(degrees) * math.tan(angle)

@@ -25,6 +25,7 @@ from .fidelity import (
     made_by_loader as made_by_loader,
     rounded_to as rounded_to,
 )
+from .intervals import LEAST_WINDOWS as LEAST_WINDOWS, t_quantile as t_quantile
 from .predictions import (
     KL as KL,
     NLL as NLL,

@@ -89,6 +89,12 @@ class MetricMethods:
     def headroom(self, dtype: Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "float16") -> Series:
         """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
 
+    def margin_ratio(self, stat: Literal["median", "mean", "p10"] = "median") -> Series:
+        """Take max(0, m̂) / m of each position whose margin m is 0.5 or more: how much of a clear decision is left."""
+
+    def flips(self, margin_from: float = 0.0, margin_to: float | None = None) -> Series:
+        """Take the share of the positions with margin_from ≤ m < margin_to whose likeliest token is another one."""
+
     def sqnr(
         self, by: Literal["tensor", "token", "channel"] = "tensor", *, positions: Positions | None = None
     ) -> Series:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers, Statistic
 from ..common import AnomalyError
+from .intervals import mean_by_window, windows_of
 from .registry import TWO_SIDED_95, Estimate, View, metric
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
@@ -81,16 +82,16 @@ def same_top(view: View) -> Estimate:
     return _mean(_known(view, SAME_TOP))
 
 
-@metric("overlap", reduce=None, per="logits", against=True, worst="lowest")
+@metric("overlap", reduce=None, per="logits", against=True, worst="lowest", perfect=1.0)
 def overlap(view: View) -> Estimate:
     """Take the mean of Σ min(p, q) over the vocabulary at each position: 1 − the total variation of both predictions.
 
     It is the share of drafted tokens that speculative sampling accepts with the subject as draft of the reference
-    (Leviathan et al., arXiv 2211.17192). With its 95 % interval.
+    (Leviathan et al., arXiv 2211.17192). With its 95 % interval by window.
     """
     values = view.numbers.arrays["overlap"]
-    # NaN stands at padding.
-    return _mean(values[~np.isnan(values)])
+    known = ~np.isnan(values)  # NaN stands at padding
+    return mean_by_window(values[known], windows_of(view)[known])
 
 
 @metric(AGREEMENT, reduce=None, per="logits", against=True)

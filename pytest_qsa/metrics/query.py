@@ -110,7 +110,9 @@ def _choices(annotation: Any) -> list[Any]:
     arms = get_args(annotation)
     if get_origin(annotation) is Literal:
         return list(arms)
-    return [choice for arm in arms for choice in ([None] if arm is type(None) else _choices(arm))]
+    of_arms = [[None] if arm is type(None) else _choices(arm) for arm in arms]
+    # `float | None` takes any number.
+    return [choice for choices in of_arms for choice in choices] if all(of_arms) else []
 
 
 def query_of(

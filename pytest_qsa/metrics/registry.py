@@ -58,7 +58,10 @@ AGGREGATIONS: Mapping[str, Callable[[Values], float]] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that is known from `count` drawn values: within `low` … `high` in 95 of 100 cases."""
+    """A number that is known from `count` drawn values: within `low` … `high` in 95 of 100 cases.
+
+    Both ends are NaN where too few samples say how far it may be off.
+    """
 
     value: float
     low: float
@@ -171,7 +174,8 @@ class Metric(Definition):
     `per`: what one number is about; of a `model` it is computed from the views of all layers, for the `expert`s of a
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
-    be asked for. `worst`: which of its values is the worst one.
+    be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, of a metric
+    whose interval must be able to show a bound.
     """
 
     reduce: Reduce | None
@@ -183,6 +187,7 @@ class Metric(Definition):
     against: bool
     sites: tuple[Site, ...]
     worst: Worst = field(default="highest", kw_only=True)
+    perfect: float | None = field(default=None, kw_only=True)
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -304,6 +309,7 @@ def metric(
     per: Per = "layer",
     against: bool = False,
     worst: Worst | None = None,
+    perfect: float | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
 
@@ -322,6 +328,8 @@ def metric(
         per: what one number is about: a layer, the model, an expert, or the model's logits.
         against: it compares with a reference; so does each whose statistics need one.
         worst: which of its values is the worst one: the `lowest` by default for dB, else the `highest`.
+        perfect: its value where nothing is lost. A bound that lies nearer to it than the 95 % interval reaches can't be
+            shown by that many tokens, and is refused with the number that would.
 
     Raises:
         SuiteError: a statistic that there isn't, a name that is taken, or a parameter without type or default; it
@@ -347,6 +355,7 @@ def metric(
                 against=against or bool(against_reference(kept)),
                 sites=(LOGITS,) if logits else tuple(sites),
                 worst=worst or ("lowest" if unit == "dB" else "highest"),
+                perfect=perfect,
                 origin=origin,
             )
         )

@@ -26,7 +26,12 @@ from .verdict_text import worst_layer
 NO_CURVES: Mapping[str, object] = {}
 MOST_FINDINGS = 3
 """How many findings stand at the top of the page."""
-_PLOTS = {"value": "Value by layer", "outliers": "Outlier tokens", "magnitude": "Magnitudes by layer"}
+_PLOTS = {
+    "value": "Value by layer",
+    "outliers": "Outlier tokens",
+    "magnitude": "Magnitudes by layer",
+    "margins": "Margins of the decisions",
+}
 _POSITIONS = {
     "all": "all positions, sinks included",
     "no_sink": "positions without the attention sinks",

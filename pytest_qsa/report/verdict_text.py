@@ -61,6 +61,10 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     if not verdict.evidence:
         return
     worst = verdict.evidence[0]
+    if worst.decided:
+        yield "where the reference writes another token, the clearest decision first"
+        yield from (f"  {token_line(token)}" for token in verdict.evidence)
+        return
     positions = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
     which = "that stand out most" if worst.share is None else "with the largest error"
     yield f"the tokens {which} at {worst.layer} ({positions})"
@@ -187,6 +191,9 @@ def allowed(row: Row) -> str:
 
 def token_line(token: TokenEvidence) -> str:
     """Write a token with its ratio, magnitude and position, in its context."""
+    if token.decided:
+        context = context_text(token.before, token.text, token.after)
+        return f"{decision_text(token.decided)} at sample {token.sample}, position {token.position}, after {context}"
     channel = f", channel {token.channel}" if token.channel >= 0 else ""
     call = f", call {token.call + 1}" if token.call else ""
     size = number(token.magnitude) if token.share is None else f"{token.of} {number(token.magnitude)}"
@@ -194,6 +201,12 @@ def token_line(token: TokenEvidence) -> str:
     where = f"sample {token.sample}, position {token.position}{call}"
     context = context_text(token.before, token.text, token.after)
     return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({details}) at {where}: {context}"
+
+
+def decision_text(decided: Sequence[str]) -> str:
+    """Write what two models make of a position, of `TokenEvidence.decided`."""
+    margin, token, own, other = decided
+    return f"the reference writes ⟦{visible(token)}⟧ by {margin}, the model ⟦{visible(other)}⟧ by {own}"
 
 
 def context_text(before: str, text: str, after: str) -> str:
@@ -364,6 +377,10 @@ def _details(result: PlainVerdict) -> Iterator[str]:
         yield ""
     for token in result["evidence"]:
         context = code_span(context_text(token["before"], token["text"], token["after"]))
+        if decided := token.get("decided"):
+            position = f"sample {token['sample']}, position {token['position']}"
+            yield f"- {code_span(decision_text(decided))} at {position}, after {context}"
+            continue
         where = f"sample {token['sample']}, position {token['position']}"
         yield f"- {part_of_error(token.get('share'))}{token['ratio']:.1f} × median at {where}: {context}"
     commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]

@@ -22,7 +22,7 @@ from .budgets import (
     project_root as project_root,
     stated_text as stated_text,
 )
-from .explainers import Context as Context, channel_of as channel_of, context as context, explain as explain
+from .explainers import Context as Context, explain as explain
 from .judge import (
     Evidence as Evidence,
     Identity as Identity,
@@ -41,4 +41,5 @@ from .judgement import (
     checked_series as checked_series,
     within_budget as within_budget,
 )
+from .tokens import channel_of as channel_of, context as context
 from .verdict import Kind as Kind, Row as Row, TokenEvidence as TokenEvidence, Verdict as Verdict

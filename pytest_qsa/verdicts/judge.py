@@ -26,7 +26,7 @@ from ..suite import (
 )
 from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable, read_baseline
 from .budgets import Budget, budget_of, limits_of
-from .explainers import MOST_SUSPICIONS, sinks_behind
+from .explainers import MOST_SUSPICIONS
 from .judgement import (
     NO_LENIENCY,
     Judgement,
@@ -37,6 +37,7 @@ from .judgement import (
     waiver_notes,
     within_budget,
 )
+from .tokens import sinks_behind
 from .verdict import Kind, Limit, Verdict, failing
 
 

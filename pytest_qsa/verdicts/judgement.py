@@ -14,7 +14,7 @@ from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import NotMeasuredError, PlainQuery, Query, Series
+from ..metrics import LEAST_WINDOWS, METRICS, NotMeasuredError, PlainQuery, Query, Series
 from ..suite import Location, Waiver
 from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
@@ -95,6 +95,7 @@ def within_budget(
         AnomalyError: there is no layer, or a value is not finite.
     """
     series.check()
+    _check_shown(series, budget)
     rows = []
     for depth, (layer, bounds, value) in enumerate(
         zip(series.layers, budget.bounds, series.values.tolist(), strict=True)
@@ -110,7 +111,39 @@ def interval_text(series: Series, layer: str) -> str:
     if layer not in series.intervals:
         return ""
     low, high, count = series.intervals[layer]
+    if math.isnan(low):
+        return f"from {count} tokens; fewer than {LEAST_WINDOWS} samples give no interval"
     return f"95 %: {number(low)} … {number(high)}, from {count} tokens"
+
+
+def _check_shown(series: Series, budget: Budget) -> None:
+    """Refuse a bound that lies nearer to a perfect value than the interval of the measured one reaches.
+
+    A value whose whole interval is out of bounds has shown that; so has one without an interval to judge by.
+
+    Raises:
+        AnomalyError: with the number of tokens that it would take.
+    """
+    definition = METRICS.get(series.query.metric)
+    if definition is None or definition.perfect is None:
+        return
+    for layer, bounds, value in zip(series.layers, budget.bounds, series.values.tolist(), strict=True):
+        low, high, count = series.intervals.get(layer, (value, value, 0))
+        bound = bounds.low if bounds.low is not None else bounds.high
+        if bound is None or math.isnan(low) or (bounds.excess(low) and bounds.excess(high)):
+            continue
+        reach, room = max(value - low, high - value), abs(definition.perfect - bound)
+        if reach <= room:
+            continue
+        what = f"{count:,} positions can't show that {series.query.metric} is {budget.text}"
+        if not room:
+            raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
+        # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
+        needed = count * (reach / room) ** (1 if value == definition.perfect else 2)
+        raise AnomalyError(
+            f"{what}: by chance alone it may be off by {number(reach)}; about {round(needed, -2):,.0f} would "
+            "(data.num_samples), or give the bound more room"
+        )
 
 
 def _exceeded(rows: Sequence[Row], budget: Budget) -> Location:

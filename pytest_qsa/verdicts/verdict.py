@@ -121,7 +121,8 @@ class TokenEvidence:
     """A token that explains a value: its location, its text with context, and how far it stands out.
 
     `magnitude`: its size; `of` names the quantity. `ratio`: magnitude / median. `share`: its part of the total error,
-    for a metric against the reference where the error of each token was kept.
+    for a metric against the reference where the error of each token was kept. `decided`, of a prediction: the margin
+    by which the reference prefers its token, that token, the margin by which the model prefers another one, and that.
     """
 
     layer: str
@@ -137,6 +138,7 @@ class TokenEvidence:
     call: int = 0
     of: str = "|x|"
     share: float | None = None
+    decided: tuple[str, str, str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pytest_qsa.metrics.series import Bounds
 from pytest_qsa.report.plots.figures import value_figure
 from pytest_qsa.verdicts.baseline_file import BaselineFile, Tolerance
 from pytest_qsa.verdicts.baselines import within_baseline
-from pytest_qsa.verdicts.explainers import token_evidence
 from pytest_qsa.verdicts.judge import Identity, concluded
+from pytest_qsa.verdicts.tokens import token_evidence
 from support import models
 from support.judged import explained, judge_bounds
 from support.models import BLOCKS, LINEAR, damaged

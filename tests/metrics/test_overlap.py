@@ -25,14 +25,19 @@ def raw(pair, batch):
 
 
 def test_the_overlap_is_a_mean_over_all_positions_but_padding(pair):
-    batch = models.padded_batch([24, 17])
+    lengths = [24, 17, 9, 30, 12, 5, 21, 16]
+    batch = models.padded_batch(lengths)
     p, q = raw(pair, batch)
     values = np.minimum(p, q).sum(axis=2)[batch["attention_mask"].bool().numpy()]
     series = capture(pair[1], [batch], sites=SITES, statistics=["overlap"], reference=pair[0]).logits().overlap()
     np.testing.assert_allclose(series.values, [values.mean()], rtol=1e-6)
     low, high, count = series.intervals["logits"]
-    assert count == len(values) == 41
-    np.testing.assert_allclose(high - low, 2 * 1.96 * values.std(ddof=1) / np.sqrt(41), rtol=1e-3)
+    assert count == len(values) == 134
+    # By window: of the ratio of two sums, the overlaps of a window and its tokens; t of 7 degrees from a table.
+    windows = np.repeat(np.arange(8), lengths)
+    apart = [(values[windows == window] - values.mean()).sum() for window in range(8)]
+    half = 2.364624 * np.sqrt(8 / 7 * np.square(apart).sum()) / 134
+    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], rtol=1e-5)
 
 
 def test_a_model_overlaps_wholly_with_itself(pair):

@@ -114,7 +114,8 @@ def test_a_sink_that_every_sample_has_is_gated_where_it_is_clear():
 AGAINST = [
     "files", "unquantized", "finite", "residual-outliers", "outliers-beside-the-sinks", "drift", "weight-scales",
     "weights-without-bias", "weights-close", "rows-close", "groups-keep-their-size", "layers-alone", "blocks-close",
-    "new-outliers", "predictions-close", "predictions-close-everywhere", "same-words", "perplexity",
+    "new-outliers", "predictions-close", "predictions-close-everywhere", "same-words",
+    "decisions-kept", "perplexity",
 ]  # fmt: skip
 DOWN = "model.layers.2.mlp.down_proj"
 
@@ -243,11 +244,13 @@ def test_a_reference_that_is_not_the_original_is_refused_in_one_line(
                 "new_outliers",
                 "kl_divergence",
                 "same_top",
+                "margin_ratio",
+                "flips",
                 "ln_ppl_ratio",
             },
         ),
-        ("blocks", {"sqnr", "new_outliers", "kl_divergence", "same_top", "ln_ppl_ratio"}),
-        ("logits", {"kl_divergence", "same_top", "ln_ppl_ratio"}),
+        ("blocks", {"sqnr", "new_outliers", "kl_divergence", "same_top", "margin_ratio", "flips", "ln_ppl_ratio"}),
+        ("logits", {"kl_divergence", "same_top", "margin_ratio", "flips", "ln_ppl_ratio"}),
     ],
 )
 def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(compare, kinds):

@@ -23,7 +23,7 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
 
     NaN and ∞ stay in the sums of their row.
     """
-    if fused and _compiled(own):
+    if fused and compiled(own):
         found = _fused_powers(reference, own)
     elif fused and _on_cuda(own):
         found = cuda_powers(reference, own)
@@ -34,7 +34,8 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
     return torch.full_like(found, PADDING).index_copy_(0, kept, found.index_select(0, kept))
 
 
-def _compiled(tensor: Tensor) -> bool:
+def compiled(tensor: Tensor) -> bool:
+    """Say whether the kernels for the CPU take a tensor."""
     known = tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return known and tensor.device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
@@ -113,7 +114,7 @@ def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused
 
     `following` [T] int64: the token that came next, −1 for none.
     """
-    if fused and _compiled(own):
+    if fused and compiled(own):
         return torch.from_numpy(_fused_scores(own, reference, following.numpy()))
     if fused and _on_cuda(own):
         return cuda_scores(own, reference, following)
@@ -144,9 +145,9 @@ def _fused_scores(own: Tensor, reference: Tensor | None, following: Array) -> Ar
     found = np.full((len(own), 4), np.nan)
     threads = share_torchs_threads()
     if reference is None:
-        pair_kernels.score_rows(_rows(own), following, found[:, 0], threads)
+        pair_kernels.score_rows(rows_of_logits(own), following, found[:, 0], threads)
     else:
-        pair_kernels.compare_rows(_rows(reference), _rows(own), following, found, threads)
+        pair_kernels.compare_rows(rows_of_logits(reference), rows_of_logits(own), following, found, threads)
         found[:, 2] = np.maximum(found[:, 2], 0.0)  # as in cuda_scores
     return found
 
@@ -175,7 +176,7 @@ def _patterns(tensor: Tensor) -> Array:
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def _rows(tensor: Tensor) -> Array:
+def rows_of_logits(tensor: Tensor) -> Array:
     """Return a tensor as the kernels read it: the patterns of bfloat16, or float32."""
     return _patterns(tensor) if tensor.dtype == torch.bfloat16 else _floats(tensor)
 

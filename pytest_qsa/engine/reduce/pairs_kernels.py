@@ -90,15 +90,27 @@ def _widen_any(row, bits, floats):
 
 
 @_inner
+def _ordered_bits(bits):
+    """Return an integer that orders as the float32 of these bits does, NaN above all; of that integer, the bits."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & _MAGNITUDE))
+
+
+@_inner
+def _largest(bits):
+    """Return the largest of a row of float32, by its bits, as `_ordered_bits` writes it."""
+    top = np.int32(-(1 << 31))
+    for at in range(bits.shape[0]):
+        top = max(top, _ordered_bits(bits[at]))
+    return top
+
+
+@_inner
 def _top(bits):
     """Return where the largest of a row of float32 is, by its bits, int32: they order as the values do, NaN above all.
 
     The first such place, where some are equal.
     """
-    top = np.int32(-(1 << 31))
-    for at in range(bits.shape[0]):
-        top = max(top, np.int32(bits[at] ^ ((bits[at] >> np.int32(31)) & _MAGNITUDE)))
-    top ^= (top >> np.int32(31)) & _MAGNITUDE
+    top = _ordered_bits(_largest(bits))
     for at in range(bits.shape[0]):
         if bits[at] == top:
             return at
@@ -208,3 +220,50 @@ def compare_rows(reference, own, following, found, threads):
             _compare(x, y, tops, following[row], scratch, scratch.view(np.int64)[1], found[row])
             # By value, not by index: a tie is no difference.
             found[row, 3] = 1.0 if y[likeliest] == tops[1] else 0.0
+
+
+@_parallel
+def lead_rows(logits, share, found, counts, threads):
+    """Find the tokens of each row of logits [T, V] that may be its likeliest two, were it known more exactly.
+
+    found [T, K] int32: those within `share` of the larger of the two, in magnitude, of the second largest; the first K.
+    counts [T] int64: how many they are; 0 where the row holds NaN. logits: as `score_rows`.
+    """
+    width = logits.shape[1]
+    parts = (width + _CHUNK - 1) // _CHUNK
+    share_of_rows = (logits.shape[0] + threads - 1) // threads
+    lowest = np.int32(-(1 << 31))
+    for thread in prange(threads):
+        bits, tops = np.empty(width, dtype=np.int32), np.empty(parts, dtype=np.int32)
+        x, values = bits.view(np.float32), np.empty(2, dtype=np.int32)
+        for row in range(thread * share_of_rows, min((thread + 1) * share_of_rows, logits.shape[0])):
+            _widen(logits[row], bits, x)
+            for part in range(parts):
+                tops[part] = _largest(bits[part * _CHUNK : (part + 1) * _CHUNK])
+            best = np.argmax(tops)
+            values[0], values[1] = tops[best], lowest
+            for part in range(parts):
+                if part != best:
+                    values[1] = max(values[1], tops[part])
+            own = bits[best * _CHUNK : (best + 1) * _CHUNK]
+            seen = False
+            for at in range(own.shape[0]):
+                key = _ordered_bits(own[at])
+                if key == values[0] and not seen:
+                    seen = True
+                else:
+                    values[1] = max(values[1], key)
+            values[0], values[1] = _ordered_bits(values[0]), _ordered_bits(values[1])
+            top, second = values.view(np.float32)
+            # NaN is above all others, and no comparison with it holds.
+            least = second - np.float32(share) * max(abs(top), abs(second))
+            count = 0
+            for part in range(parts):
+                values[0] = _ordered_bits(tops[part])
+                if values.view(np.float32)[0] >= least:
+                    for at in range(part * _CHUNK, min((part + 1) * _CHUNK, width)):
+                        if x[at] >= least:
+                            if count < found.shape[1]:
+                                found[row, count] = at
+                            count += 1
+            counts[row] = count if top == top else 0

@@ -36,6 +36,7 @@ from ...captures import (
 )
 from ...common import AnomalyError, InfraError
 from ..formats.format import dequantized
+from ..heads import HeadInputs
 from ..load.batches import rows_of
 from ..modules import (
     Expert,
@@ -113,6 +114,8 @@ class LiveReference(Reference):
         self.layers = with_experts(self.modules)
         self._own: dict[SiteKey, frozenset[Statistic]] = {}
         self._refused: dict[str, str] = {}
+        self.heads: HeadInputs | None = None
+        """Where margins are wanted: what goes into its head."""
         self._lockstep: dict[int, Lockstep] = {}
         """The forwards that are under way, by their first sample."""
         self._current: Forward | None = None
@@ -132,6 +135,8 @@ class LiveReference(Reference):
         self._run = run
         self._check_layers(run.wanted)
         self.experts = self._experts()
+        if run.wants_margins:
+            self.heads = HeadInputs(self.model, stays=self.stream is None)
         self._own = self._wanted_of_itself()
         streamed = self.stream is not None
         may_stop = not self.compares_predictions
@@ -164,11 +169,17 @@ class LiveReference(Reference):
             site: frozenset({TOKENS}) if REFERENCE_TOKENS in statistics else frozenset[Statistic]()
             for site, statistics in self.compared.items()
         }
-        own = {site: frozenset[Statistic]() for site in self.experts.sites} | own
+        own = {site: frozenset[Statistic]() for site in [*self.experts.sites, *self.head_sites]} | own
         if any(REFERENCE_SINKS in statistics for statistics in self.compared.values()):
             for block in blocks_of(self.model):
                 own[block, "output"] = own.get((block, "output"), frozenset()) | {TOKENS, SINKS}
         return own
+
+    @property
+    def head_sites(self) -> frozenset[SiteKey]:
+        """Where its last hidden states are taken, if they are wanted."""
+        site = self.heads.site if self.heads is not None else None
+        return frozenset() if site is None or site[0] not in self.modules else frozenset({site})
 
     def begin(self, exits: ExitStack) -> None:
         """Begin an attempt, with hooks on the reference."""
@@ -227,6 +238,8 @@ class LiveReference(Reference):
         lockstep = self._lockstep.pop(forward.rows.samples[0], None)
         if lockstep is not None:
             forward.reference_output = lockstep.finish(whole=self.compares_predictions)
+            if self.heads is not None:
+                forward.reference_hidden = self.heads.take(forward.rows.samples[0])
         super().forward_ended(forward, output)
 
     def _settle(self) -> None:
@@ -297,7 +310,7 @@ class _Rendezvous(Participant):
 
     def __init__(self, reference: LiveReference) -> None:
         self._reference = reference
-        self.sites = reference.sites
+        self.sites = reference.sites | reference.head_sites
         self.input_sites = frozenset(
             site
             for site, statistics in reference.compared.items()
@@ -306,6 +319,10 @@ class _Rendezvous(Participant):
 
     def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
         """Wait for the subject."""
+        if self._reference.heads is not None and site in self._reference.head_sites:
+            self._reference.heads.keep(forward.rows.samples[0], tensor)
+        if site not in self._reference.sites:
+            return
         lockstep = self._reference.lockstep_of(forward)
         # One sample shows whether a layer mixes tokens; all of them would cost another forward.
         if inputs is not None and forward.first:

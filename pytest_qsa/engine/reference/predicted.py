@@ -1,4 +1,4 @@
-"""What a reference predicts: by its head alone, which makes logits of recorded hidden states; or for a served model.
+"""What a reference predicts: where a recorded one's head lies, and what a live one says of a served model's tokens.
 
 For tokens that a server listed, the reference's whole distribution of a position is reduced at once and never kept.
 """
@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from ...checkpoint import Tensor as Stored, open_folder
 from ...common import AnomalyError, InfraError, Progress
 from ...suite import Subject
-from ..formats.format import dequantized
+from ..heads import Head
 from ..load.batches import token_ids
 from ..load.data import batches_of
 from ..load.models import Loaded, quiet
@@ -31,68 +28,6 @@ from ..modules import device_of, evaluating, forward_errors, run_batch
 from ..reduce.pairs import ROWS_AT_ONCE
 from ..run.next_token import logits_of
 from ..stream.disk import DTYPES
-
-SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""The keys of configurations for scaling a head's output before it is returned (Gemma, Cohere, Granite)."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The weights [V, H] and perhaps a bias [V]. `scaling`: one of `SCALINGS` with its number, or nothing."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scaling: Mapping[str, float]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., H], as the model computes them."""
-        found = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        if cap := self.scaling.get("final_logit_softcapping"):
-            found = torch.tanh(found / cap) * cap
-        if factor := self.scaling.get("logit_scale"):
-            found = found * factor
-        if divisor := self.scaling.get("logits_scaling"):
-            found = found / divisor
-        return found
-
-    def to(self, device: torch.device) -> Head:
-        """Return it on a device."""
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.scaling)
-
-
-def head_of(model: nn.Module) -> str | None:
-    """Return the name of the layer whose output is the logits, as transformers' models tell; None where none does."""
-    getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if getter is not None else None
-    names = {id(module): name for name, module in model.named_modules()}
-    return names.get(id(found)) if isinstance(found, nn.Module) else None
-
-
-def loaded_head(model: nn.Module, name: str) -> Head:
-    """Return the head of a model that is loaded, its weight dequantized.
-
-    Raises:
-        InfraError: it isn't a weight and a bias.
-    """
-    module = model.get_submodule(name)
-    with torch.no_grad(), align_module_device(module):
-        weight, bias = dequantized(module), getattr(module, "bias", None)
-        if weight is None or weight.dim() != 2:
-            raise InfraError(f"{name} has no weight of a row for each token of the vocabulary")
-        # Copies: an offloaded weight leaves memory again when the block ends.
-        return Head(weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None, {})
-
-
-def scalings_of(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Yield the scalings that the head's output may have: none, or those of the configuration."""
-    # Whether a model applies what its configuration states shows only when its logits are made again.
-    yield {}
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    named = ((name, getattr(config, name, None)) for name in SCALINGS)
-    found = {name: float(value) for name, value in named if isinstance(value, (int, float)) and value}
-    if found:
-        yield found
 
 
 def located_head(head: Head, path: str, revision: str | None, folder: Path) -> dict[str, Any]:

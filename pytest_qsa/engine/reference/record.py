@@ -32,6 +32,7 @@ from ...captures import (
 )
 from ...common import AnomalyError, InfraError, Progress
 from ...metrics import KL
+from ..heads import Head, head_of, loaded_head, scalings_of
 from ..load.batches import Batch
 from ..modules import blocks_of, channels_first, layers_of
 from ..reduce.pairs import powers_of, scores_of
@@ -40,7 +41,6 @@ from ..run.participant import Forward, Need, Participant, Pass
 from ..run.run_pass import run_pass
 from ..stream.stream import Stream
 from .pair_statistics import check_rows, run_rows
-from .predicted import Head, head_of, loaded_head, scalings_of
 from .reference_file import Call, ReferenceContent, SiteRows, drawn_tokens, hashes_of
 
 FARTHEST = 1e-5

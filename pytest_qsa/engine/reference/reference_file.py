@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ...captures import Provenance, Site
 from ...common import BLANK, NO_CHECKSUM, InfraError, check_checksum, remark, shown_path, with_checksum
+from ..heads import Head
 from ..load.batches import Batch, row_count
-from .predicted import Head, read_head
+from .predicted import read_head
 
 REFERENCE_FORMAT = "qsa-reference/1"
 Call = tuple[str, Site, int]

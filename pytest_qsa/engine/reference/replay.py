@@ -31,6 +31,7 @@ from ...captures import (
     pairwise,
 )
 from ...common import AnomalyError, InfraError
+from ..heads import LastHidden
 from ..load.batches import Batch, BatchRows
 from ..run.participant import Forward, Pass
 from .live import Reference
@@ -133,7 +134,10 @@ class ReplayedReference(Reference):
         """Make the logits again, if predictions are compared."""
         samples = self._samples.pop(forward.rows.samples[0])
         if self.compares_predictions:
-            forward.reference_output = SimpleNamespace(logits=self._logits(samples, forward.rows))
+            hidden = [self.file.hidden(sample).to(self._device) for sample in samples]
+            logits = _spread([self._head.logits(states) for states in hidden], forward.rows)
+            forward.reference_output = SimpleNamespace(logits=logits)
+            forward.reference_hidden = LastHidden(_spread(hidden, forward.rows), [self._head])
         super().forward_ended(forward, output)
 
     def complete(self, capture: Capture) -> Capture:
@@ -166,19 +170,6 @@ class ReplayedReference(Reference):
             None if inputs is None else self._padded([inputs[sample] for sample in samples]),
             [at[sample] for sample in samples],
         )
-
-    def _logits(self, samples: Sequence[int], rows: BatchRows) -> Tensor:
-        """Return logits [B, T, V] that are made again; 0 at padding."""
-        layer = "decoder" if rows.has_decoder else ""
-        made = [self._head.logits(self.file.hidden(sample).to(self._device)) for sample in samples]
-        positions = [_positions(rows, index, layer, len(one)) for index, one in enumerate(made)]
-        if all(counting is None for counting, _ in positions):
-            return torch.stack(made)
-        # The file holds tokens without padding, the subject's batch may have some.
-        found = made[0].new_zeros(len(made), max(length for _, length in positions), made[0].shape[-1])
-        for row, one, (counting, length) in zip(found, made, positions, strict=True):
-            row[slice(length) if counting is None else counting.to(self._device)] = one
-        return found
 
     @property
     def _name(self) -> str:
@@ -233,6 +224,19 @@ class ReplayedReference(Reference):
                 "peak_channels": _table(channels),
             },
         )
+
+
+def _spread(samples: Sequence[Tensor], rows: BatchRows) -> Tensor:
+    """Stack tensors [T, C] of some samples' tokens as the subject's batch has them, [B, T, C]; 0 at padding."""
+    layer = "decoder" if rows.has_decoder else ""
+    positions = [_positions(rows, index, layer, len(one)) for index, one in enumerate(samples)]
+    if all(counting is None for counting, _ in positions):
+        return torch.stack(list(samples))
+    # The file holds tokens without padding, the subject's batch may have some.
+    found = samples[0].new_zeros(len(samples), max(length for _, length in positions), samples[0].shape[-1])
+    for row, one, (counting, length) in zip(found, samples, positions, strict=True):
+        row[slice(length) if counting is None else counting.to(one.device)] = one
+    return found
 
 
 def _positions(rows: BatchRows, index: int, layer: str, count: int) -> tuple[Tensor | None, int]:

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...captures import LOGITS, SCORE_NAMES, SiteKey, SiteNumbers, Statistic, against_reference
+from ...captures import LOGITS, MARGIN_NAMES, SCORE_NAMES, PredictionMargins, SiteKey, SiteNumbers, against_reference
 from ...common import AnomalyError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
+from ..heads import HeadInputs, LastHidden
 from ..load.batches import Batch
+from ..reduce.margins import Margins, RowLogits
 from ..reduce.pairs import COMPARISONS, compared_logits, scores_of
 from ..reduce.storage import Transfer
-from .participant import Forward, Need, Participant
+from .participant import Forward, Need, Participant, Pass
 
 MASKED = ("MaskedLM", "PreTraining")
 """The ends of the names of models that predict masked tokens, not the next one."""
@@ -26,16 +28,25 @@ class Predictions(Participant):
 
     needs = Need.WHOLE_FORWARDS
 
-    def __init__(self, model: nn.Module, statistics: frozenset[Statistic]) -> None:
-        self._model = model
-        self._statistics = statistics
-        self._compared = [statistic for statistic in sorted(statistics) if statistic.name in COMPARISONS]
+    def __init__(self, run: Pass) -> None:
+        self._model = run.model
+        self._statistics = run.predictions
+        self._compared = [statistic for statistic in sorted(run.predictions) if statistic.name in COMPARISONS]
+        self._heads = HeadInputs(run.model, stays=run.stream is None) if run.wants_margins else None
+        if self._heads is not None and self._heads.site is not None and self._heads.site[0] in run.modules:
+            self.sites = {self._heads.site}
+        self._margins = Margins()
         self.begin()
 
     def begin(self, exits: ExitStack | None = None) -> None:
         """Begin an attempt without scores."""
         self._samples: dict[int, Tensor] = {}
         self._dtype = ""
+
+    def visit(self, forward: Forward, site: SiteKey, call: int, tensor: Tensor, inputs: Tensor | None) -> None:
+        """Keep what goes into the head."""
+        if self._heads is not None:
+            self._heads.keep(forward.rows.samples[0], tensor)
 
     def forward_ended(self, forward: Forward, output: object) -> None:
         """Score the rows of one batch.
@@ -58,14 +69,32 @@ class Predictions(Participant):
         )
         # Logits belong to no layer; those of an encoder-decoder are its decoder's, whose mask then counts.
         keep = rows.unpadded("decoder" if rows.has_decoder else "", own.shape[1], own.device)
+        hidden = None if self._heads is None else self._heads.take(rows.samples[0])
         for index, sample in enumerate(rows.samples):
             # The reference may have run on another device.
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
             found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
             if pair is not None:
-                more = [compared_logits(statistic.name, own[index], pair) for statistic in self._compared]
-                found = torch.cat([found, *(column[:, None] for column in more)], dim=1)
+                more = [compared_logits(each.name, own[index], pair)[:, None] for each in self._compared]
+                if self._heads is not None:
+                    more.append(
+                        self._margins_of((own[index], hidden), (pair, forward.reference_hidden), index, keep[index])
+                    )
+                found = torch.cat([found, *more], dim=1)
             self._samples[sample] = _blanked(found, keep[index])
+
+    def _margins_of(
+        self,
+        own: tuple[Tensor, LastHidden | None],
+        reference: tuple[Tensor, LastHidden | None],
+        index: int,
+        kept: Tensor | None,
+    ) -> Tensor:
+        """Return `MARGIN_NAMES` of the tokens that count, [T, 4]; NaN at the others."""
+        found = self._margins.of(RowLogits.of(*own, index, kept), RowLogits.of(*reference, index, kept))
+        if kept is None:
+            return found
+        return found.new_full((len(own[0]), len(MARGIN_NAMES)), float("nan")).index_copy_(0, kept, found)
 
     def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Add the scores of all samples, in their order."""
@@ -76,7 +105,18 @@ class Predictions(Participant):
         found = numbers_of(scores, sorted(self._samples), self._statistics, self._dtype)
         more = enumerate(self._compared, len(SCORE_NAMES))
         arrays = {statistic.key: np.concatenate([table[:, column] for table in tables]) for column, statistic in more}
+        if self._heads is not None:
+            arrays[PredictionMargins().key] = np.concatenate([table[:, -len(MARGIN_NAMES) :] for table in tables])
         numbers[LOGITS, LOGITS] = found.having((), arrays)
+
+
+def decided_otherwise(numbers: SiteNumbers | None) -> set[int]:
+    """Return the tokens that two models find likeliest where these aren't the same; none where that was not kept."""
+    if numbers is None or PredictionMargins().key not in numbers:
+        return set()
+    token, other = numbers.arrays[PredictionMargins().key][:, 2:].T
+    apart = ~np.isnan(token) & (token != other)
+    return {int(each) for each in np.concatenate([token[apart], other[apart]])}
 
 
 def logits_of(output: object, model: nn.Module) -> Tensor:

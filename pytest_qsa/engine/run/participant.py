@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ...captures import LOGITS, Capture, Request, SiteKey, SiteNumbers, Statistic
+from ...captures import LOGITS, Capture, PredictionMargins, Request, SiteKey, SiteNumbers, Statistic
+from ..heads import LastHidden
 from ..load.batches import Batch, BatchRows
 from ..modules import Layer, device_of
 from ..stream.stream import Stream
@@ -70,6 +71,11 @@ class Pass:
         return frozenset().union(*(request.statistics for request in self.requests if request.site == LOGITS))
 
     @property
+    def wants_margins(self) -> bool:
+        """Whether both models' logits are compared more exactly than they come."""
+        return any(isinstance(statistic, PredictionMargins) for statistic in self.predictions)
+
+    @property
     def device(self) -> torch.device:
         """Where the batches go."""
         # A streamed model has its weights on the meta device, except while they are loaded.
@@ -93,7 +99,8 @@ class Forward:
     `first`: the first of the pass, which shows which sites share a tensor and where later forwards may stop.
     `calls`: how often each site has been reached; `last`: where that was, and in which of its calls.
     `seen`: the tensors that were reduced, by id. `stopped_at`: the site after which it was stopped, None if it ran
-    to its end. `reference_output`: what the reference returned for the same batch, if it ran to its end.
+    to its end. `reference_output`: what the reference returned for the same batch, if it ran to its end;
+    `reference_hidden`: what its head made that of, where margins are wanted.
     """
 
     batch: Batch
@@ -104,6 +111,7 @@ class Forward:
     last: tuple[SiteKey, int] | None = None
     stopped_at: SiteKey | None = None
     reference_output: object = None
+    reference_hidden: LastHidden | None = None
 
 
 class Participant:

@@ -37,7 +37,7 @@ from ..load.batches import Batch, BatchRows, row_count, rows_of, token_ids
 from ..modules import Expert, Layer, blocks_of, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
 from ..stream.stream import Stream
-from .next_token import Predictions
+from .next_token import Predictions, decided_otherwise
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart
 from .site_statistics import SiteStatistics, WeightStatistics, hooked
 
@@ -117,6 +117,8 @@ class _Running:
         }
         # A participant sees tensors through the hooks of the statistics, so that its sites need entries, even
         # empty ones.
+        if run.predictions:  # after the reference, whose output it may compare with
+            participants = [*participants, Predictions(run)]
         seen_by_others = {site: frozenset[Statistic]() for other in participants for site in other.sites}
         alone = [run.layers[name] for name, site in run.wanted if site != "weight"]
         seen_by_others |= {(each.holder, "input"): frozenset() for each in alone if isinstance(each, Expert)}
@@ -124,8 +126,6 @@ class _Running:
         # Each adds to the numbers of those before it: the reference to the sites', StoredComparison to the
         # weights'.
         self.participants = [self.statistics, WeightStatistics(), *participants]
-        if run.predictions:  # after the reference, whose output it may compare with
-            self.participants.append(Predictions(run.model, run.predictions))
         self.need = max(participant.needs for participant in self.participants)
         self.statistics.may_stop = self.need < Need.WHOLE_FORWARDS
         self.batches = run.batches[:1] if self.need is Need.ONE_FORWARD else run.batches
@@ -199,6 +199,7 @@ class _Running:
             forward.stopped_at = forward.last[0] if forward.last else None
         for participant in self.participants:
             participant.forward_ended(forward, output)
+        forward.reference_hidden = None
         forward.reference_output = None  # logits [B, T, V]: too large to wait for the end of a wave
 
     def _tell(self, count: int) -> None:
@@ -227,14 +228,16 @@ class _Running:
         run = self.run
         sites = [*run.wanted, (LOGITS, LOGITS)]
         ids = [row for batch in batches for row in token_ids(batch)]
-        unique = sorted({int(token) for row in ids for token in set(row.tolist())})
+        shown = {int(token) for row in ids for token in set(row.tolist())}
+        # Where the models decide otherwise, a failure shows what each of them would write.
+        shown |= decided_otherwise(numbers.get((LOGITS, LOGITS)))
         capture = Capture(
             sites=renumbered({site: numbers[site] for site in sites if site in numbers}, run.first_sample),
             modules=tuple(run.layers),
             experts=tuple(dict.fromkeys(each.holder for each in run.layers.values() if isinstance(each, Expert))),
             blocks=tuple(run.blocks),
             tokens=tuple(row.numpy().astype(np.int32) for row in ids),
-            pieces=self.decode(unique) if self.decode else {},
+            pieces=self.decode(sorted(shown)) if self.decode else {},
             plan=run.requests,
         )
         for participant in self.participants:

@@ -16,6 +16,7 @@ from ...common import QsaError, counted, number
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of
 from .magnitudes import magnitude_figure, outlier_figure
+from .margins import margin_figure
 from .style import (
     AMBER,
     BLUE,
@@ -86,8 +87,7 @@ def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
     Raises:
         OSError: the folder can't be written.
     """
-    kinds = {"value": value_figure, "outliers": outlier_figure, "magnitude": magnitude_figure}
-    figures = {title: figure_of(verdict, capture) for title, figure_of in kinds.items()}
+    figures = {title: figure_of(verdict, capture) for title, figure_of in FIGURES.items()}
     return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 
 
@@ -344,3 +344,12 @@ def _sides(rows: Sequence[Row]) -> list[float]:
     up = any(row.high is not None for row in rows)
     down = any(row.low is not None for row in rows)
     return [100.0] * up + [-100.0] * down
+
+
+FIGURES = {
+    "value": value_figure,
+    "outliers": outlier_figure,
+    "magnitude": magnitude_figure,
+    "margins": margin_figure,
+}
+"""Title → the function that draws it of a verdict and its capture, None where it does not fit; most telling first."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from . import common, gate, suite, verdicts
-from .suite import NOT_RUN, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
+from .suite import DESELECTED, NOT_RUN, WORKER_COLLECTED, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
 
 if TYPE_CHECKING:
     from .gate import Gate, Options, Overrides, Qsa, QsaBaseline, QsaSuite
@@ -101,8 +101,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except common.SuiteError as error:
         return _stop(config, items, str(error))
     if later:
-        config.hook.pytest_deselected(items=list(later))
         config.stash[NOT_RUN] = {item.nodeid: tier for item, tier in later.items()}
+        config.hook.pytest_deselected(items=list(later))
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Note the gates that something leaves out: what was not run was not passed either."""
+    for item in items:
+        if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
+            left = item.config.stash.setdefault(DESELECTED, {})
+            left[item.nodeid] = item.config.stash.get(NOT_RUN, {}).get(item.nodeid, "deselected")
 
 
 def _stop(config: pytest.Config, items: list[pytest.Item], problem: str) -> None:
@@ -115,10 +123,13 @@ def _stop(config: pytest.Config, items: list[pytest.Item], problem: str) -> None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that reports what this worker left out."""
-    output = getattr(session.config, "workeroutput", None)
+    """Tell the process that reports what this worker collected and left out."""
+    output, config = getattr(session.config, "workeroutput", None), session.config
     if output is not None:
-        output[WORKER_NOT_RUN] = session.config.stash.get(NOT_RUN, {})
+        output[WORKER_NOT_RUN] = config.stash.get(NOT_RUN, {})
+        if any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in session.items):
+            left = config.stash.get(DESELECTED, {})
+            output[WORKER_COLLECTED] = gate.collected(session.items, config.stash[OPTIONS], left)
 
 
 def pytest_unconfigure() -> None:

@@ -6,6 +6,7 @@ from .assertions import (
 )
 from .collection import Overrides as Overrides, QsaSuite as QsaSuite, unknown_assertions as unknown_assertions
 from .gate import Gate as Gate
+from .manifest import collected as collected
 from .options import (
     HookSpecs as HookSpecs,
     Options as Options,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .. import captures, common, engine, report, suite, tools, verdicts
-from ..suite import NOT_RUN, TIERS, WORKER_NOT_RUN, WORKER_PROBLEM
+from ..suite import DESELECTED, NOT_RUN, TIERS, WORKER_COLLECTED, WORKER_NOT_RUN, WORKER_PROBLEM
 from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
@@ -266,6 +266,8 @@ class Reporter:
         self.problem: str | None = None
         self.suite_errors: list[str] = []
         self.selected: list[pytest.Item] = []
+        self.outcomes: dict[str, str] = {}
+        self.collected: dict[str, Any] | None = None
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what is wrong with a suite, for GitHub."""
@@ -278,6 +280,14 @@ class Reporter:
             _colour(report)
         if str(report.outcome) != "rerun":  # pytest-rerunfailures' own
             self.results += getattr(report, FIELD, ())
+            self._note_outcome(report)
+
+    def _note_outcome(self, report: pytest.TestReport) -> None:
+        """Note what becomes of a test: any part of it that did not pass decides, an expected failure too."""
+        outcome = "an expected failure" if hasattr(report, "wasxfail") else str(report.outcome)
+        if outcome != "passed" or report.when == "call":
+            known = self.outcomes.setdefault(report.nodeid, outcome)
+            self.outcomes[report.nodeid] = outcome if known == "passed" else known
 
     # pytest-xdist's hooks, which pluggy does not know where that isn't installed.
     @pytest.hookimpl(optionalhook=True)
@@ -292,6 +302,7 @@ class Reporter:
         output = getattr(node, "workeroutput", {})
         self.not_run.update(output.get(WORKER_NOT_RUN, {}))
         self.problem = output.get(WORKER_PROBLEM, self.problem)
+        self.collected = output.get(WORKER_COLLECTED, self.collected)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Take what the tier left out of a run without workers, and the tests of a plan."""
@@ -312,7 +323,8 @@ class Reporter:
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
         try:
-            self.written = common.shown_path(report.write_run(self.results, self.options.run_folder, self._session()))
+            content = self._session() | {"manifest": self._manifest(session)}
+            self.written = common.shown_path(report.write_run(self.results, self.options.run_folder, content))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
 
@@ -323,6 +335,18 @@ class Reporter:
             common.write_atomically(self.options.markdown, report.comment(self.results, self.suite_errors))
         except OSError as error:  # the verdicts stand without it
             self.unwritten = f"{common.shown_path(self.options.markdown)} was not written: {error}"
+
+    def _manifest(self, session: pytest.Session) -> dict[str, Any]:
+        """Return what the run was of: its files by their hashes, its tests, and all that was overridden."""
+        from . import manifest
+
+        found = self.collected
+        if found is None:
+            left: dict[str, str] = self.config.stash.get(DESELECTED, {})
+            found = manifest.collected(session.items, self.options, left)
+        uses = [use for result in self.results for use in result["waivers"] if use["state"] == "in force"]
+        made = manifest.manifest_of(found, self.config, self.options, self.outcomes, (use["text"] for use in uses))
+        return made | {"errors": [text.strip().partition("\n")[0] for text in self.suite_errors]}
 
     def _session(self) -> dict[str, Any]:
         not_run = [{"nodeid": nodeid, "tier": tier} for nodeid, tier in sorted(self.not_run.items())]

@@ -31,12 +31,16 @@ from .facts import (
 )
 from .fingerprint import (
     FileHashes as FileHashes,
+    checkpoint_hashes as checkpoint_hashes,
     fingerprint_of as fingerprint_of,
     folders_of as folders_of,
     identified as identified,
+    library_versions as library_versions,
     weight_files as weight_files,
+    weight_order as weight_order,
+    weights_hash as weights_hash,
 )
-from .inherit import read_suite as read_suite
+from .inherit import read_suite as read_suite, suite_hash as suite_hash
 from .load import (
     Suite as Suite,
     SuiteFile as SuiteFile,
@@ -74,8 +78,10 @@ from .subjects import (
     previous_of as previous_of,
 )
 from .tiers import (
+    DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,
     TIERS as TIERS,
+    WORKER_COLLECTED as WORKER_COLLECTED,
     WORKER_NOT_RUN as WORKER_NOT_RUN,
     WORKER_PROBLEM as WORKER_PROBLEM,
     Tier as Tier,
@@ -85,5 +91,6 @@ from .yaml_source import (
     Location as Location,
     Place as Place,
     YamlSource as YamlSource,
+    disk_text as disk_text,
     suites_read_by as suites_read_by,
 )

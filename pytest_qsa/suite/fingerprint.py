@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
@@ -234,13 +234,40 @@ def _named_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _weights_hash(folders: Sequence[Path], hashes: FileHashes) -> str | None:
-    """Return the SHA-256 over the names and hashes of the weight files of folders; None where they have none."""
-    files = [file for folder in folders for file in weight_files(folder)]
+    return weights_hash([[(file.name, hashes.of(file)) for file in weight_files(folder)] for folder in folders])
+
+
+def weights_hash(folders: Sequence[Iterable[tuple[str, str]]]) -> str | None:
+    """Return the SHA-256 over the names and hashes of the weight files of folders; None where they have none.
+
+    `folders`: the files of each by name with their hashes, in the order of `weight_files`.
+    """
+    files = [file for folder in folders for file in folder]
     digest = hashlib.sha256()
-    for file in files:
+    for name, content in files:
         # No file name holds a NUL, so that a name can't run into the hash behind it.
-        digest.update(file.name.encode() + b"\0" + bytes.fromhex(hashes.of(file)))
+        digest.update(name.encode() + b"\0" + bytes.fromhex(content))
     return f"sha256:{digest.hexdigest()}" if files else None
+
+
+def weight_order(files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return those of the files of a folder that hold weights, name and hash, in the order of `weight_files`."""
+    return sorted(file for file in files.items() if "/" not in file[0] and any(map(Path(file[0]).match, WEIGHT_FILES)))
+
+
+def checkpoint_hashes(folder: Path, hashes: FileHashes) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint by its name; hidden ones and Python's caches are no part of it.
+
+    Raises:
+        InfraError: a file is no regular one.
+        OSError: a file can't be read.
+    """
+    files = ((name, file) for name, file in _named_files(folder) if not any(map(_is_aside, Path(name).parts)))
+    return {Path(name).as_posix(): hashes.of(file) for name, file in files}
+
+
+def _is_aside(part: str) -> bool:
+    return part.startswith(".") or part == "__pycache__"
 
 
 def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
@@ -259,7 +286,7 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
         for file in _data_files(subject):
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"
     formats = libraries_of_formats(own_folder(subject))
-    yield {name: _version(name) for name in (*LIBRARIES, *formats)}
+    yield library_versions(formats)
     yield machine()
 
 
@@ -269,6 +296,11 @@ def _data_files(subject: Subject) -> list[Path]:
     if own is None:
         return hub_set.copies if hub_set else []
     return sorted(path for path in own.rglob("*") if path.is_file()) if own.is_dir() else [own]
+
+
+def library_versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions of the packages that can change a number, and of `more`; `absent` of one that isn't here."""
+    return {name: _version(name) for name in (*LIBRARIES, *more)}
 
 
 def _version(library: str) -> str:

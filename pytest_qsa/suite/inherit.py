@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common import SuiteError, did_you_mean, one_line, shown_path
+from ..common import SuiteError, content_hash, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
 from .paths import Boundary, Roots
-from .yaml_source import Location, Node, Place, YamlSource, is_there, read_yaml
+from .yaml_source import Location, Node, Place, YamlSource, disk_text, is_there, read_yaml, reads_disk, suites_read_by
 
 ENTRIES: Location = ("assertions",)
 DEFAULTS: Location = ("defaults",)
@@ -47,6 +47,16 @@ def read_suite(path: Path, roots: Roots | None = None) -> YamlSource:
         raise SuiteError(f"{path}:1: the suite {problem}")  # not where the link leads
     document = _read(path, {}, {}, boundary)
     return YamlSource(path, document.plain(), dict(document.places()), roots)
+
+
+def suite_hash(path: Path, roots: Roots | None = None) -> str:
+    """Return the SHA-256 of a suite with all that it extends, whatever its layout and wherever it lies.
+
+    Raises:
+        SuiteError: as `read_suite`.
+    """
+    with suites_read_by(disk_text):
+        return content_hash(read_suite(path, roots).data)
 
 
 def _read(path: Path, extending: Chain, done: dict[Path, Node], boundary: Boundary) -> Node:
@@ -111,7 +121,8 @@ def _rebase(source: YamlSource, folder: Path) -> None:
     def moved(named: str) -> str:
         return os.path.relpath(source.path.parent / Path(named).expanduser(), folder)
 
-    for section, key in FOLDERS:
+    # Whether a checkpoint is here must not change what a suite is compared by.
+    for section, key in FOLDERS if reads_disk() else ():
         values = source.data.get(section)
         named = values.get(key) if isinstance(values, dict) else None
         # A name that is too long for the system is refused later, at its line.

@@ -17,9 +17,13 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 """In order; an assertion without a tier is of the first."""
 NOT_RUN = pytest.StashKey[Mapping[str, str]]()
 """In the stash of the configuration: the ids of the tests that the tier leaves out, each with its own tier."""
+DESELECTED: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+"""In the stash of the configuration: the ids of the gates that something else has deselected, each with that word."""
 
 WORKER_NOT_RUN = "qsa_not_run"
 """The same in the output of a worker of pytest-xdist."""
+WORKER_COLLECTED = "qsa_collected"
+"""In a worker's output: its gates, and where their files lie."""
 WORKER_PROBLEM = "qsa_problem"
 """In a worker's output: why it ran nothing."""
 

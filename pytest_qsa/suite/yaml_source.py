@@ -31,12 +31,25 @@ _reader: ContextVar[Reader | None] = ContextVar("reader", default=None)
 
 @contextmanager
 def suites_read_by(reader: Reader) -> Iterator[None]:
-    """Read suites and what they extend by a function, such as one that knows another commit, and not from the disk."""
+    """Read suites and what they extend by a function, such as one that knows another commit.
+
+    What is merged then is the same on any machine: paths of checkpoints stay as a base writes them, here or not.
+    """
     token = _reader.set(reader)
     try:
         yield
     finally:
         _reader.reset(token)
+
+
+def disk_text(path: Path) -> str | None:
+    """Return the text of a file as it is today: for `suites_read_by`."""
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def reads_disk() -> bool:
+    """Say whether suites are read as a run reads them, and not by a function."""
+    return _reader.get() is None
 
 
 def is_there(path: Path) -> bool:

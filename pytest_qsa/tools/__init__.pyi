@@ -17,3 +17,4 @@ from .selftest.run import (
 )
 from .selftest.table import lines_of as lines_of, score_line as score_line, write_outcomes as write_outcomes
 from .suite_text import calibrated as calibrated, first_suite as first_suite
+from .verification import Demands as Demands, verify as verify, write_statement as write_statement

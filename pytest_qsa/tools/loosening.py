@@ -23,6 +23,7 @@ from ..suite import (
     Stated,
     SuiteFile,
     Waiver,
+    disk_text,
     load_suite,
     suites_read_by,
 )
@@ -85,7 +86,7 @@ def compared(paths: Sequence[Path], suites: Sequence[SuiteFile], revision: Revis
 def _of_suites(
     paths: Sequence[Path], suites: Sequence[SuiteFile], revision: Revision, roots: Roots
 ) -> Iterator[Loosening]:
-    now = {revision.relative(suite.path): suite for suite in suites}
+    now = {revision.relative(suite.path) for suite in suites}
     then = dict.fromkeys(old for path in paths for old in _suites_then(path, revision))
     for path in then:
         try:
@@ -93,8 +94,9 @@ def _of_suites(
                 old = load_suite(path, roots=roots)
         except SuiteError as error:
             raise SuiteError(f"at {revision.shown}: {error}") from None
-        new = now.get(revision.relative(path))
-        if new is not None:
+        if revision.relative(path) in now:
+            with suites_read_by(disk_text):
+                new = load_suite(path, roots=roots)
             yield from loosened(old, new, revision.shown)
         elif not path.exists():  # one that is wrong now has been told
             yield from removed_suite(old, revision.shown)

@@ -3,6 +3,7 @@ from .baseline_file import (
     BaselineFile as BaselineFile,
     Tolerance as Tolerance,
     baseline_folder as baseline_folder,
+    baseline_hashes as baseline_hashes,
     is_baseline as is_baseline,
     read_baseline as read_baseline,
 )

@@ -101,6 +101,18 @@ def read_baseline(path: Path) -> BaselineFile:
     return baseline
 
 
+def baseline_hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of the content of each baseline of a folder, by its file's name; of no other file in it."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        if is_baseline(file):
+            try:
+                found[file.name] = _hash_of(json.loads(file.read_bytes()))
+            except (ValueError, KeyError, TypeError):
+                found[file.name] = "unreadable"
+    return found
+
+
 def baseline_folder(suite: Path, model: str) -> Path:
     """Return where the baselines of a suite (or a Python test file) lie for a model."""
     stem = suite.name.removesuffix(".yaml").removesuffix(".yml").removesuffix(".py").removesuffix(".qsa")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..common import number
+from .checks.repeats import equal_blocks
 from .copies import Place, Resemblance, place_of, recognizer_of, resemblances
 from .files import Files
 from .folder import kind_of, natural
@@ -30,15 +31,16 @@ class Suspicion:
 def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     """Return what the weights of some layers, and of all below them, are in the reference, if not their own.
 
-    None where there is no reference, or nothing was recognized. Where something was, all weights are looked at: which
-    others share it says what happened. Those about the given layers come first, and of these the one about most.
+    None where nothing was recognized; without a reference that is blocks which are equal. Where something was, all
+    weights are looked at: which others share it says what happened. Those about the given layers come first, and of
+    these the one about most.
 
     Raises:
         AnomalyError: a file is damaged.
         InfraError: a file is missing or can't be read.
     """
     if files.reference is None:
-        return []
+        return [each for each in _equal_blocks(files) if each.layers & set(layers)]
     asked = frozenset(layer for layer, each in resemblances(files, layers).items() if each is not None)
     if not asked:
         return []
@@ -50,6 +52,28 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     factors = _factors(known, every) if files.relation.kind != "smoothed" else ()
     said += [*_blocks(files, known, every), *factors, *_additions(known, every, len(found))]
     return sorted(said, key=lambda each: (each.layers.isdisjoint(asked), -len(each.layers)))
+
+
+def _equal_blocks(files: Files) -> Iterator[Suspicion]:
+    """Yield the blocks that repeat others to the last bit: `layers 15 to 29 are layers 0 to 14 to the last bit`."""
+    sources: dict[str, dict[str, list[Place]]] = {}
+    layers: dict[str, set[str]] = {}
+    for first, *repeats in equal_blocks(files):
+        source = place_of(first.layer)
+        for own in map(place_of, (tensor.layer for tensor in repeats)):
+            if own.rest == source.rest:
+                sources.setdefault(own.before, {}).setdefault(f"{own.block} {source.block}", []).append(own)
+                layers.setdefault(own.before, set()).update(
+                    f"{own.before}{of}{own.rest}" for of in (own.block, source.block)
+                )
+    for before, pairs in sources.items():
+        most = max(map(len, pairs.values()))
+        moves = [tuple(map(int, pair.split())) for pair, own in pairs.items() if len(own) == most]
+        blocks, others = ({move[side] for move in moves} for side in (0, 1))
+        plural = len(blocks) > 1
+        verb, noun = ("are", "layers") if plural else ("is", "layer")
+        what = f"{noun} {_range(blocks)} {verb} {noun} {_range(others)} to the last bit"
+        yield Suspicion(what, frozenset(layers[before]))
 
 
 def by_kind(layers: Collection[str], among: Collection[str]) -> str:

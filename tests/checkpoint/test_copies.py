@@ -12,7 +12,9 @@ from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.row_orders import named_order
 from pytest_qsa.checkpoint.suspicions import by_kind, counted_kinds, suspicions_of
 from pytest_qsa.checkpoint.weights import stored_weights
-from support.checkpoints import edited, save_llama, save_quantized_moe
+from pytest_qsa.verdicts.budgets import budget_of
+from pytest_qsa.verdicts.judge import judge_problems
+from support.checkpoints import edited, save_llama, save_quantized_llama, save_quantized_moe
 
 LAYERS = 4
 
@@ -306,3 +308,42 @@ def test_a_repeat_of_the_reference_whose_scale_is_damaged_is_not_called_written_
     reference = edited(llama, tmp_path / "reference", deeper)
     assert repeats(edited(quantized["int8"], tmp_path / "damaged", damaged), reference) == {}
     assert set(repeats(edited(quantized["int8"], tmp_path / "copied", deeper), llama)) == {later}
+
+
+@pytest.fixture(scope="module")
+def repeating(original, tmp_path_factory):
+    """Return an int8 model whose last two layers were written over by the first two."""
+    base = tmp_path_factory.mktemp("repeating")
+    return edited(save_quantized_llama(base / "int8", original), base / "repeating", copied_over)
+
+
+def copied_over(weights):
+    for name in weights:
+        for later, earlier in ((2, 0), (3, 1)):
+            if name.startswith(f"model.layers.{later}."):
+                weights[name] = weights[name.replace(f"layers.{later}.", f"layers.{earlier}.")].clone()
+
+
+def test_blocks_that_are_equal_are_named_first_without_a_reference(repeating, tmp_path):
+    folder = edited(repeating, tmp_path / "odd", of_layer_scale(1, 8))
+    files = Files(open_folder(folder))
+    series, found = problems_of(files, "checkpoint_health")
+    assert {each.layer for each in found if not each.note} == {"model.layers.1.mlp.up_proj"}
+    headline = judge_problems(series, found, budget_of({"max": 0}, series.layers, None), files).headline
+    assert headline.startswith("layers 2 and 3 are layers 0 and 1 to the last bit; 1 problem in 1 of ")
+    assert suspicions_of(Files(open_folder(repeating)), ["lm_head"]) == []
+
+
+def of_layer_scale(layer, factor):
+    return lambda weights: weights[f"model.layers.{layer}.mlp.up_proj.weight_scale"].mul_(factor)
+
+
+def test_a_layer_that_is_a_copy_is_one_problem_though_its_size_is_another_too(original, tmp_path):
+    larger = edited(original, tmp_path / "larger", of_layer(0, "mlp.up_proj", lambda weight: weight * 8))
+    copies = edited(save_quantized_llama(tmp_path / "int8", larger), tmp_path / "copies", copied_over)
+    found = problems_of(Files(open_folder(copies), open_folder(larger)), "checkpoint_health")[1]
+    assert [
+        each.what.partition(" to the last bit")[0] for each in found if each.layer == "model.layers.2.mlp.up_proj"
+    ] == ["the weight of model.layers.0.mlp.up_proj"]
+    sizes = problems_of(Files(open_folder(copies), open_folder(larger)), "checkpoint_scales")[1]
+    assert "model.layers.2.mlp.up_proj" in {each.layer for each in sizes}

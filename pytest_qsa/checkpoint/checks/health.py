@@ -121,13 +121,18 @@ def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool 
     yield from misfits(files.format)
     yield from unsound_scales(files.format)
     yield from unwritten_exponents(files.format)
-    found = outlying_scales(files.format, spread=spread)
-    yield from (files.original.judge(found) if files.original else found)
+    yield from files.once(_odd_sizes, {"spread": spread})
     yield from unsound_zero_points(files.format)
     yield from outlying_zero_points(files.format, spread=spread)
     yield from foreign_whole_scales(files.format)
     yield from unequal_fused(files.format, always=fused_equal)
     yield from chain(lost_cache_scales(files.format), unit_cache_scales(files.format))
+
+
+def _odd_sizes(files: Files, *, spread: float) -> Iterator[Finding]:
+    """Yield scales that are far from their siblings', and dequantized sizes other than the reference's."""
+    found = outlying_scales(files.format, spread=spread)
+    yield from (files.original.judge(found) if files.original else found)
 
 
 @_check(_all_layers)
@@ -139,7 +144,7 @@ def checkpoint_weights(files: Files) -> Iterator[Finding]:
     """
     yield from constant_weights(files.format)
     yield from unsound_floats(files.format)
-    yield from repeated_weights(files)
+    yield from files.once(repeated_weights, {})
 
 
 @_check(_declared_layers)
@@ -216,7 +221,10 @@ def checkpoint_health(
     files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False, tensor_parallel: _Ranks = 1
 ) -> Iterator[Finding]:
     """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
-    scales = checkpoint_scales(files, spread=spread, fused_equal=fused_equal)
+    copies = {each.layer for each in files.once(repeated_weights, {}) if not each.note}
+    # a copy of another layer has its size: the copy alone is the finding
+    sizes = {each for each in files.once(_odd_sizes, {"spread": spread}) if each.layer in copies}
+    scales = (each for each in checkpoint_scales(files, spread=spread, fused_equal=fused_equal) if each not in sizes)
     formats = checkpoint_formats(files, tensor_parallel=tensor_parallel)
     found = chain(scales, checkpoint_weights(files), formats, checkpoint_keys(files), checkpoint_settings(files))
     yield from lost_once(files.format, found)

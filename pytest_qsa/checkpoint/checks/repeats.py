@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,9 @@ def repeated_weights(files: Files) -> Iterator[Finding]:
 
     Without a reference it is one note, for a model that was made deeper by copies has such layers too.
     """
-    groups = list(_equal_weights(files))
+    groups = equal_weights(files)
     if files.reference is None or not files.reference.files:
-        # a tied head may be written as well
-        groups = [group for group in groups if all(place_of(tensor.layer).block for tensor in group)]
+        groups = equal_blocks(files)
         if groups:
             first, second = groups[0][:2]
             count = sum(len(group) - 1 for group in groups)
@@ -45,8 +45,14 @@ def repeated_weights(files: Files) -> Iterator[Finding]:
                 yield Finding.at(tensor, what, "one layer was written over another: convert the original again")
 
 
-def _equal_weights(files: Files) -> Iterator[Sequence[Tensor]]:
-    """Yield the groups of matrices that are equal to the last bit, in the order of the layers.
+def equal_blocks(files: Files) -> list[Sequence[Tensor]]:
+    """Return those of the `equal_weights` that lie in numbered blocks: a tied head may be written as well."""
+    return [group for group in equal_weights(files) if all(place_of(tensor.layer).block for tensor in group)]
+
+
+@lru_cache(maxsize=4)  # of the same files: a check and the suspicions of each verdict ask for them
+def equal_weights(files: Files) -> list[Sequence[Tensor]]:
+    """Return the groups of matrices that are equal to the last bit, in the order of the layers.
 
     Of quantized weights the codes are compared. A matrix whose sampled bytes are all equal, as of zeros, is left out.
     """
@@ -58,10 +64,8 @@ def _equal_weights(files: Files) -> Iterator[Sequence[Tensor]]:
             found = _signature(tensor.bytes())
             if found is not None:
                 alike.setdefault((tensor.dtype, tensor.shape, found), []).append(tensor)
-    for first, *others in alike.values():
-        equal = [first, *(each for each in others if each.repeats(first))]
-        if len(equal) > 1:
-            yield equal
+    groups = [[first, *(each for each in others if each.repeats(first))] for first, *others in alike.values()]
+    return [group for group in groups if len(group) > 1]
 
 
 def _signature(raw: NDArray[np.uint8]) -> bytes | None:

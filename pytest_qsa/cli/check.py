@@ -78,18 +78,21 @@ def _told(found: Sequence[tools.Loosening], revision: tools.Revision, *, allowed
 
 
 def _suites_at(path: Path, revision: tools.Revision | None) -> Iterator[Path]:
-    """Yield a file as it is, or the suites below a folder in the order of their paths; none that is told as removed.
+    """Yield a file as it is, or the suites below a folder in the order of their paths.
+
+    In a comparison one that is gone is told as removed, and a Python test has baselines alone.
 
     Raises:
-        SuiteError: there is none.
+        SuiteError: there is nothing to check.
     """
     if not path.is_dir():
-        if path.exists() or revision is None or revision.text(path) is None:
+        here = path.exists() or revision is None or revision.text(path) is None
+        if here and (revision is None or path.suffix != ".py"):
             yield path
         return
     below = {*path.rglob("*.qsa.yaml"), *path.rglob("*.qsa.yml")}
     # Hidden folders hold environments and copies that are no part of the project.
     found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
-    if not found and (revision is None or not any(revision.suites_below(path))):
+    if not found and (revision is None or not revision.has_gates(path)):
         raise SuiteError(f"{shown_path(path)}: there is no suite (*.qsa.yaml) in this folder or below it")
     yield from found

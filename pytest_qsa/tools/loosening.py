@@ -105,7 +105,7 @@ def _of_suites(
 def _suites_then(path: Path, revision: Revision) -> Iterator[Path]:
     if path.is_dir() or not revision.text(path):
         yield from revision.suites_below(path)
-    else:
+    elif path.suffix != ".py":
         yield path
 
 

@@ -100,6 +100,10 @@ class Revision:
             if path.suffix == ".json" and BASELINES in path.parts:
                 yield path
 
+    def has_gates(self, folder: Path) -> bool:
+        """Say whether the commit has a suite or a baseline below a folder."""
+        return any(self.suites_below(folder)) or any(self.baselines_below(folder))
+
     def _below(self, folder: Path) -> Iterator[Path]:
         inside = self.relative(folder.resolve() / "x")
         prefix = (inside or "/").removesuffix("x")

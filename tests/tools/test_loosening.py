@@ -1,9 +1,12 @@
 """`qsa check --against REF`: a pull request can't take anything from the gate without a word."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -261,6 +264,16 @@ def test_moved_removed_and_own_baselines_are_told(check):
     assert any("is new, and stands in for shared.json" in line for line in check(own, "--against=main")[1])
 
 
+def test_a_test_in_python_is_compared_by_its_baselines(check, committed):
+    name = "gates/qsa_baselines/int8/test_a/shared.json"
+    (committed / name).parent.mkdir()
+    assert "there is no suite" in check({}, "--against=main", "gates/qsa_baselines/int8/test_a")[2]
+    (committed / "gates/test_a.py").write_text("")
+    assert check({name: FILES["gates/qsa_baselines/int8/a/shared.json"]}, "--against=main", "gates/test_a.py")[0] == 0
+    (committed / "gates/test_a.py").unlink()
+    (committed / name).parent.rmdir()
+
+
 def test_a_new_suite_and_a_new_assertion_loosen_nothing(check):
     more = {
         "gates/a.qsa.yaml": FILES["gates/a.qsa.yaml"] + "  - {id: more, metric: rms, layers: x, site: output, max: 1}\n"
@@ -296,3 +309,25 @@ def test_the_hooks_for_pre_commit_are_commands_of_this_version(check):
         program, command, *words = shlex.split(hook["entry"])
         assert (program, command) == ("qsa", "check")
         assert check({}, *words, *hook.get("args", ()))[0] == 0
+
+
+def test_the_script_of_the_action_tells_what_a_pull_request_loosens(committed, tmp_path):
+    """It runs in bash as GitHub runs it, in a clone that has its own commit alone."""
+    steps = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"]
+    script = next(step["run"] for step in steps if step["name"] == "Loosening")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{committed}", clone], check=True)
+    (clone / "base.yaml").write_text(FILES["base.yaml"].replace("0.1", "0.5"))
+    found = {}
+    for loosening in ("refuse", "list"):
+        summary = tmp_path / f"{loosening}.md"
+        environment = {"SUITES": "gates/a.qsa.yaml::own gates", "BASE": "main", "LOOSENING": loosening} | {
+            "GITHUB_STEP_SUMMARY": str(summary), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+        done = subprocess.run(
+            words, cwd=clone, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        found[loosening] = done.returncode
+        assert "`baseline rel 0.1 → 0.5`" in summary.read_text(), done.stdout + done.stderr
+    assert found == {"refuse": 1, "list": 0}

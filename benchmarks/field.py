@@ -31,6 +31,8 @@ SIZE = ("--data.num_samples", "4", "--data.seq_len", "128")
 SETTINGS = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+MOST_SHOWN = 160
+"""The letters of a first line that the table shows."""
 FILES = """# gate.qsa.yaml
 model:
   path: {model}
@@ -109,24 +111,17 @@ def grade(case: Case, row: Mapping[str, Any]) -> int:
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield the tables' lines."""
-    yield "| what happened | reported as | checkpoint | caught by | first line | quality |"
-    yield "|---|---|---|---|---|---|"
+    yield "| what happened, and where it was told | checkpoint | red | first line | quality |"
+    yield "|---|---|---|---|---|"
     for name, case in CASES.items():
         if name in rows:
             what, sources = REPORTS[case.row]
             failures = rows[name]["failures"]
-            by = [identity for _, identity, _, _ in failures]
-            more = f" and {len(by) - 3} more" if len(by) > 4 else ""
-            first = f"{failures[0][0]} {failures[0][2]}" if failures else "green"
-            named = ", ".join(by[: 3 if more else 4])
-            cells = (
-                what,
-                sources,
-                name.replace("_", " "),
-                f"{named}{more}",
-                f"`{first[:200]}`",
-                grade(case, rows[name]),
-            )
+            first = re.sub(r"(?<!\S)/\S*/", "", f"{failures[0][0]} {failures[0][2]}") if failures else "green"
+            by = f"{failures[0][1]}, {len(failures)} in all" if failures else "none"
+            more = "…" if len(first) > MOST_SHOWN else ""
+            told = f"`{first[:MOST_SHOWN]}{more}`"
+            cells = (f"{what} ({sources})", name.replace("_", " "), by, told, grade(case, rows[name]))
             yield "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
     yield ""
     yield "| sound checkpoint | red |"

@@ -757,6 +757,12 @@ def experts_as_text(folder: Path) -> Pair:
     return _of_experts(folder, _as_text)
 
 
+@case("experts", r"layers|experts", r"expert \d+ is the reference's expert|order of .*text")
+def experts_as_text_in_int8(folder: Path) -> Pair:
+    sound = _of_experts(folder)
+    return Pair(_in_int8(sound.reference, folder / "int8", _as_text), sound.reference, suite="files")
+
+
 @case("router", r"config\.json", "norm_topk_prob")
 def router_factor_absent(folder: Path) -> Pair:
     return _of_experts(folder, norm_topk_prob=...)
@@ -837,6 +843,12 @@ def gptq_groups_cut_by_two_ranks(folder: Path) -> Pair:
 
 
 # --- sound checkpoints
+
+
+@healthy("a mixture of experts in int8")
+def healthy_experts_in_int8(folder: Path) -> Pair:
+    sound = _of_experts(folder)
+    return Pair(_in_int8(sound.reference, folder / "int8"), sound.reference, suite="files")
 
 
 @healthy("NVFP4 with scales that are shared where a server shares them")

@@ -50,7 +50,7 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     said = [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
     # a smoothing folds factors into layers by design
     factors = _factors(known, every) if files.relation.kind != "smoothed" else ()
-    said += [*_blocks(files, known, every), *factors, *_additions(known, every, len(found))]
+    said += [*_blocks(files, known, every), *factors, *_additions(known, every)]
     return sorted(said, key=lambda each: (each.layers.isdisjoint(asked), -len(each.layers)))
 
 
@@ -252,13 +252,12 @@ def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[S
         yield Suspicion(what, frozenset(layers))
 
 
-def _additions(known: Sequence[Resemblance], every: Collection[str], odd: int) -> Iterator[Suspicion]:
-    """Yield the layers that differ from their own by few dimensions."""
+def _additions(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[Suspicion]:
+    """Yield the layers that differ from their own by few dimensions; in coarse codes others may do so unseen."""
     ranks = {each.layer: each.rank for each in known if each.rank}
     if ranks:
         least, most = min(ranks.values()), max(ranks.values())
         rank = str(most) if least == most else f"{least} to {most}"
         verb = "differs" if len(ranks) == 1 else "differ"
         what = f"{verb} from the reference's by a matrix of rank {rank}, as of an adapter that one of both has merged"
-        text = f"{counted_kinds(ranks, every)}{_only(ranks, odd)}: {what}, or with another factor"
-        yield Suspicion(text, frozenset(ranks))
+        yield Suspicion(f"{counted_kinds(ranks, every)}: {what}, or with another factor", frozenset(ranks))

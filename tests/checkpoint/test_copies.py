@@ -162,7 +162,7 @@ def test_an_adapter_that_is_merged_is_known_by_the_rank_of_the_difference(tmp_pa
 
     merged = edited(original, tmp_path / "merged", noisy(each(["q_proj"], merge)))
     assert said(merged, original) == [
-        f"4 of 4 q_proj, nothing else: differ from the reference's by a matrix of rank {rank}, as of an adapter that "
+        f"4 of 4 q_proj: differ from the reference's by a matrix of rank {rank}, as of an adapter that "
         "one of both has merged, or with another factor"
     ]
 

@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import common, gate, suite, verdicts
-from .suite import DESELECTED, NOT_RUN, WORKER_COLLECTED, WORKER_NOT_RUN, WORKER_PROBLEM, split_by_tier
+from .suite import (
+    DESELECTED,
+    NOT_RUN,
+    REMARKS,
+    WORKER_COLLECTED,
+    WORKER_NOT_RUN,
+    WORKER_PROBLEM,
+    WORKER_REMARKS,
+    split_by_tier,
+)
 
 if TYPE_CHECKING:
     from .gate import Gate, Options, Overrides, Qsa, QsaBaseline, QsaSuite
     from .suite import Checkpoint
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
+NEAR: pytest.StashKey[list[Path]] = pytest.StashKey()
+"""Files that look like suites and aren't collected."""
 OVERRIDES: pytest.StashKey[Overrides] = pytest.StashKey()
 SUITES: pytest.StashKey[list[QsaSuite]] = pytest.StashKey()
 """The suites that a run has met."""
@@ -58,10 +69,12 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
 
     A file that begins with an underscore, or lies in such a folder, is only a base that other suites extend.
     """
-    named = file_path.suffix in (".yaml", ".yml") and parent.session.isinitpath(file_path)
+    named = file_path.suffix.lower() in (".yaml", ".yml") and parent.session.isinitpath(file_path)
     base = file_path.name.startswith("_") or file_path.parent.name.startswith("_")
     suite_like = any(fnmatch.fnmatch(file_path.name, pattern) for pattern in parent.config.getini("qsa_suites"))
     if not named and (base or not suite_like):
+        if not base and gate.resembles_a_suite(file_path):
+            parent.config.stash.setdefault(NEAR, []).append(file_path)
         return None
     found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
@@ -92,6 +105,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     problem = overrides.problem() if overrides else None
     if problem:
         return _stop(config, items, problem)
+    suites = config.stash.get(SUITES, [])
+    if items and suites and (empty := gate.suites_without_assertions(suites, config.stash[OPTIONS].config)):
+        return _stop(config, items, empty)
+    if near := config.stash.get(NEAR, []):
+        config.stash[REMARKS] = gate.uncollected(near, suites, config.getini("qsa_suites"))
     refusal = config.stash[OPTIONS].refused_update
     worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it
     if refusal and not worker and any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in items):
@@ -127,6 +145,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output, config = getattr(session.config, "workeroutput", None), session.config
     if output is not None:
         output[WORKER_NOT_RUN] = config.stash.get(NOT_RUN, {})
+        output[WORKER_REMARKS] = config.stash.get(REMARKS, [])
         if any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in session.items):
             left = config.stash.get(DESELECTED, {})
             output[WORKER_COLLECTED] = gate.collected(session.items, config.stash[OPTIONS], left)
@@ -147,6 +166,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     checkpoints = suite.Checkpoint.parse_all(models)
     ids = [pytest.HIDDEN_PARAM] if len(checkpoints) == 1 else [checkpoint.label for checkpoint in checkpoints]
     metafunc.parametrize("qsa_checkpoint", checkpoints, indirect=True, scope="session", ids=ids)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a Python test that took the numbers and looked at none of them."""
+    result = yield
+    if "qsa" in pyfuncitem.fixturenames:
+        gate.require_reading(pyfuncitem)
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,13 @@ from .assertions import (
     baseline_snapshot as baseline_snapshot,
     run_assertion as run_assertion,
 )
-from .collection import Overrides as Overrides, QsaSuite as QsaSuite, unknown_assertions as unknown_assertions
+from .collection import (
+    Overrides as Overrides,
+    QsaSuite as QsaSuite,
+    suites_without_assertions as suites_without_assertions,
+    uncollected as uncollected,
+    unknown_assertions as unknown_assertions,
+)
 from .gate import Gate as Gate
 from .manifest import collected as collected
 from .options import (
@@ -12,5 +18,6 @@ from .options import (
     Options as Options,
     add_options as add_options,
     read_options as read_options,
+    resembles_a_suite as resembles_a_suite,
 )
-from .reporting import Reporter as Reporter, describe as describe
+from .reporting import Reporter as Reporter, describe as describe, require_reading as require_reading

@@ -6,7 +6,7 @@ The fixtures `qsa` and `qsa_baseline` give the same engine, verdicts and report.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from ..captures import LOGITS, Capture, Request, Site
 from ..checkpoint import Files, Finding, examine, problems_of
-from ..common import QsaError, QsaWarning, SuiteError
+from ..common import AnomalyError, QsaError, QsaWarning, SuiteError
 from ..external import EvalFiles
 from ..metrics import (
     METRICS,
@@ -56,7 +56,7 @@ from ..verdicts import (
 )
 from .collection import EVERYTHING, QsaSuite, raise_at
 from .gate import Gate
-from .reporting import GateFailure, caller
+from .reporting import GateFailure, caller, unasserted
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -208,6 +208,15 @@ def baseline_snapshot(request: pytest.FixtureRequest) -> SnapshotAssertion:
     return snapshot.use_extension(QsaBaselineExtension)  # type: ignore[no-any-return]
 
 
+class WatchedSeries(Series):
+    """The series of a test, which calls `looked` when its values are read: a test has to look at some."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("values", "populations", "intervals", "problems"):
+            vars(self).get("looked", bool)()
+        return super().__getattribute__(name)
+
+
 @dataclass(frozen=True)
 class PlannedSelection(Selection):
     """A selection in a test: a second pass measures what no mark announced, and an error fails the test."""
@@ -221,13 +230,13 @@ class PlannedSelection(Selection):
         capture = self.capture
         try:
             try:
-                return super().series(metric, reduce, positions, **parameters)
+                return self.test.watched(super().series(metric, reduce, positions, **parameters))
             except NotMeasuredError:
                 needs = METRICS[metric].needs(self.site, positions_of(metric, self.site, positions), parameters)
                 # With EVERYTHING, so that a second unannounced metric on this site needs no third pass.
                 capture = self.test.recapture(Request(self.pattern, self.site, self.exclude, EVERYTHING | needs))
             selection = Selection(capture, self.pattern, self.site, self.exclude, self.test.judge_of(capture))
-            return selection.series(metric, reduce, positions, **parameters)
+            return self.test.watched(selection.series(metric, reduce, positions, **parameters))
         except QsaError as error:
             where = positions_of(metric, self.site, positions)
             query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
@@ -235,15 +244,20 @@ class PlannedSelection(Selection):
 
 
 class Qsa:
-    """The fixture `qsa`: the subject's numbers. `qsa.output(regex).outlier_tokens() <= 1` is an assertion."""
+    """The fixture `qsa`: the subject's numbers. `qsa.output(regex).outlier_tokens() <= 1` is an assertion.
+
+    `read`: the test has looked at a number.
+    """
 
     def __init__(self, gate: Gate, request: pytest.FixtureRequest) -> None:
         self._gate = gate
         self._request = request
+        self.read = False
 
     @property
     def capture(self) -> Capture:
         """The capture, with every number of the pass."""
+        self.read = True
         return self.capture_at(None)
 
     def capture_at(self, site: Site | None) -> Capture:
@@ -253,6 +267,12 @@ class Qsa:
                 return self._gate.capture_of(self._request, site)
         except QsaError as error:
             raise self.stopped(error) from None
+
+    def watched(self, series: Series) -> Series:
+        """Return a series that says when its values are looked at."""
+        watched = WatchedSeries(**{each.name: getattr(series, each.name) for each in fields(series)})
+        object.__setattr__(watched, "looked", partial(setattr, self, "read", True))
+        return watched
 
     def recapture(self, need: Request) -> Capture:
         """Make another pass for what no mark announced."""
@@ -290,7 +310,7 @@ class Qsa:
             series, found = problems_of(files, metric, layers, exclude, **parameters)
         except QsaError as error:
             raise self.stopped(error) from None
-        return replace(series, judge=partial(self._judge_problems, found, files))
+        return self.watched(replace(series, judge=partial(self._judge_problems, found, files)))
 
     def _judge_problems(self, found: Sequence[Finding], files: Files, series: Series, bounds: Bounds) -> bool:
         __tracebackhide__ = True
@@ -321,6 +341,9 @@ class Qsa:
 
     def _finish(self, judgement: Judgement, capture: Capture | None) -> bool:
         __tracebackhide__ = True
+        self.read = True
+        if problem := unasserted(caller()):
+            judgement = stopped(AnomalyError(problem))
         verdict = self._verdict(judgement, capture)
         if verdict.failed and verdict.kind is not Kind.REGRESSION:
             raise GateFailure(verdict)

@@ -92,6 +92,35 @@ def unknown_assertions(arguments: Iterable[str], folder: Path, suites: Iterable[
     return texts
 
 
+def suites_without_assertions(suites: Iterable[QsaSuite], config: Path | None) -> str | None:
+    """Return what is wrong with the first suite that checks nothing; None where all check something.
+
+    One that others extend is a base, and `config` gives Python tests their subject.
+    """
+    read = [suite for suite in suites if suite.is_read]
+    bases = _extended_by(read)
+    for suite in read:
+        if suite.file.suite.assertions is None and suite.path not in bases and suite.path != config:
+            return (
+                f"{shown_path(suite.path)}:1: has no assertions: nothing of it would be checked; add some, or begin "
+                "its name with an underscore if it is a base of others"
+            )
+    return None
+
+
+def uncollected(near: Iterable[Path], suites: Iterable[QsaSuite], patterns: Iterable[str]) -> list[str]:
+    """Say of each file that looks like a suite that it isn't collected; bases of the collected suites aside."""
+    bases = _extended_by(suite for suite in suites if suite.is_read)
+    advice = f"suites are named {' or '.join(patterns)}; begin its name with an underscore if it is a base of others"
+    return [f"{shown_path(path)} isn't collected: {advice}" for path in near if path not in bases]
+
+
+def _extended_by(suites: Iterable[QsaSuite]) -> set[Path]:
+    return {place.path.resolve() for suite in suites for place in suite.file.source.places.values()} - {
+        suite.path for suite in suites
+    }
+
+
 def compiled(source: str, place: Place) -> types.CodeType:
     """Compile one line of Python as if it stood at a place of a suite."""
     return compile("\n" * (place.line - 1) + source, str(place.path), "exec")
@@ -130,6 +159,11 @@ class QsaSuite(pytest.Module):
             return load_suite(self.path, self.overrides.of(self.path), conftests=True, roots=self.overrides.roots)
         except SuiteError as error:
             raise self.CollectError(str(error)) from None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the file was read, and is right."""
+        return "file" in vars(self)
 
     @functools.cached_property
     def obj(self) -> types.ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import socket
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ PERMISSIONS = ("qsa_allow_code", "qsa_allow_path")
 WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
 """What the controller of pytest-xdist tells its workers: the name of the run's folder; the code and folders allowed."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
+SUITE_LIKE = re.compile(r"(qsa|qas|sqa|aqs).*\.(ya?ml|ymal|yam|json|txt)", re.IGNORECASE)
+ASSERTING = re.compile(r"""^["']?assertions["']?\s*:""", re.MULTILINE)
 
 
 class Options(NamedTuple):
@@ -67,7 +70,7 @@ class Options(NamedTuple):
     @property
     def roots(self) -> Roots:
         """Where suites may read beside their repositories."""
-        return suite.Roots(self.root, (*self.allowed, *([self.cache] if self.cache else [])))
+        return suite.Roots(self.root, self.allowed)
 
     @property
     def slots(self) -> list[Path]:
@@ -357,6 +360,14 @@ def _check_overrides(overrides: tuple[str, ...]) -> None:
             suite.check_override(override)
         except common.SuiteError as error:
             raise pytest.UsageError(str(error)) from None
+
+
+def resembles_a_suite(path: Path) -> bool:
+    """Say whether a file that isn't collected was meant as a suite, by its name and the key `assertions`."""
+    if not SUITE_LIKE.search(path.name) or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return bool(ASSERTING.search(file.read(1_000_000)))
 
 
 class HookSpecs:

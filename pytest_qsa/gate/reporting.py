@@ -7,13 +7,14 @@ of theirs.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -24,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .. import captures, common, engine, report, suite, tools, verdicts
-from ..suite import DESELECTED, NOT_RUN, TIERS, WORKER_COLLECTED, WORKER_NOT_RUN, WORKER_PROBLEM
+from ..suite import (
+    DESELECTED,
+    NOT_RUN,
+    REMARKS,
+    TIERS,
+    WORKER_COLLECTED,
+    WORKER_NOT_RUN,
+    WORKER_PROBLEM,
+    WORKER_REMARKS,
+)
 from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
@@ -157,15 +167,62 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: p
     outcome.longrepr = representation
 
 
+UNCHECKED = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Tuple, ast.IfExp)
+"""The expressions whose value is lost where they stand alone; a call may do something with it."""
+
+
+def unasserted(place: Place | None) -> str | None:
+    """Return why a comparison at a line of a test checks nothing: its result is lost. None where it may be used."""
+    tree = _tree(place.path) if place is not None else ast.Module([], [])
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and place and _spans(n, place.line)]
+    statement = max(around, key=lambda node: (node.lineno, node.col_offset), default=None)
+    if not isinstance(statement, ast.Expr | ast.Assign) or not isinstance(statement.value, UNCHECKED):
+        return None
+    withs = [item.context_expr for node in around if isinstance(node, ast.With) for item in node.items]
+    if any("raises" in ast.unparse(expression) for expression in withs):
+        return None
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    names = {target.id if isinstance(target, ast.Name) else "" for target in targets}
+    if "" in names or any(
+        isinstance(n, ast.Name) and n.id in names and n.ctx.__class__ is ast.Load for n in ast.walk(tree)
+    ):
+        return None
+    return "the result of this comparison is lost, so that nothing is checked: write assert before it"
+
+
+def _spans(node: ast.stmt, line: int) -> bool:
+    return node.lineno <= line <= (node.end_lineno or line)
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    """Return the source of a test, parsed; empty where it can't be read."""
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+def require_reading(item: pytest.Function) -> None:
+    """Check that a test which took `qsa` looked at a number: by a comparison, the values of a series, or the capture.
+
+    Raises:
+        AnomalyError: it did not.
+    """
+    if not getattr(item.funcargs.get("qsa"), "read", True) and item.get_closest_marker("xfail") is None:
+        raise common.AnomalyError(
+            "the test took qsa and looked at no number, so nothing is checked: assert a comparison, or leave it out"
+        )
+
+
 def _asserts(call: pytest.CallInfo[None], place: Place | None) -> bool:
     """Say whether the failed assert statement holds the comparison at `place`: the test may have gone on to another."""
     if call.excinfo is None or place is None:
         return False
     frame = call.excinfo.traceback[-1]
     line, at = place.line, frame.lineno + 1
-    try:
-        tree = ast.parse(Path(frame.path).read_bytes())
-    except (OSError, SyntaxError):
+    tree = _tree(Path(frame.path))
+    if not tree.body:
         return line == at
     asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
     return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
@@ -268,6 +325,7 @@ class Reporter:
         self.selected: list[pytest.Item] = []
         self.outcomes: dict[str, str] = {}
         self.collected: dict[str, Any] | None = None
+        self.remarks: dict[str, None] = {}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what is wrong with a suite, for GitHub."""
@@ -301,6 +359,7 @@ class Reporter:
         """Take what a worker's tier left out, or why it ran nothing; each worker collects all tests."""
         output = getattr(node, "workeroutput", {})
         self.not_run.update(output.get(WORKER_NOT_RUN, {}))
+        self.remarks |= dict.fromkeys(output.get(WORKER_REMARKS, []))
         self.problem = output.get(WORKER_PROBLEM, self.problem)
         self.collected = output.get(WORKER_COLLECTED, self.collected)
 
@@ -309,6 +368,8 @@ class Reporter:
         self.selected = session.items if self.options.plan else []
         left_out: Mapping[str, str] = self.config.stash.get(NOT_RUN, {})
         self.not_run.update(left_out)
+        remarks: Sequence[str] = self.config.stash.get(REMARKS, ())
+        self.remarks |= dict.fromkeys(remarks)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -332,7 +393,8 @@ class Reporter:
         if self.options.markdown is None or not (self.results or self.suite_errors):
             return
         try:
-            common.write_atomically(self.options.markdown, report.comment(self.results, self.suite_errors))
+            text = report.comment(self.results, self.suite_errors, self._warnings())
+            common.write_atomically(self.options.markdown, text)
         except OSError as error:  # the verdicts stand without it
             self.unwritten = f"{common.shown_path(self.options.markdown)} was not written: {error}"
 
@@ -373,6 +435,12 @@ class Reporter:
             self._plan(terminalreporter)
         if self.results:
             self._summarize(terminalreporter)
+        elif self.remarks:
+            terminalreporter.write_sep("-", "qsa")
+        for text in self._warnings():
+            _write(terminalreporter, f"warning: {text}")
+        if self.results and self.written:
+            _write(terminalreporter, f"report: {self.written}")
         if self.not_run:
             self._list_not_run(terminalreporter)
         if self.options.ratchet and self.results:
@@ -440,14 +508,14 @@ class Reporter:
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
             _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")
-        for text in self._lenient():
-            _write(terminalreporter, f"warning: {text}")
-        if self.written:
-            _write(terminalreporter, f"report: {self.written}")
+
+    def _warnings(self) -> list[str]:
+        """Return what a reader of a green run has to know, for the terminal and the step's summary."""
+        return [*self.remarks, *self._lenient()]
 
     def _lenient(self) -> Iterator[str]:
         """Yield what is more lenient than a waiver is meant to be: it has a near end, and names what it is for."""
-        if self.options.today < datetime.now(UTC).date():
+        if self.results and self.options.today < datetime.now(UTC).date():
             yield f"--qsa-today {self.options.today} is over: waivers that have expired since count as in force"
         for result in self.results:
             for use in result["waivers"]:
@@ -465,7 +533,7 @@ class Reporter:
         lines = list(report.annotation_lines(self.results, self.suite_errors))
         if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
             try:
-                report.append_summary(Path(summary), self.results)
+                report.append_summary(Path(summary), self.results, self._warnings())
             except OSError as error:  # the verdicts stand without it
                 lines.append(common.visible(f"the step summary was not written: {error}"))
         return lines

@@ -80,10 +80,12 @@ from .subjects import (
 from .tiers import (
     DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,
+    REMARKS as REMARKS,
     TIERS as TIERS,
     WORKER_COLLECTED as WORKER_COLLECTED,
     WORKER_NOT_RUN as WORKER_NOT_RUN,
     WORKER_PROBLEM as WORKER_PROBLEM,
+    WORKER_REMARKS as WORKER_REMARKS,
     Tier as Tier,
     split_by_tier as split_by_tier,
 )

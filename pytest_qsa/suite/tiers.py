@@ -20,7 +20,10 @@ NOT_RUN = pytest.StashKey[Mapping[str, str]]()
 DESELECTED: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 """In the stash of the configuration: the ids of the gates that something else has deselected, each with that word."""
 
-WORKER_NOT_RUN = "qsa_not_run"
+REMARKS = pytest.StashKey[Sequence[str]]()
+"""In the stash of the configuration: what a reader has to know of the collection, a line each."""
+
+WORKER_NOT_RUN, WORKER_REMARKS = "qsa_not_run", "qsa_remarks"
 """The same in the output of a worker of pytest-xdist."""
 WORKER_COLLECTED = "qsa_collected"
 """In a worker's output: its gates, and where their files lie."""

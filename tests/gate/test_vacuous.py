@@ -1,0 +1,122 @@
+"""Nothing is green because nothing was checked: tests that drop their comparison, files that were meant as suites."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from pytest_qsa.gate import resembles_a_suite
+from pytest_qsa.gate.reporting import unasserted
+from pytest_qsa.report.verdict_text import step_summary
+from pytest_qsa.suite import Place
+from support.projects import suite
+
+STATEMENTS = {
+    "series <= 1": True,
+    "(series <= 1,)": True,
+    "not series > 1": True,
+    "series >= 0 and series <= 1": True,
+    "(\n    series\n    <= 1\n)": True,
+    "ok = series <= 1": True,
+    "assert series <= 1": False,
+    "ok = series <= 1\nassert ok": False,
+    "if series <= 1:\n    print()": False,
+    "check(series <= 1)": False,
+    "with pytest.raises(ValueError):\n    series <= 1": False,
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_a_comparison_whose_result_is_lost_is_found_in_the_source(tmp_path, statement):
+    file = tmp_path / "test_it.py"
+    file.write_text("def test_it(qsa):\n" + textwrap.indent(statement, "    "), encoding="utf-8")
+    line = 1 + next(number for number, text in enumerate(file.read_text().splitlines()) if "series" in text)
+    assert bool(unasserted(Place(file, line))) is STATEMENTS[statement]
+
+
+def test_a_comparison_in_no_file_is_taken_for_asserted(tmp_path):
+    assert unasserted(None) is None
+    assert unasserted(Place(tmp_path / "absent.py", 1)) is None
+
+
+NEAR = {
+    "x.qsa.YAML": True, "qsa.yaml": True, "x-qsa.yml": True, "x.qas.yaml": True, "x.qsa.yaml.txt": True,
+    "x.qsa.json": True, "x.yaml": False, "x.qsa": False, "qsa.py": False,
+}  # fmt: skip
+
+
+def test_a_file_is_taken_for_a_suite_by_its_name_and_its_assertions(tmp_path):
+    for name in NEAR:
+        (tmp_path / name).write_text("model: {}\nassertions:\n", encoding="utf-8")
+    assert {name: resembles_a_suite(tmp_path / name) for name in NEAR} == NEAR
+    (tmp_path / "qsa.yaml").write_text("model: {}\n  assertions: 1\n", encoding="utf-8")
+    assert not resembles_a_suite(tmp_path / "qsa.yaml")
+
+
+@pytest.fixture
+def beside(own_project, llama):
+    """Make a project with a good suite and files that may be meant as others."""
+    good = suite(llama, "id: keys, metric: checkpoint_keys")
+    for name in ("good.qsa.yaml", "lost.qsa.YAML", "base-qsa.yaml", "_near-qsa.yaml"):
+        own_project.write(name, good)
+    own_project.write("child.qsa.yaml", "extends: base-qsa.yaml\n")
+    return own_project
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "workers"])
+def test_a_suite_that_is_almost_named_so_is_told_and_a_base_is_none(beside, workers):
+    run = beside.pytest(*workers)
+    told = [line for line in run.out.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(" isn't collected")[0] for line in told] == ["warning: lost.qsa.YAML"]
+    assert run.code == 0
+
+
+@pytest.mark.process
+def test_a_suite_without_assertions_beside_others_is_an_error(beside):
+    beside.write("empty.qsa.yaml", "model: {path: x}\n")
+    run = beside.pytest()
+    assert run.code == 2
+    assert "empty.qsa.yaml:1: has no assertions: nothing of it would be checked" in run.out
+    assert beside.pytest("--qsa-config=empty.qsa.yaml").code == 0  # it gives Python tests their subject
+
+
+@pytest.mark.process
+def test_a_python_test_that_looks_at_no_number_fails(own_project, llama):
+    own_project.write("a.yaml", suite(llama).replace("assertions:\n", ""))
+    own_project.write(
+        "test_it.py",
+        """
+        import pytest
+
+        pytestmark = pytest.mark.qsa(layers="mlp$", site="output")
+
+        def test_lost(qsa):
+            qsa.output("mlp$").absmax() <= 1e9
+
+        def test_nothing(qsa):
+            qsa.output("mlp$").absmax()
+
+        def test_taken_only(qsa):
+            pass
+
+        @pytest.mark.parametrize("read", [lambda s: s.values, list, lambda s: s[0]])
+        def test_reads(qsa, read):
+            assert read(qsa.output("mlp$").absmax()) is not None
+
+        def test_reads_the_capture(qsa):
+            assert qsa.capture.sites
+        """,
+    )
+    run = own_project.pytest("--qsa-config=a.yaml", "--qsa-report=never")
+    failed = {name.rpartition("::")[2]: run.first_line(name) for name, how in run.outcomes.items() if how == "failed"}
+    assert sorted(failed) == ["test_lost", "test_nothing", "test_taken_only"]
+    assert "the result of this comparison is lost" in failed["test_lost"]
+    assert all("looked at no number" in failed[name] for name in ("test_nothing", "test_taken_only"))
+    assert {run.kind(f"::{name}") for name in failed} == {"ANOMALOUS"}
+
+
+def test_what_a_reader_has_to_know_stands_in_the_step_summary_too():
+    text = step_summary([], ["a waiver of `me` is on everything"])
+    assert "- ⚠️ ``a waiver of `me` is on everything``" in text

@@ -156,6 +156,8 @@ def recognize(verdict: Verdict, context: Context) -> Verdict:
 def _recognized(verdict: Verdict, context: Context) -> Sequence[Suspicion]:
     try:
         files = context.files()
+        if files.reference is None and context.capture.reference is not None:  # it has no files to recognize weights in
+            return ()
         return suspicions_of(files, _suspects(verdict, context.capture, files))
     except QsaError as error:  # no files, or damaged ones: static checks judge these
         logger.debug("no weight of %s was looked for in the reference: %s", verdict.id, error)

@@ -37,7 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     visualization = file.suite.visualization
     folder = file.path.parent / Path(visualization.save_dir).expanduser()
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
-        _list(names, analysis, folder, verbose=options.verbose)
+        if options.dry_run or options.verbose:
+            _list(names, analysis, folder, verbose=options.verbose)
+        for warning in analysis.warnings:
+            _warn(warning)
     _check_writable(folder, make=not options.dry_run)  # before the pass, which may take hours
     if options.dry_run:
         say("dry run: nothing was loaded, nothing written")
@@ -86,8 +89,6 @@ def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbo
         say(f"  {picture.name:<{width}}  {picture.site} of {counted(len(picture.layers), 'layer')}")
         if verbose:
             say(*(f"      {layer}" for layer in picture.layers))
-    for warning in analysis.warnings:
-        _warn(warning)
 
 
 def _check_writable(folder: Path, *, make: bool) -> None:
@@ -129,8 +130,16 @@ def _write(export: tools.Export, command: str, *, verbose: bool) -> int:
         export.write(command, print if verbose else lambda _: None)
     for warning in export.warnings:
         _warn(warning)
-    for path in export.files:
-        say(shown_path(path))
+    if verbose:
+        for path in export.files:
+            say(shown_path(path))
+    for finding in export.findings:
+        say(finding)
+    page = next((path for path in export.files if path.suffix == ".html"), None)
+    say(
+        f"{counted(len(export.files), 'file')} in {shown_path(export.folder)}"
+        + (f"; open {shown_path(page)}" if page else "")
+    )
     for drawn in export.problems:
         say(f"qsa: {drawn.picture.name} was not drawn: {drawn.problem}", file=sys.stderr)
     return FAILED if export.problems else OK

@@ -26,6 +26,7 @@ from .plots.magnitudes import (
     texts_of as texts_of,
 )
 from .plots.style import (
+    encode_dark as encode_dark,
     encode_figure as encode_figure,
     population as population,
     samples_of as samples_of,

@@ -33,11 +33,18 @@ class PagePicture:
     name: str
     png: bytes = b""
     problem: str = ""
+    dark: bytes = b""
+    """The PNG for a dark page; without it the page inverts `png`."""
 
     @property
     def data(self) -> str:
         """The PNG as base64."""
         return base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def dark_data(self) -> str:
+        """The PNG for a dark page as base64."""
+        return base64.b64encode(self.dark).decode("ascii")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -150,7 +157,10 @@ class GallerySurface:
 
 @dataclass(frozen=True)
 class Gallery:
-    """All that the page shows. `facts`: label → what was run. `sections`: heading → pictures. `layers`: the model's."""
+    """All that the page shows. `facts`: label → what was run. `sections`: heading → pictures. `layers`: the model's.
+
+    `findings`: what the pictures show, in sentences. `readings`: heading → how to read its pictures.
+    """
 
     title: str
     facts: Mapping[str, str]
@@ -160,6 +170,8 @@ class Gallery:
     files: Sequence[str] = field(default_factory=list)
     command: str = ""
     surfaces: Sequence[GallerySurface] = ()
+    findings: Sequence[str] = ()
+    readings: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_gallery(gallery: Gallery) -> str:
@@ -186,8 +198,15 @@ def surface_data(
         "elevation": float(angle[0]),
         "azimuth": float(angle[1]),
         "left_out": len(names) - len(shown),
+        "start": max(range(len(shown)), key=lambda at: _contrast(maps[names[shown[at]]]), default=0),
         "layers": [{"layer": names[index], **_grid(maps[names[index]])} for index in shown],
     }
+
+
+def _contrast(values: NDArray[np.float32]) -> float:
+    """Return how far the largest of a map stands out of it: what makes a layer worth to be looked at first."""
+    finite = values[np.isfinite(values)]
+    return float(finite.max() / max(float(np.median(finite)), 1e-30)) if finite.size else 0.0
 
 
 def _grid(values: NDArray[np.float32]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..captures import Capture, Site, SiteNumbers, channel_bands, counted_quanti
 from ..common import AnomalyError, QsaError, write_atomically
 from ..metrics import ACROSS, AcrossChannels, Selection, Series
 from ..suite import Subject, Visualization
+from .findings import findings_of
 from .pictures import PICTURE_KINDS, Analysis, Drawing, Picture, drawable, magnitude_dim, maps_of
 
 ANALYSIS_SCHEMA = "qsa-analysis/1"
@@ -31,10 +33,14 @@ _FOLDED_BY: Mapping[str, AcrossChannels] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn picture and its files, or the problem why it could not be drawn."""
+    """A drawn picture and its files, or the problem why it could not be drawn.
+
+    `dark`: the picture on a dark page, where inverted colours would be wrong.
+    """
 
     picture: Picture
     png: bytes = b""
+    dark: bytes = b""
     files: list[Path] = field(default_factory=list)
     problem: str = ""
 
@@ -54,6 +60,11 @@ class Export:
     files: list[Path] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def findings(self) -> list[str]:
+        """What the pictures show, in sentences."""
+        return findings_of(self.capture, self.visualization)
 
     @property
     def problems(self) -> list[Drawn]:
@@ -120,13 +131,16 @@ class Export:
     def _gallery(self, command: str) -> report.Gallery:
         sections: dict[str, list[report.PagePicture]] = {}
         for each in self.drawn:
-            picture = report.PagePicture(each.picture.title, each.picture.name, each.png, each.problem)
+            picture = report.PagePicture(each.picture.title, each.picture.name, each.png, each.problem, each.dark)
             sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
+        readings = {kind.heading: kind.reading for kind in PICTURE_KINDS.values()}
         provenance = self.capture.provenance
         return report.Gallery(
             title=f"Analysis of {self.subject.name}",
             facts={**provenance.facts(), **(provenance.model.versions or {})},
             sections=sections,
+            findings=self.findings,
+            readings=readings,
             warnings=[*self.analysis.warnings, *self.warnings],
             layers=self.capture.modules,
             files=[path.name for path in self.files],
@@ -170,7 +184,10 @@ def draw_picture(
             files.append(folder / f"{picture.name}.{form}")
             write_atomically(files[-1], png if form == "png" else report.encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    return Drawn(kept, png, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    # Lines and text can be inverted by the page; a colour scale, which tells large from small, can't.
+    shaded = picture.section == "heatmap_3d" and "html" in visualization.output.formats
+    dark = report.encode_dark(figure, visualization.dpi) if shaded else b""
+    return Drawn(kept, png, dark, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 class ExportRow(NamedTuple):

@@ -33,6 +33,7 @@ from ..captures import (
 from ..common import AnomalyError, SuiteError, counted
 from ..metrics import METRICS
 from ..suite import Location, Visualization
+from .findings import fitness_needs
 
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""
@@ -68,9 +69,11 @@ class Analysis:
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """What one pass has to keep for all pictures."""
+        """What one pass has to keep for all pictures, and how fit the inputs that are drawn are for 8 bits."""
         # By the names of the layers, because `layer_selection` narrows what the patterns find.
-        return merge_requests(Request(exactly(each.layers), each.site, None, each.statistics) for each in self.pictures)
+        asked = [Request(exactly(each.layers), each.site, None, each.statistics) for each in self.pictures]
+        inputs = [each for each in self.pictures if each.section == "magnitude_input"]
+        return merge_requests([*asked, *(Request(exactly(p.layers), p.site, None, fitness_needs()) for p in inputs)])
 
 
 def plan_pictures(visualization: Visualization, names: Sequence[str]) -> Analysis:
@@ -263,7 +266,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class PictureKind:
-    """The pictures of a section: their heading on the page, how they are planned, and how they are drawn.
+    """The pictures of a section: their heading on the page, how they are planned and drawn, and how to read them.
 
     `draw` raises a QsaError where the capture lacks what the picture shows.
     """
@@ -271,6 +274,7 @@ class PictureKind:
     heading: str
     plan: Callable[[_Finder, str], Iterator[Picture]]
     draw: Callable[[Drawing], Figure]
+    reading: str
 
 
 def _magnitude(drawing: Drawing) -> Figure:
@@ -323,17 +327,37 @@ def maps_of(
 
 
 def _magnitude_kind(site: Site) -> PictureKind:
-    return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude)
+    read = (
+        "Each line is one of the largest values, the median or the least; a peak of top1 alone is one token or channel."
+    )
+    return PictureKind(f"Magnitudes of {site}s", partial(_magnitudes, site=site), _magnitude, read)
 
 
+_SINKS = "Hatched bars are attention sinks, which most models have and a quantizer must keep."
 PICTURE_KINDS: Mapping[str, PictureKind] = {
     "magnitude_input": _magnitude_kind("input"),
     "magnitude_output": _magnitude_kind("output"),
     "magnitude_weight": _magnitude_kind("weight"),
-    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outliers, _outlier),
-    "outlier_position": PictureKind("Outlier tokens by position", _outliers, _outlier),
-    "outlier_token": PictureKind("Outlier tokens by text", _outliers, _outlier),
-    "distribution": PictureKind("Distributions", _distributions, _distribution),
-    "percentile_range": PictureKind("Percentiles by channel", _percentiles, _percentile),
-    "heatmap_3d": PictureKind("Heat maps", _heatmaps, _heatmap),
+    "outlier_layer_wise": PictureKind("Outlier tokens by layer", _outliers, _outlier, _SINKS),
+    "outlier_position": PictureKind("Outlier tokens by position", _outliers, _outlier, _SINKS),
+    "outlier_token": PictureKind("Outlier tokens by text", _outliers, _outlier, _SINKS),
+    "distribution": PictureKind(
+        "Distributions",
+        _distributions,
+        _distribution,
+        "All elements of a layer. The axis is linear around 0 and logarithmic beyond; extremes far from a narrow box make "
+        "int8 coarse.",
+    ),
+    "percentile_range": PictureKind(
+        "Percentiles by channel",
+        _percentiles,
+        _percentile,
+        "Between which values the tokens of each channel lie; a channel that stands out takes the scale of all others.",
+    ),
+    "heatmap_3d": PictureKind(
+        "Heat maps",
+        _heatmaps,
+        _heatmap,
+        "|x| of one sample: a line along the channels is a token, a line along the tokens a channel.",
+    ),
 }

@@ -96,4 +96,5 @@ from .statistics import (
     PredictionMargins as PredictionMargins,
     QuantizationPowers as QuantizationPowers,
     Statistic as Statistic,
+    cell_size as cell_size,
 )

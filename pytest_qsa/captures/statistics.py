@@ -357,6 +357,15 @@ MAP_SIZE = 128
 """The largest side of a map."""
 
 
+def cell_size(size: int, most: int = MAP_SIZE) -> int:
+    """Return how many neighbours a cell is the largest of, so that there are at most `most` cells.
+
+    A last cell of fewer would be lower by that alone; so the next divisor is taken, up to twice as large.
+    """
+    least = -(-size // most)
+    return next((cell for cell in range(max(least, 1), 2 * least + 1) if size % cell == 0), max(least, 1))
+
+
 @dataclass(frozen=True)
 class HeatMap(Statistic):
     """|x| of the first call of one sample, made smaller: an array `maps` [≤ 128, ≤ 128] float32.

@@ -20,7 +20,6 @@ from ..captures import (
     ERROR,
     FIRST_CODE,
     GAIN,
-    MAP_SIZE,
     SHIFT,
     TOP_NAMES,
     UNKNOWN,
@@ -32,6 +31,7 @@ from ..captures import (
     SiteNumbers,
     Statistic,
     bin_values,
+    cell_size,
     ranks_of,
 )
 from ..metrics import FAINT, FEW_SIGMAS, LARGEST_CODE, LEAST_ROOM, MOST_ROOM, ROOM_SIGMAS, rounded_to
@@ -355,7 +355,7 @@ class WeightMap(WeightReduction):
 
     def begin(self) -> None:
         """Begin with cells of zero."""
-        self._cell = [-(-size // MAP_SIZE) for size in self.shape]
+        self._cell = [cell_size(size) for size in self.shape]
         self._map = np.zeros([-(-size // cell) for size, cell in zip(self.shape, self._cell, strict=True)], np.float32)
 
     def add(self, rows: WeightRows) -> None:

@@ -2,6 +2,7 @@ from .html import (
     Gallery as Gallery,
     GallerySurface as GallerySurface,
     PagePicture as PagePicture,
+    contrast as contrast,
     render as render,
     render_gallery as render_gallery,
     surface_data as surface_data,
@@ -19,6 +20,7 @@ from .plots.elements import (
 from .plots.figures import draw as draw
 from .plots.magnitudes import (
     STATS as STATS,
+    Outliers as Outliers,
     magnitude_panels as magnitude_panels,
     magnitude_title as magnitude_title,
     outlier_picture as outlier_picture,

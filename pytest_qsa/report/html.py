@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from ..captures import cell_size
 from ..common import shown_path
 from .report import strict_json
 
@@ -198,12 +199,12 @@ def surface_data(
         "elevation": float(angle[0]),
         "azimuth": float(angle[1]),
         "left_out": len(names) - len(shown),
-        "start": max(range(len(shown)), key=lambda at: _contrast(maps[names[shown[at]]]), default=0),
+        "start": max(range(len(shown)), key=lambda at: contrast(maps[names[shown[at]]]), default=0),
         "layers": [{"layer": names[index], **_grid(maps[names[index]])} for index in shown],
     }
 
 
-def _contrast(values: NDArray[np.float32]) -> float:
+def contrast(values: NDArray[np.float32]) -> float:
     """Return how far the largest of a map stands out of it: what makes a layer worth to be looked at first."""
     finite = values[np.isfinite(values)]
     return float(finite.max() / max(float(np.median(finite)), 1e-30)) if finite.size else 0.0
@@ -213,7 +214,7 @@ def _grid(values: NDArray[np.float32]) -> dict[str, Any]:
     finite = np.where(np.isfinite(values), values, 0.0).astype(np.float64)
     coarse = finite
     for axis in (0, 1):
-        cell = math.ceil(coarse.shape[axis] / SURFACE_SIDE)
+        cell = cell_size(coarse.shape[axis], SURFACE_SIDE)
         # The largest of each cell, because a mean would hide the outliers that the picture is for.
         coarse = np.maximum.reduceat(coarse, np.arange(0, coarse.shape[axis], cell), axis=axis)
     return {

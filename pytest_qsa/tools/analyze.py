@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,6 +178,7 @@ def draw_picture(
         return Drawn(picture, problem=str(error)), []
     # Whatever files are asked for: the page shows this one.
     png = report.encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
+    kept = replace(kept, title=figure.get_suptitle().strip() or kept.title)
     files = []
     for form in ("png", "svg"):
         if form in visualization.output.formats:

@@ -39,7 +39,8 @@ def _largest(capture: Capture) -> Iterator[str]:
     numbers = sites[layer, site]
     position, channel = int(numbers.peaks[population][0]), int(numbers.peak_channels[population][0])
     where = f"sample {int(numbers.sample[population])}, position {position}, channel {channel}"
-    yield f"The largest activation is {number(value)}, at the {site} of {layer} ({where})."
+    size = f"{value:,.0f}" if 1e4 <= value < 1e9 else number(value)
+    yield f"The largest activation is {size}, at the {site} of {layer} ({where})."
 
 
 def _top(numbers: SiteNumbers) -> tuple[float, int]:
@@ -80,4 +81,4 @@ def _least_fit(capture: Capture) -> Iterator[str]:
         series = capture.select(exactly(layers), "input").quantization_sqnr(scheme=scheme, by="token")
         order = np.argsort(np.nan_to_num(series.values, nan=-math.inf), kind="stable")[:LEAST_FIT].tolist()
         worst = ", ".join(f"{series.layers[index]} {number(float(series.values[index]))} dB" for index in order)
-        yield f"Inputs that lose most in {name}, a scale a token: {worst}."
+        yield f"Least fit for {name}, by the input's SQNR with a scale a token: {worst}."

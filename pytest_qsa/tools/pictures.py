@@ -25,12 +25,13 @@ from ..captures import (
     SiteNumbers,
     Statistic,
     channel_bands,
+    counted_quantiles,
     exactly,
     match_layers,
     merge_requests,
     no_match,
 )
-from ..common import AnomalyError, SuiteError, counted
+from ..common import AnomalyError, SuiteError, counted, number
 from ..metrics import METRICS
 from ..suite import Location, Visualization
 from .findings import fitness_needs
@@ -282,7 +283,11 @@ def _magnitude(drawing: Drawing) -> Figure:
     stats, dim = cast(Any, list(report.STATS)), magnitude_dim(picture.site, settings)
     series = drawing.capture.select(exactly(picture.layers), picture.site).magnitudes(stats, reduce_dim=dim)
     note = drawing.note("" if picture.site == "weight" else "mean")
-    return report.magnitude_panels(series, drawing.picture.title, note, legend=settings.show_legend)
+    tops = next(iter(series.values()))
+    finite = np.nan_to_num(tops.values, nan=-1.0, posinf=-1.0)
+    peak = int(finite.argmax())
+    title = f"{picture.title}: largest {number(float(finite[peak]))} at {tops.layers[peak]}"
+    return report.magnitude_panels(series, title, note, legend=settings.show_legend)
 
 
 def _outlier(drawing: Drawing) -> Figure:
@@ -293,27 +298,67 @@ def _outlier(drawing: Drawing) -> Figure:
     kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
     note = drawing.note("sum") + ("" if capture.sinks.searched else " · sinks not looked for")
     legend = drawing.settings.show_legend
-    return report.outlier_picture(kind, outliers, texts, picture.title, note, most=settings.top_n, legend=legend)
+    title = f"{_outliers_told(outliers, capture)} {picture.title.partition(' ')[2]}"
+    return report.outlier_picture(kind, outliers, texts, title, note, most=settings.top_n, legend=legend)
+
+
+def _outliers_told(outliers: report.Outliers, capture: Capture) -> str:
+    """Say how many outlier tokens there are, and that all are sinks or at one position where it is so."""
+    count, places = len(outliers.layer), {*outliers.position.tolist()}
+    sinks = ", all attention sinks," if count and capture.sinks.searched and outliers.sink.all() else ""
+    where = f" at position {places.pop()}" if len(places) == 1 else ""
+    return f"{counted(count, 'token')}{where}{sinks}" if count else "No token"
 
 
 def _distribution(drawing: Drawing) -> Figure:
     draw = report.box_figure if drawing.picture.form == "boxplot" else report.histogram_figure
-    return draw(drawing.sites, drawing.picture.title, drawing.note(None), legend=drawing.settings.show_legend)
+    ends = {layer: counted_quantiles(numbers, (0.0, 1.0), signed=True) for layer, numbers in drawing.sites.items()}
+    widest = max(ends, key=lambda layer: float(np.nan_to_num(np.abs(ends[layer]), posinf=0.0).max()))
+    low, high = (number(float(end)) for end in ends[widest])
+    title = f"{drawing.picture.title}: widest at {widest}, {low} to {high}"
+    return draw(drawing.sites, title, drawing.note(None), legend=drawing.settings.show_legend)
 
 
 def _percentile(drawing: Drawing) -> Figure:
     settings = drawing.settings.percentile_range
     bands = {layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in drawing.sites.items()}
     note, legend = drawing.note(None), drawing.settings.show_legend
-    return report.percentile_figure(cast(Any, bands), drawing.picture.title, note, style=settings.style, legend=legend)
+    tops = {layer: np.nan_to_num(each["max"], posinf=0.0) for layer, each in bands.items()}
+    worst = max(tops, key=lambda layer: float(tops[layer].max()))
+    channel = int(tops[worst].argmax())
+    title = f"{drawing.picture.title}: channel {channel} reaches {number(float(tops[worst][channel]))} at {worst}"
+    return report.percentile_figure(cast(Any, bands), title, note, style=settings.style, legend=legend)
 
 
 def _heatmap(drawing: Drawing) -> Figure:
     picture, settings = drawing.picture, drawing.settings.heatmap_3d
-    maps, size = maps_of(drawing.capture, picture.layers, picture.site, settings.sample_idx)
+    layers = picture.layers if picture.form == "map" else _most_telling(drawing)
+    maps, size = maps_of(drawing.capture, layers, picture.site, settings.sample_idx)
+    peaks = {layer: float(np.nan_to_num(each, posinf=0.0, neginf=0.0).max()) for layer, each in maps.items()}
+    worst = max(peaks, key=lambda layer: peaks[layer])
+    token, channel = np.unravel_index(
+        int(np.nan_to_num(maps[worst], posinf=0.0, neginf=0.0).argmax()), maps[worst].shape
+    )
+    cells = [-(-whole // max(part, 1)) for whole, part in zip(size, maps[worst].shape, strict=True)]
+    where = f"token {_span(int(token), cells[0])}, channel {_span(int(channel), cells[1])}"
+    title = f"{picture.title}: largest {number(peaks[worst])} at {worst}, {where}"
     if picture.form == "map":
-        return report.map_figure(maps, size, drawing.picture.title, drawing.run)
-    return report.surface_figure(maps, size, settings.view_angle, drawing.picture.title, drawing.run)
+        return report.map_figure(maps, size, title, drawing.run)
+    return report.surface_figure(maps, size, settings.view_angle, title, drawing.run)
+
+
+def _span(index: int, cell: int) -> str:
+    return str(index) if cell == 1 else f"{index * cell}–{(index + 1) * cell - 1}"
+
+
+def _most_telling(drawing: Drawing) -> list[str]:
+    """Choose the layers of the heat maps whose peak stands out most, as many as are drawn as surfaces."""
+    picture, key = drawing.picture, HeatMap(drawing.settings.heatmap_3d.sample_idx).key
+    sites = {layer: numbers for (layer, site), numbers in drawing.capture.sites.items() if site == picture.site}
+    maps = {layer: numbers.arrays[key] for layer, numbers in sites.items() if key in numbers}
+    contrast = {layer: report.contrast(each) for layer, each in maps.items()}
+    chosen = sorted(maps, key=lambda layer: -contrast[layer])[: len(picture.layers)]
+    return [layer for layer in drawing.capture.modules if layer in chosen] or list(picture.layers)
 
 
 def maps_of(
@@ -345,8 +390,8 @@ PICTURE_KINDS: Mapping[str, PictureKind] = {
         "Distributions",
         _distributions,
         _distribution,
-        "All elements of a layer. The axis is linear around 0 and logarithmic beyond; extremes far from a narrow box make "
-        "int8 coarse.",
+        "All elements of a layer. The axis is linear around 0 and logarithmic beyond; extremes far from a narrow box "
+        "make int8 coarse.",
     ),
     "percentile_range": PictureKind(
         "Percentiles by channel",

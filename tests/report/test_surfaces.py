@@ -39,6 +39,14 @@ def test_of_very_many_layers_some_are_left_out_never_the_last_and_it_is_said():
     assert data["left_out"] == 100 - len(data["layers"])
 
 
+def test_a_surface_opens_at_the_layer_whose_peak_stands_out_most():
+    maps = {str(i): np.ones((4, 4), dtype=np.float32) * (i + 1) for i in range(5)}
+    maps["1"][2, 2] = 900.0
+    maps["4"][0, 0] = np.inf
+    data = surface_data(maps, (4, 4), (0, 0))
+    assert data["layers"][data["start"]]["layer"] == "1"
+
+
 @pytest.fixture
 def page(tmp_path, opened_page):
     """Return the page of an analysis with two surfaces, opened."""
@@ -82,11 +90,12 @@ def test_a_surface_turns_by_keyboard_and_by_hand_and_says_where_its_peak_is(page
 @pytest.mark.browser
 def test_a_surface_changes_with_the_layer_the_scale_and_the_theme(page):
     first = picture(page)
-    page.get_by_label("logarithmic height").check()
-    logarithmic = picture(page)
-    assert logarithmic != first
+    assert page.get_by_label("logarithmic height").is_checked()  # a peak alone would leave the rest flat
+    page.get_by_label("logarithmic height").uncheck()
+    linear = picture(page)
+    assert linear != first
     page.get_by_role("button", name="Switch between light and dark").click()
-    assert picture(page) != logarithmic
+    assert picture(page) != linear
     page.locator(".surface select").select_option("model.layers.1")
     page.get_by_text("largest: |x| 500 at token 15, channel 21").wait_for()
     assert page.locator("canvas").get_attribute("aria-label").startswith("|x| of model.layers.1 over 20 tokens")

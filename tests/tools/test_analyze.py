@@ -70,10 +70,11 @@ def test_everything_enabled_leaves_a_picture_of_each_kind_in_both_formats(everyt
 
 def test_the_page_holds_every_picture_and_fetches_nothing(everything):
     page = (everything / "analysis_report.html").read_text(encoding="utf-8")
-    assert page.count('src="data:image/png;base64,') == len(list(everything.glob("*.png")))
+    # A colour scale has a picture of its own for the dark: it can't be inverted.
+    assert page.count('src="data:image/png;base64,') == len(list(everything.glob("*.png"))) + 2
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     (surface,) = re.findall(r'<div class="surface".*?</div>\s*</div>|<div class="surface".*?</script>', page, re.DOTALL)
-    assert re.findall(r"<option>(.*?)</option>", surface) == [f"model.layers.{index}" for index in range(4)]
+    assert re.findall(r"<option[^>]*>(.*?)</option>", surface) == [f"model.layers.{index}" for index in range(4)]
 
 
 @pytest.mark.process
@@ -185,6 +186,29 @@ def test_the_first_layers_and_the_pictures_are_listed(tmp_path, llama, capsys):
     assert lines[-2].strip() == "model.layers.3"
 
 
+def test_an_analysis_says_what_it_found_and_where_the_page_is(tmp_path, llama, capsys):
+    drawn = {"enabled": enabled("magnitude_input", "outlier_layer_wise"), "output": {"include_raw_data": True}}
+    assert main(configured(tmp_path, llama, drawn)) == 0
+    out = capsys.readouterr().out
+    assert "Total layers found" not in out
+    lines = out.splitlines()
+    cap = Capture.load(tmp_path / "figures" / "capture.qsa")
+    largest = max(
+        (float(numbers.token_max.max()), layer, site)
+        for (layer, site), numbers in cap.sites.items()
+        if site != "weight" and "token_max" in numbers
+    )
+    assert f"at the {largest[2]} of {largest[1]} (" in lines[0]
+    assert lines[1].startswith("Attention sinks: ")
+    for scheme, name in (("int8", "int8"), ("fp8_e4m3", "fp8 (E4M3)")):
+        series = cap.input("_proj$").quantization_sqnr(scheme=scheme, by="token")
+        worst = series.layers[int(np.argmin(series.values))]
+        assert any(line.startswith(f"Least fit for {name}") and f": {worst} " in line for line in lines)
+    assert lines[-1].endswith("analysis_report.html")
+    page = (tmp_path / "figures" / "analysis_report.html").read_text(encoding="utf-8")
+    assert page.index("The largest activation") < page.index("What was analyzed")
+
+
 @pytest.fixture
 def weightless(tmp_path, llama):
     """Return a checkpoint's folder without its weights: what succeeds or is told there, read none."""
@@ -285,9 +309,7 @@ def test_a_layer_that_is_left_out_takes_nothing_else_out_of_the_tables_and_the_p
     assert {row["layer"] for row in rows} == {"model.layers.0.mlp.down_proj", "model.rotary_emb"}
     pictures = json.loads((tmp_path / "figures" / "analysis.json").read_text(encoding="utf-8"))["pictures"]
     assert all("model.embed_tokens" not in picture["layers"] for picture in pictures)
-    assert (
-        "<option>model.layers.0.mlp.down_proj</option>" in (tmp_path / "figures" / "analysis_report.html").read_text()
-    )
+    assert ">model.layers.0.mlp.down_proj</option>" in (tmp_path / "figures" / "analysis_report.html").read_text()
 
 
 SEED = r"""

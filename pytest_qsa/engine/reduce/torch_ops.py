@@ -12,7 +12,6 @@ from torch import Tensor
 from ...captures import (
     CODES,
     FIRST_CODE,
-    MAP_SIZE,
     PADDING,
     SHIFT,
     SIGNED_COUNTS,
@@ -23,6 +22,7 @@ from ...captures import (
     Massive,
     QuantizationPowers,
     Statistic,
+    cell_size,
 )
 from ...metrics import LARGEST_CODE, LEAST_EXPONENT, MANTISSA_BITS
 from .reductions import Plan, Row, Tables, blank_missing, peak_count, reduce_each, reduces
@@ -163,7 +163,7 @@ def heat_map(statistic: HeatMap, row: Row, into: Accumulator) -> None:
     if row.kept is not None:
         counted = magnitudes.index_select(0, row.kept)
         magnitudes = torch.zeros_like(magnitudes).index_copy_(0, row.kept, counted)
-    cell = [-(-size // MAP_SIZE) for size in magnitudes.shape]
+    cell = [cell_size(size) for size in magnitudes.shape]
     into.pooled[statistic.key] = torch.nn.functional.max_pool2d(magnitudes[None], cell, ceil_mode=True)[0]
 
 

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from ...captures import SiteNumbers, counted_quantiles, sorted_counts
+from ...captures import SiteNumbers, cell_size, counted_quantiles, sorted_counts
+from ...common import counted
 from .depth import evenly_spread, panels_of
 from .style import (
     BLUE,
@@ -175,7 +176,7 @@ def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note:
     colours = ScalarMappable(_norm(list(maps.values())), COLOURS)
     for axes, (layer, picture) in zip(grid.axes, maps.items(), strict=True):
         axes.imshow(
-            colours.to_rgba(picture, bytes=True), origin="lower", aspect="auto", extent=(0, size[1], 0, size[0]),
+            colours.to_rgba(picture, bytes=True), origin="upper", aspect="auto", extent=(0, size[1], size[0], 0),
             interpolation="nearest", gid="map",
         )  # fmt: skip
         axes.set_title(safe_text(layer, 42), color=MUTED)
@@ -208,17 +209,24 @@ def surface_figure(
 def _draw_surface(axes: Any, picture: Map, size: tuple[int, int]) -> None:
     tokens = np.linspace(0, size[0], picture.shape[0])
     channels = np.linspace(0, size[1], picture.shape[1])
-    heights = np.nan_to_num(picture, posinf=0.0, neginf=0.0)
+    finite = np.nan_to_num(picture, posinf=0.0, neginf=0.0)
+    positive = finite[finite > 0]
+    # One peak of thousands would leave all else a plane; what is below the hundredth percentile is drawn at it.
+    floor = float(np.percentile(positive, 1)) if positive.size else 1.0
     axes.plot_surface(
-        channels[None, :], tokens[:, None], heights, cmap=COLOURS, rstride=1, cstride=1, linewidth=0, antialiased=False,
-        shade=False, gid="surface",
+        channels[None, :], tokens[:, None], np.log10(np.maximum(finite, floor)), cmap=COLOURS, rstride=1, cstride=1,
+        linewidth=0, antialiased=False, shade=False, gid="surface",
     )  # fmt: skip
+    axes.zaxis.set_major_formatter(FuncFormatter(lambda power, _: plain_number(float(f"{10**power:.2g}"))))
+    axes.set_xlim(0, size[1])
+    axes.set_ylim(0, size[0])
     axes.set_xlabel("channel", labelpad=2)
     axes.set_ylabel("token", labelpad=2)
     axes.set_box_aspect((1, 1, 0.72), zoom=1.06)
     axes.tick_params(pad=0, labelsize=7.5)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_major_locator(MaxNLocator(nbins=4))
+    for axis, ends in ((axes.xaxis, size[1]), (axes.yaxis, size[0]), (axes.zaxis, 0)):
+        # No tick beyond the last channel or token: MaxNLocator would round up to 600 of 576.
+        axis.set_major_locator(FixedLocator([0, ends / 2, ends]) if ends else MaxNLocator(nbins=4, integer=True))
         axis.set_pane_color((1.0, 1.0, 1.0, 0.0))
 
 
@@ -226,13 +234,15 @@ def _cells(maps: Mapping[str, Map], size: tuple[int, int]) -> str:
     """Say how many tokens × channels one point is the maximum of."""
     shape = next(iter(maps.values())).shape
     tokens, channels = (-(-whole // max(part, 1)) for whole, part in zip(size, shape, strict=True))
-    return f"each point: the largest of {tokens} tokens × {channels} channels" if tokens * channels > 1 else ""
+    if tokens * channels == 1:
+        return ""
+    return f"each point: the largest of {counted(tokens, 'token')} × {counted(channels, 'channel')}"
 
 
 def _coarse(picture: Map) -> Map:
     """Reduce a map to what a surface can show, keeping every peak."""
     for axis in (0, 1):
-        cell = -(-picture.shape[axis] // SURFACE_SIZE)
+        cell = cell_size(picture.shape[axis], SURFACE_SIZE)
         starts = np.arange(0, picture.shape[axis], cell)
         picture = np.maximum.reduceat(picture, starts, axis=axis)
     return picture

@@ -30,6 +30,11 @@ def findings_of(capture: Capture, visualization: Visualization) -> list[str]:
     return [*_largest(capture), *sinks, *_outliers(capture, visualization), *_least_fit(capture)]
 
 
+def size_text(value: float) -> str:
+    """Write a number of an activation: 25,088 where `number` would write 2.509e+04."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else number(value)
+
+
 def _largest(capture: Capture) -> Iterator[str]:
     sites = {key: numbers for key, numbers in capture.sites.items() if key[1] != "weight" and "peaks" in numbers}
     tops = {key: _top(numbers) for key, numbers in sites.items()}
@@ -39,8 +44,7 @@ def _largest(capture: Capture) -> Iterator[str]:
     numbers = sites[layer, site]
     position, channel = int(numbers.peaks[population][0]), int(numbers.peak_channels[population][0])
     where = f"sample {int(numbers.sample[population])}, position {position}, channel {channel}"
-    size = f"{value:,.0f}" if 1e4 <= value < 1e9 else number(value)
-    yield f"The largest activation is {size}, at the {site} of {layer} ({where})."
+    yield f"The largest activation is {size_text(value)}, at the {site} of {layer} ({where})."
 
 
 def _top(numbers: SiteNumbers) -> tuple[float, int]:

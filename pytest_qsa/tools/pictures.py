@@ -31,10 +31,10 @@ from ..captures import (
     merge_requests,
     no_match,
 )
-from ..common import AnomalyError, SuiteError, counted, number
+from ..common import AnomalyError, SuiteError, counted
 from ..metrics import METRICS
 from ..suite import Location, Visualization
-from .findings import fitness_needs
+from .findings import fitness_needs, size_text
 
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""
@@ -286,7 +286,7 @@ def _magnitude(drawing: Drawing) -> Figure:
     tops = next(iter(series.values()))
     finite = np.nan_to_num(tops.values, nan=-1.0, posinf=-1.0)
     peak = int(finite.argmax())
-    title = f"{picture.title}: largest {number(float(finite[peak]))} at {tops.layers[peak]}"
+    title = f"{picture.title}: largest {size_text(float(finite[peak]))} at {tops.layers[peak]}"
     return report.magnitude_panels(series, title, note, legend=settings.show_legend)
 
 
@@ -314,7 +314,7 @@ def _distribution(drawing: Drawing) -> Figure:
     draw = report.box_figure if drawing.picture.form == "boxplot" else report.histogram_figure
     ends = {layer: counted_quantiles(numbers, (0.0, 1.0), signed=True) for layer, numbers in drawing.sites.items()}
     widest = max(ends, key=lambda layer: float(np.nan_to_num(np.abs(ends[layer]), posinf=0.0).max()))
-    low, high = (number(float(end)) for end in ends[widest])
+    low, high = (size_text(float(end)) for end in ends[widest])
     title = f"{drawing.picture.title}: widest at {widest}, {low} to {high}"
     return draw(drawing.sites, title, drawing.note(None), legend=drawing.settings.show_legend)
 
@@ -326,7 +326,7 @@ def _percentile(drawing: Drawing) -> Figure:
     tops = {layer: np.nan_to_num(each["max"], posinf=0.0) for layer, each in bands.items()}
     worst = max(tops, key=lambda layer: float(tops[layer].max()))
     channel = int(tops[worst].argmax())
-    title = f"{drawing.picture.title}: channel {channel} reaches {number(float(tops[worst][channel]))} at {worst}"
+    title = f"{drawing.picture.title}: channel {channel} reaches {size_text(float(tops[worst][channel]))} at {worst}"
     return report.percentile_figure(cast(Any, bands), title, note, style=settings.style, legend=legend)
 
 
@@ -334,14 +334,12 @@ def _heatmap(drawing: Drawing) -> Figure:
     picture, settings = drawing.picture, drawing.settings.heatmap_3d
     layers = picture.layers if picture.form == "map" else _most_telling(drawing)
     maps, size = maps_of(drawing.capture, layers, picture.site, settings.sample_idx)
-    peaks = {layer: float(np.nan_to_num(each, posinf=0.0, neginf=0.0).max()) for layer, each in maps.items()}
-    worst = max(peaks, key=lambda layer: peaks[layer])
-    token, channel = np.unravel_index(
-        int(np.nan_to_num(maps[worst], posinf=0.0, neginf=0.0).argmax()), maps[worst].shape
-    )
+    finite = {layer: np.nan_to_num(each, posinf=0.0, neginf=0.0) for layer, each in maps.items()}
+    worst = max(finite, key=lambda layer: float(finite[layer].max()))
+    token, channel = np.unravel_index(int(finite[worst].argmax()), finite[worst].shape)
     cells = [-(-whole // max(part, 1)) for whole, part in zip(size, maps[worst].shape, strict=True)]
     where = f"token {_span(int(token), cells[0])}, channel {_span(int(channel), cells[1])}"
-    title = f"{picture.title}: largest {number(peaks[worst])} at {worst}, {where}"
+    title = f"{picture.title}: largest {size_text(float(finite[worst].max()))} at {worst}, {where}"
     if picture.form == "map":
         return report.map_figure(maps, size, title, drawing.run)
     return report.surface_figure(maps, size, settings.view_angle, title, drawing.run)

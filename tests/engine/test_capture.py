@@ -218,14 +218,18 @@ def test_nothing_of_an_activation_is_kept_by_the_observers(fused):
         assert max(array.nbytes for array in rows) <= 8 * 50, "a row keeps one number a token or channel at most"
 
 
-@pytest.mark.parametrize(("length", "width"), [(7, 5), (128, 130), (300, 129)])
-def test_a_map_keeps_the_largest_magnitude_of_each_rectangle_of_one_sample(length, width):
+@pytest.mark.parametrize(
+    ("length", "width", "cell"),
+    # Equal cells, where the size has a divisor.
+    [(7, 5, (1, 1)), (128, 130, (1, 2)), (300, 129, (3, 3)), (131, 576, (2, 6))],
+)
+def test_a_map_keeps_the_largest_magnitude_of_each_rectangle_of_one_sample(length, width, cell):
     values = torch.randn(3, length, width)
     model = models.Scripted(values)
     wanted = [Request("layers", "output", None, frozenset({HeatMap(1)}))]
     cap = run_pass(model, [models.numbered(model, 0, 2), models.numbered(model, 2)], wanted)
     picture = cap.sites["layers.0", "output"].arrays[HeatMap(1).key]
-    tokens, channels = (-(-size // 128) for size in (length, width))
+    tokens, channels = cell
     x = np.abs(values[1].numpy())
     expected = [
         [x[t : t + tokens, c : c + channels].max() for c in range(0, width, channels)] for t in range(0, length, tokens)

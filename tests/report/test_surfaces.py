@@ -18,10 +18,10 @@ def test_the_grid_keeps_every_peak():
     (layer,) = data["layers"]
     grid = np.array(layer["values"]).reshape(layer["rows"], -1)
     expected = [
-        [values[row : row + 3, column : column + 3].max() for column in range(0, 130, 3)] for row in range(0, 100, 3)
+        [values[row : row + 4, column : column + 5].max() for column in range(0, 130, 5)] for row in range(0, 100, 4)
     ]
     np.testing.assert_allclose(grid, expected, rtol=5e-3)
-    assert grid[57 // 3, 99 // 3] == 1230.0  # three digits
+    assert grid[57 // 4, 99 // 5] == 1230.0  # three digits
     assert max(grid.shape) <= 48
     assert (data["tokens"], data["channels"], data["elevation"], data["azimuth"]) == (100, 130, 30.0, 45.0)
 

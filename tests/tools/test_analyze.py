@@ -201,7 +201,7 @@ def test_an_analysis_says_what_it_found_and_where_the_page_is(tmp_path, llama, c
     assert f"at the {largest[2]} of {largest[1]} (" in lines[0]
     assert lines[1].startswith("Attention sinks: ")
     for scheme, name in (("int8", "int8"), ("fp8_e4m3", "fp8 (E4M3)")):
-        series = cap.input("_proj$").quantization_sqnr(scheme=scheme, by="token")
+        series = cap.input(r"(q|o|up|down)_proj$").quantization_sqnr(scheme=scheme, by="token")
         worst = series.layers[int(np.argmin(series.values))]
         assert any(line.startswith(f"Least fit for {name}") and f": {worst} " in line for line in lines)
     assert lines[-1].endswith("analysis_report.html")

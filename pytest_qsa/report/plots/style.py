@@ -140,8 +140,10 @@ def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = (
     fine = "\n".join(lines)
     # Constrained layout reserves space for the title alone: blank lines in it hold the notes.
     room = "\n " * len(lines) if axes is None else ""
+    # A bold title of 84 characters is as wide as the figure.
+    size = 11.5 * min(1.0, 84 / max(len(title), 1))
     text = figure.suptitle(
-        safe_text(title, 110) + room, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK
+        safe_text(title, 110) + room, x=0.012, ha="left", fontsize=max(size, 8.5), fontweight="bold", color=INK
     )
     if axes is not None:
         axes.set_title(fine, loc="left", color=MUTED, pad=8, linespacing=1.4)

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from ..common import QsaError, SuiteError
 from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr, say
@@ -35,10 +36,21 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     say(f"qsa: warning: {message}", file=sys.stderr)
 
 
+class _Version(argparse.Action):
+    """Prints the version, which is looked up only then: that takes as long as all else of `qsa --help`."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        from .. import __version__
+
+        print(f"pytest-qsa {__version__}")
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return pytest's own exit codes: 1 for a failure, 2 for a wrong suite, 4 for wrong usage."""
     parser = argparse.ArgumentParser(prog="qsa", description="Look at models and suites of pytest-qsa.")
     add_verbose(parser)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and stop")
     known = commands()
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in known.items():

@@ -13,8 +13,24 @@ from pathlib import Path
 
 from .. import captures, engine, suite, tools
 from ..common import InfraError, counted, progress_bar, shown_path
-from .shared import FAILED, OK, add_allow_code, command_parser, parse_with_overrides, planned, roots_of, say, writing
+from .shared import (
+    FAILED,
+    OK,
+    add_allow_code,
+    add_target,
+    command_parser,
+    parse_with_overrides,
+    planned,
+    say,
+    source_of,
+    writing,
+)
 
+EXAMPLES = (
+    "qsa analyze checkpoints/my-model",
+    "qsa analyze configs/default.yaml --model.path checkpoints/my-model --enabled.distribution true",
+    "qsa analyze gate.qsa.yaml --dry-run",
+)
 SHOWN_LAYERS = 20
 """How many layers are listed, as in quant-smooth-ana."""
 
@@ -26,8 +42,8 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong, or a pattern matches no layer; before any weight is read.
         InfraError: nothing can be written where the pictures should go, or the model or data can't be loaded.
     """
-    options, overrides = _options(arguments)
-    file = suite.load_suite(options.config, overrides, "--", roots=roots_of(options))
+    options, overrides, source = _options(arguments)
+    file = suite.load_suite(source, overrides, "--")
     subject = suite.subject_of(file)
     layers = engine.layer_names(
         subject.model, subject.path, subject.memory, allow_code=options.qsa_allow_code, base=subject.base
@@ -57,11 +73,15 @@ def run(arguments: Sequence[str]) -> int:
     return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
 
-def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], suite.YamlSource]:
     parser = command_parser(
-        __name__, __doc__, "--config FILE [options] [--KEY VALUE …]", verbose="list each picture's layers"
+        __name__,
+        __doc__,
+        "TARGET [options] [--KEY VALUE …]",
+        verbose="list each picture's layers",
+        examples=EXAMPLES,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a configuration or suite")
+    add_target(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, and stop")
     parser.add_argument(
         "--qsa-cache", type=Path, metavar="DIR", help="where captures are kept; default: the user's cache"
@@ -74,7 +94,8 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="leave tokens, their text and their ids, out of all that is written",
     )
-    return parse_with_overrides(parser, arguments)
+    options, overrides = parse_with_overrides(parser, arguments)
+    return options, overrides, source_of(parser, options)
 
 
 def _list(names: Sequence[str], analysis: tools.Analysis, folder: Path, *, verbose: bool) -> None:

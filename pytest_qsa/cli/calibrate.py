@@ -15,6 +15,8 @@ from .shared import OK, add_sampling, command_parser, parse_with_overrides, root
 
 SIZES = ("data.num_samples", "data.seq_len")
 
+EXAMPLES = ("qsa calibrate gate.qsa.yaml", "qsa calibrate gate.qsa.yaml --parts 16 --write")
+
 
 def run(arguments: Sequence[str]) -> int:
     """Print a proposal for each bound of the suite, and write them into it if asked to.
@@ -67,8 +69,8 @@ def _check_size(file: suite.SuiteFile, options: argparse.Namespace, overrides: S
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__name__, __doc__, "SUITE [options] [--KEY VALUE …]")
-    parser.add_argument("suite", type=Path, metavar="SUITE", help="a suite with model and assertions")
+    parser = command_parser(__name__, __doc__, "TARGET [options] [--KEY VALUE …]", examples=EXAMPLES)
+    parser.add_argument("suite", type=Path, metavar="TARGET", help="a suite with model and assertions")
     add_sampling(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the suite with these bounds there")
     parser.add_argument("--write", action="store_true", help="write them into the suite itself")

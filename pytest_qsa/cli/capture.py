@@ -14,8 +14,23 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
-from .shared import OK, add_allow_code, command_parser, parse_with_overrides, planned, roots_of, say, writing
+from .shared import (
+    OK,
+    add_allow_code,
+    add_target,
+    command_parser,
+    parse_with_overrides,
+    planned,
+    say,
+    source_of,
+    writing,
+)
 
+EXAMPLES = (
+    "qsa capture gate.qsa.yaml -o run.qsa",
+    "qsa capture gate.qsa.yaml -o part-0.qsa --samples 0:8",
+    "qsa capture gate.qsa.yaml -o original.qsa-reference --for-reference --model.path checkpoints/my-model",
+)
 MOST_ROWS = 4096
 
 
@@ -26,27 +41,33 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the suite is wrong, asks for nothing that a pass measures, or doesn't name the original.
         InfraError: the model or data can't be loaded, or the file can't be written.
     """
-    options, overrides = parse_with_overrides(_parser(), arguments)
+    parser = _parser()
+    options, overrides = parse_with_overrides(parser, arguments)
+    source = source_of(parser, options)
     _check_options(options)
     # Before the pass, which may take hours.
     if not options.output.absolute().parent.is_dir():
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")
-    held = _keep_reference(options, overrides) if options.for_reference else _keep_capture(options, overrides)
+    held = (_keep_reference if options.for_reference else _keep_capture)(options, source, overrides)
     say(f"{shown_path(options.output)}: {held}")
     return OK
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        __name__, __doc__, "--config FILE -o FILE [--samples A:B | --for-reference] [--KEY VALUE …]"
+        __name__, __doc__, "TARGET -o FILE [--samples A:B | --for-reference] [--KEY VALUE …]", examples=EXAMPLES
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a suite or configuration")
+    add_target(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the capture goes")
     parser.add_argument("--samples", metavar="A:B", help="only the samples from A up to B, for `qsa merge`")
     add_allow_code(parser)
     group = parser.add_argument_group("a reference that suites name instead of the original")
-    group.add_argument("--for-reference", action="store_true", help="keep the model for comparisons with it")
+    group.add_argument(
+        "--for-reference",
+        action="store_true",
+        help="save a reference file of the model",
+    )
     group.add_argument("--rows", type=int, metavar="N", help="tokens that are kept of each sample and site; default: 4")
     group.add_argument("--rows-seed", type=int, metavar="N", help="the seed that they are drawn with; default: 0")
     group.add_argument("--with-head", action="store_true", help="keep the layer that makes logits in the file as well")
@@ -65,9 +86,9 @@ def _check_options(options: argparse.Namespace) -> None:
         raise SuiteError(f"--rows-seed {options.rows_seed}: write 0 or more")
 
 
-def _keep_capture(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+def _keep_capture(options: argparse.Namespace, source: suite.YamlSource, overrides: Sequence[str]) -> str:
     """Measure and write a capture; return what it holds."""
-    file = suite.load_suite(options.config, overrides, "--", roots=roots_of(options))
+    file = suite.load_suite(source, overrides, "--")
     subject = suite.subject_of(file)
     samples, code = _samples(options.samples), options.qsa_allow_code
     requests = _requests(file, _layers(file, subject, allow_code=code))
@@ -111,9 +132,8 @@ def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[capture
     return requests or list(planned(file, names.called).requests)
 
 
-def _keep_reference(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+def _keep_reference(options: argparse.Namespace, source: suite.YamlSource, overrides: Sequence[str]) -> str:
     """Run the original and write a reference file; return what it holds."""
-    source = suite.read_suite(options.config, roots_of(options))
     own = source.data.get("model")
     named = isinstance(own, dict) and own.get("reference") is not None
     if not named and not any(each.startswith("model.reference=") for each in overrides):

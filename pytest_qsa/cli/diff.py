@@ -14,6 +14,11 @@ from .. import tools
 from ..common import shown_path, write_atomically
 from .shared import FAILED, OK, command_parser, say, writing
 
+EXAMPLES = (
+    "qsa diff old.qsa new.qsa",
+    "qsa diff qsa_baselines/my-model qsa-results/report.json --fail-on 'magnitude.median > 5%' --markdown diff.md",
+)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Compare two sides, print what moved, and check the conditions; return 1 where one is broken.
@@ -41,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__name__, __doc__)
+    parser = command_parser(__name__, __doc__, examples=EXAMPLES)
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page")

@@ -15,6 +15,11 @@ from .. import suite, tools
 from ..common import InfraError, shown_path, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
+EXAMPLES = (
+    "qsa init checkpoints/my-model-int8",
+    "qsa init checkpoints/my-model-int8 --reference checkpoints/my-model -o gate.qsa.yaml --data.num_samples 16",
+)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Measure the model over parts of the data, write the suite and say what to run next.
@@ -49,9 +54,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        __name__, __doc__, "MODEL [--reference ORIGINAL] [-o FILE.qsa.yaml] [options] [--KEY VALUE …]"
+        __name__,
+        __doc__,
+        "TARGET [--reference ORIGINAL] [-o FILE.qsa.yaml] [--KEY VALUE …]",
+        examples=EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id")
+    parser.add_argument("model", metavar="TARGET", help="a checkpoint's folder, or a hub id")
     parser.add_argument("--reference", metavar="ORIGINAL", help="what the model was made from: hold it against that")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the model's name, .qsa.yaml")
     add_sampling(parser)
@@ -60,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
+    return Path(os.path.abspath(model)).name if Path(model).is_dir() else model.rpartition("/")[2]
 
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:

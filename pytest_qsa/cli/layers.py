@@ -8,7 +8,9 @@ from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
 from ..common import shown_path, text_table
-from .shared import OK, add_allow_path, command_parser, roots_of, say
+from .shared import OK, add_allow_path, add_target, command_parser, say, source_of
+
+EXAMPLES = ("qsa layers gate.qsa.yaml", r"qsa layers checkpoints/my-model 'mlp\.down_proj$'")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,21 +22,26 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: the configuration is wrong or has no model, or the regex finds no layer.
         InfraError: the model's configuration, or its files, can't be read.
     """
-    parser = command_parser(__name__, __doc__)
-    parser.add_argument("--config", type=Path, help="a suite or configuration, for its model section")
-    parser.add_argument("--model", help="a folder or hub id, instead of --config")
-    parser.add_argument("--base", help="the base of an adapter in --model, if the adapter doesn't name it")
+    parser = command_parser(__name__, __doc__, examples=EXAMPLES)
+    add_target(parser)
+    parser.add_argument("--model", help="a folder or hub id, instead of TARGET")
+    parser.add_argument("--base", help="the base of an adapter, if the adapter doesn't name it")
     parser.add_argument(
         "--weights", choices=("loaded", "files"), help="files: the weights that the files hold, as model.weights: files"
     )
     parser.add_argument("regex", nargs="?", help="show only the layers that it finds")
     add_allow_path(parser)
     options = parser.parse_args(arguments)
-    if (options.config is None) == (options.model is None):
-        parser.error("give one of --config and --model")
-    # A suite made of the options alone, whose errors then name the option in the place of a file.
-    named = suite.YamlSource(Path("--model"), {"model": {"path": options.model, "base": options.base}})
-    subject = suite.subject_of(suite.load_suite(options.config or named, roots=roots_of(options)))
+    if (options.config or options.model) and options.regex is None:
+        options.target, options.regex = None, options.target  # the one word is the regex
+    if options.model:
+        if options.config or options.target:
+            parser.error("name one of TARGET, --config and --model")
+        options.target = options.model
+    source = source_of(parser, options)
+    if options.base:
+        source.data["model"] = {**(source.data.get("model") or {}), "base": options.base}
+    subject = suite.subject_of(suite.load_suite(source))
 
     files = (options.weights or subject.model.weights) == "files"
     rows = _stored(subject) if files else engine.outline(subject.model, subject.path, subject.base)

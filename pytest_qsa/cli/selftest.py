@@ -12,6 +12,12 @@ from .. import checkpoint, suite, tools
 from ..common import InfraError, SuiteError, shown_path
 from .shared import FAILED, OK, add_allow_path, between, command_parser, roots_of, say, writing
 
+EXAMPLES = (
+    "qsa selftest gate.qsa.yaml",
+    "qsa selftest gate.qsa.yaml --min-score 0.9 --output DIR",
+    "qsa selftest --list",
+)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Print what became of each fault; return 1 where the mutation score is below `--min-score`.
@@ -50,8 +56,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__name__, __doc__, "SUITE [options] [-- more arguments for pytest]")
-    parser.add_argument("suite", nargs="?", type=Path, metavar="SUITE", help="a suite with model.path")
+    parser = command_parser(__name__, __doc__, "TARGET [options] [-- more arguments for pytest]", examples=EXAMPLES)
+    parser.add_argument("suite", nargs="?", type=Path, metavar="TARGET", help="a suite with model.path")
     parser.add_argument("--model", metavar="PATH", help="another checkpoint than the suite's own, to be broken")
     parser.add_argument("--faults", action="append", default=[], metavar="A,B", help="only these (--list names all)")
     parser.add_argument("--layers", metavar="REGEX", help="put faults only into layers that it finds")

@@ -30,14 +30,21 @@ def first_line(docstring: str | None) -> str:
 
 
 def command_parser(
-    name: str, docstring: str | None, usage: str | None = None, *, verbose: str = ""
+    name: str, docstring: str | None, usage: str | None = None, *, verbose: str = "", examples: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """Return the parser of a command.
 
     `name`, `docstring`: those of its module. `usage`: what stands behind the command. `verbose`: what else `-v` does.
+    `examples`: command lines that the help ends with.
     """
     program = f"qsa {name.rpartition('.')[2]}"
-    parser = argparse.ArgumentParser(prog=program, usage=usage and f"{program} {usage}", description=docstring)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=usage and f"{program} {usage}",
+        description=docstring,
+        epilog="\n  ".join(["examples:", *(line.replace("%", "%%") for line in examples)]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_verbose(parser, verbose)
     return parser
 
@@ -88,22 +95,46 @@ def parse_with_overrides(
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Offer every key of the sections, with its type and default in the help.
+    """Offer every key of the sections as an option.
 
-    A key of `visualization` may stand without that word: `--outlier.threshold 100`.
+    A key of `visualization` may stand without that word: `--outlier.threshold 100`. `--help-keys` lists them; a hundred
+    keys would drown the command's own options in `--help`.
     """
+    lines: dict[str, list[tuple[str, str]]] = {}
     for section in SECTIONS:
-        group = parser.add_argument_group(f"keys of {section}", "each overrides the file's own value")
         for key, field in _values(section, suite.Suite.model_fields[section]):
             short = key.removeprefix("visualization.")
             words = [f"--{key}"] if short == key else [f"--{short}", f"--{key}"]
-            stated = not field.is_required() and field.default is not None
-            default = f"default: {_written(field.get_default())}" if stated else ""
-            # argparse formats its help with %, so that a percent sign is doubled.
-            text = "; ".join(part for part in (field.description, default) if part).replace("%", "%%")
-            kind = _shown(field.annotation)
             # SUPPRESS leaves out what was not given, so that only real overrides are applied.
-            group.add_argument(*words, dest=key, metavar=kind, default=argparse.SUPPRESS, help=text)
+            parser.add_argument(*words, dest=key, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            lines.setdefault(section, []).append((f"{words[0]} {_shown(field.annotation)}", _key_text(field)))
+    parser.add_argument(
+        "--help-keys",
+        action=_HelpKeys,
+        const=lines,
+        nargs="?",
+        choices=SECTIONS,
+        metavar="SECTION",
+        help=f"list the keys of a suite that are options too, of a section ({', '.join(SECTIONS)}) or all; and stop",
+    )
+
+
+class _HelpKeys(argparse.Action):
+    """Prints the keys of a suite as options, and ends the program."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        for section, lines in self.const.items():
+            if values in (section, None, self.const):  # argparse hands on `const` where no value is given
+                say(f"keys of {section}; each overrides the file's own value:")
+                for option, text in lines:
+                    say(f"  {option}", *([f"      {text}"] if text else []))
+        parser.exit()
+
+
+def _key_text(field: FieldInfo) -> str:
+    """Return what a key means, and its default."""
+    default = field.get_default(call_default_factory=True, validated_data={}) if not field.is_required() else None
+    return "; ".join(filter(None, (field.description, (default is not None and f"default: {_written(default)}") or "")))
 
 
 def _values(key: str, field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
@@ -158,6 +189,27 @@ def _shown(annotation: Any) -> str:
     if origin is list:
         return f"[{_shown(inner[0])}, …]"
     return str(getattr(annotation, "__name__", annotation))
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Offer what a command works on, in the same words for all: a suite, a folder or a hub id."""
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="a suite, a checkpoint's folder, or a hub id")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the suite or configuration, instead of TARGET")
+
+
+def source_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> suite.YamlSource:
+    """Read the suite that the options name, or make one that is of a checkpoint alone.
+
+    Raises:
+        SuiteError: it can't be read.
+    """
+    if (options.config is None) == (options.target is None):
+        parser.error("name one TARGET: a suite, a checkpoint's folder, or a hub id")
+    target = options.config or Path(options.target)
+    if options.config is None and not target.is_file() and target.suffix not in (".yaml", ".yml"):
+        # Its errors then name the argument in the place of a file.
+        return suite.YamlSource(Path("TARGET"), {"model": {"path": options.target}}, roots=roots_of(options))
+    return suite.read_suite(target, roots_of(options))
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:

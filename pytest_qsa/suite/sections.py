@@ -100,7 +100,7 @@ class Served(Strict):
     model: Annotated[str | None, Field(min_length=1, description="its name there, if there are several")] = None
     api: Literal["vllm", "sglang", "llama.cpp"] = "vllm"
     top_logprobs: Annotated[
-        int, Gt(0), Field(description="tokens that it returns for each position; vLLM: --max-logprobs")
+        int, Gt(0), Field(description="top logprobs that it returns for each position; vLLM: --max-logprobs")
     ] = 20
     timeout: Annotated[float, Gt(0), Field(description="seconds for an answer")] = 120.0
     tokenizer: Annotated[str | None, Field(description="a folder or hub id; default: that of model.reference")] = None
@@ -164,7 +164,7 @@ def name_problem(name: str) -> str | None:
 class Model(Strict):
     """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
 
-    path: PathText | None = None
+    path: Annotated[PathText | None, Field(description="a checkpoint's folder, or a hub id")] = None
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")] | None = None
     served: Served | None = None
     logprobs: Annotated[PathText | None, Field(description="a file of a served model's answers: .json or .jsonl")] = (
@@ -176,17 +176,22 @@ class Model(Strict):
         PathText | None,
         Field(description="the base of an adapter: a folder or hub id; default: what the adapter names"),
     ] = None
-    reference: PathText | None = None
+    reference: Annotated[
+        PathText | None, Field(description="the original: a folder, a hub id, or a reference file")
+    ] = None
     previous: Annotated[
         PathText | None,
         Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint"),
     ] = None
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    revision: Annotated[str | None, Field(description="the commit of a hub id")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Field(description="what the model is loaded in; auto: what its files hold"),
+    ] = "auto"
     gguf_file: Annotated[str, AfterValidator(_file_inside)] | None = None
     attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    submodule: str | None = None
+    trust_remote_code: Annotated[bool, Field(description="run code of the checkpoint; needs --qsa-allow-code")] = False
+    submodule: Annotated[str | None, Field(description="gate a part of the model, such as language_model")] = None
     weights: Annotated[
         Literal["loaded", "files"],
         Field(description="what is measured at site: weight: what the loader made, or what the files hold"),
@@ -195,7 +200,7 @@ class Model(Strict):
         Regex | None, Field(description="tensors of the checkpoint that loading may drop; others are an error")
     ] = None
     allow_idle: Annotated[
-        Regex | None, Field(description="quantized modules that need not run; others that never do are an error")
+        Regex | None, Field(description="regex of quantized modules that are allowed to stay unused")
     ] = None
     require: Annotated[Require | None, Field(description="what must hold for any number to count")] = None
 
@@ -253,26 +258,30 @@ class Data(Strict):
     `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column` and `revision`.
     """
 
-    source: PathText = "sample"
+    source: Annotated[
+        PathText, Field(description="the text: sample, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME")
+    ] = "sample"
     subset: str | None = None
     split: str | None = None
     column: str | None = None
     revision: str | None = None
-    num_samples: Annotated[int, Field(gt=0, le=MOST_SAMPLES)] = 16
-    seq_len: Annotated[int, Field(gt=0, le=MOST_TOKENS)] = 512
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    batch_size: Annotated[int, Field(gt=0)] = 1
+    num_samples: Annotated[int, Field(description="how many windows of tokens", gt=0, le=MOST_SAMPLES)] = 16
+    seq_len: Annotated[int, Field(description="tokens of a window", gt=0, le=MOST_TOKENS)] = 512
+    seed: Annotated[int, Field(description="which windows are drawn", ge=0, lt=2**64)] = 0
+    batch_size: Annotated[int, Field(description="windows of one forward; changes no number", gt=0)] = 1
     add_special_tokens: bool = True
-    chat_template: bool = False
+    chat_template: Annotated[bool, Field(description="apply the chat template to records of messages")] = False
     custom: CustomData = CustomData()
 
 
 class Memory(Strict):
     """Where the model runs, and where the part of it goes that doesn't fit there."""
 
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    auto_offload: bool = True
-    offload_device: Literal["cpu", "disk"] = "cpu"
+    device: Annotated[str, AfterValidator(_device), Field(description="auto, cpu, cuda, cuda:N, xpu or mps")] = "auto"
+    auto_offload: Annotated[bool, Field(description="move what does not fit on the device to offload_device")] = True
+    offload_device: Annotated[
+        Literal["cpu", "disk"], Field(description="where the rest of the model goes; disk: read block by block")
+    ] = "cpu"
 
 
 Count = Annotated[int, Field(gt=0)]

@@ -57,6 +57,20 @@ def test_layers_takes_the_model_of_a_suite_relative_to_it(llama, tmp_path, capsy
     assert "1 of 57 layers" in capsys.readouterr().out
 
 
+def test_a_target_is_a_suite_or_a_checkpoint_in_every_command(llama, tmp_path, capsys):
+    gate, folder = tmp_path / "a.qsa.yaml", str(llama)
+    gate.write_text(suite(folder, peaks("max: 1")))
+    for target in (str(gate), folder):
+        assert main(["layers", target, "lm_head"]) == 0
+        assert "1 of 57 layers" in capsys.readouterr().out
+        assert main(["analyze", target, "--dry-run", "--save_dir", str(tmp_path)]) == 0
+        assert "dry run" in capsys.readouterr().out
+    assert main(["layers", "nowhere.qsa.yaml"]) == 2
+    assert "nowhere.qsa.yaml" in capsys.readouterr().err
+    assert main(["analyze", folder, "--config", str(gate)]) == 4
+    assert "name one TARGET" in capsys.readouterr().err
+
+
 def test_layers_lists_the_weights_of_files(int8_llama, tmp_path, capsys):
     (tmp_path / "a.qsa.yaml").write_text(suite(int8_llama, peaks("max: 1")).replace("}", ", weights: files}", 1))
     for arguments in (["--model", str(int8_llama), "--weights", "files"], ["--config", str(tmp_path / "a.qsa.yaml")]):
@@ -72,8 +86,8 @@ def test_layers_lists_the_weights_of_files(int8_llama, tmp_path, capsys):
         ([], 4, "usage: qsa"),
         (["nothing"], 4, "invalid choice: 'nothing'"),
         (["schema", "--deep"], 4, "unrecognized arguments: --deep"),
-        (["layers"], 4, "give one of --config and --model"),
-        (["layers", "--config", "a.yaml", "--model", "x"], 4, "give one of --config and --model"),
+        (["layers"], 4, "name one TARGET"),
+        (["layers", "--config", "a.yaml", "--model", "x"], 4, "name one of TARGET, --config and --model"),
         (["layers", "--config", "nowhere.qsa.yaml"], 2, "nowhere.qsa.yaml"),
         (["layers", "--config", "wrong.qsa.yaml"], 2, "wrong.qsa.yaml:1: "),
         (["layers", "--config", "none.qsa.yaml"], 2, "there is no section 'model'"),

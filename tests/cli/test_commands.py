@@ -6,6 +6,7 @@ import argparse
 import logging
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,51 @@ def test_a_number_is_between_its_limits(text, number):
 def test_a_file_that_cannot_be_written_is_told_in_one_line():
     with pytest.raises(InfraError, match=r"^x/y: can't be written: No space left$"), writing(Path("x/y")):
         raise OSError(28, "No space left")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pytest-qsa {version('pytest-qsa')}\n"
+
+
+@pytest.mark.parametrize("name", ["analyze", "calibrate", "capture", "init"])
+def test_the_help_is_short_and_ends_with_examples_and_the_keys_have_a_help_of_their_own(name, capsys):
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 50
+    assert f"\nexamples:\n  qsa {name} " in out
+    assert "--data.seq_len" not in out
+    assert main([name, "--help-keys", "data"]) == 0
+    out = capsys.readouterr().out
+    assert "  --data.seq_len int\n      tokens of a window; default: 512\n" in out
+    assert "--memory" not in out
+
+
+def test_the_help_of_keys_has_those_of_every_section(capsys):
+    assert main(["init", "--help-keys"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  --{key} " in out for key in ("model.path", "data.source", "memory.device", "outlier.threshold"))
+    assert "Undefined" not in out
+
+
+def test_bash_completes_commands_options_and_keys(capsys, tmp_path):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "qsa.bash").write_text(capsys.readouterr().out)
+
+    def completed(*words):
+        script = f"source qsa.bash; COMP_WORDS=(qsa {' '.join(words)}); COMP_CWORD={len(words)}; "
+        script += f"_qsa qsa '{words[-1]}'; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("ca") == ["calibrate", "capture"]
+    assert completed("layers", "--wei") == ["--weights"]
+    assert completed("init", "--data.num") == ["--data.num_samples"]
+    assert completed("diff", "qs") == ["qsa.bash"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_get_each_command(shell, capsys):
+    assert main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in commands() if name not in out] == []

@@ -144,6 +144,10 @@ class Reader:
     def _check_jobs(self, content):
         """Collect what the jobs would run: their options and their paths are those of this project."""
         scripts = re.findall(r"^\s*(pytest .*|qsa .*)$", "\n".join(_scripts(content)), flags=re.MULTILINE)
+        actions = [step for step in _steps(content) if "/pytest-qsa@" in step.get("uses", "")]
+        inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+        assert all(set(step["with"]) <= set(inputs) for step in actions)
+        scripts += [f"pytest {step['with']['suites']} {step['with'].get('args', '')}" for step in actions]
         assert scripts
         for script in scripts:
             words = shlex.split(re.sub(r"\$\{[^}]*\}|\"?\$\w+\"?", "", script))
@@ -210,6 +214,11 @@ class Reader:
             self._pytest(f"test_{name}.py", "--qsa-config=gate.qsa.yaml", "--snapshot-update")
         else:
             exec(compile(block.text, str(self.page), "exec"), self.names)
+
+
+def _steps(content):
+    """Return the steps of a workflow of GitHub; none of another service's pipeline."""
+    return [step for job in content.get("jobs", {}).values() for step in job["steps"]]
 
 
 def _scripts(content):

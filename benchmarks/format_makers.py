@@ -95,11 +95,34 @@ def mixture(folder: Path, small: bool) -> None:
     _save_source(Qwen3MoeForCausalLM(config), folder)
 
 
-SOURCES: dict[str, Callable[[Path, bool], None]] = {"llama": llama, "gpt-oss": gpt_oss_model, "moe": mixture}
+def settled(folder: Path, small: bool) -> None:
+    """Save a Llama as `llama` does, with what faults are put into: biases, an epsilon, a stop token and a first one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=320, max_position_embeddings=512, tie_word_embeddings=False, hidden_size=256, intermediate_size=768,
+        num_hidden_layers=4 if small else 6, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+        attention_bias=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, values in model.named_parameters():
+        if name.endswith(".bias"):
+            values.data.normal_(0, 0.02)
+    _save_source(model, folder, ("<s>", "</s>"))
+
+
+SOURCES: dict[str, Callable[[Path, bool], None]] = {
+    "llama": llama,
+    "gpt-oss": gpt_oss_model,
+    "moe": mixture,
+    "settled": settled,
+}
 """The models that are quantized: each saves itself into a folder, small for a fixture of the tests."""
 
 
-def _save_source(model: Any, folder: Path) -> None:
+def _save_source(model: Any, folder: Path, ends: tuple[str, ...] = ()) -> None:
+    """Save a model with a tokenizer of bytes. `ends`: its first and its stop token."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -110,9 +133,15 @@ def _save_source(model: Any, folder: Path) -> None:
             weight.data.mul_(layer).mul_(torch.exp(0.2 * rows))
     model.to(torch.bfloat16).save_pretrained(folder)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = tokenizers.models.BPE(vocab={word: index for index, word in enumerate(["<unk>", *letters])}, merges=[])
-    tokenizer: Any = PreTrainedTokenizerFast
-    tokenizer(tokenizer_object=tokenizers.Tokenizer(words), unk_token="<unk>").save_pretrained(folder)
+    words = tokenizers.models.BPE(
+        vocab={word: index for index, word in enumerate(["<unk>", *ends, *letters])}, merges=[]
+    )
+    read, tokenizer = tokenizers.Tokenizer(words), PreTrainedTokenizerFast
+    special = dict(zip(("bos_token", "eos_token"), ends, strict=False))
+    if ends:
+        first = [(ends[0], 1)]
+        read.post_processor = tokenizers.processors.TemplateProcessing(single=f"{ends[0]} $A", special_tokens=first)
+    tokenizer(tokenizer_object=read, unk_token="<unk>", **special).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def _model(source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
@@ -352,11 +381,11 @@ def gguf(kind: str, source: Path, target: Path) -> Tensors:
     writer.add_vocab_size(config["vocab_size"])
     read = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        layer, values = name.removesuffix(".weight"), tensor.float()
+        (layer, _, part), values = name.rpartition("."), tensor.float()
         count = {"q_proj": heads, "k_proj": groups}.get(layer.rpartition(".")[2])
         if count:  # llama.cpp's rotary kernel takes the two halves of a head interleaved
             values = values.reshape(count, 2, len(values) // count // 2, -1).transpose(1, 2).reshape(values.shape)
-        to, array = f"{names.get_name(layer)}.weight", np.ascontiguousarray(values.numpy())
+        to, array = f"{names.get_name(layer)}.{part}", np.ascontiguousarray(values.numpy())
         if array.ndim == 1 or not layer.endswith("_proj"):
             writer.add_tensor(to, array)
             continue

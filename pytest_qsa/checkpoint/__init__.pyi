@@ -35,6 +35,7 @@ from .formats.format import (
     libraries_of_formats as libraries_of_formats,
     streams_from_disk as streams_from_disk,
 )
+from .formats.gptq import AWQ_ORDER as AWQ_ORDER
 from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
@@ -57,6 +58,7 @@ from .tensors import (
     scale_values as scale_values,
     spread_scales as spread_scales,
     tensors_of as tensors_of,
+    unpacked as unpacked,
 )
 from .weights import (
     StoredWeight as StoredWeight,

@@ -371,6 +371,8 @@ def _low_rank(difference: Singles) -> int:
     """Return the rank of what is in a difference beside noise; 0 where most of it is noise."""
     even = _even(difference)
     gram = even @ even.T if len(even) < even.shape[1] else even.T @ even
+    if not np.isfinite(gram).all():  # a scale is NaN, say: no eigenvalue can be computed
+        return 0
     values = np.sort(np.linalg.eigvalsh(gram))[::-1]
     above = values[values > ABOVE_NOISE * max(np.median(values), 1e-9 * values[0])]
     if not 0 < len(above) <= len(values) // 4 or above.sum() < IN_FEW * values.sum():

@@ -347,3 +347,13 @@ def test_a_layer_that_is_a_copy_is_one_problem_though_its_size_is_another_too(or
     ] == ["the weight of model.layers.0.mlp.up_proj"]
     sizes = problems_of(Files(open_folder(copies), open_folder(larger)), "checkpoint_scales")[1]
     assert "model.layers.2.mlp.up_proj" in {each.layer for each in sizes}
+
+
+def test_a_weight_that_is_not_finite_is_like_no_other_one(original, tmp_path):
+    """Its difference from the reference has no rank: no eigenvalue can be computed of it."""
+
+    def change(weights):
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+
+    folder = edited(original, tmp_path / "nan", noisy(change))
+    assert said(folder, original, ["model.layers.1.mlp.down_proj"]) == []

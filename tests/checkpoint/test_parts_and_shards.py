@@ -104,9 +104,13 @@ def test_what_was_renamed_fused_tied_or_can_be_computed_is_not_gone(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "part"),
-    [({"num_nextn_predict_layers": 1}, "mtp"), ({"vision_config": {"a": 1}}, "vision_config"),
-     ({"audio_config": {"a": 1}}, "audio_config")],
-)  # fmt: skip
+    [
+        ({"num_nextn_predict_layers": 1}, "model.layers.3"),
+        ({"mtp_num_hidden_layers": 1}, "mtp"),
+        ({"vision_config": {"a": 1}}, "vision_config"),
+        ({"audio_config": {"a": 1}}, "audio_config"),
+    ],
+)
 def test_a_part_that_the_configuration_promises_is_missed_without_a_reference(tmp_path, config, part):
     folder = single(tmp_path / "own", model(), num_hidden_layers=3, **config)
     assert list(keys(folder)) == [part]

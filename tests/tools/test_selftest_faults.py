@@ -95,9 +95,44 @@ def test_rows_in_the_other_layout_of_the_rope_are_the_same_rows_with_their_scale
         np.testing.assert_array_equal(mine, np.stack([by_head[:, 0], by_head[:, 1]], 2).reshape(theirs.shape))
 
 
-def test_rows_whose_zero_points_lie_in_shared_words_are_left_alone(llama, tmp_path):
-    healthy = save_quantized_llama(tmp_path / "healthy", llama, "W4A16", group_size=16, symmetric=False)
-    assert list(FAULTS["rope_interleaved"].targets(open_folder(healthy))) == []
+WORDS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False},
+    "gptq of 8 bits": {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
+}
+
+
+def save_words(source, folder, declared):
+    """Save a Llama whose q and k are random words of GPTQ or AWQ's `gemm`, zero points of several outputs in one."""
+    columns, many, chance = declared["quant_method"] == "gptq", 32 // declared["bits"], np.random.default_rng(0)
+
+    def pack(weights):
+        for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight"))]:
+            outputs, inputs = weights.pop(name).shape
+            groups = inputs // declared["group_size"]
+            shapes = {"qweight": (inputs // many, outputs) if columns else (inputs, outputs // many)}
+            for part, shape in (shapes | {"qzeros": (groups, outputs // many)}).items():
+                words = chance.integers(-(2**31), 2**31, shape).astype(np.int32)
+                weights[name.replace("weight", part)] = torch.from_numpy(words)
+            scales = chance.uniform(0.5, 1, (groups, outputs)).astype(np.float16)
+            weights[name.replace("weight", "scales")] = torch.from_numpy(scales)
+
+    return edited(source, folder, pack, config=lambda config: config.update(quantization_config=declared))
+
+
+@pytest.mark.parametrize("form", [*WORDS, "compressed-tensors"])
+def test_rows_whose_zero_points_lie_in_shared_words_are_moved_with_them(llama, tmp_path, form):
+    if form in WORDS:
+        healthy = save_words(llama, tmp_path / "healthy", WORDS[form])
+    else:
+        healthy = save_quantized_llama(tmp_path / "healthy", llama, "W4A16", group_size=16, symmetric=False)
+    copy, layers = broken(healthy, tmp_path / "copy", "rope_interleaved")
+    assert len(layers) == 8  # q and k of four blocks
+    for layer in sorted(layers):
+        mine, theirs = rows(copy, layer), rows(healthy, layer)
+        assert not np.array_equal(mine, theirs)
+        by_head = theirs.reshape(-1, 2, 4, theirs.shape[1])  # head, half, pair
+        np.testing.assert_array_equal(mine, np.stack([by_head[:, 0], by_head[:, 1]], 2).reshape(theirs.shape))
 
 
 def test_experts_in_another_order_are_whole_experts(tmp_path):

@@ -12,6 +12,9 @@ from ..tensors import FLOATS
 from .shards import absent_shards
 
 SEVERAL_TOKENS = re.compile(r"(^|\.)(mtp|nextn)", re.IGNORECASE)
+NEXTN = "num_nextn_predict_layers"
+"""The key of DeepSeek and its heirs, whose head of several tokens is a block behind the last one."""
+CONFIG = "config.json"
 TOWERS = {
     "vision": re.compile(r"(^|\.|_)(vision|visual|vit|image)"),
     "audio": re.compile(r"(^|\.|_)(audio|speech)"),
@@ -110,11 +113,12 @@ def promised_parts(form: Format) -> Iterator[Finding]:
     several = _several_key(folder)
     if several and not _has_several(folder):
         what = f"missing, though {several} is {config[several]}: speculative decoding accepts nothing without it"
-        yield Finding("mtp", "mtp", "config.json", what, "copy its tensors from the original, or set the key to 0")
+        where = _place_of_several(folder, several)
+        yield Finding(where, where, CONFIG, what, "copy its tensors from the original, or set the key to 0")
     for name, pattern in TOWERS.items():
         if folder.config.get(f"{name}_config") and not any(map(pattern.search, folder.layers)):
             what = f"no layer is named as one, though config.json has a {name}_config"
-            yield Finding(name, f"{name}_config", "config.json", what, "copy the tower from the original")
+            yield Finding(name, f"{name}_config", CONFIG, what, "copy the tower from the original")
 
 
 def of_several_tokens(folder: Folder, tensor: str) -> bool:
@@ -126,8 +130,18 @@ def of_several_tokens(folder: Folder, tensor: str) -> bool:
 
 def _several_key(folder: Folder) -> str:
     """Return the key by which the configuration promises a head of several tokens; empty if it doesn't."""
-    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    keys = (NEXTN, "mtp_num_hidden_layers")
     return next((key for key in keys if folder.text_config.get(key)), "")
+
+
+def _place_of_several(folder: Folder, key: str) -> str:
+    """Return the module where the model's class would have the head: a block behind the last one, or `mtp`."""
+    blocks = folder.text_config.get("num_hidden_layers")
+    if key != NEXTN or not isinstance(blocks, int):
+        return "mtp"
+    stems = (re.match(r"(.+\.)?layers\.\d+\.", f"{layer}.") for layer in folder.layers)
+    stem = next((found[1] or "" for found in stems if found), "model.")
+    return f"{stem}layers.{blocks}"
 
 
 def _has_several(folder: Folder) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...captures import Array
-from ...checkpoint import NUMBER, Folder, Tensor, element_count, format_of
+from ...checkpoint import AWQ_ORDER, NUMBER, Folder, Tensor, element_count, format_of, unpacked
 from .fault import Faults, spread_rows
 from .mutant import Mutant
 
@@ -57,19 +57,42 @@ def _interleaved(folder: Folder, layer: str) -> dict[str, Array] | None:
     size = config.get("head_dim") or (width // heads if heads and width else 0)
     if weight is None or shape is None or not size or shape[0] % size or size % 2:
         return None
-    outputs = shape[0]
-    axis = next((axis for axis in (0, -1) if len(weight.shape) == 2 and weight.shape[axis] == outputs), None)
-    if axis is None:
+    outputs, bits = shape[0], form.code_bits(layer, codes) if (codes := form.codes_of(layer)) else 0
+    lanes = AWQ_ORDER if getattr(form, "packing", "") == "gemm" else tuple(range(32 // bits if bits else 0))
+    # AutoGPTQ's words have their outputs in columns, and so has what is beside them
+    columns = weight.part == "qweight" and getattr(form, "packing", "") != "gemv"
+    if len(weight.shape) != 2 or (weight.shape[0] != outputs and not columns):
         return None
+    axis = -1 if columns else 0
     order = np.arange(outputs).reshape(-1, 2, size // 2).transpose(0, 2, 1).ravel()
     changed = {}
     for part, tensor in form.parts(layer).items():
         raw = tensor.raw()
-        if raw.ndim and raw.shape[axis] == outputs and not OF_INPUTS.search(part):
+        if OF_INPUTS.search(part) or not raw.ndim:
+            continue
+        if raw.shape[axis] == outputs:
             changed[tensor.name] = np.take(raw, order, axis)
-        elif not (OF_INPUTS.search(part) or _holds_whole_heads(tensor, raw, axis, outputs, size)):
+        elif tensor.dtype == "I32" and raw.ndim == 2 and raw.shape[axis] * len(lanes) == outputs and 32 % bits == 0:
+            words = raw if columns else raw.T
+            moved = _moved(np.ascontiguousarray(words).view(np.uint32), bits, lanes, order)
+            changed[tensor.name] = np.ascontiguousarray(moved if columns else moved.T)
+        elif not _holds_whole_heads(tensor, raw, axis, outputs, size):
             return None
     return changed
+
+
+def _moved(words: NDArray[np.uint32], bits: int, lanes: Sequence[int], order: NDArray[np.intp]) -> NDArray[np.int32]:
+    """Return words [rows, words] that hold the numbers of several outputs each, the outputs in another order.
+
+    `lanes`: the place in a word, from its lowest bits, of each of its outputs.
+    """
+    many, outputs = len(lanes), np.arange(len(order))
+    place = outputs // many * many + np.asarray(lanes)[outputs % many]
+    numbers = unpacked(words, bits)
+    moved = np.empty_like(numbers)
+    moved[:, place] = numbers[:, place[order]]
+    parts = moved.reshape(len(words), -1, many).astype(np.uint32) << np.arange(0, 32, bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(parts, axis=2).view(np.int32)
 
 
 def _holds_whole_heads(tensor: Tensor, raw: Array, axis: int, outputs: int, size: int) -> bool:
@@ -77,7 +100,7 @@ def _holds_whole_heads(tensor: Tensor, raw: Array, axis: int, outputs: int, size
     if element_count(tensor) == 1 or bool((raw == raw.flat[0]).all()):
         return True
     entries = int(raw.shape[axis])
-    packed = tensor.dtype == "I32"  # zero points of several outputs in a word
+    packed = tensor.dtype == "I32"  # numbers of a size that no word holds whole
     return not packed and outputs % entries == 0 and outputs // entries % size == 0
 
 

@@ -92,7 +92,8 @@ def _moved(words: NDArray[np.uint32], bits: int, lanes: Sequence[int], order: ND
     moved = np.empty_like(numbers)
     moved[:, place] = numbers[:, place[order]]
     parts = moved.reshape(len(words), -1, many).astype(np.uint32) << np.arange(0, 32, bits, dtype=np.uint32)
-    return np.bitwise_or.reduce(parts, axis=2).view(np.int32)
+    found: NDArray[np.uint32] = np.bitwise_or.reduce(parts, axis=2)
+    return found.view(np.int32)
 
 
 def _holds_whole_heads(tensor: Tensor, raw: Array, axis: int, outputs: int, size: int) -> bool:

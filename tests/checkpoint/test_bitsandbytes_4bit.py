@@ -198,3 +198,9 @@ def test_a_layer_without_its_state_is_never_read_as_numbers(nf4, tmp_path):
 @pytest.mark.parametrize("fault", ["scale_layer", "nan_scale", "weights_constant", "nibbles_swapped", "scale_dropped"])
 def test_faults_of_the_self_test_can_be_put_into_it(healthy, fault):
     assert DOWN in FAULTS[fault].targets(open_folder(healthy))
+
+
+def test_rows_of_a_weight_whose_scales_are_lost_are_refused_in_one_line(nf4, tmp_path):
+    folder = open_folder(edited(nf4, tmp_path / "lost", lambda weights: weights.pop(f"{DOWN}.weight.absmax")))
+    with pytest.raises(AnomalyError, match=rf"model\.safetensors: {DOWN} has no weight\.absmax"):
+        format_of(folder).stored_rows(DOWN)

@@ -233,6 +233,8 @@ class Format(LayerTensors):
             return self.dequantized(layer, codes, rows)
         except (ValueError, IndexError, ZeroDivisionError) as error:  # numpy's, of shapes that can't be broadcast
             raise AnomalyError(f"{codes.path}: the tensors of {layer} don't fit one another: {error}") from error
+        except KeyError as error:
+            raise AnomalyError(f"{codes.path}: {layer} has no {error.args[0]}") from error
 
     @cached_property
     def fitting(self) -> Sequence[str]:

@@ -50,7 +50,8 @@ class WeightRows:
     """Successive rows of a weight, [R, C], from row `start` on; what several reductions need is computed once.
 
     `dtype`: the dtype that holds the weight exactly. `reference`: the reference's rows, where two weights are compared.
-    `groups`: which weights share a scale, where that matters.
+    `groups`: which weights share a scale, where that matters. `nearest`: the reference's rows rounded to nearest in the
+    scheme, where it is known and matters.
     """
 
     values: Singles
@@ -58,6 +59,7 @@ class WeightRows:
     dtype: str
     reference: Singles | None = None
     groups: ScaleGroups | None = None
+    nearest: Singles | None = None
 
     @cached_property
     def magnitudes(self) -> Singles:
@@ -444,25 +446,27 @@ class GroupGains(WeightReduction):
         self._groups: ScaleGroups | None = None
 
     def add(self, rows: WeightRows) -> None:
-        """Add Σw₀², Σw·w₀, Σw² and Σw₀⁴ of the groups of some rows."""
+        """Add Σw₀², Σw·w₀, Σw², Σw₀⁴ and Σw₁·w₀ of the groups of some rows, w₁ those of round to nearest."""
         assert rows.reference is not None
         assert rows.groups is not None
         if self._groups is None:
             self._groups = rows.groups
             self._starts = np.arange(0, self.shape[1], rows.groups.columns)
-            self._sums = np.zeros((4, -(-self.shape[0] // rows.groups.rows), len(self._starts)))
+            self._sums = np.zeros((5, -(-self.shape[0] // rows.groups.rows), len(self._starts)))
         x, y = rows.reference.astype(np.float64), rows.values.astype(np.float64)
         if (order := self._groups.order) is not None:
             x, y = x[:, order], y[:, order]
         blocks = np.arange(rows.start, rows.start + len(x)) // self._groups.rows
-        squares = x * x
-        for sums, products in zip(self._sums, (squares, x * y, y * y, squares * squares), strict=True):
+        squares, plainest = x * x, x if rows.nearest is None else rows.nearest.astype(np.float64)
+        if order is not None and rows.nearest is not None:
+            plainest = plainest[:, order]
+        for sums, products in zip(self._sums, (squares, x * y, y * y, squares * squares, x * plainest), strict=True):
             np.add.at(sums, blocks, np.add.reduceat(products, self._starts, axis=1))
 
     def arrays(self) -> Arrays:
         """Return `GAIN_NAMES` of the group whose factor is farthest out of its room; NaN where no group counts."""
         assert self._groups is not None
-        signal, product, own, fourth = self._sums
+        signal, product, own, fourth, plainest = self._sums
         sizes = [
             np.diff(np.append(np.arange(0, length, step), length))
             for length, step in zip(self.shape, (self._groups.rows, self._groups.columns), strict=True)
@@ -472,11 +476,14 @@ class GroupGains(WeightReduction):
         # What lies below the layer's rounding error may be lost: the scales of groups can be rounded themselves.
         faint = min(nmse, FAINT) * signal.sum() / counts.sum()
         counted = np.maximum(signal, own) > np.maximum(faint, 0) * counts
-        factors = np.where(signal > 0, product / signal, np.inf)
+        factors, rounded = (np.where(signal > 0, each / signal, np.inf) for each in (product, plainest))
+        # The largest weight of a group may be clipped, and the small ones lost: so far round to nearest goes as well.
+        away = np.maximum(np.minimum(rounded, 1) - factors, factors - np.maximum(rounded, 1))
+        away = np.where(np.isfinite(factors), np.maximum(away, 0), np.abs(factors - 1))
         # Where few weights carry a group its factor varies as theirs: of (Σw₀²)² / Σw₀⁴ weights.
         sigmas = np.maximum(ROOM_SIGMAS / np.sqrt(counts), FEW_SIGMAS * np.sqrt(fourth) / signal)
         rooms = np.clip(sigmas * np.sqrt(np.maximum(nmse, 0)), LEAST_ROOM, MOST_ROOM)
-        shares = np.where(counted | ~np.isfinite(factors) & (own > 0), np.abs(factors - 1) / rooms, -1.0)
+        shares = np.where(counted | ~np.isfinite(factors) & (own > 0), away / rooms, -1.0)
         row, column = np.unravel_index(int(np.argmax(shares)), shares.shape)  # the first NaN, where there is one
         place = [row * self._groups.rows, sizes[0][row], column * self._groups.columns, sizes[1][column]]
         if self._groups.order is not None:

@@ -220,9 +220,10 @@ def _measured(
     if problem:
         pair, statistics = None, statistics - COMPARED
     dtype = weight.form.weight_dtype(weight.layer)
-    rows = partial(_rows, weight, pair, dtype)
+    nearest = GAIN in statistics
+    rows = partial(_rows, weight, pair, dtype, nearest=nearest)
     if again is not None:
-        rows = partial(_rows_again, weight, pair, dtype, source or weight, again)
+        rows = partial(_rows_again, weight, pair, dtype, source or weight, again, nearest=nearest)
     return _Measured(reduced(statistics, rows, weight.table, matrix=weight.matrix), of_reference=problem)
 
 
@@ -235,28 +236,49 @@ def _incomparable(weight: StoredWeight, pair: StoredWeight) -> str:
     return ""
 
 
-def _rows(weight: StoredWeight, pair: StoredWeight | None, dtype: str) -> Iterator[WeightRows]:
+def _rows(
+    weight: StoredWeight, pair: StoredWeight | None, dtype: str, *, nearest: bool = False
+) -> Iterator[WeightRows]:
     theirs = pair.parts() if pair is not None else None
     groups = weight.form.scale_groups(weight.layer, weight.table) if pair is not None else None
     start = 0
     for values in weight.parts():
-        yield WeightRows(values, start, dtype, next(theirs) if theirs is not None else None, groups)
+        other = next(theirs) if theirs is not None else None
+        yield WeightRows(values, start, dtype, other, groups, _nearest(weight, other, groups) if nearest else None)
         start += len(values)
 
 
+def _nearest(weight: StoredWeight, theirs: Singles | None, groups: ScaleGroups | None) -> Singles | None:
+    """Return the reference's rows rounded to nearest in the scheme of a weight; None where that isn't known here.
+
+    A scale of several rows has so many weights that rounding leaves its factor at 1.
+    """
+    grid = grid_of(weight.form, weight.layer)
+    if theirs is None or groups is None or grid is None or groups.rows > 1 or not weight.matrix:
+        return None
+    return requantized(theirs, grid, groups)
+
+
 def _rows_again(
-    weight: StoredWeight, pair: StoredWeight | None, dtype: str, source: StoredWeight, again: Requantization
+    weight: StoredWeight,
+    pair: StoredWeight | None,
+    dtype: str,
+    source: StoredWeight,
+    again: Requantization,
+    *,
+    nearest: bool = False,
 ) -> Iterator[WeightRows]:
     """Yield the rows of a source quantized in the scheme of a weight; its own rows where the scheme isn't known."""
     grid, groups = grid_of(weight.form, weight.layer), weight.form.scale_groups(weight.layer, weight.table)
     if grid is None or not weight.matrix:
-        yield from _rows(weight, pair, dtype)
+        yield from _rows(weight, pair, dtype, nearest=nearest)
         return
     rounded, start = again.rounding(), 0
     theirs = iter(_whole_groups(pair, groups)) if pair is not None else None
     for values in _whole_groups(source, groups):
-        own = requantized(values, grid, groups, again, rounded)
-        yield WeightRows(own, start, dtype, next(theirs) if theirs is not None else None, groups if theirs else None)
+        own, other = requantized(values, grid, groups, again, rounded), next(theirs) if theirs is not None else None
+        plainest = _nearest(weight, other, groups) if nearest else None
+        yield WeightRows(own, start, dtype, other, groups if theirs else None, plainest)
         start += len(values)
 
 

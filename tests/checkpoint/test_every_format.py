@@ -98,12 +98,10 @@ def test_the_original_rounded_to_nearest_is_as_near_as_what_the_library_saved(na
 
 @pytest.mark.parametrize("name", MADE)
 def test_no_scale_group_of_a_healthy_checkpoint_is_out_of_its_room(name):
-    if "TQ" in name:
-        return  # ternary numbers are no rounding of ordinary weights
     files = Files(opened(ROOT / name), original(name))
     modules = list(original(name).layers) if files.folder.gguf_file else ()
     capture = capture_weights(files, [Request(EVERY, "weight", None, frozenset({GAIN}))], modules=modules)
-    assert capture.select(EVERY, "weight").weight_gain().values.max() < 1
+    assert capture.select(EVERY, "weight").weight_gain().values.max() < (4 if "TQ" in name else 1)  # ternary
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.expected.safetensors")), ids=lambda file: file.name[:-21])

@@ -54,10 +54,28 @@ def test_the_factor_is_that_of_numpy_and_its_room_is_eight_sigmas_of_rounding(or
     factors = product / signal
     nmse, carrying = np.sum((w - w0) ** 2) / np.sum(w0**2), signal**2 / (w0**4).reshape((*signal.shape, GROUP)).sum(-1)
     rooms = np.maximum(8 * np.sqrt(nmse / GROUP), 4 * np.sqrt(nmse / carrying))
-    shares = np.abs(factors - 1) / rooms
+    groups = w0.reshape(*signal.shape, GROUP)
+    scales = np.abs(groups).max(-1, keepdims=True) / 7.5
+    nearest = (np.clip(np.rint(groups / scales), -8, 7) * scales * groups).sum(-1) / signal
+    shares = np.maximum(0, np.maximum(np.minimum(nearest, 1) - factors, factors - np.maximum(nearest, 1))) / rooms
     assert 0.05 < rooms.min() < rooms.max() < 0.2
     assert gains(int4, original)[DOWN] == pytest.approx(shares.max(), rel=1e-5)
     assert gains(int4, original, "factor")[DOWN] == pytest.approx(factors.flat[shares.argmax()], rel=1e-5)
+
+
+@pytest.mark.parametrize("group", [16, GROUP])
+def test_groups_whose_largest_weight_is_clipped_are_where_round_to_nearest_puts_them(original, tmp_path, group):
+    """A group's largest weight, where it is positive, becomes 7/7.5 of itself: alone in its group it is the factor."""
+
+    def spiked(weights):
+        weights[f"{DOWN}.weight"][3, :GROUP] *= 0.02
+        weights[f"{DOWN}.weight"][3, 0] = weights[f"{DOWN}.weight"].abs().max()
+
+    spike = edited(original, tmp_path / "spiked", spiked)
+    int4 = save_quantized_llama(tmp_path / "int4", spike, "W4A16", group_size=group)
+    assert gains(int4, spike)[DOWN] < 0.5
+    layer = edited(int4, tmp_path / "scaled", scaled(1.4, 3, 0))
+    assert gains(layer, spike)[DOWN] > 1
 
 
 def test_a_healthy_quantization_is_within_the_room(original, int4, tmp_path):

@@ -12,7 +12,7 @@ from pytest_qsa import capture
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.suite import Anatomy, Data, load_suite
-from pytest_qsa.tools.suite_text import measured_drafts, sinks_of
+from pytest_qsa.tools.suite_text import measured_drafts, sinks_of, with_tolerance
 from support import models
 from support.checkpoints import edited, save_llama
 from support.projects import Project
@@ -257,6 +257,17 @@ def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(
     anatomy = Anatomy(["model.layers.0", "model.layers.1"], ["model.layers.0.mlp.down_proj"])
     alone = {draft.keys["metric"] for draft in measured_drafts(anatomy)}
     assert {draft.keys["metric"] for draft in measured_drafts(anatomy, compare)} - alone == kinds
+
+
+@pytest.mark.parametrize(
+    ("schemes", "rel"),
+    [({"a": "w8a8_int"}, 0.1), ({"a": "none", "b": "w4a16_int"}, 0.3), ({"a": "w16a16"}, 0.1), (None, 0.1)],
+)
+def test_the_drift_of_layers_in_few_bits_has_the_room_of_another_rounding(schemes, rel):
+    anatomy = Anatomy(["model.layers.0", "model.layers.1"], ["model.layers.0.mlp.down_proj"])
+    drafts = {draft.keys["id"]: with_tolerance(draft, schemes).keys for draft in measured_drafts(anatomy)}
+    assert drafts["drift"]["baseline"] == {"rel": rel}
+    assert drafts["weight-scales"]["baseline"] == {"rel": 0.02}
 
 
 def test_a_suite_of_a_smoothed_model_says_so(int8_llama, llama, tmp_path, monkeypatch, capsys):

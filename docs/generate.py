@@ -11,13 +11,16 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rooms import rooms_picture, rooms_table
 
+import pytest_qsa
+from pytest_qsa import metrics, plugin
 from pytest_qsa.captures import STATISTICS
 from pytest_qsa.checkpoint import CHECKS
 from pytest_qsa.cli import commands
@@ -143,6 +146,108 @@ def capture_page(text: str) -> str:
         what = " ".join((kind.__doc__ or "").split()).replace("|", "\\|")
         rows.append(f"| `{form}` | {what} | {'yes' if kind.default else ''} |")
     return between(text, "statistics", "\n".join(rows))
+
+
+@generates("docs/api.md")
+def api_page(text: str) -> str:
+    """Write the reference of the Python names from their signatures and docstrings."""
+    public = [getattr(pytest_qsa, name) for name in dir(pytest_qsa) if name[0] != "_"]
+    functions = [each for each in public if inspect.isfunction(each)]
+    errors = [each for each in public if isinstance(each, type) and issubclass(each, (Exception, Warning))]
+    classes = [each for each in public if isinstance(each, type) and each not in errors]
+    distances = [getattr(metrics, name) for name in ("ks", "psi", "wasserstein")]
+    fixtures = {name: each for name, each in vars(plugin).items() if _is_fixture(each) and name != "qsa_gate"}
+    lines = [line for each in functions for line in _api(each)]
+    lines += [line for each in [classes[0], metrics.Selection, *classes[1:]] for line in _api_of_class(each)]
+    lines += ["## Distances between two captures", "", "In `pytest_qsa.metrics`.", ""]
+    lines += [line for each in distances for line in _api(each, level=3)]
+    lines += ["## Fixtures", "", "| fixture | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {_first_paragraph(each)} |" for name, each in fixtures.items()]
+    lines += ["", "## Errors and warnings", "", "| class | base | raised when |", "|---|---|---|"]
+    lines += [f"| `{each.__name__}` | `{each.__mro__[1].__name__}` | {_first_paragraph(each)} |" for each in errors]
+    return between(text, "api", re.sub(r"\n{3,}", "\n\n", "\n".join(lines)))
+
+
+def _is_fixture(value: object) -> bool:
+    return type(value).__name__ == "FixtureFunctionDefinition"
+
+
+def _api_of_class(kind: type) -> Iterator[str]:
+    """Yield a class with its public methods and properties; of those of metrics there is a table of its own."""
+    yield from [f"## {kind.__name__}", "", *_markdown(inspect.getdoc(kind) or ""), ""]
+    for name, value in vars(kind).items():
+        if name.startswith("_") or name in HIDDEN:
+            continue
+        if isinstance(value, (property, cached_property)):
+            getter = value.fget if isinstance(value, property) else value.func
+            yield from [f"### {kind.__name__}.{name}", "", *_markdown(inspect.getdoc(getter) or ""), ""]
+        elif inspect.isfunction(value) or isinstance(value, classmethod):
+            yield from _api(getattr(kind, name), f"{kind.__name__}.", level=3)
+    if kind is metrics.Selection:
+        yield from [
+            "### Selection: the metrics",
+            "",
+            "Each returns a `Series`.",
+            "",
+            "| method | what it is |",
+            "|---|---|",
+        ]
+        for metric in METRICS.values():
+            what = (metric.compute.__doc__ or "").partition("\n")[0].replace("|", "\\|")
+            yield f"| `{metric.name}{str(metric.signature).replace('|', chr(92) + '|')}` | {what} |"
+        yield ""
+
+
+HIDDEN = {"judge", "covers", "weights_looked_at", "within", "folded", "check"}
+"""Public only for other rooms of the package."""
+
+
+def _api(function: Any, owner: str = "", level: int = 2) -> Iterator[str]:
+    """Yield a heading, the signature and the docstring of a function."""
+    name = f"{owner}{function.__name__}"
+    signature = inspect.signature(function)
+    parameters = [
+        p if p.annotation is p.empty else p.replace(annotation=_Text(p.annotation))
+        for p in signature.parameters.values()
+        if p.name != "self"
+    ]
+    result = _Text(signature.return_annotation)
+    text = str(signature.replace(parameters=parameters, return_annotation=result))
+    if len(name) + len(text) > WIDTH:
+        # The separate parameters don't say what stands before them, a `*` for one.
+        inside, _, rest = text[1:].rpartition(")")
+        text = "(\n    " + ",\n    ".join(re.split(r", (?=\*|\w+: |\w+=)", inside)) + f",\n){rest}"
+    yield from [f"{'#' * level} {name}", "", "```py", name + text, "```", ""]
+    yield from [*_markdown(inspect.getdoc(function) or ""), ""]
+
+
+WIDTH = 100
+
+
+class _Text(str):
+    """An annotation, which a signature shows as it is written and not as a string."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _markdown(docstring: str) -> Iterator[str]:
+    """Yield a docstring as Markdown: the entries below `Args:`, `Attributes:` and `Raises:` become a list."""
+    for block in docstring.split("\n\n"):
+        head, _, rest = block.partition("\n")
+        if head not in ("Args:", "Attributes:", "Raises:"):
+            yield from [block, ""]
+            continue
+        yield from [f"**{head.removesuffix(':')}**", ""]
+        for entry in re.split(r"\n(?=    \S)", f"\n{rest}")[1:]:
+            name, _, what = " ".join(entry.split()).partition(": ")
+            yield f"- `{name}`: {what}"
+        yield ""
+
+
+def _first_paragraph(value: Any) -> str:
+    text = (inspect.getdoc(value) or "").partition("\n\n")[0]
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 @generates("pytest_qsa/metrics/methods.pyi")

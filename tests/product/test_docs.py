@@ -8,6 +8,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from pytest_qsa.checkpoint import format_of, open_folder
+from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import ASSERTIONS
 from support.paths import ROOT
 
@@ -44,6 +45,12 @@ def test_every_key_of_the_pictures_is_documented():
 def test_every_metric_is_documented():
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [name for name in ASSERTIONS if not re.search(rf"`{name}[`(]", text)] == []
+
+
+def test_every_metric_is_on_the_page_of_one_family():
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("metrics-*.md")}
+    named = [name for text in pages.values() for name in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)]
+    assert sorted(named) == sorted(name for name, metric in METRICS.items() if not metric.origin)
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ class Provenance:
             "Served": model.served.served if model.served else None,
             "Base": model.base,
             "Adapter": model.adapter,
-            "Weights": model.weights,
+            "Weights hash": model.weights,
             "Read from": str(model.files or ""),
             "Reference": reference.path or reference.class_name,
             "Its weights": reference.weights,
@@ -329,8 +329,8 @@ class Provenance:
             "Attention": model.attention,
             "Data": data.source,
             "Samples": data.num_samples,
-            "Tokens a sample": data.seq_len,
-            "Tokens": data.fingerprint,
+            "Sequence length": data.seq_len,
+            "Data hash": data.fingerprint,
         }
         return {label: str(fact) for label, fact in facts.items() if fact not in (None, "", "unknown")}
 

@@ -482,7 +482,9 @@ class Reporter:
 
     def _list_not_run(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List what a tier left out, later tiers last: a reader must not take it for checked."""
-        title = f"qsa: {len(self.not_run)} of later tiers than {self.options.tier} did not run"
+        tiers = list(self.not_run.values())
+        counts = ", ".join(f"{tier}: {tiers.count(tier)}" for tier in TIERS if tier in tiers)
+        title = f"qsa: {common.counted(len(tiers), 'assertion')} skipped by --qsa-tier={self.options.tier} ({counts})"
         terminalreporter.write_sep("-", title)
         ordered = sorted(self.not_run.items(), key=lambda entry: TIERS.index(entry[1]))
         for nodeid, tier in ordered[:MOST_NOT_RUN]:

@@ -664,7 +664,7 @@ def test_static_verdicts_are_judged_softened_and_reported_like_all_others(gated)
     }  # fmt: skip
     assert "qsa: 4 of 5 assertions " in done.stdout
     page = project.read("qsa-results/report.html")
-    assert "What the files say" in page
+    assert "Problems in the files" in page
     assert f"{DOWN}.weight_scale" in page
 
 

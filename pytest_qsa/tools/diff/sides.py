@@ -116,8 +116,8 @@ def read_side(given: str) -> DiffSide:
 def _facts(provenance: Provenance) -> dict[str, str]:
     """Return the facts that tell two runs of one model apart."""
     facts = provenance.facts() | {"Model": Path(provenance.model.path).name}
-    for label in ("Weights", "Tokens"):
-        facts[label] = facts.get(label, "").removeprefix("sha256:")[:12]
+    for short, label in (("Weights", "Weights hash"), ("Tokens", "Data hash")):
+        facts[short] = facts.get(label, "").removeprefix("sha256:")[:12]
     shown = ("Model", "Weights", "Dtype", "Device", "Executed as", "Tokens")
     return {label.lower(): facts.get(label, "") for label in shown}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import tools
-from ..common import shown_path, write_atomically
+from ..common import counted, shown_path, write_atomically
 from .shared import FAILED, OK, command_parser, say, writing
 
 EXAMPLES = (
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.markdown is not None:
         _write(options.markdown, tools.diff_markdown(diff, failures, options.top, options.least))
     for text, lines in failures:
-        say("", f"{'FAILED' if lines else 'holds'}  {text}" + (f": {len(lines)} × broken" if lines else ""))
+        say("", f"{'FAILED' if lines else 'holds'}  {text}" + (f": in {counted(len(lines), 'layer')}" if lines else ""))
         for line in lines[: options.top]:
             say(f"  {line}")
     return FAILED if any(lines for _, lines in failures) else OK

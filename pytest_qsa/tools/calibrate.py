@@ -333,7 +333,7 @@ class Sampled:
             return "no pass was repeated"
         own = [each for each in file.assertions if isinstance(each, MeasuredAssertion)]
         apart = max((_apart(each, self.parts[0], again) for each in own for again in self.repeated), default=0.0)
-        return f"{len(self.repeated) + 1} passes over one part " + (f"differ by {apart:.2g}" if apart else "are equal")
+        return f"deterministic: {f'no, repeated passes differ by {apart:.2g}' if apart else 'yes'}"
 
 
 def _of_stored_weights(assertion: Assertion) -> TypeGuard[MeasuredAssertion]:

@@ -237,8 +237,10 @@ class Capture:
             form = header.get("format") if isinstance(header, dict) else None
             if form != FORMAT:
                 raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
-            if "checksum" in header or shown is None:
-                check_checksum(content, header.get("checksum"))
+            if "checksum" in header:
+                check_checksum(content, header["checksum"])
+            elif shown is None:
+                raise InfraError(f"it {NO_CHECKSUM}")
             else:
                 remark(f"{shown} {NO_CHECKSUM}: make it anew")
             return cls._joined(load(content), header)

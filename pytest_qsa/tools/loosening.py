@@ -25,6 +25,7 @@ from ..suite import (
     Waiver,
     disk_text,
     load_suite,
+    local_path,
     suites_read_by,
 )
 from ..verdicts import BASELINES, BaselineFile, baseline_folder, stated_text
@@ -98,8 +99,30 @@ def _of_suites(
             with suites_read_by(disk_text):
                 new = load_suite(path, roots=roots)
             yield from loosened(old, new, revision.shown)
+            yield from _other_content(new, revision)
         elif not path.exists():  # one that is wrong now has been told
             yield from removed_suite(old, revision.shown)
+
+
+def _other_content(suite: SuiteFile, revision: Revision) -> Iterator[Loosening]:
+    """Yield the files that a suite names and that decide what it checks, where their content changed."""
+    for location, of, path in _named_files(suite):
+        for file in revision.changed(path):
+            yield Loosening(str(suite.source.place(location)), of, f"{shown_path(file)} has other content")
+
+
+def _named_files(suite: SuiteFile) -> Iterator[tuple[Location, str, Path]]:
+    folder, model = suite.path.parent, suite.suite.model
+    if (data := local_path(suite.suite.data, folder)) is not None:
+        yield ("data", "source"), "data.source", data
+    for key in ("reference", "previous"):
+        # As a base writes it, relative to that base's folder.
+        named, written = getattr(model, key, None), suite.source.place(("model", key)).path.parent
+        if named and (written / named).is_file():
+            yield ("model", key), f"model.{key}", written / named
+    for index, assertion in enumerate(suite.assertions):
+        if isinstance(assertion, ExternalAssertion) and assertion.reference is not None:
+            yield ("assertions", index, "reference"), assertion.id, folder / assertion.reference
 
 
 def _suites_then(path: Path, revision: Revision) -> Iterator[Path]:

@@ -16,6 +16,8 @@ from ..verdicts import BASELINES
 LINK = b"120000"
 """git's mode of a symbolic link, whose content is where it leads."""
 MOST_LINKS = 8
+POINTER, MOST_OF_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+"""How a file of git-lfs begins that stands for a large one, and its largest size (git-lfs, docs/spec.md)."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Revision:
         """Return the text of a file in this commit, of one outside of the repository that of today; None for none.
 
         Raises:
-            UnicodeDecodeError: it is no UTF-8.
+            UnicodeDecodeError: it is YAML and no UTF-8.
         """
         name = self.relative(path)
         if name is None:
@@ -73,7 +75,7 @@ class Revision:
             mode, digest = self._objects[name]
             content = _git(self.root, "cat-file", "blob", digest, why=f"{name} of {self.shown} can't be read")
             if mode != LINK:
-                return content.decode("utf-8")
+                return content.decode("utf-8", "strict" if name.endswith(("yaml", "yml")) else "replace")
             name = posixpath.normpath(posixpath.join(posixpath.dirname(name), os.fsdecode(content)))
         return None
 
@@ -81,12 +83,45 @@ class Revision:
         """Say whether a file has the content that it has in this commit, so that nobody has to parse it."""
         name = self.relative(path)
         known = self._objects.get(name) if name is not None else None
-        if known is None or not path.is_file():
+        return known is not None and self._is_object(path, known[1])
+
+    def changed(self, path: Path) -> list[Path]:
+        """Return what is other than in this commit: a file itself, or files of a folder, also new ones and lost ones.
+
+        Nothing where the commit doesn't have it: it is kept elsewhere.
+        """
+        name = self.relative(path)
+        if name is None:
+            return []
+        listed = _git(self.root, "ls-tree", "-r", "-z", self.commit, "--", name, why=f"{name} can't be looked up")
+        known = {}
+        for entry in filter(None, listed.split(b"\0")):
+            about, _, file = entry.partition(b"\t")
+            known[self.root / os.fsdecode(file)] = about.split(b" ")[2].decode("ascii")
+        found = [file for file, digest in known.items() if not self._is_object(file, digest)]
+        if known and path.is_dir():
+            now = (self.root / name).rglob("*")
+            found += [file for file in now if file.is_file() and file not in known]
+        return sorted(found)
+
+    def _is_object(self, path: Path, digest: str) -> bool:
+        """Say whether a file has the content of one of git's objects, or of what that points to in git-lfs."""
+        if not path.is_file():
             return False
-        content = path.read_bytes()
-        # git's own hash of it; a repository may use SHA-256 instead.
-        digest = hashlib.new("sha1" if len(known[1]) == 40 else "sha256", b"blob %d\0" % len(content) + content)
-        return digest.hexdigest() == known[1]
+        # git's own hash of a file; a repository may use SHA-256 instead.
+        own = hashlib.new("sha1" if len(digest) == 40 else "sha256", b"blob %d\0" % path.stat().st_size)
+        plain = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                own.update(block)
+                plain.update(block)
+        if own.hexdigest() == digest:
+            return True
+        size = _git(self.root, "cat-file", "-s", digest, why=f"{path.name} of {self.shown} can't be read")
+        if int(size) > MOST_OF_POINTER:
+            return False
+        content = _git(self.root, "cat-file", "blob", digest, why=f"{path.name} of {self.shown} can't be read")
+        return content.startswith(POINTER) and f"sha256:{plain.hexdigest()}".encode() in content
 
     def suites_below(self, folder: Path) -> Iterator[Path]:
         """Yield the suites that the commit has below a folder, as paths below it; not those in hidden folders."""

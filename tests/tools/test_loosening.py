@@ -1,5 +1,6 @@
 """`qsa check --against REF`: a pull request can't take anything from the gate without a word."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import yaml
 from pytest_qsa.cli import main
 from pytest_qsa.suite import load_suite
 from pytest_qsa.tools.loosening import loosened, moved
+from pytest_qsa.tools.revision import Revision
 from support.paths import ROOT
 
 BASE = {
@@ -183,6 +185,14 @@ assertions:
   - {id: own, metric: absmax, layers: x, site: output, max: 1}
 """
 FILES = {
+    "texts.jsonl": '{"text": "one"}\n',
+    "gates/original.json": "{}",
+    "gates/data.qsa.yaml": """\
+model: {name: int8, path: checkpoints/int8}
+data: {source: 'custom:../texts.jsonl'}
+assertions:
+  - {id: scores, metric: external, file: results.json, reference: original.json, pointer: /a, compare: drop, max: 0.1}
+""",
     "base.yaml": "assertions:\n  - {id: shared, metric: rms, layers: x, site: output, baseline: {rel: 0.1}}\n",
     "gates/a.qsa.yaml": SUITE.replace("base.yaml", "../base.yaml"),
     "gates/b.qsa.yaml": SUITE.replace("base.yaml", "../base.yaml"),
@@ -272,6 +282,34 @@ def test_a_test_in_python_is_compared_by_its_baselines(check, committed):
     assert check({name: FILES["gates/qsa_baselines/int8/a/shared.json"]}, "--against=main", "gates/test_a.py")[0] == 0
     (committed / "gates/test_a.py").unlink()
     (committed / name).parent.rmdir()
+
+
+def test_other_content_of_data_and_of_an_evals_reference_is_told(check):
+    changed = {"texts.jsonl": '{"text": "simple"}\n', "gates/original.json": '{"a": 0.1}'}
+    code, lines, _ = check(changed, "--against=main")
+    assert code == 1
+    assert [line for line in lines if "content" in line] == [
+        "gates/data.qsa.yaml:2: data.source: texts.jsonl has other content",
+        "gates/data.qsa.yaml:4: scores: gates/original.json has other content",
+    ]
+
+
+def test_what_git_lfs_keeps_elsewhere_is_compared_by_its_pointer(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    content = b"large" * 1000
+    digest = hashlib.sha256(content).hexdigest()
+    file = tmp_path / "a.parquet"
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "one")
+    revision = Revision.of("HEAD", tmp_path)
+    file.write_bytes(content)
+    assert revision.changed(file) == []
+    file.write_bytes(content + b"x")
+    assert revision.changed(file) == [file]
 
 
 def test_a_new_suite_and_a_new_assertion_loosen_nothing(check):

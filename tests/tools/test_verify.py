@@ -142,6 +142,24 @@ def test_a_waiver_may_be_allowed_and_a_later_tier_demanded(verify):
     assert verify("--tier=release")[2] == ["FAILED the run was of tier pr, and release is demanded"]
 
 
+def test_the_base_of_an_adapter_is_part_of_what_passed(verify, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    files = {"config.json": hashlib.sha256(b"{}").hexdigest()}
+
+    def with_base(report):
+        [judged] = report["session"]["manifest"]["checkpoints"]
+        judged["parts"].append({"folder": str(base), "files": files})
+
+    assert verify(report=with_base)[1].splitlines()[0] == "holds  6 files of shipped are those that were judged"
+    (base / "config.json").write_text("{ }")
+    assert verify(report=with_base)[2] == ["FAILED the base base: config.json is another one"]
+    assert verify(f"--base={tmp_path / 'nowhere'}", report=with_base)[2] == [
+        "FAILED the base nowhere: config.json is gone"
+    ]
+
+
 def test_a_suite_or_a_baseline_that_was_changed_since_is_refused(verify, passed):
     base, kept = passed.folder / "_base.yaml", passed.folder / "qsa_baselines/llama/a/kept.json"
     for file, changed, told in (

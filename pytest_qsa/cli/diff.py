@@ -32,10 +32,11 @@ def run(arguments: Sequence[str]) -> int:
     conditions = tools.parse_all(options.fail_on)
     also = [condition.metric for condition in conditions if condition.metric is not None]
     diff = tools.compare_sides(tools.read_side(options.old), tools.read_side(options.new), also, options.threshold)
+    red = [change for condition in conditions for change in condition.broken_by(diff)]
     failures = [(condition.text, condition.violations(diff)) for condition in conditions]
     print(tools.diff_text(diff, options.top, options.least))
     if options.html is not None:
-        _write(options.html, tools.diff_page(diff, failures, options.least))
+        _write(options.html, tools.diff_page(diff, failures, options.least, red))
     if options.markdown is not None:
         _write(options.markdown, tools.diff_markdown(diff, failures, options.top, options.least))
     for text, lines in failures:

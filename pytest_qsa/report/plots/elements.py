@@ -49,11 +49,12 @@ MOST_COLUMNS = 400
 def box_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
     """Draw a box for each layer, in a panel for each kind of layer; y is linear near 0 and logarithmic beyond."""
     table = np.array([counted_quantiles(numbers, BOX_SHARES, signed=True) for numbers in sites.values()])
-    panels = panels_of(list(sites), title, note)
+    width = _width(np.abs(table[:, [2, 4]]))
+    panels = panels_of(list(sites), title, f"{note} · the axis is linear within ± {width:.2g}, logarithmic beyond")
     for axes, depth, members in panels.by_depth():
         _draw_boxes(axes, np.array(depth.x), table[members].T)
     # The first axis stands for all: the panels share y.
-    scale_asinh(panels.grid.axes[0].yaxis, _width(np.abs(table[:, [2, 4]])))
+    scale_asinh(panels.grid.axes[0].yaxis, width)
     panels.label("block", "x", legend=legend)
     return panels.grid.figure
 
@@ -76,7 +77,7 @@ def _draw_boxes(axes: Axes, x: NDArray[np.float64], table: NDArray[np.float64]) 
 def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *, legend: bool = True) -> Figure:
     """Draw histograms of a few layers evenly over depth; their bins are equally wide on the asinh axis."""
     panels = panels_of(list(sites), title, note)
-    names = list(sites)
+    names, legends = list(sites), set()
     for axes, kind, members in panels:
         chosen = [members[index] for index in evenly_spread(len(members), MOST_CURVES)]
         own = panels.depth.part(chosen)
@@ -84,11 +85,15 @@ def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *,
         labels = [f"{word}{own.short(i)}" for i in range(len(chosen))]
         _draw_curves(axes, [sites[names[index]] for index in chosen], labels)
         axes.set_xlabel(f"x at {safe_text(kind, 80)}" if kind else "x")
-        if legend:
-            axes.legend(loc="upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
+        legends.add(tuple(labels))
     first = panels.grid.axes[0]
     low, high = first.get_ylim()
-    first.set_ylim(low, high * 8 if legend else high)  # room for the legends above the curves
+    if legend and len(legends) == 1:  # the same blocks in all panels: one legend says it
+        add_legend(panels.grid.figure, first)
+    elif legend:
+        first.set_ylim(low, high * 8)  # room for the legends above the curves
+        for axes in panels.grid.axes:
+            axes.legend(loc="upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
     scale_log(first)
     panels.label("x", "share of the elements in a bin", legend=False)
     return panels.grid.figure
@@ -124,12 +129,16 @@ def percentile_figure(
     layers: Mapping[str, Bands], title: str, note: str, *, style: Literal["fill", "line"] = "fill", legend: bool = True
 ) -> Figure:
     """Draw percentile bands over the channels, a panel for each layer; many channels share a column."""
-    grid = new_grid(len(layers), lambda lines: 1.4 + 2.2 * lines, columns=2)
-    per_column = 1
+    grid = new_grid(len(layers), lambda lines: 1.4 + 2.2 * lines, columns=2, sharey=True)
+    per_column, widths = 1, []
     for axes, (layer, bands) in zip(grid.axes, layers.items(), strict=True):
         per_column = max(per_column, _draw_bands(axes, bands, style))
+        widths.append(float(np.nanmedian(np.abs(np.concatenate([bands["p25"], bands["p75"]])))))
         axes.set_title(safe_text(layer, 60), color=MUTED)
         axes.grid(axis="y")
+    # Panels share y, so that a layer that reaches further is seen to.
+    known = [width for width in widths if np.isfinite(width) and width > 0]
+    scale_asinh(grid.axes[0].yaxis, float(np.median(known)) if known else 1.0)
     signed = any((bands["min"] < 0).any() for bands in layers.values())
     across = "channel" + (f" (a column holds up to {per_column})" if per_column > 1 else "")
     grid.label(across, "x" if signed else "|x|")
@@ -145,7 +154,6 @@ def _draw_bands(axes: Axes, bands: Bands, style: str) -> int:
     cell = -(-count // MOST_COLUMNS)
     starts = np.arange(0, count, cell)
     edges = np.append(starts, count)
-    width = np.nanmedian(np.abs(np.concatenate([bands["p25"], bands["p75"]])))
     for (below, above), label, fill, (colour, dash) in zip(PAIRS, _LABELS, _FILLS, _LINES, strict=True):
         # fmin and fmax leave NaN out, where minimum and maximum would spread it over the column.
         low = np.fmin.reduceat(bands[below], starts)
@@ -159,7 +167,6 @@ def _draw_bands(axes: Axes, bands: Bands, style: str) -> int:
             axes.plot(starts, high, color=colour, linestyle=dash, linewidth=0.9, label=label, gid="line")
             axes.plot(starts, low, color=colour, linestyle=dash, linewidth=0.9, gid="line")
     axes.set_xlim(0, count)
-    scale_asinh(axes.yaxis, float(width) if np.isfinite(width) and width > 0 else 1.0)
     return cell
 
 
@@ -183,7 +190,14 @@ def map_figure(maps: Mapping[str, Map], size: tuple[int, int], title: str, note:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     grid.label("channel", "token")
     bar = grid.figure.colorbar(
-        colours, ax=grid.axes, label="|x|", format=FuncFormatter(plain_number), fraction=0.05, aspect=32, pad=0.01
+        colours,
+        ax=grid.axes,
+        label="|x|",
+        extend="max",
+        format=FuncFormatter(plain_number),
+        fraction=0.05,
+        aspect=32,
+        pad=0.01,
     )
     bar.outline.set_visible(False)
     bar.minorticks_off()  # they took as long as the maps
@@ -253,5 +267,6 @@ def _norm(maps: Sequence[Map]) -> Normalize:
     values = np.concatenate([picture[np.isfinite(picture) & (picture > 0)].ravel() for picture in maps])
     if not values.size:
         return Normalize(0, 1)
-    low, high = float(np.percentile(values, 1)), float(values.max())
+    # Few cells of sinks would leave all others the middle colours; the title names the largest.
+    low, high = (float(np.percentile(values, share)) for share in (1, 99.9))
     return LogNorm(low, high, clip=True) if high > 20 * low else Normalize(0, high)

@@ -125,7 +125,8 @@ def magnitude_panels(
     positive = [value for each in series.values() for value in each.values.tolist() if 0 < value < math.inf]
     if positive and wants_log(positive):
         scale_log(panels.grid.axes[0])
-    panels.label("block", "magnitude, |x|", legend=legend)
+    site = next(iter(series.values())).query.site
+    panels.label("block", f"magnitude, {'|W|' if site == 'weight' else '|x|'}", legend=legend)
     return panels.grid.figure
 
 
@@ -135,8 +136,11 @@ def _draw_statistics(axes: Axes, depth: Depth, values: Mapping[str, NDArray[np.f
     for stat, numbers in values.items():
         colour, marker, dash = STATS.get(stat, (RED, "P", "-"))
         loud = own in (None, stat)
+        # A marker at each layer would hide the lines in one another: the ends and the peak have one.
+        marked = sorted({0, len(numbers) - 1, int(np.nan_to_num(numbers, nan=-1.0, posinf=-1.0).argmax())})
         axes.plot(
             depth.x, numbers, color=colour, marker=marker, linestyle="none" if scattered else dash,
+            markevery=None if scattered else marked,
             label=stat, gid=stat, linewidth=2.2 if stat == own else 1.2, alpha=1.0 if loud else 0.45,
             zorder=4 if loud else 3, markersize=size * (1.25 if stat == own else 1.0),
         )  # fmt: skip
@@ -250,6 +254,10 @@ def outlier_picture(
     axes = figure.subplots()
     head(figure, axes, title, [note])
     missing = "" if len(outliers.layer) else "no token is above the threshold"
+    places = {*outliers.position.tolist()}
+    if kind == "position" and len(places) == 1:  # one stroke on an empty axis says less than a sentence
+        sinks = ", attention sinks" if outliers.sink.all() else ""
+        missing = f"all {len(outliers.layer)} are at position {places.pop()} of their samples{sinks}"
     if kind == "token" and not texts:
         missing = missing or "which tokens they are is unknown: the data has no ids, or they are redacted"
     if missing:

@@ -91,7 +91,7 @@
       const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
       rows.forEach((row) => {
         const name = row.cells[0].textContent.toLowerCase();
-        row.hidden = (only.checked && !row.classList.contains("out")) || !words.every((word) => name.includes(word));
+        row.hidden = (only.checked && !row.matches(".out, .moved")) || !words.every((word) => name.includes(word));
         if (row.detail) row.detail.hidden = row.hidden || !row.detail.wanted;
       });
       const count = rows.filter((row) => !row.hidden).length;

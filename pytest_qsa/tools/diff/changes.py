@@ -280,7 +280,7 @@ class Condition:
             raise AnomalyError(f"--fail-on '{self.text}': the two sides don't have it in common; they share {shown}")
         lines = [
             f"{layer}: {measure} {old} → {new} ({moved})"
-            for layer, measure, old, new, moved in (change.cells for change in changes if self._broken(change))
+            for layer, measure, old, new, moved in (change.cells for change in self.broken_by(diff))
         ]
         measures = {change.measure for change in changes}
         for word, sides in (("vanished", diff.vanished), ("appeared", diff.appeared)):
@@ -292,6 +292,12 @@ class Condition:
                 for layer in layers
             ]
         return lines
+
+    def broken_by(self, diff: Diff) -> list[Change]:
+        """Return the changes that break the condition, worst first."""
+        if self.name in TOKEN_COUNTS:
+            return []
+        return [change for change in diff.changes if self._concerns(change) and self._broken(change)]
 
     def _concerns(self, change: Change) -> bool:
         measure = change.measure

@@ -129,15 +129,16 @@ def diff_markdown(diff: Diff, failures: Iterable[tuple[str, Sequence[str]]], mos
     return fitted("\n".join(lines).rstrip() + "\n", 65_000)
 
 
-def diff_page(diff: Diff, failures: Failures, least: float) -> str:
-    """Return the comparison as one self-contained page."""
+def diff_page(diff: Diff, failures: Failures, least: float, red: Iterable[Change] = ()) -> str:
+    """Return the comparison as one self-contained page. `red`: the changes that break a condition."""
+    broken = {(change.measure, change.layer) for change in red}
     return render(
         "diff.html.j2",
         diff=diff,
         failures=failures,
         broken=[text for text, lines in failures if lines],
         moved=len(moved(diff, least)),
-        least=least,
+        states=["out" if (c.measure, c.layer) in broken else "moved" if c.size > least else "" for c in diff.changes],
         least_text=_share_text(least),
         strips=list(_strips(diff, least)),
         notes=list(notes_of(diff)),

@@ -320,6 +320,11 @@ def test_the_page_of_a_comparison_sorts_and_filters_and_fits_a_phone(qsa, folder
     qsa("old.qsa", "new.qsa", "--html", "page.html", "--fail-on", "rms > 5%")
     page = opened_page(folder / "page.html", width=390)
 
+    # Red is what breaks a condition; what moved besides is only bold.
+    red = page.locator("#changes tr.out th").all_inner_texts()
+    assert red
+    assert all("rms" in text for text in red)
+    assert page.locator("#changes tr.moved").count()
     assert page.locator("h1").inner_text().endswith("numbers moved by more than 1 %")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     heads = page.locator("#changes tbody tr:visible th")

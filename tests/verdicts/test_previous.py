@@ -115,11 +115,14 @@ def previous(request, llama):
 
 @pytest.mark.process
 def test_what_rose_beyond_the_last_release_fails(releases, previous):
-    run = releases.gate(previous, f"baseline: {{rel: 9}}, max: {TIMES}", "a.qsa.yaml::drift")
+    run = releases.gate(previous, f"baseline: {{rel: 9}}, max: {TIMES}", "a.qsa.yaml::drift", "--qsa-report=always")
     line = run.first_line("::drift")
     assert line.startswith("REGRESSION drift: ")
     assert "(max 1.1 × previous)" in line
     assert line.startswith("REGRESSION drift: model.layers.2.mlp.down_proj: ")
+    # A release whose capture was read is drawn in the report, over the layer's own distribution.
+    drawn = '"whose":"last release"' in releases.read("qsa-results/report.html")
+    assert drawn == (previous not in ("v1", "v1.qsa"))  # what was kept of v1 has no distributions
 
 
 @pytest.mark.process

@@ -233,6 +233,9 @@ def _safe_character(character: str) -> str:
     return f"U+{code:04X}" if not character.isprintable() or odd or not _drawable(code) else character
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def scale_asinh(axis: Axis, width: float) -> None:
     """Make an axis linear within ± width and logarithmic beyond, on both sides of 0, with plain numbers at decades."""
     scale = {"x": axis.axes.set_xscale, "y": axis.axes.set_yscale}[axis.axis_name]  # type: ignore[attr-defined]
@@ -251,8 +254,12 @@ def scale_asinh(axis: Axis, width: float) -> None:
 
 
 def plain_number(value: float, _position: object = None) -> str:
-    """Write a tick: 0.01, 1, 2500, 1e+06."""
-    return f"{value:g}".replace("-", "−")
+    """Write a tick: 0.01, 1, 2500, 10⁻⁵, 2·10⁶."""
+    plain, _, exponent = f"{value:g}".partition("e")
+    if exponent:
+        plain = plain.removesuffix("1") if plain in ("1", "-1") else f"{plain}·"
+        plain += "10" + str(int(exponent)).translate(_RAISED)
+    return plain.replace("-", "−")
 
 
 def scale_log(axes: Axes, *, zero: bool = False) -> None:

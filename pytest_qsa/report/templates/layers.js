@@ -104,10 +104,12 @@
     data.histograms.filter((each) => !each.whose).forEach((each) => {
       const same = (other) => other.site === each.site && other.of === each.of && other.subject === each.subject;
       const others = data.histograms.filter((other) => other.whose && same(other) && other.counts.length);
+      // The axis that a metric is on: that of a token's largest |x|, or of an element's |x|; no other means the same.
+      const axes = { magnitude: each.site === "weight" ? "" : "tokens", rms: "elements", absmax: "elements" };
       // Baselines of |x| itself stand on its axis, where no other distribution does.
       const baselines = others.length ? [] : table.columns.flatMap((column, index) => (
         data.cells[index] && data.cells[index].baseline !== undefined && column.site === each.site && column.subject === each.subject
-          && ["magnitude", "absmax", "rms"].includes(column.metric) ? [Number(data.cells[index].baseline)] : []));
+          && axes[column.metric] === each.of ? [Number(data.cells[index].baseline)] : []));
       const thresholds = table.columns.filter((column, index) => (
         data.cells[index] && column.threshold && column.site === each.site && each.of === "tokens"
       )).map((column) => Number(column.threshold));

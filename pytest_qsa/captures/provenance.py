@@ -134,6 +134,17 @@ class ModelProvenance(_Record):
         quantized = {"format": self.format or "none"} if self.weights else {}
         return {"model": name, **known, **(self.versions or {}), **classes, **quantized}
 
+    def is_copy_of(self, other: Self) -> bool:
+        """Say whether two models are one and the same: weights, adapter, dtype, and what runs them."""
+        if self.weights or other.weights:
+            same = self.weights == other.weights
+        else:
+            same = bool(self.path) and self.path == other.path
+        return same and all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("adapter", "base", "format", "dtype", "attention", "class_name", "device_class", "served")
+        )
+
     @property
     def place(self) -> str:
         """The path as a user would type it; an address as it is."""

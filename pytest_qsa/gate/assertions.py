@@ -14,7 +14,7 @@ import pytest
 
 from ..captures import LOGITS, Capture, Request, Site
 from ..checkpoint import Files, Finding, examine, problems_of
-from ..common import AnomalyError, QsaError, QsaWarning, SuiteError
+from ..common import AnomalyError, QsaError, QsaWarning, SuiteError, shown_path
 from ..external import EvalFiles
 from ..metrics import (
     METRICS,
@@ -30,7 +30,7 @@ from ..metrics import (
     positions_of,
     query_of,
 )
-from ..suite import Assertion, CheckpointAssertion, ExternalAssertion, Subject
+from ..suite import Assertion, CheckpointAssertion, ExternalAssertion, Subject, check_reference
 from ..verdicts import (
     BASELINE_FOLDER,
     BASELINE_NAME,
@@ -108,6 +108,8 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
         return evals
     with gate.told_once(request.node, f"nothing was measured of {subject.name}"):
         capture = gate.capture_of(request)
+    if subject.model is not None and METRICS[assertion.metric].against:
+        check_reference(capture, subject.model)
     release = None
     if assertion.follows:
         assert subject.model is not None
@@ -134,7 +136,25 @@ def _files(gate: Gate, request: pytest.FixtureRequest, metric: str, parameters: 
     with gate.told_once(request.node, f"the files of {subject.name} can't be read"):
         files = gate.files_of(request)
         examine(files, metric, **parameters)
+    if metric in AGAINST and subject.model is not None and not subject.model.reference_is_copy:
+        _check_other_folder(files)
     return files
+
+
+AGAINST = ("checkpoint_settings", "checkpoint_unquantized")
+"""The checks that do nothing but compare with the reference."""
+
+
+def _check_other_folder(files: Files) -> None:
+    own, reference = files.folder, files.reference
+    same = reference is not None and (own.path.resolve(), own.gguf_file) == (
+        reference.path.resolve(),
+        reference.gguf_file,
+    )
+    if same and own.adapter_folder is None:
+        raise AnomalyError(
+            f"the reference, {shown_path(own.path)}, is the checkpoint itself: nothing is compared; name the original"
+        )
 
 
 def _warn_unused(request: pytest.FixtureRequest, suite: QsaSuite, index: int, verdict: Verdict) -> None:
@@ -333,7 +353,10 @@ class Qsa:
             GateFailure: there is nothing sound to judge; such a comparison is never just false.
         """
         __tracebackhide__ = True
+        subject, metric = self._gate.subject_of(self._request.node), METRICS.find(series.query.metric)
         try:
+            if subject is not None and subject.model is not None and metric is not None and metric.against:
+                check_reference(capture, subject.model)
             judgement = judge()
         except QsaError as error:
             judgement = stopped(error, series.query)

@@ -28,6 +28,7 @@ from ..common import (
     logger,
     progress_bar,
 )
+from ..metrics import METRICS
 from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
 from ..verdicts import (
     BASELINE_FOLDER,
@@ -41,7 +42,7 @@ from ..verdicts import (
 )
 from .collection import QsaSuite, Subjects, checkpoint_of, command_of, plain_name, requests_of
 from .options import Options
-from .reporting import call_hook, record, with_plots
+from .reporting import FLOOR, call_hook, record, with_plots
 
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
@@ -350,6 +351,9 @@ class Gate:
     def finish(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> Verdict:
         """Explain a verdict, draw it, and keep it on its item. `capture`: where its numbers come from."""
         capture = self._shown(capture) if capture is not None else None
+        metric, subject = METRICS.find(verdict.query.get("metric", "")), self.subject_of(request.node)
+        if metric is not None and metric.against and subject and subject.model and subject.model.reference_is_copy:
+            verdict = replace(verdict, hints=[*verdict.hints, FLOOR])
         if capture is not None:
             # On the redacted capture: what an explainer adds reaches the terminal and the report.
             verdict = explain(verdict, Context(capture, partial(self.files_of, request), self._origins))

@@ -50,6 +50,8 @@ FIELD = "qsa_verdicts"
 """The attribute of a test report that carries verdicts as plain values; xdist passes it on."""
 MOST_NOT_RUN = 20
 NO_OTHERS: Mapping[str, Capture | None] = {}
+FLOOR = "the reference is a copy (model.reference_is_copy): this is the floor of the noise, and no difference"
+"""The hint of every number of a run against itself."""
 LONGEST_WAIVER = timedelta(days=366)
 
 
@@ -519,6 +521,8 @@ class Reporter:
         """Yield what is more lenient than a waiver is meant to be: it has a near end, and names what it is for."""
         if self.results and self.options.today < datetime.now(UTC).date():
             yield f"--qsa-today {self.options.today} is over: waivers that have expired since count as in force"
+        for subject in sorted({result["subject"] for result in self.results if FLOOR in result["hints"]}):
+            yield f"{subject}: {FLOOR}"
         for result in self.results:
             for use in result["waivers"]:
                 whose = f"the waiver of {use['owner']} until {use['until']}, {result['nodeid']},"

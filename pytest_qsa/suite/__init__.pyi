@@ -26,6 +26,7 @@ from .facts import (
     Gpu as Gpu,
     Machine as Machine,
     check_execution as check_execution,
+    check_reference as check_reference,
     kind_patterns as kind_patterns,
     kinds_pattern as kinds_pattern,
 )

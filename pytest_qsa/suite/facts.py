@@ -11,6 +11,7 @@ from ..captures import FLOAT, ExecutedModules, Execution, found_by
 from ..common import AnomalyError, InfraError, counted
 
 if TYPE_CHECKING:
+    from ..captures import Capture
     from .sections import Model
 
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
@@ -105,6 +106,21 @@ def check_execution(execution: Execution | None, model: Model) -> None:
         )
     if model.require is not None:
         _check_required(execution, model.require.executed_as)
+
+
+def check_reference(capture: Capture, model: Model) -> None:
+    """Check that the model is compared with another one: against itself, every number is perfect.
+
+    Raises:
+        AnomalyError: the reference is a copy, and `model.reference_is_copy` does not say so.
+    """
+    reference = capture.reference
+    theirs = reference.provenance.model if reference is not None else capture.provenance.reference
+    if theirs is not None and capture.provenance.model.is_copy_of(theirs) and not model.reference_is_copy:
+        raise AnomalyError(
+            f"the reference, {theirs}, is the model itself or a copy of it, run in the same way: nothing is compared; "
+            "name the original, or say model.reference_is_copy: true to see the floor of the noise"
+        )
 
 
 def _check_required(execution: Execution | None, required: Sequence[str]) -> None:

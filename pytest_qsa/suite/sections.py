@@ -179,6 +179,9 @@ class Model(Strict):
     reference: Annotated[
         PathText | None, Field(description="the original: a folder, a hub id, or a reference file")
     ] = None
+    reference_is_copy: Annotated[
+        bool, Field(description="the reference is the model itself or a copy: its numbers show the floor of the noise")
+    ] = False
     previous: Annotated[
         PathText | None,
         Field(description="the last release: a capture's file, a name under qsa_baselines, or a checkpoint"),
@@ -229,7 +232,7 @@ class Model(Strict):
         """The settings that a capture depends on, without the locations of model and reference."""
         # Files count by their content, which the fingerprint hashes; the other keys do not change what a pass
         # measures.
-        other = {"name", "path", "base", "reference", "previous", "allow_idle", "require"}
+        other = {"name", "path", "base", "reference", "reference_is_copy", "previous", "allow_idle", "require"}
         # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
         return {**self.model_dump(exclude=other), "runs": self.require is not None}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
+from dataclasses import replace
 
 import pytest
 
+from pytest_qsa.captures import ModelProvenance
 from pytest_qsa.gate import resembles_a_suite
 from pytest_qsa.gate.reporting import unasserted
 from pytest_qsa.report.verdict_text import step_summary
@@ -120,3 +123,33 @@ def test_a_python_test_that_looks_at_no_number_fails(own_project, llama):
 def test_what_a_reader_has_to_know_stands_in_the_step_summary_too():
     text = step_summary([], ["a waiver of `me` is on everything"])
     assert "- ⚠️ ``a waiver of `me` is on everything``" in text
+
+
+@pytest.mark.process
+def test_a_reference_that_is_the_model_itself_compares_nothing(own_project, llama, tmp_path):
+    copy = shutil.copytree(llama, tmp_path / "copy")
+    checks = (
+        "id: far, metric: sqnr, layers: mlp$, min: 30", "id: files, metric: checkpoint_settings",
+        "id: alone, metric: absmax, layers: mlp$, site: output, max: 1000",
+    )  # fmt: skip
+    own_project.write("itself.qsa.yaml", suite(f"{llama}, reference: {llama}", *checks))
+    own_project.write("copy.qsa.yaml", suite(f"{llama}, reference: {copy}", *checks[:1]))
+    own_project.write("floor.qsa.yaml", suite(f"{llama}, reference: {copy}, reference_is_copy: true", *checks))
+    run = own_project.pytest("--qsa-report=never")
+    failed = sorted(name for name, outcome in run.outcomes.items() if outcome == "failed")
+    assert failed == ["copy.qsa.yaml::far", "itself.qsa.yaml::far", "itself.qsa.yaml::files"]
+    assert {run.kind(name) for name in failed} == {"ANOMALOUS"}
+    assert "is the model itself or a copy of it" in run.first_line("copy.qsa.yaml::far")
+    assert "llama: the reference is a copy (model.reference_is_copy): this is the floor" in run.out
+
+
+def test_the_same_weights_run_otherwise_are_no_copy():
+    own = ModelProvenance("a", weights="sha256:1", dtype="bfloat16", attention="sdpa")
+    assert own.is_copy_of(replace(own, path="b"))
+    assert not own.is_copy_of(replace(own, weights="sha256:2"))
+    for changed in ({"dtype": "float32"}, {"attention": "eager"}, {"adapter": "LoRA of rank 8"}, {"format": "int8"}):
+        assert not own.is_copy_of(replace(own, **changed))
+    unread = replace(own, weights="")
+    assert unread.is_copy_of(unread)
+    assert not unread.is_copy_of(replace(unread, path="b"))
+    assert not replace(unread, path="").is_copy_of(replace(unread, path=""))  # two fixtures' models

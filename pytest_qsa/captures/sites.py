@@ -196,12 +196,18 @@ class LayerNames:
         return self.all if site == "weight" or at_experts(site, statistics) else self.called
 
 
+FEW_NAMES = 20
+"""A model with so few layers is told by their names, where a pattern matches none of them."""
+
+
 def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> AnomalyError:
     """Return the error for a pattern that finds nothing; it names the layers nearest to the pattern."""
     if exclude is not None and match_layers(modules, pattern):
         return AnomalyError(
             f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
         )
+    if len(modules) <= FEW_NAMES:  # all of them say more than the nearest, also of a fixture's model
+        return AnomalyError(f"no layer matches '{pattern}'; the model has {', '.join(modules) or 'no layer'}")
     # difflib compares plain text, so the pattern is first made to look like the name of a layer.
     plain = re.sub(r"\\d[+*]?", "0", pattern).replace("\\.", ".").strip("^$")
     near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.3) or list(modules[:3])

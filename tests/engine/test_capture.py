@@ -787,3 +787,10 @@ def test_an_argument_of_another_type_is_named(change, text):
     arguments = {"model": nn.Linear(8, 4), "batches": [torch.ones(2, 8)], "sites": [(".", "output")]} | change
     with pytest.raises(TypeError, match=text):
         capture(**arguments)
+
+
+def test_a_pattern_without_a_match_names_all_layers_of_a_small_model():
+    """`qsa layers` can't list a model that exists in Python alone."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    with pytest.raises(AnomalyError, match=r"^no layer matches 'mlp'; the model has 0, 1$"):
+        capture(model, [torch.ones(2, 8)], sites=[("mlp", "output")])

@@ -436,6 +436,10 @@ class PairError(WeightReduction):
         return {"error": np.concatenate(self._powers)}
 
 
+MOVED = 0.01
+"""From this distance to 1 it counts where round to nearest puts a group; 8 bits leave less."""
+
+
 class GroupGains(WeightReduction):
     """The factor of each scale group against the reference's, Σw·w₀ / Σw₀²; the group that is farthest out is kept."""
 
@@ -477,12 +481,13 @@ class GroupGains(WeightReduction):
         faint = min(nmse, FAINT) * signal.sum() / counts.sum()
         counted = np.maximum(signal, own) > np.maximum(faint, 0) * counts
         factors, rounded = (np.where(signal > 0, each / signal, np.inf) for each in (product, plainest))
-        # The largest weight of a group may be clipped, and the small ones lost: so far round to nearest goes as well.
-        away = np.maximum(np.minimum(rounded, 1) - factors, factors - np.maximum(rounded, 1))
-        away = np.where(np.isfinite(factors), np.maximum(away, 0), np.abs(factors - 1))
         # Where few weights carry a group its factor varies as theirs: of (Σw₀²)² / Σw₀⁴ weights.
         sigmas = np.maximum(ROOM_SIGMAS / np.sqrt(counts), FEW_SIGMAS * np.sqrt(fourth) / signal)
         rooms = np.clip(sigmas * np.sqrt(np.maximum(nmse, 0)), LEAST_ROOM, MOST_ROOM)
+        # In few bits the largest weight of a group may be clipped, and small ones lost, by round to nearest as well.
+        rounded = np.where(np.abs(rounded - 1) > MOVED, rounded, 1.0)
+        away = np.maximum(np.minimum(rounded, 1) - factors, factors - np.maximum(rounded, 1))
+        away = np.where(np.isfinite(factors), np.maximum(away, 0), np.abs(factors - 1))
         shares = np.where(counted | ~np.isfinite(factors) & (own > 0), away / rooms, -1.0)
         row, column = np.unravel_index(int(np.argmax(shares)), shares.shape)  # the first NaN, where there is one
         place = [row * self._groups.rows, sizes[0][row], column * self._groups.columns, sizes[1][column]]

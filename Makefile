@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 SUITES := example_suites
 
-.PHONY: demo test test-fast lint generate docs clean
+.PHONY: demo test test-fast campaign lint generate docs clean
 
 # One stamp for both: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ test-fast: $(VENV)/.installed
 .PHONY: chromium
 chromium:
 	@command -v chromium >/dev/null || (apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q chromium)
+
+# Damaged suites, checkpoints and files, and killed runs, by QSA_CAMPAIGN_SEED; QSA_CAMPAIGN=5 takes five times as many.
+campaign: $(VENV)/.installed
+	OMP_NUM_THREADS=1 QSA_CAMPAIGN=$${QSA_CAMPAIGN:-1} $(BIN)/python -m pytest -n 2 --dist worksteal tests/campaign
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

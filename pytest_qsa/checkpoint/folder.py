@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ NO_MODEL = re.compile(r"(consolidated|optimizer|scheduler|train(er|ing)|rng_stat
 """The names, without suffix, of files beside a model's: the original layout of Mistral, the state of a training."""
 OTHER_WEIGHTS = ("bin", "pt", "pth", "h5", "msgpack", "onnx")
 """The suffixes of weights that only other programs read."""
+MOST_TENSORS = 1_000_000
+"""A header for them has about 100 MB; the largest known checkpoints have 200,000."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 RESTORE = "take it from the reference, or change the reference if it is meant so"
 """The advice on what differs from the reference."""
@@ -136,6 +138,8 @@ class Folder:
         for file in self.files:
             for tensor in tensors_of(file):
                 copies.setdefault(tensor.name, []).append(tensor)
+            if len(copies) > MOST_TENSORS:
+                raise AnomalyError(f"{self.path} holds more than {MOST_TENSORS:,} tensors, which no known model has")
         for name, tensors in copies.items():
             tensors.sort(key=lambda tensor: self.indexed.get(name) == tensor.file)
         return copies
@@ -357,9 +361,14 @@ def _holds_model(folder: Path) -> bool:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a sorting key by which layers.2 comes before layers.10."""
+    return [_natural_part(part) for part in name.split(".")]
+
+
+@lru_cache(maxsize=1 << 16)  # of a hundred thousand names, most parts are the same
+def _natural_part(part: str) -> tuple[int, str]:
     # pairs of the same types throughout, for a number and a word may stand at the same depth
     # 18: Python reads no number of thousands of digits; `²` is a digit to Python, and no number.
-    return [(int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part) for part in name.split(".")]
+    return (int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part)
 
 
 def kind_of(name: str, numbers: int = 0) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,12 @@ class Tensor:
     start: int
     stop: int
 
-    @property
+    @cached_property
     def layer(self) -> str:
         """The module that owns it."""
         return layer_of(self.name)
 
-    @property
+    @cached_property
     def part(self) -> str:
         """What follows the module in its name: weight, weight_scale, qzeros or weight.absmax."""
         return self.name[len(self.layer) + 1 :] if self.layer != self.name else self.name
@@ -111,13 +112,17 @@ class Tensor:
             return decoded(np.asarray(self.raw()), self.dtype).astype(np.float64)
 
 
+_OF_WEIGHT = re.compile(r"\.(weight(\.quant_state|\._data)?|(weight|input|output|bias)_quantizer(\.\d+)?)$")
+_PACKED = re.compile(r"(.+\.(?:gate_up|down)_proj)_(?:blocks|scales)")
+
+
 def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
     # X.weight.absmax is a tensor of X, as bitsandbytes, quanto, Quark and ModelOpt save what belongs to a weight
     owner = name.rpartition(".")[0]
-    owner = re.sub(r"\.(weight(\.quant_state|\._data)?|(weight|input|output|bias)_quantizer(\.\d+)?)$", "", owner)
+    owner = _OF_WEIGHT.sub("", owner)
     # gpt-oss keeps two packed weights in one module, each with scales: X_blocks and X_scales are of X
-    packed = re.fullmatch(r"(.+\.(?:gate_up|down)_proj)_(?:blocks|scales)", name)
+    packed = _PACKED.fullmatch(name) if name.endswith(("_blocks", "_scales")) else None
     return packed[1] if packed else owner or name
 
 

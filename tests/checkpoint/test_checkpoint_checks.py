@@ -800,6 +800,12 @@ def test_a_file_that_makes_no_sense_is_one_line(tmp_path, damage):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_more_tensors_than_any_model_has_are_refused(llama, monkeypatch):
+    monkeypatch.setattr("pytest_qsa.checkpoint.folder.MOST_TENSORS", 30)
+    with pytest.raises(AnomalyError, match="holds more than 30 tensors"):
+        found(llama)
+
+
 def test_a_sparse_file_that_pretends_to_be_large_is_refused_at_once(tmp_path):
     header = json.dumps({"x.weight": {"dtype": "F32", "shape": [25, 10**9], "data_offsets": [0, 10**11]}}).encode()
     (tmp_path / "config.json").write_text("{}")

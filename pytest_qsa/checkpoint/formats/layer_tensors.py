@@ -68,7 +68,16 @@ class LayerTensors:
 
     def codes_of(self, layer: str) -> Tensor | None:
         """Return the tensor that holds a layer's quantized weight; None for a layer in floating point."""
-        parts = self.parts(layer)
+        if layer not in self._coded:
+            self._coded[layer] = self._codes_among(self.parts(layer))
+        return self._coded[layer]
+
+    @cached_property
+    def _coded(self) -> dict[str, Tensor | None]:
+        """The answers of `codes_of`: checks ask many times, of hundreds of thousands of layers."""
+        return {}
+
+    def _codes_among(self, parts: Mapping[str, Tensor]) -> Tensor | None:
         for part in self.codes:
             tensor = parts.get(part)
             if tensor is not None and not (part == "weight" and tensor.dtype in FLOATS):

@@ -24,7 +24,7 @@ from ..captures import (
     with_weights,
 )
 from ..checkpoint import capture_weights
-from ..common import InfraError, Progress, QsaError, logger
+from ..common import AnomalyError, InfraError, Progress, QsaError, logger
 from ..suite import (
     FileHashes,
     NamedSubject,
@@ -36,7 +36,7 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
-from .load.batches import Batch, listed
+from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
@@ -280,7 +280,21 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
-    return batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
+    batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
+    _check_ids(loaded.model, batches)
+    return batches
+
+
+def _check_ids(model: Any, batches: Sequence[Batch]) -> None:
+    """Refuse token ids that the embedding has no rows for: a CPU says `index out of range`, a GPU stops for good."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(embedding, "num_embeddings", None)
+    largest = max((int(row.max()) for batch in batches for row in token_ids(batch) if row.numel()), default=-1)
+    if isinstance(rows, int) and largest >= rows:
+        raise AnomalyError(
+            f"the tokenizer makes the token id {largest} of the data, and the embedding of {type(model).__name__} has "
+            f"{rows} rows: take the tokenizer and the weights from one checkpoint"
+        )
 
 
 def _provenance(

@@ -228,6 +228,27 @@ def test_a_missing_column_names_the_record_and_what_it_has(tmp_path, name, conte
         read_texts(write(tmp_path, name, content), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 99999, "it is nested too deeply"),
+        ('["x", "\\ud800"]', "record 1 holds half of a surrogate pair"),
+        ('{"text": null}', "record 0 has no text under 'text' but a NoneType"),
+    ],
+)
+def test_json_that_is_no_text_is_one_line(tmp_path, content, said):
+    with pytest.raises(InfraError, match=rf"a\.json: can't be read as data: {said}"):
+        read_texts(write(tmp_path, "a.json", content), tmp_path)
+
+
+def test_a_null_in_a_column_is_one_line(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["x", None]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InfraError, match="record 1 has no text under 'text' but a NoneType"):
+        read_texts(Data(source="custom:a.parquet"), tmp_path)
+
+
 @pytest.mark.parametrize("record", ['{"text": 3}', "[1]", "null", '{"text": ["role"]}'])
 def test_a_record_whose_text_is_none_is_an_error(tmp_path, record):
     with pytest.raises(InfraError, match="record 1 has no text"):

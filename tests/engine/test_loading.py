@@ -185,3 +185,8 @@ def test_a_suite_blames_the_loader_in_its_failure(quantized, own_project):
     assert f"{DOWN}: 49" in run.first_line("::loads")
     assert "× 50" in run.first_line("::loads")
     assert "loader" in run.text("::loads")
+
+
+def test_token_ids_without_a_row_in_the_embedding_are_told_before_the_pass(llama):
+    with pytest.raises(AnomalyError, match=r"makes the token id \d+ of the data, .* has 20 rows: take the tokenizer"):
+        measured(llama, lambda model: model.set_input_embeddings(torch.nn.Embedding(20, 32)))

@@ -88,12 +88,17 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
         return _texts_of(read_folder(path, data), data)
     try:
         return _read_custom(path, data)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except RecursionError:
+        raise InfraError(f"{shown_path(path)}: can't be read as data: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
 
 
 def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:
-    return [_text_of(record, "text", index, chat=data.chat_template) for index, record in enumerate(records)]
+    try:
+        return [_text_of(record, "text", index, chat=data.chat_template) for index, record in enumerate(records)]
+    except ValueError as error:
+        raise InfraError(f"'{data.source}' can't be read as data: {error}") from None
 
 
 def _read_custom(path: Path, data: Data) -> list[Any]:
@@ -121,13 +126,23 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
 
 def _text_of(record: Any, column: str, index: int, *, chat: bool) -> Any:
     if isinstance(record, str):
-        return record
+        return _whole(record, index)
     if isinstance(record, dict) and chat and isinstance(record.get(column), list):
         return record[column]
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        if isinstance(record, dict) and column in record:
+            raise ValueError(f"record {index} has no text under '{column}' but a {type(record[column]).__name__}")
         known = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
         raise ValueError(f"record {index} has no text under '{column}'{known}; set data.custom.text_column")
-    return str(record[column])
+    return _whole(str(record[column]), index)
+
+
+def _whole(text: str, index: int) -> str:
+    try:
+        text.encode()  # JSON can hold half of a pair, and no tokenizer takes it
+    except UnicodeEncodeError:
+        raise ValueError(f"record {index} holds half of a surrogate pair, which is no text") from None
+    return text
 
 
 def read_hub(spec: HubSet, data: Data) -> Records:

@@ -88,18 +88,11 @@ def test_a_damaged_suite_ends_in_verdicts_and_runs_nothing(tree, tmp_path):
         for number, rng in numbered[first : first + CHUNK]:
             text = mutated(rng, tree)
             (project.folder / f"s{number}.qsa.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
-        run = project.pytest(
-            "--continue-on-collection-errors", "--qsa-report=always", "--durations=3", "--junitxml=j.xml"
-        )
+        run = project.pytest("--continue-on-collection-errors", "--qsa-report=always", "--junitxml=j.xml")
         wrong += [
             (first, run.out[max(0, found.start() - 700) : found.end() + 200]) for found in TRACES.finditer(run.out)
         ]
         wrong += [(first, f"exit code {run.code}: {run.out[-500:]}")] if run.code not in (0, 1) else []
         wrong += [(first, "it ran code")] if (project.folder / "canary").exists() else []
-        wrong += [
-            (first, line)
-            for line in run.out.split("\n")
-            if (t := re.match(r"(\d+)\.\d+s (call|setup)", line)) and int(t[1]) > SLOW
-        ]
         assert "good.qsa.yaml::peaks" in run.reports
     assert wrong == []

@@ -440,6 +440,9 @@ class QsaBaseline:
     def __eq__(self, series: object) -> bool:
         if not isinstance(series, Series):
             return NotImplemented
+        metric = METRICS.find(series.query.metric)
+        if metric is not None and (problem := metric.allows_all(self._tolerance.abs)):
+            raise AnomalyError(problem)
         capture = self._qsa.capture_at("weight" if series.query.site == "weight" else None)
         return self._qsa.conclude(
             lambda: against_baseline(capture, self._snapshot, series, self._tolerance), series, capture

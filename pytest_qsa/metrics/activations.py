@@ -39,7 +39,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError
 from .fidelity import Granularity, Scheme, counted_powers, decibels
-from .registry import Parameters, Values, View, metric
+from .registry import NOT_NEGATIVE, SHARE, Parameters, Values, View, metric
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
@@ -57,7 +57,7 @@ ACROSS: Mapping[str, Callable[[Values], float]] = {
 SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
-@metric(TOKENS, reduce="max", unit="tokens", tokenwise=True)
+@metric(TOKENS, reduce="max", unit="tokens", tokenwise=True, span=NOT_NEGATIVE)
 def outlier_tokens(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens whose maximum is above threshold × the lower median of the sample (arXiv 2410.05265)."""
     return np.array([_above(maxima, threshold) for maxima in view.token_maxima()], dtype=np.float64)
@@ -72,7 +72,7 @@ def _above(maxima: NDArray[np.float32], threshold: float) -> float:
     return float(np.count_nonzero(ratios > np.float32(threshold)))
 
 
-@metric(TOKENS, reduce="max", unit="× median", tokenwise=True)
+@metric(TOKENS, reduce="max", unit="× median", tokenwise=True, span=NOT_NEGATIVE)
 def outlier_ratio(view: View) -> Values:
     """Divide the largest token-wise maximum of a sample by their lower median."""
     ratios = []
@@ -93,7 +93,7 @@ def _reduce_dim(site: Site, reduce_dim: int | str | None) -> int | None:
     return reduce_dim  # type: ignore[return-value]
 
 
-@metric(_magnitude_needs, reduce="mean", positional=True)
+@metric(_magnitude_needs, reduce="mean", positional=True, span=NOT_NEGATIVE)
 def magnitude(
     view: View, *, stat: MagnitudeStat = "top1", reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
 ) -> Values:
@@ -151,7 +151,7 @@ def _massive_needs(site: Site, positions: str, parameters: Parameters) -> frozen
     return frozenset({Massive(parameters["abs"], parameters["ratio"])})
 
 
-@metric(_massive_needs, reduce="max", unit="elements")
+@metric(_massive_needs, reduce="max", unit="elements", span=NOT_NEGATIVE)
 def massive_activations(view: View, *, abs: float = 100.0, ratio: float = 1000.0) -> Values:
     """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
     counts = view.numbers.arrays[Massive(abs, ratio).key]
@@ -163,7 +163,7 @@ def _absmax_needs(site: Site, positions: str, parameters: Parameters) -> frozens
     return frozenset({MOMENTS if positions == "all" else TOKENS})
 
 
-@metric(_absmax_needs, reduce=None, positional=True)
+@metric(_absmax_needs, reduce=None, positional=True, span=NOT_NEGATIVE)
 def absmax(view: View) -> float:
     """Take the largest |x|."""
     if view.positions == "all":
@@ -172,7 +172,7 @@ def absmax(view: View) -> float:
     return float(maxima.max()) if maxima.size else float("nan")
 
 
-@metric(MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
 def rms(view: View) -> float:
     """Take the root of the mean square over all elements."""
     count, mean, m2 = pooled_moments(view.numbers)
@@ -185,14 +185,14 @@ def mean(view: View) -> float:
     return pooled_moments(view.numbers)[1]
 
 
-@metric(MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
 def std(view: View) -> float:
     """Take the standard deviation over all elements, of the population (divided by n)."""
     count, _, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(m2 / count))
 
 
-@metric(MOMENTS, reduce="mean")
+@metric(MOMENTS, reduce="mean", span=NOT_NEGATIVE)
 def kurtosis(view: View) -> Values:
     """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
     count, m2, m4 = (view.numbers.moment(name) for name in ("n", "m2", "m4"))
@@ -200,7 +200,7 @@ def kurtosis(view: View) -> Values:
         return count * m4 / (m2 * m2)
 
 
-@metric(MOMENTS, reduce=None, unit="× rms")
+@metric(MOMENTS, reduce=None, unit="× rms", span=NOT_NEGATIVE)
 def crest_factor(view: View) -> float:
     """Divide the largest |x| by the root mean square."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -263,7 +263,7 @@ def _features_needs(site: Site, positions: str, parameters: Parameters) -> froze
     return frozenset({FeatureCounts(parameters["abs"])})
 
 
-@metric(_features_needs, reduce=None, unit="channels", per="model")
+@metric(_features_needs, reduce=None, unit="channels", per="model", span=NOT_NEGATIVE)
 def int8_outlier_features(
     views: Sequence[View], *, abs: float = 6.0, layer_share: Share = 0.25, position_share: Share = 0.06
 ) -> float:
@@ -284,7 +284,7 @@ def int8_outlier_features(
     return float(np.count_nonzero(hits.any(axis=0) & in_layers & (hits.sum(axis=0) / tokens.sum() >= position_share)))
 
 
-@metric(EXPERTS, reduce="sum", unit="tokens", per="expert")
+@metric(EXPERTS, reduce="sum", unit="tokens", per="expert", span=NOT_NEGATIVE)
 def expert_tokens(view: View) -> Values:
     """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
     if "experts" not in view.numbers:
@@ -295,7 +295,7 @@ def expert_tokens(view: View) -> Values:
     return view.numbers.experts.astype(np.float64)
 
 
-@metric(MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None, span=SHARE)
 def zero_fraction(view: View) -> float:
     """Take the share of exact zeros."""
     # A share of zeros among NaN or Inf would look sound.
@@ -304,13 +304,13 @@ def zero_fraction(view: View) -> float:
     return float(view.numbers.moment("zeros").sum() / view.numbers.moment("n").sum())
 
 
-@metric(MOMENTS, reduce="sum", unit="elements")
+@metric(MOMENTS, reduce="sum", unit="elements", span=NOT_NEGATIVE)
 def nonfinite(view: View) -> Values:
     """Count NaN, +Inf and −Inf."""
     return view.numbers.moment("nonfinite").copy()
 
 
-@metric(MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
 def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
     """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
     return float(absmax(view)) / SERVED_MAX[dtype]

@@ -35,7 +35,7 @@ from ..captures import (
     bin_values,
 )
 from ..common import AnomalyError
-from .registry import TWO_SIDED_95, Estimate, Parameters, Values, View, metric
+from .registry import NOT_NEGATIVE, TWO_SIDED_95, Estimate, Parameters, Values, View, metric
 
 SIGNAL, NOISE, OWN, LARGEST = range(len(ERROR_NAMES))
 By = Literal["tensor", "token", "channel"]
@@ -67,21 +67,21 @@ def sqnr(view: View, *, by: By = "tensor") -> float | Estimate:
     return _estimated(view, tokens[:, SIGNAL], tokens[:, NOISE])
 
 
-@metric(ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True, span=NOT_NEGATIVE)
 def nmse(view: View) -> float | Estimate:
     """Take Σ(x − x̂)² / Σx², x the reference's (torch.ao, NNCF)."""
     tokens = compared(view)
     return _from_decibels(tokens, 10) if view.sampled else _ratio(tokens)
 
 
-@metric(ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True, span=NOT_NEGATIVE)
 def relative_l2(view: View) -> float | Estimate:
     """Take the root of `nmse`: ‖x − x̂‖ / ‖x‖."""
     tokens = compared(view)
     return _from_decibels(tokens, 20) if view.sampled else float(np.sqrt(_ratio(tokens)))
 
 
-@metric(ERROR, reduce=None, positional=True, against=True, worst="lowest")
+@metric(ERROR, reduce=None, positional=True, against=True, worst="lowest", span=(-1.0, 1.0))
 def cosine(view: View) -> float | Estimate:
     """Take ⟨x, x̂⟩ / (‖x‖·‖x̂‖) of all elements (Polygraphy gates at 0.997); blind to scale."""
     signal, error, own = compared(view)[:, :LARGEST].T
@@ -97,7 +97,7 @@ def cosine(view: View) -> float | Estimate:
     return Estimate(value, value - half, min(1.0, value + half), len(signal))
 
 
-@metric(ERROR, reduce=None, positional=True, against=True)
+@metric(ERROR, reduce=None, positional=True, against=True, span=NOT_NEGATIVE)
 def max_abs_diff(view: View) -> float:
     """Take the largest |x − x̂|; of the recorded tokens alone, where the reference is a file."""
     return float(compared(view)[:, LARGEST].max())
@@ -185,13 +185,29 @@ def _span(of: Mapping[str, float], name: str) -> str:
     return f"{name} {first}" if count == 1 else f"{name}s {first}–{first + count - 1}"
 
 
-@metric((TOKENS, REFERENCE_TOKENS), reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+@metric(
+    (TOKENS, REFERENCE_TOKENS),
+    reduce="sum",
+    unit="tokens",
+    positional=True,
+    tokenwise=True,
+    against=True,
+    span=NOT_NEGATIVE,
+)
 def new_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample here that are not in the reference."""
     return _outliers_of_one(view, view.of_reference(), threshold)
 
 
-@metric((TOKENS, REFERENCE_TOKENS), reduce="sum", unit="tokens", positional=True, tokenwise=True, against=True)
+@metric(
+    (TOKENS, REFERENCE_TOKENS),
+    reduce="sum",
+    unit="tokens",
+    positional=True,
+    tokenwise=True,
+    against=True,
+    span=NOT_NEGATIVE,
+)
 def lost_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample in the reference that are not here."""
     return _outliers_of_one(view.of_reference(), view, threshold)
@@ -303,7 +319,7 @@ ALIKE = 0.95
 """Above this cosine several factors near each other explain it: those of projections packed together, say."""
 
 
-@metric(STORED, reduce=None, sites=("weight",))
+@metric(STORED, reduce=None, sites=("weight",), span=NOT_NEGATIVE)
 def loaded_weights(view: View) -> float:
     """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
     signal, error, _, _ = view.numbers.stored.tolist()

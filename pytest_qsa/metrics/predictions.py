@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers, Statistic
 from ..common import AnomalyError
 from .intervals import mean_by_window, windows_of
-from .registry import TWO_SIDED_95, Estimate, View, metric
+from .registry import NOT_NEGATIVE, SHARE, TWO_SIDED_95, Estimate, View, metric
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
 KlStat = Literal["mean", "median", "p99", "max"]
@@ -61,7 +61,7 @@ def numbers_of(
     )
 
 
-@metric(AGREEMENT, reduce=None, unit="nats", per="logits", against=True)
+@metric(AGREEMENT, reduce=None, unit="nats", per="logits", against=True, span=NOT_NEGATIVE)
 def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all.
 
@@ -73,7 +73,7 @@ def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     return float(np.percentile(values, {"median": 50, "p99": 99, "max": 100}[stat]))
 
 
-@metric(AGREEMENT, reduce=None, per="logits", against=True, worst="lowest")
+@metric(AGREEMENT, reduce=None, per="logits", against=True, worst="lowest", span=SHARE)
 def same_top(view: View) -> Estimate:
     """Take the share of positions where both models find the same token likeliest; a tie is no difference.
 
@@ -82,7 +82,7 @@ def same_top(view: View) -> Estimate:
     return _mean(_known(view, SAME_TOP))
 
 
-@metric("overlap", reduce=None, per="logits", against=True, worst="lowest", perfect=1.0)
+@metric("overlap", reduce=None, per="logits", against=True, worst="lowest", perfect=1.0, span=SHARE)
 def overlap(view: View) -> Estimate:
     """Take the mean of Σ min(p, q) over the vocabulary at each position: 1 − the total variation of both predictions.
 
@@ -94,7 +94,7 @@ def overlap(view: View) -> Estimate:
     return mean_by_window(values[known], windows_of(view)[known])
 
 
-@metric(AGREEMENT, reduce=None, per="logits", against=True)
+@metric(AGREEMENT, reduce=None, per="logits", against=True, span=(-1.0, 1.0))
 def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
     """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions.
 
@@ -108,7 +108,7 @@ def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
     return float(plain[stat](values) if stat in plain else np.percentile(values, float(stat[1:])))
 
 
-@metric(SCORES, reduce=None, per="logits")
+@metric(SCORES, reduce=None, per="logits", span=NOT_NEGATIVE)
 def perplexity(view: View) -> float:
     """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
     return float(np.exp(_known(view, NLL).mean()))

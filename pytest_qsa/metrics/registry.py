@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,11 @@ Needs = Callable[[Site, str, Parameters], frozenset[Statistic]]
 ENTRY_POINTS = "pytest_qsa.metrics"
 """The group of entry points whose modules define metrics."""
 
+ANY = (-math.inf, math.inf)
+NOT_NEGATIVE, SHARE = (0.0, math.inf), (0.0, 1.0)
+"""What a number can be: any, a count or a size, a share."""
+LARGEST = 3.4028234663852886e38
+"""The largest finite float32; that of bfloat16 is smaller, and no model runs in more."""
 CONFTEST = "conftest"
 """The origin of the metrics of every conftest.py."""
 
@@ -175,7 +181,7 @@ class Metric(Definition):
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
     be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, of a metric
-    whose interval must be able to show a bound.
+    whose interval must be able to show a bound. `span`: the least and the most that it can be.
     """
 
     reduce: Reduce | None
@@ -188,6 +194,25 @@ class Metric(Definition):
     sites: tuple[Site, ...]
     worst: Worst = field(default="highest", kw_only=True)
     perfect: float | None = field(default=None, kw_only=True)
+    span: tuple[float, float] = field(default=ANY, kw_only=True)
+
+    def checks_nothing(self, side: Literal["min", "max"], bound: float, over: str | None = None) -> str | None:
+        """Return why a bound holds whatever is measured; None where it may not."""
+        low, high = self.span
+        if bound > LARGEST if side == "max" else bound < -LARGEST:
+            return f"{side} {bound:g} is beyond the largest number of float32, so it checks nothing"
+        if side == "max" and bound > high and over != "sum":
+            return f"{self.name} is never above {high:g}, so max {bound:g} checks nothing"
+        if side == "min" and bound < low:
+            return f"{self.name} is never below {low:g}, so min {bound:g} checks nothing"
+        return None
+
+    def allows_all(self, tolerance: float) -> str | None:
+        """Return why a distance from a baseline holds whatever is measured; None where it may not."""
+        low, high = self.span
+        if tolerance > min(high - low, LARGEST):
+            return f"abs {tolerance:g} is more than {self.name} can differ by, so it checks nothing"
+        return None
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -310,6 +335,7 @@ def metric(
     against: bool = False,
     worst: Worst | None = None,
     perfect: float | None = None,
+    span: tuple[float, float] = ANY,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
 
@@ -330,6 +356,7 @@ def metric(
         worst: which of its values is the worst one: the `lowest` by default for dB, else the `highest`.
         perfect: its value where nothing is lost. A bound that lies nearer to it than the 95 % interval reaches can't be
             shown by that many tokens, and is refused with the number that would.
+        span: the least and the most that it can be; a bound beyond them is refused, for it would check nothing.
 
     Raises:
         SuiteError: a statistic that there isn't, a name that is taken, or a parameter without type or default; it
@@ -356,6 +383,7 @@ def metric(
                 sites=(LOGITS,) if logits else tuple(sites),
                 worst=worst or ("lowest" if unit == "dB" else "highest"),
                 perfect=perfect,
+                span=span,
                 origin=origin,
             )
         )

@@ -225,15 +225,27 @@ class Series:
         values = np.array([OVER[over](self.values)])
         return replace(self, layers=[label], values=values, query=replace(self.query, over=over), problems=problems)
 
+    def _check_span(self, bounds: Bounds) -> None:
+        metric = METRICS.get(self.query.metric)
+        # `< inf` of decibels says that something differs.
+        if metric is None or (self.query.unit == "dB" and bounds.strict):
+            return
+        low = metric.checks_nothing("min", bounds.min, self.query.over) if bounds.min is not None else None
+        high = metric.checks_nothing("max", bounds.max, self.query.over) if bounds.max is not None else None
+        if problem := low or high:
+            raise AnomalyError(problem)
+
     def within(self, bounds: Bounds) -> bool:
         """Say whether every layer is within the bounds.
 
         Raises:
             AnomalyError: as `check`.
         """
+        if self.judge is None:
+            self.check()
+        self._check_span(bounds)
         if self.judge is not None:
             return self.judge(self, bounds)
-        self.check()
         return not any(bounds.excess(value) for value in self.values.tolist())
 
     def __le__(self, bound: object) -> bool:

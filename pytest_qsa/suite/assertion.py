@@ -42,7 +42,7 @@ from ..metrics import (
     positions_of,
     query_of,
 )
-from .bounds import Noises, Stated, Waiver, Waivers, is_relative
+from .bounds import Noises, Side, Stated, Waiver, Waivers, is_relative
 from .sections import Regex, Strict
 from .tiers import Tier
 
@@ -169,9 +169,23 @@ class MeasuredAssertion(Assertion):
             raise SuiteError(
                 f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
             )
+        self._check_span(definition)
         if definition.tokenwise and self.site == "weight":
             raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
         return self
+
+    def _check_span(self, definition: Metric) -> None:
+        """Check that no bound, and no tolerance, holds whatever is measured; one that was calibrated is as it came."""
+        sides: tuple[Side, ...] = ("min", "max")
+        for side in sides:
+            stated: Stated | None = getattr(self, side)
+            calibrated = self.noise is not None and getattr(self.noise, side) is not None
+            for bound in stated.values() if isinstance(stated, dict) else [stated]:
+                problem = definition.checks_nothing(side, bound, self.over) if isinstance(bound, float) else None
+                if problem and not calibrated:
+                    raise SuiteError(problem, side)
+        if self.baseline is not None and (problem := definition.allows_all(self.baseline.abs)):
+            raise SuiteError(problem, "baseline")
 
     @property
     def parameters(self) -> Parameters:

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from pytest_qsa.captures import ModelProvenance
+from pytest_qsa.common import SuiteError
 from pytest_qsa.gate import resembles_a_suite
 from pytest_qsa.gate.reporting import unasserted
 from pytest_qsa.report.verdict_text import step_summary
-from pytest_qsa.suite import Place
+from pytest_qsa.suite import Place, load_suite
 from support.projects import suite
 
 STATEMENTS = {
@@ -153,3 +154,28 @@ def test_the_same_weights_run_otherwise_are_no_copy():
     assert unread.is_copy_of(unread)
     assert not unread.is_copy_of(replace(unread, path="b"))
     assert not replace(unread, path="").is_copy_of(replace(unread, path=""))  # two fixtures' models
+
+
+VACUOUS = {
+    "cosine, layers: x, max: 2": "cosine is never above 1",
+    "rms, layers: x, site: output, min: -1": "rms is never below 0",
+    "mean, layers: x, site: output, max: 1e39": "beyond the largest number of float32",
+    "absmax, layers: x, site: output, max: {'a': 1e39, default: 5}": "beyond the largest number of float32",
+    "cosine, layers: x, baseline: {abs: 3}": "abs 3 is more than cosine can differ by",
+}
+
+
+@pytest.mark.parametrize("assertion", VACUOUS)
+def test_a_bound_that_holds_whatever_is_measured_is_refused(tmp_path, assertion):
+    file = tmp_path / "a.qsa.yaml"
+    file.write_text(suite("x, reference: y", f"id: a, metric: {assertion}"), encoding="utf-8")
+    with pytest.raises(SuiteError, match=f"a.qsa.yaml:4: .*{VACUOUS[assertion]}"):
+        load_suite(file)
+
+
+def test_what_can_be_is_no_vacuous_bound(tmp_path):
+    file = tmp_path / "a.qsa.yaml"
+    bounds = ("cosine, layers: x, min: -1", "zero_fraction, layers: x, site: output, over: sum, max: 3")
+    written = suite("x, reference: y", *(f"id: a{index}, metric: {bound}" for index, bound in enumerate(bounds)))
+    file.write_text(written, encoding="utf-8")
+    assert len(load_suite(file).assertions) == 2

@@ -498,7 +498,9 @@ def gguf_file(folder, *, faulty=False):
 def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
     reference = tmp_path / "reference"
     reference.mkdir()
-    (reference / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "rms_norm_eps": 1e-6, "vocab_size": 3}))
+    settings = {"model_type": "llama", "num_hidden_layers": 4, "rms_norm_eps": 1e-6, "vocab_size": 3}
+    (reference / "config.json").write_text(json.dumps(settings))
+    save_file({"lm_head.weight": torch.ones(3, 8)}, reference / "model.safetensors")
     tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<s>", "id": 2}]}
     (reference / "tokenizer.json").write_text(json.dumps(tokenizer))
 

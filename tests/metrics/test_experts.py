@@ -74,7 +74,8 @@ def test_an_expert_without_tokens_is_named():
     assert dead
     assert {row.layer for row in verdict.failing_rows} == set(dead)
     assert dead[0] in verdict.headline
-    assert verdict.headline.startswith(f"{len(dead)} of {len(series.layers)} experts ")
+    many = "is" if len(dead) == 1 else "are"
+    assert f"; {len(dead)} of {len(series.layers)} experts {many} out of bounds" in verdict.headline
     assert verdict.query["of"] == "experts"
 
 

@@ -738,6 +738,7 @@ def foreign_files():
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*has no checksum")
 @pytest.mark.parametrize("kind", foreign_files())
 def test_a_foreign_file_is_an_infrastructure_error(tmp_path, kind):
     (tmp_path / "a.qsa").write_bytes(foreign_files()[kind])

@@ -13,19 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, refuse_special, shown_path
-from ..metrics import t_quantile
+from ..metrics import TWO_SIDED_95, t_quantile
 
 TASK = "TASK"
 """The place of the task's name in the pattern of the files of samples."""
-LEVEL = 0.95
-Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 FEWEST_SAMPLES = 2
 """The fewest samples of which a spread can be known."""
 
@@ -201,9 +198,9 @@ def _score(value: Any, where: str) -> float:
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
     """Return the ends of Wilson's interval of 95 % of a share (Wilson 1927)."""
-    share, z2 = successes / count, Z * Z
+    share, z2 = successes / count, TWO_SIDED_95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    width = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    width = TWO_SIDED_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
     return middle - width, middle + width
 
 

@@ -185,7 +185,7 @@ def _span(of: Mapping[str, float], name: str) -> str:
     return f"{name} {first}" if count == 1 else f"{name}s {first}–{first + count - 1}"
 
 
-@metric(
+_of_outliers = metric(
     (TOKENS, REFERENCE_TOKENS),
     reduce="sum",
     unit="tokens",
@@ -194,20 +194,15 @@ def _span(of: Mapping[str, float], name: str) -> str:
     against=True,
     span=NOT_NEGATIVE,
 )
+
+
+@_of_outliers
 def new_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample here that are not in the reference."""
     return _outliers_of_one(view, view.of_reference(), threshold)
 
 
-@metric(
-    (TOKENS, REFERENCE_TOKENS),
-    reduce="sum",
-    unit="tokens",
-    positional=True,
-    tokenwise=True,
-    against=True,
-    span=NOT_NEGATIVE,
-)
+@_of_outliers
 def lost_outliers(view: View, *, threshold: float = 64.0) -> Values:
     """Count the tokens above threshold × the median of their sample in the reference that are not here."""
     return _outliers_of_one(view.of_reference(), view, threshold)

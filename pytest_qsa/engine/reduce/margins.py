@@ -44,7 +44,7 @@ class RowLogits:
         return cls(logits, states, () if hidden is None or states is None else hidden.heads)
 
     def at(self, rows: Tensor, ids: Tensor, head: Head | None) -> Array:
-        """Return logits of some rows and tokens, [N] float64: by the head, or as they are."""
+        """Return logits of some rows and tokens, [N] float64: by the head where both are known, or as they are."""
         if head is None or self.states is None:
             return self.logits[rows, ids].double().cpu().numpy()
         device = head.weight.device
@@ -82,8 +82,7 @@ class Margins:
         """Return the head that makes a model's logits again; None where none of those that may do so does."""
         if side not in self._found:
             self._found[side] = next((head for head in rows.heads if _makes(head, rows)), None)
-        # The weights of a replayed head stay; those of a model that runs are the same in every forward.
-        return self._found[side] if rows.states is not None else None
+        return self._found[side]
 
 
 def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def _actions(verdict: Verdict) -> Iterator[str]:
         *(("next", hint) for hint in verdict.hints),
         ("again", verdict.command),
         ("accept", verdict.accept),
-        *((label, path) for label, path in verdict.artefacts.items()),
+        *verdict.artefacts.items(),
     )
 
 
@@ -378,11 +378,10 @@ def _details(result: PlainVerdict) -> Iterator[str]:
         yield ""
     for token in result["evidence"]:
         context = code_span(context_text(token["before"], token["text"], token["after"]))
-        if decided := token.get("decided"):
-            position = f"sample {token['sample']}, position {token['position']}"
-            yield f"- {code_span(decision_text(decided))} at {position}, after {context}"
-            continue
         where = f"sample {token['sample']}, position {token['position']}"
+        if decided := token.get("decided"):
+            yield f"- {code_span(decision_text(decided))} at {where}, after {context}"
+            continue
         yield f"- {part_of_error(token.get('share'))}{token['ratio']:.1f} × median at {where}: {context}"
     commands = [("bound", result["where"]), ("again", result["command"]), ("accept", result["accept"])]
     text = "\n".join(f"{name:<8}{visible(command)}" for name, command in commands if command)

@@ -165,7 +165,9 @@ class Recognizer:
         """Return the layer times a factor or with an addition, where one explains most of how it differs."""
         if _factor(_products(mine, theirs)) == 1:
             return self._added(layer, mine, theirs) or Resemblance(layer, layer)
-        return Resemblance(layer, layer, factor=_fit(self.weights[layer], self.pairs[layer]).factor)
+        parts = zip(self.weights[layer].parts(), self.pairs[layer].parts(), strict=True)
+        products = np.sum([_products(mine, theirs) for mine, theirs in parts], axis=0)
+        return Resemblance(layer, layer, factor=_factor(products))
 
     def _added(self, layer: str, mine: Singles, theirs: Singles) -> Resemblance | None:
         """Return the layer with the rank of what was added to it, where it is low, as that of an adapter is."""

@@ -331,4 +331,7 @@ def _repeated(table: Matrix, axis: int, length: int, step: int | None) -> Matrix
     if step < 1 or -(-length // step) != count:
         what = "columns" if axis else "rows"
         raise ValueError(f"{count} scales for {length} {what}, and no group size that fits")
-    return np.repeat(table, step, axis=axis).take(np.arange(length), axis)
+    if count in (1, length):  # no copy, which takes as long as the product with the codes
+        return np.broadcast_to(table, (table.shape[0], length) if axis else (length, table.shape[1]))
+    repeated = np.repeat(table, step, axis=axis)
+    return repeated[:, :length] if axis else repeated[:length]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..captures import FLOAT, ExecutedModules, Execution, found_by
@@ -29,6 +29,18 @@ class Anatomy:
     linears: Sequence[str]
     experts: Sequence[str] = ()
     routers: Sequence[str] = ()
+
+    @property
+    def weights(self) -> list[str]:
+        """All layers whose weights are looked at: linear ones, routers and experts."""
+        return [*self.linears, *self.routers, *self.experts]
+
+    def renamed(self, names: Mapping[str, str]) -> Anatomy:
+        """Return it with other names of these layers."""
+        linears, experts, routers = (
+            [names[layer] for layer in own] for own in (self.linears, self.experts, self.routers)
+        )
+        return replace(self, linears=linears, experts=experts, routers=routers)
 
     @property
     def block_pattern(self) -> str:

@@ -248,7 +248,9 @@ class Sampled:
         if not isinstance(assertion, MeasuredAssertion):
             return Calibrated(assertion.id, remark="reads files, which do not vary")
         if assertion.metric == "weight_gain":
-            return Calibrated(assertion.id, remark="1 is its bound in every format: the metric has its own room")
+            return Calibrated(
+                assertion.id, remark="its bound follows from the bits of the weights: the metric has its own room"
+            )
         whole = checked_series(assertion, self.whole)
         spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
         if _of_stored_weights(assertion):

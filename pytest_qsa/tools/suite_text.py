@@ -17,7 +17,7 @@ import yaml
 
 from .. import engine
 from ..captures import Capture
-from ..checkpoint import Compare, compare_norms, problems_of
+from ..checkpoint import Compare, Format, compare_norms, problems_of
 from ..common import AnomalyError, InfraError
 from ..suite import (
     Anatomy,
@@ -219,7 +219,7 @@ def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Dr
     layers = {
         "LINEARS": anatomy.linears,
         "LINEARS_AND_EXPERTS": [*anatomy.linears, *anatomy.experts],
-        "WEIGHTS": [*anatomy.linears, *anatomy.routers, *anatomy.experts],
+        "WEIGHTS": anatomy.weights,
     }
     patterns = {"BLOCKS": anatomy.block_pattern, **{name: kinds_pattern(own) for name, own in layers.items()}}
     drafts = []
@@ -288,7 +288,12 @@ def first_suite(
     """
     layers = engine.anatomy(subject.model, subject.path, subject.base)
     static, compare, remarks = _comparable(subject)
-    drafts, files = measured_drafts(layers, compare), subject.model.weights == "files"
+    files = subject.model.weights == "files"
+    if files:  # of no model, so that layers go by the files' own names
+        layers = layers.renamed(files_of(subject).format.layers_of(layers.weights))
+    drafts = measured_drafts(layers, compare)
+    if compare == "layers":
+        drafts = [with_gain_bound(draft, layers, files_of(subject).format) for draft in drafts]
     if files:
         drafts = [draft for draft in drafts if draft.keys.get("site") == "weight"]
     file = load_suite(_with(source, drafts), overrides, "--")  # with 0 for the bounds that are still unknown
@@ -321,6 +326,23 @@ def with_tolerance(draft: Draft, schemes: Mapping[str, str] | None) -> Draft:
         return draft
     few = any(FEW_BITS.match(scheme) for scheme in (schemes or {}).values())
     return replace(draft, keys={**draft.keys, "baseline": {"rel": DRIFT_OF_FEW_BITS}}) if few else draft
+
+
+GAIN_BOUNDS = {4: 1.25, 3: 2.0, 2: 4.0, 1: 4.0}
+"""The bits of a weight → how many of the rooms of `weight_gain` a healthy scale group of SmolLM2 takes: 1.21 of 4 bits,
+1.45 of 3, 3.5 of 2 (docs/benchmarks.md). From 5 bits on it is within the one."""
+
+
+def with_gain_bound(draft: Draft, layers: Anatomy, form: Format) -> Draft:
+    """Return a draft on `weight_gain` with the bound that the bits of its layers need, by kind where they differ."""
+    if draft.keys["metric"] != "weight_gain":
+        return draft
+    kinds: dict[str, float] = {}
+    for layer, own in form.layers_of(layers.weights).items():
+        (kind,) = kind_patterns([layer])
+        kinds[kind] = max(kinds.get(kind, 1.0), GAIN_BOUNDS.get(form.weight_bits(own), 1.0))
+    bound = kinds if len({*kinds.values()}) > 1 else max(kinds.values(), default=1.0)
+    return replace(draft, keys={**draft.keys, "max": bound})
 
 
 def _with(source: YamlSource, drafts: Sequence[Draft]) -> YamlSource:

@@ -24,6 +24,7 @@ from pytest_qsa.checkpoint import (
 )
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
+from pytest_qsa.tools.suite_text import GAIN_BOUNDS
 
 ROOT = Path(__file__).parent / "fixtures" / "formats"
 ORIGINALS = ("llama", "gpt-oss")
@@ -101,7 +102,20 @@ def test_no_scale_group_of_a_healthy_checkpoint_is_out_of_its_room(name):
     files = Files(opened(ROOT / name), original(name))
     modules = list(original(name).layers) if files.folder.gguf_file else ()
     capture = capture_weights(files, [Request(EVERY, "weight", None, frozenset({GAIN}))], modules=modules)
-    assert capture.select(EVERY, "weight").weight_gain().values.max() < (4 if "TQ" in name else 1)  # ternary
+    series = capture.select(EVERY, "weight").weight_gain()
+    bits = {files.format.weight_bits(files.format.layers_of(series.layers)[layer]) for layer in series.layers}
+    assert series.values.max() < GAIN_BOUNDS.get(min(bits), 1)
+
+
+BITS = {"gptq_3": 3, "TQ2": 2, "Q6_K": 6, **dict.fromkeys(("FP8", "fp8", "int8", "INT8", "W8A8", "Q8_0"), 8)}
+"""What a fixture's name says of the bits of a weight; all others have 4."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_bits_of_a_weight_are_those_of_its_codes(name):
+    form = Files(opened(ROOT / name)).format
+    every = [layer for layer in form.folder.layers if form.codes_of(layer)] + [*form.experts]
+    assert {form.weight_bits(layer) for layer in every} == {next((n for of, n in BITS.items() if of in name), 4)}
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.expected.safetensors")), ids=lambda file: file.name[:-21])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 from pytest_qsa.checkpoint.gguf_file import BLOCKS
@@ -16,10 +17,10 @@ ROWS, INPUTS, BLOCKS_OF_MODEL = 24, 512, 5
 DOWN = "blk.2.ffn_down"
 
 
-def written(folder, name, tensors, **extra):
+def written(folder, name, tensors, arch="llama", **extra):
     """Write tensors of raw bytes of one type, and float ones, as llama.cpp's own writer does."""
     folder.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer = gguf.GGUFWriter(folder / "model.gguf", arch)
     writer.add_block_count(BLOCKS_OF_MODEL)
     writer.add_head_count(4)
     for key, raw in tensors.items():
@@ -205,3 +206,19 @@ def test_a_file_that_was_cut_short_is_damaged(healthy, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content[:-1000])
     with pytest.raises(AnomalyError, match="can't be read as GGUF"):
         found(opened(tmp_path))
+
+
+@pytest.mark.parametrize(("arch", "added"), [("llama", 0.0), ("gemma2", 1.0)])
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_floats_are_the_reference_s_as_the_converter_names_and_changes_them(tmp_path, arch, added, factor):
+    """It writes the norms of Gemma with 1 added, and interleaves the rows of llama's queries, so their biases too."""
+    norm, bias = np.linspace(-0.5, 2, INPUTS, dtype=np.float32), np.arange(16, dtype=np.float32)
+    own = {"blk.0.attn_norm.weight": factor * norm + added, "output_norm.weight": norm + added}
+    own |= {"blk.0.attn_q.bias": bias.reshape(4, 2, 2).swapaxes(1, 2).ravel()} if arch == "llama" else {}
+    gguf_folder = written(tmp_path / "gguf", "F32", {}, arch, **{key: np.float32(each) for key, each in own.items()})
+    (tmp_path / "original").mkdir()
+    original = {"model.layers.0.input_layernorm.weight": norm, "model.norm.weight": norm}
+    save_file(original | {"model.layers.0.self_attn.q_proj.bias": bias}, tmp_path / "original" / "model.safetensors")
+    (tmp_path / "original" / "config.json").write_text("{}")
+    found = problems_of(Files(opened(gguf_folder), open_folder(tmp_path / "original")), "checkpoint_unquantized")[1]
+    assert [each.tensor for each in found] == ["blk.0.attn_norm.weight"] * (factor != 1)

@@ -9,12 +9,13 @@ import transformers
 import yaml
 
 from pytest_qsa import capture
+from pytest_qsa.checkpoint import problems_of
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.suite import Anatomy, Data, load_suite
-from pytest_qsa.tools.suite_text import measured_drafts, sinks_of, with_tolerance
+from pytest_qsa.suite import Anatomy, Data, files_of, load_suite, subject_of
+from pytest_qsa.tools.suite_text import measured_drafts, sinks_of, with_gain_bound, with_tolerance
 from support import models
-from support.checkpoints import edited, save_llama
+from support.checkpoints import edited, save_gguf, save_llama
 from support.projects import Project
 
 SMALL = ("--parts", "4", "--data.num_samples", "2", "--data.seq_len", "24", "--memory.device", "cpu")
@@ -95,6 +96,49 @@ def test_a_suite_of_a_checkpoint_that_nothing_here_loads_reads_its_files_alone(t
     assert [assertion.id for assertion in file.assertions] == ids
     assert all(assertion.site == "weight" for assertion in file.assertions[2:])
     assert min(file.assertions[4].min.values()) > 5
+
+
+def test_a_gguf_s_suite_of_its_files_goes_by_the_names_in_the_file(tmp_path, monkeypatch, llama, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = save_gguf(tmp_path / "gguf", llama)
+    named = ["--reference", str(llama), "--model.gguf_file", "model.gguf", "--model.weights", "files"]
+    assert main(["init", str(folder), *named, "-o", "g.qsa.yaml"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    file = load_suite(tmp_path / "g.qsa.yaml")
+    kinds = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    assert file.assertions[1].id == "unquantized"
+    assert {assertion.layers for assertion in file.assertions[2:]} == {rf"\.({'|'.join(kinds)})$"}
+    checked = files_of(subject_of(file))
+    assert problems_of(checked, "checkpoint_unquantized")[1] == []
+
+
+class OfBits:
+    """A format whose layers have some bits a weight each."""
+
+    def __init__(self, *bits):
+        self.bits = dict(zip(TWO_KINDS, bits, strict=True))
+
+    def layers_of(self, modules):
+        return {name: name for name in modules}
+
+    def weight_bits(self, layer):
+        return self.bits[layer]
+
+
+TWO_KINDS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("bits", "bound"),
+    [
+        ((8, 8, 5), 1), ((4, 4, 4), 1.25), ((2, 2, 1), 4), ((16, 16, 16), 1),
+        ((4, 3, 8), {r"\.down_proj$": 2, r"\.up_proj$": 1}),
+    ],
+)  # fmt: skip
+def test_groups_of_fewer_bits_have_the_room_that_rounding_to_them_takes(bits, bound):
+    anatomy = Anatomy(["model.layers.0", "model.layers.1"], TWO_KINDS)
+    drafts = [with_gain_bound(draft, anatomy, OfBits(*bits)) for draft in measured_drafts(anatomy, "layers")]
+    assert [draft.keys["max"] for draft in drafts if draft.keys["metric"] == "weight_gain"] == [bound]
 
 
 def test_a_sink_that_every_sample_has_is_gated_where_it_is_clear():

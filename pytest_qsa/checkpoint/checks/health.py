@@ -98,7 +98,7 @@ def _settings(files: Files) -> list[str]:
 def _kept_layers(files: Files) -> list[str]:
     if files.reference is None:
         raise AnomalyError("what is unquantized is compared with model.reference, and the suite names none: add it")
-    kept = list(dict.fromkeys(theirs.layer for theirs, _ in kept_tensors(files.format, files.reference)))
+    kept = list(dict.fromkeys(layer for layer, _, _ in kept_tensors(files.format, files.reference)))
     if not kept:
         raise AnomalyError("the checkpoint and its reference have no float tensor of the same name: nothing to compare")
     return sorted(kept, key=natural)

@@ -12,7 +12,7 @@ from ...captures import Array
 from ..folder import Finding, Folder
 from ..formats.format import BUDGET, Format
 from ..formats.scheme import LayerScheme
-from ..tensors import FLOATS, Tensor, decoded
+from ..tensors import FLOATS, Tensor, decoded, layer_of
 from .parts import lost_parts
 
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -104,15 +104,15 @@ def unsound_floats(form: Format) -> Iterator[Finding]:
             yield Finding.at(tensor, f"all of it is {values.flat[0]:g}", _SAVE_AGAIN)
 
 
-def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (reference's, own) for each tensor that both keep in floating point; None for an own one that was lost."""
-    for name, theirs in reference.tensors.items():
-        mine = form.folder.tensors.get(name)
-        if theirs.dtype not in FLOATS or theirs.layer not in form.folder.layers:
+def kept_tensors(form: Format, reference: Folder) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield (layer here, reference's, own) for each tensor that both keep in floating point; None for a lost one."""
+    for name, own in form.kept_names(reference).items():
+        theirs, mine, layer = reference.tensors[name], form.folder.tensors.get(own), layer_of(own)
+        if theirs.dtype not in FLOATS or layer not in form.folder.layers:
             continue
-        quantized = theirs.part == "weight" and form.codes_of(theirs.layer) is not None
+        quantized = theirs.part == "weight" and form.codes_of(layer) is not None
         if not quantized and (mine is None or (mine.dtype in FLOATS and 0 not in theirs.shape)):
-            yield theirs, mine
+            yield layer, theirs, mine
 
 
 def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[Finding]:
@@ -121,30 +121,31 @@ def changed_floats(form: Format, reference: Folder, *, rel: float) -> Iterator[F
     Parts that are gone as a whole too.
     """
     yield from lost_parts(form, reference)
-    for theirs, mine in kept_tensors(form, reference):
+    for layer, theirs, mine in kept_tensors(form, reference):
         if mine is None:
             what = "missing, the reference has it"
-            yield Finding(theirs.layer, theirs.name, "", what, "a loader leaves it out or fills it with random numbers")
+            yield Finding(layer, theirs.name, "", what, "a loader leaves it out or fills it with random numbers")
         elif mine.shape != theirs.shape:
             size, other = ("×".join(map(str, tensor.shape)) or "scalar" for tensor in (mine, theirs))
             yield Finding.at(mine, f"shape {size}, in the reference {other}", _RESTORE)
-        elif difference := _difference(mine, theirs, rel):
+        elif difference := _difference(mine, theirs, rel, form.added_to(mine)):
             yield Finding.at(mine, difference, _RESTORE)
 
 
-def _difference(mine: Tensor, theirs: Tensor, rel: float) -> str:
-    # another dtype may round every number; in the same dtype the bits are the reference's
-    allowed = max(rel, *(ROUNDING[t.dtype] for t in (mine, theirs))) if mine.dtype != theirs.dtype else rel
+def _difference(mine: Tensor, theirs: Tensor, rel: float, added: float) -> str:
+    # another dtype or a sum may round every number; else the bits are the reference's
+    rounded = mine.dtype != theirs.dtype or added
+    allowed = max(rel, *(ROUNDING[t.dtype] for t in (mine, theirs))) if rounded else rel
     width = theirs.shape[-1] if len(theirs.shape) > 1 else 1
     one, other = mine.raw().reshape(-1, width), theirs.raw().reshape(-1, width)
     rows, first, gains = 0, -1, np.zeros(0)
     step = max(1, PIECE // width)
     for start in range(0, len(one), step):
         mine_raw, their_raw = one[start : start + step], other[start : start + step]
-        if mine.dtype == theirs.dtype and np.array_equal(mine_raw, their_raw):
+        if not rounded and np.array_equal(mine_raw, their_raw):
             continue
         x = decoded(np.asarray(mine_raw), mine.dtype).astype(np.float64)
-        y = decoded(np.asarray(their_raw), theirs.dtype).astype(np.float64)
+        y = decoded(np.asarray(their_raw), theirs.dtype).astype(np.float64) + added
         wrong = ~(np.abs(x - y) <= allowed * np.abs(y)).all(axis=1)
         if wrong.any():
             first = first if first >= 0 else start + int(np.flatnonzero(wrong)[0])

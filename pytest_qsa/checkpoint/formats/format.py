@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -116,6 +117,27 @@ class Format(LayerTensors):
         return ScaleGroups(
             1, -(-columns // (count // rows)) if count % rows == 0 < count <= rows * columns else columns
         )
+
+    def weight_bits(self, layer: str) -> int:
+        """Return the bits in which a layer's weight is stored, scales aside: as declared, else by the file's bytes.
+
+        16 for what is kept in floats.
+        """
+        name = "{0}.{2.tensor}".format(*self.experts[layer]) if layer in self.experts else layer
+        scheme, codes = self.scheme_of(name), self.codes_of(name)
+        if codes is None:
+            return 16
+        shape = self.weight_shape(name)
+        elements = prod(shape) if shape is not None else element_count(codes)
+        return scheme.bits if scheme is not None else 8 * codes.raw().nbytes // max(1, elements)
+
+    def kept_names(self, reference: Folder) -> dict[str, str]:
+        """Return the reference's tensor → this checkpoint's: those that a converter keeps, if they are floats."""
+        return {name: name for name in reference.tensors}
+
+    def added_to(self, tensor: Tensor) -> float:
+        """Return what a converter adds to all elements of a tensor in floats."""
+        return 0.0
 
     def words(self, layer: str, codes: Tensor) -> tuple[Array, int]:
         """Return a sample of a layer's codes as unsigned words [rows, words of a row], and the step between its rows.

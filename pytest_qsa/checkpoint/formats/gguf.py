@@ -23,6 +23,9 @@ BLOCKS_AT_ONCE = 1 << 20
 PRUNED = 0x100
 """The word of a row of zeros, whatever the bytes of its codes are."""
 
+PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next")
+"""The architectures whose norms the converter writes with 1 added (llama.cpp, convert_hf_to_gguf.py)."""
+
 SCALE_GROUPS = {**dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "NVFP4"), 16), "TQ1_0": 256, "TQ2_0": 256, "Q1_0": 128}
 """The types of blocks whose scales aren't of 32 weights each."""
 
@@ -58,6 +61,24 @@ class Gguf(Format):
             return {name: name for name in modules}
         known = gguf.get_tensor_name_map(arch, int(self.folder.config.get("num_hidden_layers") or 0))
         return {name: str(known.get_name(name) or name) for name in modules}
+
+    def kept_names(self, reference: Folder) -> dict[str, str]:
+        """Return the reference's tensor → the file's, but for those whose rows or axes the converter moves."""
+        layers = self.layers_of(list(reference.layers))
+        names = {name: f"{layers[theirs.layer]}.{theirs.part}" for name, theirs in reference.tensors.items()}
+        return {name: own for name, own in names.items() if not self._is_moved(own, reference.tensors[name])}
+
+    def _is_moved(self, own: str, theirs: Tensor) -> bool:
+        mine = self.folder.tensors.get(own)
+        if mine is None:
+            return False
+        turned = sorted(n for n in mine.shape if n > 1) == sorted(n for n in theirs.shape if n > 1)
+        interleaved = self.folder.architecture == "llama" and mine.layer.rpartition(".")[2] in HEAD_COUNTS
+        return interleaved or (mine.shape != theirs.shape and turned)
+
+    def added_to(self, tensor: Tensor) -> float:
+        """Return the 1 that the norms of some architectures get."""
+        return float(self.folder.architecture in PLUS_ONE and tensor.layer.endswith("norm"))
 
     def scales_of(self, layer: str) -> dict[str, Tensor]:
         """Return the scales that are tensors of their own; those of blocks lie in the weight."""

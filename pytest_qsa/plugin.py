@@ -14,6 +14,7 @@ from . import common, gate, suite, verdicts
 from .suite import (
     DESELECTED,
     NOT_RUN,
+    OTHER_MODEL,
     REMARKS,
     WORKER_COLLECTED,
     WORKER_NOT_RUN,
@@ -110,6 +111,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return _stop(config, items, empty)
     if near := config.stash.get(NEAR, []):
         config.stash[REMARKS] = gate.uncollected(near, suites, config.getini("qsa_suites"))
+    items[:], others, remarks = gate.split_by_model(items, suites) if suites else (items, [], [])
+    if others:
+        config.stash[REMARKS] = [*config.stash.get(REMARKS, ()), *remarks]
+        config.hook.pytest_deselected(items=others)
     refusal = config.stash[OPTIONS].refused_update
     worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it
     if refusal and not worker and any("qsa_checkpoint" in getattr(item, "fixturenames", ()) for item in items):
@@ -128,7 +133,8 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if "qsa_checkpoint" in getattr(item, "fixturenames", ()):
             left = item.config.stash.setdefault(DESELECTED, {})
-            left[item.nodeid] = item.config.stash.get(NOT_RUN, {}).get(item.nodeid, "deselected")
+            why = OTHER_MODEL if gate.not_for(item) else "deselected"
+            left[item.nodeid] = item.config.stash.get(NOT_RUN, {}).get(item.nodeid, why)
 
 
 def _stop(config: pytest.Config, items: list[pytest.Item], problem: str) -> None:

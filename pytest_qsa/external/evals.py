@@ -371,6 +371,8 @@ def widened_bounds(bounds: Sequence[Bounds], scores: Sequence[Compared], asserti
 
 
 def _widened(bounds: Bounds, compared: Compared, assertion: ExternalAssertion) -> Bounds:
+    if bounds == Bounds():  # a group without a bound
+        return bounds
     name, reference, sigmas = compared.score.name, compared.reference, assertion.sigmas
     if reference is None or compared.score.stderr is None or reference.stderr is None:
         raise AnomalyError(f"{name} has no standard error in both files, which sigmas needs: leave it out, or name it")

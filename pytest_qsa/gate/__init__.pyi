@@ -7,6 +7,8 @@ from .assertions import (
 from .collection import (
     Overrides as Overrides,
     QsaSuite as QsaSuite,
+    not_for as not_for,
+    split_by_model as split_by_model,
     suites_without_assertions as suites_without_assertions,
     uncollected as uncollected,
     unknown_assertions as unknown_assertions,

@@ -121,6 +121,33 @@ def _extended_by(suites: Iterable[QsaSuite]) -> set[Path]:
     }
 
 
+def not_for(item: pytest.Item) -> tuple[str, str, str] | None:
+    """Return the suite and the model of an assertion that isn't for this model, and whose it is; None of any other."""
+    if not isinstance(item.parent, QsaSuite):
+        return None
+    name, assertion = _name(item.parent.file, checkpoint_of(item)), item.parent.assertion_of(item)
+    return None if assertion.is_for(name) else (shown_path(item.path), name, str(assertion.models))
+
+
+def split_by_model(
+    items: Iterable[pytest.Item], suites: Iterable[QsaSuite]
+) -> tuple[list[pytest.Item], list[pytest.Item], list[str]]:
+    """Return the tests that are for their models, those that aren't, and what a reader has to know of these."""
+    some = [suite for suite in suites if suite.is_read and any(each.models for each in suite.file.assertions)]
+    mine, others = list[pytest.Item](), list[pytest.Item]()
+    left: dict[tuple[str, str, str], list[str]] = {}
+    for item in items:
+        why = not_for(item) if item.parent in some else None
+        (others if why else mine).append(item)
+        if why:
+            left.setdefault(why, []).append(getattr(item, "originalname", item.name))
+    texts = (
+        f"{path}: {', '.join(ids)} {'is' if len(ids) == 1 else 'are'} not for {name} (models: {pattern})"
+        for (path, name, pattern), ids in left.items()
+    )
+    return mine, others, list(texts)
+
+
 def compiled(source: str, place: Place) -> types.CodeType:
     """Compile one line of Python as if it stood at a place of a suite."""
     return compile("\n" * (place.line - 1) + source, str(place.path), "exec")
@@ -245,9 +272,13 @@ class Subjects:
         return Subject(name, model, Data(), Memory(), item.path.parent, checkpoint.path if checkpoint else None, source)
 
 
+def _name(file: SuiteFile, checkpoint: Checkpoint | None) -> str:
+    model = file.suite.model
+    return (checkpoint.name if checkpoint else None) or (model.id if model else "model")
+
+
 def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
-    suite = file.suite
-    name = (checkpoint.name if checkpoint else None) or (suite.model.id if suite.model else "model")
+    suite, name = file.suite, _name(file, checkpoint)
     model = suite.model
     if checkpoint is not None:
         # --qsa-model takes the place of whatever says where the model comes from.

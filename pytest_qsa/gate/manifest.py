@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ..common import QsaError, shown_path
-from ..suite import TIERS, FileHashes, Subject, checkpoint_hashes, folders_of, library_versions, suite_hash
+from ..suite import OTHER_MODEL, TIERS, FileHashes, Subject, checkpoint_hashes, folders_of, library_versions, suite_hash
 from ..verdicts import baseline_folder, baseline_hashes
 from .collection import QsaSuite, Subjects
 from .options import Options
@@ -85,7 +85,9 @@ def manifest_of(
             "today": config.getoption("qsa_today"),
             "updated": bool(config.getoption("update_snapshots", False)),
             "selected": words + (["--lf"] if config.getoption("lf", False) else []),
-            "deselected": {nodeid: why for nodeid, why in sorted(found["left"].items()) if why not in TIERS},
+            "deselected": {
+                nodeid: why for nodeid, why in sorted(found["left"].items()) if why not in (*TIERS, OTHER_MODEL)
+            },
             "waivers": sorted(set(waivers)),
             "models": list(options.models),
         },

@@ -81,6 +81,7 @@ from .subjects import (
 from .tiers import (
     DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,
+    OTHER_MODEL as OTHER_MODEL,
     REMARKS as REMARKS,
     TIERS as TIERS,
     WORKER_COLLECTED as WORKER_COLLECTED,

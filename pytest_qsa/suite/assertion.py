@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..captures import LayerSite, Request
+from ..captures import LayerSite, Request, match_layers
 from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
 from ..metrics import (
@@ -73,6 +73,9 @@ class Assertion(Strict, ABC):
     level: Literal["fail", "warn"] = "fail"
     tier: Tier = "pr"
     waive: Waivers | None = None
+    models: Annotated[
+        Regex | None, Field(description="names of the models that it is for; a run says which others it leaves out")
+    ] = None
     reason: str | None = None
 
     @model_validator(mode="after")
@@ -93,6 +96,10 @@ class Assertion(Strict, ABC):
     def follows(self) -> str | None:
         """The key of the first bound that follows the last release; None where there is none."""
         return next((key for key, stated in self.stated.items() if is_relative(stated)), None)
+
+    def is_for(self, model: str) -> bool:
+        """Say whether it is for a model of that name."""
+        return self.models is None or bool(match_layers([model], self.models))
 
     @property
     def waivers(self) -> list[Waiver]:

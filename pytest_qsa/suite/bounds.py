@@ -53,8 +53,10 @@ def _form(value: Any) -> str:
 Bound = Annotated[Annotated[float, Tag("[number]")] | Annotated[Relative, Tag("[relative]")], Discriminator(_form)]
 
 
-def _groups(groups: dict[str, Bound]) -> dict[str, Bound]:
-    for key in groups:
+def _groups(groups: dict[str, Bound | None]) -> dict[str, Bound | None]:
+    for key, bound in groups.items():
+        if bound is None and key != DEFAULT:
+            raise SuiteError(f"'{key}' has no number: only `default: null` means no bound, so leave the group out")
         scheme = key.removeprefix(SCHEME)
         if scheme == key:
             check_pattern(key)
@@ -62,12 +64,18 @@ def _groups(groups: dict[str, Bound]) -> dict[str, Bound]:
             raise SuiteError(
                 f"'{key}' names no scheme: write scheme:w8a8, scheme:w4a16_int, scheme:w8a8_fp or scheme:none"
             )
+    if not any(bound is not None for bound in groups.values()):
+        raise SuiteError("no group has a bound, so nothing would be checked")
     return groups
 
 
 Groups = Annotated[
-    dict[str, Bound],
-    Field(min_length=1, description="regex of layers, `scheme:w8a8`, or `default` → bound; the first that fits counts"),
+    dict[str, Bound | None],
+    Field(
+        min_length=1,
+        description="regex of layers, `scheme:w8a8`, or `default` → bound; the first that fits counts. "
+        "`default: null`: the other layers have none",
+    ),
     AfterValidator(_groups),
 ]
 Stated = Annotated[

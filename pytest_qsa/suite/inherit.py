@@ -16,6 +16,7 @@ from typing import Any
 from ..common import SuiteError, content_hash, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
 from .assertion import ASSERTIONS
+from .bounds import DEFAULT
 from .paths import Boundary, Roots
 from .yaml_source import Location, Node, Place, YamlSource, disk_text, is_there, read_yaml, reads_disk, suites_read_by
 
@@ -180,7 +181,8 @@ def _merged(base: Node, over: Node) -> Node:
     for key, new in over.value.items():
         if key not in base.value:
             values[key] = new
-        elif new.value is not None:
+        # Of a bound by group `default: null` is a value: the other layers have no bound.
+        elif new.value is not None or key == DEFAULT:
             values[key] = _merged(base.value[key], new)
     values |= {key: old for key, old in base.value.items() if key not in over.value}
     return replace(over, value=values)

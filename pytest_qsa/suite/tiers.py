@@ -20,6 +20,9 @@ NOT_RUN = pytest.StashKey[Mapping[str, str]]()
 DESELECTED: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 """In the stash of the configuration: the ids of the gates that something else has deselected, each with that word."""
 
+OTHER_MODEL = "for other models"
+"""The word of a gate whose suite says that it is for other models (`models`)."""
+
 REMARKS = pytest.StashKey[Sequence[str]]()
 """In the stash of the configuration: what a reader has to know of the collection, a line each."""
 

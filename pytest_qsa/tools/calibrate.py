@@ -174,7 +174,7 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
 def _plain_bounds(stated: Stated | None) -> list[tuple[str, float]]:
     """Return the group and the number of each bound that doesn't follow the last release."""
     if isinstance(stated, dict):
-        return [(group, bound) for group, bound in stated.items() if not isinstance(bound, Relative)]
+        return [(group, bound) for group, bound in stated.items() if isinstance(bound, float)]
     return [] if stated is None or isinstance(stated, Relative) else [("", stated)]
 
 

@@ -210,6 +210,8 @@ def _checks_more(assertion: Assertion, key: str, old: Any, new: Any) -> bool:
     """Say whether a changed parameter is proved to allow no more than before."""
     if isinstance(assertion, ExternalAssertion) and key in LENIENT_ABOVE:
         return bool(new < old)
+    if key == "models":
+        return _names_all_of(old or ".", new or ".")
     # A lower threshold counts more tokens, of which a `max` allows no more.
     counted = assertion.metric == "outlier_tokens" and key == "threshold"
     return counted and set(assertion.stated) == {"max"} and bool(new < old)
@@ -225,11 +227,13 @@ def _of_bounds(old: Mapping[str, Stated], new: Mapping[str, Stated]) -> Iterator
         else:
             looser = after is None or _allows_more(side, before, after)
         if looser:
-            yield (side,), f"{side} {stated_text(before)} → {stated_text(after) if after is not None else 'no bound'}"
+            yield (side,), f"{side} {stated_text(before)} → {stated_text(after)}"
 
 
-def _allows_more(side: str, old: Stated, new: Stated) -> bool:
-    """Say whether a bound isn't proved to allow no more than another one."""
+def _allows_more(side: str, old: Stated | None, new: Stated | None) -> bool:
+    """Say whether a bound isn't proved to allow no more than another one; None of a group allows all."""
+    if old is None or new is None:
+        return old is not None
     if isinstance(old, dict) and isinstance(new, dict):
         kept = [group for group in new if group in old]
         # The first group that fits a layer counts, so that their order matters.

@@ -47,11 +47,14 @@ def budget_of(
     `previous`: the layers' values in the last release, for bounds that follow it.
 
     Raises:
-        AnomalyError: a layer is in no group, a group has no layer, or nothing says how the layers are quantized.
+        AnomalyError: a layer is in no group, a group has no layer, no layer has a bound, or nothing says how the layers
+            are quantized.
     """
     keys = {(layer, name): key_of(name, stated[name], layer, schemes) for name in stated for layer in layers}
     for name, bound in stated.items():
         _check_groups(name, bound, layers)
+        if isinstance(bound, dict) and layers and all(bound[keys[layer, name][1]] is None for layer in layers):
+            raise AnomalyError(f"{name} checks nothing: all layers are in its group `default`, which is null")
     text = ", ".join(f"{name} {stated_text(stated[name])}" for name in ("min", "max", "equals") if name in stated)
     bounds = []
     for layer in layers:
@@ -106,13 +109,15 @@ def _check_groups(name: str, stated: Stated, layers: Sequence[str]) -> None:
             raise AnomalyError(f"the group '{group}' of {name} matches none of the {len(layers)} layers")
 
 
-def _number(stated: Stated, key: tuple[str, ...], layer: str, previous: Mapping[str, float]) -> float:
+def _number(stated: Stated, key: tuple[str, ...], layer: str, previous: Mapping[str, float]) -> float | None:
     bound = stated[key[1]] if isinstance(stated, dict) else stated
     return bound.number(previous[layer]) if isinstance(bound, Relative) else bound
 
 
-def stated_text(stated: Stated) -> str:
+def stated_text(stated: Stated | None) -> str:
     """Write a bound as a suite states it, in one line."""
+    if stated is None:
+        return "no bound"
     if isinstance(stated, dict):
         return f"{{{', '.join(f'{group}: {stated_text(bound)}' for group, bound in stated.items())}}}"
     return str(stated) if isinstance(stated, Relative) else f"{stated:g}"

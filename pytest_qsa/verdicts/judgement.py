@@ -14,7 +14,7 @@ from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import LEAST_WINDOWS, METRICS, NotMeasuredError, PlainQuery, Query, Series
+from ..metrics import LEAST_WINDOWS, METRICS, Bounds, NotMeasuredError, PlainQuery, Query, Series
 from ..suite import Location, Waiver
 from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
@@ -87,7 +87,7 @@ def within_budget(
     leniency: Leniency = NO_LENIENCY,
     details: Mapping[str, str] | None = None,
 ) -> Judgement:
-    """Hold every layer of a series against its own bounds.
+    """Hold every layer of a series that has a bound against it.
 
     `details`: layer → more about its value, in words; the headline repeats that of the worst layer.
 
@@ -100,10 +100,16 @@ def within_budget(
     for depth, (layer, bounds, value) in enumerate(
         zip(series.layers, budget.bounds, series.values.tolist(), strict=True)
     ):
+        if bounds == Bounds():
+            continue
         detail = (details or {}).get(layer) or interval_text(series, layer)
         rows.append(Row(layer, value, bounds.low, bounds.high, None, bounds.excess(value), depth, detail=detail))
     judgement = judged(rows, series.query, budget.text, leniency, detailed=bool(details))
-    return replace(judgement, key=_exceeded(judgement.rows, budget))
+    free = len(series.layers) - len(rows)
+    headline = (
+        f"{judgement.headline}; {free} more {'has' if free == 1 else 'have'} no bound" if free else judgement.headline
+    )
+    return replace(judgement, headline=headline, key=_exceeded(judgement.rows, budget))
 
 
 def interval_text(series: Series, layer: str) -> str:

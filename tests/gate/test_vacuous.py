@@ -78,6 +78,22 @@ def test_a_suite_that_is_almost_named_so_is_told_and_a_base_is_none(beside, work
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "workers"])
+def test_an_assertion_for_some_models_is_left_out_for_the_others_with_a_word(own_project, llama, workers):
+    checks = ("id: shape, metric: checkpoint_unquantized, models: int8", "id: files, metric: checkpoint_health")
+    own_project.write("a.qsa.yaml", suite(f"{llama}, reference: {llama}", *checks))
+    models = (f"--qsa-model=llama-int8={llama}", f"--qsa-model=original={llama}")
+    run = own_project.pytest(*models, *workers)
+    ran = sorted(name.partition("::")[2] for name in run.outcomes)
+    assert ran == ["files[llama-int8]", "files[original]", "shape[llama-int8]"]
+    assert "warning: a.qsa.yaml: shape is not for original (models: int8)" in run.out
+    left = own_project.json("qsa-results/report.json")["session"]["manifest"]["overrides"]["deselected"]
+    assert left == {}  # the suite says so, and nobody overrode it
+    alone = own_project.pytest("a.qsa.yaml::shape", f"--qsa-model=original={llama}", *workers)
+    assert alone.code == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.process
 def test_a_suite_without_assertions_beside_others_is_an_error(beside):
     beside.write("empty.qsa.yaml", "model: {path: x}\n")
     run = beside.pytest()

@@ -64,6 +64,7 @@ def changes(tmp_path, before, after, **sections):
         ({"over": "mean"}, "over none → 'mean'"),
         ({"positions": "sink"}, "positions none → 'sink'"),
         ({"metric": "rms", "threshold": None}, "metric outlier_tokens → rms"),
+        ({"models": "int8"}, "models none → 'int8'"),
     ],
 )
 def test_an_assertion_that_allows_more_is_told(tmp_path, change, told):
@@ -95,6 +96,9 @@ RELATIVE = {"of": "previous", "times": 1.1, "at_most": 4.0}
         (GROUPS, 1.0, False), (GROUPS, 2.0, True), (GROUPS, {"default": 2.0, "q_proj": 1.0}, True),
         (GROUPS, {"q_proj": 1.0, "default": 2.5}, True), (GROUPS, {"v_proj": 0.5, **GROUPS}, False),
         (GROUPS, {"v_proj": 1.5, **GROUPS}, True), (GROUPS, {"default": 2.0}, True),
+        (1.0, {"q_proj": 1.0, "default": None}, True), ({"q_proj": 1.0, "default": None}, 1.0, False),
+        ({"q_proj": 1.0, "default": None}, {"q_proj": 2.0, "default": None}, True),
+        (GROUPS, {"q_proj": 1.0, "default": None}, True),
         (RELATIVE, {**RELATIVE, "times": 1.05}, False), (RELATIVE, {**RELATIVE, "times": 1.2}, True),
         (RELATIVE, {"of": "previous", "times": 1.1}, True), (RELATIVE, {**RELATIVE, "plus": 0.1}, True),
         (RELATIVE, {**RELATIVE, "at_least": 1.0}, True), (RELATIVE, 1.0, True), (1.0, RELATIVE, True),
@@ -103,6 +107,13 @@ RELATIVE = {"of": "previous", "times": 1.1, "at_most": 4.0}
 )  # fmt: skip
 def test_bounds_by_group_and_those_that_follow_the_last_release_are_compared(tmp_path, before, after, looser):
     assert bool(changes(tmp_path, BASE | {"max": before}, BASE | {"max": after})) == looser
+
+
+def test_an_assertion_that_is_for_more_models_is_not_told(tmp_path):
+    for before, after in (("int8", "int8|int4"), ("int8", None)):
+        assert changes(tmp_path, BASE | {"models": before}, BASE | {"models": after}) == []
+    fewer = changes(tmp_path, BASE | {"models": "int8|int4"}, BASE | {"models": "int8"})
+    assert fewer == ["models 'int8|int4' → 'int8'"]
 
 
 @pytest.mark.parametrize(("before", "after", "looser"), [(1.0, 0.5, True), (1.0, 2.0, False)])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from pytest_qsa import Capture
 from pytest_qsa.common.errors import AnomalyError, SuiteError
 from pytest_qsa.engine.formats.format import schemes_of
+from pytest_qsa.metrics import Series, query_of
 from pytest_qsa.suite import load_suite
 from pytest_qsa.verdicts.budgets import budget_of, scheme_of
+from pytest_qsa.verdicts.judgement import within_budget
 from support import models
 from support.projects import Project, peaks
 
@@ -55,6 +58,7 @@ def test_the_groups_of_several_bounds_are_independent():
     [
         ({"layers.[0-2]$": 1.0}, {}, "model.layers.3 is in no group of max (layers.[0-2]$): add the group `default`"),
         ({"layers.9$": 1.0, "default": 2.0}, {}, "the group 'layers.9$' of max matches none of the 4 layers"),
+        ({"scheme:w4a16": 1.0, "default": None}, SCHEMES, "max checks nothing: all layers are in its group `default`"),
         ({"scheme:none": 1.0, "default": 2.0}, None, "nothing says how the layers of this checkpoint are quantized"),
     ],
 )
@@ -63,10 +67,32 @@ def test_what_would_check_nothing_is_anomalous(groups, schemes, said):
         highs(groups, schemes)
 
 
+def test_a_default_of_null_leaves_the_other_layers_without_a_bound():
+    budget = budget_of(
+        {"max": {"layers.0$": 5.0, "default": None}, "min": {"layers.[01]$": 1.0, "default": None}}, LAYERS, None
+    )
+    assert [(bounds.low, bounds.high) for bounds in budget.bounds] == [(1, 5), (1, None), (None, None), (None, None)]
+    query = query_of("absmax", "output", ".", None, {}, "all", None)
+    judged = within_budget(Series(LAYERS, np.array([2.0, 0.5, -9.0, 9e9]), query), budget)
+    assert [(row.layer, row.excess) for row in judged.rows] == [(LAYERS[1], -0.5), (LAYERS[0], 0)]
+    assert judged.headline.endswith("1 of 2 layers is out of bounds; 2 more have no bound")
+    assert "default: no bound" in budget.text
+
+
+def test_a_suite_without_a_bound_for_the_rest_takes_out_that_of_its_base(tmp_path):
+    keys = "metric: absmax, site: output, layers: x"
+    (tmp_path / "_base.yaml").write_text(f"assertions:\n  - {{id: a, {keys}, max: {{q_proj: 3, default: 5}}}}\n")
+    path = tmp_path / "a.qsa.yaml"
+    path.write_text("extends: _base.yaml\nassertions:\n  a: {max: {default: null}}\n")
+    assert load_suite(path).assertions[0].max == {"default": None, "q_proj": 3.0}
+
+
 @pytest.mark.parametrize(
     ("keys", "line", "said"),
     [
         ("max: {'x(': 1}", 6, "'x('"),
+        ("max:\n      default: null", 6, "no group has a bound, so nothing would be checked"),
+        ("max:\n      a: null\n      default: 1", 6, "'a' has no number: only `default: null` means no bound"),
         ("max: {}", 6, "max: Dictionary should have at least 1 item"),
         ("max: {default: many}", 6, "default: should be a valid number, not 'many'"),
         ("max:\n      default: 1\n      'scheme:int8': 3", 6, "'scheme:int8' names no scheme: write scheme:w8a8,"),

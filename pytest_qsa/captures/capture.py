@@ -24,6 +24,8 @@ from ..common import (
     check_checksum,
     counted,
     html_table,
+    parsed_json,
+    refuse_special,
     remark,
     shown_path,
     with_checksum,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from ..metrics import Selection
 
 FORMAT = "qsa-capture/1"
+MOST_BYTES = 8 << 30
+"""The largest file of a capture that is read: it counts every bit pattern at 30,000 layers."""
 REFERENCE = "reference/"
 """The prefix of the names of the reference's arrays."""
 
@@ -232,8 +236,8 @@ class Capture:
         try:
             # safetensors' numpy reader gives no metadata of bytes, so the header is read by hand.
             size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-            header = json.loads(metadata.get("qsa", "{}"))
+            metadata = parsed_json(content[8 : 8 + size]).get("__metadata__", {})
+            header = parsed_json(metadata.get("qsa", "{}"))
             form = header.get("format") if isinstance(header, dict) else None
             if form != FORMAT:
                 raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
@@ -282,12 +286,20 @@ class Capture:
         """Read a capture; the numbers are those that were saved, to the last bit.
 
         Raises:
-            InfraError: the file is missing, damaged, or not a capture of this format.
+            InfraError: the file is missing, damaged, too large, or not a capture of this format.
         """
+        file, shown = Path(path), shown_path(Path(path))
         try:
-            return cls.from_bytes(Path(path).read_bytes(), shown_path(Path(path)))
+            refuse_special(file, MOST_BYTES)
+            with file.open("rb") as start:  # before all of it: a header of another length is none of a capture
+                if not 0 < int.from_bytes(start.read(8), "little") < file.stat().st_size:
+                    raise InfraError("not a whole capture: it has no header")
+            return cls.from_bytes(file.read_bytes(), shown)
         except (OSError, InfraError) as error:
-            raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {error}") from None
+            what = str(error).removeprefix(f"{shown}: ")
+            raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {what}") from None
+        except MemoryError:
+            raise InfraError(f"{os.fspath(path)}: can't be read as a capture: it doesn't fit into memory") from None
 
 
 def _streams(arrays: Mapping[str, Array], headers: list[dict[str, Any]]) -> list[SiteNumbers]:

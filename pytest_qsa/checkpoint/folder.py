@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..common import MOST_TEXT, AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line, refuse_special
+from ..common import AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line, parsed_json, refuse_special
 from .gguf_file import GgufFile, read_gguf
 from .tensors import LFS_POINTER, Tensor, metadata_of, tensors_of
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 Settings = Mapping[str, Any]
 """A part of a JSON file: of config.json, say."""
+TEMPLATE_FILE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter's, as peft saves it."""
@@ -28,6 +28,14 @@ OTHER_WEIGHTS = ("bin", "pt", "pth", "h5", "msgpack", "onnx")
 """The suffixes of weights that only other programs read."""
 MOST_TENSORS = 1_000_000
 """A header for them has about 100 MB; the largest known checkpoints have 200,000."""
+MOST_JSON, MOST_TEMPLATE = 250_000_000, 10_000_000
+"""The largest JSON file and chat template of a checkpoint, in bytes; the largest known are a tenth of them."""
+READ_WHOLE = {
+    re.compile(r".*\.jinja"): MOST_TEMPLATE,
+    re.compile(r"(|.*_)config\.json|.*\.index\.json|special_tokens_map\.json|.*\.model"): MOST_JSON,
+    re.compile(r"tokenizer.*|(vocab|merges|tekken|added_tokens|chat_template)\..*"): MOST_JSON,
+}
+"""The names of what loaders read whole beside the weights → the most bytes of such a file."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 RESTORE = "take it from the reference, or change the reference if it is meant so"
 """The advice on what differs from the reference."""
@@ -213,21 +221,49 @@ class Folder:
         file = self.path / name
         if not file.is_file():
             return None
-        refuse_special(file, MOST_TEXT)
+        refuse_special(file, MOST_JSON)
         try:
             text = file.read_bytes()
             if text.startswith(LFS_POINTER):
                 raise InfraError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
-            content = json.loads(text)
+            content = parsed_json(text)
         except OSError as error:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
             raise AnomalyError(f"{file} is no JSON: {error}") from None
-        except RecursionError:
-            raise AnomalyError(f"{file} is nested too deeply to be read") from None
         if not isinstance(content, dict):
             raise AnomalyError(f"{file} is no JSON object but a {type(content).__name__}")
         return content
+
+    def template(self) -> str | None:
+        """Return the text of chat_template.jinja; None where there is none.
+
+        Raises:
+            AnomalyError: it is no text.
+            InfraError: it can't be read, or is too large.
+        """
+        file = self.path / TEMPLATE_FILE
+        if not file.is_file():
+            return None
+        refuse_special(file, MOST_TEMPLATE)
+        try:
+            return file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise AnomalyError(f"{file} is no text: {error}") from None
+
+    def check_sizes(self) -> None:
+        """Refuse what a loader would read whole and never come to an end with.
+
+        Raises:
+            InfraError: such a file is too large, or is no regular file.
+        """
+        for folder in (self.path, self.path / "additional_chat_templates"):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                for names, most in READ_WHOLE.items():
+                    if names.fullmatch(file.name):
+                        refuse_special(file, most)
 
     @cached_property
     def indexed(self) -> Mapping[str, str]:
@@ -249,8 +285,9 @@ class Folder:
 
         Raises:
             AnomalyError: a file of the checkpoint is damaged, or one that it needs or its index names is not there.
-            InfraError: a file can't be read, or is a pointer of git-lfs.
+            InfraError: a file can't be read, is too large, or is a pointer of git-lfs.
         """
+        self.check_sizes()
         _ = self.config
         self.json("generation_config.json")
         for file in sorted(set(self.indexed.values())):

@@ -27,6 +27,7 @@ from .extensions import Registry as Registry
 from .files import (
     MOST_TEXT as MOST_TEXT,
     Scratch as Scratch,
+    parsed_json as parsed_json,
     read_json as read_json,
     refuse_special as refuse_special,
     remove_unfinished as remove_unfinished,

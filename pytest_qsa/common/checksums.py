@@ -13,6 +13,7 @@ from mmap import mmap
 from typing import Any
 
 from .errors import InfraError
+from .files import parsed_json
 
 _PREFIX = b"sha256:"
 BLANK = f"sha256:{'0' * 64}"
@@ -68,9 +69,9 @@ def checked_json(content: bytes) -> dict[str, Any]:
         InfraError: it was damaged or changed, is no such file, or has no checksum.
     """
     try:
-        read = json.loads(content)
+        read = parsed_json(content)
         stated = read.pop("checksum")
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise InfraError("it is damaged, or has no checksum") from None
     check_checksum(content, stated)
     return dict(read)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import AnomalyError, InfraError, shown_path
 from .locks import UNFINISHED, flocked, try_lock
@@ -21,6 +22,9 @@ LONGEST_WRITE = 24 * 3600.0
 
 MOST_TEXT = 1 << 30
 """The largest text that is read whole, in bytes."""
+MOST_NESTED = 200
+"""How deep the lists and objects of a JSON text may lie in one another: whoever walks through them takes some of
+Python's 1,000 frames for each."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -88,6 +92,26 @@ def refuse_special(path: Path, most: int | None = None) -> None:
         )
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """Parse JSON that anyone may have written.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than `MOST_NESTED` deep.
+    """
+    deep = f"it is nested more than {MOST_NESTED} deep"
+    try:
+        parsed = json.loads(text)
+    except RecursionError:
+        raise ValueError(deep) from None
+    level = [parsed]
+    for _ in range(MOST_NESTED):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return parsed
+    raise ValueError(deep)
+
+
 def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
     """Read the JSON of another program; with `lines`, a list of one value a line. `missing`: what the file would be.
 
@@ -99,12 +123,12 @@ def read_json(path: Path, missing: str, *, lines: bool = False) -> object:
     try:
         # utf-8-sig: results written on Windows may begin with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        return [parsed_json(line) for line in text.splitlines() if line.strip()] if lines else parsed_json(text)
     except FileNotFoundError:
         raise InfraError(f"{shown_path(path)}: there is no such file of {missing}") from None
     except OSError as error:
         raise InfraError(f"{shown_path(path)}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AnomalyError(f"{shown_path(path)}: is no JSON: {str(error)[:120]}") from None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, refuse_special, shown_path
+from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, parsed_json, refuse_special, shown_path
 from ..metrics import TWO_SIDED_95, t_quantile
 
 TASK = "TASK"
@@ -180,13 +180,13 @@ def _lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with file.open(encoding="utf-8-sig") as stream:
             for number_, line in enumerate(stream, start=1):
                 if line.strip():
-                    sample = json.loads(line)
+                    sample = parsed_json(line)
                     if not isinstance(sample, dict):
                         raise ValueError(f"line {number_} is no object")
                     yield number_, sample
     except OSError as error:
         raise InfraError(f"{shown_path(file)}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AnomalyError(f"{shown_path(file)}: is no JSON Lines: {str(error)[:120]}") from None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..common import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError, parsed_json
 from ..suite import Served
 from .logprobs import LogprobTable, logprob_table, number_of, prompt_rows
 
@@ -128,8 +128,8 @@ class Endpoint:
 
     def _json(self, path: str, content: bytes) -> object:
         try:
-            return json.loads(content)
-        except (ValueError, RecursionError):
+            return parsed_json(content)
+        except ValueError:
             start = content[:60].decode("utf-8", "replace").split("\n")[0]
             raise self._error(path, f"no JSON in the answer: {start!r}") from None
 
@@ -142,8 +142,8 @@ class Endpoint:
 def _server_text(content: bytes) -> str:
     """Return the server's own words, in one line."""
     try:
-        said = json.loads(content)
-    except (ValueError, RecursionError):
+        said = parsed_json(content)
+    except ValueError:
         return ""
     error = said.get("error", said) if isinstance(said, dict) else said
     message = error.get("message") or error.get("detail") if isinstance(error, dict) else error

@@ -16,6 +16,7 @@ from ..common import (
     NO_CHECKSUM,
     InfraError,
     check_checksum,
+    parsed_json,
     remark,
     shown_path,
     with_checksum,
@@ -97,10 +98,10 @@ def read_report(path: Path) -> dict[str, Any] | None:
     """
     try:
         content = path.read_bytes()
-        report = json.loads(content)
+        report = parsed_json(content)
     except OSError as error:
         raise InfraError(f"{shown_path(path)}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(report, dict) or not str(report.get("schema", "")).startswith(REPORT_SCHEMA):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..checkpoint import EXPERT
-from ..common import BaselineError, content_hash, counted, remark, shown_path
+from ..common import BaselineError, content_hash, counted, parsed_json, remark, shown_path
 from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
 
 BASELINES = "qsa_baselines"
@@ -70,7 +70,7 @@ class BaselineFile:
             BaselineError: it is not a baseline of this format; it holds the marks of a merge conflict, say.
         """
         try:
-            content = json.loads(text)
+            content = parsed_json(text)
             if content["format"] != BASELINE_FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {BASELINE_FORMAT!r}")
             # Other metrics may be 300 and mean it.
@@ -107,7 +107,7 @@ def baseline_hashes(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("*.json")):
         if is_baseline(file):
             try:
-                found[file.name] = _hash_of(json.loads(file.read_bytes()))
+                found[file.name] = _hash_of(parsed_json(file.read_bytes()))
             except (ValueError, KeyError, TypeError):
                 found[file.name] = "unreadable"
     return found

@@ -1,6 +1,8 @@
 """Static checks: what the files of a checkpoint say before any forward. The faults are those that the field reports."""
 
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -10,9 +12,10 @@ from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint.checks import health as checks
 from pytest_qsa.checkpoint.checks.health import CHECKS, Files, problems_of
-from pytest_qsa.checkpoint.folder import natural, open_folder
+from pytest_qsa.checkpoint.folder import Folder, natural, open_folder
 from pytest_qsa.checkpoint.tensors import decoded
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.engine.load.tokenizer import load_tokenizer
 from support.checkpoints import FORMATS, edited, save_llama
 from support.projects import peaks, suite
 
@@ -818,6 +821,39 @@ def test_a_sparse_file_that_pretends_to_be_large_is_refused_at_once(tmp_path):
         file.truncate(8 + len(header) + 10**11)
     with pytest.raises(AnomalyError, match="is a sparse file"):
         found(tmp_path)
+
+
+READ_WHOLE = ("config.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool.jinja")
+
+
+@pytest.mark.parametrize("name", READ_WHOLE)
+def test_what_loaders_read_whole_is_refused_by_its_size(llama, tmp_path, name):
+    folder = tmp_path / "folder"
+    shutil.copytree(llama, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("ab") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(InfraError, match=rf"{re.escape(name)}: has 315 MB, and of more than \d+ it isn't read"):
+        Folder(folder).check_files()
+    with pytest.raises(InfraError, match=re.escape(name)):
+        load_tokenizer(str(folder), {})
+
+
+def test_other_texts_beside_the_weights_may_be_as_large_as_they_are(llama, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(llama, folder)
+    for name in ("notes.txt", "trainer_state.json"):
+        with (folder / name).open("wb") as file:
+            file.truncate(300 << 20)
+    Folder(folder).check_files()
+
+
+def test_a_template_that_is_no_text_is_told(llama, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(llama, folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(AnomalyError, match=r"chat_template\.jinja is no text"):
+        Folder(folder).template()
 
 
 def test_names_with_odd_digits_are_sorted_as_words():

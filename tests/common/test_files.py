@@ -1,12 +1,22 @@
 """Files are written whole or not at all; no temporary folder outlives its run for long, and no other is removed."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from pytest_qsa.common import InfraError, Scratch, read_json, refuse_special, remove_unfinished, write_atomically
+from pytest_qsa.common import (
+    AnomalyError,
+    InfraError,
+    Scratch,
+    parsed_json,
+    read_json,
+    refuse_special,
+    remove_unfinished,
+    write_atomically,
+)
 from pytest_qsa.common.locks import flocked
 
 
@@ -103,6 +113,24 @@ def test_without_locks_of_the_system_only_an_old_one_is_taken_for_left(tmp_path,
     os.utime(old, (0, 0))
     write_atomically(tmp_path / "a.txt", b"new")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", new.name}
+
+
+DEPTHS = {200: True, 201: False, 600: False, 100_000: False}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_json_is_read_to_a_depth_that_every_reader_can_walk(tmp_path, depth):
+    text = "[" * depth + "]" * depth
+    lists, objects = text, text.replace("[", '{"a":').replace("]", "}").replace(":}", ":1}")
+    for content in (lists, objects):
+        (tmp_path / "a.json").write_text(content)
+        if DEPTHS[depth]:
+            assert parsed_json(content) == read_json(tmp_path / "a.json", "results") == json.loads(content)
+            continue
+        with pytest.raises(ValueError, match="nested more than 200 deep"):
+            parsed_json(content)
+        with pytest.raises(AnomalyError, match=r"a\.json: is no JSON: it is nested more than 200 deep"):
+            read_json(tmp_path / "a.json", "results")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFO in a folder")

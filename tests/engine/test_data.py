@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,7 +232,7 @@ def test_a_missing_column_names_the_record_and_what_it_has(tmp_path, name, conte
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[" * 99999, "it is nested too deeply"),
+        ("[" * 99999, "it is nested more than 200 deep"),
         ('["x", "\\ud800"]', "record 1 holds half of a surrogate pair"),
         ('{"text": null}', "record 0 has no text under 'text' but a NoneType"),
     ],
@@ -346,6 +347,46 @@ def test_the_readme_of_a_data_set_names_no_file_outside_of_it(tmp_path, named):
         InfraError, match=r"set: its README\.md takes data from .*secret\.txt, (which lies outside|an addr)"
     ):
         read_texts(Data(source="custom:set"), tmp_path)
+
+
+ADDRESSED = {
+    "README.md": "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n",
+    ".huggingface.yaml": "configs:\n- config_name: default\n  data_files:\n    train: [a.txt, {}]\n",
+}
+
+
+@pytest.mark.parametrize("name", ADDRESSED)
+def test_no_address_in_the_settings_of_a_set_of_the_hub_is_asked_for_anything(tmp_path, monkeypatch, name):
+    import datasets
+    import huggingface_hub
+
+    def fetched(repository, file, **keys):
+        assert (repository, keys) == ("me/set", {"repo_type": "dataset", "revision": None})
+        if file != name:
+            raise huggingface_hub.errors.EntryNotFoundError("no such file")
+        return tmp_path / file
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **keys: asked.append(args) or 1 / 0)
+    (tmp_path / name).write_text(ADDRESSED[name].format(r'"https\x3a//inside.example/secret"'), encoding="utf-8")
+    with pytest.raises(InfraError, match=r"me/set .*: its .* takes data from https://inside.example/secret, an addr"):
+        read_texts(Data(source="hf:me/set"), tmp_path)
+    assert not asked
+    (tmp_path / name).write_text(ADDRESSED[name].format("hf://datasets/me/set/a.txt"), encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
+        read_texts(Data(source="hf:me/set"), tmp_path)
+
+
+def test_the_settings_of_a_data_set_may_expand_to_billions_and_are_read_once(tmp_path):
+    lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghijklmn")]
+    bomb = "a: &a [x, x]\n" + "".join(lines)
+    (tmp_path / "README.md").write_text(f"---\n{bomb}configs: [*n, 'http://x']\n---\n", encoding="utf-8")
+    with pytest.raises(InfraError, match="takes data from http://x, an address"):
+        read_texts(Data(source=f"custom:{tmp_path}"), tmp_path)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n", encoding="utf-8")
+    with pytest.raises(InfraError, match=r"the settings in its README\.md can't be read"):
+        read_texts(Data(source=f"custom:{tmp_path}"), tmp_path)
 
 
 @pytest.mark.parametrize("changed", ["state.json", "dataset_dict.json"])

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from ...common import AnomalyError
-from ..folder import RESTORE, Finding, Folder, Settings, refusing_odd_settings, shown
+from ..folder import RESTORE, TEMPLATE_FILE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
 from ..tensors import element_count
@@ -97,7 +97,7 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
     mine, theirs = _template(folder), _template(reference)
     if mine != theirs:
         what = "there is none, the reference has one" if mine is None else "differs from the reference's"
-        yield Finding(TEMPLATE, TEMPLATE, "chat_template.jinja", what, RESTORE)
+        yield Finding(TEMPLATE, TEMPLATE, TEMPLATE_FILE, what, RESTORE)
 
 
 def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Finding]:
@@ -273,8 +273,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _template(folder: Folder) -> str | None:
-    file = folder.path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
+    if (text := folder.template()) is not None:
+        return text.strip()
     template = (folder.json("tokenizer_config.json") or {}).get("chat_template")
     return str(template).strip() if template is not None else None

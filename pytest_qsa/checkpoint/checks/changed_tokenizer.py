@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..folder import RESTORE, Finding, Folder, Settings
+from ...common import refuse_special
+from ..folder import MOST_JSON, RESTORE, Finding, Folder, Settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -204,6 +205,7 @@ def _tokens(tokenizer: Settings) -> dict[str, Any]:
 
 def _digest(folder: Folder) -> str | None:
     file = folder.path / "tokenizer.model"
+    refuse_special(file, MOST_JSON)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 

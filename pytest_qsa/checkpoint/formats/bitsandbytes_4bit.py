@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...captures import Array
+from ...common import parsed_json
 from ..folder import Finding, Folder
 from ..tensors import FLOATS, Matrix, Tensor, decoded, element_count, encoded
 from .format import AGAIN, Format
@@ -156,7 +156,7 @@ class BitsAndBytes4Bit(Format):
         if part is None:
             raise ValueError("its quant_state is missing")
         try:
-            content = json.loads(np.asarray(self.parts(layer)[part].raw()).tobytes())
+            content = parsed_json(np.asarray(self.parts(layer)[part].raw()).tobytes())
             out, columns = content["shape"]
             state = QuantState(
                 str(content["quant_type"]),

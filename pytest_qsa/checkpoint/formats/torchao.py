@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common import AnomalyError
+from ...common import AnomalyError, parsed_json
 from ..folder import Finding, Settings
 from ..tensors import EIGHT_BITS, Matrix, Tensor, decoded, element_count, spread
 from .format import Format
@@ -85,7 +84,7 @@ class TorchAo(Format):
             if part != "weight":
                 continue
             try:
-                stated = json.loads(text)
+                stated = parsed_json(text)
                 if stated["_type"] != "Tensor":
                     found[layer] = Subclass(stated["_type"], stated["_data"], tuple(stated["_tensor_data_names"]))
             except (ValueError, KeyError, TypeError) as error:

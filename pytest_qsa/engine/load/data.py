@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import random
 import re
@@ -23,7 +22,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from ...common import MOST_TEXT, InfraError, QsaError, did_you_mean, one_line, read_json, refuse_special, shown_path
+from ...common import (
+    MOST_TEXT,
+    InfraError,
+    QsaError,
+    did_you_mean,
+    one_line,
+    parsed_json,
+    read_json,
+    refuse_special,
+    shown_path,
+)
 from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
 from .tokenizer import TextTokenizer
@@ -33,6 +42,9 @@ Records = list[dict[str, Any]]
 SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 TRAINING_SHARE = 0.9
 """PrefixQuant draws its calibration windows from the first nine tenths of a set."""
+SETTINGS = ("README.md", ".huggingface.yaml")
+"""The files in which a data set says of which files it is made."""
+MOST_SETTINGS = 10_000_000
 DOCUMENT_TRIES = 200
 """The number of documents that are tried for each window before a set counts as too short."""
 
@@ -88,8 +100,6 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
         return _texts_of(read_folder(path, data), data)
     try:
         return _read_custom(path, data)
-    except RecursionError:
-        raise InfraError(f"{shown_path(path)}: can't be read as data: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
 
@@ -114,9 +124,9 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
         records = list(csv.DictReader(io.StringIO(text, newline="")))
     elif form == "jsonl":
         # not splitlines, which cuts at separators that JSON allows inside of a string
-        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        records = [parsed_json(line) for line in text.split("\n") if line.strip()]
     else:
-        loaded = json.loads(text)
+        loaded = parsed_json(text)
         records = loaded if isinstance(loaded, list) else [loaded]
     return [
         _text_of(record, data.custom.text_column, index, chat=data.chat_template)
@@ -159,6 +169,9 @@ def read_hub(spec: HubSet, data: Data) -> Records:
     streamed = spec.large and not offline and not spec.copies
     try:
         with _quiet_datasets():
+            for name in SETTINGS:
+                if (file := _settings_on_hub(spec, name)) is not None:
+                    _check_addresses(file, str(spec))
             keys = {"revision": spec.revision, "data_files": spec.files, "cache_dir": str(cache_folder())}
             _check_files(datasets.load_dataset_builder(spec.repository, spec.subset, **keys), cache_folder(), str(spec))
             rows = datasets.load_dataset(spec.repository, spec.subset, split=spec.split, streaming=streamed, **keys)
@@ -187,7 +200,8 @@ def read_folder(path: Path, data: Data) -> Records:
                 rows = _split_of(rows, data.split) if isinstance(rows, datasets.DatasetDict) else rows
             elif path.is_dir():
                 # Streamed, for otherwise the library first writes a copy of the whole set into its cache.
-                _check_addresses(path)
+                for name in SETTINGS:
+                    _check_addresses(path / name, shown_path(path))
                 builder = datasets.load_dataset_builder(str(path), data.subset)
                 _check_files(builder, path, shown_path(path))
                 rows = builder.as_streaming_dataset(split=split)
@@ -213,22 +227,54 @@ def _check_files(builder: Any, folder: Path, name: str) -> None:
             raise InfraError(f"{name}: its README.md takes data from {own}, which lies outside of it: copy it there")
 
 
-def _check_addresses(folder: Path) -> None:
-    """Check that the configurations of a data set's folder name no address: `datasets` would ask it for a file's size.
+def _check_addresses(file: Path, name: str) -> None:
+    """Check that the settings of a data set name no address: `datasets` would ask it for the file's size.
+
+    `file`: its README.md, with the settings between two lines of ---, or a YAML file. `name`: the set's.
 
     Raises:
-        InfraError: they name one.
+        InfraError: they name one, or can't be read.
     """
-    for name in ("README.md", ".huggingface.yaml"):
-        file = folder / name
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        if name == "README.md":  # its header, between two lines of ---
-            text = text.split("---")[1] if text.startswith("---") else ""
-        loaded = yaml.safe_load(text)
-        configs = loaded.get("configs") if isinstance(loaded, dict) else None
-        for own in re.findall(r"[\w+]+://[^\s'\"]*", str(configs)):
-            if not own.startswith("hf://"):
-                raise InfraError(f"{shown_path(folder)}: its {name} takes data from {own}, an address: copy it there")
+    if not file.is_file():
+        return
+    refuse_special(file, MOST_SETTINGS)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".md":
+        text = text.split("---")[1] if text.startswith("---") else ""
+    try:
+        found = _texts_under(yaml.compose(text, yaml.SafeLoader), "configs")
+        addresses = [address for each in found for address in re.findall(r"[\w+]+://\S*", each)]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InfraError(f"{name}: the settings in its {file.name} can't be read: {one_line(error)}") from None
+    if other := next((address for address in addresses if not address.startswith("hf://")), None):
+        raise InfraError(f"{name}: its {file.name} takes data from {other}, an address: copy it there")
+
+
+def _texts_under(node: yaml.Node | None, key: str) -> Iterator[str]:
+    """Yield the texts below a key of a document; each node once, for its aliases may expand to billions."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    nodes, seen = [value for name, value in pairs if name.value == key], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            yield str(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+        else:
+            nodes += node.value
+
+
+def _settings_on_hub(spec: HubSet, name: str) -> Path | None:
+    """Return a file with settings of a set of the hub, fetched as `datasets` fetches it; None where there is none."""
+    import huggingface_hub
+
+    # What can't be fetched can't be acted on either; the set itself then says why.
+    with contextlib.suppress(Exception):
+        return Path(huggingface_hub.hf_hub_download(spec.repository, name, repo_type="dataset", revision=spec.revision))
+    return None
 
 
 def _check_saved(path: Path) -> None:

@@ -79,10 +79,11 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
 
     Raises:
         AnomalyError: its files are to blame.
-        InfraError: the installation is, or what it lacks.
+        InfraError: the installation is, or what it lacks; or one of them is too large to be read.
     """
     import transformers
 
+    Folder(Path(path)).check_sizes()
     try:
         return transformers.AutoTokenizer.from_pretrained(path, **arguments)  # type: ignore[return-value]
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError

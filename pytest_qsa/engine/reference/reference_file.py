@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...captures import Provenance, Site
-from ...common import BLANK, NO_CHECKSUM, InfraError, check_checksum, remark, shown_path, with_checksum
+from ...common import BLANK, NO_CHECKSUM, InfraError, check_checksum, parsed_json, remark, shown_path, with_checksum
 from ..heads import Head
 from ..load.batches import Batch, row_count
 from .predicted import read_head
@@ -205,7 +205,7 @@ class ReferenceFile:
         shown = shown_path(path)
         try:
             file: Any = safe_open(str(path), framework="pt")
-            header = json.loads((file.metadata() or {}).get("qsa", "{}"))
+            header = parsed_json((file.metadata() or {}).get("qsa", "{}"))
         except (OSError, SafetensorError, ValueError) as error:
             raise InfraError(
                 f"model.reference: {shown} can't be read as a kept reference ({error}): copy it again, or make it anew "

@@ -273,7 +273,7 @@ ANY_METHOD = "    def __getattr__(self, name: str) -> Any: ...\n"
 def _method(metric: Metric) -> str:
     own = [f"{name}: {_type_text(p.annotation)} = {p.default!r}" for name, p in metric.parameters.items()]
     more = ["reduce: Reduce | None = None"] * (metric.reduce is not None)
-    more += ["positions: Positions | None = None"] * metric.positional
+    more += ["positions: Positions | None = None"] * metric.of_tokens
     arguments = ", ".join(["self", *own, *(["*", *more] if more else [])])
     what = (metric.compute.__doc__ or "").partition("\n")[0]
     return f'    def {metric.name}({arguments}) -> Series:\n        """{what}"""\n'

@@ -5,6 +5,7 @@ from .arrays import (
     MARGIN_NAMES as MARGIN_NAMES,
     NOT_COMPARED as NOT_COMPARED,
     PADDING as PADDING,
+    PER_TOKEN as PER_TOKEN,
     SCORE_NAMES as SCORE_NAMES,
     TOP_NAMES as TOP_NAMES,
     UNKNOWN as UNKNOWN,
@@ -44,7 +45,7 @@ from .provenance import (
     data_fingerprint as data_fingerprint,
     since_text as since_text,
 )
-from .sinks import Sinks as Sinks, find_sinks as find_sinks
+from .sinks import PositionRange as PositionRange, Sinks as Sinks, find_sinks as find_sinks, names_sinks as names_sinks
 from .sites import (
     LOGITS as LOGITS,
     SITES as SITES,
@@ -91,6 +92,7 @@ from .statistics import (
     ChannelError as ChannelError,
     FeatureCounts as FeatureCounts,
     HeatMap as HeatMap,
+    InRange as InRange,
     LocalError as LocalError,
     Massive as Massive,
     PredictionMargins as PredictionMargins,

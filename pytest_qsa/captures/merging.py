@@ -17,7 +17,7 @@ from .arrays import Array
 from .capture import Capture
 from .provenance import Provenance, SampleRange
 from .sites import SITES, SiteKey, SiteNumbers, merge_requests
-from .statistics import LAYOUTS
+from .statistics import LAYOUTS, InRange
 
 
 def merge(captures: Sequence[Capture]) -> Capture:
@@ -215,12 +215,16 @@ def _merged_arrays(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     merged: dict[str, Array] = {}
     for name in dict.fromkeys(chain.from_iterable(tables)):
         layout = LAYOUTS.get(name.partition("/")[0])
-        if layout is None or not (layout.partial or name in tables[0]):
+        # Only the parts of an interrupted pass whose samples are long enough have what is pooled over a range.
+        partial = layout is not None and (layout.partial or f"/{InRange.name}:" in name)
+        if layout is None or not (partial or name in tables[0]):
             continue
+        holding = [table for table in tables if name in table or not partial]
         if layout.bins:
-            merged[layout.bins], merged[name] = added([(table[layout.bins], table[name]) for table in tables])
+            bins = layout.bins + name[len(name.partition("/")[0]) :]
+            merged[bins], merged[name] = added([(table[bins], table[name]) for table in holding])
         elif layout.merge is not None:
-            merged[name] = layout.merge([table[name] for table in tables if name in table or not layout.partial])
+            merged[name] = layout.merge([table[name] for table in holding])
     return merged
 
 

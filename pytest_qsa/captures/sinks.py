@@ -6,6 +6,7 @@ the same channel (reference: arXiv 2402.17762, 2508.04257; the rule is this proj
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,44 @@ from .sites import SiteNumbers
 
 RATIO = 64.0
 SHARE_OF_BLOCKS = 0.25
+
+
+@dataclass(frozen=True)
+class PositionRange:
+    """Some tokens of each sample: of those that are no padding, counted from 0, those from `start` up to `end`.
+
+    `end`: the first that no longer counts; None for the sample's end. `sinks`: whether attention sinks in it count.
+    """
+
+    start: int
+    end: int | None = None
+    sinks: bool = True
+
+    def __str__(self) -> str:
+        return f"range:{self.start}:{'' if self.end is None else self.end}{'' if self.sinks else ':no_sink'}"
+
+    @classmethod
+    def parse(cls, positions: str) -> PositionRange | None:
+        """Read the canonical form of positions; None of any other than a range."""
+        found = re.fullmatch(r"range:(\d+):(\d*)(:no_sink)?", positions)
+        return found and cls(int(found[1]), int(found[2]) if found[2] else None, found[3] is None)
+
+    def among(self, counting: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return those of the tokens that count, [T] booleans, that lie in it, sinks included."""
+        named = np.zeros_like(counting)
+        named[np.flatnonzero(counting)[self.start : self.end]] = True
+        return named
+
+    @property
+    def text(self) -> str:
+        """It in words, for a report."""
+        end = "on" if self.end is None else f"to {self.end:,}"
+        return f"positions from {self.start:,} {end}{'' if self.sinks else ', without the sinks'}"
+
+
+def names_sinks(positions: str) -> bool:
+    """Say whether positions can be told only where the sinks are known."""
+    return positions in ("sink", "no_sink") or positions.endswith(":no_sink")
 
 
 @dataclass(frozen=True)
@@ -54,6 +93,9 @@ class Sinks:
 
     def among(self, positions: str, counting: NDArray[np.bool_], sample: int, layer: str) -> NDArray[np.bool_]:
         """Return those of a sample's tokens that count, [T] booleans, that `positions` names, in canonical form."""
+        if (span := PositionRange.parse(positions)) is not None:
+            named = span.among(counting)
+            return named if span.sinks else named & ~self.mask(sample, len(named), layer)
         named = counting.copy()
         if positions.startswith("skip_first:"):
             # The first ones that count: padding on the left of a sample is no token to skip.

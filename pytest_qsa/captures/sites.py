@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import AnomalyError, SuiteError
-from .arrays import MOMENT_NAMES, POPULATIONS, Array
+from .arrays import MOMENT_NAMES, PER_POPULATION, PER_TOKEN, POPULATIONS, RAGGED, Array
 from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
 
 Site = Literal["input", "output", "weight", "logits"]
@@ -334,6 +334,21 @@ class SiteNumbers:
     def moment(self, name: str) -> NDArray[np.float64]:
         """Return one column of `moments`, [P]."""
         return self.moments[:, MOMENT_NAMES.index(name)]
+
+    def only(self, populations: NDArray[np.bool_]) -> SiteNumbers:
+        """Return it with some of the populations, [P] booleans; what is pooled over all of them stays as it is."""
+        if populations.all():
+            return self
+        tokens = np.repeat(populations, self.lengths)
+        masks = {
+            PER_TOKEN: tokens if self.token_axis else populations,
+            PER_POPULATION: populations,
+            RAGGED: populations,
+        }
+        layouts = {name: LAYOUTS[name.partition("/")[0]] for name in self.arrays}
+        arrays = {n: a[masks[layouts[n]]] if layouts[n] in masks else a for n, a in self.arrays.items()}
+        placed = {name: getattr(self, name)[populations] for name in POPULATIONS}
+        return replace(self, **placed, arrays=arrays)
 
     def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, Array]) -> SiteNumbers:
         """Return a copy with more statistics and their arrays."""

@@ -43,7 +43,9 @@ class Statistic:
     tensors, or of both models' tensors as a pair. `alone`: the layer is run by itself, so that the layers of packed
     experts have it, which the forward doesn't call. `of_files`: the checkpoint's files answer it, whatever model runs.
     `default`: it is kept where nothing is chosen; the others cost much, so that only a site that names them gets them.
-    `token_bytes`, `channel_bytes`, `site_bytes`: about what it keeps of each.
+    `by_token`: its numbers tell the tokens of a sample apart, or its parameters say which count; any other has to know
+    a range of positions in the pass (`InRange`). `token_bytes`, `channel_bytes`, `site_bytes`: about what it keeps of
+    each.
     """
 
     name: ClassVar[str] = ""
@@ -55,6 +57,7 @@ class Statistic:
     alone: ClassVar[bool] = False
     of_files: ClassVar[bool] = False
     default: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False
     token_bytes: ClassVar[int] = 0
     channel_bytes: ClassVar[int] = 0
     site_bytes: ClassVar[int] = 0
@@ -124,6 +127,7 @@ class Tokens(Statistic):
     """
 
     name = "tokens"
+    by_token = True
     arrays: ClassVar = {"token_max": PER_TOKEN, "peaks": RAGGED, "peak_channels": RAGGED}
     needs_tokens = True
     default = True
@@ -186,6 +190,7 @@ class SinkTokens(Statistic):
     """The tokens that may be attention sinks: the statistic `tokens` at the outputs of the blocks."""
 
     name = "sinks"
+    by_token = True
     default = True
 
 
@@ -218,6 +223,7 @@ class Scores(Statistic):
     """
 
     name = "scores"
+    by_token = True
     arrays: ClassVar = {"scores": PER_TOKEN}
     of_logits = True
 
@@ -226,6 +232,7 @@ class PredictionAgreement(Statistic):
     """How far the predictions of two models are apart: the columns of `scores` that need the reference."""
 
     name = "agreement"
+    by_token = True
     arrays: ClassVar = {"scores": PER_TOKEN}
     of_logits = True
     reference = "pair"
@@ -238,6 +245,7 @@ class PredictionOverlap(Statistic):
     """
 
     name = "overlap"
+    by_token = True
     arrays: ClassVar = {"overlap": PER_TOKEN}
     of_logits = True
     reference = "pair"
@@ -251,6 +259,7 @@ class PredictionMargins(Statistic):
     """
 
     name = "margins"
+    by_token = True
     arrays: ClassVar = {"margins": PER_TOKEN}
     of_logits = True
     reference = "pair"
@@ -283,6 +292,7 @@ class TokenError(Statistic):
     """
 
     name = "error"
+    by_token = True
     arrays: ClassVar = {"error": PER_TOKEN}
     reference = "pair"
     token_bytes = 16
@@ -292,6 +302,7 @@ class ReferenceTokens(Statistic):
     """The statistic `tokens` of the reference."""
 
     name = "reference_tokens"
+    by_token = True
     needs_tokens = True
     reference = "own"
 
@@ -300,6 +311,7 @@ class ReferenceSinks(Statistic):
     """The statistic `sinks` of the reference."""
 
     name = "reference_sinks"
+    by_token = True
     reference = "own"
 
 
@@ -391,6 +403,7 @@ class LocalError(Statistic):
 
     rows: int
     name = "local"
+    by_token = True
     arrays: ClassVar = {"local_rows": RAGGED, "local": PER_POPULATION}
     needs_tokens = True
     reference = "pair"
@@ -416,6 +429,7 @@ class ChannelError(Statistic):
 
     positions: str
     name = "channel_error"
+    by_token = True
     arrays: ClassVar = {"channel_error": PER_POPULATION}
     by_parameters = True
     reference = "pair"
@@ -423,6 +437,42 @@ class ChannelError(Statistic):
     def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
         """Two float64 a sample and channel."""
         return 16 * samples * channels
+
+
+@dataclass(frozen=True)
+class InRange(Statistic):
+    """Another statistic of some tokens of each sample alone: of those that are no padding, from `start` up to `end`.
+
+    `end` −1: to the sample's end. `of`: the other statistic, whose arrays it keeps under names of their own.
+    `in_range` [P] int64: how many tokens of a population lie in it; where that is 0, its rows of the others are zeros.
+    """
+
+    start: int
+    end: int
+    of: str
+    name = "range"
+    arrays: ClassVar = {"in_range": PER_POPULATION}
+    by_parameters = True
+    needs_tokens = True
+
+    @property
+    def inner(self) -> Statistic:
+        """The other statistic."""
+        return Statistic.parse(self.of)
+
+    @property
+    def tokens(self) -> slice:
+        """Which of a sample's tokens that count lie in it."""
+        return slice(self.start, None if self.end < 0 else self.end)
+
+    @staticmethod
+    def named(text: str, array: str) -> str:
+        """Return under which name the one of this text keeps what its other statistic calls `array`."""
+        return f"{array.partition('/')[0]}/{text}"
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """What the other statistic keeps."""
+        return 8 * samples + self.inner.kept_bytes(samples, tokens, channels)
 
 
 TOKENS: Statistic = Tokens()

@@ -33,7 +33,7 @@ from ..captures import (
 )
 from ..checkpoint import capture_weights
 from ..common import InfraError, Progress, SuiteError, did_you_mean
-from ..metrics import METRICS
+from ..metrics import METRICS, check_arguments, positions_of
 from ..suite import Data, NamedSubject, files_of
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
@@ -150,7 +150,11 @@ def _all_statistics(site: Site, *, compared: bool) -> frozenset[Statistic]:
 
 def _of_metric(name: str, site: Site, parameters: Mapping[str, Any] | None) -> frozenset[Statistic]:
     """Return the statistics of a metric: for these parameters, or for all that change what has to be kept."""
-    metric = METRICS[name]
+    metric, parameters = METRICS[name], dict(parameters) if parameters is not None else None
+    if parameters is not None and "positions" in parameters:
+        where = positions_of(name, site, parameters.pop("positions"))
+        check_arguments(metric, site, where, None, parameters)
+        return metric.needs(site, where, parameters)
     choices: list[Mapping[str, Any]] = [parameters or {}]
     if parameters is None and name == "magnitude":
         choices = [{"reduce_dim": -1}, {"reduce_dim": -2}, {"reduce_dim": None}]

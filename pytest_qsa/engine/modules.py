@@ -246,3 +246,25 @@ def forward_errors(whose: str) -> Iterator[None]:
     except Exception as error:
         logger.debug("the forward pass of %s failed", whose, exc_info=True)
         raise InfraError(f"the forward pass of {whose} failed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def check_context(model: nn.Module, tokens: int) -> None:
+    """Refuse a window that is longer than what a model was made for: its numbers would be of no served model.
+
+    Raises:
+        InfraError: it is.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return
+    # A scaled rope reaches that much farther; some configurations state the scaled length already, others don't.
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    reach = int(most * max(1.0, float(factor))) if isinstance(factor, int | float) else most
+    if tokens > reach:
+        raise InfraError(
+            f"data.seq_len {tokens:,} is more than the {reach:,} positions that {type(model).__name__} takes "
+            "(max_position_embeddings): lower it"
+        )

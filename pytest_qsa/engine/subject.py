@@ -40,7 +40,7 @@ from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
-from .modules import device_of, forward_errors, layers_of, with_experts
+from .modules import check_context, device_of, forward_errors, layers_of, with_experts
 from .reference.live import LiveReference, Reference
 from .reference.predicted import located_head
 from .reference.record import Recording, RecordOptions, record_model
@@ -280,6 +280,7 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
 
 def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
+    check_context(loaded.model, subject.data.seq_len)
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
     _check_ids(loaded.model, batches)
     return batches

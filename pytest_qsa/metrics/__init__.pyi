@@ -41,6 +41,7 @@ from .query import (
     Positions as Positions,
     Query as Query,
     canonical_positions as canonical_positions,
+    check_arguments as check_arguments,
     positions_of as positions_of,
     query_of as query_of,
 )
@@ -51,7 +52,6 @@ from .registry import (
     Metric as Metric,
     Parameters as Parameters,
     Reduce as Reduce,
-    View as View,
     metric as metric,
 )
 from .selection import NotMeasuredError as NotMeasuredError, Selection as Selection
@@ -62,3 +62,4 @@ from .series import (
     Judge as Judge,
     Series as Series,
 )
+from .view import View as View

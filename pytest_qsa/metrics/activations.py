@@ -28,6 +28,7 @@ from ..captures import (
     BandStat,
     FeatureCounts,
     Massive,
+    PositionRange,
     QuantizationPowers,
     Site,
     SiteNumbers,
@@ -39,7 +40,8 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError
 from .fidelity import Granularity, Scheme, counted_powers, decibels
-from .registry import NOT_NEGATIVE, SHARE, Parameters, Values, View, metric
+from .registry import NOT_NEGATIVE, SHARE, Parameters, Values, metric
+from .view import View
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
@@ -132,7 +134,9 @@ def sink_tokens(view: View, *, stat: SinkStat = "count") -> Values:
 
 
 def _sink_row(view: View, population: int, maxima: NDArray[np.float32], median: float) -> tuple[float, float, float]:
-    at = np.flatnonzero(view.sinks.mask(int(view.numbers.sample[population]), len(maxima), view.layer))
+    sinks = view.sinks.mask(int(view.numbers.sample[population]), len(maxima), view.layer)
+    span = PositionRange.parse(view.positions)
+    at = np.flatnonzero(sinks & span.among(maxima != PADDING) if span else sinks)
     if not at.size:
         return 0.0, -1.0, 0.0
     if not _countable(maxima):

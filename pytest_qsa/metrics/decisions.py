@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..captures import PredictionMargins, Statistic
 from ..common import AnomalyError, SuiteError
 from .intervals import mean_by_window, quantile_by_window, share_by_window, windows_of
-from .registry import Estimate, View, metric
+from .registry import Estimate, metric
+from .view import View
 
 MARGINS: Statistic = PredictionMargins()
 CLEAR = 0.5

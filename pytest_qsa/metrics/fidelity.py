@@ -35,7 +35,8 @@ from ..captures import (
     bin_values,
 )
 from ..common import AnomalyError
-from .registry import NOT_NEGATIVE, TWO_SIDED_95, Estimate, Parameters, Values, View, metric
+from .registry import NOT_NEGATIVE, TWO_SIDED_95, Estimate, Parameters, Values, metric
+from .view import View
 
 SIGNAL, NOISE, OWN, LARGEST = range(len(ERROR_NAMES))
 By = Literal["tensor", "token", "channel"]

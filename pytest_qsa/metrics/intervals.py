@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .registry import TWO_SIDED_95, Estimate, View
+from .registry import TWO_SIDED_95, Estimate
+from .view import View
 
 LEAST_WINDOWS = 8
 """Fewer give no interval: their spread is known too badly."""

@@ -32,28 +32,35 @@ class MetricMethods:
     ) -> Series:
         """Describe the sinks of a sample at this layer: how many stand out here, the channel, the multiple of the median."""
 
-    def massive_activations(self, abs: float = 100.0, ratio: float = 1000.0, *, reduce: Reduce | None = None) -> Series:
+    def massive_activations(
+        self,
+        abs: float = 100.0,
+        ratio: float = 1000.0,
+        *,
+        reduce: Reduce | None = None,
+        positions: Positions | None = None,
+    ) -> Series:
         """Count the elements with |x| > abs and |x| ≥ ratio × the sample's median |x| (Sun et al., arXiv 2402.17762)."""
 
     def absmax(self, *, positions: Positions | None = None) -> Series:
         """Take the largest |x|."""
 
-    def rms(self) -> Series:
+    def rms(self, *, positions: Positions | None = None) -> Series:
         """Take the root of the mean square over all elements."""
 
-    def mean(self) -> Series:
+    def mean(self, *, positions: Positions | None = None) -> Series:
         """Take the mean over all elements."""
 
-    def std(self) -> Series:
+    def std(self, *, positions: Positions | None = None) -> Series:
         """Take the standard deviation over all elements, of the population (divided by n)."""
 
-    def kurtosis(self, *, reduce: Reduce | None = None) -> Series:
+    def kurtosis(self, *, reduce: Reduce | None = None, positions: Positions | None = None) -> Series:
         """Take Pearson's kurtosis E[(x−μ)⁴]/σ⁴ of a sample's elements; a Gaussian has 3."""
 
-    def crest_factor(self) -> Series:
+    def crest_factor(self, *, positions: Positions | None = None) -> Series:
         """Divide the largest |x| by the root mean square."""
 
-    def quantile(self, q: float = 0.999, signed: bool = False) -> Series:
+    def quantile(self, q: float = 0.999, signed: bool = False, *, positions: Positions | None = None) -> Series:
         """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does."""
 
     def channel_band(
@@ -61,6 +68,8 @@ class MetricMethods:
         stat: Literal["min", "p0.01", "p1", "p25", "p75", "p99", "p99.99", "max"] = "p99",
         across: Literal["max", "median", "min", "mean"] = "max",
         signed: bool = False,
+        *,
+        positions: Positions | None = None,
     ) -> Series:
         """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then fold the channels by `across`."""
 
@@ -69,30 +78,46 @@ class MetricMethods:
         scheme: Literal["int8", "int4", "fp8_e4m3"] = "int8",
         by: Literal["tensor", "token", "channel", "group"] = "tensor",
         group_size: int = 128,
+        *,
+        positions: Positions | None = None,
     ) -> Series:
         """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back."""
 
     def int8_outlier_features(
-        self, abs: float = 6.0, layer_share: float = 0.25, position_share: float = 0.06
+        self,
+        abs: float = 6.0,
+        layer_share: float = 0.25,
+        position_share: float = 0.06,
+        *,
+        positions: Positions | None = None,
     ) -> Series:
         """Count the channels with |x| ≥ abs in layer_share of the layers and position_share of all their tokens (LLM.int8)."""
 
-    def expert_tokens(self, *, reduce: Reduce | None = None) -> Series:
+    def expert_tokens(self, *, reduce: Reduce | None = None, positions: Positions | None = None) -> Series:
         """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
 
-    def zero_fraction(self) -> Series:
+    def zero_fraction(self, *, positions: Positions | None = None) -> Series:
         """Take the share of exact zeros."""
 
-    def nonfinite(self, *, reduce: Reduce | None = None) -> Series:
+    def nonfinite(self, *, reduce: Reduce | None = None, positions: Positions | None = None) -> Series:
         """Count NaN, +Inf and −Inf."""
 
-    def headroom(self, dtype: Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "float16") -> Series:
+    def headroom(
+        self,
+        dtype: Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "float16",
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
         """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
 
-    def margin_ratio(self, stat: Literal["median", "mean", "p10"] = "median") -> Series:
+    def margin_ratio(
+        self, stat: Literal["median", "mean", "p10"] = "median", *, positions: Positions | None = None
+    ) -> Series:
         """Take max(0, m̂) / m of each position whose margin m is 0.5 or more: how much of a clear decision is left."""
 
-    def flips(self, margin_from: float = 0.0, margin_to: float | None = None) -> Series:
+    def flips(
+        self, margin_from: float = 0.0, margin_to: float | None = None, *, positions: Positions | None = None
+    ) -> Series:
         """Take the share of the positions with margin_from ≤ m < margin_to whose likeliest token is another one."""
 
     def sqnr(
@@ -134,22 +159,32 @@ class MetricMethods:
     def loaded_weights(self) -> Series:
         """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
 
-    def kl_divergence(self, stat: Literal["mean", "median", "p99", "max"] = "mean") -> Series:
+    def kl_divergence(
+        self, stat: Literal["mean", "median", "p99", "max"] = "mean", *, positions: Positions | None = None
+    ) -> Series:
         """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all."""
 
-    def same_top(self) -> Series:
+    def growth(self, of: Literal["kl_divergence"] = "kl_divergence", *, positions: Positions | None = None) -> Series:
+        """Divide the mean KL divergence over the last quarter of each sample's positions by that over the second quarter."""
+
+    def same_top(self, *, positions: Positions | None = None) -> Series:
         """Take the share of positions where both models find the same token likeliest; a tie is no difference."""
 
-    def overlap(self) -> Series:
+    def overlap(self, *, positions: Positions | None = None) -> Series:
         """Take the mean of Σ min(p, q) over the vocabulary at each position: 1 − the total variation of both predictions."""
 
-    def delta_p(self, stat: Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"] = "rms") -> Series:
+    def delta_p(
+        self,
+        stat: Literal["rms", "mean", "p1", "p5", "p50", "p95", "p99", "min", "max"] = "rms",
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
         """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions."""
 
-    def perplexity(self) -> Series:
+    def perplexity(self, *, positions: Positions | None = None) -> Series:
         """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
 
-    def ln_ppl_ratio(self) -> Series:
+    def ln_ppl_ratio(self, *, positions: Positions | None = None) -> Series:
         """Take the mean of nll_q − nll_p, position by position: ln of the ratio of the perplexities (llama.cpp)."""
 
     def __getattr__(self, name: str) -> Any: ...

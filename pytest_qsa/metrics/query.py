@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypedDict, get_args, get_origin
 
-from ..captures import LOGITS, Site
+from ..captures import LOGITS, PositionRange, Site
 from ..common import SuiteError, did_you_mean
 from .registry import AGGREGATIONS, METRICS, Metric, Parameters, Reduce
 
@@ -44,6 +44,8 @@ class Query:
         arguments = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.parameters.items())
         where = {CHECKPOINT: "in the files, layers", EVALS: "of"}.get(self.site, f"at the {self.site} of")
         text = f"{self.metric}({arguments})" + ("" if self.site == LOGITS else f" {where} '{self.layers}'")
+        if span := PositionRange.parse(self.positions or "all"):
+            text += f", {span.text}"
         if self.reduce:
             text += f", {self.reduce} over samples"
         text += f", {self.over} over {self.of}" if self.over else ""
@@ -81,8 +83,8 @@ class PlainQuery(TypedDict, total=False):
     from_files: bool
 
 
-Positions = str | Mapping[str, int]
-"""`all`, `no_sink`, `sink` or `{"skip_first": n}`."""
+Positions = str | Mapping[str, Any]
+"""`all`, `no_sink`, `sink`, `{"skip_first": n}`, or a range, `{"from": n, "to": m, "sinks": "out"}`."""
 
 
 def check_arguments(metric: Metric, site: Site, positions: str, reduce: str | None, parameters: Parameters) -> None:
@@ -101,8 +103,8 @@ def check_arguments(metric: Metric, site: Site, positions: str, reduce: str | No
     if site not in metric.sites:
         places = " or ".join(metric.sites)
         raise SuiteError(f"{metric.name} is a metric of the {places}, not of the {site}", "site")
-    if positions != "all" and not metric.counts_tokens(site, positions, parameters):
-        raise SuiteError(f"{metric.name} counts no tokens here, so it takes no positions", "positions")
+    if positions != "all" and (problem := metric.refuses(site, positions, parameters)):
+        raise SuiteError(problem, "positions")
 
 
 def _choices(annotation: Any) -> list[Any]:
@@ -134,7 +136,7 @@ def query_of(
         layers,
         exclude,
         defaults | dict(parameters),
-        positions if definition.positional else None,
+        positions if definition.positional or positions != "all" else None,
         reduce or definition.reduce,
         None,
         definition.unit,
@@ -151,17 +153,46 @@ def positions_of(metric: str, site: Site, positions: Positions | None) -> str:
 
 
 def canonical_positions(positions: Positions) -> str:
-    """Return `all`, `no_sink`, `sink` or `skip_first:n`.
+    """Return `all`, `no_sink`, `sink`, `skip_first:n` or a range as `PositionRange` writes it.
 
     Raises:
         ValueError: it is none of them.
     """
     if isinstance(positions, Mapping):
+        if {"from", "to"} & set(positions):
+            return str(_range_of(positions))
         count = positions.get("skip_first")
-        # bool is a subclass of int.
-        if set(positions) == {"skip_first"} and isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+        if set(positions) == {"skip_first"} and _is_count(count):
             return f"skip_first:{count}"
-    elif isinstance(positions, str) and re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions):
-        return positions
+    elif isinstance(positions, str):
+        span = PositionRange.parse(positions)
+        if re.fullmatch(r"all|no_sink|sink|skip_first:\d+", positions) or (span and _holds_some(span)):
+            return positions
     hint = did_you_mean(positions, ("no_sink", "sink")) if isinstance(positions, str) else ""
-    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}{hint}")
+    raise ValueError(f"positions {positions!r}: one of all, no_sink, sink, {{skip_first: n}}, {{from: n, to: m}}{hint}")
+
+
+def _range_of(positions: Mapping[str, Any]) -> PositionRange:
+    keys = ("from", "to", "sinks")
+    for key in positions:
+        if key not in keys:
+            raise ValueError(f"positions: a range has from, to and sinks, not {key!r}{did_you_mean(str(key), keys)}")
+    start, end, sinks = positions.get("from", 0), positions.get("to"), positions.get("sinks", "in")
+    for key, count in (("from", start), ("to", end)):
+        if not (_is_count(count) or (key == "to" and count is None)):
+            raise ValueError(f"positions: {key} is a number of tokens, 0 or more, not {count!r}")
+    if sinks not in ("in", "out"):
+        raise ValueError(f"positions: sinks is in or out, not {sinks!r}")
+    span = PositionRange(start, end, sinks == "in")
+    if not _holds_some(span):
+        raise ValueError(f"positions: to {end} is not above from {start}, so no token counts")
+    return span
+
+
+def _is_count(value: object) -> bool:
+    # bool is a subclass of int.
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _holds_some(span: PositionRange) -> bool:
+    return span.end is None or span.end > span.start

@@ -8,7 +8,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import (
+    EXPERTS,
     LOGITS,
-    PADDING,
     REFERENCE_SINKS,
     SINKS,
     TOKENS,
-    Sinks,
+    InRange,
+    PositionRange,
     Site,
-    SiteNumbers,
     Statistic,
     against_reference,
-    lower_median,
+    names_sinks,
 )
 from ..common import SuiteError, shown_path
 
@@ -111,68 +111,6 @@ class Definition:
 
 
 @dataclass(frozen=True)
-class View:
-    """One site of one layer as a metric sees it: what the pass kept of it, and which tokens count.
-
-    A population is one call of the layer for one sample; there are P of them. `numbers.arrays` holds what the metric's
-    statistics keep, in the units of the tensor x, under these names (docs/capture-format.md has the rest):
-
-    - `tokens`: `token_max` [sum of `numbers.lengths`] float32, max over channels of |x| of each token, populations one
-      after the other, −1 at padding; `token_maxima()` yields those that count, an array for each population.
-    - `channels`: `channel_max` [C] float32, max over tokens of |x|; `channel_top` [P, 7] float32, its order statistics
-      top1, top2, top3, median, min3, min2, min in each population.
-    - `elements`: `element_top` [P, 7] float32, the same order statistics of |x|.
-    - `moments`: `moments` [P, 7] float64: n, mean, sums of the second and fourth powers of x − mean, max of |x|, how
-      many zeros, how many NaN and Inf; `numbers.moment(name)` returns the column n, mean, m2, m4, absmax, zeros or
-      nonfinite, [P].
-    - `counts`, `signed_counts`: `bins` and `counts`, `signed_bins` and `signed_counts`: 16-bit patterns of |x|, or x,
-      and how often each occurs; `extremes` [4] float32.
-    - `error`: `error` [sum of lengths, 4] float32 of each token: Σx², Σ(x − x̂)², Σx̂², max of |x − x̂|, x the
-      reference's; −1 at padding.
-    - `scores`, `agreement`, at the site `logits`: `scores` [sum of lengths, 4] float64: −ln q and −ln p of the token
-      that came next, the KL divergence, in nats, and 1 where both models find the same token likeliest.
-
-    `numbers.sample`, `numbers.call` [P] say whose populations they are, `numbers.lengths` [P] how many tokens each has.
-    `site`, `layer`: where. `positions`: which tokens count. `sinks`: the attention sinks. `reference`: the reference's
-    own numbers there, if any. `sampled`: the reference was kept for some tokens only.
-    """
-
-    numbers: SiteNumbers
-    site: Site
-    positions: str
-    sinks: Sinks
-    layer: str = ""
-    reference: SiteNumbers | None = None
-    sampled: bool = False
-
-    def of_reference(self) -> View:
-        """Return the same site of the reference, where the same tokens count."""
-        assert self.reference is not None
-        return replace(self, numbers=self.reference, reference=None)
-
-    def among(self, population: int, counting: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return those of a population's tokens that count, [T] booleans, that `positions` names."""
-        return self.sinks.among(self.positions, counting, int(self.numbers.sample[population]), self.layer)
-
-    def kept(self, population: int) -> NDArray[np.bool_]:
-        """Return [T] booleans, true at the tokens that count: no padding, and what `positions` says."""
-        return self.among(population, self.numbers.tokens_of(population) != PADDING)
-
-    def ratios(self, population: int) -> NDArray[np.float32]:
-        """Return [T] multiples of the lower median of the tokens that count; −∞ elsewhere, or if it isn't above 0."""
-        tokens, kept = self.numbers.tokens_of(population), self.kept(population)
-        median = np.float32(lower_median(tokens[kept]))
-        if not median > 0:
-            return np.full(len(tokens), -np.inf, dtype=np.float32)
-        return np.where(kept, tokens / median, np.float32(-np.inf))
-
-    def token_maxima(self) -> Iterator[NDArray[np.float32]]:
-        """Yield the token-wise maxima that count, one array a population."""
-        for population in range(self.numbers.populations):
-            yield self.numbers.tokens_of(population)[self.kept(population)]
-
-
-@dataclass(frozen=True)
 class Metric(Definition):
     """A metric and what must be known of it before and after the pass.
 
@@ -214,11 +152,16 @@ class Metric(Definition):
             return f"abs {tolerance:g} is more than {self.name} can differ by, so it checks nothing"
         return None
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it's taken of tensors that have tokens, so that a range of positions can be chosen."""
+        return self.sites != ("weight",)
+
     @cached_property
     def signature(self) -> inspect.Signature:
         """What its method takes: its own parameters in their order, then `reduce` and `positions` where it has them."""
         own = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in self.parameters.values()]
-        more = ["reduce"] * (self.reduce is not None) + ["positions"] * self.positional
+        more = ["reduce"] * (self.reduce is not None) + ["positions"] * self.of_tokens
         added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
         return inspect.Signature([*own, *added])
 
@@ -226,11 +169,22 @@ class Metric(Definition):
         """Return which tokens count by default: against a reference all but the sinks, else all (docs/metrics.md)."""
         return "no_sink" if self.against and self.positional and site != "weight" else "all"
 
-    def counts_tokens(self, site: Site, positions: str, parameters: Parameters) -> bool:
-        """Say whether the tokens that count can be chosen here."""
-        if site == "weight" or not self.positional:
-            return False
-        return self.against or TOKENS in self.needs(site, positions, parameters)
+    def refuses(self, site: Site, positions: str, parameters: Parameters) -> str | None:
+        """Return why it doesn't take these positions, other than `all`, at a site; None where it does."""
+        if site == "weight":
+            return f"{self.name} counts no tokens of a weight, so it takes no positions"
+        needed, span = self.needs(site, positions, parameters), PositionRange.parse(positions)
+        if span is not None and not span.sinks and site == LOGITS:
+            return f"{self.name}: a sink's prediction is one like any other, so it takes no sinks: out"
+        if span is not None and not span.sinks and any(isinstance(each, InRange) for each in needed):
+            return (
+                f"{self.name} is summed up before the sinks are known: begin behind them, from: 4, without sinks: out"
+            )
+        if span is not None or (self.positional and (self.against or TOKENS in needed)):
+            return None
+        what = "no tokens with these parameters" if self.positional else "elements, not tokens"
+        what = "predictions" if site == LOGITS else what
+        return f"{self.name} counts {what}, so it takes no positions but a range, {{from: 4}}"
 
     def needs(self, site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
         """Return the statistics that a pass has to keep."""
@@ -238,9 +192,20 @@ class Metric(Definition):
         needed = self.statistics(site, positions, {**defaults, **parameters})
         if TOKENS in needed and site != "weight":
             needed |= {SINKS}
-        if self.against and positions in ("sink", "no_sink") and site != "weight":
+        if (span := PositionRange.parse(positions)) is not None:
+            needed = frozenset(of for each in needed for of in _within(each, span))
+        if self.against and names_sinks(positions) and site != "weight":
             needed |= {REFERENCE_SINKS}
         return needed
+
+
+def _within(statistic: Statistic, span: PositionRange) -> tuple[Statistic, ...]:
+    """Return what has to be kept where a statistic is wanted of a range of positions."""
+    if statistic.by_token:
+        return (statistic,)
+    ranged = InRange(span.start, -1 if span.end is None else span.end, str(statistic))
+    # Whoever asks for a layer's experts has its hook look for their routing.
+    return (statistic, ranged) if statistic == EXPERTS else (ranged,)
 
 
 class MetricRegistry(Mapping[str, Metric]):

@@ -24,6 +24,7 @@ from ..captures import (
     at_experts,
     channel_bands,
     match_layers,
+    names_sinks,
     need_tokens,
     no_match,
 )
@@ -31,8 +32,9 @@ from ..common import AnomalyError, InfraError, SuiteError
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
 from .query import Positions, Query, check_arguments, positions_of, query_of
-from .registry import AGGREGATIONS, METRICS, Estimate, Metric, Parameters, Reduce, View
+from .registry import AGGREGATIONS, METRICS, Estimate, Metric, Parameters, Reduce
 from .series import Judge, Series, sound
+from .view import View
 
 if TYPE_CHECKING:
     from ..captures import Capture
@@ -202,11 +204,12 @@ class Selection(MetricMethods):
 
     def _view(self, layer: str, query: Query) -> View:
         numbers, where = self.capture.sites[layer, self.site], query.positions or "all"
-        reference = self.capture.reference
-        if reference is None or not METRICS[query.metric].against:
-            return View(numbers, self.site, where, self.capture.sinks, layer)
+        reference, metric = self.capture.reference, METRICS[query.metric]
+        needs = metric.needs(self.site, where, query.parameters)
+        if reference is None or not metric.against:
+            return View(numbers, self.site, where, self.capture.sinks, layer).within(needs)
         theirs, sampled = reference.sites.get((layer, self.site)), reference.provenance.rows is not None
-        return View(numbers, self.site, where, reference.sinks, layer, theirs, sampled)
+        return View(numbers, self.site, where, reference.sinks, layer, theirs, sampled).within(needs)
 
     def _series(self, query: Query, results: Mapping[str, Any]) -> Series:
         """Fold what a metric returned for each layer: one number, or one for each population."""
@@ -251,7 +254,7 @@ class Selection(MetricMethods):
                 missing = ", ".join(map(str, sorted(needs - numbers.statistics)))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
         finder = self.capture.reference if metric.against and self.capture.reference else self.capture
-        if (metric.name == "sink_tokens" or positions in ("sink", "no_sink")) and not finder.sinks.searched:
+        if (metric.name == "sink_tokens" or names_sinks(positions)) and not finder.sinks.searched:
             raise AnomalyError(
                 "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
                 "blocks; say positions: all or {skip_first: n}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ..captures import Provenance
+from ..captures import PositionRange, Provenance
 from ..checkpoint import kind_of
 from .html import PagePicture, flattened, render
 from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, state_of
@@ -117,6 +117,8 @@ def positions_text(positions: str | None) -> str:
     """Say in words which positions counted."""
     if not positions:
         return ""
+    if span := PositionRange.parse(positions):
+        return span.text
     skipped = positions.partition("skip_first:")[2]
     return f"all positions but the first {skipped}" if skipped else _POSITIONS.get(positions, positions)
 

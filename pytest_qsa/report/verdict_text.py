@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..captures import PositionRange
 from ..checkpoint import Finding
 from ..common import code_span, counted, fitted, markdown_table, number, text_table, visible
 from ..verdicts import Row, TokenEvidence, Verdict
@@ -65,7 +66,9 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
         yield "where the reference writes another token, the clearest decision first"
         yield from (f"  {token_line(token)}" for token in verdict.evidence)
         return
-    positions = f"positions: {verdict.positions or 'all'}; sinks: {verdict.sinks or 'none'}"
+    span = PositionRange.parse(verdict.positions or "all")
+    where = span.text if span else f"positions: {verdict.positions or 'all'}"
+    positions = f"{where}; sinks: {verdict.sinks or 'none'}"
     which = "that stand out most" if worst.share is None else "with the largest error"
     yield f"the tokens {which} at {worst.layer} ({positions})"
     yield from (f"  {token_line(token)}" for token in verdict.evidence)

@@ -78,6 +78,7 @@ from .subjects import (
     located as located,
     previous_of as previous_of,
 )
+from .texts import SHIPPED as SHIPPED, long_document as long_document, prompts as prompts
 from .tiers import (
     DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,

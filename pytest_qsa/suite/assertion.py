@@ -123,7 +123,10 @@ def _positions(value: object) -> object:
 
 
 PositionsKey = Annotated[
-    Literal["all", "no_sink", "sink"] | dict[Literal["skip_first"], int], BeforeValidator(_positions)
+    Literal["all", "no_sink", "sink"]
+    | dict[Literal["skip_first"], int]
+    | dict[Literal["from", "to", "sinks"], int | Literal["in", "out"]],
+    BeforeValidator(_positions),
 ]
 
 
@@ -170,12 +173,8 @@ class MeasuredAssertion(Assertion):
             raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
         # `all` is what happens without positions too, so that every metric may state it.
         chosen = self.positions not in (None, "all")
-        if chosen and not definition.positional:
-            raise SuiteError(f"{self.metric} counts elements, not tokens, so it takes no positions", "positions")
-        if chosen and not definition.counts_tokens(self.site, self.where, self.parameters):
-            raise SuiteError(
-                f"{self.metric} counts no tokens with these parameters, so it takes no positions", "positions"
-            )
+        if chosen and (problem := definition.refuses(self.site, self.where, self.parameters)):
+            raise SuiteError(problem, "positions")
         self._check_span(definition)
         if definition.tokenwise and self.site == "weight":
             raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..common import (
     write_atomically,
 )
 from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
+from .texts import SHIPPED
 
 LIBRARIES = (
     "pytest-qsa",
@@ -279,9 +280,8 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
     for folder in folders_of(subject):
         for name, file in _named_files(folder):
             yield [name, hashes.of(file)]
-    if subject.data.source == "sample":
-        text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_bytes()
-        yield hashlib.sha256(text).hexdigest()
+    if subject.data.source in SHIPPED:
+        yield hashlib.sha256(SHIPPED[subject.data.source]().encode()).hexdigest()
     else:
         for file in _data_files(subject):
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"

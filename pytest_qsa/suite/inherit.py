@@ -257,5 +257,6 @@ def _takes(entry: dict[str, Any], key: str) -> bool:
         return False
     metric = METRICS.get(name)
     if metric is not None and key == "positions":
-        return metric.positional and entry.get("site", metric.sites[0]) != "weight"
+        ranged = isinstance(entry[key], dict) and "skip_first" not in entry[key]
+        return (metric.of_tokens if ranged else metric.positional) and entry.get("site", metric.sites[0]) != "weight"
     return metric is None or key != "reduce" or metric.reduce is not None

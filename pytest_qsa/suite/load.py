@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from ..captures import PositionRange
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import (
@@ -168,6 +169,7 @@ def load_suite(
             _check_previous(source, suite.model, index, assertion)
             _check_reference(source, suite.model, index, assertion)
             _check_loaded(source, suite.model, index, assertion)
+            _check_range(source, suite, index, assertion)
         _check_paths(source, suite)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
@@ -293,6 +295,17 @@ def _check_loaded(source: YamlSource, model: Model | None, index: int, assertion
             ("assertions", index, "metric"),
             "loaded_weights holds a loaded model against its files, and with model.weights: files no weight is loaded: "
             "leave one of the two out",
+        )
+
+
+def _check_range(source: YamlSource, suite: Suite, index: int, assertion: Assertion) -> None:
+    """Check that a range of positions begins within the windows of the suite's data; a fixture's may be longer."""
+    span = PositionRange.parse(assertion.where) if isinstance(assertion, MeasuredAssertion) else None
+    if span is not None and suite.model is not None and span.start >= suite.data.seq_len:
+        raise source.error(
+            ("assertions", index, "positions"),
+            f"positions begin at {span.start:,}, and the data's windows have {suite.data.seq_len:,} tokens: raise "
+            "data.seq_len, or begin earlier",
         )
 
 

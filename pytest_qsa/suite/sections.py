@@ -257,12 +257,14 @@ MOST_SAMPLES, MOST_TOKENS = 1_000_000, 10_000_000
 class Data(Strict):
     """The calibration data, as windows of tokens.
 
-    `sample` is shipped with the package; `custom:PATH` is a file or a data set's folder; `wikitext2`, `pile`, `c4`,
-    `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column` and `revision`.
+    `sample` and `document`, one text of 200 kB, come with the package; `custom:PATH` is a file or a data set's folder;
+    `wikitext2`, `pile`, `c4`, `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column`
+    and `revision`.
     """
 
     source: Annotated[
-        PathText, Field(description="the text: sample, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME")
+        PathText,
+        Field(description="the text: sample, document, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME"),
     ] = "sample"
     subset: str | None = None
     split: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..captures import LOGITS, SINKS, Capture, exactly
+from ..captures import LOGITS, SINKS, Capture, exactly, names_sinks
 from ..checkpoint import Files, Finding, Suspicion, by_kind, problems_of, suspicions_of, weight_names
 from ..common import AnomalyError, InfraError, QsaError, logger
 from ..metrics import (
@@ -209,7 +209,7 @@ def show_reference(verdict: Verdict, context: Context) -> Verdict:
         return verdict
     known = [row.layer for row in verdict.rows if _is_known(reference, row.layer, verdict)]
     # Positions that refer to sinks can't be resolved where the reference's were not looked for.
-    if not known or (query["positions"] in ("sink", "no_sink") and not reference.sinks.searched):
+    if not known or (names_sinks(query["positions"] or "all") and not reference.sinks.searched):
         return verdict
     try:
         series = reference.select(exactly(known), query["site"]).series(

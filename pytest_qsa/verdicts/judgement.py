@@ -306,7 +306,7 @@ def settled(assertion: MeasuredAssertion, capture: Capture) -> tuple[Capture, st
         return pair[0], _assumed(assertion, capture)
     low, high = min(values), max(values)
     between = f"between {number(low)} and {_number(high)}{_outside(capture)}"
-    decides = None if assertion.metric == "delta_p" else _deciding(assertion, series[0], low, high)
+    decides = None if assertion.metric in ("delta_p", "growth") else _deciding(assertion, series[0], low, high)
     if decides is None:
         raise AnomalyError(
             f"{assertion.metric} is {between}; that decides nothing. Ask for more (served.top_logprobs; vLLM allows "

@@ -25,7 +25,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
     """
     site, positions = verdict.query["site"], verdict.positions or "all"
     if site == LOGITS:
-        return _of_decisions(capture, verdict.query, most)
+        return _of_decisions(capture, verdict.query, positions, most)
     metric, sinks = METRICS[verdict.query["metric"]], sinks_behind(capture, verdict.query)
     found: list[TokenEvidence] = []
     for layer in layers:
@@ -105,7 +105,7 @@ def _sizes(query: PlainQuery, powers: NDArray[np.float64]) -> tuple[str, NDArray
         return "‖x − x̂‖ / ‖x‖", error / np.sqrt(powers[:, SIGNAL])
 
 
-def _of_decisions(capture: Capture, query: PlainQuery, most: int) -> list[TokenEvidence]:
+def _of_decisions(capture: Capture, query: PlainQuery, positions: str, most: int) -> list[TokenEvidence]:
     """Return the positions where the reference's token is given up, the most clearly preferred first.
 
     One for each pair of tokens and what follows, for text that repeats itself would fill the list with one place.
@@ -113,10 +113,11 @@ def _of_decisions(capture: Capture, query: PlainQuery, most: int) -> list[TokenE
     numbers = capture.sites.get((LOGITS, LOGITS))
     if numbers is None or PredictionMargins().key not in numbers:
         return []
+    view = View(numbers, LOGITS, positions, capture.sinks, LOGITS).within(())
+    numbers = view.numbers
     margins = numbers.arrays[PredictionMargins().key]
     least, below = query["parameters"].get("margin_from", 0.0), query["parameters"].get("margin_to") or np.inf
     lost = (margins[:, 1] < 0) & (margins[:, 0] >= least) & (margins[:, 0] < below)
-    view = View(numbers, LOGITS, "all", capture.sinks, LOGITS)
     ends = np.cumsum(numbers.lengths)
     found: dict[tuple[object, ...], TokenEvidence] = {}
     for i in sorted(np.flatnonzero(lost).tolist(), key=lambda i: -margins[i, 0]):

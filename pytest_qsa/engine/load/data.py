@@ -12,7 +12,6 @@ import os
 import random
 import re
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from ...common import (
     refuse_special,
     shown_path,
 )
-from ...suite import BUILTIN, DOCUMENTS, Data, HubSet, cache_folder, hub_set_of, local_path
+from ...suite import BUILTIN, DOCUMENTS, SHIPPED, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
 from .tokenizer import TextTokenizer
 
@@ -84,16 +83,17 @@ def windows_available(data: Data, tokenizer: TextTokenizer, folder: Path) -> int
 
 def read_texts(data: Data, folder: Path) -> list[Any]:
     """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
-    if data.source == "sample":
-        return [resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")]
+    if data.source in SHIPPED:
+        return [SHIPPED[data.source]()]
     spec = hub_set_of(data)
     if spec is not None:
         return _texts_of(read_hub(spec, data), data)
     path = local_path(data, folder)
     if path is None:
         raise InfraError(
-            f"unknown data source '{data.source}'{did_you_mean(data.source, [*BUILTIN, 'sample'])}: use sample, "
-            f"{', '.join(BUILTIN)}, hf:NAME, or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
+            f"unknown data source '{data.source}'{did_you_mean(data.source, [*BUILTIN, *SHIPPED])}: use "
+            f"{', '.join([*SHIPPED, *BUILTIN])}, hf:NAME, or custom:PATH of a text, JSON, JSONL, CSV or parquet file "
+            "or a folder"
         )
     parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
     if path.is_dir() or parquet or data.source.startswith("hf:"):

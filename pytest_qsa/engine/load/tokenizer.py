@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...checkpoint import Folder
 from ...common import AnomalyError, InfraError, logger, one_line
+from ...suite import SHIPPED
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -245,7 +245,7 @@ def _own(fields: Mapping[str, Any], pre: str) -> Any:
 
 def _texts() -> Iterator[str]:
     yield from _PROBES
-    text = resources.files("pytest_qsa.suite").joinpath("data/sample.txt").read_text(encoding="utf-8")
+    text = SHIPPED["sample"]()
     # Line by line: in one text all ids between two differences would count as differing.
     yield from text[:SAMPLE].splitlines(keepends=True)
 

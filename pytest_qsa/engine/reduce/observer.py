@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...captures import EXPERTS, LAYOUTS, Array, SiteNumbers, Statistic
+from ...captures import EXPERTS, LAYOUTS, Array, InRange, SiteNumbers, Statistic
 from ...common import InfraError
 from ..modules import Routing
 from .reductions import Plan
@@ -148,24 +148,29 @@ class StreamObserver:
     def _count_experts(self, routing: Routing, rows: Sequence[Tensor], keep: Sequence[Tensor | None]) -> None:
         for row, kept, route in zip(rows, keep, routing.of_rows(len(rows)), strict=True):
             if (kept is None or len(kept)) and row.numel():
-                counts = routing.counts(route if kept is None else route.index_select(0, kept))
-                self.kept.take(EXPERTS.key, counts)
+                counting = route if kept is None else route.index_select(0, kept)
+                self.kept.take(EXPERTS.key, routing.counts(counting))
+                for each in self.plan.expert_ranges:
+                    self.kept.of_range(str(each)).take(EXPERTS.key, routing.counts(counting[each.tokens]))
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the numbers that are tensors, complete."""
         self.reducers.finish()
-        for rows in self.kept.rows.values():
-            if isinstance(rows, list):
-                yield from rows
-        yield from (value for value in self.kept.pooled.values() if isinstance(value, Tensor))
+        for kept in (self.kept, *self.kept.ranges.values()):
+            for rows in kept.rows.values():
+                if isinstance(rows, list):
+                    yield from rows
+            yield from (value for value in kept.pooled.values() if isinstance(value, Tensor))
 
     def numbers(self, statistics: frozenset[Statistic], fetched: Transfer | None = None) -> SiteNumbers:
         """Return the numbers in the host's memory. `statistics`: those that the site has."""
         self.reducers.finish()
         fetch = fetched or Transfer(self.tensors())
         owners = self.reducers.owners_of(self.owners)
-        ordered = {name: [fetch(rows[index]) for index in owners.order] for name, rows in self.kept.rows.items()}
-        arrays = self._arrays_of_rows(ordered, owners) | self._arrays_of_sums(fetch)
+        arrays = self._arrays_of(self.kept, owners, fetch)
+        for text, kept in self.kept.ranges.items():
+            found = self._arrays_of(kept, owners, fetch)
+            arrays |= {InRange.named(text, name): array for name, array in found.items()}
         return SiteNumbers(
             dtype=self.dtype,
             shape=tuple(self.last_shape[1:]),
@@ -177,6 +182,10 @@ class StreamObserver:
             arrays=arrays,
         )
 
+    def _arrays_of(self, kept: Accumulator, owners: Owners, fetch: Transfer) -> dict[str, Array]:
+        ordered = {name: [fetch(rows[index]) for index in owners.order] for name, rows in kept.rows.items()}
+        return self._arrays_of_rows(ordered, owners) | self._arrays_of_sums(kept, fetch)
+
     def _arrays_of_rows(self, ordered: Mapping[str, list[Array]], owners: Owners) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
         for name, rows in ordered.items():
@@ -187,9 +196,9 @@ class StreamObserver:
                 arrays[name] = LAYOUTS[name.partition("/")[0]].join(rows)
         return arrays
 
-    def _arrays_of_sums(self, fetch: Transfer) -> dict[str, Array]:
+    def _arrays_of_sums(self, kept: Accumulator, fetch: Transfer) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
-        for name, pooled in self.kept.pooled.items():
+        for name, pooled in kept.pooled.items():
             if isinstance(pooled, Window):
                 arrays |= pooled.arrays()
             elif bins := LAYOUTS[name.partition("/")[0]].bins:

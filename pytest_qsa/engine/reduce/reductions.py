@@ -22,6 +22,7 @@ from ...captures import (
     MOMENTS,
     SIGNED_COUNTS,
     TOKENS,
+    InRange,
     Massive,
     Statistic,
     ranks_of,
@@ -54,7 +55,8 @@ def reduces(*names: str) -> Callable[[Reduction], Reduction]:
 class Plan:
     """What one observer reduces, worked out once from its statistics, so that a row costs no look-ups.
 
-    `massive`: array → its two thresholds. `steps`: all reductions; `others`: those that no kernel does.
+    `expert_ranges`: the ranges of tokens whose experts are counted. `massive`: array → its two thresholds. `steps`: all
+    reductions; `others`: those that no kernel does.
     """
 
     tokens: bool
@@ -64,6 +66,7 @@ class Plan:
     counts: bool
     signed: bool
     experts: bool
+    expert_ranges: tuple[InRange, ...]
     massive: Mapping[str, tuple[float, float]]
     steps: tuple[tuple[Statistic, Reduction], ...]
     others: tuple[tuple[Statistic, Reduction], ...]
@@ -82,6 +85,7 @@ class Plan:
             counts=COUNTS in statistics,
             signed=SIGNED_COUNTS in statistics,
             experts=EXPERTS in statistics,
+            expert_ranges=tuple(s for s in ordered if isinstance(s, InRange) and s.inner == EXPERTS),
             massive={s.key: (s.absolute, s.ratio) for s in ordered if isinstance(s, Massive)},
             steps=steps,
             others=tuple(step for step in steps if step[0].name not in FUSED),
@@ -186,6 +190,26 @@ class Row:
         count = self.elements.numel()
         ranks = self.tables.ranks(count, self.whole.device)
         return _order(self.magnitude_counts, self.elements, self.counted.dtype, ranks)
+
+
+@reduces(InRange.name)
+def of_range(statistic: InRange, row: Row, into: Accumulator) -> None:
+    """Reduce some tokens of a row alone; a row that has none of them gets zeros, so that each population has a row."""
+    within, inner = into.of_range(str(statistic)), statistic.inner
+    tokens = row.counted[statistic.tokens]
+    within.take("in_range", torch.full((), len(tokens), dtype=torch.int64, device=tokens.device))
+    reduction = REDUCTIONS.get(inner.name)
+    if reduction is None:  # experts, which the observer counts
+        return
+    some = tokens if len(tokens) else row.counted[:1]
+    part = Row(some, None, some, row.sample, Plan.of(frozenset({inner})), row.tables, row.compiled)
+    if len(tokens):
+        reduction(inner, part, within)
+        return
+    blank = Accumulator(into.arena)
+    reduction(inner, part, blank)
+    for name, rows in blank.rows.items():
+        within.take(name, torch.zeros_like(torch.as_tensor(rows[0])))
 
 
 def reduce_each(steps: Iterable[tuple[Statistic, Reduction]], row: Row, into: Accumulator) -> None:

@@ -137,12 +137,22 @@ class Column:
 
 
 class Accumulator:
-    """The numbers of one site so far. `rows`: name → an array of each population; `pooled`: name → a sum over all."""
+    """The numbers of one site so far. `rows`: name → an array of each population; `pooled`: name → a sum over all.
+
+    `ranges`: text of an `InRange` → the numbers of its tokens alone.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.rows: dict[str, Any] = {}
         self.pooled: dict[str, Any] = {}
+        self.ranges: dict[str, Accumulator] = {}
+
+    def of_range(self, text: str) -> Accumulator:
+        """Return where the numbers of a range of tokens go."""
+        if text not in self.ranges:
+            self.ranges[text] = Accumulator(self.arena)
+        return self.ranges[text]
 
     def room(self, name: str, count: int, dtype: DTypeLike, shape: tuple[int, ...] = (0,)) -> Array:
         """Allocate zeros [count] for the next population's array of that name; `shape`: see `Column`."""

@@ -32,6 +32,7 @@ from ...captures import (
     Statistic,
     against_reference,
     find_sinks,
+    names_sinks,
     renumbered,
 )
 from ...common import AnomalyError, InfraError
@@ -302,7 +303,7 @@ class LiveReference(Reference):
 
 
 def _needs_sinks(statistic: Statistic) -> bool:
-    return isinstance(statistic, ChannelError) and statistic.positions in ("sink", "no_sink")
+    return isinstance(statistic, ChannelError) and names_sinks(statistic.positions)
 
 
 class _Rendezvous(Participant):

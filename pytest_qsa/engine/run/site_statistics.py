@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import EXPERTS, STORED, Capture, SiteKey, SiteNumbers, Statistic, against_reference
+from ...captures import EXPERTS, STORED, Capture, InRange, SiteKey, SiteNumbers, Statistic, against_reference
 from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
@@ -99,7 +99,7 @@ class SiteStatistics(Participant):
         missing = self.wanted[site] if owner is None else self._lacking[site]
         if routing is not None:
             # The site that shares the tensor may be another kind of layer, whose hook sees no routing.
-            missing |= self.wanted[site] & {EXPERTS}
+            missing |= {each for each in self.wanted[site] if each == EXPERTS or _counts_experts(each)}
         if missing:
             self._reduce(forward.rows, site, tensor, call, missing, routing)
         forward.last = (site, call)
@@ -193,6 +193,10 @@ class SiteStatistics(Participant):
             # The same object for both sites: the capture's file then holds their arrays once.
             found[site] = _joined(found[owner], own[site]) if site in own else found[owner]
         return found
+
+
+def _counts_experts(statistic: Statistic) -> bool:
+    return isinstance(statistic, InRange) and statistic.inner == EXPERTS
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -8,6 +8,7 @@ from matplotlib.ticker import FuncFormatter
 
 from ...captures import LOGITS, Capture, PredictionMargins
 from ...common import counted
+from ...metrics import View
 from ...verdicts import Verdict
 from .style import BLUE, INK, MUTED, RED, add_legend, head, metric_title, new_figure, plain_number, styled
 
@@ -21,7 +22,8 @@ def margin_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     numbers = capture.sites.get((LOGITS, LOGITS))
     if verdict.query.get("site") != LOGITS or numbers is None or PredictionMargins().key not in numbers:
         return None
-    margins = numbers.arrays[PredictionMargins().key][:, :2]
+    view = View(numbers, LOGITS, verdict.positions or "all", capture.sinks).within(())
+    margins = view.numbers.arrays[PredictionMargins().key][:, :2]
     margins = margins[~np.isnan(margins).any(axis=1)]
     if not len(margins):
         return None

@@ -23,7 +23,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from ...captures import Capture, Site
+from ...captures import Capture, PositionRange, Site
 from ...common import counted, write_atomically
 from ...metrics import PlainQuery
 
@@ -301,7 +301,9 @@ def population(reduce: str | None, samples: int, positions: str | None) -> str:
     parts = []
     if samples:
         parts.append(f"{reduce or 'pooled'} over {counted(samples, 'sample')}")
-    if positions:
+    if positions and (span := PositionRange.parse(positions)):
+        parts.append(span.text)
+    elif positions:
         skipped = positions.partition(":")[2]
         parts.append(POSITIONS.get(positions) or (f"without the first {skipped} positions" if skipped else positions))
     return " · ".join(parts)

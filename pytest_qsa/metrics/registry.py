@@ -114,7 +114,7 @@ class Definition:
 class Metric(Definition):
     """A metric and what must be known of it before and after the pass.
 
-    `reduce`: how the samples are folded by default; None where the metric pools them itself.
+    `reduce`: how the samples are aggregated by default; None where the metric pools them itself.
     `per`: what one number is about; of a `model` it is computed from the views of all layers, for the `expert`s of a
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
@@ -305,12 +305,12 @@ def metric(
     """Register a function as a metric under its own name, for suites and Python alike.
 
     The function gets a `View` of each layer and its own parameters as keywords, each with a type and a default. It
-    returns one number, or, where `reduce` says how samples are folded by default, one for each population, float64 [P].
+    returns one number, or, where `reduce` says how samples are aggregated by default, one for each population, float64 [P].
 
     Args:
         statistics: what a pass has to keep for it, as `Statistic` or its text (`"tokens"`, `"massive:100:1000"`), or a
             function of site, positions and parameters that says so.
-        reduce: how the populations are folded by default: `max`, `mean`, `sum` or `p95`; None for one number.
+        reduce: how the populations are aggregated by default: `max`, `mean`, `sum` or `p95`; None for one number.
         unit: of the number, for reports; `dB` lets +∞ pass as nothing that differs.
         sites: where it can be asked for.
         version: of the definition; a baseline of another version is not compared.

@@ -49,7 +49,7 @@ class NotMeasuredError(AnomalyError):
 class Selection(MetricMethods):
     """The layers of a capture that a regex finds, at one site. Each metric returns a `Series`, in model order.
 
-    All methods take `reduce` (how samples are folded: max, mean, sum, p95) where the metric has samples, and
+    All methods take `reduce` (how samples are aggregated: max, mean, sum, p95) where the metric has samples, and
     `positions` where it counts tokens. They raise `AnomalyError` where there is nothing to compute from, and
     `InfraError` for a weight in a format that isn't known here.
     """

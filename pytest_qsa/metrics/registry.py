@@ -305,7 +305,8 @@ def metric(
     """Register a function as a metric under its own name, for suites and Python alike.
 
     The function gets a `View` of each layer and its own parameters as keywords, each with a type and a default. It
-    returns one number, or, where `reduce` says how samples are aggregated by default, one for each population, float64 [P].
+    returns one number, or, where `reduce` says how samples are aggregated by default, one for each population,
+    float64 [P].
 
     Args:
         statistics: what a pass has to keep for it, as `Statistic` or its text (`"tokens"`, `"massive:100:1000"`), or a

@@ -35,6 +35,7 @@ from ..suite import (
     SuiteFile,
     load_suite,
     misfit,
+    subject_on,
 )
 from .options import Options
 
@@ -260,12 +261,12 @@ class Subjects:
         """Return the subject that an item tests; None for an item that is no gate."""
         checkpoint = checkpoint_of(item)
         if isinstance(item.parent, QsaSuite):
-            subject = _subject(item.parent.file, checkpoint)
+            subject = subject_on(item.parent.file, checkpoint)
             return subject if subject.model else replace(subject, fixture=fixture_source(item, "qsa_model"))
         if "qsa" not in getattr(item, "fixturenames", ()):
             return None
         if self.config_suite is not None:
-            return _subject(self.config_suite, checkpoint)
+            return subject_on(self.config_suite, checkpoint)
         model = Model(path=checkpoint.path) if checkpoint else None
         name = (checkpoint.name if checkpoint else None) or (model.id if model else "model")
         source = "" if model else fixture_source(item, "qsa_model")
@@ -275,16 +276,6 @@ class Subjects:
 def _name(file: SuiteFile, checkpoint: Checkpoint | None) -> str:
     model = file.suite.model
     return (checkpoint.name if checkpoint else None) or (model.id if model else "model")
-
-
-def _subject(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
-    suite, name = file.suite, _name(file, checkpoint)
-    model = suite.model
-    if checkpoint is not None:
-        # --qsa-model takes the place of whatever says where the model comes from.
-        base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
-        model = Model(**base, path=checkpoint.path)
-    return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
 
 
 def checkpoint_of(item: pytest.Item) -> Checkpoint | None:

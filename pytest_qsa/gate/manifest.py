@@ -6,6 +6,9 @@ that writes the report hashes the files.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +17,18 @@ from typing import Any
 import pytest
 
 from ..common import QsaError, shown_path
-from ..suite import OTHER_MODEL, TIERS, FileHashes, Subject, checkpoint_hashes, folders_of, library_versions, suite_hash
+from ..suite import (
+    OTHER_MODEL,
+    TIERS,
+    FileHashes,
+    Model,
+    Subject,
+    checkpoint_hashes,
+    folders_of,
+    library_versions,
+    suite_hash,
+)
+from ..tools import size_of
 from ..verdicts import baseline_folder, baseline_hashes
 from .collection import QsaSuite, Subjects
 from .options import Options
@@ -93,6 +107,21 @@ def manifest_of(
         },
         "versions": library_versions(("pytest",)),
     }
+
+
+def sizes_of_subjects(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return subject → bytes and parameters of its files, for a report that puts several side by side; else nothing."""
+    paths = {result["subject"]: path for result in results if (path := (result["run"].get("model") or {}).get("path"))}
+    if len(paths) < 2:
+        return {}
+    sizes = {name: size_of(path, Model(path=path)) for name, path in paths.items() if Path(path).is_dir()}
+    return {name: list(size) for name, size in sizes.items() if size is not None}
+
+
+def this_machine() -> str:
+    """Return what tells this machine from others, without its name: speeds of two are not compared."""
+    facts = f"{platform.node()} {platform.machine()} {os.cpu_count()}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 
 def _checkpoint(path: str, folders: Sequence[str], hashes: FileHashes) -> dict[str, Any]:

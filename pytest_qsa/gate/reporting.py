@@ -386,7 +386,7 @@ class Reporter:
         if not self.results or self.options.report == "never" or (self.options.report == "on-failure" and not failed):
             return
         try:
-            content = self._session() | {"manifest": self._manifest(session)}
+            content = self._session() | self._compared() | {"manifest": self._manifest(session)}
             self.written = common.shown_path(report.write_run(self.results, self.options.run_folder, content))
         except Exception as error:  # the verdicts stand without it
             self.written = f"not written: {type(error).__name__}: {error}"
@@ -399,6 +399,12 @@ class Reporter:
             common.write_atomically(self.options.markdown, text)
         except OSError as error:  # the verdicts stand without it
             self.unwritten = f"{common.shown_path(self.options.markdown)} was not written: {error}"
+
+    def _compared(self) -> dict[str, Any]:
+        """Return what comparisons need beside the results."""
+        from . import manifest
+
+        return {"machine": manifest.this_machine(), "sizes": manifest.sizes_of_subjects(self.results)}
 
     def _manifest(self, session: pytest.Session) -> dict[str, Any]:
         """Return what the run was of: its files by their hashes, its tests, and all that was overridden."""

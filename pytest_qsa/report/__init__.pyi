@@ -1,3 +1,15 @@
+from .comparison import (
+    Column as Column,
+    Comparison as Comparison,
+    Size as Size,
+    comparison_of as comparison_of,
+)
+from .comparison_text import (
+    comparison_csv as comparison_csv,
+    comparison_markdown as comparison_markdown,
+    comparison_page as comparison_page,
+    comparison_text as comparison_text,
+)
 from .html import (
     Gallery as Gallery,
     GallerySurface as GallerySurface,

@@ -18,6 +18,8 @@ from markupsafe import Markup
 
 from ..captures import PositionRange, Provenance
 from ..checkpoint import kind_of
+from .comparison import Column, Size, comparison_of
+from .comparison_text import MOST_LAYERS
 from .html import PagePicture, flattened, render
 from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, state_of
 from .report import PlainVerdict
@@ -224,6 +226,24 @@ def _assertions(page: Page) -> Variables:
     }
 
 
+def _comparison(page: Page) -> Variables | None:
+    """Put several checkpoints side by side: a row a metric, then a row a layer."""
+    results: dict[str, list[Card]] = {}
+    for card in page.cards:
+        results.setdefault(card["subject"], []).append(card)
+    if len(results) < 2:
+        return None
+    sizes: Mapping[str, Sequence[int]] = page.session.get("sizes") or {}
+    columns = [
+        Column(name, own, Size(*sizes[name]) if name in sizes else None, str(page.session.get("machine", "")))
+        for name, own in sorted(results.items())
+    ]
+    compared = comparison_of(columns, strict=False)
+    # subjects of different suites may have nothing in common
+    joined = [line for line in compared.lines if sum(cell is not None for cell in line.cells) > 1]
+    return {"comparison": compared, "most": MOST_LAYERS} if joined else None
+
+
 def _kinds(page: Page) -> Variables | None:
     """Count the layers out of bounds by kind: one layer is a damaged tensor, a whole kind a wrong setting."""
     several = len(page.subjects) > 1
@@ -272,6 +292,7 @@ def _provenance(page: Page) -> Variables:
 PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
     "finding": _finding,
     "assertions": _assertions,
+    "comparison": _comparison,
     "kinds": _kinds,
     "layers": _layers,
     "left_out": _left_out,
@@ -281,6 +302,7 @@ PAGE_SECTIONS: Mapping[str, Callable[[Page], Variables | None]] = {
 """The page from top to bottom: the name of a template → what it shows, or None where it has nothing to show."""
 CONTENTS = {
     "assertions": "Assertions",
+    "comparison": "Side by side",
     "kinds": "Kinds of layers",
     "layers": "All layers",
     "subjects": "What was tested",

@@ -49,6 +49,7 @@ from .load import (
     load_suite as load_suite,
     misfit as misfit,
     subject_of as subject_of,
+    subject_on as subject_on,
     suite_schema as suite_schema,
 )
 from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots

@@ -25,7 +25,7 @@ from .assertion import (
 from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
 from .sections import Data, Memory, Model, Strict, Visualization, fields_at
-from .subjects import NamedSubject, hub_set_of, local_path
+from .subjects import Checkpoint, NamedSubject, Subject, hub_set_of, local_path
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
@@ -124,6 +124,17 @@ def subject_of(file: SuiteFile) -> NamedSubject:
     if suite.model is None:
         raise SuiteError(f"{shown_path(file.path)}:1: there is no section 'model'")
     return NamedSubject(suite.model.id, suite.model, suite.data, suite.memory, file.path.parent)
+
+
+def subject_on(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
+    """Return the subject of a suite on a checkpoint, which takes the place of whatever says where its model is from."""
+    suite = file.suite
+    name = (checkpoint.name if checkpoint else None) or (suite.model.id if suite.model else "model")
+    model = suite.model
+    if checkpoint is not None:
+        base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
+        model = Model(**base, path=checkpoint.path)
+    return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
 
 
 def misfit(path: Path, override: str, roots: Roots | None = None) -> str | None:

@@ -103,7 +103,9 @@ def within_budget(
         if bounds == Bounds():
             continue
         detail = (details or {}).get(layer) or interval_text(series, layer)
-        rows.append(Row(layer, value, bounds.low, bounds.high, None, bounds.excess(value), depth, detail=detail))
+        interval = series.intervals[layer][:2] if layer in series.intervals else None
+        excess = bounds.excess(value)
+        rows.append(Row(layer, value, bounds.low, bounds.high, None, excess, depth, detail=detail, interval=interval))
     judgement = judged(rows, series.query, budget.text, leniency, detailed=bool(details))
     free = len(series.layers) - len(rows)
     headline = (

@@ -37,7 +37,7 @@ class Row:
 
     `low`, `high`: the allowed range. `excess`: the signed distance outside it, 0 inside. `depth`: the index of the
     layer in the model's order. `waived`: a waiver covers the excess. `detail`: more about the value, in words.
-    `reference`: the value of the reference at this layer, where it is known.
+    `reference`: the value of the reference at this layer, where it is known. `interval`: 95 % of an estimated value.
     """
 
     layer: str
@@ -50,6 +50,7 @@ class Row:
     waived: bool = False
     detail: str = ""
     reference: float | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def used(self) -> float | None:

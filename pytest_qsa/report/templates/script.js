@@ -85,6 +85,7 @@
       body.append(...sorted.flatMap((row) => (row.detail ? [row, row.detail] : [row])));
     }));
     const filter = layers.querySelector(".filter");
+    if (!filter) return;
     const only = layers.querySelector(".only-out");
     const shown = layers.querySelector(".shown");
     const sift = () => {

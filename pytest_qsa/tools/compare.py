@@ -13,7 +13,7 @@ from ..captures import LOGITS, Capture, PartialSums, Request
 from ..checkpoint import capture_weights, open_folder
 from ..common import AnomalyError, InfraError, QsaError, SuiteError, UnloadableFormatError, progress_bar, shown_path
 from ..external import EvalFiles
-from ..metrics import METRICS, Bounds, NotMeasuredError, Series
+from ..metrics import METRICS, NotMeasuredError, Series
 from ..report import Column, Size, read_report, to_plain
 from ..suite import (
     ASSERTIONS,
@@ -33,7 +33,6 @@ from ..suite import (
     subject_on,
 )
 from ..verdicts import (
-    Budget,
     Evidence,
     Identity,
     Measurement,
@@ -42,7 +41,7 @@ from ..verdicts import (
     concluded,
     judge_assertion,
     stopped,
-    within_budget,
+    unbounded,
 )
 from .diff.sides import tokens_hash
 from .estimates import sizes_of
@@ -92,13 +91,14 @@ class Measurer:
     """Measures targets alike.
 
     `file`: the suite, or the sections alone where `stated` is false; None where no target needs one. `cache`: of
-    captures.
+    captures. `more`: metrics of predictions that are measured beside the usual ones where no suite says what.
     """
 
     file: SuiteFile | None
     stated: bool
     cache: Path | None = None
     allow_code: bool = False
+    more: tuple[str, ...] = ()
 
     def columns(self, targets: Sequence[Target]) -> Iterator[Column]:
         """Yield the column of each target, of a report one for each of its subjects.
@@ -133,7 +133,7 @@ class Measurer:
         """Return the assertions of the suite, or what is compared without one. `compare`: as `Relation.compare`."""
         if self.file is not None and self.stated:
             return self.file.assertions
-        found = [_unbounded(name, name, site=LOGITS, layers="") for name in OF_MODEL]
+        found = [_unbounded(name, name, site=LOGITS, layers="") for name in (*OF_MODEL, *self.more)]
         if compare != LOGITS and anatomy.blocks:
             found.append(_unbounded(BLOCKS, "sqnr", site="output", layers=anatomy.block_pattern))
         if compare == "layers" and anatomy.linears:
@@ -295,8 +295,7 @@ def judged_plainly(assertion: MeasuredAssertion, capture: Capture, name: str) ->
         alone = assertion.model_copy(update={"baseline": None})
         return judge_assertion(alone, Measurement(capture, _no_baseline), test, date.today())
     try:
-        series = checked_series(assertion, capture)
-        judgement = within_budget(series, Budget.of(Bounds(), series.layers))
+        judgement = unbounded(checked_series(assertion, capture))
     except QsaError as error:
         judgement = stopped(error, assertion.query)
     return concluded(judgement, test, capture)

@@ -40,6 +40,7 @@ from .judgement import (
     Judgement as Judgement,
     Leniency as Leniency,
     checked_series as checked_series,
+    unbounded as unbounded,
     within_budget as within_budget,
 )
 from .tokens import channel_of as channel_of, context as context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING
@@ -96,22 +96,34 @@ def within_budget(
     """
     series.check()
     _check_shown(series, budget)
-    rows = []
-    for depth, (layer, bounds, value) in enumerate(
-        zip(series.layers, budget.bounds, series.values.tolist(), strict=True)
-    ):
-        if bounds == Bounds():
-            continue
-        detail = (details or {}).get(layer) or interval_text(series, layer)
-        interval = series.intervals[layer][:2] if layer in series.intervals else None
-        excess = bounds.excess(value)
-        rows.append(Row(layer, value, bounds.low, bounds.high, None, excess, depth, detail=detail, interval=interval))
+    rows = [row for row in _rows(series, budget, details or {}) if (row.low, row.high) != (None, None)]
     judgement = judged(rows, series.query, budget.text, leniency, detailed=bool(details))
     free = len(series.layers) - len(rows)
     headline = (
         f"{judgement.headline}; {free} more {'has' if free == 1 else 'have'} no bound" if free else judgement.headline
     )
     return replace(judgement, headline=headline, key=_exceeded(judgement.rows, budget))
+
+
+def unbounded(series: Series) -> Judgement:
+    """Return the numbers of a series that is held against nothing, in the model's order.
+
+    Raises:
+        AnomalyError: there is no layer, or a value is not finite.
+    """
+    series.check()
+    rows = list(_rows(series, Budget.of(Bounds(), series.layers), {}))
+    return Judgement(Kind.PASSED, f"{series.query.metric} of {len(rows)} {series.query.of}", series.query.plain(), rows)
+
+
+def _rows(series: Series, budget: Budget, details: Mapping[str, str]) -> Iterator[Row]:
+    """Yield the row of each layer."""
+    values = zip(series.layers, budget.bounds, series.values.tolist(), strict=True)
+    for depth, (layer, bounds, value) in enumerate(values):
+        detail = details.get(layer) or interval_text(series, layer)
+        interval = series.intervals[layer][:2] if layer in series.intervals else None
+        excess = bounds.excess(value)
+        yield Row(layer, value, bounds.low, bounds.high, None, excess, depth, detail=detail, interval=interval)
 
 
 def interval_text(series: Series, layer: str) -> str:

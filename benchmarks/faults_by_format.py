@@ -45,7 +45,7 @@ assertions:
   - {{id: norms, metric: rms, layers: 'norm$', site: weight, baseline: {{rel: 0.01}}}}
 """
 """`qsa init` names the layers of a GGUF file as the model does, which a suite of its files alone can't."""
-MATRICES = r"\.(attn_[qkv]|attn_output|ffn_(gate|up|down))$"
+MATRICES = r"\.(attn_[qkv]|attn_output|ffn_(gate|up|down))$|^token_embd$"
 DATA = ("--data.num_samples", "4", "--data.seq_len", "128")
 
 

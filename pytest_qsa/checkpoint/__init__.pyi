@@ -8,7 +8,8 @@ from .checks.health import (
     query_of_check as query_of_check,
 )
 from .checks.parts import SEVERAL_TOKENS as SEVERAL_TOKENS, of_several_tokens as of_several_tokens
-from .checks.scales import FUSED_LAYERS as FUSED_LAYERS, WHOLE_SCALES as WHOLE_SCALES
+from .checks.scales import FUSED_LAYERS as FUSED_LAYERS, WHOLE_SCALES as WHOLE_SCALES, misfits as misfits
+from .checks.shards import unread_index as unread_index
 from .experts import (
     EXPERT as EXPERT,
     PACKED as PACKED,
@@ -40,6 +41,13 @@ from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
 from .nearest import HEALTHY as HEALTHY, NEAREST as NEAREST, Requantization as Requantization
+from .side_files import (
+    OF_A_LOAD as OF_A_LOAD,
+    OF_A_TOKENIZER as OF_A_TOKENIZER,
+    check_side_files as check_side_files,
+    nested_settings as nested_settings,
+    readable_tokenizer as readable_tokenizer,
+)
 from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
 from .suspicions import (
     Suspicion as Suspicion,

@@ -226,7 +226,7 @@ class Folder:
             text = file.read_bytes()
             if text.startswith(LFS_POINTER):
                 raise InfraError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
-            content = parsed_json(text)
+            content = parsed_json(text.decode("utf-8"), constant=_constant)
         except OSError as error:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
@@ -235,19 +235,22 @@ class Folder:
             raise AnomalyError(f"{file} is no JSON object but a {type(content).__name__}")
         return content
 
-    def template(self) -> str | None:
-        """Return the text of chat_template.jinja; None where there is none.
+    def template(self, name: str = TEMPLATE_FILE) -> str | None:
+        """Return the text of a chat template that lies in a file of its own; None where there is none.
 
         Raises:
             AnomalyError: it is no text.
-            InfraError: it can't be read, or is too large.
+            InfraError: it can't be read, is too large, or is a pointer of git-lfs.
         """
-        file = self.path / TEMPLATE_FILE
+        file = self.path / name
         if not file.is_file():
             return None
         refuse_special(file, MOST_TEMPLATE)
         try:
-            return file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            if text.encode().startswith(LFS_POINTER):
+                raise InfraError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
+            return text
         except OSError as error:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
@@ -273,8 +276,8 @@ class Folder:
             AnomalyError: it is no JSON, or no index.
         """
         weights = (self.json(INDEX) or {}).get("weight_map") or {}
-        # The system raises an error of its own where a longer name is looked up.
-        if not isinstance(weights, dict) or not all(isinstance(f, str) and len(f) < 250 for f in weights.values()):
+        named = weights.values() if isinstance(weights, dict) else (None,)
+        if not all(isinstance(file, str) for file in named) or not all(map(_lies_inside, set(named))):
             raise AnomalyError(f"{self.path / INDEX} doesn't name the file of each tensor: copy or download it again")
         return dict(weights)
 
@@ -295,6 +298,23 @@ class Folder:
                 raise AnomalyError(f"{self.path}: {INDEX} names {file}, which is not there: copy or download it again")
         if self.files or not any(self.path.glob("*.bin")):
             _ = self.tensors  # which reads the header of every file
+
+
+def _lies_inside(file: str) -> bool:
+    """Say whether the name of a file stays in its folder; a downloaded index may name any file of this machine."""
+    # 250: the system raises an error of its own where a longer name is looked up.
+    return len(file) < 250 and not Path(file).is_absolute() and ".." not in Path(file).parts
+
+
+def _constant(text: str) -> float:
+    """Return what Python writes for an infinite number, as some limits are, and no JSON has.
+
+    Raises:
+        ValueError: it is NaN, which no setting can be.
+    """
+    if text == "NaN":
+        raise ValueError("it holds NaN")
+    return float(text)
 
 
 @contextlib.contextmanager

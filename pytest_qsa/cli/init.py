@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _name(model: str) -> str:
-    return Path(os.path.abspath(model)).name if Path(model).is_dir() else model.rpartition("/")[2]
+    """Return the name of a folder or hub id, of the letters that the name of a model in a suite may have."""
+    name = Path(os.path.abspath(model)).name if Path(model).is_dir() else model.rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:

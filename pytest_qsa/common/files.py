@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,15 @@ def refuse_special(path: Path, most: int | None = None) -> None:
         )
 
 
-def parsed_json(text: str | bytes) -> Any:
-    """Parse JSON that anyone may have written.
+def parsed_json(text: str | bytes, constant: Callable[[str], float] | None = None) -> Any:
+    """Parse JSON that anyone may have written. `constant`: makes a number of `NaN` and `Infinity`, which no JSON has.
 
     Raises:
         ValueError: it is no JSON, or nested more than `MOST_NESTED` deep.
     """
     deep = f"it is nested more than {MOST_NESTED} deep"
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError(deep) from None
     level = [parsed]

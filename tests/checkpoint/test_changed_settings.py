@@ -62,7 +62,11 @@ def test_a_key_that_was_not_written_counts_as_its_class_fills_it_in(llama, tmp_p
     [
         ("config.json", "rms_norm_eps", 0.5),
         ("generation_config.json", "eos_token_id", 7),
-        ("tokenizer.json", "truncation", {"max_length": 64, "direction": "Right"}),
+        (
+            "tokenizer.json",
+            "truncation",
+            {"max_length": 64, "direction": "Right", "strategy": "LongestFirst", "stride": 0},
+        ),
     ],
 )
 def test_the_first_line_names_the_file_of_a_setting(llama, tmp_path, file, key, value):

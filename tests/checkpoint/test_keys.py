@@ -79,7 +79,7 @@ def keys(folder, names, config, index=None):
     save_file({name: np.ones((2, 2), np.float32) for name in names}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     if index is not None:
-        (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     findings = problems_of(Files(open_folder(folder)), "checkpoint_keys")[1]
     return {finding.tensor: finding.what for finding in findings}
 

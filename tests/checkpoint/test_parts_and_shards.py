@@ -31,7 +31,7 @@ def saved(folder, files, *, index=None, **config):
         save_file(tensors, folder / name)
     (folder / "config.json").write_text(json.dumps(config))
     if index is not None:
-        (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 

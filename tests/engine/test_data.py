@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from pytest_qsa.common.errors import InfraError
+from pytest_qsa.common.errors import AnomalyError, InfraError
 from pytest_qsa.engine.load.data import batches_of, document_windows, read_texts, stream_windows, windows_of
 from pytest_qsa.suite import Data
 
@@ -536,6 +536,16 @@ def test_conversations_are_put_into_the_template_of_the_tokenizer(tmp_path):
     settings = data("custom:a.jsonl", num_samples=1, seq_len=9, chat_template=True)
     (batch,) = batches_of(settings, tok, tmp_path)
     assert batch["input_ids"].tolist() == [[BOS, 4, EOS, BOS, 5, EOS, BOS, 6, EOS]]
+
+
+def test_a_tokenizer_that_can_not_encode_a_text_is_told_in_one_line(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w1": 0}, unk_token="<unk>")))
+    write(tmp_path, "a.txt", words(20))
+    with pytest.raises(AnomalyError, match=r"the tokenizer of .* can't encode 'a': .* Missing"):
+        batches_of(data(), lacking, tmp_path)
 
 
 def test_a_tokenizer_without_a_template_is_an_error(tmp_path):

@@ -33,6 +33,11 @@ def index_an_absent_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def cut_to_one_shard_without_metadata(folder):
+    shard = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors").name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+
+
 def replace_by_a_pointer(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
@@ -75,6 +80,16 @@ FILES = {
         lambda folder: (folder / "generation_config.json").write_text("[1]"),
         AnomalyError,
         r"generation_config\.json is no JSON object but a list",
+    ),
+    "an odd value in generation_config.json": (
+        lambda folder: (folder / "generation_config.json").write_text('{"temperature": "hot"}'),
+        AnomalyError,
+        r"generation_config\.json: temperature is 'hot', and not a number",
+    ),
+    "shards with an index that transformers stops on": (
+        cut_to_one_shard_without_metadata,
+        AnomalyError,
+        r"index\.json: there is no section metadata",
     ),
     "a config.json that is a pointer of git-lfs": (
         lambda folder: (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
@@ -132,6 +147,41 @@ SETTINGS = {
         AnomalyError,
         r"config\.json: no model can be made of its settings: KeyError: 'nope' \(hidden_act\)",
     ),
+    "a class that transformers doesn't have": (
+        other_settings(architectures=["LlamaForCasualLM"]),
+        AnomalyError,
+        r"config\.json: architectures names LlamaForCasualLM, .* \(did you mean 'LlamaForCausalLM'\?\)",
+    ),
+    "something else than a model's class": (
+        other_settings(architectures=["LlamaConfig"]),
+        AnomalyError,
+        "architectures names LlamaConfig, .*; of llama it has LlamaForCausalLM, ",
+    ),
+    "another family's class": (
+        other_settings(architectures=["BertModel"]),
+        AnomalyError,
+        r"no model can be made of its settings: .* \(architectures names BertModel, which is no class of llama\)",
+    ),
+    "no class, so that the head is left out": (
+        other_settings(architectures=[]),
+        AnomalyError,
+        "lm_head.weight; config.json names no class in architectures, so that it is LlamaModel",
+    ),
+    "codes in layers that are declared to have none": (
+        quantization(config_groups={}),
+        AnomalyError,
+        "the quantization_config of config.json leaves these layers out, and they hold codes",
+    ),
+    "a pattern that is no regular expression": (
+        quantization(ignore=["re:("]),
+        AnomalyError,
+        r"config\.json: quantization_config names layers by '\(', which is no regular expression",
+    ),
+    "groups that the scales aren't of": (
+        groups(strategy="group", group_size=7),
+        AnomalyError,
+        "weight_scale .*: shape 32×1, but group-wise scales of a weight",
+    ),
     "no heads": (other_settings(num_attention_heads=0), AnomalyError, r"json is no configuration of llama: Zero"),
     "another model's width": (
         other_settings(intermediate_size=128),
@@ -157,9 +207,9 @@ SETTINGS = {
     "a quantization that is no section": (
         other_settings(quantization_config=3),
         AnomalyError,
-        r"config\.json is no configuration of llama",
+        r"config\.json: quantization_config is 3, and not a section of settings",
     ),
-    "bits that are no number": (groups(num_bits="eight"), AnomalyError, "config can't be read: .*num_bits"),
+    "bits that are no number": (groups(num_bits="eight"), AnomalyError, "weights.num_bits is 'eight', and not a whole"),
     "a strategy that a newer library may know": (groups(strategy="newer"), InfraError, "'newer' is not a valid"),
     "a class that a newer library may know": (
         other_settings(model_type="newer"),
@@ -289,6 +339,11 @@ TOKENIZERS = {
         AnomalyError,
         r"holds no tokenizer\.json, and no tokenizer can be made of tokenizer_config\.json",
     ),
+    "an added token without a number": (
+        '{"model": {"type": "WordLevel", "vocab": {}}, "added_tokens": [{"id": "x", "content": "a"}]}',
+        AnomalyError,
+        r"tokenizer\.json: added_tokens is .*, and not a list of tokens",
+    ),
     "a newer library's": ('{"model": {"type": "Newer"}}', InfraError, "the tokenizer of .* can't be loaded: "),
 }
 
@@ -302,6 +357,13 @@ def test_a_tokenizer_that_can_not_be_loaded_is_not_one_that_is_missing(llama, tm
     assert loaded.tokenizer is None
     with pytest.raises(kind, match=message):
         loaded.required_tokenizer("damaged")
+
+
+def test_a_chat_template_that_can_not_be_parsed_is_told_where_a_tokenizer_is_needed(llama, tmp_path):
+    folder = edited(llama, tmp_path / "damaged")
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message")
+    with pytest.raises(AnomalyError, match=r"chat_template\.jinja can't be parsed, line 1: "):
+        load(folder).required_tokenizer("damaged")
 
 
 def test_a_package_that_a_tokenizer_needs_is_named(llama, monkeypatch):

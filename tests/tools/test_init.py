@@ -86,11 +86,12 @@ def test_a_model_that_is_nowhere_leaves_no_file(tmp_path, monkeypatch, capsys):
 
 def test_a_suite_of_a_checkpoint_that_nothing_here_loads_reads_its_files_alone(tmp_path, monkeypatch, quantized, llama):
     monkeypatch.chdir(tmp_path)
-    unloadable = quantized["int4 with zero points"]
+    unloadable = tmp_path / "int4 + kv"  # a name that a model in a suite can't have
+    unloadable.symlink_to(quantized["int4 with zero points"])
     named = ["--reference", str(llama), "--model.weights", "files", "-o", "gate.qsa.yaml"]
     assert main(["init", str(unloadable), *named]) == 0
     file = load_suite(tmp_path / "gate.qsa.yaml")
-    assert file.suite.model.weights == "files"
+    assert (file.suite.model.name, file.suite.model.weights) == ("int4---kv", "files")
     ids = ["files", "unquantized", "weight-scales", "weights-without-bias", "weights-close", "rows-close"]
     ids.append("groups-keep-their-size")
     assert [assertion.id for assertion in file.assertions] == ids

@@ -96,7 +96,7 @@ def test_of_a_sharded_checkpoint_only_the_touched_shard_is_rewritten(int8_llama,
         save_file(part, sharded / file)
     (sharded / "model.safetensors").unlink()
     weight_map = {name: file for file, part in shards.items() for name in part}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     mutant = Mutant(open_folder(sharded))
     FAULTS["scale_dropped"].inject(mutant, DOWN, 1.0)
     copy = mutant.save(tmp_path / "copy")

@@ -13,6 +13,7 @@ from ...common import AnomalyError
 from ..folder import RESTORE, TEMPLATE_FILE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
+from ..side_files import CONFIG, GENERATION, PROCESSORS
 from ..tensors import element_count
 from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
 
@@ -40,8 +41,7 @@ ACTING = frozenset(
 
 One that is lost is a problem even where the installed class doesn't know it, for the class of another engine may.
 """
-CONFIG, GENERATION, PROCESSOR, TEMPLATE = "config.json", "generation_config.json", "processor", "chat_template"
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+PROCESSOR, TEMPLATE = "processor", "chat_template"
 WRITTEN = {
     CONFIG: r"model_type|architectures",
     GENERATION: r"transformers_version|_from_model_config|\w+_token_id|max_(new_tokens|length)|temperature|top_[kp]"

@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...common import refuse_special
+from ...common import one_line, refuse_special
 from ..folder import MOST_JSON, RESTORE, Finding, Folder, Settings
+from ..side_files import TOKENIZER_JSON as FILE, TOKENIZER_SETTINGS as SETTINGS, readable_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer"
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 ALGORITHM = ("type", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
 """The settings of a tokenizer's model that change what it makes of a text, beside `ignore_merges`."""
@@ -82,7 +82,7 @@ def _lengths(mine: Settings, theirs: Settings) -> Iterator[Finding]:
 def _content(folder: Folder, reference: Folder, mine: Settings, theirs: Settings) -> Iterator[Finding]:
     # The library would write an added token under the id that a damaged vocabulary gives it.
     same_added = mine.get("added_tokens") == theirs.get("added_tokens")
-    own, other = _loaded(folder), _loaded(reference)
+    own, other = readable_tokenizer(folder), readable_tokenizer(reference)
     if own is not None and other is not None:  # as one version of the library writes both
         mine, theirs = json.loads(own.to_str()), json.loads(other.to_str())
     found = [*_ids(_tokens(mine), _tokens(theirs), FILE), *_model(mine.get("model") or {}, theirs.get("model") or {})]
@@ -163,15 +163,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _loaded(folder: Folder) -> Tokenizer | None:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(folder.path / FILE))
-    except Exception:  # the library raises plain Exceptions of what it can't read; then the JSON alone is compared
-        return None
-
-
 def _example(mine: Tokenizer, theirs: Tokenizer) -> str:
     """Return a short text that the two split differently, and how; empty where none of the probes shows it."""
     for tokenizer in (mine, theirs):
@@ -179,7 +170,10 @@ def _example(mine: Tokenizer, theirs: Tokenizer) -> str:
         tokenizer.no_padding()
     special = [token.content for token in theirs.get_added_tokens_decoder().values()][:20]
     for text in (*PROBES, *special, *(f"a {token} b" for token in special)):
-        one, other = mine.encode(text), theirs.encode(text)
+        try:
+            one, other = mine.encode(text), theirs.encode(text)
+        except Exception as error:  # the library raises plain Exceptions: of a vocabulary without its unknown token
+            return f"; {text!r} can't be encoded: {one_line(error)}"
         if one.ids != other.ids:
             return f"; {text!r} becomes {_short(one.tokens)}, in the reference {_short(other.tokens)}"
     return ""

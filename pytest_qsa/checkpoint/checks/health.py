@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import chain
@@ -21,6 +22,7 @@ from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..copies import recognizer_of
 from ..files import Files
 from ..folder import Finding, natural, refusing_odd_settings
+from ..side_files import CONFIG, check_side_files, readable_tokenizer
 from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
@@ -184,7 +186,9 @@ def checkpoint_settings(files: Files) -> Iterator[Finding]:
     Of the configuration: rope, norm epsilon, activation, heads, tied embeddings and the like, compared as the model's
     class fills in what isn't stated; of the tokenizer: vocabulary, merges, steps, special tokens, and a saved
     truncation; of generation_config.json the stop tokens; of the processors how pictures and sounds are prepared.
+    A value that isn't of the kind that its key stands for, and a template that can't be parsed, are ANOMALOUS.
     """
+    check_side_files(files.folder)
     if files.reference is not None:
         found = changed_settings(files.folder, files.reference, files.resolve)
         yield from (_with_head(files, finding) for finding in found)
@@ -221,6 +225,8 @@ def checkpoint_health(
     files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False, tensor_parallel: _Ranks = 1
 ) -> Iterator[Finding]:
     """Count all that scales, weights, formats, keys and, where there is a reference, settings find."""
+    if files.reference is None:  # else it is compared with the reference's
+        readable_tokenizer(files.folder)
     copies = {each.layer for each in files.once(repeated_weights, {}) if not each.note}
     # a copy of another layer has its size: the copy alone is the finding
     sizes = {each for each in files.once(_odd_sizes, {"spread": spread}) if each.layer in copies}
@@ -230,6 +236,21 @@ def checkpoint_health(
     yield from lost_once(files.format, found)
 
 
+@contextmanager
+def _refusing(files: Files) -> Iterator[None]:
+    """Say in one line which setting isn't what it should be, or at least that one isn't.
+
+    Raises:
+        AnomalyError: one isn't.
+    """
+    try:
+        with refusing_odd_settings(files.settings_text):
+            yield
+    except AnomalyError:
+        check_side_files(files.folder, (CONFIG,))
+        raise
+
+
 def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]:
     """Return all that a check finds in the files; it is kept there for `problems_of`.
 
@@ -237,7 +258,7 @@ def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]
         AnomalyError: a file is damaged.
         InfraError: one can't be read.
     """
-    with refusing_odd_settings(files.settings_text):
+    with _refusing(files):
         return tuple(CHECKS[metric].compute(files, **parameters))
 
 
@@ -251,7 +272,7 @@ def problems_of(
         InfraError: a file can't be read.
     """
     check = CHECKS[metric]
-    with refusing_odd_settings(files.settings_text):
+    with _refusing(files):
         looked_at = check.layers(files)
     everything = examine(files, metric, **parameters)
     lost = {finding.layer for finding in everything} - set(looked_at)  # a missing block is no layer of the files

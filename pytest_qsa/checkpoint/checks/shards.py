@@ -23,9 +23,21 @@ def ambiguous_files(folder: Folder) -> Iterator[Finding]:
     yield from _twice(folder)
     yield from _not_indexed(folder)
     yield from _lacking(folder)
-    if not folder.indexed and any(SHARD.fullmatch(file.name) for file in folder.files):
+    if fault := unread_index(folder):  # other loaders need no section of metadata
+        yield Finding(INDEX, INDEX, INDEX, fault, "write the index anew", note=bool(folder.indexed))
+    elif not folder.indexed and any(SHARD.fullmatch(file.name) for file in folder.files):
         what = "there is none, and the tensors lie in shards: transformers finds no weights"
         yield Finding(INDEX, INDEX, "", what, _SAVE)
+
+
+def unread_index(folder: Folder) -> str:
+    """Say what an index lacks, without which transformers reads no shard; empty where it reads one file alone."""
+    index = None if folder.gguf_file or (folder.path / SINGLE).is_file() else folder.json(INDEX)
+    if index is None:
+        return ""
+    if not index.get("weight_map"):
+        return "weight_map names no tensor: transformers finds no weights"
+    return "" if isinstance(index.get("metadata"), dict) else "there is no section metadata: transformers stops on it"
 
 
 def absent_shards(folder: Folder) -> Iterator[Finding]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...common import InfraError
+from ...common import AnomalyError, InfraError, did_you_mean
 
 OWN_CODE = "has code of its own: set model.trust_remote_code and allow it with --qsa-allow-code"
 
@@ -24,7 +25,12 @@ def fetching_kernels(config: Any) -> list[Any]:
 
 
 def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
-    """Return the class that the configuration names, whatever its task; AutoModel would leave its head out."""
+    """Return the class that the configuration names, whatever its task; AutoModel would leave its head out.
+
+    Raises:
+        AnomalyError: transformers has no class of that name, and the checkpoint has no code of its own.
+        InfraError: it has, and that isn't allowed.
+    """
     import transformers
 
     names = list(getattr(config, "architectures", None) or ())
@@ -32,12 +38,39 @@ def class_of(config: Any, *, remote: bool, gguf: bool) -> Any:
     # Only transformers' Auto classes read `auto_map`, which leads to the checkpoint's code.
     if remote and auto_map:
         return getattr(transformers, next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel"))
-    known = next((name for name in names if hasattr(transformers, name)), None)
-    if known:
-        return getattr(transformers, known)
+    found = (getattr(transformers, name, None) for name in names)
+    known = next((kind for kind in found if _loads_a_model(kind)), None)
+    if known is not None:
+        return known
     if names and auto_map:
         raise InfraError(f"the checkpoint's class {names[0]} {OWN_CODE}")
+    if names:
+        raise AnomalyError(_unknown_class(config, names))
     return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel  # a GGUF names no class
+
+
+def _loads_a_model(kind: Any) -> bool:
+    # `_backends`: what stands for a class whose libraries aren't installed; it names them when it is used
+    return hasattr(kind, "from_pretrained") and any(
+        hasattr(kind, name) for name in ("base_model_prefix", "_model_mapping", "_backends")
+    )
+
+
+def _unknown_class(config: Any, names: Sequence[str]) -> str:
+    """Say that a configuration names a class which transformers doesn't have, with the nearest of its own family."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = str(getattr(config, "model_type", ""))
+    mappings = (each for key, each in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES"))
+    found = (each.get(kind) for each in mappings if isinstance(each, Mapping))
+    listed = (name for each in found if each for name in ([each] if isinstance(each, str) else each))
+    family = {name for name in listed if not name.endswith("Config")}
+    near = did_you_mean(names[0], family) or f"; of {kind} it has {', '.join(sorted(family)[:3]) or 'none'}"
+    return (
+        f"{getattr(config, 'name_or_path', '')}/config.json: architectures names {names[0]}, a class that transformers "
+        f"{transformers.__version__} doesn't have for a model{near}; correct it, or install the version that has it"
+    )
 
 
 def empty_model(config: Any, *, gguf: bool = False) -> nn.Module:

@@ -102,9 +102,13 @@ def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> N
     many = counted(len(unexpected), "tensor")
     if all(_is_tied(form, layer_of(key)) for key in unexpected):
         advice = "config.json ties this head to the embeddings: leave it out, or set tie_word_embeddings to false"
+    elif all(_undeclared(form, layer_of(key)) for key in unexpected):
+        advice = "the quantization_config of config.json leaves these layers out, and they hold codes"
     elif any(_belongs_to_quantization(form, key) for key in unexpected):
         kind = UnloadableFormatError if all(_sound(form, layer_of(key)) for key in unexpected) else kind
         advice = "the codes of a weight mean nothing without them: compare the installed libraries to the saver's"
+    elif not form.folder.gguf_file and not form.folder.config.get("architectures"):
+        advice = f"config.json names no class in architectures, so that it is {name}: name the one with a head"
     else:
         advice = "name them in model.allow_unexpected (a regex) if the model does without them"
     where = _file_of(form, path, unexpected[0])
@@ -156,8 +160,13 @@ def _is_tied(form: Format, layer: str) -> bool:
 
 def _sound(form: Format, layer: str) -> bool:
     """Say whether the files hold a layer as its declared scheme wants it, so that a wrong shape is the loader's."""
-    held = form.codes_of(layer) is not None and not _is_tied(form, layer)
+    held = form.codes_of(layer) is not None and not _is_tied(form, layer) and not _undeclared(form, layer)
     return held and next(form.findings(layer), None) is None
+
+
+def _undeclared(form: Format, layer: str) -> bool:
+    names_all = form.uniform and form.declaration.names_layers
+    return names_all and form.codes_of(layer) is not None and form.scheme_of(layer) is None
 
 
 def _belongs_to_quantization(form: Format, key: str) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...common import (
     MOST_TEXT,
+    AnomalyError,
     InfraError,
     QsaError,
     did_you_mean,
@@ -418,8 +419,17 @@ def _frame(data: Data, tokenizer: TextTokenizer) -> tuple[list[int], list[int], 
 
 
 def _ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    # Not verbose: transformers warns of a text that is longer than the model's context, and here it is cut.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Return the token ids of a text.
+
+    Raises:
+        AnomalyError: the tokenizer can't make any, for lack of its unknown token say.
+    """
+    try:
+        # Not verbose: transformers warns of a text that is longer than the model's context, and here it is cut.
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # tokenizers raises plain Exceptions
+        where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise AnomalyError(f"the tokenizer of {where} can't encode {text[:20]!r}: {one_line(error)}") from error
 
 
 def _prepared(texts: Sequence[Any], data: Data, tokenizer: TextTokenizer) -> Sequence[str]:

@@ -10,14 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint import Files, Folder, kind_of, no_folder, open_folder, refusing_odd_settings, stored_weights
+from ...checkpoint import (
+    INDEX,
+    OF_A_LOAD,
+    Files,
+    Folder,
+    check_side_files,
+    format_of,
+    kind_of,
+    misfits,
+    nested_settings,
+    no_folder,
+    open_folder,
+    refusing_odd_settings,
+    stored_weights,
+    unread_index,
+)
 from ...common import AnomalyError, InfraError, QsaError, UnloadableFormatError, one_line
 from ...suite import Model
-from .classes import OWN_CODE, empty_model, wants_code
+from .classes import OWN_CODE, class_of, empty_model, wants_code
 from .completeness import conversion_failure
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-NEWER = frozenset({"enum", "literal_error", "extra_forbidden"})
+EXTRA = "extra_forbidden"
+NEWER = frozenset({"enum", "literal_error", EXTRA})
 """pydantic's names of errors at words and keys that it doesn't know: a newer library may have written them."""
 
 
@@ -75,7 +91,12 @@ def fault_of_files(spec: Model, path: str, error: Exception) -> str | None:
     try:
         folder = open_folder(path, spec.revision, spec.gguf_file)
         folder.check_files()
-        return None if spec.gguf_file else _fault_of_pickle(folder, error) or _fault_of_settings(folder)
+        if spec.gguf_file:
+            return None
+        check_side_files(folder, OF_A_LOAD)
+        if fault := unread_index(folder):
+            return f"{folder.path / INDEX}: {fault}; write the index anew"
+        return _fault_of_pickle(folder, error) or _fault_of_settings(folder)
     except InfraError:  # nothing is here to be blamed, or can be read
         return None
 
@@ -110,8 +131,18 @@ def _fault_of_settings(folder: Folder) -> str | None:
         return None
     model, reason = _tried(lambda: empty_model(read))
     if reason:
-        return f"{file}: no model can be made of its settings: {reason}{_named_by(reason, folder)}"
-    return _other_model(model, folder) if model is not None else None
+        why = _foreign_class(read) or _named_by(reason, folder)
+        return f"{file}: no model can be made of its settings: {reason}{why}"
+    return (_other_model(model, folder) if model is not None else None) or _fault_of_tensors(folder)
+
+
+def _fault_of_tensors(folder: Folder) -> str | None:
+    """Name the first tensor that isn't as the declared scheme wants it; None where all are."""
+    try:
+        finding = next(misfits(format_of(folder)), None)
+    except AnomalyError as error:  # a pattern of layers is no regular expression
+        return f"{folder.path / CONFIG}: {error}"
+    return f"{folder.path}: {finding}" if finding else None
 
 
 def _tried(attempt: Callable[[], Any]) -> tuple[Any, str]:
@@ -128,8 +159,10 @@ def _tried(attempt: Callable[[], Any]) -> tuple[Any, str]:
 
 def _of_newer_library(error: Exception) -> bool:
     found = getattr(error, "errors", None)
-    kinds = {each.get("type") for each in found() if isinstance(each, dict)} if callable(found) else set()
-    return bool(kinds & NEWER) or "is not a valid " in str(error)  # the latter by an Enum
+    listed = [each for each in found() if isinstance(each, dict)] if callable(found) else []
+    # a number in the place of a word is no newer word
+    words = {each.get("type") for each in listed if isinstance(each.get("input"), str) or each.get("type") == EXTRA}
+    return bool(words & NEWER) or "is not a valid " in str(error)  # the latter by an Enum
 
 
 def _fault_of_quantization(folder: Folder) -> str:
@@ -151,9 +184,19 @@ def _fault_of_quantization(folder: Folder) -> str:
 
 def _named_by(reason: str, folder: Folder) -> str:
     """Name the setting whose value a text quotes, as `KeyError: 'nope'` does: ` (hidden_act)`; empty for none."""
-    quoted = (key for key, value in folder.text_config.items() if isinstance(value, str) and f"'{value}'" in reason)
-    found = next(quoted, "")
+    settings = nested_settings({**folder.text_config, "quantization_config": {}})
+    found = next((key for key, value in settings if isinstance(value, str) and f"'{value}'" in reason), "")
     return f" ({found})" if found and found not in reason else ""
+
+
+def _foreign_class(read: Any) -> str:
+    """Say that the class which is named is made of another model's settings; empty where it isn't, or none is."""
+    with contextlib.suppress(Exception):  # it says why another error came
+        kind = class_of(read, remote=False, gguf=False)
+        wanted = getattr(kind, "config_class", None)
+        if wanted is not None and not isinstance(read, wanted):
+            return f" (architectures names {kind.__name__}, which is no class of {read.model_type})"
+    return ""
 
 
 def _other_model(model: nn.Module, folder: Folder) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...captures import ModelProvenance
-from ...checkpoint import Folder, format_of, no_folder
+from ...checkpoint import OF_A_LOAD, Folder, check_side_files, format_of, no_folder, open_folder
 from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFormatError, one_line
 from ...suite import Memory, Model
 from ..modules import device_of
@@ -135,7 +135,9 @@ def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_cod
     path = source.path
     _check_path(path)
     if Path(path).is_dir() and not spec.gguf_file:
-        Folder(Path(path)).check_files()
+        folder = Folder(Path(path))
+        folder.check_files()
+        check_side_files(folder, OF_A_LOAD)
     common = {"revision": source.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
@@ -168,6 +170,8 @@ def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_cod
         model, info = kind.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **common, **gguf, **arguments
         )
+        if not Path(path).is_dir() and not spec.gguf_file:  # by now what was fetched lies in the local cache
+            check_side_files(open_folder(path, source.revision), OF_A_LOAD)
         check_complete(spec, path, type(model).__name__, info)
         check_declaration(spec, path, declares=declares)
         # accelerate has placed a model with a device map already, and refuses to move one.

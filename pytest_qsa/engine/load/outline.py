@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...captures import LayerNames
-from ...checkpoint import Folder
+from ...checkpoint import Folder, check_side_files
 from ...common import AnomalyError, InfraError, QsaError, one_line
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
@@ -25,7 +25,7 @@ from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
-from .load_errors import fault_of_files
+from .load_errors import CONFIG, fault_of_files
 from .models import load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
@@ -81,7 +81,9 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
         with quiet():
             source = source_of(path, spec.revision, base)
         if Path(source.path).is_dir() and not spec.gguf_file:
-            _ = Folder(Path(source.path)).config  # transformers reports a broken file as a missing one
+            folder = Folder(Path(source.path))
+            _ = folder.config  # transformers reports a broken file as a missing one
+            check_side_files(folder, (CONFIG,))
         config = transformers.AutoConfig.from_pretrained(
             source.path,
             revision=source.revision,

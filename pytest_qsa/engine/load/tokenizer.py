@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...checkpoint import Folder
-from ...common import AnomalyError, InfraError, logger, one_line
+from ...checkpoint import OF_A_TOKENIZER, Folder, check_side_files, readable_tokenizer
+from ...common import AnomalyError, InfraError, one_line
 from ...suite import SHIPPED
 
 TOKENIZER_FILES = (
@@ -18,8 +18,6 @@ TOKENIZER_FILES = (
 )
 """The files that show that a folder has a tokenizer."""
 FILE = TOKENIZER_FILES[0]
-SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
-"""The keys of tokenizer.json for the members of a step that is a sequence."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -83,11 +81,13 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
     """
     import transformers
 
-    Folder(Path(path)).check_sizes()
+    folder = Folder(Path(path), arguments.get("gguf_file"))
+    folder.check_sizes()
+    if folder.path.is_dir():
+        check_side_files(folder, OF_A_TOKENIZER)
     try:
         return transformers.AutoTokenizer.from_pretrained(path, **arguments)  # type: ignore[return-value]
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError
-        folder = Folder(Path(path), arguments.get("gguf_file"))
         if "trust_remote_code" in str(error) and not arguments.get("trust_remote_code"):
             raise InfraError(
                 f"the tokenizer of {path} has code of its own: set model.trust_remote_code and allow it with "
@@ -115,35 +115,10 @@ def _fault_of_files(folder: Folder, error: Exception) -> str | None:
         return None
     if FILE not in held:
         return f"{folder.path} holds no {FILE}, and no tokenizer can be made of {', '.join(held)} alone"
-    if unknown := _unknown_step(folder.json(FILE) or {}):
-        logger.debug("the installed tokenizers doesn't know %s of %s", unknown, folder.path)
+    check_side_files(folder, (FILE,))
+    if readable_tokenizer(folder) is None:  # it has a step of a newer library
         return None
     return f"no tokenizer can be made of {folder.path / FILE}"
-
-
-def _unknown_step(tokenizer: Mapping[str, Any]) -> str:
-    """Return the name of a step that the installed tokenizers doesn't know, a newer one's say; empty for none."""
-    import tokenizers
-
-    for part, known in (
-        ("model", tokenizers.models),
-        ("normalizer", tokenizers.normalizers),
-        ("pre_tokenizer", tokenizers.pre_tokenizers),
-        ("post_processor", tokenizers.processors),
-        ("decoder", tokenizers.decoders),
-    ):
-        named = (name for name in _types(tokenizer.get(part)) if not hasattr(known, name))
-        if unknown := next(named, ""):
-            return unknown
-    return ""
-
-
-def _types(section: Any) -> Iterator[str]:
-    """Yield the `type` of a step and of those that it is a sequence of."""
-    if isinstance(section, dict):
-        if isinstance(kind := section.get("type"), str):
-            yield kind
-        yield from (name for key in SEQUENCES for each in section.get(key) or () for name in _types(each))
 
 
 def _has_tokenizer(folder: Folder) -> bool:

@@ -17,3 +17,4 @@ from .subject import (
     capture_subject as capture_subject,
     record_reference as record_reference,
 )
+from .substitution import Substitution as Substitution, substitution_of as substitution_of

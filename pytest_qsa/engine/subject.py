@@ -166,7 +166,7 @@ def record_reference(
     """
     loaded = load_subject(subject, allow_code=allow_code)
     try:
-        every = _batches(subject, loaded)
+        every = subject_batches(subject, loaded)
         own, folder = source_of(subject.path, subject.model.revision, subject.base), output.absolute().parent
         with quiet(), forward_errors(type(loaded.model).__name__):
             recording = record_model(
@@ -204,7 +204,7 @@ def capture_loaded(
         raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
     note = _tokens_note(subject, loaded) if batches is None else ""
     try:
-        every = listed(batches if batches is not None else _batches(subject, loaded))
+        every = listed(batches if batches is not None else subject_batches(subject, loaded))
     except TypeError as error:  # in a test run the caller is pytest, and a traceback would say nothing of the fixture
         raise InfraError(f"the fixture qsa_batches: {error}") from None
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
@@ -278,7 +278,13 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
     return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)
 
 
-def _batches(subject: Subject, loaded: Loaded) -> list[Batch]:
+def subject_batches(subject: Subject, loaded: Loaded) -> list[Batch]:
+    """Return the batches of a subject's data, made by the loaded model's tokenizer.
+
+    Raises:
+        AnomalyError: there is no tokenizer, or it makes ids that the model has no rows for.
+        InfraError: the data can't be read.
+    """
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
     check_context(loaded.model, subject.data.seq_len)
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))

@@ -25,7 +25,7 @@ from .fidelity import (
     made_by_loader as made_by_loader,
     rounded_to as rounded_to,
 )
-from .intervals import LEAST_WINDOWS as LEAST_WINDOWS, t_quantile as t_quantile
+from .intervals import LEAST_WINDOWS as LEAST_WINDOWS, mean_by_window as mean_by_window, t_quantile as t_quantile
 from .predictions import (
     KL as KL,
     NLL as NLL,
@@ -49,6 +49,7 @@ from .registry import (
     METRICS as METRICS,
     TWO_SIDED_95 as TWO_SIDED_95,
     Definition as Definition,
+    Estimate as Estimate,
     Metric as Metric,
     Parameters as Parameters,
     Reduce as Reduce,

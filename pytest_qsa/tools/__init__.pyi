@@ -5,8 +5,18 @@ from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
 from .diff.sides import read_side as read_side
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
+from .ignore_lists import WRITERS as WRITERS, ignore_list as ignore_list, quantizer_of as quantizer_of
 from .loosening import Loosening as Loosening, compared as compared, loosening_markdown as loosening_markdown
 from .pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures
+from .rank import (
+    QuantizedUnits as QuantizedUnits,
+    Ranking as Ranking,
+    Unit as Unit,
+    kept_lines as kept_lines,
+    mean_of as mean_of,
+    ranking_lines as ranking_lines,
+    ranking_of as ranking_of,
+)
 from .revision import Revision as Revision
 from .selftest.faults import FAULTS as FAULTS
 from .selftest.run import (

@@ -14,6 +14,11 @@ from .. import suite, tools
 from ..common import SuiteError, counted, shown_path, write_atomically
 from .shared import FAILED, OK, SUITE_IS_WRONG, add_allow_path, command_parser, roots_of, say, writing
 
+EXAMPLES = (
+    "qsa check gates/",
+    "qsa check gate.qsa.yaml --against origin/main --markdown changes.md",
+)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Check each suite, whatever is wrong with the others; return 2 where one is wrong, 1 where one was loosened.
@@ -22,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         SuiteError: there is no suite to check.
         InfraError: the commit of `--against` can't be read.
     """
-    parser = command_parser(__name__, __doc__)
+    parser = command_parser(__name__, __doc__, examples=EXAMPLES)
     parser.add_argument("paths", nargs="*", type=Path, default=[Path()], metavar="PATH", help="a suite, or a folder")
     add_allow_path(parser)
     parser.add_argument("--against", metavar="REF", help="the commit that may not be loosened, such as origin/main")

@@ -9,6 +9,8 @@ from .. import captures
 from ..common import shown_path
 from .shared import OK, command_parser, say, writing
 
+EXAMPLES = ("qsa merge part-0.qsa part-1.qsa -o run.qsa",)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command.
@@ -16,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         InfraError: a file is no capture, the captures can't be merged, or the result can't be written.
     """
-    parser = command_parser(__name__, __doc__)
+    parser = command_parser(__name__, __doc__, examples=EXAMPLES)
     parser.add_argument("captures", nargs="+", type=Path, metavar="CAPTURE", help="a file of `qsa capture --samples`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the result goes")
     options = parser.parse_args(arguments)

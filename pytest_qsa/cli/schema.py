@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from .. import suite
 from .shared import OK, command_parser
 
+EXAMPLES = ("qsa schema > qsa.schema.json",)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command."""
-    command_parser(__name__, __doc__).parse_args(arguments)
+    command_parser(__name__, __doc__, examples=EXAMPLES).parse_args(arguments)
     print(json.dumps(suite.suite_schema(), indent=2))
     return OK

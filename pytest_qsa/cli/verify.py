@@ -13,6 +13,11 @@ from pathlib import Path
 from .. import suite, tools
 from .shared import FAILED, OK, add_allow_path, command_parser, roots_of, say, writing
 
+EXAMPLES = (
+    "qsa verify qsa-results/report.json checkpoints/my-model",
+    "qsa verify qsa-results/report.json checkpoints/my-model --suite gate.qsa.yaml --statement pass.json",
+)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Verify a checkpoint, and write the statement if it holds; return 1 where it doesn't.
@@ -21,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         InfraError: the report or the checkpoint can't be read, or the report was changed.
         SuiteError: the file is no report with a manifest, or a suite is wrong.
     """
-    parser = command_parser(__name__, __doc__)
+    parser = command_parser(__name__, __doc__, examples=EXAMPLES)
     parser.add_argument("report", type=Path, metavar="REPORT", help="the report.json of the run")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the folder that ships")
     parser.add_argument(

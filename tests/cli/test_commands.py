@@ -35,6 +35,7 @@ def test_each_command_has_its_own_help(name, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert out.startswith(f"usage: qsa {name} ")
     assert (commands()[name].__doc__ or "").partition("\n")[0] in out
+    assert "examples:" in out
 
 
 def test_the_list_of_commands_imports_nothing_heavy():

@@ -44,23 +44,47 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = _parser()
     options, overrides = parse_with_overrides(parser, arguments)
-    targets = [tools.Target.parse(text) for text in options.targets]
+    comparison = measured(parser, options, overrides, [tools.Target.parse(text) for text in options.targets])
+    text = _written(comparison, options, shlex.join(["qsa", "compare", *arguments]))
+    put(text, options.output)
+    return FAILED if any(cell and cell.stopped for line in comparison.lines for cell in line.cells) else OK
+
+
+def measured(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    targets: Sequence[tools.Target],
+    *,
+    more: Sequence[str] = (),
+) -> report.Comparison:
+    """Measure what has to be measured of targets, and put them side by side. `more`: metrics beside the usual ones.
+
+    Raises:
+        QsaError: as `run`.
+    """
     file = _file(parser, options, overrides, targets)
-    measurer = tools.Measurer(file, options.suite is not None, _cache(options), options.qsa_allow_code)
+    measurer = tools.Measurer(file, options.suite is not None, _cache(options), options.qsa_allow_code, tuple(more))
     columns: list[report.Column] = []
     for index, target in enumerate(targets, 1):
-        if target.is_checkpoint and sys.stderr.isatty():
+        if target.is_checkpoint and len(targets) > 1:
             say(f"[{index}/{len(targets)}] {target.label}", file=sys.stderr)
         columns += measurer.columns([target])
-    comparison = report.comparison_of(tools.distinct(columns))
-    text = _written(comparison, options, shlex.join(["qsa", "compare", *arguments]))
-    if options.output is None:
+    return report.comparison_of(tools.distinct(columns))
+
+
+def put(text: str, output: Path | None) -> None:
+    """Print a text, or write it to a file and say so.
+
+    Raises:
+        InfraError: the file can't be written.
+    """
+    if output is None:
         print(text, end="" if text.endswith("\n") else "\n")
-    else:
-        with writing(options.output):
-            write_atomically(options.output, text)
-        say(f"written: {shown_path(options.output)}")
-    return FAILED if any(cell and cell.stopped for line in comparison.lines for cell in line.cells) else OK
+        return
+    with writing(output):
+        write_atomically(output, text)
+    say(f"written: {shown_path(output)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,19 +95,24 @@ def _parser() -> argparse.ArgumentParser:
         examples=EXAMPLES,
     )
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="[NAME=]PATH of a checkpoint, capture or report")
-    parser.add_argument("--reference", metavar="R", help="the original: a folder, a hub id, or a reference file")
-    parser.add_argument(
-        "--suite", type=Path, metavar="SUITE", help="compare by its assertions, with its bounds and data"
-    )
+    add_measuring(parser)
     parser.add_argument("--format", choices=("text", "html", "md", "csv"), help="default: by -o's suffix, else text")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there")
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="layers of a metric in text and md (default 10)"
     )
+    return parser
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Offer what says how targets are measured."""
+    parser.add_argument("--reference", metavar="R", help="the original: a folder, a hub id, or a reference file")
+    parser.add_argument(
+        "--suite", type=Path, metavar="SUITE", help="compare by its assertions, with its bounds and data"
+    )
     parser.add_argument("--qsa-cache", type=Path, metavar="DIR", help="where captures are kept")
     parser.add_argument("--qsa-no-cache", action="store_true", help="measure anew, and keep nothing")
     add_allow_code(parser)
-    return parser
 
 
 def _file(

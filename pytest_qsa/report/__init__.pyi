@@ -1,3 +1,4 @@
+from .card import model_card as model_card
 from .comparison import (
     Column as Column,
     Comparison as Comparison,

@@ -33,6 +33,11 @@ class Size(NamedTuple):
     stored: int
     parameters: int
 
+    @property
+    def bits(self) -> float:
+        """The bits of all tensors over all parameters; NaN where there are none."""
+        return 8 * self.stored / self.parameters if self.parameters else math.nan
+
 
 @dataclass(frozen=True)
 class Column:
@@ -94,12 +99,16 @@ Cells = tuple["Cell | None", ...]
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: a cell for each checkpoint, None where it has no such number. `unit`: of its values."""
+    """A row of a table: a cell for each checkpoint, None where it has no such number.
+
+    `unit`: of its values. `text`: its query and bound. `metric`: its name in the registry.
+    """
 
     name: str
     cells: Cells
     unit: str = ""
     text: str = ""
+    metric: str = ""
 
     @property
     def out(self) -> bool:
@@ -244,7 +253,7 @@ def _sizes(columns: Sequence[Column]) -> list[Line]:
     if not any(sizes):
         return []
     stored = [Cell(size.stored / 1e6) if size else None for size in sizes]
-    bits = [Cell(8 * size.stored / size.parameters) if size and size.parameters else None for size in sizes]
+    bits = [Cell(size.bits) if size and size.parameters else None for size in sizes]
     return [
         Line("size", _marked(stored, abs), "MB", "all tensors in the files"),
         Line("bits a weight", _marked(bits, abs), "", "bits of all tensors over all parameters, embeddings among them"),
@@ -290,7 +299,7 @@ def _line(row: _Row, count: int) -> Line:
     cells = [_of_model(row.found[index], better) if index in row.found else None for index in range(count)]
     bound = next((result["bound"] for result in row.found.values() if result.get("bound")), "")
     text = "; ".join(filter(None, [query.get("text", ""), bound]))
-    return Line(row.id, _marked(cells, better), _unit_of(query), text)
+    return Line(row.id, _marked(cells, better), _unit_of(query), text, str(query.get("metric", "")))
 
 
 def _unit_of(query: Plain) -> str:

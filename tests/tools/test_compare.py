@@ -12,6 +12,7 @@ from pytest_qsa import Capture, capture
 from pytest_qsa.captures import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.cli import main
 from pytest_qsa.common import AnomalyError, json_with_checksum
+from pytest_qsa.report.card import model_card
 from pytest_qsa.report.comparison import Column, Size, comparison_of
 from pytest_qsa.report.comparison_text import comparison_page, comparison_text
 from pytest_qsa.report.report import to_plain, write_report
@@ -270,3 +271,51 @@ def test_checkpoints_are_measured_against_the_reference_and_by_a_suites_bounds(q
     assert (line.count("★"), line.count("◆")) == (1, 1)
     assert line.index("★") < line.index("◆")
     assert "files [problems]" in out
+
+
+def card_of(*results, size=None, **fields):
+    return model_card(comparison_of([Column("int8", results, size)]), fields.pop("command", "qsa card int8"), **fields)
+
+
+def rows_of(card):
+    lines = [line for line in card.splitlines() if line.startswith("| ")]
+    return {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines)}
+
+
+def test_a_card_has_a_number_beside_what_the_original_has():
+    ratio, perplexity = math.log(1.25), 20.0
+    made = [
+        result("kl_divergence", 0.5, metric="kl_divergence", site="logits", query={"unit": "nats"}),
+        result("ln_ppl_ratio", ratio, metric="ln_ppl_ratio", site="logits", query={"unit": ""}),
+        result("perplexity", perplexity, metric="perplexity", site="logits", query={"unit": ""}),
+        result("sqnr_of_blocks", {"layers.0": 30.0, "layers.1": 12.0}),
+    ]
+    rows = rows_of(card_of(*made, size=Size(1_000_000, 1_000_000), original=Size(2_000_000, 1_000_000)))
+    assert rows["Size of the tensors"] == ["1 MB", "2 MB"]
+    assert rows["Bits a weight, embeddings included"] == ["8", "16"]
+    assert rows["Perplexity"] == ["20", "16"]
+    assert rows["KL divergence from the original's next-token probabilities"] == ["0.5 nats", "0"]
+    assert rows["SQNR of the blocks' outputs, the worst block"] == [r"12 dB \(layers.1\)", "∞ dB"]
+
+
+def test_a_card_of_a_suite_says_what_is_allowed_and_what_is_out():
+    rows = rows_of(card_of(result("close", 9.0, kind=Kind.REGRESSION, bounds=(10.0, None))))
+    assert rows["close"] == ["9 dB ◆", "∞ dB", "≥ 10"]
+
+
+def test_a_card_shows_no_folder_of_this_machine():
+    reference = ModelProvenance("/home/someone/original", weights="sha256:abcdef0123456789")
+    command = "qsa card /home/someone/int8 --qsa-cache /home/someone/c -o /home/someone/o.md --data.seq_len 8"
+    card = card_of(result("x", 1.0, reference=reference), command=command)
+    assert "someone" not in card
+    assert "against `original` (sha256 abcdef012345)" in card
+    assert "`qsa card int8 --data.seq_len 8`" in card
+
+
+def test_a_card_of_a_report_with_several_subjects_asks_which_and_of_one_is_written(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    write_report([result("x", 1.0) | {"subject": "int8"}, result("x", 2.0) | {"subject": "fp8"}], folder, {})
+    assert main(["card", "report.json"]) == 1
+    assert "pick one of report.json::int8, report.json::fp8" in capsys.readouterr().err
+    assert main(["card", "report.json::fp8", "-o", "card.md"]) == 0
+    assert "### Quantization of fp8" in (folder / "card.md").read_text()

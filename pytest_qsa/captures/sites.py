@@ -350,6 +350,16 @@ class SiteNumbers:
         placed = {name: getattr(self, name)[populations] for name in POPULATIONS}
         return replace(self, **placed, arrays=arrays)
 
+    @property
+    def only_zeros(self) -> bool:
+        """Whether every element that was seen is 0; False where nothing that was kept says so."""
+        if "moments" in self:
+            return not (self.moment("absmax").any() or self.moment("nonfinite").any())
+        names = ("extremes", "channel_extremes", "element_top", "channel_max", "token_max")
+        values = next((self.arrays[name] for name in names if name in self), None)
+        # Padding is −1 in `token_max`; where signs aren't counted, the extremes are NaN after the first two.
+        return values is not None and bool(values.size) and not (np.isnan(values[:2]).any() or np.any(values > 0))
+
     def having(self, statistics: Iterable[Statistic], arrays: Mapping[str, Array]) -> SiteNumbers:
         """Return a copy with more statistics and their arrays."""
         return replace(self, statistics=self.statistics | {*statistics}, arrays={**self.arrays, **arrays})

@@ -28,7 +28,7 @@ from ..captures import (
     need_tokens,
     no_match,
 )
-from ..common import AnomalyError, InfraError, SuiteError
+from ..common import AnomalyError, InfraError, SuiteError, counted
 from .activations import MagnitudeStat, magnitudes
 from .methods import MetricMethods
 from .query import Positions, Query, check_arguments, positions_of, query_of
@@ -175,13 +175,14 @@ class Selection(MetricMethods):
         layers, query = self._asked(metric, reduce, positions, parameters)
         definition = METRICS[metric]
         views = {layer: self._view(layer, query) for layer in layers}
+        results: dict[str, Any]
         if definition.per == "model":
-            whole = definition.compute(list(views.values()), **parameters)
-            return self._series(query, {f"whole of {len(layers)} layers": whole})
-        results = {layer: definition.compute(view, **parameters) for layer, view in views.items()}
+            results = {f"whole of {len(layers)} layers": definition.compute(list(views.values()), **parameters)}
+        else:
+            results = {layer: definition.compute(view, **parameters) for layer, view in views.items()}
         if definition.per == "expert":
             results = {f"{layer}[{e}]": of for layer, each in results.items() for e, of in enumerate(each.T)}
-        return self._series(query, results)
+        return replace(self._series(query, results), nothing=self._nothing(layers))
 
     def _asked(
         self, metric: str, reduce: Reduce | None, positions: Positions | None, parameters: Parameters
@@ -230,6 +231,13 @@ class Selection(MetricMethods):
         array = np.array(list(values.values()), dtype=np.float64)
         intervals = {layer: (of.low, of.high, of.count) for layer, of in estimates.items()}
         return Series(list(values), array, query, populations, problems, self.judge, intervals)
+
+    def _nothing(self, layers: Sequence[str]) -> str:
+        """Say that all layers hold nothing but zeros; empty where one doesn't."""
+        if not all(self.capture.sites[name, self.site].only_zeros for name in layers):
+            return ""
+        more = f" and {counted(len(layers) - 1, 'other layer')}" if layers[1:] else ""
+        return f"the {self.site} of {layers[0]}{more} holds nothing but zeros"
 
     def _check_measured(self, metric: Metric, layers: list[str], positions: str, parameters: Parameters) -> None:
         needs = metric.needs(self.site, positions, parameters)

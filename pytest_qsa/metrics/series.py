@@ -83,7 +83,8 @@ def sound(value: float, unit: str) -> bool:
 class Series:
     """One number per layer. `values` [L] float64 in model order; `populations`: layer → the values before folding.
 
-    `problems`: layer → why its value is not finite. `intervals`: layer → the 95 % interval of an estimated value, and
+    `problems`: layer → why its value is not finite. `nothing`: why none of the values is about anything; else empty.
+    `intervals`: layer → the 95 % interval of an estimated value, and
     from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
     and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
 
@@ -98,6 +99,7 @@ class Series:
     problems: Mapping[str, str] = field(default_factory=dict)
     judge: Judge | None = None
     intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
+    nothing: str = ""
 
     # `==` judges against a bound, so that a series can't be a key.
     __hash__ = None  # type: ignore[assignment]
@@ -200,10 +202,10 @@ class Series:
         return html_table([heads, *([layer, number(value)] for layer, value in shown.items())], f"{self.query}{more}")
 
     def check(self) -> None:
-        """Raise unless there is at least one layer and every value is finite.
+        """Raise unless there is at least one layer, every value is finite, and some layer isn't all zeros.
 
         Raises:
-            AnomalyError: the series is empty, or holds NaN or Inf; the text names the layers.
+            AnomalyError: the series is empty, holds NaN or Inf, or is of a dead model; the text names the layers.
         """
         if not self.layers:
             raise AnomalyError("the series is empty: no layer was measured")
@@ -214,6 +216,13 @@ class Series:
             reason = self.problems.get(first, "the value is not finite")
             more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
             raise AnomalyError(f"{self.query.metric} is not finite at {first}{more}: {reason}")
+        metric = METRICS.get(self.query.metric)
+        # Any bound from above holds of zeros. A user's own metric may be there to count them.
+        if self.nothing and metric is not None and metric.name != "zero_fraction" and not metric.origin:
+            raise AnomalyError(
+                f"{self.nothing}, so {metric.name} says nothing: look at what was loaded, or hold zero_fraction "
+                "against a bound if it is meant so"
+            )
 
     def folded(self, over: Over | None) -> Series:
         """Fold the layers into one number; the label says how many they were."""

@@ -378,6 +378,29 @@ def test_the_reason_says_that_all_values_are_zero():
         series.check()
 
 
+COUNTS_ABOVE = ("massive_activations", "int8_outlier_features")
+"""What these keep doesn't tell zeros; the request of a suite asks for more."""
+
+
+@pytest.mark.parametrize("name", [name for name in OF_ONE_TENSOR if name not in ("expert_tokens", "sink_tokens")])
+def test_zeros_alone_meet_no_bound_but_that_on_zeros(name):
+    statistics = [name, "absmax"] if name in COUNTS_ABOVE else [name]
+    dead = getattr(outputs(np.zeros((2, 5, 4)), statistics=statistics), name)()
+    if name == "zero_fraction":
+        assert dead <= 1
+        return
+    with pytest.raises(AnomalyError, match="zero"):
+        assert dead <= 1000
+    with pytest.raises(AnomalyError):
+        dead.require(max=1000)
+
+
+def test_a_layer_of_zeros_beside_a_living_one_may_be():
+    values = np.zeros((2, 5, 4))
+    values[0, 3, 2] = 1e-30
+    assert outputs(values, statistics=["absmax"]).absmax() <= 1
+
+
 # Arguments.
 
 

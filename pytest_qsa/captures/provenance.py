@@ -134,13 +134,15 @@ class ModelProvenance(_Record):
         quantized = {"format": self.format or "none"} if self.weights else {}
         return {"model": name, **known, **(self.versions or {}), **classes, **quantized}
 
-    def is_copy_of(self, other: Self) -> bool:
-        """Say whether two models are one and the same: weights, adapter, dtype, and what runs them."""
+    def same_weights(self, other: Self) -> bool:
+        """Say whether two models have the same files of weights; without hashes, whether they are of one path."""
         if self.weights or other.weights:
-            same = self.weights == other.weights
-        else:
-            same = bool(self.path) and self.path == other.path
-        return same and all(
+            return self.weights == other.weights
+        return bool(self.path) and self.path == other.path
+
+    def runs_as(self, other: Self) -> bool:
+        """Say whether nothing else than their weights tells two models apart: adapter, dtype, and what runs them."""
+        return all(
             getattr(self, name) == getattr(other, name)
             for name in ("adapter", "base", "format", "dtype", "attention", "class_name", "device_class", "served")
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from ..captures import FilesProvenance, ModelProvenance
 from ..metrics import Parameters
 from .checks.changed_settings import Resolve, unresolved
@@ -14,6 +16,11 @@ from .checks.sizes import Original
 from .folder import Finding, Folder
 from .formats.format import Format, format_of
 from .smoothing import Relation, compare_norms
+
+EXECUTION = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config", "run_compressed", "dequantize")
+"""The keys of `quantization_config` by which the same tensors are run in another way."""
+START = 4096
+"""The bytes of a tensor that are compared first."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,31 @@ class Files:
     def stored_quantized(self) -> list[str]:
         """The layers whose weight is stored in codes."""
         return [name for name in self.folder.layers if self.format.codes_of(name)]
+
+    @cached_property
+    def same_tensors(self) -> bool:
+        """Whether the reference holds the same tensors to the last bit, however they are cut into files.
+
+        False where one of the two has an adapter, whose tensors aren't among them.
+        """
+        if self.reference is None or self.folder.adapter_folder or self.reference.adapter_folder:
+            return False
+        mine, theirs = self.folder.tensors, self.reference.tensors
+        if mine.keys() != theirs.keys() or any(
+            (tensor.dtype, tensor.shape) != (theirs[name].dtype, theirs[name].shape) for name, tensor in mine.items()
+        ):
+            return False
+        # First how each begins: of two models of one kind all but a few differ at once.
+        starts = (np.array_equal(t.bytes()[:START], theirs[name].bytes()[:START]) for name, t in mine.items())
+        return all(starts) and all(tensor.repeats(theirs[name]) for name, tensor in mine.items())
+
+    @property
+    def runs_as_reference(self) -> bool:
+        """Whether both declare the same KV cache and the same way to run quantized layers."""
+        if self.reference is None:
+            return True
+        mine, theirs = self.folder.quantization, self.reference.quantization
+        return all(mine.get(key) == theirs.get(key) for key in EXECUTION)
 
     @cached_property
     def relation(self) -> Relation:

@@ -12,6 +12,7 @@ from ..common import AnomalyError, InfraError, counted
 
 if TYPE_CHECKING:
     from ..captures import Capture
+    from ..checkpoint import Files
     from .sections import Model
 
 WEIGHTS_ONLY, EMULATED, KERNELS, UNPROVED = "weights only", "emulated", "by kernels", "unproved"
@@ -120,15 +121,21 @@ def check_execution(execution: Execution | None, model: Model) -> None:
         _check_required(execution, model.require.executed_as)
 
 
-def check_reference(capture: Capture, model: Model) -> None:
+def check_reference(capture: Capture, model: Model, files: Files | None) -> None:
     """Check that the model is compared with another one: against itself, every number is perfect.
+
+    `files`: those of the model and its reference, which may be the same tensors in other files; None where neither is
+    here.
 
     Raises:
         AnomalyError: the reference is a copy, and `model.reference_is_copy` does not say so.
     """
-    reference = capture.reference
+    own, reference = capture.provenance.model, capture.reference
     theirs = reference.provenance.model if reference is not None else capture.provenance.reference
-    if theirs is not None and capture.provenance.model.is_copy_of(theirs) and not model.reference_is_copy:
+    if theirs is None or model.reference_is_copy or not own.runs_as(theirs):
+        return
+    same = own.same_weights(theirs) or (files is not None and files.same_tensors)
+    if same and (files is None or files.runs_as_reference):
         raise AnomalyError(
             f"the reference, {theirs}, is the model itself or a copy of it, run in the same way: nothing is compared; "
             "name the original, or say model.reference_is_copy: true to see the floor of the noise"

@@ -92,10 +92,10 @@ def test_no_entry_point_is_loaded_for_what_a_built_in_claims(tmp_path, installed
 
 
 def test_what_nothing_claims_is_compared_with_its_siblings_and_never_read(tmp_path, installed):
-    folder = folder_of(tmp_path / "unknown", "somebodys")
+    folder = folder_of(tmp_path / "unknown", "aqlm")
     form = format_of(folder)
     assert installed == ["pytest_qsa.formats"]
-    assert (form.label, form.rows("model.layers.1.mlp.up_proj")) == ("somebodys", None)
+    assert (form.label, form.rows("model.layers.1.mlp.up_proj")) == ("aqlm", None)
     assert problems_of(Files(folder), "checkpoint_formats")[1] == []
 
 

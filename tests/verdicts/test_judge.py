@@ -201,10 +201,33 @@ def test_data_of_the_evidence_is_compared_with_that_of_a_release():
 
 def test_a_passed_check_of_an_unknown_format_says_how_little_it_looked_at(int8_llama, tmp_path):
     def declare(config):
-        config["quantization_config"] = {"quant_method": "nobodys"}
+        config["quantization_config"] = {"quant_method": "aqlm"}
 
     folder = edited(int8_llama, tmp_path / "unknown", config=declare)
     asked = assertion_of(metric="checkpoint_weights")
     notes = [judged(asked, Files(Folder(path))).headline for path in (folder, int8_llama)]
-    assert "only compared with their siblings, for the format nobodys is not known" in notes[0]
+    assert "only compared with their siblings, for the format aqlm is not known" in notes[0]
     assert "siblings" not in notes[1]
+
+
+UNDECLARED = {
+    "compresed-tensors": (Kind.INFRA, "is not known here (did you mean 'compressed-tensors'?): correct it"),
+    "nobodys": (
+        Kind.INFRA,
+        "config.json: quantization_config declares quant_method 'nobodys', which is not known here",
+    ),
+    None: (Kind.ANOMALOUS, "config.json: quantization_config names no quant_method"),
+}
+
+
+@pytest.mark.parametrize("method", UNDECLARED)
+def test_a_format_that_nobody_knows_passes_no_check(int8_llama, tmp_path, method):
+    def declare(config):
+        config["quantization_config"] = {"bits": 4} | ({"quant_method": method} if method else {})
+
+    folder = edited(int8_llama, tmp_path / "unknown", config=declare)
+    for metric in ("checkpoint_weights", "checkpoint_health"):
+        verdict = judged(assertion_of(metric=metric), Files(Folder(folder)))
+        kind, said = UNDECLARED[method]
+        assert verdict.kind is kind
+        assert said in verdict.headline

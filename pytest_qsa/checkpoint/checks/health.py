@@ -22,6 +22,7 @@ from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..copies import recognizer_of
 from ..files import Files
 from ..folder import Finding, natural, refusing_odd_settings
+from ..formats.format import check_declared
 from ..side_files import CONFIG, check_side_files, readable_tokenizer
 from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
@@ -256,9 +257,10 @@ def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]
 
     Raises:
         AnomalyError: a file is damaged.
-        InfraError: one can't be read.
+        InfraError: one can't be read, or is in a format that nobody knows.
     """
     with _refusing(files):
+        check_declared(files.format)
         return tuple(CHECKS[metric].compute(files, **parameters))
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...captures import Array
-from ...common import AnomalyError, Registry
+from ...common import AnomalyError, InfraError, Registry, did_you_mean
 from ..adapter import CONV1D, Adapter
 from ..experts import ExpertLayer, as_loaded
 from ..folder import Finding, Folder, kind_of
@@ -413,6 +413,34 @@ class UnknownFormat(Format):
     def stored_rows(self, layer: str, rows: slice = slice(None)) -> Matrix | None:
         """Return rows of a norm or an embedding; a float may hold packed codes where nobody knows what is declared."""
         return None if self.is_linear(layer) else super().stored_rows(layer, rows)
+
+
+KNOWN_ELSEWHERE = frozenset({
+    "aqlm", "awq_marlin", "bitblas", "bitnet", "bitsandbytes_8bit", "cpu_awq", "deepgemm_fp8", "deepspeedfp", "eetq",
+    "experts_int8", "fbgemm_fp8", "fouroversix", "fp_quant", "gemma", "gptq_bitblas", "gptq_marlin", "gptq_marlin_24",
+    "higgs", "inc", "intel/auto-round", "ipex", "marlin", "metal", "moe_wna16", "mxfp8", "neuron_quant", "nvfp4",
+    "petit_nvfp4", "ptpc_fp8", "qqq", "rtn", "sinq", "spqr", "squeezellm", "tpu_int8", "vptq",
+})  # fmt: skip
+"""What else a `quant_method` may be: transformers 5.23 (`quantizers/auto.py`), vLLM (`QuantizationMethods`)."""
+
+
+def check_declared(form: Format) -> None:
+    """Check that somebody knows the format that a checkpoint declares: else its layers are only held against siblings.
+
+    Raises:
+        AnomalyError: its configuration names none.
+        InfraError: it names one that nothing here knows.
+    """
+    known = {*KNOWN_ELSEWHERE, *(kind.name for kind in FORMATS.built_in())} - {"none"}
+    if not isinstance(form, UnknownFormat) or form.label in known:
+        return
+    file = form.folder.path / "config.json"
+    if "quant_method" not in form.folder.quantization:
+        raise AnomalyError(f"{file}: quantization_config names no quant_method: take it from the original")
+    raise InfraError(
+        f"{file}: quantization_config declares quant_method '{form.label}', which is not known here"
+        f"{did_you_mean(form.label, sorted(known))}: correct it, or add a format of that name (docs/extending.md)"
+    )
 
 
 def streams_from_disk(method: str) -> bool:

@@ -46,6 +46,8 @@ from .query import (
     query_of as query_of,
 )
 from .registry import (
+    ANY as ANY,
+    DTYPE_MAX as DTYPE_MAX,
     METRICS as METRICS,
     TWO_SIDED_95 as TWO_SIDED_95,
     Definition as Definition,

@@ -40,7 +40,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError
 from .fidelity import Granularity, Scheme, counted_powers, decibels
-from .registry import NOT_NEGATIVE, SHARE, Parameters, Values, metric
+from .registry import DTYPE_MAX, NOT_NEGATIVE, SHARE, Parameters, Values, metric
 from .view import View
 
 MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
@@ -56,7 +56,6 @@ ACROSS: Mapping[str, Callable[[Values], float]] = {
     "min": lambda values: float(np.min(values)),
     "mean": lambda values: float(np.mean(values)),
 }
-SERVED_MAX = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
 @metric(TOKENS, reduce="max", unit="tokens", tokenwise=True, span=NOT_NEGATIVE)
@@ -95,7 +94,7 @@ def _reduce_dim(site: Site, reduce_dim: int | str | None) -> int | None:
     return reduce_dim  # type: ignore[return-value]
 
 
-@metric(_magnitude_needs, reduce="mean", positional=True, span=NOT_NEGATIVE)
+@metric(_magnitude_needs, reduce="mean", positional=True, span=NOT_NEGATIVE, sized=True)
 def magnitude(
     view: View, *, stat: MagnitudeStat = "top1", reduce_dim: Literal[-1, -2, "auto"] | None = "auto"
 ) -> Values:
@@ -167,7 +166,7 @@ def _absmax_needs(site: Site, positions: str, parameters: Parameters) -> frozens
     return frozenset({MOMENTS if positions == "all" else TOKENS})
 
 
-@metric(_absmax_needs, reduce=None, positional=True, span=NOT_NEGATIVE)
+@metric(_absmax_needs, reduce=None, positional=True, span=NOT_NEGATIVE, sized=True)
 def absmax(view: View) -> float:
     """Take the largest |x|."""
     if view.positions == "all":
@@ -176,20 +175,20 @@ def absmax(view: View) -> float:
     return float(maxima.max()) if maxima.size else float("nan")
 
 
-@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
+@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE, sized=True)
 def rms(view: View) -> float:
     """Take the root of the mean square over all elements."""
     count, mean, m2 = pooled_moments(view.numbers)
     return float(np.sqrt(mean * mean + m2 / count))
 
 
-@metric(MOMENTS, reduce=None)
+@metric(MOMENTS, reduce=None, sized=True)
 def mean(view: View) -> float:
     """Take the mean over all elements."""
     return pooled_moments(view.numbers)[1]
 
 
-@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
+@metric(MOMENTS, reduce=None, span=NOT_NEGATIVE, sized=True)
 def std(view: View) -> float:
     """Take the standard deviation over all elements, of the population (divided by n)."""
     count, _, m2 = pooled_moments(view.numbers)
@@ -215,7 +214,7 @@ def _quantile_needs(site: Site, positions: str, parameters: Parameters) -> froze
     return frozenset({SIGNED_COUNTS if parameters["signed"] else COUNTS})
 
 
-@metric(_quantile_needs, reduce=None)
+@metric(_quantile_needs, reduce=None, sized=True)
 def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     """Take the q-quantile of |x| (of x if signed), interpolated linearly as numpy does.
 
@@ -226,7 +225,7 @@ def quantile(view: View, *, q: Share = 0.999, signed: bool = False) -> float:
     return counted_quantile(view.numbers, q, signed=signed)
 
 
-@metric(CHANNEL_COUNTS, reduce=None)
+@metric(CHANNEL_COUNTS, reduce=None, sized=True)
 def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels = "max", signed: bool = False) -> float:
     """Take a percentile, or an extreme, of |x| (of x if signed) in each channel, then fold the channels by `across`.
 
@@ -317,7 +316,7 @@ def nonfinite(view: View) -> Values:
 @metric(MOMENTS, reduce=None, span=NOT_NEGATIVE)
 def headroom(view: View, *, dtype: ServedDtype = "float16") -> float:
     """Divide the largest |x| by the largest finite value of the dtype that will be served (float16: 65504)."""
-    return float(absmax(view)) / SERVED_MAX[dtype]
+    return float(absmax(view)) / DTYPE_MAX[dtype]
 
 
 def pooled_moments(numbers: SiteNumbers) -> tuple[float, float, float]:

@@ -46,8 +46,11 @@ ENTRY_POINTS = "pytest_qsa.metrics"
 ANY = (-math.inf, math.inf)
 NOT_NEGATIVE, SHARE = (0.0, math.inf), (0.0, 1.0)
 """What a number can be: any, a count or a size, a share."""
-LARGEST = 3.4028234663852886e38
-"""The largest finite float32; that of bfloat16 is smaller, and no model runs in more."""
+DTYPE_MAX: Mapping[str, float] = {
+    "float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0,
+    "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0,
+}  # fmt: skip
+"""The largest finite number of each dtype (IEEE 754; OCP OFP8); no model runs in more than float32."""
 CONFTEST = "conftest"
 """The origin of the metrics of every conftest.py."""
 
@@ -119,7 +122,8 @@ class Metric(Definition):
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
     be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, of a metric
-    whose interval must be able to show a bound. `span`: the least and the most that it can be.
+    whose interval must be able to show a bound. `span`: the least and the most that it can be. `sized`: it is no larger
+    than what it measures.
     """
 
     reduce: Reduce | None
@@ -133,13 +137,22 @@ class Metric(Definition):
     worst: Worst = field(default="highest", kw_only=True)
     perfect: float | None = field(default=None, kw_only=True)
     span: tuple[float, float] = field(default=ANY, kw_only=True)
+    sized: bool = field(default=False, kw_only=True)
 
-    def checks_nothing(self, side: Literal["min", "max"], bound: float, over: str | None = None) -> str | None:
-        """Return why a bound holds whatever is measured; None where it may not."""
+    def reach(self, over: str | None = None) -> tuple[float, float]:
+        """Return the least and the most that a number of layers, folded by `over`, can be."""
         low, high = self.span
-        if bound > LARGEST if side == "max" else bound < -LARGEST:
-            return f"{side} {bound:g} is beyond the largest number of float32, so it checks nothing"
-        if side == "max" and bound > high and over != "sum":
+        return (low if low >= 0 or over != "sum" else -math.inf, high if over != "sum" else math.inf)
+
+    def checks_nothing(
+        self, side: Literal["min", "max"], bound: float, over: str | None = None, dtype: str = "float32"
+    ) -> str | None:
+        """Return why a bound holds whatever is measured; None where it may not. `dtype`: that of what is measured."""
+        low, high = self.reach(over)
+        most = dtype if self.sized and over != "sum" else "float32"
+        if bound > DTYPE_MAX[most] if side == "max" else bound < -DTYPE_MAX[most]:
+            return f"{side} {bound:g} is beyond the largest number of {most}, {DTYPE_MAX[most]:g}, so it checks nothing"
+        if side == "max" and bound > high:
             return f"{self.name} is never above {high:g}, so max {bound:g} checks nothing"
         if side == "min" and bound < low:
             return f"{self.name} is never below {low:g}, so min {bound:g} checks nothing"
@@ -148,7 +161,7 @@ class Metric(Definition):
     def allows_all(self, tolerance: float) -> str | None:
         """Return why a distance from a baseline holds whatever is measured; None where it may not."""
         low, high = self.span
-        if tolerance > min(high - low, LARGEST):
+        if tolerance > min(high - low, DTYPE_MAX["float32"]):
             return f"abs {tolerance:g} is more than {self.name} can differ by, so it checks nothing"
         return None
 
@@ -301,6 +314,7 @@ def metric(
     worst: Worst | None = None,
     perfect: float | None = None,
     span: tuple[float, float] = ANY,
+    sized: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
 
@@ -323,6 +337,8 @@ def metric(
         perfect: its value where nothing is lost. A bound that lies nearer to it than the 95 % interval reaches can't be
             shown by that many tokens, and is refused with the number that would.
         span: the least and the most that it can be; a bound beyond them is refused, for it would check nothing.
+        sized: it is no larger than the largest |x| that it measures, as a mean is; a bound beyond the dtype's largest
+            number is refused.
 
     Raises:
         SuiteError: a statistic that there isn't, a name that is taken, or a parameter without type or default; it
@@ -350,6 +366,7 @@ def metric(
                 worst=worst or ("lowest" if unit == "dB" else "highest"),
                 perfect=perfect,
                 span=span,
+                sized=sized,
                 origin=origin,
             )
         )

@@ -26,10 +26,12 @@ from pydantic import (
     model_validator,
 )
 
-from ..captures import LayerSite, Request, match_layers
+from ..captures import MOMENTS, FeatureCounts, LayerSite, Massive, Request, match_layers
 from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
 from ..metrics import (
+    ANY,
+    DTYPE_MAX,
     EVALS,
     METRICS,
     MOST_RELATIVE,
@@ -42,7 +44,7 @@ from ..metrics import (
     positions_of,
     query_of,
 )
-from .bounds import Noises, Side, Stated, Waiver, Waivers, is_relative
+from .bounds import SIDES, Noises, Relative, Side, Stated, Waiver, Waivers, is_relative
 from .sections import Regex, Strict
 from .tiers import Tier
 
@@ -89,8 +91,13 @@ class Assertion(Strict, ABC):
         if grouped and self.over is not None:
             raise SuiteError(f"over makes one number of all layers, so {grouped} can't go by group", grouped)
         if self.noise is not None:
-            self.noise.check(self.stated)
+            self.noise.check(self.stated, self.reach)
         return self
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least and the most that its number can be."""
+        return METRICS[self.metric].reach(self.over) if self.metric in METRICS else ANY
 
     @property
     def follows(self) -> str | None:
@@ -181,17 +188,34 @@ class MeasuredAssertion(Assertion):
         return self
 
     def _check_span(self, definition: Metric) -> None:
-        """Check that no bound, and no tolerance, holds whatever is measured; one that was calibrated is as it came."""
-        sides: tuple[Side, ...] = ("min", "max")
-        for side in sides:
-            stated: Stated | None = getattr(self, side)
-            calibrated = self.noise is not None and getattr(self.noise, side) is not None
-            for bound in stated.values() if isinstance(stated, dict) else [stated]:
-                problem = definition.checks_nothing(side, bound, self.over) if isinstance(bound, float) else None
-                if problem and not calibrated:
-                    raise SuiteError(problem, side)
+        """Check that no bound, and no tolerance, holds whatever is measured."""
+        if (vacuous := self.vacuous()) is not None:
+            raise SuiteError(vacuous[1], vacuous[0])
         if self.baseline is not None and (problem := definition.allows_all(self.baseline.abs)):
             raise SuiteError(problem, "baseline")
+
+    def vacuous(self, dtype: str = "float32") -> tuple[Side, str] | None:
+        """Return the first bound that holds whatever a model of this dtype has, and why; None where none does."""
+        definition, summed = METRICS[self.metric], "sum" in (self.over, self.reduce)
+        for side in SIDES:
+            stated: Stated | None = getattr(self, side)
+            for bound in stated.values() if isinstance(stated, dict) else [stated]:
+                if isinstance(bound, Relative):  # the number that it reaches, whatever the last release had
+                    bound = bound.at_least if side == "max" else bound.at_most
+                if bound is None:
+                    continue
+                problem = definition.checks_nothing(side, bound, "sum" if summed else self.over, dtype)
+                if self.metric == "headroom" and side == "max" and not summed:
+                    problem = problem or self._beyond_served(bound, dtype)
+                if problem:
+                    return side, problem
+        return None
+
+    def _beyond_served(self, bound: float, dtype: str) -> str | None:
+        served = str(self.parameters["dtype"])
+        if bound * DTYPE_MAX[served] <= DTYPE_MAX[dtype]:
+            return None
+        return f"max {bound:g} of {served} is beyond what {dtype} holds, so it checks nothing"
 
     @property
     def parameters(self) -> Parameters:
@@ -215,6 +239,9 @@ class MeasuredAssertion(Assertion):
     def request(self) -> Request:
         """The site and the statistics that a capture must hold to answer the assertion."""
         needs = METRICS[self.metric].needs(self.site, self.where, self.parameters)
+        # These count what is above a threshold, and don't tell a dead model from a calm one.
+        if any(isinstance(each, Massive | FeatureCounts) for each in needs):
+            needs |= {MOMENTS}
         return Request(self.layers, self.site, self.exclude, needs)
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from ..captures import check_pattern
 from ..common import SuiteError
+from ..metrics import MOST_RELATIVE
 from .sections import Regex, Strict
 
 DEFAULT, SCHEME = "default", "scheme:"
@@ -24,7 +25,7 @@ class Relative(Strict):
     """A bound that follows the last release: times · its value + plus, clamped to `at_least` and `at_most`."""
 
     of: Annotated[Literal["previous"], Field(description="model.previous, layer by layer")]
-    times: Annotated[float, Field(gt=0)] = 1.0
+    times: Annotated[float, Field(gt=0, le=1 + MOST_RELATIVE)] = 1.0
     plus: float = 0.0
     at_least: float | None = None
     at_most: float | None = None
@@ -153,8 +154,8 @@ class Noises(Strict):
         """The bounds, as in `floors`, whose number was the same in all parts."""
         return frozenset((side, group) if group else (side,) for side, group, noise in self._each() if noise.steady)
 
-    def check(self, stated: dict[str, Stated]) -> None:
-        """Check that no bound is tighter than its noise allows.
+    def check(self, stated: dict[str, Stated], span: tuple[float, float]) -> None:
+        """Check that no bound is tighter than its noise allows. `span`: the least and the most that the number can be.
 
         Raises:
             SuiteError: a bound is tighter than its noise allows, is missing, or has another form than its noise.
@@ -163,7 +164,8 @@ class Noises(Strict):
             if side not in stated:
                 raise SuiteError(f"noise.{side} stands beside no {side}: take it out, or calibrate again", "noise")
             bound = stated[side]
-            _check_bound(side, group, bound.get(group) if group and isinstance(bound, dict) else bound, noise)
+            own = bound.get(group) if group and isinstance(bound, dict) else bound
+            _check_bound(side, group, own, noise, span)
 
     def _each(self) -> Iterator[tuple[Side, str, Noise]]:
         """Yield (side, group, noise); the group is empty for a bound of all layers."""
@@ -173,11 +175,12 @@ class Noises(Strict):
                 yield side, group, own
 
 
-def _check_bound(side: Side, group: str, bound: Any, noise: Noise) -> None:
+def _check_bound(side: Side, group: str, bound: Any, noise: Noise, span: tuple[float, float]) -> None:
     # Only a plain number can be held against a noise floor.
     if isinstance(bound, Relative | dict) or bound is None:
         raise SuiteError(f"noise.{side} is of another form than {side}: calibrate again, or take it out", "noise")
-    floor = noise.floor(side)
+    # Beyond what the number can be no bound would check anything.
+    floor = min(noise.floor(side), span[1]) if side == "max" else max(noise.floor(side), span[0])
     if bound < floor if side == "max" else bound > floor:
         name = f"{side} of '{group}'" if group else side
         word = "below" if side == "max" else "above"

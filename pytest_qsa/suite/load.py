@@ -181,6 +181,7 @@ def load_suite(
             _check_reference(source, suite.model, index, assertion)
             _check_loaded(source, suite.model, index, assertion)
             _check_range(source, suite, index, assertion)
+            _check_dtype(source, suite.model, index, assertion)
         _check_paths(source, suite)
     except ValidationError as error:
         raise _explain(source, error, overridden) from None
@@ -318,6 +319,14 @@ def _check_range(source: YamlSource, suite: Suite, index: int, assertion: Assert
             f"positions begin at {span.start:,}, and the data's windows have {suite.data.seq_len:,} tokens: raise "
             "data.seq_len, or begin earlier",
         )
+
+
+def _check_dtype(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
+    """Check that no bound on activations lies beyond the largest number of the dtype that the suite asks for."""
+    if model is None or model.dtype == "auto" or not isinstance(assertion, MeasuredAssertion):
+        return
+    if assertion.site != "weight" and (vacuous := assertion.vacuous(model.dtype)) is not None:
+        raise source.error(("assertions", index, vacuous[0]), vacuous[1])
 
 
 def _check_paths(source: YamlSource, suite: Suite) -> None:

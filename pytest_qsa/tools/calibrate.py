@@ -167,7 +167,10 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
         for group, bound in _plain_bounds(stated):
             layers = [i for i, name in enumerate(spread.layers) if _group_of(side, stated, name, schemes) == group]
             if layers:
-                found.append(_proposal(side, group, bound, spread, layers, k))
+                proposal = _proposal(side, group, bound, spread, layers, k)
+                # Beyond what the number can be, a bound would check nothing.
+                least, most = assertion.reach
+                found.append(replace(proposal, proposed=min(max(proposal.proposed, least), most)))
     return found
 
 

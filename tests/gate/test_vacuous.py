@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from pytest_qsa.captures import ModelProvenance
-from pytest_qsa.common import SuiteError
+from pytest_qsa.captures import Capture, ModelProvenance, Provenance
+from pytest_qsa.checkpoint import Files, open_folder
+from pytest_qsa.common import AnomalyError, SuiteError
 from pytest_qsa.gate import resembles_a_suite
 from pytest_qsa.gate.reporting import unasserted
 from pytest_qsa.report.verdict_text import step_summary
-from pytest_qsa.suite import Place, load_suite
+from pytest_qsa.suite import Model, Place, check_reference, load_suite
 from support.projects import suite
 
 STATEMENTS = {
@@ -162,14 +166,62 @@ def test_a_reference_that_is_the_model_itself_compares_nothing(own_project, llam
 
 def test_the_same_weights_run_otherwise_are_no_copy():
     own = ModelProvenance("a", weights="sha256:1", dtype="bfloat16", attention="sdpa")
-    assert own.is_copy_of(replace(own, path="b"))
-    assert not own.is_copy_of(replace(own, weights="sha256:2"))
+    assert own.same_weights(replace(own, path="b"))
+    assert not own.same_weights(replace(own, weights="sha256:2"))
     for changed in ({"dtype": "float32"}, {"attention": "eager"}, {"adapter": "LoRA of rank 8"}, {"format": "int8"}):
-        assert not own.is_copy_of(replace(own, **changed))
+        assert not own.runs_as(replace(own, **changed))
     unread = replace(own, weights="")
-    assert unread.is_copy_of(unread)
-    assert not unread.is_copy_of(replace(unread, path="b"))
-    assert not replace(unread, path="").is_copy_of(replace(unread, path=""))  # two fixtures' models
+    assert unread.same_weights(unread)
+    assert not unread.same_weights(replace(unread, path="b"))
+    assert not replace(unread, path="").same_weights(replace(unread, path=""))  # two fixtures' models
+
+
+def cut_again(folder, into, change=lambda tensors: None):
+    """Copy a checkpoint with its tensors in two files of other names, and return the copy."""
+    shutil.copytree(folder, into)
+    (file,) = into.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    names = sorted(tensors)
+    for part, some in (("a", names[:5]), ("b", names[5:])):
+        save_file({name: tensors[name] for name in some}, into / f"weights-{part}.safetensors", {"by": "me"})
+    return into
+
+
+def copied(own, reference, weights="sha256:2", **model):
+    """Say what is thought of a reference: an error's text, or nothing."""
+    provenance = ModelProvenance(str(own), weights="sha256:1", dtype="float32")
+    theirs = Capture({}, provenance=Provenance(replace(provenance, path=str(reference), weights=weights)))
+    capture = Capture({}, provenance=Provenance(provenance), reference=theirs)
+    files = Files(open_folder(own), open_folder(reference))
+    try:
+        check_reference(capture, Model(path=str(own), **model), files)
+    except AnomalyError as error:
+        return str(error)
+    return ""
+
+
+def test_a_copy_whose_tensors_lie_in_other_files_is_one(llama, tmp_path):
+    assert "is the model itself or a copy of it" in copied(llama, cut_again(llama, tmp_path / "copy"))
+    assert not copied(llama, tmp_path / "copy", reference_is_copy=True)
+
+    def last_bit(tensors):
+        tensors["model.norm.weight"].view(torch.uint8)[-1] ^= 1
+
+    assert not copied(llama, cut_again(llama, tmp_path / "another", last_bit))
+    assert not copied(llama, cut_again(llama, tmp_path / "fewer", lambda tensors: tensors.pop("model.norm.weight")))
+
+
+@pytest.mark.parametrize("key", ["kv_cache_scheme", "run_compressed"])
+def test_the_same_tensors_with_another_cache_or_execution_are_no_copy(quantized, tmp_path, key):
+    own = quantized["int8"]
+    copy = shutil.copytree(own, tmp_path / "copy")
+    assert copied(own, copy, weights="sha256:1")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"][key] = {"num_bits": 8, "dynamic": True, "type": "float"} if "kv" in key else False
+    (copy / "config.json").write_text(json.dumps(config))
+    assert not copied(own, copy, weights="sha256:1")
 
 
 VACUOUS = {
@@ -177,6 +229,10 @@ VACUOUS = {
     "rms, layers: x, site: output, min: -1": "rms is never below 0",
     "mean, layers: x, site: output, max: 1e39": "beyond the largest number of float32",
     "absmax, layers: x, site: output, max: {'a': 1e39, default: 5}": "beyond the largest number of float32",
+    "rms, layers: x, site: output, min: -1, noise: {min: {mean: 2, sigma: 0.5, n: 4, k: 6}}": "rms is never below 0",
+    "rms, layers: x, site: output, max: {of: previous, times: 12}": "times: should be less than or equal to 11",
+    "same_top, max: {of: previous, at_least: 2}": "same_top is never above 1",
+    "same_top, max: {'a': 1, default: 1.5}": "same_top is never above 1",
     "cosine, layers: x, baseline: {abs: 3}": "abs 3 is more than cosine can differ by",
 }
 
@@ -184,14 +240,44 @@ VACUOUS = {
 @pytest.mark.parametrize("assertion", VACUOUS)
 def test_a_bound_that_holds_whatever_is_measured_is_refused(tmp_path, assertion):
     file = tmp_path / "a.qsa.yaml"
-    file.write_text(suite("x, reference: y", f"id: a, metric: {assertion}"), encoding="utf-8")
+    file.write_text(suite("x, reference: y, previous: z", f"id: a, metric: {assertion}"), encoding="utf-8")
     with pytest.raises(SuiteError, match=f"a.qsa.yaml:4: .*{VACUOUS[assertion]}"):
         load_suite(file)
 
 
+BEYOND = {
+    "absmax, layers: x, site: output, max: 65505": "max 65505 is beyond the largest number of float16, 65504",
+    "quantile, layers: x, site: input, signed: true, min: -7e4": "min -70000 is beyond the largest number of float16",
+    "magnitude, layers: x, site: output, max: {a: 7e4, default: 5}": "beyond the largest number of float16",
+    "headroom, layers: x, site: output, max: 1.5": "max 1.5 of float16 is beyond what float16 holds",
+}
+WITHIN = (
+    "absmax, layers: x, site: output, max: 65504", "absmax, layers: x, site: output, over: sum, max: 1e6",
+    "magnitude, layers: x, site: output, reduce: sum, max: 1e6", "kurtosis, layers: x, site: output, max: 1e5",
+    "absmax, layers: x, site: weight, max: 1e5", "headroom, layers: x, site: output, max: 1",
+    "headroom, dtype: float8_e4m3fn, layers: x, site: output, max: 100",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("assertion", [*BEYOND, *WITHIN])
+def test_a_bound_beyond_the_dtype_that_a_suite_asks_for_is_refused(tmp_path, assertion):
+    file = tmp_path / "a.qsa.yaml"
+    for dtype in ("float16", "auto"):
+        file.write_text(suite(f"x, dtype: {dtype}", f"id: a, metric: {assertion}"), encoding="utf-8")
+        if assertion in WITHIN or dtype == "auto":
+            assert load_suite(file).assertions
+            continue
+        with pytest.raises(SuiteError, match=f"a.qsa.yaml:4: .*{BEYOND[assertion]}"):
+            load_suite(file)
+
+
 def test_what_can_be_is_no_vacuous_bound(tmp_path):
     file = tmp_path / "a.qsa.yaml"
-    bounds = ("cosine, layers: x, min: -1", "zero_fraction, layers: x, site: output, over: sum, max: 3")
+    bounds = (
+        "cosine, layers: x, min: -1", "zero_fraction, layers: x, site: output, over: sum, max: 3",
+        "cosine, layers: x, over: sum, min: -3",
+        "rms, layers: x, site: output, min: 0, noise: {min: {mean: 2, sigma: 0.5, n: 4, k: 6}}",
+    )  # fmt: skip
     written = suite("x, reference: y", *(f"id: a{index}, metric: {bound}" for index, bound in enumerate(bounds)))
     file.write_text(written, encoding="utf-8")
-    assert len(load_suite(file).assertions) == 2
+    assert len(load_suite(file).assertions) == len(bounds)

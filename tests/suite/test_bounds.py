@@ -67,7 +67,7 @@ def test_a_bound_with_room_for_its_noise_is_taken(load, keys):
     [
         (f"max: 4.9, {FLOOR}", "max 4.9 is below the noise floor 5"),
         (f"max: {{q_proj: 4.9, default: 9}}, {GROUPS}", "max of 'q_proj' 4.9 is below the noise floor 5"),
-        ("min: 0, noise: {min: {mean: 2, sigma: 0.5, n: 4, k: 6}}", "min 0 is above the noise floor -1"),
+        ("min: 2, noise: {min: {mean: 4, sigma: 0.5, n: 4, k: 6}}", "min 2 is above the noise floor 1"),
         (f"min: 0, {FLOOR}", "noise.max stands beside no max"),
         (f"max: {{q_proj: 9}}, {FLOOR}", "noise.max is of another form than max"),
         (f"max: {{k_proj: 9, default: 9}}, {GROUPS}", "noise.max is of another form than max"),

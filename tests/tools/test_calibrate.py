@@ -13,7 +13,7 @@ from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.cli import main
 from pytest_qsa.common.errors import SuiteError
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.metrics import Query, Series
+from pytest_qsa.metrics import ANY, Query, Series
 from pytest_qsa.suite import Data, load_suite
 from pytest_qsa.tools.calibrate import IDENTICAL, Sampled, Spread, proposals_of
 from pytest_qsa.tools.suite_text import calibrated
@@ -205,14 +205,14 @@ def series(values, unit="dB", interval=None):
 
 def test_what_never_differs_from_the_original_has_to_stay_so():
     spread = Spread.of([series([30.0, np.inf]), series([32.0, np.inf])], series([31.0, np.inf]))
-    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0}})
+    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0}}, reach=ANY)
     a, b = proposals_of(assertion, spread, None, 1)
     assert (a.noise.mean, a.proposed) == (31.0, 29.0)
     assert (b.noise.mean, b.noise.sigma, b.proposed) == (IDENTICAL, 0.0, IDENTICAL)
 
 
 def test_a_number_of_tokens_that_never_varied_gets_room_for_one_more():
-    assertion = SimpleNamespace(stated={"max": 0.0})
+    assertion = SimpleNamespace(stated={"max": 0.0}, reach=ANY)
     for unit, parts, proposed in (
         ("tokens", [1.0, 1.0], 2.0),
         ("elements", [1.0, 1.0], 1.0),
@@ -221,6 +221,15 @@ def test_a_number_of_tokens_that_never_varied_gets_room_for_one_more():
         spread = Spread.of([series([value, value], unit=unit) for value in parts], series([max(parts)] * 2, unit=unit))
         (found,) = proposals_of(assertion, spread, None, 2)
         assert found.proposed == proposed, (unit, parts)
+
+
+def test_no_bound_lies_beyond_what_the_number_can_be():
+    spread = Spread.of([series([value], unit="") for value in (0.2, 0.8)], series([0.5], unit=""))
+    for side, proposed in (("min", 0.0), ("max", 1.0)):
+        (found,) = proposals_of(SimpleNamespace(stated={side: 0.5}, reach=(0.0, 1.0)), spread, None, 6)
+        assert found.proposed == proposed
+        (free,) = proposals_of(SimpleNamespace(stated={side: 0.5}, reach=ANY), spread, None, 6)
+        assert not 0 <= free.proposed <= 1
 
 
 def test_an_estimate_varies_by_its_standard_error_at_least():
@@ -310,7 +319,7 @@ def test_the_error_of_weights_gets_room_below_the_original_rounded_to_nearest():
     """What clips, rounds or is calibrated otherwise is no fault; a layer that is worse has its room too."""
     values = np.array([[40.0, 30.0, 41.0]] * 2)
     spread = Spread(["a", "b", "c"], values, values[0], np.zeros(3), rounded=np.array([39.5, 39.0, 41.0]), room=4.0)
-    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0, "c": 0.0}})
+    assertion = SimpleNamespace(stated={"min": {"a": 0.0, "b": 0.0, "c": 0.0}}, reach=ANY)
     found = {each.group: each for each in proposals_of(assertion, spread, None, 10.0)}
     assert {group: each.proposed for group, each in found.items()} == {"a": 35.0, "b": 26.0, "c": 37.0}
     assert found["a"].noise.floor("min") == 35.5
@@ -412,7 +421,9 @@ def noise_of(mean, sigma, unit=""):
     values = np.array([[mean + sigma * each] for each in (-1, 1) * 4])
     spread = Spread(["a"], values, values.mean(axis=0), np.zeros(1), unit)
     sampled = Sampled([None] * 8, SimpleNamespace(tokens=[np.zeros(256)] * 64, schemes=None), ())
-    return list(sampled._thin(spread, proposals_of(SimpleNamespace(stated={"max": 0.0}), spread, None, 10.0)))
+    return list(
+        sampled._thin(spread, proposals_of(SimpleNamespace(stated={"max": 0.0}, reach=ANY), spread, None, 10.0))
+    )
 
 
 def test_noise_as_large_as_the_mean_is_told_with_the_text_that_it_takes():

@@ -109,7 +109,7 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
     with gate.told_once(request.node, f"nothing was measured of {subject.name}"):
         capture = gate.capture_of(request)
     if subject.model is not None and METRICS[assertion.metric].against:
-        check_reference(capture, subject.model, _files_here(gate, request))
+        check_reference(capture, subject.model, partial(gate.files_of, request))
     release = None
     if assertion.follows:
         assert subject.model is not None
@@ -117,16 +117,6 @@ def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) 
         kept = kept_release(subject, request.node.path)
         release = Release(subject.model.previous, kept, partial(_previous_capture, gate, request, subject))
     return Measurement(capture, partial(_against_own_baseline, request, capture), release)
-
-
-def _files_here(gate: Gate, request: pytest.FixtureRequest) -> Files | None:
-    """Return the files of a test's checkpoint and of its reference; None where they can't be read."""
-    try:
-        files = gate.files_of(request)
-        _ = files.folder.tensors, files.reference and files.reference.tensors
-        return files
-    except QsaError:  # a fixture's model, or a damaged folder, of which the load says so
-        return None
 
 
 def _previous_capture(gate: Gate, request: pytest.FixtureRequest, subject: Subject) -> Capture:
@@ -367,7 +357,7 @@ class Qsa:
         subject, metric = self._gate.subject_of(self._request.node), METRICS.find(series.query.metric)
         try:
             if subject is not None and subject.model is not None and metric is not None and metric.against:
-                check_reference(capture, subject.model, _files_here(self._gate, self._request))
+                check_reference(capture, subject.model, partial(self._gate.files_of, self._request))
             judgement = judge()
         except QsaError as error:
             judgement = stopped(error, series.query)

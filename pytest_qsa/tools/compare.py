@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ class _Evidence:
         if not source.files_only:
             check_execution(capture.provenance.execution, source.model)
         if METRICS[assertion.metric].against:
-            check_reference(capture, source.model)
+            check_reference(capture, source.model, partial(files_of, source, self.measurer.cache))
         return capture
 
     def _captured(self, source: NamedSubject) -> Capture:

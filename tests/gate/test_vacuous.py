@@ -196,7 +196,7 @@ def copied(own, reference, weights="sha256:2", **model):
     capture = Capture({}, provenance=Provenance(provenance), reference=theirs)
     files = Files(open_folder(own), open_folder(reference))
     try:
-        check_reference(capture, Model(path=str(own), **model), files)
+        check_reference(capture, Model(path=str(own), **model), lambda: files)
     except AnomalyError as error:
         return str(error)
     return ""

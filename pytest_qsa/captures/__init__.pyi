@@ -51,6 +51,7 @@ from .sites import (
     SITES as SITES,
     LayerNames as LayerNames,
     LayerSite as LayerSite,
+    Outline as Outline,
     Request as Request,
     Site as Site,
     SiteKey as SiteKey,
@@ -65,6 +66,7 @@ from .sites import (
     merge_requests as merge_requests,
     need_tokens as need_tokens,
     no_match as no_match,
+    no_weight as no_weight,
     pairwise as pairwise,
     renumbered as renumbered,
 )

@@ -196,6 +196,36 @@ class LayerNames:
         return self.all if site == "weight" or at_experts(site, statistics) else self.called
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before a weight of it is read: the names of its layers.
+
+    `bare`: the layers that own no tensor, so that they have no weight. `blocks`: its repeated layers; None where they
+    aren't known. `mixtures`: the layers that keep several experts in one tensor.
+    """
+
+    names: LayerNames
+    bare: frozenset[str] = frozenset()
+    blocks: Sequence[str] | None = None
+    mixtures: frozenset[str] | None = None
+
+    def find(self, request: Request) -> list[str]:
+        """Return the layers that a request finds; of the logits, none.
+
+        Raises:
+            AnomalyError: it finds none, or asks them for a weight and they own none.
+        """
+        if request.site == LOGITS:
+            return []
+        names = self.names.at(request.site, request.statistics)
+        found = match_layers(names, request.pattern, request.exclude)
+        if not found:
+            raise no_match(names, request.pattern, request.exclude)
+        if request.site == "weight" and self.bare.issuperset(found):
+            raise no_weight(found, request.pattern)
+        return found
+
+
 FEW_NAMES = 20
 """A model with so few layers is told by their names, where a pattern matches none of them."""
 
@@ -215,6 +245,11 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
         f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
         "`qsa layers` lists them all"
     )
+
+
+def no_weight(found: Sequence[str], pattern: str) -> AnomalyError:
+    """Return the error for layers that a pattern finds and that own no weight."""
+    return AnomalyError(f"none of the {len(found)} layers that '{pattern}' matches owns a weight")
 
 
 def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:

@@ -32,7 +32,7 @@ from ..captures import (
     match_layers,
     merge_requests,
 )
-from ..common import AnomalyError, InfraError, Progress
+from ..common import AnomalyError, InfraError, Progress, phase
 from .files import Files
 from .folder import Folder, natural, refusing_odd_settings
 from .formats.format import Format, format_of
@@ -167,6 +167,7 @@ def _captured(
     # glibc gives freed memory back to the system, but for sizes below the largest that was freed so far (mallopt(3),
     # M_MMAP_THRESHOLD). Without this one, page faults of arrays that come and go take half of the time.
     np.empty(KEPT, dtype=np.uint8)
+    phase("quantizing the weights again" if again else "reading weights", "weights")
     sites: dict[SiteKey, SiteNumbers] = {}
     refused: dict[str, str] = {}
     uncompared: dict[str, str] = {}

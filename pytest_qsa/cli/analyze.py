@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import captures, engine, suite, tools
-from ..common import InfraError, counted, progress_bar, shown_path
+from ..common import InfraError, counted, shown_path, status
 from .shared import (
     FAILED,
     OK,
@@ -134,7 +134,7 @@ def _captured(subject: suite.Subject, analysis: tools.Analysis, options: argpars
     import platformdirs
 
     cache = None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
-    with engine.joined() as ranks, progress_bar(subject.name) as progress:
+    with engine.joined() as ranks, status(subject.name) as progress:
 
         def make(requests: Sequence[captures.Request], sums: captures.PartialSums | None) -> captures.Capture:
             code, share = options.qsa_allow_code, engine.SampleShare(ranks=ranks, sums=sums)

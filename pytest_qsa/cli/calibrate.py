@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import suite, tools
-from ..common import InfraError, SuiteError, shown_path, write_atomically
+from ..common import InfraError, SuiteError, shown_path, status, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
 SIZES = ("data.num_samples", "data.seq_len")
@@ -30,7 +30,8 @@ def run(arguments: Sequence[str]) -> int:
     _check_size(file, options, overrides)
     target = _target(options)
     subject = suite.subject_of(file)
-    sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
+    with status(subject.name):
+        sampled = tools.Sampled.of(subject, file, options.parts, options.passes, allow_code=options.qsa_allow_code)
     findings = [sampled.finding_at(file, index, options.k) for index in range(len(file.assertions))]
     say(*sampled.lines(findings, file))
     text = options.suite.read_bytes().decode("utf-8")  # as bytes, to keep its line ends

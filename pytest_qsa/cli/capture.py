@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
-from ..common import InfraError, SuiteError, progress_bar, shown_path, write_atomically
+from ..common import InfraError, SuiteError, shown_path, status, write_atomically
 from .shared import (
     OK,
     add_allow_code,
@@ -97,7 +97,7 @@ def _keep_capture(options: argparse.Namespace, source: suite.YamlSource, overrid
     # An interrupted pass leaves its sums in a file. The fingerprint in its name lets only the same pass go on from it.
     partial = options.output.with_name(f"{options.output.name}.{fingerprint[:16]}.partial") if fingerprint else None
     share = engine.SampleShare(samples=samples, sums=captures.PartialSums(partial) if partial else None)
-    with progress_bar(subject.name) as progress:
+    with status(subject.name) as progress:
         capture = engine.capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     with writing(options.output):
         suite.identified(capture, subject, hashes).save(options.output)
@@ -144,7 +144,7 @@ def _keep_reference(options: argparse.Namespace, source: suite.YamlSource, overr
     measured = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
     requests = captures.merge_requests(each for each in measured if captures.against_reference(each.statistics))
     record = engine.RecordOptions(options.rows or 4, options.rows_seed or 0, options.with_head)
-    with progress_bar(subject.name) as progress:
+    with status(subject.name) as progress:
         recording = engine.record_reference(
             subject, requests, record, options.output, allow_code=options.qsa_allow_code, progress=progress
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import suite, tools
-from ..common import InfraError, shown_path, write_atomically
+from ..common import InfraError, shown_path, status, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
 EXAMPLES = (
@@ -37,9 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     # As if it were read from the file that is to be written: messages and relative paths refer to that one.
     source = suite.YamlSource(target, _sections(options, target), roots=roots_of(options))
     subject = suite.subject_of(suite.load_suite(source, overrides, "--"))
-    first = tools.first_suite(
-        subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
-    )
+    with status(subject.name):
+        first = tools.first_suite(
+            subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
+        )
     with writing(target):
         write_atomically(target, first.text)
     say(*first.lines)

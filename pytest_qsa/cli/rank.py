@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import engine, metrics, suite, tools
-from ..common import SuiteError, counted, progress_bar, shown_path, write_atomically
+from ..common import SuiteError, counted, shown_path, status, write_atomically
 from .shared import (
     OK,
     add_allow_code,
@@ -131,7 +131,7 @@ def _ranked(
     """Measure, and say which unit is measured and what is left: a line every half minute, or a bar on a terminal."""
     count = len(quantized.units)
     done = 0
-    with progress_bar("rank") as bar:
+    with status("rank") as bar:
 
         def progress(name: str) -> None:
             nonlocal done

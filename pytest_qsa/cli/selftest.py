@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .. import checkpoint, suite, tools
-from ..common import InfraError, SuiteError, shown_path
+from ..common import InfraError, SuiteError, phase, shown_path, status
 from .shared import FAILED, OK, add_allow_path, between, command_parser, roots_of, say, writing
 
 EXAMPLES = (
@@ -35,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     faults = tools.chosen([name for names in options.faults for name in names.split(",") if name])
     test = _selftest(options, more)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcomes = list(test.run(faults, lambda text: say(f"… {text}", file=sys.stderr)))
+    with status(shown_path(test.suite), live=False):
+        outcomes = list(test.run(faults, _tell))
     say(*tools.lines_of(outcomes))
     score = tools.score_of(outcomes)
     passed = options.min_score is None or score >= options.min_score
@@ -53,6 +54,11 @@ def run(arguments: Sequence[str]) -> int:
     if not passed:
         say(f"qsa: {tools.score_line(outcomes)}, and --min-score asks for {options.min_score:.0%}", file=sys.stderr)
     return OK if passed else FAILED
+
+
+def _tell(text: str) -> None:
+    phase(text)
+    say(f"… {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

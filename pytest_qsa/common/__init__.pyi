@@ -40,8 +40,16 @@ from .locks import (
     locked as locked,
 )
 from .permissions import allowed_code as allowed_code, allowed_paths as allowed_paths
-from .text import (
+from .progress import (
     Progress as Progress,
+    Status as Status,
+    lasting_stderr as lasting_stderr,
+    phase as phase,
+    shown_time as shown_time,
+    status as status,
+    step as step,
+)
+from .text import (
     code_span as code_span,
     counted as counted,
     escaped as escaped,
@@ -50,7 +58,6 @@ from .text import (
     logger as logger,
     markdown_table as markdown_table,
     number as number,
-    progress_bar as progress_bar,
     short_hash as short_hash,
     text_table as text_table,
     visible as visible,

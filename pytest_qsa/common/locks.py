@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .errors import InfraError, shown_path
+from .progress import phase
 from .text import logger, visible
 
 UNFINISHED = ".qsa-tmp"
@@ -180,6 +181,7 @@ def _waited_for(files: Sequence[Path], work: str, patience: Patience, hint: str)
             )
         if now - began > TELL_AFTER and whom != told:
             patience.tell(visible(f"{work} waits for {whom}{hint}"))
+            phase("waiting for another process")
             told = whom
         time.sleep(min(0.5, 0.02 + (now - began) / 10))
 

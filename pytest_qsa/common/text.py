@@ -1,12 +1,11 @@
-"""Text for people: numbers, tables, escapes, Markdown that no name can break; and the log and the progress of a run."""
+"""Text for people: numbers, tables, escapes, Markdown that no name can break; and the log of a run."""
 
 from __future__ import annotations
 
 import html
 import logging
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 
 def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), indent: str = "") -> Iterator[str]:
@@ -126,23 +125,3 @@ def _visible_record(record: logging.LogRecord) -> bool:
 
 
 logger.addFilter(_visible_record)
-
-Progress = Callable[[int, int], None]
-"""A callback that gets the samples done and the samples in all."""
-
-
-@contextmanager
-def progress_bar(name: str, *, disable: bool | None = None) -> Iterator[Progress]:
-    """Show a bar of samples; yield the callback that moves it: `progress(done, total)`.
-
-    `disable`: None shows the bar on a terminal only.
-    """
-    from tqdm import tqdm  # only a run that shows a bar pays for the import
-
-    with tqdm(desc=f"qsa {visible(name)}", unit="sample", leave=False, disable=disable) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total  # known only once the data is loaded
-            bar.update(done - bar.n)
-
-        yield progress

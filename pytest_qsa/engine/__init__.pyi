@@ -5,6 +5,7 @@ from .load.outline import (
     anatomy as anatomy,
     layer_names as layer_names,
     outline as outline,
+    outline_of as outline_of,
     this_machine as this_machine,
 )
 from .load.tokenizer import decoder_of as decoder_of
@@ -15,6 +16,7 @@ from .run.shared_pass import SampleShare as SampleShare
 from .subject import (
     capture_loaded as capture_loaded,
     capture_subject as capture_subject,
+    look_ahead as look_ahead,
     record_reference as record_reference,
 )
 from .substitution import Substitution as Substitution, substitution_of as substitution_of

@@ -32,7 +32,7 @@ from ..captures import (
     with_weights,
 )
 from ..checkpoint import capture_weights
-from ..common import InfraError, Progress, SuiteError, did_you_mean
+from ..common import InfraError, Progress, SuiteError, did_you_mean, step
 from ..metrics import METRICS, check_arguments, positions_of
 from ..suite import Data, NamedSubject, files_of
 from .load.batches import Batch, kind_of, listed
@@ -199,6 +199,7 @@ def capture_parts(
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
             asked = activations if captures else of_pass
+            step(len(captures) + 1, parts + passes - 1)
             own = capture_loaded(subject, loaded, None, asked, moved, share, reference)
             if captures:
                 own = with_weights(own, captures[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..captures import (
     STORED,
     Capture,
     DataProvenance,
+    Outline,
     Provenance,
     Request,
     compares,
@@ -24,7 +26,7 @@ from ..captures import (
     with_weights,
 )
 from ..checkpoint import capture_weights
-from ..common import AnomalyError, InfraError, Progress, QsaError, logger
+from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
 from ..suite import (
     FileHashes,
     NamedSubject,
@@ -39,6 +41,7 @@ from .load.adapters import source_of
 from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of
 from .load.models import Loaded, load_model, provenance_of, quiet
+from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
 from .modules import check_context, device_of, forward_errors, layers_of, with_experts
 from .reference.live import LiveReference, Reference
@@ -59,8 +62,11 @@ def capture_subject(
     allow_code: bool = False,
     progress: Progress | None = None,
     share: SampleShare = ALL_SAMPLES,
+    look_at_loaded: Callable[[Outline], None] | None = None,
 ) -> Capture:
     """Load the subject's checkpoint, run it once, and free it; weights may be read from its files instead.
+
+    `look_at_loaded`: called with the layers of a model that `look_ahead` doesn't know; what it raises stops the run.
 
     Raises:
         InfraError: it can't be loaded or run, or its data can't be read.
@@ -69,7 +75,8 @@ def capture_subject(
     of_pass, of_files = subject.divided(requests)
     if of_files and not of_pass:
         return capture_weights(files_of(subject), of_files, progress=progress)
-    capture = _capture_pass(subject, of_pass, allow_code, progress, share)
+    look = look_at_loaded if made_by_code(subject.model) else None
+    capture = _capture_pass(subject, of_pass, allow_code, progress, share, look)
     return with_files(capture, subject, of_files) if of_files else capture
 
 
@@ -78,8 +85,42 @@ def with_files(capture: Capture, subject: Subject, requests: Sequence[Request]) 
     return with_weights(capture, capture_weights(files_of(subject), requests, modules=capture.modules))
 
 
+def look_ahead(
+    subject: NamedSubject, requests: Sequence[Request], *, allow_code: bool = False, as_loaded: bool = False
+) -> Outline | None:
+    """Return what is known of a subject's layers without hashing or reading a weight; None where only loading tells.
+
+    `requests`: what a pass will be asked for. `as_loaded`: with the modules that a quantized checkpoint's loader adds.
+
+    Raises:
+        QsaError: what would stop loading the subject, or its reference, as far as it is known without weights.
+    """
+    if compares(requests):
+        _check_reference(subject, requests, allow_code=allow_code)
+    return _expected_outline(subject, allow_code=allow_code, as_loaded=as_loaded)
+
+
+def _expected_outline(subject: NamedSubject, *, allow_code: bool, as_loaded: bool = False) -> Outline | None:
+    return expected_outline(
+        subject.model, subject.path, subject.memory, allow_code=allow_code, base=subject.base, as_loaded=as_loaded
+    )
+
+
+def _check_reference(subject: NamedSubject, requests: Sequence[Request], *, allow_code: bool) -> None:
+    if isinstance(subject.reference, Path):
+        _open_reference_file(subject.reference, str(subject.model.reference), requests)
+        return
+    with _of_reference(subject) as reference:
+        _expected_outline(reference, allow_code=allow_code)
+
+
 def _capture_pass(
-    subject: NamedSubject, requests: Sequence[Request], allow_code: bool, progress: Progress | None, share: SampleShare
+    subject: NamedSubject,
+    requests: Sequence[Request],
+    allow_code: bool,
+    progress: Progress | None,
+    share: SampleShare,
+    look_at_loaded: Callable[[Outline], None] | None,
 ) -> Capture:
     compared = compares(requests)
     reference: Loaded | ReferenceFile | None = None
@@ -87,6 +128,8 @@ def _capture_pass(
         reference = _open_reference_file(subject.reference, str(subject.model.reference), requests)
     loaded = load_subject(subject, allow_code=allow_code)
     try:
+        if look_at_loaded is not None:
+            look_at_loaded(outline_of(loaded.model))
         if compared and reference is None:
             reference = load_reference(subject, allow_code=allow_code)
         return capture_loaded(subject, loaded, None, requests, progress, share, reference)
@@ -114,6 +157,7 @@ def load_subject(subject: NamedSubject, *, allow_code: bool) -> Loaded:
         QsaError: it can't be loaded.
     """
     began = time.perf_counter()
+    phase(f"loading {shown_path(Path(subject.path)) if subject.path else subject.name}")
     loaded = load_model(subject.model, subject.path, subject.memory, allow_code=allow_code, base=subject.base)
     logger.debug("%s: loading %s took %.2f s", subject.name, subject.path, time.perf_counter() - began)
     return loaded
@@ -125,10 +169,21 @@ def load_reference(subject: NamedSubject, *, allow_code: bool) -> Loaded:
     Raises:
         QsaError: the suite names no model, or it can't be loaded.
     """
+    with _of_reference(subject) as reference:
+        return load_subject(reference, allow_code=allow_code)
+
+
+@contextmanager
+def _of_reference(subject: NamedSubject) -> Iterator[NamedSubject]:
+    """Yield what a subject is compared with; say of an error that it is the reference's.
+
+    Raises:
+        InfraError: the suite names no model.
+    """
     if not isinstance(subject.reference, NamedSubject):
         raise InfraError("there is nothing to compare with: name the original, model.reference")
     try:
-        return load_subject(subject.reference, allow_code=allow_code)
+        yield subject.reference
     except QsaError as error:
         raise type(error)(f"model.reference: {error}") from error
 
@@ -285,6 +340,7 @@ def subject_batches(subject: Subject, loaded: Loaded) -> list[Batch]:
         AnomalyError: there is no tokenizer, or it makes ids that the model has no rows for.
         InfraError: the data can't be read.
     """
+    phase(f"reading {subject.data.source}")
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
     check_context(loaded.model, subject.data.seq_len)
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))

@@ -14,7 +14,7 @@ import pytest
 
 from ..captures import LOGITS, Capture, Request, Site
 from ..checkpoint import Files, Finding, examine, problems_of
-from ..common import AnomalyError, QsaError, QsaWarning, SuiteError, shown_path
+from ..common import AnomalyError, QsaError, QsaWarning, SuiteError, phase, shown_path
 from ..external import EvalFiles
 from ..metrics import (
     METRICS,
@@ -70,17 +70,9 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     """
     __tracebackhide__ = True
     gate: Gate = request.getfixturevalue("qsa_gate")
-    assertion = suite.file.assertions[index]
-    evidence: Evidence
-    try:
-        evidence = _evidence(gate, request, assertion)
-    except QsaError as error:
-        evidence = error
-    test = gate.identity_of(request.node, assertion.id, partial(suite.file.bound_place_of, index))
-    options = gate.options
-    verdict = judge_assertion(assertion, evidence, test, options.today, ratchet=options.ratchet)
-    capture = evidence.capture if isinstance(evidence, Measurement) else None
-    verdict = gate.finish(request, verdict, capture)
+    assertion, subject = suite.file.assertions[index], gate.subject_of(request.node)
+    with gate.status.of(subject.name if subject else suite.name):
+        verdict = _verdict_on(gate, request, suite, index)
     _warn_unused(request, suite, index, verdict)
     if verdict.failed:
         assert verdict.where is not None
@@ -88,6 +80,19 @@ def run_assertion(request: pytest.FixtureRequest, suite: QsaSuite, index: int) -
     # A warning that names the suite's line: pytest lists it, and the test passes.
     if verdict.kind is Kind.WARNED:
         request.node.warn(QsaWarning(f"{assertion.id}: {verdict.headline} ({verdict.where})"))
+
+
+def _verdict_on(gate: Gate, request: pytest.FixtureRequest, suite: QsaSuite, index: int) -> Verdict:
+    assertion, options = suite.file.assertions[index], gate.options
+    evidence: Evidence
+    try:
+        evidence = _evidence(gate, request, assertion)
+    except QsaError as error:
+        evidence = error
+    phase(f"judging {assertion.id}")
+    test = gate.identity_of(request.node, assertion.id, partial(suite.file.bound_place_of, index))
+    verdict = judge_assertion(assertion, evidence, test, options.today, ratchet=options.ratchet)
+    return gate.finish(request, verdict, evidence.capture if isinstance(evidence, Measurement) else None)
 
 
 def _evidence(gate: Gate, request: pytest.FixtureRequest, assertion: Assertion) -> Evidence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,22 +14,35 @@ from typing import Any
 import pytest
 
 from .. import engine, external
-from ..captures import COUNTS, Capture, PartialSums, Request, Site
-from ..checkpoint import Files, capture_weights
+from ..captures import COUNTS, Capture, Outline, PartialSums, Request, Site
+from ..checkpoint import Files, capture_weights, weight_names
 from ..common import (
+    AnomalyError,
     Patience,
     QsaError,
     QsaUnplannedCaptureWarning,
     QsaWarning,
+    Status,
     SuiteError,
     ToldError,
     UnloadableFormatError,
+    lasting_stderr,
     locked,
     logger,
-    progress_bar,
+    phase,
 )
 from ..metrics import METRICS
-from ..suite import Captures, Location, Place, Subject, check_execution, files_of, previous_of
+from ..suite import (
+    Captures,
+    Location,
+    MeasuredAssertion,
+    OneTestError,
+    Place,
+    Subject,
+    check_execution,
+    files_of,
+    previous_of,
+)
 from ..verdicts import (
     BASELINE_FOLDER,
     BASELINE_NAME,
@@ -38,12 +51,15 @@ from ..verdicts import (
     Verdict,
     baseline_folder,
     explain,
+    foresee,
     kept_release,
 )
 from .collection import QsaSuite, Subjects, checkpoint_of, command_of, plain_name, requests_of
 from .options import Options
 from .reporting import FLOOR, call_hook, record, with_plots
 
+FindOutline = Callable[..., Outline | None]
+"""Returns what is known of a model's layers before its weights are read; `as_loaded`: as loading changes them."""
 UNANNOUNCED = pytest.StashKey[set[tuple[str, str]]]()
 """On an item: the sites that it asked for without a mark, each warned of once."""
 
@@ -61,6 +77,7 @@ class Gate:
     captures: Captures
     _needs: dict[str, list[Request]] | None = None
     _fixtures: dict[str, Any] = field(default_factory=dict)
+    _foreseen: dict[str, Mapping[str, str]] = field(default_factory=dict)
     _files: dict[str, Files] = field(default_factory=dict)
     _releases: dict[Path, Capture] = field(default_factory=dict)
     _previous: dict[str, Capture] = field(default_factory=dict)  # by the key of the subject that follows it
@@ -70,6 +87,15 @@ class Gate:
 
     def __post_init__(self) -> None:
         self.captures.patience = Patience(self.options.lock_timeout, self._tell)
+
+    @cached_property
+    def status(self) -> Status:
+        """What the run does at the moment, shown past pytest's capturing of output."""
+        with self._uncaptured():
+            write, terminal = lasting_stderr()
+        # Several workers of pytest-xdist would write their lines over one another.
+        live = terminal and not hasattr(self.config, "workerinput")
+        return Status(write if live else lambda text: write(f"\n{text}"), live=live)
 
     @cached_property
     def _subjects(self) -> Subjects:
@@ -155,7 +181,88 @@ class Gate:
                 cached=cached,
             )
 
-        return self.captures.get(key, subject, needs, partial(self._make, request, subject), announce)
+        self._check_foreseen(request, key)
+        look_ahead = partial(self._look_ahead, request, key, subject, needs)
+        make = partial(self._make, request, key, subject)
+        with self.status.of(subject.name):
+            return self.captures.get(key, subject, needs, make, announce, look_ahead)
+
+    def _look_ahead(self, request: pytest.FixtureRequest, key: str, subject: Subject, needs: Sequence[Request]) -> None:
+        """Check what the tests of a capture ask for against the layers of their model, before its weights are read.
+
+        Raises:
+            OneTestError: this test asks for what the model hasn't; the others' turn comes, and is told now.
+            QsaError: the model can't be loaded, as far as that is known.
+        """
+        if key not in self._foreseen:
+            phase("looking at the layers")
+            find = partial(self._outline, request, subject, needs)
+            self._foresee(request, key, subject, self.foreseen(request.session.items, subject, find))
+            self._check_foreseen(request, key)
+
+    def _check_foreseen(self, request: pytest.FixtureRequest, key: str) -> None:
+        if problem := self._foreseen.get(key, {}).get(request.node.nodeid):
+            raise OneTestError(problem)
+
+    def _look_at_loaded(self, request: pytest.FixtureRequest, key: str, subject: Subject, outline: Outline) -> None:
+        """Check what tests ask for against the layers of a model that only its code knows, now that it is loaded.
+
+        Raises:
+            OneTestError: none of the tests can be judged, so that there is nothing to run.
+        """
+        tests = self._tests_of(request.session.items, subject)
+        found = _problems(tests, outline)
+        self._foresee(request, key, subject, found)
+        if not {item.nodeid for item, _ in tests} - found.keys():
+            raise OneTestError(found[request.node.nodeid])
+
+    def _foresee(self, request: pytest.FixtureRequest, key: str, subject: Subject, found: Mapping[str, str]) -> None:
+        """Keep which tests can't be judged, and why; tell them where a pass follows, at whose end pytest shows them."""
+        if self._foreseen.get(key) == found:  # a second pass, which a test without a mark takes
+            return
+        self._foreseen[key] = found
+        if {item.nodeid for item, _ in self._tests_of(request.session.items, subject)} - found.keys():
+            for nodeid, why in found.items():
+                self._tell(f"{nodeid} fails: {why}")
+
+    def _tests_of(self, items: Sequence[pytest.Item], subject: Subject) -> list[tuple[pytest.Item, list[Request]]]:
+        """Return the tests that a subject's pass, or its files, answers, with what they ask for."""
+        return [(item, asked) for item, source, asked in self.planned(items) if source.key == subject.key]
+
+    def foreseen(self, items: Sequence[pytest.Item], subject: Subject, find: FindOutline) -> dict[str, str]:
+        """Return which tests of a subject can't be judged, and why, by the names of its layers.
+
+        `find`: returns them; the second time as loading would change them.
+        """
+        tests = self._tests_of(items, subject)
+        found: dict[str, str] = {}
+        for as_loaded in (False, True):
+            outline = find(as_loaded=as_loaded)
+            found = _problems(tests, outline) if outline is not None else {}
+            if not found:
+                break
+        return found
+
+    def outline_of(self, subject: Subject, needs: Sequence[Request], *, as_loaded: bool) -> Outline | None:
+        """Return what is known of a subject's layers before its weights are read; None where only loading tells.
+
+        Raises:
+            QsaError: the files can't be read, or the model can't be loaded.
+        """
+        if subject.model is None or subject.model.logprobs_only:
+            return None
+        if subject.files_only:
+            return Outline(weight_names(files_of(subject)))
+        code = self.options.allow_code
+        return engine.look_ahead(subject.named, needs, allow_code=code, as_loaded=as_loaded)
+
+    def _outline(
+        self, request: pytest.FixtureRequest, subject: Subject, needs: Sequence[Request], *, as_loaded: bool
+    ) -> Outline | None:
+        if subject.model is not None:
+            return self.outline_of(subject, needs, as_loaded=as_loaded)
+        model = request.getfixturevalue("qsa_model")
+        return engine.outline_of(engine.loaded_from_fixture(model, None).model)
 
     def _shown(self, capture: Capture) -> Capture:
         """Return a capture as hooks and reports may see it: without tokens under `--qsa-redact`."""
@@ -189,6 +296,8 @@ class Gate:
         """
         try:
             yield
+        except OneTestError:
+            raise
         except QsaError as error:
             # Captures remember what failed: another attempt would meet the same.
             if item.config.pluginmanager.hasplugin("rerunfailures"):
@@ -263,7 +372,7 @@ class Gate:
         # An earlier test without a mark may have asked for the same.
         if known := self.captures.covering(key, [need]):
             return known
-        return self.captures.extend(key, subject, [need], partial(self._make, request, subject))
+        return self.captures.extend(key, subject, [need], partial(self._make, request, key, subject))
 
     @staticmethod
     def _warn_unannounced(request: pytest.FixtureRequest, need: Request) -> None:
@@ -276,9 +385,14 @@ class Gate:
         )
 
     def _make(
-        self, request: pytest.FixtureRequest, subject: Subject, plan: Sequence[Request], sums: PartialSums | None
+        self,
+        request: pytest.FixtureRequest,
+        key: str,
+        subject: Subject,
+        plan: Sequence[Request],
+        sums: PartialSums | None,
     ) -> Capture:
-        with self._progress(subject) as progress:
+        with self.status.of(subject.name) as progress:
             if subject.model is not None and subject.model.logprobs_only:
                 # torch is not loaded for a served model.
                 return external.capture_served(subject, plan, allow_code=self.options.allow_code, progress=progress)
@@ -286,8 +400,11 @@ class Gate:
                 return capture_weights(files_of(subject), plan, progress=progress)
             if subject.model is not None:
                 code, share = self.options.allow_code, engine.SampleShare(sums=sums)
+                look = partial(self._look_at_loaded, request, key, subject)
                 with self._slot(subject):
-                    capture = engine.capture_subject(subject, plan, allow_code=code, progress=progress, share=share)
+                    capture = engine.capture_subject(
+                        subject, plan, allow_code=code, progress=progress, share=share, look_at_loaded=look
+                    )
                 self._warn_unpinned(request, subject, capture)
                 return capture
             model = request.getfixturevalue("qsa_model")
@@ -311,6 +428,7 @@ class Gate:
 
     def _tell(self, text: str) -> None:
         """Write a line to the terminal at once, past pytest's capturing: a run that waits is not a run that hangs."""
+        self.status.hide()
         with self._uncaptured():
             print(f"\nqsa: {text}", file=sys.stderr, flush=True)
 
@@ -326,17 +444,6 @@ class Gate:
             request.node.warn(
                 QsaWarning(f"{subject.path} may be other weights tomorrow: pin what ran with model.revision: {commit}")
             )
-
-    @contextlib.contextmanager
-    def _progress(self, subject: Subject) -> Iterator[Any]:
-        """Show a bar on a terminal, past pytest's capturing of output; nowhere else."""
-        terminal = self.config.pluginmanager.getplugin("terminalreporter")
-        # Several workers of pytest-xdist would draw their bars over one another.
-        if terminal is None or not terminal.isatty or hasattr(self.config, "workerinput"):
-            yield None
-            return
-        with self._uncaptured(), progress_bar(subject.name, disable=False) as progress:
-            yield progress
 
     def identity_of(self, item: pytest.Item, id: str, place: Callable[[Location], Place | None]) -> Identity:
         """Return what the verdicts of an item say of it. `place`: the keys of a bound → the line that sets it."""
@@ -365,6 +472,41 @@ class Gate:
         verdict = with_plots(request.node, verdict, capture, self.options, others)
         record(request.node, verdict)
         return verdict
+
+
+def _problems(tests: Sequence[tuple[pytest.Item, list[Request]]], outline: Outline) -> dict[str, str]:
+    """Return the tests that can't be judged, and why, by the outline of their model."""
+    found = {}
+    for item, requests in tests:
+        try:
+            _foresee(item, requests, outline)
+        except AnomalyError as error:
+            found[item.nodeid] = str(error)
+        except SuiteError:  # a pattern that takes too long, say: the judgement tells it
+            continue
+    return found
+
+
+def _foresee(item: pytest.Item, requests: Sequence[Request], outline: Outline) -> None:
+    """Check what a test asks for against the layers of its model.
+
+    Raises:
+        AnomalyError: there would be nothing to judge.
+    """
+    if isinstance(item.parent, QsaSuite):
+        assertion = item.parent.assertion_of(item)
+        if isinstance(assertion, MeasuredAssertion):
+            foresee(assertion, outline)
+        return
+    # A test in Python may have marks for several models: one that fits is enough.
+    errors = []
+    for request in requests:
+        try:
+            outline.find(request)
+        except AnomalyError as error:
+            errors.append(error)
+    if requests and len(errors) == len(requests):
+        raise errors[0]
 
 
 def follows_checkpoint(item: pytest.Item, subject: Subject) -> bool:

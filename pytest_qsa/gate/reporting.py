@@ -38,10 +38,11 @@ from ..suite import (
 from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
-    from ..captures import Capture
+    from ..captures import Capture, Outline, Request
     from ..report import PlainVerdict
-    from ..suite import Place
+    from ..suite import Place, Subject
     from ..verdicts import Verdict
+    from .gate import Gate
 
 PACKAGE = Path(__file__).parent.parent
 VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()
@@ -467,9 +468,30 @@ class Reporter:
         )
         terminalreporter.write_sep("-", "qsa: what would run; nothing was loaded")
         # Not `engine.this_machine` itself: to name it loads torch, which only a plan with a pass needs.
-        plans = tools.plan_lines(tools.gathered(tests), self.options.cache_folder, lambda *a: engine.this_machine(*a))
+        plans = tools.plan_lines(
+            tools.gathered(tests),
+            self.options.cache_folder,
+            lambda *a: engine.this_machine(*a),
+            partial(self._foreseen, gate),
+        )
         for line in plans:
             _write(terminalreporter, line)
+
+    def _foreseen(
+        self, gate: Gate, subject: Subject, needs: Sequence[Request], kept: Outline | None
+    ) -> list[tuple[str, str]]:
+        """Return the tests of a subject that could not be judged, and why; with one of them a plan isn't sound.
+
+        `kept`: the layers by a capture that would answer; without it they are found by the model's configuration.
+        """
+        find = partial(gate.outline_of, subject, needs) if kept is None else lambda as_loaded: kept
+        try:
+            found = gate.foreseen(self.selected, subject, find)
+        except common.QsaError as error:
+            found = {"every test of it": str(error)}
+        if found:
+            self.selected[0].session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return list(found.items())
 
     def _propose(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show the patch that tightens budgets, and write it; it is applied by hand."""

@@ -1,4 +1,4 @@
-from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels
+from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels, no_experts as no_experts
 from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
     FAINT as FAINT,
@@ -57,7 +57,12 @@ from .registry import (
     Reduce as Reduce,
     metric as metric,
 )
-from .selection import NotMeasuredError as NotMeasuredError, Selection as Selection
+from .selection import (
+    NO_BLOCKS as NO_BLOCKS,
+    NotMeasuredError as NotMeasuredError,
+    Selection as Selection,
+    needs_sinks as needs_sinks,
+)
 from .series import (
     MOST_RELATIVE as MOST_RELATIVE,
     OVER as OVER,

@@ -291,11 +291,16 @@ def int8_outlier_features(
 def expert_tokens(view: View) -> Values:
     """Count the tokens that the router sends to each expert: [P, E]; one that chooses k experts counts k times."""
     if "experts" not in view.numbers:
-        raise AnomalyError(
-            f"the {view.site} of {view.layer} has no experts that tokens are routed to: expert_tokens reads the "
-            "indices that a module of packed experts gets, as in layers: mlp\\.experts$ with site: input"
-        )
+        raise no_experts(view.site, view.layer)
     return view.numbers.experts.astype(np.float64)
+
+
+def no_experts(site: Site, layer: str) -> AnomalyError:
+    """Return the error for a site whose tokens are not sent to experts."""
+    return AnomalyError(
+        f"the {site} of {layer} has no experts that tokens are routed to: expert_tokens reads the indices that a "
+        "module of packed experts gets, as in layers: mlp\\.experts$ with site: input"
+    )
 
 
 @metric(MOMENTS, reduce=None, span=SHARE)

@@ -27,6 +27,7 @@ from ..captures import (
     names_sinks,
     need_tokens,
     no_match,
+    no_weight,
 )
 from ..common import AnomalyError, InfraError, SuiteError, counted
 from .activations import MagnitudeStat, magnitudes
@@ -38,6 +39,12 @@ from .view import View
 
 if TYPE_CHECKING:
     from ..captures import Capture
+
+
+NO_BLOCKS = (
+    "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of blocks; say "
+    "positions: all or {skip_first: n}"
+)
 
 
 class NotMeasuredError(AnomalyError):
@@ -113,7 +120,7 @@ class Selection(MetricMethods):
         if not looked_at.issuperset(found):
             raise NotMeasuredError(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
         if not measured:
-            raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches owns a weight")
+            raise no_weight(found, self.pattern)
         return measured
 
     def _found(self, needs: frozenset[Statistic] = frozenset()) -> list[str]:
@@ -262,11 +269,13 @@ class Selection(MetricMethods):
                 missing = ", ".join(map(str, sorted(needs - numbers.statistics)))
                 raise NotMeasuredError(f"the capture has no statistics '{missing}' of the {self.site} of {layer}")
         finder = self.capture.reference if metric.against and self.capture.reference else self.capture
-        if (metric.name == "sink_tokens" or names_sinks(positions)) and not finder.sinks.searched:
-            raise AnomalyError(
-                "no outputs of blocks were measured, in which sinks could be found, as in a model without a list of "
-                "blocks; say positions: all or {skip_first: n}"
-            )
+        if needs_sinks(metric.name, positions) and not finder.sinks.searched:
+            raise AnomalyError(NO_BLOCKS)
+
+
+def needs_sinks(metric: str, positions: str | None) -> bool:
+    """Say whether a metric counts sinks, or tokens by whether they are sinks."""
+    return metric == "sink_tokens" or names_sinks(positions or "all")
 
 
 def _check_readable(layers: Iterable[str], refused: Mapping[str, str], what: str) -> None:

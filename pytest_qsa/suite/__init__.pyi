@@ -31,12 +31,14 @@ from .facts import (
     kinds_pattern as kinds_pattern,
 )
 from .fingerprint import (
+    MOST_HASHED as MOST_HASHED,
     FileHashes as FileHashes,
     checkpoint_hashes as checkpoint_hashes,
     fingerprint_of as fingerprint_of,
     folders_of as folders_of,
     identified as identified,
     library_versions as library_versions,
+    unhashed as unhashed,
     weight_files as weight_files,
     weight_order as weight_order,
     weights_hash as weights_hash,
@@ -63,7 +65,7 @@ from .sections import (
     name_problem as name_problem,
     section_of as section_of,
 )
-from .session import Captures as Captures, MakeCapture as MakeCapture
+from .session import Captures as Captures, MakeCapture as MakeCapture, OneTestError as OneTestError
 from .subjects import (
     BUILTIN as BUILTIN,
     DOCUMENTS as DOCUMENTS,

@@ -26,6 +26,7 @@ from ..common import (
     checked_json,
     json_with_checksum,
     logger,
+    phase,
     read_json,
     refuse_special,
     write_atomically,
@@ -48,6 +49,8 @@ LIBRARIES = (
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 SMALL = 1 << 20
 """Smaller files are hashed every time: reading them costs as little as looking their hash up."""
+MOST_HASHED = 2 << 30
+"""Bytes of weights that are hashed only to look for a kept capture: in about the time that importing torch takes."""
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
 
@@ -72,6 +75,8 @@ class FileHashes:
         if status.st_size > SMALL and (known := self._known_hash(file)) is not None:
             return known
         began = time.perf_counter()
+        if status.st_size > SMALL:
+            phase(f"hashing {file.name} ({status.st_size / 1e6:,.0f} MB)")
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if status.st_size > SMALL:
@@ -83,6 +88,11 @@ class FileHashes:
     def remembers(self, file: Path) -> bool:
         """Say whether the hash of a file is known without reading it."""
         return self._known_hash(file) is not None
+
+    def has_read(self, file: Path) -> bool:
+        """Say whether a file of this path was hashed before, if it is not the same now."""
+        self._recall()
+        return str(file.resolve()) in self._known
 
     def _known_hash(self, file: Path) -> str | None:
         self._recall()
@@ -136,6 +146,29 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
     for part in (*_parts(subject.named, hashes), *named):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
+
+
+def unhashed(subject: Subject, hashes: FileHashes, *, with_reference: bool) -> list[Path]:
+    """Return the files of weights, of more than `SMALL` bytes, that a fingerprint has to read.
+
+    Raises:
+        QsaError: as `folders_of`.
+    """
+    folders = folders_of(subject)
+    if with_reference and isinstance(subject.reference, Subject):  # a kept comparison is of the reference's bytes too
+        folders += folders_of(subject.reference)
+    files = (file for folder in folders for file in weight_files(folder))
+    return [file for file in files if file.is_file() and file.stat().st_size > SMALL and not hashes.remembers(file)]
+
+
+def takes_long_to_hash(subject: Subject, hashes: FileHashes, *, with_reference: bool) -> bool:
+    """Say whether it takes longer to look for a kept capture than to make the outline of the model.
+
+    It does of a new path. At a known one, as where a CI job restores the cache, a capture may be kept: then only if the
+    files are large.
+    """
+    files = unhashed(subject, hashes, with_reference=with_reference)
+    return not all(map(hashes.has_read, files)) or sum(file.stat().st_size for file in files) > MOST_HASHED
 
 
 def identified(capture: Capture, subject: Subject, hashes: FileHashes) -> Capture:

@@ -23,11 +23,19 @@ from ..common import (
     logger,
     write_atomically,
 )
-from .fingerprint import FileHashes, fingerprint_of, identified
+from .fingerprint import FileHashes, fingerprint_of, identified, takes_long_to_hash
 from .subjects import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
 """Makes a capture of what is requested; with the sums of an earlier pass that was stopped, it goes on from there."""
+
+LookAhead = Callable[[], None]
+"""Checks what is asked for before weights are hashed or read; what it raises fails the capture."""
+
+
+class OneTestError(AnomalyError):
+    """Stops one test and no other that shares its capture."""
+
 
 Source = Literal["pass", "cache", "worker"]
 """Where a capture is from: a pass of this process, the cache of earlier runs, or another worker of xdist."""
@@ -57,13 +65,15 @@ class Captures:
         requests: Sequence[Request],
         make: MakeCapture,
         announce: Callable[[Capture, bool], None] = lambda capture, cached: None,
+        look_ahead: LookAhead = lambda: None,
     ) -> Capture:
         """Return the capture of a key, made at most once in the session (once a run under xdist).
 
         `announce`: called with a capture that this process made or took from the cache (`cached`), before any other
-        test gets it; not with one that another worker made.
+        test gets it; not with one that another worker made. `look_ahead`: called where no kept capture answers.
 
         Raises:
+            OneTestError: as `look_ahead`; another test may still have the capture made.
             QsaError: the capture failed; the same error again for every test that needs it, without another try.
         """
         if key in self._failures:
@@ -71,7 +81,9 @@ class Captures:
             raise type(self._failures[key])(str(self._failures[key]))
         if key not in self._memory:
             try:
-                capture, source = self._make(subject, merge_requests(requests), make)
+                capture, source = self._make(subject, merge_requests(requests), make, look_ahead)
+            except OneTestError:
+                raise
             except QsaError as error:
                 self._failures[key] = error
                 raise
@@ -113,22 +125,31 @@ class Captures:
     def _hashes(self) -> FileHashes:
         return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
-    def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
+    def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture, look_ahead: LookAhead) -> Found:
         # A fixture's model exists in its own process only, so that workers can't share its capture.
         if self.shared is None or subject.model is None:
-            return self._through_cache(subject, requests, make)
+            return self._through_cache(subject, requests, make, look_ahead)
         return _make_once(
-            self.shared, subject, requests, lambda plan: self._through_cache(subject, plan, make), self.patience
+            self.shared,
+            subject,
+            requests,
+            lambda plan: self._through_cache(subject, plan, make, look_ahead),
+            self.patience,
         )
 
-    def _through_cache(self, subject: Subject, requests: Sequence[Request], make: MakeCapture) -> Found:
-        hashes = self._hashes()
+    def _through_cache(
+        self, subject: Subject, requests: Sequence[Request], make: MakeCapture, look_ahead: LookAhead
+    ) -> Found:
+        hashes, compared = self._hashes(), compares(requests)
         source: Source = "cache"
-        fingerprint = fingerprint_of(subject, hashes, with_reference=compares(requests)) if self.cache else None
+        if self.cache is None or takes_long_to_hash(subject, hashes, with_reference=compared):
+            look_ahead()
+        fingerprint = fingerprint_of(subject, hashes, with_reference=compared) if self.cache else None
 
         def known(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
             nonlocal source
             source = "pass"
+            look_ahead()
             return identified(make(plan, sums), subject, hashes)
 
         if self.cache is None or fingerprint is None:
@@ -168,6 +189,8 @@ def _make_once(
             return Capture.load(file), "worker"
         try:
             capture, source = make(requests)
+        except OneTestError:
+            raise
         except QsaError as error:
             write_atomically(failure, json.dumps({"class": type(error).__name__, "text": str(error)}))
             raise

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .. import engine
 from ..captures import STORED, Capture, Request, merge, merge_requests
 from ..checkpoint import HEALTHY, capture_weights
-from ..common import AnomalyError, InfraError, SuiteError, logger, number, progress_bar, shown_path, text_table
+from ..common import AnomalyError, InfraError, SuiteError, logger, number, shown_path, status, step, text_table
 from ..metrics import TWO_SIDED_95, Series
 from ..suite import (
     SIDES,
@@ -234,7 +234,7 @@ class Sampled:
         requests = merge_requests(each.request for each in file.assertions if isinstance(each, MeasuredAssertion))
         if not requests:
             raise SuiteError(f"{shown_path(file.path)}:1: no assertion measures anything that could vary")
-        with progress_bar(subject.name) as progress:
+        with status(subject.name) as progress:
             captures, repeated = engine.capture_parts(
                 subject, requests, parts, passes, allow_code=allow_code, progress=progress
             )
@@ -354,8 +354,12 @@ def _quantized_again(subject: NamedSubject, requests: Sequence[Request], whole: 
     of_files = bool(whole.provenance.weights_read and not whole.tokens)
     modules = () if of_files else whole.modules
     try:
-        files = files_of(subject)
-        return [capture_weights(files, requests, modules=modules, again=way) for way in HEALTHY]
+        files, made = files_of(subject), []
+        with status(subject.name) as progress:
+            for number, way in enumerate(HEALTHY, 1):
+                step(number, len(HEALTHY))
+                made.append(capture_weights(files, requests, modules=modules, again=way, progress=progress))
+        return made
     except (AnomalyError, InfraError) as error:
         logger.debug("no weights are quantized again: %s", error)
         return []

@@ -12,7 +12,7 @@ from typing import Any
 from .. import engine
 from ..captures import LOGITS, Capture, PartialSums, Request
 from ..checkpoint import capture_weights, open_folder
-from ..common import AnomalyError, InfraError, QsaError, SuiteError, UnloadableFormatError, progress_bar, shown_path
+from ..common import AnomalyError, InfraError, QsaError, SuiteError, UnloadableFormatError, shown_path, status
 from ..external import EvalFiles
 from ..metrics import METRICS, NotMeasuredError, Series
 from ..report import Column, Size, read_report, to_plain
@@ -279,7 +279,7 @@ class _Evidence:
         needs = needs or [each for each in asked if each.site == "weight"]
 
         def make(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
-            with progress_bar(source.name) as progress:
+            with status(source.name) as progress:
                 if source.files_only:
                     return capture_weights(files_of(source), plan, progress=progress)
                 share = engine.SampleShare(sums=sums)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from ..captures import Capture, LayerNames, Request, compares, match_layers, merge_requests
+from ..captures import Capture, LayerNames, Outline, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder, stored_weights, threads, weight_names
-from ..common import InfraError, QsaError, counted, shown_path, text_table
-from ..suite import FileHashes, Machine, Subject, files_of, fingerprint_of, folders_of, weight_files
+from ..common import InfraError, QsaError, counted, shown_path, shown_time, text_table
+from ..suite import MOST_HASHED, FileHashes, Machine, Subject, files_of, fingerprint_of, unhashed, weight_files
 from .estimates import (
     Setting,
     Sizes,
@@ -23,8 +23,6 @@ from .estimates import (
     waiting_bytes,
 )
 
-MOST_HASHED = 2 << 30
-"""Bytes of weights that a plan hashes to look for a capture. Of more it looks only if their hashes are known."""
 MEMORY_FACTOR = 1.5
 TIME_FACTOR = 3
 """The estimates are meant to be right within these factors; benchmarks/estimates.py measures it."""
@@ -32,6 +30,8 @@ MOST_IDS = 4
 READ_IN_A_SECOND = 1e8
 """Weights that one thread dequantizes and reduces in a second (docs/benchmarks.md)."""
 
+Foresee = Callable[[Subject, Sequence[Request], Outline | None], Sequence[tuple[str, str]]]
+"""Returns the tests of a subject that could not be judged, and why, by the layers of a kept capture or of the model."""
 MeasureMachine = Callable[[str, Path | None], Machine]
 """Measures the machine for a dtype, with the file of weights that times reading."""
 
@@ -66,41 +66,51 @@ def gathered(tests: Iterable[tuple[str, Subject, Sequence[Request], bool]]) -> l
     return list(found.values())
 
 
-def _cached(planned: Planned, cache: Path | None) -> tuple[bool, str]:
-    """Return whether a kept capture answers everything, and why."""
+def _cached(planned: Planned, cache: Path | None) -> tuple[Capture | None, str]:
+    """Return the kept capture that answers everything, and what is to be said of it; None where there is none."""
+    if not planned.measured or planned.subject.model is None:
+        return None, "there is nothing to keep"
     if cache is None:
-        return False, "nothing is kept between runs (--qsa-no-cache)"
+        return None, "nothing is kept between runs (--qsa-no-cache)"
     # Before any file is hashed: where no capture is kept there is none to look for.
     if not any(cache.glob("*.qsa")) and not any(cache.glob("*.partial")):
-        return False, "no capture is kept yet"
+        return None, "no capture is kept yet"
     subject, hashes, compared = planned.subject, FileHashes(cache / "hashes.json"), compares(planned.requests)
-    folders = folders_of(subject)
-    if compared and isinstance(subject.reference, Subject):  # a cached comparison is of the reference's bytes as well
-        folders += folders_of(subject.reference)
     # To hash a large checkpoint takes minutes, and a plan should not.
-    unknown = [file for folder in folders for file in weight_files(folder) if not hashes.remembers(file)]
+    unknown = unhashed(subject, hashes, with_reference=compared)
     if sum(file.stat().st_size for file in unknown) > MOST_HASHED:
-        return False, "not known before the run has hashed the weights"
+        return None, "not known before the run has hashed the weights"
     fingerprint = fingerprint_of(subject, hashes, with_reference=compared)
     if fingerprint is None:
-        return False, "captures of it can't be kept"
+        return None, "captures of it can't be kept"
     try:
         capture = Capture.load(cache / f"{fingerprint}.qsa")
     except InfraError:
         partial = (cache / f"{fingerprint}.partial").exists()
-        return False, "the first samples of an interrupted pass" if partial else "no capture of it is kept"
+        return None, "the first samples of an interrupted pass" if partial else "no capture of it is kept"
     if capture.covers(planned.requests):
-        return True, "a capture that answers all of it: nothing would be loaded"
-    return False, "a capture that lacks something: the pass would run again"
+        return capture, "a capture that answers all of it: nothing would be loaded"
+    return None, "a capture that lacks something: the pass would run again"
 
 
-def plan_lines(plans: Sequence[Planned], cache: Path | None, measure: MeasureMachine) -> Iterator[str]:
-    """Yield the plan of each subject. `cache`: the folder of kept captures, None for none."""
+def plan_lines(
+    plans: Sequence[Planned], cache: Path | None, measure: MeasureMachine, foresee: Foresee = lambda *asked: ()
+) -> Iterator[str]:
+    """Yield the plan of each subject, and which of its tests would fail whatever is measured.
+
+    `cache`: the folder of kept captures, None for none.
+    """
     for planned in plans:
-        yield from _subject_lines(planned, cache, measure)
+        kept, text = _cached(planned, cache)
+        yield from _subject_lines(planned, kept, text, measure)
+        # What isn't here would have to be fetched for it, and a model that comes from code to be made.
+        if planned.measured and (planned.subject.files_only or planned.subject.base_folder is not None):
+            problems = foresee(planned.subject, planned.requests, Outline(kept.names) if kept is not None else None)
+            yield from (f"fails       {test}: {why}" for test, why in problems)
 
 
-def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine) -> Iterator[str]:
+def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: MeasureMachine) -> Iterator[str]:
+    """Yield the plan of a subject. `kept`: the capture that answers everything; `text`: what is to be said of it."""
     subject = planned.subject
     path = shown_path(Path(subject.path)) if Path(subject.path).is_dir() else subject.path
     yield ""
@@ -110,7 +120,7 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
         yield "pass        none: no model is loaded"
         return
     if subject.files_only:
-        yield from _file_lines(planned, cache)
+        yield from _file_lines(planned, text)
         return
     folder = subject.base_folder
     if folder is None or subject.model is None:
@@ -121,27 +131,18 @@ def _subject_lines(planned: Planned, cache: Path | None, measure: MeasureMachine
     except QsaError as error:
         yield f"size        not known: {error}"
         return
-    yield from _pass_lines(planned, cache, measure, sizes, folder)
-
-
-def _pass_lines(
-    planned: Planned, cache: Path | None, measure: MeasureMachine, sizes: Sizes, folder: Path
-) -> Iterator[str]:
-    """Yield the plan of a pass. `folder`: of the weights."""
-    data = planned.subject.data
-    work = Work.of(data, planned.requests, sizes)
+    data, work = subject.data, Work.of(subject.data, planned.requests, sizes)
     yield from _site_lines(planned, sizes.layers)
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield _size_line(sizes)
-    hit, text = _cached(planned, cache)  # a hit needs no engine, so the machine is measured only without one
     yield f"kept        {text}"
-    if not hit:
+    if kept is None:  # a capture that answers needs no engine, so the machine is measured only without one
         largest = max(weight_files(folder), key=lambda file: file.stat().st_size, default=None)
         yield from _setting_lines(planned, sizes, work, measure(sizes.dtype, largest))
 
 
-def _file_lines(planned: Planned, cache: Path | None) -> Iterator[str]:
-    """Yield the plan of weights that are read from files."""
+def _file_lines(planned: Planned, text: str) -> Iterator[str]:
+    """Yield the plan of weights that are read from files. `text`: what is to be said of a kept capture."""
     try:
         files = files_of(planned.subject)
         yield from _site_lines(planned, weight_names(files))
@@ -154,9 +155,9 @@ def _file_lines(planned: Planned, cache: Path | None) -> Iterator[str]:
     sizes = [f"{shown_bytes(_stored_bytes(files.folder))} in {counted(files.provenance.files, 'file')}"]
     if compares(wanted) and files.reference is not None:
         sizes.append(f"{shown_bytes(_stored_bytes(files.reference))} of the reference")
-    took = _time(max(1, seconds))
+    took = shown_time(max(1, seconds))
     yield f"weights     read from the files, {' and '.join(sizes)}, in about {took}; no model is loaded"
-    yield f"kept        {_cached(planned, cache)[1]}"
+    yield f"kept        {text}"
 
 
 def _stored_bytes(folder: Folder) -> int:
@@ -169,7 +170,7 @@ def _why_unknown(planned: Planned) -> str:
         return "a served model is asked, not loaded; its reference runs once over the same tokens"
     if subject.path:
         return f"{subject.path} is not in the local cache of the hub; `hf download {subject.path}` fetches it"
-    return "the model comes from code"
+    return "the model comes from code; its layers are known, and patterns checked, once it is loaded"
 
 
 def _test_lines(planned: Planned) -> Iterator[str]:
@@ -230,7 +231,7 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
     for setting in settings:
         remarks = ["← the suite's"] * (setting is own) + [setting.note] * bool(setting.note)
         fits = "  ".join(["yes" if setting.fits else "no", *remarks])
-        rows.append([setting.text, _taken(setting, machine), _time(setting.seconds), fits])
+        rows.append([setting.text, _taken(setting, machine), shown_time(setting.seconds), fits])
     yield from text_table(rows, indent="  ")
     yield from _advice(settings, own)
     yield (
@@ -271,9 +272,3 @@ def _flops(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {prefix}"
     return f"{count / 1e6:.3g} M"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -30,6 +30,7 @@ from .judge import (
     Measurement as Measurement,
     Release as Release,
     concluded as concluded,
+    foresee as foresee,
     judge_assertion as judge_assertion,
     judge_problems as judge_problems,
     kept_release as kept_release,

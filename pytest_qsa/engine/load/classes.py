@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,8 +74,10 @@ def _unknown_class(config: Any, names: Sequence[str]) -> str:
     )
 
 
-def empty_model(config: Any, *, gguf: bool = False) -> nn.Module:
+def empty_model(config: Any, *, gguf: bool = False, as_loaded: bool = False) -> nn.Module:
     """Return the model of a configuration on the meta device, where no weight takes memory.
+
+    `as_loaded`: with the modules that the loader of a quantized checkpoint replaces or adds.
 
     Raises:
         Exception: whatever the model's class raises of settings that it can't take.
@@ -84,4 +87,16 @@ def empty_model(config: Any, *, gguf: bool = False) -> nn.Module:
     kind = class_of(config, remote=False, gguf=gguf)
     make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config  # the latter of an Auto class
     with torch.device("meta"):
-        return make(config)  # type: ignore[no-any-return]
+        model: nn.Module = make(config)
+        return _with_quantized_modules(model, config) if as_loaded else model
+
+
+def _with_quantized_modules(model: nn.Module, config: Any) -> nn.Module:
+    """Let the quantizer of a configuration prepare an empty model for its tensors, as `from_pretrained` does."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    quantizer, _, placement = get_hf_quantizer(config, None, None, True, {})  # type: ignore[no-untyped-call]
+    if quantizer is not None:
+        files = sorted(map(str, Path(config.name_or_path).glob("*.safetensors")))  # some look into their headers
+        quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map=placement, checkpoint_files=files)
+    return model

@@ -83,15 +83,9 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
         AnomalyError: its files are damaged, or their tensors aren't those of the model.
         InfraError: it can't be loaded, or runs code that nobody allowed.
     """
-    if spec.logprobs_only:
-        raise InfraError(
-            "a served model can't be loaded, for only its answers are known: give the checkpoint, model.path"
-        )
+    check_allowed(spec, path, memory, allow_code=allow_code)
     if spec.factory is not None:
-        return _from_factory(spec.factory, allow_code=allow_code)
-    if not allow_code:
-        _check_code(spec)
-    _check_path(path)
+        return _from_factory(spec.factory)
     with quiet(), loading_errors(spec, path):
         source = once_more(lambda: source_of(path, spec.revision, base))
     spec = spec.model_copy(update={"revision": source.revision})
@@ -107,7 +101,52 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
     return loaded
 
 
-def _check_code(spec: Model, config: Any = None) -> None:
+def check_allowed(spec: Model, path: str, memory: Memory, *, allow_code: bool) -> None:
+    """Check what can be known before a file is read: that there is a model to load, and that it may be.
+
+    Raises:
+        InfraError: it is a served one, its folder or its device isn't there, or it runs code that nobody allowed.
+    """
+    if spec.logprobs_only:
+        raise InfraError(
+            "a served model can't be loaded, for only its answers are known: give the checkpoint, model.path"
+        )
+    if spec.factory is not None:
+        if not allow_code:
+            raise InfraError(
+                f"model.factory '{spec.factory}' runs code that the suite names: allow it with --qsa-allow-code"
+            )
+        return
+    if not allow_code:
+        check_code(spec)
+    _check_path(path)
+    device_for(memory)
+
+
+def check_folder(spec: Model, path: str) -> None:
+    """Check the files of a checkpoint's folder as far as their headers and its settings say it.
+
+    Raises:
+        AnomalyError: one is damaged or missing.
+        InfraError: one can't be read.
+    """
+    if Path(path).is_dir() and not spec.gguf_file:
+        folder = Folder(Path(path))
+        folder.check_files()
+        check_side_files(folder, OF_A_LOAD)
+
+
+def check_loader(spec: Model, path: str) -> None:
+    """Check that the format of a checkpoint's folder has a loader.
+
+    Raises:
+        UnloadableFormatError: transformers has none.
+    """
+    if Path(path).is_dir() and not (form := format_of(Folder(Path(path), spec.gguf_file))).loads:
+        raise UnloadableFormatError(f"{path} can't be loaded: transformers has no loader for {form.label}")
+
+
+def check_code(spec: Model, config: Any = None) -> None:
     """Refuse a model that runs code of others, by its suite or by its `config`, without --qsa-allow-code.
 
     Raises:
@@ -134,18 +173,14 @@ def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_cod
 
     path = source.path
     _check_path(path)
-    if Path(path).is_dir() and not spec.gguf_file:
-        folder = Folder(Path(path))
-        folder.check_files()
-        check_side_files(folder, OF_A_LOAD)
+    check_folder(spec, path)
     common = {"revision": source.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     config = transformers.AutoConfig.from_pretrained(path, **common, **gguf)
     if not allow_code:
-        _check_code(spec, config)
+        check_code(spec, config)
     # Before the weights are read: without a loader they would be taken for floats, and hours later refused.
-    if Path(path).is_dir() and not (form := format_of(Folder(Path(path), spec.gguf_file))).loads:
-        raise UnloadableFormatError(f"{path} can't be loaded: transformers has no loader for {form.label}")
+    check_loader(spec, path)
     declares = not spec.gguf_file and declares_quantization(path, config)
     kind = class_of(config, remote=spec.trust_remote_code, gguf=bool(spec.gguf_file))
     streamed = memory.offload_device == "disk"
@@ -223,9 +258,7 @@ def _placement(path: str, memory: Memory) -> dict[str, Any]:
     return {"device_map": "auto", "max_memory": limits}
 
 
-def _from_factory(name: str, *, allow_code: bool) -> Loaded:
-    if not allow_code:
-        raise InfraError(f"model.factory '{name}' runs code that the suite names: allow it with --qsa-allow-code")
+def _from_factory(name: str) -> Loaded:
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)()

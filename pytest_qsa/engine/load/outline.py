@@ -15,18 +15,18 @@ import psutil
 import torch
 from torch import nn
 
-from ...captures import LayerNames
-from ...checkpoint import Folder, check_side_files
-from ...common import AnomalyError, InfraError, QsaError, one_line
+from ...captures import LayerNames, Outline
+from ...checkpoint import ADAPTER, Folder, check_side_files
+from ...common import AnomalyError, InfraError, QsaError, logger, one_line
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
-from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, names_of, with_experts
+from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, names_of, packed_experts, with_experts
 from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
 from .load_errors import CONFIG, fault_of_files
-from .models import load_model, quiet, submodule_of
+from .models import check_allowed, check_folder, check_loader, load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
 
@@ -74,12 +74,16 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
     return Anatomy(blocks, linears, experts, [name for name in inside if kinds[name].endswith("Router")])
 
 
-def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
+def _empty(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:
+    with quiet():
+        return _emptied(spec, path, base, as_loaded=as_loaded)
+
+
+def _emptied(spec: Model, path: str, base: str, *, as_loaded: bool) -> torch.nn.Module:
     import transformers
 
     try:
-        with quiet():
-            source = source_of(path, spec.revision, base)
+        source = source_of(path, spec.revision, base)
         if Path(source.path).is_dir() and not spec.gguf_file:
             folder = Folder(Path(source.path))
             _ = folder.config  # transformers reports a broken file as a missing one
@@ -90,7 +94,7 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
             trust_remote_code=False,  # without it transformers asks on the terminal, and a `y` runs the author's code
             **({"gguf_file": spec.gguf_file} if spec.gguf_file else {}),
         )
-        model = empty_model(config, gguf=bool(spec.gguf_file))
+        model = empty_model(config, gguf=bool(spec.gguf_file), as_loaded=as_loaded)
         if source.adapter is not None:
             with torch.device("meta"):
                 add_empty_adapter(model, source.adapter)
@@ -105,13 +109,55 @@ def _empty(spec: Model, path: str, base: str = "") -> torch.nn.Module:
     return submodule_of(model, spec.submodule) if spec.submodule else model
 
 
+def expected_outline(
+    spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "", as_loaded: bool = False
+) -> Outline | None:
+    """Return what a model's configuration says of it, without reading or hashing a weight.
+
+    None where only loading tells: of a factory, of code of its own, of a configuration that no model can be made of.
+    `as_loaded`: with the modules that the loader of a quantized checkpoint replaces or adds.
+
+    Raises:
+        QsaError: what would stop loading, as far as the files' headers and the permissions say it.
+    """
+    check_allowed(spec, path, memory, allow_code=allow_code)
+    if made_by_code(spec):
+        return None
+    if not (Path(path) / ADAPTER).is_file():  # of an adapter the base is loaded
+        check_folder(spec, path)
+        check_loader(spec, path)
+    try:
+        return outline_of(_empty(spec, path, base, as_loaded=as_loaded))
+    except QsaError as error:  # loading says it, and may know more of it
+        logger.debug("%s: its layers are checked once it is loaded: %s", path, error)
+        return None
+
+
+def made_by_code(spec: Model) -> bool:
+    """Say whether only code of others knows a model's layers: a factory's, or the checkpoint's author's."""
+    return spec.factory is not None or spec.trust_remote_code
+
+
+def outline_of(model: nn.Module) -> Outline:
+    """Return the outline of a model, which may be on the meta device."""
+    layers = with_experts(layers_of(model))
+    modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+    owned = {
+        name: (*module.parameters(recurse=False), *module.buffers(recurse=False)) for name, module in modules.items()
+    }
+    # A loader keeps in other modules of such a layer what it makes of its weight.
+    bare = frozenset(name for name, tensors in owned.items() if not tensors and not is_adapted(modules[name]))
+    mixtures = frozenset(name for name, module in modules.items() if packed_experts(module))
+    return Outline(names_of(layers), bare, tuple(blocks_of(model)), mixtures)
+
+
 def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "") -> LayerNames:
     """Return the names of a model's layers. A model with code of its own is loaded for it.
 
     Raises:
         InfraError: as `outline` and `load_model`.
     """
-    if spec.factory is None and not spec.trust_remote_code:
+    if not made_by_code(spec):
         return names_of(with_experts(layers_of(_empty(spec, path, base))))
     loaded = load_model(spec, path, memory, allow_code=allow_code, base=base)
     try:

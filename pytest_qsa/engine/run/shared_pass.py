@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from ...captures import Capture, PartialSums, Provenance, Request, SampleRange, merge
-from ...common import InfraError, Progress, logger
+from ...common import InfraError, Progress, logger, phase
 from ..load.batches import Batch, row_count
 from ..load.models import Loaded, quiet
 from ..load.tokenizer import decoder_of
@@ -111,6 +111,7 @@ class SharedPass:
             if self.progress is not None:
                 self.progress(position - first + count, end - first)
 
+        phase("pass", "samples")
         with quiet(), forward_errors(type(self.loaded.model).__name__):  # compressed-tensors shows bars of its own
             capture = run_pass(
                 self.loaded.model,

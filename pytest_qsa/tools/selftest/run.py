@@ -11,14 +11,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...captures import match_layers
 from ...checkpoint import SETTING_LAYERS, Folder, format_of
-from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path
+from ...common import InfraError, Scratch, SuiteError, did_you_mean, shown_path, shown_time
 from ...suite import ALLOW_PATH, MeasuredAssertion, Roots, SuiteFile, local_path, located
 from . import recording
 from .fault import Fault
@@ -134,9 +136,13 @@ class Selftest:
         with Scratch("qsa-selftest") as scratch:
             home = Path(scratch)
             say("the suite on an unchanged copy")
+            began = time.monotonic()
             healthy = self._healthy(home)
-            for fault in faults:
-                yield self._outcome(fault, home, healthy, say)
+            for number, fault in enumerate(faults, 1):
+                # With one run of each fault to go by; the strengths that are tried show in later estimates.
+                left = (time.monotonic() - began) / number * (len(faults) - number + 1)
+                place = f"[{number}/{len(faults)}, about {shown_time(left)} left] "
+                yield self._outcome(fault, home, healthy, partial(_say_at, place, say))
 
     def _healthy(self, home: Path) -> float | None:
         """Check that the suite passes on an unchanged copy; return its perplexity, if it has one."""
@@ -248,6 +254,10 @@ class Selftest:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
             raise InfraError(f"a test failed that is no assertion of ours: {' | '.join(lines[-3:])}")
         return results
+
+
+def _say_at(place: str, say: Callable[[str], None], text: str) -> None:
+    say(f"{place}{text}")
 
 
 def smallest_caught(catches: Callable[[float], bool], low: float, high: float, *, whole: bool) -> float:

@@ -11,6 +11,16 @@ from .comparison_text import (
     comparison_page as comparison_page,
     comparison_text as comparison_text,
 )
+from .history import (
+    History as History,
+    Point as Point,
+    Track as Track,
+    history_csv as history_csv,
+    history_markdown as history_markdown,
+    history_page as history_page,
+    history_plot as history_plot,
+    history_text as history_text,
+)
 from .html import (
     Gallery as Gallery,
     GallerySurface as GallerySurface,

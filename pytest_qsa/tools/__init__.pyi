@@ -5,6 +5,7 @@ from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
 from .diff.sides import read_side as read_side
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
+from .history import Historian as Historian
 from .ignore_lists import WRITERS as WRITERS, ignore_list as ignore_list, quantizer_of as quantizer_of
 from .loosening import Loosening as Loosening, compared as compared, loosening_markdown as loosening_markdown
 from .pictures import Analysis as Analysis, PatternError as PatternError, plan_pictures as plan_pictures

@@ -150,6 +150,24 @@ class Revision:
                 yield folder / below
 
 
+def tags_of(folder: Path) -> tuple[list[tuple[str, str]], bool]:
+    """Return the tags that lead to the present commit, with their time in ISO, oldest first; and whether more are cut.
+
+    `git clone --depth` leaves a shallow clone, which lacks earlier commits and their tags.
+
+    Raises:
+        InfraError: there is no git, or no repository.
+    """
+    why = "releases are read from git's tags"
+    shallow = _git(folder, "rev-parse", "--is-shallow-repository", why=why).strip() == b"true"
+    form = "%(creatordate:iso-strict)%00%(refname:short)"
+    listed = _git(
+        folder, "for-each-ref", "--merged", "HEAD", "--sort=creatordate", f"--format={form}", "refs/tags", why=why
+    )
+    tags = [line.split(b"\0") for line in listed.splitlines()]
+    return [(os.fsdecode(name), when.decode("ascii")) for when, name in tags if when], shallow
+
+
 def _git(folder: Path, *words: str, why: str) -> bytes:
     """Run git and return what it prints.
 

@@ -5,7 +5,7 @@ from .comparison import (
     Size as Size,
     comparison_of as comparison_of,
 )
-from .comparison_text import (
+from .comparison_forms import (
     comparison_csv as comparison_csv,
     comparison_markdown as comparison_markdown,
     comparison_page as comparison_page,

@@ -43,7 +43,7 @@ class Size(NamedTuple):
 class Column:
     """A checkpoint. `results`: as `to_plain` gives them. `machine`: of its report, where speeds were measured.
 
-    `notes`: what a reader must know of it, a line each.
+    `notes`: what a reader must know of it, a line each. `stopped`: the kind of the error, where nothing was measured.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Column:
     size: Size | None = None
     machine: str = ""
     notes: Sequence[str] = ()
+    stopped: str = ""
 
     @property
     def title(self) -> str:
@@ -166,13 +167,15 @@ def comparison_of(columns: Sequence[Column], *, strict: bool = True) -> Comparis
         AnomalyError: numbers were measured on other tokens, by another definition or against another reference.
     """
     lines, layers, notes = _sizes(columns), [], [note for column in columns for note in column.notes]
+    if columns and all(column.stopped for column in columns):
+        raise AnomalyError("; ".join(notes))
     for row in _rows_of(columns):
         if problem := _incomparable(row, columns):
             if strict and not problem.optional:
                 raise AnomalyError(problem.text)
             notes.append(problem.text)
             continue
-        line = _line(row, len(columns))
+        line = _line(row, columns)
         lines.append(line)
         if len(by_layer := _by_layer(row, len(columns))) > (line.unit != PROBLEMS):
             layers.append(Layers(line, by_layer))
@@ -292,11 +295,18 @@ def _marked(cells: Sequence[Cell | None], better: Better | None) -> Cells:
     return tuple(cell and replace(cell, best=number(cell.value) == best) for cell in cells)
 
 
-def _line(row: _Row, count: int) -> Line:
+def _line(row: _Row, columns: Sequence[Column]) -> Line:
     """Return a metric's row: one number of the whole model, the sum of problems, or the worst layer of each."""
     query = row.query
     better = better_of(query, [each for result in row.found.values() for each in result["rows"]])
-    cells = [_of_model(row.found[index], better) if index in row.found else None for index in range(count)]
+    cells = [
+        _of_model(row.found[index], better)
+        if index in row.found
+        else Cell(stopped=column.stopped)
+        if column.stopped
+        else None
+        for index, column in enumerate(columns)
+    ]
     bound = next((result["bound"] for result in row.found.values() if result.get("bound")), "")
     text = "; ".join(filter(None, [query.get("text", ""), bound]))
     return Line(row.id, _marked(cells, better), _unit_of(query), text, str(query.get("metric", "")))

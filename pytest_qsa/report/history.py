@@ -219,17 +219,13 @@ def _plot(track: Track) -> dict[str, Any]:
         return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP), 1)
 
     step = (WIDTH - LEFT - RIGHT) / max(len(track.points) - 1, 1)
-    marks = []
+    marks: list[dict[str, Any]] = []
     for index, point in enumerate(track.points):
-        at = {"x": round(LEFT + index * step, 1), "y": y(point.value) if math.isfinite(point.value) else TOP}
-        said = f"{point.day} {point.label}: {number(point.value)} {track.unit}".rstrip()
-        marks.append(
-            {
-                **at,
-                "point": point,
-                "said": ", ".join(filter(None, [said, point.worst, " at ".join(filter(None, track.change(index)))])),
-            }
-        )
+        said = [f"{point.day} {point.label}: {number(point.value)} {track.unit}".rstrip(), point.worst]
+        said.append(" at ".join(filter(None, track.change(index))))
+        place = y(point.value) if math.isfinite(point.value) else TOP
+        mark = {"x": round(LEFT + index * step, 1), "y": place, "point": point, "said": ", ".join(filter(None, said))}
+        marks.append(mark)
     return {
         "marks": marks,
         "steps": _steps([mark for mark in marks if mark["point"].release]),

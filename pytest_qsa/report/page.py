@@ -19,7 +19,7 @@ from markupsafe import Markup
 from ..captures import PositionRange, Provenance
 from ..checkpoint import kind_of
 from .comparison import Column, Size, comparison_of
-from .comparison_text import MOST_LAYERS
+from .comparison_forms import MOST_LAYERS
 from .html import PagePicture, flattened, render
 from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, state_of
 from .report import PlainVerdict

@@ -115,6 +115,13 @@ class Measurer:
             else:
                 yield self._of_capture(target) if target.is_capture else self._of_checkpoint(target)
 
+    def _of_checkpoint(self, target: Target) -> Column:
+        """Return the column of a checkpoint; of one that can't even be opened a note says why, and the others go on."""
+        try:
+            return self._measured(target)
+        except (InfraError, AnomalyError) as error:
+            return Column(target.label, [], notes=[f"{target.label}: {error.kind}: {error}"], stopped=error.kind)
+
     def _of_capture(self, target: Target) -> Column:
         capture = Capture.load(target.path)
         provenance = capture.provenance
@@ -141,7 +148,7 @@ class Measurer:
             found.append(_unbounded(WEIGHTS, "weight_sqnr", site="weight", layers=anatomy.linear_pattern))
         return found
 
-    def _of_checkpoint(self, target: Target) -> Column:
+    def _measured(self, target: Target) -> Column:
         assert self.file is not None
         subject = _subject(self.file, target)
         notes: list[str] = []
@@ -158,7 +165,10 @@ class Measurer:
             found = [each for each in self._assertions(Anatomy((), ())) if each.is_for(name)]
         else:
             compare = "layers"
-            if isinstance(subject.reference, NamedSubject) and not same:
+            if isinstance(subject.reference, Path):
+                # The file of a recorded reference holds no weights.
+                compare = "blocks"
+            elif isinstance(subject.reference, NamedSubject) and not same:
                 relation = files_of(subject).relation
                 compare = relation.compare
                 left = {"blocks": "weights are not compared", "logits": "only predictions are compared"}

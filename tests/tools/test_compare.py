@@ -14,7 +14,7 @@ from pytest_qsa.cli import main
 from pytest_qsa.common import AnomalyError, json_with_checksum
 from pytest_qsa.report.card import model_card
 from pytest_qsa.report.comparison import Column, Size, comparison_of
-from pytest_qsa.report.comparison_text import comparison_page, comparison_text
+from pytest_qsa.report.comparison_forms import comparison_page, comparison_text
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support import models
@@ -125,6 +125,18 @@ def test_a_checkpoint_without_a_number_says_why_once():
     compared = comparison_of([Column("one", failed), Column("two", [result("a", 1.0), result("b", 2.0)])])
     assert [line.cells[0].text for line in compared.lines] == ["INFRA", "INFRA"]
     assert compared.notes == ["one: INFRA a, b: head"]
+
+
+def test_a_checkpoint_that_can_not_be_opened_leaves_the_others_their_numbers(qsa, llama, quantized, tmp_path):
+    data = ("--data.num_samples", "8", "--data.seq_len", "16", "--qsa-cache", tmp_path / "cache")
+    code, out, err = qsa(quantized["int8"], "absent", "--reference", llama, *data, "--model.weights", "files")
+    assert code == 1
+    line = next(line for line in out.splitlines() if line.startswith("kl_divergence"))
+    assert line.endswith("INFRA")
+    assert "note: absent: INFRA: there is no folder absent" in out
+    code, out, err = qsa("absent", "--reference", llama)
+    assert (code, out) == (1, "")
+    assert "absent: INFRA: there is no folder absent" in err
 
 
 def test_results_of_other_suites_meet_by_what_they_measure():

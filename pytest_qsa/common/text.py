@@ -82,7 +82,7 @@ def fitted(text: str, most: int) -> str:
     return f"{cut}\n\n… cut; the report has all of it.\n"
 
 
-LOG_COMMAND = re.compile(r"##(?=\w*\[)|^ *:(?=:)")
+LOG_COMMAND = r"##(?=\w*\[)|^ *:(?=:)"
 """What CI services take for the beginning of a command in a log."""
 
 
@@ -94,7 +94,7 @@ def visible(text: str) -> str:
     (GitHub, Azure Pipelines) and `##teamcity[`, and `::` at the start (GitHub).
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return LOG_COMMAND.sub(lambda found: f"{found[0]} ", text) if "##" in text or "::" in text else text
+    return re.sub(LOG_COMMAND, lambda found: f"{found[0]} ", text) if "##" in text or "::" in text else text
 
 
 def short_hash(digest: str) -> str:

@@ -17,6 +17,7 @@ from .. import engine, external
 from ..captures import COUNTS, Capture, Outline, PartialSums, Request, Site
 from ..checkpoint import Files, capture_weights, weight_names
 from ..common import (
+    LOCK_TIMEOUT,
     AnomalyError,
     Patience,
     QsaError,
@@ -86,7 +87,7 @@ class Gate:
     _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
 
     def __post_init__(self) -> None:
-        self.captures.patience = Patience(self.options.lock_timeout, self._tell)
+        self.captures.patience = Patience(self.options.lock_timeout or LOCK_TIMEOUT, self._tell)
 
     @cached_property
     def status(self) -> Status:

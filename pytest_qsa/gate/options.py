@@ -29,8 +29,7 @@ PERMISSIONS = ("qsa_allow_code", "qsa_allow_path")
 WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
 """What the controller of pytest-xdist tells its workers: the name of the run's folder; the code and folders allowed."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
-SUITE_LIKE = re.compile(r"(qsa|qas|sqa|aqs).*\.(ya?ml|ymal|yam|json|txt)", re.IGNORECASE)
-ASSERTING = re.compile(r"""^["']?assertions["']?\s*:""", re.MULTILINE)
+SUITE_SUFFIXES = (".yaml", ".yml", ".ymal", ".yam", ".json", ".txt")
 
 
 class Options(NamedTuple):
@@ -60,7 +59,7 @@ class Options(NamedTuple):
     run: str
     """The name of this run's folder, `20261129T034501Z-4711`: the same in all processes of pytest-xdist."""
     jobs: int
-    lock_timeout: float
+    lock_timeout: float | None
 
     @property
     def run_folder(self) -> Path:
@@ -156,7 +155,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "help": "how many passes may run on this machine at once, of all pytest runs and workers (default: 1)",
     },
     "--qsa-lock-timeout": {
-        "type": float, "metavar": "SECONDS", "default": common.LOCK_TIMEOUT,
+        "type": float, "metavar": "SECONDS",
         "help": "give up waiting for another process when it has given no sign of life for that long; it gives one "
         "every 10 s (default: 120)",
     },
@@ -238,8 +237,9 @@ def _permissions(config: pytest.Config) -> tuple[bool, tuple[Path, ...]]:
     if hasattr(config, "workerinput"):  # the controller has judged its own words
         code, paths = config.workerinput.get(WORKER_ALLOWED, (False, ()))
         return code, tuple(map(Path, paths))
-    words = _operators_words(config)
-    for name in PERMISSIONS:
+    asked = [name for name in PERMISSIONS if config.getoption(name) or config.getini(name)]
+    words = _operators_words(config) if asked else argparse.Namespace()
+    for name in asked:
         overridden = any(text.partition("=")[0].strip() == name for text in words.override_ini)
         by_key = bool(config.getini(name)) and not overridden
         by_addopts = (config.getoption(name) or None) != (getattr(words, name) or None)
@@ -282,8 +282,8 @@ def _jobs(config: pytest.Config) -> int:
     return int(value)
 
 
-def _lock_timeout(given: float) -> float:
-    if not given > 0:
+def _lock_timeout(given: float | None) -> float | None:
+    if given is not None and not given > 0:
         raise pytest.UsageError(f"--qsa-lock-timeout {given:g}: more than 0 seconds")
     return given
 
@@ -364,10 +364,14 @@ def _check_overrides(overrides: tuple[str, ...]) -> None:
 
 def resembles_a_suite(path: Path) -> bool:
     """Say whether a file that isn't collected was meant as a suite, by its name and the key `assertions`."""
-    if not SUITE_LIKE.search(path.name) or not path.is_file():
+    # Every file that pytest meets is asked: only a name that might be a suite's costs more than a comparison.
+    name = path.name.lower()
+    if not any(suffix in name for suffix in SUITE_SUFFIXES):
+        return False
+    if not re.search(r"(qsa|qas|sqa|aqs).*\.(ya?ml|ymal|yam|json|txt)", name) or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return bool(ASSERTING.search(file.read(1_000_000)))
+        return bool(re.search(r"""^["']?assertions["']?\s*:""", file.read(1_000_000), re.MULTILINE))
 
 
 class HookSpecs:

@@ -75,6 +75,7 @@ from .subjects import (
     NamedSubject as NamedSubject,
     Subject as Subject,
     cache_folder as cache_folder,
+    cached_snapshot as cached_snapshot,
     files_of as files_of,
     hub_set_of as hub_set_of,
     loaded_files as loaded_files,

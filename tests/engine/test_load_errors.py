@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.engine.load import models
 from pytest_qsa.engine.load.completeness import check_complete
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.load.outline import layer_names, outline
@@ -497,3 +500,18 @@ def test_a_kernel_of_the_hub_is_not_fetched_unless_code_is_allowed(llama, tmp_pa
         InfraError, match=r"attn_implementation.* 'someone/attention' is code .*: allow it with --qsa-a"
     ):
         load(folder, **keys)
+
+
+@pytest.mark.parametrize(("proxies", "asked"), [({}, True), ({"https": "http://proxy"}, False)])
+def test_a_hub_id_is_not_tried_for_minutes_where_the_hub_has_no_address(tmp_path, monkeypatch, proxies, asked):
+    def nowhere(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "getproxies", lambda: proxies)
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints/my-model").mkdir(parents=True)
+    models.check_path("checkpoints/my-model")
+    with pytest.raises(InfraError, match="did you mean 'my-model'.*has no address here") if asked else nullcontext():
+        models.check_path("checkpoints/my-modle")

@@ -6,12 +6,15 @@ import contextlib
 import importlib
 import io
 import logging
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import psutil
 import torch
@@ -20,7 +23,7 @@ from torch import nn
 from ...captures import ModelProvenance
 from ...checkpoint import OF_A_LOAD, Folder, check_side_files, format_of, no_folder, open_folder
 from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFormatError, one_line
-from ...suite import Memory, Model
+from ...suite import Memory, Model, cached_snapshot
 from ..modules import device_of
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
@@ -33,8 +36,12 @@ Result = TypeVar("Result")
 
 FIT_FACTOR = 1.2
 """A model fits if its weights times this do; the rest is for activations."""
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of the machine and of each other when torchao is imported: kernels for other GPUs, enums."""
+NOISY = ("torchao", "torch.utils._pytree", "huggingface_hub")
+"""Loggers that warn of what is no news here.
+
+Of the machine and of each other when torchao is imported, kernels for other GPUs, enums; and of each try of a download,
+whose last error is ours to say.
+"""
 RETRY_PAUSE = 2.0
 """Seconds before the second try of a download."""
 BROKEN = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "WriteTimeout")
@@ -119,7 +126,7 @@ def check_allowed(spec: Model, path: str, memory: Memory, *, allow_code: bool) -
         return
     if not allow_code:
         check_code(spec)
-    _check_path(path)
+    check_path(path, spec.revision)
     device_for(memory)
 
 
@@ -161,18 +168,41 @@ def check_code(spec: Model, config: Any = None) -> None:
         raise InfraError(f"{where} '{named}' is code that is fetched from the hub: allow it with --qsa-allow-code")
 
 
-def _check_path(path: str) -> None:
-    """Refuse a folder that isn't there, which transformers would report as a malformed hub id."""
-    looks_like_a_folder = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
-    if looks_like_a_folder and not Path(path).is_dir():
+def check_path(path: str, revision: str | None = None) -> None:
+    """Refuse a folder that isn't there, which transformers would report as a malformed hub id.
+
+    So is a hub id that isn't in the local cache where the hub has no address: libraries would try for minutes.
+
+    Raises:
+        InfraError: it isn't there.
+    """
+    if Path(path).is_dir():
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute():
         raise InfraError(no_folder(path, "it can't be a hub id"))
+    if cached_snapshot(path, revision) is None and (host := _lost_hub()):
+        raise InfraError(no_folder(path, f"as a hub id it can't be fetched, for {host} has no address here"))
+
+
+def _lost_hub() -> str:
+    """Return the hub's host where it can't be found for sure; empty where it can, or where a proxy would find it."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    if constants.HF_HUB_OFFLINE or getproxies():  # offline, libraries give up at once
+        return ""
+    try:
+        once_more(lambda: socket.getaddrinfo(host, 443))
+    except OSError:
+        return host
+    return ""
 
 
 def _from_checkpoint(spec: Model, source: ModelSource, memory: Memory, allow_code: bool) -> Loaded:
     import transformers
 
     path = source.path
-    _check_path(path)
+    check_path(path, source.revision)
     check_folder(spec, path)
     common = {"revision": source.revision, "trust_remote_code": spec.trust_remote_code}
     gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
@@ -383,6 +413,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     return any(
         isinstance(cause, (ConnectionError, TimeoutError))
+        or (isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_AGAIN)
         or type(cause).__name__ in BROKEN
         or getattr(getattr(cause, "response", None), "status_code", None) in BUSY_STATUS
         for cause in chain

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...captures import LayerNames, Outline
-from ...checkpoint import ADAPTER, Folder, check_side_files
+from ...checkpoint import ADAPTER, Folder, check_side_files, no_folder
 from ...common import AnomalyError, InfraError, QsaError, logger, one_line
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
@@ -26,7 +26,7 @@ from .batches import Batch
 from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
 from .load_errors import CONFIG, fault_of_files
-from .models import check_allowed, check_folder, check_loader, load_model, quiet, submodule_of
+from .models import check_allowed, check_folder, check_loader, check_path, load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
 
@@ -82,6 +82,7 @@ def _empty(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -
 def _emptied(spec: Model, path: str, base: str, *, as_loaded: bool) -> torch.nn.Module:
     import transformers
 
+    check_path(path, spec.revision)
     try:
         source = source_of(path, spec.revision, base)
         if Path(source.path).is_dir() and not spec.gguf_file:
@@ -105,6 +106,8 @@ def _emptied(spec: Model, path: str, base: str, *, as_loaded: bool) -> torch.nn.
             raise InfraError(f"{path} {OWN_CODE}; its layers can't be listed without running it") from error
         if fault := fault_of_files(spec, path, error):
             raise AnomalyError(fault) from error
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise InfraError(no_folder(path, f"as a hub id it can't be fetched: {one_line(error)}")) from error
         raise InfraError(f"{path}: no model can be made of it: {one_line(error)}") from error
     return submodule_of(model, spec.submodule) if spec.submodule else model
 

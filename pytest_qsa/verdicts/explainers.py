@@ -143,7 +143,10 @@ def recognize(verdict: Verdict, context: Context) -> Verdict:
     if not found:
         summary = by_kind([row.layer for row in verdict.failing_rows], [row.layer for row in verdict.rows])
         return replace(verdict, headline=f"{summary}; {verdict.headline}") if summary else verdict
-    headline = "; ".join([*(each.what for each in found[:MOST_SUSPICIONS]), verdict.headline])
+    told = [each.what for each in found[:MOST_SUSPICIONS]]
+    layer, colon, rest = verdict.headline.partition(": ")
+    named = colon and any(text.startswith(f"{layer} ") for text in told)
+    headline = "; ".join([*told, f"measured: {rest}" if named else verdict.headline])
     suspects, origin = [each.what for each in found], {}
     most = verdict.origin.get("adds most", "")
     layer = most.partition(":")[0]

@@ -277,8 +277,11 @@ def judge_problems(
     if problems := [finding for finding in found if not finding.note]:
         layers = {finding.layer for finding in problems}
         many = f"{counted(len(problems), 'problem')} in {len(layers)} of {len(series.layers)} layers"
-        headline = f"{many} ({judgement.bound}); the first: {_placed(problems[0])}: {problems[0].what}"
-        headline = "; ".join([*_suspected(series, layers, files), headline])
+        suspected = _suspected(series, layers, files)
+        place = _placed(problems[0])
+        if any(text.startswith(f"{problems[0].layer} ") for text in suspected):  # named already
+            place = place.replace(f"{problems[0].layer}.", "its ", 1)
+        headline = "; ".join([*suspected, f"{many} ({judgement.bound}); the first: {place}: {problems[0].what}"])
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))
     return replace(judgement, headline=headline, findings=(*problems, *notes), run=_run_of_files(files))

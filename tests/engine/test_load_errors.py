@@ -513,5 +513,5 @@ def test_a_hub_id_is_not_tried_for_minutes_where_the_hub_has_no_address(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints/my-model").mkdir(parents=True)
     models.check_path("checkpoints/my-model")
-    with pytest.raises(InfraError, match="did you mean 'my-model'.*has no address here") if asked else nullcontext():
+    with pytest.raises(InfraError, match=r"did you mean 'my-model'.*has no address here") if asked else nullcontext():
         models.check_path("checkpoints/my-modle")

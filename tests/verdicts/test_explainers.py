@@ -175,6 +175,12 @@ def test_a_number_of_the_model_alone_is_red_by_a_weight_that_stands_elsewhere_in
     told = "model.layers.1.mlp.up_proj is 3 × the reference's and otherwise the same"
     assert verdict.headline.startswith(f"{told}; ")
     assert verdict.origin == {"suspect": told}
+    weights = capture_weights(files, [Request("up_proj$", "weight", None, statistics("moments"))])
+    verdict = explained(
+        judge_bounds(weights.weight("layers.1.mlp.up_proj$").rms(), Bounds(max=0)), weights, lambda: files
+    )
+    assert verdict.headline.startswith(f"{told}; measured: 0.")
+    assert verdict.headline.count("model.layers.1.mlp.up_proj") == 1
 
 
 def test_what_is_not_finite_begins_with_the_first_layer_and_a_dtype_that_is_too_narrow():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..common import InfraError, SuiteError, one_line, refuse_special, shown_path
+from ..common import InfraError, SuiteError, did_you_mean, one_line, refuse_special, shown_path
 from .paths import Boundary, Roots
 
 MAX_NODES = 100_000
@@ -186,7 +186,13 @@ def read_yaml(path: Path) -> YamlSource:
         text = _text_of(path)
     except InfraError as error:
         raise SuiteError(f"{shown_path(path)}:1: {str(error).partition(': ')[2]}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = did_you_mean(path.name, (each.name for each in beside if each.is_file()))
+        raise SuiteError(f"{shown_path(path)}: there is no such file{near}") from None
+    except OSError as error:
+        raise SuiteError(f"{shown_path(path)}:1: can't be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise SuiteError(f"{shown_path(path)}:1: can't be read as UTF-8 text: {error}") from None
     try:
         loader = _Loader(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -238,6 +239,17 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
         f"  estimates: memory within a factor of {MEMORY_FACTOR:g}, time of {TIME_FACTOR} "
         f"({_flops(work.flops(sizes))}FLOP at the measured rate; {shown_bytes(sizes.stored)} read)"
     )
+    yield from _load_lines()
+
+
+def _load_lines() -> Iterator[str]:
+    """Say that other work has the processors: what is measured now, and what runs then, takes longer."""
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    if load > cores:
+        yield (
+            f"  this machine is busy (load {load:.1f} on {counted(cores, 'core')}): the run waits for its share; set "
+            "OMP_NUM_THREADS=1 where several jobs share the cores"
+        )
 
 
 def _advice(settings: Sequence[Setting], own: Setting | None) -> Iterator[str]:

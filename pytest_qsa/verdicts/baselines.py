@@ -16,7 +16,7 @@ import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from ..captures import ModelProvenance, since_text
-from ..common import BaselineError, InfraError, remove_unfinished, write_atomically
+from ..common import BaselineError, InfraError, remove_unfinished, shown_path, write_atomically
 from ..metrics import Series
 from ..suite import Location
 from .baseline_file import (
@@ -259,7 +259,7 @@ def _judgement(
         return within_baseline(series, read_baseline(location), tolerance, data, made_with, leniency), None
     except (FileNotFoundError, NotADirectoryError):
         return None, BaselineError(
-            f"there is no baseline yet ({location.name}); make one with --snapshot-update, and commit it"
+            f"there is no baseline yet ({shown_path(location)}); make one with --snapshot-update, and commit it"
         )
     except BaselineError as error:
         return None, error

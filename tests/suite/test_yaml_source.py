@@ -125,5 +125,8 @@ def test_a_file_that_is_no_suite_is_refused_with_its_line(read, case):
 
 def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SuiteError, match=r"^gone\.yaml:1: can't be read"):
-        read_yaml(tmp_path / "gone.yaml")
+    (tmp_path / "gate.qsa.yaml").touch()
+    with pytest.raises(
+        SuiteError, match=r"^gates\.qsa\.yaml: there is no such file \(did you mean 'gate\.qsa\.yaml'\?\)$"
+    ):
+        read_yaml(tmp_path / "gates.qsa.yaml")

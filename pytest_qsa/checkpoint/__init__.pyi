@@ -48,7 +48,12 @@ from .side_files import (
     nested_settings as nested_settings,
     readable_tokenizer as readable_tokenizer,
 )
-from .smoothing import Compare as Compare, Relation as Relation, compare_norms as compare_norms
+from .smoothing import (
+    Compare as Compare,
+    Relation as Relation,
+    Unsmoothed as Unsmoothed,
+    compare_norms as compare_norms,
+)
 from .suspicions import (
     Suspicion as Suspicion,
     by_kind as by_kind,

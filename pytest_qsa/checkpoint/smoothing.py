@@ -6,18 +6,20 @@ read it by the same scale; QuaRot and SpinQuant rotate the whole residual stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common import counted
+from .checks.scales import FOLDED_LAYERS
 from .checks.values import ROUNDING
 from .folder import Folder, natural
 from .formats.format import BUDGET, Format, format_of
-from .tensors import FLOATS, Tensor, decoded_rows
+from .tensors import FLOATS, Matrix, Tensor, decoded_rows
 
 MOST_NORMS = 8
 """The number of norms that are followed into the matrices which read them, evenly spaced among those that differ."""
@@ -25,6 +27,8 @@ AGREES = 0.05
 """The median |ln| by which norm × column may differ from 1: rounding to 4 bits moves a column's norm by about 2 %."""
 EMBEDDING_ROWS = 64
 """The number of rows of the embeddings that are compared."""
+TURNS = 4
+"""How often the factors of rows and of columns are fitted in turns."""
 TABLES = ("embed_tokens", "wte", "tok_embeddings")
 OUTPUT_HEADS = ("lm_head", "embed_out")
 Compare = Literal["layers", "blocks", "logits"]
@@ -158,3 +162,115 @@ def _column_ratio(mine: Format, theirs: Format, layer: str) -> Vector | None:
     with np.errstate(all="ignore"):
         ratio: Vector = np.linalg.norm(one, axis=0) / np.linalg.norm(other, axis=0)
     return ratio
+
+
+class Unsmoothed:
+    """The weights of a smoothed checkpoint as they would be without the smoothing, so that each fits the original.
+
+    A norm that was divided by s has left the factors s in the columns of its readers: the norms of both tell s exactly.
+    AWQ also takes factors out of the rows of a layer into the columns of the next one (`FOLDED_LAYERS`): there they are
+    those of least squared error, ⟨w′, w⟩ / ⟨w, w⟩ of a column.
+
+    `norms`: the tensors of the norms that differ. `own`, `original`: the weight [out, in] of a module in the checkpoint
+    and in its original; None for none.
+    """
+
+    def __init__(
+        self,
+        folders: tuple[Folder, Folder],
+        norms: Sequence[str],
+        own: Callable[[str], Matrix | None],
+        original: Callable[[str], Matrix | None],
+    ) -> None:
+        self._own, self._original = own, original
+        self._norms = [change for name in norms for change in _changes(*(each.tensors[name] for each in folders))]
+        self._fed = lru_cache(maxsize=None)(self._fed_by)
+        self._columns = lru_cache(maxsize=None)(self._folded_into)
+
+    def weight(self, module: str) -> Matrix:
+        """Return the weight of a module without the factors in its columns and rows."""
+        weight = self._own(module)
+        assert weight is not None
+        columns = self._fed(module)
+        if columns is None:
+            columns = self._columns(module)
+        if columns is not None:
+            weight = weight / columns
+        parent, _, end = module.rpartition(".")
+        for reader in (f"{parent}.{second}" for first, second in FOLDED_LAYERS if first == end):
+            if (taken := self._columns(reader)) is not None and len(taken) == len(weight):
+                weight = weight * taken[:, None]
+        return weight
+
+    def _fed_by(self, module: str) -> Vector | None:
+        """Return the factors that a norm of the module's block has left in its columns; None where none has."""
+        found = self._column_factors(module)
+        for norm, change in self._norms:
+            block = norm.rpartition(".")[0]
+            if found is None or not module.startswith(f"{block}.") or len(change) != len(found):
+                continue
+            # Up to a constant, which rows that were divided hide.
+            if _makes_up(found / np.median(found * change), change):
+                return 1 / change
+        return None
+
+    def _folded_into(self, module: str) -> Vector | None:
+        """Return the factors in a module's columns that the rows of the layer before it make up for; None for none."""
+        parent, _, end = module.rpartition(".")
+        found = self._column_factors(module)
+        for before in (f"{parent}.{first}" for first, second in FOLDED_LAYERS if second == end):
+            own, original = self._own(before), self._original(before)
+            if (
+                found is None
+                or own is None
+                or original is None
+                or len(own) != len(found)
+                or own.shape != original.shape
+            ):
+                continue
+            fed = self._fed(before)
+            if _makes_up(_column_factors((own if fed is None else own / fed).T, original.T), found):
+                return found
+        return None
+
+    def _column_factors(self, module: str) -> Vector | None:
+        own, original = self._own(module), self._original(module)
+        if own is None or original is None or own.shape != original.shape:
+            return None
+        return _column_factors(own, original)
+
+
+def _changes(own: Tensor, original: Tensor) -> Iterator[tuple[str, Vector]]:
+    """Yield by what a norm multiplies more than the original's; Gemma's multiply by 1 + weight."""
+    x, y = own.values(), original.values()
+    for offset in (0.0, 1.0):
+        some = (x + offset != 0) & (y + offset != 0)
+        yield own.layer, np.divide(x + offset, y + offset, out=np.ones(len(x)), where=some)
+
+
+def _column_factors(own: Matrix, original: Matrix) -> Vector:
+    """Return the factor of each column that makes the original most like a weight, whatever factors its rows have.
+
+    Those of rows and of columns are fitted in turns; the median of the rows' is 1.
+    """
+    rows, columns = np.ones((len(own), 1)), np.ones(own.shape[1])
+    for _ in range(TURNS):
+        rows = _least_squares((own / columns).T, original.T)[:, None]
+        rows /= np.median(rows)
+        columns = _least_squares(own / rows, original)
+    return columns
+
+
+def _least_squares(own: Matrix, original: Matrix) -> Vector:
+    """Return ⟨w′, w⟩ / ⟨w, w⟩ of each column; 1 where it holds zeros, or nothing of the original."""
+    power, product = (original * original).sum(0), (own * original).sum(0)
+    factors: Vector = np.divide(product, power, out=np.ones(len(power)), where=(power > 0) & (product > 0))
+    return factors
+
+
+def _makes_up(factors: Vector, change: Vector) -> bool:
+    """Say whether factors undo a change, but for rounding."""
+    with np.errstate(all="ignore"):
+        moved, left = np.abs(np.log(np.abs(change))), np.abs(np.log(np.abs(factors * change)))
+    sound = np.isfinite(moved) & np.isfinite(left)
+    return bool(sound.any()) and bool(np.median(left[sound]) < min(AGREES, 0.5 * np.median(moved[sound])))

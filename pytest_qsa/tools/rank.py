@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
-from ..checkpoint import FUSED_LAYERS, NUMBER, Files, StoredWeight, kind_of
+from ..checkpoint import FUSED_LAYERS, NUMBER, Files, Format, StoredWeight, Unsmoothed, format_of, kind_of
 from ..common import AnomalyError, InfraError, counted, number, text_table
 from ..metrics import LEAST_WINDOWS, Estimate, mean_by_window
 
@@ -70,16 +71,23 @@ class Ranked:
 
 
 class QuantizedUnits:
-    """The units of a checkpoint and their weights, dequantized from its files.
+    """The units of a checkpoint and their weights, dequantized from its files; smoothed ones as the original has them.
 
     `left_out`: the layers of the files that are quantized and that the reference has no layer for.
     """
 
     def __init__(self, files: Files, modules: Iterable[str]) -> None:
-        if files.relation.kind in ("smoothed", "rotated"):
+        relation = files.relation
+        if relation.kind == "rotated":
             raise InfraError(
-                f"{files.folder.path} is {files.relation.kind}: {files.relation.why}. Its layers alone mean nothing in "
-                "the reference; rank a checkpoint that is rounded without it"
+                f"{files.folder.path} is rotated: {relation.why}. Its layers alone mean nothing in the reference: rank "
+                "a checkpoint that is rounded without it"
+            )
+        self._smoothed: Unsmoothed | None = None
+        if relation.kind == "smoothed" and files.reference is not None:
+            folders = files.folder, files.reference
+            self._smoothed = Unsmoothed(
+                folders, relation.norms, self._stored, partial(_rows, format_of(files.reference))
             )
         self._form = files.format
         self.method = self._form.name
@@ -127,6 +135,16 @@ class QuantizedUnits:
             AnomalyError: its tensors don't fit one another.
             InfraError: its format can't be read here.
         """
+        if self._smoothed is not None:
+            return self._smoothed.weight(module).astype("f4")
+        found = self._stored(module)
+        assert found is not None
+        return found
+
+    def _stored(self, module: str) -> NDArray[Any] | None:
+        """Return the weight of a module as its files have it; None where they don't have it in codes."""
+        if module not in self._layers:
+            return None
         stored = StoredWeight(self._form, self._layers[module])
         if stored.problem:
             raise InfraError(stored.problem)
@@ -148,6 +166,10 @@ class QuantizedUnits:
         parts = {holder: self._form.parts(holder) for holder in map(self._holder, layers)}
         stored = [tensor for own in parts.values() for part, tensor in own.items() if not part.startswith(_OTHERS)]
         return Unit(name, tuple(modules), weights, 8 * sum(tensor.stop - tensor.start for tensor in stored))
+
+
+def _rows(form: Format, module: str) -> NDArray[np.float64] | None:
+    return form.rows(form.layers_of([module])[module])
 
 
 def _block_of(name: str) -> str:

@@ -11,7 +11,7 @@ from pytest_qsa.checkpoint.checks.health import problems_of
 from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
-from pytest_qsa.checkpoint.smoothing import compare_norms
+from pytest_qsa.checkpoint.smoothing import Unsmoothed, compare_norms
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite import Memory, Model
@@ -236,3 +236,33 @@ def test_a_layer_whose_size_the_next_one_makes_up_for_has_no_finding(llama, tmp_
     half = edited(llama, tmp_path / "half", lambda weights: fold(weights, back=False))
     found = problems_of(Files(open_folder(save_quantized_llama(tmp_path / "odd", half))), "checkpoint_scales")[1]
     assert {each.layer for each in found} == {"model.layers.2.mlp.up_proj"}
+
+
+def fold_up(weights):
+    """Take factors out of the rows of up_proj into the columns of down_proj, as AWQ does."""
+    generator = torch.Generator().manual_seed(3)
+    for index in range(4):
+        factors = torch.rand(64, generator=generator) * 3 + 0.3
+        weights[f"model.layers.{index}.mlp.up_proj.weight"] /= factors[:, None]
+        weights[f"model.layers.{index}.mlp.down_proj.weight"] *= factors
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_weights_of_a_smoothed_checkpoint_are_known_without_the_smoothing(folders, tmp_path, folded):
+    def change(weights):
+        smooth(weights)
+        if folded:
+            fold_up(weights)
+
+    original = open_folder(folders["original"])
+    changed = edited(folders["original"], tmp_path / "changed", change)
+    folder = open_folder(save_quantized_llama(tmp_path / "int8", changed, "W8A16", group_size=None, strategy="channel"))
+    own, theirs = format_of(folder), format_of(original)
+    found = Unsmoothed((folder, original), compare_norms(folder, original).norms, own.rows, theirs.rows)
+    layers = [reader for readers in READERS.values() for reader in readers] + list(WRITERS)
+    for layer in (f"model.layers.2.{each}" for each in layers):
+        expected = theirs.rows(layer)
+        error = np.square(found.weight(layer) - expected).sum() / np.square(expected).sum()
+        assert error < 3e-4, layer  # that of 8 bits, whose scales are of the smoothed rows
+        moved = layer.endswith(("down_proj", "o_proj")) and not (folded and layer.endswith("down_proj"))
+        assert np.array_equal(found.weight(layer), own.rows(layer)) == moved, layer

@@ -21,7 +21,7 @@ from pytest_qsa.metrics import Estimate
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.tools.ignore_lists import ignore_list
 from pytest_qsa.tools.rank import QuantizedUnits, Ranked, Ranking, Unit, estimated, mean_of, ranking_of
-from support.checkpoints import edited, save_gguf, save_quantized_moe
+from support.checkpoints import edited, save_gguf, save_quantized_llama, save_quantized_moe
 from support.models import llama as small_llama, token_batch
 
 DOWN = "model.layers.2.mlp.down_proj"
@@ -346,3 +346,32 @@ def test_weights_that_are_not_finite_are_refused():
 def test_a_mean_is_over_all_positions_and_few_windows_have_no_interval():
     assert mean_of([np.array([1.0, 2.0]), np.array([6.0])]).value == 3.0
     assert np.isnan(mean_of([np.ones(4)]).low)
+
+
+def test_the_units_of_a_smoothed_checkpoint_cost_what_rounding_costs(llama, tmp_path):
+    def smooth(weights):
+        for index in range(4):
+            factors = torch.rand(32, generator=torch.Generator().manual_seed(index)) * 3 + 0.3
+            weights[f"model.layers.{index}.input_layernorm.weight"] /= factors
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weights[f"model.layers.{index}.self_attn.{name}.weight"] *= factors
+
+    changed = edited(llama, tmp_path / "changed", smooth)
+    int8 = save_quantized_llama(tmp_path / "int8", changed, "W8A16", strategy="channel", group_size=None)
+    units = units_of(int8, llama)
+    subject = Subject(
+        "int8",
+        Model(path=str(int8), reference=str(llama)),
+        Data(num_samples=1, seq_len=16),
+        Memory(device="cpu"),
+        llama,
+    )
+    with engine.substitution_of(subject.named, units.weight) as substitution:
+        (found,) = substitution.together(units.modules)
+        batches = substitution._batches
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    reference, whole = load(llama, dtype=torch.float32), load(changed, dtype=torch.float32)
+    for layer in units.modules:  # what the checkpoint itself computes, its norms and weights as they are
+        whole.get_submodule(layer).weight.data.copy_(torch.from_numpy(units._stored(layer)))
+    (expected,) = divergences(whole, reference, batches)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-9)

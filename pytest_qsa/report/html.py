@@ -28,7 +28,10 @@ _SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A picture of a page: its PNG, or the problem why there is none. `name`: of its file."""
+    """A picture of a page: its PNG, or the problem why there is none. `name`: of its file.
+
+    `svg`: the same picture as lines, which the page shows where there is one.
+    """
 
     title: str
     name: str
@@ -36,16 +39,18 @@ class PagePicture:
     problem: str = ""
     dark: bytes = b""
     """The PNG for a dark page; without it the page inverts `png`."""
+    svg: bytes = b""
 
     @property
-    def data(self) -> str:
-        """The PNG as base64."""
-        return base64.b64encode(self.png).decode("ascii")
+    def source(self) -> str:
+        """The picture as an address that holds all of it; empty for none."""
+        kind, content = ("svg+xml", self.svg) if self.svg else ("png", self.png)
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}" if content else ""
 
     @property
-    def dark_data(self) -> str:
-        """The PNG for a dark page as base64."""
-        return base64.b64encode(self.dark).decode("ascii")
+    def dark_source(self) -> str:
+        """The picture for a dark page, as `source`."""
+        return f"data:image/png;base64,{base64.b64encode(self.dark).decode('ascii')}"
 
     @property
     def size(self) -> tuple[int, int]:

@@ -130,11 +130,15 @@ def plots_of(artefacts: Mapping[str, str], curves: Mapping[str, object] = NO_CUR
     for title, path in artefacts.items():
         # The path of the report itself is an artefact as well.
         if path.endswith(".png") and title not in curves:
-            try:
-                png = Path(path).read_bytes()
-            except OSError:
-                png = b""
-            yield PagePicture(_PLOTS.get(title, title), path, png)
+            png, svg = (_content(Path(path).with_suffix(suffix)) for suffix in (".png", ".svg"))
+            yield PagePicture(_PLOTS.get(title, title), path, png, svg=svg if png else b"")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 MEANINGS = {

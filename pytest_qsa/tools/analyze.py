@@ -35,12 +35,13 @@ _FOLDED_BY: Mapping[str, AcrossChannels] = {
 class Drawn:
     """A drawn picture and its files, or the problem why it could not be drawn.
 
-    `dark`: the picture on a dark page, where inverted colours would be wrong.
+    `dark`: the picture on a dark page, where inverted colours would be wrong. `svg`: what the page shows else.
     """
 
     picture: Picture
     png: bytes = b""
     dark: bytes = b""
+    svg: bytes = b""
     files: list[Path] = field(default_factory=list)
     problem: str = ""
 
@@ -131,7 +132,9 @@ class Export:
     def _gallery(self, command: str) -> report.Gallery:
         sections: dict[str, list[report.PagePicture]] = {}
         for each in self.drawn:
-            picture = report.PagePicture(each.picture.title, each.picture.name, each.png, each.problem, each.dark)
+            picture = report.PagePicture(
+                each.picture.title, each.picture.name, each.png, each.problem, each.dark, each.svg
+            )
             sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
         readings = {kind.heading: kind.reading for kind in PICTURE_KINDS.values()}
         provenance = self.capture.provenance
@@ -186,9 +189,10 @@ def draw_picture(
             write_atomically(files[-1], png if form == "png" else report.encode_figure(figure, form, visualization.dpi))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
     # Lines and text can be inverted by the page; a colour scale, which tells large from small, can't.
-    shaded = picture.section == "heatmap_3d" and "html" in visualization.output.formats
-    dark = report.encode_dark(figure, visualization.dpi) if shaded else b""
-    return Drawn(kept, png, dark, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    shown, shaded = "html" in visualization.output.formats, picture.section == "heatmap_3d"
+    svg = report.encode_figure(figure, "svg", visualization.dpi, paths=False) if shown and not shaded else b""
+    dark = report.encode_dark(figure, visualization.dpi) if shown and shaded else b""
+    return Drawn(kept, png, dark, svg, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 class ExportRow(NamedTuple):

@@ -395,7 +395,8 @@ PICTURE_KINDS: Mapping[str, PictureKind] = {
         "Percentiles by channel",
         _percentiles,
         _percentile,
-        "Between which values the tokens of each channel lie; a channel that stands out takes the scale of all others.",
+        "Between which values the tokens of each channel lie; on the right those of the widest channels. A "
+        "channel that stands out takes the scale of all others.",
     ),
     "heatmap_3d": PictureKind(
         "Heat maps",

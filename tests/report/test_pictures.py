@@ -210,6 +210,30 @@ def test_a_histogram_shows_the_share_of_the_elements_in_each_bin():
         assert np.nansum(shown.values) == pytest.approx(1.0)
 
 
+def test_the_histograms_of_all_kinds_of_layers_have_the_same_bins_and_axis():
+    _, analysis, capture = analysed(4, enabled={"distribution": True})
+    sites = {layer: capture.sites[layer, "output"] for layer in analysis.pictures[0].layers}
+    names = {"layers.0.q": "layers.0", "layers.1.q": "layers.2", "layers.0.k": "layers.1", "layers.1.k": "layers.3"}
+    figure = histogram_figure({name: sites[layer] for name, layer in names.items()}, "", "")
+    assert len({tuple(curve.get_data().edges) for curve in by_gid(figure, "curve")}) == 1
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    assert len(figure.axes) == 2
+
+
+def test_the_channels_that_reach_furthest_stand_beside_the_others_with_their_numbers():
+    _, _, capture = analysed(4, enabled={"percentile_range": True})
+    layer = "layers.1"  # in which channel 7 stands out
+    bands = channel_bands(capture.sites[layer, "output"], signed=True)
+    figure = percentile_figure({layer: bands}, "", "")
+    numbers = [int(label.get_text()) for label in figure.axes[1].get_xticklabels()]
+    reach = np.abs(Deep.values(1, 4).numpy()).max(axis=(0, 1))
+    assert numbers == np.argsort(-reach)[:20].tolist()
+    assert numbers[0] == 7
+    widest = by_gid(figure, "widest")[0]
+    ends = [float(end) for end in Deep.values(1, 4)[..., 7].aminmax()]
+    assert [widest.get_y(), widest.get_y() + widest.get_height()] == pytest.approx(ends)
+
+
 def test_a_map_shows_its_values_by_token_and_channel():
     picture = np.ones((4, 6), dtype=np.float32)
     picture[2, 5] = 500

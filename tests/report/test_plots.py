@@ -257,13 +257,18 @@ def test_the_magnitudes_are_those_of_the_capture_with_the_judged_one_in_front():
 
     figure = magnitude_figure(judge_bounds(series, Bounds(max=1.9)), capture)
 
-    lines = {stat: by_gid(figure, stat)[0] for stat in ("top1", "top2", "top3", "median", "min")}
+    lines = {stat: by_gid(figure, stat)[0] for stat in ("top1", "median", "min")}
     np.testing.assert_array_equal(lines["median"].get_ydata(), series.values)
     np.testing.assert_array_equal(lines["top1"].get_ydata(), capture.output(BLOCKS).magnitude("top1").values)
     assert max(lines, key=lambda stat: lines[stat].get_linewidth()) == "median"
     assert set(by_gid(figure, "bound")[0].get_ydata()) == {1.9}
     assert figure.axes[0].get_yscale() == "log"
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 5
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
+    (band,), top3 = by_gid(figure, "tops"), capture.output(BLOCKS).magnitude("top3").values
+    assert {*top3.tolist()} <= {*band.get_paths()[0].vertices[:, 1].tolist()}
+    (peak,) = by_gid(figure, "peak")
+    top1 = capture.output(BLOCKS).magnitude("top1").values
+    assert peak.get_text() == f"layer {top1.argmax()}: {top1.max():.4g}"
 
 
 def test_layers_that_are_not_finite_are_marked_and_named_instead_of_vanishing(tmp_path):

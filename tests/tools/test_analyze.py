@@ -70,8 +70,9 @@ def test_everything_enabled_leaves_a_picture_of_each_kind_in_both_formats(everyt
 
 def test_the_page_holds_every_picture_and_fetches_nothing(everything):
     page = (everything / "analysis_report.html").read_text(encoding="utf-8")
-    # A colour scale has a picture of its own for the dark: it can't be inverted.
-    assert page.count('src="data:image/png;base64,') == len(list(everything.glob("*.png"))) + 2
+    # Lines are an SVG. A colour scale is a PNG, and has one of its own for the dark: it can't be inverted.
+    assert page.count('src="data:image/svg+xml;base64,') == len(list(everything.glob("*.png"))) - 2
+    assert page.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     (surface,) = re.findall(r'<div class="surface".*?</div>\s*</div>|<div class="surface".*?</script>', page, re.DOTALL)
     assert re.findall(r"<option[^>]*>(.*?)</option>", surface) == [f"model.layers.{index}" for index in range(4)]
@@ -168,7 +169,7 @@ def test_a_redacted_analysis_writes_no_token_anywhere(tmp_path, llama, monkeypat
     redacted = bool(options)
     capture = Capture.load(tmp_path / "figures/capture.qsa")
     assert (len(capture.tokens), bool(capture.pieces)) == ((0, False) if redacted else (3, True))
-    (figure,) = figures
+    (figure,) = set(figures)  # as a file and for the page
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     said = [text.get_text() for text in figure.axes[0].texts]
     assert any(label.startswith("“") for label in labels) != redacted

@@ -7,6 +7,7 @@ from pytest_qsa import Capture
 from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics.series import Bounds, Query, Series
+from pytest_qsa.report.page import plots_of
 from pytest_qsa.report.plots.figures import draw
 from pytest_qsa.report.report import to_plain
 from pytest_qsa.report.verdict_text import failure_text, step_summary
@@ -105,3 +106,6 @@ def test_the_picture_says_how_many_decisions_fall_otherwise(tmp_path):
     capture, verdict = failed()
     drawn = draw(capture, verdict, tmp_path)
     assert drawn == {"margins": str(tmp_path / "margins.png")}
+    (shown,) = plots_of(drawn)
+    assert shown.svg.count(b"of the decisions fall otherwise") == 1  # as text, which can be found and read aloud
+    assert shown.source.startswith("data:image/svg+xml;base64,")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,6 +43,7 @@ _LABELS = ("all tokens", "0.01 to 99.99 %", "1 to 99 %", "25 to 75 %")
 _FILLS = ("#dfe6ee", "#b5c6d8", "#7f9dbb", "#2b5c8a")
 _LINES = ((MUTED, ":"), (MUTED, "--"), (BLUE, "-."), (INK, "-"))
 MOST_COLUMNS = 400
+MOST_WIDEST = 20
 
 
 @styled
@@ -78,12 +79,16 @@ def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *,
     """Draw histograms of a few layers evenly over depth; their bins are equally wide on the asinh axis."""
     panels = panels_of(list(sites), title, note)
     names, legends = list(sites), set()
-    for axes, kind, members in panels:
-        chosen = [members[index] for index in evenly_spread(len(members), MOST_CURVES)]
+    shown = {
+        kind: [members[index] for index in evenly_spread(len(members), MOST_CURVES)] for _, kind, members in panels
+    }
+    bins = _Bins.of([sites[names[index]] for chosen in shown.values() for index in chosen])
+    for axes, kind, _ in panels:
+        chosen = shown[kind]
         own = panels.depth.part(chosen)
         word = "block " if panels.depth.numbered and len(panels.depth.kinds) == len(panels.grid.axes) else ""
         labels = [f"{word}{own.short(i)}" for i in range(len(chosen))]
-        _draw_curves(axes, [sites[names[index]] for index in chosen], labels)
+        _draw_curves(axes, [sites[names[index]] for index in chosen], labels, bins)
         axes.set_xlabel(f"x at {safe_text(kind, 80)}" if kind else "x")
         legends.add(tuple(labels))
     first = panels.grid.axes[0]
@@ -99,23 +104,40 @@ def histogram_figure(sites: Mapping[str, SiteNumbers], title: str, note: str, *,
     return panels.grid.figure
 
 
-def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str]) -> None:
-    counted = [sorted_counts(numbers, signed=True) for numbers in sites]
-    finite = [(values[np.isfinite(values)], counts[np.isfinite(values)]) for values, counts in counted]
-    width = _width(np.array([counted_quantiles(numbers, (0.25, 0.75), signed=True) for numbers in sites]))
-    ends = [np.arcsinh(values[[0, -1]] / width) for values, _ in finite if len(values)]
-    low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (-1.0, 1.0)
-    # Equal bins of asinh(x / width), a little wider than the extremes, which rounding could leave out.
-    edges = np.linspace(low - 1e-9, max(high, low + 1e-6) + 1e-9, BINS + 1)
-    for (values, counts), label, (colour, _, dash) in zip(finite, labels, GROUP_STYLES, strict=False):
-        binned, _ = np.histogram(np.arcsinh(values / width), bins=edges, weights=counts)
+class _Bins(NamedTuple):
+    """Bins that are equally wide on an axis of asinh(x / width), the same in all panels so that these can be compared.
+
+    `low`, `high`: the ends of the axis. `edges`: of the bins; both in asinh(x / width).
+    """
+
+    width: float
+    low: float
+    high: float
+    edges: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, sites: Sequence[SiteNumbers]) -> _Bins:
+        """Return bins for all of some sites."""
+        width = _width(np.array([counted_quantiles(numbers, (0.25, 0.75), signed=True) for numbers in sites]))
+        known = [values[np.isfinite(values)] for values, _ in (sorted_counts(each, signed=True) for each in sites)]
+        ends = [np.arcsinh(values[[0, -1]] / width) for values in known if len(values)]
+        low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (-1.0, 1.0)
+        # A little wider than the extremes, which rounding could leave out.
+        return cls(width, low, high, np.linspace(low - 1e-9, max(high, low + 1e-6) + 1e-9, BINS + 1))
+
+
+def _draw_curves(axes: Axes, sites: Sequence[SiteNumbers], labels: Sequence[str], bins: _Bins) -> None:
+    for numbers, label, (colour, _, dash) in zip(sites, labels, GROUP_STYLES, strict=False):
+        values, counts = sorted_counts(numbers, signed=True)
+        finite = np.isfinite(values)
+        binned, _ = np.histogram(np.arcsinh(values[finite] / bins.width), bins=bins.edges, weights=counts[finite])
         # An empty bin is a gap: on a logarithmic axis 0 can't be drawn.
-        shares = np.where(binned > 0, binned / max(counts.sum(), 1), np.nan)
-        axes.stairs(shares, width * np.sinh(edges), color=colour, linestyle=dash, linewidth=1.4, gid="curve",
+        shares = np.where(binned > 0, binned / max(counts[finite].sum(), 1), np.nan)
+        axes.stairs(shares, bins.width * np.sinh(bins.edges), color=colour, linestyle=dash, linewidth=1.4, gid="curve",
                     label=safe_text(label, 28), baseline=None)  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlim(width * np.sinh(low), width * np.sinh(high))
-    scale_asinh(axes.xaxis, width)
+    axes.set_xlim(bins.width * np.sinh(bins.low), bins.width * np.sinh(bins.high))
+    scale_asinh(axes.xaxis, bins.width)
 
 
 def _width(quartiles: NDArray[np.float64]) -> float:
@@ -128,24 +150,42 @@ def _width(quartiles: NDArray[np.float64]) -> float:
 def percentile_figure(
     layers: Mapping[str, Bands], title: str, note: str, *, style: Literal["fill", "line"] = "fill", legend: bool = True
 ) -> Figure:
-    """Draw percentile bands over the channels, a panel for each layer; many channels share a column."""
-    grid = new_grid(len(layers), lambda lines: 1.4 + 2.2 * lines, columns=2, sharey=True)
+    """Draw percentile bands over the channels of each layer, and beside them those of the widest channels."""
+    figure = new_figure(1.4 + 2.2 * len(layers))
+    panels = figure.subplots(len(layers), 2, squeeze=False, sharey=True, width_ratios=[1.7, 1.0])
     per_column, widths = 1, []
-    for axes, (layer, bands) in zip(grid.axes, layers.items(), strict=True):
+    for (axes, beside), (layer, bands) in zip(panels, layers.items(), strict=True):
         per_column = max(per_column, _draw_bands(axes, bands, style))
+        _draw_widest(beside, bands)
         widths.append(float(np.nanmedian(np.abs(np.concatenate([bands["p25"], bands["p75"]])))))
         axes.set_title(safe_text(layer, 60), color=MUTED)
         axes.grid(axis="y")
     # Panels share y, so that a layer that reaches further is seen to.
     known = [width for width in widths if np.isfinite(width) and width > 0]
-    scale_asinh(grid.axes[0].yaxis, float(np.median(known)) if known else 1.0)
+    scale_asinh(panels[0, 0].yaxis, float(np.median(known)) if known else 1.0)
     signed = any((bands["min"] < 0).any() for bands in layers.values())
+    for axes in panels[:, 0]:
+        axes.set_ylabel("x" if signed else "|x|")
     across = "channel" + (f" (a column holds up to {per_column})" if per_column > 1 else "")
-    grid.label(across, "x" if signed else "|x|")
-    head(grid.figure, None, title, [note])
+    panels[-1, 0].set_xlabel(across)
+    panels[-1, 1].set_xlabel(f"the {MOST_WIDEST} widest channels, by their number")
+    head(figure, None, title, [note])
     if legend:
-        add_legend(grid.figure, grid.axes[0])
-    return grid.figure
+        add_legend(figure, panels[0, 0])
+    return figure
+
+
+def _draw_widest(axes: Axes, bands: Bands) -> None:
+    """Draw the channels that reach furthest, each as a bar of its bands under its number, the widest first."""
+    reach = np.nan_to_num(np.maximum(np.abs(bands["min"]), np.abs(bands["max"])), nan=np.inf)
+    chosen = np.argsort(-reach, kind="stable")[:MOST_WIDEST]
+    x = np.arange(len(chosen))
+    for (below, above), fill in zip(PAIRS, _FILLS, strict=True):
+        low, high = bands[below][chosen], bands[above][chosen]
+        axes.bar(x, high - low, 0.8, bottom=low, color=fill, linewidth=0, gid="widest")
+    axes.set_xticks(x, [str(channel) for channel in chosen.tolist()], rotation=90, fontsize=7)
+    axes.set_xlim(-0.6, len(chosen) - 0.4)
+    axes.grid(axis="y")
 
 
 def _draw_bands(axes: Axes, bands: Bands, style: str) -> int:

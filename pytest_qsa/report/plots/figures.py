@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ...captures import Capture
-from ...common import QsaError, counted, number
+from ...common import QsaError, counted, number, write_atomically
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of
 from .magnitudes import magnitude_figure, outlier_figure
@@ -27,6 +27,7 @@ from .style import (
     RED,
     add_legend,
     bound_label,
+    encode_figure,
     head,
     metric_title,
     new_figure,
@@ -82,12 +83,16 @@ class Judged:
 
 
 def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
-    """Draw all figures that fit a verdict as PNG into a folder; return title → absolute path, most telling first.
+    """Draw all figures that fit a verdict as PNG into a folder, and points as SVG too.
+
+    Return title → absolute path of the PNG, most telling first.
 
     Raises:
         OSError: the folder can't be written.
     """
     figures = {title: figure_of(verdict, capture) for title, figure_of in FIGURES.items()}
+    if (margins := figures["margins"]) is not None:  # the one that the page doesn't draw itself
+        write_atomically(folder / "margins.svg", encode_figure(margins, "svg", paths=False))
     return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ...captures import Array, Capture, Site
-from ...common import QsaError, counted
+from ...common import QsaError, counted, number
 from ...metrics import METRICS, Series, View
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of, panels_of
@@ -49,6 +49,7 @@ STATS: Mapping[str, tuple[str, str, Any]] = {
     "min": (GREEN, "D", "-."),
 }
 """Colour, marker and dash of each statistic."""
+BAND = "#dfe6ee"
 _OF = {"-1": "token-wise maxima", "-2": "channel-wise maxima", "None": "|x|"}
 
 
@@ -133,17 +134,49 @@ def magnitude_panels(
 def _draw_statistics(axes: Axes, depth: Depth, values: Mapping[str, NDArray[np.float64]], own: str | None) -> None:
     # Several layers at one x: a line between them would mean nothing.
     scattered, size = len(set(depth.x)) < len(depth.x), 2.6 if len(depth.x) > 60 else 4.2
+    if not scattered and {"top1", "top3"} <= values.keys():
+        axes.fill_between(
+            depth.x,
+            values["top3"],
+            values["top1"],
+            color=BAND,
+            linewidth=0,
+            zorder=1.5,
+            gid="tops",
+            label="top1 to top3",
+        )
     for stat, numbers in values.items():
+        if stat in ("top2", "top3") and stat != own and not scattered:  # the band's inside and its lower edge
+            continue
         colour, marker, dash = STATS.get(stat, (RED, "P", "-"))
         loud = own in (None, stat)
         # A marker at each layer would hide the lines in one another: the ends and the peak have one.
-        marked = sorted({0, len(numbers) - 1, int(np.nan_to_num(numbers, nan=-1.0, posinf=-1.0).argmax())})
+        marked = sorted({0, len(numbers) - 1, _peak(numbers)})
         axes.plot(
             depth.x, numbers, color=colour, marker=marker, linestyle="none" if scattered else dash,
             markevery=None if scattered else marked,
             label=stat, gid=stat, linewidth=2.2 if stat == own else 1.2, alpha=1.0 if loud else 0.45,
             zorder=4 if loud else 3, markersize=size * (1.25 if stat == own else 1.0),
         )  # fmt: skip
+    if "top1" in values and np.isfinite(values["top1"]).any():
+        _name_peak(axes, depth, values["top1"])
+
+
+def _peak(numbers: NDArray[np.float64]) -> int:
+    """Return the index of the largest finite number."""
+    return int(np.nan_to_num(numbers, nan=-1.0, posinf=-1.0).argmax())
+
+
+def _name_peak(axes: Axes, depth: Depth, numbers: NDArray[np.float64]) -> None:
+    """Write the layer and the number at the largest one, on the side of it that has room."""
+    index = _peak(numbers)
+    right = depth.x[index] > (min(depth.x) + max(depth.x)) / 2
+    axes.annotate(
+        safe_text(f"{'layer ' if depth.numbered else ''}{depth.short(index)}: {number(float(numbers[index]))}", 40),
+        (depth.x[index], numbers[index]),
+        xytext=(-6 if right else 6, 5), textcoords="offset points", ha="right" if right else "left", va="bottom",
+        color=INK, fontsize=8.0, fontweight="bold", gid="peak", zorder=6,
+    )  # fmt: skip
 
 
 def _draw_allowed(axes: Axes, depth: Depth, rows: Mapping[str, Row]) -> None:

@@ -96,11 +96,12 @@ def save_png(figure: Figure, path: Path) -> str:
 
 
 @styled
-def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = False) -> bytes:
+def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = False, paths: bool = True) -> bytes:
     """Return a figure as the bytes of a PNG or SVG; the same figure makes the same bytes.
 
     A PNG is reduced to 256 colours, which takes a third of the bytes and is hardly visible. `shaded`: the figure has a
-    colour scale, for which the colours are chosen by a slower method that shows no steps.
+    colour scale, for which the colours are chosen by a slower method that shows no steps. `paths`: an SVG has outlines
+    in the place of text, which need no font; else text, of fewer bytes.
     """
     stream = io.BytesIO()
     if form == "png":  # savefig would draw twice: once for the layout alone
@@ -113,7 +114,8 @@ def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = F
         few.save(stream, "PNG", dpi=(dpi, dpi))
     else:
         # Without a salt and with a date, each SVG of one figure has other ids and other bytes.
-        with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa"}):
+        font = "path" if paths else "none"
+        with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa", "svg.fonttype": font}):
             figure.savefig(stream, format=form, metadata={"Date": None, "Creator": None})
     return stream.getvalue()
 

@@ -21,6 +21,7 @@ from common import ROOT, SMOLLM2
 from requantizations import SCHEMES, nearest, original, write
 
 from pytest_qsa import checkpoint, engine, metrics, suite, tools
+from pytest_qsa.metrics import LEAST_WINDOWS
 from pytest_qsa.tools.rank import Ranked, Ranking, estimated, mean_of
 
 
@@ -65,7 +66,7 @@ def ranking_of(results: Results, subject: suite.NamedSubject, quantized: tools.Q
             if "whole" not in results.found:
                 results.add("whole", vars(mean_of(measured.together(quantized.modules))))
                 results.add("errors", measured.local_errors(units))
-            for name, windows in measured.alone(left, print):
+            for name, windows in measured.alone(left):
                 results.add(name, vars(mean_of(windows)))
     known = {name: metrics.Estimate(**results.found[name]) for name in (*units, "whole")}
     return ranking_by({name: known[name].value for name in units}, known, quantized)
@@ -79,7 +80,7 @@ def ranking_by(
         Ranked(quantized.units[name], known.get(name, metrics.Estimate(value, math.nan, math.nan, 0)))
         for name, value in values.items()
     ]
-    return Ranking(sorted(ranked, key=lambda each: -each.saved), known["whole"], 0)
+    return Ranking(sorted(ranked, key=lambda each: -each.saved), known["whole"], LEAST_WINDOWS)
 
 
 def few_measured(results: Results, names: Sequence[str]) -> dict[str, float]:

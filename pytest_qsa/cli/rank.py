@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import engine, metrics, suite, tools
-from ..common import SuiteError, counted, shown_path, status, write_atomically
+from ..common import SuiteError, counted, phase, shown_path, status, write_atomically
 from .shared import (
     OK,
     add_allow_code,
@@ -53,12 +53,19 @@ def run(arguments: Sequence[str]) -> int:
     subject = suite.subject_of(file).named
     if not isinstance(subject.reference, suite.NamedSubject):
         raise SuiteError("qsa rank compares with the original: name it, --reference ORIGINAL")
-    quantized = _units(subject, options)
-    with engine.substitution_of(subject, quantized.weight, allow_code=options.qsa_allow_code) as measured:
-        ranking = _ranked(measured, quantized, options)
-        say(_measured_text(measured, subject), "", *tools.ranking_lines(ranking, options.top))
-        if options.target_kl is not None or options.target_bits is not None:
-            _keep(measured, quantized, ranking, options)
+    quantized, code = _units(subject, options), options.qsa_allow_code
+    with status(subject.name) as progress, engine.substitution_of(subject, quantized.weight, allow_code=code) as model:
+        ranking = tools.ranking_of(model, quantized, seconds=60 * options.minutes, progress=progress)
+        kept = _kept(model, quantized, ranking, options)
+        left_out = [name for name in model.linears if name not in {*quantized.modules}]
+    say(_measured_text(subject, ranking.windows), "", *tools.ranking_lines(ranking, options.top))
+    if kept is not None:
+        say("", *tools.kept_lines(ranking, *kept))
+    if kept is not None and options.output is not None:
+        quantizer = options.quantizer or tools.quantizer_of(quantized.method)
+        with writing(options.output):
+            write_atomically(options.output, tools.ignore_list(quantizer, kept[0], left_out))
+        say(f"written for {quantizer}: {shown_path(options.output)}")
     return OK
 
 
@@ -125,54 +132,33 @@ def _units(subject: suite.NamedSubject, options: argparse.Namespace) -> tools.Qu
     return quantized
 
 
-def _ranked(
-    measured: engine.Substitution, quantized: tools.QuantizedUnits, options: argparse.Namespace
-) -> tools.Ranking:
-    """Measure, and say which unit is measured and what is left: a line every half minute, or a bar on a terminal."""
-    count = len(quantized.units)
-    done = 0
-    with status("rank") as bar:
-
-        def progress(name: str) -> None:
-            nonlocal done
-            bar(min(done, count), count)
-            done += 1
-
-        return tools.ranking_of(measured, quantized, seconds=60 * options.minutes, progress=progress)
-
-
-def _measured_text(measured: engine.Substitution, subject: suite.NamedSubject) -> str:
+def _measured_text(subject: suite.NamedSubject, windows: int) -> str:
     assert isinstance(subject.reference, suite.NamedSubject)
     path, original = (shown_path(Path(each.path)) for each in (subject, subject.reference))
     return (
         f"KL divergence from {original}, in float32, where one unit has the weights of {path}; "
-        f"{counted(measured.windows, 'window')} of {subject.data.seq_len} tokens"
+        f"{counted(windows, 'window')} of {subject.data.seq_len} tokens"
     )
 
 
-def _keep(
-    measured: engine.Substitution,
+def _kept(
+    model: engine.Substitution,
     quantized: tools.QuantizedUnits,
     ranking: tools.Ranking,
     options: argparse.Namespace,
-) -> None:
-    """Say what to keep for the budget and what that leaves, and write it."""
+) -> tuple[Sequence[tools.Unit], metrics.Estimate] | None:
+    """Return what to keep for the budget, and the KL divergence that it leaves; None without a budget."""
 
     def left(kept: Sequence[tools.Unit]) -> metrics.Estimate:
         names = {unit.name for unit in kept}
         layers = [layer for name, own in quantized.layers.items() if name not in names for layer in own]
-        return tools.mean_of(measured.together(layers))
+        return tools.mean_of(model.together(layers))
 
     if options.target_kl is not None:
-        kept, kl = ranking.within_kl(options.target_kl, left)
-    else:
-        kept = ranking.within_bits(options.target_bits)
-        kl = left(kept) if kept else ranking.whole
-    say("", *tools.kept_lines(ranking, kept, kl))
-    if options.output is not None:
-        quantizer = options.quantizer or tools.quantizer_of(quantized.method)
-        own = set(quantized.modules)
-        text = tools.ignore_list(quantizer, kept, [name for name in measured.linears if name not in own])
-        with writing(options.output):
-            write_atomically(options.output, text)
-        say(f"written for {quantizer}: {shown_path(options.output)}")
+        phase("what is left of the whole")
+        return ranking.within_kl(options.target_kl, left)
+    if options.target_bits is None:
+        return None
+    phase("what is left of the whole")
+    kept = ranking.within_bits(options.target_bits)
+    return kept, left(kept) if kept else ranking.whole

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..common import AnomalyError, InfraError, counted, logger
+from ..common import AnomalyError, InfraError, counted, logger, phase
 from ..metrics import KL
 from ..suite import NamedSubject, files_of
 from .formats.format import is_quantized
@@ -84,6 +84,7 @@ class Substitution:
             AnomalyError: it predicts NaN or infinity, or returns no logits.
             InfraError: it can't be run, or its predictions don't fit into memory.
         """
+        phase("the reference")
         began = time.perf_counter()
         for index, batch in enumerate(self._batches):
             logits = self._forward(batch)
@@ -103,11 +104,10 @@ class Substitution:
         with self._swapped(layers):
             return [row for index in range(len(self._batches)) for row in self._divergence(index)]
 
-    def alone(self, units: Units, progress: Callable[[str], None]) -> Iterator[tuple[str, Windows]]:
+    def alone(self, units: Units) -> Iterator[tuple[str, Windows]]:
         """Yield each unit, in the order of blocks, with the KL divergence where it alone has the checkpoint's weights.
 
-        A forward begins behind the blocks before the unit's, whose output is that of the reference. `progress`: called
-        with the name of a unit before it is measured.
+        A forward begins behind the blocks before the unit's, whose output is that of the reference.
 
         Raises:
             AnomalyError: as `together`.
@@ -121,7 +121,6 @@ class Substitution:
                 if outputs is not None:  # None of a block that isn't called, as of a vision tower
                     states, resumes = outputs, self._resumes(reached, outputs)
             for name in names:
-                progress(name)
                 with self._swapped(units[name]):
                     found = [
                         row

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import engine
 from ..checkpoint import FUSED_LAYERS, NUMBER, Files, Format, StoredWeight, Unsmoothed, format_of, kind_of
-from ..common import AnomalyError, InfraError, counted, number, text_table
+from ..common import AnomalyError, InfraError, Progress, counted, number, phase, text_table
 from ..metrics import LEAST_WINDOWS, Estimate, mean_by_window
 
 KEPT_BITS = 16
@@ -66,8 +66,9 @@ class Ranked:
         return self.kl.value / self.unit.added
 
     def ties(self, other: Ranked) -> bool:
-        """Say whether another one lies within the interval of this one."""
-        return not math.isnan(self.kl.low) and other.saved * self.unit.added >= self.kl.low
+        """Say whether each lies within the interval of the other, in KL divergence a bit."""
+        pairs = ((self, other), (other, self))
+        return all(one.kl.low <= another.saved * one.unit.added <= one.kl.high for one, another in pairs)
 
 
 class QuantizedUnits:
@@ -264,18 +265,29 @@ def ranking_of(
     quantized: QuantizedUnits,
     *,
     seconds: float,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> Ranking:
-    """Measure each unit alone, and the whole; where that would take longer than `seconds`, estimate part of them."""
+    """Measure each unit alone, and the whole; where that would take longer than `seconds`, estimate part of them.
+
+    `progress`: called with how many units are measured.
+
+    Raises:
+        AnomalyError: the weights are no rounding of the reference's, or aren't finite.
+    """
     units = quantized.layers
     measured.untie_head(quantized.modules)
-    progress("all units together")
+    phase("all units together")
     whole = mean_of(measured.together(quantized.modules))
     _check_original(measured.errors)
     chosen = affordable(measured, units, seconds)
-    found = {name: mean_of(windows) for name, windows in measured.alone({n: units[n] for n in chosen}, progress)}
+    phase("each unit alone", "units")
+    found: dict[str, Estimate] = {}
+    for name, windows in measured.alone({name: units[name] for name in chosen}):
+        found[name] = mean_of(windows)
+        progress(len(found), len(chosen))
     ranked = [Ranked(quantized.units[name], kl) for name, kl in found.items()]
     if len(found) < len(units):
+        phase("the local errors of all units")
         errors = measured.local_errors(units)
         values = estimated(list(units), {name: kl.value for name, kl in found.items()}, errors)
         ranked += [
@@ -363,7 +375,7 @@ def ranking_lines(ranking: Ranking, top: int) -> Iterator[str]:
     elif ranking.windows < LEAST_WINDOWS:
         yield f"no intervals and no ties: they take {LEAST_WINDOWS} windows or more, data.num_samples"
     elif any(places.count(place) > 1 for place in places):
-        yield "= ties: within the interval of the first of them, so that their order is chance"
+        yield "= ties: within the intervals of one another, so that their order is chance"
 
 
 def interval_text(kl: Estimate) -> str:

@@ -16,13 +16,14 @@ from pytest_qsa import engine
 from pytest_qsa.checkpoint import Files, open_folder
 from pytest_qsa.cli import main
 from pytest_qsa.common import AnomalyError, InfraError
+from pytest_qsa.engine.modules import Expert, layers_of, with_experts
 from pytest_qsa.engine.substitution import Substitution
 from pytest_qsa.metrics import Estimate
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from pytest_qsa.tools.ignore_lists import ignore_list
 from pytest_qsa.tools.rank import QuantizedUnits, Ranked, Ranking, Unit, estimated, mean_of, ranking_of
 from support.checkpoints import edited, save_gguf, save_quantized_llama, save_quantized_moe
-from support.models import llama as small_llama, token_batch
+from support.models import llama as small_llama, mixtral, token_batch
 
 DOWN = "model.layers.2.mlp.down_proj"
 QKV = "model.layers.2.self_attn.{q,k,v}_proj"
@@ -41,8 +42,8 @@ def measured(quantized, llama):
     model = Model(path=str(quantized["int4"]), reference=str(llama))
     subject = Subject("int4", model, data, Memory(device="cpu"), llama).named
     with engine.substitution_of(subject, units.weight) as substitution:
-        ranking = ranking_of(substitution, units, seconds=1e9, progress=lambda name: None)
-        alone = dict(substitution.alone({name: units.layers[name] for name in (QKV, DOWN)}, lambda name: None))
+        ranking = ranking_of(substitution, units, seconds=1e9, progress=lambda done, total: None)
+        alone = dict(substitution.alone({name: units.layers[name] for name in (QKV, DOWN)}))
         batches = substitution._batches
     return units, ranking, alone, batches
 
@@ -100,8 +101,10 @@ def test_a_forward_begins_behind_the_blocks_before_the_unit_and_the_weights_come
         substitution = Substitution(model, batches, lambda name: weight)
         substitution.run_reference()
         calls.clear()
-        ((_, windows),) = substitution.alone({"last": [layer]}, lambda name: calls.clear())
-    assert [call for call in calls if str(call).startswith("mlp")] == [f"mlp {last}"] * 2
+        ((_, windows),) = substitution.alone({"last": [layer]})
+    # Each block runs once a batch, to know its output, and once for each block before it, to see that this is enough.
+    assert [calls.count(f"mlp {index}") for index in range(last)] == [2 + index for index in range(last)]
+    assert calls.count(f"mlp {last}") == 2 + last
     assert len(windows) == 4
     assert np.concatenate(windows).min() > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -139,7 +142,7 @@ def test_a_model_whose_blocks_hand_on_more_than_one_tensor_is_run_as_a_whole():
     with torch.no_grad():
         substitution = Substitution(model, [batch], lambda name: np.zeros((8, 8), dtype=np.float32))
         substitution.run_reference()
-        ((_, (found,)),) = substitution.alone({"last": ["blocks.2.proj"]}, lambda name: None)
+        ((_, (found,)),) = substitution.alone({"last": ["blocks.2.proj"]})
         p = model(batch)[0].double().log_softmax(1)
         model.blocks[2].proj.weight.zero_()
         q = model(batch)[0].double().log_softmax(1)
@@ -185,9 +188,11 @@ def ranked(name, kl, weights=1000, bits=4000, half=0.0):
     return Ranked(Unit(name, (name,), weights, bits), Estimate(kl, kl - half, kl + half, 8))
 
 
-def test_units_within_the_interval_of_the_first_of_them_are_ties():
-    units = [ranked("a", 1.0, half=0.1), ranked("b", 0.95), ranked("c", 0.89, half=0.3), ranked("d", 0.6)]
-    assert Ranking(units, Estimate(3.0, 2.9, 3.1, 8), 8).places == [1, 1, 3, 3]
+def test_units_within_the_intervals_of_one_another_are_ties():
+    halves = {"a": (1.0, 0.1), "b": (0.95, 0.06), "c": (0.89, 0.3), "d": (0.6, 0.3), "e": (0.5, 0.01)}
+    units = [ranked(name, kl, half=half) for name, (kl, half) in halves.items()]
+    # c reaches a, and a doesn't reach c; d and c reach one another; d reaches e, and e doesn't reach c.
+    assert Ranking(units, Estimate(3.0, 2.9, 3.1, 8), 8).places == [1, 1, 3, 3, 5]
     unknown = [ranked("a", 1.0, half=float("nan")), ranked("b", 1.0)]
     assert Ranking(unknown, Estimate(3.0, 2.9, 3.1, 8), 2).places == [1, 2]
 
@@ -229,7 +234,7 @@ def test_too_little_time_leaves_part_of_the_units_estimated(quantized, llama):
     model = Model(path=str(quantized["int4"]), reference=str(llama))
     subject = Subject("int4", model, Data(num_samples=2, seq_len=16), Memory(device="cpu"), llama).named
     with engine.substitution_of(subject, units.weight) as substitution:
-        ranking = ranking_of(substitution, units, seconds=1e-9, progress=lambda name: None)
+        ranking = ranking_of(substitution, units, seconds=1e-9, progress=lambda done, total: None)
     assert (
         sum(each.estimated for each in ranking.ranked) == 8
     )  # of each of the four kinds the first and last is measured
@@ -332,7 +337,7 @@ def test_another_model_is_no_reference(quantized, llama, tmp_path):
         engine.substitution_of(subject, units.weight) as substitution,
         pytest.raises(AnomalyError, match="no rounding"),
     ):
-        ranking_of(substitution, units, seconds=1.0, progress=lambda name: None)
+        ranking_of(substitution, units, seconds=1.0, progress=lambda done, total: None)
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -375,3 +380,22 @@ def test_the_units_of_a_smoothed_checkpoint_cost_what_rounding_costs(llama, tmp_
         whole.get_submodule(layer).weight.data.copy_(torch.from_numpy(units._stored(layer)))
     (expected,) = divergences(whole, reference, batches)
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-9)
+
+
+def test_packed_experts_are_replaced_one_by_one_and_come_back():
+    model = mixtral().eval()
+    experts = {name: each for name, each in with_experts(layers_of(model)).items() if isinstance(each, Expert)}
+    shapes = {name: each.shape for name, each in experts.items() if name.startswith("model.layers.1.")}
+    packed = {name: tensor for name, tensor in model.named_parameters() if ".1.mlp.experts." in name}
+    before = {name: tensor.detach().clone() for name, tensor in packed.items()}
+    batch = token_batch(2, 8)
+    with torch.no_grad():
+        substitution = Substitution(model, [batch], lambda name: np.full(shapes[name], 0.01, dtype=np.float32))
+        substitution.run_reference()
+        ((_, found),) = substitution.alone({"experts": list(shapes)})
+        assert all(torch.equal(tensor, before[name]) for name, tensor in packed.items())
+        p = model(batch).logits.double().log_softmax(2)
+        for tensor in packed.values():
+            tensor.fill_(0.01)
+        q = model(batch).logits.double().log_softmax(2)
+    np.testing.assert_allclose(np.stack(found), (p.exp() * (p - q)).sum(2).numpy(), rtol=1e-3, atol=1e-9)

@@ -55,7 +55,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """Which model ran on what, in one line."""
+        """Which model ran, on what and against what, in one line."""
         runs = [Provenance.of(result.get("run") or {}) for result in self.results]
         told = max((run.summary(self.name) for run in runs), key=len, default="")
         return told or self.name

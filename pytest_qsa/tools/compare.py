@@ -61,9 +61,16 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `[NAME=]PATH`."""
+        """Read `[NAME=]PATH`.
+
+        Raises:
+            SuiteError: it is a suite.
+        """
         name, equals, path = text.partition("=")
-        return cls(name, path) if equals and not Path(text).exists() else cls("", text)
+        target = cls(name, path) if equals and not Path(text).exists() else cls("", text)
+        if Path(target.path).suffix in (".yaml", ".yml"):
+            raise SuiteError(f"{target.path} is a suite, and no TARGET: name the checkpoints, and give it with --suite")
+        return target
 
     @property
     def is_capture(self) -> bool:
@@ -130,7 +137,9 @@ class Measurer:
         found = [
             _plain(assertion, capture, target.label)
             for assertion in self._assertions(_anatomy_of(capture))
-            if isinstance(assertion, MeasuredAssertion) and _holds(capture, assertion)
+            if isinstance(assertion, MeasuredAssertion)
+            and assertion.is_for(target.label)
+            and _holds(capture, assertion)
         ]
         if not found:
             wanted = "the suite measures" if self.stated else "is compared without a suite (give --suite)"

@@ -232,6 +232,7 @@ def test_captures_of_other_tokens_are_refused_in_one_line(qsa):
         (("small.qsa", "old.json"), 2, "old.json: a damaged report.json: KeyError: 'rows'"),
         (("small.qsa", "report.json::nobody"), 2, "report.json has no subject 'nobody'; it has s"),
         (("small.qsa", "a-folder"), 4, "give --reference"),
+        (("small.qsa", "gate.qsa.yaml"), 2, "gate.qsa.yaml is a suite, and no TARGET"),
         (("small.qsa", "--format", "pdf"), 4, "invalid choice"),
         (("small.qsa", "large.qsa", "-o", "small.qsa/x.html"), 1, "can't be written"),
     ],
@@ -331,3 +332,23 @@ def test_a_card_of_a_report_with_several_subjects_asks_which_and_of_one_is_writt
     assert "pick one of report.json::int8, report.json::fp8" in capsys.readouterr().err
     assert main(["card", "report.json::fp8", "-o", "card.md"]) == 0
     assert "### Quantization of fp8" in (folder / "card.md").read_text()
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_the_page_sorts_by_a_checkpoint_filters_layers_and_fits_a_phone(tmp_path, opened_page):
+    layers = [f"model.layers.{i}.a_module_with_a_long_name.down_proj" for i in range(12)]
+    made = {name: {layer: float(20 + (i * step) % 12) for i, layer in enumerate(layers)} for name, step in
+            (("int8", 5), ("a-checkpoint-with-a-long-name", 7), ("fp8", 11))}  # fmt: skip
+    columns = [Column(name, [result("blocks", values, bounds=(22.0, None))]) for name, values in made.items()]
+    (tmp_path / "compare.html").write_text(comparison_page(comparison_of(columns), "qsa compare"), encoding="utf-8")
+    page = opened_page(tmp_path / "compare.html", width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+    table = page.locator(".compared details table")
+    table.get_by_role("button", name="fp8").click()
+    shown = table.locator("tbody tr td:nth-child(4)").evaluate_all("cells => cells.map(cell => Number(cell.dataset.v))")
+    assert shown == sorted(made["fp8"].values(), reverse=True)
+    page.get_by_label("Filter the layers of blocks").fill("layers.3.")
+    assert table.locator("tbody tr:visible th").all_inner_texts() == [layers[3]]
+    assert table.locator("tbody tr:visible td").first.get_attribute("title") == "allowed ≥ 22"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -73,7 +74,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             "write it without quotes or in single ones"
         )
     try:
-        compiled = re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise, `[[`
+            compiled = re.compile(pattern)
     # A count too large for C is an OverflowError, a hundred nested groups a RecursionError.
     except (re.error, OverflowError, RecursionError) as error:
         raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ..common import QsaError, SuiteError
+from ..common import QsaError, SuiteError, one_line, visible
 from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr, say
 
 CLOSED_PIPE = 141
@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Python flushes once more when it ends, and would print a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED_PIPE
+        except OSError as error:  # a path that the system refuses, a full disk
+            where = f" ({visible(str(error.filename))[:80]})" if error.filename else ""
+            print(f"qsa: {one_line(error) if error.strerror is None else error.strerror}{where}", file=sys.stderr)
+            return FAILED
         except QsaError as error:
             print(f"qsa: {error}", file=sys.stderr)
             return SUITE_IS_WRONG if isinstance(error, SuiteError) else FAILED

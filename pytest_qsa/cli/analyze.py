@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     names = layers.called  # thousands of experts would be no picture
     analysis = planned(file, names)
     visualization = file.suite.visualization
-    folder = file.path.parent / Path(visualization.save_dir).expanduser()
+    folder = file.path.parent / Path(os.path.expanduser(visualization.save_dir))
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
         if options.dry_run or options.verbose:
             _list(names, analysis, folder, verbose=options.verbose)

@@ -46,6 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     source = source_of(parser, options)
     _check_options(options)
     # Before the pass, which may take hours.
+    if options.output.is_dir():
+        raise InfraError(f"{shown_path(options.output)} is a folder: give -o the name of a file in it")
     if not options.output.absolute().parent.is_dir():
         folder = shown_path(options.output.absolute().parent)
         raise InfraError(f"there is no folder {folder} to write {options.output.name} in")

@@ -8,6 +8,7 @@ overlap, ln_ppl_ratio, and the SQNR of blocks and weights, all against --referen
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def _file(
 ) -> suite.SuiteFile | None:
     """Return the suite, or the sections of one that measures checkpoints; None where nothing is measured here."""
     if options.reference is not None:
-        reference = Path(options.reference).expanduser()
+        reference = Path(os.path.expanduser(options.reference))
         overrides = [*overrides, f"model.reference={reference.absolute() if reference.exists() else options.reference}"]
     if options.suite is not None:
         return suite.load_suite(suite.read_suite(options.suite, roots_of(options)), overrides, "--")

@@ -85,5 +85,5 @@ def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, 
 
 def _named(model: str, target: Path) -> str:
     """Return a folder relative to the suite's folder, and a hub id unchanged."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return os.path.relpath(path, target.parent) if path.is_dir() else model

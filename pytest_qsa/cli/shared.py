@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -164,7 +165,7 @@ def read_overrides(options: argparse.Namespace, unknown: Sequence[str]) -> list[
 
 def _absolute(key: str, value: str) -> str:
     # A path in a suite is relative to its folder, one of the command line to where the user stands.
-    here = Path(value.removeprefix("custom:")).expanduser()
+    here = Path(os.path.expanduser(value.removeprefix("custom:")))
     if key == "visualization.save_dir" or (key in ("model.path", "model.base", "model.reference") and here.exists()):
         return str(here.absolute())
     return f"custom:{here.absolute()}" if key == "data.source" and value.startswith("custom:") else value

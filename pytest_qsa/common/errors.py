@@ -79,7 +79,11 @@ def one_line(error: BaseException) -> str:
 
     A line that only announces others, as `Validation error for field 'hidden_size':`, is followed by what it announces.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    try:
+        text = str(error)
+    except Exception:  # an error of someone else's may fail to say what it is
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     more = 2 if re.match(r"\d+ validation errors? for ", lines[0]) else lines[0].endswith(":")  # pydantic; the hub's

@@ -230,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forward_errors(whose: str) -> Iterator[None]:
-    """Say in one line whose forward pass failed, whatever a model's code raises.
+    """Say in one line whose forward pass failed, whatever a model's code raises: it may end the program.
 
     Raises:
         InfraError: the forward raised. This package's own errors pass as they are.
@@ -243,7 +243,8 @@ def forward_errors(whose: str) -> Iterator[None]:
         raise InfraError(
             f"the forward pass of {whose} ran out of memory ({one_line(error)}): lower data.seq_len or data.batch_size"
         ) from error
-    except Exception as error:
+    # No BaseException: one of them ends a forward that has shown all that is asked for.
+    except (Exception, SystemExit) as error:
         logger.debug("the forward pass of %s failed", whose, exc_info=True)
         raise InfraError(f"the forward pass of {whose} failed: {type(error).__name__}: {one_line(error)}") from error
 

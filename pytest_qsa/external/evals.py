@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -272,8 +273,8 @@ def _number(value: object, where: str) -> float:
     # bool is an int in Python: `true` must not pass for 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AnomalyError(f"{where} is no number: {json.dumps(value)[:60]}")
-    if not math.isfinite(value):
-        raise AnomalyError(f"{where} is {value}: the eval saw nothing sound")
+    if abs(value) > sys.float_info.max or not math.isfinite(value):
+        raise AnomalyError(f"{where} is {str(value)[:60]}: the eval saw nothing sound")
     return float(value)
 
 

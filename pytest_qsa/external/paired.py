@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,7 +192,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _score(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):  # a bool is an int: right or wrong
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:  # a bool is an int: right or wrong
         raise AnomalyError(f"{where} is {json.dumps(value)[:60]}, not the score of one sample: compare: drop instead")
     return float(value)
 

@@ -120,7 +120,7 @@ def _rebase(source: YamlSource, folder: Path) -> None:
     """Make the relative paths of a suite relative to another folder."""
 
     def moved(named: str) -> str:
-        return os.path.relpath(source.path.parent / Path(named).expanduser(), folder)
+        return os.path.relpath(source.path.parent / Path(os.path.expanduser(named)), folder)
 
     # Whether a checkpoint is here must not change what a suite is compared by.
     for section, key in FOLDERS if reads_disk() else ():

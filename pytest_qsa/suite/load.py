@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -358,7 +359,7 @@ def _named_paths(folder: Path, suite: Suite) -> Iterator[tuple[Location, str, Pa
     yield (
         ("visualization", "save_dir"),
         suite.visualization.save_dir,
-        folder / Path(suite.visualization.save_dir).expanduser(),
+        folder / Path(os.path.expanduser(suite.visualization.save_dir)),
     )
     for index, assertion in enumerate(suite.assertions or ()):
         if isinstance(assertion, ExternalAssertion):
@@ -427,6 +428,8 @@ def _message(problem: Any, location: Location) -> str:
         expected = problem["ctx"]["expected"]
         choices = re.findall(r"'([^']+)'", expected)
         return f"{key}: '{given}' is none of {expected}{did_you_mean(str(given), choices)}"
+    if kind.startswith("union_tag"):
+        return f"{key}: write a number, or what follows the last release, {{of: previous}}, not {given!r:.100}"
     what = str(problem["msg"]).removeprefix("Input ")
     text = repr(given)
     return f"{key}: {what}, not {text if len(text) <= 100 else f'{text[:100]}…'}"

@@ -302,7 +302,7 @@ class Checkpoint:
         name, equals, path = text.partition("=")
         if not equals:
             name, path = "", text
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))
         return cls(name or None, os.path.abspath(folder) if folder.exists() else path, name or Path(path).name)
 
 
@@ -387,11 +387,11 @@ def local_path(data: Data, folder: Path) -> Path | None:
     """Return the file or folder that `custom:PATH` names, or `hf:./PATH`; None for another kind of source."""
     kind, _, rest = data.source.partition(":")
     local = rest and (kind == "custom" or (kind == "hf" and rest.startswith((".", "/", "~"))))
-    return folder / Path(rest).expanduser() if local else None
+    return folder / Path(os.path.expanduser(rest)) if local else None
 
 
 def cache_folder() -> Path:
     """Return the cache folder of the library `datasets`."""
     # The order in which `datasets` itself looks; to import it would take longer than all else here.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets"))

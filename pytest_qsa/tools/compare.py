@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -216,7 +217,7 @@ def _holds(capture: Capture, assertion: MeasuredAssertion) -> bool:
 
 def _subject(file: SuiteFile, target: Target) -> NamedSubject:
     """Return a target as the subject of a suite. A GGUF file is its folder's model."""
-    path = Path(target.path).expanduser()
+    path = Path(os.path.expanduser(target.path))
     gguf = path.name if path.suffix == ".gguf" and path.is_file() else None
     checkpoint = Checkpoint.parse(f"{target.label}={path.parent if gguf else target.path}")
     subject = subject_on(file, checkpoint).named

@@ -79,7 +79,7 @@ class BaselineFile:
             made_with = ModelProvenance.of_baseline(content["made_with"])
             edited = content.get("content", own := _hash_of(content)) != own
             return cls(values, content["query"], content["data"], made_with, edited)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise BaselineError(f"the baseline can't be read ({error}); make it anew with --snapshot-update") from None
 
 

@@ -25,6 +25,22 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.parametrize("pattern", ["[[:alpha:]]", "[a&&b]", "[a||b]"])
+def test_a_regex_that_a_later_python_may_read_otherwise_is_no_error(load, pattern):
+    # warnings are errors here
+    assert load(changed("layers: layers", f"layers: '{pattern}'")).assertions[0].layers == pattern
+
+
+def test_a_user_that_nobody_knows_is_a_folder_of_that_name(mistake, load):
+    assert load(GOOD + "data: {source: 'custom:~nobody-here/x'}\n")
+    load(GOOD + "visualization: {save_dir: '~nobody-here/x'}\n")
+
+
+def test_a_bound_in_a_bound_is_told_in_the_words_of_a_suite(mistake):
+    said = mistake(changed("max: 1", "max: {default: {default: 1}}"))
+    assert said.startswith("a.qsa.yaml:7: default: write a number, or what follows the last release, {of: previous}")
+
+
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """Return a function that loads a text as a suite."""

@@ -292,9 +292,11 @@ def _from_factory(name: str) -> Loaded:
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)()
-    except Exception as error:  # a user's code may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's code may raise anything, end the program, or skip the test
         raise InfraError(f"model.factory '{name}' failed: {type(error).__name__}: {one_line(error)}") from error
-    model, tokenizer = made if isinstance(made, tuple) else (made, None)
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InfraError(
             f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module or a pair with a tokenizer"

@@ -24,12 +24,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...captures import Provenance, Site
-from ...common import BLANK, NO_CHECKSUM, InfraError, check_checksum, parsed_json, remark, shown_path, with_checksum
+from ...common import (
+    BLANK,
+    NO_CHECKSUM,
+    InfraError,
+    check_checksum,
+    one_line,
+    parsed_json,
+    remark,
+    shown_path,
+    with_checksum,
+)
 from ..heads import Head
 from ..load.batches import Batch, row_count
 from .predicted import read_head
 
 REFERENCE_FORMAT = "qsa-reference/1"
+KEYS = ("rows", "hidden", "head", "blocks", "modules", "sinks")
+"""What every header has beside what `ReferenceFile.open` reads."""
 Call = tuple[str, Site, int]
 """A layer, its input or output, and which of the layer's calls in a forward."""
 MASKS = {
@@ -87,7 +99,6 @@ class SiteRows:
 class ReferenceContent:
     """All that a file holds. `samples`: their hashes. `sinks`: sample, place, channel and layers of each.
 
-    `answers`: the tokens of each prompt and of the model's answer, where these are the data.
     `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
     """
 
@@ -102,7 +113,6 @@ class ReferenceContent:
     hidden: SiteRows | None = None
     head: Mapping[str, Any] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    answers: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
 
     def to_bytes(self) -> bytes:
         """Return the file; equal arrays are in it once."""
@@ -128,8 +138,6 @@ class ReferenceContent:
             "hidden": hidden,
             "head": self.head,
         }
-        if self.answers:
-            header["answers"] = self.answers
         # Sorted, so that equal content makes equal bytes.
         return with_checksum(save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)}))
 
@@ -223,7 +231,13 @@ class ReferenceFile:
                 "`qsa capture --for-reference`"
             )
         _check_content(path, header)
-        return cls(path, header, file)
+        opened = cls(path, header, file)
+        try:
+            _ = opened.provenance, opened.samples, opened.calls, [header[key] for key in KEYS]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"its header is not whole ({type(error).__name__}: {one_line(error)})"
+            raise InfraError(f"model.reference: {shown}: {what}; make it anew") from None
+        return opened
 
     @property
     def shown(self) -> str:
@@ -243,20 +257,6 @@ class ReferenceFile:
         theirs, ours = self.provenance.model.tokenizer, subject.model.tokenizer
         other = "" if theirs == ours else f", of the tokenizer {theirs}, here {ours}"
         return f" ({data.size}, seed {data.seed}{other})"
-
-    @property
-    def answers(self) -> list[tuple[list[int], list[int]]]:
-        """The tokens of each prompt and of the answer that its model gave.
-
-        Raises:
-            InfraError: it was recorded over other data.
-        """
-        kept = self.header.get("answers")
-        if not kept:
-            raise InfraError(
-                f"model.reference: {self.shown} was recorded without answers: make it anew, with this suite's data"
-            )
-        return [(prompt, answer) for prompt, answer in kept]
 
     @property
     def samples(self) -> dict[str, int]:

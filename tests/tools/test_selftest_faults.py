@@ -135,6 +135,31 @@ def test_rows_whose_zero_points_lie_in_shared_words_are_moved_with_them(llama, t
         np.testing.assert_array_equal(mine, np.stack([by_head[:, 0], by_head[:, 1]], 2).reshape(theirs.shape))
 
 
+def test_rows_of_bitsandbytes_in_four_bits_are_moved_with_the_largest_of_their_blocks(tmp_path):
+    chance, tensors = np.random.default_rng(0), {}
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [16, 64]}).encode()
+    for name in ("q_proj", "k_proj"):
+        stem = f"model.layers.0.self_attn.{name}.weight"
+        tensors[stem] = chance.integers(0, 256, (16 * 32, 1)).astype(np.uint8)
+        tensors[f"{stem}.absmax"] = chance.uniform(0.5, 1, 16).astype(np.float32)
+        tensors[f"{stem}.quant_map"] = np.linspace(-1, 1, 16, dtype=np.float32)
+        tensors[f"{stem}.quant_state.bitsandbytes__nf4"] = np.frombuffer(state, np.uint8)
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    save_file(
+        {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, healthy / "model.safetensors"
+    )
+    declared = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = {"num_attention_heads": 2, "hidden_size": 64, "head_dim": 8, "quantization_config": declared}
+    (healthy / "config.json").write_text(json.dumps(config))
+    copy, layers = broken(healthy, tmp_path / "copy", "rope_interleaved")
+    assert len(layers) == 2
+    for layer in sorted(layers):
+        mine, theirs = rows(copy, layer), rows(healthy, layer)
+        by_head = theirs.reshape(-1, 2, 4, theirs.shape[1])  # head, half, pair
+        np.testing.assert_array_equal(mine, np.stack([by_head[:, 0], by_head[:, 1]], 2).reshape(theirs.shape))
+
+
 def test_experts_in_another_order_are_whole_experts(tmp_path):
     healthy = save_quantized_moe(tmp_path / "moe", "W8A8")
     copy, layers = broken(healthy, tmp_path / "copy", "experts_permuted", "model.layers.1.mlp.experts")
@@ -241,6 +266,31 @@ def test_a_tied_head_is_written_in_codes_of_the_embedding(llama, tmp_path, prese
     values = written["lm_head.weight"].double() * written["lm_head.weight_scale"].double()
     embedding = written["model.embed_tokens.weight"].double()
     assert (values - embedding).norm() / embedding.norm() < 0.04
+    assert named(problems(copy), layers)
+
+
+@pytest.mark.parametrize("form", [*WORDS, "W4A16", "NVFP4"])
+def test_a_tied_head_in_few_bits_has_the_rows_of_another_layer(llama, tmp_path, form):
+    def tie(tensors):
+        del tensors["lm_head.weight"]
+
+    if form in WORDS:
+        apart = save_words(llama, tmp_path / "apart", WORDS[form])
+    else:
+        apart = save_quantized_llama(tmp_path / "apart", llama, form, **({"group_size": 16} if form == "W4A16" else {}))
+    healthy = edited(apart, tmp_path / "healthy", tie, config=lambda config: config.update(tie_word_embeddings=True))
+    copy, layers = broken(healthy, tmp_path / "copy", "tied_head_quantized")
+    assert layers == {"lm_head"}
+    parts = open_folder(copy).layers
+    # the first with as many inputs as the head
+    first = "model.layers.0.self_attn.k_proj" if form in WORDS else "model.layers.0.mlp.gate_proj"
+    head, like, times = parts["lm_head"], parts[first], 320 // rows(healthy, first).shape[0]
+    assert head.keys() == like.keys()
+    for part, tensor in head.items():
+        mine, theirs = tensor.raw(), like[part].raw()
+        if mine.size != theirs.size:
+            axis = int(form in WORDS)  # where the outputs are
+            np.testing.assert_array_equal(mine, np.concatenate([theirs] * times, axis))
     assert named(problems(copy), layers)
 
 

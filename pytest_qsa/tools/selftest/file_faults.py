@@ -11,6 +11,7 @@ import numpy as np
 from ...checkpoint import FLOATS, NUMBER, SETTING_LAYERS, SEVERAL_TOKENS, Folder, Tensor, encoded, format_of
 from .fault import Faults, quantized
 from .mutant import ChangedTensor, Mutant
+from .order_faults import OF_INPUTS
 
 FILE_FAULTS = Faults()
 CONFIG, GENERATION, TOKENIZER = SETTING_LAYERS[:3]
@@ -81,10 +82,11 @@ def stale_duplicate(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _tied(folder: Folder) -> list[str]:
-    """Return the head of a model whose embedding is its head, where quantized layers have 8 bits."""
+    """Return the head of a model whose embedding is its head, where quantized layers say how it would be written."""
     if folder.gguf_file or not folder.text_config.get("tie_word_embeddings") or "lm_head" in folder.layers:
         return []
-    return ["lm_head"] if _embedding(folder) and _pattern(folder) else []
+    embedding = _embedding(folder)
+    return ["lm_head"] if embedding and (_pattern(folder) or _repeated_rows(folder, *embedding.shape)) else []
 
 
 def _embedding(folder: Folder) -> Tensor | None:
@@ -104,20 +106,48 @@ def _pattern(folder: Folder) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def _repeated_rows(folder: Folder, rows: int, inputs: int) -> dict[str, ChangedTensor]:
+    """Return the parts of a layer with so many rows: those of one with as many inputs, repeated; empty for none."""
+    form = format_of(folder)
+    for layer in quantized(folder):
+        shape, weight = form.weight_shape(layer), form.codes_of(layer)
+        if shape is None or weight is None or shape[1] != inputs:
+            continue
+        axis = 1 if weight.part == "qweight" and getattr(form, "packing", "") != "gemv" else 0
+        found = {}
+        for part, tensor in form.parts(layer).items():
+            raw = np.array(tensor.raw())
+            if part == "weight_shape":
+                raw = np.array([rows, inputs], raw.dtype)
+            elif not OF_INPUTS.search(part) and raw.size > 1:
+                outputs, rest = divmod(shape[0], raw.shape[axis])  # rows that share an entry: a word, or a block
+                if rest or rows % outputs:
+                    break
+                raw = np.take(raw, np.arange(rows // outputs) % raw.shape[axis], axis)
+            if part != "bias":
+                found[part] = ChangedTensor(tensor.dtype, raw.shape, raw)
+        else:
+            return found
+    return {}
+
+
 @FILE_FAULTS.add(_tied, names="`lm_head`")
 def tied_head_quantized(mutant: Mutant, layer: str, strength: float) -> None:
-    """The tied head written once more, quantized as the other layers are (8-bit checkpoints)."""
+    """The tied head written once more, quantized as other layers are; in few bits with the rows of one, repeated."""
     folder = mutant.source
     embedding, pattern = _embedding(folder), _pattern(folder)
     assert embedding is not None
-    assert pattern is not None
+    head = mutant.added.setdefault(embedding.file, {})
+    if pattern is None:
+        parts = _repeated_rows(folder, *embedding.shape).items()
+        head.update({f"{layer}.{part}": content for part, content in parts})
+        return
     codes, scale = pattern
     weight = embedding.values()
     largest = 127.0 if codes.dtype == "I8" else 448.0
     rows = np.prod(scale.shape, dtype=int) > 1
     size = np.abs(weight).max(axis=1 if rows else None, keepdims=True).clip(1e-8) / largest
     shape = (len(weight), *scale.shape[1:]) if rows else scale.shape
-    head = mutant.added.setdefault(embedding.file, {})
     head[f"{layer}.weight"] = ChangedTensor(codes.dtype, weight.shape, encoded(weight / size, codes.dtype))
     head[f"{layer}.{scale.part}"] = ChangedTensor(scale.dtype, shape, encoded(size.reshape(shape), scale.dtype))
 

@@ -14,7 +14,7 @@ from .fault import Faults, spread_rows
 from .mutant import Mutant
 
 ORDER_FAULTS = Faults()
-OF_INPUTS = re.compile(r"^(input|output|k_|v_|q_)|g_idx|pre_quant_scale|weight_shape")
+OF_INPUTS = re.compile(r"^(input|output|k_|v_|q_)|g_idx|pre_quant_scale|weight_shape|weight\.(nested_)?quant_")
 """The parts of a layer that have no entry for an output of its weight."""
 
 
@@ -61,7 +61,9 @@ def _interleaved(folder: Folder, layer: str) -> dict[str, Array] | None:
     lanes = AWQ_ORDER if getattr(form, "packing", "") == "gemm" else tuple(range(32 // bits if bits else 0))
     # AutoGPTQ's words have their outputs in columns, and so has what is beside them
     columns = weight.part == "qweight" and getattr(form, "packing", "") != "gemv"
-    if len(weight.shape) != 2 or (weight.shape[0] != outputs and not columns):
+    # bitsandbytes' 4 bits have their rows, and the blocks of them, one after the other
+    flat = weight.part == "weight" and weight.shape[1:] == (1,)
+    if len(weight.shape) != 2 or (weight.shape[0] != outputs and not columns and not flat):
         return None
     axis = -1 if columns else 0
     order = np.arange(outputs).reshape(-1, 2, size // 2).transpose(0, 2, 1).ravel()
@@ -72,6 +74,8 @@ def _interleaved(folder: Folder, layer: str) -> dict[str, Array] | None:
             continue
         if raw.shape[axis] == outputs:
             changed[tensor.name] = np.take(raw, order, axis)
+        elif flat and part in ("weight", "weight.absmax") and raw.size % outputs == 0:
+            changed[tensor.name] = raw.reshape(outputs, -1)[order].reshape(raw.shape)
         elif tensor.dtype == "I32" and raw.ndim == 2 and raw.shape[axis] * len(lanes) == outputs and 32 % bits == 0:
             words = raw if columns else raw.T
             moved = _moved(np.ascontiguousarray(words).view(np.uint32), bits, lanes, order)

@@ -36,6 +36,11 @@ READ_WHOLE = {
     re.compile(r"tokenizer.*|(vocab|merges|tekken|added_tokens|chat_template)\..*"): MOST_JSON,
 }
 """The names of what loaders read whole beside the weights → the most bytes of such a file."""
+MOST_BLOCKS = 10_000
+"""The most blocks of a model, and experts of a block; the deepest known models have 1,000 blocks."""
+_BLOCK = re.compile(r"(?<![^.\n])(?:layers?|h|blocks?|blk)\.\d{5,}(?=\.)")
+_COUNT = re.compile(r"(layers?|blocks?|experts?|depth)$")
+"""The settings by which a class of transformers makes so many modules."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 RESTORE = "take it from the reference, or change the reference if it is meant so"
 """The advice on what differs from the reference."""
@@ -148,7 +153,9 @@ class Folder:
                 copies.setdefault(tensor.name, []).append(tensor)
             if len(copies) > MOST_TENSORS:
                 raise AnomalyError(f"{self.path} holds more than {MOST_TENSORS:,} tensors, which no known model has")
-        for name, tensors in copies.items():
+        if deep := _BLOCK.search("\n".join(copies)):
+            raise AnomalyError(f"{self.path} holds {deep[0]}, and no known model has more than {MOST_BLOCKS:,} blocks")
+        for name, tensors in copies.items() if len(self.files) > 1 else ():
             tensors.sort(key=lambda tensor: self.indexed.get(name) == tensor.file)
         return copies
 
@@ -184,6 +191,12 @@ class Folder:
         return layers
 
     @cached_property
+    def kinds(self) -> Mapping[str, str]:
+        """Each of the `layers` → its kind, the same text for all layers of a kind."""
+        shared: dict[str, str] = {}
+        return {layer: shared.setdefault(kind, kind) for layer in self.layers for kind in [kind_of(layer)]}
+
+    @cached_property
     def config(self) -> Settings:
         """The content of config.json, or the settings of a GGUF file under the same names.
 
@@ -196,6 +209,19 @@ class Folder:
         if (content := self.json("config.json")) is not None:
             return content
         raise self._lacking("config.json")
+
+    def check_counts(self) -> None:
+        """Check that the configuration doesn't count more blocks or experts than any model has: each takes time.
+
+        Raises:
+            AnomalyError: it does.
+        """
+        for part, settings in (("", self.config), *self.config.items()):
+            for key, value in settings.items() if isinstance(settings, dict) else ():
+                if isinstance(value, int) and value > MOST_BLOCKS and _COUNT.search(key):
+                    where = f"{part}.{key}" if part else key
+                    what = f"{where} is {shown(value)}, and no known model has more than {MOST_BLOCKS:,}"
+                    raise AnomalyError(f"{self.path / 'config.json'}: {what}: compare it to the original's")
 
     @property
     def text_config(self) -> Settings:
@@ -291,7 +317,7 @@ class Folder:
             InfraError: a file can't be read, is too large, or is a pointer of git-lfs.
         """
         self.check_sizes()
-        _ = self.config
+        self.check_counts()
         self.json("generation_config.json")
         for file in sorted(set(self.indexed.values())):
             if not (self.path / file).is_file():
@@ -416,16 +442,15 @@ def _holds_model(folder: Path) -> bool:
     return bool(weights or any(folder.glob("*.gguf"))) or (folder / "pytorch_model.bin").is_file()
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return a sorting key by which layers.2 comes before layers.10."""
-    return [_natural_part(part) for part in name.split(".")]
+def natural(name: str) -> str:
+    """Return a sorting key by which layers.2 comes before layers.10, and a word before a number."""
+    return "\0".join(map(_natural_part, name.split(".")))
 
 
 @lru_cache(maxsize=1 << 16)  # of a hundred thousand names, most parts are the same
-def _natural_part(part: str) -> tuple[int, str]:
-    # pairs of the same types throughout, for a number and a word may stand at the same depth
-    # 18: Python reads no number of thousands of digits; `²` is a digit to Python, and no number.
-    return (int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part)
+def _natural_part(part: str) -> str:
+    # `²` is a digit to Python, and no number; one of more digits than 18 is that of no layer.
+    return f"\2{part:0>18}" if part.isdecimal() and len(part) <= 18 else f"\1{part}"
 
 
 def kind_of(name: str, numbers: int = 0) -> str:

@@ -5,9 +5,10 @@ The format: 8 bytes with the header's length, the header as JSON, the tensors' b
 
 from __future__ import annotations
 
+import gc
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import Array
-from ..common import AnomalyError, InfraError, refuse_special
+from ..common import AnomalyError, InfraError, refuse_sparse, refuse_special
 
 LFS_POINTER = b"version https://git-lfs"
 """How the file begins that git has in the place of one which git-lfs would fetch."""
@@ -41,10 +42,11 @@ RAW: dict[str, str] = {
 Refused by name are complex numbers, and F6, for safetensors doesn't say in which order its codes lie in the bytes.
 """
 Matrix = NDArray[np.float64]
+ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in RAW.items() if name != "F4"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-SPARSE = 1_000_000_000
-"""Bytes of a file above which it is looked at whether the disk holds them."""
+SMALL_TENSOR = 1 << 14
+"""Bytes of a tensor up to which reading it is faster than mapping its file, of which a checkpoint has thousands."""
 LONGEST_HEADER = 100_000_000
 """The limit of the safetensors library in bytes; a file of another kind states far more."""
 
@@ -76,7 +78,7 @@ class Tensor:
         return self.path.name
 
     def raw(self) -> Array:
-        """Return a memory map of the bytes, read-only and in the tensor's shape; of F4 two elements a byte.
+        """Return the bytes, read-only and in the tensor's shape, of a large tensor as a memory map; of F4 two a byte.
 
         Raises:
             InfraError: its dtype isn't known here, or can't have its shape.
@@ -91,15 +93,24 @@ class Tensor:
             shape = (*shape[:-1], shape[-1] // 2)
         if not prod(shape):
             return np.zeros(shape, dtype=kind)  # the system maps no file of zero bytes
+        if self.stop - self.start <= SMALL_TENSOR:
+            return self._read().view(kind).reshape(shape)
         # mapped, so that a check which looks at every tenth row of a matrix reads no more than that
         return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=shape)
 
     def bytes(self) -> NDArray[np.uint8]:
-        """Return a memory map of the bytes as they lie in the file, of any dtype."""
+        """Return the bytes as they lie in the file, of any dtype; of a large tensor a memory map."""
         count = self.stop - self.start
         if not count:
             return np.zeros(0, dtype=np.uint8)  # the system maps no file of zero bytes
+        if count <= SMALL_TENSOR:
+            return self._read()
         return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
+
+    def _read(self) -> NDArray[np.uint8]:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            return np.frombuffer(file.read(self.stop - self.start), dtype=np.uint8)
 
     def repeats(self, other: Tensor) -> bool:
         """Say whether another tensor has the same dtype, shape and bytes."""
@@ -197,20 +208,24 @@ def cast_to(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
         return decoded(encoded(values.astype(np.float32).astype(np.float64), dtype), dtype).astype(np.float64)
 
 
-def tensors_of(path: Path) -> Iterator[Tensor]:
-    """Yield the tensors of a file by its header alone.
+def tensors_of(path: Path) -> list[Tensor]:
+    """Return the tensors of a file by its header alone.
 
     Raises:
         AnomalyError: it is no whole safetensors file.
         InfraError: it can't be read, or is a pointer of git-lfs.
     """
     header, base, size = _header(path)
+    collects = gc.isenabled()
+    gc.disable()  # of hundreds of thousands of entries, none of them in a cycle, collections take half of the time
     try:
-        for name, entry in json.loads(header).items():
-            if name != "__metadata__":
-                yield _tensor(path, name, entry, base, size)
+        entries = json.loads(header).items()
+        return [_tensor(path, name, entry, base, size) for name, entry in entries if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
@@ -237,15 +252,8 @@ def _header(path: Path) -> tuple[bytes, int, int]:
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
-            found = path.stat()
-            # Holes read as zeros: a file of kilobytes may pretend to hold hundreds of gigabytes.
-            held = getattr(found, "st_blocks", 0) * 512
-            if found.st_size > SPARSE and 0 < held < found.st_size // 100:
-                raise AnomalyError(
-                    f"{path} is a sparse file, with {held:,} of its {found.st_size:,} bytes on the disk: copy or "
-                    "download it again"
-                )
-            return file.read(length), 8 + length, found.st_size
+            refuse_sparse(path)
+            return file.read(length), 8 + length, path.stat().st_size
     except (IsADirectoryError, FileNotFoundError) as error:  # the latter of a link to a file that is gone
         raise AnomalyError(f"{path} is no file: {error.strerror}; copy or download it again") from None
     except OSError as error:
@@ -258,12 +266,12 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) 
         raise AnomalyError(
             f"{path} is cut short: {name} ends at byte {base + stop:,} of {size:,}; copy or download it again"
         )
-    shape, dtype = tuple(int(length) for length in entry["shape"]), str(entry["dtype"])
-    if min(shape, default=0) < 0 or not 0 <= start <= stop:
+    shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
+    if (shape and min(shape) < 0) or not 0 <= start <= stop:
         raise AnomalyError(f"{path}: {name} has the shape {list(shape)} and lies at the bytes {start:,} to {stop:,}")
-    if dtype in RAW and dtype != "F4" and (size := prod(shape) * np.dtype(RAW[dtype]).itemsize) != stop - start:
+    if dtype in ITEM_BYTES and (takes := prod(shape) * ITEM_BYTES[dtype]) != stop - start:
         raise AnomalyError(
-            f"{path}: {name} of the shape {list(shape)} takes {size:,} bytes, and its header gives it {stop - start:,}"
+            f"{path}: {name} of the shape {list(shape)} takes {takes:,} bytes, and its header gives it {stop - start:,}"
         )
     return Tensor(name, dtype, shape, path, base + int(start), base + int(stop))
 

@@ -29,6 +29,7 @@ from .files import (
     Scratch as Scratch,
     parsed_json as parsed_json,
     read_json as read_json,
+    refuse_sparse as refuse_sparse,
     refuse_special as refuse_special,
     remove_unfinished as remove_unfinished,
     write_atomically as write_atomically,

@@ -26,6 +26,8 @@ MOST_TEXT = 1 << 30
 MOST_NESTED = 200
 """How deep the lists and objects of a JSON text may lie in one another: whoever walks through them takes some of
 Python's 1,000 frames for each."""
+SPARSE = 1_000_000_000
+"""Bytes of a file above which it is looked at whether the disk holds them."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -111,6 +113,30 @@ def parsed_json(text: str | bytes, constant: Callable[[str], float] | None = Non
         if not level:
             return parsed
     raise ValueError(deep)
+
+
+def refuse_sparse(path: Path) -> None:
+    """Refuse a file of which the disk holds less than a hundredth: its holes read as zeros, for hours.
+
+    Raises:
+        AnomalyError: it is such a file.
+    """
+    found = path.stat()
+    # Some network file systems count no blocks; a file that begins with data isn't all holes.
+    held = getattr(found, "st_blocks", found.st_size) * 512
+    if found.st_size > SPARSE and held < found.st_size // 100 and (held or not _holds_data(path)):
+        raise AnomalyError(
+            f"{shown_path(path)} is a sparse file, with {held:,} of its {found.st_size:,} bytes on the disk: copy or "
+            "download it again"
+        )
+
+
+def _holds_data(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            return os.lseek(file.fileno(), 0, getattr(os, "SEEK_DATA", os.SEEK_SET)) >= 0
+        except OSError:  # there is none up to its end
+            return False
 
 
 def read_json(path: Path, missing: str, *, lines: bool = False) -> object:

@@ -38,11 +38,14 @@ PlainVerdict = Mapping[str, Any]
 
 def to_plain(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as builtins only, with `used` for each row, and `failed`."""
-    fields = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
+    apart = ("rows", "evidence", "findings", "waivers", "limits")
+    names = (field.name for field in dataclasses.fields(verdict) if field.name not in apart)
+    fields = {name: getattr(verdict, name) for name in names}
     content: dict[str, Any] = builtins_of(fields | {"run": verdict.run.plain(), "where": str(verdict.where or "")})
-    content["rows"] = [builtins_of({**dataclasses.asdict(row), "used": row.used}) for row in verdict.rows]
+    # Not `asdict`, which copies each value deeply: there may be hundreds of thousands of layers.
+    content["rows"] = [builtins_of({**vars(row), "used": row.used}) for row in verdict.rows]
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
-    content["findings"] = [dataclasses.asdict(finding) for finding in verdict.findings]
+    content["findings"] = [dict(vars(finding)) for finding in verdict.findings]
     content["waivers"] = [builtins_of({**dataclasses.asdict(use), "text": str(use)}) for use in verdict.waivers]
     content["limits"] = [dataclasses.asdict(limit) for limit in verdict.limits]
     content["failed"] = verdict.failed
@@ -117,7 +120,8 @@ def read_report(path: Path) -> dict[str, Any] | None:
 
 def builtins_of(value: Any) -> Any:
     """Return a value as str, int, float, bool, None, list and dict; any other object becomes its text."""
-    if value is None or type(value) in (bool, int, float):
+    kind = type(value)
+    if value is None or kind in (bool, int, float) or (kind is str and value.isascii()):
         return value
     if isinstance(value, Enum):  # before str: Kind is a StrEnum, which execnet can't serialize
         return builtins_of(value.value)
@@ -126,7 +130,7 @@ def builtins_of(value: Any) -> Any:
     if isinstance(value, Mapping):
         # The key through `builtins_of` too: a name of a layer or file may hold what can't be written as
         # UTF-8.
-        return {str(builtins_of(str(key))): builtins_of(item) for key, item in value.items()}
+        return {builtins_of(str(key)): builtins_of(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted((builtins_of(item) for item in value), key=str)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):

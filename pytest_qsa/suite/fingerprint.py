@@ -28,6 +28,7 @@ from ..common import (
     logger,
     phase,
     read_json,
+    refuse_sparse,
     refuse_special,
     write_atomically,
 )
@@ -68,8 +69,14 @@ class FileHashes:
     _read: bool = False
 
     def of(self, file: Path) -> str:
-        """Return the hash of a file's content."""
+        """Return the hash of a file's content.
+
+        Raises:
+            AnomalyError: the file is all but holes, which would take hours to read.
+            InfraError: it is no regular file.
+        """
         refuse_special(file)
+        refuse_sparse(file)
         # Before the file is read: if it changes meanwhile, the stamp no longer fits, and it is hashed again.
         status = file.stat()
         if status.st_size > SMALL and (known := self._known_hash(file)) is not None:

@@ -856,5 +856,22 @@ def test_a_template_that_is_no_text_is_told(llama, tmp_path):
         Folder(folder).template()
 
 
+def test_more_blocks_than_any_model_has_are_refused(tmp_path):
+    header = json.dumps(
+        {"model.layers.99999.x.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    ).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AnomalyError, match=r"holds layers\.99999, and no known model has more than 10,000 blocks"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**12}, {"text_config": {"n_routed_experts": 20_000}}])
+def test_a_count_of_modules_that_no_model_has_is_refused_before_a_model_is_made(change, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    with pytest.raises(AnomalyError, match=r"config\.json: .* is [0-9]+, and no known model has more than 10,000"):
+        open_folder(tmp_path).check_files()
+
+
 def test_names_with_odd_digits_are_sorted_as_words():
     assert sorted(["a.10", "a.²", "a.2", f"a.{'9' * 5000}"], key=natural)[-2:] == ["a.2", "a.10"]

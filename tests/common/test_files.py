@@ -18,6 +18,7 @@ from pytest_qsa.common import (
     write_atomically,
 )
 from pytest_qsa.common.locks import flocked
+from pytest_qsa.suite import FileHashes
 
 
 @pytest.fixture
@@ -152,3 +153,11 @@ def test_a_sparse_file_of_many_gigabytes_is_refused_before_it_is_read(tmp_path):
         file.truncate(200 << 30)
     with pytest.raises(InfraError, match=r"results\.json: has 214,748 MB, and of more than 1,074 it isn't read"):
         read_json(tmp_path / "results.json", "results")
+
+
+def test_a_file_of_holes_alone_is_refused_before_it_is_hashed(tmp_path):
+    file = tmp_path / "notes.bin"
+    with file.open("wb") as stream:
+        stream.truncate(200 << 30)
+    with pytest.raises(AnomalyError, match=r"notes\.bin is a sparse file, with 0 of its 214,748,364,800 bytes"):
+        FileHashes(None).of(file)

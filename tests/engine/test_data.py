@@ -548,6 +548,23 @@ def test_a_tokenizer_that_can_not_encode_a_text_is_told_in_one_line(tmp_path):
         batches_of(data(), lacking, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [
+        ("{{ 'a' * 10000000000 }}", "1 GB"),
+        ("{{ 'a'|center(10000000000) }}", "1 GB"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "0 s"),
+    ],
+)
+def test_a_template_that_never_ends_is_the_checkpoints_fault(template, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr("pytest_qsa.engine.load.tokenizer.TEMPLATE_SECONDS", 0.1)
+    tok = tokenizer()
+    tok.chat_template = template
+    write(tmp_path, "a.txt", words(20))
+    with pytest.raises(AnomalyError, match=rf"the checkpoint's chat template takes more than {limit}"):
+        batches_of(data(chat_template=True), tok, tmp_path)
+
+
 def test_a_tokenizer_without_a_template_is_an_error(tmp_path):
     write(tmp_path, "a.txt", words(20))
     with pytest.raises(InfraError, match=r"data\.chat_template: the tokenizer can't format"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from ..folder import NUMBER, Finding, Folder
 from ..formats.format import Format
@@ -32,8 +33,9 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
     vLLM fills in 1.0 for both, with one warning in its log, and for one of them the other's. Where the writer writes
     none by design (`cast_cache`) and no layer has any, that is a note.
     """
-    declared, attentions = form.cache_scales_by, _attentions(form.folder)
-    if not declared or not attentions:
+    declared = form.cache_scales_by
+    attentions = _attentions(form.folder) if declared else {}
+    if not attentions:
         return
     found: dict[str, dict[str, Tensor]] = {module: {} for module in attentions}
     for tensor in form.folder.tensors.values():
@@ -62,11 +64,10 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
 def lost_once(form: Format, found: Iterable[Finding]) -> Iterator[Finding]:
     """Yield findings, and of what is missing only the first: several checks notice it, and so does a cache's layer."""
     lost: set[str] = set()
-    attentions = _attentions(form.folder)
     for finding in found:
         if finding.tensor not in form.folder.tensors and finding.what.startswith("missing"):
             of_cache = SCALE_OF_CACHE.search(finding.tensor)
-            name = (of_cache and _holder(finding.tensor, attentions)) or finding.tensor
+            name = (of_cache and _holder(finding.tensor, _attentions(form.folder))) or finding.tensor
             if name in lost:
                 continue
             lost.add(name)
@@ -85,6 +86,7 @@ def unit_cache_scales(form: Format) -> Iterator[Finding]:
         yield Finding.at(scales[0], what, advice, note=True)
 
 
+@lru_cache(maxsize=4)
 def _attentions(folder: Folder) -> Mapping[str, bool]:
     """Return the modules that fill a KV cache → whether it is a latent one, of keys and values together."""
     config = folder.text_config

@@ -279,9 +279,9 @@ def problems_of(
         looked_at = check.layers(files)
     everything = examine(files, metric, **parameters)
     lost = {finding.layer for finding in everything} - set(looked_at)  # a missing block is no layer of the files
-    modules = {*looked_at, *lost} - set(SETTING_LAYERS)
+    modules = [name for name in (*looked_at, *lost) if name not in SETTING_LAYERS]
     # What is wrong with a file decides what all else was read from.
-    ordered = sorted(modules, key=lambda name: (not name.endswith(FILES), natural(name)))
+    ordered = sorted(sorted(modules, key=natural), key=lambda name: not name.endswith(FILES))
     ordered += [name for name in looked_at if name in SETTING_LAYERS]
     matched = match_layers(ordered, layers, exclude)
     if not matched:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from ..folder import NUMBER, Finding, Folder, kind_of
+from ..folder import NUMBER, Finding, Folder
 from ..formats.format import Format
 from ..tensors import FLOATS, Tensor, layer_of
 
@@ -22,8 +22,12 @@ def lost_keys(form: Format, reference: Folder | None = None) -> Iterator[Finding
     """Yield keys that are missing or unexpected by the number of blocks, or by the sibling blocks.
 
     What is as odd in the reference is no finding.
+
+    Raises:
+        AnomalyError: the configuration counts more blocks than any model has.
     """
     folder = form.folder
+    folder.check_counts()
     same = {each.tensor for each in _by_blocks(reference)} if reference and not folder.gguf_file else set()
     yield from (each for each in _by_blocks(folder) if each.tensor not in same and not _left_out(form, each))
     yield from _by_shape(folder)
@@ -38,12 +42,13 @@ def _by_blocks(folder: Folder) -> Iterator[Finding]:
 
 def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
     """Return each numbered list of modules: its name → the keys of its members, by number."""
-    found: dict[str, dict[int, set[str]]] = {}
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    shared: dict[str, str] = {}
     for name in folder.tensors:
         for match in NUMBER.finditer(name):
-            container, rest = name[: match.start()].rstrip("."), name[match.end() + 1 :]
-            if rest:
-                found.setdefault(container, {}).setdefault(int(match[0]), set()).add(rest)
+            if rest := name[match.end() + 1 :]:
+                container = name[: match.start()].rstrip(".")
+                found[container][int(match[0])].add(shared.setdefault(rest, rest))
     return {name: {i: frozenset(blocks[i]) for i in sorted(blocks)} for name, blocks in found.items()}
 
 
@@ -164,7 +169,7 @@ def _against_siblings(form: Format) -> Iterator[Finding]:
     for layer in form.folder.layers:
         weight = form.weight_of(layer)
         if weight is not None and len(weight.shape) >= 2:
-            kinds.setdefault(kind_of(layer), {})[layer] = weight.dtype
+            kinds.setdefault(form.folder.kinds[layer], {})[layer] = weight.dtype
     for kind, members in kinds.items():
         (common, many), *_ = Counter(members.values()).most_common(1)
         for layer, dtype in members.items():

@@ -63,7 +63,7 @@ def misfits(form: Format) -> Iterator[Finding]:
 def unsound_scales(form: Format) -> Iterator[Finding]:
     """Yield scales that are NaN, infinite, zero, negative or denormal, with how many and the first."""
     may_be_negative = form.signed_scales and _most_are_signed(form)
-    for layer in form.fitting:
+    for layer in form.scaled:
         for part, tensor in form.scales_of(layer).items():
             values = form.scale_values(layer, part).ravel()
             faults = {
@@ -86,7 +86,7 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
 
     A group of zeros may have any exponent; other weights would be lost in every dtype of a model.
     """
-    for layer in form.fitting:
+    for layer in form.scaled:
         scale, shape = form.weight_scale_of(layer), form.weight_shape(layer)
         if scale is None or shape is None or scale.dtype not in ("U8", "F8_E8M0"):
             continue
@@ -106,7 +106,7 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
 
 def _most_are_signed(form: Format) -> bool:
     """Say whether most scales of a checkpoint are partly negative, as its writer then meant them."""
-    scales = [(layer, part) for layer in form.fitting for part in form.scales_of(layer)]
+    scales = [(layer, part) for layer in form.scaled for part in form.scales_of(layer)]
     return 2 * sum(bool((form.scale_values(layer, part) < 0).any()) for layer, part in scales) > len(scales)
 
 
@@ -119,7 +119,7 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     """
     kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
     rows: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for layer in form.fitting:
+    for layer in form.scaled:
         for part, tensor in form.scales_of(layer).items():
             _add(kinds, tensor, form.scale_values(layer, part).ravel())
         codes, size = form.codes_of(layer), form.typical_row(layer)
@@ -217,7 +217,7 @@ def _untouched(form: Format, kind: str, members: Mapping[str, NDArray[np.float64
 
 def unsound_zero_points(form: Format) -> Iterator[Finding]:
     """Yield zero points that lie outside of the codes' range, or that a symmetric scheme can't have."""
-    for layer in form.fitting:
+    for layer in form.scaled:
         tensor, values = form.zero_point_of(layer), form.zero_point_values(layer)
         scheme, limits = form.scheme_of(layer), form.zero_point_range(layer)
         if tensor is None or values is None or not values.size:
@@ -241,7 +241,7 @@ def outlying_zero_points(form: Format, *, spread: float) -> Iterator[Finding]:
     points by themselves differ too much from group to group to show it.
     """
     kinds: dict[str, dict[str, float]] = {}
-    for layer in form.fitting:
+    for layer in form.scaled:
         tensor, scheme = form.zero_point_of(layer), form.scheme_of(layer)
         symmetric = scheme is not None and scheme.zero_point is not None
         if tensor is not None and not symmetric and (offset := _mean_over_rms(form, layer)) is not None:
@@ -282,7 +282,7 @@ def unequal_fused(form: Format, *, always: bool) -> Iterator[Finding]:
     then only `always` reports it.
     """
     kinds: dict[str, list[list[Tensor]]] = {}
-    for layer in form.fitting:
+    for layer in form.scaled:
         stem, dot, last = layer.rpartition(".")
         for names in (names for names in FUSED_LAYERS if names[0] == last):
             fused = [f"{stem}{dot}{name}" for name in names]
@@ -341,7 +341,7 @@ def foreign_whole_scales(form: Format) -> Iterator[Finding]:
     for the least error leaves it lower, but not below 448/8, or more than an octave away from its siblings.
     """
     peaks: dict[str, float] = {}
-    for layer in form.fitting:
+    for layer in form.scaled:
         scale = form.weight_scale_of(layer)
         if scale is not None and _has_whole_scale(form, layer):
             values = form.scale_values(layer, scale.part)

@@ -19,7 +19,7 @@ from ...captures import Array
 from ...common import AnomalyError, InfraError, Registry, did_you_mean
 from ..adapter import CONV1D, Adapter
 from ..experts import ExpertLayer, as_loaded
-from ..folder import Finding, Folder, kind_of
+from ..folder import Finding, Folder
 from ..tensors import (
     EIGHT_BITS,
     FLOATS,
@@ -263,10 +263,23 @@ class Format(LayerTensors):
         """The layers whose tensors fit one another, of which alone the checks compare numbers."""
         return [layer for layer in self.folder.layers if not self.misfit(layer)]
 
+    @cached_property
+    def scaled(self) -> Sequence[str]:
+        """Those of the `fitting` layers that hold codes, scales or zero points: none of a checkpoint in floats."""
+        return [
+            layer
+            for layer in self.fitting
+            if self.codes_of(layer) or self.scales_of(layer) or self.zero_point_of(layer)
+        ]
+
     def misfit(self, layer: str) -> str:
         """Say why the tensors of a layer don't fit one another; empty where they do."""
         tensors = tuple((part, tensor.dtype, tensor.shape) for part, tensor in self.parts(layer).items())
-        alike = (kind_of(layer), tensors, self.scheme_of(layer))  # the layers of other blocks, of which one is tried
+        alike = (
+            self.folder.kinds.get(layer, layer),
+            tensors,
+            self.scheme_of(layer),
+        )  # the layers of other blocks, of which one is tried
         if alike not in self._tried:
             self._tried[alike] = self._misfit(layer)
         return self._tried[alike]
@@ -346,11 +359,10 @@ class Format(LayerTensors):
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield the parts of a layer that its scheme needs and that it doesn't know, and scales of a wrong shape."""
         codes = self.codes_of(layer)
-        scheme = self.scheme_of(layer) if self.is_linear(layer) else None
         if codes is None:
             if self.declaration.names_layers:
                 yield from self._orphaned_scales(layer)
-        elif scheme is not None:
+        elif (scheme := self.scheme_of(layer) if self.is_linear(layer) else None) is not None:
             yield from self._against_scheme(layer, codes, scheme)
         elif not self.scales_of(layer) and codes.dtype in RAW and codes.dtype not in ("I64", "BOOL"):
             yield Finding.at(codes, f"its {codes.dtype} codes have no scale", AGAIN)

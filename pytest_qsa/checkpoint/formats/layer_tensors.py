@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 from ..experts import INTERLEAVED, PACKED, ExpertLayer, expert_layers
@@ -21,6 +21,11 @@ SIGNS = re.compile(
     r"|^(qweight|qzeros|scales|absmax|SCB|quant_map|g_idx|qscale_weight|pre_quant_scale)$"
 )
 """The parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
+
+
+@lru_cache(maxsize=1024)  # a checkpoint of a hundred thousand layers has a few sets of parts
+def _found(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in parts if pattern.search(part))
 
 
 class LayerTensors:
@@ -90,9 +95,10 @@ class LayerTensors:
 
     def scales_of(self, layer: str) -> dict[str, Tensor]:
         """Return the scales of a layer by part: of its weight, inputs, outputs and KV cache."""
-        found = {part: tensor for part, tensor in self.parts(layer).items() if self.scales.search(part)}
+        parts = self.parts(layer)
+        found = {part: parts[part] for part in _found(self.scales, tuple(parts))}
         found.pop("scale", None)  # the weight of some norms
-        if "scales" in found and "qweight" not in self.parts(layer):
+        if "scales" in found and "qweight" not in parts:
             found.pop("scales")
         return found
 
@@ -104,12 +110,13 @@ class LayerTensors:
 
     def signs_of(self, layer: str) -> list[str]:
         """Return the parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
-        return [part for part in self.parts(layer) if SIGNS.search(part)]
+        return list(_found(SIGNS, tuple(self.parts(layer))))
 
     def zero_point_of(self, layer: str) -> Tensor | None:
         """Return the zero points of a layer's weight; None where it has none."""
-        found = (part for part in self.parts(layer) if self.zero_points.search(part))
-        return self.parts(layer).get(next((part for part in found if not part.startswith(("input", "output"))), ""))
+        parts = self.parts(layer)
+        found = (part for part in _found(self.zero_points, tuple(parts)) if not part.startswith(("input", "output")))
+        return parts.get(next(found, ""))
 
     def scale_values(self, layer: str, part: str) -> Matrix:
         """Return the scales in a part of a layer in float64, without padding."""

@@ -23,7 +23,7 @@ class Unquantized(Format):
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also a weight that isn't what it looks like: transformers would read its codes as numbers."""
         yield from super().findings(layer)
-        weight, signs = self.parts(layer).get("weight"), self.signs_of(layer)
-        if weight is not None and weight.dtype in FLOATS and signs:
+        weight = self.parts(layer).get("weight")
+        if weight is not None and weight.dtype in FLOATS and (signs := self.signs_of(layer)):
             what = f"{signs[0]} beside it shows that it is quantized, and config.json has no quantization_config"
             yield Finding.at(weight, what, "restore the configuration of the quantizer, or save the layer again")

@@ -35,7 +35,7 @@ from ...common import (
 )
 from ...suite import BUILTIN, DOCUMENTS, SHIPPED, Data, HubSet, cache_folder, hub_set_of, local_path
 from .batches import Batch
-from .tokenizer import TextTokenizer
+from .tokenizer import TextTokenizer, templated
 
 Records = list[dict[str, Any]]
 
@@ -434,16 +434,7 @@ def _ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 def _prepared(texts: Sequence[Any], data: Data, tokenizer: TextTokenizer) -> Sequence[str]:
-    return [_templated(text, tokenizer) for text in texts] if data.chat_template else texts
-
-
-def _templated(text: Any, tokenizer: TextTokenizer) -> str:
-    """Put a text, or the messages of a conversation, into the tokenizer's own chat template."""
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
-        raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
+    return templated(texts, tokenizer) if data.chat_template else texts
 
 
 def _special_tokens(tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from ...checkpoint import OF_A_TOKENIZER, Folder, check_side_files, readable_tokenizer
 from ...common import AnomalyError, InfraError, one_line
@@ -18,6 +24,9 @@ TOKENIZER_FILES = (
 )
 """The files that show that a folder has a tokenizer."""
 FILE = TOKENIZER_FILES[0]
+TEMPLATE_BYTES = 1_000_000_000
+TEMPLATE_SECONDS, SECONDS_PER_TEXT = 5.0, 0.02
+"""The limits of a chat template: memory, and processor time for all texts; a real one takes under 1 ms a text."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -36,6 +45,55 @@ class TextTokenizer(Tokenizer, Protocol):
 
     def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool) -> object:
         """Return the text of a conversation."""
+
+
+def templated(texts: Sequence[Any], tokenizer: TextTokenizer) -> list[str]:
+    """Put texts, or the messages of conversations, into the tokenizer's own chat template, a program of its author.
+
+    Raises:
+        AnomalyError: it takes more memory or time than a template needs.
+        InfraError: the tokenizer has none, or it can't format a conversation.
+    """
+    conversations = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in texts]
+    seconds = TEMPLATE_SECONDS + len(texts) * SECONDS_PER_TEXT
+    try:
+        with _limited(TEMPLATE_BYTES, seconds):
+            return [str(tokenizer.apply_chat_template(each, tokenize=False)) for each in conversations]
+    except MemoryError:
+        what = f"takes more than {TEMPLATE_BYTES / 1e9:.0f} GB"
+    except TimeoutError:
+        what = f"takes more than {seconds:.0f} s"
+    except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
+        raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
+    raise AnomalyError(f"data.chat_template: the checkpoint's chat template {what}: look at what it does")
+
+
+@contextmanager
+def _limited(size: int, seconds: float) -> Iterator[None]:
+    """Let the process take so many more bytes, and so much processor time; where the system can't, it isn't limited.
+
+    Raises:
+        MemoryError: it needed more.
+        TimeoutError: it took longer. Only the main thread can be stopped.
+    """
+    with ExitStack() as after:
+        if sys.platform == "linux":
+            import resource
+
+            old = resource.getrlimit(resource.RLIMIT_AS)
+            most = psutil.Process().memory_info().vms + size
+            if old[0] in (resource.RLIM_INFINITY, -1) or most < old[0]:
+                resource.setrlimit(resource.RLIMIT_AS, (most, old[1]))
+                after.callback(resource.setrlimit, resource.RLIMIT_AS, old)
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            after.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, _too_long))
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            after.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        yield
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError
 
 
 def decoder_of(tokenizer: Tokenizer | None) -> Callable[[Sequence[int]], Mapping[int, str]] | None:

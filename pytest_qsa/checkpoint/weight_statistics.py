@@ -34,7 +34,17 @@ from ..captures import (
     cell_size,
     ranks_of,
 )
-from ..metrics import FAINT, FEW_SIGMAS, LARGEST_CODE, LEAST_ROOM, MOST_ROOM, ROOM_SIGMAS, rounded_to
+from ..metrics import (
+    CARRIED_SIGMAS,
+    FAINT,
+    FEW_SIGMAS,
+    LARGEST_CODE,
+    LEAST_ROOM,
+    MOST_ROOM,
+    ROOM_SIGMAS,
+    UNEXPLAINED,
+    rounded_to,
+)
 from .formats.scheme import ScaleGroups
 
 Arrays = dict[str, Array]
@@ -450,13 +460,13 @@ class GroupGains(WeightReduction):
         self._groups: ScaleGroups | None = None
 
     def add(self, rows: WeightRows) -> None:
-        """Add Σw₀², Σw·w₀, Σw², Σw₀⁴ and Σw₁·w₀ of the groups of some rows, w₁ those of round to nearest."""
+        """Add Σw₀², Σw·w₀, Σw², Σw₀⁴, Σw₁·w₀ and Σ(w₁ − w₀)² of the groups of some rows, w₁ by round to nearest."""
         assert rows.reference is not None
         assert rows.groups is not None
         if self._groups is None:
             self._groups = rows.groups
             self._starts = np.arange(0, self.shape[1], rows.groups.columns)
-            self._sums = np.zeros((5, -(-self.shape[0] // rows.groups.rows), len(self._starts)))
+            self._sums = np.zeros((6, -(-self.shape[0] // rows.groups.rows), len(self._starts)))
         x, y = rows.reference.astype(np.float64), rows.values.astype(np.float64)
         if (order := self._groups.order) is not None:
             x, y = x[:, order], y[:, order]
@@ -464,13 +474,15 @@ class GroupGains(WeightReduction):
         squares, plainest = x * x, x if rows.nearest is None else rows.nearest.astype(np.float64)
         if order is not None and rows.nearest is not None:
             plainest = plainest[:, order]
-        for sums, products in zip(self._sums, (squares, x * y, y * y, squares * squares, x * plainest), strict=True):
+        rounding = (plainest - x) ** 2
+        added = (squares, x * y, y * y, squares * squares, x * plainest, rounding)
+        for sums, products in zip(self._sums, added, strict=True):
             np.add.at(sums, blocks, np.add.reduceat(products, self._starts, axis=1))
 
     def arrays(self) -> Arrays:
         """Return `GAIN_NAMES` of the group whose factor is farthest out of its room; NaN where no group counts."""
         assert self._groups is not None
-        signal, product, own, fourth, plainest = self._sums
+        signal, product, own, fourth, plainest, rounding = self._sums
         sizes = [
             np.diff(np.append(np.arange(0, length, step), length))
             for length, step in zip(self.shape, (self._groups.rows, self._groups.columns), strict=True)
@@ -484,6 +496,12 @@ class GroupGains(WeightReduction):
         # Where few weights carry a group its factor varies as theirs: of (Σw₀²)² / Σw₀⁴ weights.
         sigmas = np.maximum(ROOM_SIGMAS / np.sqrt(counts), FEW_SIGMAS * np.sqrt(fourth) / signal)
         rooms = np.clip(sigmas * np.sqrt(np.maximum(nmse, 0)), LEAST_ROOM, MOST_ROOM)
+        # GPTQ adds to later columns what rounding takes from earlier ones: a group that carries so much more error than
+        # rounding makes has a factor as uncertain as that error, and a scale that is off multiplies only what is there.
+        errors = np.maximum(own / signal - factors**2, 0)
+        explained = np.maximum(rounding / signal, nmse) * np.maximum(factors**2, 1)
+        carried = np.where(errors > UNEXPLAINED * explained, CARRIED_SIGMAS * np.sqrt(errors / counts), 0)
+        rooms = np.maximum(rooms, carried)
         # In few bits the largest weight of a group may be clipped, and small ones lost, by round to nearest as well.
         rounded = np.where(np.abs(rounded - 1) > MOVED, rounded, 1.0)
         away = np.maximum(np.minimum(rounded, 1) - factors, factors - np.maximum(rounded, 1))

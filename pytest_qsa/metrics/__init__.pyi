@@ -1,6 +1,7 @@
 from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels, no_experts as no_experts
 from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
+    CARRIED_SIGMAS as CARRIED_SIGMAS,
     FAINT as FAINT,
     FEW_SIGMAS as FEW_SIGMAS,
     LARGEST as LARGEST,
@@ -14,6 +15,7 @@ from .fidelity import (
     OWN as OWN,
     ROOM_SIGMAS as ROOM_SIGMAS,
     SIGNAL as SIGNAL,
+    UNEXPLAINED as UNEXPLAINED,
     Granularity as Granularity,
     Scheme as Scheme,
     compared as compared,

@@ -24,18 +24,25 @@ UNPACKED = f"{WEIGHTS_ONLY}, dequantized when loaded"
 class Anatomy:
     """The blocks of a model and the linear layers in them that every token passes, in model order.
 
-    `experts`: the layers of packed experts, which some of the tokens pass. `routers`: what sends them there.
+    `experts`: the layers of packed experts, which some of the tokens pass. `routers`: what sends them there. `towers`:
+    the parts that read pictures or sounds, whose layers are among these and whose blocks aren't: no text passes them.
     """
 
     blocks: Sequence[str]
     linears: Sequence[str]
     experts: Sequence[str] = ()
     routers: Sequence[str] = ()
+    towers: Sequence[str] = ()
 
     @property
     def weights(self) -> list[str]:
         """All layers whose weights are looked at: linear ones, routers and experts."""
         return [*self.linears, *self.routers, *self.experts]
+
+    @property
+    def outside(self) -> str:
+        r"""A regex that finds the layers of the towers, `^model\.visual\.`; empty for none."""
+        return rf"^({'|'.join(map(re.escape, self.towers))})\." if self.towers else ""
 
     def renamed(self, names: Mapping[str, str]) -> Anatomy:
         """Return it with other names of these layers."""

@@ -96,6 +96,12 @@ class Spread:
         errors = np.mean([_errors(part) for part in parts], axis=0)
         return cls(whole.layers, np.stack([_finite(part) for part in parts]), _finite(whole), errors, whole.query.unit)
 
+    def of_layers(self, series: Series) -> NDArray[np.float64]:
+        """Return the values of another series for these layers, [L]; where it has none, that on all the data."""
+        values = dict(zip(series.layers, _finite(series).tolist(), strict=True))
+        own = zip(self.layers, self.whole.tolist(), strict=True)
+        return np.array([values.get(layer, value) for layer, value in own], dtype=np.float64)
+
     @property
     def sigmas(self) -> NDArray[np.float64]:
         """The standard deviation of each layer over the parts, [L]; exactly 0 where all parts are equal.
@@ -294,7 +300,7 @@ class Sampled:
 
     def _with_room(self, assertion: MeasuredAssertion, spread: Spread, k: float) -> Spread:
         """Return a spread of weights with the room that another quantization of the same original needs."""
-        ways = [_finite(checked_series(assertion, capture)) for capture in self.again] or [spread.whole]
+        ways = [spread.of_layers(checked_series(assertion, capture)) for capture in self.again] or [spread.whole]
         if assertion.metric in WEIGHT_ERRORS and "max" not in assertion.stated:
             return replace(spread, rounded=ways[0], room=ROOMS[assertion.parameters.get("by", "tensor")])
         room = k * np.std(ways, axis=0, ddof=1) if self.again else np.zeros(len(spread.whole))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pytest_qsa.checkpoint import Files, format_of, open_folder, problems_of
 
@@ -175,6 +175,14 @@ IGNORED = {
     "a name of FP8": ("block fp8 of its own method", {"modules_to_not_convert": ["layers.2.mlp"]}),
     "another name of FP8": ("block fp8 of its own method", {"ignored_layers": ["layers.2.mlp"]}),
 }
+
+
+def test_a_bias_by_position_is_no_linear_layer(write):
+    """T5's relative_attention_bias, an embedding [buckets, heads] of the first block."""
+    bias = {"model.layers.0.attn.relative_attention_bias.weight": torch.randn(ROWS, COLUMNS)}
+    folder = write("int8 by channel")
+    save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors")
+    assert not found(folder, "checkpoint_formats")
 
 
 @pytest.mark.parametrize("case", IGNORED)

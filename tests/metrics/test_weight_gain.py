@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from pytest_qsa import capture
@@ -89,6 +90,23 @@ def test_one_group_a_quarter_too_large_is_out_alone(original, int4, tmp_path):
     folder = edited(int4, tmp_path / "scaled", scaled(1.25, 5, 1))
     found = gains(folder, original)
     assert [layer for layer, value in found.items() if value > 1] == [DOWN]
+
+
+def test_a_group_that_carries_the_errors_of_others_as_by_gptq_is_within_the_room_and_a_scale_of_it_is_not(
+    original, int4, tmp_path
+):
+    """GPTQ adds to later columns what rounding takes from earlier ones, in directions that the weights don't have."""
+
+    def carrying(weights):
+        group = weights[f"{DOWN}.weight"][5, GROUP : 2 * GROUP]
+        group += group.square().mean().sqrt() * np.sqrt(2) * torch.sin(torch.arange(GROUP) * 1.3)
+
+    corrected = edited(original, tmp_path / "corrected", carrying)
+    gptq = save_quantized_llama(tmp_path / "gptq", corrected, "W4A16", group_size=GROUP)
+    assert abs(gains(gptq, original, "factor")[DOWN] - 1) > 0.01
+    assert gains(gptq, original)[DOWN] < 1
+    folder = edited(int4, tmp_path / "scaled", scaled(1.25, 5, 1))
+    assert gains(folder, original)[DOWN] > 1
 
 
 def test_a_layer_whose_scales_are_all_a_quarter_too_large_is_out(original, int4, tmp_path):

@@ -385,6 +385,13 @@ def of_weights(tmp_path_factory, llama, int8_llama):
 OF_WEIGHTS = ("mean", "rms", "absmax")
 
 
+def test_layers_that_cannot_be_quantized_again_keep_their_own_number_as_the_middle():
+    query = Query("mean", "1", "weight", ".")
+    whole = Series(["a", "conv", "b"], np.array([1.0, 2.0, 3.0]), query)
+    spread = Spread.of([whole, whole], whole)
+    np.testing.assert_array_equal(spread.of_layers(Series(["a", "b"], np.array([1.5, 3.5]), query)), [1.5, 2.0, 3.5])
+
+
 @pytest.mark.parametrize("change", [requantized(0.97), requantized(1, seed=1), requantized(0.93, seed=2)])
 def test_bounds_on_weights_leave_room_for_the_same_original_quantized_otherwise(
     of_weights, llama, int8_llama, tmp_path, change

@@ -9,10 +9,12 @@ import transformers
 import yaml
 
 from pytest_qsa import capture
+from pytest_qsa.captures import match_layers
 from pytest_qsa.checkpoint import problems_of
 from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
-from pytest_qsa.suite import Anatomy, Data, files_of, load_suite, subject_of
+from pytest_qsa.engine.load.outline import anatomy
+from pytest_qsa.suite import Anatomy, Data, Model, files_of, load_suite, subject_of
 from pytest_qsa.tools.suite_text import measured_drafts, sinks_of, with_gain_bound, with_tolerance
 from support import models
 from support.checkpoints import edited, save_gguf, save_llama
@@ -111,6 +113,27 @@ def test_a_gguf_s_suite_of_its_files_goes_by_the_names_in_the_file(tmp_path, mon
     assert {assertion.layers for assertion in file.assertions[2:]} == {rf"\.({'|'.join(kinds)})$"}
     checked = files_of(subject_of(file))
     assert problems_of(checked, "checkpoint_unquantized")[1] == []
+
+
+def test_a_tower_that_no_text_passes_is_in_the_assertions_on_weights_alone(tmp_path):
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **small},
+        text_config={"model_type": "llama", "vocab_size": 320, **small},
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path)
+    layers = anatomy(Model(name="llava", path=str(tmp_path)), str(tmp_path))
+    assert layers.towers == ["model.vision_tower"]
+    assert layers.block_pattern == r"^model\.language_model\.layers\.\d+$"
+    for draft in measured_drafts(layers, "layers"):
+        pattern, exclude = (draft.keys.get(key) for key in ("layers", "exclude"))
+        found = match_layers(layers.weights, pattern, exclude) if pattern else []
+        if draft.keys.get("site") == "weight":
+            assert "model.vision_tower.encoder.layers.0.mlp.fc1" in found
+        assert draft.keys.get("site") == "weight" or not [name for name in found if "vision" in name]
+    alone = Anatomy(["encoder.layers.0", "encoder.layers.1"], ["encoder.layers.0.mlp.fc1"])
+    assert not any("exclude" in draft.keys for draft in measured_drafts(alone, "layers"))
 
 
 class OfBits:
@@ -305,13 +328,15 @@ def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(
 
 
 @pytest.mark.parametrize(
-    ("schemes", "rel"),
-    [({"a": "w8a8_int"}, 0.1), ({"a": "none", "b": "w4a16_int"}, 0.3), ({"a": "w16a16"}, 0.1), (None, 0.1)],
+    ("schemes", "few"),
+    [({"a": "w8a8_int"}, False), ({"a": "none", "b": "w4a16_int"}, True), ({"a": "w16a16"}, False), (None, False)],
 )
-def test_the_drift_of_layers_in_few_bits_has_the_room_of_another_rounding(schemes, rel):
+def test_the_drift_of_a_model_in_few_bits_is_of_its_blocks_and_has_the_room_of_another_rounding(schemes, few):
     anatomy = Anatomy(["model.layers.0", "model.layers.1"], ["model.layers.0.mlp.down_proj"])
-    drafts = {draft.keys["id"]: with_tolerance(draft, schemes).keys for draft in measured_drafts(anatomy)}
-    assert drafts["drift"]["baseline"] == {"rel": rel}
+    given = measured_drafts(anatomy)
+    drafts = {draft.keys["id"]: with_tolerance(draft, schemes, anatomy.block_pattern).keys for draft in given}
+    assert drafts["drift"]["baseline"] == {"rel": 0.3 if few else 0.1}
+    assert drafts["drift"]["layers"] == (anatomy.block_pattern if few else r"\.(down_proj)$")
     assert drafts["weight-scales"]["baseline"] == {"rel": 0.02}
 
 

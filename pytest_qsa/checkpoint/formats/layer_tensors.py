@@ -13,7 +13,7 @@ from ..tensors import FLOATS, Matrix, Tensor, scale_values
 from .scheme import Declaration, LayerScheme
 
 NOT_LINEAR = re.compile(
-    r"(embed|wte|wpe|norm|rotary|router|conv|position)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
+    r"(embed|wte|wpe|norm|rotary|router|conv|position|relative_\w*bias)|(^|\.)(gate|wg|shared|ln_\w+)$", re.IGNORECASE
 )
 """Layers with a matrix that a target `Linear` may not mean: embeddings, routers, convolutions."""
 SIGNS = re.compile(

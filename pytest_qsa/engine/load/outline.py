@@ -6,6 +6,7 @@ The machine, for the plan of a run: its memory, its GPUs, and how fast it multip
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from math import prod
@@ -60,18 +61,35 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
         InfraError: as `outline`.
     """
     model = _empty(spec, path, base)
-    blocks, layers = blocks_of(model), with_experts(layers_of(model))
+    every, layers, towers = blocks_of(model), with_experts(layers_of(model)), _towers(model)
+    # a model that is a tower alone keeps its blocks
+    blocks = [block for block in every if not block.startswith(tuple(f"{tower}." for tower in towers))] or every
+    towers = [tower for tower in towers if not any(block.startswith(f"{tower}.") for block in blocks)]
     # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no nn.Linear.
     kinds = {
         name: type(layer if isinstance(layer, Expert) else base_of_layer(layer)).__name__
         for name, layer in layers.items()
     }
-    inside = [name for name in layers if any(name.startswith(f"{block}.") for block in blocks)]
+    inside = [name for name in layers if any(name.startswith(f"{block}.") for block in every)]
     linears = [
         name for name in inside if kinds[name].endswith(("Linear", "Conv1D")) and "experts" not in name.split(".")
     ]
     experts = [name for name in inside if isinstance(layers[name], Expert)]
-    return Anatomy(blocks, linears, experts, [name for name in inside if kinds[name].endswith("Router")])
+    routers = [name for name in inside if kinds[name].endswith("Router")]
+    return Anatomy(blocks, linears, experts, routers, towers)
+
+
+SEEN_OR_HEARD = re.compile(r"(vision|image|audio|speech)\w*_config$")
+
+
+def _towers(model: torch.nn.Module) -> list[str]:
+    """Return the parts of a model that read pictures or sounds, which no text passes, by their own configurations."""
+    settings = vars(model.config) if hasattr(model, "config") else {}
+    own = [each for name, each in settings.items() if SEEN_OR_HEARD.search(name)]
+    held = {
+        name: part for name, part in model.named_modules() if any(getattr(part, "config", 0) is each for each in own)
+    }
+    return [name for name in held if name and not any(name.startswith(f"{other}.") for other in held if other)]
 
 
 def _empty(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:

@@ -180,9 +180,9 @@ IGNORED = {
 def test_a_bias_by_position_is_no_linear_layer(write):
     """T5's relative_attention_bias, an embedding [buckets, heads] of the first block."""
     bias = {"model.layers.0.attn.relative_attention_bias.weight": torch.randn(ROWS, COLUMNS)}
-    folder = write("int8 by channel")
-    save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors")
-    assert not found(folder, "checkpoint_formats")
+    path = write("int8 by channel").path
+    save_file(load_file(path / "model.safetensors") | bias, path / "model.safetensors")
+    assert not found(open_folder(path), "checkpoint_formats")
 
 
 @pytest.mark.parametrize("case", IGNORED)

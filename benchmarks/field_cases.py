@@ -803,12 +803,12 @@ def _in_nvfp4(
 FUSED = {kind: group for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) for kind in group}
 
 
-@case("global", r"layers\.2\.mlp", "fused|gate_proj.*up_proj|up_proj.*gate_proj")
+@case("global", r"layers\.2\.mlp\.(gate|up)_proj", "weight_global_scale.*(unequal|differ|apart)")
 def nvfp4_gate_and_up_apart(folder: Path) -> Pair:
     return _in_nvfp4(folder, larger=("model.layers.2.mlp.up_proj", 1.078))
 
 
-@case("global", r"layers\.4\.self_attn", "fused|[qkv]_proj.*[qkv]_proj")
+@case("global", r"layers\.4\.self_attn\.k_proj", "input_global_scale.*(unequal|differ|×)")
 def nvfp4_keys_apart_in_their_inputs(folder: Path) -> Pair:
     def change(layers: Parts) -> None:
         layers["model.layers.4.self_attn.k_proj"]["input_global_scale"] *= 7
@@ -816,12 +816,20 @@ def nvfp4_keys_apart_in_their_inputs(folder: Path) -> Pair:
     return _in_nvfp4(folder, change)
 
 
-@case("unwritten", r"layers\.3\.self_attn\.o_proj", "weight_global_scale.*missing|missing.*weight_global_scale")
+@case(
+    "unwritten",
+    r"layers\.3\.self_attn\.o_proj",
+    "weight_global_scale.*(missing|lost|absent)|(missing|lacks).*weight_global_scale",
+)
 def nvfp4_global_scale_lost(folder: Path) -> Pair:
     return _in_nvfp4(folder, lambda layers: layers["model.layers.3.self_attn.o_proj"].pop("weight_global_scale"))
 
 
-@case("unwritten", r"layers\.3\.mlp\.down_proj", "input_global_scale.*missing|missing.*input_global_scale")
+@case(
+    "unwritten",
+    r"layers\.3\.mlp\.down_proj",
+    "input_global_scale.*(missing|lost|absent)|(missing|lacks).*input_global_scale",
+)
 def nvfp4_input_scale_lost(folder: Path) -> Pair:
     return _in_nvfp4(folder, lambda layers: layers["model.layers.3.mlp.down_proj"].pop("input_global_scale"))
 
@@ -832,12 +840,12 @@ def _in_gptq(folder: Path, ranks: int = 1, **declared: Any) -> Pair:
     return Pair(folder / "model", source, folder / "model", "files", ranks)
 
 
-@case("zero", "_proj", "qzeros.*as a symmetric scheme has them")
+@case("zero", "_proj", "qzeros|zero.?point")
 def gptq_zero_points_of_another_version(folder: Path) -> Pair:
     return _in_gptq(folder, checkpoint_format="gptq_v2")
 
 
-@case("ranks", "6 of 6 down_proj", "share a scale or a word")
+@case("ranks", "down_proj", "ranks|tensor.?parallel|shards")
 def gptq_groups_cut_by_two_ranks(folder: Path) -> Pair:
     return _in_gptq(folder, ranks=2)
 

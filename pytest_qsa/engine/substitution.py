@@ -91,7 +91,7 @@ class Substitution:
             if not bool(torch.isfinite(logits).all()):
                 raise AnomalyError("the reference predicts NaN or infinity: nothing can be compared with it")
             if not index:
-                _check_memory(logits.nbytes * len(self._batches), self._device, "the reference's predictions")
+                _check_memory(logits.nbytes * len(self._batches), self._device, "the reference's predictions", FEWER)
             self._logits.append(logits)
         self.seconds = time.perf_counter() - began
 
@@ -332,13 +332,14 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _check_memory(needed: int, device: torch.device, what: str) -> None:
+FEWER = "lower data.num_samples or data.seq_len"
+MORE = "run it on a machine with more memory"
+
+
+def _check_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
-        raise InfraError(
-            f"{what} would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: lower data.num_samples or "
-            "data.seq_len, or run it on a machine with more memory"
-        )
+        raise InfraError(f"{what} would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free: {advice}")
 
 
 @contextmanager
@@ -353,7 +354,7 @@ def substitution_of(subject: NamedSubject, weights: Weights, *, allow_code: bool
         raise InfraError("name the original whose weights are kept: --reference ORIGINAL, a folder or a hub id")
     stored = files_of(subject).reference
     count = sum(int(np.prod(tensor.shape)) for tensor in stored.tensors.values()) if stored is not None else 0
-    _check_memory(BYTES * count, device_for(subject.memory), f"{subject.reference.path} in float32, and a copy,")
+    _check_memory(BYTES * count, device_for(subject.memory), f"{subject.reference.path} in float32, twice,", MORE)
     model = subject.reference.model.model_copy(update={"dtype": "float32"})
     original = replace(subject.reference, model=model)
     loaded = load_subject(original, allow_code=allow_code)

@@ -3,6 +3,7 @@
 import json
 import re
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +339,16 @@ def test_another_model_is_no_reference(quantized, llama, tmp_path):
         pytest.raises(AnomalyError, match="no rounding"),
     ):
         ranking_of(substitution, units, seconds=1.0, progress=lambda done, total: None)
+
+
+def test_a_reference_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(quantized, llama, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    units = units_of(quantized["int4"], llama)
+    model = Model(path=str(quantized["int4"]), reference=str(llama))
+    subject = Subject("int4", model, Data(), Memory(device="cpu"), llama).named
+    refused = pytest.raises(InfraError, match=r"in float32, twice, would take 0\.0 GB, .* a machine with more memory$")
+    with refused, engine.substitution_of(subject, units.weight):
+        pass
 
 
 def test_weights_that_are_not_finite_are_refused():

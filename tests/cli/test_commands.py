@@ -134,7 +134,7 @@ def test_bash_completes_commands_options_and_keys(capsys, tmp_path):
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert completed("ca") == ["calibrate", "capture"]
+    assert completed("ca") == ["calibrate", "capture", "card"]
     assert completed("layers", "--wei") == ["--weights"]
     assert completed("init", "--data.num") == ["--data.num_samples"]
     assert completed("diff", "qs") == ["qsa.bash"]

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from refusals import refusals
 from rooms import rooms_picture, rooms_table
 
 import pytest_qsa
@@ -105,6 +106,12 @@ def checkpoints_page(text: str) -> str:
         what = " ".join((inspect.getdoc(check.compute) or "").partition("\n\nRaises")[0].split()).removeprefix("Count ")
         rows.append(f"| {_signature(check)} | {what.removesuffix('.')} |")
     return between(text, "checks", "\n".join(rows))
+
+
+@generates("docs/reliability.md")
+def reliability_page(text: str) -> str:
+    """Write what is refused with its sentence: each refusal is done."""
+    return between(text, "refusals", "\n".join(refusals()))
 
 
 @generates("docs/selftest.md")

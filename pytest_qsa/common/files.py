@@ -91,7 +91,7 @@ def refuse_special(path: Path, most: int | None = None) -> None:
         raise InfraError(f"{shown_path(path)}: is no regular file, so it isn't read")
     if most is not None and path.is_file() and (size := path.stat().st_size) > most:
         raise InfraError(
-            f"{shown_path(path)}: has {size / 1e6:,.0f} MB, and of more than {most / 1e6:,.0f} it isn't read"
+            f"{shown_path(path)}: has {size / 1e6:,.0f} MB, more than the {most / 1e6:,.0f} MB that are read"
         )
 
 

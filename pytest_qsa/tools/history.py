@@ -11,10 +11,10 @@ from typing import Any
 
 from ..captures import Provenance
 from ..common import BaselineError, InfraError, SuiteError, counted, did_you_mean, shown_path
-from ..metrics import METRICS
+from ..metrics import CHECKPOINT, METRICS
 from ..report import History, Point, Track, read_report
 from ..suite import Assertion, SuiteFile
-from ..verdicts import BaselineFile, baseline_folder, read_baseline
+from ..verdicts import EDITED, BaselineFile, baseline_folder, read_baseline
 from .revision import Revision, tags_of
 
 MOST_TAGS = 200
@@ -57,9 +57,8 @@ class Historian:
         revisions = self._revisions(notes)
         for assertion in self._assertions():
             for subject in subjects:
-                known = found.setdefault(
-                    (assertion.id, subject), _Found(text=str(assertion.query), unit=assertion.query.unit)
-                )
+                text = f"{assertion.query}, at {self.layer}" if self.layer else str(assertion.query)
+                known = found.setdefault((assertion.id, subject), _Found(text=text, unit=assertion.query.unit))
                 known.points += self._baselines(assertion, subject, revisions, notes)
                 known.points += [
                     self._measured(session, result)
@@ -72,7 +71,8 @@ class Historian:
             if of.points
         ]
         if not tracks:
-            why = "; ".join(notes) or "no baseline of it is in git's tags or beside it"
+            own_layer = f"no layer '{self.layer}' is in its baselines" if self.layer else ""
+            why = "; ".join(filter(None, [own_layer, *notes])) or "no baseline of it is in git's tags or beside it"
             raise InfraError(
                 f"{shown_path(self.file.path)}: no number to show: {why}; --reports GLOB names reports of runs"
             )
@@ -115,10 +115,13 @@ class Historian:
             if text is None:
                 continue
             try:
-                point = self._kept(BaselineFile.parse(text), revision.name, when)
+                baseline = BaselineFile.parse(text)
+                point = self._kept(baseline, revision.name, when)
             except BaselineError as error:
                 notes.append(f"{revision.name}: {path.name}: {error}")
                 continue
+            if baseline.edited:
+                notes.append(f"{revision.name}: {path.name}: {EDITED}")
             yield from [point] if point else []
         if path.is_file():
             point = self._kept(read_baseline(path), "working tree", "")
@@ -166,6 +169,10 @@ class Historian:
     def _measured(self, session: Mapping[str, Any], result: Mapping[str, Any]) -> Point:
         rows, query = self._rows(result), result["query"]
         values = {name: float(row["value"]) for name, row in rows.items()}
+        if query.get("site") == CHECKPOINT and not self.layer:
+            # Of a static check all problems together are the number, as a comparison has it.
+            name, row = next(iter(rows.items()))
+            rows, values = {name: row}, {name: sum(values.values())}
         layer = _worst(query.get("metric", ""), values)
         row = rows[layer]
         tokens = Provenance.of(result.get("run") or {}).data.fingerprint if query.get("site") != "weight" else ""

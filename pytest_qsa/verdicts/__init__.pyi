@@ -1,5 +1,6 @@
 from .baseline_file import (
     BASELINES as BASELINES,
+    EDITED as EDITED,
     BaselineFile as BaselineFile,
     Tolerance as Tolerance,
     baseline_folder as baseline_folder,

@@ -140,6 +140,7 @@ def test_the_plot_has_steps_for_releases_breaks_where_nothing_can_be_compared_an
         (("gate.qsa.yaml::drif",), 2, "gate.qsa.yaml has no assertion 'drif' (did you mean 'drift'?)"),
         (("absent.qsa.yaml",), 2, "absent.qsa.yaml"),
         (("gate.qsa.yaml::close",), 1, "no number to show: no baseline of it is in git's tags or beside it; --reports"),
+        (("gate.qsa.yaml::drift", "--layer", "nope"), 1, "no number to show: no layer 'nope' is in its baselines"),
         (("--reports", "nothing/*.json"), 2, "--reports 'nothing/*.json': there is no such file"),
         (("--reports", "gate.qsa.yaml"), 2, "gate.qsa.yaml: no report.json of this program"),
         (("--format", "svg", "--reports", "runs/*/report.json"), 4, "a plot is of one assertion"),

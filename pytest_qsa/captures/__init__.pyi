@@ -65,6 +65,8 @@ from .sites import (
     match_layers as match_layers,
     merge_requests as merge_requests,
     need_tokens as need_tokens,
+    never_fired as never_fired,
+    no_logits as no_logits,
     no_match as no_match,
     no_weight as no_weight,
     pairwise as pairwise,

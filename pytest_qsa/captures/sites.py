@@ -204,21 +204,27 @@ class Outline:
     """What is known of a model before a weight of it is read: the names of its layers.
 
     `bare`: the layers that own no tensor, so that they have no weight. `blocks`: its repeated layers; None where they
-    aren't known. `mixtures`: the layers that keep several experts in one tensor.
+    aren't known. `mixtures`: the layers that keep several experts in one tensor. `of_ids`: those whose input is token
+    ids. `headless`: the class of a model that returns no logits.
     """
 
     names: LayerNames
     bare: frozenset[str] = frozenset()
     blocks: Sequence[str] | None = None
     mixtures: frozenset[str] | None = None
+    of_ids: frozenset[str] = frozenset()
+    headless: str = ""
 
     def find(self, request: Request) -> list[str]:
         """Return the layers that a request finds; of the logits, none.
 
         Raises:
-            AnomalyError: it finds none, or asks them for a weight and they own none.
+            AnomalyError: it finds none, or asks them for a weight and they own none, or for an input that is token ids;
+                or for logits, and there are none.
         """
         if request.site == LOGITS:
+            if self.headless:
+                raise no_logits(self.headless)
             return []
         names = self.names.at(request.site, request.statistics)
         found = match_layers(names, request.pattern, request.exclude)
@@ -226,6 +232,8 @@ class Outline:
             raise no_match(names, request.pattern, request.exclude)
         if request.site == "weight" and self.bare.issuperset(found):
             raise no_weight(found, request.pattern)
+        if request.site == "input" and (dead := [layer for layer in found if layer in self.of_ids]):
+            raise never_fired(dead, request.site)
         return found
 
 
@@ -253,6 +261,22 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
 def no_weight(found: Sequence[str], pattern: str) -> AnomalyError:
     """Return the error for layers that a pattern finds and that own no weight."""
     return AnomalyError(f"none of the {len(found)} layers that '{pattern}' matches owns a weight")
+
+
+def never_fired(dead: Sequence[str], site: Site) -> AnomalyError:
+    """Return the error for layers whose sites no floating-point tensor reaches."""
+    more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
+    return AnomalyError(
+        f"the hook at {dead[0]}{more} never fired with a floating-point tensor: the model doesn't call this layer in "
+        f"its forward pass, or its {site} is token ids; exclude it, or look at what replaced it"
+    )
+
+
+def no_logits(kind: str) -> AnomalyError:
+    """Return the error for a model of a class that predicts no tokens."""
+    return AnomalyError(
+        f"{kind} returns no logits for every token, which this metric reads: compare its layers instead, as with sqnr"
+    )
 
 
 def against_reference(statistics: Iterable[Statistic]) -> frozenset[Statistic]:

@@ -39,7 +39,7 @@ from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
 from .load.batches import Batch, listed, token_ids
-from .load.data import batches_of
+from .load.data import batches_of, check_local
 from .load.models import Loaded, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
@@ -95,14 +95,22 @@ def look_ahead(
     Raises:
         QsaError: what would stop loading the subject, or its reference, as far as it is known without weights.
     """
+    check_local(subject.data, subject.folder)
     if compares(requests):
         _check_reference(subject, requests, allow_code=allow_code)
     return _expected_outline(subject, allow_code=allow_code, as_loaded=as_loaded)
 
 
 def _expected_outline(subject: NamedSubject, *, allow_code: bool, as_loaded: bool = False) -> Outline | None:
+    tokens = subject.data.seq_len
     return expected_outline(
-        subject.model, subject.path, subject.memory, allow_code=allow_code, base=subject.base, as_loaded=as_loaded
+        subject.model,
+        subject.path,
+        subject.memory,
+        tokens,
+        allow_code=allow_code,
+        base=subject.base,
+        as_loaded=as_loaded,
     )
 
 

@@ -26,6 +26,7 @@ from ..captures import (
     match_layers,
     names_sinks,
     need_tokens,
+    never_fired,
     no_match,
     no_weight,
 )
@@ -251,11 +252,7 @@ class Selection(MetricMethods):
         # Nothing passes vacuously: a site that no tensor reached has no number, and no bound holds of it.
         dead = [layer for layer in layers if not self.capture.sites[layer, self.site].populations]
         if dead:
-            more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
-            raise AnomalyError(
-                f"the hook at {dead[0]}{more} never fired with a floating-point tensor: the model doesn't call this "
-                f"layer in its forward pass, or its {self.site} is token ids; exclude it, or look at what replaced it"
-            )
+            raise never_fired(dead, self.site)
         for layer in layers:
             numbers = self.capture.sites[layer, self.site]
             if (metric.tokenwise and self.site == "weight") or (need_tokens(needs) and not numbers.token_axis):

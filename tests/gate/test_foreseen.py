@@ -10,7 +10,7 @@ from pytest_qsa.engine import load_model, look_ahead, outline_of
 from pytest_qsa.suite import Captures, Data, Memory, Model, NamedSubject, OneTestError
 from pytest_qsa.suite.fingerprint import FileHashes
 from pytest_qsa.verdicts import foresee
-from support.checkpoints import edited, save_gguf, save_gpt_oss
+from support.checkpoints import edited, save_gguf, save_gpt_oss, save_llama
 from support.judged import assertion_of
 from support.projects import COUNTED, Project, peaks, suite
 
@@ -20,6 +20,7 @@ OUTLINE = Outline(
     LayerNames([*BLOCKS, "layers.0.mlp", "layers.0.act", "layers.0.experts", "layers.0.experts.0.up_proj"],
                frozenset({"layers.0.experts.0.up_proj"})),
     bare=frozenset({*BLOCKS, "layers.0.act"}), blocks=BLOCKS, mixtures=frozenset({"layers.0.experts"}),
+    of_ids=frozenset({"layers.0.mlp"}),
 )  # fmt: skip
 FORESEEN = {
     "no layer matches": {"metric": "absmax", "layers": "mpl$", "site": "output", "max": 1},
@@ -31,7 +32,8 @@ FORESEEN = {
         "metric": "absmax", "layers": r"\d$", "site": "output", "max": {r"layers\.9$": 1, "default": 2}},
     r"layers.1 is in no group of min": {"metric": "rms", "layers": r"\d$", "site": "input", "min": {r"\.0$": 1}},
     r"no experts that tokens are routed to": {
-        "metric": "expert_tokens", "layers": "mlp$", "site": "input", "min": 1},
+        "metric": "expert_tokens", "layers": "act$", "site": "input", "min": 1},
+    r"the hook at layers\.0\.mlp never fired": {"metric": "absmax", "layers": "mlp$", "site": "input", "max": 1},
     r"no layer matches '0\\.up_proj'": {"metric": "rms", "layers": r"0\.up_proj", "site": "output", "max": 1},
 }  # fmt: skip
 SOUND = [
@@ -61,8 +63,13 @@ def test_sinks_are_looked_for_only_in_a_model_with_blocks():
         foresee(asked, Outline(OUTLINE.names, blocks=()))
 
 
-def subject_at(folder, **model):
-    return NamedSubject("m", Model(path=str(folder), **model), Data(), Memory(device="cpu"), folder)
+def test_a_model_without_a_head_predicts_nothing():
+    with pytest.raises(AnomalyError, match="LlamaModel returns no logits"):
+        foresee(assertion_of(metric="kl_divergence", stat="mean", max=1), Outline(OUTLINE.names, headless="LlamaModel"))
+
+
+def subject_at(folder, *, data=Data(), **model):  # noqa: B008 - it is frozen
+    return NamedSubject("m", Model(path=str(folder), **model), data, Memory(device="cpu"), folder)
 
 
 @pytest.mark.parametrize("form", ["float", "int8", "int4", "torchao int4", "gguf", "experts"])
@@ -82,6 +89,7 @@ def test_the_layers_are_known_without_weights_by_the_names_that_they_have_when_l
         found = look_ahead(subject, [], as_loaded=as_loaded)
         assert (found.names, found.blocks) == (own.names, own.blocks)
         assert found.bare <= own.bare
+        assert (found.of_ids, found.headless) == ({"model.embed_tokens"}, "")
 
 
 def test_what_would_stop_loading_is_said_before_a_weight_is_read(int8_llama, tmp_path):
@@ -89,6 +97,12 @@ def test_what_would_stop_loading_is_said_before_a_weight_is_read(int8_llama, tmp
         look_ahead(subject_at(int8_llama, trust_remote_code=True), [])
     with pytest.raises(InfraError, match="there is no folder"):
         look_ahead(subject_at(tmp_path / "absent"), [])
+    with pytest.raises(InfraError, match=r"absent\.txt"):
+        look_ahead(subject_at(int8_llama, data=Data(source="custom:absent.txt")), [])
+    with pytest.raises(InfraError, match=r"did you mean 'sample'"):
+        look_ahead(subject_at(int8_llama, data=Data(source="sampel")), [])
+    with pytest.raises(InfraError, match=r"10,?000,?000"):
+        look_ahead(subject_at(int8_llama, data=Data(seq_len=10_000_000)), [])
     cut = edited(int8_llama, tmp_path / "cut")
     weights = next(cut.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -163,3 +177,19 @@ def test_a_test_in_python_with_marks_for_several_models_runs_if_one_fits(own_pro
     run = own_project.pytest("--qsa-config=a.qsa.yaml", "--qsa-report=never", "test_p.py")
     assert run.outcomes == {"test_p.py::test_fits": "passed", "test_p.py::test_typo": "failed"}
     assert "no layer matches 'nowhere'" in run.first_line("::test_typo")
+
+
+@pytest.mark.process
+def test_a_pattern_that_one_of_two_models_lacks_fails_for_that_one(own_project, llama, tmp_path):
+    short = save_llama(tmp_path / "short", layers=2)
+    own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100"), peaks("max: 100", "deep", r"layers\.3$")))
+    models = (f"--qsa-model=long={llama}", f"--qsa-model=short={short}")
+    run = own_project.pytest("a.qsa.yaml", "--qsa-report=never", "-n2", *models)
+    outcomes = {nodeid.partition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
+    assert outcomes == {
+        "peaks[long]": "passed",
+        "deep[long]": "passed",
+        "peaks[short]": "passed",
+        "deep[short]": "failed",
+    }
+    assert "no layer matches" in run.first_line("::deep[short]")

@@ -45,6 +45,8 @@ TRAINING_SHARE = 0.9
 SETTINGS = ("README.md", ".huggingface.yaml")
 """The files in which a data set says of which files it is made."""
 MOST_SETTINGS = 10_000_000
+MOST_READ_AHEAD = 10_000_000
+"""Bytes of a file of data that are read to see whether they can be, before a model is loaded."""
 DOCUMENT_TRIES = 200
 """The number of documents that are tried for each window before a set counts as too short."""
 
@@ -103,6 +105,19 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
         return _read_custom(path, data)
     except (OSError, ValueError, csv.Error) as error:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
+
+
+def check_local(data: Data, folder: Path) -> None:
+    """Read data that are a small file, or none that is here, before a model is loaded in vain.
+
+    Raises:
+        InfraError: as `read_texts`.
+    """
+    if data.source in SHIPPED or hub_set_of(data) is not None:
+        return
+    path = local_path(data, folder)
+    if path is None or not path.exists() or (path.is_file() and path.stat().st_size < MOST_READ_AHEAD):
+        read_texts(data, folder)
 
 
 def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,10 +19,20 @@ from torch import nn
 
 from ...captures import LayerNames, Outline
 from ...checkpoint import ADAPTER, Folder, check_side_files, no_folder
-from ...common import AnomalyError, InfraError, QsaError, logger, one_line
+from ...common import AnomalyError, InfraError, QsaError, logger, one_line, uncollected
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
-from ..modules import Expert, base_of_layer, blocks_of, is_adapted, layers_of, names_of, packed_experts, with_experts
+from ..modules import (
+    Expert,
+    base_of_layer,
+    blocks_of,
+    check_context,
+    is_adapted,
+    layers_of,
+    names_of,
+    packed_experts,
+    with_experts,
+)
 from .adapters import add_empty_adapter, source_of
 from .batches import Batch
 from .classes import OWN_CODE, empty_model, wants_code
@@ -93,7 +104,7 @@ def _towers(model: torch.nn.Module) -> list[str]:
 
 
 def _empty(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:
-    with quiet():
+    with quiet(), uncollected():
         return _emptied(spec, path, base, as_loaded=as_loaded)
 
 
@@ -131,12 +142,12 @@ def _emptied(spec: Model, path: str, base: str, *, as_loaded: bool) -> torch.nn.
 
 
 def expected_outline(
-    spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "", as_loaded: bool = False
+    spec: Model, path: str, memory: Memory, tokens: int, *, allow_code: bool, base: str = "", as_loaded: bool = False
 ) -> Outline | None:
     """Return what a model's configuration says of it, without reading or hashing a weight.
 
     None where only loading tells: of a factory, of code of its own, of a configuration that no model can be made of.
-    `as_loaded`: with the modules that the loader of a quantized checkpoint replaces or adds.
+    `tokens`: of a window. `as_loaded`: with the modules that the loader of a quantized checkpoint replaces or adds.
 
     Raises:
         QsaError: what would stop loading, as far as the files' headers and the permissions say it.
@@ -148,10 +159,12 @@ def expected_outline(
         check_folder(spec, path)
         check_loader(spec, path)
     try:
-        return outline_of(_empty(spec, path, base, as_loaded=as_loaded))
+        model = _empty(spec, path, base, as_loaded=as_loaded)
     except QsaError as error:  # loading says it, and may know more of it
         logger.debug("%s: its layers are checked once it is loaded: %s", path, error)
         return None
+    check_context(model, tokens)
+    return outline_of(model)
 
 
 def made_by_code(spec: Model) -> bool:
@@ -169,7 +182,15 @@ def outline_of(model: nn.Module) -> Outline:
     # A loader keeps in other modules of such a layer what it makes of its weight.
     bare = frozenset(name for name, tensors in owned.items() if not tensors and not is_adapted(modules[name]))
     mixtures = frozenset(name for name, module in modules.items() if packed_experts(module))
-    return Outline(names_of(layers), bare, tuple(blocks_of(model)), mixtures)
+    of_ids = frozenset(name for name, module in modules.items() if isinstance(base_of_layer(module), nn.Embedding))
+    headless = type(model).__name__ if _is_headless(model) else ""
+    return Outline(names_of(layers), bare, tuple(blocks_of(model)), mixtures, of_ids, headless)
+
+
+def _is_headless(model: Any) -> bool:
+    """Say whether a model is transformers' own without a head, which returns hidden states and no logits."""
+    base: Any = getattr(model, "base_model", None)
+    return base is not None and base is model and base.get_output_embeddings() is None
 
 
 def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool, base: str = "") -> LayerNames:

@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...captures import LOGITS, MARGIN_NAMES, SCORE_NAMES, PredictionMargins, SiteKey, SiteNumbers, against_reference
+from ...captures import (
+    LOGITS,
+    MARGIN_NAMES,
+    SCORE_NAMES,
+    PredictionMargins,
+    SiteKey,
+    SiteNumbers,
+    against_reference,
+    no_logits,
+)
 from ...common import AnomalyError
 from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..heads import HeadInputs, LastHidden
@@ -129,10 +138,7 @@ def logits_of(output: object, model: nn.Module) -> Tensor:
     if isinstance(logits, tuple):
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        raise AnomalyError(
-            f"{type(model).__name__} returns no logits for every token, which this metric reads: compare its layers "
-            "instead, as with sqnr"
-        )
+        raise no_logits(type(model).__name__)
     return logits.detach()
 
 

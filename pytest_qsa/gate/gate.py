@@ -54,6 +54,7 @@ from ..verdicts import (
     explain,
     foresee,
     kept_release,
+    positions_needed,
 )
 from .collection import QsaSuite, Subjects, checkpoint_of, command_of, plain_name, requests_of
 from .options import Options
@@ -242,6 +243,15 @@ class Gate:
             found = _problems(tests, outline) if outline is not None else {}
             if not found:
                 break
+        return found
+
+    def positions_needed(self, items: Sequence[pytest.Item]) -> dict[str, int]:
+        """Return the fewest positions that could show each test's bound, by name, where that can be said beforehand."""
+        found: dict[str, int] = {}
+        for item in items:
+            assertion = item.parent.assertion_of(item) if isinstance(item.parent, QsaSuite) else None
+            if isinstance(assertion, MeasuredAssertion) and (count := positions_needed(assertion)) is not None:
+                found[plain_name(item)] = count
         return found
 
     def outline_of(self, subject: Subject, needs: Sequence[Request], *, as_loaded: bool) -> Outline | None:

@@ -469,7 +469,7 @@ class Reporter:
         terminalreporter.write_sep("-", "qsa: what would run; nothing was loaded")
         # Not `engine.this_machine` itself: to name it loads torch, which only a plan with a pass needs.
         plans = tools.plan_lines(
-            tools.gathered(tests),
+            tools.gathered(tests, gate.positions_needed(self.selected)),
             self.options.cache_folder,
             lambda *a: engine.this_machine(*a),
             partial(self._foreseen, gate),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -37,18 +37,22 @@ MeasureMachine = Callable[[str, Path | None], Machine]
 """Measures the machine for a dtype, with the file of weights that times reading."""
 
 
+NONE_NEEDED: Mapping[str, int] = {}
+
+
 @dataclass
 class Planned:
     """A subject with its tests.
 
     `measured`: those that need the pass, with their requests. `static`: those that read files only. `unannounced`:
-    those whose needs are not known before they run.
+    those whose needs are not known before they run. `positions`: test → the fewest positions that could show its bound.
     """
 
     subject: Subject
     measured: list[tuple[str, Request]] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
     unannounced: list[str] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -56,12 +60,18 @@ class Planned:
         return merge_requests(request for _, request in self.measured)
 
 
-def gathered(tests: Iterable[tuple[str, Subject, Sequence[Request], bool]]) -> list[Planned]:
-    """Group tests by their subject. A test: id, subject, requests, and whether it reads files only."""
+def gathered(
+    tests: Iterable[tuple[str, Subject, Sequence[Request], bool]], positions: Mapping[str, int] = NONE_NEEDED
+) -> list[Planned]:
+    """Group tests by their subject. A test: id, subject, requests, and whether it reads files only.
+
+    `positions`: test → the fewest positions that could show its bound.
+    """
     found: dict[str, Planned] = {}
     for name, subject, requests, static in tests:
         planned = found.setdefault(subject.key, Planned(subject))
         planned.measured += [(name, request) for request in requests]
+        planned.positions |= {name: positions[name]} if name in positions else {}
         if not requests:
             (planned.static if static else planned.unannounced).append(name)
     return list(found.values())
@@ -135,6 +145,9 @@ def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: M
     data, work = subject.data, Work.of(subject.data, planned.requests, sizes)
     yield from _site_lines(planned, sizes.layers)
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
+    for index, (name, count) in enumerate(planned.positions.items()):
+        here = f"{data.num_samples * data.seq_len:,} here"
+        yield f"{'' if index else 'positions':<12}{name}: its bound takes {count:,} or more, of {here}"
     yield _size_line(sizes)
     yield f"kept        {text}"
     if kept is None:  # a capture that answers needs no engine, so the machine is measured only without one

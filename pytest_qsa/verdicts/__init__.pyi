@@ -42,6 +42,7 @@ from .judgement import (
     Judgement as Judgement,
     Leniency as Leniency,
     checked_series as checked_series,
+    positions_needed as positions_needed,
     unbounded as unbounded,
     within_budget as within_budget,
 )

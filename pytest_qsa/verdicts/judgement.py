@@ -14,7 +14,7 @@ from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import LEAST_WINDOWS, METRICS, Bounds, NotMeasuredError, PlainQuery, Query, Series
+from ..metrics import LEAST_WINDOWS, METRICS, TWO_SIDED_95, Bounds, NotMeasuredError, PlainQuery, Query, Series
 from ..suite import Location, Waiver
 from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
@@ -164,6 +164,19 @@ def _check_shown(series: Series, budget: Budget) -> None:
             f"{what}: by chance alone it may be off by {number(reach)}; about {round(needed, -2):,.0f} would "
             "(data.num_samples), or give the bound more room"
         )
+
+
+def positions_needed(assertion: MeasuredAssertion) -> int | None:
+    """Return the fewest positions that could show a bound, where nothing at all is lost; None where that isn't asked.
+
+    By Wilson's interval, as `_check_shown` asks it: z² / (n + z²) of a perfect share is no more than the bound's room.
+    """
+    perfect = METRICS[assertion.metric].best(assertion.parameters)
+    bounds = [bound for bound in assertion.stated.values() if isinstance(bound, float)]
+    scale = 1000 if assertion.parameters.get("stat") == "spurious" else 1
+    rooms = [abs(perfect - bound) / scale for bound in bounds] if perfect is not None else []
+    room = min(rooms, default=1.0)
+    return math.ceil(TWO_SIDED_95**2 * (1 - room) / room) if 0 < room < 1 else None
 
 
 def _exceeded(rows: Sequence[Row], budget: Budget) -> Location:

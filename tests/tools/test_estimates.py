@@ -335,3 +335,11 @@ def test_tests_of_one_subject_share_a_pass(llama):
     (planned,) = gathered([("a", subject, [one], False), ("b", subject, [other], False), ("c", subject, [], True)])
     assert planned.requests == (Request("x", "input", None, frozenset({TOKENS, COUNTS})),)
     assert planned.static == ["c"]
+
+
+def test_a_plan_says_how_many_positions_a_bound_takes(llama):
+    subject = Subject("a", Model(path=str(llama)), Data(num_samples=2, seq_len=64), Memory(), llama)
+    request = Request("", "logits", None, METRICS["flips"].needs("logits", "all", {}))
+    plans = gathered([("few-flips", subject, [request], False)], {"few-flips": 381})
+    text = "\n".join(plan_lines(plans, None, lambda dtype, weights: LAPTOP))
+    assert "positions   few-flips: its bound takes 381 or more, of 128 here" in text

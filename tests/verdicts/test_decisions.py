@@ -11,6 +11,8 @@ from pytest_qsa.report.page import plots_of
 from pytest_qsa.report.plots.figures import draw
 from pytest_qsa.report.report import to_plain
 from pytest_qsa.report.verdict_text import failure_text, step_summary
+from pytest_qsa.suite import ASSERTIONS
+from pytest_qsa.verdicts.judgement import positions_needed
 from pytest_qsa.verdicts.verdict import Kind
 from support.captures import statistics
 from support.judged import explained, judge_bounds
@@ -47,6 +49,26 @@ def test_a_bound_that_chance_alone_could_cross_is_refused_with_the_number_it_tak
 )
 def test_a_value_is_held_against_its_bound_where_the_positions_suffice(value, low, high, bounds, kind):
     assert judge_bounds(series("flips", value, low, high, 500), bounds).kind is kind
+
+
+@pytest.mark.parametrize(
+    ("metric", "keys", "needed"),
+    [
+        ("flips", {"max": 0.01}, 381),
+        ("overlap", {"min": 0.9}, 35),
+        ("boundary_tokens", {"min": 0.9}, 35),
+        ("boundary_tokens", {"stat": "spurious", "max": 10.0}, 381),
+        ("flips", {"max": 0.0}, None),
+        ("kl_divergence", {"max": 0.1}, None),
+    ],
+)
+def test_the_positions_that_a_bound_takes_are_known_beforehand(metric, keys, needed):
+    assertion = ASSERTIONS[metric].model_validate({"id": "it", "metric": metric, **keys})
+    assert positions_needed(assertion) == needed
+    if needed:  # Wilson's interval of a share of 0 in so many, and in one fewer
+        room = 0.01 if needed == 381 else 0.1
+        reach = [1.959964**2 / (count + 1.959964**2) for count in (needed, needed - 1)]
+        assert reach[0] <= room < reach[1]
 
 
 def test_other_metrics_know_no_perfect_value_to_be_near_to():

@@ -1,4 +1,5 @@
 from .arrays import (
+    BOUNDARY_NAMES as BOUNDARY_NAMES,
     ERROR_NAMES as ERROR_NAMES,
     EXTREME_NAMES as EXTREME_NAMES,
     GAIN_NAMES as GAIN_NAMES,
@@ -93,6 +94,7 @@ from .statistics import (
     STATISTICS as STATISTICS,
     STORED as STORED,
     TOKENS as TOKENS,
+    BoundaryTokens as BoundaryTokens,
     ChannelError as ChannelError,
     FeatureCounts as FeatureCounts,
     HeatMap as HeatMap,
@@ -100,6 +102,7 @@ from .statistics import (
     LocalError as LocalError,
     Massive as Massive,
     PredictionMargins as PredictionMargins,
+    PredictionOverlap as PredictionOverlap,
     QuantizationPowers as QuantizationPowers,
     Statistic as Statistic,
     cell_size as cell_size,

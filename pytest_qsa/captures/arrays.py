@@ -31,6 +31,9 @@ MARGIN_NAMES = ("reference", "own", "token", "other")
 """The columns of `margins`, of one position, in logits: of the reference z_t − max z_v over all tokens v but t, the one
 that it finds likeliest; of the model's own logits the same at that t, below 0 where it prefers another; then the id of
 t, and that of the token which the model finds likeliest."""
+BOUNDARY_NAMES = ("came", "part", "written")
+"""The columns of `boundary`, of one position: the id of the token after it where that belongs to a boundary, which of
+the boundary's tokens it is, from 0; the first token of a boundary that the model finds likeliest. −1 for none."""
 UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0

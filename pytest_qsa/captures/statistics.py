@@ -266,6 +266,24 @@ class PredictionMargins(Statistic):
     token_bytes = 32
 
 
+@dataclass(frozen=True)
+class BoundaryTokens(Statistic):
+    """Where a text ends, begins or marks something: an array `boundary` [sum of lengths, 3] float64, `BOUNDARY_NAMES`.
+
+    `tokens`: `auto`, or the texts of the boundaries with spaces between them. NaN at padding, outside of answers, and
+    where no token follows.
+    """
+
+    tokens: str
+    name = "boundary"
+    by_token = True
+    arrays: ClassVar = {"boundary": PER_TOKEN}
+    by_parameters = True
+    of_logits = True
+    reference = "pair"
+    token_bytes = 24
+
+
 class StoredError(Statistic):
     """How far a loaded weight w is from the file's w₀: `stored` [4] float64, Σw₀², Σ(w − w₀)², Σw·w₀, Σw²."""
 

@@ -35,6 +35,7 @@ from ..checkpoint import capture_weights
 from ..common import InfraError, Progress, SuiteError, did_you_mean, step
 from ..metrics import METRICS, check_arguments, positions_of
 from ..suite import Data, NamedSubject, files_of
+from .load.answers import with_boundaries
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
 from .load.models import Loaded
@@ -99,7 +100,8 @@ def capture(
         participants = [LiveReference(reference)]
     elif reference is not None:
         participants = [ReplayedReference(ReferenceFile.open(Path(reference)), device_of(model))]
-    return run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)
+    found = run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)
+    return with_boundaries(found, requests, model, tokenizer, samples)
 
 
 def _check_types(model: object, sites: object, statistics: object, tokenizer: object, reference: object) -> None:

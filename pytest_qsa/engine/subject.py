@@ -38,6 +38,7 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
+from .load.answers import answer_batches, batched, unbatched, with_boundaries
 from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of, check_local
 from .load.models import Loaded, load_model, provenance_of, quiet
@@ -130,7 +131,7 @@ def _capture_pass(
     share: SampleShare,
     look_at_loaded: Callable[[Outline], None] | None,
 ) -> Capture:
-    compared = compares(requests)
+    compared = compares(requests) or (subject.data.answers is not None and subject.reference is not None)
     reference: Loaded | ReferenceFile | None = None
     if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain
         reference = _open_reference_file(subject.reference, str(subject.model.reference), requests)
@@ -243,7 +244,8 @@ def record_reference(
             )
         empty = Capture({}, provenance=_provenance(subject, loaded, every, own_batches=False))
         provenance = identified(empty, subject, FileHashes(None)).provenance
-        return replace(recording, content=replace(recording.content, provenance=provenance))
+        content = replace(recording.content, provenance=provenance, answers=unbatched(every))
+        return replace(recording, content=content)
     finally:
         loaded.close()
         del loaded
@@ -267,7 +269,7 @@ def capture_loaded(
         raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
     note = _tokens_note(subject, loaded) if batches is None else ""
     try:
-        every = listed(batches if batches is not None else subject_batches(subject, loaded))
+        every = listed(batches if batches is not None else subject_batches(subject, loaded, reference))
     except TypeError as error:  # in a test run the caller is pytest, and a traceback would say nothing of the fixture
         raise InfraError(f"the fixture qsa_batches: {error}") from None
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
@@ -280,6 +282,7 @@ def capture_loaded(
         participants.append(_participant_of(reference, loaded, provenance))
     run = SharedPass(loaded, participants, every, requests, progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
+    capture = with_boundaries(capture, requests, loaded.model, loaded.tokenizer, every)
     provenance = replace(
         provenance,
         execution=execution.execution(loaded_files(subject), provenance.model.device_class),
@@ -341,16 +344,26 @@ def _tokens_note(subject: Subject, loaded: Loaded) -> str:
     return compare_gguf_tokens(folder / subject.model.gguf_file, loaded.tokenizer)
 
 
-def subject_batches(subject: Subject, loaded: Loaded) -> list[Batch]:
+def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | ReferenceFile | None = None) -> list[Batch]:
     """Return the batches of a subject's data, made by the loaded model's tokenizer.
+
+    `reference`: who answers, where the data are answers; without one the model itself.
 
     Raises:
         AnomalyError: there is no tokenizer, or it makes ids that the model has no rows for.
-        InfraError: the data can't be read.
+        InfraError: the data can't be read, or nobody can answer.
     """
     phase(f"reading {subject.data.source}")
+    if subject.data.answers is not None and isinstance(reference, ReferenceFile):
+        return batched(reference.answers, subject.data.batch_size)
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
     check_context(loaded.model, subject.data.seq_len)
+    if subject.data.answers is not None:
+        by, whose = (loaded, "the model") if reference is None else (reference, "the reference")
+        assert isinstance(by, Loaded)
+        batches = answer_batches(subject.data, tokenizer, subject.folder, by, whose)
+        _check_ids(loaded.model, batches)
+        return batches
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
     _check_ids(loaded.model, batches)
     return batches
@@ -374,6 +387,8 @@ def _provenance(
     """Say where a run's numbers come from. `note`: what is to be said of the tokenizer."""
     # The batch size changes no sample: captures of different ones have the same data.
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
+    if data.get("answers") is None:  # as captures of earlier versions have it
+        data.pop("answers", None)
     folder = subject.local_folder
     fetched = folder is not None and not Path(subject.path).is_dir()
     tokenizer = tokenizer_identity(loaded.tokenizer)

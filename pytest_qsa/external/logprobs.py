@@ -226,13 +226,15 @@ class ReferenceRows:
 
     `known` [T − 1, k]: ln p of the table's tokens, −∞ where it has none, or where p isn't known. `came`, `likeliest`
     [T − 1]: ln p of the token that came, NaN where unknown; the likeliest token. `negentropy` [T − 1]: Σ p ln p.
-    `nothing`: how far Σ p may be from 1 by rounding.
+    `margins` [T − 1]: by how much ln p of the likeliest token is above that of the next, NaN where unknown. `nothing`:
+    how far Σ p may be from 1 by rounding.
     """
 
     known: Floats
     came: Floats
     likeliest: NDArray[np.int64]
     negentropy: Floats
+    margins: Floats
     nothing: float = NOTHING
 
 
@@ -240,8 +242,9 @@ class ReferenceRows:
 class Agreement:
     """The scores of T − 1 positions. `nll`, `kl`: between their bounds; `reference_nll`: NaN for unknown; `same_top`.
 
-    All but `nll` are None without a reference. `outside` [T − 1]: what the reference has outside
-    the tokens that are told.
+    All but `nll` are None without a reference. `overlap`: Σ min(p, q), between its bounds. `margins` [T − 1, 4]:
+    `MARGIN_NAMES`; None where some can't be told. `outside` [T − 1]: what the reference has outside the tokens that
+    are told.
     """
 
     nll: Between
@@ -249,6 +252,8 @@ class Agreement:
     kl: Between | None = None
     same_top: Floats | None = None
     outside: Floats | None = None
+    overlap: Between | None = None
+    margins: Floats | None = None
 
 
 def agreement_of(table: LogprobTable, rows: ReferenceRows | None, *, floor: float | None, alike: bool) -> Agreement:
@@ -263,7 +268,31 @@ def agreement_of(table: LogprobTable, rows: ReferenceRows | None, *, floor: floa
     kl = kl_bounds(rows.known, shared, rows.negentropy, floor, rows.nothing)
     outside = np.clip(1 - np.exp(rows.known).sum(axis=1), 0, 1)
     kl = Between(kl.low, kl.low) if alike else kl
-    return Agreement(nll, -rows.came, kl, _same_top(table, rows.likeliest), outside)
+    p, q = np.exp(rows.known), np.exp(shared)
+    inside = np.minimum(p, q).sum(axis=1)
+    rest = np.minimum(outside, np.clip(1 - q.sum(axis=1), 0, 1))
+    overlap = Between(inside + rest if alike else inside, inside + rest)
+    return Agreement(nll, -rows.came, kl, _same_top(table, rows.likeliest), outside, overlap, _margins(table, rows))
+
+
+def _margins(table: LogprobTable, rows: ReferenceRows) -> Floats | None:
+    """Return `MARGIN_NAMES` of each position; None where one can't be told.
+
+    A difference of two log-probabilities is that of their logits. Where the reference's token isn't among the table's,
+    the model prefers another one by as much as the table reaches down, or more.
+    """
+    at = table.ids == rows.likeliest[:, None]
+    others = np.where(at, -np.inf, table.logprobs)
+    best = others.argmax(axis=1)
+    top = others[np.arange(len(best)), best]
+    listed = np.where(np.isfinite(table.logprobs), table.logprobs, np.inf).min(axis=1)
+    own = np.where(at.any(axis=1), np.where(at, table.logprobs, -np.inf).max(axis=1), listed) - top
+    if not np.isfinite(own).all() or np.isnan(rows.margins).any():
+        return None
+    # A table of equal numbers alone: below 0 all the same, for the token is not among them.
+    own = np.where(at.any(axis=1), own, np.minimum(own, -np.finfo(np.float64).tiny))
+    written = np.where(own >= 0, rows.likeliest, table.ids[np.arange(len(best)), best])
+    return np.stack([rows.margins, own, rows.likeliest, written], axis=1).astype(np.float64)
 
 
 def _same_top(table: LogprobTable, likeliest: NDArray[np.int64]) -> Floats:
@@ -289,4 +318,7 @@ def rows_of_table(reference: LogprobTable, table: LogprobTable) -> ReferenceRows
     rest = np.clip(1 - p.sum(axis=1), 0, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         negentropy = np.where(p > 0, p * known, 0.0).sum(axis=1) + np.where(rest > 0, rest * np.log(rest), 0.0)
-    return ReferenceRows(known, reference.came, reference.ids[:, 0].astype(np.int64), negentropy, ROUNDED)
+    several = reference.logprobs.shape[1] > 1
+    margins = reference.logprobs[:, 0] - reference.logprobs[:, 1] if several else np.full(len(p), np.nan)
+    margins = np.where(np.isfinite(margins), margins, np.nan)
+    return ReferenceRows(known, reference.came, reference.ids[:, 0].astype(np.int64), negentropy, margins, ROUNDED)

@@ -21,6 +21,8 @@ from ..captures import (
     Capture,
     DataProvenance,
     ModelProvenance,
+    PredictionMargins,
+    PredictionOverlap,
     Provenance,
     Request,
     ServedProvenance,
@@ -162,7 +164,7 @@ def _capture(
     found: Sequence[Agreement],
     tokenizer: Any,
 ) -> Capture:
-    statistics = frozenset({SCORES} | ({AGREEMENT} if found[0].kl is not None else set()))
+    statistics = frozenset({SCORES} | ({AGREEMENT, PredictionOverlap()} if found[0].kl is not None else set()))
     nll = [each.nll for each in found]
     kl = [each.kl for each in found if each.kl is not None]
 
@@ -172,7 +174,15 @@ def _capture(
             TokenScores(*(_padded(column) for column in (own, each.reference_nll, divergence, each.same_top)))
             for own, divergence, each in zip(chosen(nll), divergences, found, strict=True)
         ]
-        return numbers_of(scores, range(len(scores)), statistics, "float32")
+        made = numbers_of(scores, range(len(scores)), statistics, "float32")
+        shares = [each.overlap for each in found if each.overlap is not None]
+        margins = [each.margins for each in found if each.margins is not None]
+        if shares:
+            made = made.having((), {"overlap": np.concatenate([_padded(each) for each in chosen(shares)])})
+        if len(margins) == len(found):
+            rows = [np.append(each, np.full((1, each.shape[1]), np.nan), axis=0) for each in margins]
+            made = made.having({PredictionMargins()}, {"margins": np.concatenate(rows)})
+        return made
 
     sites: dict[tuple[str, Site], SiteNumbers] = {
         (LOGITS, LOGITS): numbers(_exact),

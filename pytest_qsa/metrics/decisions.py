@@ -13,16 +13,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import PredictionMargins, Statistic
+from ..captures import AGREEMENT, BoundaryTokens, PredictionMargins, Site, Statistic
 from ..common import AnomalyError, SuiteError
 from .intervals import mean_by_window, quantile_by_window, share_by_window, windows_of
-from .registry import Estimate, metric
+from .predictions import NLL, REFERENCE_NLL
+from .registry import Estimate, Parameters, metric
 from .view import View
 
 MARGINS: Statistic = PredictionMargins()
 CLEAR = 0.5
 """The least margin of the reference, in logits, that `margin_ratio` counts: below it both tokens will do."""
+LEAST_BOUNDARIES = 30
+"""Fewer boundaries can't show that one in ten is lost."""
 RatioStat = Literal["median", "mean", "p10"]
+BoundaryStat = Literal["recall", "missed", "spurious"]
 
 Floats = NDArray[np.float64]
 
@@ -58,6 +62,45 @@ def flips(view: View, *, margin_from: float = 0.0, margin_to: float | None = Non
     if not inside.any():
         raise AnomalyError(f"no position has a margin from {margin_from:g} to {end:g}: there is nothing to count")
     return share_by_window(own[inside, 1] < 0, windows[inside])
+
+
+def _boundary_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
+    return frozenset({MARGINS, AGREEMENT, BoundaryTokens(parameters["tokens"])})
+
+
+@metric(
+    _boundary_needs, reduce=None, per="logits", against=True, perfect={"recall": 1.0, "missed": 0.0, "spurious": 0.0}
+)
+def boundary_tokens(view: View, *, stat: BoundaryStat = "recall", tokens: str = "auto") -> Estimate:
+    """Look at where the reference ends an answer or marks a thought or a tool call: the share that the model does too.
+
+    `recall`: its likeliest tokens are the boundary's. `missed`: it finds one of them less than half as likely.
+    `spurious`: boundaries that it finds likeliest elsewhere, per 1,000 positions. On the reference's own answers
+    (`data.answers`). `tokens`: `auto`, the tokens that end an answer and those that the chat template writes, or their
+    texts, with spaces between them. With its 95 % interval by window. The field's report: prismaquant#87.
+    """
+    table, windows = view.numbers.arrays[BoundaryTokens(tokens).key], windows_of(view)
+    margins, scores = view.numbers.arrays["margins"], view.numbers.scores
+    if stat == "spurious":
+        # Where the reference writes a boundary that did not come, the model may as well.
+        elsewhere = (table[:, 0] == -1) & ~np.isin(margins[:, 2], table[table[:, 0] >= 0, 0])
+        if not elsewhere.any():
+            raise AnomalyError("no answer has a token that is no boundary")
+        found = share_by_window(table[elsewhere, 2] >= 0, windows[elsewhere])
+        return Estimate(1000 * found.value, 1000 * found.low, 1000 * found.high, found.count)
+    rows = np.flatnonzero(table[:, 0] >= 0)
+    first = np.flatnonzero(table[rows, 1] == 0)
+    came, likeliest, own = table[rows, 0], margins[rows, 2], margins[rows, 3]
+    # Only where it is the reference's own choice: in a prompt, and in answers of others, it may not be.
+    chosen = np.logical_and.reduceat(likeliest == came, first) if len(first) else np.zeros(0, dtype=bool)
+    if chosen.sum() < LEAST_BOUNDARIES:
+        raise AnomalyError(
+            f"the reference writes {int(chosen.sum())} boundaries in these samples, and it takes {LEAST_BOUNDARIES} to "
+            "show a loss: take its own answers, data.answers, to more prompts (data.num_samples)"
+        )
+    unlikely = scores[rows, NLL] - scores[rows, REFERENCE_NLL] > math.log(2)
+    flags = np.logical_and.reduceat(own == came, first) if stat == "recall" else np.logical_or.reduceat(unlikely, first)
+    return share_by_window(flags[chosen], windows[rows][first][chosen])
 
 
 def _margins(view: View) -> tuple[Floats, NDArray[np.int64]]:

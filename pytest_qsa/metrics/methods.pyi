@@ -120,6 +120,15 @@ class MetricMethods:
     ) -> Series:
         """Take the share of the positions with margin_from ≤ m < margin_to whose likeliest token is another one."""
 
+    def boundary_tokens(
+        self,
+        stat: Literal["recall", "missed", "spurious"] = "recall",
+        tokens: str = "auto",
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
+        """Look at where the reference ends an answer or marks a thought or a tool call: the share that the model does too."""
+
     def sqnr(
         self, by: Literal["tensor", "token", "channel"] = "tensor", *, positions: Positions | None = None
     ) -> Series:

@@ -121,9 +121,9 @@ class Metric(Definition):
     `per`: what one number is about; of a `model` it is computed from the views of all layers, for the `expert`s of a
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
-    be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, of a metric
-    whose interval must be able to show a bound. `span`: the least and the most that it can be. `sized`: it is no larger
-    than what it measures.
+    be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, perhaps by
+    `stat`, of a metric whose interval must be able to show a bound. `span`: the least and the most that it can be.
+    `sized`: it is no larger than what it measures.
     """
 
     reduce: Reduce | None
@@ -135,7 +135,7 @@ class Metric(Definition):
     against: bool
     sites: tuple[Site, ...]
     worst: Worst = field(default="highest", kw_only=True)
-    perfect: float | None = field(default=None, kw_only=True)
+    perfect: float | tuple[tuple[str, float], ...] | None = field(default=None, kw_only=True)
     span: tuple[float, float] = field(default=ANY, kw_only=True)
     sized: bool = field(default=False, kw_only=True)
 
@@ -164,6 +164,10 @@ class Metric(Definition):
         if tolerance > min(high - low, DTYPE_MAX["float32"]):
             return f"abs {tolerance:g} is more than {self.name} can differ by, so it checks nothing"
         return None
+
+    def best(self, parameters: Parameters) -> float | None:
+        """Return its value where nothing is lost; None where that isn't known."""
+        return dict(self.perfect).get(parameters.get("stat", "")) if isinstance(self.perfect, tuple) else self.perfect
 
     @property
     def of_tokens(self) -> bool:
@@ -312,7 +316,7 @@ def metric(
     per: Per = "layer",
     against: bool = False,
     worst: Worst | None = None,
-    perfect: float | None = None,
+    perfect: float | Mapping[str, float] | None = None,
     span: tuple[float, float] = ANY,
     sized: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -334,8 +338,8 @@ def metric(
         per: what one number is about: a layer, the model, an expert, or the model's logits.
         against: it compares with a reference; so does each whose statistics need one.
         worst: which of its values is the worst one: the `lowest` by default for dB, else the `highest`.
-        perfect: its value where nothing is lost. A bound that lies nearer to it than the 95 % interval reaches can't be
-            shown by that many tokens, and is refused with the number that would.
+        perfect: its value where nothing is lost, or that of each `stat`. A bound that lies nearer to it than the 95 %
+            interval reaches can't be shown by that many tokens, and is refused with the number that would.
         span: the least and the most that it can be; a bound beyond them is refused, for it would check nothing.
         sized: it is no larger than the largest |x| that it measures, as a mean is; a bound beyond the dtype's largest
             number is refused.
@@ -364,7 +368,8 @@ def metric(
                 against=against or bool(against_reference(kept)),
                 sites=(LOGITS,) if logits else tuple(sites),
                 worst=worst or ("lowest" if unit == "dB" else "highest"),
-                perfect=perfect,
+                # A metric is hashable, and a mapping isn't.
+                perfect=tuple(perfect.items()) if isinstance(perfect, Mapping) else perfect,
                 span=span,
                 sized=sized,
                 origin=origin,

@@ -79,7 +79,10 @@ def _lossless(line: Line) -> str:
         return ""
     if metric.unit == "dB":
         return "∞ dB"
-    return number(metric.perfect if metric.perfect is not None else 1.0 if metric.worst == "lowest" else 0.0)
+    if metric.perfect is not None:
+        best = metric.best({})  # None where it depends on the stat
+        return "" if best is None else number(best)
+    return number(1.0 if metric.worst == "lowest" else 0.0)
 
 
 def _sentences(column: Column) -> Iterator[str]:

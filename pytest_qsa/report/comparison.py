@@ -276,8 +276,7 @@ def better_of(query: Plain, rows: Iterable[Plain]) -> Better | None:
     if query.get("site") == CHECKPOINT:
         return abs
     if metric is not None and (metric.against or metric.per == "logits") and (metric.name, stat) not in UNDIRECTED:
-        if metric.perfect is not None:
-            perfect = metric.perfect
+        if (perfect := metric.best(query.get("parameters") or {})) is not None:
             return lambda value: abs(value - perfect)
         return (lambda value: -value) if metric.worst == "lowest" else abs
     ends = {(row.get("low") is not None, row.get("high") is not None) for row in rows if row.get("baseline") is None}

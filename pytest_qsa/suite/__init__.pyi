@@ -56,6 +56,7 @@ from .load import (
 )
 from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots
 from .sections import (
+    PROMPTS as PROMPTS,
     Data as Data,
     Floor as Floor,
     Memory as Memory,

@@ -32,8 +32,9 @@ from ..common import (
     refuse_special,
     write_atomically,
 )
+from .sections import PROMPTS
 from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
-from .texts import SHIPPED
+from .texts import SHIPPED, prompts
 
 LIBRARIES = (
     "pytest-qsa",
@@ -131,7 +132,7 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 
 def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool = False) -> str | None:
-    """Return the hash of a subject, and of its reference where the two are compared.
+    """Return the hash of a subject, and of its reference where the two are compared, or the data are its answers.
 
     None where no hash can cover it: a factory, a fixture, files that aren't here.
     """
@@ -144,7 +145,8 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
         logger.debug("%s: no fingerprint, for the hub's data isn't in the cache", subject.name)
         return None
     digest = hashlib.sha256()
-    code, reference = _remote_code(subject), _reference_files(subject) if with_reference else []
+    compared = with_reference or (subject.data.answers is not None and subject.reference is not None)
+    code, reference = _remote_code(subject), _reference_files(subject) if compared else []
     if code is None or reference is None:
         what = "code from the hub" if code is None else "files of the reference"
         logger.debug("%s: no fingerprint, for not all %s are here", subject.name, what)
@@ -320,8 +322,9 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
     for folder in folders_of(subject):
         for name, file in _named_files(folder):
             yield [name, hashes.of(file)]
-    if subject.data.source in SHIPPED:
-        yield hashlib.sha256(SHIPPED[subject.data.source]().encode()).hexdigest()
+    if subject.data.source in SHIPPED or subject.data.source == PROMPTS:
+        text = SHIPPED[subject.data.source]() if subject.data.source in SHIPPED else json.dumps(prompts())
+        yield hashlib.sha256(text.encode()).hexdigest()
     else:
         for file in _data_files(subject):
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"

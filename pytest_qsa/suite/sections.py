@@ -250,21 +250,31 @@ class CustomData(Strict):
     text_column: str = "text"
 
 
+PROMPTS = "prompts"
+"""The source of the conversations that the package brings."""
 MOST_SAMPLES, MOST_TOKENS = 1_000_000, 10_000_000
 """Far above what a gate runs, so that a slip of the keyboard isn't a run without an end."""
+
+
+class AnswersOf(Strict):
+    """Greedy answers to the prompts of the data, of the reference or, where there is none, of the model itself."""
+
+    max_new_tokens: Annotated[int, Field(description="the most tokens of an answer", gt=0, le=100_000)] = 128
 
 
 class Data(Strict):
     """The calibration data, as windows of tokens.
 
-    `sample` and `document`, one text of 200 kB, come with the package; `custom:PATH` is a file or a data set's folder;
+    `sample`, `document`, one text of 200 kB, and `prompts` come with the package; `custom:PATH` is a file or a folder;
     `wikitext2`, `pile`, `c4`, `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column`
     and `revision`.
     """
 
     source: Annotated[
         PathText,
-        Field(description="the text: sample, document, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME"),
+        Field(
+            description="the text: sample, document, prompts, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME"
+        ),
     ] = "sample"
     subset: str | None = None
     split: str | None = None
@@ -277,6 +287,16 @@ class Data(Strict):
     add_special_tokens: bool = True
     chat_template: Annotated[bool, Field(description="apply the chat template to records of messages")] = False
     custom: CustomData = CustomData()
+    answers: Annotated[
+        AnswersOf | None,
+        Field(description="samples are prompts with the reference's own greedy answers; {} takes the defaults"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _of_prompts(self) -> Data:
+        if self.source == PROMPTS and self.answers is None and not self.chat_template:
+            raise SuiteError("prompts are conversations: say answers: {}, or chat_template: true", "source")
+        return self
 
 
 class Memory(Strict):

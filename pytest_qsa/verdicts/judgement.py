@@ -145,21 +145,22 @@ def _check_shown(series: Series, budget: Budget) -> None:
         AnomalyError: with the number of tokens that it would take.
     """
     definition = METRICS.get(series.query.metric)
-    if definition is None or definition.perfect is None:
+    perfect = definition.best(series.query.parameters) if definition is not None else None
+    if perfect is None:
         return
     for layer, bounds, value in zip(series.layers, budget.bounds, series.values.tolist(), strict=True):
         low, high, count = series.intervals.get(layer, (value, value, 0))
         bound = bounds.low if bounds.low is not None else bounds.high
         if bound is None or math.isnan(low) or (bounds.excess(low) and bounds.excess(high)):
             continue
-        reach, room = max(value - low, high - value), abs(definition.perfect - bound)
+        reach, room = max(value - low, high - value), abs(perfect - bound)
         if reach <= room:
             continue
         what = f"{count:,} positions can't show that {series.query.metric} is {budget.text}"
         if not room:
             raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
         # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
-        needed = count * (reach / room) ** (1 if value == definition.perfect else 2)
+        needed = count * (reach / room) ** (1 if value == perfect else 2)
         raise AnomalyError(
             f"{what}: by chance alone it may be off by {number(reach)}; about {round(needed, -2):,.0f} would "
             "(data.num_samples), or give the bound more room"

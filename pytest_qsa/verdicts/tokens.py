@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import LOGITS, Capture, PredictionMargins, Sinks, SiteNumbers, lower_median
+from ..captures import LOGITS, BoundaryTokens, Capture, PredictionMargins, Sinks, SiteNumbers, lower_median
 from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, PlainQuery, View, compared_tokens, local_tokens
 from .verdict import TokenEvidence, Verdict
 
@@ -118,6 +118,10 @@ def _of_decisions(capture: Capture, query: PlainQuery, positions: str, most: int
     margins = numbers.arrays[PredictionMargins().key]
     least, below = query["parameters"].get("margin_from", 0.0), query["parameters"].get("margin_to") or np.inf
     lost = (margins[:, 1] < 0) & (margins[:, 0] >= least) & (margins[:, 0] < below)
+    if (tokens := query["parameters"].get("tokens")) is not None:
+        table = numbers.arrays[BoundaryTokens(tokens).key]
+        spurious = query["parameters"]["stat"] == "spurious"
+        lost &= (table[:, 2] >= 0) & (table[:, 0] == -1) if spurious else table[:, 0] >= 0
     ends = np.cumsum(numbers.lengths)
     found: dict[tuple[object, ...], TokenEvidence] = {}
     for i in sorted(np.flatnonzero(lost).tolist(), key=lambda i: -margins[i, 0]):

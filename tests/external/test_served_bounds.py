@@ -152,9 +152,42 @@ def test_two_tables_bound_the_divergence_of_their_models():
     np.testing.assert_allclose(found.reference_nll[exact], -p[np.arange(30), came][exact], atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [2, 5, VOCABULARY])
+def test_margins_and_overlap_follow_from_the_likeliest_tokens(k):
+    random = np.random.default_rng(6)
+    p = log_softmax(random.normal(size=(60, VOCABULARY)) * 2.0)
+    q = log_softmax(p + 0.8 * random.normal(size=p.shape))
+    tokens, at = random.integers(0, VOCABULARY, 61).tolist(), np.arange(60)
+    ids, values = top_of(q, k)
+    told = [dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(ids, values, strict=True)]
+    table = logprob_table(tokens, told, "s")
+    ordered, top = np.sort(p, axis=1), p.argmax(axis=1)
+    known = np.take_along_axis(p, table.ids.astype(int), axis=1)
+    rows = ReferenceRows(known, p[at, tokens[1:]], top, (np.exp(p) * p).sum(1), ordered[:, -1] - ordered[:, -2])
+    found = agreement_of(table, rows, floor=None, alike=False)
+    others = q.copy()
+    others[at, top] = -np.inf
+    own = q[at, top] - others.max(axis=1)
+    np.testing.assert_allclose(found.margins[:, 0], rows.margins)
+    np.testing.assert_allclose(np.maximum(found.margins[:, 1], 0), np.maximum(own, 0), atol=1e-5)
+    np.testing.assert_array_equal(found.margins[:, 1] < 0, own < 0)
+    assert (found.margins[:, 1] >= own - 1e-5).all()
+    np.testing.assert_array_equal(found.margins[:, 3], q.argmax(axis=1))
+    shared = np.minimum(np.exp(p), np.exp(q)).sum(axis=1)
+    assert (found.overlap.low <= shared + 1e-5).all()
+    assert (found.overlap.high >= shared - 1e-5).all()
+    assert (found.overlap.high - found.overlap.low).mean() < (1e-5 if k == VOCABULARY else 0.5)
+
+
+def test_one_token_of_a_position_tells_no_margin():
+    table = logprob_table([0, 1], [{4: -0.7}], "s")
+    rows = ReferenceRows(np.array([[-0.1]]), np.array([-1.0]), np.array([4]), np.array([-0.3]), np.array([0.5]))
+    assert agreement_of(table, rows, floor=None, alike=False).margins is None
+
+
 def test_a_tie_at_the_top_is_no_difference():
     table = logprob_table([0, 1], [{4: -0.7, 5: -0.7}], "s")
-    rows = ReferenceRows(np.array([[-0.1, -2.0]]), np.array([-1.0]), np.array([5]), np.array([-0.3]))
+    rows = ReferenceRows(np.array([[-0.1, -2.0]]), np.array([-1.0]), np.array([5]), np.array([-0.3]), np.array([0.5]))
     assert agreement_of(table, rows, floor=None, alike=False).same_top.tolist() == [1.0]
 
 

@@ -33,7 +33,7 @@ from ...common import (
     refuse_special,
     shown_path,
 )
-from ...suite import BUILTIN, DOCUMENTS, SHIPPED, Data, HubSet, cache_folder, hub_set_of, local_path
+from ...suite import BUILTIN, DOCUMENTS, PROMPTS, SHIPPED, Data, HubSet, cache_folder, hub_set_of, local_path, prompts
 from .batches import Batch
 from .tokenizer import TextTokenizer, templated
 
@@ -88,15 +88,17 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
     """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
     if data.source in SHIPPED:
         return [SHIPPED[data.source]()]
+    if data.source == PROMPTS:
+        return [list(conversation) for conversation in prompts()]
     spec = hub_set_of(data)
     if spec is not None:
         return _texts_of(read_hub(spec, data), data)
     path = local_path(data, folder)
     if path is None:
+        named = [*SHIPPED, PROMPTS, *BUILTIN]
         raise InfraError(
-            f"unknown data source '{data.source}'{did_you_mean(data.source, [*BUILTIN, *SHIPPED])}: use "
-            f"{', '.join([*SHIPPED, *BUILTIN])}, hf:NAME, or custom:PATH of a text, JSON, JSONL, CSV or parquet file "
-            "or a folder"
+            f"unknown data source '{data.source}'{did_you_mean(data.source, named)}: use {', '.join(named)}, hf:NAME, "
+            "or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
         )
     parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
     if path.is_dir() or parquet or data.source.startswith("hf:"):

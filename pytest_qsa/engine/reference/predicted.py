@@ -101,9 +101,9 @@ def _decoded(stored: Stored, content: Any) -> Tensor:
 
 NO_TOKEN = -1
 """Fills the ids of a row that asks for fewer tokens than others."""
-Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
+Answer = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 """Of T − 1 positions: ln p of the k tokens that were asked for (−∞ where absent), ln p of the token that came, the
-likeliest token, and Σ p ln p; all in nats."""
+likeliest token, Σ p ln p, and by how much ln p of the likeliest is above that of the next; all in nats."""
 
 
 def tokenizer_at(path: str) -> TextTokenizer | None:
@@ -117,7 +117,13 @@ def tokenizer_at(path: str) -> TextTokenizer | None:
 
 
 def windows(subject: Subject, tokenizer: TextTokenizer) -> list[list[int]]:
-    """Return the token ids of each sample of the subject's data."""
+    """Return the token ids of each sample of the subject's data.
+
+    Raises:
+        InfraError: they are answers, which a model here has to give first; or the data can't be read.
+    """
+    if subject.data.answers is not None:
+        raise InfraError("data.answers are made by a model that runs here: give the checkpoint, model.path")
     batches = batches_of(subject.data, tokenizer, subject.folder)
     return [row.tolist() for batch in batches for row in token_ids(batch)]
 
@@ -174,8 +180,9 @@ def _rows(logits: Tensor, tokens: NDArray[np.int32], asked: NDArray[np.int32]) -
         known = p.gather(1, ids[rows].clamp_min(0)).masked_fill(ids[rows] == NO_TOKEN, float("-inf"))
         # A token of probability 0 adds nothing; 0 · −∞ would be NaN.
         negentropy = torch.where(p > float("-inf"), p.exp() * p, 0.0).sum(1)
-        parts.append((known, p.gather(1, following[rows][:, None])[:, 0], p.argmax(1), negentropy))
+        first, second = p.topk(2, dim=1).values.unbind(1)
+        parts.append((known, p.gather(1, following[rows][:, None])[:, 0], p.argmax(1), negentropy, first - second))
     if any(torch.isnan(part[1]).any() for part in parts):
         raise AnomalyError("the reference predicts NaN or Inf: there is nothing sound to compare with")
-    at_known, came, likeliest, entropies = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return at_known, came, likeliest, entropies
+    at_known, came, likeliest, entropies, margins = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return at_known, came, likeliest, entropies, margins

@@ -99,6 +99,7 @@ class SiteRows:
 class ReferenceContent:
     """All that a file holds. `samples`: their hashes. `sinks`: sample, place, channel and layers of each.
 
+    `answers`: the tokens of each prompt and of the model's answer, where these are the data.
     `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
     """
 
@@ -113,6 +114,7 @@ class ReferenceContent:
     hidden: SiteRows | None = None
     head: Mapping[str, Any] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    answers: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
 
     def to_bytes(self) -> bytes:
         """Return the file; equal arrays are in it once."""
@@ -138,6 +140,8 @@ class ReferenceContent:
             "hidden": hidden,
             "head": self.head,
         }
+        if self.answers:
+            header["answers"] = self.answers
         # Sorted, so that equal content makes equal bytes.
         return with_checksum(save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)}))
 
@@ -257,6 +261,20 @@ class ReferenceFile:
         theirs, ours = self.provenance.model.tokenizer, subject.model.tokenizer
         other = "" if theirs == ours else f", of the tokenizer {theirs}, here {ours}"
         return f" ({data.size}, seed {data.seed}{other})"
+
+    @property
+    def answers(self) -> list[tuple[list[int], list[int]]]:
+        """The tokens of each prompt and of the answer that its model gave.
+
+        Raises:
+            InfraError: it was recorded over other data.
+        """
+        kept = self.header.get("answers")
+        if not kept:
+            raise InfraError(
+                f"model.reference: {self.shown} was recorded without answers: make it anew, with this suite's data"
+            )
+        return [(prompt, answer) for prompt, answer in kept]
 
     @property
     def samples(self) -> dict[str, int]:

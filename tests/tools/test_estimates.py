@@ -236,7 +236,7 @@ NO_TORCH = "import sys\nsys.modules['torch'] = None\n"
 def planned(tmp_path_factory, zeros):
     """Return a project with gates of all kinds."""
     project = Project(tmp_path_factory.mktemp("planned") / "project")
-    finite = r"id: finite, metric: nonfinite, layers: 'layers\.\d$', site: output, max: 0"
+    finite = r"id: finite, metric: zero_fraction, layers: 'layers\.\d$', site: output, min: 0.5"
     project.write("a.qsa.yaml", suite(zeros, finite, "id: files, metric: checkpoint_health, max: 99"))
     project.write("test_t.py", PYTHON)
     project.write("conftest.py", WATCH)

@@ -74,7 +74,7 @@ def key_of(name: str, stated: Stated, layer: str, schemes: Mapping[str, str] | N
     group = next((group for group in stated if group != DEFAULT and _fits(group, layer, schemes)), None)
     if group is None and DEFAULT not in stated:
         raise AnomalyError(f"{layer} is in no group of {name} ({', '.join(stated)}): add the group `default`")
-    return (name, group or DEFAULT)
+    return (name, DEFAULT if group is None else group)  # an empty pattern is a group as well
 
 
 def _fits(group: str, layer: str, schemes: Mapping[str, str] | None) -> bool:

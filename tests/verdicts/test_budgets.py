@@ -45,6 +45,10 @@ def test_a_scheme_is_that_of_the_layer_or_of_what_is_in_it():
     assert scheme_of("model.layers.22", {"model.layers.2.x": "w8a8_int"}) == "none"
 
 
+def test_an_empty_pattern_is_a_group_of_all_layers():
+    assert highs({"": 1.0}) == [1.0] * len(LAYERS)
+
+
 def test_the_groups_of_several_bounds_are_independent():
     budget = budget_of({"max": {"layers.0$": 5.0, "default": 4.0}, "min": 1.0}, LAYERS, None)
     assert [(bounds.low, bounds.high) for bounds in budget.bounds] == [(1, 5), (1, 4), (1, 4), (1, 4)]

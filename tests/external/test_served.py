@@ -217,9 +217,9 @@ def test_other_servers_tell_the_same_numbers(judge, address, llama, api):
 
 
 def test_a_metric_of_the_whole_distribution_is_not_to_be_had_of_a_server(judge, address, llama):
-    (verdict,) = judge(f"{top(address)}, reference: {llama}", "overlap, min: 0.9")
+    (verdict,) = judge(f"{top(address)}, reference: {llama}", "boundary_tokens, min: 0.9")
     assert verdict.kind is Kind.ANOMALOUS
-    assert verdict.headline.startswith("overlap needs the probability of every token")
+    assert verdict.headline.startswith("boundary_tokens needs the probability of every token")
 
 
 def test_a_token_that_came_and_was_not_told_leaves_the_perplexity_open(judge, address, llama):

@@ -76,7 +76,7 @@ def seventy_b(request, tmp_path_factory):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pytest_qsa.checkpoint.tensors.SPARSE", 1 << 62)  # which refuses such a file to users
+        patch.setattr("pytest_qsa.common.files.SPARSE", 1 << 62)  # which refuses such a file to users
         yield folder
 
 

@@ -173,6 +173,16 @@ def test_a_scale_of_the_whole_tensor_that_is_another_tensor_s_is_found(quantized
     assert [what.endswith(said) for what in found] == ([True] if said else []), found
 
 
+def test_a_scale_of_the_whole_tensor_that_is_zero_makes_numbers_that_are_counted(quantized, tmp_path):
+    folder, _, tensors = quantized("NVFP4")
+    broken = tensors | {f"{DOWN}.weight_global_scale": torch.zeros(1)}
+    save_file(broken, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    found = problems_of(Files(open_folder(tmp_path)), "checkpoint_scales")[1]
+    assert f"{DOWN}.weight_global_scale" in {each.tensor for each in found}
+    assert not np.isfinite(format_of(open_folder(tmp_path)).stored_rows(DOWN)).any()
+
+
 def test_the_largest_scale_of_a_fused_group_is_what_counts(quantized, tmp_path):
     folder, _, tensors = quantized("NVFP4")
     wide, narrow = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"

@@ -57,7 +57,7 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
     import torch
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
-    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, is_module_quantized
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -71,7 +71,13 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
         if not is_module_quantized(module):
             continue
         low, high = _extremes(module.weight.detach(), scheme.weights)
-        scale, zero_point = calculate_qparams(low, high, scheme.weights)
+        whole = None
+        if hasattr(module, "weight_global_scale"):  # of NVFP4; what isn't written is whatever the memory holds
+            whole = generate_gparam(module.weight.detach().amin(), module.weight.detach().amax())
+            module.weight_global_scale.data.copy_(whole.reshape(module.weight_global_scale.shape))
+        if hasattr(module, "input_global_scale"):
+            module.input_global_scale.data.fill_(300.0)
+        scale, zero_point = calculate_qparams(low, high, scheme.weights, whole)
         module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
         if hasattr(module, "weight_zero_point"):
             module.weight_zero_point.data.copy_(zero_point.reshape(module.weight_zero_point.shape))

@@ -132,10 +132,12 @@ class CompressedTensors(Format):
         if zero_points is not None:
             values = values - spread(zero_points, shape, rows, group)[:, columns]
         scales = spread_scales(scale, shape, rows, group)[:, columns]
-        if whole := parts.get("weight_global_scale"):
-            # of NVFP4, by which the scales of the groups were multiplied
-            scales = scales / float(whole.values().item())
-        return values * scales
+        # A scale of 0 or Inf makes Inf and NaN, which are counted.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if whole := parts.get("weight_global_scale"):
+                # of NVFP4, by which the scales of the groups were multiplied
+                scales = scales / float(whole.values().item())
+            return values * scales
 
     def _unpacked(self, layer: str, codes: Tensor, rows: slice) -> Matrix | None:
         """Unpack small floats, or words of 32 bits: the first code in the lowest bits, with half of the range added."""

@@ -270,34 +270,39 @@ class _Evidence:
         """
         source = self.subject.sources([assertion.request])[-1][0].named
         try:
-            capture = self._captured(source)
+            capture = self._captured(source.key, source, self._needs_of(source))
         except UnloadableFormatError:
             if assertion.site != "weight":
                 raise
-            capture = self._captured(self.subject.of_files)
+            # not under the key of what is always read from the files, as weight_gain is: that asks for other numbers
+            weights = [each for each in self._asked if each.site == "weight"]
+            capture = self._captured(f"{source.key}, for no loader", self.subject.of_files, weights)
         if not source.files_only:
             check_execution(capture.provenance.execution, source.model)
         if METRICS[assertion.metric].against:
             check_reference(capture, source.model, partial(files_of, source, self.measurer.cache))
         return capture
 
-    def _captured(self, source: NamedSubject) -> Capture:
-        if source.key not in self._captures:
+    @property
+    def _asked(self) -> list[Request]:
+        return [each.request for each in self.assertions if isinstance(each, MeasuredAssertion)]
+
+    def _needs_of(self, source: NamedSubject) -> list[Request]:
+        sources = self.subject.sources(self._asked)
+        return [need for each, needs in sources if each.key == source.key for need in needs]
+
+    def _captured(self, key: str, source: NamedSubject, needs: Sequence[Request]) -> Capture:
+        if key not in self._captures:
             try:
-                self._captures[source.key] = self._made(source)
+                self._captures[key] = self._made(key, source, needs)
             except QsaError as error:
-                self._captures[source.key] = error
-        found = self._captures[source.key]
+                self._captures[key] = error
+        found = self._captures[key]
         if isinstance(found, QsaError):
             raise found
         return found
 
-    def _made(self, source: NamedSubject) -> Capture:
-        asked = [each.request for each in self.assertions if isinstance(each, MeasuredAssertion)]
-        needs = [need for each, needs in self.subject.sources(asked) if each.key == source.key for need in needs]
-        # a pass that no loader can make leaves the weights of the files
-        needs = needs or [each for each in asked if each.site == "weight"]
-
+    def _made(self, key: str, source: NamedSubject, needs: Sequence[Request]) -> Capture:
         def make(plan: Sequence[Request], sums: PartialSums | None) -> Capture:
             with status(source.name) as progress:
                 if source.files_only:
@@ -306,7 +311,7 @@ class _Evidence:
                 code = self.measurer.allow_code
                 return engine.capture_subject(source, plan, allow_code=code, progress=progress, share=share)
 
-        return Captures(cache=self.measurer.cache).get(source.key, source, needs, make)
+        return Captures(cache=self.measurer.cache).get(key, source, needs, make)
 
 
 def judged_plainly(assertion: MeasuredAssertion, capture: Capture, name: str) -> Verdict:

@@ -92,6 +92,26 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
     return folder
 
 
+def save_words(source, folder, declared):
+    """Save a Llama whose q and k are random words of GPTQ or AWQ's `gemm`, zero points of several outputs in one."""
+    import torch
+
+    columns, many, chance = declared["quant_method"] == "gptq", 32 // declared["bits"], np.random.default_rng(0)
+
+    def pack(weights):
+        for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight"))]:
+            outputs, inputs = weights.pop(name).shape
+            groups = inputs // declared["group_size"]
+            shapes = {"qweight": (inputs // many, outputs) if columns else (inputs, outputs // many)}
+            for part, shape in (shapes | {"qzeros": (groups, outputs // many)}).items():
+                words = chance.integers(-(2**31), 2**31, shape).astype(np.int32)
+                weights[name.replace("weight", part)] = torch.from_numpy(words)
+            scales = chance.uniform(0.5, 1, (groups, outputs)).astype(np.float16)
+            weights[name.replace("weight", "scales")] = torch.from_numpy(scales)
+
+    return edited(source, folder, pack, config=lambda config: config.update(quantization_config=declared))
+
+
 def save_quantized_moe(folder, preset, **weights):
     """Save a small Qwen3-MoE whose experts and attention are quantized in its files, as llm-compressor leaves them.
 

@@ -18,6 +18,7 @@ from pytest_qsa.report.comparison_forms import comparison_page, comparison_text
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support import models
+from support.checkpoints import save_words
 
 TOKENS, OTHER = "sha256:1111111111111", "sha256:2222222222222"
 
@@ -137,6 +138,22 @@ def test_a_checkpoint_that_can_not_be_opened_leaves_the_others_their_numbers(qsa
     code, out, err = qsa("absent", "--reference", llama)
     assert (code, out) == (1, "")
     assert "absent: INFRA: there is no folder absent" in err
+
+
+def test_weights_that_no_loader_takes_are_compared_beside_those_always_read_from_the_files(qsa, llama, tmp_path):
+    declared = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}
+    folder = save_words(llama, tmp_path / "words", declared)
+    suite = tmp_path / "weights.qsa.yaml"
+    suite.write_text(
+        "model: {path: words}\n"
+        "data: {source: sample, num_samples: 2, seq_len: 16}\n"
+        "assertions:\n"
+        "  - {id: gain, metric: weight_gain, layers: _proj$, max: 4}\n"
+        "  - {id: close, metric: weight_sqnr, layers: _proj$, min: 3}\n"
+    )
+    _, out, _ = qsa(folder, f"again={folder}", "--suite", suite, "--reference", llama)
+    assert "ANOMALOUS" not in out
+    assert "close [dB], 28 layers" in out
 
 
 def test_results_of_other_suites_meet_by_what_they_measure():

@@ -13,7 +13,7 @@ from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
-from support.checkpoints import edit_json, edited, save_quantized_llama, save_quantized_moe
+from support.checkpoints import edit_json, edited, save_quantized_llama, save_quantized_moe, save_words
 from support.paths import ROOT
 
 FORMATS = ROOT / "tests" / "checkpoint" / "fixtures" / "formats"
@@ -100,24 +100,6 @@ WORDS = {
     "gptq of 8 bits": {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
 }
-
-
-def save_words(source, folder, declared):
-    """Save a Llama whose q and k are random words of GPTQ or AWQ's `gemm`, zero points of several outputs in one."""
-    columns, many, chance = declared["quant_method"] == "gptq", 32 // declared["bits"], np.random.default_rng(0)
-
-    def pack(weights):
-        for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight"))]:
-            outputs, inputs = weights.pop(name).shape
-            groups = inputs // declared["group_size"]
-            shapes = {"qweight": (inputs // many, outputs) if columns else (inputs, outputs // many)}
-            for part, shape in (shapes | {"qzeros": (groups, outputs // many)}).items():
-                words = chance.integers(-(2**31), 2**31, shape).astype(np.int32)
-                weights[name.replace("weight", part)] = torch.from_numpy(words)
-            scales = chance.uniform(0.5, 1, (groups, outputs)).astype(np.float16)
-            weights[name.replace("weight", "scales")] = torch.from_numpy(scales)
-
-    return edited(source, folder, pack, config=lambda config: config.update(quantization_config=declared))
 
 
 @pytest.mark.parametrize("form", [*WORDS, "compressed-tensors"])

@@ -318,11 +318,8 @@ def affordable(measured: engine.Substitution, units: Mapping[str, Sequence[str]]
     share = seconds / sum(costs.values()) if sum(costs.values()) else 1.0
     if share >= 1:
         return list(units)
-    kinds: dict[str, list[str]] = {}
-    for name in units:
-        kinds.setdefault(kind_of(name), []).append(name)
     chosen = set[str]()
-    for names in kinds.values():
+    for names in _by_kind(units):
         count = min(len(names), max(2, int(share * len(names))))
         chosen |= {names[int(i)] for i in np.unique(np.linspace(0, len(names) - 1, count).round())}
     return [name for name in units if name in chosen]
@@ -334,10 +331,7 @@ def estimated(names: Sequence[str], known: Mapping[str, float], errors: Mapping[
     That factor is interpolated over depth, in its logarithm, between the measured units of the kind.
     """
     found: dict[str, float] = {}
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    for own in kinds.values():
+    for own in _by_kind(names):
         at = [index for index, name in enumerate(own) if name in known and known[name] > 0 and errors[name] > 0]
         factors = [math.log(known[own[index]] / errors[own[index]]) for index in at]
         for index, name in enumerate(own):
@@ -345,6 +339,13 @@ def estimated(names: Sequence[str], known: Mapping[str, float], errors: Mapping[
                 factor = math.exp(float(np.interp(index, at, factors))) if at else 0.0
                 found[name] = errors[name] * factor
     return found
+
+
+def _by_kind(names: Iterable[str]) -> Iterable[list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds.values()
 
 
 def ranking_lines(ranking: Ranking, top: int) -> Iterator[str]:

@@ -124,13 +124,22 @@ def tell_design(verdict: Verdict, context: Context) -> Verdict:
 
 
 def find_origin(verdict: Verdict, context: Context) -> Verdict:
-    """Name the layer that adds most of the difference from the reference."""
+    """Name the layer that adds most of the difference from the reference.
+
+    No error reaches a weight, or a layer on the reference's input, from elsewhere: there no layer is named that is
+    within its own bounds.
+    """
     capture = context.capture
     if capture.reference is None:
         return verdict
     if capture not in context.origins:
         context.origins[capture] = origin_of(capture, partial(_findings, context.files))
-    return replace(verdict, origin=context.origins[capture])
+    origin = context.origins[capture]
+    named = origin.get("adds most", "").partition(":")[0]
+    alone = verdict.query.get("site") == "weight" or verdict.query["metric"] == "local_sqnr"
+    if alone and not verdict.query.get("over") and named in capture.modules:
+        origin = origin if any(row.layer == named for row in verdict.failing_rows) else {}
+    return replace(verdict, origin=origin)
 
 
 def recognize(verdict: Verdict, context: Context) -> Verdict:

@@ -110,6 +110,19 @@ def test_the_origin_is_looked_for_once_a_capture():
     assert explained(verdict, capture, no_files, known).origin == {"adds most": "layers.2"}
 
 
+@pytest.mark.parametrize(
+    ("metric", "site", "named"),
+    [("weight_sqnr", "weight", False), ("local_sqnr", "output", False), ("sqnr", "output", True)],
+)
+def test_a_layer_within_its_bounds_is_no_origin_of_an_error_that_another_one_has_by_itself(metric, site, named):
+    capture, _ = compared([1.0, 2.0, 3.0], high=2)
+    query = Query(metric, f"{metric}/1", site, "layers", positions="all")
+    verdict = judge_bounds(Series(list(capture.modules), np.array([1.0, 2.0, 3.0]), query), Bounds(max=2))
+    within, out = ({capture: {"adds most": f"layers.{index}: its sqnr is 1 dB"}} for index in (0, 2))
+    assert ("adds most" in explained(verdict, capture, no_files, within).origin) == named
+    assert explained(verdict, capture, no_files, out).origin == out[capture]
+
+
 def test_a_metric_of_the_model_alone_shows_what_the_reference_has_there():
     other = capture_of([[1, 3, 1, 1], [1, 1, 5, 1], [1, 1, 1, 7]])
     capture = replace(capture_of(VALUES), reference=other)

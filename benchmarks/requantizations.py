@@ -317,6 +317,7 @@ def by_gptq(scheme: Scheme, work: Path, part: int, folder: Path) -> None:
     """Write a checkpoint by GPTQ."""
     sums = kept_hessians(work, part)
     write(folder, scheme, original(), lambda layer, weight: gptq(weight, scheme, sums[layer]))
+    (folder / "recipe.yaml").write_text("default_stage: {default_modifiers: {GPTQModifier: {targets: [Linear]}}}\n")
 
 
 def by_awq(scheme: Scheme, work: Path, part: int, folder: Path) -> None:

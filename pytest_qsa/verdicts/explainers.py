@@ -191,6 +191,20 @@ def _suspects(verdict: Verdict, capture: Capture, files: Files) -> Sequence[str]
     return [own for module, own in named.items() if module in out or module.startswith(inside)]
 
 
+def tell_method(verdict: Verdict, context: Context) -> Verdict:
+    """Say that bounds which were calibrated on rounded weights don't hold for GPTQ, where nothing else was found."""
+    try:
+        said = "" if "suspect" in verdict.origin else context.files().by_gptq
+    except QsaError as error:  # no files, or damaged ones: static checks judge these
+        logger.debug("nothing says how the weights of %s were made: %s", verdict.id, error)
+        return verdict
+    advice = (
+        f"GPTQ made it ({said}), and puts weights farther from the original than rounding does: where the suite was "
+        "drafted on a checkpoint of another kind, draft one on this kind (qsa init)"
+    )
+    return replace(verdict, hints=[*verdict.hints, advice]) if said else verdict
+
+
 def tell_files(verdict: Verdict, context: Context) -> Verdict:
     """Say what the files say of the worst layer, so that a moved number and a damaged tensor are seen as one fault."""
     if not verdict.failing_rows or verdict.query.get("over"):
@@ -259,6 +273,7 @@ EXPLAINERS = (
     Explainer(tell_design, lambda metric: metric.against and metric.per != "logits", OUT_OF_BOUNDS),
     Explainer(find_origin, lambda metric: metric.against, OUT_OF_BOUNDS),
     Explainer(recognize, lambda metric: True, OUT_OF_BOUNDS),
+    Explainer(tell_method, lambda metric: metric.name == "weight_sqnr", OUT_OF_BOUNDS),
     # one against the reference has its origin, which names what the files say
     Explainer(tell_files, lambda metric: not metric.against and metric.name != "loaded_weights", OUT_OF_BOUNDS),
     # a metric against the reference has no value of the reference's own: the value itself is the distance

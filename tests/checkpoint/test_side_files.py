@@ -153,3 +153,15 @@ def test_an_index_names_only_files_of_its_own_folder(written):
     folder = written("model.safetensors.index.json", {"metadata": {}, "weight_map": {"x.weight": "/etc/hostname"}})
     with pytest.raises(AnomalyError, match=r"index\.json doesn't name the file of each tensor"):
         _ = folder.indexed
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("recipe.yaml", "default_stage: {default_modifiers: {GPTQModifier: {scheme: W4A16}}}", "recipe.yaml"),
+        ("recipe.yaml", "default_stage: {default_modifiers: {QuantizationModifier: {scheme: W4A16}}}", ""),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quant_method in config.json"),
+    ],
+)
+def test_a_checkpoint_by_gptq_is_known_by_its_recipe_or_its_method(written, file, change, said):
+    assert Files(written(file, change)).by_gptq == said

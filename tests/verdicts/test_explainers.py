@@ -53,8 +53,8 @@ def compared(values, high):
     return capture, judge_bounds(Series(list(capture.modules), np.array(values), query), Bounds(max=high))
 
 
-def files(relation):
-    return lambda: SimpleNamespace(relation=relation, reference=None)
+def files(relation, **more):
+    return lambda: SimpleNamespace(relation=relation, reference=None, **more)
 
 
 SMOOTHED, ROTATED = (Relation(kind, (), f"it is {kind}") for kind in ("smoothed", "rotated"))
@@ -121,6 +121,18 @@ def test_a_layer_within_its_bounds_is_no_origin_of_an_error_that_another_one_has
     within, out = ({capture: {"adds most": f"layers.{index}: its sqnr is 1 dB"}} for index in (0, 2))
     assert ("adds most" in explained(verdict, capture, no_files, within).origin) == named
     assert explained(verdict, capture, no_files, out).origin == out[capture]
+
+
+@pytest.mark.parametrize(("said", "hints"), [("recipe.yaml", 1), ("", 0)])
+def test_weights_by_gptq_that_are_far_from_the_original_point_to_a_suite_of_their_own_kind(said, hints):
+    capture, _ = compared([1.0, 2.0, 3.0], high=2)
+    query = Query("weight_sqnr", "weight_sqnr/1", "weight", "layers")
+    verdict = judge_bounds(Series(list(capture.modules), np.array([1.0, 2.0, 3.0]), query), Bounds(min=2))
+    told = explained(verdict, capture, files(Relation("same"), by_gptq=said))
+    assert (told.kind, len(told.hints)) == (Kind.REGRESSION, hints)
+    assert all(hint.startswith("GPTQ made it (recipe.yaml)") for hint in told.hints)
+    scaled = {capture: {"adds most": "layers.0: its sqnr is 1 dB", "suspect": "it is 2 × the reference's: a scale"}}
+    assert not explained(verdict, capture, files(Relation("same"), by_gptq=said), scaled).hints
 
 
 def test_a_metric_of_the_model_alone_shows_what_the_reference_has_there():

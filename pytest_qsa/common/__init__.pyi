@@ -60,6 +60,7 @@ from .text import (
     markdown_table as markdown_table,
     number as number,
     short_hash as short_hash,
+    size_text as size_text,
     text_table as text_table,
     visible as visible,
 )

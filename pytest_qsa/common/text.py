@@ -103,6 +103,11 @@ def short_hash(digest: str) -> str:
     return f"{name} {value[:12]}"
 
 
+def size_text(value: float) -> str:
+    """Write a number of an activation: 25,088 where `number` would write 2.509e+04."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else number(value)
+
+
 def number(value: float, *, signed: bool = False) -> str:
     """Write a number as a person would: 3, 0.0123, 1.54e+04."""
     text = f"{value:+.4g}" if signed else f"{value:.4g}"

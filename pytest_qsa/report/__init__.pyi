@@ -30,6 +30,7 @@ from .html import (
     render_gallery as render_gallery,
     surface_data as surface_data,
 )
+from .plots.chart import chart_of as chart_of
 from .plots.curves import curves_of as curves_of
 from .plots.depth import evenly_spread as evenly_spread
 from .plots.elements import (
@@ -51,7 +52,6 @@ from .plots.magnitudes import (
     texts_of as texts_of,
 )
 from .plots.style import (
-    encode_dark as encode_dark,
     encode_figure as encode_figure,
     population as population,
     samples_of as samples_of,

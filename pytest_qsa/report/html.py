@@ -28,29 +28,21 @@ _SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A picture of a page: its PNG, or the problem why there is none. `name`: of its file.
+    """A picture of a page, or the problem why there is none. `name`: of its file.
 
-    `svg`: the same picture as lines, which the page shows where there is one.
+    `chart`: what `chart_of` returns, which the page draws; without one it shows `png`.
     """
 
     title: str
     name: str
     png: bytes = b""
     problem: str = ""
-    dark: bytes = b""
-    """The PNG for a dark page; without it the page inverts `png`."""
-    svg: bytes = b""
+    chart: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
         """The picture as an address that holds all of it; empty for none."""
-        kind, content = ("svg+xml", self.svg) if self.svg else ("png", self.png)
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}" if content else ""
-
-    @property
-    def dark_source(self) -> str:
-        """The picture for a dark page, as `source`."""
-        return f"data:image/png;base64,{base64.b64encode(self.dark).decode('ascii')}"
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}" if self.png else ""
 
     @property
     def size(self) -> tuple[int, int]:

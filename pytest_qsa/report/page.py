@@ -6,6 +6,7 @@ A new section is a function here, a line in `PAGE_SECTIONS` and a template of th
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
@@ -130,8 +131,9 @@ def plots_of(artefacts: Mapping[str, str], curves: Mapping[str, object] = NO_CUR
     for title, path in artefacts.items():
         # The path of the report itself is an artefact as well.
         if path.endswith(".png") and title not in curves:
-            png, svg = (_content(Path(path).with_suffix(suffix)) for suffix in (".png", ".svg"))
-            yield PagePicture(_PLOTS.get(title, title), path, png, svg=svg if png else b"")
+            png, chart = (_content(Path(path).with_suffix(suffix)) for suffix in (".png", ".json"))
+            chart = json.loads(chart) if png and chart else {}
+            yield PagePicture(_PLOTS.get(title, title), Path(path).name if chart else path, png, chart=chart)
 
 
 def _content(path: Path) -> bytes:

@@ -35,13 +35,11 @@ _FOLDED_BY: Mapping[str, AcrossChannels] = {
 class Drawn:
     """A drawn picture and its files, or the problem why it could not be drawn.
 
-    `dark`: the picture on a dark page, where inverted colours would be wrong. `svg`: what the page shows else.
+    `chart`: its data, which the page draws; a surface has none, for the page has one that turns.
     """
 
     picture: Picture
-    png: bytes = b""
-    dark: bytes = b""
-    svg: bytes = b""
+    chart: Mapping[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     problem: str = ""
 
@@ -132,10 +130,10 @@ class Export:
     def _gallery(self, command: str) -> report.Gallery:
         sections: dict[str, list[report.PagePicture]] = {}
         for each in self.drawn:
-            picture = report.PagePicture(
-                each.picture.title, each.picture.name, each.png, each.problem, each.dark, each.svg
-            )
-            sections.setdefault(PICTURE_KINDS[each.picture.section].heading, []).append(picture)
+            shown = sections.setdefault(PICTURE_KINDS[each.picture.section].heading, [])
+            if each.chart or each.problem:
+                picture = each.picture
+                shown.append(report.PagePicture(picture.title, picture.name, problem=each.problem, chart=each.chart))
         readings = {kind.heading: kind.reading for kind in PICTURE_KINDS.values()}
         provenance = self.capture.provenance
         return report.Gallery(
@@ -179,20 +177,17 @@ def draw_picture(
         figure = PICTURE_KINDS[picture.section].draw(Drawing(kept, capture, visualization, run))
     except QsaError as error:
         return Drawn(picture, problem=str(error)), []
-    # Whatever files are asked for: the page shows this one.
-    png = report.encode_figure(figure, "png", visualization.dpi, shaded=picture.section == "heatmap_3d")
     kept = replace(kept, title=figure.get_suptitle().strip() or kept.title)
     files = []
     for form in ("png", "svg"):
         if form in visualization.output.formats:
             files.append(folder / f"{picture.name}.{form}")
-            write_atomically(files[-1], png if form == "png" else report.encode_figure(figure, form, visualization.dpi))
+            shaded = picture.section == "heatmap_3d"
+            write_atomically(files[-1], report.encode_figure(figure, form, visualization.dpi, shaded=shaded))
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    # Lines and text can be inverted by the page; a colour scale, which tells large from small, can't.
-    shown, shaded = "html" in visualization.output.formats, picture.section == "heatmap_3d"
-    svg = report.encode_figure(figure, "svg", visualization.dpi, paths=False) if shown and not shaded else b""
-    dark = report.encode_dark(figure, visualization.dpi) if shown and shaded else b""
-    return Drawn(kept, png, dark, svg, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
+    flat = "html" in visualization.output.formats and picture.form != "surface"
+    chart = report.chart_of(figure) if flat else {}
+    return Drawn(kept, chart, files), [f"{picture.name}: {left_out[0]}{more}"] if left_out else []
 
 
 class ExportRow(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import report
 from ..captures import Capture, QuantizationPowers, SiteNumbers, exactly
-from ..common import counted, number
+from ..common import counted, number, size_text
 from ..suite import Visualization
 
 FIT_FOR: Mapping[Literal["int8", "fp8_e4m3"], str] = {"int8": "int8", "fp8_e4m3": "fp8 (E4M3)"}
@@ -28,11 +28,6 @@ def findings_of(capture: Capture, visualization: Visualization) -> list[str]:
     """Return what the pictures of an analysis show, a sentence each, the largest activation first."""
     sinks = [f"Attention sinks: {capture.sinks.summary()}."] if capture.sinks.searched else []
     return [*_largest(capture), *sinks, *_outliers(capture, visualization), *_least_fit(capture)]
-
-
-def size_text(value: float) -> str:
-    """Write a number of an activation: 25,088 where `number` would write 2.509e+04."""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else number(value)
 
 
 def _largest(capture: Capture) -> Iterator[str]:

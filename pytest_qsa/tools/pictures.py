@@ -31,10 +31,10 @@ from ..captures import (
     merge_requests,
     no_match,
 )
-from ..common import AnomalyError, SuiteError, counted
+from ..common import AnomalyError, SuiteError, counted, size_text
 from ..metrics import METRICS
 from ..suite import Location, Visualization
-from .findings import fitness_needs, size_text
+from .findings import fitness_needs
 
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""

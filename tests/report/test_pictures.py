@@ -108,8 +108,35 @@ def test_a_picture_looks_as_it_did(tmp_path, kind, depth):
     for picture in analysis.pictures:
         drawn, warnings = draw_picture(picture, capture, settings, tmp_path, "deep, float32, 2 × 24 tokens")
         assert (drawn.problem, warnings) == ("", [])
-        assert drawn.files[0].read_bytes() == drawn.png
-        compare(drawn.png, f"{picture.name}_{depth}")
+        compare(drawn.files[0].read_bytes(), f"{picture.name}_{depth}")
+
+
+def test_the_page_draws_the_numbers_of_the_model(tmp_path):
+    kinds = dict.fromkeys(["magnitude_output", "distribution", "percentile_range"], True)
+    settings, analysis, capture = analysed(4, enabled=kinds, output={"formats": ["html"]})
+    charts = {each.name: draw_picture(each, capture, settings, tmp_path, "")[0].chart for each in analysis.pictures}
+    x = np.stack([Deep.values(index, 4).double().numpy() for index in range(4)])  # [layer, sample, token, channel]
+
+    (magnitudes,) = charts["magnitude_output"]["panels"]
+    (top,) = (mark for mark in magnitudes["marks"] if mark["label"] == "top1")
+    assert top["x"] == [0, 1, 2, 3]
+    np.testing.assert_allclose(top["y"], np.abs(x).max((2, 3)).mean(1), rtol=1e-3)
+
+    boxes = charts["distribution_boxplot"]["panels"][0]["marks"]
+    ends = {mark["label"]: mark for mark in boxes}
+    np.testing.assert_allclose(ends["largest"]["y"], x.max((1, 2, 3)), rtol=1e-3)
+    whiskers = np.quantile(x.reshape(4, -1), [0.01, 0.99], axis=1, method="inverted_cdf").T
+    np.testing.assert_allclose([end[2:] for end in ends["1 to 99 %"]["ends"]], whiskers, rtol=1e-2)
+
+    curves = [mark for panel in charts["distribution_histogram"]["panels"] for mark in panel["marks"]]
+    assert [sum(value or 0 for value in curve["values"]) for curve in curves] == pytest.approx([1.0] * 4, rel=1e-3)
+
+    (name,) = (name for name in charts if name.startswith("percentile"))
+    wide = charts[name]["panels"][::2]
+    for panel, layer in zip(wide, x, strict=True):
+        (band,) = (mark for mark in panel["marks"] if mark["label"] == "all tokens")
+        np.testing.assert_allclose(band["high"][:-1:2], layer.max((0, 1)), rtol=1e-3)
+        np.testing.assert_allclose(band["low"][:-1:2], layer.min((0, 1)), rtol=1e-3)
 
 
 @pytest.mark.parametrize("style", ["fill", "line"])
@@ -127,15 +154,15 @@ def test_without_a_legend_none_is_drawn(tmp_path):
         settings, analysis, capture = analysed(4, enabled={kind: True})
         quiet = settings.model_copy(update={"show_legend": False})
         for picture in analysis.pictures:
-            with_legend, _ = draw_picture(picture, capture, settings, tmp_path, "")
-            without, _ = draw_picture(picture, capture, quiet, tmp_path, "")
-            assert with_legend.png != without.png
+            with_legend, _ = draw_picture(picture, capture, settings, tmp_path / "with", "")
+            without, _ = draw_picture(picture, capture, quiet, tmp_path / "without", "")
+            assert with_legend.files[0].read_bytes() != without.files[0].read_bytes()
 
 
 def test_the_resolution_is_what_the_configuration_says(tmp_path):
     settings, analysis, capture = analysed(4, enabled={"outlier_position": True}, dpi=100)
     drawn, _ = draw_picture(analysis.pictures[0], capture, settings, tmp_path, "")
-    assert Image.open(io.BytesIO(drawn.png)).width == 900
+    assert Image.open(io.BytesIO(drawn.files[0].read_bytes())).width == 900
 
 
 def test_the_same_capture_draws_the_same_bytes(tmp_path):

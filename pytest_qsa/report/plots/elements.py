@@ -168,7 +168,7 @@ def percentile_figure(
         axes.set_ylabel("x" if signed else "|x|")
     across = "channel" + (f" (a column holds up to {per_column})" if per_column > 1 else "")
     panels[-1, 0].set_xlabel(across)
-    panels[-1, 1].set_xlabel(f"the {MOST_WIDEST} widest channels, by their number")
+    panels[-1, 1].set_xlabel(f"channel (the {MOST_WIDEST} widest)")
     head(figure, None, title, [note])
     if legend:
         add_legend(figure, panels[0, 0])
@@ -180,9 +180,9 @@ def _draw_widest(axes: Axes, bands: Bands) -> None:
     reach = np.nan_to_num(np.maximum(np.abs(bands["min"]), np.abs(bands["max"])), nan=np.inf)
     chosen = np.argsort(-reach, kind="stable")[:MOST_WIDEST]
     x = np.arange(len(chosen))
-    for (below, above), fill in zip(PAIRS, _FILLS, strict=True):
+    for (below, above), label, fill in zip(PAIRS, _LABELS, _FILLS, strict=True):
         low, high = bands[below][chosen], bands[above][chosen]
-        axes.bar(x, high - low, 0.8, bottom=low, color=fill, linewidth=0, gid="widest")
+        axes.bar(x, high - low, 0.8, bottom=low, color=fill, linewidth=0, gid="widest", label=label)
     axes.set_xticks(x, [str(channel) for channel in chosen.tolist()], rotation=90, fontsize=7)
     axes.set_xlim(-0.6, len(chosen) - 0.4)
     axes.grid(axis="y")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ...captures import Capture
 from ...common import QsaError, counted, number, write_atomically
 from ...verdicts import Row, Verdict
+from .chart import chart_of
 from .depth import Depth, depth_of
 from .magnitudes import magnitude_figure, outlier_figure
 from .margins import margin_figure
@@ -27,7 +29,6 @@ from .style import (
     RED,
     add_legend,
     bound_label,
-    encode_figure,
     head,
     metric_title,
     new_figure,
@@ -83,7 +84,7 @@ class Judged:
 
 
 def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
-    """Draw all figures that fit a verdict as PNG into a folder, and points as SVG too.
+    """Draw all figures that fit a verdict as PNG into a folder, and the data of points for the page.
 
     Return title → absolute path of the PNG, most telling first.
 
@@ -92,7 +93,7 @@ def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
     """
     figures = {title: figure_of(verdict, capture) for title, figure_of in FIGURES.items()}
     if (margins := figures["margins"]) is not None:  # the one that the page doesn't draw itself
-        write_atomically(folder / "margins.svg", encode_figure(margins, "svg", paths=False))
+        write_atomically(folder / "margins.json", json.dumps(chart_of(margins)))
     return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ...captures import Array, Capture, Site
-from ...common import QsaError, counted, number
+from ...common import QsaError, counted, size_text
 from ...metrics import METRICS, Series, View
 from ...verdicts import Row, Verdict
 from .depth import Depth, depth_of, panels_of
@@ -172,7 +172,7 @@ def _name_peak(axes: Axes, depth: Depth, numbers: NDArray[np.float64]) -> None:
     index = _peak(numbers)
     right = depth.x[index] > (min(depth.x) + max(depth.x)) / 2
     axes.annotate(
-        safe_text(f"{'layer ' if depth.numbered else ''}{depth.short(index)}: {number(float(numbers[index]))}", 40),
+        safe_text(f"{'layer ' if depth.numbered else ''}{depth.short(index)}: {size_text(float(numbers[index]))}", 40),
         (depth.x[index], numbers[index]),
         xytext=(-6 if right else 6, 5), textcoords="offset points", ha="right" if right else "left", va="bottom",
         color=INK, fontsize=8.0, fontweight="bold", gid="peak", zorder=6,

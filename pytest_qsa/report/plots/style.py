@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
@@ -118,22 +118,6 @@ def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = F
         with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa", "svg.fonttype": font}):
             figure.savefig(stream, format=form, metadata={"Date": None, "Creator": None})
     return stream.getvalue()
-
-
-DARK_PAPER, DARK_INK, DARK_MUTED = "#191f27", "#e3e8ee", "#9aa7b4"
-
-
-def encode_dark(figure: Figure, dpi: int) -> bytes:
-    """Return the PNG of a figure on a dark page: paper and text change, the colours of its scale stay."""
-    figure.set_facecolor(DARK_PAPER)
-    for axes in figure.axes:
-        axes.set_facecolor(DARK_PAPER)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(DARK_MUTED)
-        axes.tick_params(colors=DARK_MUTED, labelcolor=DARK_INK)
-    for text in figure.findobj(Text):
-        text.set_color(DARK_INK)
-    return encode_figure(figure, "png", dpi, shaded=True)
 
 
 def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:

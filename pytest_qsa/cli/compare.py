@@ -11,12 +11,11 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import report, suite, tools
-from ..common import shown_path, write_atomically
+from ..common import shown_path, visible, write_atomically
 from .shared import (
     FAILED,
     OK,
@@ -74,18 +73,20 @@ def measured(
     return report.comparison_of(tools.distinct(columns))
 
 
-def put(text: str, output: Path | None) -> None:
-    """Print a text, or write it to a file and say so.
+def put(content: str | Iterable[str], output: Path | None) -> None:
+    """Print a text or lines, or write them to a file and say so.
 
     Raises:
         InfraError: the file can't be written.
     """
-    if output is None:
-        print(text, end="" if text.endswith("\n") else "\n")
-        return
-    with writing(output):
-        write_atomically(output, text)
-    say(f"written: {shown_path(output)}")
+    if output is None and isinstance(content, str):
+        print(content, end="" if content.endswith("\n") else "\n")
+    elif output is None:
+        say(*content)
+    else:
+        with writing(output):
+            write_atomically(output, content if isinstance(content, str) else "\n".join(map(visible, content)))
+        say(f"written: {shown_path(output)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,12 +147,12 @@ def _cache(options: argparse.Namespace) -> Path | None:
     return None if options.qsa_no_cache else options.qsa_cache or platformdirs.user_cache_path("pytest-qsa")
 
 
-def _written(comparison: report.Comparison, options: argparse.Namespace, command: str) -> str:
+def _written(comparison: report.Comparison, options: argparse.Namespace, command: str) -> str | Iterable[str]:
     suffix = options.output.suffix.removeprefix(".") if options.output is not None else ""
     form = options.format or {"htm": "html", "markdown": "md"}.get(suffix, suffix)
-    forms: dict[str, Callable[[], Any]] = {
+    forms: dict[str, Callable[[], str | Iterable[str]]] = {
         "html": lambda: report.comparison_page(comparison, command),
         "md": lambda: report.comparison_markdown(comparison, options.top),
         "csv": lambda: report.comparison_csv(comparison),
     }
-    return str(forms.get(form, lambda: report.comparison_text(comparison, options.top))())
+    return forms.get(form, lambda: report.comparison_lines(comparison, options.top))()

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     diff = tools.compare_sides(tools.read_side(options.old), tools.read_side(options.new), also, options.threshold)
     red = [change for condition in conditions for change in condition.broken_by(diff)]
     failures = [(condition.text, condition.violations(diff)) for condition in conditions]
-    print(tools.diff_text(diff, options.top, options.least))
+    say(*tools.diff_lines(diff, options.top, options.least))
     if options.html is not None:
         _write(options.html, tools.diff_page(diff, failures, options.least, red))
     if options.markdown is not None:

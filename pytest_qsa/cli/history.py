@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .. import report, suite, tools
@@ -69,15 +69,15 @@ def _only_suite() -> Path:
 
 def _written(
     parser: argparse.ArgumentParser, history: report.History, options: argparse.Namespace, command: str
-) -> str:
+) -> str | Iterable[str]:
     suffix = options.output.suffix.removeprefix(".") if options.output is not None else ""
     form = options.format or {"htm": "html", "markdown": "md"}.get(suffix, suffix)
     if form == "svg" and len(history.tracks) != 1:
         parser.error("a plot is of one assertion: name SUITE::ID, or write html")
-    forms: dict[str, Callable[[], str]] = {
+    forms: dict[str, Callable[[], str | Iterable[str]]] = {
         "html": lambda: report.history_page(history, command),
         "md": lambda: report.history_markdown(history, options.last),
         "csv": lambda: report.history_csv(history),
         "svg": lambda: report.history_plot(history.tracks[0]),
     }
-    return forms.get(form, lambda: report.history_text(history, options.last))()
+    return forms.get(form, lambda: report.history_lines(history, options.last))()

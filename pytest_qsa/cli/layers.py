@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         raise captures.no_match(names, options.regex, None)
     wanted = set(found)
     table = [(name, kind, shape, f"{count:,}") for name, kind, shape, count in rows if name in wanted]
-    say(*text_table(table, right={3}))
+    say(*text_table(table, right={3}, heads=False, faint={1, 2}))
     say(f"{len(found)} of {len(rows)} layers")
     if (folder := subject.local_folder) is not None and (folder / checkpoint.ADAPTER).is_file():
         on = f" on {shown_path(Path(subject.base_path))}" if subject.base_path else ""

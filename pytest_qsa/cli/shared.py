@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin
 
 from .. import suite, tools
-from ..common import InfraError, allowed_code, allowed_paths, logger, shown_path, visible
+from ..common import InfraError, allowed_code, allowed_paths, for_terminal, logger, shown_path, shows_colours, visible
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -293,9 +294,10 @@ def planned(file: suite.SuiteFile, names: Sequence[str]) -> tools.Analysis:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines that may hold text of a suite or of a checkpoint, at once."""
+    """Print lines that may hold text of a suite or of a checkpoint, at once; tables in colours where they show."""
+    shown = for_terminal if shows_colours(file or sys.stdout) else visible
     for line in lines:
-        print(visible(line), file=file, flush=True)
+        print(shown(line), file=file, flush=True)
 
 
 @contextmanager

@@ -4,23 +4,78 @@ from __future__ import annotations
 
 import html
 import logging
+import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TextIO
+
+BOLD, FAINT, RED, GREEN = "1", "2", "31", "32"
+"""Attributes of a terminal's text (ECMA-48, SGR)."""
+_SIGNS = {"◆": RED, "★": GREEN, "SLIPPED THROUGH": RED}
+"""What a cell says → its colour: out of bounds, best of its row, a fault that no assertion caught."""
 
 
-def text_table(table: Iterable[Sequence[str]], *, right: Container[int] = (), indent: str = "") -> Iterator[str]:
+class TableLine(str):
+    """A line of a table, as plain text. `painted`: the same line with colours, for a terminal."""
+
+    painted: str
+
+
+def text_table(
+    table: Iterable[Sequence[str]],
+    *,
+    right: Container[int] = (),
+    indent: str = "",
+    heads: bool = True,
+    faint: Container[int] = (),
+) -> Iterator[TableLine]:
     """Yield the rows of a table with aligned columns; its cells are made `visible`.
 
-    `right`: the indices of the columns that are flush right.
+    `right`: the indices of the columns that are flush right. `heads`: the first row is one. `faint`: the columns that
+    matter less.
     """
     rows = [[visible(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
+    for index, row in enumerate(rows):
+        cells = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield f"{indent}{'  '.join(cells)}".rstrip()
+        ]
+        line = TableLine(f"{indent}{'  '.join(cells)}".rstrip())
+        styles = [BOLD if heads and not index else _style(cell, column in faint) for column, cell in enumerate(row)]
+        line.painted = indent + "  ".join(map(painted, cells, styles))
+        yield line
+
+
+def _style(cell: str, faint: bool) -> str:
+    return next((style for sign, style in _SIGNS.items() if sign in cell), FAINT if faint or cell == "–" else "")
+
+
+_STARTS = {"FAILED": RED, "holds": GREEN, "note:": FAINT}
+
+
+def for_terminal(line: str) -> str:
+    """Return a line in colours: a table's, or one that begins with a word of ours; any other is made `visible`."""
+    if isinstance(line, TableLine):
+        return line.painted
+    return painted(visible(line), next((style for word, style in _STARTS.items() if line.startswith(word)), ""))
+
+
+def painted(text: str, style: str) -> str:
+    """Return text with an attribute of a terminal around it; with none, the text."""
+    return f"\x1b[{style}m{text}\x1b[0m" if style else text
+
+
+def shows_colours(stream: TextIO) -> bool:
+    """Say whether a stream is a terminal that shows colours, and nobody asked for none.
+
+    `NO_COLOR` (no-color.org), `CI` and `TERM=dumb` ask for none; `FORCE_COLOR` asks for them anywhere.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def markdown_table(table: Iterable[Sequence[str]], *, plain: Container[int] = ()) -> Iterator[str]:

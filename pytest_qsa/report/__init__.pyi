@@ -7,19 +7,19 @@ from .comparison import (
 )
 from .comparison_forms import (
     comparison_csv as comparison_csv,
+    comparison_lines as comparison_lines,
     comparison_markdown as comparison_markdown,
     comparison_page as comparison_page,
-    comparison_text as comparison_text,
 )
 from .history import (
     History as History,
     Point as Point,
     Track as Track,
     history_csv as history_csv,
+    history_lines as history_lines,
     history_markdown as history_markdown,
     history_page as history_page,
     history_plot as history_plot,
-    history_text as history_text,
 )
 from .html import (
     Gallery as Gallery,

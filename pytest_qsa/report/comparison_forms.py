@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from ..common import code_span, counted, escaped, fitted, markdown_table, text_table, visible
+from ..common import code_span, counted, escaped, fitted, markdown_table, text_table
 from .comparison import BEST, OUT, Comparison, Line
 from .html import render
 
@@ -23,12 +23,8 @@ def _texts(line: Line) -> list[str]:
     return [cell.text if cell else "–" for cell in line.cells]
 
 
-def comparison_text(comparison: Comparison, most: int) -> str:
-    """Return what the terminal shows. `most`: how many layers of a metric are listed."""
-    return "\n".join(map(visible, _text_lines(comparison, most)))
-
-
-def _text_lines(comparison: Comparison, most: int) -> Iterator[str]:
+def comparison_lines(comparison: Comparison, most: int) -> Iterator[str]:
+    """Yield what the terminal shows. `most`: how many layers of a metric are listed."""
     right = range(1, len(comparison.columns) + 1)
     yield from (column.title for column in comparison.columns)
     yield ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..common import code_span, counted, escaped, markdown_table, number, text_table, visible
+from ..common import code_span, counted, escaped, markdown_table, number, text_table
 from .html import render
 
 HEADS = ["when", "release", "value", "worst layer", "change", "where it moved most"]
@@ -143,12 +143,8 @@ class History:
     notes: Sequence[str] = ()
 
 
-def history_text(history: History, last: int) -> str:
-    """Return what the terminal shows. `last`: how many points of each assertion are listed."""
-    return "\n".join(map(visible, _lines(history, last)))
-
-
-def _lines(history: History, last: int) -> Iterator[str]:
+def history_lines(history: History, last: int) -> Iterator[str]:
+    """Yield what the terminal shows. `last`: how many points of each assertion are listed."""
     single = len(history.tracks) == 1
     yield f"{history.suite}: {counted(len(history.tracks), 'assertion')} over time"
     for track in history.tracks:

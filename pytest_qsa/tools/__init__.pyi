@@ -2,7 +2,7 @@ from .analyze import Export as Export
 from .calibrate import Sampled as Sampled
 from .compare import Measurer as Measurer, Target as Target, distinct as distinct, size_of as size_of
 from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
-from .diff.render import diff_markdown as diff_markdown, diff_page as diff_page, diff_text as diff_text
+from .diff.render import diff_lines as diff_lines, diff_markdown as diff_markdown, diff_page as diff_page
 from .diff.sides import read_side as read_side
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
 from .history import Historian as Historian

@@ -1,8 +1,10 @@
 """Text for people: aligned tables, Markdown that no name can break, numbers as one writes them."""
 
 import html
+import io
 import logging
 import math
+import re
 
 import pytest
 from markdown_it import MarkdownIt
@@ -14,10 +16,12 @@ from pytest_qsa.common import (
     counted,
     escaped,
     fitted,
+    for_terminal,
     logger,
     markdown_table,
     number,
     short_hash,
+    shows_colours,
     text_table,
     visible,
 )
@@ -32,6 +36,43 @@ def test_columns_are_aligned_and_no_line_ends_with_spaces():
     ]
     assert list(text_table(rows)) == ["layer      max", "layers.10  3", "           12.5"]
     assert list(text_table([("a", ""), ("bb", "")])) == ["a", "bb"]
+
+
+def test_a_terminal_shows_heads_bold_and_signs_in_colours_and_nothing_foreign_moves_it():
+    rows = [("layer", "SQNR"), ("a\x1b[2Jb", "31 ★"), ("c", "9 ◆"), ("d", "–")]
+    plain = list(text_table(rows, right={1}))
+    shown = [for_terminal(line) for line in plain]
+    assert [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in shown] == plain
+    assert shown[0] == "\x1b[1mlayer    \x1b[0m  \x1b[1mSQNR\x1b[0m"
+    assert shown[1] == "a\\x1b[2Jb  \x1b[32m31 ★\x1b[0m"
+    assert shown[2].endswith("\x1b[31m 9 ◆\x1b[0m")
+    assert for_terminal("FAILED \x1b[2J") == "\x1b[31mFAILED \\x1b[2J\x1b[0m"
+    assert for_terminal("::error:: x") == visible("::error:: x")
+    (bare,) = text_table([("layer", "Linear")], heads=False, faint={1})
+    assert for_terminal(bare) == "layer  \x1b[2mLinear\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"CI": "true"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_colours_are_for_terminals_and_whoever_asks_for_none_gets_none(monkeypatch, terminal, environment, expected):
+    for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    assert shows_colours(stream) == expected
 
 
 def test_a_markdown_table_holds_foreign_text_as_code_and_our_own_escaped():

@@ -70,4 +70,4 @@ def test_a_map_keeps_the_colour_of_every_point():
     low, high = chart["colours"]["low"], chart["colours"]["high"]
     assert (tuple(mark["size"]), mark["ends"], chart["colours"]["log"]) == ((4, 3), [0, 4, 3, 0], True)
     read = low * (high / low) ** (nearest / 255)
-    np.testing.assert_allclose(read, np.clip(values, low, high), rtol=0.04)
+    np.testing.assert_allclose(read, np.clip(values, low, high), rtol=0.06)  # a step of the scale is 4 %

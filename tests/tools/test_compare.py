@@ -11,10 +11,10 @@ import pytest
 from pytest_qsa import Capture, capture
 from pytest_qsa.captures import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.cli import main
-from pytest_qsa.common import AnomalyError, json_with_checksum
+from pytest_qsa.common import AnomalyError, json_with_checksum, visible
 from pytest_qsa.report.card import model_card
 from pytest_qsa.report.comparison import Column, Size, comparison_of
-from pytest_qsa.report.comparison_forms import comparison_page, comparison_text
+from pytest_qsa.report.comparison_forms import comparison_lines, comparison_page
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 from support import models
@@ -69,7 +69,7 @@ def test_a_metric_of_layers_shows_its_worst_layer_and_then_each_layer():
     (table,) = compared.layers
     assert [row.name for row in table.rows] == ["layers.0", "layers.1", "layers.2"]
     assert [[cell.value for cell in row.cells] for row in table.rows] == [[30.0, 11.0], [12.0, 20.0], [math.inf, 25.0]]
-    assert "∞ ★" in comparison_text(compared, 10)
+    assert "∞ ★" in "\n".join(comparison_lines(compared, 10))
 
 
 def test_what_is_out_of_bounds_is_marked_and_comes_first():
@@ -80,7 +80,7 @@ def test_what_is_out_of_bounds_is_marked_and_comes_first():
     assert cells(compared, "blocks") == [(9.0, False, True), (15.0, True, False)]
     assert [row.name for row in compared.layers[0].rows if row.out] == ["layers.0"]
     assert compared.layers[0].rows[0].name == "layers.0"
-    assert "9 ◆" in comparison_text(compared, 1)
+    assert "9 ◆" in "\n".join(comparison_lines(compared, 1))
     assert compared.lines[0].cells[0].hint == "layers.0; allowed ≥ 10"
 
 
@@ -192,7 +192,7 @@ def test_a_hostile_name_is_escaped_in_every_form():
     compared = comparison_of(columns)
     page = comparison_page(compared, "qsa compare")
     assert page.count("<script") == 1
-    assert "\u202e" not in comparison_text(compared, 5)
+    assert "\u202e" not in "\n".join(map(visible, comparison_lines(compared, 5)))
 
 
 @pytest.fixture(scope="module")

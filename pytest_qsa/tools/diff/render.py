@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from ...common import code_span, counted, fitted, markdown_table, text_table, visible
+from ...common import code_span, counted, fitted, markdown_table, text_table
 from ...report import context_text, render
 from .changes import Change, Diff, OutlierToken, relative_text
 
@@ -73,12 +73,8 @@ def _share_text(share: float) -> str:
     return relative_text(share).lstrip("+")
 
 
-def diff_text(diff: Diff, most: int, least: float = LEAST_MOVED) -> str:
-    """Return what the terminal shows. `most`: how many changes and tokens are listed."""
-    return "\n".join(map(visible, _lines(diff, most, least)))
-
-
-def _lines(diff: Diff, most: int, least: float) -> Iterator[str]:
+def diff_lines(diff: Diff, most: int, least: float = LEAST_MOVED) -> Iterator[str]:
+    """Yield what the terminal shows. `most`: how many changes and tokens are listed."""
     yield f"old  {diff.old.title}"
     yield f"new  {diff.new.title}"
     yield ""

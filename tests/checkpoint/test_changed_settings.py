@@ -230,8 +230,31 @@ def test_the_flags_of_a_special_token_are_compared(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "other", "problem"),
+    [
+        ("eos_token_id", [7, 2], [2, 7], None),
+        ("eos_token_id", [2], 2, None),
+        ("eos_token_id", [2], [2, 7], True),
+        ("pad_token_id", 3, None, False),
+        ("attention_dropout", 0.1, 0.0, False),
+    ],
+)
+def test_stop_tokens_in_another_order_are_the_same_and_what_acts_in_training_is_a_note(
+    llama, tmp_path, key, value, other, problem
+):
+    folders = [
+        edited(llama, tmp_path / name, config=lambda c, value=value: c.update({key: value}))
+        for name, value in (("own", value), ("reference", other))
+    ]
+    assert (key in problems(*folders), key in notes(*folders)) == (problem is True, problem is False)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
-    [("padding_side", "left"), ("truncation_side", "left"), ("model_max_length", 77), ("pad_token", "a")],
+    [
+        *(("padding_side", "left"), ("truncation_side", "left"), ("model_max_length", 77), ("pad_token", "a")),
+        ("do_lower_case", True),
+    ],
 )
 def test_what_each_call_may_set_otherwise_is_a_note(llama, tmp_path, key, value):
     folder = file_edited(llama, tmp_path / "noted", "tokenizer_config.json", lambda t: t.update({key: value}))

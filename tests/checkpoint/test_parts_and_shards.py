@@ -74,6 +74,11 @@ GONE = {
         tuple(f"model.layers.{i}.mlp.gate" for i in range(3)),
         "model.layers.*.mlp.gate", "gone, the reference has its 3 layers",
     ),
+    "what a module holds beside its members": (
+        tuple(f"model.layers.{i}.attn.sinks" for i in range(3)),
+        tuple(f"model.layers.{i}.attn.sinks" for i in range(3)),
+        "model.layers.*.attn.sinks", "gone, the reference has its 3 layers",
+    ),
 }  # fmt: skip
 
 
@@ -89,6 +94,29 @@ def test_a_part_that_the_reference_has_and_that_is_gone_is_named_once(tmp_path, 
     assert keys(reference, reference, metric) == {}
 
 
+def test_an_expert_or_a_block_of_a_tower_is_no_head_of_several_tokens(tmp_path):
+    extra = [f"{part}.{i}.fc.weight" for part in ("model.layers.0.mlp.experts", "visual.blocks") for i in range(5)]
+    reference = single(tmp_path / "reference", model(extra=extra), num_hidden_layers=3)
+    lost = ("model.layers.0.mlp.experts.4", "visual.blocks.4")
+    folder = single(tmp_path / "own", model(extra=extra, without=lost), num_hidden_layers=3)
+    assert keys(folder, reference) == dict.fromkeys(lost, "gone, the reference has its 1 layer")
+    tower = single(tmp_path / "tower", model(extra=["vision_tower.layers.4.fc.weight"]), num_hidden_layers=3)
+    (tower / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "num_nextn_predict_layers": 1}))
+    assert list(keys(tower)) == ["model.layers.3"]
+
+
+def test_a_part_that_the_reference_lacks_is_a_note_and_an_adapter_that_was_not_merged_a_problem(tmp_path):
+    reference = single(tmp_path / "reference", model(), num_hidden_layers=3)
+    mask = "model.layers.0.attn.rotary_emb.inv_freq"
+    folder = single(tmp_path / "own", model(extra=(*MTP, "lm_head.weight", mask)), num_hidden_layers=3)
+    assert keys(folder, reference) == {}
+    assert keys(folder, reference, notes=True) == {"mtp": "added (2 layers), the reference has none"}
+    adapted = [f"model.layers.0.attn.q_proj.lora_{side}.weight" for side in "AB"]
+    left = keys(single(tmp_path / "left", model(extra=adapted), num_hidden_layers=3), reference)
+    said = "of an adapter that wasn't merged (2 such layers): loaders leave it out"
+    assert left == {"model.layers.0.attn.q_proj.lora_A": said}
+
+
 def test_what_was_renamed_fused_tied_or_can_be_computed_is_not_gone(tmp_path):
     extra = ("lm_head.weight", "model.layers.0.attn.rotary_emb.inv_freq", "model.layers.0.mlp.experts.up_proj")
     reference = single(tmp_path / "reference", model(extra=extra), tie_word_embeddings=True)
@@ -100,6 +128,13 @@ def test_what_was_renamed_fused_tied_or_can_be_computed_is_not_gone(tmp_path):
     fused["model.layers.0.mlp.experts.0.up_proj.weight"] = np.ones((4, 4), np.float32)
     folder = single(tmp_path / "own", fused, tie_word_embeddings=True)
     assert not any("gone" in what for what in keys(folder, reference).values())
+    assert not any("added" in what for what in keys(folder, reference, notes=True).values())
+    masks = {
+        "model.layers.0.attn.bias": np.ones((1, 1, 4, 4), "f4"),
+        "model.layers.0.attn.masked_bias": np.ones((), "f4"),
+    }
+    older = single(tmp_path / "older", model() | masks, num_hidden_layers=3)  # GPT-2's causal mask
+    assert keys(single(tmp_path / "newer", model(), num_hidden_layers=3), older) == {}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +144,7 @@ def test_what_was_renamed_fused_tied_or_can_be_computed_is_not_gone(tmp_path):
         ({"mtp_num_hidden_layers": 1}, "mtp"),
         ({"vision_config": {"a": 1}}, "vision_config"),
         ({"audio_config": {"a": 1}}, "audio_config"),
+        ({"thinker_config": {"audio_config": {"a": 1}}}, "audio_config"),
     ],
 )
 def test_a_part_that_the_configuration_promises_is_missed_without_a_reference(tmp_path, config, part):
@@ -160,6 +196,15 @@ def test_a_tensor_in_two_files_is_named_with_the_file_that_the_index_means(tmp_p
     same = sharded(tmp_path / "same", model(), copied)
     assert keys(same) == {}
     assert list(keys(same, notes=True)) == [name]
+
+
+def test_an_index_that_names_another_shard_than_the_one_which_holds_a_tensor_is_told(tmp_path):
+    def moved(one, two, index):
+        index["model.embed_tokens.weight"] = TWO
+
+    found = keys(sharded(tmp_path / "own", model(), moved))
+    said = f"the index says {TWO}, which lacks it; {ONE} has it: loaders that go by the index don't find it"
+    assert found == {"model.embed_tokens.weight": said}
 
 
 def test_a_single_file_beside_shards_is_named_with_who_reads_which(tmp_path):

@@ -41,6 +41,11 @@ ACTING = frozenset(
 
 One that is lost is a problem even where the installed class doesn't know it, for the class of another engine may.
 """
+OF_TRAINING = re.compile(
+    r"(.+\.)?(pad_token_id|\w*(dropout|pdrop|layerdrop)\w*|router_(aux_loss_coef|z_loss_coef|jitter_noise)|"
+    r"output_router_logits|gradient_checkpointing)"
+)
+"""Keys that act in training, or on padding, which a server has none of: a difference is a note."""
 PROCESSOR, TEMPLATE = "processor", "chat_template"
 WRITTEN = {
     CONFIG: r"model_type|architectures",
@@ -105,7 +110,8 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
     stated = [key for key in sorted(mine.keys() & theirs.keys()) if None not in (mine[key], theirs[key])]
     for key in stated:
         if not same(mine[key], theirs[key]):
-            yield Finding.changed(CONFIG, key, CONFIG, mine[key], theirs[key])
+            note = OF_TRAINING.fullmatch(key) is not None
+            yield Finding.changed(CONFIG, key, CONFIG, mine[key], theirs[key], note=note)
     alone = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} - set(stated)
     if not alone and mine.keys() == theirs.keys():
         return
@@ -124,7 +130,8 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
                 shown(values[key]) if key in side else f"not set, so that {own.name} takes {shown(values[key])}"
                 for side, values in ((mine, ours), (theirs, others))
             ]
-            yield Finding(CONFIG, key, CONFIG, f"{texts[0]}; in the reference {texts[1]}", RESTORE)
+            what, note = f"{texts[0]}; in the reference {texts[1]}", OF_TRAINING.fullmatch(key) is not None
+            yield Finding(CONFIG, key, CONFIG, what, RESTORE, note=note)
 
 
 def _narrower(folder: Folder, reference: Folder) -> Iterator[Finding]:
@@ -164,6 +171,8 @@ def _flat(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
+        elif key == "eos_token_id" and isinstance(value, list) and all(isinstance(each, int) for each in value):
+            yield f"{prefix}{key}", value[0] if len(set(value)) == 1 else sorted(set(value))  # in any order
         else:
             yield f"{prefix}{key}", value
 

@@ -20,8 +20,11 @@ ALGORITHM = ("type", "unk_token", "continuing_subword_prefix", "end_of_word_suff
 """The settings of a tokenizer's model that change what it makes of a text, beside `ignore_merges`."""
 SPECIAL = ("bos_token", "eos_token", "unk_token")
 SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space")
-NOTED = ("pad_token", "padding_side", "truncation_side", "model_max_length")
-"""What a caller may set otherwise for each call, so that a difference is only noted."""
+NOTED = (
+    *("pad_token", "padding_side", "truncation_side", "model_max_length", "split_special_tokens"),
+    *("do_lower_case", "clean_up_tokenization_spaces"),
+)
+"""What a caller may set otherwise for each call, or only some classes look at: a difference is noted."""
 PROBES = (
     *(" a", "ab", "Ab", "don't", "I'll", "123", "1234567", "a  b", "a\n\nb", " \t ", "foo_bar", "fooBar", "x = y+1;"),
     *(

@@ -27,7 +27,7 @@ from ..side_files import CONFIG, check_side_files, readable_tokenizer
 from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
-from .parts import lost_parts, promised_parts, unusual_parts
+from .parts import added_parts, lost_parts, promised_parts, unusual_parts
 from .repeats import repeated_weights
 from .scales import (
     foreign_whole_scales,
@@ -178,6 +178,7 @@ def checkpoint_keys(files: Files) -> Iterator[Finding]:
     parts = promised_parts(files.format) if files.reference is None else lost_parts(files.format, files.reference)
     known = {each.tensor for each in found}
     yield from chain(found, (each for each in parts if each.tensor not in known))
+    yield from added_parts(files.format, files.reference) if files.reference is not None else ()
 
 
 @_check(_settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ...common import counted
 from ..folder import INDEX, Finding, Folder
@@ -12,6 +12,7 @@ from ..tensors import Tensor, layer_of
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 SINGLE = "model.safetensors"
 _SAVE = "save or copy the checkpoint again"
+_ANEW = "write the index anew"
 _WINS = "transformers and MLX take the copy of the file that they read last, others the one that the index names"
 
 
@@ -24,7 +25,7 @@ def ambiguous_files(folder: Folder) -> Iterator[Finding]:
     yield from _not_indexed(folder)
     yield from _lacking(folder)
     if fault := unread_index(folder):  # other loaders need no section of metadata
-        yield Finding(INDEX, INDEX, INDEX, fault, "write the index anew", note=bool(folder.indexed))
+        yield Finding(INDEX, INDEX, INDEX, fault, _ANEW, note=bool(folder.indexed))
     elif not folder.indexed and any(SHARD.fullmatch(file.name) for file in folder.files):
         what = "there is none, and the tensors lie in shards: transformers finds no weights"
         yield Finding(INDEX, INDEX, "", what, _SAVE)
@@ -111,10 +112,16 @@ def _not_indexed(folder: Folder) -> Iterator[Finding]:
 
 
 def _lacking(folder: Folder) -> Iterator[Finding]:
-    """Yield tensors that the index promises in a file which is there and lacks them."""
-    found: Mapping[str, object] = folder.tensors
+    """Yield tensors that the index promises in a file which is there and lacks them, though another one may have them.
+
+    `tensors` holds of several copies that of the file which the index names.
+    """
     for name, file in folder.indexed.items():
-        if name not in found and (folder.path / file).is_file():
-            what = f"the index says {file}, which lacks it"
-            advice = "a loader fills it with random numbers: save or copy the checkpoint again"
-            yield Finding(layer_of(name), name, INDEX, what, advice)
+        other = folder.tensors.get(name)
+        if not (folder.path / file).is_file() or (other is not None and other.file == file):
+            continue
+        what = f"the index says {file}, which lacks it"
+        advice = "a loader fills it with random numbers: save or copy the checkpoint again"
+        if other is not None:
+            what, advice = f"{what}; {other.file} has it: loaders that go by the index don't find it", _ANEW
+        yield Finding(layer_of(name), name, INDEX, what, advice)

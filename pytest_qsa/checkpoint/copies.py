@@ -129,8 +129,9 @@ class Recognizer:
         assert theirs is not None
         if not self.weights[layer].matrix:
             return self._vector(layer, mine, theirs)
-        wrong = _correlations(mine, theirs) < ALIKE
-        if not wrong.any():
+        likeness = _correlations(mine, theirs)
+        wrong = likeness < ALIKE
+        if not wrong.any() or float(np.mean(likeness < -ALIKE)) >= MATCHED:  # its own, or its own with other signs
             return self._scaled(layer, mine, theirs)
         if not mine.any():
             return None
@@ -376,7 +377,7 @@ def _low_rank(difference: Singles) -> int:
     if not np.isfinite(gram).all():  # a scale is NaN, say: no eigenvalue can be computed
         return 0
     values = np.sort(np.linalg.eigvalsh(gram))[::-1]
-    above = values[values > ABOVE_NOISE * max(np.median(values), 1e-9 * values[0])]
+    above = values[values > ABOVE_NOISE * max(np.median(values), 1e-6 * values[0])]  # float32 leaves 1e-7
     if not 0 < len(above) <= len(values) // 4 or above.sum() < IN_FEW * values.sum():
         return 0
     ends = np.flatnonzero(above >= GAP * values[1 : len(above) + 1])

@@ -16,6 +16,8 @@ MOST_KINDS = 3
 """The number of kinds of layers that are counted one by one."""
 MOST_NAMED = 3
 MOST_LISTED = 6
+SAME_FACTOR = 0.02
+"""Two factors that differ by less than this are one, which rounding to few bits has moved."""
 MANY = 4
 """The number of layers from which a summary says which they are."""
 
@@ -242,11 +244,19 @@ def _is_range(numbers: Collection[int]) -> bool:
 
 
 def _factors(known: Sequence[Resemblance], every: Collection[str]) -> Iterator[Suspicion]:
-    groups: dict[str, list[str]] = {}
-    for each in known:
-        if each.factor != 1 and each.source == each.layer and each.order is None:
-            groups.setdefault(number(float(f"{each.factor:.3g}")), []).append(each.layer)
-    for factor, layers in groups.items():
+    scaled = [each for each in known if each.factor != 1 and each.source == each.layer and each.order is None]
+    groups: list[list[Resemblance]] = []
+    for each in sorted(scaled, key=lambda each: each.factor):
+        if groups and abs(each.factor / groups[-1][0].factor - 1) <= SAME_FACTOR:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    for members in groups:
+        layers = [each.layer for each in members]
+        factors = [each.factor for each in members]
+        # no more digits than they have in common
+        digits = 3 if factors[-1] - factors[0] <= 1e-3 * abs(factors[0]) else 2
+        factor = number(float(f"{factors[len(factors) // 2]:.{digits}g}"))
         verb = "is" if len(layers) == 1 else "are"
         what = f"{counted_kinds(layers, every)} {verb} {factor} × the reference's and otherwise the same"
         yield Suspicion(what, frozenset(layers))

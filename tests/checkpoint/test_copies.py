@@ -123,6 +123,14 @@ FAULTS = {
         each(["down_proj"], lambda weight: 2 * weight),
         "4 of 4 down_proj are 2 × the reference's and otherwise the same",
     ),
+    "another sign": (
+        of_layer(2, "mlp.up_proj", lambda weight: -weight),
+        "model.layers.2.mlp.up_proj is -1 × the reference's and otherwise the same",
+    ),
+    "one factor throughout": (
+        each(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], lambda weight: weight / 2),
+        "all 28 layers of 7 kinds are 0.5 × the reference's and otherwise the same",
+    ),
 }
 
 
@@ -160,11 +168,11 @@ def test_an_adapter_that_is_merged_is_known_by_the_rank_of_the_difference(tmp_pa
         added = torch.from_numpy(up @ down).float()
         return weight + added * (0.2 * weight.std() / added.std())
 
-    merged = edited(original, tmp_path / "merged", noisy(each(["q_proj"], merge)))
-    assert said(merged, original) == [
-        f"4 of 4 q_proj: differ from the reference's by a matrix of rank {rank}, as of an adapter that "
-        "one of both has merged, or with another factor"
-    ]
+    for name, change in {"rounded": noisy(each(["q_proj"], merge)), "exact": each(["q_proj"], merge)}.items():
+        assert said(edited(original, tmp_path / name, change), original) == [
+            f"4 of 4 q_proj: differ from the reference's by a matrix of rank {rank}, as of an adapter that "
+            "one of both has merged, or with another factor"
+        ]
 
 
 def test_a_zero_point_that_is_off_is_no_adapter(original, tmp_path):

@@ -49,6 +49,8 @@ IN_FEW = 0.5
 """The share of a difference that these eigenvalues hold, where it is of low rank."""
 NEIGHBOURS_ALIKE = 0.5
 """From this mean correlation of neighbouring columns a difference is a shift of groups, as by a zero point."""
+TOUCHED = 1e-4
+"""The share of the largest energy from which a row or a column counts as changed: an adapter changes most of them."""
 LEAST_DIFFERENCE = 1e-6
 """The share of the energy from which a difference is looked at."""
 MOST_ELEMENTS = 1 << 26
@@ -178,7 +180,8 @@ class Recognizer:
         weight, pair = self.weights[layer], self.pairs[layer]
         one, other = (_sampled(each, RANK_ROWS).rows for each in (weight, pair))
         columns = np.ascontiguousarray((one - other).T)
-        if float(np.mean(_correlations(columns[:-1], columns[1:]))) >= NEIGHBOURS_ALIKE:
+        few = any(np.mean(sums > TOUCHED * sums.max()) < 0.5 for sums in (np.sum(columns**2, axis=i) for i in (0, 1)))
+        if few or float(np.mean(_correlations(columns[:-1], columns[1:]))) >= NEIGHBOURS_ALIKE:
             return None
         rank = _low_rank(columns[_columns(weight.table, RANK_ROWS)])
         return Resemblance(layer, layer, rank=rank) if rank > 1 else None

@@ -182,6 +182,14 @@ def test_a_zero_point_that_is_off_is_no_adapter(original, tmp_path):
     assert said(edited(original, tmp_path / "shifted", noisy(each(["q_proj"], shift))), original) == []
 
 
+def test_a_few_rows_that_are_wrong_are_no_adapter(original, tmp_path):
+    def zeroed(weight):
+        weight[:3] = 0
+        return weight
+
+    assert said(edited(original, tmp_path / "rows", of_layer(2, "mlp.up_proj", zeroed)), original) == []
+
+
 def test_a_few_of_a_kind_are_named_by_their_blocks():
     every = [f"model.layers.{block}.{kind}" for block in range(30) for kind in ("q_proj", "k_proj", "v_proj", "o_proj")]
 

@@ -19,8 +19,6 @@ from .smoothing import Relation, compare_norms
 
 EXECUTION = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config", "run_compressed", "dequantize")
 """The keys of `quantization_config` by which the same tensors are run in another way."""
-RECIPE, GPTQ_MODIFIER = "recipe.yaml", "GPTQModifier"
-"""The file in which llm-compressor writes how a checkpoint was made, and its name of GPTQ."""
 START = 4096
 """The bytes of a tensor that are compared first."""
 
@@ -108,21 +106,6 @@ class Files:
     def relation(self) -> Relation:
         """How the checkpoint differs from its reference by design; `same` without a reference."""
         return compare_norms(self.folder, self.reference) if self.reference else Relation("same")
-
-    @cached_property
-    def by_gptq(self) -> str:
-        """Where the checkpoint says that GPTQ made it; empty where nothing says so.
-
-        GPTQ corrects later columns of a weight for the rounding of earlier ones, so it lies farther from the original
-        than rounding does (Frantar et al., arXiv 2210.17323).
-
-        Raises:
-            AnomalyError: the recipe is no text.
-            InfraError: it can't be read.
-        """
-        if self.folder.quantization.get("quant_method") == "gptq":
-            return "quant_method in config.json"
-        return RECIPE if GPTQ_MODIFIER in (self.folder.template(RECIPE) or "") else ""
 
     @cached_property
     def original(self) -> Original | None:

@@ -36,6 +36,8 @@ READ_WHOLE = {
     re.compile(r"tokenizer.*|(vocab|merges|tekken|added_tokens|chat_template)\..*"): MOST_JSON,
 }
 """The names of what loaders read whole beside the weights → the most bytes of such a file."""
+RECIPE, GPTQ_MODIFIER = "recipe.yaml", "GPTQModifier"
+"""The file in which llm-compressor writes how a checkpoint was made, and its name of GPTQ."""
 MOST_BLOCKS = 10_000
 """The most blocks of a model, and experts of a block; the deepest known models have 1,000 blocks."""
 _BLOCK = re.compile(r"(?<![^.\n])(?:layers?|h|blocks?|blk)\.\d{5,}(?=\.)")
@@ -238,6 +240,21 @@ class Folder:
             return {}
         declared = self.text_config.get("quantization_config")
         return declared if isinstance(declared, dict) else {}
+
+    @cached_property
+    def by_gptq(self) -> str:
+        """Where the checkpoint says that GPTQ made it; empty where nothing says so.
+
+        GPTQ corrects later columns of a weight for the rounding of earlier ones, so it lies farther from the original
+        than rounding does (Frantar et al., arXiv 2210.17323).
+
+        Raises:
+            AnomalyError: the recipe is no text.
+            InfraError: it can't be read.
+        """
+        if self.quantization.get("quant_method") == "gptq":
+            return "quant_method in config.json"
+        return RECIPE if GPTQ_MODIFIER in (self.template(RECIPE) or "") else ""
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the content of one of a checkpoint's JSON files, all of which are objects; None where there is none.

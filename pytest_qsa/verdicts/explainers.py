@@ -194,7 +194,7 @@ def _suspects(verdict: Verdict, capture: Capture, files: Files) -> Sequence[str]
 def tell_method(verdict: Verdict, context: Context) -> Verdict:
     """Say that bounds which were calibrated on rounded weights don't hold for GPTQ, where nothing else was found."""
     try:
-        said = "" if "suspect" in verdict.origin else context.files().by_gptq
+        said = "" if "suspect" in verdict.origin else context.files().folder.by_gptq
     except QsaError as error:  # no files, or damaged ones: static checks judge these
         logger.debug("nothing says how the weights of %s were made: %s", verdict.id, error)
         return verdict

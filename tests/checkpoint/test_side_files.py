@@ -164,4 +164,4 @@ def test_an_index_names_only_files_of_its_own_folder(written):
     ],
 )
 def test_a_checkpoint_by_gptq_is_known_by_its_recipe_or_its_method(written, file, change, said):
-    assert Files(written(file, change)).by_gptq == said
+    assert written(file, change).by_gptq == said

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,9 +138,10 @@ def test_a_tower_that_no_text_passes_is_in_the_assertions_on_weights_alone(tmp_p
 
 
 class OfBits:
-    """A format whose layers have some bits a weight each."""
+    """A format whose layers have some bits a weight each. `by_gptq`: what says that GPTQ made it."""
 
-    def __init__(self, *bits):
+    def __init__(self, by_gptq, *bits):
+        self.folder = SimpleNamespace(by_gptq=by_gptq)
         self.bits = dict(zip(TWO_KINDS, bits, strict=True))
 
     def layers_of(self, modules):
@@ -153,15 +155,16 @@ TWO_KINDS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "mo
 
 
 @pytest.mark.parametrize(
-    ("bits", "bound"),
+    ("bits", "by_gptq", "bound"),
     [
-        ((8, 8, 5), 1), ((4, 4, 4), 1.25), ((2, 2, 1), 4), ((16, 16, 16), 1),
-        ((4, 3, 8), {r"\.down_proj$": 2, r"\.up_proj$": 1}),
+        ((8, 8, 5), "", 1), ((4, 4, 4), "", 1.25), ((2, 2, 1), "", 4), ((16, 16, 16), "", 1),
+        ((4, 3, 8), "", {r"\.down_proj$": 2, r"\.up_proj$": 1}), ((4, 4, 4), "recipe.yaml", 2),
+        ((8, 8, 8), "recipe.yaml", 1),
     ],
 )  # fmt: skip
-def test_groups_of_fewer_bits_have_the_room_that_rounding_to_them_takes(bits, bound):
+def test_groups_of_fewer_bits_have_the_room_that_rounding_to_them_takes(bits, by_gptq, bound):
     anatomy = Anatomy(["model.layers.0", "model.layers.1"], TWO_KINDS)
-    drafts = [with_gain_bound(draft, anatomy, OfBits(*bits)) for draft in measured_drafts(anatomy, "layers")]
+    drafts = [with_gain_bound(draft, anatomy, OfBits(by_gptq, *bits)) for draft in measured_drafts(anatomy, "layers")]
     assert [draft.keys["max"] for draft in drafts if draft.keys["metric"] == "weight_gain"] == [bound]
 
 

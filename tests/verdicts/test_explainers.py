@@ -53,8 +53,9 @@ def compared(values, high):
     return capture, judge_bounds(Series(list(capture.modules), np.array(values), query), Bounds(max=high))
 
 
-def files(relation, **more):
-    return lambda: SimpleNamespace(relation=relation, reference=None, **more)
+def files(relation, by_gptq=""):
+    folder = SimpleNamespace(by_gptq=by_gptq)
+    return lambda: SimpleNamespace(relation=relation, reference=None, folder=folder)
 
 
 SMOOTHED, ROTATED = (Relation(kind, (), f"it is {kind}") for kind in ("smoothed", "rotated"))

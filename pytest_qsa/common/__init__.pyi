@@ -40,7 +40,14 @@ from .locks import (
     Patience as Patience,
     locked as locked,
 )
-from .permissions import allowed_code as allowed_code, allowed_paths as allowed_paths
+from .permissions import (
+    VllmProgram as VllmProgram,
+    VllmWords as VllmWords,
+    allowed_code as allowed_code,
+    allowed_paths as allowed_paths,
+    vllm_arguments as vllm_arguments,
+    vllm_program as vllm_program,
+)
 from .progress import (
     Progress as Progress,
     Status as Status,

@@ -31,7 +31,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], as the model computes them."""
-        return self._scaled(linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        return self.scaled(linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
     def logits_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return one logit of each hidden state: of states [N, H] and tokens [N], [N] float64, summed in float64."""
@@ -41,9 +41,10 @@ class Head:
             weight = self.weight.index_select(0, ids[rows]).double()
             found = (hidden[rows].double() * weight).sum(1)
             parts.append(found if self.bias is None else found + self.bias.index_select(0, ids[rows]).double())
-        return self._scaled(torch.cat(parts)) if parts else hidden.new_zeros(0, dtype=torch.float64)
+        return self.scaled(torch.cat(parts)) if parts else hidden.new_zeros(0, dtype=torch.float64)
 
-    def _scaled(self, found: Tensor) -> Tensor:
+    def scaled(self, found: Tensor) -> Tensor:
+        """Return the head's output as the model returns it."""
         if cap := self.scaling.get("final_logit_softcapping"):
             found = torch.tanh(found / cap) * cap
         if factor := self.scaling.get("logit_scale"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..captures import (
+    LOGITS,
     STORED,
     Capture,
     DataProvenance,
@@ -23,6 +24,7 @@ from ..captures import (
     compares,
     data_fingerprint,
     match_layers,
+    merge_requests,
     with_weights,
 )
 from ..checkpoint import capture_weights
@@ -41,10 +43,10 @@ from .load.adapters import source_of
 from .load.answers import answer_batches, batched, unbatched, with_boundaries
 from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of, check_local
-from .load.models import Loaded, load_model, provenance_of, quiet
+from .load.models import Loaded, check_allowed, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
-from .load.tokenizer import compare_gguf_tokens, tokenizer_identity
-from .modules import check_context, device_of, forward_errors, layers_of, with_experts
+from .load.tokenizer import compare_gguf_tokens, decoder_of, load_tokenizer, tokenizer_identity
+from .modules import blocks_of, check_context, device_of, forward_errors, layers_of, with_experts
 from .reference.live import LiveReference, Reference
 from .reference.predicted import located_head
 from .reference.record import Recording, RecordOptions, record_model
@@ -54,6 +56,7 @@ from .run.observed_execution import ObservedExecution
 from .run.participant import Participant
 from .run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from .run.site_statistics import StoredComparison
+from .vllm.capture import VllmPass, check_requests, empty_subject, run_in_vllm, served_head
 
 
 def capture_subject(
@@ -131,6 +134,8 @@ def _capture_pass(
     share: SampleShare,
     look_at_loaded: Callable[[Outline], None] | None,
 ) -> Capture:
+    if subject.model.engine.name == "vllm":
+        return _capture_in_vllm(subject, requests, allow_code, progress, share)
     compared = compares(requests) or (subject.data.answers is not None and subject.reference is not None)
     reference: Loaded | ReferenceFile | None = None
     if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain
@@ -150,6 +155,80 @@ def _capture_pass(
         # frame.
         del loaded, reference, held
         _let_go()
+
+
+def _capture_in_vllm(
+    subject: NamedSubject,
+    requests: Sequence[Request],
+    allow_code: bool,
+    progress: Progress | None,
+    share: SampleShare,
+) -> Capture:
+    """Run a subject in vLLM; make its predictions here, of the hidden states that vLLM left, beside the reference."""
+    check_requests(requests)
+    if subject.data.answers is not None or share.samples is not None or share.ranks.size > 1:
+        raise InfraError("model.engine: vllm runs all windows of a text in one pass: leave answers and shares out")
+    path, spec = subject.path, subject.model
+    check_allowed(spec, path, subject.memory, allow_code=allow_code)
+    own = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
+    loaded = Loaded(empty_subject(subject), load_tokenizer(path, own))
+    every = subject_batches(subject, loaded)
+    provenance = _provenance(subject, loaded, every, own_batches=False)
+    ran = run_in_vllm(subject, loaded.model, every, requests)
+    _let_go()
+    layers, tokens = with_experts(layers_of(loaded.model)), [row for batch in every for row in token_ids(batch)]
+    decode = decoder_of(loaded.tokenizer)
+    capture = Capture(
+        ran.sites,
+        tuple(layers),
+        tuple(blocks_of(loaded.model)),
+        tuple(row.numpy().astype("int32") for row in tokens),
+        dict(decode(sorted({int(token) for row in tokens for token in row.tolist()}))) if decode else {},
+        plan=merge_requests(requests),
+        schemes=schemes_of(loaded.model),
+    )
+    of_logits = [request for request in requests if request.site == LOGITS]
+    if of_logits:
+        capture = _with_predictions(capture, subject, loaded, ran, of_logits, provenance, allow_code, progress)
+    execution = ran.execution(capture.schemes)
+    model = ran.provenance(provenance.model)
+    return replace(capture, provenance=replace(provenance, model=model, execution=execution))
+
+
+def _with_predictions(
+    capture: Capture,
+    subject: NamedSubject,
+    loaded: Loaded,
+    ran: VllmPass,
+    requests: Sequence[Request],
+    provenance: Provenance,
+    allow_code: bool,
+    progress: Progress | None,
+) -> Capture:
+    """Add what a pass in vLLM predicts, against the reference where that is asked for."""
+    samples = [row.tolist() for row in capture.tokens]
+    head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
+    reference: Loaded | ReferenceFile | None = None
+    try:
+        if compares(requests) and isinstance(subject.reference, Path):
+            reference = _open_reference_file(subject.reference, str(subject.model.reference), requests)
+        elif compares(requests):
+            reference = load_reference(subject, allow_code=allow_code)
+        participants = [_participant_of(reference, head, provenance)] if reference is not None else []
+        rows = [torch.tensor([ids]) for ids in samples]
+        found = SharedPass(head, participants, rows, requests, progress, ALL_SAMPLES).own_part()
+        assert found is not None
+        found = _with_model_of_reference(found, subject, reference)
+        found = with_boundaries(found, requests, loaded.model, loaded.tokenizer, rows)
+    finally:
+        if isinstance(reference, Loaded):
+            reference.close()
+    return replace(
+        capture,
+        sites={**capture.sites, **found.sites},
+        pieces={**capture.pieces, **found.pieces},
+        reference=found.reference,
+    )
 
 
 def _let_go() -> None:

@@ -261,16 +261,21 @@ class Subjects:
         """Return the subject that an item tests; None for an item that is no gate."""
         checkpoint = checkpoint_of(item)
         if isinstance(item.parent, QsaSuite):
-            subject = subject_on(item.parent.file, checkpoint)
+            subject = self._with_vllm(subject_on(item.parent.file, checkpoint))
             return subject if subject.model else replace(subject, fixture=fixture_source(item, "qsa_model"))
         if "qsa" not in getattr(item, "fixturenames", ()):
             return None
         if self.config_suite is not None:
-            return subject_on(self.config_suite, checkpoint)
+            return self._with_vllm(subject_on(self.config_suite, checkpoint))
         model = Model(path=checkpoint.path) if checkpoint else None
         name = (checkpoint.name if checkpoint else None) or (model.id if model else "model")
         source = "" if model else fixture_source(item, "qsa_model")
         return Subject(name, model, Data(), Memory(), item.path.parent, checkpoint.path if checkpoint else None, source)
+
+    def _with_vllm(self, subject: Subject) -> Subject:
+        """Hand on where vLLM is, if the subject runs in it."""
+        runs_there = subject.model is not None and subject.model.engine.name == "vllm"
+        return replace(subject, vllm=self.options.vllm) if runs_there else subject
 
 
 def _name(file: SuiteFile, checkpoint: Checkpoint | None) -> str:

@@ -344,7 +344,7 @@ class Gate:
         """Tell the baseline extension where this item's baselines lie, also for an assertion that has none any more."""
         if self.options.refused_update:
             raise SuiteError(self.options.refused_update)
-        item.stash[BASELINE_FOLDER] = baseline_folder(item.path, subject.name)
+        item.stash[BASELINE_FOLDER] = baseline_folder(item.path, subject.baseline_name)
         item.stash[BASELINE_NAME] = plain_name(item)
 
     def _plan(self, items: Sequence[pytest.Item]) -> dict[str, list[Request]]:

@@ -54,7 +54,7 @@ def collected(items: Sequence[pytest.Item], options: Options, left: Mapping[str,
         if subject is not None and path not in found["checkpoints"]:
             found["checkpoints"][path] = _folders(subject)
         folders = found["suites"].setdefault(str(item.path), [])
-        if subject is not None and (folder := str(baseline_folder(item.path, subject.name))) not in folders:
+        if subject is not None and (folder := str(baseline_folder(item.path, subject.baseline_name))) not in folders:
             folders.append(folder)
         found["tests"].append({"nodeid": item.nodeid, "checkpoint": path, "suite": shown_path(item.path)})
     if gates and options.config is not None:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 REPORT = ("on-failure", "always", "never")
 PATHS = ("--qsa-model", "--qsa-config", "--qsa-output", "--qsa-markdown", "--qsa-cache", "--qsa-allow-path")
-PERMISSIONS = ("qsa_allow_code", "qsa_allow_path")
+PERMISSIONS = ("qsa_allow_code", "qsa_allow_path", "qsa_vllm_python", "qsa_vllm_arg")
 """What an operator alone may say: an ini file that pytest finds by itself comes with a pull request."""
 WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
-"""What the controller of pytest-xdist tells its workers: the name of the run's folder; the code and folders allowed."""
+"""What the controller of pytest-xdist tells its workers: the name of the run's folder; what the operator allows."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
 
 
@@ -43,6 +43,7 @@ class Options(NamedTuple):
     allow_code: bool
     allowed: tuple[Path, ...]
     """The folders in which suites may read beside their repositories."""
+    vllm: common.VllmWords
     root: Path
     cache: Path | None
     keep: bool
@@ -98,6 +99,8 @@ class Options(NamedTuple):
         arguments += [f"--qsa-set={override}" for override in self.overrides]
         arguments += [f"--qsa-tier={self.tier}"] if self.named_tier else []
         arguments += [f"--qsa-allow-path={common.shown_path(path)}" for path in self.allowed]
+        arguments += [f"--qsa-vllm-python={self.vllm.python}"] if self.vllm.python else []
+        arguments += [f"--qsa-vllm-arg={text}" for text in self.vllm.arguments]
         return arguments + (["--qsa-allow-code"] if self.allow_code else [])
 
 
@@ -133,6 +136,14 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--qsa-allow-path": {
         "action": "append", "default": [], "metavar": "DIR",
         "help": "let suites read in that folder as well as in their own repository; repeatable",
+    },
+    "--qsa-vllm-python": {
+        "metavar": "PROGRAM",
+        "help": "the interpreter of the environment that has vLLM, for suites with model.engine: vllm",
+    },
+    "--qsa-vllm-arg": {
+        "action": "append", "default": [], "metavar": "KEY=VALUE",
+        "help": "an argument of vLLM's LLM() that a suite can't give, its value as JSON; repeatable",
     },
     "--qsa-redact": {
         "action": "store_true", "help": "leave the text of tokens out of terminal, report and plots",
@@ -172,6 +183,8 @@ INI_KEYS: Mapping[str, tuple[str, Literal["string", "bool", "linelist"], object]
     "qsa_report": ("as --qsa-report", "string", "on-failure"),
     "qsa_allow_code": ("as --qsa-allow-code; only in a file that is given with -c", "bool", False),
     "qsa_allow_path": ("as --qsa-allow-path, a folder a line; only in a file that is given with -c", "linelist", []),
+    "qsa_vllm_python": ("as --qsa-vllm-python; only in a file that is given with -c", "string", ""),
+    "qsa_vllm_arg": ("as --qsa-vllm-arg, one a line; only in a file that is given with -c", "linelist", []),
     "qsa_jobs": ("as --qsa-jobs", "string", "1"),
 }
 
@@ -197,7 +210,7 @@ def read_options(config: pytest.Config) -> Options:
         named = f"--qsa-config {given}" if given else f"qsa_config = {config.getini('qsa_config')}"
         raise pytest.UsageError(f"{named}: there is no such file")
     _check_roots(config)
-    code, allowed = _permissions(config)
+    code, allowed, vllm = _permissions(config)
     models = tuple(config.getoption("qsa_model"))
     overrides = tuple(config.getoption("qsa_set"))
     _check_models(models, updating=bool(config.getoption("update_snapshots", False)))
@@ -221,21 +234,22 @@ def read_options(config: pytest.Config) -> Options:
         keep=not config.getoption("qsa_no_cache"),
         allow_code=code,
         allowed=allowed,
+        vllm=vllm,
         root=config.rootpath,
         jobs=_jobs(config),
         lock_timeout=_lock_timeout(config.getoption("qsa_lock_timeout")),
     )
 
 
-def _permissions(config: pytest.Config) -> tuple[bool, tuple[Path, ...]]:
-    """Return whether the operator allows code, and in which folders suites may read beside their repositories.
+def _permissions(config: pytest.Config) -> tuple[bool, tuple[Path, ...], common.VllmWords]:
+    """Return whether the operator allows code, in which folders suites may read beside theirs, and where vLLM is.
 
     Raises:
         UsageError: an ini file that pytest found by itself tries to allow something, or a value is wrong.
     """
     if hasattr(config, "workerinput"):  # the controller has judged its own words
-        code, paths = config.workerinput.get(WORKER_ALLOWED, (False, ()))
-        return code, tuple(map(Path, paths))
+        code, paths, python, arguments = config.workerinput.get(WORKER_ALLOWED, (False, (), "", ()))
+        return code, tuple(map(Path, paths)), common.VllmWords(python, tuple(arguments))
     asked = [name for name in PERMISSIONS if config.getoption(name) or config.getini(name)]
     words = _operators_words(config) if asked else argparse.Namespace()
     for name in asked:
@@ -247,17 +261,21 @@ def _permissions(config: pytest.Config) -> tuple[bool, tuple[Path, ...]]:
             raise pytest.UsageError(
                 f"{config.inipath or 'an ini file'}: {name if by_key else f'addopts with {option}'} counts only in a "
                 "file that is given with -c, for one that pytest finds by itself comes with what is tested: write "
-                f"{option} on the command line, or set {name.upper()}"
+                f"{option} on the command line{'' if name == 'qsa_vllm_arg' else f', or set {name.upper()}'}"
             )
     stand, root = config.invocation_params.dir, config.rootpath
     named = [stand / path for path in config.getoption("qsa_allow_path")]
     named += [root / path for path in config.getini("qsa_allow_path")]
+    program, ini = config.getoption("qsa_vllm_python"), config.getini("qsa_vllm_python")
+    python = str(stand / os.path.expanduser(program) if program else ini and root / os.path.expanduser(ini))
+    vllm = common.VllmWords(python, (*config.getini("qsa_vllm_arg"), *config.getoption("qsa_vllm_arg")))
     try:
+        common.vllm_arguments(vllm.arguments)
         environment, folders = common.allowed_code(), common.allowed_paths(map(str, named))
     except common.SuiteError as error:
         raise pytest.UsageError(str(error)) from None
     given = config.getini("qsa_allow_code") if environment is None else environment
-    return bool(config.getoption("qsa_allow_code") or given), folders
+    return bool(config.getoption("qsa_allow_code") or given), folders, vllm
 
 
 def _operators_words(config: pytest.Config) -> argparse.Namespace:
@@ -268,6 +286,8 @@ def _operators_words(config: pytest.Config) -> argparse.Namespace:
     parser.add_argument("-o", "--override-ini", action="append", default=[])
     parser.add_argument("--qsa-allow-code", action="store_true")
     parser.add_argument("--qsa-allow-path", action="append")
+    parser.add_argument("--qsa-vllm-python")
+    parser.add_argument("--qsa-vllm-arg", action="append")
     words = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *map(str, config.invocation_params.args)]
     return parser.parse_known_args(words)[0]
 

@@ -355,7 +355,9 @@ class Reporter:
     def pytest_configure_node(self, node: Any) -> None:
         """Tell a worker where plots go, and what the operator allows: the command line doesn't say who wrote a part."""
         node.workerinput[WORKER_RUN] = self.options.run
-        node.workerinput[WORKER_ALLOWED] = (self.options.allow_code, list(map(str, self.options.allowed)))
+        python, arguments = self.options.vllm
+        allowed = (self.options.allow_code, list(map(str, self.options.allowed)), python, list(arguments))
+        node.workerinput[WORKER_ALLOWED] = allowed
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

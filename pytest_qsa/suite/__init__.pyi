@@ -58,6 +58,7 @@ from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Root
 from .sections import (
     PROMPTS as PROMPTS,
     Data as Data,
+    Engine as Engine,
     Floor as Floor,
     Memory as Memory,
     Model as Model,
@@ -97,6 +98,7 @@ from .tiers import (
     Tier as Tier,
     split_by_tier as split_by_tier,
 )
+from .vllm import environment_of as environment_of
 from .yaml_source import (
     Location as Location,
     Place as Place,

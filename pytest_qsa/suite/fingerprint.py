@@ -35,6 +35,7 @@ from ..common import (
 from .sections import PROMPTS
 from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
 from .texts import SHIPPED, prompts
+from .vllm import environment_of
 
 LIBRARIES = (
     "pytest-qsa",
@@ -330,6 +331,8 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
             yield [file.name, hashes.of(file)] if file.is_file() else "missing"
     formats = libraries_of_formats(own_folder(subject))
     yield library_versions(formats)
+    if program := subject.vllm_program:
+        yield [dict(environment_of(program.python)), dict(program.arguments)]
     yield machine()
 
 

@@ -135,12 +135,53 @@ Executions = Annotated[
 ]
 
 
+WORD = r"^[A-Za-z0-9_]+$"
+"""A setting of vLLM's that is one word; with dots it could name code."""
+
+
 class Require(Strict):
     """What must hold of the running model; otherwise every assertion on it fails as INFRA."""
 
     executed_as: Annotated[
         Executions, Field(description="how its quantized modules must run: W8A8 emulated, weights only")
     ]
+
+
+class Engine(Strict):
+    """What runs the model. Of vLLM's settings only those that name no code; the operator gives the others."""
+
+    name: Annotated[Literal["transformers", "vllm"], Field(description="what runs the model")] = "transformers"
+    tensor_parallel_size: Annotated[int | None, Gt(0)] = None
+    pipeline_parallel_size: Annotated[int | None, Gt(0)] = None
+    enable_expert_parallel: bool | None = None
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"] | None, Field(description="default: model.dtype")
+    ] = None
+    kv_cache_dtype: Annotated[str | None, Field(pattern=WORD)] = None
+    max_model_len: Annotated[int | None, Gt(0), Field(description="default: what the data need")] = None
+    max_num_batched_tokens: Annotated[
+        int | None, Gt(0), Field(description="fewer than a sample has: it runs in parts, chunked prefill")
+    ] = None
+    max_num_seqs: Annotated[int | None, Gt(0)] = None
+    gpu_memory_utilization: Annotated[float | None, Gt(0), Le(1)] = None
+    quantization: Annotated[str | None, Field(pattern=WORD)] = None
+    attention_backend: Annotated[str | None, Field(pattern=WORD)] = None
+    timeout: Annotated[float, Gt(0), Field(description="seconds that loading and running may take")] = 3600.0
+
+    @model_validator(mode="after")
+    def _of_vllm(self) -> Engine:
+        if self.name == "transformers" and (given := sorted(self.settings)):
+            raise SuiteError(f"{given[0]} is vLLM's: say engine: {{name: vllm, …}}", given[0])
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the suite gives, by vLLM's names."""
+        return self.model_dump(exclude={"name", "timeout"}, exclude_none=True)
+
+
+def _engine(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
 
 
 DEVICES = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
@@ -194,6 +235,11 @@ class Model(Strict):
     gguf_file: Annotated[str, AfterValidator(_file_inside)] | None = None
     attn_implementation: str | None = None
     trust_remote_code: Annotated[bool, Field(description="run code of the checkpoint; needs --qsa-allow-code")] = False
+    engine: Annotated[
+        Engine,
+        BeforeValidator(_engine, json_schema_input_type=Literal["transformers", "vllm"] | Engine),
+        Field(description="transformers, or vllm: the numbers of the engine that serves (docs/engines.md)"),
+    ] = Engine()
     submodule: Annotated[str | None, Field(description="gate a part of the model, such as language_model")] = None
     weights: Annotated[
         Literal["loaded", "files"],
@@ -213,6 +259,8 @@ class Model(Strict):
             raise ValueError("give one of path, factory, served and logprobs")
         if self.weights == "files" and self.path is None:
             raise ValueError("weights: files reads a checkpoint's files: give its path, or leave it out")
+        if self.engine.name == "vllm":
+            self._check_engine()
         if self.base is not None and self.path is None:
             raise ValueError("base is that of an adapter in path, and there is no path")
         if problem := name_problem(self.id):
@@ -221,6 +269,13 @@ class Model(Strict):
             advice = "choose another" if self.name else "give model.name"
             raise SuiteError(f"the name '{self.id}' can't be that of a subject: {problem}; {advice}", key)
         return self
+
+    def _check_engine(self) -> None:
+        if self.path is None:
+            raise SuiteError("vLLM loads a checkpoint: give model.path", "engine")
+        unfit = [key for key in ("base", "gguf_file", "submodule", "attn_implementation") if getattr(self, key)]
+        if unfit:
+            raise SuiteError(f"{unfit[0]} is for transformers: leave it out with engine: vllm", unfit[0])
 
     @property
     def logprobs_only(self) -> bool:
@@ -234,6 +289,8 @@ class Model(Strict):
         # measures.
         other = {"name", "path", "base", "reference", "reference_is_copy", "previous", "allow_idle", "require"}
         # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
+        # An engine that nothing says is left out: the captures that were kept before there was a choice stay.
+        other |= {"engine"} if self.engine == Engine() else set()
         return {**self.model_dump(exclude=other), "runs": self.require is not None}
 
     @property

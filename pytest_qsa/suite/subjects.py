@@ -17,9 +17,11 @@ from typing import Literal
 
 from ..captures import Request
 from ..checkpoint import ADAPTER, Files, Folder, base_of, open_folder
-from ..common import InfraError
+from ..common import InfraError, VllmProgram, VllmWords, vllm_program
 from .resolved_settings import resolve_settings
-from .sections import Data, Memory, Model
+from .sections import Data, Engine, Memory, Model
+
+NO_WORDS = VllmWords()
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Subject:
     """One model with its data: loaded once, run once. Where a suite names no model, a fixture gives it.
 
     `folder`: what the suite's relative paths are relative to. `checkpoint`: stands in for the model's own path.
-    `fixture`: which fixture gives the model. `files_only`: it is read, and never run.
+    `fixture`: which fixture gives the model. `files_only`: it is read, and never run. `vllm`: what options say of
+    where vLLM is.
     """
 
     name: str
@@ -38,6 +41,13 @@ class Subject:
     checkpoint: str | None = None
     fixture: str = ""
     files_only: bool = False
+    vllm: VllmWords = NO_WORDS
+
+    @property
+    def baseline_name(self) -> str:
+        """The name of the folder of its baselines: engines round otherwise, so that each has its own."""
+        engine = self.model.engine.name if self.model is not None and not self.files_only else "transformers"
+        return self.name if engine == "transformers" else f"{self.name}@{engine}"
 
     @cached_property
     def named(self) -> NamedSubject:
@@ -58,7 +68,8 @@ class Subject:
         Raises:
             InfraError: as `named`.
         """
-        running = ("dtype", "attn_implementation", "trust_remote_code", "allow_unexpected", "allow_idle", "require")
+        own = ("dtype", "engine", "attn_implementation", "trust_remote_code")
+        running = (*own, "allow_unexpected", "allow_idle", "require")
         defaults = {name: Model.model_fields[name].default for name in running}
         model = self.named.model.model_copy(update={**defaults, "weights": "files"})
         return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True)
@@ -98,7 +109,22 @@ class Subject:
         if named is None:
             return None
         local = self.folder / named
-        return local if local.is_file() or local.suffix == ".qsa" else self.named.with_checkpoint(named)
+        if local.is_file() or local.suffix == ".qsa":
+            return local
+        found = self.named.with_checkpoint(named)
+        # The original is run by what everybody can compare with, whatever engine the subject is for.
+        return replace(found, model=found.model.model_copy(update={"engine": Engine()}))
+
+    @property
+    def vllm_program(self) -> VllmProgram | None:
+        """Where the vLLM is that runs the model; None where transformers does.
+
+        Raises:
+            InfraError: nobody says where it is.
+        """
+        if self.model is None or self.model.engine.name != "vllm" or self.files_only:
+            return None
+        return vllm_program(self.vllm)
 
     @property
     def local_folder(self) -> Path | None:

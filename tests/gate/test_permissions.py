@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qsa.cli.shared import add_allow_code, roots_of
-from pytest_qsa.common import SuiteError
+from pytest_qsa.common import SuiteError, VllmWords, vllm_arguments
 from pytest_qsa.gate import options
 from support.projects import suite
 
@@ -21,23 +21,28 @@ def config(tmp_path, monkeypatch):
     for name in ("PYTEST_ADDOPTS", "QSA_ALLOW_CODE", "QSA_ALLOW_PATH"):
         monkeypatch.delenv(name, raising=False)
 
-    def make(*words, code=None, paths=(), ini=None, **environment):
+    def make(*words, code=None, paths=(), ini=None, vllm=None, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        values = {"qsa_allow_code": False, "qsa_allow_path": [], **(ini or {})}
+        values = {name: default for name, (_, _, default) in options.INI_KEYS.items()} | (ini or {})
         return SimpleNamespace(
             invocation_params=SimpleNamespace(args=words, dir=tmp_path),
             inipath=tmp_path / "pytest.ini",
             rootpath=tmp_path,
             getini=values.get,
-            getoption={"qsa_allow_code": code, "qsa_allow_path": list(paths)}.get,
+            getoption={
+                "qsa_allow_code": code,
+                "qsa_allow_path": list(paths),
+                "qsa_vllm_python": vllm,
+                "qsa_vllm_arg": [],
+            }.get,
         )
 
     return make
 
 
 def allowed(config):
-    return options._permissions(config)
+    return options._permissions(config)[:2]
 
 
 INI = {"qsa_allow_code": True}
@@ -72,6 +77,9 @@ DISCOVERED = {
     "its folders": {"ini": {"qsa_allow_path": ["/"]}},
     "its addopts": {"code": True},
     "its addopts of a folder": {"paths": ["/"]},
+    "its interpreter": {"ini": {"qsa_vllm_python": "/tmp/python"}},
+    "its arguments of vLLM": {"ini": {"qsa_vllm_arg": ["a=1"]}},
+    "its addopts of an interpreter": {"vllm": "/tmp/python"},
     "its addopts that give another file": {"code": True, "ini": INI},
 }
 
@@ -79,7 +87,7 @@ DISCOVERED = {
 @pytest.mark.parametrize("found", DISCOVERED.values(), ids=DISCOVERED)
 def test_an_ini_file_that_pytest_found_allows_nothing(config, found):
     with pytest.raises(
-        pytest.UsageError, match=r"pytest\.ini: .*counts only in a file that is given with -c.*QSA_ALLO"
+        pytest.UsageError, match=r"pytest\.ini: .*counts only in a file that is given with -c.*on the command line"
     ):
         allowed(config("a.qsa.yaml", **found))
 
@@ -134,3 +142,15 @@ def test_workers_allow_what_the_operator_allows(own_project):
     own_project.write("code.qsa.yaml", CODE)
     run = own_project.pytest("-n1", "-o", "qsa_allow_code=true", "-o", "pythonpath=.")
     assert "RuntimeError" in run.first_line("::a")
+
+
+def test_the_command_line_names_vllm(config):
+    named = config("--qsa-vllm-python=/x/python", vllm="/x/python")
+    assert options._permissions(named)[2] == VllmWords("/x/python", ())
+
+
+@pytest.mark.parametrize("text", ["eager", "enforce_eager=false", "worker-extension-cls=a.b"])
+def test_an_argument_of_vllm_that_a_capture_needs_is_a_wrong_usage(text):
+    with pytest.raises(SuiteError, match="--qsa-vllm-arg"):
+        vllm_arguments([text])
+    assert vllm_arguments(["a-b=2", "c=x"]) == {"a_b": 2, "c": "x"}

@@ -125,3 +125,26 @@ def test_a_report_has_a_suffix(name, file):
 def test_a_picture_of_one_side_says_which():
     visualization = Visualization()
     assert (visualization.heatmap_3d.site, visualization.distribution.site) == ("output", "input")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"factory": "a:b", "engine": "vllm"},
+        {"path": "x", "engine": "sglang"},
+        {"path": "x", "engine": {"name": "vllm", "worker_extension_cls": "a.b"}},
+        {"path": "x", "engine": {"name": "vllm", "quantization": "a.b.C"}},
+        {"path": "x", "engine": {"tensor_parallel_size": 2}},
+        {"path": "x", "engine": "vllm", "gguf_file": "a.gguf"},
+        {"path": "x", "engine": "vllm", "submodule": "language_model"},
+    ],
+)
+def test_an_engine_takes_no_setting_that_could_name_code_and_no_other_source(model):
+    with pytest.raises(ValidationError):
+        Model(**model)
+
+
+def test_captures_of_before_there_were_engines_are_still_found():
+    assert "engine" not in Model(path="x").measured
+    assert "engine" not in Model(path="x", engine="transformers").measured
+    assert Model(path="x", engine="vllm").measured["engine"]["name"] == "vllm"

@@ -91,6 +91,10 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
         InfraError: it can't be loaded, or runs code that nobody allowed.
     """
     check_allowed(spec, path, memory, allow_code=allow_code)
+    if spec.engine.name != "transformers":
+        raise InfraError(
+            f"this loads a model by transformers, and the suite says model.engine: {spec.engine.name}: leave that out"
+        )
     if spec.factory is not None:
         return _from_factory(spec.factory)
     with quiet(), loading_errors(spec, path):

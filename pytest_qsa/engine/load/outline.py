@@ -50,7 +50,7 @@ def outline(spec: Model, path: str, base: str = "") -> list[tuple[str, str, str,
         InfraError: it can't be read, or the model needs code of its own.
     """
     rows = []
-    for name, layer in with_experts(layers_of(_empty(spec, path, base))).items():
+    for name, layer in with_experts(layers_of(empty_of(spec, path, base))).items():
         if isinstance(layer, Expert):
             rows.append((name, f"{type(layer.module).__name__}[{layer.index}]", _text(layer.shape), prod(layer.shape)))
             continue
@@ -71,7 +71,7 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
     Raises:
         InfraError: as `outline`.
     """
-    model = _empty(spec, path, base)
+    model = empty_of(spec, path, base)
     every, layers, towers = blocks_of(model), with_experts(layers_of(model)), _towers(model)
     # a model that is a tower alone keeps its blocks
     blocks = [block for block in every if not block.startswith(tuple(f"{tower}." for tower in towers))] or every
@@ -103,7 +103,13 @@ def _towers(model: torch.nn.Module) -> list[str]:
     return [name for name in held if name and not any(name.startswith(f"{other}.") for other in held if other)]
 
 
-def _empty(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:
+def empty_of(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:
+    """Return a checkpoint's model without weights. `as_loaded`: with the modules of a quantized one's loader.
+
+    Raises:
+        AnomalyError: the configuration is no JSON.
+        InfraError: no model can be made of it, or it needs code of its own.
+    """
     with quiet(), uncollected():
         return _emptied(spec, path, base, as_loaded=as_loaded)
 
@@ -159,7 +165,7 @@ def expected_outline(
         check_folder(spec, path)
         check_loader(spec, path)
     try:
-        model = _empty(spec, path, base, as_loaded=as_loaded)
+        model = empty_of(spec, path, base, as_loaded=as_loaded)
     except QsaError as error:  # loading says it, and may know more of it
         logger.debug("%s: its layers are checked once it is loaded: %s", path, error)
         return None
@@ -200,7 +206,7 @@ def layer_names(spec: Model, path: str, memory: Memory, *, allow_code: bool, bas
         InfraError: as `outline` and `load_model`.
     """
     if not made_by_code(spec):
-        return names_of(with_experts(layers_of(_empty(spec, path, base))))
+        return names_of(with_experts(layers_of(empty_of(spec, path, base))))
     loaded = load_model(spec, path, memory, allow_code=allow_code, base=base)
     try:
         return names_of(with_experts(layers_of(loaded.model)))

@@ -22,7 +22,7 @@ from rooms import rooms_picture, rooms_table
 
 import pytest_qsa
 from pytest_qsa import metrics, plugin
-from pytest_qsa.captures import STATISTICS
+from pytest_qsa.captures import CACHE_SITES, STATISTICS
 from pytest_qsa.checkpoint import CHECKS
 from pytest_qsa.cli import commands
 from pytest_qsa.cli.shared import first_line
@@ -68,6 +68,8 @@ def metrics_page(text: str) -> str:
 def _row(metric: Metric) -> str:
     what = (metric.compute.__doc__ or "").partition("\n")[0].replace("|", "\\|")
     sites = [site for site in metric.sites if not (metric.tokenwise and site == "weight")]
+    # All four sites of the KV cache have the same metrics: one name in the table.
+    sites = list(dict.fromkeys("KV cache" if site in CACHE_SITES else site for site in sites))
     return f"| {_signature(metric)} | {what} | {metric.unit} | {metric.reduce or 'pooled'} | {', '.join(sites)} |"
 
 

@@ -48,6 +48,9 @@ from .provenance import (
 )
 from .sinks import PositionRange as PositionRange, Sinks as Sinks, find_sinks as find_sinks, names_sinks as names_sinks
 from .sites import (
+    CACHE_SITES as CACHE_SITES,
+    KEY_AND_VALUE as KEY_AND_VALUE,
+    LATENT_AND_ROPE_KEY as LATENT_AND_ROPE_KEY,
     LOGITS as LOGITS,
     SITES as SITES,
     LayerNames as LayerNames,

@@ -34,7 +34,7 @@ from ..common import (
 from .arrays import Array
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
-from .sites import LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
+from .sites import CACHE_SITES, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
 from .statistics import Statistic
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Capture:
     `reference`: the numbers that the same pass left of the reference, which saw the same tokens.
     `refused`: layer → why its weight isn't read as numbers; it has none at `weight`.
     `uncompared`: quantized layer → why its loaded weight can't be held against the files.
+    `uncached`: layer → why it has no numbers at a site of the KV cache where it was asked for them.
     """
 
     sites: Mapping[tuple[str, Site], SiteNumbers]
@@ -76,6 +77,7 @@ class Capture:
     refused: Mapping[str, str] = field(default_factory=dict)
     uncompared: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
+    uncached: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Capture{f' {self._model}' if self._model else ''}: {self._measured}; {self._data}>"
@@ -137,7 +139,9 @@ class Capture:
         holders = frozenset(self.experts)
         # Other children of such a module, an activation function say, are layers that are called.
         parts = ((name, name.rsplit(".", 2)) for name in (self.modules if holders else ()))
-        return LayerNames(self.modules, frozenset(n for n, part in parts if part[0] in holders and part[1].isdigit()))
+        experts = frozenset(n for n, part in parts if part[0] in holders and part[1].isdigit())
+        caching = frozenset({*self.uncached, *(layer for layer, site in self.sites if site in CACHE_SITES)})
+        return LayerNames(self.modules, experts, caching)
 
     def redacted(self) -> Capture:
         """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
@@ -206,7 +210,7 @@ class Capture:
             theirs, reference = self.reference._split()
             arrays |= {f"{REFERENCE}{name}": array for name, array in theirs.items()}
         # Left out where they are empty, so that a capture that lacks nothing has the bytes that it always had.
-        unread = {"refused": dict(self.refused), "uncompared": dict(self.uncompared)}
+        unread = {"refused": dict(self.refused), "uncompared": dict(self.uncompared), "uncached": dict(self.uncached)}
         return arrays, {
             **{key: layers for key, layers in unread.items() if layers},
             "meta": self.provenance.plain(),
@@ -275,6 +279,7 @@ class Capture:
             reference=cls._joined(theirs, header["reference"]) if header.get("reference") else None,
             refused=header.get("refused", {}),
             uncompared=header.get("uncompared", {}),
+            uncached=header.get("uncached", {}),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

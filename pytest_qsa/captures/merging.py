@@ -57,6 +57,7 @@ def merge(captures: Sequence[Capture]) -> Capture:
         # The part of an interrupted pass has not looked at any weight yet.
         refused={layer: why for capture in ordered for layer, why in capture.refused.items()},
         uncompared={layer: why for capture in ordered for layer, why in capture.uncompared.items()},
+        uncached={layer: why for capture in ordered for layer, why in capture.uncached.items()},
     )
 
 

@@ -18,13 +18,19 @@ from ..common import AnomalyError, SuiteError
 from .arrays import MOMENT_NAMES, PER_POPULATION, PER_TOKEN, POPULATIONS, RAGGED, Array
 from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
 
-Site = Literal["input", "output", "weight", "logits"]
+Site = Literal["input", "output", "key", "value", "latent", "rope_key", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)
 SiteKey = tuple[str, Site]
 """A layer and its site."""
-LayerSite = Literal["input", "output", "weight"]
+LayerSite = Literal["input", "output", "key", "value", "latent", "rope_key", "weight"]
 LOGITS: Site = "logits"
 """The site of the whole model's output, the scores of every next token. All other sites belong to a layer."""
+KEY_AND_VALUE: tuple[Site, Site] = ("key", "value")
+"""What a layer of attention puts into the KV cache, [sample, token, head × channel]."""
+LATENT_AND_ROPE_KEY: tuple[Site, Site] = ("latent", "rope_key")
+"""What one of multi-head latent attention (MLA) puts there: a tensor for keys and values, and a key with positions."""
+CACHE_SITES: frozenset[Site] = frozenset({*KEY_AND_VALUE, *LATENT_AND_ROPE_KEY})
+"""The sites of the layers that fill a KV cache."""
 
 
 def exactly(layers: Sequence[str]) -> str:
@@ -184,10 +190,14 @@ def at_experts(site: Site, statistics: frozenset[Statistic]) -> frozenset[Statis
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The names of a model's layers, in model order. `experts`: those of packed experts among them."""
+    """The names of a model's layers, in model order. `experts`: those of packed experts among them.
+
+    `caching`: those that may fill a KV cache.
+    """
 
     all: Sequence[str]
     experts: frozenset[str] = frozenset()
+    caching: frozenset[str] = frozenset()
 
     @property
     def called(self) -> Sequence[str]:
@@ -196,7 +206,25 @@ class LayerNames:
 
     def at(self, site: Site, statistics: frozenset[Statistic] = frozenset()) -> Sequence[str]:
         """Return those that a pattern can find at a site. `statistics`: what is asked of them there."""
+        if site in CACHE_SITES:
+            return [name for name in self.all if name in self.caching]
         return self.all if site == "weight" or at_experts(site, statistics) else self.called
+
+    def find(
+        self, pattern: str, site: Site, exclude: str | None = None, statistics: frozenset[Statistic] = frozenset()
+    ) -> list[str]:
+        """Return those that a pattern finds at a site.
+
+        Raises:
+            AnomalyError: it finds none, or no layer has such a site.
+        """
+        names = self.at(site, statistics)
+        if site in CACHE_SITES and not names:
+            raise AnomalyError(NO_CACHE)
+        found = match_layers(names, pattern, exclude)
+        if not found:
+            raise no_match(names, pattern, exclude)
+        return found
 
 
 @dataclass(frozen=True)
@@ -226,10 +254,7 @@ class Outline:
             if self.headless:
                 raise no_logits(self.headless)
             return []
-        names = self.names.at(request.site, request.statistics)
-        found = match_layers(names, request.pattern, request.exclude)
-        if not found:
-            raise no_match(names, request.pattern, request.exclude)
+        found = self.names.find(request.pattern, request.site, request.exclude, request.statistics)
         if request.site == "weight" and self.bare.issuperset(found):
             raise no_weight(found, request.pattern)
         if request.site == "input" and (dead := [layer for layer in found if layer in self.of_ids]):
@@ -237,6 +262,10 @@ class Outline:
         return found
 
 
+NO_CACHE = (
+    "the model has no layer that fills a KV cache: key, value, latent and rope_key are sites of attention that keeps "
+    "earlier tokens in transformers' Cache"
+)
 FEW_NAMES = 20
 """A model with so few layers is told by their names, where a pattern matches none of them."""
 

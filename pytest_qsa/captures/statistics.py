@@ -351,7 +351,8 @@ class Massive(Statistic):
 class QuantizationPowers(Statistic):
     """Σx² and Σ(x − x̂)² under a simulated quantization: an array `quantized` [P, 2] float64.
 
-    `by`: whose scale it is, a `token`'s, `channel`'s or `group`'s of `group_size` neighbours (0 for the others).
+    `by`: whose scale it is, a `token`'s, `channel`'s or `group`'s of `group_size` neighbours (0 for the others), or, at
+    the sites of the KV cache, that of one head of one token, `token_head`.
     """
 
     scheme: str

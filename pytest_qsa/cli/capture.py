@@ -128,9 +128,8 @@ def _requests(file: suite.SuiteFile, names: captures.LayerNames) -> list[capture
     """Return the requests of the assertions, or without any those of the pictures; every pattern must match a layer."""
     requests = [each.request for each in file.assertions if isinstance(each, suite.MeasuredAssertion)]
     for request in requests:
-        at = names.at(request.site, request.statistics)
-        if request.site != captures.LOGITS and not captures.match_layers(at, request.pattern, request.exclude):
-            raise captures.no_match(at, request.pattern, request.exclude)
+        if request.site != captures.LOGITS:
+            names.find(request.pattern, request.site, request.exclude, request.statistics)
     return requests or list(planned(file, names.called).requests)
 
 

@@ -26,9 +26,7 @@ from ..captures import (
     Statistic,
     against_reference,
     compares,
-    match_layers,
     merge_requests,
-    no_match,
     with_weights,
 )
 from ..checkpoint import capture_weights
@@ -69,8 +67,8 @@ def capture(
         model: any module; it is run in evaluation mode without gradients and left as it was.
         batches: tensors [B, T], or dicts of forward arguments, with `attention_mask` [B, T] where there is padding.
             A sample is a row.
-        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output` or `weight`; and
-            `("", "logits")` for what the model predicts.
+        sites: pairs of a layer regex (`re.search` over `named_modules`) and `input`, `output`, `weight`, or one of the
+            KV cache (`key`, `value`; `latent`, `rope_key`); and `("", "logits")` for what the model predicts.
         statistics: `"all"`, or the names of the metrics that will be asked for; a metric that must know its thresholds
             in the pass comes as `("massive_activations", {"abs": 50.0, "ratio": 500.0})`.
         tokenizer: where given, the capture holds the texts of the tokens as well.
@@ -92,9 +90,8 @@ def capture(
     samples = listed(batches)
     names = names_of(with_experts(layers_of(model)))
     for request in requests:
-        at = names.at(request.site, request.statistics)
-        if request.site != LOGITS and not match_layers(at, request.pattern):
-            raise no_match(at, request.pattern, None)
+        if request.site != LOGITS:
+            names.find(request.pattern, request.site, None, request.statistics)
     participants: list[Participant] = []
     if isinstance(reference, nn.Module):
         participants = [LiveReference(reference)]

@@ -179,7 +179,19 @@ def with_experts(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
 
 def names_of(layers: Mapping[str, Layer]) -> LayerNames:
     """Return the names of layers, in their order."""
-    return LayerNames(list(layers), frozenset(name for name, layer in layers.items() if isinstance(layer, Expert)))
+    experts = frozenset(name for name, layer in layers.items() if isinstance(layer, Expert))
+    return LayerNames(list(layers), experts, caching_layers(layers))
+
+
+def cache_index(module: object) -> int | None:
+    """Return under which number a layer puts its keys and values into the KV cache; None where it carries none."""
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    return index if isinstance(index, int) else None
+
+
+def caching_layers(layers: Mapping[str, Layer]) -> frozenset[str]:
+    """Return the layers that may fill a KV cache: those that carry a number for it. Some keep a state, or nothing."""
+    return frozenset(name for name, layer in layers.items() if cache_index(layer) is not None)
 
 
 def routing_of(experts: int, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Routing | None:
@@ -210,22 +222,31 @@ def run_batch(model: nn.Module, batch: Tensor | Mapping[str, object], device: to
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode and its key-value cache off; afterwards both are as they were."""
+def evaluating(model: nn.Module, *, use_cache: bool = False) -> Iterator[None]:
+    """Put a model in evaluation mode and its KV cache off, or on; afterwards both are as they were."""
     # Module by module: a part of a model may have been in another mode than the whole.
     training = {name: module.training for name, module in model.named_modules()}
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
     model.eval()
-    if isinstance(use_cache, bool):
-        config.use_cache = False
+    configs = _configs_of(model, parts=use_cache)
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = use_cache
     try:
         yield
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
-        if isinstance(use_cache, bool):
-            config.use_cache = use_cache
+        for config, was in zip(configs, before, strict=True):
+            config.use_cache = was
+
+
+def _configs_of(model: nn.Module, *, parts: bool) -> list[Any]:
+    """Return the configuration that says whether a model uses its cache; with `parts` also that of its text model."""
+    config: Any = getattr(model, "config", None)
+    found = [config]
+    if parts and hasattr(config, "get_text_config") and (text := config.get_text_config(decoder=True)) is not config:
+        found.append(text)
+    return [each for each in found if isinstance(getattr(each, "use_cache", None), bool)]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from ..captures import (
+    CACHE_SITES,
     CHANNEL_COUNTS,
     CHANNELS,
     COUNTS,
@@ -239,6 +240,8 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
 
 def _quantization_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     by, scheme = parameters["by"], parameters["scheme"]
+    if by == "token_head" and site not in CACHE_SITES:
+        raise SuiteError(f"by: token_head is of the KV cache, site: key or value; the {site} has no heads", "by")
     return frozenset({COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
 
 
@@ -254,7 +257,8 @@ def quantization_sqnr(
     """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back.
 
     One scale for the tensor over all samples, or, within a sample, one for each token, channel or group of neighbouring
-    channels. A weight [out, in] has its channels in its rows, and its groups within them.
+    channels. A weight [out, in] has its channels in its rows, and its groups within them. What enters a KV cache has
+    its channels by head, one head after the other, and may have a scale for each token and head (`token_head`).
     """
     if by == "tensor":
         return decibels(*counted_powers(view.numbers, scheme))

@@ -350,7 +350,7 @@ def made_by_loader(numbers: SiteNumbers) -> str:
 
 
 Scheme = Literal["int8", "int4", "fp8_e4m3"]
-Granularity = Literal["tensor", "token", "channel", "group"]
+Granularity = Literal["tensor", "token", "channel", "group", "token_head"]
 LARGEST_CODE: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
 """The largest number of each grid: −128 and −8 are not used; fp8_e4m3 is the OCP's e4m3, without infinities."""
 MANTISSA_BITS, LEAST_EXPONENT = 3, -6

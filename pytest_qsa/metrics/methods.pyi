@@ -76,7 +76,7 @@ class MetricMethods:
     def quantization_sqnr(
         self,
         scheme: Literal["int8", "int4", "fp8_e4m3"] = "int8",
-        by: Literal["tensor", "token", "channel", "group"] = "tensor",
+        by: Literal["tensor", "token", "channel", "group", "token_head"] = "tensor",
         group_size: int = 128,
         *,
         positions: Positions | None = None,

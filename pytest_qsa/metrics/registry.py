@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from ..captures import (
     SINKS,
     TOKENS,
     InRange,
+    LayerSite,
     PositionRange,
     Site,
     Statistic,
@@ -309,7 +310,7 @@ def metric(
     *,
     reduce: Reduce | None = None,
     unit: str = "",
-    sites: tuple[Site, ...] = ("input", "output", "weight"),
+    sites: tuple[Site, ...] = get_args(LayerSite),
     version: int = 1,
     tokenwise: bool = False,
     positional: bool = False,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import (
+    CACHE_SITES,
     COUNTS,
     LOGITS,
     PADDING,
@@ -27,7 +28,6 @@ from ..captures import (
     names_sinks,
     need_tokens,
     never_fired,
-    no_match,
     no_weight,
 )
 from ..common import AnomalyError, InfraError, SuiteError, counted
@@ -116,6 +116,8 @@ class Selection(MetricMethods):
         if self.site == "weight":
             _check_readable(found, self.capture.refused, "the weight of {} can't be read")
         measured = [layer for layer in found if (layer, self.site) in self.capture.sites]
+        if self.site in CACHE_SITES:
+            return self._caching(found, measured)
         # A layer without a weight has no numbers there, which isn't a gap in the capture.
         looked_at = set(measured) if self.site != "weight" else self.capture.weights_looked_at
         if not looked_at.issuperset(found):
@@ -124,11 +126,18 @@ class Selection(MetricMethods):
             raise no_weight(found, self.pattern)
         return measured
 
+    def _caching(self, found: list[str], measured: list[str]) -> list[str]:
+        """Return those of the layers that were found to put something into the KV cache at this site."""
+        if not {*measured, *self.capture.uncached}.issuperset(found):
+            raise NotMeasuredError(f"the capture holds the {self.site} of {len(measured)} of the {len(found)} layers")
+        if not measured:
+            why = f"{found[0]} {self.capture.uncached[found[0]]}"
+            raise AnomalyError(f"no layer that '{self.pattern}' matches has a {self.site}: {why}")
+        return measured
+
     def _found(self, needs: frozenset[Statistic] = frozenset()) -> list[str]:
         names = self.capture.names.at(self.site, needs)
-        found = match_layers(names, self.pattern, self.exclude)
-        if not found:
-            raise no_match(names, self.pattern, self.exclude)
+        found = self.capture.names.find(self.pattern, self.site, self.exclude, needs)
         if self.site == "weight" or not self.capture.experts:
             return found
         # Not all packed experts can be run alone, nor those of a reference that was recorded.

@@ -178,6 +178,7 @@ class MeasuredAssertion(Assertion):
             raise SuiteError(f"{self.metric} pools all samples itself, so it takes no reduce", "reduce")
         if self.site not in definition.sites:
             raise SuiteError(f"{self.metric} is a metric of the {' or '.join(definition.sites)} only", "site")
+        definition.needs(self.site, self.where, self.parameters)  # some have no such parameters at this site
         # `all` is what happens without positions too, so that every metric may state it.
         chosen = self.positions not in (None, "all")
         if chosen and (problem := definition.refuses(self.site, self.where, self.parameters)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..captures import EXPERTS, Capture, ModelProvenance, Outline, Provenance, at_experts
+from ..captures import CACHE_SITES, EXPERTS, Capture, ModelProvenance, Outline, Provenance, at_experts, match_layers
 from ..checkpoint import Files, Finding, by_kind, problems_of, suspicions_of
 from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted, logger
 from ..external import EvalFiles, eval_scores, widened_bounds
@@ -342,6 +342,20 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
 
 
 def _of_measurement(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
+    judgement = _held(assertion, evidence, leniency)
+    return replace(judgement, headline=judgement.headline + _left_out(assertion, evidence.capture))
+
+
+def _left_out(assertion: MeasuredAssertion, capture: Capture) -> str:
+    """Name the layers that an assertion asks for and that have no such site."""
+    left = capture.uncached if assertion.site in CACHE_SITES else {}
+    if not (names := match_layers(list(left), assertion.layers, assertion.exclude)):
+        return ""
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"; left out: {names[0]}{more}, for it {left[names[0]]}"
+
+
+def _held(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
     capture, known = settled(assertion, evidence.capture)
     series = checked_series(assertion, capture)
     bounded = None

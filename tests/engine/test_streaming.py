@@ -20,7 +20,7 @@ from support.architectures import MODELS as ARCHITECTURES
 from support.captures import differing
 from support.checkpoints import save_tokenizer
 
-EVERYWHERE = [Request(".", site, None, ALL_STATISTICS) for site in ("input", "output")]
+EVERYWHERE = [Request(".", site, None, ALL_STATISTICS) for site in ("input", "output", "key", "value")]
 EVERYWHERE.append(Request(r"proj$|\.[kqvo]$|dense$|norm$|head$|embed", "weight", None, frozenset({COUNTS})))
 
 
@@ -115,7 +115,7 @@ def test_a_block_that_is_visited_again_is_read_again(tmp_path):
     torch.manual_seed(0)
     model, file = Looped(), str(tmp_path / "model.safetensors")
     batches = [torch.randn(1, 5, 8) for _ in range(3)]
-    requests = [Request("blocks", site, None, ALL_STATISTICS) for site in ("input", "output")]
+    requests = [Request("blocks", site, None, ALL_STATISTICS) for site in ("input", "output", "key", "value")]
     whole = run_pass(model, batches, requests)
     weights = model.state_dict()
     save_file(weights, file)

@@ -90,19 +90,27 @@ class Owners:
 
 
 @cache
-def plan_of(statistics: frozenset[Statistic]) -> Plan:
+def plan_of(statistics: frozenset[Statistic], head_size: int = 0) -> Plan:
     """Return the plan of some statistics; equal ones share one."""
-    return Plan.of(statistics)
+    return Plan.of(statistics, head_size)
 
 
 class StreamObserver:
     """Reduces the populations of one site, one row at a time, so that batching can't change a definition."""
 
     def __init__(
-        self, statistics: frozenset[Statistic], reducers: Reducers | None = None, *, channels_first: bool = False
+        self,
+        statistics: frozenset[Statistic],
+        reducers: Reducers | None = None,
+        *,
+        channels_first: bool = False,
+        head_size: int = 0,
     ) -> None:
-        """Observe what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels."""
-        self.plan = plan_of(statistics)
+        """Observe what some statistics need. `channels_first`: dimension 1 of the layer's tensors is its channels.
+
+        `head_size`: how many channels a head has, where the channels are those of heads.
+        """
+        self.plan = plan_of(statistics, head_size)
         self.channels_first = channels_first
         self.reducers = reducers or Reducers()
         self.dtype = ""

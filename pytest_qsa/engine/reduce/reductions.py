@@ -56,7 +56,7 @@ class Plan:
     """What one observer reduces, worked out once from its statistics, so that a row costs no look-ups.
 
     `expert_ranges`: the ranges of tokens whose experts are counted. `massive`: array → its two thresholds. `steps`: all
-    reductions; `others`: those that no kernel does.
+    reductions; `others`: those that no kernel does. `head_size`: how many channels a head has, 0 where there are none.
     """
 
     tokens: bool
@@ -70,9 +70,10 @@ class Plan:
     massive: Mapping[str, tuple[float, float]]
     steps: tuple[tuple[Statistic, Reduction], ...]
     others: tuple[tuple[Statistic, Reduction], ...]
+    head_size: int = 0
 
     @classmethod
-    def of(cls, statistics: frozenset[Statistic]) -> Plan:
+    def of(cls, statistics: frozenset[Statistic], head_size: int = 0) -> Plan:
         """Work out the plan of some statistics."""
         # Sorted, so that the order of reductions isn't that of a set.
         ordered = sorted(statistics)
@@ -89,6 +90,7 @@ class Plan:
             massive={s.key: (s.absolute, s.ratio) for s in ordered if isinstance(s, Massive)},
             steps=steps,
             others=tuple(step for step in steps if step[0].name not in FUSED),
+            head_size=head_size,
         )
 
     @cached_property
@@ -202,7 +204,7 @@ def of_range(statistic: InRange, row: Row, into: Accumulator) -> None:
     if reduction is None:  # experts, which the observer counts
         return
     some = tokens if len(tokens) else row.counted[:1]
-    part = Row(some, None, some, row.sample, Plan.of(frozenset({inner})), row.tables, row.compiled)
+    part = Row(some, None, some, row.sample, Plan.of(frozenset({inner}), row.plan.head_size), row.tables, row.compiled)
     if len(tokens):
         reduction(inner, part, within)
         return

@@ -174,9 +174,10 @@ def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulat
     The scales of tokens, channels and groups aren't known after the pass, so the pass must take the sums.
     """
     x = row.floats
-    scales = _scales(statistic, x)
-    if statistic.by == "group":
-        scales = scales.repeat_interleave(statistic.group_size, dim=1)[:, : x.shape[1]]
+    size = statistic.group_size or (row.plan.head_size if statistic.by == "token_head" else 0)
+    scales = _scales(statistic, x, size)
+    if size:
+        scales = scales.repeat_interleave(size, dim=1)[:, : x.shape[1]]
     scaled = x / scales
     if statistic.scheme == "fp8_e4m3":
         # frexp's mantissas are in [½, 1), those of floats in [1, 2).
@@ -190,10 +191,13 @@ def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulat
     into.take(statistic.key, torch.stack([_total(wide.square()), _total(error.square())]))
 
 
-def _scales(statistic: QuantizationPowers, x: Tensor) -> Tensor:
-    """Return the scales of x [T, C] float32: [T, 1], [1, C] or [T, C / size rounded up]; 1 where all is zero."""
-    magnitudes, size = x.abs(), statistic.group_size
-    if statistic.by == "group":
+def _scales(statistic: QuantizationPowers, x: Tensor, size: int) -> Tensor:
+    """Return the scales of x [T, C] float32: [T, 1], [1, C] or [T, C / size rounded up]; 1 where all is zero.
+
+    `size`: how many neighbouring channels share one, 0 where it is no group of them.
+    """
+    magnitudes = x.abs()
+    if size:
         # The last group may be short; zeros don't change its largest |x|.
         magnitudes = torch.nn.functional.pad(magnitudes, (0, -x.shape[1] % size))
         largest = magnitudes.reshape(len(x), -1, size).amax(dim=2)

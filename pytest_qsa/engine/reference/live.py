@@ -142,7 +142,7 @@ class LiveReference(Reference):
         streamed = self.stream is not None
         may_stop = not self.compares_predictions
         self.statistics = SiteStatistics(self._own, self.modules, may_stop=may_stop, learns_order=not streamed)
-        exits.enter_context(evaluating(self.model))
+        exits.enter_context(evaluating(self.model, use_cache=self.statistics.uses_cache))
         if self.stream is not None:
             if self._own:
                 rehearse(self.model, self.statistics, run.batches[0])

@@ -124,7 +124,8 @@ class Participant:
     `needs`: how much has to run. `sites`: the sites whose tensors `visit` gets, of every batch.
     `input_sites`: the output sites at which it also gets what went into the layer.
     `awaited_weights`: the layers whose weights it still has to see.
-    `stream`: reads the weights of a model of its own while the pass runs.
+    `stream`: reads the weights of a model of its own while the pass runs. `uses_cache`: the model has to fill its KV
+    cache.
     """
 
     needs: Need = Need.NOTHING
@@ -132,6 +133,7 @@ class Participant:
     input_sites: AbstractSet[SiteKey] = frozenset()
     awaited_weights: AbstractSet[str] = frozenset()
     stream: Stream | None = None
+    uses_cache: bool = False
 
     def prepare(self, run: Pass, exits: ExitStack) -> None:
         """Get ready for a pass; what goes onto `exits` is undone after it."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...captures import (
+    CACHE_SITES,
     LOGITS,
     SINKS,
     SITES,
@@ -34,7 +35,7 @@ from ...captures import (
 )
 from ...common import Progress, QsaError, logger
 from ..load.batches import Batch, BatchRows, row_count, rows_of, token_ids
-from ..modules import Expert, Layer, blocks_of, evaluating, layers_of, run_batch, with_experts
+from ..modules import Expert, Layer, blocks_of, caching_layers, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
 from ..stream.stream import Stream
 from .next_token import Predictions, decided_otherwise
@@ -83,7 +84,8 @@ def wanted_sites(
         if request.site == LOGITS:
             continue
         of_experts = at_experts(request.site, request.statistics)
-        for name in match_layers(list(layers), request.pattern, request.exclude):
+        names = caching_layers(layers) if request.site in CACHE_SITES else layers
+        for name in match_layers(list(names), request.pattern, request.exclude):
             if isinstance(layers[name], Expert) and not of_experts:
                 continue  # nothing calls it, so that it has a weight alone
             statistics = of_experts if isinstance(layers[name], Expert) else request.statistics
@@ -134,7 +136,8 @@ class _Running:
     def capture(self) -> Capture:
         """Run all of it."""
         run, stream = self.run, self.run.stream
-        with evaluating(run.model), ExitStack() as exits:
+        use_cache = any(participant.uses_cache for participant in self.participants)
+        with evaluating(run.model, use_cache=use_cache), ExitStack() as exits:
             for participant in self.participants:
                 participant.prepare(run, exits)
             if stream is not None:

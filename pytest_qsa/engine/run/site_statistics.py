@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
@@ -15,7 +15,18 @@ from accelerate.utils import align_module_device
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import EXPERTS, STORED, Capture, InRange, SiteKey, SiteNumbers, Statistic, against_reference
+from ...captures import (
+    CACHE_SITES,
+    EXPERTS,
+    STORED,
+    Capture,
+    InRange,
+    Site,
+    SiteKey,
+    SiteNumbers,
+    Statistic,
+    against_reference,
+)
 from ...common import InfraError
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
@@ -32,6 +43,7 @@ from ..modules import (
 )
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
+from .kv_cache import States, Take, watched
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart, SeenTensor, WantedSites
 
 
@@ -63,6 +75,11 @@ class SiteStatistics(Participant):
         self.needs = Need.FORWARDS if wanted else Need.NOTHING
         self.may_stop = may_stop
         self.learns_order = learns_order
+        self.uses_cache = any(site in CACHE_SITES for _, site in wanted)
+        self.cached: dict[str, tuple[Site, Site]] = {}
+        """Layer → the sites of what it has put into the KV cache."""
+        self.head_sizes: dict[SiteKey, int] = {}
+        """Of the sites of the cache: how many channels a head has there."""
         self.rehearsed: CallOrder | None = None
         self.unshared: frozenset[SiteKey] = frozenset()
         self._fused = fused
@@ -155,7 +172,8 @@ class SiteStatistics(Participant):
 
     def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:
         first = channels_first(self.modules[site[0]])
-        made = self.observers[site] = StreamObserver(statistics, self.reducers, channels_first=first)
+        size = self.head_sizes.get(site, 0)
+        made = self.observers[site] = StreamObserver(statistics, self.reducers, channels_first=first, head_size=size)
         return made
 
     def _unshare(self, site: SiteKey) -> NoReturn:
@@ -179,6 +197,24 @@ class SiteStatistics(Participant):
     def contribute(self, numbers: dict[SiteKey, SiteNumbers]) -> None:
         """Add the numbers of every site."""
         numbers |= self.numbers()
+
+    def complete(self, capture: Capture) -> Capture:
+        """Leave out the layers that have put nothing into the KV cache, and add why."""
+        if not self.uses_cache:
+            return capture
+        left = [site for site, n in capture.sites.items() if site[1] in CACHE_SITES and not n.populations]
+        sites = {site: numbers for site, numbers in capture.sites.items() if site not in left}
+        asked = {layer for layer, site in self.wanted if site in CACHE_SITES}
+        # A block carries the number of the attention in it, and hands nothing over itself.
+        blocks = {layer for layer in asked for other in asked if other.startswith(f"{layer}.")}
+        uncached = {layer: self._why_uncached(layer) for layer, _ in left if layer not in blocks}
+        return replace(capture, sites=sites, uncached=uncached)
+
+    def _why_uncached(self, layer: str) -> str:
+        if layer not in self.cached:
+            return "fills no KV cache: it reads another layer's, keeps a state, or sees all tokens at once"
+        first, second = self.cached[layer]
+        return f"has the sites {first} and {second}"
 
     def numbers(self) -> dict[SiteKey, SiteNumbers]:
         """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
@@ -213,18 +249,23 @@ def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
 def hooked(statistics: SiteStatistics, visitors: Sequence[Participant] = ()) -> Iterator[None]:
     """Hook every site that is wanted: those of `visitors` that name it look at its tensor, then it's reduced."""
     handles = []
+    caching: dict[str, dict[Site, Observe]] = {}
     for layer, site in statistics.wanted:
         module = statistics.modules[layer]
         observe = _observer_of(statistics, visitors, (layer, site))
-        if site == "input":
+        if site in CACHE_SITES:
+            caching.setdefault(layer, {})[site] = observe
+        elif site == "input":
             experts = packed_experts(module) if EXPERTS in statistics.wanted[layer, site] else 0
             handles.append(module.register_forward_pre_hook(_input_hook(observe, experts), with_kwargs=True))
         elif any((layer, site) in visitor.input_sites for visitor in visitors):
             handles.append(module.register_forward_hook(_output_hook_with_inputs(observe), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(_output_hook(observe)))
+    takes = {layer: _cache_hook(statistics, layer, observers) for layer, observers in caching.items()}
     try:
-        yield
+        with watched(statistics.modules, takes) if takes else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -270,6 +311,18 @@ def _output_hook_with_inputs(observe: Observe) -> Callable[..., None]:
         observe(tensor_of(output), None, input_of(args, kwargs))
 
     return hook
+
+
+def _cache_hook(statistics: SiteStatistics, layer: str, observers: Mapping[Site, Observe]) -> Take:
+    def take(sites: tuple[Site, Site], states: States) -> States:
+        statistics.cached[layer] = sites
+        for site, state in zip(sites, states, strict=True):
+            if site in observers:
+                statistics.head_sizes[layer, site] = state.shape[-1]
+                observers[site](state.transpose(1, 2).flatten(2))
+        return states
+
+    return take
 
 
 class _Weights(Participant):

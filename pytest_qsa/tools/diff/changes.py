@@ -9,10 +9,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
-from ...captures import Capture
+from ...captures import Capture, LayerSite
 from ...common import AnomalyError, SuiteError, did_you_mean
 from ...metrics import METRICS, View
 from ...verdicts import channel_of, context
@@ -20,7 +21,7 @@ from .sides import USUAL, DiffMeasure, DiffSide, MeasureTable, compute_table, co
 
 TOKEN_COUNTS = ("new_outliers", "lost_outliers")
 _FORM = re.compile(
-    r"\s*(?P<name>[a-z_0-9]+)(?:\.(?P<stat>[\w.]+))?(?:\s*@(?P<site>input|output|weight))?"
+    r"\s*(?P<name>[a-z_0-9]+)(?:\.(?P<stat>[\w.]+))?(?:\s*@(?P<site>" + "|".join(get_args(LayerSite)) + r"))?"
     r"\s*(?P<sign>[<>])\s*(?P<number>[+\-−]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<percent>%?)\s*"
 )
 HOW = "write METRIC[.STAT][@SITE] > NUMBER[%], such as 'magnitude.top1 > 5%', 'rms@weight > +1%' or 'new_outliers > 0'"

@@ -69,8 +69,8 @@ def _row(metric: Metric) -> str:
     what = (metric.compute.__doc__ or "").partition("\n")[0].replace("|", "\\|")
     sites = [site for site in metric.sites if not (metric.tokenwise and site == "weight")]
     # All four sites of the KV cache have the same metrics: one name in the table.
-    sites = list(dict.fromkeys("KV cache" if site in CACHE_SITES else site for site in sites))
-    return f"| {_signature(metric)} | {what} | {metric.unit} | {metric.reduce or 'pooled'} | {', '.join(sites)} |"
+    shown = list(dict.fromkeys("KV cache" if site in CACHE_SITES else str(site) for site in sites))
+    return f"| {_signature(metric)} | {what} | {metric.unit} | {metric.reduce or 'pooled'} | {', '.join(shown)} |"
 
 
 def _signature(definition: Definition) -> str:

@@ -33,7 +33,7 @@ from ..checkpoint import capture_weights
 from ..common import InfraError, Progress, SuiteError, did_you_mean, step
 from ..metrics import METRICS, check_arguments, positions_of
 from ..suite import Data, NamedSubject, files_of
-from .load.answers import with_boundaries
+from .load.answers import prompts_available, with_boundaries
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
 from .load.models import Loaded
@@ -46,7 +46,7 @@ from .reference.replay import ReplayedReference
 from .run.participant import Participant
 from .run.run_pass import run_pass
 from .run.shared_pass import SampleShare
-from .subject import capture_loaded, load_reference, load_subject, with_files
+from .subject import capture_loaded, load_reference, load_subject, subject_batches, with_files
 
 Statistics = str | Iterable[str | tuple[str, Mapping[str, Any]]]
 
@@ -186,10 +186,12 @@ def capture_parts(
     with ExitStack() as exits:
         loaded = load_subject(subject, allow_code=allow_code)
         exits.callback(loaded.close)
-        reference = _reference(subject, loaded, allow_code=allow_code) if compares(of_pass) else None
+        compared = compares(of_pass) or subject.is_answered_by_reference
+        reference = _reference(subject, loaded, allow_code=allow_code) if compared else None
         if reference is not None:
             exits.callback(reference.close)
         subject, size = _divided(subject, loaded, reference, parts)
+        batches = subject_batches(subject, loaded, reference)  # once, for answers take as long as a pass
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
         # A model's weights are the same in every part, so only the first pass reads them.
@@ -199,7 +201,7 @@ def capture_parts(
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
             asked = activations if captures else of_pass
             step(len(captures) + 1, parts + passes - 1)
-            own = capture_loaded(subject, loaded, None, asked, moved, share, reference)
+            own = capture_loaded(subject, loaded, None, asked, moved, share, reference, batches)
             if captures:
                 own = with_weights(own, captures[0])
             elif of_files:
@@ -232,16 +234,15 @@ def _reference(subject: NamedSubject, loaded: Loaded, *, allow_code: bool) -> Lo
 
 
 def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
-    """Return how many windows each part gets: `num_samples`, or as many as the text has.
+    """Return how many windows, or prompts, each part gets: `num_samples`, or as many as the source has.
 
     Raises:
         InfraError: there is no tokenizer, or not one window for each part.
     """
-    available = windows_available(data, loaded.required_tokenizer("the model"), folder)
+    tokenizer = loaded.required_tokenizer("the model")
+    available = prompts_available(data, folder) if data.answers else windows_available(data, tokenizer, folder)
     size = data.num_samples if available is None else min(data.num_samples, available // parts)
     if size < 1:
-        raise InfraError(
-            f"too little text in '{data.source}' for {parts} parts: it has {available} windows of {data.seq_len}; "
-            "lower data.seq_len or --parts"
-        )
+        has = "prompts; lower --parts" if data.answers else f"windows of {data.seq_len}; lower data.seq_len or --parts"
+        raise InfraError(f"too little text in '{data.source}' for {parts} parts: it has {available} {has}")
     return size

@@ -136,7 +136,7 @@ def _capture_pass(
 ) -> Capture:
     if subject.model.engine.name == "vllm":
         return _capture_in_vllm(subject, requests, allow_code, progress, share)
-    compared = compares(requests) or (subject.data.answers is not None and subject.reference is not None)
+    compared = compares(requests) or subject.is_answered_by_reference
     reference: Loaded | ReferenceFile | None = None
     if compared and isinstance(subject.reference, Path):  # before a model is loaded in vain
         reference = _open_reference_file(subject.reference, str(subject.model.reference), requests)
@@ -339,16 +339,19 @@ def capture_loaded(
     progress: Progress | None = None,
     share: SampleShare = ALL_SAMPLES,
     reference: Loaded | ReferenceFile | None = None,
+    made: Sequence[Batch] | None = None,
 ) -> Capture:
     """Run a loaded model over its own batches or over the subject's data, or over a share of them.
 
-    `reference`: the model that it is compared with, where the requests ask for that.
+    `reference`: the model that it is compared with, where the requests ask for that. `made`: the subject's data, where
+    `subject_batches` has made them already.
     """
     if compares(requests) and reference is None:
         raise InfraError("there is nothing to compare with: name model.reference, or give a fixture qsa_reference")
     note = _tokens_note(subject, loaded) if batches is None else ""
     try:
-        every = listed(batches if batches is not None else subject_batches(subject, loaded, reference))
+        own = batches if batches is not None else made
+        every = listed(own if own is not None else subject_batches(subject, loaded, reference))
     except TypeError as error:  # in a test run the caller is pytest, and a traceback would say nothing of the fixture
         raise InfraError(f"the fixture qsa_batches: {error}") from None
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
@@ -361,7 +364,8 @@ def capture_loaded(
         participants.append(_participant_of(reference, loaded, provenance))
     run = SharedPass(loaded, participants, every, requests, progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
-    capture = with_boundaries(capture, requests, loaded.model, loaded.tokenizer, every)
+    first = share.samples[0] if share.samples else 0
+    capture = with_boundaries(capture, requests, loaded.model, loaded.tokenizer, every, first)
     provenance = replace(
         provenance,
         execution=execution.execution(loaded_files(subject), provenance.model.device_class),

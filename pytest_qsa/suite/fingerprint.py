@@ -146,7 +146,7 @@ def fingerprint_of(subject: Subject, hashes: FileHashes, *, with_reference: bool
         logger.debug("%s: no fingerprint, for the hub's data isn't in the cache", subject.name)
         return None
     digest = hashlib.sha256()
-    compared = with_reference or (subject.data.answers is not None and subject.reference is not None)
+    compared = with_reference or subject.is_answered_by_reference
     code, reference = _remote_code(subject), _reference_files(subject) if compared else []
     if code is None or reference is None:
         what = "code from the hub" if code is None else "files of the reference"

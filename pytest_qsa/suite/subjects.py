@@ -127,6 +127,11 @@ class Subject:
         return vllm_program(self.vllm)
 
     @property
+    def is_answered_by_reference(self) -> bool:
+        """Whether the data are answers that the reference gives."""
+        return self.data.answers is not None and self.reference is not None
+
+    @property
     def local_folder(self) -> Path | None:
         """The folder of the model's files: its path, or the hub's cache of its id; None where neither is here.
 

@@ -261,7 +261,15 @@ class Sampled:
                 assertion.id, remark="its bound follows from the bits of the weights: the metric has its own room"
             )
         whole = checked_series(assertion, self.whole)
-        spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
+        try:
+            spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
+        except AnomalyError as error:
+            if not whole.intervals:
+                raise
+            # An estimate that takes more text than a part has still has its error on all of it.
+            spread = Spread.of([whole] * 2, whole)
+            remark = f"no part shows it alone ({error}): sigma is the standard error on all of the data"
+            return Calibrated(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), remark)
         if _of_stored_weights(assertion):
             spread = self._with_room(assertion, spread, k)
         proposals = proposals_of(assertion, spread, self.whole.schemes, k)
@@ -322,6 +330,8 @@ class Sampled:
         """Return what was measured in words: `8 parts of 5 × 512 tokens`; `its files` where no model ran."""
         if not self.whole.tokens and self.whole.provenance.model.files:
             return "its files"
+        if file.suite.data.answers is not None:
+            return f"{len(self.parts)} parts of {self.size} prompts"
         return f"{len(self.parts)} parts of {self.size} × {file.suite.data.seq_len} tokens"
 
     def lines(self, findings: Sequence[Calibrated], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
@@ -331,7 +341,8 @@ class Sampled:
         ran = f" of {data.source}; {self._repeats_text(file)}" if self.whole.tokens else ", which no data changes"
         yield f"{model.id}: {self.data_text(file)}{ran}"
         if self.whole.tokens and self.size < data.num_samples:
-            less = f"a part has {self.size} windows, the suite {data.num_samples}: {data.source} has too little text"
+            what = "windows" if data.answers is None else "prompts"
+            less = f"a part has {self.size} {what}, the suite {data.num_samples}: {data.source} has too little text"
             yield f"{less} for {len(self.parts)} parts as large as the suite's data, which vary less"
         rows = [_cells(each.id, proposal, stated=stated) for each in findings for proposal in each.proposals]
         if rows:

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pytest_qsa import capture
 from pytest_qsa.captures import BoundaryTokens, Request, merge_requests
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.engine.load import answers
 from pytest_qsa.engine.load.answers import batched, boundaries, greedy, markups_of, prompts_of, unbatched
 from pytest_qsa.engine.reference.record import RecordOptions
 from pytest_qsa.engine.subject import capture_subject, record_reference
 from pytest_qsa.metrics import METRICS
-from pytest_qsa.suite import Data, Memory, Model, NamedSubject, prompts
+from pytest_qsa.suite import Data, Memory, Model, NamedSubject, load_suite, prompts, subject_of as subject_of_suite
+from pytest_qsa.tools.calibrate import Sampled
 from support import models
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}> {% endif %}"
@@ -141,6 +143,28 @@ def test_a_kept_reference_holds_its_answers(checkpoints, compared, tmp_path):
     file.write_bytes(plain.to_bytes())
     with pytest.raises(InfraError, match=r"recorded without answers: make it anew"):
         capture_subject(subject, BOUNDARY)
+
+
+def test_a_calibration_asks_once_and_takes_the_error_of_all_answers_where_a_part_has_too_few(
+    checkpoints, compared, tmp_path, monkeypatch
+):
+    original, broken, _ = checkpoints
+    asked, file = [], tmp_path / "ends.qsa.yaml"
+    monkeypatch.setattr(answers, "greedy", lambda *given: asked.append(given[1]) or greedy(*given))
+    file.write_text(
+        f"model: {{path: {broken}, reference: {original}}}\n"
+        f"data: {{source: prompts, num_samples: {COUNT}, seq_len: 512, answers: {{max_new_tokens: {MOST}}}}}\n"
+        "assertions:\n  - {id: ends, metric: boundary_tokens, min: 0.1}\n  - {id: kl, metric: kl_divergence, max: 9}\n"
+    )
+    suite_file = load_suite(file)
+    sampled = Sampled.of(subject_of_suite(suite_file), suite_file, 8, 1, allow_code=False)
+    assert [len(prompts) for prompts in asked] == [80]
+    assert sampled.size == 10
+    ends, kl = (sampled.finding(each, 10) for each in suite_file.assertions)
+    low, high, _ = next(iter(compared.logits().boundary_tokens().intervals.values()))
+    assert ends.proposals[0].noise.sigma == pytest.approx((high - low) / (2 * 1.959964), rel=1e-3)
+    assert "no part shows it alone (the reference writes" in ends.remark
+    assert "standard error" not in kl.remark
 
 
 def test_batches_of_answers_are_padded_and_come_back():

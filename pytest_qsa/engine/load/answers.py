@@ -90,14 +90,23 @@ def prompts_of(data: Data, tokenizer: TextTokenizer, folder: Path) -> list[list[
     Raises:
         InfraError: the source has too few, or the tokenizer can't format a conversation for an answer.
     """
-    texts = read_texts(data.model_copy(update={"chat_template": True}), folder)
-    conversations = [found for text in texts if (found := _waiting(text))]
+    conversations = _conversations(data, folder)
     if len(conversations) < data.num_samples:
         raise InfraError(
             f"'{data.source}' has {len(conversations)} prompts, and data.num_samples asks for {data.num_samples}"
         )
     drawn = np.random.default_rng(data.seed).choice(len(conversations), data.num_samples, replace=False)
     return [_formatted(conversations[index], tokenizer) for index in np.sort(drawn).tolist()]
+
+
+def prompts_available(data: Data, folder: Path) -> int:
+    """Return the number of prompts of a source."""
+    return len(_conversations(data, folder))
+
+
+def _conversations(data: Data, folder: Path) -> list[list[Any]]:
+    texts = read_texts(data.model_copy(update={"chat_template": True}), folder)
+    return [found for text in texts if (found := _waiting(text))]
 
 
 def _waiting(text: Any) -> list[Any]:
@@ -202,16 +211,24 @@ def markups_of(tokens: str, model: nn.Module, tokenizer: Any) -> list[list[int]]
 
 
 def with_boundaries(
-    capture: Capture, requests: Iterable[Request], model: nn.Module, tokenizer: Any, batches: Iterable[Batch]
+    capture: Capture,
+    requests: Iterable[Request],
+    model: nn.Module,
+    tokenizer: Any,
+    batches: Iterable[Batch],
+    first: int = 0,
 ) -> Capture:
-    """Add to a capture where the boundaries of its text are, which need no pass, for those who ask for it."""
+    """Add to a capture where the boundaries of its text are, which need no pass, for those who ask for it.
+
+    `first`: which sample of the batches is the capture's first.
+    """
     wanted = {
         each for of in requests if of.site == LOGITS for each in of.statistics if isinstance(each, BoundaryTokens)
     }
     numbers = capture.sites.get((LOGITS, LOGITS))
     if not wanted or numbers is None:
         return capture
-    starts = [start for batch in batches for start in getattr(batch, "starts", ())]
+    starts = [start for batch in batches for start in getattr(batch, "starts", ())][first:]
     written = np.split(numbers.arrays[PredictionMargins().key][:, 3], numbers.offsets[1:-1])
     arrays: dict[str, Array] = {}
     for each in wanted:

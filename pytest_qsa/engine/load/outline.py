@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from ..modules import (
     with_experts,
 )
 from .adapters import add_empty_adapter, source_of
-from .batches import Batch
+from .answers import prompts_of
+from .batches import token_ids
 from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
 from .load_errors import CONFIG, fault_of_files
@@ -258,24 +260,30 @@ def check_tokens(data: Data, own: TextTokenizer, other: TextTokenizer | None, fo
     if other is None:
         return
     try:
-        theirs = batches_of(data, other, folder)
+        theirs = _samples(data, other, folder)
     except InfraError as error:
         raise InfraError(
             f"the reference's tokenizer makes other tokens of the data than the model's ({error})"
         ) from None
-    for window, (one, two) in enumerate(zip(batches_of(data, own, folder), theirs, strict=True)):
+    for index, (one, two) in enumerate(zip(_samples(data, own, folder), theirs, strict=True)):
         if (at := _differing(one, two)) is not None:
             raise InfraError(
                 "the reference's tokenizer makes other tokens of the data than the model's: "
-                f"batch {window} differs from token {at} on{_ADVICE}"
+                f"sample {index} differs from token {at} on{_ADVICE}"
             )
 
 
-def _differing(one: Batch, other: Batch) -> int | None:
-    """Return the first position at which two batches of ids differ."""
-    a, b = (batch if isinstance(batch, torch.Tensor) else batch["input_ids"] for batch in (one, other))
-    differing = (a != b).any(dim=0).nonzero()
-    return int(differing[0]) if len(differing) else None
+def _samples(data: Data, tokenizer: TextTokenizer, folder: Path) -> list[list[int]]:
+    """Return the token ids of each window; of prompts that wait for an answer, those of each prompt."""
+    if data.answers is not None:
+        return prompts_of(data, tokenizer, folder)
+    return [row.tolist() for batch in batches_of(data, tokenizer, folder) for row in token_ids(batch)]
+
+
+def _differing(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Return the first position at which two samples differ."""
+    differ = (at for at, (a, b) in enumerate(zip_longest(one, other)) if a != b)
+    return next(differ, None)
 
 
 PART = 32 << 20

@@ -14,7 +14,16 @@ from common import SMOLLM2, arguments, medians, smollm2, token_batches, wide_lla
 from overhead import bare
 from torch import Tensor, nn
 
-from pytest_qsa.captures import AGREEMENT, ERROR, REFERENCE_SINKS, SCORES, LocalError, Request
+from pytest_qsa.captures import (
+    AGREEMENT,
+    ERROR,
+    REFERENCE_SINKS,
+    SCORES,
+    LocalError,
+    PredictionMargins,
+    PredictionOverlap,
+    Request,
+)
 from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.run.run_pass import run_pass
 
@@ -26,6 +35,8 @@ PROPAGATED = [
 ]
 LOCAL = Request("_proj$", "output", None, frozenset({LocalError(32)}))
 """What sqnr, kl_divergence and local_sqnr ask for."""
+DECISIONS = Request("", "logits", None, frozenset({PredictionMargins(), PredictionOverlap()}))
+"""What margin_ratio, flips and overlap ask for beside."""
 
 
 def smollm2_int8() -> nn.Module:
@@ -61,6 +72,7 @@ def measure(name: str, model: nn.Module, reference: nn.Module, batches: list[Ten
             "reference": bare(reference, batches),
             "propagated": compared(PROPAGATED),
             "local": compared([*PROPAGATED, LOCAL]),
+            "decisions": compared([*PROPAGATED, DECISIONS]),
         },
         repeats,
     )
@@ -70,7 +82,9 @@ def measure(name: str, model: nn.Module, reference: nn.Module, batches: list[Ten
         ("propagated", "every site and KL"),
         ("local", "the linears' outputs, their local error and KL"),
     ):
-        print(f"{name:<14} {text:<40} ÷ both bare forwards: {taken[case] / both:.3f}")
+        print(f"{name:<14} {text:<48} ÷ both bare forwards: {taken[case] / both:.3f}")
+    added = taken["decisions"] / taken["propagated"] - 1
+    print(f"{name:<14} margins and overlap beside every site and KL: {added:+.1%} of the pair's time")
 
 
 def main() -> None:

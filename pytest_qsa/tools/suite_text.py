@@ -239,10 +239,13 @@ def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Dr
     return drafts
 
 
-def measured_drafts(anatomy: Anatomy, compare: Compare | None = None) -> list[Draft]:
-    """Return the assertions that a pass answers. `compare`: what can be compared with the reference, None without."""
+def measured_drafts(anatomy: Anatomy, compare: Compare | None = None, *, answers: bool = False) -> list[Draft]:
+    """Return the assertions that a pass answers. `compare`: what can be compared with the reference, None without.
+
+    `answers`: whether the data are the reference's own.
+    """
     parts = {"layers": ("layers", "blocks", "logits"), "blocks": ("blocks", "logits"), "logits": ("logits",)}
-    chosen, smoothed = ("model", *parts.get(compare or "", ())), compare == "blocks"
+    chosen, smoothed = ("model", *parts.get(compare or "", ()), *(["answers"] if answers else ())), compare == "blocks"
     return [draft for part in chosen for draft in drafts_of(part, anatomy, smoothed=smoothed)]
 
 
@@ -296,7 +299,7 @@ def first_suite(
     files = subject.model.weights == "files"
     if files:  # of no model, so that layers go by the files' own names
         layers = layers.renamed(files_of(subject).format.layers_of(layers.weights))
-    drafts = measured_drafts(layers, compare)
+    drafts = measured_drafts(layers, compare, answers=subject.is_answered_by_reference)
     if compare == "layers":
         drafts = [with_gain_bound(draft, layers, files_of(subject).format) for draft in drafts]
     if files:

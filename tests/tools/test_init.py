@@ -330,6 +330,16 @@ def test_smoothed_models_are_compared_by_blocks_and_rotated_ones_by_predictions(
     assert {draft.keys["metric"] for draft in measured_drafts(anatomy, compare)} - alone == kinds
 
 
+def test_answers_as_data_get_assertions_on_where_they_end():
+    anatomy = Anatomy(["model.layers.0"], ["model.layers.0.mlp.down_proj"])
+    of_text, of_answers = (
+        {draft.keys["id"]: draft.open for draft in measured_drafts(anatomy, "layers", answers=answers)}
+        for answers in (False, True)
+    )
+    ends = {"boundaries-kept": ["min"], "boundaries-as-likely": ["max"], "no-other-boundaries": ["max"]}
+    assert of_answers == {**of_text, **ends}
+
+
 @pytest.mark.parametrize(
     ("schemes", "few"),
     [({"a": "w8a8_int"}, False), ({"a": "none", "b": "w4a16_int"}, True), ({"a": "w16a16"}, False), (None, False)],

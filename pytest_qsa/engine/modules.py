@@ -282,9 +282,10 @@ def check_context(model: nn.Module, tokens: int) -> None:
     if not isinstance(most, int) or most < 1:
         return
     # A scaled rope reaches that much farther; some configurations state the scaled length already, others don't.
-    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
-    reach = int(most * max(1.0, float(factor))) if isinstance(factor, int | float) else most
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
+    by_type = list(scaling.values()) if isinstance(scaling, Mapping) else []
+    factors = [each.get("factor") for each in (scaling, *by_type) if isinstance(each, Mapping)]
+    reach = int(most * max([1.0, *(float(each) for each in factors if isinstance(each, int | float))]))
     if tokens > reach:
         raise InfraError(
             f"data.seq_len {tokens:,} is more than the {reach:,} positions that {type(model).__name__} takes "

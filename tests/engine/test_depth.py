@@ -80,5 +80,7 @@ def test_a_window_longer_than_the_context_is_refused_in_one_line():
         InfraError, match=r"data\.seq_len 33 is more than the 32 positions that MistralForCausalLM takes"
     ):
         check_context(model, 33)
-    model.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
-    check_context(model, 128)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    for rope in (yarn, {"full_attention": yarn, "sliding_attention": {"rope_type": "default"}}):
+        model.config.rope_parameters = rope
+        check_context(model, 128)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,10 +106,28 @@ def _large(name: str) -> Callable[[], object]:
     return read
 
 
+def _many_tensors() -> None:
+    _folder("{}")
+    entry = '"a.%d": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    text = ("{" + ",".join(entry % index for index in range(300_000)) + "}").encode()
+    Path("checkpoint/model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    open_folder("checkpoint").check_files()
+
+
+def _endless_gguf() -> None:
+    (_folder("{}") / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 40, 0))
+    try:
+        _ = open_folder("checkpoint", gguf_file="model.gguf").tensors
+    finally:
+        Path("checkpoint/model.gguf").unlink()
+
+
 CHECKPOINTS: dict[str, Callable[[], object]] = {
     "a configuration that is nested deeply": _checked("[" * 1000 + "]" * 1000),
     "a negative shape": _checked("{}", _weight([-2, -2])),
     "a shape beyond the file": _checked("{}", _weight([200, 2])),
+    "a header of more tensors than any file has": _many_tensors,
+    "a GGUF file whose counts lead behind its end": _endless_gguf,
     "a format that nobody knows": _checked('{"quantization_config": {"quant_method": "compresed-tensors"}}'),
     "a template of 300 MB": _large("chat_template.jinja"),
 }

@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import AnomalyError, InfraError
+from ..common import AnomalyError, InfraError, refuse_special
 from .tensors import RAW, Tensor, decoded, encoded
 
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+MOST_READ = 2_500_000
+"""The most counts, texts and lists before the weights; 262,144 tokens and twice as many merges take two thirds."""
 Bytes = NDArray[np.uint8]
 SPLIT = "F16 in quarters"
 """IQ1_M: a float16 in the upper 4 bits of four words of 16 bits, its lowest bits in the first word."""
@@ -161,21 +166,21 @@ def read_gguf(path: Path) -> GgufFile:
         InfraError: the package gguf is not installed or doesn't know a type of the file, or there is no such file.
         AnomalyError: the file is damaged.
     """
+    refuse_special(path)
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InfraError(f"reading {path.name} takes the package gguf: pip install gguf") from None
-    try:
-        reader = GGUFReader(path)
-        tensors = [_tensor(path, entry) for entry in reader.tensors]
+        reader = _bounded_reader(path)
+        found = path.stat()
+        tensors = [_tensor(path, entry, (found.st_ino, found.st_mtime_ns)) for entry in reader.tensors]
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
             if name == "tokenizer.ggml.tokens" or not name.startswith("tokenizer.")
         }
+    except ImportError:
+        raise InfraError(f"reading {path.name} takes the package gguf: pip install gguf") from None
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error}") from None
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
         if number := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             what = f"{path} holds tensors of the type {number[1]}, which the installed gguf doesn't know"
             raise InfraError(f"{what}: upgrade it (pip install -U gguf)") from None
@@ -187,8 +192,43 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(architecture, tensors, settings, {word: index for index, word in enumerate(words)})
 
 
-def _tensor(path: Path, entry: Any) -> Tensor:
+def _bounded_reader(path: Path) -> GGUFReader:
+    """Return the package's reader of a file, which by itself reads on behind the file's end, up to any count.
+
+    A list of numbers is read at once instead of number by number.
+
+    Raises:
+        ValueError: the file is cut short, or holds more than `MOST_READ` counts, lengths and values before its weights.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    class Bounded(GGUFReader):
+        left = MOST_READ
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **orders: Any) -> NDArray[Any]:
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f"it holds more than {MOST_READ:,} values before its weights")
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                what = f"its header states {count:,} more at byte {offset:,}"
+                raise ValueError(f"it has {len(self.data):,} bytes, and {what}")
+            found: NDArray[Any] = super()._get(offset, dtype, count, *order, **orders)
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                if dtype := self.gguf_scalar_to_np.get(kind[0]):
+                    values = self._get(orig_offs + 12, dtype, length[0])
+                    types = [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+                    return 12 + values.nbytes, [kind, length, values], [2], types
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Bounded(path)
+
+
+def _tensor(path: Path, entry: Any, written: tuple[int, int]) -> Tensor:
     shape = tuple(int(length) for length in reversed(entry.shape))
     kind, start = entry.tensor_type.name, int(entry.data_offset)
     form = BlockTensor if kind in BLOCKS else Tensor
-    return form(entry.name, kind, shape, path, start, start + int(entry.n_bytes))
+    return form(entry.name, kind, shape, path, start, start + int(entry.n_bytes), written)

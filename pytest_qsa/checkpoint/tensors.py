@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,37 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SMALL_TENSOR = 1 << 14
 """Bytes of a tensor up to which reading it is faster than mapping its file, of which a checkpoint has thousands."""
+MOST_ENTRIES = 150_000
+"""The most tensors of one file; the largest known checkpoints have 300,000 in all, in files of a few thousand."""
 LONGEST_HEADER = 100_000_000
 """The limit of the safetensors library in bytes; a file of another kind states far more."""
 
 
+class _OpenFile:
+    """A file that is read at any offset, and closed when it is forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if descriptor := vars(self).get("_descriptor"):
+            os.close(descriptor)
+
+    def read(self, start: int, count: int) -> bytes:
+        return os.pread(self._descriptor, count, start)
+
+
+@lru_cache(maxsize=4)  # opening a file takes longer than reading a small tensor of it
+def _opened(path: Path, written: tuple[int, int]) -> _OpenFile:
+    return _OpenFile(path)
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file. `start`, `stop`: the offsets of its bytes in the file."""
+    """One tensor of a file. `start`, `stop`: the offsets of its bytes in the file.
+
+    `written`: what the file was when its header was read: its inode, and when it was written.
+    """
 
     name: str
     dtype: str
@@ -61,6 +86,7 @@ class Tensor:
     path: Path
     start: int
     stop: int
+    written: tuple[int, int] = field(compare=False)
 
     @cached_property
     def layer(self) -> str:
@@ -108,9 +134,8 @@ class Tensor:
         return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
 
     def _read(self) -> NDArray[np.uint8]:
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            return np.frombuffer(file.read(self.stop - self.start), dtype=np.uint8)
+        content = _opened(self.path, self.written).read(self.start, self.stop - self.start)
+        return np.frombuffer(content, dtype=np.uint8)
 
     def repeats(self, other: Tensor) -> bool:
         """Say whether another tensor has the same dtype, shape and bytes."""
@@ -131,7 +156,8 @@ def layer_of(name: str) -> str:
     """Return the module that owns a tensor, by the tensor's name."""
     # X.weight.absmax is a tensor of X, as bitsandbytes, quanto, Quark and ModelOpt save what belongs to a weight
     owner = name.rpartition(".")[0]
-    owner = _OF_WEIGHT.sub("", owner)
+    if "weight" in owner or "quantizer" in owner:
+        owner = _OF_WEIGHT.sub("", owner)
     # gpt-oss keeps two packed weights in one module, each with scales: X_blocks and X_scales are of X
     packed = _PACKED.fullmatch(name) if name.endswith(("_blocks", "_scales")) else None
     return packed[1] if packed else owner or name
@@ -215,12 +241,15 @@ def tensors_of(path: Path) -> list[Tensor]:
         AnomalyError: it is no whole safetensors file.
         InfraError: it can't be read, or is a pointer of git-lfs.
     """
-    header, base, size = _header(path)
+    header, base, found = _header(path)
+    if (count := header.count(b'"data_offsets"')) > MOST_ENTRIES:
+        what = f"its header lists {count:,} tensors, more than the {MOST_ENTRIES:,} that are read of one file"
+        raise AnomalyError(f"{path}: {what}: save the checkpoint in smaller files")
     collects = gc.isenabled()
     gc.disable()  # of hundreds of thousands of entries, none of them in a cycle, collections take half of the time
     try:
         entries = json.loads(header).items()
-        return [_tensor(path, name, entry, base, size) for name, entry in entries if name != "__metadata__"]
+        return [_tensor(path, name, entry, base, found) for name, entry in entries if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
     finally:
@@ -241,8 +270,8 @@ def metadata_of(path: Path) -> Mapping[str, str]:
         raise AnomalyError(f"{path} can't be read as safetensors: {error}; copy or download it again") from None
 
 
-def _header(path: Path) -> tuple[bytes, int, int]:
-    """Return the header of a file, the offset of what follows it, and the size of the file."""
+def _header(path: Path) -> tuple[bytes, int, os.stat_result]:
+    """Return the header of a file, the offset of what follows it, and what the system says of the file."""
     refuse_special(path)
     try:
         with path.open("rb") as file:
@@ -253,19 +282,18 @@ def _header(path: Path) -> tuple[bytes, int, int]:
             if not 0 < length <= LONGEST_HEADER:
                 raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
             refuse_sparse(path)
-            return file.read(length), 8 + length, path.stat().st_size
+            return file.read(length), 8 + length, os.fstat(file.fileno())
     except (IsADirectoryError, FileNotFoundError) as error:  # the latter of a link to a file that is gone
         raise AnomalyError(f"{path} is no file: {error.strerror}; copy or download it again") from None
     except OSError as error:
         raise InfraError(f"{path} can't be read: {error.strerror or error}") from None
 
 
-def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, found: os.stat_result) -> Tensor:
     start, stop = entry["data_offsets"]
-    if base + stop > size:
-        raise AnomalyError(
-            f"{path} is cut short: {name} ends at byte {base + stop:,} of {size:,}; copy or download it again"
-        )
+    if base + stop > found.st_size:
+        what = f"{name} ends at byte {base + stop:,} of {found.st_size:,}"
+        raise AnomalyError(f"{path} is cut short: {what}; copy or download it again")
     shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
     if (shape and min(shape) < 0) or not 0 <= start <= stop:
         raise AnomalyError(f"{path}: {name} has the shape {list(shape)} and lies at the bytes {start:,} to {stop:,}")
@@ -273,7 +301,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) 
         raise AnomalyError(
             f"{path}: {name} of the shape {list(shape)} takes {takes:,} bytes, and its header gives it {stop - start:,}"
         )
-    return Tensor(name, dtype, shape, path, base + int(start), base + int(stop))
+    return Tensor(name, dtype, shape, path, base + int(start), base + int(stop), (found.st_ino, found.st_mtime_ns))
 
 
 def element_count(tensor: Tensor) -> int:

@@ -204,7 +204,7 @@ def judged(
     rows = sorted(rows, key=lambda row: (-abs(row.excess), -(row.used or 0.0), row.margin))
     uses = leniency.uses(rows)
     covered = {layer for use in uses if use.state == "in force" for layer in use.covers}
-    rows = [replace(row, waived=row.layer in covered) for row in rows]
+    rows = [replace(row, waived=True) if row.layer in covered else row for row in rows]
     out, red = [row for row in rows if row.excess], failing(rows)
     kind = Kind.REGRESSION if red else Kind.WARNED if out else Kind.PASSED
     headline = out_of_bounds(rows, red or out, bound, query) if out else _all_within(rows, bound, query)

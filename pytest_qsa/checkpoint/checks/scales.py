@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,10 @@ TENSOR_FLOOR, CHANNEL_FLOOR = 0.1, 0.3
 """The least deviation in octaves that is used. Where healthy layers happen to agree, 1 % more is no fault."""
 OFFSET_FLOOR = 0.02
 """The least deviation of mean over rms that is used. SmolLM2 stays within 0.01; zero points + 1 give 0.24 at 4 bits."""
+SMALLEST_NUMBER = 2.0**-1074
+"""The smallest number of float64 above 0."""
+EXPONENTS = ("U8", "F8_E8M0")
+"""The dtypes of microscaling's scales, which are whole octaves."""
 SMALLEST_EXPONENT = 2.0**-127
 """What a byte of 0 means as an exponent of microscaling (E8M0)."""
 ROWS_READ = 64
@@ -50,6 +56,49 @@ MOST_FOLDED = 4.0
 """The most octaves that a smoothing moves from one layer to the next; AWQ moves two on SmolLM2."""
 
 
+class Octaves(NamedTuple):
+    """The sizes in a tensor as logarithms to the base of 2. `mean`: of microscaling's exponents; else the median."""
+
+    low: float
+    median: float
+    high: float
+    mean: float
+
+
+class Sizes(NamedTuple):
+    """What is kept of a tensor of scales, which may have millions. `sound`: none is odd, whatever the format.
+
+    `octaves`: of those that are finite and not zero; None where none is.
+    """
+
+    sound: bool
+    octaves: Octaves | None
+
+
+@lru_cache(maxsize=4)  # of a checkpoint's format: two checks ask for them, and reading takes most of their time
+def sizes_of(form: Format) -> Mapping[tuple[str, str], Sizes]:
+    """Return what is kept of all scales: the layer and the part → its sizes."""
+    found = {}
+    for layer in form.scaled:
+        for part, tensor in form.scales_of(layer).items():
+            values = form.scale_values(layer, part).ravel()
+            least = SMALLEST.get(tensor.dtype, SMALLEST_NUMBER)
+            sound = bool(values.size) and bool(
+                values.min() >= least and values.max() < np.inf
+            )  # neither is true of NaN
+            sizes = values if sound else np.abs(values[np.isfinite(values) & (values != 0)])
+            found[layer, part] = Sizes(sound, octaves_of(sizes, tensor.dtype) if sizes.size else None)
+    return found
+
+
+def octaves_of(sizes: NDArray[np.float64], dtype: str) -> Octaves:
+    """Return the octaves of some sizes, all above 0 and finite. `dtype`: that of their tensor."""
+    ordered, last = np.sort(sizes), sizes.size - 1
+    low, below, above, high = np.log2(ordered[[0, last // 2, (last + 1) // 2, last]]).tolist()
+    median = (below + above) / 2
+    return Octaves(low, median, high, float(np.log2(sizes).mean()) if dtype in EXPONENTS else median)
+
+
 def misfits(form: Format) -> Iterator[Finding]:
     """Yield what a format finds in each layer, else why the tensors of the layer don't fit one another."""
     for layer in form.folder.layers:
@@ -65,6 +114,8 @@ def unsound_scales(form: Format) -> Iterator[Finding]:
     may_be_negative = form.signed_scales and _most_are_signed(form)
     for layer in form.scaled:
         for part, tensor in form.scales_of(layer).items():
+            if sizes_of(form)[layer, part].sound:
+                continue
             values = form.scale_values(layer, part).ravel()
             faults = {
                 "NaN": np.isnan(values),
@@ -87,8 +138,8 @@ def unwritten_exponents(form: Format) -> Iterator[Finding]:
     A group of zeros may have any exponent; other weights would be lost in every dtype of a model.
     """
     for layer in form.scaled:
-        scale, shape = form.weight_scale_of(layer), form.weight_shape(layer)
-        if scale is None or shape is None or scale.dtype not in ("U8", "F8_E8M0"):
+        scale = form.weight_scale_of(layer)
+        if scale is None or scale.dtype not in EXPONENTS or (shape := form.weight_shape(layer)) is None:
             continue
         exponents = form.scale_values(layer, scale.part)
         if not exponents.size or exponents.size % shape[0]:
@@ -117,14 +168,14 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
     projection in the other blocks: |log₂ x − median| > spread × max(1.4826 · MAD, floor); Iglewicz and Hoaglin, 1993.
     What a smoothing took from one layer and gave to the next is no finding.
     """
-    kinds: dict[str, dict[str, NDArray[np.float64]]] = {}
-    rows: dict[str, dict[str, NDArray[np.float64]]] = {}
+    kinds: dict[str, dict[str, Octaves]] = {}
+    rows: dict[str, dict[str, Octaves]] = {}
     for layer in form.scaled:
         for part, tensor in form.scales_of(layer).items():
-            _add(kinds, tensor, form.scale_values(layer, part).ravel())
+            _add(kinds, tensor, sizes_of(form)[layer, part].octaves)
         codes, size = form.codes_of(layer), form.typical_row(layer)
-        if codes is not None and size is not None:
-            _add(rows, codes, np.array([size]))
+        if codes is not None and size is not None and 0 < size < np.inf:
+            _add(rows, codes, octaves_of(np.array([size]), codes.dtype))
     moved = _folded(form.folder, [*kinds.values(), *rows.values()])
     for kind, members in kinds.items():
         if len(members) >= FEWEST:
@@ -137,11 +188,11 @@ def outlying_scales(form: Format, *, spread: float) -> Iterator[Finding]:
             yield from (each for each in found if each.layer not in moved)
 
 
-def _folded(folder: Folder, kinds: Sequence[Mapping[str, NDArray[np.float64]]]) -> set[str]:
+def _folded(folder: Folder, kinds: Sequence[Mapping[str, Octaves]]) -> set[str]:
     """Return the layers that are larger than their siblings by what the layer before or after them is smaller by."""
     sizes: dict[str, float] = {}
     for members in kinds:
-        medians = {name: float(np.median(octaves)) for name, octaves in members.items()}
+        medians = {name: octaves.median for name, octaves in members.items()}
         middle = float(np.median(list(medians.values())))
         for name, median in medians.items():
             if not folder.tensors[name].part.startswith(("input", "output", "k_", "v_", "q_")):
@@ -156,25 +207,24 @@ def _folded(folder: Folder, kinds: Sequence[Mapping[str, NDArray[np.float64]]]) 
     return found
 
 
-def _add(kinds: dict[str, dict[str, NDArray[np.float64]]], tensor: Tensor, values: NDArray[np.float64]) -> None:
+def _add(kinds: dict[str, dict[str, Octaves]], tensor: Tensor, octaves: Octaves | None) -> None:
     """Add the octaves of a tensor's sizes to those of its kind; those that are no sound size are reported as such."""
-    values = np.abs(values[np.isfinite(values) & (values != 0)])
-    if values.size:
-        kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = np.log2(values)
+    if octaves is not None:
+        kinds.setdefault(kind_of(tensor.name), {})[tensor.name] = octaves
 
 
 def _outlying(
-    folder: Folder, kind: str, members: Mapping[str, NDArray[np.float64]], spread: float, noun: str = "scale"
+    folder: Folder, kind: str, members: Mapping[str, Octaves], spread: float, noun: str = "scale"
 ) -> Iterator[Finding]:
     names = list(members)
-    medians = np.array([np.median(members[name]) for name in names])
+    medians = np.array([each.median for each in members.values()])
     typical = f"the median {noun} is"
-    if all(folder.tensors[name].dtype in ("U8", "F8_E8M0") for name in names):
-        # microscaling's scales are whole octaves: of healthy siblings some medians would be a whole octave apart
+    if all(folder.tensors[name].dtype in EXPONENTS for name in names):
+        # of healthy siblings some medians would be a whole octave apart
         typical = "the geometric mean of its scales is"
-        medians = np.array([np.mean(members[name]) for name in names])
-    high = np.array([members[name].max() for name in names]) - medians
-    low = np.array([members[name].min() for name in names]) - medians
+        medians = np.array([each.mean for each in members.values()])
+    high = np.array([each.high for each in members.values()]) - medians
+    low = np.array([each.low for each in members.values()]) - medians
     reported: set[str] = set()
     for what, values, floor in (
         (typical, medians, TENSOR_FLOOR),
@@ -194,14 +244,14 @@ def _outlying(
                 yield Finding.at(tensor, far, advice)
 
 
-def _untouched(form: Format, kind: str, members: Mapping[str, NDArray[np.float64]]) -> Iterator[Finding]:
+def _untouched(form: Format, kind: str, members: Mapping[str, Octaves]) -> Iterator[Finding]:
     """Yield scales that are the same number in every block: the initial value, because calibration saw no data.
 
     Scales of weights never agree. One of inputs or of a KV cache may be set by hand, which is a note, and is initial
     only where it is 1 and its writer doesn't mean that.
     """
-    first = next(iter(members.values()))[0]
-    if not all((values == first).all() for values in members.values()):
+    first = next(iter(members.values())).low
+    if not all(each.low == first == each.high for each in members.values()):
         return
     tensors = [form.folder.tensors[name] for name in members]
     of_weights = all(t.part.startswith("weight") or t == form.weight_scale_of(t.layer) for t in tensors)

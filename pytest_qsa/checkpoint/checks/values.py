@@ -54,7 +54,8 @@ def _constant(form: Format, layer: str, codes: Tensor) -> Iterator[Finding]:
     # groups too: a writer that loses the signs or the shift of one group leaves its row varied
     for noun, lanes in _lanes(words, form.scheme_of(layer), bits):
         code = _constant_codes(lanes, bits)
-        dead = np.flatnonzero((code >= 0) & ~np.isin(code, form.zero_codes(layer, codes)))
+        dead = np.flatnonzero(code >= 0)
+        dead = dead[~np.isin(code[dead], form.zero_codes(layer, codes))] if dead.size else dead
         if dead.size:
             share = f"{dead.size} of {len(code)} {noun}s are" if dead.size > 1 else f"{noun} {dead[0]} is"
             first = f", the first {noun} {dead[0]}" if dead.size > 1 else ""

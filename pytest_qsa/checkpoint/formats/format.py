@@ -77,6 +77,7 @@ class Format(LayerTensors):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
         self._tried: dict[Hashable, str] = {}
+        self._misfits: dict[str, str] = {}
 
     @classmethod
     def declared_in(cls, folder: Folder) -> bool:
@@ -274,15 +275,14 @@ class Format(LayerTensors):
 
     def misfit(self, layer: str) -> str:
         """Say why the tensors of a layer don't fit one another; empty where they do."""
-        tensors = tuple((part, tensor.dtype, tensor.shape) for part, tensor in self.parts(layer).items())
-        alike = (
-            self.folder.kinds.get(layer, layer),
-            tensors,
-            self.scheme_of(layer),
-        )  # the layers of other blocks, of which one is tried
-        if alike not in self._tried:
-            self._tried[alike] = self._misfit(layer)
-        return self._tried[alike]
+        if layer not in self._misfits:
+            tensors = tuple((part, tensor.dtype, tensor.shape) for part, tensor in self.parts(layer).items())
+            # the layers of other blocks, of which one is tried
+            alike = self.folder.kinds.get(layer, layer), tensors, self.scheme_of(layer)
+            if alike not in self._tried:
+                self._tried[alike] = self._misfit(layer)
+            self._misfits[layer] = self._tried[alike]
+        return self._misfits[layer]
 
     def _misfit(self, layer: str) -> str:
         codes = self.codes_of(layer)

@@ -28,6 +28,19 @@ def _found(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part for part in parts if pattern.search(part))
 
 
+@lru_cache(maxsize=1024)
+def _scale_parts(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
+    # `scale` is the weight of some norms
+    others = {"scale"} if "qweight" in parts else {"scale", "scales"}
+    return tuple(part for part in _found(pattern, parts) if part not in others)
+
+
+@lru_cache(maxsize=1024)
+def _part_of_weight(scales: tuple[str, ...]) -> str:
+    other = ("input", "output", "k_", "v_", "q_")
+    return next((part for part in scales if not part.startswith(other) and "global" not in part), "")
+
+
 class LayerTensors:
     """What the files of one checkpoint folder hold of each layer, and what its configuration declares of it.
 
@@ -103,17 +116,11 @@ class LayerTensors:
     def scales_of(self, layer: str) -> dict[str, Tensor]:
         """Return the scales of a layer by part: of its weight, inputs, outputs and KV cache."""
         parts = self.parts(layer)
-        found = {part: parts[part] for part in _found(self.scales, tuple(parts))}
-        found.pop("scale", None)  # the weight of some norms
-        if "scales" in found and "qweight" not in parts:
-            found.pop("scales")
-        return found
+        return {part: parts[part] for part in _scale_parts(self.scales, tuple(parts))}
 
     def weight_scale_of(self, layer: str) -> Tensor | None:
         """Return the scales of a layer's weight; None where it has none."""
-        other = ("input", "output", "k_", "v_", "q_")
-        own = (part for part in self.scales_of(layer) if not part.startswith(other) and "global" not in part)
-        return self.parts(layer).get(next(own, ""))
+        return self.parts(layer).get(_part_of_weight(tuple(self.scales_of(layer))))
 
     def signs_of(self, layer: str) -> list[str]:
         """Return the parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""

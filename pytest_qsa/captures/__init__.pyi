@@ -30,6 +30,13 @@ from .distributions import (
     histograms_of as histograms_of,
     sorted_counts as sorted_counts,
 )
+from .kinds import (
+    KINDS as KINDS,
+    LayerName as LayerName,
+    is_kind as is_kind,
+    kinds_of_name as kinds_of_name,
+    known_kinds as known_kinds,
+)
 from .merging import added as added, merge as merge, with_weights as with_weights
 from .provenance import (
     FLOAT as FLOAT,

@@ -32,6 +32,7 @@ from ..common import (
     write_atomically,
 )
 from .arrays import Array
+from .kinds import known_kinds, with_kinds
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
 from .sites import CACHE_SITES, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
@@ -61,6 +62,7 @@ class Capture:
     `schemes`: quantized layer → its scheme (`w8a8_int`), in model order; None where nothing says how it is quantized.
     `reference`: the numbers that the same pass left of the reference, which saw the same tokens.
     `refused`: layer → why its weight isn't read as numbers; it has none at `weight`.
+    `unfit`: a site, `output of NAME` → why it can have no number, as where its calls have several widths.
     `uncompared`: quantized layer → why its loaded weight can't be held against the files.
     `uncached`: layer → why it has no numbers at a site of the KV cache where it was asked for them.
     """
@@ -78,6 +80,7 @@ class Capture:
     uncompared: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     uncached: Mapping[str, str] = field(default_factory=dict)
+    unfit: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Capture{f' {self._model}' if self._model else ''}: {self._measured}; {self._data}>"
@@ -210,12 +213,18 @@ class Capture:
             theirs, reference = self.reference._split()
             arrays |= {f"{REFERENCE}{name}": array for name, array in theirs.items()}
         # Left out where they are empty, so that a capture that lacks nothing has the bytes that it always had.
-        unread = {"refused": dict(self.refused), "uncompared": dict(self.uncompared), "uncached": dict(self.uncached)}
+        unread = {
+            "refused": dict(self.refused),
+            "uncompared": dict(self.uncompared),
+            "uncached": dict(self.uncached),
+            "unfit": dict(self.unfit),
+        }
         return arrays, {
             **{key: layers for key, layers in unread.items() if layers},
             "meta": self.provenance.plain(),
             "modules": list(self.modules),
             **({"experts": list(self.experts)} if self.experts else {}),
+            **({"kinds": kinds} if (kinds := known_kinds(self.modules)) else {}),
             "blocks": list(self.blocks),
             "pieces": {str(token): piece for token, piece in self.pieces.items()},
             "plan": [[r.pattern, r.site, r.exclude, sorted(map(str, r.statistics))] for r in self.plan],
@@ -265,7 +274,7 @@ class Capture:
         tokens = np.split(arrays["tokens"], np.cumsum(lengths)[:-1]) if len(lengths) else []
         return cls(
             sites={(layer, site): streams[index] for layer, site, index in header["sites"]},
-            modules=tuple(header["modules"]),
+            modules=with_kinds(header["modules"], _kinds(header)),
             blocks=tuple(header["blocks"]),
             experts=tuple(header.get("experts", ())),
             tokens=tuple(tokens),
@@ -280,6 +289,7 @@ class Capture:
             refused=header.get("refused", {}),
             uncompared=header.get("uncompared", {}),
             uncached=header.get("uncached", {}),
+            unfit=header.get("unfit", {}),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -305,6 +315,13 @@ class Capture:
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {what}") from None
         except MemoryError:
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: it doesn't fit into memory") from None
+
+
+def _kinds(header: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return kind → the positions of its layers; a file of an earlier version knows the blocks alone."""
+    places = {name: index for index, name in enumerate(header["modules"])}
+    blocks = [places[block] for block in header["blocks"] if block in places]
+    return dict(header.get("kinds") or ({"blocks": blocks} if blocks else {}))
 
 
 def _streams(arrays: Mapping[str, Array], headers: list[dict[str, Any]]) -> list[SiteNumbers]:

@@ -58,6 +58,7 @@ def merge(captures: Sequence[Capture]) -> Capture:
         refused={layer: why for capture in ordered for layer, why in capture.refused.items()},
         uncompared={layer: why for capture in ordered for layer, why in capture.uncompared.items()},
         uncached={layer: why for capture in ordered for layer, why in capture.uncached.items()},
+        unfit={site: why for capture in ordered for site, why in capture.unfit.items()},
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..common import AnomalyError, SuiteError
 from .arrays import MOMENT_NAMES, PER_POPULATION, PER_TOKEN, POPULATIONS, RAGGED, Array
+from .kinds import check_kind, is_kind, known_kinds, of_kind
 from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
 
 Site = Literal["input", "output", "key", "value", "latent", "rope_key", "weight", "logits"]
@@ -72,8 +73,10 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
     Raises:
         SuiteError: it is not a regular expression, repeats too often, or holds a control character, as `"\b"` in
-            double quotes does.
+            double quotes does; or it is a portable name of no kind.
     """
+    if is_kind(pattern):
+        check_kind(pattern)
     if min(pattern, default=" ") < " ":
         raise SuiteError(
             f"the regex {pattern!r} holds a control character: in YAML's double quotes \\b is a backspace; "
@@ -151,6 +154,8 @@ def found_by(
     Raises:
         SuiteError: as `compile_pattern`; or it takes more than `seconds` of processor time for all names.
     """
+    if is_kind(pattern):
+        return of_kind(pattern, names)
     # Made by `exactly`: nothing in it repeats, and `regex` is slow to compile thousands of names.
     if len(pattern) > MAX_PATTERN and _ALTERNATIVES.fullmatch(pattern):
         compiled = compile_pattern(pattern)
@@ -174,6 +179,8 @@ def found_by(
 
 def match_layers(modules: Sequence[str], pattern: str, exclude: str | None = None) -> list[str]:
     """Return the names that the pattern finds (`re.search`, as in the seed) and `exclude` doesn't, in model order.
+
+    Either may be a portable name, `kind:blocks`, where the names know what they are (`LayerName`).
 
     Raises:
         SuiteError: as `found_by`.
@@ -276,6 +283,8 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
         return AnomalyError(
             f"exclude '{exclude}' leaves none of the layers that '{pattern}' matches: loosen one of the two"
         )
+    if is_kind(pattern):
+        return AnomalyError(_no_kind(modules, pattern))
     if len(modules) <= FEW_NAMES:  # all of them say more than the nearest, also of a fixture's model
         return AnomalyError(f"no layer matches '{pattern}'; the model has {', '.join(modules) or 'no layer'}")
     # difflib compares plain text, so the pattern is first made to look like the name of a layer.
@@ -285,6 +294,13 @@ def no_match(modules: Sequence[str], pattern: str, exclude: str | None) -> Anoma
         f"no layer matches '{pattern}'; the nearest names of {len(modules)}: {', '.join(near)}. "
         "`qsa layers` lists them all"
     )
+
+
+def _no_kind(modules: Sequence[str], pattern: str) -> str:
+    has = ", ".join(f"kind:{kind} ({len(layers)})" for kind, layers in known_kinds(modules).items())
+    if not has:
+        return f"what '{pattern}' stands for is known of a model's layers alone: write a regex of these names"
+    return f"no layer is '{pattern}'; the model has {has}"
 
 
 def no_weight(found: Sequence[str], pattern: str) -> AnomalyError:

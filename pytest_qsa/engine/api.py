@@ -39,7 +39,7 @@ from .load.data import windows_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
 from .load.tokenizer import Tokenizer, decoder_of
-from .modules import device_of, layers_of, names_of, with_experts
+from .modules import device_of, layers_of, names_of, uncompiled, with_experts
 from .reference.live import LiveReference
 from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference
@@ -83,7 +83,7 @@ def capture(
         TypeError: an argument is something else: a tensor in the place of a list of batches, a path of a model, …
     """
     _check_types(model, sites, statistics, tokenizer, reference)
-    compared = reference is not None
+    model, compared = uncompiled(model), reference is not None
     requests = merge_requests(
         Request(pattern, site, None, _statistics(statistics, site, compared=compared)) for pattern, site in sites
     )
@@ -94,7 +94,7 @@ def capture(
             names.find(request.pattern, request.site, None, request.statistics)
     participants: list[Participant] = []
     if isinstance(reference, nn.Module):
-        participants = [LiveReference(reference)]
+        participants = [LiveReference(uncompiled(reference))]
     elif reference is not None:
         participants = [ReplayedReference(ReferenceFile.open(Path(reference)), device_of(model))]
     found = run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..captures import LayerNames
+from ..captures import LayerName, LayerNames, kinds_of_name
 from ..checkpoint import PACKED, SIGNS, ExpertLayer, expert_layers
 from ..common import InfraError, QsaError, logger, one_line
 
@@ -26,8 +28,15 @@ _PREFERRED = ("last_hidden_state", "logits", "hidden_states", "inputs_embeds")
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by name, in model order: every module but the root and the containers.
 
-    A layer with an adapter is one layer, with the name that it has without: what peft puts into it is none of its own.
+    The names know their kinds (`LayerName`). A layer with an adapter is one layer, with the name that it has without:
+    what peft puts into it is none of its own.
     """
+    layers = _plain_layers(model)
+    kinds = _kinds_of(model, layers)
+    return {LayerName(name, kinds.get(name, ())): module for name, module in layers.items()}
+
+
+def _plain_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     inside = None
     for name, module in model.named_modules():
@@ -57,14 +66,111 @@ def base_of_layer(module: nn.Module) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """Return the names of the repeated layers of the trunk: the entries of outermost lists of one class."""
+    """Return the names of the repeated layers of the trunk: the entries of outermost lists of blocks.
+
+    A list of several classes is one of blocks where their names end alike, as those of a hybrid do
+    (`JambaMambaDecoderLayer`, `JambaAttentionDecoderLayer`). A list of single layers, as Gemma 3n's projections of its
+    streams, is one where the model has no other.
+    """
+    whole, single = _lists_of(model, single=False), _lists_of(model, single=True)
+    return whole or single
+
+
+def _lists_of(model: nn.Module, *, single: bool) -> list[str]:
     blocks: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2 or any(name.startswith(f"{b}.") for b in blocks):
             continue
-        if len({type(child) for child in module}) == 1 and any(True for _ in module.parameters()):
+        if not any(True for _ in module.parameters()) or all(map(_is_single, module)) is not single:
+            continue
+        if len({_last_word(type(child).__name__) for child in module}) == 1:
             blocks += [f"{name}.{index}" for index in range(len(module))]
     return blocks
+
+
+def _is_single(module: nn.Module) -> bool:
+    """Say whether a module is one layer: a linear one, say, and no block of several."""
+    base = base_of_layer(module)
+    return not any(True for _ in base.children()) and (
+        hasattr(base, "in_features") or type(base).__module__.startswith("torch.nn.")
+    )
+
+
+def _last_word(name: str) -> str:
+    """Return the last word of a class's name, `Layer` of `JambaMambaDecoderLayer`."""
+    return re.split(r"(?<=[a-z0-9])(?=[A-Z])", name)[-1]
+
+
+SEEN_OR_HEARD = re.compile(r"(vision|image|audio|speech)\w*_config$")
+_SENSES = {"vision": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
+
+
+def towers_of(model: nn.Module) -> dict[str, str]:
+    """Return the parts of a model that read pictures or sounds, by their own configurations: name → vision or audio."""
+    settings = vars(model.config) if hasattr(model, "config") else {}
+    own = {id(each): found[1] for key, each in settings.items() if (found := SEEN_OR_HEARD.search(key)) and each}
+    held = {
+        name: _SENSES[own[id(config)]]
+        for name, part in model.named_modules()
+        if name and id(config := getattr(part, "config", None)) in own
+    }
+    return {name: sense for name, sense in held.items() if not any(name.startswith(f"{each}.") for each in held)}
+
+
+def _parts_of(model: nn.Module, blocks: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Return the parts of a model that have blocks of their own, name → what it is called; and that of all the rest."""
+    towers = towers_of(model)
+    if towers:
+        return towers, "text"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoders = {block[: found.end()] for block in blocks if (found := re.match(r"(.*\.)?encoder(?=\.)", block))}
+        return dict.fromkeys(encoders, "encoder"), "decoder"
+    return {}, ""
+
+
+def _kinds_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+    """Return layer → what it is (`KINDS`), with the part of the model in front where it has several.
+
+    What the head reads comes from the part that has no name of its own, whose layers are of the plain kinds as well.
+    """
+    blocks = blocks_of(model)
+    parts, rest = _parts_of(model, blocks)
+    starts = tuple((f"{name}.", part) for name, part in parts.items())
+    inside, kinds, block = {*blocks}, dict[str, set[str]](), ""
+    for name, module in layers.items():
+        block = name if name in inside else block if name.startswith(f"{block}.") else ""
+        own = _kinds_of_module(base_of_layer(module), in_block=bool(block), is_block=block == name)
+        if "linears" in own and "experts" in name.split("."):
+            own = own - {"linears"} | {"experts"}
+        if not own:
+            continue
+        part = next((part for start, part in starts if name.startswith(start)), "")
+        named = part or rest
+        kinds[name] = {f"{named}.{kind}" for kind in own if named} | (own if not part else set())
+    return _innermost(kinds)
+
+
+def _kinds_of_module(module: nn.Module, *, in_block: bool, is_block: bool) -> set[str]:
+    # By name: transformers' Conv1D (GPT-2) and quantizers' classes are linear layers too, but no nn.Linear.
+    kind = type(module).__name__
+    found = {
+        "blocks": is_block,
+        "linears": in_block and ("Linear" in kind or kind.endswith("Conv1D")),
+        "experts": bool(packed_experts(module)) and "Expert" in kind,
+        "norms": "Norm" in kind,
+        "attention": in_block and not is_block and re.search("Att(entio)?n", kind) is not None,
+    }
+    return {name for name, holds in found.items() if holds}
+
+
+def _innermost(kinds: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Return it without attention that holds another one (BERT's holds the norm behind it as well)."""
+    attention = [name for name, own in kinds.items() if any(kind.endswith("attention") for kind in own)]
+    outer = {one for one, other in pairwise(attention) if other.startswith(f"{one}.")}
+    return {
+        name: {kind for kind in own if not kind.endswith("attention")} if name in outer else own
+        for name, own in kinds.items()
+    }
 
 
 def tensor_of(value: object) -> Tensor | None:
@@ -173,7 +279,11 @@ def with_experts(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
         interleaved = not getattr(base, "is_concatenated", True)
         places = expert_layers(shapes, interleaved=interleaved)
         for index in range(min(shape[0] for shape in shapes.values()) if places else 0):
-            layers |= {f"{name}.{index}.{part}": Expert(module, name, index, place) for part, place in places.items()}
+            own = {kind for kind in kinds_of_name(name) if kind.endswith("experts")}
+            layers |= {
+                LayerName(f"{name}.{index}.{part}", own): Expert(module, name, index, place)
+                for part, place in places.items()
+            }
     return layers
 
 
@@ -221,12 +331,34 @@ def run_batch(model: nn.Module, batch: Tensor | Mapping[str, object], device: to
     return model(**{**batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}})
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile wrapped; any other as it is.
+
+    Raises:
+        InfraError: a layer of it is wrapped, whose hooks would be traced, and whose name would be another one.
+    """
+    own = getattr(model, "_orig_mod", None)
+    model = own if isinstance(own, nn.Module) else model
+    for name, module in model.named_modules():
+        if name.endswith("._orig_mod") or name == "_orig_mod":
+            where = name.removesuffix("_orig_mod").rstrip(".")
+            raise InfraError(
+                f"{where} is wrapped by torch.compile ({type(module).__name__}), which traces hooks instead of calling "
+                "them: compile it in place, module.compile(), or give the model as it was before"
+            )
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module, *, use_cache: bool = False) -> Iterator[None]:
-    """Put a model in evaluation mode and its KV cache off, or on; afterwards both are as they were."""
+    """Put a model in evaluation mode, compiled calls off and its KV cache off, or on; afterwards all is as it was."""
     # Module by module: a part of a model may have been in another mode than the whole.
     training = {name: module.training for name, module in model.named_modules()}
+    # What `module.compile()` leaves: calls that trace hooks.
+    compiled = {module: call for module in model.modules() if (call := module.__dict__.get("_compiled_call_impl"))}
     model.eval()
+    for module in compiled:
+        module._compiled_call_impl = None
     configs = _configs_of(model, parts=use_cache)
     before = [config.use_cache for config in configs]
     for config in configs:
@@ -236,6 +368,8 @@ def evaluating(model: nn.Module, *, use_cache: bool = False) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for config, was in zip(configs, before, strict=True):
             config.use_cache = was
 

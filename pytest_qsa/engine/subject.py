@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -454,7 +454,9 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
 
 def _check_ids(model: Any, batches: Sequence[Batch]) -> None:
     """Refuse token ids that the embedding has no rows for: a CPU says `index out of range`, a GPU stops for good."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = None
+    with suppress(AttributeError, NotImplementedError):  # transformers' own word for a model of several towers
+        embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
     largest = max((int(row.max()) for batch in batches for row in token_ids(batch) if row.numel()), default=-1)
     if isinstance(rows, int) and largest >= rows:

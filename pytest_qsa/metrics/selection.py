@@ -24,6 +24,7 @@ from ..captures import (
     Statistic,
     at_experts,
     channel_bands,
+    is_kind,
     match_layers,
     names_sinks,
     need_tokens,
@@ -82,15 +83,15 @@ class Selection(MetricMethods):
     ) -> dict[MagnitudeStat, Series]:
         """Compute several statistics of `magnitude` in the time of little more than one."""
         asked = {
-            stat: self._asked("magnitude", reduce, positions, {"stat": stat, "reduce_dim": reduce_dim})[1]
+            stat: self._asked("magnitude", reduce, positions, {"stat": stat, "reduce_dim": reduce_dim})
             for stat in stats
         }
         # The queries differ in the statistic only, so that any of them gives the same view.
-        first = asked[stats[0]]
-        found = {layer: magnitudes(self._view(layer, first), stats, reduce_dim) for layer in self.layers}
+        layers, first, _ = asked[stats[0]]
+        found = {layer: magnitudes(self._view(layer, first), stats, reduce_dim) for layer in layers}
         return {
             stat: self._series(query, {layer: result[stat] for layer, result in found.items()})
-            for stat, query in asked.items()
+            for stat, (_, query, _) in asked.items()
         }
 
     def channel_bands(self, *, signed: bool = False) -> dict[str, dict[BandStat, NDArray[np.float64]]]:
@@ -189,7 +190,7 @@ class Selection(MetricMethods):
             InfraError: it needs a weight that is refused.
             SuiteError: an argument is none that the metric takes.
         """
-        layers, query = self._asked(metric, reduce, positions, parameters)
+        layers, query, left_out = self._asked(metric, reduce, positions, parameters)
         definition = METRICS[metric]
         views = {layer: self._view(layer, query) for layer in layers}
         results: dict[str, Any]
@@ -199,12 +200,12 @@ class Selection(MetricMethods):
             results = {layer: definition.compute(view, **parameters) for layer, view in views.items()}
         if definition.per == "expert":
             results = {f"{layer}[{e}]": of for layer, each in results.items() for e, of in enumerate(each.T)}
-        return replace(self._series(query, results), nothing=self._nothing(layers))
+        return replace(self._series(query, results), nothing=self._nothing(layers), left_out=left_out)
 
     def _asked(
         self, metric: str, reduce: Reduce | None, positions: Positions | None, parameters: Parameters
-    ) -> tuple[list[str], Query]:
-        """Check that the capture can answer; return the layers, and what is asked for."""
+    ) -> tuple[list[str], Query, list[str]]:
+        """Check that the capture can answer; return the layers, what is asked for, and which layers are left out."""
         definition = METRICS[metric]
         where = positions_of(metric, self.site, positions)
         check_arguments(definition, self.site, where, reduce, parameters)
@@ -212,13 +213,32 @@ class Selection(MetricMethods):
         layers = self._stored(needs) if STORED in needs else self._layers(needs)
         if definition.against and self.site == "weight" and self.capture.reference is not None:
             _check_readable(layers, self.capture.reference.refused, "the weight of {} can't be compared")
+        odd = self._unfit(layers, needs) if is_kind(self.pattern) and not self.pattern.endswith("blocks") else []
+        # A portable name is no choice of the user's: what of it can't have a number is left out, and told.
+        layers = [layer for layer in layers if layer not in odd] or layers
         self._check_measured(definition, layers, where, parameters)
         query = query_of(metric, self.site, self.pattern, self.exclude, parameters, where, reduce)
         # float32 is counted by its upper half: what follows from these counts is an estimate, and says so.
         wide = not all(self.capture.sites[layer, self.site].counted_exactly for layer in layers)
         estimated = wide and not needs.isdisjoint({COUNTS, SIGNED_COUNTS})
         read = self.site == "weight" and self.capture.provenance.weights_read
-        return layers, replace(query, estimated=estimated, from_files=read)
+        return layers, replace(query, estimated=estimated, from_files=read), odd
+
+    def unfit(self, metric: str, positions: Positions | None = None, **parameters: Any) -> list[str]:
+        """Return the layers of which a metric can have no number: the model never calls them, or sees no tokens there.
+
+        Raises:
+            QsaError: as `layers`.
+        """
+        needs = METRICS[metric].needs(self.site, positions_of(metric, self.site, positions), parameters)
+        return self._unfit(self._layers(needs), needs)
+
+    def _unfit(self, layers: Sequence[str], needs: frozenset[Statistic]) -> list[str]:
+        if self.site in ("weight", LOGITS):
+            return []
+        sites = {layer: self.capture.sites[layer, self.site] for layer in layers}
+        tokens = need_tokens(needs)
+        return [name for name, own in sites.items() if not own.populations or (tokens and not own.token_axis)]
 
     def _view(self, layer: str, query: Query) -> View:
         numbers, where = self.capture.sites[layer, self.site], query.positions or "all"
@@ -260,6 +280,9 @@ class Selection(MetricMethods):
         needs = metric.needs(self.site, positions, parameters)
         # Nothing passes vacuously: a site that no tensor reached has no number, and no bound holds of it.
         dead = [layer for layer in layers if not self.capture.sites[layer, self.site].populations]
+        if odd := next((layer for layer in dead if f"{self.site} of {layer}" in self.capture.unfit), None):
+            why = self.capture.unfit[f"{self.site} of {odd}"]
+            raise AnomalyError(f"the {self.site} of {odd} can have no number: {why}; exclude it")
         if dead:
             raise never_fired(dead, self.site)
         for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, overload
@@ -84,9 +84,9 @@ class Series:
     """One number per layer. `values` [L] float64 in model order; `populations`: layer → the values before folding.
 
     `problems`: layer → why its value is not finite. `nothing`: why none of the values is about anything; else empty.
-    `intervals`: layer → the 95 % interval of an estimated value, and
-    from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer satisfies it,
-    and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
+    `left_out`: the layers of a portable name (`kind:linears`) that can't have a value. `intervals`: layer → the 95 %
+    interval of an estimated value, and from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer
+    satisfies it, and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
 
     Otherwise it is read as a Series of pandas: `len`, iteration over the values, `items()`, `in` for the name of a
     layer, and `series[…]` with a name or a position for a value, with a slice for a series.
@@ -100,6 +100,7 @@ class Series:
     judge: Judge | None = None
     intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
     nothing: str = ""
+    left_out: Sequence[str] = ()
 
     # `==` judges against a bound, so that a series can't be a key.
     __hash__ = None  # type: ignore[assignment]

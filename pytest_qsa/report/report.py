@@ -47,7 +47,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
     content["evidence"] = [builtins_of(dataclasses.asdict(token)) for token in verdict.evidence]
     content["findings"] = [dict(vars(finding)) for finding in verdict.findings]
     content["waivers"] = [builtins_of({**dataclasses.asdict(use), "text": str(use)}) for use in verdict.waivers]
-    content["limits"] = [dataclasses.asdict(limit) for limit in verdict.limits]
+    content["limits"] = [builtins_of(dataclasses.asdict(limit)) for limit in verdict.limits]
     content["failed"] = verdict.failed
     return content
 

@@ -58,6 +58,11 @@ class Anatomy:
         trunks = list(dict.fromkeys(re.escape(block.rpartition(".")[0]) for block in self.blocks))
         return rf"^{trunks[0]}\.\d+$" if len(trunks) == 1 else rf"^({'|'.join(trunks)})\.\d+$"
 
+    def portable(self, kind: str) -> str:
+        """Return the portable name of a kind of layer in all parts that run: `kind:blocks`, `kind:*.blocks`."""
+        several = len({block.rpartition(".")[0] for block in self.blocks}) > 1
+        return f"kind:*.{kind}" if several else f"kind:{kind}"
+
     @property
     def linear_pattern(self) -> str:
         r"""A regex that finds the linear layers by the last part of their names: `\.(q_proj|down_proj)$`."""

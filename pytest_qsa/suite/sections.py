@@ -405,7 +405,7 @@ class OutlierPlot(Strict):
     """Tokens whose largest |x| is above threshold × the median of their sample."""
 
     threshold: Annotated[float, Field(gt=0)] = 64.0
-    pattern: Regex = r"layers\.\d+$"
+    pattern: Regex = "kind:blocks"
     decode_tokens: Annotated[bool, Field(description="show the tokens' text; false: their ids")] = True
     top_n: Annotated[int, Field(gt=0, description="how many different tokens are shown")] = 15
 
@@ -433,7 +433,7 @@ class DistributionPlot(OneSide):
 class Heatmap(OneSide):
     """|x| of one sample over tokens and channels, as a surface and as a map."""
 
-    pattern: Regex = r"layers\.\d+$"
+    pattern: Regex = "kind:blocks"
     sample_idx: Annotated[int, Field(ge=0)] = 0
     is_input: bool = False
     view_angle: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(

@@ -33,7 +33,7 @@ from ..captures import (
 )
 from ..common import AnomalyError, SuiteError, counted, size_text
 from ..metrics import METRICS
-from ..suite import Location, Visualization
+from ..suite import Location, Visualization, kind_patterns
 from .findings import fitness_needs
 
 SURFACES = 3
@@ -112,7 +112,19 @@ class _Finder:
         """Return the layers of each pattern; `patterns` None stands for those of the magnitudes."""
         if patterns is None:
             patterns, section = self.visualization.magnitude.patterns, ("magnitude",)
+        if patterns is self.visualization.magnitude.patterns:
+            patterns = self._of_model(patterns)
         return {each: self._narrowed(each, (*section, "patterns", i)) for i, each in enumerate(patterns)}
+
+    def _of_model(self, patterns: Sequence[str]) -> Sequence[str]:
+        """Return the patterns that the user chose; of the default ones those that find a layer, else the model's own.
+
+        The defaults are names of Llama's layers, and other models have others: then their first kinds of linear layers.
+        """
+        if "patterns" in self.visualization.magnitude.model_fields_set:
+            return patterns
+        found = [each for each in patterns if match_layers(self.names, each)]
+        return found or kind_patterns(match_layers(self.names, "kind:linears"))[: len(patterns)] or patterns
 
     def whole(self, pattern: str, section: str) -> list[str]:
         """Return the layers of a pattern that no selection narrows."""

@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from .. import engine
-from ..captures import Capture
+from ..captures import Capture, exactly, found_by, is_kind
 from ..checkpoint import Compare, Format, compare_norms, problems_of
 from ..common import AnomalyError, InfraError
 from ..suite import (
     Anatomy,
+    Assertion,
     CheckpointAssertion,
+    MeasuredAssertion,
     NamedSubject,
     SuiteFile,
     YamlSource,
@@ -181,6 +183,8 @@ def _line_end(text: str, index: int) -> int:
 
 Sections = Mapping[str, Mapping[str, Any]]
 
+PORTABLE = {"BLOCKS": "blocks", "LINEARS": "linears"}
+"""What a draft calls its layers → the kind whose portable name a suite has for them."""
 CLEAR = 2.0
 """A sink gets an assertion if its ratio is this many times the ratio that makes a token a sink."""
 
@@ -226,14 +230,16 @@ def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Dr
         instead = {"layers": entry["smoothed"]} if smoothed and "smoothed" in entry else {}
         if instead.get("layers") == "none":
             continue
-        stated = {**entry["keys"], **instead}
-        own = layers.get(stated.get("layers", ""), [])
-        keys = (
-            {**stated, "layers": kinds_pattern(own) if own else anatomy.block_pattern} if "layers" in stated else stated
-        )
-        if own and anatomy.outside and stated.get("site") != "weight":
-            own = [name for name in own if not re.match(anatomy.outside, name)]
-            keys |= {"layers": kinds_pattern(own), "exclude": anatomy.outside}
+        keys = {**entry["keys"], **instead}
+        named = keys.get("layers", "")
+        own = layers.get(named, [])
+        if named in PORTABLE:
+            keys["layers"] = anatomy.portable(PORTABLE[named])
+        elif named:
+            outside = anatomy.outside if keys.get("site") != "weight" else ""
+            own = [name for name in own if not (outside and re.match(outside, name))]
+            keys |= {"layers": kinds_pattern(own) if own else anatomy.portable("blocks")}
+            keys |= {"exclude": outside} if own and outside else {}
         groups = kind_patterns(own) if entry.get("each_kind") else ()
         drafts.append(Draft(entry["why"], keys, entry.get("open", ()), groups))
     return drafts
@@ -397,10 +403,19 @@ def _comparable(subject: NamedSubject) -> tuple[list[str], Compare | None, list[
 def _calibrated(
     file: SuiteFile, sampled: Sampled, drafts: Sequence[Draft], k: float
 ) -> tuple[list[Draft], list[Calibrated], list[str]]:
-    """Calibrate the open bounds; return the drafts that the model can keep, and a line on each that it can't."""
+    """Calibrate the open bounds; return the drafts that the model can keep, and a line on each that it can't.
+
+    A layer that can't have a number (it is never called, or sees no tokens) is left out of a draft by its name.
+    """
     kept, findings, left_out = [], [], []
-    for draft, assertion in zip(drafts, file.assertions, strict=True):
+    for drafted, stated in zip(drafts, file.assertions, strict=True):
+        draft, assertion = drafted, stated
         try:
+            if odd := _unfit(assertion, sampled.whole):
+                if not is_kind(draft.keys["layers"]):  # a portable name leaves them out by itself
+                    draft = _without(draft, odd, sampled.whole.modules)
+                    (assertion,) = load_suite(_with(file.source, [draft])).assertions
+                left_out.append(f"left out of {assertion.id}: {_some(odd)}: the model never calls it with tokens")
             finding = sampled.finding(assertion, k)
         except (AnomalyError, InfraError) as error:
             left_out.append(f"left out: {assertion.id}: {error}")
@@ -409,6 +424,28 @@ def _calibrated(
         if draft.open:
             findings.append(finding)
     return kept, findings, left_out
+
+
+def _unfit(assertion: Assertion, capture: Capture) -> list[str]:
+    """Return the layers of an assertion that can have no number, where others of it can."""
+    if not isinstance(assertion, MeasuredAssertion) or not assertion.layers:
+        return []
+    selection = capture.select(assertion.layers, assertion.site, assertion.exclude)
+    odd = selection.unfit(assertion.metric, assertion.where, **assertion.parameters)
+    return odd if len(odd) < len(selection.layers) else []
+
+
+def _without(draft: Draft, odd: Sequence[str], modules: Sequence[str]) -> Draft:
+    r"""Return a draft that excludes some layers: all of a kind, `\.dt_proj$`, or these alone."""
+    whole = [kind for kind in kind_patterns(odd) if set(found_by(kind, modules)) <= {*odd}]
+    single = [name for name in odd if not any(found_by(kind, [name]) for kind in whole)]
+    parts = [draft.keys.get("exclude"), *whole, *([exactly(single)] if single else [])]
+    groups = [group for group in draft.groups if group not in whole]
+    return replace(draft, keys={**draft.keys, "exclude": "|".join(filter(None, parts))}, groups=groups)
+
+
+def _some(layers: Sequence[str]) -> str:
+    return f"{layers[0]}{f' (and {len(layers) - 1} more)' if layers[1:] else ''}"
 
 
 def _problems(file: SuiteFile, subject: NamedSubject) -> Iterator[str]:

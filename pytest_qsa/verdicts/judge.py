@@ -342,22 +342,39 @@ def judge_evals(assertion: ExternalAssertion, evals: EvalFiles, leniency: Lenien
 
 
 def _of_measurement(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
-    judgement = _held(assertion, evidence, leniency)
-    return replace(judgement, headline=judgement.headline + _left_out(assertion, evidence.capture))
+    capture, known = settled(assertion, evidence.capture)
+    series = checked_series(assertion, capture)
+    judgement = _held(assertion, series, capture, evidence, leniency, known)
+    left_out = left_out_text(series.left_out) + _without_cache(assertion, evidence.capture)
+    return replace(judgement, headline=f"{judgement.headline}{left_out}")
 
 
-def _left_out(assertion: MeasuredAssertion, capture: Capture) -> str:
+def _without_cache(assertion: MeasuredAssertion, capture: Capture) -> str:
     """Name the layers that an assertion asks for and that have no such site."""
     left = capture.uncached if assertion.site in CACHE_SITES else {}
-    if not (names := match_layers(list(left), assertion.layers, assertion.exclude)):
+    own = [name for name in capture.modules if name in left]  # which know their kinds
+    if not (names := match_layers(own, assertion.layers, assertion.exclude)):
         return ""
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return f"; left out: {names[0]}{more}, for it {left[names[0]]}"
 
 
-def _held(assertion: MeasuredAssertion, evidence: Measurement, leniency: Leniency) -> Judgement:
-    capture, known = settled(assertion, evidence.capture)
-    series = checked_series(assertion, capture)
+def left_out_text(layers: Sequence[str]) -> str:
+    """Say which layers of a portable name have no number; empty for none."""
+    if not layers:
+        return ""
+    more = f" (and {len(layers) - 1} more)" if layers[1:] else ""
+    return f"; left out: {layers[0]}{more}, which the model never calls, or not with tokens"
+
+
+def _held(
+    assertion: MeasuredAssertion,
+    series: Series,
+    capture: Capture,
+    evidence: Measurement,
+    leniency: Leniency,
+    known: str,
+) -> Judgement:
     bounded = None
     if assertion.stated:
         previous = _previous(assertion, series, evidence) if assertion.follows else None

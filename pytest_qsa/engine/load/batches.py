@@ -75,8 +75,17 @@ class BatchRows:
             return x, True
         if x.dim() and x.shape[0] == 1 != count:  # position embeddings and masks are shared by the samples
             x = x.expand(count, *x.shape[1:])
-        if x.dim() == 4 and x.shape[1] == 1 != x.shape[2] and x.shape[2] in self.lengths and not channels_first:
+        latent = x.dim() == 4 and x.shape[0] == count and x.shape[1] == 1 != x.shape[2]
+        if latent and x.shape[2] in self.lengths and not channels_first:
             x = x.squeeze(1)  # one head for all, as the latent keys and values of DeepSeek-V3 have it
+        if x.dim() == 4 and x.shape[1] == count and x.shape[2] in self.lengths and not channels_first:
+            if x.shape[0] == count != 1:
+                raise InfraError(
+                    f"a tensor of shape {tuple(x.shape)} has two axes that could be that of the {count} samples of a "
+                    "batch; set data.batch_size to 1"
+                )
+            # Several copies of the residual stream (Gemma 3n's AltUp): all of them are channels of their token.
+            x = x.permute(1, 2, 0, 3).flatten(2) if x.shape[0] != count else x
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:
             return x.reshape(count, flat_tokens[0], -1), True

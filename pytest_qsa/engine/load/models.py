@@ -24,7 +24,7 @@ from ...captures import ModelProvenance
 from ...checkpoint import OF_A_LOAD, Folder, check_side_files, format_of, no_folder, open_folder
 from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFormatError, one_line
 from ...suite import Memory, Model, cached_snapshot
-from ..modules import device_of
+from ..modules import device_of, uncompiled
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
 from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
 from .classes import class_of, fetching_kernels
@@ -305,20 +305,20 @@ def _from_factory(name: str) -> Loaded:
         raise InfraError(
             f"model.factory '{name}' returned {type(model).__name__}, not a torch.nn.Module or a pair with a tokenizer"
         )
-    return Loaded(model.eval(), tokenizer)
+    return Loaded(uncompiled(model).eval(), tokenizer)
 
 
 def loaded_from_fixture(model: object, tokenizer: TextTokenizer | None, fixture: str = "qsa_model") -> Loaded:
-    """Take what a fixture returned: a module, or a pair of a module and a tokenizer.
+    """Take what a fixture returned: a module, or a pair of a module and a tokenizer; one that is compiled, as it was.
 
     Raises:
-        InfraError: it is something else.
+        InfraError: it is something else; or as `uncompiled`.
     """
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
     if not isinstance(model, nn.Module):
         raise InfraError(f"the fixture {fixture} returned {type(model).__name__}, not a torch.nn.Module")
-    return Loaded(model, tokenizer)
+    return Loaded(uncompiled(model), tokenizer)
 
 
 def submodule_of(model: nn.Module, name: str) -> nn.Module:

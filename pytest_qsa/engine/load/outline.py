@@ -6,7 +6,6 @@ The machine, for the plan of a run: its memory, its GPUs, and how fast it multip
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -32,6 +31,7 @@ from ..modules import (
     layers_of,
     names_of,
     packed_experts,
+    towers_of,
     with_experts,
 )
 from .adapters import add_empty_adapter, source_of
@@ -74,7 +74,7 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
         InfraError: as `outline`.
     """
     model = empty_of(spec, path, base)
-    every, layers, towers = blocks_of(model), with_experts(layers_of(model)), _towers(model)
+    every, layers, towers = blocks_of(model), with_experts(layers_of(model)), list(towers_of(model))
     # a model that is a tower alone keeps its blocks
     blocks = [block for block in every if not block.startswith(tuple(f"{tower}." for tower in towers))] or every
     towers = [tower for tower in towers if not any(block.startswith(f"{tower}.") for block in blocks)]
@@ -90,19 +90,6 @@ def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
     experts = [name for name in inside if isinstance(layers[name], Expert)]
     routers = [name for name in inside if kinds[name].endswith("Router")]
     return Anatomy(blocks, linears, experts, routers, towers)
-
-
-SEEN_OR_HEARD = re.compile(r"(vision|image|audio|speech)\w*_config$")
-
-
-def _towers(model: torch.nn.Module) -> list[str]:
-    """Return the parts of a model that read pictures or sounds, which no text passes, by their own configurations."""
-    settings = vars(model.config) if hasattr(model, "config") else {}
-    own = [each for name, each in settings.items() if SEEN_OR_HEARD.search(name)]
-    held = {
-        name: part for name, part in model.named_modules() if any(getattr(part, "config", 0) is each for each in own)
-    }
-    return [name for name in held if name and not any(name.startswith(f"{other}.") for other in held if other)]
 
 
 def empty_of(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:

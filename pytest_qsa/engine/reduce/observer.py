@@ -133,7 +133,6 @@ class StreamObserver:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
         # A site keeps its dtype, so that a further call costs one comparison.
         reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
-        self.last_shape = x.shape
         self.token_axis = token_axis
         # One unbind, and a detach only with gradients: every step here costs time for each tensor.
         rows = (x.detach() if x.requires_grad else x).unbind()
@@ -143,6 +142,7 @@ class StreamObserver:
                 continue
             self.owners.extend((sample, call, row.shape[0] if token_axis else 0))
             reducer.reduce(row, kept, sample, self.plan, self.kept)
+        self.last_shape = x.shape
         if routing is not None and self.plan.experts:
             self._count_experts(routing, rows, keep)
 

@@ -27,7 +27,7 @@ from ...captures import (
     Statistic,
     against_reference,
 )
-from ...common import InfraError
+from ...common import InfraError, logger
 from ..formats.format import dequantized
 from ..formats.stored import StoredWeights
 from ..load.batches import BatchRows
@@ -88,6 +88,8 @@ class SiteStatistics(Participant):
     def begin(self, exits: ExitStack | None = None) -> None:
         """Begin an attempt: nothing is reduced yet, and nothing is known to be shared."""
         self.observers: dict[SiteKey, StreamObserver] = {}
+        self.odd: dict[SiteKey, str] = {}
+        """Sites that can have no numbers, and why."""
         self.shared: dict[SiteKey, SiteKey] = {}
         self.reducers = Reducers(fused=self._fused)
         self.forward: Forward | None = None
@@ -117,7 +119,7 @@ class SiteStatistics(Participant):
         if routing is not None:
             # The site that shares the tensor may be another kind of layer, whose hook sees no routing.
             missing |= {each for each in self.wanted[site] if each == EXPERTS or _counts_experts(each)}
-        if missing:
+        if missing and not (self.odd and site in self.odd):
             self._reduce(forward.rows, site, tensor, call, missing, routing)
         forward.last = (site, call)
         if self.order is not None and forward.last == self.order.last:
@@ -168,7 +170,14 @@ class SiteStatistics(Participant):
             raise InfraError(f"the {site[1]} of {site[0]}: {error}") from None
         padded = token_axis and rows.padded
         keep = rows.unpadded(site[0], shaped.shape[1], shaped.device) if padded else rows.all_count
-        observer.add(shaped, keep, rows.samples, call, token_axis, routing)
+        try:
+            observer.add(shaped, keep, rows.samples, call, token_axis, routing)
+        except (ValueError, RuntimeError) as error:  # of numpy, of torch: arrays of channels that can't be joined
+            widths = [shape[-1] for shape in (observer.last_shape, shaped.shape) if shape]
+            if len(set(widths)) < 2 or site in self.odd:
+                raise
+            self.odd[site] = f"it is called with {widths[0]} channels and with {widths[1]}"
+            logger.debug("the %s of %s: %s (%s)", site[1], site[0], self.odd[site], error)
 
     def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:
         first = channels_first(self.modules[site[0]])
@@ -199,7 +208,9 @@ class SiteStatistics(Participant):
         numbers |= self.numbers()
 
     def complete(self, capture: Capture) -> Capture:
-        """Leave out the layers that have put nothing into the KV cache, and add why."""
+        """Add which sites have no numbers, and leave out the layers that have put nothing into the KV cache."""
+        unfit = {f"{site} of {layer}": why for (layer, site), why in self.odd.items()}
+        capture = replace(capture, unfit={**capture.unfit, **unfit}) if unfit else capture
         if not self.uses_cache:
             return capture
         left = [site for site, n in capture.sites.items() if site[1] in CACHE_SITES and not n.populations]
@@ -218,6 +229,8 @@ class SiteStatistics(Participant):
 
     def numbers(self) -> dict[SiteKey, SiteNumbers]:
         """Fetch the numbers of every site; a site that read another's tensor shares what was reduced there."""
+        for site in self.odd:
+            self.observers.pop(site, None)
         fetched = Transfer(tensor for observer in self.observers.values() for tensor in observer.tensors())
         own = {site: observer.numbers(self.wanted[site], fetched) for site, observer in self.observers.items()}
         found = {

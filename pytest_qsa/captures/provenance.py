@@ -84,7 +84,7 @@ class ModelProvenance(_Record):
     `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what decides
     which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `format`: the quantization that
     its files declare, None for floats. `tokenizer` and `weights` are None where the model has none, and empty where
-    they were not read.
+    they were not read. `threads`: of the CPU that ran it (`1 of 2`, where other programs kept the cores busy).
     """
 
     path: str = ""
@@ -103,6 +103,7 @@ class ModelProvenance(_Record):
     tokenizer: str | None = ""
     weights: str | None = ""
     format: str | None = None
+    threads: str | None = None
 
     @classmethod
     def of(cls, content: Json) -> Self:
@@ -338,6 +339,7 @@ class Provenance:
             "Tokenizer": model.tokenizer,
             "Dtype": model.dtype,
             "Device": model.device,
+            "Threads": model.threads,
             "Executed as": self.executed_as,
             "Attention": model.attention,
             "Data": data.source,
@@ -351,12 +353,13 @@ class Provenance:
         """Write in one line what was run: the checkpoint with its hash, class, dtype, device, reference and tokens."""
         model, served = self.model, self.model.served
         how = f", executed {self.run_as}" if self.execution else ""
+        threads = f" with {model.threads} threads" if " of " in (model.threads or "") else ""
         parts = [
             f"{subject}: {model}" if str(model) else subject,
             str(model.files or ""),
             ", ".join(f"{name} {text}" for name, text in self.evals.items()),
             f"{served.served}, {served.logprobs} logprobs of each position" if served else "",
-            f"{model.class_name} {model.dtype} on {model.device}{how}" if model.class_name else "",
+            f"{model.class_name} {model.dtype} on {model.device}{threads}{how}" if model.class_name else "",
             f"against {self.reference.place}" if self.reference and self.reference.path else "",
             str(self.data),
         ]

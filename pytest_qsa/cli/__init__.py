@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ..common import QsaError, SuiteError, one_line, visible
+from ..common import QsaError, SuiteError, one_line, own_cores, visible
 from .shared import FAILED, OK, SUITE_IS_WRONG, USAGE, add_verbose, first_line, log_on_stderr, say
 
 CLOSED_PIPE = 141
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, module in known.items():
         # Without help: `qsa merge --help` is for the parser of the command, which knows its options.
         subparsers.add_parser(name, help=first_line(module.__doc__), add_help=False)
+    own_cores.watch()  # while a command imports torch, if it does
     with log_on_stderr(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -7,6 +7,7 @@ from .checksums import (
     json_with_checksum as json_with_checksum,
     with_checksum as with_checksum,
 )
+from .cores import BACKGROUND as BACKGROUND, own_cores as own_cores
 from .errors import (
     AnomalyError as AnomalyError,
     BaselineError as BaselineError,

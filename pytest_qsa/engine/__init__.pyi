@@ -20,3 +20,4 @@ from .subject import (
     record_reference as record_reference,
 )
 from .substitution import Substitution as Substitution, substitution_of as substitution_of
+from .threads import threads_restored as threads_restored

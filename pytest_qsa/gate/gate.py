@@ -30,6 +30,7 @@ from ..common import (
     lasting_stderr,
     locked,
     logger,
+    own_cores,
     phase,
 )
 from ..metrics import METRICS
@@ -88,6 +89,7 @@ class Gate:
     _redacted: MutableMapping[Capture, Capture] = field(default_factory=weakref.WeakKeyDictionary)
 
     def __post_init__(self) -> None:
+        own_cores.watch()  # while torch is imported, if it is
         self.captures.patience = Patience(self.options.lock_timeout or LOCK_TIMEOUT, self._tell)
 
     @cached_property
@@ -412,7 +414,7 @@ class Gate:
             if subject.model is not None:
                 code, share = self.options.allow_code, engine.SampleShare(sums=sums)
                 look = partial(self._look_at_loaded, request, key, subject)
-                with self._slot(subject):
+                with self._slot(subject), engine.threads_restored():
                     capture = engine.capture_subject(
                         subject, plan, allow_code=code, progress=progress, share=share, look_at_loaded=look
                     )

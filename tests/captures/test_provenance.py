@@ -82,6 +82,14 @@ def test_a_run_is_summed_up_in_one_line():
     assert Provenance.of(RUNS["a fixture"]).summary("m").endswith("batches of the fixture (sha256 ab12ab12ab12)")
 
 
+def test_fewer_threads_than_torch_would_take_are_said():
+    with_threads = [
+        Provenance.of({**RUNS["a pass"], "model": {**MODEL, "threads": text}}).summary("m") for text in ("1 of 2", "2")
+    ]
+    assert [" on cpu with 1 of 2 threads, " in text for text in with_threads] == [True, False]
+    assert "threads" not in with_threads[1]
+
+
 def test_how_a_model_was_executed_is_said_in_words():
     assert str(Execution(forward=False)) == "nothing, no forward ran"
     assert str(Execution(forward=True)) == "float"

@@ -26,6 +26,7 @@ from ...common import AnomalyError, InfraError, QsaError, Scratch, UnloadableFor
 from ...suite import Memory, Model, cached_snapshot
 from ..modules import device_of, uncompiled
 from ..stream.stream import Stream, check_format, skipping_packed, stream_of
+from ..threads import threads_text, use_free_cores
 from .adapters import WITHOUT, ModelSource, adapter_text, add_adapter, check_adapter, source_of
 from .classes import class_of, fetching_kernels
 from .completeness import check_complete, check_declaration, declares_quantization
@@ -95,6 +96,7 @@ def load_model(spec: Model, path: str, memory: Memory, *, allow_code: bool, base
         raise InfraError(
             f"this loads a model by transformers, and the suite says model.engine: {spec.engine.name}: leave that out"
         )
+    use_free_cores()
     if spec.factory is not None:
         return _from_factory(spec.factory)
     with quiet(), loading_errors(spec, path):
@@ -352,6 +354,7 @@ def provenance_of(model: nn.Module, path: str = "") -> ModelProvenance:
         attention=str(getattr(config, "_attn_implementation", None) or "none"),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         adapter=adapter_text(model),
+        threads=threads_text() if device.type == "cpu" else None,
     )
 
 

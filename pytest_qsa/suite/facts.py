@@ -101,8 +101,9 @@ class Gpu:
 class Machine:
     """The machine of a run.
 
-    `memory`, `free`: bytes. `rates`: device type → FLOP/s of a matrix product in the model's dtype.
-    `reading`: bytes/s from the checkpoint's files.
+    `cores`: the threads that a pass would run on. `memory`, `free`: bytes. `rates`: device type → FLOP/s of a matrix
+    product in the model's dtype; on the CPU by the processor's time, which other programs don't lengthen. `reading`:
+    bytes/s from the checkpoint's files. `free_cores`: those that others leave free, None where nothing tells.
     """
 
     cores: int
@@ -111,6 +112,11 @@ class Machine:
     gpus: tuple[Gpu, ...]
     rates: Mapping[str, float]
     reading: float
+    free_cores: float | None = None
+
+    def slowed(self, threads: int) -> float:
+        """Return how many times as long work of so many threads takes here as on a machine with nothing else to do."""
+        return max(1.0, threads / max(self.free_cores, 0.05)) if self.free_cores is not None else 1.0
 
 
 def check_execution(execution: Execution | None, model: Model) -> None:

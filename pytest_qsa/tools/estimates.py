@@ -33,6 +33,8 @@ START = 6.0
 """Seconds to import torch and transformers."""
 COUNTING = 1e9
 """Elements that one core reduces in a second beside the pass (docs/benchmarks.md)."""
+LOGIT = 3
+"""How many times as long as an element of a site a logit takes: two exponentials (docs/benchmarks.md)."""
 TO_DEVICE = 1e10
 """Bytes per second from main memory to a GPU (PCIe 3 × 16)."""
 
@@ -228,6 +230,7 @@ class Work:
     """One pass over `samples` windows of `tokens` tokens, `batch` of them in a forward.
 
     `sites`: how many tensors are reduced. `sums`: bytes of what is kept of them. `elements`: their elements per token.
+    `logits`: whether the head runs for every sample, and its logits are reduced.
     """
 
     samples: int
@@ -236,6 +239,7 @@ class Work:
     sites: int
     sums: int
     elements: int
+    logits: bool = False
 
     @property
     def batches(self) -> int:
@@ -249,7 +253,7 @@ class Work:
             (layer, request.site): request.statistics
             for request in requests
             for layer in match_layers(sizes.layers.called, request.pattern, request.exclude)
-            if request.site != "weight"
+            if request.site not in ("weight", "logits")
         }
         tokens = data.num_samples * data.seq_len
         widths = {site: _channels(site[0], site[1], sizes) for site in sites}
@@ -258,19 +262,22 @@ class Work:
             for site, statistics in sites.items()
             for statistic in statistics
         )
-        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, sum(widths.values()))
+        logits = any(request.site == "logits" for request in requests)
+        elements = sum(widths.values()) + logits * LOGIT * sizes.vocabulary
+        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, elements, logits)
 
     def flops(self, sizes: Sizes) -> float:
         """Return the FLOP of the pass: 2 per parameter and token, 4 per pair of tokens and channel of attention.
 
         From Kaplan et al., arXiv 2001.08361, but attention as torch's flop counter has it: all pairs of tokens, masked
-        or not. The head counts once, for the first batch alone goes through the whole model.
+        or not. Where no logits are asked for, the first batch alone goes through the head.
         """
         trunk = 2 * sizes.trunk * self.tokens
         layers = sum(1 for unit in sizes.units if unit.rpartition(".")[2].isdigit())
         attention = 4 * self.tokens**2 * sizes.attention * layers
         # The first batch runs to the logits to find the last layer that is needed; the others stop there.
-        head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * self.batch
+        heads = self.samples if self.logits else self.batch
+        head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * heads
         return self.samples * (trunk + attention) + head
 
 
@@ -284,7 +291,8 @@ def _channels(layer: str, site: str, sizes: Sizes) -> int:
 class Setting:
     """One way to run.
 
-    `host`, `gpu`: peaks in bytes; `gpu` is None without one. `note`: what is expensive about it.
+    `host`, `gpu`: peaks in bytes; `gpu` is None without one. `seconds`: by the clock, beside what else runs now.
+    `processor`: seconds of the processor. `note`: what is expensive about it.
     """
 
     memory: Memory
@@ -292,14 +300,18 @@ class Setting:
     host: int
     gpu: int | None
     seconds: float
+    processor: float
     fits: bool
     note: str = ""
 
 
-def settings_of(sizes: Sizes, work: Work, machine: Machine) -> list[Setting]:
-    """Return all ways to run on a machine, the fastest kind first; some may not fit."""
+def settings_of(sizes: Sizes, work: Work, machine: Machine, reference: Sizes | None = None) -> list[Setting]:
+    """Return all ways to run on a machine, the fastest kind first; some may not fit.
+
+    `reference`: of a second model that runs in lockstep.
+    """
     devices: Sequence[Gpu | None] = [*machine.gpus[:1], None]
-    return [setting for gpu in devices for setting in _on(gpu, sizes, work, machine)]
+    return [setting for gpu in devices for setting in _on(gpu, sizes, work, machine, reference)]
 
 
 def own_setting(settings: Sequence[Setting], memory: Memory) -> Setting | None:
@@ -318,51 +330,64 @@ def own_setting(settings: Sequence[Setting], memory: Memory) -> Setting | None:
     return next((s for s in device if s.note and s.memory.offload_device == "cpu"), whole)
 
 
-def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine) -> Iterator[Setting]:
+def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, reference: Sizes | None) -> Iterator[Setting]:
     """Yield the settings of one device: all in memory, offloaded by accelerate, streamed from disk."""
     device = "cpu" if gpu is None else "cuda"
     free = machine.free if gpu is None else gpu.free
-    around = BASE + batch_bytes(sizes, work) + work.sums
-    compute = work.flops(sizes) / machine.rates[device]
+    models = [sizes] if reference is None else [sizes, reference]
+    around = BASE + work.sums + sum(batch_bytes(each, work) for each in models)
+    compute = sum(work.flops(each) for each in models) / machine.rates[device]
     if gpu is None:  # the reductions take their time beside the matrix products
-        compute += work.samples * work.tokens * work.elements / (COUNTING * machine.cores)
-    reading = sizes.stored / machine.reading
+        compute += len(models) * work.samples * work.tokens * work.elements / (COUNTING * machine.cores)
+    reading = sum(each.stored for each in models) / machine.reading
 
-    def setting(memory: Memory, text: str, peak: int, host: int, seconds: float, note: str = "") -> Setting:
+    def setting(memory: Memory, text: str, peak: int, host: int, read: float, note: str = "") -> Setting:
         fits = peak <= free and host <= machine.free
-        return Setting(memory, text, host, None if gpu is None else peak, START + seconds, fits, note)
+        seconds, processor = _seconds(read, compute, machine, on_gpu=gpu is not None)
+        return Setting(memory, text, host, None if gpu is None else peak, seconds, processor, fits, note)
 
-    whole = sizes.weights + around
+    whole = sum(each.weights for each in models) + around
     host = whole if gpu is None else BASE
-    yield setting(Memory(device=device, auto_offload=False), f"{{device: {device}}}", whole, host, reading + compute)
+    yield setting(Memory(device=device, auto_offload=False), f"{{device: {device}}}", whole, host, reading)
     # accelerate offloads only what doesn't fit.
     if whole > free:
-        yield _offloaded(gpu, sizes, work, machine, compute)
-    if sizes.streams:
-        streamed = sizes.streamed + around + waiting_bytes(sizes, work, machine)
+        yield _offloaded(gpu, models, work, machine, compute)
+    if all(each.streams for each in models):
+        streamed = around + sum(each.streamed + waiting_bytes(each, work, machine) for each in models)
         disk = Memory(device=device, offload_device="disk")
         text = f"{{device: {device}, offload_device: disk}}"
         waves = -(-work.batches // BATCHES_IN_WAVE)  # each wave reads all weights again
         host = streamed if gpu is None else BASE
         # The next unit is read while the samples compute: the slower of the two counts.
-        yield setting(disk, text, streamed, host, max(reading * waves, compute))
+        yield setting(disk, text, streamed, host, max(0.0, reading * waves - compute))
 
 
-def _offloaded(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, compute: float) -> Setting:
+def _seconds(reading: float, compute: float, machine: Machine, *, on_gpu: bool) -> tuple[float, float]:
+    """Return the seconds by the clock beside what else runs, and those of the processor.
+
+    `reading`: the time for which only files are read. `compute`: that of the pass on a machine of its own.
+    """
+    threads = 0 if on_gpu else machine.cores
+    clock = START * machine.slowed(1) + reading + compute * machine.slowed(threads)
+    return clock, START + reading + compute * threads
+
+
+def _offloaded(gpu: Gpu | None, models: Sequence[Sizes], work: Work, machine: Machine, compute: float) -> Setting:
     """Return the setting where accelerate places the weights; what the device lacks is fetched for every batch."""
     device = "cpu" if gpu is None else "cuda"
     host_room = int(machine.free / HEADROOM)
     gpu_room = int(gpu.free / HEADROOM) if gpu else 0
-    elsewhere = max(0, sizes.weights - gpu_room)
+    elsewhere = max(0, sum(each.weights for each in models) - gpu_room)
     on_disk = max(0, elsewhere - host_room)
     fetched = work.batches * ((elsewhere - on_disk) / TO_DEVICE * bool(gpu) + on_disk / machine.reading)
-    seconds = START + sizes.stored / machine.reading + compute + fetched
+    reading = sum(each.stored for each in models) / machine.reading + fetched
+    seconds, processor = _seconds(reading, compute, machine, on_gpu=gpu is not None)
     note = f"fetches {shown_bytes(on_disk if gpu is None else elsewhere)} again for each of {work.batches} batches"
     host = min(host_room, elsewhere) + BASE
-    around = batch_bytes(sizes, work) + work.sums
+    around = work.sums + sum(batch_bytes(each, work) for each in models)
     fits = (gpu.free - gpu_room if gpu else machine.free - host_room) > around
     text = f"{{device: {device}, auto_offload: true}}"
-    return Setting(Memory(device=device), text, host, gpu.free if gpu else None, seconds, fits, note)
+    return Setting(Memory(device=device), text, host, gpu.free if gpu else None, seconds, processor, fits, note)
 
 
 def batch_bytes(sizes: Sizes, work: Work) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -11,7 +10,17 @@ from pathlib import Path
 from ..captures import Capture, LayerNames, Outline, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder, stored_weights, threads, weight_names
 from ..common import InfraError, QsaError, counted, shown_path, shown_time, text_table
-from ..suite import MOST_HASHED, FileHashes, Machine, Subject, files_of, fingerprint_of, unhashed, weight_files
+from ..suite import (
+    MOST_HASHED,
+    FileHashes,
+    Machine,
+    NamedSubject,
+    Subject,
+    files_of,
+    fingerprint_of,
+    unhashed,
+    weight_files,
+)
 from .estimates import (
     Setting,
     Sizes,
@@ -25,7 +34,7 @@ from .estimates import (
 )
 
 MEMORY_FACTOR = 1.5
-TIME_FACTOR = 3
+TIME_FACTOR = 2
 """The estimates are meant to be right within these factors; benchmarks/estimates.py measures it."""
 MOST_IDS = 4
 READ_IN_A_SECOND = 1e8
@@ -155,6 +164,14 @@ def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: M
         yield from _setting_lines(planned, sizes, work, measure(sizes.dtype, largest))
 
 
+def _reference_sizes(planned: Planned) -> Sizes | None:
+    """Return the sizes of the model that runs in lockstep; None where none does, or it isn't here."""
+    reference = planned.subject.reference
+    if not compares(planned.requests) or not isinstance(reference, NamedSubject) or reference.base_folder is None:
+        return None
+    return sizes_of(Folder(reference.base_folder, reference.model.gguf_file), reference.model)
+
+
 def _file_lines(planned: Planned, text: str) -> Iterator[str]:
     """Yield the plan of weights that are read from files. `text`: what is to be said of a kept capture."""
     try:
@@ -228,10 +245,12 @@ def _size_line(sizes: Sizes) -> str:
 
 
 def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine) -> Iterator[str]:
-    settings = settings_of(sizes, work, machine)
+    reference = _reference_sizes(planned)
+    settings = settings_of(sizes, work, machine, reference)
     own = own_setting(settings, planned.subject.memory)
     parts = {
         "weights": sizes.weights,
+        "those of the reference": reference.weights if reference else 0,
         "or, streamed, two blocks": sizes.streamed if sizes.streams else 0,
         "states that wait then": waiting_bytes(sizes, work, machine) if sizes.streams else 0,
         "a batch on its way": batch_bytes(sizes, work),
@@ -241,27 +260,24 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
     yield f"memory      {shown}"
     yield f"machine     {_machine_text(machine)}"
     yield ""
-    rows = [["memory:", "takes", "time", "fits"]]
+    rows = [["memory:", "takes", "time", "of the processor", "fits"]]
     for setting in settings:
         remarks = ["← the suite's"] * (setting is own) + [setting.note] * bool(setting.note)
         fits = "  ".join(["yes" if setting.fits else "no", *remarks])
-        rows.append([setting.text, _taken(setting, machine), shown_time(setting.seconds), fits])
+        took = [shown_time(setting.seconds), shown_time(setting.processor)]
+        rows.append([setting.text, _taken(setting, machine), *took, fits])
     yield from text_table(rows, indent="  ")
     yield from _advice(settings, own)
+    models = [sizes] if reference is None else [sizes, reference]
+    flops, stored = sum(work.flops(each) for each in models), sum(each.stored for each in models)
     yield (
-        f"  estimates: memory within a factor of {MEMORY_FACTOR:g}, time of {TIME_FACTOR} "
-        f"({_flops(work.flops(sizes))}FLOP at the measured rate; {shown_bytes(sizes.stored)} read)"
+        f"  estimates: memory within a factor of {MEMORY_FACTOR:g}, the processor's time of {TIME_FACTOR} "
+        f"({_flops(flops)}FLOP at the measured rate; {shown_bytes(stored)} read)"
     )
-    yield from _load_lines()
-
-
-def _load_lines() -> Iterator[str]:
-    """Say that other work has the processors: what is measured now, and what runs then, takes longer."""
-    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    if load > cores:
+    if machine.slowed(1) > 1:
         yield (
-            f"  this machine is busy (load {load:.1f} on {counted(cores, 'core')}): the run waits for its share; set "
-            "OMP_NUM_THREADS=1 where several jobs share the cores"
+            f"  this machine is busy, {machine.free_cores:.1f} of its cores free over two seconds: the time is that of "
+            "a run that gets no more"
         )
 
 
@@ -287,8 +303,8 @@ def _machine_text(machine: Machine) -> str:
     gpus = ", ".join(f"{gpu.name} ({shown_bytes(gpu.free)} free)" for gpu in machine.gpus) or "no GPU"
     rates = ", ".join(f"{_flops(rate)}FLOP/s ({device})" for device, rate in machine.rates.items())
     return (
-        f"{machine.cores} threads, {shown_bytes(machine.free)} of {shown_bytes(machine.memory)} free, {gpus}; "
-        f"measured: {rates}, {shown_bytes(machine.reading)}/s from the files"
+        f"{counted(machine.cores, 'thread')}, {shown_bytes(machine.free)} of {shown_bytes(machine.memory)} free, "
+        f"{gpus}; measured: {rates}, {shown_bytes(machine.reading)}/s from the files"
     )
 
 

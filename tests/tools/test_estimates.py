@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytest_qsa.captures import COUNTS, TOKENS, Capture, Request
+from pytest_qsa.captures import AGREEMENT, COUNTS, TOKENS, Capture, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import Data, FileHashes, Gpu, Machine, Memory, Model, Subject, fingerprint_of
-from pytest_qsa.tools.estimates import Work, own_setting, settings_of, sizes_of
+from pytest_qsa.tools.estimates import START, Work, own_setting, settings_of, sizes_of
 from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
 from support.projects import Project, suite
@@ -89,7 +90,7 @@ def plan_of(folder, machine, memory=DEFAULT):
 
 def rows_of(text):
     """Return what the plan's table says of each setting: what it takes, and whether it fits."""
-    found = re.findall(r"^  (\{.*?\})  +(.*?)  +\S+ (?:s|min|h) +(yes|no)(.*)$", text, flags=re.MULTILINE)
+    found = re.findall(r"^  (\{.*?\})  +(.*?)(?:  +\S+ (?:s|min|h)){2} +(yes|no)(.*)$", text, flags=re.MULTILINE)
     return {setting: (takes, fits, rest) for setting, takes, fits, rest in found}
 
 
@@ -108,6 +109,36 @@ def test_a_70b_beside_a_gpu_of_24_gb_streams_over_the_gpu(seventy_b):
     text = plan_of(seventy_b, WORKSTATION)
     assert rows_of(text)["{device: cuda}"][1] == "no"
     assert "→ memory: {device: cuda, offload_device: disk}" in text
+
+
+def test_a_busy_machine_lengthens_the_time_and_not_that_of_the_processor(seventy_b):
+    busy = replace(LAPTOP, free_cores=2.0)
+    (idle, *_), (slow, *_) = (settings_with(seventy_b, machine) for machine in (LAPTOP, busy))
+    assert slow.processor == idle.processor
+    # The files are read as fast as they were just now; 8 threads on 2 cores take four times as long.
+    reading = 141.1 * GB / LAPTOP.reading
+    assert slow.seconds - START - reading == pytest.approx(4 * (idle.seconds - START - reading), rel=1e-3)
+    assert "2.0 of its cores free" not in plan_of(seventy_b, busy)  # one thread waits for nobody
+    assert "0.4 of its cores free over two seconds" in plan_of(seventy_b, replace(LAPTOP, cores=1, free_cores=0.4))
+
+
+def settings_with(folder, machine):
+    sizes = sizes_of(Folder(folder), Model(path=str(folder)))
+    request = Request(r"layers\.\d+$", "output", None, frozenset({TOKENS}))
+    return settings_of(sizes, Work.of(Data(num_samples=64, seq_len=1024), [request], sizes), machine)
+
+
+def test_a_comparison_takes_both_models_and_the_head_for_every_sample(seventy_b):
+    sizes = sizes_of(Folder(seventy_b), Model(path=str(seventy_b)))
+    data, request = Data(num_samples=64, seq_len=1024), Request("", "logits", None, frozenset({AGREEMENT}))
+    work = Work.of(data, [request], sizes)
+    assert (work.logits, work.sites) == (True, 0)
+    head = 2 * 128256 * 8192 * 1024
+    alone = replace(work, logits=False)
+    assert work.flops(sizes) - alone.flops(sizes) == pytest.approx(63 * head, rel=1e-9)
+    (one, *_), (two, *_) = (settings_of(sizes, work, LAPTOP, reference) for reference in (None, sizes))
+    assert two.host - one.host == pytest.approx(sizes.weights, rel=0.05)
+    assert two.processor - START == pytest.approx(2 * (one.processor - START))
 
 
 def test_a_setting_that_fits_needs_no_advice(seventy_b):

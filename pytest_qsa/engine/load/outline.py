@@ -19,7 +19,7 @@ from torch import nn
 
 from ...captures import LayerNames, Outline
 from ...checkpoint import ADAPTER, Folder, check_side_files, no_folder
-from ...common import AnomalyError, InfraError, QsaError, logger, one_line, uncollected
+from ...common import AnomalyError, InfraError, QsaError, logger, one_line, own_cores, uncollected
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
 from ..modules import (
@@ -34,6 +34,7 @@ from ..modules import (
     towers_of,
     with_experts,
 )
+from ..threads import threads_restored, use_free_cores
 from .adapters import add_empty_adapter, source_of
 from .answers import prompts_of
 from .batches import token_ids
@@ -287,25 +288,33 @@ def this_machine(dtype: str, weights: Path | None = None) -> Machine:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         gpus.append(Gpu(torch.cuda.get_device_name(index), total, free))
-    rates = {"cpu": product_rate(kind, torch.device("cpu"), 512, 2048, 2048)}
+    with threads_restored():
+        use_free_cores()
+        cores = torch.get_num_threads()
+        rates = {"cpu": product_rate(kind, torch.device("cpu"), 512, 2048, 2048)}
     if gpus:
         rates["cuda"] = product_rate(kind, torch.device("cuda"), 2048, 4096, 4096)
-    cores = torch.get_num_threads()
-    return Machine(cores, memory.total, memory.available, tuple(gpus), rates, reading_rate(weights))
+    reading, unused = reading_rate(weights), own_cores.free()
+    return Machine(cores, memory.total, memory.available, tuple(gpus), rates, reading, unused)
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, rows: int, inner: int, columns: int) -> float:
-    """Return the FLOP/s of [rows, inner] × [inner, columns], 2 for each product that is added."""
+    """Return the FLOP/s of [rows, inner] × [inner, columns], 2 for each product that is added.
+
+    On the CPU by the processor's time, as if nothing else ran.
+    """
     x, w = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
     x @ w
     _wait(device)
     # The product above isn't timed: the first one also pays for loading its kernel.
-    began, times = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
+    on_cpu, times = device.type == "cpu", 0
+    clock, threads = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
+    began = clock()
+    while clock() - began < SECONDS * threads:
         x @ w
         _wait(device)
         times += 1
-    return 2 * rows * inner * columns * times / (time.perf_counter() - began)
+    return 2 * rows * inner * columns * times / (clock() - began) * threads
 
 
 def _wait(device: torch.device) -> None:

@@ -42,6 +42,11 @@ test-fast: $(VENV)/.installed
 chromium:
 	@command -v chromium >/dev/null || (apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q chromium)
 
+# What a pass costs, against the committed table: fails where a ratio is more than 5 % worse. See benchmarks/check.py.
+.PHONY: bench-check
+bench-check: $(DEMO)/.made
+	$(BIN)/python benchmarks/check.py
+
 # Damaged suites, checkpoints and files, and killed runs, by QSA_CAMPAIGN_SEED; QSA_CAMPAIGN=5 takes five times as many.
 campaign: $(VENV)/.installed
 	OMP_NUM_THREADS=1 QSA_CAMPAIGN=$${QSA_CAMPAIGN:-1} $(BIN)/python -m pytest -n 2 --dist worksteal tests/campaign

@@ -36,18 +36,18 @@ def smollm2(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return model
 
 
-def wide_llama() -> nn.Module:
-    """Make a random Llama of hidden 2048 with 4 layers in bfloat16."""
-    return random_llama(hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16)
+def wide_llama(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Make a random Llama of hidden 2048 with 4 layers."""
+    return random_llama(dtype, hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16)
 
 
-def random_llama(**shape: Any) -> nn.Module:
-    """Make a random Llama of a shape in bfloat16, on torch's default device."""
+def random_llama(dtype: torch.dtype = torch.bfloat16, **shape: Any) -> nn.Module:
+    """Make a random Llama of a shape, on torch's default device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model: nn.Module = LlamaForCausalLM(LlamaConfig(num_key_value_heads=8, vocab_size=32000, **shape))
-    return model.to(torch.bfloat16).eval()
+    return model.to(dtype).eval()
 
 
 def token_batches(samples: int, length: int) -> list[Tensor]:
@@ -59,14 +59,21 @@ def token_batches(samples: int, length: int) -> list[Tensor]:
     return [torch.tensor(ids[i * length : (i + 1) * length])[None] for i in range(samples)]
 
 
-def medians(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Run the cases in turns, so that what else the machine does meets all of them, and return their median seconds."""
+def in_turns(
+    cases: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Run the cases in turns, so that what else the machine does meets all of them, and return their seconds."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         case()
     for _ in range(repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = clock()
             case()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+            times[name].append(clock() - start)
+    return times
+
+
+def medians(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Run the cases in turns and return their median seconds by the clock."""
+    return {name: statistics.median(taken) for name, taken in in_turns(cases, repeats).items()}

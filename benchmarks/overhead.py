@@ -33,32 +33,36 @@ def bare(model: nn.Module, batches: list[Tensor]) -> Callable[[], None]:
     return run
 
 
-def measure(name: str, model: nn.Module, batches: list[Tensor], repeats: int) -> None:
-    """Print the ratios for one model: against its trunk, and against the whole of it."""
+def cases_of(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the forwards of a model and of its trunk, and what is captured of both."""
     model.config.use_cache = False  # type: ignore[union-attr]
     trunk: nn.Module = model.model  # type: ignore[assignment]
-    taken = medians(
-        {
-            "trunk": bare(trunk, batches),
-            "trunk, usual suite": lambda: capture(trunk, batches, **USUAL),
-            "trunk, every site": lambda: capture(trunk, batches, **EVERY),
-            "whole": bare(model, batches),
-            "whole, usual suite": lambda: capture(model, batches, **USUAL),
-            "whole, every site": lambda: capture(model, batches, **EVERY),
-        },
-        repeats,
-    )
+    return {
+        "trunk": bare(trunk, batches),
+        "trunk, usual suite": lambda: capture(trunk, batches, **USUAL),
+        "trunk, every site": lambda: capture(trunk, batches, **EVERY),
+        "whole": bare(model, batches),
+        "whole, usual suite": lambda: capture(model, batches, **USUAL),
+        "whole, every site": lambda: capture(model, batches, **EVERY),
+    }
+
+
+def measure(name: str, model: nn.Module, batches: list[Tensor], repeats: int) -> None:
+    """Print the ratios for one model: against its trunk, and against the whole of it."""
+    taken = medians(cases_of(model, batches), repeats)
     for base in ("trunk", "whole"):
         for case in ("usual suite", "every site"):
-            print(f"{name:<12} {case:<12} ÷ bare {base}: {taken[f'{base}, {case}'] / taken[base]:.3f}")
+            print(f"{name:<22} {case:<12} ÷ bare {base}: {taken[f'{base}, {case}'] / taken[base]:.3f}", flush=True)
 
 
 def main() -> None:
-    """Measure SmolLM2 (hidden 576: little arithmetic for each element) and a wide Llama."""
+    """Measure SmolLM2 (hidden 576: little arithmetic for each element) and a wide Llama, in both dtypes."""
     options = arguments(__doc__ or "")
     batches = token_batches(options.samples, options.seq_len)
-    measure("SmolLM2-135M", smollm2(), batches, options.repeats)
-    measure("Llama 2048×4", wide_llama(), [batch % 32000 for batch in batches], options.repeats)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        measure(f"SmolLM2-135M {name}", smollm2(dtype), batches, options.repeats)
+        measure(f"Llama 2048×4 {name}", wide_llama(dtype), [batch % 32000 for batch in batches], options.repeats)
 
 
 if __name__ == "__main__":

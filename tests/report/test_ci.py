@@ -297,6 +297,44 @@ def test_the_script_of_the_action_runs_the_gate_and_leaves_report_and_comment(ga
     assert (gate.folder / "qsa-results" / "junit.xml").is_file()
 
 
+STAND_IN = """#!/bin/bash
+printf '%s\\n' "$*" >> calls.txt
+for word in "$@"; do case "$word" in --jq) echo "$KNOWN" ;; esac; done
+"""
+"""Writes down how it was called; asked for a comment of an earlier run, it says its number, or nothing."""
+
+
+@pytest.mark.process
+def test_the_scripts_of_the_action_install_what_is_asked_for_and_keep_one_comment(tmp_path):
+    scripts = {step["name"]: step["run"] for step in yaml.safe_load(ACTION)["runs"]["steps"] if "run" in step}
+
+    def calls(name, **environment):
+        for program in ("python", "gh"):
+            (tmp_path / program).write_text(STAND_IN)
+            (tmp_path / program).chmod(0o755)
+        (tmp_path / "calls.txt").unlink(missing_ok=True)
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", scripts[name]]
+        settings = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "KNOWN": "", **environment}
+        done = subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+        written = tmp_path / "calls.txt"
+        return done.returncode, written.read_text().splitlines() if written.exists() else []
+
+    installed = calls("Install pytest-qsa", GITHUB_ACTION_PATH="/the action", EXTRAS="gguf,all")
+    assert installed == (0, ["-m pip install --quiet /the action[gguf,all]"])
+    pull_request = {"REPOSITORY": "me/models", "NUMBER": "7", "NAME": "w8a8 report"}
+    assert calls("Comment", **pull_request) == (0, [])  # the gate wrote none
+    (tmp_path / "qsa-comment.md").write_text("## verdict\n")
+    (tmp_path / "qsa-loosened.md").write_text("## loosened\n")
+    code, (_, posted) = calls("Comment", **pull_request)
+    field = "--field body=@qsa-comment-marked.md"
+    assert (code, posted) == (0, f"api --silent --method POST repos/me/models/issues/7/comments {field}")
+    marked = (tmp_path / "qsa-comment-marked.md").read_text()
+    assert marked == "<!-- pytest-qsa: w8a8_report -->\n## loosened\n\n## verdict\n"
+    code, (_, patched) = calls("Comment", **pull_request, KNOWN="11")
+    assert (code, patched) == (0, f"api --silent --method PATCH repos/me/models/issues/comments/11 {field}")
+    assert calls("Was the gate loosened?") == (1, [])
+
+
 INJECTING = r"""
 model: {{name: llama, path: {path}}}
 data: {{num_samples: 2, seq_len: 32}}

@@ -19,6 +19,7 @@ import yaml
 from pytest_qsa.cli import main
 from pytest_qsa.suite import load_suite
 
+from .checkpoints import save_adapter, save_gguf
 from .paths import ROOT
 
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
@@ -43,6 +44,8 @@ assertions:
   - {id: drift, metric: magnitude, stat: median, layers: down_proj$, site: output, baseline: {rel: 0.1}}
 """
 ANALYSIS = "model: {path: checkpoints/my-model}\ndata: {num_samples: 2, seq_len: 32}\nvisualization: {dpi: 40}\n"
+GGUF_FILE = "my-model-Q4_K_M.gguf"
+AUTHOR = ("-c", "user.name=reader", "-c", "user.email=reader@example.org")
 NAMES = "import pytest\nimport torch\nfrom stand_in import MyModel\n"
 STAND_IN = """
 from transformers import AutoModelForCausalLM
@@ -105,7 +108,12 @@ class Reader:
         folder = self.project.folder / "checkpoints"
         folder.mkdir()
         for name in {"my-model", "my-model-int8", *re.findall(r"checkpoints/([\w-]+)", text)}:
-            (folder / name).symlink_to(checkpoints["int8" if "int8" in name else "float"])
+            if name.endswith("-gguf"):
+                (save_gguf(folder / name, checkpoints["float"]) / "model.gguf").rename(folder / name / GGUF_FILE)
+            elif name.endswith("-lora"):
+                save_adapter(folder / name, checkpoints["float"])
+            else:
+                (folder / name).symlink_to(checkpoints["int8" if "int8" in name else "float"])
         self.project.write("gate.qsa.yaml", GATE)
         budgets = GATE.replace("checkpoints/", "../checkpoints/").partition("  - {id: drift")[0]
         self.project.write("gates/gate.qsa.yaml", budgets)
@@ -114,6 +122,13 @@ class Reader:
             shutil.copy(checkpoints["capture"], self.project.folder / name)
         self.project.write("my.yaml", ANALYSIS)
         subprocess.run(["git", "init", "-q"], cwd=self.project.folder, check=True)
+        if "origin/main" in text:  # where the gates are those of this very commit
+            for words in (
+                ("add", "gates"),
+                ("commit", "-qm", "gates"),
+                ("update-ref", "refs/remotes/origin/main", "HEAD"),
+            ):
+                subprocess.run(["git", *AUTHOR, *words], cwd=self.project.folder, check=True)
         self.project.write("stand_in.py", STAND_IN)
         shutil.copytree(ROOT / "configs", self.project.folder / "configs")
         shutil.copytree(ROOT / "example_suites/team", self.project.folder / "example_suites/team")

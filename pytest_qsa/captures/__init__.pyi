@@ -59,6 +59,7 @@ from .sites import (
     KEY_AND_VALUE as KEY_AND_VALUE,
     LATENT_AND_ROPE_KEY as LATENT_AND_ROPE_KEY,
     LOGITS as LOGITS,
+    NO_CACHE as NO_CACHE,
     SITES as SITES,
     LayerNames as LayerNames,
     LayerSite as LayerSite,
@@ -86,6 +87,7 @@ from .sites import (
 from .statistics import (
     AGREEMENT as AGREEMENT,
     ALL_STATISTICS as ALL_STATISTICS,
+    CACHE_SCALE as CACHE_SCALE,
     CHANNEL_COUNTS as CHANNEL_COUNTS,
     CHANNELS as CHANNELS,
     COUNTS as COUNTS,

@@ -97,6 +97,8 @@ LARGEST = Layout(_one, lambda arrays: np.maximum.reduce(list(arrays)))
 EXTREMES = Layout(_one, _extremes)
 OF_A_SAMPLE = Layout(_one, lambda arrays: arrays[-1], partial=True)
 OF_THE_WEIGHT = Layout(_one, None)
+OF_THE_SITE = Layout(_one, _one)
+"""The same in every part."""
 BINS = Layout(_one, None)
 """Merged with the counts that name them."""
 

@@ -82,9 +82,10 @@ class ModelProvenance(_Record):
     `path`: a folder, a hub id, the address of a server, or nothing for a fixture's model. `adapter`: what the adapter
     on it is (`LoRA of rank 8`), and `base` what that is on, where it lies apart. `revision`: the commit of a hub id.
     `class_name`, `attention`: of the loaded module, with its implementation of attention. `device_class`: what decides
-    which kernels run (`cpu`, `sm_90`). `weights`: the SHA-256 over the weight files. `format`: the quantization that
-    its files declare, None for floats. `tokenizer` and `weights` are None where the model has none, and empty where
-    they were not read. `threads`: of the CPU that ran it (`1 of 2`, where other programs kept the cores busy).
+    which kernels run (`cpu`, `sm_90`). `kv_cache`: the grid on which its keys and values were rounded, None for none.
+    `weights`: the SHA-256 over the weight files. `format`: the quantization that its files declare, None for floats.
+    `tokenizer` and `weights` are None where the model has none, and empty where they were not read. `threads`: of the
+    CPU that ran it (`1 of 2`, where other programs kept the cores busy).
     """
 
     path: str = ""
@@ -99,6 +100,7 @@ class ModelProvenance(_Record):
     device: str | None = None
     device_class: str | None = None
     attention: str | None = None
+    kv_cache: str | None = None
     versions: Mapping[str, str] | None = None
     tokenizer: str | None = ""
     weights: str | None = ""
@@ -121,7 +123,7 @@ class ModelProvenance(_Record):
     @classmethod
     def of_baseline(cls, header: Json) -> Self:
         """Read it from the header of a baseline, in which the versions stand among the other keys."""
-        names = {"weights", "dtype", "device", "device_class", "format"}
+        names = {"weights", "dtype", "device", "device_class", "format", "kv_cache"}
         versions = {name: str(version) for name, version in header.items() if name not in {*names, "model"}}
         known = {name: header[name] for name in names if name in header}
         return cls(path=str(header.get("model", "")), versions=versions, **known)
@@ -133,7 +135,8 @@ class ModelProvenance(_Record):
         classes = {"device_class": self.device_class} if self.device_class is not None else {}
         # Of floats too: a baseline without it is of a version that may have read weights wrongly.
         quantized = {"format": self.format or "none"} if self.weights else {}
-        return {"model": name, **known, **(self.versions or {}), **classes, **quantized}
+        cache = {"kv_cache": self.kv_cache} if self.kv_cache is not None else {}
+        return {"model": name, **known, **(self.versions or {}), **classes, **quantized, **cache}
 
     def same_weights(self, other: Self) -> bool:
         """Say whether two models have the same files of weights; without hashes, whether they are of one path."""
@@ -143,10 +146,8 @@ class ModelProvenance(_Record):
 
     def runs_as(self, other: Self) -> bool:
         """Say whether nothing else than their weights tells two models apart: adapter, dtype, and what runs them."""
-        return all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("adapter", "base", "format", "dtype", "attention", "class_name", "device_class", "served")
-        )
+        own = ("adapter", "base", "format", "dtype", "attention", "class_name", "device_class", "served", "kv_cache")
+        return all(getattr(self, name) == getattr(other, name) for name in own)
 
     @property
     def place(self) -> str:
@@ -342,6 +343,7 @@ class Provenance:
             "Threads": model.threads,
             "Executed as": self.executed_as,
             "Attention": model.attention,
+            "KV cache": model.kv_cache,
             "Data": data.source,
             "Samples": data.num_samples,
             "Sequence length": data.seq_len,
@@ -354,6 +356,7 @@ class Provenance:
         model, served = self.model, self.model.served
         how = f", executed {self.run_as}" if self.execution else ""
         threads = f" with {model.threads} threads" if " of " in (model.threads or "") else ""
+        how += f", its KV cache rounded to {model.kv_cache}" if model.kv_cache else ""
         parts = [
             f"{subject}: {model}" if str(model) else subject,
             str(model.files or ""),

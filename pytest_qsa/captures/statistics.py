@@ -18,6 +18,7 @@ from .arrays import (
     EXTREMES,
     LARGEST,
     OF_A_SAMPLE,
+    OF_THE_SITE,
     OF_THE_WEIGHT,
     PER_POPULATION,
     PER_TOKEN,
@@ -369,6 +370,13 @@ class QuantizationPowers(Statistic):
             object.__setattr__(self, "group_size", 0)
 
 
+class CacheScale(Statistic):
+    """The scale of a layer's keys or values in the checkpoint: `cache_scale` [1] float64; 1 where it holds none."""
+
+    name = "cache_scale"
+    arrays: ClassVar = {"cache_scale": OF_THE_SITE}
+
+
 @dataclass(frozen=True)
 class FeatureCounts(Statistic):
     """In how many tokens each channel reaches |x| ≥ absolute: an array `features` [C + 2] int64.
@@ -502,6 +510,7 @@ COUNTS: Statistic = Counts()
 SIGNED_COUNTS: Statistic = SignedCounts()
 SINKS: Statistic = SinkTokens()
 EXPERTS: Statistic = Experts()
+CACHE_SCALE: Statistic = CacheScale()
 CHANNEL_COUNTS: Statistic = ChannelCounts()
 SCORES: Statistic = Scores()
 AGREEMENT: Statistic = PredictionAgreement()

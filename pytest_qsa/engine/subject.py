@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..captures import (
+    CACHE_SCALE,
     LOGITS,
     STORED,
     Capture,
@@ -27,7 +28,7 @@ from ..captures import (
     merge_requests,
     with_weights,
 )
-from ..checkpoint import capture_weights
+from ..checkpoint import capture_weights, scales_of_cache
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
 from ..suite import (
     FileHashes,
@@ -46,7 +47,15 @@ from .load.data import batches_of, check_local
 from .load.models import Loaded, check_allowed, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, decoder_of, load_tokenizer, tokenizer_identity
-from .modules import blocks_of, check_context, device_of, forward_errors, layers_of, with_experts
+from .modules import (
+    blocks_of,
+    caching_layers,
+    check_context,
+    device_of,
+    forward_errors,
+    layers_of,
+    with_experts,
+)
 from .reference.live import LiveReference, Reference
 from .reference.predicted import located_head
 from .reference.record import Recording, RecordOptions, record_model
@@ -54,6 +63,7 @@ from .reference.reference_file import ReferenceFile
 from .reference.replay import ReplayedReference, check_answerable
 from .run.observed_execution import ObservedExecution
 from .run.participant import Participant
+from .run.rounded_cache import CacheScales, RoundedCache, cache_rounded
 from .run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from .run.site_statistics import StoredComparison
 from .vllm.capture import VllmPass, check_requests, empty_subject, run_in_vllm, served_head
@@ -360,6 +370,11 @@ def capture_loaded(
     stored, nothing_stored = _stored(subject, loaded, requests)
     if stored is not None:
         participants.append(StoredComparison(stored))
+    if any(CACHE_SCALE in request.statistics for request in requests) and loaded_files(subject) is not None:
+        participants.append(CacheScales(_cache_scales(subject, loaded)))
+    if subject.model is not None and subject.model.kv_cache is not None:
+        other = reference.model if isinstance(reference, Loaded) else None
+        participants.append(RoundedCache(subject.model.kv_cache, _cache_scales(subject, loaded), other))
     if reference is not None:
         participants.append(_participant_of(reference, loaded, provenance))
     run = SharedPass(loaded, participants, every, requests, progress, share)
@@ -374,6 +389,12 @@ def capture_loaded(
     )
     uncompared = {**capture.uncompared, **nothing_stored}
     return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
+
+
+def _cache_scales(subject: Subject, loaded: Loaded) -> dict[str, tuple[float, float]]:
+    """Return the scales of a static KV cache in FP8 that the subject's files hold, by the layers of its model."""
+    files = loaded_files(subject)
+    return {} if files is None else scales_of_cache(files.folder, caching_layers(layers_of(loaded.model)))
 
 
 def _with_model_of_reference(capture: Capture, subject: Subject, reference: Loaded | ReferenceFile | None) -> Capture:
@@ -444,7 +465,9 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
     if subject.data.answers is not None:
         by, whose = (loaded, "the model") if reference is None else (reference, "the reference")
         assert isinstance(by, Loaded)
-        batches = answer_batches(subject.data, tokenizer, subject.folder, by, whose)
+        grid = subject.model.kv_cache if subject.model is not None and by is loaded else None
+        with cache_rounded(by.model, grid, _cache_scales(subject, by)) if grid else nullcontext():
+            batches = answer_batches(subject.data, tokenizer, subject.folder, by, whose)
         _check_ids(loaded.model, batches)
         return batches
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
@@ -479,6 +502,7 @@ def _provenance(
     tokenizer = tokenizer_identity(loaded.tokenizer)
     model = replace(
         provenance_of(loaded.model, subject.path),
+        kv_cache=subject.model.kv_cache if subject.model is not None else None,
         revision=folder.name if folder is not None and fetched else None,  # the hub's cache names the folder so
         tokenizer=f"{tokenizer}; {note}" if note else tokenizer,
     )

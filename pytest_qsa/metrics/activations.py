@@ -14,6 +14,7 @@ from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from ..captures import (
+    CACHE_SCALE,
     CACHE_SITES,
     CHANNEL_COUNTS,
     CHANNELS,
@@ -40,7 +41,7 @@ from ..captures import (
     order_statistics,
 )
 from ..common import AnomalyError, SuiteError
-from .fidelity import Granularity, Scheme, counted_powers, decibels
+from .fidelity import LARGEST_CODE, Granularity, Scheme, counted_beyond, counted_powers, decibels
 from .registry import DTYPE_MAX, NOT_NEGATIVE, SHARE, Parameters, Values, metric
 from .view import View
 
@@ -48,6 +49,8 @@ MagnitudeStat = Literal["top1", "top2", "top3", "median", "min", "min2", "min3"]
 AcrossChannels = Literal["max", "median", "min", "mean"]
 GroupSize = Annotated[int, Ge(2)]
 SinkStat = Literal["count", "channel", "ratio"]
+OF_CACHE = ("token_head", "checkpoint")
+"""The granularities that only what enters a KV cache has."""
 ServedDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -240,8 +243,12 @@ def channel_band(view: View, *, stat: BandStat = "p99", across: AcrossChannels =
 
 def _quantization_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
     by, scheme = parameters["by"], parameters["scheme"]
-    if by == "token_head" and site not in CACHE_SITES:
-        raise SuiteError(f"by: token_head is of the KV cache, site: key or value; the {site} has no heads", "by")
+    if by in OF_CACHE and site not in CACHE_SITES:
+        raise SuiteError(f"by: {by} is of the KV cache, site: key or value; the {site} has none", "by")
+    if by == "checkpoint" and scheme != "fp8_e4m3":
+        raise SuiteError("by: checkpoint is the scale of a cache in FP8, scheme: fp8_e4m3", "by")
+    if by == "checkpoint":
+        return frozenset({COUNTS, CACHE_SCALE})
     return frozenset({COUNTS if by == "tensor" else _scaled(site, scheme, by, parameters["group_size"])})
 
 
@@ -258,12 +265,32 @@ def quantization_sqnr(
 
     One scale for the tensor over all samples, or, within a sample, one for each token, channel or group of neighbouring
     channels. A weight [out, in] has its channels in its rows, and its groups within them. What enters a KV cache has
-    its channels by head, one head after the other, and may have a scale for each token and head (`token_head`).
+    its channels by head, one head after the other, and may have a scale for each token and head (`token_head`), or that
+    of its layer in the checkpoint (`checkpoint`), beyond which it is clipped; 1 where the files hold none, as in vLLM.
     """
     if by == "tensor":
         return decibels(*counted_powers(view.numbers, scheme))
+    if by == "checkpoint":
+        return decibels(*counted_powers(view.numbers, scheme, _cache_scale(view)))
     signal, error = view.numbers.arrays[_scaled(view.site, scheme, by, group_size).key].sum(axis=0).tolist()
     return decibels(signal, error)
+
+
+def _cache_scale(view: View) -> float:
+    if "cache_scale" not in view.numbers:
+        raise AnomalyError("the scales of a KV cache are in a checkpoint's files, and this model has none here")
+    return float(view.numbers.arrays["cache_scale"][0])
+
+
+@metric(
+    {COUNTS, CACHE_SCALE}, reduce=None, unit="elements", sites=("key", "value", "latent", "rope_key"), span=NOT_NEGATIVE
+)
+def cache_clipping(view: View) -> float:
+    """Count the elements beyond 448 × the layer's scale in the checkpoint, which a KV cache in FP8 (e4m3) clips.
+
+    The scale is 1 where the files hold none, as in vLLM. Exact for 16-bit tensors.
+    """
+    return counted_beyond(view.numbers, LARGEST_CODE["fp8_e4m3"] * _cache_scale(view))
 
 
 def _features_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:

@@ -350,7 +350,7 @@ def made_by_loader(numbers: SiteNumbers) -> str:
 
 
 Scheme = Literal["int8", "int4", "fp8_e4m3"]
-Granularity = Literal["tensor", "token", "channel", "group", "token_head"]
+Granularity = Literal["tensor", "token", "channel", "group", "token_head", "checkpoint"]
 LARGEST_CODE: Mapping[Scheme, float] = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0}
 """The largest number of each grid: −128 and −8 are not used; fp8_e4m3 is the OCP's e4m3, without infinities."""
 MANTISSA_BITS, LEAST_EXPONENT = 3, -6
@@ -372,10 +372,11 @@ def rounded_to(scheme: Scheme, values: NDArray[np.float64]) -> NDArray[np.float6
     return nearest
 
 
-def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
+def counted_powers(numbers: SiteNumbers, scheme: Scheme, scale: float | None = None) -> tuple[float, float]:
     """Return Σx² and Σ(x − x̂)² of a counted tensor that has one scale; NaN where it holds NaN or Inf.
 
-    Exact for 16-bit tensors. A bin of float32 is as wide as a step of int8, so that its values are taken as evenly
+    `scale`: a given one, beyond whose largest number x is clipped; None for the least that covers every x. Exact for
+    16-bit tensors. A bin of float32 is as wide as a step of int8, so that its values are taken as evenly
     spread over it: an estimate.
     """
     largest = float(numbers.extremes[EXTREME_NAMES.index("largest")])
@@ -385,9 +386,17 @@ def counted_powers(numbers: SiteNumbers, scheme: Scheme) -> tuple[float, float]:
     # The middle of the last bin may be beyond the largest value, which is known exactly.
     values = np.minimum(values, largest)
     # 1 for a tensor of zeros.
-    scale = largest / LARGEST_CODE[scheme] or 1.0
-    errors = values - rounded_to(scheme, values / scale) * scale
+    scale = scale or largest / LARGEST_CODE[scheme] or 1.0
+    errors = values - rounded_to(scheme, np.minimum(values / scale, LARGEST_CODE[scheme])) * scale
     return float(np.sum(weights * values**2)), float(np.sum(weights * errors**2))
+
+
+def counted_beyond(numbers: SiteNumbers, largest: float) -> float:
+    """Return how many elements of a counted tensor have |x| > largest; NaN where it holds NaN or Inf."""
+    if not np.isfinite(numbers.extremes[EXTREME_NAMES.index("largest")]):
+        return float("nan")
+    values, weights = _magnitudes(numbers)
+    return float(np.sum(weights[values > largest]))
 
 
 def _magnitudes(numbers: SiteNumbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -76,12 +76,15 @@ class MetricMethods:
     def quantization_sqnr(
         self,
         scheme: Literal["int8", "int4", "fp8_e4m3"] = "int8",
-        by: Literal["tensor", "token", "channel", "group", "token_head"] = "tensor",
+        by: Literal["tensor", "token", "channel", "group", "token_head", "checkpoint"] = "tensor",
         group_size: int = 128,
         *,
         positions: Positions | None = None,
     ) -> Series:
         """Take 10·log10(Σx² / Σ(x − x̂)²), where x̂ is x rounded to the grid of the scheme and back."""
+
+    def cache_clipping(self, *, positions: Positions | None = None) -> Series:
+        """Count the elements beyond 448 × the layer's scale in the checkpoint, which a KV cache in FP8 (e4m3) clips."""
 
     def int8_outlier_features(
         self,

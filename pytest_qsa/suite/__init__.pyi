@@ -60,6 +60,7 @@ from .sections import (
     Data as Data,
     Engine as Engine,
     Floor as Floor,
+    KvCache as KvCache,
     Memory as Memory,
     Model as Model,
     Served as Served,

@@ -25,7 +25,7 @@ from .assertion import (
 )
 from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
-from .sections import Data, Memory, Model, Strict, Visualization, fields_at
+from .sections import SELF, Data, Memory, Model, Strict, Visualization, fields_at
 from .subjects import Checkpoint, NamedSubject, Subject, hub_set_of, local_path
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
@@ -289,6 +289,8 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
             f"{assertion.metric} compares with the original: name it, model.reference (a folder, a hub id or a "
             "kept reference capture)",
         )
+    if named == SELF and getattr(assertion, "site", None) == "weight":
+        raise source.error(here, f"{assertion.metric} compares weights, and model.reference: self has the same ones")
     # A reference file that is still to be made is known by its suffix.
     if not named.endswith(".qsa") and not (source.path.parent / named).is_file():
         return

@@ -202,6 +202,12 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+KvCache = Literal["fp8_e4m3", "fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "q8_0", "q4_0"]
+"""The grids of a quantized KV cache: vLLM's, then llama.cpp's."""
+SELF = "self"
+"""As `model.reference`: the same checkpoint without `model.kv_cache`."""
+
+
 class Model(Strict):
     """The subject. `path` is a folder, relative to the suite, if there is one, else a hub id; or a `factory`."""
 
@@ -218,7 +224,8 @@ class Model(Strict):
         Field(description="the base of an adapter: a folder or hub id; default: what the adapter names"),
     ] = None
     reference: Annotated[
-        PathText | None, Field(description="the original: a folder, a hub id, or a reference file")
+        PathText | None,
+        Field(description="the original: a folder, a hub id, a reference file; or self: the same without kv_cache"),
     ] = None
     reference_is_copy: Annotated[
         bool, Field(description="the reference is the model itself or a copy: its numbers show the floor of the noise")
@@ -240,6 +247,9 @@ class Model(Strict):
         BeforeValidator(_engine, json_schema_input_type=Literal["transformers", "vllm"] | Engine),
         Field(description="transformers, or vllm: the numbers of the engine that serves (docs/engines.md)"),
     ] = Engine()
+    kv_cache: Annotated[
+        KvCache | None, Field(description="run with keys and values rounded as this quantized KV cache has them")
+    ] = None
     submodule: Annotated[str | None, Field(description="gate a part of the model, such as language_model")] = None
     weights: Annotated[
         Literal["loaded", "files"],
@@ -261,6 +271,7 @@ class Model(Strict):
             raise ValueError("weights: files reads a checkpoint's files: give its path, or leave it out")
         if self.engine.name == "vllm":
             self._check_engine()
+        self._check_cache()
         if self.base is not None and self.path is None:
             raise ValueError("base is that of an adapter in path, and there is no path")
         if problem := name_problem(self.id):
@@ -269,6 +280,14 @@ class Model(Strict):
             advice = "choose another" if self.name else "give model.name"
             raise SuiteError(f"the name '{self.id}' can't be that of a subject: {problem}; {advice}", key)
         return self
+
+    def _check_cache(self) -> None:
+        if self.kv_cache is not None and self.logprobs_only:
+            raise SuiteError("kv_cache is of a model that runs here: start the server with its own", "kv_cache")
+        if self.kv_cache is not None and self.engine.name != "transformers":
+            raise SuiteError("kv_cache is for transformers: vLLM has its own, engine: kv_cache_dtype", "kv_cache")
+        if self.reference == SELF and self.kv_cache is None:
+            raise SuiteError("self is the model without kv_cache: name a kv_cache, or the original", "reference")
 
     def _check_engine(self) -> None:
         if self.path is None:
@@ -288,6 +307,8 @@ class Model(Strict):
         # Files count by their content, which the fingerprint hashes; the other keys do not change what a pass
         # measures.
         other = {"name", "path", "base", "reference", "reference_is_copy", "previous", "allow_idle", "require"}
+        # Captures that were kept before there was such a key are still those of a model without it.
+        other |= {"kv_cache"} if self.kv_cache is None else set()
         # `require` is about a forward: a capture of weights alone, made without one, can't answer it.
         # An engine that nothing says is left out: the captures that were kept before there was a choice stay.
         other |= {"engine"} if self.engine == Engine() else set()

@@ -19,7 +19,7 @@ from ..captures import Request
 from ..checkpoint import ADAPTER, Files, Folder, base_of, open_folder
 from ..common import InfraError, VllmProgram, VllmWords, vllm_program
 from .resolved_settings import resolve_settings
-from .sections import Data, Engine, Memory, Model
+from .sections import SELF, Data, Engine, Memory, Model
 
 NO_WORDS = VllmWords()
 
@@ -45,9 +45,12 @@ class Subject:
 
     @property
     def baseline_name(self) -> str:
-        """The name of the folder of its baselines: engines round otherwise, so that each has its own."""
-        engine = self.model.engine.name if self.model is not None and not self.files_only else "transformers"
-        return self.name if engine == "transformers" else f"{self.name}@{engine}"
+        """The name of the folder of its baselines: engines and quantized KV caches have their own, NAME@vllm."""
+        if self.model is None or self.files_only:
+            return self.name
+        engine, cache = self.model.engine.name, self.model.kv_cache
+        apart = [engine] * (engine != "transformers") + [f"kv-{cache}"] * (cache is not None)
+        return "@".join(filter(None, (self.name, "+".join(apart))))
 
     @cached_property
     def named(self) -> NamedSubject:
@@ -68,7 +71,7 @@ class Subject:
         Raises:
             InfraError: as `named`.
         """
-        own = ("dtype", "engine", "attn_implementation", "trust_remote_code")
+        own = ("dtype", "engine", "attn_implementation", "kv_cache", "trust_remote_code")
         running = (*own, "allow_unexpected", "allow_idle", "require")
         defaults = {name: Model.model_fields[name].default for name in running}
         model = self.named.model.model_copy(update={**defaults, "weights": "files"})
@@ -108,6 +111,9 @@ class Subject:
         named = self.model.reference if self.model else None
         if named is None:
             return None
+        if named == SELF:
+            model = self.named.model.model_copy(update={"kv_cache": None, "reference": None, "previous": None})
+            return replace(self.named, name=SELF, model=model)
         local = self.folder / named
         if local.is_file() or local.suffix == ".qsa":
             return local
@@ -227,8 +233,11 @@ class NamedSubject(Subject):
         path, _, revision = (named, "", "") if (self.folder / named).exists() else named.partition("@")
         source = {"path": path, "factory": None, "served": None, "logprobs": None, "gguf_file": None, "require": None}
         # the last release of an adapter is one of the same base
-        base = self.model.base if (self.folder / path / ADAPTER).is_file() and named == self.model.previous else None
-        model = self.model.model_copy(update={**source, "base": base, "revision": revision or None, "previous": None})
+        release = named == self.model.previous
+        base = self.model.base if (self.folder / path / ADAPTER).is_file() and release else None
+        # and ran as this one does; an original runs with a cache in its own dtype
+        own = {"base": base, "kv_cache": self.model.kv_cache if release else None}
+        model = self.model.model_copy(update={**source, **own, "revision": revision or None, "previous": None})
         return replace(self, name=named, model=model, checkpoint=None)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pytest_qsa.checkpoint import Files, open_folder, problems_of
+from pytest_qsa.checkpoint import Files, open_folder, problems_of, scales_of_cache
+from pytest_qsa.common.errors import InfraError
 
 BLOCKS = 5
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
@@ -31,7 +32,7 @@ def checkpoint(folder, scales, config=None, *, projections=K_PROJ, algorithm=Non
         for side in "kv":
             name = f"model.layers.{index}.self_attn.{f'{side}_proj.' if algorithm else ''}{side}_scale"
             if (scale := scales(index, side)) is not None:
-                weights[name] = torch.tensor([scale])
+                weights[name] = torch.tensor(scale if isinstance(scale, list) else [scale])
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
@@ -163,3 +164,25 @@ def test_nvfp4_with_static_inputs_needs_their_scale_in_every_layer(tmp_path):
     (told,) = found(Files(open_folder(edited(folder, tmp_path / "lost", lambda weights: weights.pop(name)))))
     assert told.tensor == name
     assert "missing, though the scheme nvfp4-pack-quantized needs it" in told.what
+
+
+def test_an_engine_takes_the_scales_of_each_layer_whoever_wrote_them(tmp_path):
+    by_ct = checkpoint(tmp_path / "ct", lambda i, side: 0.1 * (i + 1) + (side == "v"), kv_cache_scheme=CACHE)
+    by_modelopt = checkpoint(tmp_path / "mo", lambda i, side: 0.1 * (i + 1) + (side == "v"), algorithm="FP8")
+    names = [f"language_model.layers.{i}.self_attn" for i in range(BLOCKS)]  # as a loader may name them
+    for files in (by_ct, by_modelopt):
+        scales = scales_of_cache(files.folder, names)
+        assert [scales[name] for name in names] == [pytest.approx((0.1 * (i + 1), 0.1 * (i + 1) + 1)) for i in range(5)]
+
+
+def test_a_lost_scale_has_the_others_value_and_a_layer_without_any_is_left_out(tmp_path):
+    some = checkpoint(tmp_path / "c", lambda i, side: 0.5 if (i, side) in ((0, "v"), (1, "k"), (1, "v")) else None)
+    found = scales_of_cache(some.folder, [f"model.layers.{i}.self_attn" for i in range(BLOCKS)])
+    assert found == {f"model.layers.{i}.self_attn": (0.5, 0.5) for i in (0, 1)}
+
+
+@pytest.mark.parametrize(("scale", "said"), [(0.0, "is 0,"), (float("nan"), "is nan,"), ([1.0, 2.0], "is 2 numbers,")])
+def test_a_scale_that_no_engine_could_take_is_refused_by_name(tmp_path, scale, said):
+    files = checkpoint(tmp_path / "c", lambda i, side: scale)
+    with pytest.raises(InfraError, match=rf"model.layers.0.self_attn.k_scale {said} where a KV cache in FP8"):
+        scales_of_cache(files.folder, ["model.layers.0.self_attn"])

@@ -161,6 +161,38 @@ def changed(old, new):
         pytest.param(changed("path: x", "path: x, factory: a:b"), 1, "give one of path, factory", id="two models"),
         pytest.param(changed("path: x", "name: x"), 1, "give one of path, factory", id="no path"),
         pytest.param("a: !!python/object/apply:os.getcwd []\n", 1, "not valid YAML", id="a Python object"),
+        pytest.param(
+            changed("path: x", "path: x, kv_cache: fp8_e4m"), 1, "(did you mean 'fp8_e4m3'?)", id="misspelt KV cache"
+        ),
+        pytest.param(
+            changed("path: x", "served: {url: 'http://x'}, kv_cache: q8_0"), 1, "start the server with its own",
+            id="the KV cache of a server",
+        ),
+        pytest.param(
+            changed("path: x", "path: x, engine: vllm, kv_cache: q8_0"), 1, "engine: kv_cache_dtype",
+            id="our KV cache in vLLM",
+        ),
+        pytest.param(
+            changed("path: x", "path: x, reference: self"), 1, "self is the model without kv_cache",
+            id="the same model twice",
+        ),
+        pytest.param(
+            changed("path: x", "path: x, kv_cache: q8_0, reference: self")
+            + "  - {id: w, metric: weight_sqnr, layers: x, min: 1}\n",
+            8, "model.reference: self has the same ones", id="the same weights twice",
+        ),
+        pytest.param(
+            changed("absmax", "quantization_sqnr").replace("max: 1", "min: 1") + "    by: token_head\n", 8,
+            "by: token_head is of the KV cache", id="heads of an output",
+        ),
+        pytest.param(
+            changed("absmax", "quantization_sqnr").replace("max: 1", "min: 1").replace("output", "key")
+            + "    by: checkpoint\n", 8, "scheme: fp8_e4m3", id="a checkpoint's scale in int8",
+        ),
+        pytest.param(
+            changed("absmax", "cache_clipping"), 6, "is a metric of the key or value or latent",
+            id="clipping of what no cache keeps",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_one_line_with_its_place(mistake, text, line, said):

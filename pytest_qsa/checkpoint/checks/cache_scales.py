@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
+import numpy as np
+
+from ...common import InfraError
 from ..folder import NUMBER, Finding, Folder
 from ..formats.format import Format
 from ..tensors import Tensor
@@ -59,6 +62,42 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
         runs = "runs its KV cache at 1.0" if len(missing) > 1 else f"takes {next(iter(held))}_scale's value"
         what = f"missing{both}{everywhere}, though {declared}: a server {runs}"
         yield Finding(module, names[0], "", what, _AGAIN)
+
+
+def scales_of_cache(folder: Folder, modules: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Return the scales of keys and values that an engine takes for some of a model's attentions, from the files.
+
+    As vLLM does where one of the two is missing, both have its value; a layer without any runs at 1.0, and is left out.
+
+    Raises:
+        InfraError: a scale is no single number, or none above 0.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for tensor in folder.tensors.values():
+        if match := SCALE_OF_CACHE.search(tensor.name):
+            side = match["cache"] or match["output"]
+            # `self_attn.k_scale`, `self_attn.k_proj.k_scale`, `self_attn.k_proj.output_scale`
+            holder = re.sub(r"\.[kv]_proj$", "", tensor.name[: match.start()].removesuffix(".attn"))
+            found.setdefault(_from_blocks(holder), {}).update(dict.fromkeys("kv" if side == "kv" else side, tensor))
+    scales: dict[str, tuple[float, float]] = {}
+    for module in modules:
+        if sides := found.get(_from_blocks(module)):
+            either = next(iter(sides.values()))
+            scales[module] = (_one_scale(sides.get("k", either)), _one_scale(sides.get("v", either)))
+    return scales
+
+
+def _from_blocks(name: str) -> str:
+    """Return a name from its first number on: loaders change what stands before the blocks."""
+    return re.sub(r"^\D*?(?=\d)", "", name)
+
+
+def _one_scale(tensor: Tensor) -> float:
+    values = tensor.values().reshape(-1)
+    if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
+        what = f"{len(values)} numbers" if len(values) != 1 else f"{values[0]:g}"
+        raise InfraError(f"{tensor.name} is {what}, where a KV cache in FP8 takes one scale above 0")
+    return float(values[0])
 
 
 def lost_once(form: Format, found: Iterable[Finding]) -> Iterator[Finding]:

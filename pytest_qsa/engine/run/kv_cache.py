@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...captures import KEY_AND_VALUE, LATENT_AND_ROPE_KEY, Site
 from ..modules import cache_index
@@ -50,22 +51,25 @@ def sites_of(module: Any, states: States) -> tuple[Site, Site]:
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module], takes: Mapping[str, Take]) -> Iterator[None]:
-    """While it is open, give every state that a layer puts into a KV cache to its `Take`, by the layer's name."""
+def watched(modules: Mapping[str, nn.Module], takes: Mapping[str, Take], *, last: bool = False) -> Iterator[None]:
+    """While it is open, give every state that a layer puts into a KV cache to its `Take`, by the layer's name.
+
+    `last`: after those that come later; it may change the states that others measure.
+    """
     with ExitStack() as exits:
         if not _TAKES:
             exits.enter_context(_cache_watched())
         for name, take in takes.items():
-            exits.enter_context(_layer_watched(modules[name], take))
+            exits.enter_context(_layer_watched(modules[name], take, last))
         exits.callback(_RUNNING.reset, _RUNNING.set(()))
         yield
 
 
 @contextmanager
-def _layer_watched(module: nn.Module, take: Take) -> Iterator[None]:
-    first = module not in _TAKES
-    _TAKES.setdefault(module, []).append(take)
-    handles = [module.register_forward_pre_hook(_begin), module.register_forward_hook(_end)] if first else []
+def _layer_watched(module: nn.Module, take: Take, last: bool) -> Iterator[None]:
+    handles = [] if module in _TAKES else list(_hooks(module))
+    own = _TAKES.setdefault(module, [])
+    own.insert(len(own) if last else 0, take)
     try:
         yield
     finally:
@@ -76,8 +80,27 @@ def _layer_watched(module: nn.Module, take: Take) -> Iterator[None]:
             handle.remove()
 
 
-def _begin(module: nn.Module, args: object) -> None:
-    _RUNNING.set((*_RUNNING.get(), _Running(module, _TAKES[module])))
+def _hooks(module: nn.Module) -> Iterator[RemovableHandle]:
+    yield module.register_forward_hook(_end)
+    emulation = emulated_cache(module)
+    if emulation is None:
+        yield module.register_forward_pre_hook(lambda _, args: _begin(module, _TAKES[module]))
+        return
+    # What it hands to the cache is rounded already.
+    yield module.register_forward_pre_hook(lambda _, args: _begin(module, ()))
+    yield emulation.register_forward_pre_hook(
+        lambda _, args: (*_Running(module, _TAKES[module]).enter((args[0], args[1])), *args[2:])
+    )
+
+
+def emulated_cache(module: nn.Module) -> nn.Module | None:
+    """Return what compressed-tensors puts between a layer and its cache, to round as the checkpoint declares it."""
+    found = getattr(module, "kv_cache", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _begin(module: nn.Module, takes: Sequence[Take]) -> None:
+    _RUNNING.set((*_RUNNING.get(), _Running(module, takes)))
 
 
 def _end(module: nn.Module, args: object, output: object) -> None:

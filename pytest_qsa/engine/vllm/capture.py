@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...captures import (
+    CACHE_SITES,
     LOGITS,
     Capture,
     ExecutedModules,
@@ -57,6 +58,11 @@ def check_requests(requests: Sequence[Request]) -> None:
             raise InfraError(
                 "vLLM repacks weights for its kernels, so that none is there to be measured: say model.weights: files, "
                 "or leave site: weight to a suite without model.engine"
+            )
+        if request.site in CACHE_SITES:
+            raise InfraError(
+                f"site: {request.site} is measured where transformers fills its cache: leave it to a suite without "
+                "model.engine"
             )
         if request.site != LOGITS and against_reference(request.statistics):
             raise InfraError(

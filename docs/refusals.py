@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from pytest_qsa.captures import Capture, ModelProvenance, Provenance
-from pytest_qsa.checkpoint import Files, open_folder, problems_of
+from pytest_qsa.checkpoint import Files, Folder, open_folder, problems_of, readable_tokenizer
 from pytest_qsa.common import QsaError, markdown_table
 from pytest_qsa.metrics import Query, Series
 from pytest_qsa.report import read_report
@@ -64,6 +64,10 @@ SUITES: dict[str, Callable[[], object]] = {
     "a seed below 0": _suite(data="seed: -1"),
     "a regex that repeats for ever": _pattern("(a{500}){500}"),
     "a count that C doesn't hold": _pattern("a{99999999999}"),
+    "a recovery that nothing misses": _suite(
+        "{id: a, metric: external, file: a.json, reference: b.json, score: acc, compare: recovery, min: 0}"
+    ),
+    "a static check that no problem fails": _suite("{id: a, metric: checkpoint_health, min: 0}"),
     "∞ as a bound": _bound("max: .inf"),
     "a bound outside of what a metric can be": _bound("max: 2", "cosine"),
     "a bound beyond the dtype": _suite(ASSERTION.replace("max: 1", "max: 70000"), model=", dtype: float16"),
@@ -122,12 +126,21 @@ def _endless_gguf() -> None:
         Path("checkpoint/model.gguf").unlink()
 
 
+def _endless_tokenizer() -> None:
+    ten = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    steps = {"type": "Sequence", "normalizers": [ten] * 8}
+    Path("tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": [], "normalizer": steps}))
+    readable_tokenizer(Folder(Path()))
+
+
 CHECKPOINTS: dict[str, Callable[[], object]] = {
     "a configuration that is nested deeply": _checked("[" * 1000 + "]" * 1000),
     "a negative shape": _checked("{}", _weight([-2, -2])),
     "a shape beyond the file": _checked("{}", _weight([200, 2])),
     "a header of more tensors than any file has": _many_tensors,
     "a GGUF file whose counts lead behind its end": _endless_gguf,
+    "a tokenizer that makes texts endless": _endless_tokenizer,
     "a format that nobody knows": _checked('{"quantization_config": {"quant_method": "compresed-tensors"}}'),
     "a template of 300 MB": _large("chat_template.jinja"),
 }

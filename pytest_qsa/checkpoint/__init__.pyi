@@ -45,6 +45,7 @@ from .nearest import HEALTHY as HEALTHY, NEAREST as NEAREST, Requantization as R
 from .side_files import (
     OF_A_LOAD as OF_A_LOAD,
     OF_A_TOKENIZER as OF_A_TOKENIZER,
+    check_growth as check_growth,
     check_side_files as check_side_files,
     nested_settings as nested_settings,
     readable_tokenizer as readable_tokenizer,

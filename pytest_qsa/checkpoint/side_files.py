@@ -5,10 +5,13 @@ transformers loads most odd values without a word, and a server fails on them, o
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..common import AnomalyError, logger, one_line
@@ -147,6 +150,10 @@ RULES: Mapping[str, Sequence[_Rule]] = {
     "chat_template.json": (_Rule("chat_template", "a template", _templates),),
     **dict.fromkeys(PROCESSORS, _OF_PROCESSORS),
 }
+MOST_GROWTH = 1_000
+"""How many times as long as a text a tokenizer's steps may make it; a space that becomes `▁` has three bytes."""
+MOST_ADDED = 1_000
+"""The most tokens that a tokenizer adds to a text."""
 OF_A_LOAD = (CONFIG, GENERATION)
 """What every load reads."""
 OF_A_TOKENIZER = (TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.json")
@@ -262,12 +269,59 @@ def readable_tokenizer(folder: Folder) -> Tokenizer | None:
 
     file = folder.path / TOKENIZER_JSON
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exceptions
         if unknown := unknown_step(stated):
             logger.debug("the installed tokenizers doesn't know %s of %s", unknown, file)
             return None
         raise AnomalyError(f"no tokenizer can be made of {file}: {one_line(error)}") from None
+    check_growth(tokenizer, str(file))
+    return tokenizer
+
+
+def check_growth(tokenizer: Tokenizer, where: str) -> None:
+    """Check that no steps of a tokenizer make a text very long: nothing could stop them, for they aren't Python's.
+
+    Raises:
+        AnomalyError: they could.
+    """
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        try:
+            stated = json.loads(getattr(tokenizer, part).__getstate__())
+        except Exception:  # there is none, or it is a program of the user's own
+            continue
+        if part == "post_processor":
+            if (added := sum(map(_added_tokens, _steps(stated)))) > MOST_ADDED:
+                raise AnomalyError(
+                    f"{where}: its post_processor adds {added:,} tokens to each text; take it from the original"
+                )
+        elif (growth := prod(map(growth_of, _steps(stated)))) > MOST_GROWTH:
+            raise AnomalyError(
+                f"{where}: its {part} makes a text up to {growth:,.0f} times as long; take it from the original"
+            )
+
+
+def _added_tokens(step: Settings) -> int:
+    """Return how many tokens a step adds to a text."""
+    tokens = step.get("special_tokens")
+    ids = {name: len(each["ids"]) for name, each in tokens.items()} if isinstance(tokens, dict) else {}
+    return sum(ids.get(each.get("SpecialToken", {}).get("id"), 0) for each in step.get("single") or ())
+
+
+def growth_of(step: Settings) -> float:
+    """Return how many times as long in bytes a step may make a text, those aside that Unicode itself bounds."""
+    kind, content = step.get("type"), str(step.get("content", ""))
+    if kind == "Replace":
+        pattern = step.get("pattern")
+        replaced = len(str(pattern.get("String") or " ").encode()) if isinstance(pattern, dict) else 1
+        return max(1.0, len(content.encode()) / replaced)
+    if kind == "Prepend":
+        return 1.0 + len(str(step.get("prepend", "")).encode())
+    if kind == "Precompiled":  # the trie's size, the trie, and behind it the texts that it replaces others by
+        table = base64.b64decode(step.get("precompiled_charsmap") or "")
+        texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1.0, *map(len, texts))
+    return {"ByteLevel": 2.0, "Metaspace": 3.0}.get(str(kind), 1.0)
 
 
 def unknown_step(tokenizer: Settings) -> str:
@@ -289,8 +343,12 @@ def unknown_step(tokenizer: Settings) -> str:
 
 def _types(section: Any) -> Iterator[str]:
     """Yield the `type` of a step and of those that it is a sequence of."""
+    return (kind for step in _steps(section) if isinstance(kind := step.get("type"), str))
+
+
+def _steps(section: Any) -> Iterator[Settings]:
+    """Yield a step and those that it is a sequence of."""
     if isinstance(section, dict):
-        if isinstance(kind := section.get("type"), str):
-            yield kind
+        yield section
         parts = (each for key in SEQUENCES if isinstance(section.get(key), list) for each in section[key])
-        yield from (name for each in parts for name in _types(each))
+        yield from (step for each in parts for step in _steps(each))

@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import math
 import os
 import shlex
 import time
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .. import captures, common, engine, report, suite, tools, verdicts
+from .. import captures, common, engine, metrics, report, suite, tools, verdicts
 from ..suite import (
     DESELECTED,
     NOT_RUN,
@@ -279,6 +280,20 @@ def _only_text(entry: Any) -> Any:
     entry.lines = [line for line in entry.lines if line.startswith("E ")]
     entry.reprfileloc = None
     return entry
+
+
+def always_within(result: Mapping[str, Any]) -> str:
+    """Say what a metric never leaves, if all bounds of a passed assertion lie at its ends; empty where one can fail."""
+    metric = metrics.METRICS.get(result["query"].get("metric", ""))
+    if metric is None or not result["rows"]:
+        return ""
+    low, high = metric.reach(result["query"]["over"] or result["query"]["reduce"])
+    for row in result["rows"]:
+        sides = (row["low"] is None or row["low"] <= low, row["high"] is None or row["high"] >= high)
+        if row["baseline"] is not None or not all(sides):
+            return ""
+    ends = (f"below {low:g}" if low > -math.inf else "", f"above {high:g}" if high < math.inf else "")
+    return f"{metric.name} is never {' or '.join(filter(None, ends))}"
 
 
 def _stopped(item: pytest.Item, error: common.QsaError) -> Verdict:
@@ -554,6 +569,8 @@ class Reporter:
         for subject in sorted({result["subject"] for result in self.results if FLOOR in result["hints"]}):
             yield f"{subject}: {FLOOR}"
         for result in self.results:
+            if within := always_within(result):
+                yield f"{result['nodeid']} holds whatever is measured: {within}, and its bound is {result['bound']}"
             for use in result["waivers"]:
                 whose = f"the waiver of {use['owner']} until {use['until']}, {result['nodeid']},"
                 if date.fromisoformat(use["until"]) - self.options.today > LONGEST_WAIVER:

@@ -14,7 +14,6 @@ from functools import cache, reduce as fold
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -282,6 +281,16 @@ class CheckpointAssertion(Assertion):
     layers: Regex = "."
     exclude: Regex | None = None
 
+    @model_validator(mode="after")
+    def _sound(self) -> CheckpointAssertion:
+        if self.max is None and isinstance(self.min, float) and self.min <= 0:
+            raise SuiteError(
+                f"a number of problems is never below 0, so min {self.min:g} checks nothing: leave it out, and no "
+                "problem is allowed",
+                "min",
+            )
+        return self
+
     @property
     def parameters(self) -> Parameters:
         """The values of the check's own parameters."""
@@ -298,6 +307,8 @@ class CheckpointAssertion(Assertion):
         return replace(query_of_check(self.metric, self.layers, self.exclude, self.parameters), over=self.over)
 
 
+MOST_SIGMAS = 10.0
+"""The most standard errors by which a bound is widened; more would let anything through."""
 NAME_PLACEHOLDER = "{name}"
 """A path may hold it in place of the subject's name, so that one suite serves the evals of many checkpoints."""
 
@@ -327,8 +338,10 @@ class ExternalAssertion(Assertion):
     samples: Annotated[
         str | None, Field(min_length=1, description="names of lm-eval's samples beside the results, TASK: the task's")
     ] = None
-    sigmas: Annotated[float, Ge(0), Field(description="standard errors of the difference that are allowed more")] = 0.0
-    implausible_gain: Annotated[float, Gt(0), Field(description="share of the reference")] = 0.1
+    sigmas: Annotated[
+        float, Field(ge=0, le=MOST_SIGMAS, description="standard errors of the difference that are allowed more")
+    ] = 0.0
+    implausible_gain: Annotated[float, Field(gt=0, le=MOST_RELATIVE, description="share of the reference")] = 0.1
 
     @model_validator(mode="after")
     def _sound(self) -> ExternalAssertion:
@@ -360,6 +373,10 @@ class ExternalAssertion(Assertion):
             )
         if self.sigmas and self.equals is not None:
             raise SuiteError("sigmas let out min and max, and equals is neither", "sigmas")
+        if self.compare == "recovery" and isinstance(self.min, float) and self.min <= 0:
+            raise SuiteError(
+                f"recovery is a ratio of positive scores and never 0, so min {self.min:g} checks nothing", "min"
+            )
 
     def _check_paired(self) -> None:
         if self.samples is not None and (self.compare != "paired" or {"..", ""} & set(self.samples.split("/"))):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 
 import pytest
 
-from pytest_qsa.checkpoint import Files, check_side_files, open_folder, problems_of
+from pytest_qsa.checkpoint import Files, check_side_files, open_folder, problems_of, readable_tokenizer
+from pytest_qsa.checkpoint.side_files import growth_of
 from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.engine.load.tokenizer import load_tokenizer
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 MARKED = "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
@@ -165,3 +168,49 @@ def test_an_index_names_only_files_of_its_own_folder(written):
 )
 def test_a_checkpoint_by_gptq_is_known_by_its_recipe_or_its_method(written, file, change, said):
     assert written(file, change).by_gptq == said
+
+
+TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+STAR = {"SpecialToken": {"id": "*", "type_id": 0}}
+ADDS = {
+    "type": "TemplateProcessing",
+    "single": [STAR, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+}
+
+
+def charsmap(longest):
+    return base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"a\0" + b"b" * longest + b"\0").decode()
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+GROWING = {
+    "normalizer": {"type": "Sequence", "normalizers": [TEN] * 8},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 30},
+    "decoder": {"type": "Sequence", "decoders": [TEN] * 8},
+    "post_processor": ADDS | {"special_tokens": {"*": {"id": "*", "ids": [0] * 2000, "tokens": ["a"] * 2000}}},
+}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+USUAL = {
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES]},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]},
+    "post_processor": ADDS | {"special_tokens": {"*": {"id": "*", "ids": [0], "tokens": ["a"]}}},
+}
+
+
+@pytest.mark.parametrize("part", GROWING)
+def test_a_tokenizer_that_makes_texts_endless_is_refused_before_it_has_one(written, part):
+    folder = written("tokenizer.json", {part: GROWING[part]})
+    for read in (readable_tokenizer, lambda folder: load_tokenizer(str(folder.path), {})):
+        with pytest.raises(AnomalyError, match=f"its {part} (makes a text up to|adds 2,000 tokens)"):
+            read(folder)
+
+
+def test_the_usual_steps_of_a_tokenizer_are_no_growth(written):
+    assert readable_tokenizer(written("tokenizer.json", USUAL)) is not None
+
+
+@pytest.mark.parametrize("longest", [50, 5000])
+def test_a_table_of_replacements_grows_by_its_longest(longest):
+    step = {"type": "Precompiled", "precompiled_charsmap": charsmap(longest)}
+    assert growth_of(step) == longest

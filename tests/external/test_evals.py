@@ -164,7 +164,7 @@ def test_a_task_that_only_one_of_the_two_was_given_is_not_passed_over(evals):
 def test_evals_that_were_not_made_alike_are_not_compared(evals, change, said):
     evals.write("own.json", BASE | change)
     with pytest.raises(AnomalyError, match=f"gsm8k can't be compared: {said}"):
-        evals.judge(f"{BESIDE}, {STRICT}, compare: recovery, min: 0")
+        evals.judge(f"{BESIDE}, {STRICT}, compare: recovery, min: 0.5")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_what_is_not_in_a_file_or_is_no_number_is_told_in_one_line_of_its_kind(e
     (evals.project.folder / "empty").mkdir()
     tasks = ", tasks: ^t$" if "score" in keys and "tasks" not in keys else ""
     with pytest.raises(kind) as error:
-        evals.judge(f"{keys}{tasks}, min: -9")
+        evals.judge(f"{keys}{tasks}, min: 0.1")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,9 +16,12 @@ from pytest_qsa.captures import Capture, ModelProvenance, Provenance
 from pytest_qsa.checkpoint import Files, open_folder
 from pytest_qsa.common import AnomalyError, SuiteError
 from pytest_qsa.gate import resembles_a_suite
-from pytest_qsa.gate.reporting import unasserted
+from pytest_qsa.gate.reporting import always_within, unasserted
+from pytest_qsa.metrics import Bounds, Query, Series
+from pytest_qsa.report import to_plain
 from pytest_qsa.report.verdict_text import step_summary
 from pytest_qsa.suite import Model, Place, check_reference, load_suite
+from support.judged import judge_bounds
 from support.projects import suite
 
 STATEMENTS = {
@@ -233,6 +237,9 @@ VACUOUS = {
     "rms, layers: x, site: output, max: {of: previous, times: 12}": "times: should be less than or equal to 11",
     "same_top, max: {of: previous, at_least: 2}": "same_top is never above 1",
     "same_top, max: {'a': 1, default: 1.5}": "same_top is never above 1",
+    "external, file: a.json, reference: b.json, score: acc, compare: recovery, min: 0": "never 0, so min 0 checks",
+    "external, file: a.json, reference: b.json, score: acc, compare: drop, max: 1, sigmas: 99": "sigmas: should be",
+    "checkpoint_health, min: 0": "a number of problems is never below 0",
     "cosine, layers: x, baseline: {abs: 3}": "abs 3 is more than cosine can differ by",
 }
 
@@ -243,6 +250,22 @@ def test_a_bound_that_holds_whatever_is_measured_is_refused(tmp_path, assertion)
     file.write_text(suite("x, reference: y, previous: z", f"id: a, metric: {assertion}"), encoding="utf-8")
     with pytest.raises(SuiteError, match=f"a.qsa.yaml:4: .*{VACUOUS[assertion]}"):
         load_suite(file)
+
+
+ENDS = [
+    ("absmax", Bounds(min=0), "absmax is never below 0"),
+    ("cosine", Bounds(max=1), "cosine is never below -1 or above 1"),
+    ("same_top", Bounds(min=0, max=1), "same_top is never below 0 or above 1"),
+    ("same_top", Bounds(min=0.1, max=1), ""),
+    ("absmax", Bounds(min=0, max=3), ""),
+    ("sqnr", Bounds(min=0), ""),
+]
+
+
+@pytest.mark.parametrize(("metric", "bounds", "said"), ENDS)
+def test_a_bound_at_the_end_of_what_can_be_is_told(metric, bounds, said):
+    series = Series(["a", "b"], np.array([0.5, 0.5]), Query(metric, f"{metric}/1", "output", "."))
+    assert always_within(to_plain(judge_bounds(series, bounds))) == said
 
 
 BEYOND = {

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from ...checkpoint import OF_A_TOKENIZER, Folder, check_side_files, readable_tokenizer
+from ...checkpoint import OF_A_TOKENIZER, Folder, check_growth, check_side_files, readable_tokenizer
 from ...common import AnomalyError, InfraError, one_line
 from ...suite import SHIPPED
 
@@ -144,7 +144,7 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
     if folder.path.is_dir():
         check_side_files(folder, OF_A_TOKENIZER)
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, **arguments)  # type: ignore[return-value]
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **arguments)
     except Exception as error:  # transformers, tokenizers and jinja2 raise errors of their own, and ImportError
         if "trust_remote_code" in str(error) and not arguments.get("trust_remote_code"):
             raise InfraError(
@@ -158,6 +158,9 @@ def load_tokenizer(path: str, arguments: dict[str, Any]) -> TextTokenizer | None
         if fault := _fault_of_files(folder, error):
             raise AnomalyError(f"{fault}: {reason}") from error
         raise InfraError(f"the tokenizer of {path} can't be loaded: {reason}") from error
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_growth(backend, f"the tokenizer of {path}")
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def _fault_of_files(folder: Folder, error: Exception) -> str | None:

@@ -29,6 +29,8 @@ from .verdict_text import worst_layer
 NO_CURVES: Mapping[str, object] = {}
 MOST_FINDINGS = 3
 """How many findings stand at the top of the page."""
+MOST_ROWS, MOST_LISTED = 10_000, 1_000
+"""How many layers and problems of a result the page has."""
 _PLOTS = {
     "value": "Value by layer",
     "outliers": "Outlier tokens",
@@ -50,6 +52,21 @@ _EMPTY: Variables = {
 def worst_first(results: Iterable[PlainVerdict], ranks: Mapping[str, int]) -> list[PlainVerdict]:
     """Sort by the rank of the kind, and within a kind by how much of the budget the worst layer uses."""
     return sorted(results, key=lambda result: (ranks.get(result.get("kind", "INFRA"), 0), -_worst_used(result)))
+
+
+def shortened(result: PlainVerdict) -> PlainVerdict:
+    """Return a result with the worst of very many layers and the first of very many problems, and a hint that says so.
+
+    A page of 100,000 layers would have 120 MB, with which no browser copes.
+    """
+    rows, findings = result.get("rows") or (), result.get("findings") or ()
+    if len(rows) <= MOST_ROWS and len(findings) <= MOST_LISTED:
+        return result
+    layers = f"the {MOST_ROWS:,} worst of {len(rows):,} layers" if len(rows) > MOST_ROWS else ""
+    problems = f"the first {MOST_LISTED:,} of {len(findings):,} problems" if len(findings) > MOST_LISTED else ""
+    hint = f"this page has {' and '.join(filter(None, (layers, problems)))}; report.json has all"
+    shown = {"rows": rows[:MOST_ROWS], "findings": findings[:MOST_LISTED]}  # a result has the worst first
+    return {**result, **shown, "hints": [*(result.get("hints") or ()), hint]}
 
 
 def _worst_used(result: PlainVerdict) -> float:
@@ -320,7 +337,7 @@ CONTENTS = {
 def render_page(results: Sequence[PlainVerdict], session: Plain) -> str:
     """Return the page of a session's results, which are as `to_plain` gives them."""
     ranks = {kind: rank for rank, kind in enumerate(MEANINGS)}
-    ordered = worst_first(results, ranks)
+    ordered = worst_first(map(shortened, results), ranks)
     page = Page([*map(card_of, ordered, anchors_of(ordered))], session)
     contents = {name: content for name, section in PAGE_SECTIONS.items() if (content := section(page)) is not None}
     return render(

@@ -18,6 +18,7 @@ import pytest
 from pytest_qsa.captures.distributions import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.report import page as report_page
+from pytest_qsa.report.page import MOST_LISTED, MOST_ROWS, shortened
 from pytest_qsa.report.report import MARKER, MOST_RUNS, to_plain, write_report, write_run
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
 from support.projects import peaks, suite
@@ -232,6 +233,18 @@ def test_the_page_of_a_model_of_30_layers_stays_below_3_megabytes(tmp_path):
 
 def rows_of(kind, values, high=4.0):
     return [Row(f"model.layers.{i}.{kind}", v, None, high, None, max(v - high, 0.0), i) for i, v in enumerate(values)]
+
+
+def test_of_very_many_layers_and_problems_the_page_has_the_worst_and_says_so():
+    rows = [{"layer": f"layers.{index}"} for index in range(MOST_ROWS + 1)]
+    findings = [{"tensor": str(index)} for index in range(MOST_LISTED + 1)]
+    result = {"rows": rows, "findings": findings, "hints": ["one"]}
+    page = shortened(result)
+    assert (page["rows"], page["findings"]) == (rows[:-1], findings[:-1])
+    assert page["hints"][1] == (
+        "this page has the 10,000 worst of 10,001 layers and the first 1,000 of 1,001 problems; report.json has all"
+    )
+    assert shortened({**result, "rows": rows[1:], "findings": findings[1:]})["hints"] == ["one"]
 
 
 def test_layers_out_of_bounds_are_counted_by_kind_whole_kinds_first(tmp_path):

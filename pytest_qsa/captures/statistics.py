@@ -317,6 +317,23 @@ class TokenError(Statistic):
     token_bytes = 16
 
 
+class OtherEngine(Statistic):
+    """What transformers has at a site of a model that another engine runs, on the same tokens.
+
+    `other_moments` [P, 7] and `other_max` [sum of lengths]: as `moments` and `token_max`. `eager_moments`, `eager_max`:
+    the same with eager attention; how far both are apart is the noise of an implementation.
+    """
+
+    name = "other_engine"
+    by_token = True
+    arrays: ClassVar = {
+        "other_moments": PER_POPULATION, "other_max": PER_TOKEN,
+        "eager_moments": PER_POPULATION, "eager_max": PER_TOKEN,
+    }  # fmt: skip
+    needs_tokens = True
+    token_bytes = 8
+
+
 class ReferenceTokens(Statistic):
     """The statistic `tokens` of the reference."""
 
@@ -518,6 +535,7 @@ STORED: Statistic = StoredError()
 GAIN: Statistic = GroupGain()
 ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
+OTHER_ENGINE: Statistic = OtherEngine()
 REFERENCE_SINKS: Statistic = ReferenceSinks()
 
 ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)

@@ -16,12 +16,17 @@ from torch import Tensor
 from ..captures import (
     CACHE_SCALE,
     LOGITS,
+    MOMENTS,
+    OTHER_ENGINE,
     STORED,
+    TOKENS,
+    Array,
     Capture,
     DataProvenance,
     Outline,
     Provenance,
     Request,
+    SiteKey,
     compares,
     data_fingerprint,
     match_layers,
@@ -31,6 +36,7 @@ from ..captures import (
 from ..checkpoint import capture_weights, scales_of_cache
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
 from ..suite import (
+    Engine,
     FileHashes,
     NamedSubject,
     Subject,
@@ -200,9 +206,36 @@ def _capture_in_vllm(
     of_logits = [request for request in requests if request.site == LOGITS]
     if of_logits:
         capture = _with_predictions(capture, subject, loaded, ran, of_logits, provenance, allow_code, progress)
+    capture = _with_other_engine(capture, subject, requests, allow_code, progress)
     execution = ran.execution(capture.schemes)
     model = ran.provenance(provenance.model)
     return replace(capture, provenance=replace(provenance, model=model, execution=execution))
+
+
+def _with_other_engine(
+    capture: Capture, subject: NamedSubject, requests: Sequence[Request], allow_code: bool, progress: Progress | None
+) -> Capture:
+    """Add what transformers has at the sites where two engines are compared, by its own attention and by eager's."""
+    asked = [
+        replace(request, statistics=frozenset({MOMENTS, TOKENS}))
+        for request in requests
+        if OTHER_ENGINE in request.statistics
+    ]
+    if not asked:
+        return capture
+    more: dict[SiteKey, dict[str, Array]] = {}
+    for name, attention in (("other", None), ("eager", "eager")):
+        phase("transformers runs the same samples" + (" with eager attention" if attention else ""))
+        settings = {"engine": Engine(), "attn_implementation": attention, "reference": None}
+        other = replace(subject, model=subject.model.model_copy(update=settings))
+        found = _capture_pass(other, asked, allow_code, progress, ALL_SAMPLES, None)
+        for site, theirs in found.sites.items():
+            own = capture.sites[site]
+            if theirs.sample.tolist() != own.sample.tolist() or theirs.lengths.tolist() != own.lengths.tolist():
+                raise InfraError(f"vLLM and transformers call {site[0]} otherwise: exclude it from engine_gap")
+            more.setdefault(site, {}).update({f"{name}_moments": theirs.moments, f"{name}_max": theirs.token_max})
+    sites = {site: numbers.having((), more.get(site, {})) for site, numbers in capture.sites.items()}
+    return replace(capture, sites=sites)
 
 
 def _with_predictions(

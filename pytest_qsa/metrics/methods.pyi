@@ -132,6 +132,15 @@ class MetricMethods:
     ) -> Series:
         """Look at where the reference ends an answer or marks a thought or a tool call: the share that the model does too."""
 
+    def engine_gap(
+        self,
+        stat: Literal["rms", "outlier_tokens", "absmax"] = "rms",
+        relative: bool = True,
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
+        """Take |ln(a / b)| of a layer's rms or absmax, or |a − b| of its outlier tokens, in model.engine and transformers."""
+
     def sqnr(
         self, by: Literal["tensor", "token", "channel"] = "tensor", *, positions: Positions | None = None
     ) -> Series:

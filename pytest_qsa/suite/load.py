@@ -181,6 +181,7 @@ def load_suite(
             _check_previous(source, suite.model, index, assertion)
             _check_reference(source, suite.model, index, assertion)
             _check_loaded(source, suite.model, index, assertion)
+            _check_engine(source, suite.model, index, assertion)
             _check_range(source, suite, index, assertion)
             _check_dtype(source, suite.model, index, assertion)
         _check_paths(source, suite)
@@ -300,6 +301,15 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
         raise source.error(
             here,
             f"{what}, and {named} holds some tokens only: name the original, model.reference, in a suite of its own",
+        )
+
+
+def _check_engine(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
+    """Check that a metric of two engines finds a second one."""
+    if assertion.metric == "engine_gap" and (model is None or model.engine.name == "transformers"):
+        raise source.error(
+            ("assertions", index, "metric"),
+            "engine_gap holds an engine against transformers, and transformers runs this model: say model.engine: vllm",
         )
 
 

@@ -259,6 +259,8 @@ def _setting_lines(planned: Planned, sizes: Sizes, work: Work, machine: Machine)
     shown = ", ".join(f"{what} {shown_bytes(size)}" for what, size in parts.items() if size)
     yield f"memory      {shown}"
     yield f"machine     {_machine_text(machine)}"
+    if planned.subject.model is not None and planned.subject.model.engine.name == "vllm":
+        yield "engine      vLLM, which takes about 20 s more to start, and memory for its KV cache"
     yield ""
     rows = [["memory:", "takes", "time", "of the processor", "fits"]]
     for setting in settings:

@@ -25,8 +25,6 @@ ALWAYS = {
     "DO_NOT_TRACK": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "TORCH_COMPILE_DISABLE": "1",  # the model runs eagerly, and to compile a helper would take longer than the pass
-    # numba's other pools set the number of OpenMP threads, which vLLM's attention on a CPU counts on.
-    "NUMBA_THREADING_LAYER": "workqueue",
 }
 UNLESS_SET = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
 GRACE = 5.0
@@ -67,19 +65,26 @@ def run_program(
     return result
 
 
+def variables(folder: Path, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a program that imports this package from `folder`, where a link to it is.
+
+    `own`: what the user's own variables override.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
+    return {**UNLESS_SET, **own, **inherited, **ALWAYS, "PYTHONPATH": str(folder)}
+
+
 @contextmanager
 def _process(
     program: VllmProgram, job_file: Path, folder: Path, environment: Mapping[str, str], output: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start the program in a process group of its own, which ends with the block."""
-    inherited = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
-    variables = {**UNLESS_SET, **environment, **inherited, **ALWAYS, "PYTHONPATH": str(folder)}
     process = subprocess.Popen(
         [program.python, "-P", "-m", f"{PACKAGE.name}.engine.vllm.program", str(job_file)],
         stdin=subprocess.PIPE,  # its end tells the program that this process has ended
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=variables,
+        env=variables(folder, environment),
         cwd=folder,
         start_new_session=True,
     )
@@ -126,4 +131,5 @@ def _cause(text: str, error: Mapping[str, str] | None = None) -> str:
     if error and not any(word in f"{error['class']}: {error['text']}" for word in _SECONDARY):
         found.append(f"{error['class']}: {' '.join(error['text'].split())}")
     lines = text.strip().splitlines()
-    return (found[-1] if found else lines[-1] if lines else "it said nothing")[:600]
+    said = found[-1] if found else lines[-1] if lines else "it said nothing"
+    return said.partition(" [type=")[0][:600]  # pydantic writes all arguments behind it

@@ -7,7 +7,8 @@ called with, not from vLLM's model runner, of which there are several.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,11 @@ class Probe:
     calls: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What some of its sites have."""
+        return frozenset[Statistic]().union(*self.sites.values())
+
 
 class Hooks:
     """The hooks of one worker's part of the model."""
@@ -129,31 +135,37 @@ class Hooks:
         self.probes: list[Probe] = []
         self.segments: list[Segment] = []
         self.ignored = 0
+        self.handles: list[Any] = []
         self._reduces = worker.rank == 0
         self._keeps_hidden = bool(job["predictions"]) and self._reduces
         self._hidden: dict[tuple[int, int], list[Tensor]] = {}
         self._hook(model, job["wanted"])
 
     def _hook(self, model: nn.Module, wanted: Sequence[tuple[str, Any, Sequence[str]]]) -> None:
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         places: dict[tuple[str, str, int], tuple[Place, Probe]] = {}
         for layer, site, statistics in wanted:
             place = self.names.place(layer, site)
             if place is None:  # of another pipeline stage
                 continue
-            kept = frozenset(map(Statistic.parse, statistics))
             key = (place.module, site, place.part if site == "output" else 0)
             _, probe = places.setdefault(key, (place, Probe({}, StreamObserver(frozenset()), place.gather)))
-            probe.sites[layer, site] = kept
+            probe.sites[layer, site] = frozenset(map(Statistic.parse, statistics))
         for (name, site, _), (place, probe) in places.items():
-            probe.observer = StreamObserver(frozenset[Statistic]().union(*probe.sites.values()), self.reducers)
+            probe.observer = StreamObserver(probe.statistics, self.reducers)
             self.probes.append(probe)
             module = model.get_submodule(name)
             if site == "input":
-                module.register_forward_pre_hook(partial(self._input, place, probe), with_kwargs=True)
+                hook = partial(self._input, place, probe)
+                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                module.register_forward_hook(partial(self._output, place, probe))
-        model.register_forward_hook(self._end)  # last, after the hooks of the model's parts
+                self.handles.append(module.register_forward_hook(partial(self._output, place, probe)))
+        self.handles.append(model.register_forward_hook(self._end))  # last, after the hooks of the model's parts
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        while self.handles:
+            self.handles.pop().remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find out whose rows the batch holds."""
@@ -230,8 +242,8 @@ class Hooks:
         fetched = Transfer(tensor for probe in self.probes for tensor in probe.observer.tensors())
         sites: dict[SiteKey, SiteNumbers] = {}
         for probe in self.probes:
-            (layer, site), everything = next(iter(probe.sites)), frozenset[Statistic]().union(*probe.sites.values())
-            numbers = probe.observer.numbers(everything, fetched)
+            layer, site = next(iter(probe.sites))
+            numbers = probe.observer.numbers(probe.statistics, fetched)
             if set(numbers.sample.tolist()) != set(range(len(self.samples.ids))):
                 raise InfraError(
                     f"vLLM called {layer} for {len(set(numbers.sample.tolist()))} of {len(self.samples.ids)} samples: "
@@ -392,6 +404,21 @@ def _execution(module: Any) -> str:
     return "/".join(words) + (f" ({chosen})" if chosen else "")
 
 
+@contextmanager
+def _torchs_threads() -> Iterator[None]:
+    """Give torch its own `set_num_threads` back, which vLLM takes away on a CPU.
+
+    When numba starts, it sets the number of OpenMP threads; whoever starts it restores that, and vLLM's attention
+    counts on it.
+    """
+    taken = torch.set_num_threads
+    torch.set_num_threads = torch._C.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = taken
+
+
 class CaptureExtension:
     """The methods that vLLM's workers get, each called by its name on all ranks."""
 
@@ -414,7 +441,10 @@ class CaptureExtension:
             group.world_size,
             distributed.get_pp_group().world_size,
         )
-        own.qsa_hooks = Hooks(model, content, worker)
+        own.qsa_hooks = hooks = Hooks(model, content, worker)
+        if config.dtype is not None and own.device.type == "cpu":
+            with _torchs_threads():
+                hooks.reducers.for_tensor(torch.empty(0, dtype=config.dtype))
         return {
             "executions": executions(model),
             "packed": dict(getattr(model, "packed_modules_mapping", {})),
@@ -427,5 +457,6 @@ class CaptureExtension:
         """Write what the hooks saw."""
         own: Any = self
         hooks: Hooks = own.qsa_hooks
+        hooks.detach()
         hooks.save(Path(folder) / CAPTURE.format(own.rank))
         return {"sums": hooks.sums, "ignored": hooks.ignored}

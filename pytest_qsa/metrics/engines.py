@@ -1,0 +1,64 @@
+"""The metric of two engines that run one checkpoint: how far their numbers of a layer are apart. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..captures import MOMENT_NAMES, MOMENTS, OTHER_ENGINE, PADDING, TOKENS, Array, lower_median
+from ..common import AnomalyError, SuiteError
+from .registry import NOT_NEGATIVE, metric
+from .view import View
+
+GapStat = Literal["rms", "outlier_tokens", "absmax"]
+THRESHOLD = np.float32(64)
+"""The outlier tokens that are counted are those of `outlier_tokens` by default."""
+LEAST_FLOOR: Mapping[GapStat, float] = {"rms": 0.0021, "outlier_tokens": 1.0, "absmax": 0.0704}
+"""The largest gaps of healthy bfloat16 between vLLM and transformers (docs/engines.md), ln; of counts, one."""
+
+
+@metric({MOMENTS, TOKENS, OTHER_ENGINE}, reduce=None, unit="× floor", sites=("input", "output"), span=NOT_NEGATIVE)
+def engine_gap(view: View, *, stat: GapStat = "rms", relative: bool = True) -> float:
+    """Take |ln(a / b)| of a layer's rms or absmax, or |a − b| of its outlier tokens, in model.engine and transformers.
+
+    `relative`: as a multiple of its floor, the larger of the gap between transformers' own two attentions (its default
+    and eager) and that of healthy bfloat16 between engines. Over all samples.
+    """
+    if view.positions != "all":
+        raise SuiteError("engine_gap is of all tokens: leave positions out")
+    arrays = view.numbers.arrays
+    own, other, eager = (
+        _number(stat, arrays[moments], arrays[maxima], view.numbers.lengths)
+        for moments, maxima in (
+            ("moments", "token_max"),
+            ("other_moments", "other_max"),
+            ("eager_moments", "eager_max"),
+        )
+    )
+    gap = _gap(stat, own, other)
+    return gap / max(_gap(stat, other, eager), LEAST_FLOOR[stat]) if relative else gap
+
+
+def _gap(stat: GapStat, one: float, other: float) -> float:
+    if stat == "outlier_tokens":
+        return abs(one - other)
+    if not (one > 0 and other > 0):
+        if one == other:
+            return 0.0
+        raise AnomalyError("one engine has only zeros here, or something that is no number, and the other has not")
+    return float(abs(np.log(one / other)))
+
+
+def _number(stat: GapStat, moments: Array, maxima: NDArray[np.float32], lengths: NDArray[np.int64]) -> float:
+    """Return the number of all samples: of moments [P, 7] and token-wise maxima [sum of lengths]."""
+    columns = dict(zip(MOMENT_NAMES, moments.T, strict=True))
+    if stat == "absmax":
+        return float(columns["absmax"].max())
+    if stat == "rms":
+        count, mean, m2 = columns["n"], columns["mean"], columns["m2"]
+        return float(np.sqrt((m2 + count * mean**2).sum() / count.sum()))
+    samples = (part[part != PADDING] for part in np.split(maxima, np.cumsum(lengths)[:-1]))
+    return float(sum(np.count_nonzero(each > THRESHOLD * np.float32(lower_median(each))) for each in samples))

@@ -1,0 +1,92 @@
+"""How far two engines that run one checkpoint are apart, against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pytest_qsa.captures import MOMENTS, OTHER_ENGINE, TOKENS, Capture, SiteNumbers
+from pytest_qsa.common import AnomalyError, SuiteError
+from pytest_qsa.metrics import METRICS
+from pytest_qsa.suite import load_suite
+from support.projects import suite
+
+LENGTHS = (5, 3)
+LAYER = "layers.0"
+
+
+def moments_of(x):
+    mean = x.mean()
+    return [x.size, mean, ((x - mean) ** 2).sum(), ((x - mean) ** 4).sum(), abs(x).max(), (x == 0).sum(), 0]
+
+
+def captured(own, other, eager):
+    """Return a capture of one layer; each argument has a tensor [T, C] for each of two samples."""
+    arrays = {}
+    for prefix, samples in (("", own), ("other_", other), ("eager_", eager)):
+        arrays[f"{prefix}moments"] = np.array([moments_of(x) for x in samples])
+        arrays["token_max" if not prefix else f"{prefix}max"] = np.concatenate([abs(x).max(1) for x in samples]).astype(
+            np.float32
+        )
+    numbers = SiteNumbers(
+        "float32", (5, 4), True, frozenset({MOMENTS, TOKENS, OTHER_ENGINE}), np.array([0, 1], np.int32),
+        np.zeros(2, np.int32), np.array(LENGTHS), arrays,
+    )  # fmt: skip
+    return Capture({(LAYER, "output"): numbers}, modules=(LAYER,))
+
+
+@pytest.fixture
+def samples():
+    rng = np.random.default_rng(0)
+    return [rng.normal(0, 1, (length, 4)) for length in LENGTHS]
+
+
+def gap(own, other, eager, **parameters):
+    return captured(own, other, eager).output(LAYER).engine_gap(**parameters).values[0]
+
+
+def scaled(samples, factor):
+    return [x * factor for x in samples]
+
+
+def test_the_gap_of_the_rms_is_the_logarithm_of_the_ratio(samples):
+    assert gap(scaled(samples, 1.1), samples, samples, relative=False) == pytest.approx(np.log(1.1))
+    pair = [samples[0] * 1.1, samples[1]]
+    both = [np.concatenate([x.ravel() for x in side]) for side in (pair, samples)]
+    expected = 0.5 * np.log((both[0] ** 2).mean() / (both[1] ** 2).mean())
+    assert gap(pair, samples, samples, relative=False) == pytest.approx(expected)
+    assert gap(scaled(samples, 0.5), samples, samples, stat="absmax", relative=False) == pytest.approx(np.log(2))
+
+
+def test_it_is_a_multiple_of_how_far_transformers_own_attentions_are_apart(samples):
+    assert gap(scaled(samples, 1.2), samples, scaled(samples, 1.1)) == pytest.approx(np.log(1.2) / np.log(1.1))
+    # Where these agree, of the gap that healthy bfloat16 has between engines.
+    assert gap(scaled(samples, 1.01), samples, samples) == pytest.approx(np.log(1.01) / 0.0021)
+
+
+def test_outlier_tokens_are_counted_over_all_samples(samples):
+    sharp = [samples[0].copy(), samples[1].copy()]
+    sharp[0][2] *= 1e4
+    sharp[1][0] *= 1e4
+    assert gap(sharp, samples, samples, stat="outlier_tokens", relative=False) == 2
+    assert gap(samples, sharp, sharp, stat="outlier_tokens") == 2
+
+
+def test_zeros_of_one_engine_alone_are_an_anomaly(samples):
+    zeros = [np.zeros_like(x) for x in samples]
+    assert gap(zeros, zeros, zeros) == 0
+    with pytest.raises(AnomalyError, match="one engine has only zeros"):
+        gap(zeros, samples, samples)
+
+
+def test_some_tokens_alone_are_refused(samples):
+    with pytest.raises(SuiteError, match="engine_gap"):
+        captured(samples, samples, samples).output(LAYER).engine_gap(positions="no_sink")
+
+
+def test_one_engine_alone_has_no_gap(tmp_path):
+    file = tmp_path / "gate.qsa.yaml"
+    file.write_text(suite(tmp_path, "id: gap, metric: engine_gap, layers: x, site: output, max: 6"))
+    with pytest.raises(SuiteError, match=r"transformers runs this model: say model\.engine: vllm"):
+        load_suite(file)
+    assert METRICS["engine_gap"].sites == ("input", "output")

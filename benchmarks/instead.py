@@ -1,0 +1,310 @@
+"""What a user would pick instead, side by side: time, memory, and which faults each finds.
+
+`python benchmarks/instead.py --lm-eval PYTHON`. The checkpoint is SmolLM2 in int8 of `make demo`, held against SmolLM2,
+on 4 × 128 tokens of `sample`. Each method is a process of its own. It runs on the healthy checkpoint (time by the clock
+and by the processor, peak memory: medians of `--repeats`), then once on each of 16 copies with a fault of `qsa
+selftest` at default strength. What counts as found:
+
+* ours: the gate that `qsa init` writes is red;
+* lm-eval, a perplexity task of the same text: more than 1.02 times the healthy checkpoint's, as teams gate it, or no
+  number. It needs an environment of its own, `--lm-eval PYTHON` (pip install lm-eval);
+* plain hooks, which keep the outputs of all linear layers of both models: the SQNR of some layer is 3 dB below the
+  healthy checkpoint's; torch.ao's numeric suite the same, with its own loggers;
+* the seed's way, a forward for each statistic: a layer's outlier count differs, or a magnitude by more than 10 %.
+
+Lines of JSON in `--folder` keep what is done, so that a later start goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import ROOT, SMOLLM2
+
+INT8 = SMOLLM2.with_name("smollm2-int8")
+SAMPLES, TOKENS = 4, 128
+FAULTS = (
+    "scale_layer", "scale_channel", "zero_scale", "nan_scale", "weights_constant", "rows_permuted", "scales_swapped",
+    "zero_point_shifted", "layer_unquantized", "weights_exchanged", "norm_scaled", "embedding_zeroed",
+    "outlier_clipped", "signs_lost", "layer_copied", "rope_interleaved",
+)  # fmt: skip
+"""The faults that change what an int8 model computes."""
+TASK = """\
+task: qsa_sample
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+Numbers = Mapping[str, float]
+
+
+class Run(NamedTuple):
+    """A process: seconds by the clock and of the processor, peak bytes, its exit code and what it printed."""
+
+    seconds: float
+    processor: float
+    peak: int
+    code: int
+    output: str
+
+
+def run(words: Sequence[object], **environment: str) -> Run:
+    """Run a process and measure it."""
+    started, variables = time.perf_counter(), {**os.environ, **environment}
+    with subprocess.Popen(
+        [*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+    ) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, process.returncode, output)
+
+
+# What a method runs in its own process; it prints its numbers as the last line.
+
+
+def _models(checkpoint: Path) -> tuple[Any, Any, list[Any]]:
+    import torch
+    from common import smollm2, token_batches
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    return model, smollm2(), token_batches(SAMPLES, TOKENS)
+
+
+def _sqnr(signal: Any, other: Any) -> float:
+    signal, other = signal.float(), other.float()
+    noise = float((signal - other).square().sum())
+    return 10 * math.log10(float(signal.square().sum()) / noise) if noise else 200.0
+
+
+def with_hooks(checkpoint: Path) -> Numbers:
+    """Return the SQNR of each linear layer's output, from hooks that keep all of them."""
+    import torch
+    from torch import nn
+
+    model, reference, batches = _models(checkpoint)
+    kept: list[dict[str, Any]] = []
+    for each in (model, reference):
+        found: dict[str, list[Any]] = {}
+        for name, module in each.named_modules():
+            if isinstance(module, nn.Linear):
+                keep = found.setdefault(name, [])
+                module.register_forward_hook(lambda _, args, output, keep=keep: keep.append(output.detach().clone()))
+        with torch.no_grad():
+            for batch in batches:
+                each(batch)
+        kept.append({name: torch.cat(values, 1) for name, values in found.items()})
+    return {name: _sqnr(kept[1][name], kept[0][name]) for name in kept[1]}
+
+
+def with_numeric_suite(checkpoint: Path) -> Numbers:
+    """Return the SQNR of each layer that torch.ao's numeric suite matches."""
+    import torch
+    import torch.ao.ns._numeric_suite as suite
+
+    model, reference, batches = _models(checkpoint)
+    suite.prepare_model_outputs(reference, model)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+            reference(batch)
+    matched = suite.get_matching_activations(reference, model)
+    pairs: dict[str, tuple[Any, Any]] = {name: (each["float"], each["quantized"]) for name, each in matched.items()}
+    return {name: _sqnr(torch.cat(theirs, 1), torch.cat(own, 1)) for name, (theirs, own) in pairs.items()}
+
+
+def seeds_way(checkpoint: Path) -> Numbers:
+    """Return the outlier counts and the median magnitudes, each pattern and statistic by a pass of its own."""
+    import seeds_way as seed
+    import torch
+
+    model, _, batches = _models(checkpoint)
+    found: dict[str, float] = {}
+    for pattern in seed.MAGNITUDES:
+        for site in ("input", "output"):
+            rows = seed.with_hooks(model, batches, pattern, site, seed.top_and_median)
+            found |= {f"{name} {site}": float(torch.stack(values)[:, 3].mean()) for name, values in rows.items()}
+    for _ in ("layer-wise", "position", "token"):
+        counts = seed.with_hooks(model, batches, seed.BLOCKS, "output", seed.outlier_count)
+    return found | {f"{name} outliers": float(torch.stack(values).sum()) for name, values in counts.items()}
+
+
+IN_PROCESS: Mapping[str, Callable[[Path], Numbers]] = {
+    "plain hooks": with_hooks, "torch.ao numeric suite": with_numeric_suite, "the seed's way": seeds_way,
+}  # fmt: skip
+
+
+def numbers_of(method: str, done: Run) -> Numbers | None:
+    """Return what a method measured; None where it printed no number."""
+    if method == "lm-eval":
+        cells = [line.split("|") for line in done.output.splitlines() if "word_perplexity" in line]
+        return {"perplexity": float(cells[0][7])} if cells else None
+    if done.code:
+        return None
+    found: Numbers = json.loads(done.output.splitlines()[-1])
+    return found
+
+
+def alarms(method: str, done: Run, healthy: Run) -> bool:
+    """Say whether a method finds a fault."""
+    if method == "pytest-qsa":
+        return done.code == 1
+    now, known = numbers_of(method, done), numbers_of(method, healthy)
+    assert known is not None
+    if now is None or any(not math.isfinite(value) for value in now.values()):
+        return True
+    if method == "lm-eval":
+        return now["perplexity"] > 1.02 * known["perplexity"]
+    if method == "the seed's way":
+        counts = [name for name in known if name.endswith("outliers")]
+        return any(now[name] != known[name] for name in counts) or any(
+            abs(now[name] / known[name] - 1) > 0.1 for name in known if name not in counts and known[name]
+        )
+    return any(now.get(name, -math.inf) < value - 3 for name, value in known.items())
+
+
+def commands(folder: Path, lm_eval: str | None) -> dict[str, Callable[[Path], Run]]:
+    """Return each method as a function of the checkpoint's folder."""
+    suite, results = folder / "gate.qsa.yaml", folder / "results"
+
+    def ours(checkpoint: Path) -> Run:
+        options = ["-q", "--qsa-no-cache", "--qsa-report=always", "--qsa-jobs=99", "-p", "no:cacheprovider"]
+        more = [f"--qsa-output={results}", f"--qsa-model={checkpoint}", f"--qsa-allow-path={ROOT}"]
+        return run([sys.executable, "-m", "pytest", suite, *options, *more])
+
+    def evaluated(checkpoint: Path) -> Run:
+        words = [lm_eval, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", 1, "--tasks"]
+        model = f"pretrained={checkpoint},dtype=bfloat16"
+        return run([*words, "qsa_sample", "--include_path", folder, "--model_args", model], HF_DATASETS_OFFLINE="1")
+
+    def own(method: str) -> Callable[[Path], Run]:
+        return lambda checkpoint: run([sys.executable, __file__, "--method", method, "--checkpoint", checkpoint])
+
+    return {
+        "pytest-qsa": ours,
+        **({"lm-eval": evaluated} if lm_eval else {}),
+        **{name: own(name) for name in IN_PROCESS},
+    }
+
+
+def write_task(folder: Path) -> None:
+    """Write the task of lm-eval, with the text of the same tokens."""
+    from common import token_batches
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    texts = [tokenizer.decode(batch[0]) for batch in token_batches(SAMPLES, TOKENS)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (folder / "task.yaml").write_text(TASK.format(file=folder / "texts.jsonl"), encoding="utf-8")
+
+
+def write_suite(folder: Path) -> None:
+    """Let `qsa init` write the suite, and make its baselines."""
+    suite = folder / "gate.qsa.yaml"
+    if not suite.exists():
+        data = ["--data.num_samples", SAMPLES, "--data.seq_len", TOKENS]
+        done = run([sys.executable, "-m", "pytest_qsa", "init", INT8, "--reference", SMOLLM2, "-o", suite, *data])
+        if done.code:
+            raise SystemExit(done.output)
+    if not (folder / "__snapshots__").exists():
+        allow = f"--qsa-allow-path={ROOT}"
+        run([sys.executable, "-m", "pytest", suite, "--snapshot-update", "--qsa-report=never", allow, "-q"])
+
+
+def copies(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield a copy of the checkpoint with each fault; it is linked to the original but for what the fault changes."""
+    from pytest_qsa.checkpoint import open_folder
+    from pytest_qsa.tools.selftest.faults import FAULTS as ALL
+    from pytest_qsa.tools.selftest.mutant import Mutant
+
+    source = open_folder(INT8)
+    for name in wanted:
+        fault, copy = ALL[name], folder / "copies" / name / INT8.name
+        if not copy.exists():
+            layers = list(fault.targets(source))
+            mutant = Mutant(source)
+            fault.inject(mutant, layers[len(layers) // 2], fault.default)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            mutant.save(copy)
+        yield name, copy
+
+
+def main() -> None:
+    """Run what is missing, and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/qsa-instead"))
+    parser.add_argument("--lm-eval", metavar="PYTHON")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--faults", nargs="*", default=FAULTS)
+    parser.add_argument("--only", nargs="*", help="these methods")
+    parser.add_argument("--method", choices=IN_PROCESS, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.method:
+        print(json.dumps(dict(IN_PROCESS[options.method](options.checkpoint))))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / ".git").mkdir(exist_ok=True)  # the root of what the suite may read
+    file = options.folder / "runs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    methods = {k: v for k, v in commands(options.folder, options.lm_eval).items() if k in (options.only or [k])}
+    if "lm-eval" in methods:
+        write_task(options.folder)
+    if "pytest-qsa" in methods:
+        write_suite(options.folder)
+    healthy = [("", INT8)] * options.repeats
+    for index, (fault, checkpoint) in enumerate([*healthy, *copies(options.folder, options.faults)]):
+        for method, start in methods.items():
+            key = [method, fault, index if not fault else 0]
+            if not any(row["key"] == key for row in rows):
+                rows.append({"key": key, "run": start(checkpoint)._asdict()})
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
+    for line in table(rows, options.faults):
+        print(line)
+
+
+def table(rows: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> Iterator[str]:
+    """Yield what each method takes on the healthy checkpoint, and what it finds, in Markdown."""
+    yield "| | time | of the processor | peak memory | faults found | missed |\n|---|---|---|---|---|---|"
+    for method in dict.fromkeys(row["key"][0] for row in rows):
+        own = [row for row in rows if row["key"][0] == method]
+        sound = [Run(**row["run"]) for row in own if not row["key"][1]]
+        if sound[0].code or (method != "pytest-qsa" and numbers_of(method, sound[0]) is None):
+            last = next((line for line in reversed(sound[0].output.splitlines()) if line.strip()), "no output")
+            yield f"| {method} | can't run: {last[:120]} | | | | |"
+            continue
+        taken, processor = (statistics.median(times) for times in list(zip(*sound, strict=True))[:2])
+        peak = statistics.median(each.peak for each in sound)
+        tried = {row["key"][1]: Run(**row["run"]) for row in own if row["key"][1] in faults}
+        found = [fault for fault, done in tried.items() if alarms(method, done, sound[0])]
+        missed = ", ".join(f"`{fault}`" for fault in tried if fault not in found)
+        cells = (
+            f"{taken:.1f} s",
+            f"{processor:.1f} s",
+            f"{peak / 1e6:.0f} MB",
+            f"{len(found)} of {len(tried)}",
+            missed,
+        )
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

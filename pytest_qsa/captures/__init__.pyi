@@ -3,6 +3,7 @@ from .arrays import (
     ERROR_NAMES as ERROR_NAMES,
     EXTREME_NAMES as EXTREME_NAMES,
     GAIN_NAMES as GAIN_NAMES,
+    GENERATION_NAMES as GENERATION_NAMES,
     MARGIN_NAMES as MARGIN_NAMES,
     MOMENT_NAMES as MOMENT_NAMES,
     NOT_COMPARED as NOT_COMPARED,
@@ -57,6 +58,7 @@ from .provenance import (
 from .sinks import PositionRange as PositionRange, Sinks as Sinks, find_sinks as find_sinks, names_sinks as names_sinks
 from .sites import (
     CACHE_SITES as CACHE_SITES,
+    GENERATION as GENERATION,
     KEY_AND_VALUE as KEY_AND_VALUE,
     LATENT_AND_ROPE_KEY as LATENT_AND_ROPE_KEY,
     LOGITS as LOGITS,
@@ -70,6 +72,7 @@ from .sites import (
     SiteKey as SiteKey,
     SiteNumbers as SiteNumbers,
     against_reference as against_reference,
+    asks_for_answers as asks_for_answers,
     at_experts as at_experts,
     check_pattern as check_pattern,
     compares as compares,
@@ -84,6 +87,7 @@ from .sites import (
     no_weight as no_weight,
     pairwise as pairwise,
     renumbered as renumbered,
+    without_answers as without_answers,
 )
 from .statistics import (
     AGREEMENT as AGREEMENT,
@@ -96,6 +100,7 @@ from .statistics import (
     ERROR as ERROR,
     EXPERTS as EXPERTS,
     GAIN as GAIN,
+    GENERATED as GENERATED,
     LAYOUTS as LAYOUTS,
     MAP_SIZE as MAP_SIZE,
     MOMENTS as MOMENTS,

@@ -34,6 +34,13 @@ t, and that of the token which the model finds likeliest."""
 BOUNDARY_NAMES = ("came", "part", "written")
 """The columns of `boundary`, of one position: the id of the token after it where that belongs to a boundary, which of
 the boundary's tokens it is, from 0; the first token of a boundary that the model finds likeliest. −1 for none."""
+GENERATION_NAMES = (
+    *("equal", "length", "reference_length", "ended", "reference_ended", "repetition", "reference_repetition"),
+    *("json", "reference_json", "markup", "reference_markup"),
+)
+"""The columns of `generation`, of one prompt and two answers: how many first tokens are equal; the tokens of each; 1
+where it ended by itself; the share of its 4-grams that it had written before; 1 where it is JSON, NaN where neither is;
+1 where it has all the markup that either of them has, NaN where neither has any."""
 UNKNOWN = -1
 """Stands in a count of massive activations where the sample holds NaN or Inf."""
 PADDING = -1.0

@@ -35,7 +35,7 @@ from .arrays import Array
 from .kinds import known_kinds, with_kinds
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
-from .sites import CACHE_SITES, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
+from .sites import CACHE_SITES, GENERATION, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
 from .statistics import Statistic
 
 if TYPE_CHECKING:
@@ -148,7 +148,10 @@ class Capture:
 
     def redacted(self) -> Capture:
         """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
-        return replace(self, tokens=(), pieces={})
+        sites = dict(self.sites)
+        if (answers := sites.get((GENERATION, LOGITS))) is not None:
+            sites[GENERATION, LOGITS] = replace(answers, arrays={"generation": answers.arrays["generation"]})
+        return replace(self, sites=sites, tokens=(), pieces={})
 
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""

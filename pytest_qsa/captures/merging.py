@@ -188,7 +188,7 @@ def _sites(captures: Sequence[Capture]) -> list[SiteKey]:
 
 def _in_model_order(sites: Iterable[SiteKey], modules: Sequence[str]) -> list[SiteKey]:
     order = {name: index for index, name in enumerate(modules)}
-    return sorted(sites, key=lambda site: (order.get(site[0], len(order)), SITES.index(site[1])))
+    return sorted(sites, key=lambda site: (order.get(site[0], len(order)), SITES.index(site[1]), site[0]))
 
 
 def _merged(parts: Sequence[SiteNumbers | None], offsets: Sequence[int], *, weight: bool) -> SiteNumbers:

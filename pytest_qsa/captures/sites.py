@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..common import AnomalyError, SuiteError
 from .arrays import MOMENT_NAMES, PER_POPULATION, PER_TOKEN, POPULATIONS, RAGGED, Array
 from .kinds import check_kind, is_kind, known_kinds, of_kind
-from .statistics import ALL_STATISTICS, LAYOUTS, Statistic
+from .statistics import ALL_STATISTICS, GENERATED, LAYOUTS, Statistic
 
 Site = Literal["input", "output", "key", "value", "latent", "rope_key", "weight", "logits"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -26,6 +26,8 @@ SiteKey = tuple[str, Site]
 LayerSite = Literal["input", "output", "key", "value", "latent", "rope_key", "weight"]
 LOGITS: Site = "logits"
 """The site of the whole model's output, the scores of every next token. All other sites belong to a layer."""
+GENERATION = "generation"
+"""What stands in the place of a layer, at the site `logits`, for the numbers of answers: a population is a prompt."""
 KEY_AND_VALUE: tuple[Site, Site] = ("key", "value")
 """What a layer of attention puts into the KV cache, [sample, token, head × channel]."""
 LATENT_AND_ROPE_KEY: tuple[Site, Site] = ("latent", "rope_key")
@@ -342,6 +344,19 @@ def need_tokens(statistics: Iterable[Statistic]) -> bool:
 def compares(requests: Iterable[Request]) -> bool:
     """Say whether some of the requests need a reference."""
     return any(against_reference(request.statistics) for request in requests)
+
+
+def without_answers(requests: Iterable[Request]) -> list[Request]:
+    """Return the requests that a pass over the data answers: all but those of answers to prompts."""
+    left = (
+        replace(each, statistics=each.statistics - {GENERATED}) for each in requests if each.statistics != {GENERATED}
+    )
+    return list(left)
+
+
+def asks_for_answers(requests: Iterable[Request]) -> bool:
+    """Say whether some of the requests are of answers to prompts."""
+    return any(GENERATED in request.statistics for request in requests)
 
 
 def merge_requests(requests: Iterable[Request]) -> tuple[Request, ...]:

@@ -285,6 +285,20 @@ class BoundaryTokens(Statistic):
     token_bytes = 24
 
 
+class GeneratedAnswers(Statistic):
+    """What two models answer to the same prompts, a population a prompt; a site of its own has it, `GENERATION`.
+
+    `generation` [P, 11] float64: `GENERATION_NAMES`. `answers`, `reference_answers` [P, K] int32: the ids of their
+    tokens, −1 behind the last one.
+    """
+
+    name = "generation"
+    by_token = True
+    arrays: ClassVar = {"generation": PER_POPULATION, "answers": RAGGED, "reference_answers": RAGGED}
+    of_logits = True
+    reference = "pair"
+
+
 class StoredError(Statistic):
     """How far a loaded weight w is from the file's w₀: `stored` [4] float64, Σw₀², Σ(w − w₀)², Σw·w₀, Σw²."""
 
@@ -533,6 +547,7 @@ SCORES: Statistic = Scores()
 AGREEMENT: Statistic = PredictionAgreement()
 STORED: Statistic = StoredError()
 GAIN: Statistic = GroupGain()
+GENERATED: Statistic = GeneratedAnswers()
 ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
 OTHER_ENGINE: Statistic = OtherEngine()

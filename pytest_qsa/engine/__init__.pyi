@@ -1,5 +1,6 @@
 from .api import capture as capture, capture_parts as capture_parts
 from .formats.format import EngineFormat as EngineFormat, scheme_name as scheme_name
+from .load.generation import Prompts as Prompts
 from .load.models import Loaded as Loaded, load_model as load_model, loaded_from_fixture as loaded_from_fixture
 from .load.outline import (
     anatomy as anatomy,

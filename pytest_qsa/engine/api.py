@@ -15,6 +15,7 @@ from ..captures import (
     AGREEMENT,
     ALL_STATISTICS,
     ERROR,
+    GENERATED,
     LOGITS,
     REFERENCE_SINKS,
     REFERENCE_TOKENS,
@@ -28,6 +29,7 @@ from ..captures import (
     compares,
     merge_requests,
     with_weights,
+    without_answers,
 )
 from ..checkpoint import capture_weights
 from ..common import InfraError, Progress, SuiteError, did_you_mean, step
@@ -36,6 +38,7 @@ from ..suite import Data, NamedSubject, files_of
 from .load.answers import prompts_available, with_boundaries
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
+from .load.generation import with_answers_of
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
 from .load.tokenizer import Tokenizer, decoder_of
@@ -134,6 +137,8 @@ def _statistics(statistics: Statistics, site: Site, *, compared: bool) -> frozen
         wanted |= _of_metric(name, site, parameters)
     if any(each.of_files for each in wanted):
         raise SuiteError("weight_gain reads the files of a checkpoint, and here is a model: ask it of a suite")
+    if GENERATED in wanted:
+        raise SuiteError("generation has prompts answered, which a suite names in its section generation: ask it there")
     if against_reference(wanted) and not compared:
         raise SuiteError("some of the metrics compare with a reference: give reference=…, another model")
     return wanted
@@ -199,11 +204,12 @@ def capture_parts(
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            asked = activations if captures else of_pass
+            # Nor do the answers to prompts depend on the data.
+            asked = (without_answers(activations) or activations) if captures else of_pass
             step(len(captures) + 1, parts + passes - 1)
             own = capture_loaded(subject, loaded, None, asked, moved, share, reference, batches)
             if captures:
-                own = with_weights(own, captures[0])
+                own = with_answers_of(with_weights(own, captures[0]), captures[0])
             elif of_files:
                 own = with_files(own, subject, of_files)
             captures.append(own)

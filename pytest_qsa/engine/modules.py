@@ -410,18 +410,23 @@ def check_context(model: nn.Module, tokens: int) -> None:
     Raises:
         InfraError: it is.
     """
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return
-    # A scaled rope reaches that much farther; some configurations state the scaled length already, others don't.
-    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
-    by_type = list(scaling.values()) if isinstance(scaling, Mapping) else []
-    factors = [each.get("factor") for each in (scaling, *by_type) if isinstance(each, Mapping)]
-    reach = int(most * max([1.0, *(float(each) for each in factors if isinstance(each, int | float))]))
-    if tokens > reach:
+    reach = context_of(model)
+    if reach is not None and tokens > reach:
         raise InfraError(
             f"data.seq_len {tokens:,} is more than the {reach:,} positions that {type(model).__name__} takes "
             "(max_position_embeddings): lower it"
         )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Return how many positions a model takes; None where its configuration doesn't say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    # A scaled rope reaches that much farther; some configurations state the scaled length already, others don't.
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
+    by_type = list(scaling.values()) if isinstance(scaling, Mapping) else []
+    factors = [each.get("factor") for each in (scaling, *by_type) if isinstance(each, Mapping)]
+    return int(most * max([1.0, *(float(each) for each in factors if isinstance(each, int | float))]))

@@ -27,11 +27,13 @@ from ..captures import (
     Provenance,
     Request,
     SiteKey,
+    asks_for_answers,
     compares,
     data_fingerprint,
     match_layers,
     merge_requests,
     with_weights,
+    without_answers,
 )
 from ..checkpoint import capture_weights, scales_of_cache
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
@@ -47,9 +49,10 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
-from .load.answers import answer_batches, batched, unbatched, with_boundaries
+from .load.answers import answer_batches, answered_batches, unbatched, with_boundaries
 from .load.batches import Batch, listed, token_ids
 from .load.data import batches_of, check_local
+from .load.generation import Prompts, answers_of_both, check_cache
 from .load.models import Loaded, check_allowed, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, decoder_of, load_tokenizer, tokenizer_identity
@@ -116,6 +119,8 @@ def look_ahead(
         QsaError: what would stop loading the subject, or its reference, as far as it is known without weights.
     """
     check_local(subject.data, subject.folder)
+    if asks_for_answers(requests):
+        Prompts.of(subject)
     if compares(requests):
         _check_reference(subject, requests, allow_code=allow_code)
     return _expected_outline(subject, allow_code=allow_code, as_loaded=as_loaded)
@@ -184,6 +189,8 @@ def _capture_in_vllm(
     check_requests(requests)
     if subject.data.answers is not None or share.samples is not None or share.ranks.size > 1:
         raise InfraError("model.engine: vllm runs all windows of a text in one pass: leave answers and shares out")
+    if asks_for_answers(requests):
+        raise InfraError("model.engine: vllm answers no prompts here: ask it as a server, model.served, for generation")
     path, spec = subject.path, subject.model
     check_allowed(spec, path, subject.memory, allow_code=allow_code)
     own = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
@@ -358,7 +365,7 @@ def record_reference(
             recording = record_model(
                 loaded.model,
                 every,
-                requests,
+                without_answers(requests),
                 options,
                 lambda head: located_head(head, own.path, own.revision, folder),
                 stream=loaded.stream,
@@ -367,6 +374,10 @@ def record_reference(
         empty = Capture({}, provenance=_provenance(subject, loaded, every, own_batches=False))
         provenance = identified(empty, subject, FileHashes(None)).provenance
         content = replace(recording.content, provenance=provenance, answers=unbatched(every))
+        if asks_for_answers(requests):
+            prompts = Prompts.of(subject)
+            found = [[list(each.tokens), each.ended] for each in prompts.answers_by(loaded, "the model")]
+            content = replace(content, generated={"prompts": prompts.identity, "answers": found})
         return replace(recording, content=content)
     finally:
         loaded.close()
@@ -398,7 +409,8 @@ def capture_loaded(
     except TypeError as error:  # in a test run the caller is pytest, and a traceback would say nothing of the fixture
         raise InfraError(f"the fixture qsa_batches: {error}") from None
     provenance = _provenance(subject, loaded, every, own_batches=batches is not None, note=note)
-    execution = ObservedExecution(loaded.model, required=_requires_execution(subject))
+    runs = _requires_execution(subject) or asks_for_answers(requests)
+    execution = ObservedExecution(loaded.model, required=runs)
     participants: list[Participant] = [execution]
     stored, nothing_stored = _stored(subject, loaded, requests)
     if stored is not None:
@@ -410,10 +422,19 @@ def capture_loaded(
         participants.append(RoundedCache(subject.model.kv_cache, _cache_scales(subject, loaded), other))
     if reference is not None:
         participants.append(_participant_of(reference, loaded, provenance))
-    run = SharedPass(loaded, participants, every, requests, progress, share)
+    answers = None
+    # Of several parts of the data the one with the first sample has them.
+    if reference is not None and asks_for_answers(requests) and not (share.samples and share.samples[0]):
+        theirs = reference if isinstance(reference, Loaded) else reference.generated
+        grid = subject.model.kv_cache if subject.model is not None else None
+        rounded = cache_rounded(loaded.model, grid, _cache_scales(subject, loaded)) if grid else nullcontext()
+        answers = answers_of_both(Prompts.of(subject), loaded, theirs, rounded)
+    run = SharedPass(loaded, participants, every, without_answers(requests), progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
     first = share.samples[0] if share.samples else 0
     capture = with_boundaries(capture, requests, loaded.model, loaded.tokenizer, every, first)
+    if answers is not None:
+        capture = answers.added_to(capture)
     provenance = replace(
         provenance,
         execution=execution.execution(loaded_files(subject), provenance.model.device_class),
@@ -421,7 +442,8 @@ def capture_loaded(
         samples=capture.provenance.samples,
     )
     uncompared = {**capture.uncompared, **nothing_stored}
-    return replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
+    whole = replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
+    return replace(whole, plan=merge_requests(requests))
 
 
 def _cache_scales(subject: Subject, loaded: Loaded) -> dict[str, tuple[float, float]]:
@@ -492,12 +514,14 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
     """
     phase(f"reading {subject.data.source}")
     if subject.data.answers is not None and isinstance(reference, ReferenceFile):
-        return batched(reference.answers, subject.data.batch_size)
+        _check_phase(subject, loaded)
+        return answered_batches(subject.data, reference.answers)
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
     check_context(loaded.model, subject.data.seq_len)
     if subject.data.answers is not None:
         by, whose = (loaded, "the model") if reference is None else (reference, "the reference")
         assert isinstance(by, Loaded)
+        _check_phase(subject, loaded)
         grid = subject.model.kv_cache if subject.model is not None and by is loaded else None
         with cache_rounded(by.model, grid, _cache_scales(subject, by)) if grid else nullcontext():
             batches = answer_batches(subject.data, tokenizer, subject.folder, by, whose)
@@ -506,6 +530,17 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
     batches = batches_of(subject.data, tokenizer, subject.folder, getattr(loaded.model, "config", None))
     _check_ids(loaded.model, batches)
     return batches
+
+
+def _check_phase(subject: Subject, loaded: Loaded) -> None:
+    if subject.data.answers is None or subject.data.answers.phase != "decode":
+        return
+    check_cache(loaded.model, "data.answers: phase: decode: the model")
+    if loaded.stream is not None:
+        raise InfraError(
+            "data.answers: phase: decode needs the whole model at each token, and it is read block by block: leave "
+            "offload_device out"
+        )
 
 
 def _check_ids(model: Any, batches: Sequence[Batch]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import MOST_TEXT, AnomalyError, InfraError, counted, number, parsed_json, refuse_special, shown_path
-from ..metrics import TWO_SIDED_95, t_quantile
+from ..metrics import newcombe, t_quantile
 
 TASK = "TASK"
 """The place of the task's name in the pattern of the files of samples."""
@@ -195,37 +195,6 @@ def _score(value: Any, where: str) -> float:
     if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:  # a bool is an int: right or wrong
         raise AnomalyError(f"{where} is {json.dumps(value)[:60]}, not the score of one sample: compare: drop instead")
     return float(value)
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Return the ends of Wilson's interval of 95 % of a share (Wilson 1927)."""
-    share, z2 = successes / count, TWO_SIDED_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    width = TWO_SIDED_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return middle - width, middle + width
-
-
-def newcombe(both: int, lost: int, gained: int, neither: int) -> tuple[float, float]:
-    """Return the ends of the interval of 95 % of a paired difference of shares: the reference's minus the subject's.
-
-    Method 10 of Newcombe, Statistics in Medicine 17 (1998), 2635: Wilson's intervals of both shares, joined by their
-    correlation with a correction for continuity.
-    """
-    count = both + lost + gained + neither
-    first, second = (both + lost) / count, (both + gained) / count
-    low1, high1 = wilson(both + lost, count)
-    low2, high2 = wilson(both + gained, count)
-    scale = math.sqrt((both + lost) * (gained + neither) * (both + gained) * (lost + neither))
-    product = float(both * neither - lost * gained)
-    if product > 0:
-        product = max(product - count / 2, 0.0)
-    phi = product / scale if scale else 0.0
-
-    def width(one: float, other: float) -> float:
-        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
-
-    difference = first - second
-    return difference - width(first - low1, high2 - second), difference + width(high1 - first, second - low2)
 
 
 def samples_needed(share: float, margin: float) -> int:

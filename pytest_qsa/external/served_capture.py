@@ -6,7 +6,7 @@ that a capture's file keeps all three.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from .. import engine
 from ..captures import (
     AGREEMENT,
+    GENERATION,
     LOGITS,
     SCORES,
     Capture,
@@ -28,8 +29,10 @@ from ..captures import (
     ServedProvenance,
     Site,
     SiteNumbers,
+    asks_for_answers,
     compares,
     data_fingerprint,
+    without_answers,
 )
 from ..common import AnomalyError, InfraError, Progress, QsaError
 from ..metrics import TokenScores, numbers_of
@@ -44,6 +47,7 @@ from .logprobs import (
     read_logprobs,
     rows_of_table,
 )
+from .served_answers import served_answers
 from .served_client import Client
 
 if TYPE_CHECKING:
@@ -72,15 +76,36 @@ def capture_served(
         AnomalyError: there is nothing sound in what they say, or they have other tokens.
     """
     assert subject.model is not None
+    recorded = subject.model.logprobs
+    if recorded and asks_for_answers(requests):
+        raise InfraError("generation: a file of logprobs answers no prompts: name the server, model.served")
     with _reference(subject, requests, allow_code=allow_code) as reference:
+        answers = _answers(subject, reference, progress) if asks_for_answers(requests) else None
+        if answers is not None and not without_answers(requests):
+            return _with_answers(Capture({}, provenance=_provenance(subject, (), ()), plan=tuple(requests)), *answers)
         tokens, tokenizer = _tokens(subject, reference)
-        recorded = subject.model.logprobs
         tables = read_logprobs(subject.folder / recorded) if recorded else _asked(subject, tokens, progress)
         rows = _rows(reference, tables, progress)
     tail = subject.model.tail
     floor = tail.at_least if isinstance(tail, Floor) else None
     found = [agreement_of(t, r, floor=floor, alike=tail == "as_reference") for t, r in zip(tables, rows, strict=True)]
-    return _capture(subject, requests, tables, found, tokenizer)
+    capture = _capture(subject, requests, tables, found, tokenizer)
+    return capture if answers is None else _with_answers(capture, *answers)
+
+
+def _answers(
+    subject: Subject, reference: _Reference, progress: Progress | None
+) -> tuple[SiteNumbers, Mapping[int, str]]:
+    assert subject.model is not None
+    assert subject.model.served is not None
+    if reference.loaded is None:
+        raise InfraError("generation: answers are compared with a model that runs here: name it, model.reference")
+    return served_answers(subject, Client.connect(subject.model.served), reference.loaded, progress)
+
+
+def _with_answers(capture: Capture, answers: SiteNumbers, pieces: Mapping[int, str]) -> Capture:
+    pieces = dict(sorted({**capture.pieces, **pieces}.items()))
+    return replace(capture, sites={(GENERATION, LOGITS): answers, **capture.sites}, pieces=pieces)
 
 
 @contextmanager
@@ -225,7 +250,7 @@ def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequenc
     outside = [each.outside for each in found if each.outside is not None]
     answers = ServedProvenance(
         served=served,
-        logprobs=min(table.least for table in tables),
+        logprobs=min((table.least for table in tables), default=0),
         outside=float(np.concatenate(outside).mean()) if outside else None,
         tail=model.tail if isinstance(model.tail, str) else f"at least {model.tail.at_least:g}",
     )
@@ -239,7 +264,7 @@ def _provenance(subject: Subject, tables: Sequence[LogprobTable], found: Sequenc
         weights=None,
     )
     data = DataProvenance(model.logprobs or subject.data.source, fingerprint=_fingerprint(tables))
-    if model.served:
+    if model.served and tables:
         longest = max(len(table.tokens) for table in tables)
         data = replace(data, num_samples=len(tables), seq_len=longest, seed=subject.data.seed)
     return Provenance(known, data, reference=ModelProvenance(model.reference or "") if outside else None)
@@ -256,5 +281,6 @@ def bounded(capture: Capture) -> tuple[Capture, Capture] | None:
     """Return a capture of the lower ends and one of the upper ends of the intervals; None for any other model."""
     if (AT_LEAST, LOGITS) not in capture.sites:
         return None
-    low, high = (capture.sites[name, LOGITS] for name in (AT_LEAST, AT_MOST))
-    return replace(capture, sites={(LOGITS, LOGITS): low}), replace(capture, sites={(LOGITS, LOGITS): high})
+    answers = {key: own for key, own in capture.sites.items() if key == (GENERATION, LOGITS)}
+    low, high = ({(LOGITS, LOGITS): capture.sites[name, LOGITS], **answers} for name in (AT_LEAST, AT_MOST))
+    return replace(capture, sites=low), replace(capture, sites=high)

@@ -214,6 +214,28 @@ class Client:
         rows = ask([int(token) for token in tokens], where)
         return logprob_table(tokens, rows, where)
 
+    def chat(
+        self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]], most: int, where: str
+    ) -> Mapping[str, Any]:
+        """Ask for a greedy answer to a conversation; return the choice, with its `message` and `finish_reason`.
+
+        `tools`: those that may be called, as OpenAI describes them. `most`: the most tokens. `where`: for messages.
+
+        Raises:
+            InfraError: the server refuses, breaks off, or answers without a message.
+        """
+        content = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": most, "seed": 0}
+        answer = self._answer("/v1/chat/completions", {**content, "tools": tools} if tools else content, where)
+        choices = answer.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(choice, dict) or not isinstance(message, dict):
+            raise InfraError(f"{where}: the answer has no message")
+        for key, kind in (("content", str), ("reasoning_content", str), ("tool_calls", list)):
+            if message.get(key) is not None and not isinstance(message[key], kind):
+                raise InfraError(f"{where}: {key} of the answer is {type(message[key]).__name__}")
+        return choice
+
     def _answer(self, path: str, content: Mapping[str, object], where: str) -> dict[str, Any]:
         answer = self.endpoint.post(path, content)
         if answer is None:

@@ -27,7 +27,14 @@ from .fidelity import (
     made_by_loader as made_by_loader,
     rounded_to as rounded_to,
 )
-from .intervals import LEAST_WINDOWS as LEAST_WINDOWS, mean_by_window as mean_by_window, t_quantile as t_quantile
+from .generation import Answer as Answer, answered as answered
+from .intervals import (
+    LEAST_WINDOWS as LEAST_WINDOWS,
+    mean_by_window as mean_by_window,
+    newcombe as newcombe,
+    t_quantile as t_quantile,
+    wilson as wilson,
+)
 from .predictions import (
     KL as KL,
     NLL as NLL,

@@ -51,6 +51,19 @@ def mean_by_window(values: Floats, windows: NDArray[np.int64]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, len(values))
 
 
+def ratio_by_window(numerators: Floats, denominators: Floats) -> Estimate:
+    """Return Σ numerators ÷ Σ denominators, [windows] each, with its interval, linearised as `mean_by_window` does.
+
+    The interval of fewer than 8 windows is NaN … NaN.
+    """
+    ratio, windows = float(numerators.sum() / denominators.sum()), len(numerators)
+    rests = (numerators - ratio * denominators) / denominators.sum()
+    half = math.nan
+    if windows >= LEAST_WINDOWS:
+        half = t_quantile(windows - 1) * math.sqrt(windows / (windows - 1) * float(np.square(rests).sum()))
+    return Estimate(ratio, ratio - half, ratio + half, windows)
+
+
 def share_by_window(flags: NDArray[np.bool_], windows: NDArray[np.int64]) -> Estimate:
     """Return the share of true flags [N] with its interval by window, within 0 … 1; of 0 and of 1 it is Wilson's."""
     found = mean_by_window(flags.astype(np.float64), windows)
@@ -86,3 +99,34 @@ def _half_width(residuals: Floats, windows: NDArray[np.int64]) -> float:
         return math.nan
     variance = count / (count - 1) * float(np.square(sums).sum()) / len(residuals) ** 2
     return t_quantile(count - 1) * math.sqrt(variance)
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Return the ends of Wilson's interval of 95 % of a share (Wilson 1927)."""
+    share, z2 = successes / count, TWO_SIDED_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    width = TWO_SIDED_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return middle - width, middle + width
+
+
+def newcombe(both: int, lost: int, gained: int, neither: int) -> tuple[float, float]:
+    """Return the ends of the interval of 95 % of a paired difference of shares: the reference's minus the subject's.
+
+    Method 10 of Newcombe, Statistics in Medicine 17 (1998), 2635: Wilson's intervals of both shares, joined by their
+    correlation with a correction for continuity.
+    """
+    count = both + lost + gained + neither
+    first, second = (both + lost) / count, (both + gained) / count
+    low1, high1 = wilson(both + lost, count)
+    low2, high2 = wilson(both + gained, count)
+    scale = math.sqrt((both + lost) * (gained + neither) * (both + gained) * (lost + neither))
+    product = float(both * neither - lost * gained)
+    if product > 0:
+        product = max(product - count / 2, 0.0)
+    phi = product / scale if scale else 0.0
+
+    def width(one: float, other: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
+
+    difference = first - second
+    return difference - width(first - low1, high2 - second), difference + width(high1 - first, second - low2)

@@ -180,6 +180,14 @@ class MetricMethods:
     def loaded_weights(self) -> Series:
         """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
 
+    def generation(
+        self,
+        stat: Literal["ended", "length_ratio", "repetition", "valid_json", "markup_kept", "diverged_at"] = "ended",
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
+        """Compare greedy answers with the reference's own, over the prompts of the suite's `generation`."""
+
     def kl_divergence(
         self, stat: Literal["mean", "median", "p99", "max"] = "mean", *, positions: Positions | None = None
     ) -> Series:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..captures import (
     EXPERTS,
+    GENERATED,
     LOGITS,
     REFERENCE_SINKS,
     SINKS,
@@ -35,6 +36,7 @@ from ..common import SuiteError, shown_path
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Worst = Literal["highest", "lowest"]
+Counts = Literal["positions", "prompts"]
 Values = NDArray[np.float64]
 Parameters = Mapping[str, Any]
 """The values of a metric's own parameters, or of a check's, by name."""
@@ -123,7 +125,8 @@ class Metric(Definition):
     layer it is [P, E], for the `logits` the model's prediction is its one site. `statistics`: what a pass has to keep
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
     be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, perhaps by
-    `stat`, of a metric whose interval must be able to show a bound. `span`: the least and the most that it can be.
+    `stat`, of a metric whose interval must be able to show a bound. `span`: the least and the most that it can be;
+    `spans`: the same by `stat`. `counts`: what an estimate is drawn from.
     `sized`: it is no larger than what it measures.
     """
 
@@ -138,18 +141,20 @@ class Metric(Definition):
     worst: Worst = field(default="highest", kw_only=True)
     perfect: float | tuple[tuple[str, float], ...] | None = field(default=None, kw_only=True)
     span: tuple[float, float] = field(default=ANY, kw_only=True)
+    spans: tuple[tuple[str, tuple[float, float]], ...] = field(default=(), kw_only=True)
+    counts: Counts = field(default="positions", kw_only=True)
     sized: bool = field(default=False, kw_only=True)
 
-    def reach(self, over: str | None = None) -> tuple[float, float]:
-        """Return the least and the most that a number of layers, folded by `over`, can be."""
-        low, high = self.span
+    def reach(self, over: str | None = None, stat: str = "") -> tuple[float, float]:
+        """Return the least and the most that a number of layers, folded by `over`, can be. `stat`: which one."""
+        low, high = dict(self.spans).get(stat, self.span)
         return (low if low >= 0 or over != "sum" else -math.inf, high if over != "sum" else math.inf)
 
     def checks_nothing(
-        self, side: Literal["min", "max"], bound: float, over: str | None = None, dtype: str = "float32"
+        self, side: Literal["min", "max"], bound: float, over: str | None = None, dtype: str = "float32", stat: str = ""
     ) -> str | None:
         """Return why a bound holds whatever is measured; None where it may not. `dtype`: that of what is measured."""
-        low, high = self.reach(over)
+        low, high = self.reach(over, stat)
         most = dtype if self.sized and over != "sum" else "float32"
         if bound > DTYPE_MAX[most] if side == "max" else bound < -DTYPE_MAX[most]:
             return f"{side} {bound:g} is beyond the largest number of {most}, {DTYPE_MAX[most]:g}, so it checks nothing"
@@ -192,6 +197,8 @@ class Metric(Definition):
         if site == "weight":
             return f"{self.name} counts no tokens of a weight, so it takes no positions"
         needed, span = self.needs(site, positions, parameters), PositionRange.parse(positions)
+        if GENERATED in needed:
+            return f"{self.name} counts answers, so it takes no positions"
         if span is not None and not span.sinks and site == LOGITS:
             return f"{self.name}: a sink's prediction is one like any other, so it takes no sinks: out"
         if span is not None and not span.sinks and any(isinstance(each, InRange) for each in needed):
@@ -318,7 +325,8 @@ def metric(
     against: bool = False,
     worst: Worst | None = None,
     perfect: float | Mapping[str, float] | None = None,
-    span: tuple[float, float] = ANY,
+    span: tuple[float, float] | Mapping[str, tuple[float, float]] = ANY,
+    counts: Counts = "positions",
     sized: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
@@ -341,7 +349,9 @@ def metric(
         worst: which of its values is the worst one: the `lowest` by default for dB, else the `highest`.
         perfect: its value where nothing is lost, or that of each `stat`. A bound that lies nearer to it than the 95 %
             interval reaches can't be shown by that many tokens, and is refused with the number that would.
-        span: the least and the most that it can be; a bound beyond them is refused, for it would check nothing.
+        span: the least and the most that it can be, or those of each `stat`; a bound beyond them is refused, for it
+            would check nothing.
+        counts: what an estimate is drawn from, for messages: positions of the data, or prompts.
         sized: it is no larger than the largest |x| that it measures, as a mean is; a bound beyond the dtype's largest
             number is refused.
 
@@ -371,7 +381,9 @@ def metric(
                 worst=worst or ("lowest" if unit == "dB" else "highest"),
                 # A metric is hashable, and a mapping isn't.
                 perfect=tuple(perfect.items()) if isinstance(perfect, Mapping) else perfect,
-                span=span,
+                span=ANY if isinstance(span, Mapping) else span,
+                spans=tuple(span.items()) if isinstance(span, Mapping) else (),
+                counts=counts,
                 sized=sized,
                 origin=origin,
             )

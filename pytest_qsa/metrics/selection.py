@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from ..captures import (
     CACHE_SITES,
     COUNTS,
+    GENERATED,
+    GENERATION,
     LOGITS,
     PADDING,
     REFERENCE_SINKS,
@@ -112,7 +114,7 @@ class Selection(MetricMethods):
 
     def _layers(self, needs: frozenset[Statistic] = frozenset()) -> list[str]:
         if self.site == LOGITS:
-            return self._logits()
+            return self._logits(needs)
         found = self._found(needs)
         if self.site == "weight":
             _check_readable(found, self.capture.refused, "the weight of {} can't be read")
@@ -175,10 +177,13 @@ class Selection(MetricMethods):
             raise AnomalyError(f"none of the {len(found)} layers that '{self.pattern}' matches is stored quantized")
         return layers
 
-    def _logits(self) -> list[str]:
-        if (LOGITS, LOGITS) not in self.capture.sites:
-            raise NotMeasuredError("the capture holds nothing of the model's logits")
-        return [LOGITS]
+    def _logits(self, needs: frozenset[Statistic]) -> list[str]:
+        asked = [GENERATION] if GENERATED in needs else [LOGITS] if needs else [LOGITS, GENERATION]
+        found = [name for name in asked if (name, LOGITS) in self.capture.sites]
+        if not found:
+            what = "answers" if GENERATED in needs else "logits"
+            raise NotMeasuredError(f"the capture holds nothing of the model's {what}")
+        return found[:1]
 
     def series(
         self, metric: str, reduce: Reduce | None = None, positions: Positions | None = None, **parameters: Any

@@ -62,6 +62,10 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     if not verdict.evidence:
         return
     worst = verdict.evidence[0]
+    if worst.answers:
+        yield "the answers that lose most against the reference's"
+        yield from (f"  {token_line(token)}" for token in verdict.evidence)
+        return
     if worst.decided:
         yield "where the reference writes another token, the clearest decision first"
         yield from (f"  {token_line(token)}" for token in verdict.evidence)
@@ -194,6 +198,8 @@ def allowed(row: Row) -> str:
 
 def token_line(token: TokenEvidence) -> str:
     """Write a token with its ratio, magnitude and position, in its context."""
+    if token.answers:
+        return answer_line(token.sample, token.position, token.answers)
     if token.decided:
         context = context_text(token.before, token.text, token.after)
         return f"{decision_text(token.decided)} at sample {token.sample}, position {token.position}, after {context}"
@@ -204,6 +210,12 @@ def token_line(token: TokenEvidence) -> str:
     where = f"sample {token.sample}, position {token.position}{call}"
     context = context_text(token.before, token.text, token.after)
     return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({details}) at {where}: {context}"
+
+
+def answer_line(prompt: int, position: int, answers: Sequence[str]) -> str:
+    """Write how two answers to a prompt end. `position`: how many of their first tokens are equal."""
+    reference, own = (visible(text) for text in answers)
+    return f"prompt {prompt}, {position} tokens alike: the reference ends ⟦{reference}⟧, the model ⟦{own}⟧"
 
 
 def decision_text(decided: Sequence[str]) -> str:
@@ -382,6 +394,9 @@ def _details(result: PlainVerdict) -> Iterator[str]:
     for token in result["evidence"]:
         context = code_span(context_text(token["before"], token["text"], token["after"]))
         where = f"sample {token['sample']}, position {token['position']}"
+        if answers := token.get("answers"):
+            yield f"- {code_span(answer_line(token['sample'], token['position'], answers))}"
+            continue
         if decided := token.get("decided"):
             yield f"- {code_span(decision_text(decided))} at {where}, after {context}"
             continue

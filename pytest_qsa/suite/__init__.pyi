@@ -56,10 +56,12 @@ from .load import (
 )
 from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots
 from .sections import (
+    ANSWERED_AT_ONCE as ANSWERED_AT_ONCE,
     PROMPTS as PROMPTS,
     Data as Data,
     Engine as Engine,
     Floor as Floor,
+    Generation as Generation,
     KvCache as KvCache,
     Memory as Memory,
     Model as Model,
@@ -85,7 +87,7 @@ from .subjects import (
     located as located,
     previous_of as previous_of,
 )
-from .texts import SHIPPED as SHIPPED, long_document as long_document, prompts as prompts
+from .texts import SHIPPED as SHIPPED, long_document as long_document, prompts as prompts, tools_of as tools_of
 from .tiers import (
     DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,

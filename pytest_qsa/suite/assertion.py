@@ -96,7 +96,7 @@ class Assertion(Strict, ABC):
     @property
     def reach(self) -> tuple[float, float]:
         """The least and the most that its number can be."""
-        return METRICS[self.metric].reach(self.over) if self.metric in METRICS else ANY
+        return METRICS[self.metric].reach(self.over, _stat_of(self)) if self.metric in METRICS else ANY
 
     @property
     def follows(self) -> str | None:
@@ -121,6 +121,11 @@ class Assertion(Strict, ABC):
     @abstractmethod
     def query(self) -> Query:
         """What the assertion asks for; a failure that comes before any number shows it."""
+
+
+def _stat_of(assertion: Assertion) -> str:
+    """Return which statistic of its metric an assertion is about; empty for a metric of one."""
+    return str(getattr(assertion, "stat", ""))
 
 
 def _positions(value: object) -> object:
@@ -204,7 +209,7 @@ class MeasuredAssertion(Assertion):
                     bound = bound.at_least if side == "max" else bound.at_most
                 if bound is None:
                     continue
-                problem = definition.checks_nothing(side, bound, "sum" if summed else self.over, dtype)
+                problem = definition.checks_nothing(side, bound, "sum" if summed else self.over, dtype, _stat_of(self))
                 if self.metric == "headroom" and side == "max" and not summed:
                     problem = problem or self._beyond_served(bound, dtype)
                 if problem:

@@ -32,7 +32,7 @@ from ..common import (
     refuse_special,
     write_atomically,
 )
-from .sections import PROMPTS
+from .sections import PROMPTS, Data
 from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
 from .texts import SHIPPED, prompts
 from .vllm import environment_of
@@ -323,12 +323,10 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
     for folder in folders_of(subject):
         for name, file in _named_files(folder):
             yield [name, hashes.of(file)]
-    if subject.data.source in SHIPPED or subject.data.source == PROMPTS:
-        text = SHIPPED[subject.data.source]() if subject.data.source in SHIPPED else json.dumps(prompts())
-        yield hashlib.sha256(text.encode()).hexdigest()
-    else:
-        for file in _data_files(subject):
-            yield [file.name, hashes.of(file)] if file.is_file() else "missing"
+    yield from _data_parts(subject.data, subject.folder, hashes)
+    if subject.generation is not None:
+        yield subject.generation.model_dump()
+        yield from _data_parts(subject.generation.as_data(subject.data), subject.folder, hashes)
     formats = libraries_of_formats(own_folder(subject))
     yield library_versions(formats)
     if program := subject.vllm_program:
@@ -336,9 +334,18 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
     yield machine()
 
 
-def _data_files(subject: Subject) -> list[Path]:
-    """Return the files of the subject's own data, or of the hub's copies in the cache."""
-    own, hub_set = local_path(subject.data, subject.folder), hub_set_of(subject.data)
+def _data_parts(data: Data, folder: Path, hashes: FileHashes) -> Iterator[Any]:
+    if data.source in SHIPPED or data.source == PROMPTS:
+        text = SHIPPED[data.source]() if data.source in SHIPPED else json.dumps(prompts())
+        yield hashlib.sha256(text.encode()).hexdigest()
+    else:
+        for file in _data_files(data, folder):
+            yield [file.name, hashes.of(file)] if file.is_file() else "missing"
+
+
+def _data_files(data: Data, folder: Path) -> list[Path]:
+    """Return the files of a subject's own data, or of the hub's copies in the cache."""
+    own, hub_set = local_path(data, folder), hub_set_of(data)
     if own is None:
         return hub_set.copies if hub_set else []
     return sorted(path for path in own.rglob("*") if path.is_file()) if own.is_dir() else [own]

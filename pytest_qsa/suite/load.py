@@ -25,7 +25,7 @@ from .assertion import (
 )
 from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
-from .sections import SELF, Data, Memory, Model, Strict, Visualization, fields_at
+from .sections import SELF, Data, Generation, Memory, Model, Strict, Visualization, fields_at
 from .subjects import Checkpoint, NamedSubject, Subject, hub_set_of, local_path
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
@@ -40,6 +40,7 @@ class Suite(Strict):
     defaults: dict[str, Any] = Field(default={})
     model: Model | None = None
     data: Data = Data()
+    generation: Generation | None = None
     memory: Memory = Memory()
     visualization: Visualization = Visualization()
     assertions: list[AnyAssertion] | None = None
@@ -124,7 +125,8 @@ def subject_of(file: SuiteFile) -> NamedSubject:
     suite = file.suite
     if suite.model is None:
         raise SuiteError(f"{shown_path(file.path)}:1: there is no section 'model'")
-    return NamedSubject(suite.model.id, suite.model, suite.data, suite.memory, file.path.parent)
+    folder, asked = file.path.parent, suite.generation
+    return NamedSubject(suite.model.id, suite.model, suite.data, suite.memory, folder, generation=asked)
 
 
 def subject_on(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
@@ -135,7 +137,8 @@ def subject_on(file: SuiteFile, checkpoint: Checkpoint | None) -> Subject:
     if checkpoint is not None:
         base = model.model_dump(exclude={"factory", "path", "served", "logprobs"}) if model else {}
         model = Model(**base, path=checkpoint.path)
-    return Subject(name, model, suite.data, suite.memory, file.path.parent, checkpoint.path if checkpoint else None)
+    own, folder = checkpoint.path if checkpoint else None, file.path.parent
+    return Subject(name, model, suite.data, suite.memory, folder, own, generation=suite.generation)
 
 
 def misfit(path: Path, override: str, roots: Roots | None = None) -> str | None:
@@ -351,7 +354,7 @@ def _check_paths(source: YamlSource, suite: Suite) -> None:
         if named in source.given:
             beside = [path.parent] if location[0] == "assertions" else []  # where the samples of an eval lie
             source.roots = replace(source.roots, allowed=(*source.roots.allowed, path, *beside))
-        elif problem := source.boundary.problem(path, below=location[0] == "data"):
+        elif problem := source.boundary.problem(path, below=location[0] in ("data", "generation")):
             raise source.error(location, f"'{named}' {problem}")
 
 
@@ -363,6 +366,9 @@ def _named_paths(folder: Path, suite: Suite) -> Iterator[tuple[Location, str, Pa
     # `datasets` takes an id for a folder where there is one, relative to where one stands.
     elif hub_set is not None and Path(hub_set.repository).exists():
         yield ("data", "source"), data, Path.cwd() / hub_set.repository
+    prompts = suite.generation.prompts if suite.generation is not None else ""
+    if prompts.startswith("custom:"):
+        yield ("generation", "prompts"), prompts, folder / Path(os.path.expanduser(prompts.removeprefix("custom:")))
     if suite.model is not None and suite.model.logprobs is not None:
         yield ("model", "logprobs"), suite.model.logprobs, folder / suite.model.logprobs
     reference = suite.model.reference if suite.model is not None else None

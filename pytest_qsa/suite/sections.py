@@ -338,6 +338,10 @@ class AnswersOf(Strict):
     """Greedy answers to the prompts of the data, of the reference or, where there is none, of the model itself."""
 
     max_new_tokens: Annotated[int, Field(description="the most tokens of an answer", gt=0, le=100_000)] = 128
+    phase: Annotated[
+        Literal["prefill", "decode"],
+        Field(description="decode: only the answers count, and go through the model one token at a time"),
+    ] = "prefill"
 
 
 class Data(Strict):
@@ -375,6 +379,38 @@ class Data(Strict):
         if self.source == PROMPTS and self.answers is None and not self.chat_template:
             raise SuiteError("prompts are conversations: say answers: {}, or chat_template: true", "source")
         return self
+
+
+ANSWERED_AT_ONCE = 16
+"""Prompts that are answered together. Fixed, for `data.batch_size` must change no number."""
+BUILTIN_PROMPTS = "builtin"
+
+
+def _prompts(text: str) -> str:
+    if text not in (BUILTIN_PROMPTS, "data") and not text.startswith("custom:"):
+        raise ValueError(f"prompts are builtin, data or custom:FILE.jsonl, not '{text}'")
+    return text
+
+
+class Generation(Strict):
+    """Prompts that a model and its reference answer, greedily and each by itself, for the metric `generation`.
+
+    `builtin` ones come with the package: questions, code, JSON, a tool call, other scripts. `data`: the conversations
+    of `data.source`. `custom:FILE`: a file of them, a record with `messages`, or with its text. The first `num_prompts`
+    count.
+    """
+
+    prompts: Annotated[
+        PathText, AfterValidator(_prompts), Field(description="builtin, data, or custom:FILE.jsonl of conversations")
+    ] = BUILTIN_PROMPTS
+    num_prompts: Annotated[int, Field(description="how many prompts are answered", gt=0, le=MOST_SAMPLES)] = 32
+    max_new_tokens: Annotated[int, Field(description="the most tokens of an answer", gt=0, le=100_000)] = 128
+
+    def as_data(self, data: Data) -> Data:
+        """Return its prompts as data of that many samples. `data`: the suite's own, for `prompts: data`."""
+        source = {BUILTIN_PROMPTS: PROMPTS, "data": data.source}.get(self.prompts, self.prompts)
+        own = {"source": source, "num_samples": self.num_prompts, "chat_template": True, "answers": None}
+        return data.model_copy(update=own) if self.prompts == "data" else Data.model_validate(own)
 
 
 class Memory(Strict):

@@ -19,7 +19,7 @@ from ..captures import Request
 from ..checkpoint import ADAPTER, Files, Folder, base_of, open_folder
 from ..common import InfraError, VllmProgram, VllmWords, vllm_program
 from .resolved_settings import resolve_settings
-from .sections import SELF, Data, Engine, Memory, Model
+from .sections import SELF, Data, Engine, Generation, Memory, Model
 
 NO_WORDS = VllmWords()
 
@@ -30,7 +30,7 @@ class Subject:
 
     `folder`: what the suite's relative paths are relative to. `checkpoint`: stands in for the model's own path.
     `fixture`: which fixture gives the model. `files_only`: it is read, and never run. `vllm`: what options say of
-    where vLLM is.
+    where vLLM is. `generation`: which prompts it answers; None where the suite says nothing of them.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Subject:
     fixture: str = ""
     files_only: bool = False
     vllm: VllmWords = NO_WORDS
+    generation: Generation | None = None
 
     @property
     def baseline_name(self) -> str:
@@ -75,7 +76,7 @@ class Subject:
         running = (*own, "allow_unexpected", "allow_idle", "require")
         defaults = {name: Model.model_fields[name].default for name in running}
         model = self.named.model.model_copy(update={**defaults, "weights": "files"})
-        return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True)
+        return replace(self.named, model=model, data=Data(), memory=Memory(), files_only=True, generation=None)
 
     def divided(self, requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
         """Return the requests that a pass answers, and those of weights that the files answer.
@@ -212,6 +213,8 @@ class Subject:
             data["source"] = f"custom:{own.resolve()}"
         # Sorted keys, because the hash must not depend on the order in which settings were made.
         settings = [self.path, self.base, self.fixture, model, data, self.memory.model_dump(), self.files_only]
+        if self.generation is not None:
+            settings.append(self.generation.model_dump())
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

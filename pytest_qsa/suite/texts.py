@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 Message = dict[str, str]
 
@@ -164,6 +165,21 @@ _TOOLS = (
     'You may call one function: get_weather(city). To call it, answer with <tool_call>{"name": "get_weather", '
     '"arguments": {"city": "…"}}</tool_call> and nothing else.'
 )
+
+
+_WEATHER_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Returns the weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def tools_of(conversation: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """Return the tools that a conversation of `prompts` offers, as OpenAI's API describes them."""
+    return [_WEATHER_TOOL] if conversation[0].get("content") == _TOOLS else []
 
 
 @lru_cache(1)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from ..captures import Capture, LayerNames, Outline, Request, compares, match_layers, merge_requests
+from ..captures import GENERATED, Capture, LayerNames, Outline, Request, compares, match_layers, merge_requests
 from ..checkpoint import Folder, stored_weights, threads, weight_names
 from ..common import InfraError, QsaError, counted, shown_path, shown_time, text_table
 from ..suite import (
+    ANSWERED_AT_ONCE,
     MOST_HASHED,
     FileHashes,
+    Generation,
     Machine,
     NamedSubject,
     Subject,
@@ -154,9 +156,8 @@ def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: M
     data, work = subject.data, Work.of(subject.data, planned.requests, sizes)
     yield from _site_lines(planned, sizes.layers)
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
-    for index, (name, count) in enumerate(planned.positions.items()):
-        here = f"{data.num_samples * data.seq_len:,} here"
-        yield f"{'' if index else 'positions':<12}{name}: its bound takes {count:,} or more, of {here}"
+    yield from _answer_lines(planned)
+    yield from _needed_lines(planned)
     yield _size_line(sizes)
     yield f"kept        {text}"
     if kept is None:  # a capture that answers needs no engine, so the machine is measured only without one
@@ -170,6 +171,25 @@ def _reference_sizes(planned: Planned) -> Sizes | None:
     if not compares(planned.requests) or not isinstance(reference, NamedSubject) or reference.base_folder is None:
         return None
     return sizes_of(Folder(reference.base_folder, reference.model.gguf_file), reference.model)
+
+
+def _answer_lines(planned: Planned) -> Iterator[str]:
+    """Say which prompts are answered, where a test asks for that."""
+    if any(GENERATED in request.statistics for request in planned.requests):
+        asked = planned.subject.generation or Generation()
+        what = f"{asked.num_prompts} × at most {asked.max_new_tokens} tokens, to prompts: {asked.prompts}"
+        yield f"answers     {what}; by the model and by its reference, {ANSWERED_AT_ONCE} at once"
+
+
+def _needed_lines(planned: Planned) -> Iterator[str]:
+    """Say how many positions, or prompts, the bounds take that an interval has to show."""
+    data, prompts = planned.subject.data, (planned.subject.generation or Generation()).num_prompts
+    of_answers = {test for test, request in planned.measured if GENERATED in request.statistics}
+    for counts, here in (("positions", data.num_samples * data.seq_len), ("prompts", prompts)):
+        names = [name for name in planned.positions if (name in of_answers) == (counts == "prompts")]
+        for index, name in enumerate(names):
+            takes = f"its bound takes {planned.positions[name]:,} or more, of {here:,} here"
+            yield f"{'' if index else counts:<12}{name}: {takes}"
 
 
 def _file_lines(planned: Planned, text: str) -> Iterator[str]:

@@ -131,9 +131,11 @@ def interval_text(series: Series, layer: str) -> str:
     if layer not in series.intervals:
         return ""
     low, high, count = series.intervals[layer]
+    metric = METRICS.get(series.query.metric)
+    drawn, of = ("prompts", "of them") if metric and metric.counts == "prompts" else ("tokens", "samples")
     if math.isnan(low):
-        return f"from {count} tokens; fewer than {LEAST_WINDOWS} samples give no interval"
-    return f"95 %: {number(low)} … {number(high)}, from {count} tokens"
+        return f"from {count} {drawn}; fewer than {LEAST_WINDOWS} {of} give no interval"
+    return f"95 %: {number(low)} … {number(high)}, from {count} {drawn}"
 
 
 def _check_shown(series: Series, budget: Budget) -> None:
@@ -146,7 +148,7 @@ def _check_shown(series: Series, budget: Budget) -> None:
     """
     definition = METRICS.get(series.query.metric)
     perfect = definition.best(series.query.parameters) if definition is not None else None
-    if perfect is None:
+    if definition is None or perfect is None:
         return
     for layer, bounds, value in zip(series.layers, budget.bounds, series.values.tolist(), strict=True):
         low, high, count = series.intervals.get(layer, (value, value, 0))
@@ -156,14 +158,17 @@ def _check_shown(series: Series, budget: Budget) -> None:
         reach, room = max(value - low, high - value), abs(perfect - bound)
         if reach <= room:
             continue
-        what = f"{count:,} positions can't show that {series.query.metric} is {budget.text}"
+        what = f"{count:,} {definition.counts} can't show that {series.query.metric} is {budget.text}"
         if not room:
             raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
         # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
         needed = count * (reach / room) ** (1 if value == perfect else 2)
+        rounded, key = round(needed, -2), "data.num_samples"
+        if definition.counts == "prompts":
+            rounded, key = math.ceil(needed), "generation.num_prompts"
         raise AnomalyError(
-            f"{what}: by chance alone it may be off by {number(reach)}; about {round(needed, -2):,.0f} would "
-            "(data.num_samples), or give the bound more room"
+            f"{what}: by chance alone it may be off by {number(reach)}; about {rounded:,.0f} would ({key}), or give "
+            "the bound more room"
         )
 
 

@@ -9,12 +9,24 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import LOGITS, BoundaryTokens, Capture, PredictionMargins, Sinks, SiteNumbers, lower_median
+from ..captures import (
+    GENERATION,
+    GENERATION_NAMES,
+    LOGITS,
+    BoundaryTokens,
+    Capture,
+    PredictionMargins,
+    Sinks,
+    SiteNumbers,
+    lower_median,
+)
 from ..metrics import LARGEST, METRICS, NOISE, SIGNAL, PlainQuery, View, compared_tokens, local_tokens
 from .verdict import TokenEvidence, Verdict
 
 NEIGHBOURS = 6
 """The tokens of context before and after a token."""
+ENDING = 16
+"""The last tokens of an answer that are shown."""
 
 
 def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *, most: int = 5) -> list[TokenEvidence]:
@@ -24,6 +36,8 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
     each token. Where the metric has a threshold, only tokens above it are returned, else the one nearest to it.
     """
     site, positions = verdict.query["site"], verdict.positions or "all"
+    if site == LOGITS and verdict.query["metric"] == "generation":
+        return _of_answers(capture, verdict.query, most)
     if site == LOGITS:
         return _of_decisions(capture, verdict.query, positions, most)
     metric, sinks = METRICS[verdict.query["metric"]], sinks_behind(capture, verdict.query)
@@ -136,6 +150,44 @@ def _of_decisions(capture: Capture, query: PlainQuery, positions: str, most: int
         if len(found) == most:
             break
     return list(found.values())
+
+
+def _of_answers(capture: Capture, query: PlainQuery, most: int) -> list[TokenEvidence]:
+    """Return the prompts whose answers lose most against the reference's; none where the texts were not kept."""
+    numbers = capture.sites[GENERATION, LOGITS]
+    if "answers" not in numbers:
+        return []
+    table = dict(zip(GENERATION_NAMES, numbers.arrays["generation"].T, strict=True))
+    stat = str(query["parameters"]["stat"])
+    column = {"valid_json": "json", "markup_kept": "markup", "length_ratio": "length"}.get(stat, stat)
+    lost = -table["equal"] if stat == "diverged_at" else table[f"reference_{column}"] - table[column]
+    if stat in ("repetition", "length_ratio"):  # more of it, or another length
+        lost = np.abs(lost)
+    lost = np.where(np.isnan(lost), 0.0, lost)
+    found = []
+    for prompt in np.argsort(-lost, kind="stable")[:most].tolist():
+        if not lost[prompt] > 0 and stat != "diverged_at":
+            break
+        texts = [_answer_text(capture, numbers.arrays[name][prompt]) for name in ("reference_answers", "answers")]
+        equal = int(table["equal"][prompt])
+        same, text, after = _around(capture, numbers.arrays["answers"][prompt], equal)
+        evidence = TokenEvidence(GENERATION, prompt, equal, text, same, after, float(lost[prompt]), 1.0, -1, sink=False)
+        found.append(replace(evidence, of=stat, answers=(texts[0], texts[1])))
+    return found
+
+
+def _answer_text(capture: Capture, ids: NDArray[np.int32]) -> str:
+    """Return how an answer ends: its last tokens."""
+    whole = ids[ids >= 0].tolist()
+    text = "".join(capture.pieces.get(token, f"⟨{token}⟩") for token in whole[-ENDING:])
+    return f"…{text}" if len(whole) > ENDING else text
+
+
+def _around(capture: Capture, ids: NDArray[np.int32], position: int) -> tuple[str, str, str]:
+    """Return the text before a token of an answer, of the token, and after it."""
+    pieces = [capture.pieces.get(token, f"⟨{token}⟩") for token in ids[ids >= 0].tolist()]
+    before = pieces[max(0, position - NEIGHBOURS) : position]
+    return "".join(before), "".join(pieces[position : position + 1]), "".join(pieces[position + 1 :][:NEIGHBOURS])
 
 
 def _token(

@@ -13,14 +13,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pytest_qsa import capture
-from pytest_qsa.captures import BoundaryTokens, Request, merge_requests
+from pytest_qsa.captures import GENERATION, LOGITS, BoundaryTokens, Capture, Request, merge, merge_requests
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.load import answers
 from pytest_qsa.engine.load.answers import batched, boundaries, greedy, markups_of, prompts_of, unbatched
+from pytest_qsa.engine.load.generation import check_cache
 from pytest_qsa.engine.reference.record import RecordOptions
+from pytest_qsa.engine.run.shared_pass import SampleShare
 from pytest_qsa.engine.subject import capture_subject, record_reference
 from pytest_qsa.metrics import METRICS
-from pytest_qsa.suite import Data, Memory, Model, NamedSubject, load_suite, prompts, subject_of as subject_of_suite
+from pytest_qsa.suite import (
+    Data,
+    Generation,
+    Memory,
+    Model,
+    NamedSubject,
+    load_suite,
+    prompts,
+    subject_of as subject_of_suite,
+)
 from pytest_qsa.tools.calibrate import Sampled
 from support import models
 
@@ -57,9 +68,9 @@ def checkpoints(llama, tmp_path_factory):
     return original, broken, ends
 
 
-def subject_of(folder, reference=None, data=DATA):
-    model = Model(path=str(folder), reference=None if reference is None else str(reference))
-    return NamedSubject("it", model, data, Memory(), folder.parent)
+def subject_of(checkpoint, reference=None, data=DATA, **own):
+    model = Model(path=str(checkpoint), reference=None if reference is None else str(reference))
+    return NamedSubject("it", model, data, **{"memory": Memory(), "folder": checkpoint.parent, **own})
 
 
 def request(*metrics):
@@ -258,3 +269,140 @@ def test_boundaries_of_any_text_can_be_asked_for_in_python():
     assert BoundaryTokens("auto").key in cap.sites["logits", "logits"]
     with pytest.raises((AnomalyError, SuiteError), match=r"writes \d boundaries"):
         cap.logits().boundary_tokens()
+
+
+TEXT = Data(num_samples=2, seq_len=16)
+ASKED = Generation(num_prompts=40, max_new_tokens=MOST)
+GENERATES = request(("generation", {}))
+DIFFERENCES = ("ended", "repetition", "valid_json", "markup_kept")
+
+
+@pytest.fixture(scope="module")
+def generated(checkpoints):
+    original, broken, _ = checkpoints
+    return capture_subject(subject_of(broken, original, TEXT, generation=ASKED), GENERATES)
+
+
+def free_answers(folder):
+    """Return what a model answers to the first prompts, token by token, without a cache."""
+    model, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ends = model.generation_config.eos_token_id
+    for conversation in prompts()[: ASKED.num_prompts]:
+        text = tok.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        ids = tok(text, add_special_tokens=False)["input_ids"]
+        answer = []
+        while not answer or (len(answer) < MOST and answer[-1] not in ends):
+            with torch.no_grad():
+                answer.append(int(model(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax()))
+        yield answer, answer[-1] in ends
+
+
+def test_generation_compares_the_free_answers_of_both_models(checkpoints, generated):
+    original, broken, _ = checkpoints
+    reference, own = list(free_answers(original)), list(free_answers(broken))
+    arrays = generated.sites[GENERATION, LOGITS].arrays
+    for name, side in (("answers", own), ("reference_answers", reference)):
+        assert [row[row >= 0].tolist() for row in arrays[name]] == [tokens for tokens, _ in side]
+    logits = generated.logits()
+    both = [(len(one), len(other)) for (one, a), (other, b) in zip(own, reference, strict=True) if a and b]
+    want = {
+        "ended": np.mean([ended for _, ended in own]) - np.mean([ended for _, ended in reference]),
+        "length_ratio": sum(length for length, _ in both) / sum(length for _, length in both),
+        "diverged_at": np.mean(
+            [
+                next(
+                    (at for at, (x, y) in enumerate(zip(one, other, strict=False)) if x != y),
+                    min(map(len, (one, other))),
+                )
+                for (one, _), (other, _) in zip(own, reference, strict=True)
+            ]
+        ),
+    }
+    assert want["ended"] < -0.1  # the stop token that the broken head has lost
+    for stat, value in want.items():
+        np.testing.assert_allclose(logits.generation(stat).values, [value])
+    low, high, count = logits.generation().intervals[GENERATION]
+    assert low < want["ended"] < high
+    assert count == 40
+
+
+def test_a_model_answers_as_itself_and_no_text_is_left_after_redaction(checkpoints):
+    original, _, _ = checkpoints
+    found = capture_subject(subject_of(original, original, TEXT, generation=ASKED), GENERATES)
+    assert {found.logits().generation(stat).values[0] for stat in ("ended", "repetition")} == {0.0}
+    assert found.logits().generation("length_ratio").values.tolist() == [1.0]
+    assert Capture.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+    redacted = found.redacted()
+    assert set(redacted.sites[GENERATION, LOGITS].arrays) == {"generation"}
+    assert redacted.logits().generation("ended").values.tolist() == [0.0]
+
+
+def test_parts_of_the_data_make_one_capture_with_the_answers_once(checkpoints, generated):
+    original, broken, _ = checkpoints
+    both = merge_requests([*GENERATES, *request(("kl_divergence", {}))])
+    subject = subject_of(broken, original, TEXT, generation=ASKED)
+    whole = capture_subject(subject, both)
+    parts = [capture_subject(subject, both, share=SampleShare(samples=part)) for part in ((0, 1), (1, 2))]
+    joined = merge(parts)
+    assert joined.to_bytes() == whole.to_bytes()
+    assert joined.sites[GENERATION, LOGITS].populations == 40
+
+
+def test_a_kept_reference_holds_its_answers_to_prompts(checkpoints, generated, tmp_path):
+    original, broken, _ = checkpoints
+    file = tmp_path / "original.qsa"
+    recording = record_reference(subject_of(original, None, TEXT, generation=ASKED), GENERATES, RecordOptions(), file)
+    file.write_bytes(recording.content.to_bytes())
+    subject = subject_of(broken, file, TEXT, folder=tmp_path, generation=ASKED)
+    found = capture_subject(subject, GENERATES).sites[GENERATION, LOGITS].arrays
+    for name, array in generated.sites[GENERATION, LOGITS].arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    other = replace(subject, generation=ASKED.model_copy(update={"num_prompts": 39}))
+    with pytest.raises(InfraError, match=r"was recorded with other prompts: make it anew"):
+        capture_subject(other, GENERATES)
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "what"),
+    [
+        ({"num_prompts": 88}, {}, r"'prompts' has 87 prompts, and generation\.num_prompts asks for 88"),
+        (
+            {"max_new_tokens": 5000},
+            {},
+            r"prompt \d+ has \d+ tokens, and with max_new_tokens 5,000 that is more than the",
+        ),
+        ({"prompts": "custom:none.jsonl"}, {}, r"none\.jsonl: can't be read as data"),
+        ({}, {"offload_device": "disk"}, r"generation: the model is read block by block"),
+    ],
+)
+def test_prompts_that_can_not_be_answered_are_one_line(checkpoints, asked, memory, what):
+    original, _, _ = checkpoints
+    subject = subject_of(original, original, TEXT, generation=Generation(**asked), memory=Memory(**memory))
+    with pytest.raises(InfraError, match=what):
+        capture_subject(subject, GENERATES)
+
+
+def test_prompts_of_a_file_and_of_the_data_are_answered_in_their_order(checkpoints, tmp_path):
+    original, _, _ = checkpoints
+    records = [{"messages": [{"role": "user", "content": f"Say {n}."}]} for n in range(3)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    own = {"num_prompts": 2, "max_new_tokens": 4}
+    found = [
+        capture_subject(
+            subject_of(original, original, data, folder=tmp_path, generation=Generation(prompts=named, **own)),
+            GENERATES,
+        )
+        for named, data in (
+            ("custom:mine.jsonl", TEXT),
+            ("data", TEXT.model_copy(update={"source": "custom:mine.jsonl", "chat_template": True, "seq_len": 8})),
+        )
+    ]
+    answers = [each.sites[GENERATION, LOGITS].arrays["answers"].tolist() for each in found]
+    assert len(answers[0]) == 2
+    assert answers[0] == answers[1]
+
+
+def test_a_model_without_a_cache_is_one_line():
+    check_cache(models.llama(), "generation: the model")
+    with pytest.raises(InfraError, match=r"generation: the model \(ViTModel\) keeps no cache of earlier tokens"):
+        check_cache(models.vit(), "generation: the model")

@@ -10,7 +10,8 @@ import pytest
 
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.external.evals import EvalFiles
-from pytest_qsa.external.paired import Pairs, mcnemar, newcombe, samples_needed, t_quantile, wilson
+from pytest_qsa.external.paired import Pairs, mcnemar, newcombe, samples_needed, t_quantile
+from pytest_qsa.metrics import wilson
 from pytest_qsa.suite import load_suite
 from pytest_qsa.verdicts.judge import judge_evals
 from pytest_qsa.verdicts.judgement import NO_LENIENCY

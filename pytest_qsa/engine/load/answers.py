@@ -14,21 +14,37 @@ from torch import Tensor, nn
 
 from ...captures import LOGITS, Array, BoundaryTokens, Capture, PredictionMargins, Request
 from ...common import AnomalyError, InfraError, one_line, phase
-from ...suite import Data
+from ...suite import ANSWERED_AT_ONCE, Data
 from ..modules import check_context, device_of, evaluating
 from .batches import Batch
 from .data import read_texts
 from .models import Loaded, quiet
 from .tokenizer import TextTokenizer
 
-AT_ONCE = 16
-"""Prompts that are answered together. Fixed, for `data.batch_size` must change no number."""
+NO_TOKEN = 2**31 - 1
+"""Beyond every vocabulary."""
 
 
 class Answers(dict[str, Tensor]):
     """A batch of prompts with their answers. `starts`: the position of the first token of each answer."""
 
     starts: Sequence[int] = ()
+
+
+class Steps(dict[str, Tensor]):
+    """An answer [1, T] that goes through a model token by token, after its `prompt` has."""
+
+    prompt: Sequence[int] = ()
+
+
+def in_steps(samples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Batch]:
+    """Return prompts with their answers as batches of one answer each, for the decode phase."""
+    found: list[Batch] = []
+    for prompt, answer in samples:
+        batch = Steps({"input_ids": torch.tensor([list(answer)])})
+        batch.prompt = prompt
+        found.append(batch)
+    return found
 
 
 def answer_batches(data: Data, tokenizer: TextTokenizer, folder: Path, by: Loaded, whose: str) -> list[Batch]:
@@ -47,12 +63,14 @@ def answer_batches(data: Data, tokenizer: TextTokenizer, folder: Path, by: Loade
             f"a prompt of '{data.source}' has {longest} tokens, and data.seq_len {data.seq_len} leaves no room"
         )
     check_context(by.model, data.seq_len)
-    if by.stream is not None:
-        raise InfraError(f"{whose} is read block by block, and answers need the whole model: leave offload_device out")
-    phase(f"{whose} answers {len(prompts)} prompts")
-    with quiet():
-        answers = greedy(by.model, prompts, data.answers.max_new_tokens, data.seq_len, whose)
-    return batched(list(zip(prompts, answers, strict=True)), data.batch_size)
+    answers = answers_by(by, prompts, data.answers.max_new_tokens, data.seq_len, f"data.answers: {whose}")
+    return answered_batches(data, list(zip(prompts, answers, strict=True)))
+
+
+def answered_batches(data: Data, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Batch]:
+    """Return prompts with their answers as the batches of some data, which say in which phase the model reads them."""
+    assert data.answers is not None
+    return in_steps(samples) if data.answers.phase == "decode" else batched(samples, data.batch_size)
 
 
 def batched(samples: Sequence[tuple[Sequence[int], Sequence[int]]], size: int) -> list[Batch]:
@@ -75,6 +93,8 @@ def unbatched(batches: Iterable[Batch]) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of prompts and answers; the way back from `batched`."""
     samples = []
     for batch in batches:
+        if isinstance(batch, Steps):
+            samples.append((list(batch.prompt), batch["input_ids"][0].tolist()))
         if not isinstance(batch, Answers):
             continue
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -90,13 +110,21 @@ def prompts_of(data: Data, tokenizer: TextTokenizer, folder: Path) -> list[list[
     Raises:
         InfraError: the source has too few, or the tokenizer can't format a conversation for an answer.
     """
+    conversations = conversations_of(data, folder, "data.num_samples")
+    drawn = np.random.default_rng(data.seed).choice(len(conversations), data.num_samples, replace=False)
+    return [formatted(conversations[index], tokenizer, "data.answers") for index in np.sort(drawn).tolist()]
+
+
+def conversations_of(data: Data, folder: Path, count: str) -> list[list[Any]]:
+    """Return all conversations of a source, each without its last answer. `count`: the key that says how many it takes.
+
+    Raises:
+        InfraError: it can't be read, or has fewer than `data.num_samples`.
+    """
     conversations = _conversations(data, folder)
     if len(conversations) < data.num_samples:
-        raise InfraError(
-            f"'{data.source}' has {len(conversations)} prompts, and data.num_samples asks for {data.num_samples}"
-        )
-    drawn = np.random.default_rng(data.seed).choice(len(conversations), data.num_samples, replace=False)
-    return [_formatted(conversations[index], tokenizer) for index in np.sort(drawn).tolist()]
+        raise InfraError(f"'{data.source}' has {len(conversations)} prompts, and {count} asks for {data.num_samples}")
+    return conversations
 
 
 def prompts_available(data: Data, folder: Path) -> int:
@@ -117,33 +145,58 @@ def _waiting(text: Any) -> list[Any]:
     return messages
 
 
-def _formatted(messages: Sequence[Any], tokenizer: Any) -> list[int]:
+def formatted(
+    messages: Sequence[Any], tokenizer: Any, asked_by: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Return the token ids of a conversation in the model's template, up to where the answer begins.
+
+    `asked_by`: the section of the suite that asks for it. `tools`: what the template offers to be called, if it can.
+
+    Raises:
+        InfraError: the tokenizer has no template, or one that can't format it, or not for an answer.
+    """
+    offered = {"tools": list(tools)} if tools else {}
     try:
         bare, asked = (
-            str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+            str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **offered))
             for prompt in (False, True)
         )
     except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
-        raise InfraError(f"data.answers: the tokenizer can't format a conversation: {one_line(error)}") from None
+        raise InfraError(f"{asked_by}: the tokenizer can't format a conversation: {one_line(error)}") from None
     if asked == bare:
         raise InfraError(
-            "data.answers: the chat template writes nothing for add_generation_prompt, so that no answer can begin"
+            f"{asked_by}: the chat template writes nothing for add_generation_prompt, so that no answer can begin"
         )
     return list(tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def answers_by(by: Loaded, prompts: Sequence[Sequence[int]], most: int, length: int, whose: str) -> list[list[int]]:
+    """Return a loaded model's greedy answers, as `greedy` does.
+
+    Raises:
+        InfraError: it can't generate, or is read block by block.
+    """
+    if by.stream is not None:
+        raise InfraError(f"{whose} is read block by block, and answers need the whole model: leave offload_device out")
+    phase(f"{whose.rpartition(': ')[2]} answers {len(prompts)} prompts")
+    with quiet():
+        return greedy(by.model, prompts, most, length, whose)
 
 
 def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, length: int, whose: str) -> list[list[int]]:
     """Return the likeliest tokens after each prompt, up to one that ends it, `most`, or `length` with the prompt.
 
+    `whose`: which section of the suite asks, and who answers, for messages: `data.answers: the reference`.
+
     Raises:
         InfraError: the model can't generate.
     """
     if not hasattr(model, "generate") or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InfraError(f"data.answers: {whose} ({type(model).__name__}) can't continue a text by itself")
+        raise InfraError(f"{whose} ({type(model).__name__}) can't continue a text by itself")
     ends = eos_of(model)
     answers: list[list[int]] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = prompts[start : start + AT_ONCE]
+    for start in range(0, len(prompts), ANSWERED_AT_ONCE):
+        part = prompts[start : start + ANSWERED_AT_ONCE]
         width = max(map(len, part))
         rows = [[0] * (width - len(row)) + [*row] for row in part]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in part]
@@ -154,26 +207,72 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, length
 def _generated(
     model: Any, rows: list[list[int]], mask: list[list[int]], most: int, ends: Sequence[int], whose: str
 ) -> list[list[int]]:
+    found = []
+    for row in greedily(model, rows, mask, most, ends, whose):
+        end = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
+        found.append(row[: end + 1])
+    return found
+
+
+def greedily(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    mask: Sequence[Sequence[int]] | None,
+    most: int,
+    ends: Sequence[int],
+    whose: str,
+    forced: Sequence[int] = (),
+) -> list[list[int]]:
+    """Return the likeliest tokens after each row, with the model's cache, up to where all have ended, at most `most`.
+
+    `rows` [B, T]: padded on the left, as `mask` says, None for no padding. `ends`: the tokens that end an answer, none
+    for an answer of `most` tokens. `forced`: the tokens that are written instead of the likeliest ones, first of all.
+    `whose`: as for `greedy`.
+
+    Raises:
+        InfraError: the model can't generate. What ends its forward early passes.
+    """
+    from transformers import LogitsProcessorList
+
     device = device_of(model)
     # What a generation_config changes in greedy decoding is off: the answer is the likeliest token, each time.
     plain: dict[str, Any] = {
         "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
         "temperature": None, "top_p": None, "top_k": None, "suppress_tokens": None, "begin_suppress_tokens": None,
     }  # fmt: skip
+    ids = torch.tensor(rows, device=device)
+    kept = torch.ones_like(ids) if mask is None else torch.tensor(mask, device=device)
     try:
         with torch.no_grad(), evaluating(model):
             made = model.generate(
-                input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max(1, most), pad_token_id=ends[0] if ends else 0, eos_token_id=list(ends) or None,
-                use_cache=True, **plain,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=kept,
+                max_new_tokens=max(1, most),
+                pad_token_id=ends[0] if ends else 0,
+                # Not None, which would be the configuration's own.
+                eos_token_id=list(ends) or [NO_TOKEN],
+                use_cache=True,
+                logits_processor=LogitsProcessorList([_Forced(ids.shape[1], forced)] if forced else []),
+                **plain,
+            )
     except Exception as error:  # the code of models
-        raise InfraError(f"data.answers: {whose} can't answer: {one_line(error)}") from error
-    found = []
-    for row in made[:, len(rows[0]) :].tolist():
-        end = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
-        found.append(row[: end + 1])
+        raise InfraError(f"{whose} can't answer: {one_line(error)}") from error
+    found: list[list[int]] = made[:, ids.shape[1] :].tolist()
     return found
+
+
+class _Forced:
+    """Makes the tokens of an answer the likeliest ones, whatever the model finds. `start`: the length of the prompt."""
+
+    def __init__(self, start: int, answer: Sequence[int]) -> None:
+        self._start, self._answer = start, answer
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        at = ids.shape[1] - self._start
+        if at < len(self._answer):
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, self._answer[at]] = 0.0
+        return scores
 
 
 def eos_of(model: Any) -> list[int]:

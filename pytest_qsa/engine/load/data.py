@@ -156,8 +156,10 @@ def _read_custom(path: Path, data: Data) -> list[Any]:
 def _text_of(record: Any, column: str, index: int, *, chat: bool) -> Any:
     if isinstance(record, str):
         return _whole(record, index)
-    if isinstance(record, dict) and chat and isinstance(record.get(column), list):
-        return record[column]
+    if isinstance(record, dict) and chat:
+        messages = record.get(column, record.get("messages"))
+        if isinstance(messages, list):
+            return messages
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
         if isinstance(record, dict) and column in record:
             raise ValueError(f"record {index} has no text under '{column}' but a {type(record[column]).__name__}")

@@ -47,10 +47,10 @@ from ..modules import (
     evaluating,
     layers_of,
     owner_of_weight,
-    run_batch,
     with_experts,
 )
 from ..reduce.pairs import powers_of
+from ..run.decode import run_forward
 from ..run.participant import Forward, Participant, Pass, WantedSites
 from ..run.run_pass import forwards_of, rehearse, run_in_turn
 from ..run.site_statistics import SiteStatistics, hooked
@@ -292,7 +292,7 @@ class LiveReference(Reference):
         statistics.learning = False  # every block is reduced by itself, whatever the first forward shows
 
         def run_one(forward: Forward) -> None:
-            run_batch(self.model, forward.batch, self.device)
+            run_forward(self.model, forward.batch, self.device, statistics)
             statistics.forward_ended(forward)
 
         run_all = run_in_turn if self.stream is None else self.stream.run

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...captures import SiteKey
 from ...common import InfraError
-from ..modules import forward_errors, run_batch
+from ..modules import forward_errors
 from ..reduce.pairs import powers_of
+from ..run.decode import run_forward
 from ..run.participant import Forward, ForwardComplete
 from ..stream.stream import Unit
 from .pair_statistics import ReferenceTensor, check_rows, drawn_rows, run_rows
@@ -98,7 +99,8 @@ class Lockstep:
         reference = self._reference
         try:
             with forward_errors(f"the reference, {type(reference.model).__name__},"):
-                self._output = run_batch(reference.model, self._forward.batch, reference.device)
+                batch = self._forward.batch
+                self._output = run_forward(reference.model, batch, reference.device, reference.statistics)
         except ForwardComplete:
             pass
 

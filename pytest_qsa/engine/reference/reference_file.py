@@ -100,6 +100,7 @@ class ReferenceContent:
     """All that a file holds. `samples`: their hashes. `sinks`: sample, place, channel and layers of each.
 
     `answers`: the tokens of each prompt and of the model's answer, where these are the data.
+    `generated`: the prompts that it answered beside the data, as `Prompts.identity` has them, with the answers.
     `head`: where it lies, or its scaling alone where its weights are among the `tensors`.
     """
 
@@ -115,6 +116,7 @@ class ReferenceContent:
     head: Mapping[str, Any] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     answers: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+    generated: Mapping[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
         """Return the file; equal arrays are in it once."""
@@ -142,6 +144,8 @@ class ReferenceContent:
         }
         if self.answers:
             header["answers"] = self.answers
+        if self.generated:
+            header["generated"] = self.generated
         # Sorted, so that equal content makes equal bytes.
         return with_checksum(save(tensors.named, metadata={"qsa": json.dumps(header, sort_keys=True)}))
 
@@ -275,6 +279,23 @@ class ReferenceFile:
                 f"model.reference: {self.shown} was recorded without answers: make it anew, with this suite's data"
             )
         return [(prompt, answer) for prompt, answer in kept]
+
+    def generated(self, prompts: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
+        """Return the tokens of each answer that its model gave to some prompts, and whether it ended by itself.
+
+        `prompts`: their identity.
+
+        Raises:
+            InfraError: it was recorded without them, or with other ones.
+        """
+        kept = self.header.get("generated")
+        if not isinstance(kept, dict) or kept.get("prompts") != prompts:
+            what = "other prompts" if kept else "answers to prompts"
+            raise InfraError(
+                f"model.reference: {self.shown} was recorded with{'' if kept else 'out'} {what}: make it anew, of a "
+                "suite with this generation and a metric that needs it"
+            )
+        return [(tokens, ended) for tokens, ended in kept["answers"]]
 
     @property
     def samples(self) -> dict[str, int]:

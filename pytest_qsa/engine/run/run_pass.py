@@ -38,6 +38,7 @@ from ..load.batches import Batch, BatchRows, row_count, rows_of, token_ids
 from ..modules import Expert, Layer, blocks_of, caching_layers, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
 from ..stream.stream import Stream
+from .decode import run_forward
 from .next_token import Predictions, decided_otherwise
 from .participant import Forward, ForwardComplete, Need, Participant, Pass, Restart
 from .site_statistics import SiteStatistics, WeightStatistics, hooked
@@ -197,7 +198,7 @@ class _Running:
             participant.forward_started(forward)
         output = None
         try:
-            output = run_batch(self.run.model, forward.batch, self.run.device)
+            output = run_forward(self.run.model, forward.batch, self.run.device, self.statistics)
         except ForwardComplete:
             forward.stopped_at = forward.last[0] if forward.last else None
         for participant in self.participants:

@@ -63,7 +63,8 @@ class SiteStatistics(Participant):
 
     `wanted`: the statistics of each site; those that compare with a reference are left to it. `may_stop`: a forward may
     end at the last site. `learns_order`: the first forward ends before the second one begins, so that it can show which
-    call is the last; in a streamed pass `rehearsed` says so. `fused` off keeps to torch's operators.
+    call is the last; in a streamed pass `rehearsed` says so. `fused` off keeps to torch's operators. `hooks`: what the
+    hooks of each site call while they are set; `input_sites`: those that hand on what went into the layer as well.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class SiteStatistics(Participant):
         """Of the sites of the cache: how many channels a head has there."""
         self.rehearsed: CallOrder | None = None
         self.unshared: frozenset[SiteKey] = frozenset()
+        self.hooks: dict[SiteKey, Observe] = {}
+        self.input_sites: frozenset[SiteKey] = frozenset()
         self._fused = fused
         self.begin()
 
@@ -262,20 +265,21 @@ def _joined(lent: SiteNumbers, own: SiteNumbers) -> SiteNumbers:
 def hooked(statistics: SiteStatistics, visitors: Sequence[Participant] = ()) -> Iterator[None]:
     """Hook every site that is wanted: those of `visitors` that name it look at its tensor, then it's reduced."""
     handles = []
+    statistics.input_sites = frozenset(site for visitor in visitors for site in visitor.input_sites)
     caching: dict[str, dict[Site, Observe]] = {}
     for layer, site in statistics.wanted:
         module = statistics.modules[layer]
-        observe = _observer_of(statistics, visitors, (layer, site))
+        observe = statistics.hooks[layer, site] = _observer_of(statistics, visitors, (layer, site))
         if site in CACHE_SITES:
             caching.setdefault(layer, {})[site] = observe
         elif site == "input":
             experts = packed_experts(module) if EXPERTS in statistics.wanted[layer, site] else 0
             handles.append(module.register_forward_pre_hook(_input_hook(observe, experts), with_kwargs=True))
-        elif any((layer, site) in visitor.input_sites for visitor in visitors):
+        elif (layer, site) in statistics.input_sites:
             handles.append(module.register_forward_hook(_output_hook_with_inputs(observe), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(_output_hook(observe)))
-    takes = {layer: _cache_hook(statistics, layer, observers) for layer, observers in caching.items()}
+    takes = {layer: cache_hook(statistics, layer, observers) for layer, observers in caching.items()}
     try:
         with watched(statistics.modules, takes) if takes else nullcontext():
             yield
@@ -326,7 +330,9 @@ def _output_hook_with_inputs(observe: Observe) -> Callable[..., None]:
     return hook
 
 
-def _cache_hook(statistics: SiteStatistics, layer: str, observers: Mapping[Site, Observe]) -> Take:
+def cache_hook(statistics: SiteStatistics, layer: str, observers: Mapping[Site, Observe]) -> Take:
+    """Return what hands the states that a layer puts into the cache to the observer of their site, [B, T, H × C]."""
+
     def take(sites: tuple[Site, Site], states: States) -> States:
         statistics.cached[layer] = sites
         for site, state in zip(sites, states, strict=True):

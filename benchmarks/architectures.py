@@ -24,6 +24,8 @@ import torch
 from common import ROOT
 
 STEPS = ("layers", "init", "gate", "analyze", "disk")
+SEEN = {"llava": "pictures", "gemma3": "pictures", "qwen2_audio": "sounds"}
+"""What models run on that also read texts alone; Qwen-VL's processors need torchvision, so that a text has to do."""
 DATA = ["--data.num_samples", "4", "--data.seq_len", "48"]
 FIRST = "first.qsa.yaml"
 CONFIG = "analyze.yaml"
@@ -51,24 +53,26 @@ def made(name: str, folder: Path) -> Path:
 
 
 def step(name: str, checkpoint: Path) -> int:
-    """Do one step in the folder above the checkpoint's; return its exit code."""
+    """Do one step in a folder beside the checkpoint; return its exit code."""
     from pytest_qsa.cli import main
 
     work = checkpoint.parent / f"{checkpoint.name}-work"
     work.mkdir(exist_ok=True)
     os.chdir(work)
-    path = f"../{checkpoint.name}"
+    path, source = f"../{checkpoint.name}", SEEN.get(checkpoint.name, "sample")
     if name == "layers":
         return main(["layers", path])
     if name == "init":
-        return main(["init", path, "-o", FIRST, "--force", "--parts", "2", "--passes", "1", *DATA])
+        return main(
+            ["init", path, "-o", FIRST, "--force", "--parts", "2", "--passes", "1", "--data.source", source, *DATA]
+        )
     if name == "gate":
         # With its own baselines, and a second time without writing any.
         return _pytest("--snapshot-update", FIRST) or _pytest(FIRST)
     if name == "analyze":
         enabled = "".join(f"    {picture}: true\n" for picture in EVERY_PICTURE)
         Path(CONFIG).write_text(
-            f"model: {{path: {path}}}\ndata: {{num_samples: 2, seq_len: 48}}\n"
+            f"model: {{path: {path}}}\ndata: {{source: {source}, num_samples: 2, seq_len: 48}}\n"
             f"visualization:\n  dpi: 40\n  enabled:\n{enabled}"
         )
         return main(["analyze", "--config", CONFIG])

@@ -39,6 +39,7 @@ from .load.answers import prompts_available, with_boundaries
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
 from .load.generation import with_answers_of
+from .load.media import has_media, media_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
 from .load.tokenizer import Tokenizer, decoder_of
@@ -222,7 +223,7 @@ def _divided(subject: NamedSubject, loaded: Loaded, reference: Loaded | None, pa
     # A batch must not reach into the next part.
     batch_size = subject.data.batch_size if size % subject.data.batch_size == 0 else 1
     data = subject.data.model_copy(update={"num_samples": size * parts, "batch_size": batch_size})
-    if reference is not None:
+    if reference is not None and not has_media(data, subject.folder, loaded.model):
         # The subject's tokenizer makes the batches of both models: to the reference its ids must mean the same text.
         check_tokens(data, loaded.required_tokenizer("the model"), reference.tokenizer, subject.folder)
     return replace(subject, data=data), size
@@ -245,6 +246,11 @@ def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
     Raises:
         InfraError: there is no tokenizer, or not one window for each part.
     """
+    if has_media(data, folder, loaded.model):
+        available = media_available(data, folder)
+        if available is not None and available < parts:
+            raise InfraError(f"'{data.source}' has {available} records, too few for {parts} parts: lower --parts")
+        return data.num_samples if available is None else min(data.num_samples, available // parts)
     tokenizer = loaded.required_tokenizer("the model")
     available = prompts_available(data, folder) if data.answers else windows_available(data, tokenizer, folder)
     size = data.num_samples if available is None else min(data.num_samples, available // parts)

@@ -102,7 +102,8 @@ def _last_word(name: str) -> str:
 
 
 SEEN_OR_HEARD = re.compile(r"(vision|image|audio|speech)\w*_config$")
-_SENSES = {"vision": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
+SENSES = {"vision": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
+"""What a configuration or a processor calls a sense → what a part of a model is called by it."""
 
 
 def towers_of(model: nn.Module) -> dict[str, str]:
@@ -110,7 +111,7 @@ def towers_of(model: nn.Module) -> dict[str, str]:
     settings = vars(model.config) if hasattr(model, "config") else {}
     own = {id(each): found[1] for key, each in settings.items() if (found := SEEN_OR_HEARD.search(key)) and each}
     held = {
-        name: _SENSES[own[id(config)]]
+        name: SENSES[own[id(config)]]
         for name, part in model.named_modules()
         if name and id(config := getattr(part, "config", None)) in own
     }

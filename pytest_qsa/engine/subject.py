@@ -50,9 +50,10 @@ from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
 from .load.answers import answer_batches, answered_batches, unbatched, with_boundaries
-from .load.batches import Batch, listed, token_ids
+from .load.batches import Batch, listed, row_count, token_ids
 from .load.data import batches_of, check_local
 from .load.generation import Prompts, answers_of_both, check_cache
+from .load.media import has_media, media_batches
 from .load.models import Loaded, check_allowed, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, decoder_of, load_tokenizer, tokenizer_identity
@@ -516,6 +517,11 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
     if subject.data.answers is not None and isinstance(reference, ReferenceFile):
         _check_phase(subject, loaded)
         return answered_batches(subject.data, reference.answers)
+    if has_media(subject.data, subject.folder, loaded.model):
+        revision = subject.model.revision if subject.model is not None else None
+        batches = media_batches(subject.data, subject.folder, loaded, subject.path, revision)
+        _check_ids(loaded.model, batches)
+        return batches
     tokenizer = loaded.required_tokenizer(subject.path or subject.name)
     check_context(loaded.model, subject.data.seq_len)
     if subject.data.answers is not None:
@@ -582,7 +588,10 @@ def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int]
     for batch in batches:
         named: Mapping[str, Any] = {"": batch} if isinstance(batch, Tensor) else batch
         tensors = {name: value for name, value in sorted(named.items()) if isinstance(value, Tensor)}
-        for rows in zip(*tensors.values(), strict=False):
+        count = row_count(batch)
+        # The patches of a picture are rows of a tensor that belongs to its sample as a whole.
+        parts = [value if value.dim() and len(value) == count else [value] for value in tensors.values()]
+        for rows in zip(*parts, strict=False):
             for name, row in zip(tensors, rows, strict=True):
                 # numpy has no bfloat16, so that a row is hashed as bytes; torch can't view a scalar as bytes.
                 content = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if row.dim() else b""

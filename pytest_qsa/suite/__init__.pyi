@@ -57,6 +57,7 @@ from .load import (
 from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots
 from .sections import (
     ANSWERED_AT_ONCE as ANSWERED_AT_ONCE,
+    MEDIA as MEDIA,
     PROMPTS as PROMPTS,
     Data as Data,
     Engine as Engine,

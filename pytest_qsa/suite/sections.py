@@ -330,6 +330,8 @@ class CustomData(Strict):
 
 PROMPTS = "prompts"
 """The source of the conversations that the package brings."""
+MEDIA = {"pictures": "image", "sounds": "audio"}
+"""The sources that the package draws → what a record of each holds, as processors call it."""
 MOST_SAMPLES, MOST_TOKENS = 1_000_000, 10_000_000
 """Far above what a gate runs, so that a slip of the keyboard isn't a run without an end."""
 
@@ -345,17 +347,17 @@ class AnswersOf(Strict):
 
 
 class Data(Strict):
-    """The calibration data, as windows of tokens.
+    """The calibration data, as windows of tokens; or pictures and sounds, each a sample of its own.
 
-    `sample`, `document`, one text of 200 kB, and `prompts` come with the package; `custom:PATH` is a file or a folder;
-    `wikitext2`, `pile`, `c4`, `redpajama` and `hf:NAME[:subset]` are sets of the hub, with `subset`, `split`, `column`
-    and `revision`.
+    `sample`, `document`, one text of 200 kB, `prompts`, `pictures` and `sounds` come with the package; `custom:PATH` is
+    a file or a folder; `wikitext2`, `pile`, `c4`, `redpajama` and `hf:NAME[:subset]` are sets of the hub, with
+    `subset`, `split`, `column` and `revision`.
     """
 
     source: Annotated[
         PathText,
         Field(
-            description="the text: sample, document, prompts, custom:FILE, wikitext2, pile, c4, redpajama or hf:NAME"
+            description="sample, document, prompts, pictures, sounds, custom:PATH, wikitext2, pile, c4, redpajama, hf:…"
         ),
     ] = "sample"
     subset: str | None = None

@@ -303,8 +303,14 @@ class Sampled:
 
     @property
     def size(self) -> int:
-        """How many windows of the text a part has."""
-        return len(self.whole.tokens) // len(self.parts)
+        """How many windows of the text, or other samples, a part has."""
+        return self.samples // len(self.parts)
+
+    @property
+    def samples(self) -> int:
+        """How many samples all parts have; 0 where the model never ran."""
+        runs = (numbers.sample for (_, site), numbers in self.whole.sites.items() if site != "weight")
+        return len(self.whole.tokens) or max((int(each.max()) + 1 for each in runs if len(each)), default=0)
 
     def _with_room(self, assertion: MeasuredAssertion, spread: Spread, k: float) -> Spread:
         """Return a spread of weights with the room that another quantization of the same original needs."""
@@ -328,19 +334,21 @@ class Sampled:
 
     def data_text(self, file: SuiteFile) -> str:
         """Return what was measured in words: `8 parts of 5 × 512 tokens`; `its files` where no model ran."""
-        if not self.whole.tokens and self.whole.provenance.model.files:
+        if not self.samples and self.whole.provenance.model.files:
             return "its files"
         if file.suite.data.answers is not None:
             return f"{len(self.parts)} parts of {self.size} prompts"
+        if not self.whole.tokens or any(len(ids) != file.suite.data.seq_len for ids in self.whole.tokens):
+            return f"{len(self.parts)} parts of {self.size} samples"  # pictures, sounds
         return f"{len(self.parts)} parts of {self.size} × {file.suite.data.seq_len} tokens"
 
     def lines(self, findings: Sequence[Calibrated], file: SuiteFile, *, stated: bool = True) -> Iterator[str]:
         """Yield what was measured, a table of the proposals, and the remarks. `stated`: show the suite's own bounds."""
         model, data = file.suite.model, file.suite.data
         assert model is not None
-        ran = f" of {data.source}; {self._repeats_text(file)}" if self.whole.tokens else ", which no data changes"
+        ran = f" of {data.source}; {self._repeats_text(file)}" if self.samples else ", which no data changes"
         yield f"{model.id}: {self.data_text(file)}{ran}"
-        if self.whole.tokens and self.size < data.num_samples:
+        if self.samples and self.size < data.num_samples:
             what = "windows" if data.answers is None else "prompts"
             less = f"a part has {self.size} {what}, the suite {data.num_samples}: {data.source} has too little text"
             yield f"{less} for {len(self.parts)} parts as large as the suite's data, which vary less"

@@ -27,6 +27,7 @@ from ..captures import (
     channel_bands,
     counted_quantiles,
     exactly,
+    known_kinds,
     match_layers,
     merge_requests,
     no_match,
@@ -36,6 +37,8 @@ from ..metrics import METRICS
 from ..suite import Location, Visualization, kind_patterns
 from .findings import fitness_needs
 
+DEFAULT_PATTERN, SEEDS_PATTERN = "kind:blocks", r"layers\.\d+$"
+"""The default of a picture of blocks, and what stands for it where nothing says what the layers are."""
 SURFACES = 3
 """How many layers are drawn as surfaces, which need room."""
 
@@ -143,6 +146,8 @@ class _Finder:
 
     def _all(self, pattern: str, location: Location) -> list[str]:
         layers = match_layers(self.names, pattern)
+        if not layers and pattern == DEFAULT_PATTERN and not known_kinds(self.names):
+            layers = match_layers(self.names, SEEDS_PATTERN)
         if not layers:
             raise PatternError(str(no_match(self.names, pattern, None)), ("visualization", *location))
         return layers

@@ -300,7 +300,7 @@ def first_suite(
     Raises:
         InfraError: the subject can't be run, or the reference is no checkpoint that is here.
     """
-    layers = engine.anatomy(subject.model, subject.path, subject.base)
+    layers = engine.anatomy(subject.model, subject.path, subject.base, subject.data, subject.folder)
     static, compare, remarks = _comparable(subject)
     files = subject.model.weights == "files"
     if files:  # of no model, so that layers go by the files' own names

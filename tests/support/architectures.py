@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VOCABULARY = 320
 IMAGE, AUDIO = 319, 318
 """The token ids that stand for a part of a picture or of a sound."""
-MARKS = {"<image>": IMAGE, "<audio>": AUDIO, "<soi>": 317, "<eoi>": 316, "<video>": 315}
+MARKS = {"<image>": IMAGE, "<|AUDIO|>": AUDIO, "<soi>": 317, "<eoi>": 316, "<video>": 315}
 """Tokens that the tests' tokenizer of 320 entries holds as its last ones (`save_processor`)."""
 
 
@@ -213,7 +215,7 @@ ALL = TEXT | SEEN_OR_HEARD
 
 
 def saved(name, folder):
-    """Save the checkpoint of an architecture with a tokenizer; return its folder."""
+    """Save the checkpoint of an architecture with its processor, or its tokenizer; return its folder."""
     import torch
 
     from support.checkpoints import save_tokenizer
@@ -225,4 +227,78 @@ def saved(name, folder):
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    if name in PROCESSORS:
+        PROCESSORS[name](folder).save_pretrained(folder)
     return folder
+
+
+def _marked(folder, **named):
+    """Return the tokenizer of a folder, whose last entries are the marks of pictures and sounds."""
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    last = [piece for piece, token in content["model"]["vocab"].items() if token in MARKS.values()]
+    for piece in last:
+        del content["model"]["vocab"][piece]
+    content["model"]["merges"] = [
+        pair for pair in content["model"]["merges"] if "".join(pair) not in last and not {*pair} & {*last}
+    ]
+    form = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] += [
+        {"id": token, "content": text, **form} for text, token in sorted(MARKS.items(), key=lambda mark: mark[1])
+    ]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder, extra_special_tokens=named)
+
+
+def _pictures(**options):
+    from transformers import CLIPImageProcessor
+
+    square = {"height": 32, "width": 32}
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square, **options)
+
+
+def _llava(folder):
+    from transformers import LlavaProcessor
+
+    tokenizer = _marked(folder, image_token="<image>")
+    return LlavaProcessor(
+        _pictures(), tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _gemma3(folder):
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    tokenizer = _marked(folder, image_token="<image>", boi_token="<soi>", eoi_token="<eoi>")
+    pictures = Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    return Gemma3Processor(pictures, tokenizer, image_seq_length=4)
+
+
+def _clip(folder):
+    from transformers import AutoTokenizer, CLIPProcessor
+
+    return CLIPProcessor(_pictures(), AutoTokenizer.from_pretrained(folder))
+
+
+def _sounds():
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+
+
+def _whisper(folder):
+    return _sounds()
+
+
+def _qwen2_audio(folder):
+    from transformers import Qwen2AudioProcessor
+
+    tokenizer = _marked(folder, audio_token="<|AUDIO|>")
+    return Qwen2AudioProcessor(_sounds(), tokenizer)
+
+
+PROCESSORS = {"llava": _llava, "gemma3": _gemma3, "clip": _clip, "vit": lambda folder: _pictures(),
+              "whisper": _whisper, "qwen2_audio": _qwen2_audio}  # fmt: skip
+"""Those of the models that see or hear. Those of Qwen-VL need torchvision, which is not installed here."""

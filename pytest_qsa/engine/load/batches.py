@@ -44,13 +44,17 @@ class Padding:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The rows of one batch. `lengths`: the numbers of tokens, by which the token axis of a tensor is recognized."""
+    """The rows of one batch. `lengths`: the numbers of tokens, by which the token axis of a tensor is recognized.
+
+    `flat`: it holds patches of a picture as rows of one tensor, [patches, n], and so do the layers that read them.
+    """
 
     samples: list[int]
     lengths: frozenset[int]
     padding: Padding | None = None
     decoder_padding: Padding | None = None
     has_decoder: bool = False
+    flat: bool = False
 
     @cached_property
     def all_count(self) -> list[Tensor | None]:
@@ -86,6 +90,8 @@ class BatchRows:
                 )
             # Several copies of the residual stream (Gemma 3n's AltUp): all of them are channels of their token.
             x = x.permute(1, 2, 0, 3).flatten(2) if x.shape[0] != count else x
+        if self.flat and count == 1 != x.shape[0] and x.dim() == 2 and not channels_first:
+            return x[None], True
         flat_tokens = [length for length in self.lengths if x.dim() == 2 and x.shape[0] == count * length]
         if flat_tokens and x.shape[0] != count and not channels_first:
             return x.reshape(count, flat_tokens[0], -1), True
@@ -169,6 +175,7 @@ def rows_of(batch: Batch, first_sample: int) -> BatchRows:
         padding=_padding(tensors, "attention_mask"),
         decoder_padding=_padding(tensors, "decoder_attention_mask"),
         has_decoder="decoder_input_ids" in tensors,
+        flat=any(name.startswith("pixel_values") and value.dim() == 2 for name, value in tensors.items()),
     )
 
 

@@ -33,7 +33,19 @@ from ...common import (
     refuse_special,
     shown_path,
 )
-from ...suite import BUILTIN, DOCUMENTS, PROMPTS, SHIPPED, Data, HubSet, cache_folder, hub_set_of, local_path, prompts
+from ...suite import (
+    BUILTIN,
+    DOCUMENTS,
+    MEDIA,
+    PROMPTS,
+    SHIPPED,
+    Data,
+    HubSet,
+    cache_folder,
+    hub_set_of,
+    local_path,
+    prompts,
+)
 from .batches import Batch
 from .tokenizer import TextTokenizer, templated
 
@@ -95,7 +107,7 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
         return _texts_of(read_hub(spec, data), data)
     path = local_path(data, folder)
     if path is None:
-        named = [*SHIPPED, PROMPTS, *BUILTIN]
+        named = [*SHIPPED, PROMPTS, *MEDIA, *BUILTIN]
         raise InfraError(
             f"unknown data source '{data.source}'{did_you_mean(data.source, named)}: use {', '.join(named)}, hf:NAME, "
             "or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
@@ -115,7 +127,7 @@ def check_local(data: Data, folder: Path) -> None:
     Raises:
         InfraError: as `read_texts`.
     """
-    if data.source in SHIPPED or hub_set_of(data) is not None:
+    if data.source in SHIPPED or data.source in MEDIA or hub_set_of(data) is not None:
         return
     path = local_path(data, folder)
     if path is None or not path.exists() or (path.is_file() and path.stat().st_size < MOST_READ_AHEAD):

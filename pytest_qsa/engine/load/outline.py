@@ -23,6 +23,7 @@ from ...common import AnomalyError, InfraError, QsaError, logger, one_line, own_
 from ...suite import Anatomy, Data, Gpu, Machine, Memory, Model
 from ..formats.adapters import adapter_class
 from ..modules import (
+    SENSES,
     Expert,
     base_of_layer,
     blocks_of,
@@ -41,6 +42,7 @@ from .batches import token_ids
 from .classes import OWN_CODE, empty_model, wants_code
 from .data import batches_of
 from .load_errors import CONFIG, fault_of_files
+from .media import media_of
 from .models import check_allowed, check_folder, check_loader, check_path, load_model, quiet, submodule_of
 from .tokenizer import TextTokenizer
 
@@ -68,14 +70,18 @@ def _text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def anatomy(spec: Model, path: str, base: str = "") -> Anatomy:
+def anatomy(spec: Model, path: str, base: str = "", data: Data | None = None, folder: Path = Path()) -> Anatomy:
     """Return the blocks of a model, and the linear layers in them that every token passes.
+
+    `data`, `folder`: what it runs on, which may be pictures or sounds; without them a text, which passes no tower.
 
     Raises:
         InfraError: as `outline`.
     """
     model = empty_of(spec, path, base)
-    every, layers, towers = blocks_of(model), with_experts(layers_of(model)), list(towers_of(model))
+    seen = {SENSES[medium] for medium in media_of(data, folder, model)} if data is not None else set()
+    every, layers = blocks_of(model), with_experts(layers_of(model))
+    towers = [name for name, sense in towers_of(model).items() if sense not in seen]
     # a model that is a tower alone keeps its blocks
     blocks = [block for block in every if not block.startswith(tuple(f"{tower}." for tower in towers))] or every
     towers = [tower for tower in towers if not any(block.startswith(f"{tower}.") for block in blocks)]

@@ -31,6 +31,9 @@ from .participant import Forward, Need, Participant, Pass
 MASKED = ("MaskedLM", "PreTraining")
 """The ends of the names of models that predict masked tokens, not the next one."""
 
+CLASSIFIERS = ("Classification", "ClassificationWithTeacher")
+"""The ends of the names of models that decide once for a sample."""
+
 
 class Predictions(Participant):
     """Scores what the model predicts after each token, against the reference's predictions where that is wanted."""
@@ -129,7 +132,7 @@ def decided_otherwise(numbers: SiteNumbers | None) -> set[int]:
 
 
 def logits_of(output: object, model: nn.Module) -> Tensor:
-    """Return the logits [B, T, V] of what a model returned.
+    """Return the logits [B, T, V] of what a model returned, [B, 1, V] where it sorts whole samples into classes.
 
     Raises:
         AnomalyError: there are none.
@@ -137,6 +140,8 @@ def logits_of(output: object, model: nn.Module) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, tuple):
         logits = logits[0]
+    if isinstance(logits, Tensor) and logits.dim() == 2 and type(model).__name__.endswith(CLASSIFIERS):
+        logits = logits[:, None]  # one decision for each sample
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
         raise no_logits(type(model).__name__)
     return logits.detach()

@@ -1,0 +1,163 @@
+"""Pictures and sounds as data: through the model's own processor, into towers, projectors and text layers alike."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_qsa import capture
+from pytest_qsa.captures import LOGITS, Request
+from pytest_qsa.common import InfraError
+from pytest_qsa.engine import anatomy
+from pytest_qsa.engine.load.media import drawn_picture, drawn_sound, media_batches, records_of
+from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.subject import capture_loaded
+from pytest_qsa.metrics import METRICS
+from pytest_qsa.suite import Data, Memory, Model, Subject
+from support.architectures import IMAGE, saved
+from support.models import record
+
+SOURCES = {"llava": "pictures", "vit": "sample", "clip": "sample", "whisper": "sample", "qwen2_audio": "sounds"}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Return a function: the name of an architecture → its checkpoint's folder, made when first asked for."""
+    root = tmp_path_factory.mktemp("media")
+
+    def folder(name):
+        if not (root / name).exists():
+            torch.manual_seed(0)
+            saved(name, root / name)
+        return root / name
+
+    return folder
+
+
+def loaded(folder):
+    return load_model(Model(path=str(folder)), str(folder), Memory(), allow_code=False)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_tower_and_text_block_is_measured_on_what_the_package_draws(checkpoints, tmp_path, name):
+    folder = checkpoints(name)
+    own, data = loaded(folder), Data(source=SOURCES[name], num_samples=2)
+    batches = media_batches(data, tmp_path, own, str(folder))
+    found = capture(own.model, batches, sites=[("kind:*.blocks", "output")])
+    series = found.output("kind:*.blocks").absmax()
+    assert series.layers == list(found.blocks)
+    assert list(anatomy(Model(path=str(folder)), str(folder), "", data, tmp_path).blocks) == list(found.blocks)
+    first = found.blocks[0]
+    expected = max(np.abs(each).max() for each in record(own.model, batches, first, "output"))
+    assert series[first] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_picture_changes_what_the_text_layers_see(checkpoints, tmp_path):
+    own = loaded(checkpoints("llava"))
+    first, other = media_batches(Data(source="pictures", num_samples=2), tmp_path, own, str(checkpoints("llava")))
+    assert torch.equal(first["input_ids"], other["input_ids"])
+    assert int((first["input_ids"] == IMAGE).sum()) == 16  # one for each patch of 32 × 32 pixels
+    rms = [
+        capture(own.model, [each], sites=[("kind:blocks", "output")]).output("kind:blocks").rms()
+        for each in (first, other)
+    ]
+    assert not np.allclose(rms[0].values, rms[1].values)
+
+
+def test_drawn_media_are_the_same_for_a_number_and_others_for_another():
+    for draw in (drawn_picture, drawn_sound):
+        one, again, other = draw(3), draw(3), draw(4)
+        for part in ("image", "audio"):
+            if (content := getattr(one, part)) is not None:
+                assert np.array_equal(content, getattr(again, part))
+                assert not np.array_equal(content, getattr(other, part))
+                assert content.std() > 0
+
+
+def test_a_classifier_is_compared_with_its_reference_by_its_decisions(checkpoints, tmp_path):
+    folder = checkpoints("vit")
+    own, other = loaded(folder), loaded(folder)
+    with torch.no_grad():
+        other.model.classifier.weight.add_(torch.randn_like(other.model.classifier.weight))
+    needs = METRICS["kl_divergence"].needs(LOGITS, "all", {"stat": "mean"}) | METRICS["same_top"].needs(
+        LOGITS, "all", {}
+    )
+    batches = media_batches(Data(source="pictures", num_samples=3), tmp_path, own, str(folder))
+    subject = Subject("vit", Model(path=str(folder)), Data(source="pictures"), Memory(), tmp_path)
+    found = capture_loaded(subject, own, batches, [Request("", LOGITS, None, needs)], reference=other)
+    with torch.no_grad():
+        q, p = (np.concatenate([m.model(**b).logits.double().numpy() for b in batches]) for m in (own, other))
+    p, q = (each - np.log(np.exp(each).sum(axis=1, keepdims=True)) for each in (p, q))
+    expected = (np.exp(p) * (p - q)).sum(axis=1).mean()
+    assert found.logits().kl_divergence().values[0] == pytest.approx(expected, rel=1e-5)
+    assert found.logits().same_top().values[0] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
+
+
+def folder_of(tmp_path, *names, records=()):
+    from PIL import Image
+
+    for index, name in enumerate(names):
+        if name.endswith(".wav"):
+            with wave.open(str(tmp_path / name), "wb") as sound:
+                sound.setnchannels(1)
+                sound.setsampwidth(2)
+                sound.setframerate(16000)
+                sound.writeframes((drawn_sound(index).audio * 32767).astype("<i2").tobytes())
+        else:
+            Image.fromarray(drawn_picture(index).image).save(tmp_path / name)
+    if records:
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return Data(source=f"custom:{tmp_path}", num_samples=max(len(records) or len(names), 1))
+
+
+def test_a_folder_gives_its_pictures_with_their_texts(tmp_path):
+    data = folder_of(tmp_path, "b.png", "a.png", records=[{"image": "b.png", "text": "What is it?"}])
+    (only,) = records_of(data, tmp_path)
+    assert (only.name, only.text) == ("b.png", "What is it?")
+    assert np.array_equal(only.image, drawn_picture(0).image)
+    (tmp_path / "metadata.jsonl").unlink()
+    assert [each.name for each in records_of(data.model_copy(update={"num_samples": 2}), tmp_path)] == [
+        "a.png",
+        "b.png",
+    ]
+
+
+def test_a_sound_is_read_as_it_was_written(tmp_path):
+    (only,) = records_of(folder_of(tmp_path, "a.wav"), tmp_path)
+    assert only.rate == 16000
+    assert np.abs(only.audio - drawn_sound(0).audio).max() < 2**-14
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda folder: (folder / "a.png").write_bytes(b"no picture"), r"a\.png: the picture can't be decoded"),
+        (lambda folder: (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:200]), r"a\.png: the picture"),
+        (lambda folder: (folder / "b.wav").write_bytes(b"RIFF"), r"b\.wav: the sound can't be decoded"),
+        (lambda folder: (folder / "metadata.jsonl").write_text('{"image": "../x.png"}'), "no file of this folder"),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text('{"image": "x.png"}\n{"image": "a.png"}'),
+            "no such file",
+        ),
+        (lambda folder: (folder / "metadata.jsonl").write_text("{"), "record 0 is no JSON"),
+        (lambda folder: (folder / "metadata.jsonl").write_text('{"text": "a"}\n[1]'), "record 0 names no file"),
+        (lambda folder: (folder / "a.png").unlink(), "it has 1 records, and data.num_samples asks for 2"),
+    ],
+)
+def test_what_can_not_be_read_is_one_line(tmp_path, broken, says):
+    data = folder_of(tmp_path, "a.png", "b.wav")
+    broken(tmp_path)
+    with pytest.raises(InfraError, match=says) as caught:
+        records_of(data, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_processor_says_what_is_missing(checkpoints, llama, tmp_path):
+    own = loaded(llama)
+    with pytest.raises(InfraError, match="no processor of pictures or sounds can be loaded"):
+        media_batches(Data(source="pictures", num_samples=1), tmp_path, own, str(llama))
+    whisper = checkpoints("whisper")
+    with pytest.raises(InfraError, match="takes no image"):
+        media_batches(Data(source="pictures", num_samples=1), tmp_path, loaded(whisper), str(whisper))

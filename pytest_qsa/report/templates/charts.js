@@ -4,6 +4,7 @@
   "use strict";
   const { element, drawn, number } = qsa;
   const HEIGHT = 210;
+  let clips = 0;
 
   const transforms = {
     linear: () => (value) => value,
@@ -226,7 +227,11 @@
     const [x, y] = [scaleOf(panel.x, box.left, box.right), scaleOf(panel.y, box.bottom, box.top)];
     const space = { x, y, box, narrow: upright, alone: panels.length === 1 };
     axes(svg, panel, space);
-    const marks = drawn("g", { class: panel.marks.some((mark) => mark.kind === "image") ? "" : "light" });
+    // What lies beyond the axes is not drawn; the markers at their ends are drawn whole.
+    const clip = drawn("clipPath", { id: `clip-${clips += 1}` });
+    clip.append(drawn("rect", { x: box.left - 6, y: box.top - 6, width: box.right - box.left + 12, height: box.bottom - box.top + 12 }));
+    svg.append(clip);
+    const marks = drawn("g", { "clip-path": `url(#clip-${clips})`, class: panel.marks.some((mark) => mark.kind === "image") ? "" : "light" });
     panel.marks.forEach((mark) => marks.append(...shapes[mark.kind](mark, space)));
     svg.append(marks);
     panel.texts.forEach(({ at, text }) => {

@@ -315,16 +315,30 @@ def _outlier(drawing: Drawing) -> Figure:
     kind = cast(Literal["layer_wise", "position", "token"], picture.section.removeprefix("outlier_"))
     note = drawing.note("sum") + ("" if capture.sinks.searched else " · sinks not looked for")
     legend = drawing.settings.show_legend
-    title = f"{_outliers_told(outliers, capture)} {picture.title.partition(' ')[2]}"
+    title = f"{_outliers_told(outliers, capture)} {picture.title.partition(' ')[2]}{_most_of(kind, outliers, texts)}"
     return report.outlier_picture(kind, outliers, texts, title, note, most=settings.top_n, legend=legend)
 
 
 def _outliers_told(outliers: report.Outliers, capture: Capture) -> str:
-    """Say how many outlier tokens there are, and that all are sinks or at one position where it is so."""
-    count, places = len(outliers.layer), {*outliers.position.tolist()}
+    """Say how many outlier tokens there are, and that all are sinks where it is so."""
+    count = len(outliers.layer)
     sinks = ", all attention sinks," if count and capture.sinks.searched and outliers.sink.all() else ""
-    where = f" at position {places.pop()}" if len(places) == 1 else ""
-    return f"{counted(count, 'token')}{where}{sinks}" if count else "No token"
+    return f"{counted(count, 'token')}{sinks}" if count else "No token"
+
+
+def _most_of(
+    kind: Literal["layer_wise", "position", "token"], outliers: report.Outliers, texts: list[tuple[str, int, int]]
+) -> str:
+    """Say which layer, position or text has most of the outlier tokens."""
+    if not len(outliers.layer):
+        return ""
+    if kind == "token":
+        return f": “{texts[0][0]}” most often, {texts[0][1]} ×" if texts else ""
+    found, counts = np.unique(outliers.layer if kind == "layer_wise" else outliers.position, return_counts=True)
+    most = int(found[counts.argmax()])
+    if kind == "layer_wise":
+        return f", in {counted(len(found), 'layer')}: {counts.max()} at {outliers.layers[most]}"
+    return f": {counts.max()} at position {most}" if len(found) > 1 else f", all at position {most}"
 
 
 def _distribution(drawing: Drawing) -> Figure:

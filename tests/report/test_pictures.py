@@ -72,6 +72,8 @@ def analysed(depth, **visualization):
         "enabled": dict.fromkeys([*KINDS, "magnitude_weight"], False),
         "magnitude": {"patterns": [r"layers\.\d+$"]},
         "dpi": 60,
+        "outlier": {"pattern": r"layers\.\d+$"},
+        "heatmap_3d": {"pattern": r"layers\.\d+$"},
         "distribution": {"is_input": False},
         "percentile_range": {"is_input": False},
     }

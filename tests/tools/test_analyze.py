@@ -389,9 +389,13 @@ def test_the_configuration_of_the_seeds_readme_runs(tmp_path, llama, capsys):
 # The plan.
 
 
+BLOCKS = {"outlier": {"pattern": r"layers\.\d+$"}, "heatmap_3d": {"pattern": r"layers\.\d+$"}}
+"""For plain names: what `kind:blocks` stands for is known of a model's own layers alone."""
+
+
 def test_a_selection_narrows_magnitudes_distributions_and_percentiles():
     visualization = Visualization(
-        enabled={**ALL, "magnitude_weight": False}, layer_selection={"patterns": [r"layers\.[12]\."]}
+        enabled={**ALL, "magnitude_weight": False}, layer_selection={"patterns": [r"layers\.[12]\."]}, **BLOCKS
     )
     for picture in plan_pictures(visualization, NAMES).pictures:
         narrowed = all(layer.split(".")[2] in "12" for layer in picture.layers)
@@ -399,7 +403,7 @@ def test_a_selection_narrows_magnitudes_distributions_and_percentiles():
 
 
 def test_a_pattern_that_the_selection_would_empty_stays_as_it_is_with_a_warning():
-    visualization = Visualization(layer_selection={"patterns": [r"layers\.\d+\.mlp\.down_proj"]})
+    visualization = Visualization(layer_selection={"patterns": [r"layers\.\d+\.mlp\.down_proj"]}, **BLOCKS)
     analysis = plan_pictures(visualization, NAMES)
     by_name = {picture.name: picture.layers for picture in analysis.pictures}
     assert list(by_name["outlier_token"]) == [f"model.layers.{n}" for n in range(4)]
@@ -443,7 +447,9 @@ def test_two_patterns_of_the_same_words_do_not_overwrite_each_other():
 
 def test_the_layers_of_heat_maps_are_spread_over_the_depth():
     names = [f"layers.{n}" for n in range(100)]
-    visualization = Visualization(enabled=enabled("heatmap_3d"), heatmap_3d={"num_2d_layers": 4, "sample_idx": 2})
+    visualization = Visualization(
+        enabled=enabled("heatmap_3d"), heatmap_3d={"num_2d_layers": 4, "sample_idx": 2} | BLOCKS["heatmap_3d"]
+    )
     surfaces, maps = plan_pictures(visualization, names).pictures
     assert [layer.partition(".")[2] for layer in maps.layers] == ["0", "33", "66", "99"]
     assert [layer.partition(".")[2] for layer in surfaces.layers] == ["0", "50", "99"]

@@ -14,10 +14,10 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from ..captures import LayerNames, Request, match_layers
+from ..captures import LayerNames, Request, asks_for_answers, match_layers, without_answers
 from ..checkpoint import Folder, Format, format_of, streams_from_disk
 from ..common import InfraError
-from ..suite import Data, Gpu, Machine, Memory, Model
+from ..suite import ANSWERED_AT_ONCE, Data, Generation, Gpu, Machine, Memory, Model
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -37,6 +37,12 @@ LOGIT = 3
 """How many times as long as an element of a site a logit takes: two exponentials (docs/benchmarks.md)."""
 TO_DEVICE = 1e10
 """Bytes per second from main memory to a GPU (PCIe 3 × 16)."""
+MEMORY_RATE, GPU_MEMORY_RATE = 1e10, 1e12
+"""Bytes of weights a second that a step of an answer reads, in main memory and in a GPU's."""
+LAYER_CALL = 5e-4
+"""Seconds that the calls of one block take by themselves in each step of an answer."""
+PROMPT_TOKENS = 64
+"""Of the prompts that the package brings, in their template."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,8 @@ class Work:
     """One pass over `samples` windows of `tokens` tokens, `batch` of them in a forward.
 
     `sites`: how many tensors are reduced. `sums`: bytes of what is kept of them. `elements`: their elements per token.
-    `logits`: whether the head runs for every sample, and its logits are reduced.
+    `logits`: whether the head runs for every sample, and its logits are reduced. `answers`: prompts that each model
+    answers, and the most tokens of an answer.
     """
 
     samples: int
@@ -240,6 +247,7 @@ class Work:
     sums: int
     elements: int
     logits: bool = False
+    answers: tuple[int, int] = (0, 0)
 
     @property
     def batches(self) -> int:
@@ -247,8 +255,13 @@ class Work:
         return -(-self.samples // self.batch)
 
     @classmethod
-    def of(cls, data: Data, requests: Sequence[Request], sizes: Sizes) -> Work:
-        """Return what the requests need, for the layers that the names of the checkpoint's tensors show."""
+    def of(cls, data: Data, requests: Sequence[Request], sizes: Sizes, generation: Generation | None = None) -> Work:
+        """Return what the requests need, for the layers that the names of the checkpoint's tensors show.
+
+        `generation`: which prompts are answered, where some of the requests ask for that.
+        """
+        asked = (generation or Generation()) if asks_for_answers(requests) else None
+        requests = without_answers(requests)
         sites = {
             (layer, request.site): request.statistics
             for request in requests
@@ -264,7 +277,19 @@ class Work:
         )
         logits = any(request.site == "logits" for request in requests)
         elements = sum(widths.values()) + logits * LOGIT * sizes.vocabulary
-        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, elements, logits)
+        answers = (0, 0) if asked is None else (asked.num_prompts, asked.max_new_tokens)
+        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, elements, logits, answers)
+
+    def answering(self, sizes: Sizes, rate: float, memory_rate: float) -> float:
+        """Return the seconds in which a model answers the prompts, if none of them ends early.
+
+        Each step reads all weights, for 16 prompts at once. `rate`: FLOP a second; `memory_rate`: bytes a second.
+        """
+        prompts, most = self.answers
+        steps = -(-prompts // ANSWERED_AT_ONCE) * most
+        layers = sum(1 for unit in sizes.units if unit.rpartition(".")[2].isdigit())
+        flops = 2 * (sizes.trunk + sizes.vocabulary * sizes.hidden) * prompts * (most + PROMPT_TOKENS)
+        return max(flops / rate, steps * sizes.weights / memory_rate) + steps * layers * LAYER_CALL
 
     def flops(self, sizes: Sizes) -> float:
         """Return the FLOP of the pass: 2 per parameter and token, 4 per pair of tokens and channel of attention.
@@ -340,6 +365,8 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, reference: 
     if gpu is None:  # the reductions take their time beside the matrix products
         compute += len(models) * work.samples * work.tokens * work.elements / (COUNTING * machine.cores)
     reading = sum(each.stored for each in models) / machine.reading
+    memory_rate = MEMORY_RATE if gpu is None else GPU_MEMORY_RATE
+    compute += sum(work.answering(each, machine.rates[device], memory_rate) for each in models)
 
     def setting(memory: Memory, text: str, peak: int, host: int, read: float, note: str = "") -> Setting:
         fits = peak <= free and host <= machine.free
@@ -352,7 +379,7 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, reference: 
     # accelerate offloads only what doesn't fit.
     if whole > free:
         yield _offloaded(gpu, models, work, machine, compute)
-    if all(each.streams for each in models):
+    if all(each.streams for each in models) and not work.answers[0]:  # answers need the whole model
         streamed = around + sum(each.streamed + waiting_bytes(each, work, machine) for each in models)
         disk = Memory(device=device, offload_device="disk")
         text = f"{{device: {device}, offload_device: disk}}"

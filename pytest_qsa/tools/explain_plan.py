@@ -153,7 +153,8 @@ def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: M
     except QsaError as error:
         yield f"size        not known: {error}"
         return
-    data, work = subject.data, Work.of(subject.data, planned.requests, sizes)
+    data = subject.data
+    work = Work.of(data, planned.requests, sizes, subject.generation)
     yield from _site_lines(planned, sizes.layers)
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield from _answer_lines(planned)

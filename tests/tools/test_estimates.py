@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pytest_qsa.captures import AGREEMENT, COUNTS, TOKENS, Capture, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.metrics import METRICS
-from pytest_qsa.suite import Data, FileHashes, Gpu, Machine, Memory, Model, Subject, fingerprint_of
+from pytest_qsa.suite import Data, FileHashes, Generation, Gpu, Machine, Memory, Model, Subject, fingerprint_of
 from pytest_qsa.tools.estimates import START, Work, own_setting, settings_of, sizes_of
 from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
@@ -374,3 +374,19 @@ def test_a_plan_says_how_many_positions_a_bound_takes(llama):
     plans = gathered([("few-flips", subject, [request], False)], {"few-flips": 381})
     text = "\n".join(plan_lines(plans, None, lambda dtype, weights: LAPTOP))
     assert "positions   few-flips: its bound takes 381 or more, of 128 here" in text
+
+
+def test_a_plan_counts_the_answers_of_both_models_and_the_prompts_that_a_bound_takes(llama, seventy_b):
+    asked, data = Generation(num_prompts=40, max_new_tokens=100), Data(num_samples=2, seq_len=64)
+    request = Request("", "logits", None, METRICS["generation"].needs("logits", "all", {}))
+    subject = Subject("a", Model(path=str(llama)), data, Memory(), llama, generation=asked)
+    plans = gathered([("ends", subject, [request], False)], {"ends": 35})
+    text = "\n".join(plan_lines(plans, None, lambda dtype, weights: LAPTOP))
+    assert "answers     40 × at most 100 tokens, to prompts: builtin; by the model and by its reference" in text
+    assert "prompts     ends: its bound takes 35 or more, of 40 here" in text
+    assert "disk" not in text
+    sizes = sizes_of(Folder(seventy_b), Model(path=str(seventy_b)))
+    work = Work.of(data, [request], sizes, asked)
+    # 300 steps of 16 prompts or fewer read all weights each: at 10 GB/s longer than their operations take at 1 PFLOP/s.
+    assert work.answering(sizes, 1e15, 1e10) == pytest.approx(300 * sizes.weights / 1e10, rel=0.01)
+    assert Work.of(data, [], sizes, asked).answers == (0, 0)

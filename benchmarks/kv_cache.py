@@ -17,6 +17,7 @@ import pytest_qsa
 from pytest_qsa.captures import Request
 from pytest_qsa.engine import capture_subject
 from pytest_qsa.metrics import METRICS
+from pytest_qsa.metrics.query import canonical_positions
 from pytest_qsa.suite import Data, KvCache, Memory, Model, Subject
 
 SMOLLM2 = str(ROOT / ".demo" / "smollm2")
@@ -26,6 +27,8 @@ GRIDS = (
     ("int4", "token_head", 0), ("int4", "channel", 0), ("int4", "group", 32),
 )  # fmt: skip
 """Scheme, what shares a scale, the size of a group."""
+DEEP = (("fp8_e4m3", "checkpoint", 0), ("int4", "token_head", 0), ("int4", "group", 32))
+"""Those that are shown by depth."""
 RANGES = ((0, 256), (256, 1024), (1024, 2048))
 
 
@@ -65,6 +68,25 @@ def print_states(data: Data) -> None:
             print(f"| {site} | {each['scheme']} by {each['by']} {each.get('group_size', '')} | {low} |", flush=True)
 
 
+def print_depth(data: Data) -> None:
+    """Print the SQNR of keys and values by range of positions, of the worst layer and of the median one."""
+    sites: tuple[Any, ...] = ("key", "value")
+    asked, ranges = [parameters_of(*grid) for grid in DEEP], [{"from": start, "to": end} for start, end in RANGES]
+    requests = [
+        Request(ATTENTION, site, None, METRICS["quantization_sqnr"].needs(site, canonical_positions(where), each))
+        for site in sites
+        for each in asked
+        for where in ranges
+    ]
+    capture = captured(data, requests)
+    for site in sites:
+        own: Any = capture.select(ATTENTION, site)
+        for each in asked:
+            values = [own.quantization_sqnr(**each, positions=where).values for where in ranges]
+            columns = " | ".join(f"{part.min():.1f}, {np.median(part):.1f}" for part in values)
+            print(f"| {site} | {each['scheme']} by {each['by']} {each.get('group_size', '')} | {columns} |", flush=True)
+
+
 def print_models(data: Data) -> None:
     """Print the KL divergence and the flips of the whole model with each grid, by depth."""
     statistics: frozenset[Any] = frozenset().union(*(needs(name, "logits", {}) for name in ("kl_divergence", "flips")))
@@ -81,7 +103,7 @@ def print_models(data: Data) -> None:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -89,6 +111,7 @@ def main() -> None:
     data = Data(source="document", num_samples=given.samples, seq_len=given.tokens)
     print_models(data)
     print_states(data)
+    print_depth(data)
 
 
 if __name__ == "__main__":

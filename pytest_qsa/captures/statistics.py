@@ -405,6 +405,7 @@ class CacheScale(Statistic):
     """The scale of a layer's keys or values in the checkpoint: `cache_scale` [1] float64; 1 where it holds none."""
 
     name = "cache_scale"
+    by_token = True  # the same of every token
     arrays: ClassVar = {"cache_scale": OF_THE_SITE}
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ..captures import (
     LAYOUTS,
     LOGITS,
+    OF_THE_SITE,
     PADDING,
     PER_TOKEN,
-    Array,
     InRange,
     PositionRange,
     Sinks,
@@ -130,7 +130,8 @@ def _of_predictions(numbers: SiteNumbers, span: PositionRange) -> tuple[NDArray[
 
 def _of_ranges(numbers: SiteNumbers, ranged: Sequence[InRange]) -> tuple[NDArray[np.int64], SiteNumbers]:
     """Return how many tokens of each population lie in the range of some statistics, [P], and these, named plainly."""
-    arrays: dict[str, Array] = {}
+    # What is the same of all tokens is that of these.
+    arrays = {name: a for name, a in numbers.arrays.items() if LAYOUTS[name.partition("/")[0]] == OF_THE_SITE}
     for each in ranged:
         inner, kinds = each.inner, each.inner.arrays
         names = {kind: inner.key if inner.by_parameters else kind for kind in kinds}

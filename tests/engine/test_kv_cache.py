@@ -294,15 +294,21 @@ def loaded_capture(folder, requests, **model):
 def test_the_checkpoints_own_scales_give_the_error_of_numpy_and_the_count_of_what_is_clipped(scaled, monkeypatch):
     states = []
     monkeypatch.setattr(kv_cache._Running, "enter", recording(states, kv_cache._Running.enter))
-    needs = frozenset({COUNTS, CACHE_SCALE, MOMENTS})
+    # A range of positions as well, of which only the counts are of these tokens.
+    within = {"from": 4, "to": 20}
+    ranged = METRICS["cache_clipping"].needs("value", "range:4:20", {})
+    needs = frozenset({COUNTS, CACHE_SCALE, MOMENTS}) | ranged
     found = loaded_capture(scaled, [Request(ATTENTION, "value", None, needs)], dtype="bfloat16")
     own = found.select(ATTENTION, "value")
+    parts = own.cache_clipping(positions=within).values
     errors, clipped = own.quantization_sqnr(scheme="fp8_e4m3", by="checkpoint").values, own.cache_clipping().values
     for layer in range(4):
         x = np.concatenate([value.double().numpy().ravel() for _, value in states[layer::4]])
         codes = torch.from_numpy(np.clip(x / 0.001, -448, 448)).to(torch.float8_e4m3fn).double().numpy()
         assert errors[layer] == pytest.approx(10 * np.log10((x**2).sum() / ((x - codes * 0.001) ** 2).sum()), abs=0.05)
         assert clipped[layer] == np.count_nonzero(np.abs(x) > 0.448)
+        some = np.concatenate([value[:, :, 4:20].double().numpy().ravel() for _, value in states[layer::4]])
+        assert parts[layer] == np.count_nonzero(np.abs(some) > 0.448)
     assert clipped.sum() > 0
 
 

@@ -92,6 +92,14 @@ def test_a_streamed_capture_equals_that_of_the_model_in_memory_to_the_last_bit(f
     assert differing(whole, streamed) == []
 
 
+def test_a_quantized_kv_cache_is_rounded_alike_in_a_streamed_pass(folders):
+    plain, _ = captured(folders("llama"))
+    whole, _ = captured(folders("llama"), stream=False, kv_cache="fp8_e4m3")
+    streamed, _ = captured(folders("llama"), kv_cache="fp8_e4m3")
+    assert differing(whole, streamed) == []
+    assert ("model.layers.3", "output") in differing(plain, streamed)
+
+
 @pytest.mark.parametrize("name", ["llama", "tied", "t5", "bert"])
 def test_each_weight_is_read_once_however_many_samples_pass(folders, name):
     _, stream = captured(folders(name), samples=5)

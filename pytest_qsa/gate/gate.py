@@ -41,6 +41,7 @@ from ..suite import (
     OneTestError,
     Place,
     Subject,
+    check_engine,
     check_execution,
     files_of,
     previous_of,
@@ -167,6 +168,7 @@ class Gate:
             found = self._releases[kept]
         else:
             found = self._releases[kept] = Capture.load(kept)
+            check_engine(found, subject.model)
         self._previous[subject.key] = found
         return found
 

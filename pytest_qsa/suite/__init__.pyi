@@ -25,6 +25,7 @@ from .facts import (
     Anatomy as Anatomy,
     Gpu as Gpu,
     Machine as Machine,
+    check_engine as check_engine,
     check_execution as check_execution,
     check_reference as check_reference,
     kind_patterns as kind_patterns,

@@ -140,6 +140,21 @@ def check_execution(execution: Execution | None, model: Model) -> None:
         _check_required(execution, model.require.executed_as)
 
 
+def check_engine(release: Capture, model: Model | None) -> None:
+    """Check that the same engine made the capture of the last release: two engines round differently.
+
+    Raises:
+        InfraError: another one did.
+    """
+    of_pass = any(site != "weight" for _, site in release.sites)
+    made_by = "vllm" if (release.provenance.model.device_class or "").startswith("vllm-") else "transformers"
+    if model is not None and of_pass and made_by != model.engine.name:
+        raise InfraError(
+            f"model.previous {model.previous} is a capture by {made_by}, and {model.engine.name} runs this model: "
+            "capture the last release with the same model.engine"
+        )
+
+
 def check_reference(capture: Capture, model: Model, files: Callable[[], Files]) -> None:
     """Check that the model is compared with another one: against itself, every number is perfect.
 

@@ -102,7 +102,7 @@ def kept_release(subject: Subject, suite: Path) -> Path | None:
     if named.is_file():
         return named
     # As a name it is one of a subject: no other leads to its baselines.
-    folder = baseline_folder(suite, subject.model.previous)
+    folder = baseline_folder(suite, replace(subject, name=subject.model.previous).baseline_name)
     return folder if name_problem(subject.model.previous) is None and folder.is_dir() else None
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-from pytest_qsa.suite import Anatomy
+import numpy as np
+import pytest
+
+from pytest_qsa.captures import Capture, ModelProvenance, Provenance, SiteNumbers
+from pytest_qsa.common import InfraError
+from pytest_qsa.suite import Anatomy, Model, check_engine
 
 
 def test_the_patterns_find_blocks_and_linears_of_any_trunk():
@@ -21,3 +26,12 @@ def test_the_kinds_of_linear_layers_are_groups_in_model_order():
     assert anatomy.linear_groups == [r"\.q_proj$", r"\.down_proj$"]
     assert all(re.search(anatomy.linear_pattern, name) for name in linears)
     assert not any(re.search(anatomy.block_pattern, name) for name in linears)
+
+
+@pytest.mark.parametrize(("made_on", "engine"), [("cpu", "vllm"), ("vllm-cpu", "transformers")])
+def test_a_release_that_another_engine_ran_is_nothing_to_be_held_against(made_on, engine):
+    numbers = SiteNumbers("float32", (1,), False, frozenset(), *(np.zeros(1, int) for _ in range(3)))
+    release = Capture({("a", "output"): numbers}, provenance=Provenance(ModelProvenance(device_class=made_on)))
+    with pytest.raises(InfraError, match=r"capture the last release with the same model\.engine"):
+        check_engine(release, Model(path="x", engine=engine, previous="last.qsa"))
+    check_engine(release, Model(path="x", engine="vllm" if engine == "transformers" else "transformers"))

@@ -163,6 +163,19 @@ def test_an_option_names_a_checkpoint_and_labels_tell_two_apart(folder, monkeypa
     assert [checkpoint.label for checkpoint in found] == ["checkpoint.1", "new", "checkpoint.3", "a"]
 
 
+def test_an_engine_has_baselines_of_its_own(folder):
+    assert subject(folder, path="own").baseline_name == "one"
+    served = subject(folder, path="own", engine="vllm")
+    assert served.baseline_name == "one@vllm"
+    assert served.of_files.baseline_name == "one"
+
+
+def test_an_original_runs_by_transformers_and_the_last_release_by_the_engine_of_the_subject(folder):
+    own = subject(folder, path="own", engine="vllm", reference="org/original", previous="org/last")
+    assert own.reference.model.engine.name == "transformers"
+    assert previous_of(own).model.engine.name == "vllm"
+
+
 def test_what_is_measured_names_neither_places_nor_names(folder):
     measured = json.dumps(subject(folder, name="x", reference="kept.qsa", previous="p").model.measured)
     assert not any(word in measured for word in ("checkpoint", "kept.qsa", "previous"))

@@ -207,6 +207,16 @@ def test_replicated_key_heads_of_tensor_parallel_ranks_count_once(served, tmp_pa
     assert sites[wanted[1]].shape[-1] == HEAD
 
 
+def test_each_stage_of_a_pipeline_measures_its_own_layers(served, tmp_path):
+    class PPMissingLayer(nn.Identity):
+        def forward(self, positions, hidden_states, residual):
+            return hidden_states, residual
+
+    served.layers[0] = PPMissingLayer()
+    hooks = hooks_on(served, tmp_path, [("layers.0.self_attn", "output"), ("layers.1", "input")], stages=2)
+    assert [next(iter(probe.sites)) for probe in hooks.probes] == [("layers.1", "input")]
+
+
 class ColumnParallelLinear(LinearBase):
     pass
 

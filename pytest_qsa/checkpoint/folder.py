@@ -155,7 +155,7 @@ class Folder:
             for tensor in tensors_of(file):
                 copies.setdefault(tensor.name, []).append(tensor)
             if len(copies) > MOST_TENSORS:
-                raise AnomalyError(f"{self.path} holds more than {MOST_TENSORS:,} tensors, which no known model has")
+                raise self._too_many(len(copies), "")
         names = "\n".join(copies)
         if _LONG_NUMBER.search(names) and (deep := _BLOCK.search(names)):
             raise AnomalyError(f"{self.path} holds {deep[0]}, and no known model has more than {MOST_BLOCKS:,} blocks")
@@ -324,7 +324,13 @@ class Folder:
         named = weights.values() if isinstance(weights, dict) else (None,)
         if not all(isinstance(file, str) for file in named) or not all(map(_lies_inside, set(named))):
             raise AnomalyError(f"{self.path / INDEX} doesn't name the file of each tensor: copy or download it again")
+        if len(weights) > MOST_TENSORS:
+            raise self._too_many(len(weights), INDEX)
         return dict(weights)
+
+    def _too_many(self, count: int, where: str) -> AnomalyError:
+        most = f"more than the {MOST_TENSORS:,} that are read of one checkpoint"
+        return AnomalyError(f"{self.path / where} holds {count:,} tensors, {most}, which no known model has")
 
     def check_files(self) -> None:
         """Check what every loader needs: JSON that can be read, weights, whole tensor files, all files of the index.

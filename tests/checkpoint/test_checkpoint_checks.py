@@ -807,10 +807,15 @@ def test_a_file_that_makes_no_sense_is_one_line(tmp_path, damage):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_more_tensors_than_any_model_has_are_refused(llama, monkeypatch):
+def test_more_tensors_than_any_model_has_are_refused(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("pytest_qsa.checkpoint.folder.MOST_TENSORS", 30)
-    with pytest.raises(AnomalyError, match="holds more than 30 tensors"):
+    with pytest.raises(AnomalyError, match=r"holds \d+ tensors, more than the 30 "):
         found(llama)
+    copy = edited(llama, tmp_path / "indexed")
+    index = {"metadata": {}, "weight_map": {f"x{number}": "model.safetensors" for number in range(31)}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(AnomalyError, match=r"model.safetensors.index.json holds 31 tensors, more than the 30 "):
+        _ = open_folder(copy).indexed
 
 
 def test_a_sparse_file_that_pretends_to_be_large_is_refused_at_once(tmp_path):

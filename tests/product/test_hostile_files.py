@@ -173,3 +173,16 @@ def test_a_path_that_no_system_takes_is_one_line(capsys, command):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert err.startswith("qsa: ")
+
+
+@pytest.mark.process
+def test_a_pattern_that_would_take_years_is_a_verdict_at_its_line(own_project, llama):
+    own_project.write(
+        "a.qsa.yaml",
+        f"model: {{path: '{llama}'}}\nassertions:\n  - id: a\n    metric: checkpoint_health\n"
+        "    layers: '(?=(\\w|.)*[A-Z])'\n  - {id: b, metric: checkpoint_keys}\n",
+    )
+    run = own_project.pytest("a.qsa.yaml")
+    assert run.outcomes == {"a.qsa.yaml::a": "failed", "a.qsa.yaml::b": "passed"}
+    assert "INFRA a: the regex '(?=(\\w|.)*[A-Z])' takes more than 2 s for the names" in run.text("::a")
+    assert "a.qsa.yaml:3" in run.text("::a")

@@ -60,8 +60,8 @@ def test_the_gap_of_the_rms_is_the_logarithm_of_the_ratio(samples):
 
 def test_it_is_a_multiple_of_how_far_transformers_own_attentions_are_apart(samples):
     assert gap(scaled(samples, 1.2), samples, scaled(samples, 1.1)) == pytest.approx(np.log(1.2) / np.log(1.1))
-    # Where these agree, of the gap that healthy bfloat16 has between engines.
-    assert gap(scaled(samples, 1.01), samples, samples) == pytest.approx(np.log(1.01) / 0.0021)
+    # Where these agree, of what healthy engines stay near.
+    assert gap(scaled(samples, 1.01), samples, samples) == pytest.approx(np.log(1.01) / 0.004)
 
 
 def test_outlier_tokens_are_counted_over_all_samples(samples):

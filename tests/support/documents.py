@@ -5,6 +5,7 @@ What a block may be is told in CONTRIBUTING.md.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -53,6 +54,26 @@ from transformers import AutoModelForCausalLM
 def MyModel():
     return AutoModelForCausalLM.from_pretrained("checkpoints/my-model")
 """
+
+
+WHEN = "2026-11-01T10-00-00.000000"
+MULTIPLE = ("arc_challenge", "hellaswag", "winogrande")
+
+
+def _write_evals(project, model):
+    """Write what lm-eval leaves of a model that answers 1,600 of 2,000 questions, with `--log_samples`; and a score."""
+    exact = {"exact_match,strict-match": 0.8, "exact_match_stderr,strict-match": 0.009}
+    results = {"gsm8k": exact} | {task: {"acc,none": 0.7, "acc_stderr,none": 0.01} for task in MULTIPLE}
+    whole = {"results": results, "n-samples": {"gsm8k": {"original": 2000, "effective": 2000}}}
+    project.write(f"evals/{model}/results_{WHEN}.json", json.dumps(whole | {"model_name": f"checkpoints/{model}"}))
+    shared = {"filter": "strict-match", "metrics": ["exact_match"]}
+    shift = "int8" in model  # it has others of the first hundred right, and as many
+    right = [float((index + shift * (index < 100)) % 5 > 0) for index in range(2000)]
+    lines = [
+        json.dumps({"doc_id": index, "prompt_hash": f"p{index}", **shared, "exact_match": each})
+        for index, each in enumerate(right)
+    ]
+    project.write(f"evals/{model}/samples_gsm8k_{WHEN}.jsonl", "\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,12 @@ class Reader:
                 ("update-ref", "refs/remotes/origin/main", "HEAD"),
             ):
                 subprocess.run(["git", *AUTHOR, *words], cwd=self.project.folder, check=True)
+        if "evals/" in text:
+            for model in ("my-model", "my-model-int8"):
+                _write_evals(self.project, model)
+            for name, accuracy in (("house", 0.745), ("house-base", 0.75)):
+                score = {"summary": {"accuracy": accuracy, "accuracy_stderr": 0.004}}
+                self.project.write(f"evals/{name}.json", json.dumps(score))
         self.project.write("stand_in.py", STAND_IN)
         shutil.copytree(ROOT / "configs", self.project.folder / "configs")
         shutil.copytree(ROOT / "example_suites/team", self.project.folder / "example_suites/team")

@@ -77,6 +77,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
         if not base and gate.resembles_a_suite(file_path):
             parent.config.stash.setdefault(NEAR, []).append(file_path)
         return None
+    if not any(parent.session.isinitpath(path) for path in (file_path, *file_path.parents)):
+        return None  # beside a file that a run names: pytest asks for it too, and leaves it out afterwards
     found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
     found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides, stash[OPTIONS].roots))

@@ -34,12 +34,13 @@ def test_importing_imports_nothing_heavy(tmp_path, module):
 
 
 @pytest.mark.process
-def test_a_run_without_a_suite_imports_nothing_heavy(tmp_path):
+@pytest.mark.parametrize(("beside", "named"), [("other.yaml", []), ("a.qsa.yaml", ["test_probe.py"])])
+def test_a_run_without_a_suite_imports_nothing_heavy(tmp_path, beside, named):
     project = Project(tmp_path / "project")
     project.write("test_probe.py", PROBE.format(heavy=HEAVY))
-    project.write("other.yaml", "not: ours\n")
+    project.write(beside, "not: ours\n")
     quiet = ("-p", "no:hypothesispytest", "-p", "no:anyio", "-p", "no:html", "-p", "no:metadata", "-p", "no:randomly")
-    done = project.program(sys.executable, "-m", "pytest", "-q", *quiet)
+    done = project.program(sys.executable, "-m", "pytest", "-q", *quiet, *named)
     assert done.returncode == 0, done.stdout
     assert "qsa" not in done.stdout
     assert not (project.folder / "qsa-results").exists()

@@ -351,6 +351,14 @@ class Provenance:
         }
         return {label: str(fact) for label, fact in facts.items() if fact not in (None, "", "unknown")}
 
+    @property
+    def _against(self) -> str:
+        """What it was compared with, in words; empty for nothing."""
+        if self.reference is None or not self.reference.path:
+            return ""
+        without = self.model.kv_cache and self.reference.kv_cache is None and self.model.path == self.reference.path
+        return "against itself without that" if without else f"against {self.reference.place}"
+
     def summary(self, subject: str) -> str:
         """Write in one line what was run: the checkpoint with its hash, class, dtype, device, reference and tokens."""
         model, served = self.model, self.model.served
@@ -363,7 +371,7 @@ class Provenance:
             ", ".join(f"{name} {text}" for name, text in self.evals.items()),
             f"{served.served}, {served.logprobs} logprobs of each position" if served else "",
             f"{model.class_name} {model.dtype} on {model.device}{threads}{how}" if model.class_name else "",
-            f"against {self.reference.place}" if self.reference and self.reference.path else "",
+            self._against,
             str(self.data),
         ]
         return "; ".join(part for part in parts if part) if self != UNKNOWN_RUN else ""

@@ -72,6 +72,12 @@ def _own_group() -> str:
     return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
 
 
+def _compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 @dataclass
 class Cores:
     """Watches the cores from `watch` on, which costs nothing, until somebody asks how many are free."""
@@ -85,7 +91,8 @@ class Cores:
     def free(self) -> float | None:
         """Return how many cores are free for this process, of those that it may use; None where nothing tells.
 
-        Waits until the cores were watched for `WINDOW` seconds.
+        Where the cores were watched for less than `WINDOW` seconds, computes for the rest: of cores that are all busy a
+        process that sleeps gets nothing, and one that computes its share.
         """
         now = read_clocks()
         if now is None:
@@ -93,7 +100,7 @@ class Cores:
         if self._began is None or now.time - self._began.time > STALE:
             self._began = now
         if (missing := WINDOW - (now.time - self._began.time)) > 0:
-            time.sleep(missing)
+            _compute(missing)
             now = read_clocks() or now
         return min(self._began.free_cores(now), allowed_cores())
 

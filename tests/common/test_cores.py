@@ -19,11 +19,11 @@ intr 1 2
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> list[cores.Reading]:
-    """A machine of two cores whose clocks read what the list holds; sleeping takes no time."""
+    """A machine of two cores whose clocks read what the list holds; computing takes no time."""
     readings: list[cores.Reading] = []
     monkeypatch.setattr(cores, "read_clocks", lambda: readings.pop(0))
     monkeypatch.setattr(cores, "allowed_cores", lambda: 2.0)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cores, "_compute", lambda seconds: None)
     return readings
 
 
@@ -46,6 +46,13 @@ def test_what_began_long_ago_is_watched_again(machine: list[cores.Reading]) -> N
     watched = cores.Cores()
     watched.watch()
     assert watched.free() == pytest.approx(0.5)
+
+
+def test_a_process_that_has_imported_nothing_competes_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "WINDOW", 0.1)
+    began = time.process_time()
+    cores.Cores().free()
+    assert time.process_time() > began
 
 
 def test_clocks_are_those_of_the_allowed_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,7 +323,10 @@ def first_suite(
     sections = _sections(file)
     if layers.towers and not files:  # its layers may be quantized, and none of them runs
         sections["model"].setdefault("allow_idle", layers.outside)
-        remarks.append(f"no text passes {', '.join(layers.towers)}: of it the weights alone are gated")
+        remarks.append(
+            f"nothing in the data passes {', '.join(layers.towers)}: of it the weights alone are gated; "
+            "--data.source pictures, or sounds, runs it"
+        )
     text = draft_text(_head(subject.model.id, data, k), sections, kept)
     proposals = {each.id: each.proposals for each in findings if each.proposals}
     lines = [*sampled.lines(findings, file, stated=False), *remarks, *left_out, *_problems(file, subject)]

@@ -11,7 +11,7 @@ from pytest_qsa import capture
 from pytest_qsa.captures import LOGITS, Request
 from pytest_qsa.common import InfraError
 from pytest_qsa.engine import anatomy
-from pytest_qsa.engine.load.media import drawn_picture, drawn_sound, media_batches, records_of
+from pytest_qsa.engine.load.media import drawn_picture, drawn_sound, has_media, media_batches, records_of
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.metrics import METRICS
@@ -122,6 +122,13 @@ def test_a_folder_gives_its_pictures_with_their_texts(tmp_path):
         "a.png",
         "b.png",
     ]
+
+
+def test_a_set_of_texts_with_a_picture_beside_it_stays_one_of_texts(tmp_path):
+    data = folder_of(tmp_path, "logo.png")
+    assert has_media(data, tmp_path, torch.nn.Linear(1, 1))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}', encoding="utf-8")
+    assert not has_media(data, tmp_path, torch.nn.Linear(1, 1))
 
 
 def test_a_sound_is_read_as_it_was_written(tmp_path):

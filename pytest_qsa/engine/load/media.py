@@ -27,6 +27,8 @@ from .models import Loaded, quiet
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 SOUNDS = (".wav",)
+OF_TEXTS = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".txt")
+"""A folder with such a file is a data set of texts, whatever pictures lie beside."""
 RECORDS = "metadata.jsonl"
 """The file of a folder that says more of its files, as the hub's data sets of pictures have it."""
 SIDE = 96
@@ -63,7 +65,8 @@ def has_media(data: Data, folder: Path, model: Any) -> bool:
         return True
     path = local_path(data, folder)
     if path is not None and path.is_dir():
-        return any(file.suffix.lower() in PICTURES + SOUNDS for file in path.iterdir())
+        suffixes = {file.suffix.lower() for file in path.iterdir() if file.name != RECORDS}
+        return not suffixes.isdisjoint(PICTURES + SOUNDS) and suffixes.isdisjoint(OF_TEXTS)
     return data.source == "sample" and wanted_medium(model) != ""
 
 

@@ -11,7 +11,7 @@ from pytest_qsa.engine.modules import blocks_of, layers_of, with_experts
 from pytest_qsa.suite import Anatomy
 from pytest_qsa.tools.suite_text import Draft, _without
 from pytest_qsa.verdicts.judge import left_out_text
-from support.architectures import ALL
+from support.architectures import ALL, saved
 from support.models import MIXTURES, llama, mixture, record, token_batch
 
 BLOCKS = {
@@ -169,3 +169,11 @@ def test_a_layer_that_torch_compile_wrapped_is_told_by_its_name():
     model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp)
     with pytest.raises(InfraError, match=r"model\.layers\.1\.mlp is wrapped by torch\.compile .* module\.compile\(\)"):
         capture(model, [token_batch(1, 8)], sites=[("kind:blocks", "output")])
+
+
+def test_a_model_whose_own_parameters_are_called_scales_has_no_scales_of_codes(tmp_path):
+    from pytest_qsa.checkpoint import Files, open_folder, problems_of
+
+    torch.manual_seed(0)
+    saved("gemma3n", tmp_path)  # whose correct_output_scale is of any sign
+    assert not problems_of(Files(open_folder(tmp_path)), "checkpoint_health")[1]

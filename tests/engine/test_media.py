@@ -17,6 +17,7 @@ from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.architectures import IMAGE, saved
+from support.captures import differing
 from support.models import record
 
 SOURCES = {"llava": "pictures", "vit": "sample", "clip": "sample", "whisper": "sample", "qwen2_audio": "sounds"}
@@ -168,3 +169,17 @@ def test_a_model_without_a_processor_says_what_is_missing(checkpoints, llama, tm
     whisper = checkpoints("whisper")
     with pytest.raises(InfraError, match="takes no image"):
         media_batches(Data(source="pictures", num_samples=1), tmp_path, loaded(whisper), str(whisper))
+
+
+def test_a_tower_streamed_from_disk_gives_the_bits_of_one_in_memory(checkpoints, tmp_path):
+    folder, data = checkpoints("gemma3"), Data(source="pictures", num_samples=2)  # its tower pools by torch's attention
+    requests = [Request("kind:*.blocks", "output")]
+    found = []
+    for place in ("cpu", "disk"):
+        memory = Memory(offload_device=place)
+        own = load_model(Model(path=str(folder)), str(folder), memory, allow_code=False)
+        subject = Subject("gemma3", Model(path=str(folder)), data, memory, tmp_path)
+        found.append(capture_loaded(subject, own, None, requests))
+        own.close()
+    assert len(found[0].sites) == 4
+    assert differing(*found) == []

@@ -22,6 +22,9 @@ SIGNS = re.compile(
 )
 """The parts of a layer that show that its weight is quantized, whatever dtype it is stored in."""
 
+OF_MODELS = frozenset({"scale", "scales", "correct_output_scale", "per_dim_scale", "logit_scale"})
+"""Parameters of models that are called scales and scale no codes: of some norms, of Gemma 3n, of CLIP."""
+
 
 @lru_cache(maxsize=1024)  # a checkpoint of a hundred thousand layers has a few sets of parts
 def _found(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -30,8 +33,7 @@ def _found(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _scale_parts(pattern: re.Pattern[str], parts: tuple[str, ...]) -> tuple[str, ...]:
-    # `scale` is the weight of some norms
-    others = {"scale"} if "qweight" in parts else {"scale", "scales"}
+    others = OF_MODELS - {"scales"} if "qweight" in parts else OF_MODELS
     return tuple(part for part in _found(pattern, parts) if part not in others)
 
 

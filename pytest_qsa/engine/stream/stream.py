@@ -100,13 +100,19 @@ def units_of(model: nn.Module, shards: Shards) -> tuple[list[Unit], Unit]:
         if not slots:
             continue
         block = next((block for block in blocks if name == block or name.startswith(f"{block}.")), None)
-        if block is None and any(True for child in module.children() for _ in child.parameters()):
+        holds_more = any(True for child in module.children() for _ in child.parameters())
+        if block is None and (holds_more or _is_never_called(model, name)):
             pinned.slots += slots
             continue
         unit = units.setdefault(block or name, Unit(block or name))
         unit.slots += slots
         unit.modules.append(name)
     return list(units.values()), pinned
+
+
+def _is_never_called(model: nn.Module, name: str) -> bool:
+    """Say whether a module's parent reads its weight instead of calling it, as torch's own attention does."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def shared_tensors(units: list[Unit], shards: Shards) -> set[StoredTensor]:

@@ -44,7 +44,7 @@ from ..metrics import (
     query_of,
 )
 from .bounds import SIDES, Noises, Relative, Side, Stated, Waiver, Waivers, is_relative
-from .sections import Regex, Strict
+from .sections import LONGEST_NAME, Regex, Strict
 from .tiers import Tier
 
 RESERVED = re.compile(r"__.*|pytest.*|(setup|teardown|setUp|tearDown)(_?(module|function|Module|class|method))?")
@@ -64,7 +64,7 @@ BOUND_KEYS = ("max", "min", "equals")
 class Assertion(Strict, ABC):
     """The keys that every assertion has, whatever its metric."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$"), AfterValidator(_id)]
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=LONGEST_NAME), AfterValidator(_id)]
     metric: str
     over: Over | None = None
     min: Stated | None = None

@@ -184,7 +184,7 @@ def _engine(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-DEVICES = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+DEVICES = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?")
 
 
 def _device(name: str) -> str:
@@ -193,12 +193,18 @@ def _device(name: str) -> str:
     return name
 
 
+LONGEST_NAME, LONGEST_NAMES = 200, 1000
+"""Bytes of the name of a folder or file that is made of a user's text, and characters of several; systems take 255."""
+
+
 def name_problem(name: str) -> str | None:
     """Return why a subject can't have a name, under which its baselines lie in `qsa_baselines`; None where it can."""
     if not name.isprintable():
         return "a character in it can't be shown"
     if os.path.splitdrive(name)[0] or {"", ".", ".."} & set(re.split(r"[/\\]", name)):  # a drive: on Windows
         return "its baselines would lie outside qsa_baselines, or in no folder of their own"
+    if len(name) > LONGEST_NAMES or any(len(part.encode()) > LONGEST_NAME for part in name.split("/")):
+        return f"it is longer than the name of a folder may be, {LONGEST_NAME} bytes"
     return None
 
 

@@ -210,6 +210,20 @@ def test_an_id_that_pytest_would_take_for_something_else_is_refused(mistake, nam
     assert mistake(changed("id: peaks", f"id: {name}")).startswith("a.qsa.yaml:3: ")
 
 
+TOO_LONG = {
+    "model: {path: x, name: NAME}\n".replace("NAME", "a" * 201): "it is longer than the name of a folder may be",
+    "model: {path: x, name: NAME}\n".replace("NAME", "a/" * 600 + "a"): "it is longer than the name of a folder may be",
+    f"model: {{path: {'ä' * 101}}}\n": "it is longer than the name of a folder may be",
+    "model: {path: x}\nmemory: {device: 'cuda:99999999999999'}\n": "device 'cuda:99999999999999' is none of auto",
+    f"model: {{path: x}}\nassertions: [{{id: {'a' * 201}, metric: checkpoint_keys}}]\n": "id: ",
+}
+
+
+@pytest.mark.parametrize("text", TOO_LONG)
+def test_what_no_folder_no_file_and_no_device_can_be_called_is_refused(mistake, text):
+    assert TOO_LONG[text] in mistake(text)
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", ".1e-2", "1.e-3", "0.001"])
 def test_a_number_in_scientific_notation_is_a_number(load, text):
     assert load(changed("max: 1", f"max: {text}")).assertions[0].max == 0.001

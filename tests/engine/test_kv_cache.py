@@ -23,7 +23,9 @@ from pytest_qsa.engine.run.rounded_cache import RoundedCache, cache_rounded
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import Data, Memory, Model, Subject
+from pytest_qsa.verdicts.judge import Measurement
 from support import models, oracle
+from support.judged import assertion_of, judged
 
 ATTENTION = r"self_attn$"
 _SIZES = {
@@ -142,9 +144,14 @@ def test_latent_attention_has_the_sites_latent_and_rope_key_and_says_so(padded):
 
 
 def test_layers_that_read_anothers_cache_are_left_out_by_name(padded):
-    found = capture(gemma3n(), [padded["input_ids"][:1]], sites=[(ATTENTION, "value")], statistics=["absmax"])
+    found = capture(gemma3n(), [padded["input_ids"][:1]], sites=[(ATTENTION, "value")], statistics=["absmax", "rms"])
     assert found.select(ATTENTION, "value").layers == [f"model.layers.{i}.self_attn" for i in (0, 1)]
     assert [*found.uncached] == [f"model.layers.{i}.self_attn" for i in (2, 3)]
+    # A verdict that holds says which layers it isn't about.
+    assertion = assertion_of(metric="rms", layers=ATTENTION, site="value", max=100)
+    verdict = judged(assertion, Measurement(found, lambda *_: pytest.fail("no baseline")))
+    assert not verdict.failed
+    assert "; left out: model.layers.2.self_attn and 1 more, for it fills no KV cache: it reads" in verdict.headline
     again = Capture.from_bytes(found.to_bytes())
     assert again.uncached == found.uncached
     assert again.select(ATTENTION, "value").layers == found.select(ATTENTION, "value").layers

@@ -181,10 +181,7 @@ class MetricMethods:
         """Take ‖w − w₀‖ / ‖w₀‖, w the loaded model's dequantized weight, w₀ the file's by its quantizer's own library."""
 
     def generation(
-        self,
-        stat: Literal["ended", "length_ratio", "repetition", "valid_json", "markup_kept", "diverged_at"] = "ended",
-        *,
-        positions: Positions | None = None,
+        self, stat: Literal["ended", "length_ratio", "repetition", "valid_json", "markup_kept", "diverged_at"] = "ended"
     ) -> Series:
         """Compare greedy answers with the reference's own, over the prompts of the suite's `generation`."""
 

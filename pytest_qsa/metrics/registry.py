@@ -178,7 +178,7 @@ class Metric(Definition):
     @property
     def of_tokens(self) -> bool:
         """Whether it's taken of tensors that have tokens, so that a range of positions can be chosen."""
-        return self.sites != ("weight",)
+        return self.sites != ("weight",) and self.counts != "prompts"
 
     @cached_property
     def signature(self) -> inspect.Signature:

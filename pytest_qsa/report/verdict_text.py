@@ -215,7 +215,7 @@ def token_line(token: TokenEvidence) -> str:
 def answer_line(prompt: int, position: int, answers: Sequence[str]) -> str:
     """Write how two answers to a prompt end. `position`: how many of their first tokens are equal."""
     reference, own = (visible(text) for text in answers)
-    return f"prompt {prompt}, {position} tokens alike: the reference ends ⟦{reference}⟧, the model ⟦{own}⟧"
+    return f"prompt {prompt}, {counted(position, 'token')} alike: the reference ends ⟦{reference}⟧, the model ⟦{own}⟧"
 
 
 def decision_text(decided: Sequence[str]) -> str:

@@ -188,6 +188,10 @@ class MeasuredAssertion(Assertion):
         if chosen and (problem := definition.refuses(self.site, self.where, self.parameters)):
             raise SuiteError(problem, "positions")
         self._check_span(definition)
+        if self.baseline is not None and definition.counts == "prompts":
+            raise SuiteError(
+                f"{self.metric} compares answers to prompts, which no baseline knows: give a bound", "baseline"
+            )
         if definition.tokenwise and self.site == "weight":
             raise SuiteError(f"{self.metric} counts tokens, and a weight has none: site is input or output", "site")
         return self

@@ -163,12 +163,11 @@ def _check_shown(series: Series, budget: Budget) -> None:
             raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
         # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
         needed = count * (reach / room) ** (1 if value == perfect else 2)
-        rounded, key = round(needed, -2), "data.num_samples"
-        if definition.counts == "prompts":
-            rounded, key = math.ceil(needed), "generation.num_prompts"
+        enough = f"about {round(needed, -2):,.0f} would (data.num_samples)"
+        if definition.counts == "prompts":  # those that count may be some of them
+            enough = f"about {needed / count:.1f} × as many would (generation.num_prompts)"
         raise AnomalyError(
-            f"{what}: by chance alone it may be off by {number(reach)}; about {rounded:,.0f} would ({key}), or give "
-            "the bound more room"
+            f"{what}: by chance alone it may be off by {number(reach)}; {enough}, or give the bound more room"
         )
 
 

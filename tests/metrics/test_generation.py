@@ -103,6 +103,7 @@ def test_answers_without_json_markup_or_an_end_are_no_number():
         ({"stat": "length_ratio", "min": -1.0}, "generation is never below 0, so min -1 checks nothing"),
         ({"min": -0.1, "positions": {"from": 4}}, "generation counts answers, so it takes no positions"),
         ({"min": -0.1, "layers": "x"}, "layers"),
+        ({"baseline": {"abs": 0.1}}, "compares answers to prompts, which no baseline knows: give a bound"),
     ],
 )
 def test_a_bound_that_checks_nothing_and_positions_are_refused(keys, what):

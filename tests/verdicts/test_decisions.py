@@ -6,6 +6,7 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.common.errors import AnomalyError
+from pytest_qsa.metrics import Answer, answered
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.report.page import plots_of
 from pytest_qsa.report.plots.figures import draw
@@ -133,3 +134,24 @@ def test_the_picture_says_how_many_decisions_fall_otherwise(tmp_path):
     assert "of the decisions fall otherwise" in shown.chart["title"]  # as text, which can be found and read aloud
     labels = [mark["label"] for mark in panel["marks"] if mark["label"]]
     assert labels == ["kept", "the model prefers another token", "nothing lost"]
+
+
+def answers():
+    """Return a capture of ten prompts; of two the model's answer no longer ends."""
+    ended = [Answer([0, 1], "ab", ended=True)] * 10
+    own = [Answer([0, 2, 0, 2], "acac", ended=False)] * 2 + ended[2:]
+    return Capture({("generation", "logits"): answered(own, ended)}, pieces=PIECES)
+
+
+def test_the_answers_that_no_longer_end_are_shown_as_both_models_end_them(tmp_path):
+    capture = answers()
+    with pytest.raises(AnomalyError, match=r"10 prompts can't show .* about 1\.6 × as many would \(generation\.num"):
+        judge_bounds(capture.logits().generation(), Bounds(min=-0.25))
+    verdict = explained(judge_bounds(capture.logits().generation("diverged_at"), Bounds(min=2.0)), capture)
+    assert [(token.sample, token.position) for token in verdict.evidence][:2] == [(0, 1), (1, 1)]
+    text = failure_text(verdict)
+    assert "prompt 0, 1 token alike: the reference ends ⟦ab⟧, the model ⟦acac⟧" in text
+    assert "the reference ends ⟦ab⟧" in step_summary([to_plain(verdict)])
+    assert draw(capture, verdict, tmp_path) == {}
+    hidden = capture.redacted()
+    assert not explained(judge_bounds(hidden.logits().generation("diverged_at"), Bounds(min=2.0)), hidden).evidence

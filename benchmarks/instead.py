@@ -29,9 +29,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import ROOT, SMOLLM2
+from common import SMOLLM2
 
 INT8 = SMOLLM2.with_name("smollm2-int8")
+ALLOWED = f"--qsa-allow-path={SMOLLM2.resolve().parent}"
+"""The suite lies elsewhere than the checkpoints."""
 SAMPLES, TOKENS = 4, 128
 FAULTS = (
     "scale_layer", "scale_channel", "zero_scale", "nan_scale", "weights_constant", "rows_permuted", "scales_swapped",
@@ -154,7 +156,7 @@ IN_PROCESS: Mapping[str, Callable[[Path], Numbers]] = {
 def numbers_of(method: str, done: Run) -> Numbers | None:
     """Return what a method measured; None where it printed no number."""
     if method == "lm-eval":
-        cells = [line.split("|") for line in done.output.splitlines() if "word_perplexity" in line]
+        cells = [line.split("|") for line in done.output.splitlines() if "|word_perplexity|" in line]
         return {"perplexity": float(cells[0][7])} if cells else None
     if done.code:
         return None
@@ -186,7 +188,7 @@ def commands(folder: Path, lm_eval: str | None) -> dict[str, Callable[[Path], Ru
 
     def ours(checkpoint: Path) -> Run:
         options = ["-q", "--qsa-no-cache", "--qsa-report=always", "--qsa-jobs=99", "-p", "no:cacheprovider"]
-        more = [f"--qsa-output={results}", f"--qsa-model={checkpoint}", f"--qsa-allow-path={ROOT}"]
+        more = [f"--qsa-output={results}", f"--qsa-model={checkpoint}", ALLOWED]
         return run([sys.executable, "-m", "pytest", suite, *options, *more])
 
     def evaluated(checkpoint: Path) -> Run:
@@ -223,9 +225,8 @@ def write_suite(folder: Path) -> None:
         done = run([sys.executable, "-m", "pytest_qsa", "init", INT8, "--reference", SMOLLM2, "-o", suite, *data])
         if done.code:
             raise SystemExit(done.output)
-    if not (folder / "__snapshots__").exists():
-        allow = f"--qsa-allow-path={ROOT}"
-        run([sys.executable, "-m", "pytest", suite, "--snapshot-update", "--qsa-report=never", allow, "-q"])
+    if not (folder / "qsa_baselines").exists():
+        run([sys.executable, "-m", "pytest", suite, "--snapshot-update", "--qsa-report=never", ALLOWED, "-q"])
 
 
 def copies(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Path]]:

@@ -103,7 +103,7 @@ from .tiers import (
     Tier as Tier,
     split_by_tier as split_by_tier,
 )
-from .vllm import environment_of as environment_of
+from .vllm import environment_of as environment_of, unfit_for_vllm as unfit_for_vllm
 from .yaml_source import (
     Location as Location,
     Place as Place,

@@ -27,6 +27,7 @@ from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
 from .sections import SELF, Data, Generation, Memory, Model, Strict, Visualization, fields_at
 from .subjects import Checkpoint, NamedSubject, Subject, hub_set_of, local_path
+from .vllm import unfit_for_vllm
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 
 
@@ -308,12 +309,17 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
 
 
 def _check_engine(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
-    """Check that a metric of two engines finds a second one."""
+    """Check that a metric of two engines finds a second one, and that vLLM is asked only for what it can show."""
     if assertion.metric == "engine_gap" and (model is None or model.engine.name == "transformers"):
         raise source.error(
             ("assertions", index, "metric"),
             "engine_gap holds an engine against transformers, and transformers runs this model: say model.engine: vllm",
         )
+    if model is None or model.engine.name == "transformers" or not isinstance(assertion, MeasuredAssertion):
+        return
+    by_files = assertion.site == "weight" and model.weights == "files"
+    if not by_files and (problem := unfit_for_vllm(assertion.request)) is not None:
+        raise source.error(("assertions", index, "metric"), problem)
 
 
 def _check_loaded(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:

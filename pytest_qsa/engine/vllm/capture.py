@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...captures import (
-    CACHE_SITES,
     LOGITS,
     Capture,
     ExecutedModules,
@@ -21,11 +20,10 @@ from ...captures import (
     Request,
     SiteKey,
     SiteNumbers,
-    against_reference,
 )
 from ...checkpoint import open_folder
 from ...common import InfraError, QsaError, Scratch, logger, phase
-from ...suite import KERNELS, WEIGHTS_ONLY, NamedSubject, environment_of
+from ...suite import KERNELS, WEIGHTS_ONLY, NamedSubject, environment_of, unfit_for_vllm
 from ..formats.format import bits_of
 from ..heads import Head, head_of, scalings_of
 from ..load.batches import Batch, token_ids
@@ -54,21 +52,8 @@ def check_requests(requests: Sequence[Request]) -> None:
         InfraError: a request asks for it; the text says what to do.
     """
     for request in requests:
-        if request.site == "weight":
-            raise InfraError(
-                "vLLM repacks weights for its kernels, so that none is there to be measured: say model.weights: files, "
-                "or leave site: weight to a suite without model.engine"
-            )
-        if request.site in CACHE_SITES:
-            raise InfraError(
-                f"site: {request.site} is measured where transformers fills its cache: leave it to a suite without "
-                "model.engine"
-            )
-        if request.site != LOGITS and against_reference(request.statistics):
-            raise InfraError(
-                "what compares a layer's tensors with the reference's, as sqnr, is measured with both models in one "
-                "process: leave it to a suite without model.engine; predictions are compared in vLLM as well"
-            )
+        if problem := unfit_for_vllm(request):
+            raise InfraError(problem)
 
 
 def empty_subject(subject: NamedSubject) -> nn.Module:

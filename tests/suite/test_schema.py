@@ -38,6 +38,7 @@ def test_the_schema_knows_the_sections_and_refuses_others(schema):
         "model",
         "data",
         "memory",
+        "generation",
         "visualization",
         "assertions",
     }

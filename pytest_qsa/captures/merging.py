@@ -158,8 +158,8 @@ def _differing(one: Provenance, other: Provenance) -> str:
     if one.data != other.data:
         return "data"
     ours, theirs = one.model.plain(), other.model.plain()
-    # Jobs of a scheduler may see the same checkpoint under different paths.
-    names = sorted({*ours, *theirs} - {"path", "base"})
+    # Jobs of a scheduler may see the same checkpoint under different paths, and find other numbers of cores free.
+    names = sorted({*ours, *theirs} - {"path", "base", "threads"})
     return ", ".join(name for name in names if ours.get(name) != theirs.get(name))
 
 

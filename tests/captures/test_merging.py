@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pytest_qsa import capture
+from pytest_qsa import Capture, capture
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance, SampleRange
 from pytest_qsa.captures.statistics import LAYOUTS
@@ -113,6 +113,13 @@ def test_captures_made_in_different_precision_are_refused():
     ]
     with pytest.raises(InfraError, match="bfloat16 and in float32"):
         merge(halves)
+
+
+def test_captures_made_on_other_numbers_of_threads_are_merged():
+    one, other = (
+        Capture({}, provenance=Provenance(ModelProvenance("a", threads=threads))) for threads in ("2", "1 of 2")
+    )
+    assert merge([one, other]).provenance.model.threads == "2"
 
 
 def test_every_array_of_a_site_says_how_it_is_merged():

@@ -17,6 +17,7 @@ from ..common import (
     InfraError,
     check_checksum,
     parsed_json,
+    refuse_special,
     remark,
     shown_path,
     with_checksum,
@@ -27,6 +28,8 @@ from ..verdicts import Verdict
 REPORT_SCHEMA = "qsa-report/1"
 PAGE_ONLY = frozenset({"histograms", "curves"})
 """What of a result the page alone has: it would make report.json many times larger."""
+MOST_BYTES = 1_000_000_000
+"""The largest report.json that is read; one of 100,000 layers, each with a problem, has 65 MB."""
 MARKER = ".qsa-run"
 """The file that says that a folder is a run's, and may be removed."""
 MOST_RUNS = 10
@@ -99,6 +102,7 @@ def read_report(path: Path) -> dict[str, Any] | None:
     Raises:
         InfraError: it can't be read, was damaged, or was changed after it was written.
     """
+    refuse_special(path, MOST_BYTES)
     try:
         content = path.read_bytes()
         report = parsed_json(content)

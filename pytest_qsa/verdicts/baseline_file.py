@@ -14,10 +14,12 @@ from typing import Any
 
 from ..captures import UNKNOWN_MODEL, ModelProvenance
 from ..checkpoint import EXPERT
-from ..common import BaselineError, content_hash, counted, parsed_json, remark, shown_path
+from ..common import BaselineError, content_hash, counted, parsed_json, refuse_special, remark, shown_path
 from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
 
 BASELINES = "qsa_baselines"
+MOST_BYTES = 250_000_000
+"""The largest baseline that is read."""
 BASELINE_FORMAT = "qsa-baseline/1"
 BASELINE_DIGITS = 5
 EDITED = "the baseline was edited by hand or merged since it was written (its key `content` doesn't fit)"
@@ -94,7 +96,9 @@ def read_baseline(path: Path) -> BaselineFile:
     Raises:
         OSError: it can't be read; `FileNotFoundError` where there is none.
         BaselineError: it is not a baseline of this format.
+        InfraError: it is no regular file, or too large.
     """
+    refuse_special(path, MOST_BYTES)
     baseline = BaselineFile.parse(path.read_bytes().decode("utf-8", "replace"))
     if baseline.edited:
         remark(f"{shown_path(path)}: {EDITED}; if that was meant, --snapshot-update accepts it")
@@ -119,9 +123,14 @@ def baseline_folder(suite: Path, model: str) -> Path:
     return suite.parent / BASELINES / model / stem
 
 
+def readable(path: Path) -> bool:
+    """Say whether a path leads to a regular file, no device for instance, that isn't too large for a baseline."""
+    return path.is_file() and path.stat().st_size <= MOST_BYTES
+
+
 def is_baseline(path: Path) -> bool:
     """Say by its content whether a file is a baseline: syrupy deletes unused ones, and must delete no other file."""
-    if path.suffix != ".json":
+    if path.suffix != ".json" or not readable(path):
         return False
     try:
         # By a search, not by parsing: one with the marks of a merge conflict is still a baseline.

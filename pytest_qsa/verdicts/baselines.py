@@ -27,6 +27,7 @@ from .baseline_file import (
     check_comparable,
     is_baseline,
     read_baseline,
+    readable,
     rounded,
 )
 from .judgement import NO_LENIENCY, Judgement, Leniency, interval_text, judged
@@ -105,6 +106,8 @@ class QsaBaselineExtension(SingleFileSnapshotExtension):
     ) -> SerializedData | None:
         """Read whatever bytes are there, so that a damaged baseline can be made anew."""
         _tidy(Path(snapshot_location).parent)
+        if not readable(Path(snapshot_location)):
+            return None
         try:
             return Path(snapshot_location).read_bytes().decode("utf-8", "replace")
         except OSError:
@@ -155,6 +158,8 @@ def name_for_class(
 
 def _class_of(baseline: Path) -> str | None:
     """Return the device class that made a baseline; None for one that can't be read, which is made anew."""
+    if not readable(baseline):
+        return None
     try:
         made_with = BaselineFile.parse(baseline.read_text(encoding="utf-8")).made_with
     except (OSError, BaselineError):

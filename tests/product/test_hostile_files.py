@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pytest_qsa.external.logprobs import read_logprobs
 from pytest_qsa.external.paired import _lines
 from pytest_qsa.report.report import read_report
 from pytest_qsa.suite import Data, ExternalAssertion, Memory, Model
-from pytest_qsa.verdicts.baseline_file import BaselineFile, baseline_hashes
+from pytest_qsa.verdicts.baseline_file import BaselineFile, baseline_hashes, is_baseline, read_baseline
 
 
 def tensors(header):
@@ -186,3 +187,14 @@ def test_a_pattern_that_would_take_years_is_a_verdict_at_its_line(own_project, l
     assert run.outcomes == {"a.qsa.yaml::a": "failed", "a.qsa.yaml::b": "passed"}
     assert "INFRA a: the regex '(?=(\\w|.)*[A-Z])' takes more than 2 s for the names" in run.text("::a")
     assert "a.qsa.yaml:3" in run.text("::a")
+
+
+def test_a_baseline_or_a_report_that_is_a_device_or_a_pipe_is_not_read(tmp_path):
+    device, pipe = tmp_path / "device.json", tmp_path / "pipe.json"
+    device.symlink_to("/dev/zero")
+    os.mkfifo(pipe)
+    for file in (device, pipe):
+        assert not is_baseline(file)
+        for read in (read_baseline, read_report):
+            with pytest.raises(InfraError, match="is no regular file, so it isn't read"):
+                read(file)

@@ -171,14 +171,15 @@ def test_a_model_without_a_processor_says_what_is_missing(checkpoints, llama, tm
         media_batches(Data(source="pictures", num_samples=1), tmp_path, loaded(whisper), str(whisper))
 
 
-def test_a_tower_streamed_from_disk_gives_the_bits_of_one_in_memory(checkpoints, tmp_path):
-    folder, data = checkpoints("gemma3"), Data(source="pictures", num_samples=2)  # its tower pools by torch's attention
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_audio"])  # which read weights of a tower without calling the layer
+def test_a_tower_streamed_from_disk_gives_the_bits_of_one_in_memory(checkpoints, tmp_path, name):
+    folder, data = checkpoints(name), Data(source=SOURCES.get(name, "pictures"), num_samples=2)
     requests = [Request("kind:*.blocks", "output")]
     found = []
     for place in ("cpu", "disk"):
         memory = Memory(offload_device=place)
         own = load_model(Model(path=str(folder)), str(folder), memory, allow_code=False)
-        subject = Subject("gemma3", Model(path=str(folder)), data, memory, tmp_path)
+        subject = Subject(name, Model(path=str(folder)), data, memory, tmp_path)
         found.append(capture_loaded(subject, own, None, requests))
         own.close()
     assert len(found[0].sites) == 4

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ...checkpoint import streams_from_disk
 from ...common import InfraError, QsaWarning
 from ..formats.format import owner_of
-from ..modules import blocks_of, input_of
+from ..modules import blocks_of, input_of, towers_of
 from .disk import Shards, Spill, StoredTensor
 
 WAVE = 256
@@ -92,7 +92,7 @@ def units_of(model: nn.Module, shards: Shards) -> tuple[list[Unit], Unit]:
     A module outside the blocks that has parameters of its own and children with parameters can't be let go before its
     children; such parameters (class tokens, position tables) are small.
     """
-    blocks = blocks_of(model)
+    blocks, towers = blocks_of(model), tuple(f"{tower}." for tower in towers_of(model))
     units: dict[str, Unit] = {}
     pinned = Unit("")
     for name, module in model.named_modules():
@@ -101,7 +101,9 @@ def units_of(model: nn.Module, shards: Shards) -> tuple[list[Unit], Unit]:
             continue
         block = next((block for block in blocks if name == block or name.startswith(f"{block}.")), None)
         holds_more = any(True for child in module.children() for _ in child.parameters())
-        if block is None and (holds_more or _is_never_called(model, name)):
+        # Towers read some of their weights instead of calling the layers; outside of their blocks they are small.
+        in_tower = name.startswith(towers)
+        if block is None and (holds_more or in_tower or _is_never_called(model, name)):
             pinned.slots += slots
             continue
         unit = units.setdefault(block or name, Unit(block or name))

@@ -112,10 +112,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if items and suites and (empty := gate.suites_without_assertions(suites, config.stash[OPTIONS].config)):
         return _stop(config, items, empty)
     if near := config.stash.get(NEAR, []):
-        config.stash[REMARKS] = gate.uncollected(near, suites, config.getini("qsa_suites"))
-    items[:], others, remarks = gate.split_by_model(items, suites) if suites else (items, [], [])
+        missed = gate.uncollected(near, suites, config.getini("qsa_suites"))
+        config.stash[REMARKS] = [("warning", text) for text in missed]
+    items[:], others, notes = gate.split_by_model(items, suites) if suites else (items, [], [])
     if others:
-        config.stash[REMARKS] = [*config.stash.get(REMARKS, ()), *remarks]
+        config.stash[REMARKS] = [*config.stash.get(REMARKS, ()), *(("note", text) for text in notes)]
         config.hook.pytest_deselected(items=others)
     refusal = config.stash[OPTIONS].refused_update
     worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it

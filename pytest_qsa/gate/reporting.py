@@ -343,7 +343,7 @@ class Reporter:
         self.selected: list[pytest.Item] = []
         self.outcomes: dict[str, str] = {}
         self.collected: dict[str, Any] | None = None
-        self.remarks: dict[str, None] = {}
+        self.remarks: dict[tuple[str, str], None] = {}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what is wrong with a suite, for GitHub."""
@@ -388,7 +388,7 @@ class Reporter:
         self.selected = session.items if self.options.plan else []
         left_out: Mapping[str, str] = self.config.stash.get(NOT_RUN, {})
         self.not_run.update(left_out)
-        remarks: Sequence[str] = self.config.stash.get(REMARKS, ())
+        remarks: Sequence[tuple[str, str]] = self.config.stash.get(REMARKS, ())
         self.remarks |= dict.fromkeys(remarks)
 
     @pytest.hookimpl(trylast=True)
@@ -413,7 +413,7 @@ class Reporter:
         if self.options.markdown is None or not (self.results or self.suite_errors):
             return
         try:
-            text = report.comment(self.results, self.suite_errors, self._warnings())
+            text = report.comment(self.results, self.suite_errors, self._remarks())
             common.write_atomically(self.options.markdown, text)
         except OSError as error:  # the verdicts stand without it
             self.unwritten = f"{common.shown_path(self.options.markdown)} was not written: {error}"
@@ -463,8 +463,8 @@ class Reporter:
             self._summarize(terminalreporter)
         elif self.remarks:
             terminalreporter.write_sep("-", "qsa")
-        for text in self._warnings():
-            _write(terminalreporter, f"warning: {text}")
+        for level, text in self._remarks():
+            _write(terminalreporter, f"{level}: {text}")
         if self.results and self.written:
             _write(terminalreporter, f"report: {self.written}")
         if self.not_run:
@@ -558,9 +558,9 @@ class Reporter:
         for result, use in waived:
             _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")
 
-    def _warnings(self) -> list[str]:
-        """Return what a reader of a green run has to know, for the terminal and the step's summary."""
-        return [*self.remarks, *self._lenient()]
+    def _remarks(self) -> list[tuple[str, str]]:
+        """Return what a reader of a green run has to know: each text with its level, "warning" or "note"."""
+        return [*self.remarks, *(("warning", text) for text in self._lenient())]
 
     def _lenient(self) -> Iterator[str]:
         """Yield what is more lenient than a waiver is meant to be: it has a near end, and names what it is for."""
@@ -586,7 +586,7 @@ class Reporter:
         lines = list(report.annotation_lines(self.results, self.suite_errors))
         if self.results and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
             try:
-                report.append_summary(Path(summary), self.results, self._warnings())
+                report.append_summary(Path(summary), self.results, self._remarks())
             except OSError as error:  # the verdicts stand without it
                 lines.append(common.visible(f"the step summary was not written: {error}"))
         return lines

@@ -244,6 +244,7 @@ MOST_FINDINGS = 5
 """The most failures that a comment names above its table, which has all of them."""
 _SUITE_ERROR = re.compile(r"^(?P<file>[^:\n]+\.ya?ml):(?P<line>\d+)(?::\d+)?: (?P<text>.+)", re.MULTILINE)
 _SIGNS = {"REGRESSION": "❌", "ANOMALOUS": "❓", "INFRA": "🔧", "WARNED": "⚠️", "PASSED": "✅"}
+_LEVELS = {"warning": "⚠️", "note": "note:"}
 
 
 def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
@@ -339,8 +340,8 @@ def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def append_summary(path: Path, results: Sequence[PlainVerdict], warnings: Sequence[str] = ()) -> None:
-    """Append the run to the step's summary, in which other tools may have written before; `warnings` first.
+def append_summary(path: Path, results: Sequence[PlainVerdict], remarks: Sequence[tuple[str, str]] = ()) -> None:
+    """Append the run to the step's summary, in which other tools may have written before.
 
     Raises:
         OSError: it can't be written.
@@ -348,19 +349,24 @@ def append_summary(path: Path, results: Sequence[PlainVerdict], warnings: Sequen
     written = path.stat().st_size if path.exists() else 0
     with path.open("a", encoding="utf-8") as file:
         # The limit is of the whole file, so what other tools have written counts.
-        file.write(fitted(step_summary(results, warnings), max(SUMMARY_BYTES - written, 1000)))
+        file.write(fitted(step_summary(results, remarks), max(SUMMARY_BYTES - written, 1000)))
 
 
-def comment(results: Sequence[PlainVerdict], suite_errors: Sequence[str] = (), warnings: Sequence[str] = ()) -> str:
+def comment(
+    results: Sequence[PlainVerdict], suite_errors: Sequence[str] = (), remarks: Sequence[tuple[str, str]] = ()
+) -> str:
     """Return a run as the comment of a pull request: wrong suites, then the step's summary, cut to GitHub's limit."""
     wrong = [match for text in suite_errors if (match := _SUITE_ERROR.search(text))]
     lines = [f"- {code_span(match[0])}" for match in wrong]
     head = [f"## ❌ qsa: {counted(len(wrong), 'suite')} wrong", "", *lines, ""] if wrong else []
-    return fitted("\n".join(head) + (step_summary(results, warnings) if results else ""), COMMENT_BYTES)
+    return fitted("\n".join(head) + (step_summary(results, remarks) if results else ""), COMMENT_BYTES)
 
 
-def step_summary(results: Sequence[PlainVerdict], warnings: Sequence[str] = ()) -> str:
-    """Return a run as Markdown: the verdict, what failed, a line for each assertion, and how to act on each failure."""
+def step_summary(results: Sequence[PlainVerdict], remarks: Sequence[tuple[str, str]] = ()) -> str:
+    """Return a run as Markdown: the verdict, what failed, a line for each assertion, and how to act on each failure.
+
+    `remarks`: pairs of a level, "warning" or "note", and a text; they stand below what failed.
+    """
     failed = [result for result in results if result["failed"]]
     order = list(_SIGNS)
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
@@ -368,7 +374,7 @@ def step_summary(results: Sequence[PlainVerdict], warnings: Sequence[str] = ()) 
     lines += [f"- {code_span(result['id'])}: {code_span(result['headline'])}" for result in failed[:MOST_FINDINGS]]
     lines += [f"- … and {len(failed) - MOST_FINDINGS} more"] if failed[MOST_FINDINGS:] else []
     lines += [""] if failed else []
-    lines += [f"- ⚠️ {code_span(warning)}" for warning in warnings] + [""] * bool(warnings)
+    lines += [f"- {_LEVELS[level]} {code_span(text)}" for level, text in remarks] + [""] * bool(remarks)
     heads = ["", "assertion", "subject", "worst layer", "value", "bound", "used"]
     lines += markdown_table([heads, *map(_cells, ordered)], plain={0, 4, 6})
     lines.append("")

@@ -23,7 +23,7 @@ DESELECTED: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 OTHER_MODEL = "for other models"
 """The word of a gate whose suite says that it is for other models (`models`)."""
 
-REMARKS = pytest.StashKey[Sequence[str]]()
+REMARKS = pytest.StashKey[Sequence[tuple[str, str]]]()
 """In the stash of the configuration: what a reader has to know of the collection, a line each."""
 
 WORKER_NOT_RUN, WORKER_REMARKS = "qsa_not_run", "qsa_remarks"

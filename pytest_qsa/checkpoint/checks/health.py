@@ -115,11 +115,11 @@ def _everything(files: Files) -> list[str]:
 def checkpoint_scales(files: Files, *, spread: _Spread = 8.0, fused_equal: bool = False) -> Iterator[Finding]:
     """Count scales that are missing, unexpected, NaN, infinite, zero, negative, denormal or far from their siblings.
 
-    Where there is a reference, dequantized sizes other than its are a problem, and what is as odd there is none. Also
-    scales that all have one initial value, that have another shape than the declared scheme's, or that differ within a
-    fused group, and scales of inputs and of a KV cache that are declared and missing. Zero points that are missing, out
-    of range, not those of a symmetric scheme that is declared, or with which the mean weight is far from that of the
-    siblings.
+    Also counted: scales that all have one initial value, that have another shape than the declared scheme's, or that
+    differ within a fused group; scales of inputs and of a KV cache that are declared and missing; zero points that are
+    missing, out of range, not those of a declared symmetric scheme, or that move the mean weight far from that of the
+    siblings. With a reference, dequantized weights of another size than the reference's are counted, and a scale that
+    is as odd in the reference is not.
     """
     yield from misfits(files.format)
     yield from unsound_scales(files.format)
@@ -142,8 +142,8 @@ def _odd_sizes(files: Files, *, spread: float) -> Iterator[Finding]:
 def checkpoint_weights(files: Files) -> Iterator[Finding]:
     """Count quantized weights that are constant, whole or in rows or groups, and float tensors with NaN or Inf.
 
-    A row or group of zeros is no problem. Where there is a reference, also weights that are another layer's to the last
-    bit, while the reference's aren't.
+    A row or group of zeros is no problem. With a reference, weights that equal another layer's bit by bit are counted
+    too, unless they are equal in the reference.
     """
     yield from constant_weights(files.format)
     yield from unsound_floats(files.format)
@@ -154,7 +154,7 @@ def checkpoint_weights(files: Files) -> Iterator[Finding]:
 def checkpoint_formats(files: Files, *, tensor_parallel: _Ranks = 1) -> Iterator[Finding]:
     """Count layers that are left unquantized or quantized against the configuration, or stored in another format.
 
-    Also those that can't be cut for `tensor_parallel` ranks without cutting a group, a block or a head.
+    Also counted: layers that can't be split over `tensor_parallel` ranks without splitting a group, a block or a head.
     """
     if files.format.uniform:
         yield from misplaced_formats(files.format)
@@ -167,8 +167,8 @@ def checkpoint_formats(files: Files, *, tensor_parallel: _Ranks = 1) -> Iterator
 def checkpoint_keys(files: Files) -> Iterator[Finding]:
     """Count tensors that are missing or unexpected by the index, the number of blocks, or the sibling blocks.
 
-    Also parts that the configuration promises or the reference has and that are gone as a whole, shards that are not
-    there, files that no index names, and tensors that lie in two files, of which loaders read different ones.
+    Also counted: parts that are missing as a whole although the configuration promises them or the reference has them,
+    missing shards, files that no index names, and tensors in two files, of which loaders read different ones.
     """
     if absent := list(absent_shards(files.folder)):
         yield from absent  # what else is missing then, lies in them
@@ -185,10 +185,10 @@ def checkpoint_keys(files: Files) -> Iterator[Finding]:
 def checkpoint_settings(files: Files) -> Iterator[Finding]:
     """Count settings that change the function and differ from the reference's: configuration, tokenizer, template.
 
-    Of the configuration: rope, norm epsilon, activation, heads, tied embeddings and the like, compared as the model's
-    class fills in what isn't stated; of the tokenizer: vocabulary, merges, steps, special tokens, and a saved
-    truncation; of generation_config.json the stop tokens; of the processors how pictures and sounds are prepared.
-    A value that isn't of the kind that its key stands for, and a template that can't be parsed, are ANOMALOUS.
+    Configuration: rope, norm epsilon, activation, heads, tied embeddings and the like; a setting that isn't stated has
+    the default of the model's class. Tokenizer: vocabulary, merges, steps, special tokens, and a saved truncation.
+    generation_config.json: the stop tokens. Processors: how pictures and sounds are prepared. A value of the wrong
+    kind for its key, and a template that can't be parsed, are ANOMALOUS.
     """
     check_side_files(files.folder)
     if files.reference is not None:
@@ -215,8 +215,8 @@ def _with_head(files: Files, finding: Finding) -> Finding:
 def checkpoint_unquantized(files: Files, *, rel: _Tolerance = 0.0) -> Iterator[Finding]:
     """Count float tensors that differ from the reference's by more than rel × its values, or are lost.
 
-    Embeddings, norms, biases and whatever else both keep in floating point. Not part of `checkpoint_health`, for a
-    smoothing or a rotation changes norms by design.
+    These are embeddings, norms, biases and all other tensors that both store in floating point. The check is not part
+    of `checkpoint_health`, because a smoothing or a rotation changes norms by design.
     """
     if files.reference is not None:
         yield from changed_floats(files.format, files.reference, rel=rel)

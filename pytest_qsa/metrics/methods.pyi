@@ -205,10 +205,10 @@ class MetricMethods:
         *,
         positions: Positions | None = None,
     ) -> Series:
-        """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions."""
+        """Take q − p of the probability of the text's next token, p the reference's; then a statistic of all positions."""
 
     def perplexity(self, *, positions: Positions | None = None) -> Series:
-        """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
+        """Take exp of the mean −ln q of the text's next tokens, all samples pooled."""
 
     def ln_ppl_ratio(self, *, positions: Positions | None = None) -> Series:
         """Take the mean of nll_q − nll_p, position by position: ln of the ratio of the perplexities (llama.cpp)."""

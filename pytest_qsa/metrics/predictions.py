@@ -1,4 +1,4 @@
-"""What the whole model predicts, against the tokens that came and against its reference. numpy only.
+"""What the whole model predicts, against the text's next tokens and against its reference. numpy only.
 
 One position is one row of the logits: position t has read the tokens up to t and says how likely each next one is. The
 last position of a sample has no next token, so it counts for what compares the two models only.
@@ -137,7 +137,7 @@ def overlap(view: View) -> Estimate:
 
 @metric(AGREEMENT, reduce=None, per="logits", against=True, span=(-1.0, 1.0))
 def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
-    """Take q − p of the probability of the token that came, p the reference's; then a statistic of all positions.
+    """Take q − p of the probability of the text's next token, p the reference's; then a statistic of all positions.
 
     llama.cpp. Symmetric: noise; skewed: harm. `rms` is the root of the mean square.
     """
@@ -151,7 +151,7 @@ def delta_p(view: View, *, stat: DeltaStat = "rms") -> float:
 
 @metric(SCORES, reduce=None, per="logits", span=NOT_NEGATIVE)
 def perplexity(view: View) -> float:
-    """Take exp of the mean −ln q of the tokens that came, all samples pooled."""
+    """Take exp of the mean −ln q of the text's next tokens, all samples pooled."""
     return float(np.exp(_known(view, NLL).mean()))
 
 

@@ -116,7 +116,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[REMARKS] = [("warning", text) for text in missed]
     items[:], others, notes = gate.split_by_model(items, suites) if suites else (items, [], [])
     if others:
-        config.stash[REMARKS] = [*config.stash.get(REMARKS, ()), *(("note", text) for text in notes)]
+        config.stash[REMARKS] = [*config.stash.get(REMARKS, ()), *notes]
         config.hook.pytest_deselected(items=others)
     refusal = config.stash[OPTIONS].refused_update
     worker = hasattr(config, "workerinput")  # xdist takes an error here for a crash: there each gate says it

@@ -132,8 +132,11 @@ def not_for(item: pytest.Item) -> tuple[str, str, str] | None:
 
 def split_by_model(
     items: Iterable[pytest.Item], suites: Iterable[QsaSuite]
-) -> tuple[list[pytest.Item], list[pytest.Item], list[str]]:
-    """Return the tests that are for their models, those that aren't, and what a reader has to know of these."""
+) -> tuple[list[pytest.Item], list[pytest.Item], list[tuple[str, str]]]:
+    """Return the tests that are for their models, those that aren't, and what a reader has to know of these.
+
+    A text has the level "note", or "warning" where an assertion is for none of the models: its `models` may be a slip.
+    """
     some = [suite for suite in suites if suite.is_read and any(each.models for each in suite.file.assertions)]
     mine, others = list[pytest.Item](), list[pytest.Item]()
     left: dict[tuple[str, str, str], list[str]] = {}
@@ -142,11 +145,15 @@ def split_by_model(
         (others if why else mine).append(item)
         if why:
             left.setdefault(why, []).append(getattr(item, "originalname", item.name))
-    texts = (
-        f"{path}: {', '.join(ids)} {'is' if len(ids) == 1 else 'are'} not for {name} (models: {pattern})"
+    run = {(shown_path(item.path), getattr(item, "originalname", item.name)) for item in mine}
+    texts = [
+        (
+            "note" if all((path, each) in run for each in ids) else "warning",
+            f"{path}: {', '.join(ids)} {'is' if len(ids) == 1 else 'are'} not for {name} (models: {pattern})",
+        )
         for (path, name, pattern), ids in left.items()
-    )
-    return mine, others, list(texts)
+    ]
+    return mine, others, texts
 
 
 def compiled(source: str, place: Place) -> types.CodeType:

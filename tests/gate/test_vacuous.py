@@ -100,6 +100,7 @@ def test_an_assertion_for_some_models_is_left_out_for_the_others_with_a_word(own
     assert left == {}  # the suite says so, and nobody overrode it
     alone = own_project.pytest("a.qsa.yaml::shape", f"--qsa-model=original={llama}", *workers)
     assert alone.code == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "warning: a.qsa.yaml: shape is not for original (models: int8)" in alone.out.splitlines()
 
 
 @pytest.mark.process

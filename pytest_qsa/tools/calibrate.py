@@ -221,13 +221,14 @@ class Sampled:
     """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part.
 
     `again`: of the weights, as each healthy way of quantizing the original again makes them (`HEALTHY`), round to
-    nearest first; none where no weight is asked for.
+    nearest first; none where no weight is asked for. `wanted`: how many samples the suite itself runs on.
     """
 
     parts: Sequence[Capture]
     whole: Capture
     repeated: Sequence[Capture]
     again: Sequence[Capture] = ()
+    wanted: int = 0
 
     @classmethod
     def of(cls, subject: NamedSubject, file: SuiteFile, parts: int, passes: int, *, allow_code: bool) -> Sampled:
@@ -246,7 +247,8 @@ class Sampled:
             )
         whole = merge(captures)
         asked = [each.request for each in file.assertions if _of_stored_weights(each)]
-        return cls(captures, whole, repeated, _quantized_again(subject, asked, whole) if asked else ())
+        again = _quantized_again(subject, asked, whole) if asked else ()
+        return cls(captures, whole, repeated, again, file.suite.data.num_samples)
 
     def finding(self, assertion: Assertion, k: float) -> Calibrated:
         """Return the proposals for an assertion.
@@ -264,9 +266,9 @@ class Sampled:
         try:
             spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
         except AnomalyError as error:
-            if not whole.intervals:
+            if not whole.intervals or self.size >= self.wanted:
                 raise
-            # An estimate that takes more text than a part has still has its error on all of it.
+            # The suite runs on more than a part: an estimate that takes as much still has its error on all of it.
             spread = Spread.of([whole] * 2, whole)
             remark = f"no part shows it alone ({error}): sigma is the standard error on all of the data"
             return Calibrated(assertion.id, proposals_of(assertion, spread, self.whole.schemes, k), remark)

@@ -46,18 +46,26 @@ def address():
         server.stdin.close()
 
 
-def subject(address, top, tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    into = tmp_path_factory.mktemp("smollm2")
+    program = ROOT / "example_suites" / "checkpoints.py"
+    subprocess.run([sys.executable, program, "fetch", "--into", into], check=True, capture_output=True)
+    return into / "smollm2"
+
+
+def subject(address, original, top):
     served = Served(url=address, api="llama.cpp", top_logprobs=top)
-    model = Model(served=served, reference=str(ROOT / ".demo" / "smollm2"))
-    return Subject("served", model, Data(num_samples=1, seq_len=TOKENS), Memory(), tmp_path)
+    model = Model(served=served, reference=str(original))
+    return Subject("served", model, Data(num_samples=1, seq_len=TOKENS), Memory(), original.parent)
 
 
 @pytest.fixture(scope="module")
-def exact(address, tmp_path_factory):
-    return capture_served(subject(address, VOCABULARY, tmp_path_factory.mktemp("exact")), PREDICTIONS)
+def exact(address, original):
+    return capture_served(subject(address, original, VOCABULARY), PREDICTIONS)
 
 
-def test_the_whole_vocabulary_makes_exact_numbers(address, exact):
+def test_the_whole_vocabulary_makes_exact_numbers(address, original, exact):
     """Against the server's answer, asked for here, and the reference's logits, reduced in float64."""
     from transformers import AutoModelForCausalLM
 
@@ -69,7 +77,7 @@ def test_the_whole_vocabulary_makes_exact_numbers(address, exact):
     q = np.full(VOCABULARY, -np.inf)
     for each in told:
         q[each["id"]] = each["logprob"]
-    model = AutoModelForCausalLM.from_pretrained(ROOT / ".demo" / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(original)
     with torch.no_grad():
         p = model(torch.tensor([ids])).logits[0, 2].double().log_softmax(0).numpy()
     scores = exact.sites["logits", "logits"].scores[2]
@@ -77,8 +85,8 @@ def test_the_whole_vocabulary_makes_exact_numbers(address, exact):
     assert scores[2] == pytest.approx((np.exp(p) * (p - q)).sum(), abs=2e-3)
 
 
-def test_few_logprobs_bound_what_all_say(address, exact, tmp_path):
-    low, high = bounded(capture_served(subject(address, 40, tmp_path), PREDICTIONS))
+def test_few_logprobs_bound_what_all_say(address, original, exact):
+    low, high = bounded(capture_served(subject(address, original, 40), PREDICTIONS))
     low, high, true = (each.sites["logits", "logits"].scores[: TOKENS - 1, 2] for each in (low, high, exact))
     assert (low <= true + 1e-3).all()
     assert (true <= high + 1e-3).all()

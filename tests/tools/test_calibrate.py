@@ -427,7 +427,7 @@ def noise_of(mean, sigma, unit=""):
     """Return what is said of a calibration whose one layer has these numbers in 8 parts of 2048 tokens."""
     values = np.array([[mean + sigma * each] for each in (-1, 1) * 4])
     spread = Spread(["a"], values, values.mean(axis=0), np.zeros(1), unit)
-    sampled = Sampled([None] * 8, SimpleNamespace(tokens=[np.zeros(256)] * 64, schemes=None), ())
+    sampled = Sampled([None] * 8, SimpleNamespace(tokens=[np.zeros(256)] * 64, sites={}, schemes=None), ())
     return list(
         sampled._thin(spread, proposals_of(SimpleNamespace(stated={"max": 0.0}, reach=ANY), spread, None, 10.0))
     )

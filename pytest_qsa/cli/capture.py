@@ -92,6 +92,8 @@ def _keep_capture(options: argparse.Namespace, source: suite.YamlSource, overrid
     """Measure and write a capture; return what it holds."""
     file = suite.load_suite(source, overrides, "--")
     subject = suite.subject_of(file)
+    if subject.model.logprobs_only:
+        raise InfraError("a served model is asked by pytest alone: give the checkpoint to capture, --model.path")
     samples, code = _samples(options.samples), options.qsa_allow_code
     requests = _requests(file, _layers(file, subject, allow_code=code))
     hashes = suite.FileHashes(None)

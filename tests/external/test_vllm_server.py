@@ -90,7 +90,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 from pytest_qsa.captures import AGREEMENT, SCORES, Request
-from pytest_qsa.external import capture_served
+from pytest_qsa.external import bounded, capture_served
 from pytest_qsa.suite import Data, Memory, Model, Served, Subject
 url, reference, tokens = sys.argv[1:]
 model = Model(served=Served(url=url, top_logprobs=20), reference=reference)

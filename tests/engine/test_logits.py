@@ -18,11 +18,20 @@ def test_the_overlap_of_a_row_is_the_sum_of_the_smaller_probabilities(dtype, row
     own, reference = (torch.randn(rows, 50, generator=torch.Generator().manual_seed(s)).to(dtype) * 3 for s in (1, 2))
     p, q = (softmax(logits.double().numpy()) for logits in (reference, own))
     found = compared_logits("overlap", own, reference).numpy()
-    np.testing.assert_allclose(found, np.minimum(p, q).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found, np.minimum(p, q).sum(axis=1), rtol=1e-10)
     np.testing.assert_allclose(found, 1 - np.abs(p - q).sum(axis=1) / 2, rtol=1e-9)  # 1 − the total variation
 
 
 def test_equal_predictions_overlap_wholly_and_disjoint_ones_not_at_all():
     certain = torch.tensor([[1000.0, 0.0, 0.0], [0.0, 1000.0, 0.0]])
     assert compared_logits("overlap", certain, certain).tolist() == [1.0, 1.0]
-    assert compared_logits("overlap", certain, certain.flip(0)).tolist() == [0.0, 0.0]
+    assert compared_logits("overlap", certain, certain.flip(0)).tolist() == pytest.approx([0.0, 0.0], abs=1e-300)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_without_probabilities_has_no_overlap(value):
+    sound, broken = torch.randn(2, 9), torch.randn(2, 9)
+    broken[1, 4] = value
+    for one, other in ((sound, broken), (broken, sound)):
+        found = compared_logits("overlap", one, other)
+        assert torch.isnan(found).tolist() == [False, True]

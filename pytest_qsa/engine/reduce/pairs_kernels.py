@@ -222,6 +222,41 @@ def compare_rows(reference, own, following, found, threads):
             found[row, 3] = 1.0 if y[likeliest] == tops[1] else 0.0
 
 
+@_ordered
+def _overlap(reference, own, tops, scratch, exponents, raised):
+    """Return Σ min(p, q) of two rows; tops [2]: their largest values, raised [2, V]: room for their exponentials."""
+    mass = rest = common = 0.0
+    for start in range(0, own.shape[0], _CHUNK):
+        x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
+        p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
+        _exponentials(x, tops[0], p, scratch[0], exponents)
+        _exponentials(y, tops[1], q, scratch[0], exponents)
+        mass += _sum(p, x.shape[0])
+        rest += _sum(q, x.shape[0])
+    for start in range(0, own.shape[0], _CHUNK):
+        p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
+        for at in range(p.shape[0]):
+            scratch[0, at] = min(p[at] / mass, q[at] / rest)
+        common += _sum(scratch[0], p.shape[0])
+    return common
+
+
+@_parallel_ordered
+def overlap_rows(reference, own, found, threads):
+    """Fill found [T] with Σ min(p, q) of two logits [T, V], as those of `score_rows`; NaN where one has no softmax."""
+    share = (own.shape[0] + threads - 1) // threads
+    for thread in prange(threads):
+        scratch, raised = np.empty((1, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.float64)
+        bits, tops = np.empty((2, own.shape[1]), dtype=np.int32), np.empty(2)
+        x, y = bits[0].view(np.float32), bits[1].view(np.float32)
+        for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
+            _widen(reference[row], bits[0], x)
+            _widen(own[row], bits[1], y)
+            tops[0], tops[1] = x[_top(bits[0])], y[_top(bits[1])]
+            if np.isfinite(tops[0]) and np.isfinite(tops[1]):
+                found[row] = _overlap(x, y, tops, scratch, scratch.view(np.int64)[0], raised)
+
+
 @_parallel
 def lead_rows(logits, share, found, counts, threads):
     """Find the tokens of each row of logits [T, V] that may be its likeliest two, were it known more exactly.

@@ -23,15 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import SMOLLM2
+from common import SMOLLM2, usual_suite
 
-SUITE = r"""
-model: {{name: m, path: {path}}}
-data: {{num_samples: 2, seq_len: 512}}
-assertions:
-  - {{id: outliers, metric: outlier_tokens, layers: 'layers\.\d+$', site: output, max: 9999}}
-  - {{id: drift, metric: magnitude, stat: median, layers: (o|up|down)_proj$, site: input, max: 9999}}
-"""
 SPIN = "while True: pass"
 
 
@@ -97,7 +90,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         suite = Path(folder, "a.qsa.yaml")
-        suite.write_text(SUITE.format(path=SMOLLM2), encoding="utf-8")
+        suite.write_text(usual_suite(SMOLLM2, 2, 512), encoding="utf-8")
         print("| busy | seconds | of the processor, one thread | wall ÷ share | the same with torch's threads |")
         print("|---|---|---|---|---|")
         for count in options.busy:

@@ -17,6 +17,17 @@ ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / ".demo" / "smollm2"
 
 
+def usual_suite(path: Path | str, samples: int, length: int) -> str:
+    """Return a suite of what most gates ask for, whose bounds hold whatever is measured."""
+    return f"""
+model: {{name: m, path: {path}}}
+data: {{num_samples: {samples}, seq_len: {length}}}
+assertions:
+  - {{id: outliers, metric: outlier_tokens, layers: 'layers\\.\\d+$', site: output, max: 9999}}
+  - {{id: drift, metric: magnitude, stat: median, layers: (o|up|down)_proj$, site: input, max: 9999}}
+"""
+
+
 def arguments(description: str, repeats: int = 5) -> argparse.Namespace:
     """Read the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import usual_suite
 from larger_than_memory import make_checkpoint
 
 from pytest_qsa.checkpoint.folder import Folder
@@ -30,15 +31,6 @@ code = pytest.main(sys.argv[1:])
 print(re.search("VmHWM:.*", pathlib.Path("/proc/self/status").read_text())[0])
 sys.exit(code)
 """
-SUITE = r"""
-model: {{name: m, path: {path}}}
-data: {{num_samples: 8, seq_len: 256}}
-assertions:
-  - {{id: outliers, metric: outlier_tokens, layers: 'layers\.\d+$', site: output, max: 9999}}
-  - {{id: drift, metric: magnitude, stat: median, layers: (o|up|down)_proj$, site: input, max: 9999}}
-"""
-
-
 COMPARED = r"""
 model: {{name: m, path: {path}, reference: {reference}}}
 data: {{num_samples: 8, seq_len: 256}}
@@ -62,7 +54,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     original, quantized = (options.demo.resolve() / name for name in ("smollm2", "smollm2-int8"))
     for path in (original, quantized, large.resolve()):
-        print_rows(path.name, SUITE.format(path=path))
+        print_rows(path.name, usual_suite(path, 8, 256))
     print_rows("smollm2-int8 against smollm2", COMPARED.format(path=quantized, reference=original))
 
 

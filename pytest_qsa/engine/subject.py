@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -427,9 +427,7 @@ def capture_loaded(
     # Of several parts of the data the one with the first sample has them.
     if reference is not None and asks_for_answers(requests) and not (share.samples and share.samples[0]):
         theirs = reference if isinstance(reference, Loaded) else reference.generated
-        grid = subject.model.kv_cache if subject.model is not None else None
-        rounded = cache_rounded(loaded.model, grid, _cache_scales(subject, loaded)) if grid else nullcontext()
-        answers = answers_of_both(Prompts.of(subject), loaded, theirs, rounded)
+        answers = answers_of_both(Prompts.of(subject), loaded, theirs, _own_cache(subject, loaded))
     run = SharedPass(loaded, participants, every, without_answers(requests), progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
     first = share.samples[0] if share.samples else 0
@@ -445,6 +443,12 @@ def capture_loaded(
     uncompared = {**capture.uncompared, **nothing_stored}
     whole = replace(capture, provenance=provenance, schemes=schemes_of(loaded.model), uncompared=uncompared)
     return replace(whole, plan=merge_requests(requests))
+
+
+def _own_cache(subject: Subject, loaded: Loaded) -> AbstractContextManager[None]:
+    """Round what a subject's model puts into its KV cache, where the suite says so."""
+    grid = subject.model.kv_cache if subject.model is not None else None
+    return cache_rounded(loaded.model, grid, _cache_scales(subject, loaded)) if grid else nullcontext()
 
 
 def _cache_scales(subject: Subject, loaded: Loaded) -> dict[str, tuple[float, float]]:
@@ -528,8 +532,7 @@ def subject_batches(subject: Subject, loaded: Loaded, reference: Loaded | Refere
         by, whose = (loaded, "the model") if reference is None else (reference, "the reference")
         assert isinstance(by, Loaded)
         _check_phase(subject, loaded)
-        grid = subject.model.kv_cache if subject.model is not None and by is loaded else None
-        with cache_rounded(by.model, grid, _cache_scales(subject, by)) if grid else nullcontext():
+        with _own_cache(subject, loaded) if by is loaded else nullcontext():
             batches = answer_batches(subject.data, tokenizer, subject.folder, by, whose)
         _check_ids(loaded.model, batches)
         return batches

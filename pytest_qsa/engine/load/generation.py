@@ -98,7 +98,8 @@ def check_cache(model: nn.Module, whose: str) -> None:
     Raises:
         InfraError: no module of it takes a cache.
     """
-    taken = {name for module in model.modules() for name in inspect.signature(type(module).forward).parameters}
+    classes = {type(module) for module in model.modules()}
+    taken = {name for each in classes for name in inspect.signature(each.forward).parameters}
     if taken.isdisjoint(CACHES):
         raise InfraError(
             f"{whose} ({type(model).__name__}) keeps no cache of earlier tokens, with which answers are made"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pytest_qsa import capture
 from pytest_qsa.captures import GENERATION, LOGITS, BoundaryTokens, Capture, Request, merge, merge_requests
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
+from pytest_qsa.engine import look_ahead
 from pytest_qsa.engine.load import answers
 from pytest_qsa.engine.load.answers import batched, boundaries, greedy, markups_of, prompts_of, unbatched
 from pytest_qsa.engine.load.generation import check_cache
@@ -380,6 +381,13 @@ def test_prompts_that_can_not_be_answered_are_one_line(checkpoints, asked, memor
     subject = subject_of(original, original, TEXT, generation=Generation(**asked), memory=Memory(**memory))
     with pytest.raises(InfraError, match=what):
         capture_subject(subject, GENERATES)
+
+
+def test_prompts_that_are_not_there_are_told_before_a_model_is_loaded(checkpoints):
+    original, _, _ = checkpoints
+    asked = Generation(prompts="custom:absent.jsonl", num_prompts=2)
+    with pytest.raises(InfraError, match=r"absent\.jsonl"):
+        look_ahead(subject_of(original, original, TEXT, generation=asked), GENERATES)
 
 
 def test_prompts_of_a_file_and_of_the_data_are_answered_in_their_order(checkpoints, tmp_path):

@@ -357,7 +357,10 @@ class Provenance:
         if self.reference is None or not self.reference.path:
             return ""
         without = self.model.kv_cache and self.reference.kv_cache is None and self.model.path == self.reference.path
-        return "against itself without that" if without else f"against {self.reference.place}"
+        if without:
+            return "against itself without that"
+        recorded = f", recorded with {counted(self.rows, 'token')} of a sample at each layer" if self.rows else ""
+        return f"against {self.reference.place}{recorded}"
 
     def summary(self, subject: str) -> str:
         """Write in one line what was run: the checkpoint with its hash, class, dtype, device, reference and tokens."""

@@ -168,8 +168,10 @@ def _original(file: suite.SuiteFile, overrides: Sequence[str], *, named: bool) -
                 f"{subject.model.reference} is made of the original: say where that is, --model.path ORIGINAL",
             )
         original = subject.reference
-    # A reference file is made of one model alone.
-    return replace(original, model=original.model.model_copy(update={"reference": None}))
+    # A reference file is made of one model alone, run by what everybody can compare with: not in the subject's engine,
+    # nor with its rounded cache.
+    own = {"reference": None, "engine": suite.Engine(), "kv_cache": None}
+    return replace(original, model=original.model.model_copy(update=own))
 
 
 def _reference_text(recording: engine.Recording, subject: suite.NamedSubject, size: int) -> Iterator[str]:

@@ -77,6 +77,7 @@ from .run.rounded_cache import CacheScales, RoundedCache, cache_rounded
 from .run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from .run.site_statistics import StoredComparison
 from .vllm.capture import VllmPass, check_requests, empty_subject, run_in_vllm, served_head
+from .vllm.recorded import RecordedComparison
 
 
 def capture_subject(
@@ -187,7 +188,7 @@ def _capture_in_vllm(
     share: SampleShare,
 ) -> Capture:
     """Run a subject in vLLM; make its predictions here, of the hidden states that vLLM left, beside the reference."""
-    check_requests(requests)
+    check_requests(requests, recorded=isinstance(subject.reference, Path))
     if subject.data.answers is not None or share.samples is not None or share.ranks.size > 1:
         raise InfraError("model.engine: vllm runs all windows of a text in one pass: leave answers and shares out")
     if asks_for_answers(requests):
@@ -198,11 +199,42 @@ def _capture_in_vllm(
     loaded = Loaded(empty_subject(subject), load_tokenizer(path, own))
     every = subject_batches(subject, loaded)
     provenance = _provenance(subject, loaded, every, own_batches=False)
-    ran = run_in_vllm(subject, loaded.model, every, requests)
-    _let_go()
-    layers, tokens = with_experts(layers_of(loaded.model)), [row for batch in every for row in token_ids(batch)]
+    with _recorded_comparison(subject, loaded.model, every, requests, provenance) as recorded:
+        ran = run_in_vllm(subject, loaded.model, every, requests, recorded.drawn if recorded else None)
+        _let_go()
+        capture = _capture_of(subject, loaded, every, requests, ran)
+        if any(request.site == LOGITS for request in requests):
+            capture = _with_predictions(capture, subject, loaded, ran, requests, provenance, allow_code, progress)
+        if recorded is not None:
+            capture = recorded.added_to(capture, ran.rows)
+    capture = _with_other_engine(capture, subject, requests, allow_code, progress)
+    execution = ran.execution(capture.schemes)
+    model = ran.provenance(provenance.model)
+    return replace(capture, provenance=replace(provenance, model=model, execution=execution))
+
+
+def _recorded_comparison(
+    subject: NamedSubject,
+    model: Any,
+    batches: Sequence[Batch],
+    requests: Sequence[Request],
+    provenance: Provenance,
+) -> AbstractContextManager[RecordedComparison | None]:
+    """Return what compares a pass in vLLM with a recorded reference; None where no layer is compared."""
+    if not compares([request for request in requests if request.site != LOGITS]):
+        return nullcontext()
+    assert isinstance(subject.reference, Path)
+    file = _open_reference_file(subject.reference, str(subject.model.reference), requests)
+    return RecordedComparison(file, model, batches, requests, file.origin(provenance))
+
+
+def _capture_of(
+    subject: NamedSubject, loaded: Loaded, batches: Sequence[Batch], requests: Sequence[Request], ran: VllmPass
+) -> Capture:
+    """Return the capture of the sites of a pass in vLLM. `loaded`: the model without weights."""
+    layers, tokens = with_experts(layers_of(loaded.model)), [row for batch in batches for row in token_ids(batch)]
     decode = decoder_of(loaded.tokenizer)
-    capture = Capture(
+    return Capture(
         ran.sites,
         tuple(layers),
         tuple(blocks_of(loaded.model)),
@@ -211,13 +243,6 @@ def _capture_in_vllm(
         plan=merge_requests(requests),
         schemes=schemes_of(loaded.model),
     )
-    of_logits = [request for request in requests if request.site == LOGITS]
-    if of_logits:
-        capture = _with_predictions(capture, subject, loaded, ran, of_logits, provenance, allow_code, progress)
-    capture = _with_other_engine(capture, subject, requests, allow_code, progress)
-    execution = ran.execution(capture.schemes)
-    model = ran.provenance(provenance.model)
-    return replace(capture, provenance=replace(provenance, model=model, execution=execution))
 
 
 def _with_other_engine(
@@ -257,6 +282,7 @@ def _with_predictions(
     progress: Progress | None,
 ) -> Capture:
     """Add what a pass in vLLM predicts, against the reference where that is asked for."""
+    requests = [request for request in requests if request.site == LOGITS]
     samples = [row.tolist() for row in capture.tokens]
     head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
     reference: Loaded | ReferenceFile | None = None

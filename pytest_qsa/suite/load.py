@@ -296,8 +296,7 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
         )
     if named == SELF and getattr(assertion, "site", None) == "weight":
         raise source.error(here, f"{assertion.metric} compares weights, and model.reference: self has the same ones")
-    # A reference file that is still to be made is known by its suffix.
-    if not named.endswith(".qsa") and not (source.path.parent / named).is_file():
+    if not _is_recorded(source, named):
         return
     by_channel = getattr(assertion, "by", None) == "channel"
     if getattr(assertion, "site", None) == "weight" or by_channel:
@@ -306,6 +305,11 @@ def _check_reference(source: YamlSource, model: Model | None, index: int, assert
             here,
             f"{what}, and {named} holds some tokens only: name the original, model.reference, in a suite of its own",
         )
+
+
+def _is_recorded(source: YamlSource, reference: str) -> bool:
+    """Say whether a reference is a file; one that is still to be made is known by its suffix."""
+    return reference.endswith(".qsa") or (source.path.parent / reference).is_file()
 
 
 def _check_engine(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:
@@ -318,8 +322,15 @@ def _check_engine(source: YamlSource, model: Model | None, index: int, assertion
     if model is None or model.engine.name == "transformers" or not isinstance(assertion, MeasuredAssertion):
         return
     by_files = assertion.site == "weight" and model.weights == "files"
-    if not by_files and (problem := unfit_for_vllm(assertion.request)) is not None:
+    recorded = model.reference is not None and _is_recorded(source, model.reference)
+    if not by_files and (problem := unfit_for_vllm(assertion.request, recorded=recorded)) is not None:
         raise source.error(("assertions", index, "metric"), problem)
+    if assertion.metric == "max_abs_diff" or (assertion.metric == "sqnr" and assertion.parameters.get("by") == "token"):
+        raise source.error(
+            ("assertions", index, "metric"),
+            f"{assertion.metric} is of a single {'token' if assertion.metric == 'sqnr' else 'number'}, and two engines "
+            "round a single one differently: gate sqnr of the tensor, nmse, relative_l2 or cosine in vLLM",
+        )
 
 
 def _check_loaded(source: YamlSource, model: Model | None, index: int, assertion: Assertion) -> None:

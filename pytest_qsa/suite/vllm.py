@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
 
-from ..captures import CACHE_SITES, LOGITS, Request, against_reference
+from ..captures import CACHE_SITES, LOGITS, LocalError, Request, against_reference
 from ..common import InfraError, one_line
 
 VLLM_VERSIONS = (0, 32), (0, 33)
@@ -59,8 +59,11 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
 
 
-def unfit_for_vllm(request: Request) -> str | None:
-    """Return why a request can't be measured in vLLM, and what to do; None where it can."""
+def unfit_for_vllm(request: Request, *, recorded: bool) -> str | None:
+    """Return why a request can't be measured in vLLM, and what to do; None where it can.
+
+    `recorded`: the reference is a file, whose rows vLLM's are compared with.
+    """
     if request.site == "weight":
         if all(statistic.of_files for statistic in request.statistics):
             return None
@@ -73,9 +76,16 @@ def unfit_for_vllm(request: Request) -> str | None:
             f"site: {request.site} is measured where transformers fills its cache: leave it to a suite without "
             "model.engine"
         )
-    if request.site != LOGITS and against_reference(request.statistics):
+    compared = frozenset() if request.site == LOGITS else against_reference(request.statistics)
+    if any(isinstance(statistic, LocalError) for statistic in compared):
         return (
-            "what compares a layer's tensors with the reference's, as sqnr, is measured with both models in one "
-            "process: leave it to a suite without model.engine; predictions are compared in vLLM as well"
+            "local_sqnr runs a layer by itself on the reference's input, which vLLM's layers can't do: leave it to a "
+            "suite without model.engine"
+        )
+    if compared and not recorded:
+        return (
+            "what compares a layer's tensors with the reference's, as sqnr, has both models in one process, or, in "
+            "vLLM, some tokens of a recorded reference: record the original with `qsa capture --for-reference`, and "
+            "name the file, model.reference"
         )
     return None

@@ -238,7 +238,8 @@ def concluded(
 def _run_of(judgement: Judgement, test: Identity, capture: Capture | None) -> Provenance:
     """Return where the numbers come from, with the model that the reference's come from."""
     if capture is not None and capture.reference is not None:
-        return replace(capture.provenance, reference=capture.reference.provenance.model)
+        theirs = capture.reference.provenance
+        return replace(capture.provenance, reference=theirs.model, rows=theirs.rows)
     if capture is not None:
         return capture.provenance
     # Results of an eval name no model.

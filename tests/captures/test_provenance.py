@@ -75,6 +75,8 @@ def test_a_run_is_summed_up_in_one_line():
         "(28 modules); 1 module of experts saw no token; against checkpoints/float; "
         "8 × 512 tokens of sample, seed 0 (sha256 ab12ab12ab12)"
     )
+    recorded = replace(run, rows=4).summary("int8")
+    assert "; against checkpoints/float, recorded with 4 tokens of a sample at each layer; 8 × 512" in recorded
     assert Provenance.of(RUNS["files"]).summary("a") == "a: a; 30 tensors in 2 files, gptq 4; no forward"
     assert Provenance.of(RUNS["a server"]).summary("m") == (
         "m: http://a; m by vllm, 5 logprobs of each position; against checkpoints/float"

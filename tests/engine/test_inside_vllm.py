@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pytest_qsa import engine
-from pytest_qsa.captures import AGREEMENT, ALL_STATISTICS, MOMENTS, OTHER_ENGINE, SCORES, TOKENS, Request
+from pytest_qsa.captures import AGREEMENT, ALL_STATISTICS, ERROR, MOMENTS, OTHER_ENGINE, SCORES, TOKENS, Request
 from pytest_qsa.common import InfraError, VllmWords
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.broken_kernel import interpreter
@@ -82,6 +82,20 @@ def test_predictions_are_those_of_transformers(wide_llama, changed_wide_llama, t
     own = engine.capture_subject(served, requests).sites["logits", "logits"].scores
     theirs = engine.capture_subject(by_transformers(served), requests).sites["logits", "logits"].scores
     np.testing.assert_allclose(own[:, :3], theirs[:, :3], rtol=1e-3, atol=1e-4)
+
+
+def test_the_error_of_recorded_tokens_is_that_of_transformers(wide_llama, changed_wide_llama, tmp_path):
+    original = subject(wide_llama, tmp_path).named
+    requests = [Request(pattern, "output", None, frozenset({ERROR})) for pattern in (BLOCKS, LINEARS)]
+    content = engine.record_reference(by_transformers(original), requests, engine.RecordOptions(rows=6), tmp_path / "x")
+    (tmp_path / "original.qsa").write_bytes(content.content.to_bytes())
+    served = subject(changed_wide_llama, tmp_path, max_num_batched_tokens=32)
+    served = replace(served, model=served.model.model_copy(update={"reference": "original.qsa"}))
+    own, theirs = (engine.capture_subject(each, requests) for each in (served, by_transformers(served)))
+    for pattern in (BLOCKS, LINEARS):
+        found, expected = (each.select(pattern, "output").sqnr() for each in (own, theirs))
+        np.testing.assert_allclose(found.values, expected.values, atol=0.05)
+        assert {count for *_, count in found.intervals.values()} == {30}
 
 
 @pytest.fixture(scope="module")

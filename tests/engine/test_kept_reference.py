@@ -1,11 +1,13 @@
 """A reference that was kept as a file: its numbers against those of two models side by side, and what it refuses."""
 
+import contextlib
 import random
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from pytest_qsa.engine.reference.record import RecordOptions, record_model
 from pytest_qsa.engine.reference.reference_file import ReferenceFile, drawn_tokens
 from pytest_qsa.engine.reference.replay import ReplayedReference
 from pytest_qsa.engine.run.run_pass import run_pass
+from pytest_qsa.engine.vllm.recorded import RecordedComparison
 from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
 from support.captures import flipped, statistics, with_header, without_checksum
@@ -99,6 +102,39 @@ def test_outliers_and_sinks_are_those_of_the_reference(pair):
             one, same = (getattr(c.output(BLOCKS), name)(1.5, positions=positions).values for c in (live, kept))
             np.testing.assert_array_equal(same, one)
     assert kept.output(BLOCKS).lost_outliers(1.5, positions="all").values.sum() > 0
+
+
+def test_rows_that_another_engine_kept_have_the_numbers_of_a_pass_beside_the_file(pair, tmp_path):
+    *_, model, other, _ = pair
+    path = kept_file(tmp_path, model, rows=5)
+    expected = against(path, other)
+    requests = [replace(each, statistics=each.statistics - statistics("local:32")) for each in REQUESTS]
+    own = run_pass(other, BATCHES, [replace(each, statistics=COMPARED - statistics("error")) for each in requests[:2]])
+    with RecordedComparison(ReferenceFile.open(path), other, BATCHES, requests, "") as recorded:
+        drawn = recorded.drawn
+        assert [len(each) for each in drawn.rows] == [5] * 4
+        found = recorded.added_to(own, rows_at(other, drawn))
+    for metric in (*SHARES, "new_outliers"):
+        one, same = (getattr(c.output(BLOCKS), metric)() for c in (expected, found))
+        np.testing.assert_allclose(same.values, one.values, rtol=1e-5)
+        np.testing.assert_allclose(list(same.intervals.values()), list(one.intervals.values()), rtol=1e-5)
+    np.testing.assert_allclose(found.output(LINEAR).sqnr().values, expected.output(LINEAR).sqnr().values, rtol=1e-5)
+    assert found.reference.provenance.rows == 5
+
+
+def rows_at(model, drawn):
+    """Return the drawn rows of each site, all samples joined, as vLLM's workers keep them."""
+    seen = {(*site, 0): [] for site in drawn.sites}
+    with contextlib.ExitStack() as exits, torch.no_grad():
+        for layer, site in drawn.sites:
+
+            def keep(module, args, output, key=(layer, site, 0)):
+                seen[key] += list(output[0] if isinstance(output, tuple) else output)
+
+            exits.callback(model.get_submodule(layer).register_forward_hook(keep).remove)
+        for batch in BATCHES:
+            model(batch)
+    return {key: torch.cat([x[at] for x, at in zip(each, drawn.rows, strict=True)]) for key, each in seen.items()}
 
 
 def test_neither_order_nor_batches_nor_padding_change_which_rows_are_drawn(tmp_path):

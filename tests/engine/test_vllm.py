@@ -91,13 +91,14 @@ def served():
     return ServedModel().requires_grad_(False)
 
 
-def hooks_on(model, folder, wanted, samples=SAMPLES, **worker):
+def hooks_on(model, folder, wanted, samples=SAMPLES, drawn=None, **worker):
     job = {
         "samples": samples,
         "folder": str(folder),
         "blocks": ["layers.0", "layers.1"],
         "predictions": True,
         "wanted": [[layer, site, STATISTICS] for layer, site in wanted],
+        "drawn": drawn or {},
     }
     return Hooks(model, job, Worker(**{"hidden_size": HIDDEN, "metadata": dict, **worker}))
 
@@ -153,6 +154,21 @@ def test_the_sites_of_packed_and_chunked_batches_are_those_of_the_checkpoint(ser
     last = np.load(tmp_path / "hidden-0.npy").view(np.float32)
     x = streams(served, SAMPLES[0])["layers.1", "output"]
     np.testing.assert_allclose(last, x / np.sqrt((x**2).mean(-1, keepdims=True)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [WHOLE, IN_PARTS], ids=["packed", "chunked"])
+def test_the_rows_that_a_recorded_reference_has_are_kept(served, tmp_path, batches):
+    drawn = [("layers.1.self_attn.k_proj", "output"), ("layers.1", "output")]
+    rows = [[0, 4], [2], [1, 3]]
+    hooks = hooks_on(served, tmp_path, SITES, drawn={"sites": [list(site) for site in drawn], "rows": rows})
+    run(served, *batches)
+    hooks.save(tmp_path / "rank.qsa", tmp_path / "rows.npz")
+    with np.load(tmp_path / "rows.npz") as found:
+        assert set(found.files) == {f"0 {site} {layer}" for layer, site in drawn}
+        for layer, site in drawn:
+            expected = [streams(served, ids)[layer, site][at] for ids, at in zip(SAMPLES, rows, strict=True)]
+            kept = found[f"0 {site} {layer}"].view(np.float32)
+            np.testing.assert_allclose(kept, np.concatenate(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_a_dummy_batch_is_counted_and_measured_nowhere(served, tmp_path):

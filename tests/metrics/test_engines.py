@@ -96,7 +96,8 @@ def test_one_engine_alone_has_no_gap(tmp_path):
     ("assertion", "message"),
     [
         ("metric: absmax, layers: x, site: weight, max: 6", "say model.weights: files"),
-        ("metric: sqnr, layers: x, site: output, min: 6", "leave it to a suite without model.engine"),
+        ("metric: sqnr, layers: x, site: output, min: 6", "record the original with `qsa capture --for-reference`"),
+        ("metric: local_sqnr, layers: x, site: output, min: 6", "leave it to a suite without model.engine"),
         ("metric: absmax, layers: x, site: key, max: 6", "site: key is measured where transformers fills its cache"),
     ],
 )
@@ -108,4 +109,31 @@ def test_what_vllm_cannot_show_is_a_mistake_of_the_suite(tmp_path, assertion, me
         load_suite(file)
     file.write_text(text.replace("engine: vllm", "engine: vllm, weights: files"))
     if "weight" in assertion:
+        load_suite(file)
+
+
+@pytest.mark.parametrize(
+    ("assertion", "message"),
+    [
+        ("metric: sqnr, min: 6", ""),
+        ("metric: cosine, min: 0.9", ""),
+        ("metric: new_outliers, max: 2", ""),
+        (
+            "metric: sqnr, by: token, min: 6",
+            "sqnr is of a single token, and two engines round a single one differently",
+        ),
+        ("metric: max_abs_diff, max: 6", "max_abs_diff is of a single number"),
+        ("metric: local_sqnr, min: 6", "local_sqnr runs a layer by itself"),
+        ("metric: sqnr, by: channel, min: 6", "by: channel sums up every token"),
+    ],
+)
+def test_sums_over_rows_of_a_recorded_reference_are_measured_in_vllm(tmp_path, assertion, message):
+    file = tmp_path / "gate.qsa.yaml"
+    file.write_text(
+        suite(f"{tmp_path}, engine: vllm, reference: original.qsa", f"id: a, layers: x, site: output, {assertion}")
+    )
+    if not message:
+        load_suite(file)
+        return
+    with pytest.raises(SuiteError, match=message):
         load_suite(file)

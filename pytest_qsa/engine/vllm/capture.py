@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from ...captures import (
     Execution,
     ModelProvenance,
     Request,
+    Site,
     SiteKey,
     SiteNumbers,
+    against_reference,
 )
 from ...checkpoint import open_folder
 from ...common import InfraError, QsaError, Scratch, logger, phase
@@ -29,10 +31,12 @@ from ..heads import Head, head_of, scalings_of
 from ..load.batches import Batch, token_ids
 from ..load.outline import empty_of
 from ..modules import blocks_of, layers_of, with_experts
+from ..reference.reference_file import Call
 from ..run.run_pass import wanted_sites
 from ..stream.disk import DTYPES
 from .launch import run_program
-from .worker import CAPTURE, HIDDEN
+from .recorded import DrawnRows
+from .worker import CAPTURE, HIDDEN, ROWS
 
 LOGPROBS = 20
 """How many of vLLM's own logprobs of each position of one sample check the head that makes logits here."""
@@ -45,14 +49,14 @@ KV_BLOCK = 128
 GIB = 1 << 30
 
 
-def check_requests(requests: Sequence[Request]) -> None:
-    """Refuse what can't be measured in vLLM.
+def check_requests(requests: Sequence[Request], *, recorded: bool) -> None:
+    """Refuse what can't be measured in vLLM. `recorded`: the reference is a file.
 
     Raises:
         InfraError: a request asks for it; the text says what to do.
     """
     for request in requests:
-        if problem := unfit_for_vllm(request):
+        if problem := unfit_for_vllm(request, recorded=recorded):
             raise InfraError(problem)
 
 
@@ -72,10 +76,14 @@ def empty_subject(subject: NamedSubject) -> nn.Module:
 
 @dataclass(frozen=True)
 class VllmPass:
-    """What a pass in vLLM left. `hidden`: the last hidden states of each sample, [T, H]; `result`: what vLLM said."""
+    """What a pass in vLLM left. `hidden`: the last hidden states of each sample, [T, H]; `result`: what vLLM said.
+
+    `rows`: of each call of a site the rows that were drawn, of all samples, [N, C].
+    """
 
     sites: Mapping[SiteKey, SiteNumbers]
     hidden: Sequence[Tensor]
+    rows: Mapping[Call, Tensor]
     result: Mapping[str, Any]
     environment: Mapping[str, str]
     dtype: torch.dtype
@@ -125,9 +133,13 @@ def _words(scheme: str, ran: str) -> str:
 
 
 def run_in_vllm(
-    subject: NamedSubject, model: nn.Module, batches: Sequence[Batch], requests: Sequence[Request]
+    subject: NamedSubject,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    requests: Sequence[Request],
+    drawn: DrawnRows | None = None,
 ) -> VllmPass:
-    """Run the samples in vLLM. `model`: `empty_subject`, whose layers the requests name.
+    """Run the samples in vLLM. `model`: `empty_subject`, whose layers the requests name. `drawn`: which rows are kept.
 
     Raises:
         InfraError: vLLM or what it is to run isn't there, it can't run it, or it ran it otherwise than asked.
@@ -148,7 +160,8 @@ def run_in_vllm(
         job = {
             "engine": settings,
             "samples": samples,
-            "wanted": [[layer, site, sorted(map(str, each))] for (layer, site), each in wanted.items()],
+            "wanted": [[*site, sorted(map(str, each - against_reference(each)))] for site, each in wanted.items()],
+            "drawn": {"sites": sorted(drawn.sites), "rows": drawn.rows} if drawn is not None else {},
             "blocks": blocks,
             "predictions": predicts,
             "logprobs": LOGPROBS if predicts else 0,
@@ -157,8 +170,9 @@ def run_in_vllm(
         sites = _sites(folder, wanted)
         dtype = getattr(torch, str(result["attached"][0]["dtype"]).removeprefix("torch."))
         hidden = [_states(folder / HIDDEN.format(index), dtype) for index in range(len(samples))] if predicts else []
+        rows = _rows(folder, dtype)
     _check_ranks(result)
-    return VllmPass(sites, hidden, result, environment, dtype)
+    return VllmPass(sites, hidden, rows, result, environment, dtype)
 
 
 def _settings(subject: NamedSubject, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -220,6 +234,17 @@ def _sites(folder: Path, wanted: Mapping[SiteKey, Any]) -> dict[SiteKey, SiteNum
     if missing:
         raise InfraError(f"vLLM called no layer {missing[0]}: exclude it")
     return {site: found[site] for site in wanted}
+
+
+def _rows(folder: Path, dtype: torch.dtype) -> dict[Call, Tensor]:
+    """Return the rows that the workers kept: each stage of a pipeline those of its own layers."""
+    found: dict[Call, Tensor] = {}
+    for file in sorted(folder.glob(ROWS.format("*"))):
+        with np.load(file) as arrays:
+            for name in arrays.files:
+                call, site, layer = name.split(" ", 2)
+                found[layer, cast(Site, site), int(call)] = torch.from_numpy(arrays[name]).view(dtype)
+    return found
 
 
 def _states(file: Path, dtype: torch.dtype) -> Tensor:

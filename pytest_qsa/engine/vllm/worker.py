@@ -25,8 +25,11 @@ from ..modules import input_of, tensor_of
 from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
 
-CAPTURE, HIDDEN = "rank-{}.qsa", "hidden-{}.npy"
-"""The files that a worker leaves: its sites, by rank; a sample's last hidden states, as bits."""
+CAPTURE, HIDDEN, ROWS = "rank-{}.qsa", "hidden-{}.npy", "rows-{}.npz"
+"""The files that a worker leaves: its sites, by rank; a sample's last hidden states, as bits; drawn rows, by rank.
+
+The rows of a call of a site, [samples × R, C], have its name: call, site and layer, with blanks between.
+"""
 LINEAR = "LinearBase"
 """The class of vLLM's linear layers."""
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -107,7 +110,8 @@ class Probe:
     """What is reduced at one tensor of vLLM's model. `sites`: all that read it, by the checkpoint's names.
 
     `gather`: makes the whole tensor of the ranks' parts; None where each rank has all of it. `pending`: the rows of
-    samples that came in part, by sample and call.
+    samples that came in part, by sample and call. `drawn`: its rows that a recorded reference has, by call and sample;
+    None where none are kept.
     """
 
     sites: dict[SiteKey, frozenset[Statistic]]
@@ -116,6 +120,7 @@ class Probe:
     pending: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     calls: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    drawn: dict[tuple[int, int], Tensor] | None = None
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -139,6 +144,8 @@ class Hooks:
         self._reduces = worker.rank == 0
         self._keeps_hidden = bool(job["predictions"]) and self._reduces
         self._hidden: dict[tuple[int, int], list[Tensor]] = {}
+        self._drawn = [torch.tensor(positions, dtype=torch.long) for positions in job.get("drawn", {}).get("rows", ())]
+        self._drawn_sites = {(layer, site) for layer, site in job.get("drawn", {}).get("sites", ())}
         self._hook(model, job["wanted"])
 
     def _hook(self, model: nn.Module, wanted: Sequence[tuple[str, Any, Sequence[str]]]) -> None:
@@ -151,6 +158,8 @@ class Hooks:
             key = (place.module, site, place.part if site == "output" else 0)
             _, probe = places.setdefault(key, (place, Probe({}, StreamObserver(frozenset()), place.gather)))
             probe.sites[layer, site] = frozenset(map(Statistic.parse, statistics))
+            if (layer, site) in self._drawn_sites:
+                probe.drawn = {}
         for (name, site, _), (place, probe) in places.items():
             probe.observer = StreamObserver(probe.statistics, self.reducers)
             self.probes.append(probe)
@@ -189,8 +198,7 @@ class Hooks:
                 rows = output[segment.start : segment.end]
                 whole = self._whole(self._hidden, (segment.sample, 0), segment, rows)
                 if whole is not None:
-                    bits = whole.contiguous().view(torch.uint16 if whole.element_size() == 2 else torch.uint32)
-                    np.save(self.folder / HIDDEN.format(segment.sample), bits.cpu().numpy())
+                    np.save(self.folder / HIDDEN.format(segment.sample), bits_of(whole))
         self.segments = []
 
     def _input(self, place: Place, probe: Probe, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -214,8 +222,12 @@ class Hooks:
         for segment in self.segments:
             rows = x[segment.start : segment.end]
             whole = self._whole(probe.pending, (segment.sample, call), segment, rows)
-            if whole is not None:
-                probe.observer.add(whole.flatten(1)[None], [None], [segment.sample], call, token_axis=True)
+            if whole is None:
+                continue
+            if probe.drawn is not None:
+                at = self._drawn[segment.sample].to(whole.device)
+                probe.drawn[call, segment.sample] = whole.flatten(1).index_select(0, at)
+            probe.observer.add(whole.flatten(1)[None], [None], [segment.sample], call, token_axis=True)
 
     def _whole(self, pending: dict[Any, list[Tensor]], key: Any, segment: Segment, rows: Tensor) -> Tensor | None:
         """Return all rows of a sample once they are there; the parts of a chunked prefill are kept until then."""
@@ -228,8 +240,8 @@ class Hooks:
             return None
         return torch.cat(pending.pop(key))
 
-    def save(self, file: Path) -> None:
-        """Write the numbers of all sites.
+    def save(self, file: Path, rows: Path | None = None) -> None:
+        """Write the numbers of all sites; and the drawn rows of those that have some.
 
         Raises:
             InfraError: a sample lacks a position, or a site a sample.
@@ -251,6 +263,18 @@ class Hooks:
                 )
             sites |= dict.fromkeys(probe.sites, numbers)
         Capture(sites).save(file)
+        if rows is not None and self._drawn_sites:
+            np.savez(rows, **self._drawn_rows())  # type: ignore[arg-type] # arrays by name
+
+    def _drawn_rows(self) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {}
+        for probe in self.probes:
+            for call in {call for call, _ in probe.drawn or ()}:
+                parts = [probe.drawn[call, sample] for sample in range(len(self._drawn))] if probe.drawn else []
+                for layer, site in probe.sites:
+                    if (layer, site) in self._drawn_sites:
+                        found[f"{call} {site} {layer}"] = bits_of(torch.cat(parts))
+        return found
 
     @property
     def sums(self) -> dict[str, list[float]]:
@@ -370,6 +394,11 @@ def _without_copies(gathered: Gather, x: Tensor, copies: int) -> Tensor:
     return whole if copies == 1 else whole.view(len(x), -1, copies, x.shape[-1])[:, :, 0].flatten(1)
 
 
+def bits_of(x: Tensor) -> NDArray[Any]:
+    """Return a tensor's numbers as integers of their bits, for numpy has no bfloat16."""
+    return x.contiguous().view(torch.uint16 if x.element_size() == 2 else torch.uint32).cpu().numpy()
+
+
 def is_a(module: nn.Module, name: str) -> bool:
     """Say whether a module is of a class of vLLM's, or of one that is made of it, by its name."""
     return any(kind.__name__ == name for kind in type(module).__mro__)
@@ -458,5 +487,5 @@ class CaptureExtension:
         own: Any = self
         hooks: Hooks = own.qsa_hooks
         hooks.detach()
-        hooks.save(Path(folder) / CAPTURE.format(own.rank))
+        hooks.save(Path(folder) / CAPTURE.format(own.rank), Path(folder) / ROWS.format(own.rank))
         return {"sums": hooks.sums, "ignored": hooks.ignored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -69,6 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         capture = capture.redacted()
     if options.verbose:
         say(f"measured in {time.perf_counter() - started:.1f} s")
+    gc.freeze()  # what was imported stays: drawing would have Python look through all of it for garbage, for a second
     export = tools.Export(visualization, subject, analysis, capture, folder)
     return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 

@@ -55,6 +55,19 @@ def test_any_choice_of_statistics_comes_out_the_same(shape, dtype, statistics, s
     assert_same(x.to(dtype), [None] * shape[0], frozenset(statistics))
 
 
+@pytest.mark.parametrize("shape", [(1, 511, 577), (1, 37, 129), (1, 1000, 3), (1, 1, 7)], ids=str)
+def test_the_powers_of_rounding_have_the_bits_of_the_operators_in_tensors_of_any_size_on_any_threads(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)) ** 3
+    x[0, 0], x[0, -1, -1] = 0.0, 900.0
+    scales = ("token:128", "channel:128", "group:32", "group:100")
+    keys = [f"quantized:{scheme}:{by}" for scheme in ("int8", "int4", "fp8_e4m3") for by in scales]
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_same(x, [None], statistics(*keys))
+    torch.set_num_threads(before)
+
+
 def test_a_capture_leaves_the_number_of_torchs_threads_alone():
     before = torch.get_num_threads()
     for count in (1, 2):

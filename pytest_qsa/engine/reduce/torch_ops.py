@@ -176,6 +176,11 @@ def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulat
     x = row.floats
     size = statistic.group_size or (row.plan.head_size if statistic.by == "token_head" else 0)
     scales = _scales(statistic, x, size)
+    powers = _powers_compiled if row.compiled else _powers
+    into.take(statistic.key, powers(statistic, x, scales, size))
+
+
+def _powers(statistic: QuantizationPowers, x: Tensor, scales: Tensor, size: int) -> Tensor:
     if size:
         scales = scales.repeat_interleave(size, dim=1)[:, : x.shape[1]]
     scaled = x / scales
@@ -188,7 +193,17 @@ def quantization_powers(statistic: QuantizationPowers, row: Row, into: Accumulat
         rounded = scaled.round()
     wide = x.double()
     error = wide - (rounded * scales).double()
-    into.take(statistic.key, torch.stack([_total(wide.square()), _total(error.square())]))
+    return torch.stack([_total(wide.square()), _total(error.square())])
+
+
+def _powers_compiled(statistic: QuantizationPowers, x: Tensor, scales: Tensor, size: int) -> Tensor:
+    from . import cpu_kernels, grid_kernels  # numba may be absent
+
+    channels = size or (1 if statistic.by == "channel" else x.shape[1])
+    floating, threads = statistic.scheme == "fp8_e4m3", cpu_kernels.share_torchs_threads()
+    grid = floating, LEAST_EXPONENT, MANTISSA_BITS, threads
+    elements, steps = x.contiguous().numpy(), scales.contiguous().numpy()
+    return torch.from_numpy(grid_kernels.powers_on_grid(elements, steps, channels, *grid))
 
 
 def _scales(statistic: QuantizationPowers, x: Tensor, size: int) -> Tensor:

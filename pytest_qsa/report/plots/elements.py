@@ -44,6 +44,8 @@ _FILLS = ("#dfe6ee", "#b5c6d8", "#7f9dbb", "#2b5c8a")
 _LINES = ((MUTED, ":"), (MUTED, "--"), (BLUE, "-."), (INK, "-"))
 MOST_COLUMNS = 400
 MOST_WIDEST = 20
+TOP, GAP, BOTTOM = 0.88, 0.62, 0.95
+"""Inches above, between and below the panels of percentiles: for the title, a panel's title and ticks, the legend."""
 
 
 @styled
@@ -151,8 +153,15 @@ def percentile_figure(
     layers: Mapping[str, Bands], title: str, note: str, *, style: Literal["fill", "line"] = "fill", legend: bool = True
 ) -> Figure:
     """Draw percentile bands over the channels of each layer, and beside them those of the widest channels."""
-    figure = new_figure(1.4 + 2.2 * len(layers))
-    panels = figure.subplots(len(layers), 2, squeeze=False, sharey=True, width_ratios=[1.7, 1.0])
+    figure = new_figure(height := 1.5 + 2.2 * len(layers))
+    # Fixed margins: matplotlib's own layout measures each of the many ticks four times, a third of all drawing.
+    figure.set_layout_engine("none")
+    inner = height - TOP - BOTTOM - (len(layers) - 1) * GAP
+    place = {"left": 0.072, "right": 0.99, "top": 1 - TOP / height, "bottom": BOTTOM / height, "wspace": 0.04}
+    place["hspace"] = GAP * len(layers) / inner
+    panels = figure.subplots(
+        len(layers), 2, squeeze=False, sharey=True, gridspec_kw={"width_ratios": [1.7, 1.0], **place}
+    )
     per_column, widths = 1, []
     for (axes, beside), (layer, bands) in zip(panels, layers.items(), strict=True):
         per_column = max(per_column, _draw_bands(axes, bands, style))
@@ -171,7 +180,8 @@ def percentile_figure(
     panels[-1, 1].set_xlabel(f"channel (the {MOST_WIDEST} widest)")
     head(figure, None, title, [note])
     if legend:
-        add_legend(figure, panels[0, 0])
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels), columnspacing=1.6)
     return figure
 
 

@@ -174,10 +174,13 @@ UNKNOWN_MODEL = ModelProvenance()
 class DataProvenance(_Record):
     """The data of a run. `fingerprint`: the SHA-256 of its tokens. `settings`: the rest of the suite's section `data`.
 
-    `source`: as a suite names it; `fixture` for batches of a test's own.
+    `source`: as a suite names it; `fixture` for batches of a test's own. `media`: whether its samples are pictures or
+    sounds. `unread`: the parts of the model, `vision` or `audio`, that it gave nothing to read.
     """
 
     source: str = ""
+    media: bool = False
+    unread: str = ""
     settings: Json = field(default_factory=dict)
     num_samples: int | None = None
     seq_len: int | None = None
@@ -200,15 +203,23 @@ class DataProvenance(_Record):
     @property
     def size(self) -> str:
         """How much data it is: `8 × 512 tokens of sample`."""
-        return f"{f'{self.num_samples} × {self.seq_len} tokens of ' if self.num_samples else ''}{self.source}"
+        if not self.num_samples:
+            return self.source
+        return f"{self.num_samples} {'samples' if self.media else f'× {self.seq_len} tokens'} of {self.source}"
+
+    @property
+    def note(self) -> str:
+        """What of the model the data left out: `text alone, so that its vision tower saw nothing`."""
+        return f"text alone, so that its {self.unread} tower read nothing" if self.unread else ""
 
     def __str__(self) -> str:
         """Write it in words: `8 × 512 tokens of sample, seed 0 (sha256 0123456789ab)`."""
         known = f" ({short_hash(self.fingerprint)})" if self.fingerprint else ""
+        note = f", {self.note}" if self.note else ""
         if self.num_samples:
-            return f"{self.size}, seed {self.seed}{known}"
+            return f"{self.size}, seed {self.seed}{note}{known}"
         source = "batches of the fixture" if self.source == "fixture" else f"the tokens of {self.source}"
-        return f"{source}{known}" if known else ""
+        return f"{source}{note}{known}" if known or note else ""
 
 
 class ExecutedModules(NamedTuple):

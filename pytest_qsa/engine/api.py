@@ -247,7 +247,7 @@ def part_size(data: Data, loaded: Loaded, folder: Path, parts: int) -> int:
         InfraError: there is no tokenizer, or not one window for each part.
     """
     if has_media(data, folder, loaded.model):
-        available = media_available(data, folder)
+        available = media_available(data, folder, data.num_samples * parts)
         if available is not None and available < parts:
             raise InfraError(f"'{data.source}' has {available} records, too few for {parts} parts: lower --parts")
         return data.num_samples if available is None else min(data.num_samples, available // parts)

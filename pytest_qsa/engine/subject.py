@@ -53,17 +53,19 @@ from .load.answers import answer_batches, answered_batches, unbatched, with_boun
 from .load.batches import Batch, listed, row_count, token_ids
 from .load.data import batches_of, check_local
 from .load.generation import Prompts, answers_of_both, check_cache
-from .load.media import has_media, media_batches
+from .load.media import has_media, media_batches, media_in
 from .load.models import Loaded, check_allowed, load_model, provenance_of, quiet
 from .load.outline import expected_outline, made_by_code, outline_of
 from .load.tokenizer import compare_gguf_tokens, decoder_of, load_tokenizer, tokenizer_identity
 from .modules import (
+    SENSES,
     blocks_of,
     caching_layers,
     check_context,
     device_of,
     forward_errors,
     layers_of,
+    towers_of,
     with_experts,
 )
 from .reference.live import LiveReference, Reference
@@ -609,7 +611,15 @@ def _provenance(
         revision=folder.name if folder is not None and fetched else None,  # the hub's cache names the folder so
         tokenizer=f"{tokenizer}; {note}" if note else tokenizer,
     )
-    return Provenance(model, DataProvenance.of({**data, "fingerprint": data_fingerprint(_tensors(batches))}))
+    made = DataProvenance.of({**data, "fingerprint": data_fingerprint(_tensors(batches))})
+    read, towers = media_in(batches), set(towers_of(loaded.model).values())
+    # A tower without a text model beside it can't be left out.
+    unread = towers - {SENSES[medium] for medium in read} if _reads_text(batches) else set[str]()
+    return Provenance(model, replace(made, media=bool(read), unread=" and ".join(sorted(unread))))
+
+
+def _reads_text(batches: Sequence[Batch]) -> bool:
+    return any(isinstance(batch, Tensor) or "input_ids" in batch for batch in batches)
 
 
 def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, str, Sequence[int], bytes]]:

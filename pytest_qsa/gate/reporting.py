@@ -548,12 +548,15 @@ class Reporter:
         text += f", {warned} of them with a warning" if warned else ""
         terminalreporter.write_sep("-", text)
         # Results are builtins here, for they may come from a worker of pytest-xdist.
-        runs = {(result["subject"], captures.Provenance.of(result["run"]).run_as) for result in self.results}
+        known = [(result["subject"], captures.Provenance.of(result["run"])) for result in self.results]
+        runs = {(subject, run.run_as) for subject, run in known}
         for line in report.shared_layers(self.results):
             _write(terminalreporter, line)
         for subject, how in sorted(runs):
             if how:
                 _write(terminalreporter, f"executed: {subject} {how}")
+        for subject, note in sorted({(subject, run.data.note) for subject, run in known if run.data.note}):
+            _write(terminalreporter, f"data: {subject} ran on {note}")
         waived = [(result, use) for result in self.results for use in result["waivers"] if use["state"] == "in force"]
         for result, use in waived:
             _write(terminalreporter, f"waiver {use['text']}: {result['nodeid']}")

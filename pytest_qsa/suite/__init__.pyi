@@ -56,6 +56,12 @@ from .load import (
     suite_schema as suite_schema,
 )
 from .paths import ALLOW_PATH as ALLOW_PATH, Boundary as Boundary, Roots as Roots
+from .records import (
+    PICTURES as PICTURES,
+    SOUNDS as SOUNDS,
+    file_records as file_records,
+    media_column as media_column,
+)
 from .sections import (
     ANSWERED_AT_ONCE as ANSWERED_AT_ONCE,
     MEDIA as MEDIA,

@@ -32,6 +32,7 @@ from ..common import (
     refuse_special,
     write_atomically,
 )
+from .records import named_media
 from .sections import PROMPTS, Data
 from .subjects import NamedSubject, Subject, cached_snapshot, hub_set_of, local_path, own_folder
 from .texts import SHIPPED, prompts
@@ -348,7 +349,9 @@ def _data_files(data: Data, folder: Path) -> list[Path]:
     own, hub_set = local_path(data, folder), hub_set_of(data)
     if own is None:
         return hub_set.copies if hub_set else []
-    return sorted(path for path in own.rglob("*") if path.is_file()) if own.is_dir() else [own]
+    if own.is_dir():
+        return sorted(path for path in own.rglob("*") if path.is_file())
+    return [own, *(named_media(own, data) if own.is_file() else ())]
 
 
 def library_versions(more: Iterable[str] = ()) -> dict[str, str]:

@@ -68,7 +68,7 @@ class Export:
     @property
     def problems(self) -> list[Drawn]:
         """The pictures that could not be drawn."""
-        return [each for each in self.drawn if each.problem]
+        return [each for each in self.drawn if each.problem and not each.picture.optional]
 
     def write(self, command: str, say: Callable[[str], None]) -> None:
         """Draw and export everything.
@@ -176,7 +176,8 @@ def draw_picture(
         kept, left_out = drawable(picture, capture)
         figure = PICTURE_KINDS[picture.section].draw(Drawing(kept, capture, visualization, run))
     except QsaError as error:
-        return Drawn(picture, problem=str(error)), []
+        left_out = [f"{picture.name} was left out: {error}"] if picture.optional else []
+        return Drawn(picture, problem=str(error)), left_out
     kept = replace(kept, title=figure.get_suptitle().strip() or kept.title)
     files = []
     for form in ("png", "svg"):

@@ -53,7 +53,10 @@ class PatternError(SuiteError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A planned picture. `name`: of its file. `section`: the key that enables it. `layers`: in the model's order."""
+    """A planned picture. `name`: of its file. `section`: the key that enables it. `layers`: in the model's order.
+
+    `optional`: nobody named its layers, so that it is left out where the model calls none of them.
+    """
 
     title: str
     name: str
@@ -62,6 +65,7 @@ class Picture:
     layers: tuple[str, ...]
     statistics: frozenset[Statistic]
     form: str = ""
+    optional: bool = False
 
 
 @dataclass
@@ -118,6 +122,11 @@ class _Finder:
         if patterns is self.visualization.magnitude.patterns:
             patterns = self._of_model(patterns)
         return {each: self._narrowed(each, (*section, "patterns", i)) for i, each in enumerate(patterns)}
+
+    def chose(self, patterns: Sequence[str] | None) -> bool:
+        """Say whether the user chose the patterns of a picture, so that one without numbers is a mistake."""
+        own = self.visualization.magnitude
+        return (patterns is not None and patterns is not own.patterns) or "patterns" in own.model_fields_set
 
     def _of_model(self, patterns: Sequence[str]) -> Sequence[str]:
         """Return the patterns that the user chose; of the default ones those that find a layer, else the model's own.
@@ -191,7 +200,8 @@ def _percentiles(finder: _Finder, section: str) -> Iterator[Picture]:
     title = f"Percentiles over tokens of {'|x|' if settings.use_abs else 'x'} at the {settings.site}s"
     for name, layers in _grouped(found, section, together=False, names=finder.names):
         shown = tuple(layers[index] for index in report.evenly_spread(len(layers), settings.num_layers_to_show))
-        yield Picture(title, name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}))
+        optional = not finder.chose(settings.patterns)
+        yield Picture(title, name, section, settings.site, shown, frozenset({CHANNEL_COUNTS}), optional=optional)
 
 
 def _heatmaps(finder: _Finder, section: str) -> Iterator[Picture]:

@@ -3,15 +3,19 @@
 import json
 import wave
 
+import datasets
 import numpy as np
+import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 
 from pytest_qsa import capture
-from pytest_qsa.captures import LOGITS, Request
+from pytest_qsa.captures import LOGITS, Provenance, Request
 from pytest_qsa.common import InfraError
 from pytest_qsa.engine import anatomy
-from pytest_qsa.engine.load.media import drawn_picture, drawn_sound, has_media, media_batches, records_of
+from pytest_qsa.engine.load.media import has_media, media_batches
+from pytest_qsa.engine.load.media_records import drawn_picture, drawn_sound, records_of
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.metrics import METRICS
@@ -160,6 +164,97 @@ def test_what_can_not_be_read_is_one_line(tmp_path, broken, says):
     with pytest.raises(InfraError, match=says) as caught:
         records_of(data, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def written(tmp_path, *rows):
+    (tmp_path / "set").mkdir(exist_ok=True)
+    for index in range(2):
+        PIL.Image.fromarray(drawn_picture(index).image).save(tmp_path / "set" / f"{index}.png")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return Data(source="custom:a.jsonl", num_samples=max(1, len(rows)))
+
+
+def test_records_of_a_file_name_pictures_beside_it(tmp_path):
+    data = written(tmp_path, {"image": "set/1.png", "question": "Which?"}, {"image": ["set/0.png"]})
+    first, second = records_of(data, tmp_path)
+    assert (first.name, first.text, second.name) == ("1.png", "", "0.png")
+    assert np.array_equal(first.image, drawn_picture(1).image)
+    assert np.array_equal(second.image, drawn_picture(0).image)
+    asked = data.model_copy(update={"num_samples": 1, "column": "question"})
+    assert records_of(asked, tmp_path)[0].text == "Which?"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"image": "set/9.png"}], r"record 0 names 'set/9\.png', and there is no such file below"),
+        ([{"image": "../b.png"}], r"record 0 names '\.\./b\.png', which doesn't lie below .*: paths count from there"),
+        ([{"image": "/etc/passwd"}], "which doesn't lie below"),
+        ([{"image": "https://x.org/a.png"}], "which doesn't lie below"),
+        ([{"image": "a.jsonl"}], r"a\.jsonl: the picture can't be decoded: it is no picture"),
+        ([{"image": "set/0.png"}, {"text": "b"}], "record 1 has nothing under 'image'"),
+        ([{"image": "set/0.png", "text": 3}], "record 0 has no text under 'text' but a int"),
+        ([{"image": ["set/0.png", "set/1.png"]}], "record 0 has 2 of them, and a sample is a prompt with one image"),
+        ([{"picture": "set/0.png"}], "there is no column 'image' or 'audio'"),
+    ],
+)
+def test_a_record_that_names_no_picture_is_one_line(tmp_path, rows, says):
+    with pytest.raises(InfraError, match=says) as caught:
+        records_of(written(tmp_path, *rows), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_as_the_hub_has_them_give_their_pictures_and_sounds(tmp_path):
+    written(tmp_path)
+    folder_of(tmp_path, "s.wav")
+    files = [{"bytes": (tmp_path / "set" / f"{i}.png").read_bytes(), "path": f"{i}.png"} for i in (0, 1)]
+    pictures = datasets.Dataset.from_dict({"img": files, "text": ["a", "b"]}).cast_column("img", datasets.Image())
+    pictures.to_parquet(tmp_path / "a.parquet")
+    inside = [{"bytes": (tmp_path / "s.wav").read_bytes(), "path": "s.wav"}]
+    schema = datasets.Features({"audio": datasets.Audio()}).arrow_schema
+    datasets.Dataset(pa.table({"audio": inside}, schema=schema)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub").mkdir()
+    pictures.to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    for source in ("custom:a.parquet", "hf:./hub"):
+        first, second = records_of(Data(source=source, num_samples=2), tmp_path)
+        assert np.array_equal(first.image, drawn_picture(0).image)
+        assert (first.text, second.text) == ("a", "b")
+    (sound,) = records_of(Data(source="custom:saved", num_samples=1), tmp_path)
+    assert sound.rate == 16000
+    assert sound.audio.std() > 0
+
+
+def test_a_set_with_pictures_is_one_of_texts_for_a_model_that_takes_none(checkpoints, llama, tmp_path):
+    data = written(tmp_path, {"image": "set/0.png", "text": "a"})
+    assert not has_media(data, tmp_path, loaded(llama).model)
+    assert has_media(data, tmp_path, loaded(checkpoints("llava")).model)
+    texts = written(tmp_path, {"id": 1, "text": "a"})
+    assert not has_media(texts, tmp_path, loaded(checkpoints("llava")).model)
+    with pytest.raises(InfraError, match=r"there is no column 'image'; it has id, text, and ViT.* takes nothing else"):
+        has_media(texts, tmp_path, loaded(checkpoints("vit")).model)
+
+
+def test_a_run_says_whether_a_tower_read_anything(checkpoints, llama, tmp_path):
+    said = {}
+    for folder, source in ((checkpoints("llava"), "sample"), (checkpoints("llava"), "pictures"), (llama, "sample")):
+        data = Data(source=source, num_samples=2, seq_len=16)
+        subject = Subject("m", Model(path=str(folder)), data, Memory(), tmp_path)
+        asked = [Request("kind:blocks", "output")]
+        made = capture_loaded(subject, loaded(folder), None, asked).provenance
+        said[folder.name, source] = str(Provenance.of(made.plain()).data).partition(" (sha256")[0]
+    assert list(said.values()) == [
+        "2 × 16 tokens of sample, seed 0, text alone, so that its vision tower read nothing",
+        "2 samples of pictures, seed 0",
+        "2 × 16 tokens of sample, seed 0",
+    ]
+
+
+def test_a_prompt_that_is_too_long_with_its_picture_is_one_line(checkpoints, tmp_path):
+    own = loaded(checkpoints("llava"))
+    own.model.config.get_text_config().max_position_embeddings = 24
+    data = written(tmp_path, {"image": "set/0.png", "text": "far too much " * 9})
+    with pytest.raises(InfraError, match=r"0\.png: the prompt has \d+ tokens with its image, more than the 24 pos"):
+        media_batches(data, tmp_path, own, str(checkpoints("llava")))
 
 
 def test_a_model_without_a_processor_says_what_is_missing(checkpoints, llama, tmp_path):

@@ -238,3 +238,13 @@ def test_a_remembered_hash_in_a_file_without_a_checksum_is_not_believed(tmp_path
     del content["checksum"]
     memory.write_text(json.dumps(content))
     assert not FileHashes(memory).remembers(weights)
+
+
+def test_a_changed_picture_that_a_file_of_records_names_changes_the_fingerprint(own_llama):
+    folder = own_llama.parent
+    (folder / "set").mkdir()
+    (folder / "set" / "a.png").write_bytes(b"one")
+    (folder / "a.jsonl").write_text('{"image": "set/a.png"}')
+    before = fingerprint(own_llama, data={"source": "custom:a.jsonl", "num_samples": 1})
+    (folder / "set" / "a.png").write_bytes(b"two")
+    assert fingerprint(own_llama, data={"source": "custom:a.jsonl", "num_samples": 1}) != before

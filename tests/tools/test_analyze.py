@@ -13,9 +13,11 @@ import yaml
 
 from pytest_qsa import Capture
 from pytest_qsa.captures import HeatMap
+from pytest_qsa.captures.kinds import with_kinds
 from pytest_qsa.cli import main
 from pytest_qsa.report.html import Gallery, PagePicture, render_gallery
 from pytest_qsa.suite import Visualization
+from pytest_qsa.tools.analyze import Export, draw_picture
 from pytest_qsa.tools.pictures import PatternError, plan_pictures
 from support import models, oracle
 
@@ -434,6 +436,18 @@ def test_a_picture_for_each_pattern_where_they_are_not_combined():
         "magnitude_input_mlp_down_proj", "magnitude_input_mlp_up_proj", "magnitude_input_self_attn_q_proj",
         "magnitude_input_self_attn_o_proj",
     ]  # fmt: skip
+
+
+def test_a_kind_of_layer_that_is_never_called_is_left_out_unless_the_user_named_it(tmp_path):
+    names = [f"layers.{i}.mixer.dt_proj" for i in range(2)]  # Mamba reads its weight without calling it
+    for patterns, optional in (None, True), (["dt_proj"], False):
+        chosen = {} if patterns is None else {"magnitude": {"patterns": patterns}}
+        visualization = Visualization(enabled=enabled("percentile_range"), **chosen)
+        named = with_kinds(names, {"linears": [0, 1]})
+        (picture,) = plan_pictures(visualization, named).pictures
+        drawn, warnings = draw_picture(picture, Capture({}), visualization, tmp_path, "")
+        export = Export(visualization, None, None, Capture({}), tmp_path, drawn=[drawn])
+        assert (bool(export.problems), bool(warnings)) == (not optional, optional)
 
 
 def test_two_patterns_of_the_same_words_do_not_overwrite_each_other():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import random
 import re
@@ -22,13 +21,11 @@ import yaml
 from torch import Tensor
 
 from ...common import (
-    MOST_TEXT,
     AnomalyError,
     InfraError,
     QsaError,
     did_you_mean,
     one_line,
-    parsed_json,
     read_json,
     refuse_special,
     shown_path,
@@ -42,8 +39,10 @@ from ...suite import (
     Data,
     HubSet,
     cache_folder,
+    file_records,
     hub_set_of,
     local_path,
+    media_column,
     prompts,
 )
 from .batches import Batch
@@ -51,7 +50,6 @@ from .tokenizer import TextTokenizer, templated
 
 Records = list[dict[str, Any]]
 
-SUFFIXES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 TRAINING_SHARE = 0.9
 """PrefixQuant draws its calibration windows from the first nine tenths of a set."""
 SETTINGS = ("README.md", ".huggingface.yaml")
@@ -112,13 +110,38 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
             f"unknown data source '{data.source}'{did_you_mean(data.source, named)}: use {', '.join(named)}, hf:NAME, "
             "or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
         )
-    parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
-    if path.is_dir() or parquet or data.source.startswith("hf:"):
+    if _is_set(path, data):
         return _texts_of(read_folder(path, data), data)
     try:
         return _read_custom(path, data)
     except (OSError, ValueError, csv.Error) as error:
         raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
+
+
+def _is_set(path: Path, data: Data) -> bool:
+    parquet = data.custom.format == "parquet" or (data.custom.format == "auto" and path.suffix == ".parquet")
+    return path.is_dir() or parquet or data.source.startswith("hf:")
+
+
+def rows_of_set(data: Data, folder: Path, most: int) -> list[Any] | None:
+    """Return the first records of a set or of a file of records, pictures and sounds not decoded; None of a text.
+
+    Raises:
+        InfraError: it can't be read.
+    """
+    path, spec = local_path(data, folder), hub_set_of(data)
+    if data.source in BUILTIN or (path is None and spec is None):
+        return None
+    if spec is not None:
+        return hub_rows(spec, data, most)
+    assert path is not None
+    if _is_set(path, data):
+        return folder_rows(path, data, most)
+    try:
+        records = file_records(path, data)
+    except (OSError, ValueError, csv.Error) as error:
+        raise InfraError(f"{shown_path(path)}: can't be read as data: {error}") from None
+    return None if records is None else list(records[:most])
 
 
 def check_local(data: Data, folder: Path) -> None:
@@ -131,7 +154,12 @@ def check_local(data: Data, folder: Path) -> None:
         return
     path = local_path(data, folder)
     if path is None or not path.exists() or (path.is_file() and path.stat().st_size < MOST_READ_AHEAD):
-        read_texts(data, folder)
+        try:
+            read_texts(data, folder)
+        except InfraError:
+            # Records of pictures and sounds need no text; the model says later whether it takes them.
+            if path is None or not path.exists() or media_column(rows_of_set(data, folder, 1) or []) is None:
+                raise
 
 
 def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:
@@ -142,23 +170,9 @@ def _texts_of(records: Sequence[Any], data: Data) -> list[Any]:
 
 
 def _read_custom(path: Path, data: Data) -> list[Any]:
-    form: str = data.custom.format
-    if form == "auto":
-        form = SUFFIXES.get(path.suffix, "text")
-    refuse_special(path, MOST_TEXT)
-    text = path.read_text(encoding="utf-8-sig")  # a byte order mark would become part of the first token
-    if form in ("text", "txt"):
-        return [text]
-    records: Sequence[Any]
-    if form == "csv":
-        csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may be longer than 131,072 characters
-        records = list(csv.DictReader(io.StringIO(text, newline="")))
-    elif form == "jsonl":
-        # not splitlines, which cuts at separators that JSON allows inside of a string
-        records = [parsed_json(line) for line in text.split("\n") if line.strip()]
-    else:
-        loaded = parsed_json(text)
-        records = loaded if isinstance(loaded, list) else [loaded]
+    records = file_records(path, data)
+    if records is None:
+        return [path.read_text(encoding="utf-8-sig")]  # a byte order mark would become part of the first token
     return [
         _text_of(record, data.custom.text_column, index, chat=data.chat_template)
         for index, record in enumerate(records)
@@ -189,10 +203,20 @@ def _whole(text: str, index: int) -> str:
 
 
 def read_hub(spec: HubSet, data: Data) -> Records:
-    """Return the first documents of a set: streamed if it is large and no copy lies in the cache.
+    """Return the first documents of a set.
 
     Raises:
         InfraError: it is neither in the cache nor to be reached, or has no such subset, split or column.
+    """
+    # The first documents alone, streamed or from a copy: both then give the same windows.
+    return _with_column(hub_rows(spec, data, DOCUMENTS), spec.column, data, str(spec))
+
+
+def hub_rows(spec: HubSet, data: Data, most: int) -> Records:
+    """Return the first records of a set: streamed if it is large and no copy lies in the cache.
+
+    Raises:
+        InfraError: it is neither in the cache nor to be reached, or has no such subset or split.
     """
     import datasets
     from huggingface_hub import constants
@@ -208,8 +232,7 @@ def read_hub(spec: HubSet, data: Data) -> Records:
             keys = {"revision": spec.revision, "data_files": spec.files, "cache_dir": str(cache_folder())}
             _check_files(datasets.load_dataset_builder(spec.repository, spec.subset, **keys), cache_folder(), str(spec))
             rows = datasets.load_dataset(spec.repository, spec.subset, split=spec.split, streaming=streamed, **keys)
-            # The first documents alone, streamed or from a copy: both then give the same windows.
-            return _with_column(list(islice(map(dict, rows), DOCUMENTS)), spec.column, data, str(spec))
+            return list(islice(map(dict, _undecoded(rows)), most))
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InfraError(_unreachable(spec, data.source, error)) from None
     except (ValueError, RuntimeError) as error:  # no such subset or split, a set that is a script
@@ -221,6 +244,15 @@ def read_folder(path: Path, data: Data) -> Records:
 
     Raises:
         InfraError: it can't be read, or has no such split or column.
+    """
+    return _with_column(folder_rows(path, data), data.column or data.custom.text_column, data, shown_path(path))
+
+
+def folder_rows(path: Path, data: Data, most: int | None = None) -> Records:
+    """Return the first records of a data set's folder or of a parquet file, or all of them.
+
+    Raises:
+        InfraError: it can't be read, or has no such split.
     """
     import datasets
 
@@ -240,11 +272,23 @@ def read_folder(path: Path, data: Data) -> Records:
                 rows = builder.as_streaming_dataset(split=split)
             else:
                 rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-            return _with_column(list(map(dict, rows)), data.column or data.custom.text_column, data, shown_path(path))
+            return list(islice(map(dict, _undecoded(rows)), most))
     except QsaError:
         raise
     except Exception as error:  # pyarrow's, fsspec's and the loaders' own
         raise InfraError(f"{shown_path(path)}: can't be read as data: {one_line(error)}") from None
+
+
+def _undecoded(rows: Any) -> Any:
+    """Let `datasets` leave pictures and sounds as the bytes that they are: it needs packages to decode some."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        of = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(of, (datasets.Image, datasets.Audio)):
+            plain = type(of)(decode=False)
+            rows = rows.cast_column(name, datasets.List(plain) if of is not feature else plain)
+    return rows
 
 
 def _check_files(builder: Any, folder: Path, name: str) -> None:

@@ -7,78 +7,68 @@ for pictures differ in size.
 from __future__ import annotations
 
 import inspect
-import json
-import wave
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ...common import MOST_TEXT, AnomalyError, InfraError, one_line, parsed_json, refuse_special, shown_path
-from ...suite import MEDIA, Data, local_path
-from ..modules import check_context
+from ...common import AnomalyError, InfraError, one_line, shown_path
+from ...suite import MEDIA, Data, local_path, media_column
+from ..modules import context_of
 from .batches import Batch
+from .data import rows_of_set
+from .media_records import RATE, Record, is_folder_of_media, kept_names, kinds_of_folder, records_of
 from .models import Loaded, quiet
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-SOUNDS = (".wav",)
-OF_TEXTS = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".txt")
-"""A folder with such a file is a data set of texts, whatever pictures lie beside."""
-RECORDS = "metadata.jsonl"
-"""The file of a folder that says more of its files, as the hub's data sets of pictures have it."""
-SIDE = 96
-"""The pixels of a drawn picture's sides."""
-RATE, SECONDS = 16_000, 1.0
-"""Of a drawn sound."""
-MOST_PIXELS, MOST_BYTES = 50_000_000, 500_000_000
 ASKED = {"image": "What does this picture show?", "audio": "What can be heard in this recording?"}
-
-
-@dataclass(frozen=True)
-class Record:
-    """A picture, [height, width, 3] uint8, or a sound, [samples] float32 with its rate.
-
-    `text`: what is asked about it, where a folder says so. `caption`: what a drawn one shows.
-    """
-
-    name: str
-    text: str
-    image: NDArray[np.uint8] | None = None
-    audio: NDArray[np.float32] | None = None
-    rate: int = RATE
-    caption: str = ""
-
-    @property
-    def kind(self) -> str:
-        """What it is: `image` or `audio`."""
-        return "image" if self.image is not None else "audio"
+INPUTS = {"image": frozenset({"pixel_values"}), "audio": frozenset({"input_features", "input_values"})}
+"""What a record holds → the arguments of a forward that take it."""
 
 
 def has_media(data: Data, folder: Path, model: Any) -> bool:
-    """Say whether the samples of some data are pictures or sounds: by their source, or as the model reads no text."""
-    if data.source in MEDIA:
-        return True
-    path = local_path(data, folder)
-    if path is not None and path.is_dir():
-        suffixes = {file.suffix.lower() for file in path.iterdir() if file.name != RECORDS}
-        return not suffixes.isdisjoint(PICTURES + SOUNDS) and suffixes.isdisjoint(OF_TEXTS)
-    return data.source == "sample" and wanted_medium(model) != ""
+    """Say whether the samples of some data are pictures or sounds: by their source, or as the model reads no text.
+
+    Raises:
+        InfraError: as `media_of`.
+    """
+    return bool(media_of(data, folder, model))
 
 
 def media_of(data: Data, folder: Path, model: Any) -> frozenset[str]:
-    """Return what the samples of some data hold, of `image` and `audio`; nothing for texts."""
-    if not has_media(data, folder, model):
+    """Return what the samples of some data hold, of `image` and `audio`; nothing for texts.
+
+    A set with a column of pictures is one of texts for a model that takes none.
+
+    Raises:
+        InfraError: the model takes nothing else, and the data have none; the data can't be read.
+    """
+    if data.source in MEDIA:
+        return frozenset({MEDIA[data.source]})
+    path, needed = local_path(data, folder), wanted_medium(model)
+    if path is not None and is_folder_of_media(path):
+        return kinds_of_folder(path)
+    if data.source == "sample":
+        return frozenset({needed} if needed else ())
+    if _arguments(model).isdisjoint(INPUTS["image"] | INPUTS["audio"]):
         return frozenset()
-    path = local_path(data, folder)
-    if path is None:
-        return frozenset({MEDIA.get(data.source) or wanted_medium(model)})
-    kinds = {file.suffix.lower() in SOUNDS for file in path.iterdir() if file.suffix.lower() in PICTURES + SOUNDS}
-    return frozenset("audio" if sound else "image" for sound in kinds)
+    rows = rows_of_set(data, folder, 1)
+    column = media_column(rows or [])
+    if column is not None and not INPUTS[column[1]].isdisjoint(_arguments(model)):
+        return frozenset({column[1]})
+    if needed:
+        known = f"it has {', '.join(rows[0])}" if rows and isinstance(rows[0], dict) else "it holds a text"
+        raise InfraError(
+            f"{data.source}: there is no column '{needed}'; {known}, and {type(model).__name__} takes nothing else"
+        )
+    return frozenset()
+
+
+def media_in(batches: Sequence[Batch]) -> frozenset[str]:
+    """Return what batches hold beside text, of `image` and `audio`."""
+    names = {name for batch in batches if isinstance(batch, Mapping) for name in batch}
+    return frozenset(kind for kind, inputs in INPUTS.items() if not inputs.isdisjoint(names))
 
 
 def wanted_medium(model: Any) -> str:
@@ -110,131 +100,15 @@ def media_batches(data: Data, folder: Path, loaded: Loaded, path: str, revision:
     with quiet():
         processor = _processor(path, revision)
         batches: list[Batch] = [_batch_of(record, processor, loaded) for record in records]
-    for batch in batches:
-        if "input_ids" in batch and not isinstance(batch, Tensor):
-            check_context(loaded.model, batch["input_ids"].shape[1])
+    reach = context_of(loaded.model)
+    for record, batch in zip(records, batches, strict=True):
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch and not isinstance(batch, Tensor) else 0
+        if reach is not None and tokens > reach:
+            raise InfraError(
+                f"{record.name}: the prompt has {tokens:,} tokens with its {record.kind}, more than the {reach:,} "
+                f"positions that {type(loaded.model).__name__} takes: a shorter text, or a smaller {record.kind}"
+            )
     return batches
-
-
-def records_of(data: Data, folder: Path, medium: str = "") -> list[Record]:
-    """Return the records of some data, drawn or read.
-
-    Raises:
-        InfraError: a file can't be decoded, or there are too few.
-    """
-    path = local_path(data, folder)
-    if path is not None and path.is_dir():
-        return _read(path, data.num_samples)
-    kind = MEDIA.get(data.source, medium)
-    numbers = range(data.seed, data.seed + data.num_samples)
-    return [drawn_picture(number) if kind == "image" else drawn_sound(number) for number in numbers]
-
-
-def drawn_picture(number: int) -> Record:
-    """Draw a picture: a gradient with stripes, a disc or a chequered field on it, and some noise. One for each number.
-
-    The same on any machine: integers of a generator that numpy keeps stable.
-    """
-    chance = np.random.Generator(np.random.PCG64(number))
-    y, x = np.mgrid[0:SIDE, 0:SIDE]
-    corners = chance.integers(0, 256, (2, 3))
-    picture = (corners[0] * (SIDE - x[..., None]) + corners[1] * x[..., None]) // SIDE
-    form, width = ("stripes", "disc", "chequers")[number % 3], int(chance.integers(6, 24))
-    centre = chance.integers(SIDE // 4, 3 * SIDE // 4, 2)
-    inside = {
-        "stripes": (x + y) // width % 2 == 0,
-        "disc": (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (2 * width) ** 2,
-        "chequers": (x // width + y // width) % 2 == 0,
-    }[form]
-    picture = np.where(inside[..., None], chance.integers(0, 256, 3), picture)
-    picture = np.clip(picture + chance.integers(-12, 13, picture.shape), 0, 255).astype(np.uint8)
-    return Record(f"picture {number}", "", image=picture, caption=f"a picture of {form}")
-
-
-def drawn_sound(number: int) -> Record:
-    """Make a sound: a rising tone, a chord or bursts of noise. One for each number."""
-    chance = np.random.Generator(np.random.PCG64(number))
-    t = np.arange(int(RATE * SECONDS)) / RATE
-    low = float(chance.integers(110, 660))
-    form = ("rising tone", "chord", "bursts of noise")[number % 3]
-    wave_of = {
-        "rising tone": np.sin(2 * np.pi * (low * t + low * t**2)),
-        "chord": np.sin(2 * np.pi * low * np.outer((1.0, 1.25, 1.5), t)).mean(axis=0),
-        "bursts of noise": (chance.integers(-1000, 1001, len(t)) / 1000) * (np.sin(2 * np.pi * 4 * t) > 0),
-    }[form]
-    return Record(f"sound {number}", "", audio=(0.5 * wave_of).astype(np.float32), caption=f"a {form}")
-
-
-def _read(folder: Path, count: int) -> list[Record]:
-    """Read the first records of a folder, by name; those of `metadata.jsonl` where it is there."""
-    said = _said(folder)
-    names = list(said) or sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICTURES + SOUNDS)
-    if len(names) < count:
-        raise InfraError(f"{shown_path(folder)}: it has {len(names)} records, and data.num_samples asks for {count}")
-    return [_record(folder / name, said.get(name, "")) for name in names[:count]]
-
-
-def _said(folder: Path) -> dict[str, str]:
-    """Return file name → text of `metadata.jsonl`; the name is under `image`, `audio` or `file_name`."""
-    file = folder / RECORDS
-    if not file.is_file():
-        return {}
-    refuse_special(file, MOST_TEXT)
-    found: dict[str, str] = {}
-    for index, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8-sig").split("\n"))):
-        try:
-            record = parsed_json(line)
-        except (ValueError, json.JSONDecodeError) as error:
-            raise InfraError(f"{shown_path(file)}: record {index} is no JSON: {one_line(error)}") from None
-        name = next(
-            (record[key] for key in ("image", "audio", "file_name") if isinstance(record, dict) and key in record), None
-        )
-        text = record.get("text", "") if isinstance(record, dict) else ""
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise InfraError(f"{shown_path(file)}: record {index} names no file under image, audio or file_name")
-        if name != Path(name).name:
-            raise InfraError(f"{shown_path(file)}: record {index} names {name!r}, which is no file of this folder")
-        found[name] = text
-    return found
-
-
-def _record(file: Path, text: str) -> Record:
-    if not file.is_file():
-        raise InfraError(f"{shown_path(file)}: there is no such file, which {RECORDS} names")
-    refuse_special(file, MOST_BYTES)
-    if file.suffix.lower() in SOUNDS:
-        audio, rate = _sound(file)
-        return Record(file.name, text, audio=audio, rate=rate)
-    return Record(file.name, text, image=_picture(file))
-
-
-def _picture(file: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise InfraError(f"{shown_path(file)}: {image.width} × {image.height} pixels are too many")
-            return np.asarray(image.convert("RGB"))
-    except InfraError:
-        raise
-    except Exception as error:  # Pillow raises whatever its decoders do
-        raise InfraError(f"{shown_path(file)}: the picture can't be decoded: {one_line(error)}") from None
-
-
-def _sound(file: Path) -> tuple[NDArray[np.float32], int]:
-    try:
-        with wave.open(str(file), "rb") as sound:
-            channels, width, rate, frames = sound.getparams()[:4]
-            content = sound.readframes(frames)
-    except (wave.Error, EOFError, OSError) as error:
-        raise InfraError(
-            f"{shown_path(file)}: the sound can't be decoded: {one_line(error) or 'it ends early'}"
-        ) from None
-    if width not in (2, 4) or not content:
-        raise InfraError(f"{shown_path(file)}: a sound is PCM in 16 or 32 bits, not in {8 * width}, and not empty")
-    values = np.frombuffer(content, dtype=f"<i{width}").reshape(-1, channels).astype(np.float64)
-    return (values.mean(axis=1) / 2.0 ** (8 * width - 1)).astype(np.float32), int(rate)
 
 
 def _processor(path: str, revision: str | None) -> Any:
@@ -323,9 +197,10 @@ def _decoder_ids(record: Record, loaded: Loaded) -> dict[str, Tensor]:
     return {"decoder_input_ids": torch.tensor([[config.decoder_start_token_id, *ids]])}
 
 
-def media_available(data: Data, folder: Path) -> int | None:
-    """Return how many records a source has; None where each number draws another."""
+def media_available(data: Data, folder: Path, most: int) -> int | None:
+    """Return how many records a source has, at most `most`; None where each number draws another."""
     path = local_path(data, folder)
-    if path is None or not path.is_dir():
-        return None
-    return len(_said(path)) or sum(file.suffix.lower() in PICTURES + SOUNDS for file in path.iterdir())
+    if path is not None and is_folder_of_media(path):
+        return len(kept_names(path))
+    rows = None if data.source in {*MEDIA, "sample"} else rows_of_set(data, folder, most)
+    return None if rows is None else len(rows)

@@ -109,6 +109,7 @@ from .statistics import (
     REFERENCE_SINKS as REFERENCE_SINKS,
     REFERENCE_TOKENS as REFERENCE_TOKENS,
     SCORES as SCORES,
+    SHIFTS as SHIFTS,
     SIGNED_COUNTS as SIGNED_COUNTS,
     SINKS as SINKS,
     STATISTICS as STATISTICS,
@@ -127,3 +128,4 @@ from .statistics import (
     Statistic as Statistic,
     cell_size as cell_size,
 )
+from .windows import with_shifts as with_shifts

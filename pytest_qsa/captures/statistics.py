@@ -285,6 +285,19 @@ class BoundaryTokens(Statistic):
     token_bytes = 24
 
 
+class WindowShifts(Statistic):
+    """Which samples are windows of one text that overlap: `shifts` [P] int64.
+
+    By how many tokens the next sample begins later in this one's text; 0 where the two share too few tokens
+    (captures/windows.py). Known from the tokens alone.
+    """
+
+    name = "shifts"
+    by_token = True
+    arrays: ClassVar = {"shifts": PER_POPULATION}
+    of_logits = True
+
+
 class GeneratedAnswers(Statistic):
     """What two models answer to the same prompts, a population a prompt; a site of its own has it, `GENERATION`.
 
@@ -549,6 +562,7 @@ AGREEMENT: Statistic = PredictionAgreement()
 STORED: Statistic = StoredError()
 GAIN: Statistic = GroupGain()
 GENERATED: Statistic = GeneratedAnswers()
+SHIFTS: Statistic = WindowShifts()
 ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
 OTHER_ENGINE: Statistic = OtherEngine()

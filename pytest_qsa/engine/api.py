@@ -35,7 +35,7 @@ from ..checkpoint import capture_weights
 from ..common import InfraError, Progress, SuiteError, did_you_mean, step
 from ..metrics import METRICS, check_arguments, positions_of
 from ..suite import Data, NamedSubject, files_of
-from .load.answers import prompts_available, with_boundaries
+from .load.answers import prompts_available, with_what_tokens_tell
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
 from .load.generation import with_answers_of
@@ -102,7 +102,7 @@ def capture(
     elif reference is not None:
         participants = [ReplayedReference(ReferenceFile.open(Path(reference)), device_of(model))]
     found = run_pass(model, samples, requests, participants, decode=decoder_of(tokenizer), progress=progress)
-    return with_boundaries(found, requests, model, tokenizer, samples)
+    return with_what_tokens_tell(found, requests, model, tokenizer, samples)
 
 
 def _check_types(model: object, sites: object, statistics: object, tokenizer: object, reference: object) -> None:

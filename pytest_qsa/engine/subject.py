@@ -49,7 +49,7 @@ from ..suite import (
 from .formats.format import schemes_of
 from .formats.stored import StoredWeights
 from .load.adapters import source_of
-from .load.answers import answer_batches, answered_batches, unbatched, with_boundaries
+from .load.answers import answer_batches, answered_batches, unbatched, with_what_tokens_tell
 from .load.batches import Batch, listed, row_count, token_ids
 from .load.data import batches_of, check_local
 from .load.generation import Prompts, answers_of_both, check_cache
@@ -298,7 +298,7 @@ def _with_predictions(
         found = SharedPass(head, participants, rows, requests, progress, ALL_SAMPLES).own_part()
         assert found is not None
         found = _with_model_of_reference(found, subject, reference)
-        found = with_boundaries(found, requests, loaded.model, loaded.tokenizer, rows)
+        found = with_what_tokens_tell(found, requests, loaded.model, loaded.tokenizer, rows)
     finally:
         if isinstance(reference, Loaded):
             reference.close()
@@ -459,7 +459,7 @@ def capture_loaded(
     run = SharedPass(loaded, participants, every, without_answers(requests), progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
     first = share.samples[0] if share.samples else 0
-    capture = with_boundaries(capture, requests, loaded.model, loaded.tokenizer, every, first)
+    capture = with_what_tokens_tell(capture, requests, loaded.model, loaded.tokenizer, every, first)
     if answers is not None:
         capture = answers.added_to(capture)
     provenance = replace(
@@ -600,8 +600,7 @@ def _provenance(
     """Say where a run's numbers come from. `note`: what is to be said of the tokenizer."""
     # The batch size changes no sample: captures of different ones have the same data.
     data = {"source": "fixture"} if own_batches else subject.data.model_dump(exclude={"custom", "batch_size"})
-    if data.get("answers") is None:  # as captures of earlier versions have it
-        data.pop("answers", None)
+    data = {k: v for k, v in data.items() if v is not None or k not in ("answers", "stride")}  # as earlier versions
     folder = subject.local_folder
     fetched = folder is not None and not Path(subject.path).is_dir()
     tokenizer = tokenizer_identity(loaded.tokenizer)

@@ -190,7 +190,13 @@ class MetricMethods:
     ) -> Series:
         """Take Σ p·(ln p − ln q) over the vocabulary at each position, p the reference's, then a statistic of them all."""
 
-    def growth(self, of: Literal["kl_divergence"] = "kl_divergence", *, positions: Positions | None = None) -> Series:
+    def growth(
+        self,
+        of: Literal["kl_divergence"] = "kl_divergence",
+        paired: bool = False,
+        *,
+        positions: Positions | None = None,
+    ) -> Series:
         """Divide the mean KL divergence over the last quarter of each sample's positions by that over the second quarter."""
 
     def same_top(self, *, positions: Positions | None = None) -> Series:

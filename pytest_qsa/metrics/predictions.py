@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SiteNumbers, Statistic
+from ..captures import AGREEMENT, SCORE_NAMES, SCORES, SHIFTS, PositionRange, Site, SiteNumbers, Statistic
 from ..common import AnomalyError
-from .intervals import mean_by_window, t_quantile, windows_of
-from .registry import NOT_NEGATIVE, SHARE, TWO_SIDED_95, Estimate, metric
+from .intervals import LEAST_WINDOWS, mean_by_window, ratio_by_window, t_quantile, windows_of
+from .registry import NOT_NEGATIVE, SHARE, TWO_SIDED_95, Estimate, Parameters, metric
 from .view import View
 
 NLL, REFERENCE_NLL, KL, SAME_TOP = range(len(SCORE_NAMES))
@@ -80,12 +80,24 @@ def kl_divergence(view: View, *, stat: KlStat = "mean") -> float | Estimate:
     return float(np.percentile(values, {"median": 50, "p99": 99, "max": 100}[stat]))
 
 
-@metric(AGREEMENT, reduce=None, per="logits", against=True, span=NOT_NEGATIVE)
-def growth(view: View, *, of: Literal["kl_divergence"] = "kl_divergence") -> Estimate:
+def _growth_needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
+    return frozenset({AGREEMENT, SHIFTS} if parameters["paired"] else {AGREEMENT})
+
+
+@metric(_growth_needs, reduce=None, per="logits", against=True, span=NOT_NEGATIVE)
+def growth(view: View, *, of: Literal["kl_divergence"] = "kl_divergence", paired: bool = False) -> Estimate:
     """Divide the mean KL divergence over the last quarter of each sample's positions by that over the second quarter.
 
     A fault of positions, of a window or of a cache shows at depth alone. With its 95 % interval by window, linearised.
+    `paired`: the same tokens are read twice, at depth and, in a sample that begins later in the same text
+    (`data.stride`), with less text before them, so that the text cancels out. A range of positions is then what counts
+    as depth; otherwise the quarters are those of the range.
     """
+    return _paired_growth(view) if paired else _growth(view)
+
+
+def _growth(view: View) -> Estimate:
+    """Divide what the last quarter of each sample loses by what the second one does."""
     quarters = [_quarters(part) for part in np.split(view.numbers.scores[:, KL], view.numbers.offsets[1:-1])]
     second, last = (np.array([pair[side].sum() for pair in quarters]) for side in (0, 1))
     counts = [np.array([len(pair[side]) for pair in quarters]) for side in (0, 1)]
@@ -96,15 +108,56 @@ def growth(view: View, *, of: Literal["kl_divergence"] = "kl_divergence") -> Est
     if not all(count.sum() for count in counts):
         raise AnomalyError("no sample has four positions, a quarter each: raise data.seq_len")
     base, depth = second.sum() / counts[0].sum(), last.sum() / counts[1].sum()
-    if not base > LEAST_BASE:
-        raise AnomalyError(
-            f"the KL divergence over the second quarter, {base:.2g}, is within 3 × what a recast to bfloat16 makes "
-            f"({RECAST:g}): how it grows says nothing"
-        )
+    _check_base(base, "over the second quarter")
     ratio, windows = float(depth / base), len(quarters)
     rests = (last - ratio * base * counts[1]) / counts[1].sum() - ratio * (second - base * counts[0]) / counts[0].sum()
     half = t_quantile(windows - 1) * math.sqrt(windows / (windows - 1) * float(np.square(rests).sum())) / float(base)
     return Estimate(ratio, ratio - half, ratio + half, int(counts[0].sum() + counts[1].sum()))
+
+
+def _paired_growth(view: View) -> Estimate:
+    """Divide what tokens at depth lose by what the same tokens lose in the sample that begins last before them."""
+    numbers, span = view.whole or view.numbers, PositionRange.parse(view.positions)
+    samples, shifts = np.split(numbers.scores[:, KL], numbers.offsets[1:-1]), numbers.arrays[SHIFTS.key]
+    pairs: list[tuple[int, float, float, int]] = []
+    for index, deep in enumerate(samples):
+        counting = ~np.isnan(deep)
+        rows = np.flatnonzero(span.among(counting) if span else counting)
+        rows = rows if span else rows[len(rows) - len(rows) // 4 :]
+        other, shift = _last_before(shifts, index, int(rows[0]) if len(rows) else 0)
+        rows = rows[rows - shift < len(samples[other])]
+        near = samples[other][rows - shift]
+        both = ~np.isnan(near)
+        pairs.append((shift, float(deep[rows][both].sum()), float(near[both].sum()), int(both.sum())))
+    # The last samples have none that begins so much later: they would be compared with more text before them.
+    farthest = max(shift for shift, *_ in pairs)
+    pairs = [pair for pair in pairs if pair[0] == farthest > 0 and pair[-1]]
+    if len(pairs) < LEAST_WINDOWS:
+        raise AnomalyError(
+            f"{len(pairs)} samples share the tokens at depth with one that begins later in the text, and it takes "
+            f"{LEAST_WINDOWS}: say data.stride, half of data.seq_len for the last quarter, and data.num_samples"
+        )
+    _, last, first, counts = (np.array(column) for column in zip(*pairs, strict=True))
+    _check_base(float(first.sum() / counts.sum()), "of the same tokens with less text before them")
+    return replace(ratio_by_window(last, first), count=int(counts.sum()))
+
+
+def _last_before(shifts: NDArray[np.int64], index: int, row: int) -> tuple[int, int]:
+    """Return the last sample that begins at or before a row of a sample, and how much later it begins; 0 for none."""
+    other, shift = index, 0
+    while shifts[other] and shift + shifts[other] <= row:
+        shift += int(shifts[other])
+        other += 1
+    return other, shift
+
+
+def _check_base(base: float, where: str) -> None:
+    """Refuse a divergence that is too small to be divided by."""
+    if not base > LEAST_BASE:
+        raise AnomalyError(
+            f"the KL divergence {where}, {base:.2g}, is within 3 × what a recast to bfloat16 makes "
+            f"({RECAST:g}): how it grows says nothing"
+        )
 
 
 def _quarters(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -50,6 +50,7 @@ class View:
     `numbers.sample`, `numbers.call` [P] say whose populations they are, `numbers.lengths` [P] how many tokens each has.
     `site`, `layer`: where. `positions`: which tokens count. `sinks`: the attention sinks. `reference`: the reference's
     own numbers there, if any. `sampled`: the reference was kept for some tokens only.
+    `whole`: the numbers of all positions, where `numbers` are those of a range.
     """
 
     numbers: SiteNumbers
@@ -59,6 +60,7 @@ class View:
     layer: str = ""
     reference: SiteNumbers | None = None
     sampled: bool = False
+    whole: SiteNumbers | None = None
 
     def within(self, needs: Iterable[Statistic]) -> View:
         """Return the view of the tokens that a range of positions names; the same where `positions` is none.
@@ -84,7 +86,9 @@ class View:
         # A sample that is too short for the range is no population of it.
         reference = self.reference and self.reference.only(counts > 0)
         positions = "all" if ranged else self.positions
-        return replace(self, numbers=numbers.only(counts > 0), reference=reference, positions=positions)
+        return replace(
+            self, numbers=numbers.only(counts > 0), reference=reference, positions=positions, whole=self.numbers
+        )
 
     def of_reference(self) -> View:
         """Return the same site of the reference, where the same tokens count."""

@@ -372,6 +372,10 @@ class Data(Strict):
     revision: str | None = None
     num_samples: Annotated[int, Field(description="how many windows of tokens", gt=0, le=MOST_SAMPLES)] = 16
     seq_len: Annotated[int, Field(description="tokens of a window", gt=0, le=MOST_TOKENS)] = 512
+    stride: Annotated[
+        int | None,
+        Field(description="windows begin this many tokens apart and overlap; absent: they are disjoint", gt=0),
+    ] = None
     seed: Annotated[int, Field(description="which windows are drawn", ge=0, lt=2**64)] = 0
     batch_size: Annotated[int, Field(description="windows of one forward; changes no number", gt=0)] = 1
     add_special_tokens: bool = True
@@ -386,6 +390,10 @@ class Data(Strict):
     def _of_prompts(self) -> Data:
         if self.source == PROMPTS and self.answers is None and not self.chat_template:
             raise SuiteError("prompts are conversations: say answers: {}, or chat_template: true", "source")
+        if self.stride is not None and self.answers is not None:
+            raise SuiteError("answers are samples of their own: stride is for windows of one text", "stride")
+        if self.stride is not None and self.stride >= self.seq_len:
+            raise SuiteError(f"windows of {self.seq_len:,} tokens overlap only where stride is less", "stride")
         return self
 
 

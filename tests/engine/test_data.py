@@ -15,7 +15,14 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pytest_qsa.common.errors import AnomalyError, InfraError
-from pytest_qsa.engine.load.data import batches_of, document_windows, read_texts, stream_windows, windows_of
+from pytest_qsa.engine.load.data import (
+    batches_of,
+    check_local,
+    document_windows,
+    read_texts,
+    stream_windows,
+    windows_of,
+)
 from pytest_qsa.suite import Data
 
 BOS, EOS, UNKNOWN = 0, 1, 2
@@ -109,6 +116,34 @@ def test_too_little_text_says_how_much_there_was():
         windows_of([words(14)], data(num_samples=3), tokenizer())
     with pytest.raises(InfraError, match="0 tokens make 0 windows"):
         windows_of([], data(), tokenizer())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_with_a_stride_overlap_and_follow_one_another(seed):
+    windows = windows_of([words(60)], data(num_samples=6, seq_len=6, stride=2, seed=seed), tokenizer("<s> $A"))
+    first = windows[0, 1].item() - 3
+    assert windows.tolist() == [[BOS, *ids(5, first + 2 * at)] for at in range(6)]
+    assert windows_of([words(13)], data(num_samples=5, stride=2), tokenizer()).tolist()[-1] == ids(5, start=8)
+    with pytest.raises(InfraError, match=r"13 tokens make 5 windows of 5 that begin 2 apart"):
+        windows_of([words(13)], data(num_samples=6, stride=2), tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stride": 5}, "windows of 5 tokens overlap only where stride is less"),
+        ({"stride": 2, "answers": {}}, "answers are samples of their own"),
+        ({"stride": 0}, "greater than 0"),
+    ],
+)
+def test_a_stride_that_means_nothing_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        data(**settings)
+
+
+def test_a_stride_of_a_set_whose_windows_lie_at_random_is_refused(tmp_path):
+    with pytest.raises(InfraError, match=r"data\.stride: windows of 'wikitext2' are drawn at random places"):
+        check_local(data("wikitext2", stride=2), tmp_path)
 
 
 def test_a_window_without_room_for_text_is_an_error():

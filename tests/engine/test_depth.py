@@ -63,6 +63,48 @@ def test_growth_is_the_last_quarter_over_the_second():
     assert want > 1.2
 
 
+def overlapping(fault, stride, front=(), windows=11, length=WINDOW * 4):
+    """Compare on windows of one text that begin `stride` tokens apart, each behind the same first tokens."""
+    text = models.token_batch(1, length + stride * (windows - 1), seed=5)[0]
+    first = torch.tensor(front, dtype=text.dtype)
+    rows = [torch.cat([first, text[at * stride : at * stride + length]]) for at in range(windows)]
+    return capture(fault, [row[None] for row in rows], sites=[("", "logits")],
+                   statistics=[("growth", {"paired": True})], reference=mistral()).logits()  # fmt: skip
+
+
+@pytest.mark.parametrize(("stride", "front", "t"), [(32, (), 2.262157), (32, (7, 9), 2.262157), (20, (), 2.306004)])
+def test_paired_growth_holds_the_same_tokens_with_less_text_before_them_against_themselves(stride, front, t):
+    found = overlapping(clamped_positions(), stride, front)
+    scores = found.capture.sites["logits", "logits"].scores[:, 2].reshape(11, -1)
+    length, apart = scores.shape[1], 48 // stride
+    deep = scores[: 11 - apart, length - length // 4 :]
+    near = scores[apart:, length - length // 4 - apart * stride : length - apart * stride]
+    (series,) = (found.growth(paired=True),)
+    np.testing.assert_allclose(series.values, [deep.sum() / near.sum()])
+    low, high, count = next(iter(series.intervals.values()))
+    rests = (deep - series.values[0] * near).sum(1) / near.sum()
+    pairs = 11 - apart  # t: the tables' 97.5 % quantile of pairs − 1 degrees
+    half = t * np.sqrt(pairs / (pairs - 1) * np.square(rests).sum())
+    np.testing.assert_allclose([low, high], [series.values[0] - half, series.values[0] + half], rtol=1e-5)
+    assert count == deep.size
+
+
+def test_paired_growth_of_a_range_of_positions():
+    found = overlapping(clamped_positions(), 32)
+    scores = found.capture.sites["logits", "logits"].scores[:, 2].reshape(11, 64)
+    deep, near = scores[:10, 40:56], scores[1:, 8:24]
+    value = found.growth(paired=True, positions={"from": 40, "to": 56}).values[0]
+    np.testing.assert_allclose(value, deep.sum() / near.sum())
+
+
+def test_samples_without_common_tokens_have_no_paired_growth():
+    batches = [models.token_batch(10, 64, seed=3)]
+    apart = capture(clamped_positions(), batches, sites=[("", "logits")],
+                    statistics=[("growth", {"paired": True})], reference=mistral()).logits()  # fmt: skip
+    with pytest.raises(AnomalyError, match=r"0 samples share the tokens at depth .* takes 8: say data\.stride"):
+        apart.growth(paired=True)
+
+
 def test_growth_that_means_nothing_is_an_anomaly():
     with pytest.raises(AnomalyError, match=r"2 samples can't show how an error grows: it takes 32"):
         compared(clamped_positions()).growth()

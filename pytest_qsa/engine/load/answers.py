@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...captures import LOGITS, Array, BoundaryTokens, Capture, PredictionMargins, Request
+from ...captures import LOGITS, Array, BoundaryTokens, Capture, PredictionMargins, Request, with_shifts
 from ...common import AnomalyError, InfraError, one_line, phase
 from ...suite import ANSWERED_AT_ONCE, Data
 from ..modules import check_context, device_of, evaluating
@@ -309,7 +309,7 @@ def markups_of(tokens: str, model: nn.Module, tokenizer: Any) -> list[list[int]]
     return [[token] for token in dict.fromkeys(ids)]
 
 
-def with_boundaries(
+def with_what_tokens_tell(
     capture: Capture,
     requests: Iterable[Request],
     model: nn.Module,
@@ -317,10 +317,12 @@ def with_boundaries(
     batches: Iterable[Batch],
     first: int = 0,
 ) -> Capture:
-    """Add to a capture where the boundaries of its text are, which need no pass, for those who ask for it.
+    """Add to a capture what its tokens tell without a pass, for those who ask: boundaries, and windows that overlap.
 
     `first`: which sample of the batches is the capture's first.
     """
+    requests = list(requests)
+    capture = with_shifts(capture, requests)
     wanted = {
         each for of in requests if of.site == LOGITS for each in of.statistics if isinstance(each, BoundaryTokens)
     }

@@ -91,7 +91,7 @@ def windows_available(data: Data, tokenizer: TextTokenizer, folder: Path) -> int
     if spec is not None and spec.rule != "packed":
         return None
     texts = _prepared(read_texts(data, folder), data, tokenizer)
-    return len(_stream(texts, tokenizer)) // _frame(data, tokenizer)[2]
+    return _available(len(_stream(texts, tokenizer)), _frame(data, tokenizer)[2], data)
 
 
 def read_texts(data: Data, folder: Path) -> list[Any]:
@@ -148,9 +148,12 @@ def check_local(data: Data, folder: Path) -> None:
     """Read data that are a small file, or none that is here, before a model is loaded in vain.
 
     Raises:
-        InfraError: as `read_texts`.
+        InfraError: as `read_texts`, or `data.stride` is given where windows don't follow one another.
     """
-    if data.source in SHIPPED or data.source in MEDIA or hub_set_of(data) is not None:
+    spec = hub_set_of(data)
+    if data.stride is not None and spec is not None and spec.rule != "packed":
+        raise InfraError(f"data.stride: windows of '{data.source}' are drawn at random places: take custom:FILE of it")
+    if data.source in SHIPPED or data.source in MEDIA or spec is not None:
         return
     path = local_path(data, folder)
     if path is None or not path.exists() or (path.is_file() and path.stat().st_size < MOST_READ_AHEAD):
@@ -428,18 +431,29 @@ def _quiet_datasets() -> Iterator[None]:
 def windows_of(texts: Sequence[str], data: Data, tokenizer: TextTokenizer) -> Tensor:
     """Pack the texts into one stream and cut it into [num_samples, seq_len]; each window has its special tokens.
 
-    Where there are more windows than asked for, the seed chooses.
+    Where there are more windows than asked for, the seed chooses. With `data.stride` they follow one another at that
+    distance, and the seed chooses the first.
     """
     prefix, suffix, inner = _frame(data, tokenizer)
     stream = _stream(texts, tokenizer)
-    available = len(stream) // inner
+    available, step = _available(len(stream), inner, data), data.stride or inner
     if available < data.num_samples:
         raise InfraError(
-            f"too little text in '{data.source}': {len(stream)} tokens make {available} windows of {data.seq_len}, "
+            f"too little text in '{data.source}': {len(stream)} tokens make {available} windows of {data.seq_len}"
+            f"{f' that begin {data.stride} apart' if data.stride else ''}, "
             f"and data.num_samples asks for {data.num_samples}"
         )
-    chosen = np.sort(np.random.default_rng(data.seed).choice(available, data.num_samples, replace=False))
-    return torch.tensor([[*prefix, *stream[i * inner : (i + 1) * inner], *suffix] for i in chosen.tolist()])
+    random = np.random.default_rng(data.seed)
+    if data.stride is None:
+        chosen = np.sort(random.choice(available, data.num_samples, replace=False))
+    else:
+        chosen = np.arange(data.num_samples) + random.integers(available - data.num_samples + 1)
+    return torch.tensor([[*prefix, *stream[i * step : i * step + inner], *suffix] for i in chosen.tolist()])
+
+
+def _available(tokens: int, inner: int, data: Data) -> int:
+    """Return the number of windows of `inner` tokens that a text of that many has, at the distance of the data."""
+    return max(0, (tokens - inner) // (data.stride or inner) + 1)
 
 
 def _stream(texts: Sequence[str], tokenizer: TextTokenizer) -> list[int]:

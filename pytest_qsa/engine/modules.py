@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ _CHANNELS_FIRST = (_ConvNd, _BatchNorm)
 _PREFERRED = ("last_hidden_state", "logits", "hidden_states", "inputs_embeds")
 
 
+_KNOWN_KINDS: WeakKeyDictionary[nn.Module, tuple[dict[str, type], dict[str, set[str]]]] = WeakKeyDictionary()
+"""The classes of a model's layers, and the kinds that `_kinds_of` found of these."""
+
+
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by name, in model order: every module but the root and the containers.
 
@@ -32,7 +37,12 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     what peft puts into it is none of its own.
     """
     layers = _plain_layers(model)
-    kinds = _kinds_of(model, layers)
+    # A run asks a dozen times, and to find the kinds takes eight times as long as to find the layers.
+    shape = {name: type(module) for name, module in layers.items()}
+    known, kinds = _KNOWN_KINDS.get(model, ({}, {}))
+    if known != shape:
+        kinds = _kinds_of(model, layers)
+        _KNOWN_KINDS[model] = shape, kinds
     return {LayerName(name, kinds.get(name, ())): module for name, module in layers.items()}
 
 

@@ -249,13 +249,16 @@ class Gate:
                 break
         return found
 
-    def positions_needed(self, items: Sequence[pytest.Item]) -> dict[str, int]:
-        """Return the fewest positions that could show each test's bound, by name, where that can be said beforehand."""
-        found: dict[str, int] = {}
+    def positions_needed(self, items: Sequence[pytest.Item]) -> dict[str, tuple[int, str]]:
+        """Return the fewest positions that could show each test's bound, by name, where that can be said beforehand.
+
+        With each what it counts: positions, boundaries among them, or prompts.
+        """
+        found: dict[str, tuple[int, str]] = {}
         for item in items:
             assertion = item.parent.assertion_of(item) if isinstance(item.parent, QsaSuite) else None
             if isinstance(assertion, MeasuredAssertion) and (count := positions_needed(assertion)) is not None:
-                found[plain_name(item)] = count
+                found[plain_name(item)] = count, METRICS[assertion.metric].drawn_from(assertion.parameters)
         return found
 
     def outline_of(self, subject: Subject, needs: Sequence[Request], *, as_loaded: bool) -> Outline | None:

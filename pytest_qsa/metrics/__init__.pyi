@@ -1,4 +1,5 @@
 from .activations import ACROSS as ACROSS, AcrossChannels as AcrossChannels, no_experts as no_experts
+from .decisions import LEAST_BOUNDARIES as LEAST_BOUNDARIES
 from .divergence import ks as ks, psi as psi, wasserstein as wasserstein
 from .fidelity import (
     CARRIED_SIGMAS as CARRIED_SIGMAS,

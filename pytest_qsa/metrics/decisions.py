@@ -69,7 +69,12 @@ def _boundary_needs(site: Site, positions: str, parameters: Parameters) -> froze
 
 
 @metric(
-    _boundary_needs, reduce=None, per="logits", against=True, perfect={"recall": 1.0, "missed": 0.0, "spurious": 0.0}
+    _boundary_needs,
+    reduce=None,
+    per="logits",
+    against=True,
+    perfect={"recall": 1.0, "missed": 0.0, "spurious": 0.0},
+    counts={"recall": "boundaries", "missed": "boundaries", "spurious": "positions"},
 )
 def boundary_tokens(view: View, *, stat: BoundaryStat = "recall", tokens: str = "auto") -> Estimate:
     """Look at where the reference ends an answer or marks a thought or a tool call: the share that the model does too.

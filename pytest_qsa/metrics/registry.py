@@ -36,7 +36,7 @@ from ..common import SuiteError, shown_path
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Worst = Literal["highest", "lowest"]
-Counts = Literal["positions", "prompts"]
+Counts = Literal["positions", "boundaries", "prompts"]
 Values = NDArray[np.float64]
 Parameters = Mapping[str, Any]
 """The values of a metric's own parameters, or of a check's, by name."""
@@ -126,7 +126,7 @@ class Metric(Definition):
     for these parameters and positions at this site. `against`: a second model is its reference. `sites`: where it can
     be asked for. `worst`: which of its values is the worst one. `perfect`: its value where nothing is lost, perhaps by
     `stat`, of a metric whose interval must be able to show a bound. `span`: the least and the most that it can be;
-    `spans`: the same by `stat`. `counts`: what an estimate is drawn from.
+    `spans`: the same by `stat`. `counts`: what an estimate is drawn from, perhaps by `stat`.
     `sized`: it is no larger than what it measures.
     """
 
@@ -142,7 +142,7 @@ class Metric(Definition):
     perfect: float | tuple[tuple[str, float], ...] | None = field(default=None, kw_only=True)
     span: tuple[float, float] = field(default=ANY, kw_only=True)
     spans: tuple[tuple[str, tuple[float, float]], ...] = field(default=(), kw_only=True)
-    counts: Counts = field(default="positions", kw_only=True)
+    counts: Counts | tuple[tuple[str, Counts], ...] = field(default="positions", kw_only=True)
     sized: bool = field(default=False, kw_only=True)
 
     def reach(self, over: str | None = None, stat: str = "") -> tuple[float, float]:
@@ -174,6 +174,13 @@ class Metric(Definition):
     def best(self, parameters: Parameters) -> float | None:
         """Return its value where nothing is lost; None where that isn't known."""
         return dict(self.perfect).get(parameters.get("stat", "")) if isinstance(self.perfect, tuple) else self.perfect
+
+    def drawn_from(self, parameters: Parameters) -> Counts:
+        """Return what an estimate of it is drawn from."""
+        if not isinstance(self.counts, tuple):
+            return self.counts
+        stat = self.parameters["stat"].default
+        return dict(self.counts)[parameters.get("stat", stat)]
 
     @property
     def of_tokens(self) -> bool:
@@ -326,7 +333,7 @@ def metric(
     worst: Worst | None = None,
     perfect: float | Mapping[str, float] | None = None,
     span: tuple[float, float] | Mapping[str, tuple[float, float]] = ANY,
-    counts: Counts = "positions",
+    counts: Counts | Mapping[str, Counts] = "positions",
     sized: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a metric under its own name, for suites and Python alike.
@@ -351,7 +358,8 @@ def metric(
             interval reaches can't be shown by that many tokens, and is refused with the number that would.
         span: the least and the most that it can be, or those of each `stat`; a bound beyond them is refused, for it
             would check nothing.
-        counts: what an estimate is drawn from, for messages: positions of the data, or prompts.
+        counts: what an estimate is drawn from, or that of each `stat`, for messages: positions of the data,
+            boundaries among them, or prompts.
         sized: it is no larger than the largest |x| that it measures, as a mean is; a bound beyond the dtype's largest
             number is refused.
 
@@ -383,7 +391,7 @@ def metric(
                 perfect=tuple(perfect.items()) if isinstance(perfect, Mapping) else perfect,
                 span=ANY if isinstance(span, Mapping) else span,
                 spans=tuple(span.items()) if isinstance(span, Mapping) else (),
-                counts=counts,
+                counts=tuple(counts.items()) if isinstance(counts, Mapping) else counts,
                 sized=sized,
                 origin=origin,
             )

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from ..captures import GENERATED, Capture, LayerNames, Outline, Request, compares, match_layers, merge_requests
+from ..captures import (
+    CACHE_SITES,
+    GENERATED,
+    LOGITS,
+    Capture,
+    LayerNames,
+    Outline,
+    Request,
+    compares,
+    match_layers,
+    merge_requests,
+)
 from ..checkpoint import Folder, stored_weights, threads, weight_names
 from ..common import InfraError, QsaError, counted, shown_path, shown_time, text_table
 from ..suite import (
@@ -48,7 +59,8 @@ MeasureMachine = Callable[[str, Path | None], Machine]
 """Measures the machine for a dtype, with the file of weights that times reading."""
 
 
-NONE_NEEDED: Mapping[str, int] = {}
+Needed = tuple[int, str]
+NONE_NEEDED: Mapping[str, Needed] = {}
 
 
 @dataclass
@@ -56,14 +68,15 @@ class Planned:
     """A subject with its tests.
 
     `measured`: those that need the pass, with their requests. `static`: those that read files only. `unannounced`:
-    those whose needs are not known before they run. `positions`: test → the fewest positions that could show its bound.
+    those whose needs are not known before they run. `positions`: test → the fewest positions, boundaries or prompts
+    that could show its bound, and which of these it counts.
     """
 
     subject: Subject
     measured: list[tuple[str, Request]] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
     unannounced: list[str] = field(default_factory=list)
-    positions: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, Needed] = field(default_factory=dict)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -72,11 +85,12 @@ class Planned:
 
 
 def gathered(
-    tests: Iterable[tuple[str, Subject, Sequence[Request], bool]], positions: Mapping[str, int] = NONE_NEEDED
+    tests: Iterable[tuple[str, Subject, Sequence[Request], bool]],
+    positions: Mapping[str, Needed] = NONE_NEEDED,
 ) -> list[Planned]:
     """Group tests by their subject. A test: id, subject, requests, and whether it reads files only.
 
-    `positions`: test → the fewest positions that could show its bound.
+    `positions`: as of `Planned`.
     """
     found: dict[str, Planned] = {}
     for name, subject, requests, static in tests:
@@ -183,14 +197,15 @@ def _answer_lines(planned: Planned) -> Iterator[str]:
 
 
 def _needed_lines(planned: Planned) -> Iterator[str]:
-    """Say how many positions, or prompts, the bounds take that an interval has to show."""
+    """Say how many positions, boundaries or prompts the bounds take that an interval has to show."""
     data, prompts = planned.subject.data, (planned.subject.generation or Generation()).num_prompts
-    of_answers = {test for test, request in planned.measured if GENERATED in request.statistics}
-    for counts, here in (("positions", data.num_samples * data.seq_len), ("prompts", prompts)):
-        names = [name for name in planned.positions if (name in of_answers) == (counts == "prompts")]
-        for index, name in enumerate(names):
-            takes = f"its bound takes {planned.positions[name]:,} or more, of {here:,} here"
-            yield f"{'' if index else counts:<12}{name}: {takes}"
+    positions = f"of {'at most ' if data.answers else ''}{data.num_samples * data.seq_len:,} here"
+    answered = f"the answers to {data.num_samples:,} prompts tell how many there are"
+    here = {"positions": positions, "boundaries": answered, "prompts": f"of {prompts:,} here"}
+    for counts, told in here.items():
+        needed = [(name, count) for name, (count, of) in planned.positions.items() if of == counts]
+        for index, (name, count) in enumerate(needed):
+            yield f"{'' if index else counts:<12}{name}: its bound takes {count:,} or more, {told}"
 
 
 def _file_lines(planned: Planned, text: str) -> Iterator[str]:
@@ -239,15 +254,17 @@ def _test_lines(planned: Planned) -> Iterator[str]:
 def _site_lines(planned: Planned, names: LayerNames) -> Iterator[str]:
     label = "sites"
     for request in planned.requests:
+        statistics = ", ".join(sorted({statistic.name for statistic in request.statistics}))
         sites = (request.pattern, request.site, request.exclude)
         ids = [name for name, other in planned.measured if (other.pattern, other.site, other.exclude) == sites]
-        own = names.at(request.site, request.statistics)
+        caches = request.site in CACHE_SITES  # no file says which layers fill the cache
+        own = names.called if caches else names.at(request.site, request.statistics)
         layers = len(match_layers(own, request.pattern, request.exclude))
         where = f"{request.site} of '{request.pattern}'" + (f" but '{request.exclude}'" if request.exclude else "")
         # A module without tensors, such as an activation function, is in no file.
-        found = f"{layers} layers" if layers else "no layer that the files name"
-        statistics = ", ".join(sorted({statistic.name for statistic in request.statistics}))
-        yield f"{label:<12}{where}, {found}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"
+        found = f"{layers} layers{' that may fill it' if caches else ''}" if layers else "no layer that the files name"
+        what = LOGITS if request.site == LOGITS else f"{where}, {found}"
+        yield f"{label:<12}{what}: {statistics}  ← {_ids(list(dict.fromkeys(ids)))}"
         label = ""
 
 

@@ -14,7 +14,17 @@ from ..captures import LOGITS, UNKNOWN_RUN, Capture, Provenance, match_layers
 from ..checkpoint import Finding
 from ..common import AnomalyError, number
 from ..external import bounded
-from ..metrics import LEAST_WINDOWS, METRICS, TWO_SIDED_95, Bounds, NotMeasuredError, PlainQuery, Query, Series
+from ..metrics import (
+    LEAST_BOUNDARIES,
+    LEAST_WINDOWS,
+    METRICS,
+    TWO_SIDED_95,
+    Bounds,
+    NotMeasuredError,
+    PlainQuery,
+    Query,
+    Series,
+)
 from ..suite import Location, Waiver
 from .budgets import Budget, budget_of
 from .verdict import Kind, Row, WaiverUse, failing
@@ -132,7 +142,8 @@ def interval_text(series: Series, layer: str) -> str:
         return ""
     low, high, count = series.intervals[layer]
     metric = METRICS.get(series.query.metric)
-    drawn, of = ("prompts", "of them") if metric and metric.counts == "prompts" else ("tokens", "samples")
+    drawn = metric.drawn_from(series.query.parameters) if metric else "positions"
+    drawn, of = {"positions": ("tokens", "samples"), "prompts": ("prompts", "of them")}.get(drawn, (drawn, "samples"))
     if math.isnan(low):
         return f"from {count} {drawn}; fewer than {LEAST_WINDOWS} {of} give no interval"
     return f"95 %: {number(low)} … {number(high)}, from {count} {drawn}"
@@ -158,14 +169,16 @@ def _check_shown(series: Series, budget: Budget) -> None:
         reach, room = max(value - low, high - value), abs(perfect - bound)
         if reach <= room:
             continue
-        what = f"{count:,} {definition.counts} can't show that {series.query.metric} is {budget.text}"
+        drawn = definition.drawn_from(series.query.parameters)
+        what = f"{count:,} {drawn} can't show that {series.query.metric} is {budget.text}"
         if not room:
             raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
         # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
         needed = count * (reach / room) ** (1 if value == perfect else 2)
-        enough = f"about {round(needed, -2):,.0f} would (data.num_samples)"
-        if definition.counts == "prompts":  # those that count may be some of them
-            enough = f"about {needed / count:.1f} × as many would (generation.num_prompts)"
+        enough = f"about {float(f'{needed:.2g}'):,.0f} would (data.num_samples)"
+        if drawn != "positions":  # those that count may be some of the prompts
+            key = "generation.num_prompts" if drawn == "prompts" else "data.num_samples"
+            enough = f"about {needed / count:.1f} × as many would ({key})"
         raise AnomalyError(
             f"{what}: by chance alone it may be off by {number(reach)}; {enough}, or give the bound more room"
         )
@@ -181,7 +194,11 @@ def positions_needed(assertion: MeasuredAssertion) -> int | None:
     scale = 1000 if assertion.parameters.get("stat") == "spurious" else 1
     rooms = [abs(perfect - bound) / scale for bound in bounds] if perfect is not None else []
     room = min(rooms, default=1.0)
-    return math.ceil(TWO_SIDED_95**2 * (1 - room) / room) if 0 < room < 1 else None
+    if not 0 < room < 1:
+        return None
+    needed = math.ceil(TWO_SIDED_95**2 * (1 - room) / room)
+    boundaries = METRICS[assertion.metric].drawn_from(assertion.parameters) == "boundaries"
+    return max(needed, LEAST_BOUNDARIES) if boundaries else needed
 
 
 def _exceeded(rows: Sequence[Row], budget: Budget) -> Location:

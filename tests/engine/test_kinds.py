@@ -47,6 +47,15 @@ def test_experts_norms_attention_and_linear_layers_are_named_by_kind():
     assert "lm_head" not in match_layers(names, "kind:linears")
 
 
+def test_a_layer_that_is_replaced_has_the_kinds_of_the_new_one():
+    model = llama(seed=0)
+    assert "model.layers.0.mlp.up_proj" in match_layers(list(layers_of(model)), "kind:linears")
+    model.model.layers[0].mlp.up_proj = torch.nn.RMSNorm(8)
+    names = list(layers_of(model))
+    assert "model.layers.0.mlp.up_proj" in match_layers(names, "kind:norms")
+    assert "model.layers.0.mlp.up_proj" not in match_layers(names, "kind:linears")
+
+
 def test_a_list_of_single_layers_is_one_of_blocks_where_there_is_no_other():
     alone = torch.nn.Module()
     alone.steps = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))

@@ -368,19 +368,29 @@ def test_tests_of_one_subject_share_a_pass(llama):
     assert planned.static == ["c"]
 
 
+def test_a_plan_names_the_layers_whose_keys_a_cache_may_hold(llama):
+    subject = Subject("a", Model(path=str(llama)), Data(num_samples=2, seq_len=64), Memory(), llama)
+    request = Request("self_attn$", "key", None, METRICS["absmax"].needs("key", "all", {}))
+    text = "\n".join(plan_lines([Planned(subject, [("keys", request)])], None, lambda dtype, weights: LAPTOP))
+    assert "key of 'self_attn$', 4 layers that may fill it: moments  ← keys" in text
+
+
 def test_a_plan_says_how_many_positions_a_bound_takes(llama):
     subject = Subject("a", Model(path=str(llama)), Data(num_samples=2, seq_len=64), Memory(), llama)
     request = Request("", "logits", None, METRICS["flips"].needs("logits", "all", {}))
-    plans = gathered([("few-flips", subject, [request], False)], {"few-flips": 381})
+    needed = {"few-flips": (381, "positions"), "stops": (35, "boundaries")}
+    plans = gathered([("few-flips", subject, [request], False), ("stops", subject, [request], False)], needed)
     text = "\n".join(plan_lines(plans, None, lambda dtype, weights: LAPTOP))
+    assert "sites       logits: margins  ← few-flips, stops" in text
     assert "positions   few-flips: its bound takes 381 or more, of 128 here" in text
+    assert "boundaries  stops: its bound takes 35 or more, the answers to 2 prompts tell how many there are" in text
 
 
 def test_a_plan_counts_the_answers_of_both_models_and_the_prompts_that_a_bound_takes(llama, seventy_b):
     asked, data = Generation(num_prompts=40, max_new_tokens=100), Data(num_samples=2, seq_len=64)
     request = Request("", "logits", None, METRICS["generation"].needs("logits", "all", {}))
     subject = Subject("a", Model(path=str(llama)), data, Memory(), llama, generation=asked)
-    plans = gathered([("ends", subject, [request], False)], {"ends": 35})
+    plans = gathered([("ends", subject, [request], False)], {"ends": (35, "prompts")})
     text = "\n".join(plan_lines(plans, None, lambda dtype, weights: LAPTOP))
     assert "answers     40 × at most 100 tokens, to prompts: builtin; by the model and by its reference" in text
     assert "prompts     ends: its bound takes 35 or more, of 40 here" in text

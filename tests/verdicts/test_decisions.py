@@ -34,6 +34,8 @@ def test_a_bound_that_chance_alone_could_cross_is_refused_with_the_number_it_tak
     assert "about 3,800 would" in text  # 1.96² / 0.001
     with pytest.raises(AnomalyError, match="about 900 would"):  # half the width takes four times as many
         judge_bounds(series("margin_ratio", 0.97, 0.93, 1.01, 225), Bounds(min=0.98))
+    with pytest.raises(AnomalyError, match=r"40 boundaries can't show .* about 1\.2 × as many would \(data\.num_s"):
+        judge_bounds(series("boundary_tokens", 1.0, 0.911, 1.0, 40), Bounds(min=0.925))
     with pytest.raises(AnomalyError, match="nor can any number: leave some room for chance"):
         judge_bounds(series("flips", 0.0, 0.0, 0.0143, 265), Bounds(max=0))
 

@@ -142,8 +142,9 @@ def interval_text(series: Series, layer: str) -> str:
         return ""
     low, high, count = series.intervals[layer]
     metric = METRICS.get(series.query.metric)
-    drawn = metric.drawn_from(series.query.parameters) if metric else "positions"
-    drawn, of = {"positions": ("tokens", "samples"), "prompts": ("prompts", "of them")}.get(drawn, (drawn, "samples"))
+    counts = metric.drawn_from(series.query.parameters) if metric else "positions"
+    words = {"positions": ("tokens", "samples"), "prompts": ("prompts", "of them")}
+    drawn, of = words.get(counts, (counts, "samples"))
     if math.isnan(low):
         return f"from {count} {drawn}; fewer than {LEAST_WINDOWS} {of} give no interval"
     return f"95 %: {number(low)} … {number(high)}, from {count} {drawn}"

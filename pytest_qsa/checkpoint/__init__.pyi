@@ -53,7 +53,7 @@ from .side_files import (
 from .smoothing import (
     Compare as Compare,
     Relation as Relation,
-    Unsmoothed as Unsmoothed,
+    Smoothing as Smoothing,
     compare_norms as compare_norms,
 )
 from .suspicions import (

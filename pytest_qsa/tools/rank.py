@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
-from ..checkpoint import FUSED_LAYERS, NUMBER, Files, Format, StoredWeight, Unsmoothed, format_of, kind_of
+from ..checkpoint import FUSED_LAYERS, NUMBER, Files, Format, Smoothing, StoredWeight, format_of, kind_of
 from ..common import AnomalyError, InfraError, Progress, counted, number, phase, text_table
 from ..metrics import LEAST_WINDOWS, Estimate, mean_by_window
 
@@ -79,17 +79,16 @@ class QuantizedUnits:
 
     def __init__(self, files: Files, modules: Iterable[str]) -> None:
         relation = files.relation
-        if relation.kind == "rotated":
+        if relation.kind in ("rotated", "rotated heads"):
             raise InfraError(
                 f"{files.folder.path} is rotated: {relation.why}. Its layers alone mean nothing in the reference: rank "
                 "a checkpoint that is rounded without it"
             )
-        self._smoothed: Unsmoothed | None = None
+        self._smoothed: Smoothing | None = None
         if relation.kind == "smoothed" and files.reference is not None:
-            folders = files.folder, files.reference
-            self._smoothed = Unsmoothed(
-                folders, relation.norms, self._stored, partial(_rows, format_of(files.reference))
-            )
+            folders, theirs = (files.folder, files.reference), format_of(files.reference)
+            shape = partial(_shape, theirs)
+            self._smoothed = Smoothing(folders, relation.norms, self._stored, partial(_rows, theirs), shape)
         self._form = files.format
         self.method = self._form.name
         known = self._form.layers_of(list(modules))
@@ -137,20 +136,20 @@ class QuantizedUnits:
             InfraError: its format can't be read here.
         """
         if self._smoothed is not None:
-            return self._smoothed.weight(module).astype("f4")
+            return self._smoothed.undone(module).astype("f4")
         found = self._stored(module)
         assert found is not None
         return found
 
-    def _stored(self, module: str) -> NDArray[Any] | None:
-        """Return the weight of a module as its files have it; None where they don't have it in codes."""
+    def _stored(self, module: str, rows: slice = slice(None)) -> NDArray[Any] | None:
+        """Return rows of the weight of a module as its files have it; None where they don't have it in codes."""
         if module not in self._layers:
             return None
         stored = StoredWeight(self._form, self._layers[module])
         if stored.problem:
             raise InfraError(stored.problem)
         found = np.concatenate([*stored.parts()])
-        return found if stored.matrix else found.reshape(stored.shape)
+        return (found if stored.matrix else found.reshape(stored.shape))[rows]
 
     def _holder(self, layer: str) -> str:
         """Return the layer of the files that holds a layer: that of all experts, for one of them."""
@@ -169,8 +168,12 @@ class QuantizedUnits:
         return Unit(name, tuple(modules), weights, 8 * sum(tensor.stop - tensor.start for tensor in stored))
 
 
-def _rows(form: Format, module: str) -> NDArray[np.float64] | None:
-    return form.rows(form.layers_of([module])[module])
+def _rows(form: Format, module: str, rows: slice) -> NDArray[np.float64] | None:
+    return form.rows(form.layers_of([module])[module], rows)
+
+
+def _shape(form: Format, module: str) -> tuple[int, int] | None:
+    return form.weight_shape(form.layers_of([module])[module])
 
 
 def _block_of(name: str) -> str:

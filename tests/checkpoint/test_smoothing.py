@@ -11,7 +11,7 @@ from pytest_qsa.checkpoint.checks.health import problems_of
 from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
-from pytest_qsa.checkpoint.smoothing import Unsmoothed, compare_norms
+from pytest_qsa.checkpoint.smoothing import Smoothing, compare_norms
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite import Memory, Model
@@ -23,6 +23,7 @@ READERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 DOWN = "model.layers.2.mlp.down_proj"
+ODD = (DOWN, "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.3.mlp.gate_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -239,12 +240,30 @@ def test_a_layer_whose_size_the_next_one_makes_up_for_has_no_finding(llama, tmp_
 
 
 def fold_up(weights):
-    """Take factors out of the rows of up_proj into the columns of down_proj, as AWQ does."""
+    """Take factors out of the rows of up_proj into the columns of down_proj, as AWQ does, most of all in layer 2."""
     generator = torch.Generator().manual_seed(3)
     for index in range(4):
-        factors = torch.rand(64, generator=generator) * 3 + 0.3
+        factors = (torch.rand(64, generator=generator) * 3 + 0.3) * (0.1 if index == 2 else 1)
         weights[f"model.layers.{index}.mlp.up_proj.weight"] /= factors[:, None]
         weights[f"model.layers.{index}.mlp.down_proj.weight"] *= factors
+
+
+def fold_values(weights):
+    """Take factors out of the rows of v_proj into the columns of o_proj; two heads read each head of values."""
+    generator = torch.Generator().manual_seed(4)
+    for index in range(4):
+        factors = (torch.rand(2, 1, 8, generator=generator) * 3 + 0.3) * (0.1 if index == 2 else 1)
+        weights[f"model.layers.{index}.self_attn.v_proj.weight"] /= factors.reshape(-1, 1)
+        weights[f"model.layers.{index}.self_attn.o_proj.weight"] *= factors.expand(2, 2, 8).reshape(-1)
+
+
+def cross(weights):
+    """Divide the rows of k_proj by what those of q_proj are multiplied by, alike for both channels that rope mixes."""
+    generator = torch.Generator().manual_seed(5)
+    for index in range(4):
+        factors = (torch.rand(2, 1, 1, 4, generator=generator) * 3 + 0.3) * (0.1 if index == 2 else 1)
+        weights[f"model.layers.{index}.self_attn.k_proj.weight"] /= factors.expand(2, 1, 2, 4).reshape(-1, 1)
+        weights[f"model.layers.{index}.self_attn.q_proj.weight"] *= factors.expand(2, 2, 2, 4).reshape(-1, 1)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -258,11 +277,119 @@ def test_the_weights_of_a_smoothed_checkpoint_are_known_without_the_smoothing(fo
     changed = edited(folders["original"], tmp_path / "changed", change)
     folder = open_folder(save_quantized_llama(tmp_path / "int8", changed, "W8A16", group_size=None, strategy="channel"))
     own, theirs = format_of(folder), format_of(original)
-    found = Unsmoothed((folder, original), compare_norms(folder, original).norms, own.rows, theirs.rows)
+    found = Smoothing(
+        (folder, original), compare_norms(folder, original).norms, own.rows, theirs.rows, theirs.weight_shape
+    )
     layers = [reader for readers in READERS.values() for reader in readers] + list(WRITERS)
     for layer in (f"model.layers.2.{each}" for each in layers):
         expected = theirs.rows(layer)
-        error = np.square(found.weight(layer) - expected).sum() / np.square(expected).sum()
+        error = np.square(found.undone(layer) - expected).sum() / np.square(expected).sum()
         assert error < 3e-4, layer  # that of 8 bits, whose scales are of the smoothed rows
         moved = layer.endswith(("down_proj", "o_proj")) and not (folded and layer.endswith("down_proj"))
-        assert np.array_equal(found.weight(layer), own.rows(layer)) == moved, layer
+        assert np.array_equal(found.undone(layer), own.rows(layer)) == moved, layer
+
+
+def smooth_everywhere(weights):
+    for change in (smooth, fold_up, fold_values, cross):
+        change(weights)
+
+
+@pytest.fixture(scope="module")
+def everywhere(folders, tmp_path_factory):
+    return edited(folders["original"], tmp_path_factory.mktemp("everywhere") / "float", smooth_everywhere)
+
+
+def found_in(folder, original):
+    """Return the layers in which `files` finds a problem."""
+    files = Files(open_folder(folder), open_folder(original))
+    return {each.layer for each in problems_of(files, "checkpoint_health")[1] if not each.note}
+
+
+def test_factors_that_were_moved_in_every_place_change_nothing(everywhere, folders):
+    ids = torch.arange(32)[None]
+    one, other = (
+        load_model(Model(path=str(f)), str(f), Memory(device="cpu"), allow_code=False).model(ids).logits.detach()
+        for f in (everywhere, folders["original"])
+    )
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_scale_of_a_smoothed_checkpoint_is_odd_but_one_that_nothing_makes_up_for(
+    everywhere, folders, form, tmp_path
+):
+    preset, changes = FORMATS[form]
+    sound = save_quantized_llama(tmp_path / "sound", everywhere, preset, **changes)
+    assert found_in(sound, folders["original"]) == set()
+
+    def shrink(weights):
+        for layer in ODD:
+            weights[f"{layer}.weight"] *= 0.55
+
+    odd = save_quantized_llama(tmp_path / "odd", edited(everywhere, tmp_path / "shrunk", shrink), preset, **changes)
+    assert found_in(odd, folders["original"]) == set(ODD)
+
+
+@pytest.mark.parametrize("change", [fold_up, fold_values, cross])
+def test_a_smoothing_that_changes_no_norm_is_one(folders, tmp_path, change):
+    preset, changes = FORMATS["int4"]
+    smoothed = edited(folders["original"], tmp_path / "float", change)
+    folder = save_quantized_llama(tmp_path / "int4", smoothed, preset, **changes)
+    found = compare_norms(open_folder(folder), open_folder(folders["original"]))
+    assert (found.kind, found.compare) == ("smoothed", "blocks")
+    assert "of 4" in found.why
+    assert found_in(folder, folders["original"]) == set()
+
+
+def test_a_smoothing_of_few_channels_is_one(folders, tmp_path):
+    def change(weights):
+        for index in range(4):
+            weights[f"model.layers.{index}.input_layernorm.weight"][5] /= 20
+            for reader in READERS["input_layernorm"]:
+                weights[f"model.layers.{index}.{reader}.weight"][:, 5] *= 20
+
+    folder = save_quantized_llama(tmp_path / "int8", edited(folders["original"], tmp_path / "float", change))
+    assert compare_norms(open_folder(folder), open_folder(folders["original"])).kind == "smoothed"
+    assert found_in(folder, folders["original"]) == set()
+
+
+def turn_heads(weights, layers=("v_proj", "o_proj")):
+    """Turn the values of each head by a matrix of its own, and turn them back in o_proj (SpinQuant's R2)."""
+    generator = torch.Generator().manual_seed(6)
+    for index in range(4):
+        turns = torch.linalg.qr(torch.randn(2, 8, 8, generator=generator))[0]
+        values, output = (f"model.layers.{index}.self_attn.{each}.weight" for each in ("v_proj", "o_proj"))
+        if "v_proj" in layers:
+            weights[values] = (turns @ weights[values].reshape(2, 8, 32)).reshape(16, 32)
+        if "o_proj" in layers:
+            outward = weights[output].reshape(32, 2, 2, 8)
+            weights[output] = torch.einsum("oghc,gdc->oghd", outward, turns).reshape(32, 32).contiguous()
+
+
+def test_values_that_were_turned_in_each_head_and_back_are_by_design(folders, tmp_path):
+    turned = edited(folders["original"], tmp_path / "float", turn_heads)
+    folder = save_quantized_llama(tmp_path / "int8", turned)
+    found = compare_norms(open_folder(folder), open_folder(folders["original"]))
+    assert (found.kind, found.compare) == ("rotated heads", "blocks")
+    assert "in 4 of 4 blocks the heads of v_proj point elsewhere, and o_proj turns them back" in found.why
+    assert found_in(folder, folders["original"]) == set()
+
+    def shrink(weights):
+        weights[f"{DOWN}.weight_scale"] *= 0.55
+
+    assert found_in(edited(folder, tmp_path / "odd", shrink), folders["original"]) == {DOWN}
+
+
+def test_values_that_nothing_turns_back_are_no_design(folders, tmp_path):
+    turned = edited(folders["original"], tmp_path / "float", lambda weights: turn_heads(weights, ["v_proj"]))
+    assert compare_norms(open_folder(turned), open_folder(folders["original"])).kind == "same"
+
+
+def test_a_layer_that_shares_factors_is_named_with_the_one_it_has_them_from(everywhere, folders, tmp_path):
+    def shrink(weights):
+        weights["model.layers.2.mlp.up_proj.weight"] *= 0.55
+
+    odd = save_quantized_llama(tmp_path / "odd", edited(everywhere, tmp_path / "shrunk", shrink))
+    (found,) = problems_of(Files(open_folder(odd), open_folder(folders["original"])), "checkpoint_scales")[1]
+    assert (found.layer, "0.55 × the size of the reference's" in found.what) == (DOWN, True)
+    assert "it or model.layers.2.mlp.up_proj" in found.what

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common import AnomalyError
 from ..folder import Finding, Folder
 from ..formats.format import AGAIN, Format, format_of
+from ..smoothing import ROWS_OF_FACTORS, Relation, Smoothing, readable_rows
 from ..tensors import Matrix
 
 ROWS_SAMPLED = 64
@@ -22,12 +22,21 @@ LAYER_ROOM = {2: 0.5, 3: 0.5}
 
 
 class Original:
-    """The reference's weights beside a checkpoint's, for layers that both have under one name and in one shape."""
+    """The reference's weights beside a checkpoint's, for layers that both have under one name and in one shape.
 
-    def __init__(self, form: Format, reference: Folder) -> None:
-        self.form, self.theirs = form, format_of(reference)
+    Of a smoothed checkpoint they have the factors that the smoothing has moved.
+    """
+
+    def __init__(self, form: Format, reference: Folder, relation: Relation) -> None:
+        self.form, self.theirs, self._relation = form, format_of(reference), relation
         names = () if form.folder.gguf_file else list(reference.layers)
         self._names = {own: name for name, own in form.layers_of(names).items()}
+        self._smoothing: Smoothing | None = None
+        if relation.kind == "smoothed":
+            folders = form.folder, reference
+            self._smoothing = Smoothing(
+                folders, relation.norms, self._own, self._plain, form.weight_shape, ROWS_OF_FACTORS
+            )
 
     def judge(self, found: Iterable[Finding]) -> Iterator[Finding]:
         """Yield what siblings found without what the original has as well, then layers whose sizes are others.
@@ -42,7 +51,7 @@ class Original:
                 named.add(finding.layer)
                 yield finding
         for layer in self.form.fitting:
-            if layer not in named and self.form.codes_of(layer) is not None:
+            if layer not in named and self.form.codes_of(layer) is not None and not self._relation.turned(layer):
                 yield from self._resized(layer)
 
     def has_sizes_of(self, layer: str) -> bool:
@@ -71,6 +80,8 @@ class Original:
         if np.isfinite(middle) and abs(middle) > room:  # NaN and zeros are found as such
             size = f"{2**middle:.3g} × the size of the reference's"
             what = f"the dequantized weight is {size} (median of {len(octaves)} rows)"
+            if self._smoothing is not None and (other := self._smoothing.partner(layer)):
+                what += f": it or {other}, from whose rows a smoothing has taken factors into it"
             yield Finding.at(tensor, what, AGAIN)
 
     def _octaves(self, layer: str, rows: slice, groups: int) -> NDArray[np.float64] | None:
@@ -78,7 +89,7 @@ class Original:
 
         Where both are zero it is 0.
         """
-        mine, theirs = self._rows(self.form, layer, rows), self._rows(self.theirs, self._names.get(layer, ""), rows)
+        mine, theirs = self._own(layer, rows), self._theirs(layer, rows)
         if mine is None or theirs is None or mine.shape != theirs.shape:
             return None
         one, other = (np.square(each.reshape(len(each) * groups, -1)).mean(axis=1) for each in (mine, theirs))
@@ -86,9 +97,11 @@ class Original:
             octaves: NDArray[np.float64] = np.where(one == other, 0.0, 0.5 * np.log2(one / other))
         return octaves
 
-    @staticmethod
-    def _rows(form: Format, layer: str, rows: slice) -> Matrix | None:
-        try:
-            return form.stored_rows(layer, rows) if len(form.weight_shape(layer) or ()) == 2 else None
-        except AnomalyError:  # tensors that are lost or don't fit have findings of their own
-            return None
+    def _own(self, layer: str, rows: slice) -> Matrix | None:
+        return readable_rows(self.form, layer, rows)
+
+    def _plain(self, layer: str, rows: slice) -> Matrix | None:
+        return readable_rows(self.theirs, self._names.get(layer, ""), rows)
+
+    def _theirs(self, layer: str, rows: slice) -> Matrix | None:
+        return self._plain(layer, rows) if self._smoothing is None else self._smoothing.applied(layer, rows)

@@ -2,7 +2,8 @@
 
 Each ratio is of the processor's seconds on one thread, measured in turns, the median of the ratios of each turn. So
 other work of the machine lengthens both sides alike. One that is more than 5 % above the table, and above the largest
-of its turns as well, fails. `--write` makes the table anew (benchmarks/table.json), on an idle machine.
+of its turns as well, fails. `--write` makes the table anew (benchmarks/table.json), on an idle machine. It takes about
+four minutes there; `overhead.py` and `pair.py` measure more models, by the clock.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ OVERHEAD = {
     for base in ("trunk", "whole")
     for case in ("usual suite", "every site")
 }
+WIDE = {name: case for name, case in OVERHEAD.items() if name.endswith("trunk")}
 PAIR = {"every site and KL ÷ both forwards": ("propagated", ("model", "reference")),
         "with local error ÷ both forwards": ("local", ("model", "reference"))}  # fmt: skip
 KEPT = {"recorded reference ÷ forward, head and softmax": ("kept", ("model", "head and softmax"))}
@@ -45,8 +47,8 @@ def measured(repeats: int, samples: int) -> Iterator[tuple[str, list[float]]]:
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield from _ratios(f"SmolLM2 {name}", overhead.cases_of(smollm2(dtype), batches), OVERHEAD, repeats)
-        wide, ids = wide_llama(dtype), [batch % 32000 for batch in batches]
-        yield from _ratios(f"Llama 2048 {name}", overhead.cases_of(wide, ids), OVERHEAD, repeats)
+    ids = [batch[:, :256] % 32000 for batch in batches]
+    yield from _ratios("Llama 2048 bfloat16", overhead.cases_of(wide_llama(), ids), WIDE, repeats)
     model, reference = pair.smollm2_int8(), smollm2()
     yield from _ratios("SmolLM2 int8", pair.cases_of(model, reference, batches), PAIR, repeats)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +58,8 @@ def measured(repeats: int, samples: int) -> Iterator[tuple[str, list[float]]]:
 def _ratios(
     model: str, cases: Cases, wanted: Mapping[str, tuple[str, tuple[str, ...]]], repeats: int
 ) -> Iterator[tuple[str, list[float]]]:
-    times = in_turns(cases, repeats, time.process_time)
+    used = {name for case, bases in wanted.values() for name in (case, *bases)}
+    times = in_turns({name: cases[name] for name in cases if name in used}, repeats, time.process_time)
     for name, (case, bases) in wanted.items():
         bare = [sum(parts) for parts in zip(*(times[base] for base in bases), strict=True)]
         yield f"{model}: {name}", [each / one for each, one in zip(times[case], bare, strict=True)]

@@ -57,7 +57,7 @@ def random_llama(dtype: torch.dtype = torch.bfloat16, **shape: Any) -> nn.Module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(num_key_value_heads=8, vocab_size=32000, **shape))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**{"num_key_value_heads": 8, "vocab_size": 32000, **shape}))
     return model.to(dtype).eval()
 
 

@@ -91,24 +91,14 @@ def _settings(suite: Path) -> list[Setting]:
     sizes, original = sizes_of(Folder(folder), file.model), file.model.reference
     reference = sizes_of(Folder(Path(str(original))), file.model) if original else None
     requests = [assertion.request for assertion in loaded.assertions if isinstance(assertion, MeasuredAssertion)]
-    work = Work.of(file.data, requests, sizes)
+    work = Work.of(file.data, requests, sizes, tests=len(requests))
     return settings_of(sizes, work, this_machine(sizes.dtype, weight_files(folder)[0]), reference)
 
 
 def _run(suite: Path, setting: Setting) -> tuple[int, float, float]:
     """Return the peak resident bytes of a gate's process, its seconds of the processor, and those by the clock."""
     memory = [f"--qsa-set=memory.{key}={value}" for key, value in setting.memory.model_dump().items()]
-    words = [
-        sys.executable,
-        "-c",
-        RUN,
-        "-q",
-        str(suite),
-        "--qsa-no-cache",
-        "--qsa-report=never",
-        "--qsa-jobs=99",
-        *memory,
-    ]
+    words = [sys.executable, "-c", RUN, "-q", str(suite), "--qsa-no-cache", "--qsa-report=never", "--qsa-jobs=99"]
     began, started = _cpu_seconds(), time.perf_counter()
     done = subprocess.run([*words, *memory], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -360,38 +360,46 @@ def hqq(bits: int, source: Path, target: Path) -> Tensors:
 # --- GGUF, by the package gguf
 
 
+def llama_cpp_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Any, bool]]:
+    """Yield a Llama's tensors: its layer, llama.cpp's name, its values in float32 as numpy's, and if it is permuted."""
+    import numpy as np
+    from gguf.constants import MODEL_ARCH
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in tensors.items():
+        (layer, _, part), values = name.rpartition("."), tensor.float()
+        count = heads.get(layer.rpartition(".")[2])
+        if count:  # llama.cpp's rotary kernel takes the two halves of a head interleaved
+            values = values.reshape(count, 2, len(values) // count // 2, -1).transpose(1, 2).reshape(values.shape)
+        yield layer, f"{names.get_name(layer)}.{part}", np.ascontiguousarray(values.numpy()), bool(count)
+
+
 def gguf(kind: str, source: Path, target: Path) -> Tensors:
     """Write every matrix in one type, as llama.cpp's converter names and orders them; gguf reads them."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.constants import MODEL_ARCH
     from gguf.quants import dequantize, quantize
-    from gguf.tensor_mapping import get_tensor_name_map
 
     config, quantization = json.loads((source / "config.json").read_text()), GGMLQuantizationType[kind]
-    blocks, heads, groups = (config[n] for n in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
     target.mkdir()
-    writer, names = GGUFWriter(target / "model.gguf", "llama"), get_tensor_name_map(MODEL_ARCH.LLAMA, blocks)
-    writer.add_block_count(blocks)
+    writer = GGUFWriter(target / "model.gguf", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(groups)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     read = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        (layer, _, part), values = name.rpartition("."), tensor.float()
-        count = {"q_proj": heads, "k_proj": groups}.get(layer.rpartition(".")[2])
-        if count:  # llama.cpp's rotary kernel takes the two halves of a head interleaved
-            values = values.reshape(count, 2, len(values) // count // 2, -1).transpose(1, 2).reshape(values.shape)
-        to, array = f"{names.get_name(layer)}.{part}", np.ascontiguousarray(values.numpy())
+    for layer, to, array, permuted in llama_cpp_tensors(config, load_file(source / "model.safetensors")):
         if array.ndim == 1 or not layer.endswith("_proj"):
             writer.add_tensor(to, array)
             continue
-        packed = _k_quants(values, kind) if kind.endswith("_K") else quantize(array, quantization)
+        packed = _k_quants(torch.from_numpy(array), kind) if kind.endswith("_K") else quantize(array, quantization)
         writer.add_tensor(to, packed, raw_dtype=quantization)
-        if not count:
+        if not permuted:
             read[layer] = torch.from_numpy(dequantize(packed, quantization).astype(np.float32).reshape(array.shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,13 +1,16 @@
 """What a user would pick instead, side by side: time, memory, and which faults each finds.
 
-`python benchmarks/instead.py --lm-eval PYTHON`. The checkpoint is SmolLM2 in int8 of `make demo`, held against SmolLM2,
+`python benchmarks/instead.py --others PYTHON`. The checkpoint is SmolLM2 in int8 of `make demo`, held against SmolLM2,
 on 4 × 128 tokens of `sample`. Each method is a process of its own. It runs on the healthy checkpoint (time by the clock
 and by the processor, peak memory: medians of `--repeats`), then once on each of 16 copies with a fault of `qsa
-selftest` at default strength. What counts as found:
+selftest` at default strength. `--others` is the Python of an environment with lm-eval and xllamacpp. What counts as
+found:
 
 * ours: the gate that `qsa init` writes is red;
 * lm-eval, a perplexity task of the same text: more than 1.02 times the healthy checkpoint's, as teams gate it, or no
-  number. It needs an environment of its own, `--lm-eval PYTHON` (pip install lm-eval);
+  number;
+* llama.cpp's server, the perplexity of the same tokens from its `n_probs`, the same bound. It reads the checkpoint as a
+  GGUF in Q8_0, which is written before and isn't timed;
 * plain hooks, which keep the outputs of all linear layers of both models: the SQNR of some layer is 3 dB below the
   healthy checkpoint's; torch.ao's numeric suite the same, with its own loggers;
 * the seed's way, a forward for each statistic: a layer's outlier count differs, or a magnitude by more than 10 %.
@@ -18,6 +21,7 @@ Lines of JSON in `--folder` keep what is done, so that a later start goes on.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,13 +86,18 @@ def run(words: Sequence[object], **environment: str) -> Run:
 # What a method runs in its own process; it prints its numbers as the last line.
 
 
-def _models(checkpoint: Path) -> tuple[Any, Any, list[Any]]:
+@functools.cache
+def _batches() -> list[Any]:
+    from common import token_batches
+
+    return token_batches(SAMPLES, TOKENS)
+
+
+def _model(checkpoint: Path) -> Any:
     import torch
-    from common import smollm2, token_batches
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    return model, smollm2(), token_batches(SAMPLES, TOKENS)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 
 def _sqnr(signal: Any, other: Any) -> float:
@@ -101,16 +111,15 @@ def with_hooks(checkpoint: Path) -> Numbers:
     import torch
     from torch import nn
 
-    model, reference, batches = _models(checkpoint)
     kept: list[dict[str, Any]] = []
-    for each in (model, reference):
+    for each in (_model(checkpoint), _model(SMOLLM2)):
         found: dict[str, list[Any]] = {}
         for name, module in each.named_modules():
             if isinstance(module, nn.Linear):
                 keep = found.setdefault(name, [])
                 module.register_forward_hook(lambda _, args, output, keep=keep: keep.append(output.detach().clone()))
         with torch.no_grad():
-            for batch in batches:
+            for batch in _batches():
                 each(batch)
         kept.append({name: torch.cat(values, 1) for name, values in found.items()})
     return {name: _sqnr(kept[1][name], kept[0][name]) for name in kept[1]}
@@ -121,10 +130,10 @@ def with_numeric_suite(checkpoint: Path) -> Numbers:
     import torch
     import torch.ao.ns._numeric_suite as suite
 
-    model, reference, batches = _models(checkpoint)
+    model, reference = _model(checkpoint), _model(SMOLLM2)
     suite.prepare_model_outputs(reference, model)
     with torch.no_grad():
-        for batch in batches:
+        for batch in _batches():
             model(batch)
             reference(batch)
     matched = suite.get_matching_activations(reference, model)
@@ -137,7 +146,7 @@ def seeds_way(checkpoint: Path) -> Numbers:
     import seeds_way as seed
     import torch
 
-    model, _, batches = _models(checkpoint)
+    model, batches = _model(checkpoint), _batches()
     found: dict[str, float] = {}
     for pattern in seed.MAGNITUDES:
         for site in ("input", "output"):
@@ -153,14 +162,16 @@ IN_PROCESS: Mapping[str, Callable[[Path], Numbers]] = {
 }  # fmt: skip
 
 
+PERPLEXITIES = ("lm-eval", "llama.cpp's server")
+
+
 def numbers_of(method: str, done: Run) -> Numbers | None:
     """Return what a method measured; None where it printed no number."""
     if method == "lm-eval":
         cells = [line.split("|") for line in done.output.splitlines() if "|word_perplexity|" in line]
         return {"perplexity": float(cells[0][7])} if cells else None
-    if done.code:
-        return None
-    found: Numbers = json.loads(done.output.splitlines()[-1])
+    lines = [line for line in done.output.splitlines() if line.startswith("{")]
+    found: Numbers | None = json.loads(lines[-1]) if lines else None
     return found
 
 
@@ -172,7 +183,7 @@ def alarms(method: str, done: Run, healthy: Run) -> bool:
     assert known is not None
     if now is None or any(not math.isfinite(value) for value in now.values()):
         return True
-    if method == "lm-eval":
+    if method in PERPLEXITIES:
         return now["perplexity"] > 1.02 * known["perplexity"]
     if method == "the seed's way":
         counts = [name for name in known if name.endswith("outliers")]
@@ -182,8 +193,12 @@ def alarms(method: str, done: Run, healthy: Run) -> bool:
     return any(now.get(name, -math.inf) < value - 3 for name, value in known.items())
 
 
-def commands(folder: Path, lm_eval: str | None) -> dict[str, Callable[[Path], Run]]:
-    """Return each method as a function of the checkpoint's folder."""
+Start = Callable[[Sequence[Path]], list[Run]]
+"""Runs a method on checkpoints."""
+
+
+def commands(folder: Path, others: str) -> dict[str, Start]:
+    """Return how each method starts. `others`: the Python of lm-eval and of xllamacpp."""
     suite, results = folder / "gate.qsa.yaml", folder / "results"
 
     def ours(checkpoint: Path) -> Run:
@@ -192,27 +207,51 @@ def commands(folder: Path, lm_eval: str | None) -> dict[str, Callable[[Path], Ru
         return run([sys.executable, "-m", "pytest", suite, *options, *more])
 
     def evaluated(checkpoint: Path) -> Run:
-        words = [lm_eval, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", 1, "--tasks"]
+        words = [others, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", 1, "--tasks"]
         model = f"pretrained={checkpoint},dtype=bfloat16"
         return run([*words, "qsa_sample", "--include_path", folder, "--model_args", model], HF_DATASETS_OFFLINE="1")
 
-    def own(method: str) -> Callable[[Path], Run]:
-        return lambda checkpoint: run([sys.executable, __file__, "--method", method, "--checkpoint", checkpoint])
+    def served(checkpoint: Path) -> Run:
+        from llama_server import write_gguf
+
+        file = folder / "gguf" / f"{'healthy' if checkpoint == INT8 else checkpoint.parent.name}.gguf"
+        if not file.exists():
+            write_gguf(checkpoint, file)
+        return run([others, Path(__file__).with_name("llama_server.py"), file, folder / "tokens.json"])
+
+    def own(method: str, checkpoints: Sequence[Path]) -> list[Run]:
+        done = run([sys.executable, __file__, "--method", method, "--checkpoints", *checkpoints])
+        lines = [line for line in done.output.splitlines() if line.startswith("{") or line == "null"]
+        return [done._replace(output=line) for line in lines] or [done] * len(checkpoints)
+
+    def each(start: Callable[[Path], Run]) -> Start:
+        return lambda checkpoints: [start(checkpoint) for checkpoint in checkpoints]
 
     return {
-        "pytest-qsa": ours,
-        **({"lm-eval": evaluated} if lm_eval else {}),
-        **{name: own(name) for name in IN_PROCESS},
+        "pytest-qsa": each(ours),
+        "lm-eval": each(evaluated),
+        "llama.cpp's server": each(served),
+        **{method: functools.partial(own, method) for method in IN_PROCESS},
     }
 
 
+def print_numbers(method: str, checkpoints: Sequence[Path]) -> None:
+    """Print what a method measures of each checkpoint, a line each; null for one that it can't run."""
+    for checkpoint in checkpoints:
+        try:
+            print(json.dumps(dict(IN_PROCESS[method](checkpoint))), flush=True)
+        except (RuntimeError, ValueError, KeyError):
+            traceback.print_exc()
+            print("null", flush=True)
+
+
 def write_task(folder: Path) -> None:
-    """Write the task of lm-eval, with the text of the same tokens."""
-    from common import token_batches
+    """Write the task of lm-eval, with the text of the same tokens; and these for llama.cpp."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    texts = [tokenizer.decode(batch[0]) for batch in token_batches(SAMPLES, TOKENS)]
+    texts = [tokenizer.decode(batch[0]) for batch in _batches()]
+    (folder / "tokens.json").write_text(json.dumps([batch[0].tolist() for batch in _batches()]), encoding="utf-8")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     (folder / "task.yaml").write_text(TASK.format(file=folder / "texts.jsonl"), encoding="utf-8")
 
@@ -251,35 +290,47 @@ def main() -> None:
     """Run what is missing, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/qsa-instead"))
-    parser.add_argument("--lm-eval", metavar="PYTHON")
+    parser.add_argument("--others", metavar="PYTHON", default=sys.executable)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--faults", nargs="*", default=FAULTS)
     parser.add_argument("--only", nargs="*", help="these methods")
     parser.add_argument("--method", choices=IN_PROCESS, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoints", type=Path, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.method:
-        print(json.dumps(dict(IN_PROCESS[options.method](options.checkpoint))))
+        print_numbers(options.method, options.checkpoints)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / ".git").mkdir(exist_ok=True)  # the root of what the suite may read
-    file = options.folder / "runs.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    methods = {k: v for k, v in commands(options.folder, options.lm_eval).items() if k in (options.only or [k])}
-    if "lm-eval" in methods:
+    methods = {k: v for k, v in commands(options.folder, options.others).items() if k in (options.only or [k])}
+    if not (options.folder / "tokens.json").exists():
         write_task(options.folder)
     if "pytest-qsa" in methods:
         write_suite(options.folder)
-    healthy = [("", INT8)] * options.repeats
-    for index, (fault, checkpoint) in enumerate([*healthy, *copies(options.folder, options.faults)]):
+    runs = options.folder / "runs.jsonl"
+    healthy = [("", index, INT8) for index in range(options.repeats)]
+    faulty = [(fault, 0, checkpoint) for fault, checkpoint in copies(options.folder, options.faults)]
+    for wanted in [*batched(healthy, 1), *batched(faulty, 4)]:
         for method, start in methods.items():
-            key = [method, fault, index if not fault else 0]
-            if not any(row["key"] == key for row in rows):
-                rows.append({"key": key, "run": start(checkpoint)._asdict()})
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(rows[-1]) + "\n")
-    for line in table(rows, options.faults):
+            done = {tuple(row["key"]) for row in rows_of(runs)}
+            left = [each for each in wanted if (method, *each[:2]) not in done]
+            with runs.open("a", encoding="utf-8") as lines:
+                for (fault, index, _), each in zip(
+                    left, start([each[2] for each in left]) if left else (), strict=True
+                ):
+                    lines.write(json.dumps({"key": [method, fault, index], "run": each._asdict()}) + "\n")
+    for line in table(rows_of(runs), options.faults):
         print(line)
+
+
+def batched(cases: Sequence[tuple[str, int, Path]], size: int) -> Iterator[Sequence[tuple[str, int, Path]]]:
+    """Yield the cases in groups, each done before the next one begins."""
+    yield from (cases[start : start + size] for start in range(0, len(cases), size))
+
+
+def rows_of(runs: Path) -> list[Mapping[str, Any]]:
+    """Return what is done."""
+    return [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()] if runs.exists() else []
 
 
 def table(rows: Sequence[Mapping[str, Any]], faults: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,15 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from ..captures import LayerNames, Request, asks_for_answers, match_layers, without_answers
+from ..captures import (
+    LayerNames,
+    LocalError,
+    Request,
+    Statistic,
+    asks_for_answers,
+    match_layers,
+    without_answers,
+)
 from ..checkpoint import Folder, Format, format_of, streams_from_disk
 from ..common import InfraError
 from ..suite import ANSWERED_AT_ONCE, Data, Generation, Gpu, Machine, Memory, Model
@@ -31,10 +39,22 @@ HEADROOM = 1.2
 """accelerate leaves this share of the free memory unused when it places the weights."""
 START = 6.0
 """Seconds to import torch and transformers."""
-COUNTING = 1e9
-"""Elements that one core reduces in a second beside the pass (docs/benchmarks.md)."""
-LOGIT = 3
-"""How many times as long as an element of a site a logit takes: two exponentials (docs/benchmarks.md)."""
+COSTS: Mapping[str, float] = {
+    "products": 1.1,
+    "activations": 1.2e-9,
+    "blocks": 2.4e-4,
+    "read": 2.3e-10,
+    "compared": 1e-9,
+    "words": 2.7e-9,
+    "sites": 1e-4,
+    "tests": 2.4e-3,
+}
+"""What a unit of a pass's amounts takes one core, in seconds, fitted by `benchmarks/growth.py` (docs/benchmarks.md).
+
+`products`: a second's operations at the measured rate. `activations`: an element between the products of a block.
+`blocks`: a call of a block. `read`: an element of a site. `compared`: one that is held against the reference's.
+`words`: a logit that is reduced. `sites`: a site, at the end of the pass. `tests`: an assertion, with pytest's part.
+"""
 TO_DEVICE = 1e10
 """Bytes per second from main memory to a GPU (PCIe 3 × 16)."""
 MEMORY_RATE, GPU_MEMORY_RATE = 1e10, 1e12
@@ -235,9 +255,11 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
 class Work:
     """One pass over `samples` windows of `tokens` tokens, `batch` of them in a forward.
 
-    `sites`: how many tensors are reduced. `sums`: bytes of what is kept of them. `elements`: their elements per token.
-    `logits`: whether the head runs for every sample, and its logits are reduced. `answers`: prompts that each model
-    answers, and the most tokens of an answer.
+    `sites`: how many tensors are reduced. `sums`: bytes of what is kept of them. `read`, `compared`: their elements
+    per token, and those that are held against a reference. `alone`: the operations per sample of layers that are run by
+    themselves on the reference's input. `logits`: whether the head runs for every sample. `words`: the logits per token
+    that are reduced. `tests`: how many assertions are judged. `answers`: prompts that each model answers, and the most
+    tokens of an answer.
     """
 
     samples: int
@@ -245,8 +267,12 @@ class Work:
     batch: int
     sites: int
     sums: int
-    elements: int
+    read: int
+    compared: int = 0
+    alone: int = 0
     logits: bool = False
+    words: int = 0
+    tests: int = 0
     answers: tuple[int, int] = (0, 0)
 
     @property
@@ -255,19 +281,25 @@ class Work:
         return -(-self.samples // self.batch)
 
     @classmethod
-    def of(cls, data: Data, requests: Sequence[Request], sizes: Sizes, generation: Generation | None = None) -> Work:
+    def of(
+        cls,
+        data: Data,
+        requests: Sequence[Request],
+        sizes: Sizes,
+        generation: Generation | None = None,
+        tests: int = 0,
+    ) -> Work:
         """Return what the requests need, for the layers that the names of the checkpoint's tensors show.
 
-        `generation`: which prompts are answered, where some of the requests ask for that.
+        `generation`: which prompts are answered, where some of the requests ask for that. `tests`: how many are judged.
         """
         asked = (generation or Generation()) if asks_for_answers(requests) else None
         requests = without_answers(requests)
-        sites = {
-            (layer, request.site): request.statistics
-            for request in requests
-            for layer in match_layers(sizes.layers.called, request.pattern, request.exclude)
-            if request.site not in ("weight", "logits")
-        }
+        sites: dict[tuple[str, str], set[Statistic]] = {}
+        for request in requests:
+            if request.site not in ("weight", "logits"):
+                for layer in match_layers(sizes.layers.called, request.pattern, request.exclude):
+                    sites.setdefault((layer, request.site), set()).update(request.statistics)
         tokens = data.num_samples * data.seq_len
         widths = {site: _channels(site[0], site[1], sizes) for site in sites}
         sums = sum(
@@ -276,9 +308,43 @@ class Work:
             for statistic in statistics
         )
         logits = any(request.site == "logits" for request in requests)
-        elements = sum(widths.values()) + logits * LOGIT * sizes.vocabulary
-        answers = (0, 0) if asked is None else (asked.num_prompts, asked.max_new_tokens)
-        return cls(data.num_samples, data.seq_len, data.batch_size, len(sites), sums, elements, logits, answers)
+        return cls(
+            samples=data.num_samples,
+            tokens=data.seq_len,
+            batch=data.batch_size,
+            sites=len(sites),
+            sums=sums,
+            read=sum(widths.values()),
+            compared=sum(widths[site] for site, kept in sites.items() if any(s.reference == "pair" for s in kept)),
+            alone=sum(_alone(layer, kept, sizes) for (layer, _), kept in sites.items()),
+            logits=logits,
+            words=logits * sizes.vocabulary,
+            tests=tests,
+            answers=(0, 0) if asked is None else (asked.num_prompts, asked.max_new_tokens),
+        )
+
+    def amounts(self, sizes: Sizes) -> dict[str, float]:
+        """Return how much of each of `COSTS` one model's forwards are, `products` in operations."""
+        blocks = sum(1 for unit in sizes.units if unit.rpartition(".")[2].isdigit())
+        elements = 4 * sizes.hidden + 3 * sizes.intermediate + 2 * sizes.attention
+        return {
+            "products": self.flops(sizes),
+            "activations": self.samples * self.tokens * blocks * elements,
+            "blocks": self.batches * blocks,
+        }
+
+    @property
+    def reductions(self) -> dict[str, float]:
+        """How much of each of `COSTS` is done beside the forwards, `products` in operations."""
+        tokens = self.samples * self.tokens
+        return {
+            "products": self.samples * self.alone,
+            "read": tokens * self.read,
+            "compared": tokens * self.compared,
+            "words": tokens * self.words,
+            "sites": self.sites,
+            "tests": self.tests,
+        }
 
     def answering(self, sizes: Sizes, rate: float, memory_rate: float) -> float:
         """Return the seconds in which a model answers the prompts, if none of them ends early.
@@ -304,6 +370,17 @@ class Work:
         heads = self.samples if self.logits else self.batch
         head = 2 * sizes.vocabulary * sizes.hidden * self.tokens * heads
         return self.samples * (trunk + attention) + head
+
+
+def seconds_of(amounts: Mapping[str, float], rate: float, costs: Mapping[str, float] = COSTS) -> float:
+    """Return the seconds of one core that the amounts take. `rate`: operations that it does in a second."""
+    return sum(costs[name] * (amount / rate if name == "products" else amount) for name, amount in amounts.items())
+
+
+def _alone(layer: str, statistics: Iterable[Statistic], sizes: Sizes) -> int:
+    """Return the operations with which a layer is run by itself, on the rows of a sample that are drawn for it."""
+    rows = max((each.rows for each in statistics if isinstance(each, LocalError)), default=0)
+    return 2 * rows * _channels(layer, "input", sizes) * _channels(layer, "output", sizes)
 
 
 def _channels(layer: str, site: str, sizes: Sizes) -> int:
@@ -361,12 +438,15 @@ def _on(gpu: Gpu | None, sizes: Sizes, work: Work, machine: Machine, reference: 
     free = machine.free if gpu is None else gpu.free
     models = [sizes] if reference is None else [sizes, reference]
     around = BASE + work.sums + sum(batch_bytes(each, work) for each in models)
-    compute = sum(work.flops(each) for each in models) / machine.rates[device]
-    if gpu is None:  # the reductions take their time beside the matrix products
-        compute += len(models) * work.samples * work.tokens * work.elements / (COUNTING * machine.cores)
+    rate = machine.rates[device]
+    if gpu is None:
+        parts = (work.reductions, *(work.amounts(each) for each in models))
+        compute = sum(seconds_of(part, rate / machine.cores) for part in parts) / machine.cores
+    else:
+        compute = sum(work.flops(each) for each in models) / rate
     reading = sum(each.stored for each in models) / machine.reading
     memory_rate = MEMORY_RATE if gpu is None else GPU_MEMORY_RATE
-    compute += sum(work.answering(each, machine.rates[device], memory_rate) for each in models)
+    compute += sum(work.answering(each, rate, memory_rate) for each in models)
 
     def setting(memory: Memory, text: str, peak: int, host: int, read: float, note: str = "") -> Setting:
         fits = peak <= free and host <= machine.free

@@ -168,7 +168,8 @@ def _subject_lines(planned: Planned, kept: Capture | None, text: str, measure: M
         yield f"size        not known: {error}"
         return
     data = subject.data
-    work = Work.of(data, planned.requests, sizes, subject.generation)
+    tests = len({name for name, _ in planned.measured})
+    work = Work.of(data, planned.requests, sizes, subject.generation, tests)
     yield from _site_lines(planned, sizes.layers)
     yield f"data        {data.num_samples} × {data.seq_len} tokens of {data.source}, {data.batch_size} at once"
     yield from _answer_lines(planned)

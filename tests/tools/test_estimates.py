@@ -18,7 +18,7 @@ from pytest_qsa.captures import AGREEMENT, COUNTS, TOKENS, Capture, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import Data, FileHashes, Generation, Gpu, Machine, Memory, Model, Subject, fingerprint_of
-from pytest_qsa.tools.estimates import START, Work, own_setting, settings_of, sizes_of
+from pytest_qsa.tools.estimates import COSTS, START, Work, own_setting, seconds_of, settings_of, sizes_of
 from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
 from support.projects import Project, suite
@@ -138,7 +138,10 @@ def test_a_comparison_takes_both_models_and_the_head_for_every_sample(seventy_b)
     assert work.flops(sizes) - alone.flops(sizes) == pytest.approx(63 * head, rel=1e-9)
     (one, *_), (two, *_) = (settings_of(sizes, work, LAPTOP, reference) for reference in (None, sizes))
     assert two.host - one.host == pytest.approx(sizes.weights, rel=0.05)
-    assert two.processor - START == pytest.approx(2 * (one.processor - START))
+    # Both models run; what they predict is reduced once.
+    rate, words = LAPTOP.rates["cpu"] / LAPTOP.cores, COSTS["words"] * 64 * 1024 * 128256
+    assert two.processor - one.processor == pytest.approx(seconds_of(work.amounts(sizes), rate))
+    assert one.processor - START - seconds_of(work.amounts(sizes), rate) == pytest.approx(words)
 
 
 def test_a_setting_that_fits_needs_no_advice(seventy_b):

@@ -1,13 +1,15 @@
 """How long the pages take to open, and whether they fit: `python benchmarks/pages.py [PAGE.html …]`.
 
-Without a page: the report of the damaged SmolLM2, that of three checkpoints held against one suite, and the page of an
-analysis with everything enabled (4 × 128 tokens). Each is opened in headless chromium at three widths, with all that is
+Without a page: the report of the damaged SmolLM2, that of three checkpoints held against one suite, the page of an
+analysis with everything enabled (4 × 128 tokens), and a report of 10,000 layers and one assertion, without and with a
+baseline. Each is opened in headless chromium at three widths, with all that is
 folded opened afterwards. The time is the processor's, of the page's own thread until it is loaded, so that other work
 on the machine doesn't count.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from pathlib import Path
 
 from common import ROOT
 from playwright.sync_api import Browser, sync_playwright
+
+from pytest_qsa.report.report import to_plain, write_report
+from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 
 WIDTHS = (390, 768, 1440)
 DEMO, SUITE = ROOT / ".demo", ROOT / "example_suites" / "smollm2.qsa.yaml"
@@ -36,6 +41,23 @@ def pages_in(folder: Path) -> Iterator[tuple[str, Path]]:
     size = ["--data.num_samples", "4", "--data.seq_len", "128", "--save_dir", str(folder / "analysis")]
     subprocess.run([sys.executable, "-m", *words, *size], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     yield "analysis, everything enabled", folder / "analysis" / "analysis_report.html"
+    for name, spread in (("bound", 0.0), ("baseline", 0.1)):
+        yield f"report, 10,000 layers, one {name}", of_many_layers(folder / name, spread)
+
+
+def of_many_layers(folder: Path, spread: float) -> Path:
+    """Write the report of an assertion on 10,000 experts. `spread`: of the baseline's tolerance; 0 for one bound."""
+    made = random.Random(0)
+    rows = []
+    for index in range(10_000):
+        value, baseline = made.lognormvariate(0, 0.5), made.lognormvariate(0, 0.5)
+        low, high = (baseline - spread, baseline + spread) if spread else (None, 4.0)
+        name = f"model.layers.{index // 256}.mlp.experts.{index % 256}.down_proj"
+        rows.append(Row(name, value, low, high, baseline if spread else None, max(value - high, 0.0), index))
+    rows.sort(key=lambda row: -row.excess)
+    query = {"text": "rms at the output of 'experts'", "metric": "rms", "site": "output"}
+    verdict = Verdict("rms", "random", Kind.REGRESSION, "rms: too large", query=query, rows=rows, bound="max 4")
+    return write_report([to_plain(verdict)], folder, {"command": "pytest", "version": "0", "counts": {}})
 
 
 def measured(browser: Browser, file: Path) -> tuple[list[float], int, list[str]]:
@@ -48,6 +70,7 @@ def measured(browser: Browser, file: Path) -> tuple[list[float], int, list[str]]
         clock = page.context.new_cdp_session(page)
         clock.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto(file.resolve().as_uri(), timeout=300_000)
+        page.wait_for_function("!document.querySelector('script[data-packed]')", timeout=300_000)
         metrics = {each["name"]: each["value"] for each in clock.send("Performance.getMetrics")["metrics"]}
         seconds.append(metrics["ThreadTime"])
         page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")

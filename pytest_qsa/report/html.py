@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import json
 import math
 import re
@@ -23,6 +24,8 @@ from ..captures import cell_size
 from ..common import shown_path
 from .report import strict_json
 
+MOST_PLAIN = 200_000
+"""From this many characters on a part of a page is compressed, which the page undoes by itself (`ready.js`)."""
 _SHORT_NAMES = {"\n": "↵", "\t": "→", "\r": r"\r"}
 
 
@@ -63,7 +66,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters |= {
         "number": number_text, "visible": token_markup, "short": short_fact, "percent": share_text,
-        "embedded": embedded,
+        "embedded": embedded, "packed": packed, "data_script": data_script,
     }  # fmt: skip
     return environment
 
@@ -74,6 +77,26 @@ def embedded(content: Mapping[str, Any]) -> Markup:
     text = json.dumps(json.loads(strict_json(content)), ensure_ascii=True, separators=(",", ":"))
     # In a script element HTML's escapes mean nothing, but those of JSON keep `</script>` from ending it.
     return Markup(text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"))
+
+
+def packed(markup: str) -> Markup:
+    """Return the content of an element, or a script with it compressed where it is long, as of 10,000 rows."""
+    if len(markup) < MOST_PLAIN:
+        return Markup(markup)  # a filter block gets what its template has escaped
+    return Markup('<script type="text/plain" data-packed>{}</script>').format(_compressed(markup))
+
+
+def data_script(content: Mapping[str, Any], name: str) -> Markup:
+    """Return a script element with plain data as JSON, compressed where it is long. `name`: its id."""
+    text = embedded(content)
+    long = len(text) >= MOST_PLAIN
+    opening = Markup('<script type="application/json" id="{}"{}>').format(name, Markup(" data-packed" if long else ""))
+    return opening + (_compressed(text) if long else text) + Markup("</script>")
+
+
+def _compressed(text: str) -> str:
+    # Without a time, so that equal results make equal pages.
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
 
 
 def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

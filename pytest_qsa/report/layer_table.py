@@ -66,7 +66,7 @@ def layer_table(cards: Sequence[Card]) -> Variables:
 
     for index, card in enumerate(columns):
         for row in card["rows"]:
-            cell = {name: row[name] for name in _FIELDS if row.get(name) is not None}
+            cell = {name: _rounded(row[name]) for name in _FIELDS if row.get(name) is not None}
             shown = {"heat": heat_of(cell.get("used")), "out": is_out(row), "state": state_of(row)}
             entry_of(row["layer"])["cells"][index] = {**cell, **shown}
     for card in cards:
@@ -84,6 +84,11 @@ def layer_table(cards: Sequence[Card]) -> Variables:
         "strips": strips_of(finished, columns, several=several),
         "order": sorted(range(len(finished)), key=lambda index: _badness(finished[index])),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Keep seven digits of a number, of which the page shows four: the others are a third of a page of many layers."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _new_histograms(known: Iterable[Plain], card: Card, histograms: Iterable[Plain], subject: str) -> Iterator[Plain]:

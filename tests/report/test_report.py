@@ -17,7 +17,7 @@ import pytest
 
 from pytest_qsa.captures.distributions import histogram
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
-from pytest_qsa.report import page as report_page
+from pytest_qsa.report import html, page as report_page
 from pytest_qsa.report.page import MOST_LISTED, MOST_ROWS, shortened
 from pytest_qsa.report.report import MARKER, MOST_RUNS, to_plain, write_report, write_run
 from pytest_qsa.verdicts.verdict import Kind, Row, TokenEvidence, Verdict
@@ -656,3 +656,40 @@ def test_a_link_to_an_assertion_that_is_folded_opens_it(opened):
 def test_every_section_of_the_page_has_a_template_of_its_name():
     folder = Path(report_page.__file__).parent / "templates/report"
     assert {path.name.removesuffix(".html.j2") for path in folder.iterdir()} == set(report_page.PAGE_SECTIONS)
+
+
+def of_many_layers(tmp_path, count):
+    rows = [
+        replace(row, layer=f"model.layers.{i // 256}.mlp.experts.{i % 256}.down_proj")
+        for i, row in enumerate(rows_of("", np.random.default_rng(0).lognormal(0, 0.5, count).tolist()))
+    ]
+    compared = [replace(row, low=0.9 * row.value, high=1.2 * row.value, baseline=1.07 * row.value) for row in rows]
+    write_report([to_plain(verdict_of(rows=compared))], tmp_path, SESSION)
+    return tmp_path / "report.html"
+
+
+def test_the_page_of_10_000_layers_stays_below_3_megabytes(tmp_path):
+    assert of_many_layers(tmp_path, MOST_ROWS).stat().st_size < 3_000_000
+
+
+@pytest.mark.browser
+def test_the_tables_of_very_many_layers_are_unpacked_as_they_would_have_been_written(
+    tmp_path, opened_page, monkeypatch
+):
+    texts, read = [], []
+    for most, name in ((10_000, "packed"), (10**9, "plain")):
+        monkeypatch.setattr(html, "MOST_PLAIN", most)
+        file = of_many_layers(tmp_path / name, 600)
+        assert ('<script type="text/plain" data-packed>' in file.read_text("utf-8")) == (name == "packed")
+        page = opened_page(file)
+        page.wait_for_selector("figure.plot svg")
+        texts.append(
+            page.evaluate("[...document.querySelectorAll('tbody, .strip')].map(each => each.innerHTML.trim())")
+        )
+        page.fill("#layers .filter", "experts.17.")
+        page.hover("figure.plot svg")
+        read.append([page.inner_text("#layers .shown"), page.inner_text("figure.plot .readout")])
+    assert texts[0] == texts[1]
+    assert read[0] == read[1]
+    assert read[0][0] == "3 of 600"
+    assert re.match(r"model\.layers\.1\.mlp\.experts\.\d+\.down_proj: .* baseline", read[0][1])

@@ -55,7 +55,7 @@ def page(tmp_path, opened_page):
     maps = {f"model.layers.0 {HOSTILE}": values, "model.layers.1": values[::-1].copy()}
     surfaces = [GallerySurface("Heat maps", "heatmap_3d", surface_data(maps, (20, 30), (30, 45)))]
     html = render_gallery(Gallery("Analysis of x", {}, {"Heat maps": []}, surfaces=surfaces))
-    assert html.count("<script") == html.count("</script>") == 3
+    assert html.count("<script") == html.count("</script>") == 5
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     return opened_page(tmp_path / "page.html")
 

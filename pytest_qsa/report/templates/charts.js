@@ -1,6 +1,6 @@
 // Pictures of an analysis, drawn from their data as wide as the page lets them be: text keeps its size, panels stand
 // below one another where the page is narrow, and the pointer or the arrow keys read the values.
-(() => {
+ready(() => {
   "use strict";
   const { element, drawn, number } = qsa;
   const HEIGHT = 210;
@@ -306,4 +306,4 @@
     }));
     slots.forEach(([, box]) => watcher.observe(box));
   });
-})();
+});

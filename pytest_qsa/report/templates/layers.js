@@ -1,5 +1,5 @@
 // A click on a layer opens what is known of it: every assertion's number against its bound, and its distributions.
-(() => {
+ready(() => {
   "use strict";
   const table = JSON.parse(document.getElementById("layer-data").textContent);
   const section = document.getElementById("layers");
@@ -174,4 +174,4 @@
   };
   addEventListener("hashchange", followed);
   followed();
-})();
+});

@@ -1,4 +1,4 @@
-(() => {
+ready(() => {
   "use strict";
   const root = document.documentElement;
   const all = (selector, within = document) => Array.from(within.querySelectorAll(selector));
@@ -101,4 +101,4 @@
     filter.addEventListener("input", sift);
     only.addEventListener("change", sift);
   });
-})();
+});

@@ -1,5 +1,5 @@
 // A surface of |x| over tokens and channels that turns: painter's algorithm on a canvas, no WebGL, no library.
-(() => {
+ready(() => {
   "use strict";
   // cividis (Nuñez, Anderton and Renslow 2018): its lightness grows evenly.
   const STOPS = [[0, 34, 78], [35, 62, 108], [87, 92, 109], [123, 123, 121], [165, 156, 116], [210, 193, 92], [254, 232, 56]];
@@ -168,4 +168,4 @@
     new MutationObserver(refresh).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
     draw();
   });
-})();
+});

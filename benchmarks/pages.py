@@ -20,6 +20,7 @@ from pathlib import Path
 from common import ROOT
 from playwright.sync_api import Browser, sync_playwright
 
+from pytest_qsa.metrics import PlainQuery
 from pytest_qsa.report.report import to_plain, write_report
 from pytest_qsa.verdicts.verdict import Kind, Row, Verdict
 
@@ -55,7 +56,7 @@ def of_many_layers(folder: Path, spread: float) -> Path:
         name = f"model.layers.{index // 256}.mlp.experts.{index % 256}.down_proj"
         rows.append(Row(name, value, low, high, baseline if spread else None, max(value - high, 0.0), index))
     rows.sort(key=lambda row: -row.excess)
-    query = {"text": "rms at the output of 'experts'", "metric": "rms", "site": "output"}
+    query = PlainQuery(text="rms at the output of 'experts'", metric="rms", site="output")
     verdict = Verdict("rms", "random", Kind.REGRESSION, "rms: too large", query=query, rows=rows, bound="max 4")
     return write_report([to_plain(verdict)], folder, {"command": "pytest", "version": "0", "counts": {}})
 

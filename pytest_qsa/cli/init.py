@@ -39,7 +39,14 @@ def run(arguments: Sequence[str]) -> int:
     subject = suite.subject_of(suite.load_suite(source, overrides, "--"))
     with status(subject.name):
         first = tools.first_suite(
-            subject, source, overrides, options.parts, options.passes, options.k, allow_code=options.qsa_allow_code
+            subject,
+            source,
+            overrides,
+            options.parts,
+            options.passes,
+            options.k,
+            allow_code=options.qsa_allow_code,
+            generation=not options.no_answers,
         )
     with writing(target):
         write_atomically(target, first.text)
@@ -65,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="ORIGINAL", help="what the model was made from: hold it against that")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the model's name, .qsa.yaml")
     add_sampling(parser)
+    parser.add_argument(
+        "--no-answers", action="store_true", help="let the models answer no prompts, which takes longest"
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     return parser
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OK, FAILED, SUITE_IS_WRONG, USAGE = 0, 1, 2, 4
 """The exit codes of `qsa`: pytest's own."""
-SECTIONS = ("model", "data", "memory", "visualization")
+SECTIONS = ("model", "data", "generation", "memory", "visualization")
 """The sections of a suite whose keys are options, `--data.num_samples 128`; pydantic checks them as in the file."""
 
 
@@ -169,7 +169,9 @@ def _absolute(key: str, value: str) -> str:
     here = Path(os.path.expanduser(value.removeprefix("custom:")))
     if key == "visualization.save_dir" or (key in ("model.path", "model.base", "model.reference") and here.exists()):
         return str(here.absolute())
-    return f"custom:{here.absolute()}" if key == "data.source" and value.startswith("custom:") else value
+    if key in ("data.source", "generation.prompts") and value.startswith("custom:"):
+        return f"custom:{here.absolute()}"
+    return value
 
 
 def _written(value: Any) -> str:

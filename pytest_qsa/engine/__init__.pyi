@@ -1,6 +1,6 @@
 from .api import capture as capture, capture_parts as capture_parts
 from .formats.format import EngineFormat as EngineFormat, scheme_name as scheme_name
-from .load.generation import Prompts as Prompts
+from .load.generation import Prompts as Prompts, why_no_answers as why_no_answers
 from .load.models import Loaded as Loaded, load_model as load_model, loaded_from_fixture as loaded_from_fixture
 from .load.outline import (
     anatomy as anatomy,
@@ -9,7 +9,7 @@ from .load.outline import (
     outline_of as outline_of,
     this_machine as this_machine,
 )
-from .load.tokenizer import decoder_of as decoder_of
+from .load.tokenizer import decoder_of as decoder_of, offered as offered
 from .ranks import joined as joined
 from .reference.predicted import answers_of as answers_of, tokenizer_at as tokenizer_at, windows as windows
 from .reference.record import Recording as Recording, RecordOptions as RecordOptions

@@ -38,7 +38,6 @@ from ..suite import Data, NamedSubject, files_of
 from .load.answers import prompts_available, with_what_tokens_tell
 from .load.batches import Batch, kind_of, listed
 from .load.data import windows_available
-from .load.generation import with_answers_of
 from .load.media import has_media, media_available
 from .load.models import Loaded
 from .load.outline import check_layers, check_tokens
@@ -200,17 +199,17 @@ def capture_parts(
         batches = subject_batches(subject, loaded, reference)  # once, for answers take as long as a pass
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
-        # A model's weights are the same in every part, so only the first pass reads them.
+        # A model's weights are the same in every part, so only the first pass reads them; merged, they are of all.
         activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            # Nor do the answers to prompts depend on the data.
+            # Nor do the answers to prompts depend on the data: the first part has those of all.
             asked = (without_answers(activations) or activations) if captures else of_pass
             step(len(captures) + 1, parts + passes - 1)
             own = capture_loaded(subject, loaded, None, asked, moved, share, reference, batches)
             if captures:
-                own = with_answers_of(with_weights(own, captures[0]), captures[0])
+                own = replace(with_weights(own, captures[0]), plan=captures[0].plan)
             elif of_files:
                 own = with_files(own, subject, of_files)
             captures.append(own)

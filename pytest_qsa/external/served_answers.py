@@ -11,7 +11,7 @@ from .. import engine
 from ..captures import SiteNumbers
 from ..common import Progress
 from ..metrics import Answer, answered
-from ..suite import Subject, tools_of
+from ..suite import Subject
 from .served_client import Client
 
 TOOL_CALL, THOUGHT = "tool call", "thought"
@@ -37,8 +37,9 @@ def served_answers(
     tokenizer: Any = reference.required_tokenizer("the reference")
     theirs = [_parsed(each, tokenizer) for each in prompts.answers_by(reference, "the reference")]
     own = []
-    for index, messages in enumerate(prompts.conversations):
-        tools = tools_of(messages)
+    for index, conversation in enumerate(prompts.conversations):
+        messages, offered = engine.offered(conversation, tokenizer, "generation")
+        tools = offered.get("tools", ())
         where = f"{client.served.url}, prompt {index}"
         choice = client.chat(messages, tools, prompts.asked.max_new_tokens, where)
         own.append(_answer(choice, tools, tokenizer))

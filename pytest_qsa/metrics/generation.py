@@ -29,6 +29,7 @@ GRAM = 4
 """The tokens of a phrase whose repetition counts."""
 TAG = re.compile(r"<[/|]?[A-Za-z][\w|:-]*>|```")
 """Markup in a text: tags, special tokens as `<|name|>`, and the fences of code."""
+_THOUGHT = re.compile(r"^[\s\S]*</(?:think|thinking|reasoning)>", re.IGNORECASE)
 _AROUND = re.compile(r"^\s*(?:```\w*|<[/|]?[A-Za-z][\w|:-]*>)|(?:```|<[/|]?[A-Za-z][\w|:-]*>)\s*$")
 
 
@@ -52,8 +53,8 @@ class Answer:
 
     @property
     def is_json(self) -> bool:
-        """Whether it is one JSON object or list, perhaps inside a tag or the fences of code."""
-        text = self.text
+        """Whether it is one JSON object or list, perhaps after a thought, inside a tag or the fences of code."""
+        text = _THOUGHT.sub("", self.text)
         while (bare := _AROUND.sub("", text)) != text:
             text = bare
         text = text.strip()
@@ -155,16 +156,18 @@ def generation(view: View, *, stat: GenerationStat = "ended") -> Estimate:
 def _paired(own: Floats, reference: Floats, stat: GenerationStat) -> Estimate:
     """Return the difference of two shares of the prompts that both have, with Newcombe's interval."""
     known = ~np.isnan(own)
-    if not known.any():
-        what = {"valid_json": "is JSON", "markup_kept": "has markup"}[stat]
-        raise AnomalyError(
-            f"of {len(known)} prompts none has an answer that {what}, of either model: take prompts that ask for it "
-            "(generation.prompts)"
-        )
     has, had = own[known] == 1, reference[known] == 1
+    if not had.any():  # what the reference hasn't can't be lost
+        what, mend = {
+            "ended": ("ends", "raise generation.max_new_tokens"),
+            "valid_json": ("is JSON", "take prompts that ask for it (generation.prompts)"),
+            "markup_kept": ("has all the markup", "take prompts that ask for it (generation.prompts)"),
+        }[stat]
+        raise AnomalyError(f"of {len(known)} prompts none has an answer of the reference that {what}: {mend}")
     counts = (int(np.sum(each)) for each in (has & had, ~has & had, has & ~had, ~has & ~had))
     low, high = newcombe(*counts)  # of the reference's share minus the subject's
-    return Estimate(float(np.mean(has) - np.mean(had)), -high, -low, int(known.sum()))
+    share = float(np.mean(had))
+    return Estimate(float(np.mean(has)) - share, -high, -low, int(known.sum()), -share)
 
 
 def _mean(values: Floats) -> Estimate:

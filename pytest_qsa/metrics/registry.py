@@ -72,13 +72,15 @@ AGGREGATIONS: Mapping[str, Callable[[Values], float]] = {
 class Estimate:
     """A number that is known from `count` drawn values: within `low` … `high` in 95 of 100 cases.
 
-    Both ends are NaN where too few samples say how far it may be off.
+    Both ends are NaN where too few samples say how far it may be off. `least`: the least that it could have been with
+    what it is compared with.
     """
 
     value: float
     low: float
     high: float
     count: int
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)

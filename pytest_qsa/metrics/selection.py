@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -272,7 +273,8 @@ class Selection(MetricMethods):
         }  # fmt: skip
         array = np.array(list(values.values()), dtype=np.float64)
         intervals = {layer: (of.low, of.high, of.count) for layer, of in estimates.items()}
-        return Series(list(values), array, query, populations, problems, self.judge, intervals)
+        least = {layer: of.least for layer, of in estimates.items() if math.isfinite(of.least)}
+        return Series(list(values), array, query, populations, problems, self.judge, intervals, least=least)
 
     def _nothing(self, layers: Sequence[str]) -> str:
         """Say that all layers hold nothing but zeros; empty where one doesn't."""

@@ -85,7 +85,8 @@ class Series:
 
     `problems`: layer → why its value is not finite. `nothing`: why none of the values is about anything; else empty.
     `left_out`: the layers of a portable name (`kind:linears`) that can't have a value. `intervals`: layer → the 95 %
-    interval of an estimated value, and from how many drawn ones. Comparing (`<=`, `==`, …) asks whether every layer
+    interval of an estimated value, and from how many drawn ones. `least`: layer → the least that its value could have
+    been, where what it is compared with says so. Comparing (`<=`, `==`, …) asks whether every layer
     satisfies it, and raises where there is nothing sound to compare. Within pytest `judge` records the verdict as well.
 
     Otherwise it is read as a Series of pandas: `len`, iteration over the values, `items()`, `in` for the name of a
@@ -101,6 +102,7 @@ class Series:
     intervals: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
     nothing: str = ""
     left_out: Sequence[str] = ()
+    least: Mapping[str, float] = field(default_factory=dict)
 
     # `==` judges against a bound, so that a series can't be a key.
     __hash__ = None  # type: ignore[assignment]

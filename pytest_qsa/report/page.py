@@ -36,6 +36,7 @@ _PLOTS = {
     "outliers": "Outlier tokens",
     "magnitude": "Magnitudes by layer",
     "margins": "Margins of the decisions",
+    "answers": "Answers, prompt by prompt",
 }
 _POSITIONS = {
     "all": "all positions, sinks included",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 SHOWN_ROWS = 8
+SHOWN_ANSWERS = 5
+"""The pairs of answers that a terminal and a summary show; the page has more."""
 LABEL_WIDTH = 9
 """The least width of the labels of the facts."""
 
@@ -64,7 +66,7 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     worst = verdict.evidence[0]
     if worst.answers:
         yield "the answers that lose most against the reference's"
-        yield from (f"  {token_line(token)}" for token in verdict.evidence)
+        yield from (f"  {token_line(token)}" for token in _lost(verdict.evidence))
         return
     if worst.decided:
         yield "where the reference writes another token, the clearest decision first"
@@ -76,6 +78,11 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     which = "that stand out most" if worst.share is None else "with the largest error"
     yield f"the tokens {which} at {worst.layer} ({positions})"
     yield from (f"  {token_line(token)}" for token in verdict.evidence)
+
+
+def _lost(evidence: Sequence[TokenEvidence]) -> Sequence[TokenEvidence]:
+    """Return the first of the answers that have lost something; where none has, the first of all."""
+    return ([token for token in evidence if token.magnitude > 0] or evidence)[:SHOWN_ANSWERS]
 
 
 def _actions(verdict: Verdict) -> Iterator[str]:
@@ -397,7 +404,10 @@ def _details(result: PlainVerdict) -> Iterator[str]:
     if result["reason"]:
         yield code_span(result["reason"])
         yield ""
-    for token in result["evidence"]:
+    evidence = result["evidence"]
+    if evidence and evidence[0].get("answers"):
+        evidence = ([token for token in evidence if token["magnitude"] > 0] or evidence)[:SHOWN_ANSWERS]
+    for token in evidence:
         context = code_span(context_text(token["before"], token["text"], token["after"]))
         where = f"sample {token['sample']}, position {token['position']}"
         if answers := token.get("answers"):

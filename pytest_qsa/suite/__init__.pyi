@@ -95,7 +95,13 @@ from .subjects import (
     located as located,
     previous_of as previous_of,
 )
-from .texts import SHIPPED as SHIPPED, long_document as long_document, prompts as prompts, tools_of as tools_of
+from .texts import (
+    SHIPPED as SHIPPED,
+    Conversation as Conversation,
+    conversation_of as conversation_of,
+    long_document as long_document,
+    prompts as prompts,
+)
 from .tiers import (
     DESELECTED as DESELECTED,
     NOT_RUN as NOT_RUN,

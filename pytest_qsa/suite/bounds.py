@@ -99,6 +99,7 @@ class Noise(Strict):
     """How a number varied over n parts of the data on a healthy model. `sigma`: with n − 1 in its denominator.
 
     Of a weight, which no data changes: the number that rounding the original to nearest gives, and the room below it.
+    Of answers, which no text changes either: the number of all prompts and its standard error.
     """
 
     mean: float
@@ -106,11 +107,12 @@ class Noise(Strict):
     n: Annotated[int, Field(ge=2, description="parts of the data")]
     k: Annotated[float, Field(ge=0, description="how many sigmas a bound has to leave")]
     room: Annotated[float, Field(ge=0, description="what another healthy quantization may differ by")] = 0.0
+    over: Annotated[Literal["parts", "prompts"], Field(description="of what n is the number")] = "parts"
 
     @property
     def elsewhere(self) -> str:
         """Where the number varies, in words."""
-        return "where it is quantized again" if self.room else "on other text"
+        return "where it is quantized again" if self.room or self.over == "prompts" else "on other text"
 
     @property
     def steady(self) -> bool:
@@ -125,7 +127,7 @@ class Noise(Strict):
     def text(self, side: Side) -> str:
         """Return the floor and how it is computed."""
         sign = "+" if side == "max" else "−"
-        figures = f"mean {self.mean:g} {sign} {self.k:g} × sigma {self.sigma:g} over {self.n} parts"
+        figures = f"mean {self.mean:g} {sign} {self.k:g} × sigma {self.sigma:g} over {self.n} {self.over}"
         if self.room:
             figures = f"rounded to nearest {self.mean:g} {sign} {self.room:g} for another quantization"
         return f"{self.floor(side):.4g} ({figures})"

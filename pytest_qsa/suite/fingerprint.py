@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,7 @@ def _parts(subject: NamedSubject, hashes: FileHashes) -> Iterator[Any]:
 
 def _data_parts(data: Data, folder: Path, hashes: FileHashes) -> Iterator[Any]:
     if data.source in SHIPPED or data.source == PROMPTS:
-        text = SHIPPED[data.source]() if data.source in SHIPPED else json.dumps(prompts())
+        text = SHIPPED[data.source]() if data.source in SHIPPED else json.dumps([asdict(each) for each in prompts()])
         yield hashlib.sha256(text.encode()).hexdigest()
     else:
         for file in _data_files(data, folder):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -113,13 +114,6 @@ _QUESTIONS = (
     *("What does a compass show?", "How many days has a leap year?", "What is photosynthesis?", "Who wrote Hamlet?"),
     *("What is the opposite of cold?", "Name a fruit that is yellow.", "What do bees make?", "What is 12 plus 30?"),
     *("What is a glacier?", "Name the largest ocean.", "What is a thermometer for?", "Why do leaves fall in autumn?"),
-    *(
-        "What is the boiling point of water?",
-        "Name two primary colours.",
-        "What is a library?",
-        "What is salt made of?",
-    ),
-    *("How do fish breathe?", "What does a carpenter do?", "Name a planet with rings.", "What is a rainbow?"),
 )
 _FUNCTIONS = (
     *("adds two numbers", "reverses a string", "returns the largest item of a list", "says whether a number is even"),
@@ -134,14 +128,23 @@ _FUNCTIONS = (
     "returns the first n even numbers",
 )
 _RECORDS = (
-    *(("a cat named Tom who is 3 years old", "name and age"), ("the city of Paris in France", "city and country")),
-    *(("a red car with 4 doors", "colour and doors"), ("a book of 120 pages, Emma", "title and pages")),
-    *(("a square of side 5", "shape and side"), ("a meeting on Monday at noon", "day and time")),
-    *(("water, which boils at 100 degrees", "name and boiling_point"), ("a bill of 20 euros", "amount and currency")),
-    *(("the player Ana with 7 points", "player and points"), ("a blue pen", "colour and item")),
-    *(("a flight from Rome to Oslo", "from and to"), ("a dog that weighs 12 kg", "animal and weight")),
-    *(("two apples and one pear", "apples and pears"), ("the number 7, which is odd", "number and odd")),
-    *(("the month of May with 31 days", "month and days"), ("a song of 3 minutes, Blue", "title and minutes")),
+    *(("the city of Paris in France", "city and country"), ("a red car with 4 doors", "colour and doors")),
+    *(("the book Emma, which has 120 pages", "title and pages"), ("a square of side 5", "shape and side")),
+    *(("a meeting on Monday at noon", "day and time"), ("water, which boils at 100 degrees", "name and boiling_point")),
+    *(("a bill of 20 euros", "amount and currency"), ("the player Ana with 7 points", "player and points")),
+    *(("a blue pen", "colour and item"), ("a flight from Rome to Oslo", "from and to")),
+    *(("a dog that weighs 12 kg", "animal and weight"), ("two apples and one pear", "apples and pears")),
+)
+_LISTS = (
+    *("three colours", "two planets", "four fruits", "the days of a weekend", "three animals", "two rivers"),
+    *(
+        "the four seasons",
+        "three tools",
+        "two languages",
+        "three vegetables",
+        "two metals",
+        "three musical instruments",
+    ),
 )
 _CALLS = (
     *("What is the weather in Oslo?", "What is the weather in Lima?", "Will it rain in Kyoto?", "How warm is Cairo?"),
@@ -161,13 +164,7 @@ _FOREIGN = (
     ),
     *("Ποια είναι η πρωτεύουσα της Ελλάδας;", "מהי בירת ספרד?"),
 )
-_TOOLS = (
-    'You may call one function: get_weather(city). To call it, answer with <tool_call>{"name": "get_weather", '
-    '"arguments": {"city": "…"}}</tool_call> and nothing else.'
-)
-
-
-_WEATHER_TOOL: Mapping[str, Any] = {
+_TOOL: Mapping[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -175,32 +172,85 @@ _WEATHER_TOOL: Mapping[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+_TOOL_IN_WORDS = (
+    'You may call one function: get_weather(city). To call it, answer with <tool_call>{{"name": "get_weather", '
+    '"arguments": {{"city": "…"}}}}</tool_call> and nothing else. {}'
+)
 
 
-def tools_of(conversation: Sequence[Message]) -> list[Mapping[str, Any]]:
-    """Return the tools that a conversation of `prompts` offers, as OpenAI's API describes them."""
-    return [_WEATHER_TOOL] if conversation[0].get("content") == _TOOLS else []
+def _call(city: str) -> str:
+    return f'<tool_call>{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}</tool_call>'
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that wait for an answer.
+
+    `tools`: what the answer may call, as OpenAI's API describes it. `in_words`: messages that say the same, for a chat
+    template that has no place for tools; without them such a template can't be asked.
+    """
+
+    messages: Sequence[Any]
+    tools: Sequence[Any] = ()
+    in_words: Sequence[Any] = ()
+
+
+def conversation_of(text: Any) -> Conversation:
+    """Return a text, or the messages of a conversation, as one."""
+    if isinstance(text, Conversation):
+        return text
+    return Conversation([_said("user", text)] if isinstance(text, str) else list(text))
 
 
 @lru_cache(1)
-def prompts() -> tuple[tuple[Message, ...], ...]:
-    """Return 87 conversations that wait for an answer: questions, code, JSON, a tool call, other scripts.
+def prompts() -> tuple[Conversation, ...]:
+    """Return 87 conversations that wait for an answer: questions, JSON, code, tool calls, other scripts.
 
-    Kinds alternate, so that the first n hold some of each.
+    Kinds alternate, so that the first n hold some of each: of the first 32 eleven ask for JSON and five for a call.
+    Those that ask for JSON, or for a call in words, begin with an answered example, which small models need.
     """
-    kinds = [
-        [[_user(f"{text} Answer in one sentence.")] for text in _QUESTIONS],
-        [[_user(f"Write a short Python function that {text}. Only the code.")] for text in _FUNCTIONS],
-        [[_user(f"Write {what} as a JSON object with the keys {keys}. Only the JSON.")] for what, keys in _RECORDS],
-        [[{"role": "system", "content": _TOOLS}, _user(text)] for text in _CALLS],
-        [[_user(text)] for text in _FOREIGN],
+    kinds: list[list[Conversation]] = [
+        [_asked(f"{text} Answer in one sentence.") for text in _QUESTIONS],
+        [_asked(_record(*each), before=(_record(*_A_RECORD[:2]), _A_RECORD[2])) for each in _RECORDS],
+        [_asked(f"Write a short Python function that {text}. Only the code.") for text in _FUNCTIONS],
+        [_call_of(text) for text in _CALLS],
+        [_asked(_list(text), before=(_list(_A_LIST[0]), _A_LIST[1])) for text in _LISTS],
+        [_asked(text) for text in _FOREIGN],
     ]
     longest = max(map(len, kinds))
-    return tuple(tuple(kind[index]) for index in range(longest) for kind in kinds if index < len(kind))
+    return tuple(kind[index] for index in range(longest) for kind in kinds if index < len(kind))
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
+_A_RECORD = ("a cat named Tom who is 3 years old", "name and age", '{"name": "Tom", "age": 3}')
+_A_LIST = ("two oceans", '["Atlantic", "Pacific"]')
+
+
+def _record(what: str, keys: str) -> str:
+    return f"Write {what} as a JSON object with the keys {keys}. Only the JSON."
+
+
+def _list(what: str) -> str:
+    return f"Name {what} as a JSON list of strings. Only the JSON."
+
+
+def _asked(text: str, before: tuple[str, str] | None = None) -> Conversation:
+    """Return a conversation of one prompt. `before`: another one and its answer, which come first."""
+    return Conversation(_messages(text, before))
+
+
+def _messages(text: str, before: tuple[str, str] | None = None) -> list[Message]:
+    example = [_said("user", before[0]), _said("assistant", before[1])] if before else []
+    return [*example, _said("user", text)]
+
+
+def _said(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def _call_of(text: str) -> Conversation:
+    """Return a prompt that a call of the tool answers."""
+    in_words = _messages(text, (_TOOL_IN_WORDS.format("What is the weather in Rome?"), _call("Rome")))
+    return Conversation(_messages(text), [_TOOL], in_words)
 
 
 def _sample() -> str:

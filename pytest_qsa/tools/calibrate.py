@@ -17,7 +17,7 @@ from .. import engine
 from ..captures import STORED, Capture, Request, merge, merge_requests
 from ..checkpoint import HEALTHY, capture_weights
 from ..common import AnomalyError, InfraError, SuiteError, logger, number, shown_path, status, step, text_table
-from ..metrics import TWO_SIDED_95, Series
+from ..metrics import METRICS, TWO_SIDED_95, Series
 from ..suite import (
     SIDES,
     Assertion,
@@ -45,6 +45,10 @@ PARTS_ENOUGH, TOKENS_ENOUGH = 8, 1024
 MOST_TEXT = 100.0
 """More than this multiple of the text is not proposed: the mean is about 0, and hardly moves away from it."""
 WEIGHT_ERRORS = ("weight_sqnr", "sqnr")
+ANSWER_SIGMAS = 3.0
+"""The most standard errors of room for a bound on answers: with 10 of them and few prompts, nothing would be found."""
+USEFUL = 0.5
+"""The share of what the reference has that a bound on answers must be able to miss, to be of use."""
 STANDARD_ERRORS = 2 * TWO_SIDED_95
 """The width of a 95 % interval, in standard errors."""
 
@@ -216,6 +220,43 @@ class Calibrated:
     remark: str = ""
 
 
+def of_answers(assertion: MeasuredAssertion, whole: Series, k: float) -> Calibrated:
+    """Return the proposals for a number of answers, by its interval: from the worse of it and a perfect one.
+
+    No part of the data changes what a model answers; another quantization does, by chance, and the error of the number
+    says by how much. `k`: as for `Sampled.finding`; more than `ANSWER_SIGMAS` would leave nothing to be found.
+
+    Raises:
+        AnomalyError: there are too few prompts for an interval, or for a bound that checks anything.
+    """
+    (low, _, count), perfect = whole.intervals[whole.layers[0]], METRICS[assertion.metric].best(assertion.parameters)
+    if math.isnan(low):
+        raise AnomalyError(f"{count} prompts give no interval: 8 such answers do (generation.num_prompts)")
+    spread = Spread.of([whole] * 2, whole)
+    # Where no answer differs, another quantization may still lose one.
+    spread = replace(spread, errors=np.maximum(spread.errors, 1 / count))
+    found = []
+    for each in proposals_of(assertion, spread, None, min(k, ANSWER_SIGMAS)):
+        farthest = max if each.side == "max" else min
+        noise = each.noise.model_copy(update={"n": max(2, count), "over": "prompts"})
+        room = noise.floor(each.side) - noise.mean
+        reached = farthest(noise.floor(each.side), room + (noise.mean if perfect is None else perfect))
+        found.append(replace(each, noise=noise, proposed=outward(each.side, reached)))
+    least = whole.least.get(whole.layers[0], -math.inf)
+    rooms = [abs(each.proposed - (each.noise.mean if perfect is None else perfect)) for each in found]
+    widest = max(rooms, default=0.0)
+    if any(each.side == "min" and each.proposed <= least for each in found):
+        needed = math.ceil(count * (widest / (USEFUL * abs(least))) ** 2)
+        raise AnomalyError(
+            f"by chance {count} prompts may lose {number(widest)}, and the reference has {number(-least)} to lose: "
+            f"about {needed} such prompts would show half of it (generation.num_prompts)"
+        )
+    text = (
+        f"{count} prompts leave room of {number(widest)}; {4 * count} would leave half of it (generation.num_prompts)"
+    )
+    return Calibrated(assertion.id, found, text if found else "")
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Captures: one for each part of the data, one of all of it, and those of repeated passes over the first part.
@@ -263,6 +304,8 @@ class Sampled:
                 assertion.id, remark="its bound follows from the bits of the weights: the metric has its own room"
             )
         whole = checked_series(assertion, self.whole)
+        if METRICS[assertion.metric].drawn_from(assertion.parameters) == "prompts":
+            return of_answers(assertion, whole, k)
         try:
             spread = Spread.of([checked_series(assertion, part) for part in self.parts], whole)
         except AnomalyError as error:

@@ -87,6 +87,7 @@ def _figures(proposals: Sequence[Proposal]) -> dict[str, dict[str, str]]:
     for each in proposals:
         noise = each.noise
         room = f", room: {noise.room:g}" if noise.room else ""
+        room += f", over: {noise.over}" if noise.over != "parts" else ""
         text = f"{{mean: {noise.mean:g}, sigma: {noise.sigma:g}, n: {noise.n}, k: {noise.k:g}{room}}}"
         figures.setdefault(each.side, {})[each.group] = text
     return figures
@@ -290,10 +291,12 @@ def first_suite(
     k: float,
     *,
     allow_code: bool,
+    generation: bool = True,
 ) -> FirstSuite:
     """Draft a suite, run the subject over parts of its data, and calibrate the bounds.
 
-    With `model.weights: files` it has what the files and their weights say alone, and nothing is run.
+    With `model.weights: files` it has what the files and their weights say alone, and nothing is run. `generation`:
+    whether both models answer prompts, where there is a reference and they can.
 
     `source`: the sections model and data of the suite to be written. `parts`, `passes`, `k`: as in `Sampled`.
 
@@ -306,6 +309,10 @@ def first_suite(
     if files:  # of no model, so that layers go by the files' own names
         layers = layers.renamed(files_of(subject).format.layers_of(layers.weights))
     drafts = measured_drafts(layers, compare, answers=subject.is_answered_by_reference)
+    if generation and compare is not None and not files:
+        silent = engine.why_no_answers(subject)
+        remarks += [f"left out: generation: {silent}"] if silent else []
+        drafts += [] if silent else drafts_of("generation", layers)
     if compare == "layers":
         drafts = [with_gain_bound(draft, layers, files_of(subject).format) for draft in drafts]
     if files:
@@ -464,11 +471,12 @@ def _problems(file: SuiteFile, subject: NamedSubject) -> Iterator[str]:
 def _sections(file: SuiteFile) -> dict[str, dict[str, Any]]:
     """Return the sections to write; a path of the command line becomes relative to the suite's folder."""
     data = file.source.data
-    sections = {name: dict(data[name]) for name in ("model", "data", "memory") if name in data}
-    source = sections["data"]["source"]
-    if source.startswith("custom:"):
-        relative = os.path.relpath(source.removeprefix("custom:"), Path(file.path).parent)
-        sections["data"]["source"] = f"custom:{relative}"
+    sections = {name: dict(data[name]) for name in ("model", "data", "generation", "memory") if name in data}
+    for name, key in (("data", "source"), ("generation", "prompts")):
+        named = sections.get(name, {}).get(key, "")
+        if named.startswith("custom:"):
+            relative = os.path.relpath(named.removeprefix("custom:"), Path(file.path).parent)
+            sections[name][key] = f"custom:{relative}"
     return sections
 
 

@@ -165,6 +165,12 @@ def _check_shown(series: Series, budget: Budget) -> None:
     for layer, bounds, value in zip(series.layers, budget.bounds, series.values.tolist(), strict=True):
         low, high, count = series.intervals.get(layer, (value, value, 0))
         bound = bounds.low if bounds.low is not None else bounds.high
+        if bounds.low is not None and bounds.low <= (least := series.least.get(layer, -math.inf)):
+            raise AnomalyError(
+                f"{series.query.metric} can't be less than {number(least)} here, for the reference has no more to "
+                f"lose, so min {bounds.low:g} checks nothing: give a higher bound, more tokens "
+                "(generation.max_new_tokens) or other prompts"
+            )
         if bound is None or math.isnan(low) or (bounds.excess(low) and bounds.excess(high)):
             continue
         reach, room = max(value - low, high - value), abs(perfect - bound)

@@ -27,6 +27,10 @@ NEIGHBOURS = 6
 """The tokens of context before and after a token."""
 ENDING = 16
 """The last tokens of an answer that are shown."""
+PARTED = 32
+"""The tokens of an answer that are shown from the one on in which it differs."""
+MOST_ANSWERS = 12
+"""The pairs of answers that a report shows; a terminal shows fewer."""
 
 
 def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *, most: int = 5) -> list[TokenEvidence]:
@@ -37,7 +41,7 @@ def token_evidence(capture: Capture, layers: Sequence[str], verdict: Verdict, *,
     """
     site, positions = verdict.query["site"], verdict.positions or "all"
     if site == LOGITS and verdict.query["metric"] == "generation":
-        return _of_answers(capture, verdict.query, most)
+        return _of_answers(capture, verdict.query)
     if site == LOGITS:
         return _of_decisions(capture, verdict.query, positions, most)
     metric, sinks = METRICS[verdict.query["metric"]], sinks_behind(capture, verdict.query)
@@ -152,8 +156,11 @@ def _of_decisions(capture: Capture, query: PlainQuery, positions: str, most: int
     return list(found.values())
 
 
-def _of_answers(capture: Capture, query: PlainQuery, most: int) -> list[TokenEvidence]:
-    """Return the prompts whose answers lose most against the reference's; none where the texts were not kept."""
+def _of_answers(capture: Capture, query: PlainQuery) -> list[TokenEvidence]:
+    """Return the prompts whose answers lose most against the reference's, then those that part from it first.
+
+    None where the texts were not kept, nor pairs that are alike to the end.
+    """
     numbers = capture.sites[GENERATION, LOGITS]
     if "answers" not in numbers:
         return []
@@ -164,28 +171,36 @@ def _of_answers(capture: Capture, query: PlainQuery, most: int) -> list[TokenEvi
     if stat in ("repetition", "length_ratio"):  # more of it, or another length
         lost = np.abs(lost)
     lost = np.where(np.isnan(lost), 0.0, lost)
+    longest = np.maximum(table["length"], table["reference_length"])
+    differ = np.flatnonzero((lost > 0) | (table["equal"] < longest))
     found = []
-    for prompt in np.argsort(-lost, kind="stable")[:most].tolist():
-        if not lost[prompt] > 0 and stat != "diverged_at":
-            break
-        texts = [_answer_text(capture, numbers.arrays[name][prompt]) for name in ("reference_answers", "answers")]
+    for prompt in differ[np.lexsort((table["equal"][differ], -lost[differ]))][:MOST_ANSWERS].tolist():
         equal = int(table["equal"][prompt])
-        same, text, after = _around(capture, numbers.arrays["answers"][prompt], equal)
+        theirs, own = (_pieces(capture, numbers.arrays[name][prompt]) for name in ("reference_answers", "answers"))
+        same, text, after = _around(own, equal)
         evidence = TokenEvidence(GENERATION, prompt, equal, text, same, after, float(lost[prompt]), 1.0, -1, sink=False)
-        found.append(replace(evidence, of=stat, answers=(texts[0], texts[1])))
+        ends, rest = (_ending(theirs), _ending(own)), (_from(theirs, equal), _from(own, equal))
+        found.append(replace(evidence, of=stat, answers=ends, parted=rest))
     return found
 
 
-def _answer_text(capture: Capture, ids: NDArray[np.int32]) -> str:
-    """Return how an answer ends: its last tokens."""
-    whole = ids[ids >= 0].tolist()
-    text = "".join(capture.pieces.get(token, f"⟨{token}⟩") for token in whole[-ENDING:])
-    return f"…{text}" if len(whole) > ENDING else text
+def _pieces(capture: Capture, ids: NDArray[np.int32]) -> list[str]:
+    """Return the text of each token of an answer, its id where the text wasn't kept."""
+    return [capture.pieces.get(token, f"⟨{token}⟩") for token in ids[ids >= 0].tolist()]
 
 
-def _around(capture: Capture, ids: NDArray[np.int32], position: int) -> tuple[str, str, str]:
+def _ending(pieces: Sequence[str]) -> str:
+    return f"{'…' if len(pieces) > ENDING else ''}{''.join(pieces[-ENDING:])}"
+
+
+def _from(pieces: Sequence[str], position: int) -> str:
+    """Return what an answer writes from a position on, as far as it is shown."""
+    more = len(pieces) > position + PARTED
+    return f"{''.join(pieces[position : position + PARTED])}{'…' if more else ''}"
+
+
+def _around(pieces: Sequence[str], position: int) -> tuple[str, str, str]:
     """Return the text before a token of an answer, of the token, and after it."""
-    pieces = [capture.pieces.get(token, f"⟨{token}⟩") for token in ids[ids >= 0].tolist()]
     before = pieces[max(0, position - NEIGHBOURS) : position]
     return "".join(before), "".join(pieces[position : position + 1]), "".join(pieces[position + 1 :][:NEIGHBOURS])
 

@@ -124,7 +124,8 @@ class TokenEvidence:
     `magnitude`: its size; `of` names the quantity. `ratio`: magnitude / median. `share`: its part of the total error,
     for a metric against the reference where the error of each token was kept. `decided`, of a prediction: the margin
     by which the reference prefers its token, that token, the margin by which the model prefers another one, and that.
-    `answers`, of a prompt: how the reference's answer ends, and how the model's does.
+    `answers`, of a prompt: how the reference's answer ends, and how the model's does; `parted`: what each of them
+    writes from the token on in which they differ.
     """
 
     layer: str
@@ -142,6 +143,7 @@ class TokenEvidence:
     share: float | None = None
     decided: tuple[str, str, str, str] | None = None
     answers: tuple[str, str] | None = None
+    parted: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

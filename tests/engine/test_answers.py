@@ -17,7 +17,16 @@ from pytest_qsa.captures import GENERATION, LOGITS, BoundaryTokens, Capture, Req
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine import look_ahead
 from pytest_qsa.engine.load import answers
-from pytest_qsa.engine.load.answers import batched, boundaries, greedy, markups_of, prompts_of, unbatched
+from pytest_qsa.engine.load.answers import (
+    batched,
+    boundaries,
+    conversations_of,
+    formatted,
+    greedy,
+    markups_of,
+    prompts_of,
+    unbatched,
+)
 from pytest_qsa.engine.load.generation import check_cache
 from pytest_qsa.engine.reference.record import RecordOptions
 from pytest_qsa.engine.run.shared_pass import SampleShare
@@ -98,7 +107,7 @@ def test_answers_are_the_likeliest_tokens_up_to_the_end(checkpoints, tmp_path):
             with torch.no_grad():
                 text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
         assert answer == text[len(prompt) :]
-    assert tok.decode(asked[0]) == "Write a short Python function that adds two numbers. Only the code.|> "
+    assert tok.decode(asked[0]).endswith("as a JSON object with the keys city and country. Only the JSON.|> ")
 
 
 def test_the_metric_is_what_the_two_models_predict_there(checkpoints, compared):
@@ -258,7 +267,7 @@ def test_a_model_that_can_not_continue_a_text_is_one_line():
 def test_prompts_alone_are_no_text():
     with pytest.raises(ValueError, match=r"prompts are conversations: say answers: \{\}, or chat_template: true"):
         Data(source="prompts")
-    assert len({json.dumps(each) for each in prompts()}) == len(prompts()) == 87
+    assert len({json.dumps(each.messages) for each in prompts()}) == len(prompts()) == 87
     assert Data(source="prompts", chat_template=True).answers is None
 
 
@@ -289,7 +298,8 @@ def free_answers(folder):
     model, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ends = model.generation_config.eos_token_id
     for conversation in prompts()[: ASKED.num_prompts]:
-        text = tok.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        messages = list(conversation.in_words or conversation.messages)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tok(text, add_special_tokens=False)["input_ids"]
         answer = []
         while not answer or (len(answer) < MOST and answer[-1] not in ends):
@@ -408,6 +418,38 @@ def test_prompts_of_a_file_and_of_the_data_are_answered_in_their_order(checkpoin
     answers = [each.sites[GENERATION, LOGITS].arrays["answers"].tolist() for each in found]
     assert len(answers[0]) == 2
     assert answers[0] == answers[1]
+
+
+WITH_TOOLS = "{% for t in tools or [] %}<{{ t['function']['name'] }}>{% endfor %}" + TEMPLATE
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+
+
+def test_a_records_own_tools_are_offered_by_the_template_or_refused(llama, tmp_path):
+    user = {"role": "user", "content": "Find it."}
+    records = [{"messages": [user]}, {"messages": [user], "tools": [TOOL]}, {"messages": [user], "tools": "[]"}]
+    records[2]["tools"] = json.dumps([TOOL])
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data = Data(source="custom:mine.jsonl", num_samples=3, chat_template=True)
+    plain, *offering = conversations_of(data, tmp_path, "n")
+    tok = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "tools", WITH_TOOLS))
+    assert tok.decode(formatted(plain, tok, "generation")) == "Find it.|> "
+    assert {tok.decode(formatted(each, tok, "generation")) for each in offering} == {"<look_up>Find it.|> "}
+    assert tok.decode(formatted(prompts()[3], tok, "generation")) == "<get_weather>What is the weather in Oslo?|> "
+    without = AutoTokenizer.from_pretrained(with_template(llama, tmp_path / "none", TEMPLATE))
+    with pytest.raises(InfraError, match=r"generation: the chat template has no place for the tools"):
+        formatted(offering[0], without, "generation")
+    assert "You may call one function" in without.decode(formatted(prompts()[3], without, "generation"))
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": [user], "tools": {"name": "x"}}))
+    with pytest.raises(InfraError, match="record 0 has tools that are no list of objects"):
+        conversations_of(data.model_copy(update={"num_samples": 1}), tmp_path, "n")
+
+
+def test_the_first_prompts_of_the_package_hold_json_calls_and_other_scripts():
+    first = prompts()[:32]
+    asked = [each.messages[-1]["content"] for each in first]
+    assert sum("JSON" in text for text in asked) >= 8
+    assert sum(bool(each.tools) for each in first) >= 4
+    assert sum(not text.isascii() for text in asked) >= 5
 
 
 def test_a_model_without_a_cache_is_one_line():

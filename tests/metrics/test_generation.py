@@ -29,6 +29,8 @@ def logits_of(own, reference):
         ('{"a": 1}', False, False),
         ('{"a": 1', True, False),
         ("12", True, False),
+        ('<think>A list? {"a"}</think>\n{"a": 1}', True, True),
+        ("It is <think>{}</think>", True, False),
         ("Here it is: {}", True, False),
         ("[" * 100_000 + "]" * 100_000, True, False),
     ],
@@ -76,20 +78,21 @@ def test_differences_are_of_shares_and_lengths_of_answers_that_end():
 
 
 def test_json_and_markup_count_where_either_answer_has_them():
-    own = [answer("{}"), answer("no"), answer("no"), answer("<a>{}</a>"), answer("{")]
-    reference = [answer("{}"), answer("[1]"), answer("no"), answer("<a>"), answer("[2]")]
+    own = [answer("{}"), answer("no"), answer("no"), answer("<a>{}</a>"), answer("{"), answer("<b>")]
+    reference = [answer("{}"), answer("[1]"), answer("no"), answer("<a>"), answer("[2]"), answer("<b>")]
     logits = logits_of(own, reference)
-    # JSON: of 4 prompts the model has 2 and its reference 3; markup: of the one, the model has all and the other not.
+    # JSON: of 4 prompts the model has 2 and its reference 3; markup: of the two, the model has all in both.
     assert logits.generation("valid_json").values[0] == pytest.approx(2 / 4 - 3 / 4)
     assert logits.generation("valid_json").intervals[GENERATION][2] == 4
-    assert logits.generation("markup_kept").values.tolist() == [1.0]
+    assert logits.generation("markup_kept").values.tolist() == [0.5]
+    assert logits.generation("valid_json").least == {GENERATION: -3 / 4}
 
 
 def test_answers_without_json_markup_or_an_end_are_no_number():
     logits = logits_of([answer("no", ended=False)] * 9, [answer("no")] * 9)
     for stat, what in (
-        ("valid_json", "of 9 prompts none has an answer that is JSON, of either model"),
-        ("markup_kept", "of 9 prompts none has an answer that has markup"),
+        ("valid_json", "of 9 prompts none has an answer of the reference that is JSON"),
+        ("markup_kept", "none has an answer of the reference that has all the markup"),
         ("length_ratio", "of 9 prompts none has an answer that ends in both models"),
     ):
         with pytest.raises(AnomalyError, match=what):

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from pytest_qsa.checkpoint import Files, capture_weights, open_folder
 from pytest_qsa.cli import main
-from pytest_qsa.common.errors import SuiteError
+from pytest_qsa.common.errors import AnomalyError, SuiteError
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.metrics import ANY, Query, Series
 from pytest_qsa.suite import Data, load_suite
-from pytest_qsa.tools.calibrate import IDENTICAL, Sampled, Spread, proposals_of
+from pytest_qsa.tools.calibrate import IDENTICAL, Sampled, Spread, of_answers, proposals_of
 from pytest_qsa.tools.suite_text import calibrated
 from pytest_qsa.verdicts import checked_series
 from support import models
@@ -447,3 +447,34 @@ def test_data_of_another_size_than_the_suites_is_refused(calibration, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("pytest_qsa.tools.Sampled.of", lambda *arguments, **options: pytest.fail("measured"))
         assert main(["calibrate", "gate.qsa.yaml", "--data.seq_len", "12"]) == 2
+
+
+def answers(value, half, least, stat="ended"):
+    query = Query("generation", "1", "logits", "", parameters={"stat": stat})
+    ends = {"generation": (value - half, value + half, 32)}
+    return Series(["generation"], np.array([value]), query, intervals=ends, least={"generation": least})
+
+
+def of_stat(stat, **bounds):
+    return SimpleNamespace(id="it", metric="generation", parameters={"stat": stat}, stated=bounds, reach=ANY)
+
+
+def test_a_bound_on_answers_leaves_three_standard_errors_below_the_worse_of_perfect_and_measured():
+    """Whatever `-k` says beyond that: ten of them would be more than all answers."""
+    for value, half, proposed in ((0.03, 0.1, -0.16), (-0.1, 0.1, -0.26)):
+        found = of_answers(of_stat("ended", min=0.0), answers(value, half, -0.75), 10)
+        (each,) = found.proposals
+        assert each.proposed == proposed == pytest.approx(min(value, 0) - 3 * half / 1.96, abs=0.01)
+        assert (each.noise.over, each.noise.n, each.noise.k) == ("prompts", 32, 3)
+        assert "32 prompts leave room of 0." in found.remark
+    low, high = of_answers(
+        of_stat("length_ratio", min=0.0, max=0.0), answers(1.1, 0.1, -np.inf, "length_ratio"), 3
+    ).proposals
+    assert (low.proposed, high.proposed) == (0.84, 1.3)
+
+
+def test_too_few_prompts_for_a_bound_on_answers_say_how_many_it_takes():
+    with pytest.raises(AnomalyError, match=r"by chance 32 prompts may lose 0\.31, .* 0\.25 to lose: about 197 such"):
+        of_answers(of_stat("ended", min=0.0), answers(0.0, 0.2, -0.25), 10)
+    with pytest.raises(AnomalyError, match=r"32 prompts give no interval"):
+        of_answers(of_stat("ended", min=0.0), answers(0.0, np.nan, -0.25), 10)

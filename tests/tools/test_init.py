@@ -1,6 +1,7 @@
 """`qsa init`: a first suite, calibrated, that a team can commit."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -374,3 +375,29 @@ def test_a_suite_of_a_smoothed_model_says_so(int8_llama, llama, tmp_path, monkey
     drift = next(each for each in load_suite(tmp_path / "gate.qsa.yaml").assertions if each.id == "drift")
     assert drift.layers == "kind:blocks"
     assert "blocks-close" in ids
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+
+
+def test_a_chat_model_gets_assertions_on_its_answers_with_room_for_chance(
+    tmp_path, monkeypatch, capsys, int8_llama, llama
+):
+    for name, folder in (("own", int8_llama), ("original", llama)):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.chdir(tmp_path)
+    size = ["--generation.num_prompts", "9", "--generation.max_new_tokens", "12"]
+    words = ["init", "own", "--reference", "original", *SMALL, *size]
+    assert main([*words, "-o", "g.qsa.yaml"]) == 0
+    suite = load_suite(tmp_path / "g.qsa.yaml")
+    assert suite.suite.generation.num_prompts == 9
+    (loops,) = (each for each in suite.assertions if each.id == "answers-without-loops")
+    noise = loops.noise.max
+    assert (loops.tier, noise.over, noise.n, noise.k) == ("nightly", "prompts", 9, 3)
+    assert loops.max >= max(noise.mean, 0) + 3 * noise.sigma
+    assert (
+        "left out: answers-end: of 9 prompts none has an answer of the reference that ends" in capsys.readouterr().out
+    )
+    assert main([*words, "-o", "less.qsa.yaml", "--no-answers"]) == 0
+    assert "metric: generation" not in (tmp_path / "less.qsa.yaml").read_text()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...captures import LOGITS, Array, BoundaryTokens, Capture, PredictionMargins, Request, with_shifts
 from ...common import AnomalyError, InfraError, one_line, phase
-from ...suite import ANSWERED_AT_ONCE, Data
+from ...suite import ANSWERED_AT_ONCE, Conversation, Data, conversation_of
 from ..modules import check_context, device_of, evaluating
 from .batches import Batch
 from .data import read_texts
 from .models import Loaded, quiet
-from .tokenizer import TextTokenizer
+from .tokenizer import TextTokenizer, offered
 
 NO_TOKEN = 2**31 - 1
 """Beyond every vocabulary."""
@@ -115,7 +115,7 @@ def prompts_of(data: Data, tokenizer: TextTokenizer, folder: Path) -> list[list[
     return [formatted(conversations[index], tokenizer, "data.answers") for index in np.sort(drawn).tolist()]
 
 
-def conversations_of(data: Data, folder: Path, count: str) -> list[list[Any]]:
+def conversations_of(data: Data, folder: Path, count: str) -> list[Conversation]:
     """Return all conversations of a source, each without its last answer. `count`: the key that says how many it takes.
 
     Raises:
@@ -132,35 +132,35 @@ def prompts_available(data: Data, folder: Path) -> int:
     return len(_conversations(data, folder))
 
 
-def _conversations(data: Data, folder: Path) -> list[list[Any]]:
+def _conversations(data: Data, folder: Path) -> list[Conversation]:
     texts = read_texts(data.model_copy(update={"chat_template": True}), folder)
-    return [found for text in texts if (found := _waiting(text))]
+    return [found for text in texts if (found := _waiting(conversation_of(text))).messages]
 
 
-def _waiting(text: Any) -> list[Any]:
+def _waiting(conversation: Conversation) -> Conversation:
     """Return a conversation without what an assistant has said last, so that it waits for an answer."""
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+    messages = list(conversation.messages)
     while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
         messages.pop()
-    return messages
+    return replace(conversation, messages=messages)
 
 
-def formatted(
-    messages: Sequence[Any], tokenizer: Any, asked_by: str, tools: Sequence[Mapping[str, Any]] = ()
-) -> list[int]:
+def formatted(conversation: Conversation, tokenizer: Any, asked_by: str) -> list[int]:
     """Return the token ids of a conversation in the model's template, up to where the answer begins.
 
-    `asked_by`: the section of the suite that asks for it. `tools`: what the template offers to be called, if it can.
+    `asked_by`: the section of the suite that asks for it.
 
     Raises:
         InfraError: the tokenizer has no template, or one that can't format it, or not for an answer.
     """
-    offered = {"tools": list(tools)} if tools else {}
     try:
+        messages, tools = offered(conversation, tokenizer, asked_by)
         bare, asked = (
-            str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **offered))
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **tools))
             for prompt in (False, True)
         )
+    except InfraError:
+        raise
     except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
         raise InfraError(f"{asked_by}: the tokenizer can't format a conversation: {one_line(error)}") from None
     if asked == bare:
@@ -191,8 +191,7 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, length
     Raises:
         InfraError: the model can't generate.
     """
-    if not hasattr(model, "generate") or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InfraError(f"{whose} ({type(model).__name__}) can't continue a text by itself")
+    check_generates(model, whose)
     ends = eos_of(model)
     answers: list[list[int]] = []
     for start in range(0, len(prompts), ANSWERED_AT_ONCE):
@@ -202,6 +201,16 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, length
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in part]
         answers += _generated(model, rows, mask, min(most, length - width), ends, whose)
     return answers
+
+
+def check_generates(model: nn.Module, whose: str) -> None:
+    """Refuse a model that can't continue a text.
+
+    Raises:
+        InfraError: it has no `generate`, or an encoder that reads the text.
+    """
+    if not hasattr(model, "generate") or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InfraError(f"{whose} ({type(model).__name__}) can't continue a text by itself")
 
 
 def _generated(

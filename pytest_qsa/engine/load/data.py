@@ -10,7 +10,7 @@ import csv
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ...common import (
     QsaError,
     did_you_mean,
     one_line,
+    parsed_json,
     read_json,
     refuse_special,
     shown_path,
@@ -36,6 +37,7 @@ from ...suite import (
     MEDIA,
     PROMPTS,
     SHIPPED,
+    Conversation,
     Data,
     HubSet,
     cache_folder,
@@ -95,11 +97,14 @@ def windows_available(data: Data, tokenizer: TextTokenizer, folder: Path) -> int
 
 
 def read_texts(data: Data, folder: Path) -> list[Any]:
-    """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages."""
+    """Return the texts of a source, in their order; with `chat_template` a record may be a list of messages.
+
+    A record whose messages stand beside `tools` is a `Conversation`.
+    """
     if data.source in SHIPPED:
         return [SHIPPED[data.source]()]
     if data.source == PROMPTS:
-        return [list(conversation) for conversation in prompts()]
+        return list(prompts())
     spec = hub_set_of(data)
     if spec is not None:
         return _texts_of(read_hub(spec, data), data)
@@ -188,13 +193,22 @@ def _text_of(record: Any, column: str, index: int, *, chat: bool) -> Any:
     if isinstance(record, dict) and chat:
         messages = record.get(column, record.get("messages"))
         if isinstance(messages, list):
-            return messages
+            return Conversation(messages, _tools_of(record, index)) if record.get("tools") else messages
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
         if isinstance(record, dict) and column in record:
             raise ValueError(f"record {index} has no text under '{column}' but a {type(record[column]).__name__}")
         known = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
         raise ValueError(f"record {index} has no text under '{column}'{known}; set data.custom.text_column")
     return _whole(str(record[column]), index)
+
+
+def _tools_of(record: Mapping[str, Any], index: int) -> list[Any]:
+    """Return the tools that a record offers, as OpenAI's API describes them, perhaps as the text of a JSON."""
+    tools = record["tools"]
+    found = parsed_json(tools) if isinstance(tools, str) else tools
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise ValueError(f"record {index} has tools that are no list of objects")
+    return found
 
 
 def _whole(text: str, index: int) -> str:
@@ -401,7 +415,8 @@ def _with_column(records: Records, column: str | None, data: Data, name: str) ->
             f"{name}: there is no column '{choices[0]}'; it has {', '.join(known)}{did_you_mean(choices[0], known)}; "
             "set data.column"
         )
-    return [{"text": record[found]} for record in records]
+    kept = ["tools"] if data.chat_template and "tools" in known else []
+    return [{"text": record[found], **{name: record.get(name) for name in kept}} for record in records]
 
 
 def _unreachable(spec: HubSet, source: str, error: Exception) -> str:

@@ -7,31 +7,23 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from ...captures import GENERATED, GENERATION, LOGITS, Capture, Request, SiteKey, SiteNumbers, merge_requests
-from ...common import InfraError
+from ...captures import GENERATION, LOGITS, Capture, SiteKey, SiteNumbers
+from ...common import InfraError, QsaError
 from ...metrics import Answer, answered
-from ...suite import Generation, Subject, tools_of
+from ...suite import Conversation, Generation, NamedSubject, Subject
 from ..modules import context_of
-from .answers import answers_by, conversations_of, eos_of, formatted
+from .answers import answers_by, check_generates, conversations_of, eos_of, formatted
 from .models import Loaded
-from .tokenizer import decoder_of
+from .outline import empty_of
+from .tokenizer import decoder_of, load_tokenizer
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "state")
 """The arguments by which modules of transformers take what they have kept of earlier tokens."""
-
-
-def with_answers_of(capture: Capture, other: Capture) -> Capture:
-    """Return a capture with the answers of another one of the same models, if it has any."""
-    key = GENERATION, LOGITS
-    if key not in other.sites:
-        return capture
-    plan = merge_requests([*capture.plan, Request("", LOGITS, None, frozenset({GENERATED}))])
-    return replace(capture, sites=_with_answers(capture, other.sites[key]), plan=plan)
 
 
 def _with_answers(capture: Capture, numbers: SiteNumbers) -> dict[SiteKey, SiteNumbers]:
@@ -49,7 +41,7 @@ class Prompts:
     """The conversations that a suite has answered. `asked`: its section, which says how many and how long."""
 
     asked: Generation
-    conversations: Sequence[Sequence[Any]]
+    conversations: Sequence[Conversation]
 
     @classmethod
     def of(cls, subject: Subject) -> Prompts:
@@ -65,7 +57,7 @@ class Prompts:
     @property
     def identity(self) -> dict[str, Any]:
         """What a recorded reference has to have answered: the settings, and the hash of the conversations."""
-        text = json.dumps(self.conversations, sort_keys=True, ensure_ascii=False)
+        text = json.dumps([asdict(each) for each in self.conversations], sort_keys=True, ensure_ascii=False)
         return {**self.asked.model_dump(), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def answers_by(self, by: Loaded, whose: str) -> list[Answer]:
@@ -77,12 +69,33 @@ class Prompts:
                 generate.
         """
         tokenizer: Any = by.required_tokenizer(whose)
-        prompts = [formatted(text, tokenizer, "generation", tools_of(text)) for text in self.conversations]
+        prompts = [formatted(each, tokenizer, "generation") for each in self.conversations]
         check_cache(by.model, f"generation: {whose}")
         most = self.asked.max_new_tokens
         _check_lengths(by.model, prompts, most)
         answers = answers_by(by, prompts, most, max(map(len, prompts)) + most, f"generation: {whose}")
         return [answer_of(ids, eos_of(by.model), tokenizer) for ids in answers]
+
+
+def why_no_answers(subject: NamedSubject) -> str:
+    """Return why a subject can't answer its prompts, as far as its files and settings tell; empty where it may."""
+    spec, path = subject.model, subject.base or subject.path
+    if subject.memory.offload_device == "disk":
+        return "the model is read block by block, and answers need it whole"
+    gguf = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    try:
+        tokenizer: Any = load_tokenizer(path, {"revision": spec.revision, "trust_remote_code": False, **gguf})
+        if not getattr(tokenizer, "chat_template", None):
+            return "the tokenizer has no chat template"
+        prompts = Prompts.of(subject)
+        asked = [formatted(each, tokenizer, "generation") for each in prompts.conversations]
+        model = empty_of(spec, subject.path, subject.base)
+        check_generates(model, "the model")
+        check_cache(model, "the model")
+        _check_lengths(model, asked, prompts.asked.max_new_tokens)
+    except QsaError as error:
+        return str(error)
+    return ""
 
 
 def answer_of(ids: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Answer:

@@ -16,7 +16,7 @@ import psutil
 
 from ...checkpoint import OF_A_TOKENIZER, Folder, check_growth, check_side_files, readable_tokenizer
 from ...common import AnomalyError, InfraError, one_line
-from ...suite import SHIPPED
+from ...suite import SHIPPED, Conversation, conversation_of
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -43,7 +43,7 @@ class TextTokenizer(Tokenizer, Protocol):
     def __call__(self, text: str, **options: bool) -> Mapping[str, list[int]]:
         """Return the `input_ids` of a text."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool) -> object:
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, **options: Any) -> object:
         """Return the text of a conversation."""
 
 
@@ -54,11 +54,14 @@ def templated(texts: Sequence[Any], tokenizer: TextTokenizer) -> list[str]:
         AnomalyError: it takes more memory or time than a template needs.
         InfraError: the tokenizer has none, or it can't format a conversation.
     """
-    conversations = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in texts]
+    conversations = [conversation_of(text) for text in texts]
     seconds = TEMPLATE_SECONDS + len(texts) * SECONDS_PER_TEXT
     try:
         with _limited(TEMPLATE_BYTES, seconds):
-            return [str(tokenizer.apply_chat_template(each, tokenize=False)) for each in conversations]
+            asked = [offered(each, tokenizer, "data.chat_template") for each in conversations]
+            return [str(tokenizer.apply_chat_template(each, tokenize=False, **tools)) for each, tools in asked]
+    except InfraError:
+        raise
     except MemoryError:
         what = f"takes more than {TEMPLATE_BYTES / 1e9:.0f} GB"
     except TimeoutError:
@@ -66,6 +69,31 @@ def templated(texts: Sequence[Any], tokenizer: TextTokenizer) -> list[str]:
     except Exception as error:  # jinja2's errors, and transformers' for a tokenizer without a template
         raise InfraError(f"data.chat_template: the tokenizer can't format a conversation: {error}") from None
     raise AnomalyError(f"data.chat_template: the checkpoint's chat template {what}: look at what it does")
+
+
+def offered(
+    conversation: Conversation, tokenizer: TextTokenizer, asked_by: str
+) -> tuple[list[Any], Mapping[str, list[Any]]]:
+    """Return the messages of a conversation for a tokenizer's template, and the argument with its tools, if any.
+
+    A template without a place for tools gets the conversation's words for them. `asked_by`: the section of the suite
+    that asks, for messages. What the template raises passes.
+
+    Raises:
+        InfraError: it has no place for them, and the conversation no words.
+    """
+    messages, tools = list(conversation.messages), list(conversation.tools)
+    if not tools:
+        return messages, {}
+    bare = tokenizer.apply_chat_template(messages, tokenize=False)
+    if tokenizer.apply_chat_template(messages, tokenize=False, tools=tools) != bare:
+        return messages, {"tools": tools}
+    if not conversation.in_words:
+        raise InfraError(
+            f"{asked_by}: the chat template has no place for the tools that a conversation offers, so the model would "
+            "never see them: describe them in the messages, and leave tools out"
+        )
+    return list(conversation.in_words), {}
 
 
 @contextmanager

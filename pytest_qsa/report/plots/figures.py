@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ...captures import Capture
 from ...common import QsaError, counted, number, write_atomically
 from ...verdicts import Row, Verdict
+from .answers import answer_figure
 from .chart import chart_of
 from .depth import Depth, depth_of
 from .magnitudes import magnitude_figure, outlier_figure
@@ -92,8 +93,9 @@ def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
         OSError: the folder can't be written.
     """
     figures = {title: figure_of(verdict, capture) for title, figure_of in FIGURES.items()}
-    if (margins := figures["margins"]) is not None:  # the one that the page doesn't draw itself
-        write_atomically(folder / "margins.json", json.dumps(chart_of(margins)))
+    for title in ("margins", "answers"):  # which the page has no data for elsewhere
+        if (figure := figures[title]) is not None:
+            write_atomically(folder / f"{title}.json", json.dumps(chart_of(figure)))
     return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 
 
@@ -357,5 +359,6 @@ FIGURES = {
     "outliers": outlier_figure,
     "magnitude": magnitude_figure,
     "margins": margin_figure,
+    "answers": answer_figure,
 }
 """Title → the function that draws it of a verdict and its capture, None where it does not fit; most telling first."""

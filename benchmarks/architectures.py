@@ -17,6 +17,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from common import ROOT
 
 STEPS = ("layers", "init", "gate", "analyze", "disk")
 SEEN = {"llava": "pictures", "gemma3": "pictures", "qwen2_audio": "sounds"}
-"""What models run on that also read texts alone; Qwen-VL's processors need torchvision, so that a text has to do."""
+"""What models run on that also read texts alone."""
+if find_spec("torchvision"):  # else a text has to do for Qwen-VL, whose processors need it
+    SEEN |= {"qwen2_5_vl": "pictures", "qwen3_vl": "pictures"}
 DATA = ["--data.num_samples", "4", "--data.seq_len", "48"]
 FIRST = "first.qsa.yaml"
 CONFIG = "analyze.yaml"

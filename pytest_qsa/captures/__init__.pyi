@@ -122,6 +122,7 @@ from .statistics import (
     InRange as InRange,
     LocalError as LocalError,
     Massive as Massive,
+    Pooled as Pooled,
     PredictionMargins as PredictionMargins,
     PredictionOverlap as PredictionOverlap,
     QuantizationPowers as QuantizationPowers,

@@ -512,6 +512,25 @@ class ChannelError(Statistic):
 
 
 @dataclass(frozen=True)
+class Pooled(Statistic):
+    """A sample's embedding in two models: `pooled/pooled:POOL` [P, 2, C] float64, the reference's and the model's.
+
+    `pool`: how the tokens that are no padding become one: their `mean`, the `first` or the `last`.
+    """
+
+    pool: str
+    name = "pooled"
+    by_token = True
+    arrays: ClassVar = {"pooled": PER_POPULATION}
+    by_parameters = True
+    reference = "pair"
+
+    def kept_bytes(self, samples: int, tokens: int, channels: int) -> int:
+        """Two float64 a sample and channel."""
+        return 16 * samples * channels
+
+
+@dataclass(frozen=True)
 class InRange(Statistic):
     """Another statistic of some tokens of each sample alone: of those that are no padding, from `start` up to `end`.
 

@@ -132,6 +132,14 @@ class MetricMethods:
     ) -> Series:
         """Look at where the reference ends an answer or marks a thought or a tool call: the share that the model does too."""
 
+    def embedding(
+        self,
+        stat: Literal["order", "recall", "cosine"] = "order",
+        k: int = 5,
+        pool: Literal["mean", "first", "last"] = "mean",
+    ) -> Series:
+        """Compare each sample's embedding, and which other samples it finds nearest by cosine, with the reference's."""
+
     def engine_gap(
         self,
         stat: Literal["rms", "outlier_tokens", "absmax"] = "rms",

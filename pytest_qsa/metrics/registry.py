@@ -36,7 +36,7 @@ from ..common import SuiteError, shown_path
 Reduce = Literal["max", "mean", "sum", "p95"]
 Per = Literal["layer", "model", "expert", "logits"]
 Worst = Literal["highest", "lowest"]
-Counts = Literal["positions", "boundaries", "prompts"]
+Counts = Literal["positions", "boundaries", "prompts", "samples"]
 Values = NDArray[np.float64]
 Parameters = Mapping[str, Any]
 """The values of a metric's own parameters, or of a check's, by name."""
@@ -187,7 +187,7 @@ class Metric(Definition):
     @property
     def of_tokens(self) -> bool:
         """Whether it's taken of tensors that have tokens, so that a range of positions can be chosen."""
-        return self.sites != ("weight",) and self.counts != "prompts"
+        return self.sites != ("weight",) and self.counts not in ("prompts", "samples")
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -208,6 +208,8 @@ class Metric(Definition):
         needed, span = self.needs(site, positions, parameters), PositionRange.parse(positions)
         if GENERATED in needed:
             return f"{self.name} counts answers, so it takes no positions"
+        if self.counts == "samples":
+            return f"{self.name} counts samples, so it takes no positions"
         if span is not None and not span.sinks and site == LOGITS:
             return f"{self.name}: a sink's prediction is one like any other, so it takes no sinks: out"
         if span is not None and not span.sinks and any(isinstance(each, InRange) for each in needed):
@@ -361,7 +363,7 @@ def metric(
         span: the least and the most that it can be, or those of each `stat`; a bound beyond them is refused, for it
             would check nothing.
         counts: what an estimate is drawn from, or that of each `stat`, for messages: positions of the data,
-            boundaries among them, or prompts.
+            boundaries among them, prompts, or samples.
         sized: it is no larger than the largest |x| that it measures, as a mean is; a bound beyond the dtype's largest
             number is refused.
 

@@ -26,6 +26,7 @@ class Anatomy:
 
     `experts`: the layers of packed experts, which some of the tokens pass. `routers`: what sends them there. `towers`:
     the parts that read pictures or sounds, whose layers are among these and whose blocks aren't: no text passes them.
+    `has_head`: whether the model returns logits; an encoder of embeddings doesn't.
     """
 
     blocks: Sequence[str]
@@ -33,6 +34,7 @@ class Anatomy:
     experts: Sequence[str] = ()
     routers: Sequence[str] = ()
     towers: Sequence[str] = ()
+    has_head: bool = True
 
     @property
     def weights(self) -> list[str]:

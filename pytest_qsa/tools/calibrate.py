@@ -32,6 +32,8 @@ from ..suite import (
 )
 from ..verdicts import SPARE, checked_series, key_of, outward
 
+ROOM_OF_PERFECT = 0.01
+"""How far a bound stays from a perfect value that every part of the data has had."""
 FIGURES = 4
 """Significant digits of a mean and a sigma in a suite."""
 IDENTICAL = 200.0
@@ -172,6 +174,8 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
         AnomalyError: a layer is in no group.
     """
     found = []
+    measured = assertion if isinstance(assertion, MeasuredAssertion) else None
+    perfect = measured and METRICS[measured.metric].best(measured.parameters)
     for side in SIDES:
         stated = assertion.stated.get(side)
         for group, bound in _plain_bounds(stated):
@@ -180,7 +184,10 @@ def proposals_of(assertion: Assertion, spread: Spread, schemes: Mapping[str, str
                 proposal = _proposal(side, group, bound, spread, layers, k)
                 # Beyond what the number can be, a bound would check nothing.
                 least, most = assertion.reach
-                found.append(replace(proposal, proposed=min(max(proposal.proposed, least), most)))
+                proposed = min(max(proposal.proposed, least), most)
+                if proposed == perfect:  # which no number of samples shows
+                    proposed += ROOM_OF_PERFECT if side == "max" else -ROOM_OF_PERFECT
+                found.append(replace(proposal, proposed=proposed))
     return found
 
 

@@ -253,6 +253,8 @@ def measured_drafts(anatomy: Anatomy, compare: Compare | None = None, *, answers
     """
     parts = {"layers": ("layers", "blocks", "logits"), "blocks": ("blocks", "logits"), "logits": ("logits",)}
     chosen, smoothed = ("model", *parts.get(compare or "", ()), *(["answers"] if answers else ())), compare == "blocks"
+    if not anatomy.has_head:
+        chosen = tuple("embeddings" if part == "logits" else part for part in chosen)
     return [draft for part in chosen for draft in drafts_of(part, anatomy, smoothed=smoothed)]
 
 

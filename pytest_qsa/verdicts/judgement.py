@@ -143,7 +143,7 @@ def interval_text(series: Series, layer: str) -> str:
     low, high, count = series.intervals[layer]
     metric = METRICS.get(series.query.metric)
     counts = metric.drawn_from(series.query.parameters) if metric else "positions"
-    words = {"positions": ("tokens", "samples"), "prompts": ("prompts", "of them")}
+    words = {"positions": ("tokens", "samples"), "prompts": ("prompts", "of them"), "samples": ("samples", "of them")}
     drawn, of = words.get(counts, (counts, "samples"))
     if math.isnan(low):
         return f"from {count} {drawn}; fewer than {LEAST_WINDOWS} {of} give no interval"
@@ -196,7 +196,8 @@ def positions_needed(assertion: MeasuredAssertion) -> int | None:
 
     By Wilson's interval, as `_check_shown` asks it: z² / (n + z²) of a perfect share is no more than the bound's room.
     """
-    perfect = METRICS[assertion.metric].best(assertion.parameters)
+    definition = METRICS[assertion.metric]
+    perfect = definition.best(assertion.parameters) if definition.counts != "samples" else None
     bounds = [bound for bound in assertion.stated.values() if isinstance(bound, float)]
     scale = 1000 if assertion.parameters.get("stat") == "spurious" else 1
     rooms = [abs(perfect - bound) / scale for bound in bounds] if perfect is not None else []

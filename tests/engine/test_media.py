@@ -1,6 +1,7 @@
 """Pictures and sounds as data: through the model's own processor, into towers, projectors and text layers alike."""
 
 import json
+import re
 import wave
 
 import datasets
@@ -98,6 +99,62 @@ def test_a_classifier_is_compared_with_its_reference_by_its_decisions(checkpoint
     expected = (np.exp(p) * (p - q)).sum(axis=1).mean()
     assert found.logits().kl_divergence().values[0] == pytest.approx(expected, rel=1e-5)
     assert found.logits().same_top().values[0] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
+
+
+ENCODERS = {
+    "clip": [("visual_projection", "mean"), (r"vision_model\.(encoder\.)?layers\.1", "mean")],
+    "bert": [(r"encoder\.layer\.2", "mean"), (r"encoder\.layer\.2", "first")],
+    "modernbert": [(r"layers\.1", "last")],
+}
+
+
+def texts_with_padding():
+    ids = torch.randint(3, 300, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in (slice(2), slice(2, 4))]
+
+
+def outputs_of(model, batches, layer, pool):
+    """Return a layer's output for each sample, pooled in float64 without padding, by a hook of its own."""
+    seen, rows = [], []
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    for batch, output in zip(batches, seen, strict=True):
+        output = output[0] if isinstance(output, tuple) else output
+        for index, row in enumerate(output.double()):
+            if "attention_mask" in batch and "pixel_values" not in batch:
+                row = row[batch["attention_mask"][index].bool()]
+            row = row if row.dim() == 2 else row[None]
+            rows.append({"mean": row.mean(0), "first": row[0], "last": row[-1]}[pool].numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_embeddings_of_an_encoder_are_pooled_without_padding(checkpoints, tmp_path, name):
+    folder = checkpoints(name)
+    own, other = loaded(folder), loaded(folder)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batches = texts_with_padding()
+    if name == "clip":
+        batches = media_batches(Data(source="pictures", num_samples=4), tmp_path, own, str(folder))
+    asked = [
+        Request(f"{layer}$", "output", None, METRICS["embedding"].needs("output", "all", {"pool": pool}))
+        for layer, pool in ENCODERS[name]
+    ]
+    subject = Subject(name, Model(path=str(folder)), Data(), Memory(), tmp_path)
+    found = capture_loaded(subject, own, batches, asked, reference=other)
+    for pattern, pool in ENCODERS[name]:
+        (layer,) = {layer for layer, _ in found.sites if re.search(f"{pattern}$", layer)}
+        expected = [outputs_of(each.model, batches, layer, pool) for each in (other, own)]
+        pooled = found.sites[layer, "output"].arrays[f"pooled/pooled:{pool}"]
+        np.testing.assert_allclose(pooled, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
+        assert found.output(f"{pattern}$").embedding("cosine", pool=pool).values[0] < 1
 
 
 def folder_of(tmp_path, *names, records=()):

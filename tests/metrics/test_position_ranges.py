@@ -73,7 +73,7 @@ def test_every_metric_of_tensors_with_tokens_takes_a_range():
     taken = {name: METRICS[name] for name in METRICS if METRICS[name].of_tokens and not METRICS[name].origin}
     refused = {n: m.refuses(m.sites[0], "range:2:4", {}) for n, m in taken.items()}
     assert {name: why for name, why in refused.items() if why} == {}
-    assert {*METRICS} - {*taken} == {"loaded_weights", "weight_sqnr", "weight_gain", "generation"}
+    assert {*METRICS} - {*taken} == {"loaded_weights", "weight_sqnr", "weight_gain", "generation", "embedding"}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VOCABULARY = 320
@@ -299,6 +300,24 @@ def _qwen2_audio(folder):
     return Qwen2AudioProcessor(_sounds(), tokenizer)
 
 
+def _qwen_vl(folder):
+    """Those of Qwen2.5-VL and Qwen3-VL: patches of 4 pixels, four of them a token. They need torchvision."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    marks = {"image": "<image>", "video": "<video>", "vision_bos": "<soi>", "vision_eos": "<eoi>"}
+    tokenizer = _marked(folder, **{f"{name}_token": text for name, text in marks.items()})
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+    pictures, videos = (
+        kind(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+        for kind in (Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    )
+    part = "{% if c.type == 'image' %}<soi><image><eoi>{% else %}{{ c.text }}{% endif %}"
+    template = f"{{% for m in messages %}}{{% for c in m.content %}}{part}{{% endfor %}}{{% endfor %}}"
+    return Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
+
+
 PROCESSORS = {"llava": _llava, "gemma3": _gemma3, "clip": _clip, "vit": lambda folder: _pictures(),
               "whisper": _whisper, "qwen2_audio": _qwen2_audio}  # fmt: skip
-"""Those of the models that see or hear. Those of Qwen-VL need torchvision, which is not installed here."""
+"""Those of the models that see or hear."""
+if find_spec("torchvision"):
+    PROCESSORS |= {"qwen2_5_vl": _qwen_vl, "qwen3_vl": _qwen_vl}

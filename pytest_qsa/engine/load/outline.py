@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import psutil
 import torch
@@ -96,7 +97,17 @@ def anatomy(spec: Model, path: str, base: str = "", data: Data | None = None, fo
     ]
     experts = [name for name in inside if isinstance(layers[name], Expert)]
     routers = [name for name in inside if kinds[name].endswith("Router")]
-    return Anatomy(blocks, linears, experts, routers, towers)
+    return Anatomy(blocks, linears, experts, routers, towers, _has_head(model))
+
+
+def _has_head(model: torch.nn.Module) -> bool:
+    """Say whether a model returns logits, by what its forward says that it returns; true where it says nothing."""
+    try:
+        returned = get_type_hints(model.forward).get("return")
+    except (NameError, TypeError):  # of a model whose code is elsewhere
+        return True
+    kinds = [kind for kind in (*get_args(returned), returned) if is_dataclass(kind)]
+    return not kinds or any(field.name == "logits" for kind in kinds for field in fields(kind))
 
 
 def empty_of(spec: Model, path: str, base: str = "", *, as_loaded: bool = False) -> torch.nn.Module:

@@ -60,8 +60,11 @@ class Lockstep:
         """Run a layer on a few tokens of its inputs [B, T, C], to see at the end whether it gives the same for them."""
         rows = self._forward.rows
         # A block of experts takes the samples of a batch together.
-        inputs, outputs = rows.shaped(inputs, False)[0], rows.shaped(outputs, False)[0]
-        kept = rows.unpadded(layer, outputs.shape[1])[0] if outputs.dim() == 3 else None
+        inputs = rows.shaped(inputs, False)[0]
+        outputs, has_tokens = rows.shaped(outputs, False)
+        if not has_tokens:  # as of a pooler, whose local error is none
+            return
+        kept = rows.unpadded(layer, outputs.shape[1])[0]
         drawn = drawn_rows(rows.samples[0], outputs.shape[1], kept, 8).to(outputs.device, non_blocking=True)
         alone = run_rows(self._reference.modules[layer], layer, inputs[0].index_select(0, drawn))
         powers = powers_of(outputs[0].index_select(0, drawn), alone, None)

@@ -20,6 +20,7 @@ from ...captures import (
     Array,
     ChannelError,
     LocalError,
+    Pooled,
     SiteKey,
     SiteNumbers,
     Statistic,
@@ -90,6 +91,10 @@ class PairStatistics:
             site: [statistic for statistic in sorted(statistics) if isinstance(statistic, ChannelError)]
             for site, statistics in wanted.items()
         }
+        self._pooled = {
+            site: [statistic for statistic in sorted(statistics) if isinstance(statistic, Pooled)]
+            for site, statistics in wanted.items()
+        }
         self._known: dict[tuple[int, int], _Compared] = {}
 
     def compare(
@@ -122,7 +127,7 @@ class PairStatistics:
     ) -> list[RowNumbers]:
         """Return the numbers of each sample; those of the same two tensors at another site are not computed again."""
         # Local errors and channels also depend on the layer, not on the two tensors alone.
-        if self._local[site] or self._channels[site] or site not in self._error:
+        if self._local[site] or self._channels[site] or self._pooled[site] or site not in self._error:
             return self._compute(rows, site, reference, shaped)
         key, versions = (id(reference.tensor), id(own)), (_version(reference.tensor), _version(own))
         known = self._known.get(key)
@@ -182,7 +187,8 @@ class PairStatistics:
         if site in self._error:
             there = None if counting is None else counting.to(y.device, non_blocking=True)
             found["error"] = powers_of(x, y, there) if recorded is None else _some_powers(x, y, there, recorded)
-        for count, (at, powers) in self._local[site]:
+        # A layer that sees one row of a sample, as a pooler does, has no single tokens to be fed with.
+        for count, (at, powers) in self._local[site] if self.compared[site].token_axis else ():
             # A recorded reference has drawn its rows already; only these have an input.
             drawn = drawn_rows(sample, len(y), counting, count) if recorded is None else recorded
             found[at], found[powers] = self._local_powers(site[0], reference, (x, y), index, drawn, count)
@@ -194,6 +200,11 @@ class PairStatistics:
                 mask[counting.numpy()] = True
             chosen = torch.from_numpy(np.flatnonzero(self._select(statistic.positions, mask, sample, site[0])))
             found[statistic.key] = channel_powers(x, y, chosen.to(y.device, non_blocking=True))
+        for pooled in self._pooled[site]:
+            if recorded is not None:
+                raise InfraError("a reference that was kept has no embeddings of samples: embedding needs the model")
+            there = None if counting is None else counting.to(y.device, non_blocking=True)
+            found[pooled.key] = torch.stack([_embedding(side, there, pooled.pool) for side in (x, y)])
         return found
 
     def _local_powers(
@@ -238,7 +249,7 @@ class PairStatistics:
         known: dict[tuple[object, ...], SiteNumbers] = {}
         for site, statistics in self._wanted.items():
             own, made = numbers[site], self.compared.get(site)
-            if made is None:
+            if made is None or not made.rows:
                 numbers[site] = own.having(statistics, {})
                 continue
             # Sites of one tensor have the same rows and numbers, and go on sharing them in the capture's file.
@@ -353,6 +364,12 @@ def _some_powers(x: Tensor, y: Tensor, counting: Tensor | None, positions: Tenso
     if counting is not None:
         found.index_fill_(0, counting, NOT_COMPARED)
     return found.index_copy_(0, positions, powers_of(x, y.index_select(0, positions), None))
+
+
+def _embedding(rows: Tensor, counting: Tensor | None, pool: str) -> Tensor:
+    """Return one float64 row of the tokens that count, [C] of [T, C]."""
+    kept = rows if counting is None else rows.index_select(0, counting)
+    return kept.double().mean(dim=0) if pool == "mean" else kept[0 if pool == "first" else -1].double()
 
 
 def _version(tensor: Tensor) -> int:

@@ -23,6 +23,7 @@ from ...captures import (
     Capture,
     ChannelError,
     LocalError,
+    Pooled,
     Provenance,
     Request,
     SiteKey,
@@ -50,8 +51,10 @@ def check_answerable(requests: Sequence[Request], shown: str) -> None:
     for request in requests:
         names = against_reference(request.statistics)
         by_channel = any(isinstance(statistic, ChannelError) for statistic in names)
-        if names and (request.site == "weight" or by_channel):
+        pooled = any(isinstance(statistic, Pooled) for statistic in names)
+        if names and (request.site == "weight" or by_channel or pooled):
             what = "by: channel needs the error of every token" if by_channel else "weight_sqnr needs its weights"
+            what = "embedding needs every token" if pooled else what
             raise InfraError(
                 f"model.reference: {shown} holds drawn tokens of a model, and {what}: name the model itself as "
                 "model.reference, or leave that assertion to a suite of its own"

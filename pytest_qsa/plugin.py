@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from . import common, gate, suite, verdicts
+from . import common, gate, suite
 from .suite import (
     DESELECTED,
     NOT_RUN,
@@ -245,6 +245,8 @@ def qsa(request: pytest.FixtureRequest, qsa_gate: Gate, qsa_checkpoint: Checkpoi
 @pytest.fixture
 def qsa_baseline(request: pytest.FixtureRequest, qsa: Qsa) -> Callable[..., QsaBaseline]:
     """Return a function that makes what a series must equal, within a tolerance: `rel=0.05`, say; it is kept in git."""
+    from . import verdicts
+
     snapshot = gate.baseline_snapshot(request)
 
     def baseline(rel: float = 0.0, abs: float = 0.0, direction: str = "both") -> QsaBaseline:

@@ -1,7 +1,6 @@
 """What becomes of verdicts: plots, the item, the failure, the hooks; pytest's reports, the HTML report, the summary.
 
-Rooms are imported whole, `from .. import report`: a run without a gate imports this module as well, and loads no module
-of theirs.
+A run without a gate imports this module as well: rooms are imported when they are used.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .. import captures, common, engine, metrics, report, suite, tools, verdicts
+from .. import common, suite
 from ..suite import (
     DESELECTED,
     NOT_RUN,
@@ -39,11 +38,16 @@ from ..suite import (
 from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
+    from .. import captures, engine, metrics, report, tools, verdicts
     from ..captures import Capture, Outline, Request
     from ..report import PlainVerdict
     from ..suite import Place, Subject
     from ..verdicts import Verdict
     from .gate import Gate
+else:
+    captures, engine, metrics, report, tools, verdicts = (
+        common.Room(f"pytest_qsa.{name}") for name in ("captures", "engine", "metrics", "report", "tools", "verdicts")
+    )
 
 PACKAGE = Path(__file__).parent.parent
 VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()

@@ -415,7 +415,10 @@ class QuantizationPowers(Statistic):
 
 
 class CacheScale(Statistic):
-    """The scale of a layer's keys or values in the checkpoint: `cache_scale` [1] float64; 1 where it holds none."""
+    """The scale of a layer's keys or values in the checkpoint: `cache_scale` [1] float64; 1 where it holds none.
+
+    [heads] where the checkpoint has one for each head.
+    """
 
     name = "cache_scale"
     by_token = True  # the same of every token

@@ -1,5 +1,5 @@
 from .adapter import Adapter as Adapter
-from .checks.cache_scales import scales_of_cache as scales_of_cache
+from .checks.cache_scales import CacheScale as CacheScale, scales_of_cache as scales_of_cache
 from .checks.changed_settings import SETTING_LAYERS as SETTING_LAYERS, Resolved as Resolved
 from .checks.health import (
     CHECKS as CHECKS,

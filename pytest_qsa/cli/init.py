@@ -1,6 +1,7 @@
 """Write a first suite of a model, its bounds calibrated.
 
 Each assertion has a comment that says why it is there. With an original, --reference, the suite also compares with it.
+With --kv-cache it gates the model with a quantized KV cache, against the same model without one.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .. import suite, tools
 from ..common import InfraError, shown_path, status, write_atomically
 from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
+DOCUMENT = {"source": "document"}
 EXAMPLES = (
     "qsa init checkpoints/my-model-int8",
     "qsa init checkpoints/my-model-int8 --reference checkpoints/my-model -o gate.qsa.yaml --data.num_samples 16",
+    "qsa init checkpoints/my-model --kv-cache fp8_e4m3 -o kv.qsa.yaml",
 )
 
 
@@ -65,11 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         __name__,
         __doc__,
-        "TARGET [--reference ORIGINAL] [-o FILE.qsa.yaml] [--KEY VALUE …]",
+        "TARGET [--reference ORIGINAL | --kv-cache GRID] [-o FILE.qsa.yaml] [--KEY VALUE …]",
         examples=EXAMPLES,
     )
     parser.add_argument("model", metavar="TARGET", help="a checkpoint's folder, or a hub id")
-    parser.add_argument("--reference", metavar="ORIGINAL", help="what the model was made from: hold it against that")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--reference", metavar="ORIGINAL", help="what the model was made from: hold it against that")
+    against.add_argument(
+        "--kv-cache",
+        choices=get_args(suite.KvCache),
+        metavar="GRID",
+        help=f"gate a quantized KV cache, against the same model without: {', '.join(get_args(suite.KvCache))}",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the model's name, .qsa.yaml")
     add_sampling(parser)
     parser.add_argument(
@@ -88,9 +98,13 @@ def _name(model: str) -> str:
 def _sections(options: argparse.Namespace, target: Path) -> dict[str, dict[str, Any]]:
     """Return the sections model and data of the suite, without overrides."""
     model = {"name": _name(options.model), "path": _named(options.model, target)}
+    data = suite.Data().model_dump(include={"source", "num_samples", "seq_len", "seed"})
+    if options.kv_cache is not None:
+        # One text whose later parts refer to earlier ones: what the cache has lost is needed again.
+        return {"model": {**model, "kv_cache": options.kv_cache, "reference": suite.SELF}, "data": data | DOCUMENT}
     if options.reference is not None:
         model["reference"] = _named(options.reference, target)
-    return {"model": model, "data": suite.Data().model_dump(include={"source", "num_samples", "seq_len", "seed"})}
+    return {"model": model, "data": data}
 
 
 def _named(model: str, target: Path) -> str:

@@ -35,7 +35,7 @@ from ..captures import (
     with_weights,
     without_answers,
 )
-from ..checkpoint import capture_weights, scales_of_cache
+from ..checkpoint import CacheScale, capture_weights, scales_of_cache
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
 from ..suite import (
     Engine,
@@ -479,7 +479,7 @@ def _own_cache(subject: Subject, loaded: Loaded) -> AbstractContextManager[None]
     return cache_rounded(loaded.model, grid, _cache_scales(subject, loaded)) if grid else nullcontext()
 
 
-def _cache_scales(subject: Subject, loaded: Loaded) -> dict[str, tuple[float, float]]:
+def _cache_scales(subject: Subject, loaded: Loaded) -> Mapping[str, tuple[CacheScale, CacheScale]]:
     """Return the scales of a static KV cache in FP8 that the subject's files hold, by the layers of its model."""
     files = loaded_files(subject)
     return {} if files is None else scales_of_cache(files.folder, caching_layers(layers_of(loaded.model)))

@@ -279,7 +279,13 @@ def quantization_sqnr(
 def _cache_scale(view: View) -> float:
     if "cache_scale" not in view.numbers:
         raise AnomalyError("the scales of a KV cache are in a checkpoint's files, and this model has none here")
-    return float(view.numbers.arrays["cache_scale"][0])
+    scales = view.numbers.arrays["cache_scale"]
+    if len(scales) > 1:  # the counts are of all heads together
+        raise AnomalyError(
+            f"the checkpoint has {len(scales)} scales, one for each head of {view.layer}, and one for the layer is "
+            "needed here: gate kl_divergence with model.kv_cache: fp8_e4m3, which rounds each head by its own"
+        )
+    return float(scales[0])
 
 
 @metric(

@@ -98,10 +98,12 @@ def boundary_tokens(view: View, *, stat: BoundaryStat = "recall", tokens: str = 
     came, likeliest, own = table[rows, 0], margins[rows, 2], margins[rows, 3]
     # Only where it is the reference's own choice: in a prompt, and in answers of others, it may not be.
     chosen = np.logical_and.reduceat(likeliest == came, first) if len(first) else np.zeros(0, dtype=bool)
-    if chosen.sum() < LEAST_BOUNDARIES:
+    if (own_ones := int(chosen.sum())) < LEAST_BOUNDARIES:
+        times = f", about {LEAST_BOUNDARIES / own_ones:.1f} × as many" if own_ones else ""
         raise AnomalyError(
-            f"the reference writes {int(chosen.sum())} boundaries in these samples, and it takes {LEAST_BOUNDARIES} to "
-            "show a loss: take its own answers, data.answers, to more prompts (data.num_samples)"
+            f"the reference writes {own_ones} boundaries in these samples, and it takes {LEAST_BOUNDARIES} to show a "
+            f"loss: take its own answers (data.answers) to more prompts (data.num_samples{times}), or longer ones "
+            "(data.answers.max_new_tokens)"
         )
     unlikely = scores[rows, NLL] - scores[rows, REFERENCE_NLL] > math.log(2)
     flags = np.logical_and.reduceat(own == came, first) if stat == "recall" else np.logical_or.reduceat(unlikely, first)

@@ -66,6 +66,7 @@ from .sections import (
     ANSWERED_AT_ONCE as ANSWERED_AT_ONCE,
     MEDIA as MEDIA,
     PROMPTS as PROMPTS,
+    SELF as SELF,
     Data as Data,
     Engine as Engine,
     Floor as Floor,

@@ -208,7 +208,9 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-KvCache = Literal["fp8_e4m3", "fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "q8_0", "q4_0"]
+KvCache = Literal[
+    "fp8_e4m3", "fp8_per_token_head", "fp8_ds_mla", "int8_per_token_head", "int4_per_token_head", "q8_0", "q4_0"
+]
 """The grids of a quantized KV cache: vLLM's, then llama.cpp's."""
 SELF = "self"
 """As `model.reference`: the same checkpoint without `model.kv_cache`."""

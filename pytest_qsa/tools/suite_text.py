@@ -16,13 +16,15 @@ from typing import Any
 import yaml
 
 from .. import engine
-from ..captures import Capture, exactly, found_by, is_kind
+from ..captures import KEY_AND_VALUE, LATENT_AND_ROPE_KEY, Capture, Site, exactly, found_by, is_kind
 from ..checkpoint import Compare, Format, compare_norms, problems_of
 from ..common import AnomalyError, InfraError
 from ..suite import (
+    SELF,
     Anatomy,
     Assertion,
     CheckpointAssertion,
+    KvCache,
     MeasuredAssertion,
     NamedSubject,
     SuiteFile,
@@ -184,7 +186,7 @@ def _line_end(text: str, index: int) -> int:
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-PORTABLE = {"BLOCKS": "blocks", "LINEARS": "linears"}
+PORTABLE = {"BLOCKS": "blocks", "LINEARS": "linears", "ATTENTION": "attention"}
 """What a draft calls its layers → the kind whose portable name a suite has for them."""
 CLEAR = 2.0
 """A sink gets an assertion if its ratio is this many times the ratio that makes a token a sink."""
@@ -215,10 +217,11 @@ COMPARED_TEXT: Mapping[Compare, str] = {
 }
 
 
-def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Draft]:
+def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False, grid: str = "") -> list[Draft]:
     """Return the drafts of a part of drafts.yaml, with the patterns of a model's own layers.
 
-    `smoothed`: without those on sizes of layers, which a smoothing takes from its calibration.
+    `smoothed`: without those on sizes of layers, which a smoothing takes from its calibration. `grid`: that of the KV
+    cache.
     """
     text = files("pytest_qsa.tools").joinpath("drafts.yaml").read_text(encoding="utf-8")
     layers = {
@@ -229,7 +232,7 @@ def drafts_of(part: str, anatomy: Anatomy, *, smoothed: bool = False) -> list[Dr
     drafts = []
     for entry in yaml.safe_load(text)[part]:
         instead = {"layers": entry["smoothed"]} if smoothed and "smoothed" in entry else {}
-        if instead.get("layers") == "none":
+        if instead.get("layers") == "none" or (grid and grid not in entry.get("grids", [grid])):
             continue
         keys = {**entry["keys"], **instead}
         named = keys.get("layers", "")
@@ -256,6 +259,24 @@ def measured_drafts(anatomy: Anatomy, compare: Compare | None = None, *, answers
     if not anatomy.has_head:
         chosen = tuple("embeddings" if part == "logits" else part for part in chosen)
     return [draft for part in chosen for draft in drafts_of(part, anatomy, smoothed=smoothed)]
+
+
+def cache_drafts(grid: KvCache, anatomy: Anatomy, sites: Sequence[Site], seq_len: int) -> list[Draft]:
+    """Return the assertions of a model with a quantized KV cache. `sites`: what its attention keeps there.
+
+    `seq_len`: tokens of a window.
+    """
+    found: list[Draft] = []
+    for draft in drafts_of("cache", anatomy, grid=grid):
+        keys = dict(draft.keys)
+        if keys.get("positions") == "DEEP":
+            keys["positions"] = {"from": seq_len // 2}
+        if keys["metric"] == "quantization_sqnr":
+            keys |= GRID_OF_STATES[grid]
+        of_sites = sites if keys.get("site") == "SITE" else ()
+        named = [keys | {"site": site, "id": keys["id"].replace("SITE", site.replace("_", "-"))} for site in of_sites]
+        found += [replace(draft, keys=each) for each in (named if of_sites else [keys])]
+    return found
 
 
 def sinks_of(capture: Capture, anatomy: Anatomy) -> list[Draft]:
@@ -306,8 +327,8 @@ def first_suite(
         InfraError: the subject can't be run, or the reference is no checkpoint that is here.
     """
     layers = engine.anatomy(subject.model, subject.path, subject.base, subject.data, subject.folder)
-    static, compare, remarks = _comparable(subject)
-    files = subject.model.weights == "files"
+    files, cached = subject.model.weights == "files", subject.model.reference == SELF
+    static, compare, remarks = (["files"], None, []) if cached else _comparable(subject)
     if files:  # of no model, so that layers go by the files' own names
         layers = layers.renamed(files_of(subject).format.layers_of(layers.weights))
     drafts = measured_drafts(layers, compare, answers=subject.is_answered_by_reference)
@@ -315,6 +336,8 @@ def first_suite(
         silent = engine.why_no_answers(subject)
         remarks += [f"left out: generation: {silent}"] if silent else []
         drafts += [] if silent else drafts_of("generation", layers)
+    if cached and subject.model.kv_cache is not None:
+        drafts = cache_drafts(subject.model.kv_cache, layers, _cache_sites(subject), subject.data.seq_len)
     if compare == "layers":
         drafts = [with_gain_bound(draft, layers, files_of(subject).format) for draft in drafts]
     if files:
@@ -323,7 +346,7 @@ def first_suite(
     sampled = Sampled.of(subject, file, parts, passes, allow_code=allow_code)
     # Only the pass shows whether there is a clear sink; static checks need none.
     drafts = [*(draft for part in static for draft in drafts_of(part, layers)), *drafts]
-    drafts += [] if files else sinks_of(sampled.whole, layers)
+    drafts += [] if files or cached else sinks_of(sampled.whole, layers)
     drafts = [with_tolerance(draft, sampled.whole.schemes, layers.block_pattern) for draft in drafts]
     # The overrides are in the data of `file.source` already.
     file = load_suite(_with(file.source, drafts))
@@ -341,6 +364,25 @@ def first_suite(
     lines = [*sampled.lines(findings, file, stated=False), *remarks, *left_out, *_problems(file, subject)]
     baselines = [draft.keys["id"] for draft in kept if "baseline" in draft.keys]
     return FirstSuite(calibrated(text, proposals, data)[0], lines, [draft.keys["id"] for draft in kept], baselines)
+
+
+GRID_OF_STATES: Mapping[KvCache, Mapping[str, Any]] = {
+    "fp8_e4m3": {"scheme": "fp8_e4m3", "by": "checkpoint"},
+    "fp8_per_token_head": {"scheme": "fp8_e4m3", "by": "token_head"},
+    "fp8_ds_mla": {"scheme": "fp8_e4m3", "by": "group", "group_size": 128},
+    "int8_per_token_head": {"scheme": "int8", "by": "token_head"},
+    "int4_per_token_head": {"scheme": "int4", "by": "token_head"},
+    "q8_0": {"scheme": "int8", "by": "group", "group_size": 32},
+    "q4_0": {"scheme": "int4", "by": "group", "group_size": 32},
+}
+"""The grid of a KV cache → what `quantization_sqnr` is asked with: the same, but for rotations and zero points."""
+
+
+def _cache_sites(subject: NamedSubject) -> tuple[Site, ...]:
+    """Return what a model's attention keeps in its KV cache, by its configuration; what isn't rounded left out."""
+    if "kv_lora_rank" not in files_of(subject).folder.text_config:
+        return KEY_AND_VALUE
+    return LATENT_AND_ROPE_KEY[:1] if subject.model.kv_cache == "fp8_ds_mla" else LATENT_AND_ROPE_KEY
 
 
 FEW_BITS = re.compile(r"w[1-7](?!\d)")

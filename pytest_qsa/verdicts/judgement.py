@@ -182,10 +182,9 @@ def _check_shown(series: Series, budget: Budget) -> None:
             raise AnomalyError(f"{what}, nor can any number: leave some room for chance")
         # Wilson's interval of a perfect share shrinks with the count, any other one with its root.
         needed = count * (reach / room) ** (1 if value == perfect else 2)
-        enough = f"about {float(f'{needed:.2g}'):,.0f} would (data.num_samples)"
-        if drawn != "positions":  # those that count may be some of the prompts
-            key = "generation.num_prompts" if drawn == "prompts" else "data.num_samples"
-            enough = f"about {needed / count:.1f} × as many would ({key})"
+        enough = f"about {float(f'{needed:.2g}'):,.0f} would, {needed / count:.1f} × as many (data.num_samples)"
+        if drawn == "prompts":  # those that count may be some of them
+            enough = f"about {needed / count:.1f} × as many would (generation.num_prompts)"
         raise AnomalyError(
             f"{what}: by chance alone it may be off by {number(reach)}; {enough}, or give the bound more room"
         )

@@ -181,6 +181,14 @@ def test_a_lost_scale_has_the_others_value_and_a_layer_without_any_is_left_out(t
     assert found == {f"model.layers.{i}.self_attn": (0.5, 0.5) for i in (0, 1)}
 
 
+def test_each_head_has_its_own_scale_where_the_configuration_says_so(tmp_path):
+    files = checkpoint(
+        tmp_path / "c", lambda i, side: [[[0.5]], [[0.25]]], kv_cache_scheme=CACHE | {"strategy": "attn_head"}
+    )
+    (found,) = scales_of_cache(files.folder, ["model.layers.0.self_attn"]).values()
+    assert found == ((0.5, 0.25), (0.5, 0.25))
+
+
 @pytest.mark.parametrize(("scale", "said"), [(0.0, "is 0,"), (float("nan"), "is nan,"), ([1.0, 2.0], "is 2 numbers,")])
 def test_a_scale_that_no_engine_could_take_is_refused_by_name(tmp_path, scale, said):
     files = checkpoint(tmp_path / "c", lambda i, side: scale)

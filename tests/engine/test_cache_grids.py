@@ -53,6 +53,31 @@ def test_fp8_has_the_checkpoints_scale_and_clips_beyond_it(scale):
     assert found.max() == pytest.approx(448 * scale)  # the value of 3,000
 
 
+def test_fp8_may_have_a_scale_for_each_head():
+    scales = (1.0, 0.03, 0.5)
+    found = rounded("fp8_e4m3", states(), "key", scales)
+    for head, scale in enumerate(scales):
+        assert torch.equal(found[:, head], rounded("fp8_e4m3", states()[:, head : head + 1], "key", scale)[:, 0])
+    with pytest.raises(AnomalyError, match=r"has 2 scales of a layer's values, and the layer 3 heads"):
+        rounded("fp8_e4m3", states(), "value", (1.0, 2.0))
+
+
+def test_deepseeks_layout_has_a_scale_for_128_channels_of_the_latent_and_keeps_the_rope_key():
+    x = states(shape=(2, 2, 7, 512))
+    tiles = numbers(x).reshape(2, 2, 7, 4, 128)
+    scale = np.maximum(np.abs(tiles).max(axis=-1, keepdims=True) / 448, np.finfo(np.float32).tiny)
+    expected = (nearest(tiles / scale, e4m3()) * scale).reshape(x.shape)
+    found = numbers(rounded("fp8_ds_mla", x, "latent", 1.0))
+    # Ties, and what float32 puts on the other side of one, apart.
+    assert np.isclose(found, expected, rtol=1e-6, atol=1e-12).mean() > 0.999
+    np.testing.assert_allclose(found, numbers(x), atol=0.04 * np.abs(tiles).max())
+    assert torch.equal(rounded("fp8_ds_mla", x, "rope_key", 1.0), x)
+    with pytest.raises(AnomalyError, match="this attention caches keys and values: use fp8_e4m3"):
+        rounded("fp8_ds_mla", x, "key", 1.0)
+    with pytest.raises(AnomalyError, match="fp8_ds_mla packs 128 channels of a head together, and a head has 64 here"):
+        rounded("fp8_ds_mla", states(), "latent", 1.0)
+
+
 @pytest.mark.parametrize(("grid", "largest"), [("fp8_per_token_head", 448), ("int8_per_token_head", 127)])
 def test_each_token_and_head_has_a_scale_of_its_own(grid, largest):
     x = numbers(states())

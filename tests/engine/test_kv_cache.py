@@ -340,6 +340,29 @@ def test_a_declared_cache_is_emulated_by_neither_side_where_a_grid_is_named(scal
     assert coarse.reference.provenance.model.kv_cache is None
 
 
+def test_a_scale_for_each_head_rounds_each_by_its_own_and_is_no_scale_of_the_layer(scaled, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(scaled, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors, config = load_file(weights), json.loads((folder / "config.json").read_text())
+    heads = config["num_key_value_heads"]
+    wide = torch.linspace(0.001, 0.5, heads)[:, None, None]
+    scales = {name: wide.clone() for name in tensors if name.endswith(("k_scale", "v_scale"))}
+    save_file(tensors | scales, weights, metadata={"format": "pt"})
+    config["quantization_config"]["kv_cache_scheme"]["strategy"] = "attn_head"
+    (folder / "config.json").write_text(json.dumps(config))
+    divergence = METRICS["kl_divergence"].needs("logits", "all", {})
+    keys = Request(ATTENTION, "key", None, frozenset({COUNTS, CACHE_SCALE}))
+    requests = [Request("", "logits", None, divergence), keys]
+    found = loaded_capture(folder, requests, kv_cache="fp8_e4m3", reference="self")
+    assert found.sites["model.layers.0.self_attn", "key"].arrays["cache_scale"].shape == (heads,)
+    narrow = loaded_capture(scaled, requests[:1], kv_cache="fp8_e4m3", reference="self")
+    # The first head alone is clipped.
+    assert 0 < found.logits().kl_divergence().values[0] < narrow.logits().kl_divergence().values[0]
+    with pytest.raises(AnomalyError, match=rf"has {heads} scales, one for each head of model.layers.0.self_attn"):
+        found.select(ATTENTION, "key").cache_clipping()
+
+
 def test_scales_are_asked_of_a_model_with_files_alone(small):
     found = capture(small, [models.token_batch(1, 8)], sites=[(ATTENTION, "key")], statistics=["cache_clipping"])
     with pytest.raises(AnomalyError, match="the scales of a KV cache are in a checkpoint's files"):

@@ -16,7 +16,7 @@ from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.engine.load.outline import anatomy
 from pytest_qsa.suite import Anatomy, Data, Model, files_of, load_suite, subject_of
-from pytest_qsa.tools.suite_text import measured_drafts, sinks_of, with_gain_bound, with_tolerance
+from pytest_qsa.tools.suite_text import cache_drafts, measured_drafts, sinks_of, with_gain_bound, with_tolerance
 from support import models
 from support.checkpoints import edited, save_gguf, save_llama
 from support.projects import Project
@@ -72,6 +72,31 @@ def test_it_passes_on_its_model_once_its_baselines_are_made(first):
     assert set(run.outcomes.values()) == {"passed"}
 
 
+def test_a_quantized_cache_has_a_suite_in_one_command(first, int8_llama, monkeypatch, capsys):
+    monkeypatch.chdir(first.folder)
+    assert main(["init", str(int8_llama), "--kv-cache", "int8_per_token_head", "-o", "kv.qsa.yaml", *SMALL]) == 0
+    file = load_suite(first.folder / "kv.qsa.yaml")
+    own = (file.suite.model.kv_cache, file.suite.model.reference, file.suite.data.source)
+    assert own == ("int8_per_token_head", "self", "document")
+    own = {each.id: each for each in file.assertions}
+    # No decision of a random model is sure.
+    assert [*own] == ["files", "cache-costs-little", "nor-more-with-depth", "key-fits", "value-fits"]
+    assert "left out: sure-decisions-kept: no position has a margin" in capsys.readouterr().out
+    assert own["nor-more-with-depth"].where == "range:12:"
+    assert {"scheme": "int8", "by": "token_head"}.items() <= own["key-fits"].parameters.items()
+    assert own["key-fits"].min > 25
+    assert own["cache-costs-little"].noise.max.n == 4
+
+
+def test_a_latent_cache_is_gated_at_what_it_keeps():
+    anatomy = Anatomy(["model.layers.0", "model.layers.1"], [])
+    drafts = cache_drafts("fp8_e4m3", anatomy, ("latent", "rope_key"), 512)
+    fits = {each.keys["id"]: each.keys for each in drafts if "site" in each.keys}
+    assert [*fits] == ["latent-fits", "rope-key-fits", "latent-not-clipped", "rope-key-not-clipped"]
+    asked = fits["rope-key-fits"]
+    assert (asked["layers"], asked["site"], asked["by"]) == ("kind:attention", "rope_key", "checkpoint")
+
+
 def test_a_file_that_is_there_stays_without_force(first, int8_llama, monkeypatch, capsys):
     monkeypatch.chdir(first.folder)
     before = first.read("gate.qsa.yaml")
@@ -107,7 +132,6 @@ def test_a_gguf_s_suite_of_its_files_goes_by_the_names_in_the_file(tmp_path, mon
     folder = save_gguf(tmp_path / "gguf", llama)
     named = ["--reference", str(llama), "--model.gguf_file", "model.gguf", "--model.weights", "files"]
     assert main(["init", str(folder), *named, "-o", "g.qsa.yaml"]) == 0
-    assert "left out" not in capsys.readouterr().out
     file = load_suite(tmp_path / "g.qsa.yaml")
     kinds = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
     assert file.assertions[1].id == "unquantized"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-
-import numpy as np
 
 from ...common import InfraError
 from ..folder import NUMBER, Finding, Folder
@@ -27,6 +26,10 @@ NO_CACHE = re.compile(r"linear|mamba|conv|recurrent")
 """The `layer_types` of blocks that keep a state instead of a KV cache."""
 OTHER_MODELS = re.compile(r"vision|visual|audio|speech|image|encoder")
 """The modules of towers and encoders, which see all tokens at once."""
+BY_HEAD = "attn_head"
+"""compressed-tensors' strategy of one scale for each head of keys and values, which vLLM runs by FlashAttention 3."""
+CacheScale = float | tuple[float, ...]
+"""The scale of a layer's keys or values, or one for each head."""
 _AGAIN = "calibrate the KV cache and save the checkpoint again, or take the declaration out"
 
 
@@ -64,14 +67,16 @@ def lost_cache_scales(form: Format) -> Iterator[Finding]:
         yield Finding(module, names[0], "", what, _AGAIN)
 
 
-def scales_of_cache(folder: Folder, modules: Iterable[str]) -> dict[str, tuple[float, float]]:
+def scales_of_cache(folder: Folder, modules: Iterable[str]) -> dict[str, tuple[CacheScale, CacheScale]]:
     """Return the scales of keys and values that an engine takes for some of a model's attentions, from the files.
 
     As vLLM does where one of the two is missing, both have its value; a layer without any runs at 1.0, and is left out.
 
     Raises:
-        InfraError: a scale is no single number, or none above 0.
+        InfraError: a scale is not above 0, or there are several where the configuration doesn't say one for each head.
     """
+    scheme = folder.quantization.get("kv_cache_scheme")
+    by_head = isinstance(scheme, dict) and scheme.get("strategy") == BY_HEAD
     found: dict[str, dict[str, Tensor]] = {}
     for tensor in folder.tensors.values():
         if match := SCALE_OF_CACHE.search(tensor.name):
@@ -79,11 +84,12 @@ def scales_of_cache(folder: Folder, modules: Iterable[str]) -> dict[str, tuple[f
             # `self_attn.k_scale`, `self_attn.k_proj.k_scale`, `self_attn.k_proj.output_scale`
             holder = re.sub(r"\.[kv]_proj$", "", tensor.name[: match.start()].removesuffix(".attn"))
             found.setdefault(_from_blocks(holder), {}).update(dict.fromkeys("kv" if side == "kv" else side, tensor))
-    scales: dict[str, tuple[float, float]] = {}
+    scales: dict[str, tuple[CacheScale, CacheScale]] = {}
     for module in modules:
         if sides := found.get(_from_blocks(module)):
             either = next(iter(sides.values()))
-            scales[module] = (_one_scale(sides.get("k", either)), _one_scale(sides.get("v", either)))
+            key, value = (_scale(sides.get(side, either), by_head=by_head) for side in "kv")
+            scales[module] = key, value
     return scales
 
 
@@ -92,12 +98,14 @@ def _from_blocks(name: str) -> str:
     return re.sub(r"^\D*?(?=\d)", "", name)
 
 
-def _one_scale(tensor: Tensor) -> float:
-    values = tensor.values().reshape(-1)
-    if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
-        what = f"{len(values)} numbers" if len(values) != 1 else f"{values[0]:g}"
-        raise InfraError(f"{tensor.name} is {what}, where a KV cache in FP8 takes one scale above 0")
-    return float(values[0])
+def _scale(tensor: Tensor, *, by_head: bool) -> CacheScale:
+    values = [float(value) for value in tensor.values().reshape(-1)]
+    odd = next((value for value in values if not (math.isfinite(value) and value > 0)), None)
+    if odd is not None or not values or (len(values) > 1 and not by_head):
+        what = f"{odd:g}" if odd is not None else f"{len(values)} numbers"
+        takes = "scales above 0" if by_head else "one scale above 0"
+        raise InfraError(f"{tensor.name} is {what}, where a KV cache in FP8 takes {takes}")
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def lost_once(form: Format, found: Iterable[Finding]) -> Iterator[Finding]:

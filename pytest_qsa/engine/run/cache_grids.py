@@ -1,13 +1,15 @@
 """The grids on which engines keep keys and values in a quantized cache: what they would read back of a state.
 
-vLLM 0.32: fp8_e4m3 has one scale a layer, the others one for each token and head (`triton_reshape_and_cache_flash.py`);
-int4_per_token_head rotates a head first and has a zero point (`int4_per_token_head.py`). llama.cpp: q8_0 and q4_0 are
-blocks of 32 channels (ggml's `quantize_row_*_ref`), of heads that are rotated first (ggml-org/llama.cpp#21038). Scores
-don't change where query and key are rotated alike, so that a rotation is undone here, and the query stays as it is.
+vLLM 0.32: fp8_e4m3 has one scale a layer or head; fp8_ds_mla keeps a latent in tiles (`concat_and_cache_ds_mla`);
+the others have one for each token and head (`triton_reshape_and_cache_flash.py`), and int4_per_token_head rotates a
+head first and has a zero point (`int4_per_token_head.py`). llama.cpp: q8_0 and q4_0 are blocks of 32 channels (ggml's
+`quantize_row_*_ref`), of heads that are rotated first (ggml-org/llama.cpp#21038). Scores don't change where query and
+key are rotated alike, so that a rotation is undone here, and the query stays as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -20,24 +22,33 @@ from ...suite import KvCache
 LARGEST = {"fp8_e4m3": 448.0, "fp8_per_token_head": 448.0, "int8_per_token_head": 127.0}
 LEAST_SCALE = 1e-6
 """vLLM's: a head of zeros has this one."""
+TILE = 128
+"""The channels of a latent that share a scale in DeepSeek's layout, fp8_ds_mla."""
 BLOCK = 32
 """The channels of a block of ggml's."""
 SIGNS = 0x9E3779B9
 """The seed of the signs that vLLM gives the channels before it rotates them."""
 
 
-def rounded(grid: KvCache, state: Tensor, site: Site, scale: float) -> Tensor:
+def rounded(grid: KvCache, state: Tensor, site: Site, scale: float | Sequence[float]) -> Tensor:
     """Return what an engine reads back of a state [B, H, T, D], in its dtype.
 
-    `scale`: that of the layer and site in the checkpoint, for fp8_e4m3.
+    `scale`: that of the layer and site in the checkpoint, or one for each head, for fp8_e4m3.
 
     Raises:
-        AnomalyError: no engine keeps heads of this size on the grid.
+        AnomalyError: no engine keeps heads of this size on the grid, or there are other scales than heads.
     """
+    if grid == "fp8_ds_mla" and site == "rope_key":  # kept in 16 bits
+        return state
     x = state.float()
     _check(grid, x.shape[-1], site)
     if grid == "fp8_e4m3":
-        found = _nearest_float(x / scale) * scale
+        own = _of_heads(scale, x, site)
+        found = _nearest_float(x / own) * own
+    elif grid == "fp8_ds_mla":
+        tiles = x.reshape(*x.shape[:-1], -1, TILE)
+        scales = (tiles.abs().amax(dim=-1, keepdim=True) / LARGEST["fp8_e4m3"]).clamp_min(torch.finfo(x.dtype).tiny)
+        found = (_nearest_float(tiles / scales) * scales).flatten(-2)
     elif grid == "int4_per_token_head":
         found = _int4(x, state.dtype)
     elif grid in ("q8_0", "q4_0"):
@@ -54,13 +65,29 @@ def _check(grid: KvCache, size: int, site: Site) -> None:
     if site in LATENT_AND_ROPE_KEY and grid.endswith("per_token_head"):
         raise AnomalyError(
             f"model.kv_cache: {grid} has a scale for each head, and multi-head latent attention caches none: use "
-            "fp8_e4m3, q8_0 or q4_0"
+            "fp8_e4m3, fp8_ds_mla, q8_0 or q4_0"
         )
-    least = {"int4_per_token_head": 2, "q8_0": BLOCK, "q4_0": BLOCK}.get(grid, 1)
+    if site not in LATENT_AND_ROPE_KEY and grid == "fp8_ds_mla":
+        raise AnomalyError(
+            "model.kv_cache: fp8_ds_mla keeps the latent of multi-head latent attention, and this attention caches "
+            "keys and values: use fp8_e4m3 or fp8_per_token_head"
+        )
+    least = {"int4_per_token_head": 2, "fp8_ds_mla": TILE, "q8_0": BLOCK, "q4_0": BLOCK}.get(grid, 1)
     if size % least:
         raise AnomalyError(
             f"model.kv_cache: {grid} packs {least} channels of a head together, and a head has {size} here"
         )
+
+
+def _of_heads(scale: float | Sequence[float], x: Tensor, site: Site) -> float | Tensor:
+    if isinstance(scale, float):
+        return scale
+    if len(scale) != x.shape[1]:
+        raise AnomalyError(
+            f"model.kv_cache: the checkpoint has {len(scale)} scales of a layer's {site}s, and the layer {x.shape[1]} "
+            "heads: calibrate the KV cache again"
+        )
+    return torch.tensor(scale, dtype=x.dtype, device=x.device)[:, None, None]
 
 
 def _nearest_float(x: Tensor) -> Tensor:

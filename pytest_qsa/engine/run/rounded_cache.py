@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from ...captures import CACHE_SCALE, LATENT_AND_ROPE_KEY, NO_CACHE, Capture, Site, SiteKey, SiteNumbers
+from ...checkpoint import CacheScale
 from ...common import AnomalyError
 from ...suite import KvCache
 from ..modules import caching_layers, layers_of
@@ -18,7 +19,7 @@ from .cache_grids import rounded
 from .kv_cache import States, emulated_cache, watched
 from .participant import Need, Participant, Pass
 
-Scales = Mapping[str, tuple[float, float]]
+Scales = Mapping[str, tuple[CacheScale, CacheScale]]
 """Layer → its scales of keys and values in the checkpoint, for `fp8_e4m3`; 1 for a layer that isn't named."""
 
 
@@ -73,7 +74,7 @@ class CacheScales(Participant):
         """Add them."""
         for layer, site in self._sites:
             key, value = self._scales.get(layer, (1.0, 1.0))
-            scale = np.array([value if site == "value" else key])
+            scale = np.atleast_1d(np.array(value if site == "value" else key, dtype=np.float64))
             numbers[layer, site] = numbers[layer, site].having({CACHE_SCALE}, {"cache_scale": scale})
 
 
@@ -94,7 +95,7 @@ def cache_rounded(model: nn.Module, grid: KvCache, scales: Scales, seen: set[str
 def _round(
     name: str,
     grid: KvCache,
-    scales: tuple[float, float],
+    scales: tuple[CacheScale, CacheScale],
     seen: set[str] | None,
     sites: tuple[Site, Site],
     states: States,

@@ -41,6 +41,7 @@ from .kinds import (
     known_kinds as known_kinds,
 )
 from .merging import added as added, merge as merge, with_weights as with_weights
+from .pictures import Patch as Patch, Picture as Picture
 from .provenance import (
     FLOAT as FLOAT,
     UNKNOWN_MODEL as UNKNOWN_MODEL,

@@ -33,6 +33,7 @@ from ..common import (
 )
 from .arrays import Array
 from .kinds import known_kinds, with_kinds
+from .pictures import Picture, picture_arrays, picture_headers, read_pictures
 from .provenance import UNKNOWN_RUN, Provenance
 from .sinks import Sinks, find_sinks
 from .sites import CACHE_SITES, GENERATION, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
@@ -64,6 +65,7 @@ class Capture:
     `refused`: layer → why its weight isn't read as numbers; it has none at `weight`.
     `unfit`: a site, `output of NAME` → why it can have no number, as where its calls have several widths.
     `uncompared`: quantized layer → why its loaded weight can't be held against the files.
+    `pictures`: sample → what the model saw of its picture, and which tokens stand for its patches.
     `uncached`: layer → why it has no numbers at a site of the KV cache where it was asked for them.
     """
 
@@ -81,6 +83,7 @@ class Capture:
     experts: tuple[str, ...] = ()
     uncached: Mapping[str, str] = field(default_factory=dict)
     unfit: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[int, Picture] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Capture{f' {self._model}' if self._model else ''}: {self._measured}; {self._data}>"
@@ -147,11 +150,11 @@ class Capture:
         return LayerNames(self.modules, experts, caching)
 
     def redacted(self) -> Capture:
-        """Return the same numbers without the tokens: neither their texts nor the ids that stand for them."""
+        """Return the same numbers without the data: neither texts, nor the ids that stand for them, nor pictures."""
         sites = dict(self.sites)
         if (answers := sites.get((GENERATION, LOGITS))) is not None:
             sites[GENERATION, LOGITS] = replace(answers, arrays={"generation": answers.arrays["generation"]})
-        return replace(self, sites=sites, tokens=(), pieces={})
+        return replace(self, sites=sites, tokens=(), pieces={}, pictures={})
 
     def input(self, layers: str, *, exclude: str | None = None) -> Selection:
         """Select the inputs of the layers that the regex finds."""
@@ -211,6 +214,7 @@ class Capture:
         if self.tokens:
             arrays["tokens"] = np.concatenate(self.tokens)
             arrays["token_lengths"] = np.array([len(ids) for ids in self.tokens], dtype=np.int64)
+        arrays |= picture_arrays(self.pictures)
         reference = None
         if self.reference is not None:
             theirs, reference = self.reference._split()
@@ -224,6 +228,7 @@ class Capture:
         }
         return arrays, {
             **{key: layers for key, layers in unread.items() if layers},
+            **picture_headers(self.pictures),
             "meta": self.provenance.plain(),
             "modules": list(self.modules),
             **({"experts": list(self.experts)} if self.experts else {}),
@@ -293,6 +298,7 @@ class Capture:
             uncompared=header.get("uncompared", {}),
             uncached=header.get("uncached", {}),
             unfit=header.get("unfit", {}),
+            pictures=read_pictures(arrays, header),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

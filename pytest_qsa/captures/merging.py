@@ -52,6 +52,11 @@ def merge(captures: Sequence[Capture]) -> Capture:
         sites=sites,
         tokens=tuple(ids for capture in ordered for ids in capture.tokens),
         pieces=dict(sorted(pieces.items())),
+        pictures={
+            sample + offset: each
+            for capture, offset in zip(ordered, offsets, strict=True)
+            for sample, each in capture.pictures.items()
+        },
         provenance=_provenance(ordered),
         reference=_merged_references(ordered),
         # The part of an interrupted pass has not looked at any weight yet.

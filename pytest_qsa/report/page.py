@@ -24,7 +24,7 @@ from .comparison_forms import MOST_LAYERS
 from .html import PagePicture, flattened, render
 from .layer_table import Card, Plain, Variables, heat_of, is_out, layer_table, state_of
 from .report import PlainVerdict
-from .verdict_text import worst_layer
+from .verdict_text import patch_text, worst_layer
 
 NO_CURVES: Mapping[str, object] = {}
 MOST_FINDINGS = 3
@@ -128,10 +128,20 @@ def grouped_tokens(evidence: Sequence[Plain]) -> list[Variables]:
     groups: dict[tuple[int, int, str], Variables] = {}
     for token in evidence:
         key = (token["sample"], token["position"], token["text"])
-        groups.setdefault(key, {**token, "also": []})
+        groups.setdefault(key, {**token, "also": [], "outline": outline_of(token.get("patch"))})
         if groups[key]["layer"] != token["layer"]:
             groups[key]["also"].append(token["layer"])
     return list(groups.values())
+
+
+def outline_of(patch: Sequence[int] | None) -> Variables | None:
+    """Return where a patch lies in its picture, in percent, and its name."""
+    if not patch:
+        return None
+    row, column, rows, columns = patch
+    place = {"left": column / columns, "top": row / rows, "width": 1 / columns, "height": 1 / rows}
+    style = ";".join(f"{side}:{100 * share:.3g}%" for side, share in place.items())
+    return {"style": style, "text": patch_text(patch)}
 
 
 def positions_text(positions: str | None) -> str:

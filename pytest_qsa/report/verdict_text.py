@@ -215,8 +215,14 @@ def token_line(token: TokenEvidence) -> str:
     size = number(token.magnitude) if token.share is None else f"{token.of} {number(token.magnitude)}"
     details = f"{size}{channel}{', a sink' if token.sink else ''}"
     where = f"sample {token.sample}, position {token.position}{call}"
-    context = context_text(token.before, token.text, token.after)
+    context = patch_text(token.patch) if token.patch else context_text(token.before, token.text, token.after)
     return f"{part_of_error(token.share)}{token.ratio:.1f} × median ({details}) at {where}: {context}"
+
+
+def patch_text(patch: Sequence[int]) -> str:
+    """Write which patch of a picture a token stands for; of `Patch`."""
+    row, column, rows, columns = patch
+    return f"the picture's patch in row {row + 1}, column {column + 1} of {rows} × {columns}"
 
 
 def answer_line(prompt: int, position: int, answers: Sequence[str]) -> str:

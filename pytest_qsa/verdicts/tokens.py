@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from ..captures import (
     LOGITS,
     BoundaryTokens,
     Capture,
+    Patch,
     PredictionMargins,
     Sinks,
     SiteNumbers,
@@ -210,12 +213,33 @@ def _token(
 ) -> TokenEvidence:
     numbers = view.numbers
     sample = int(numbers.sample[population])
-    before, text, after = context(capture, sample, position)
-    sinks = view.sinks.mask(sample, int(numbers.lengths[population]), view.layer)
+    length = int(numbers.lengths[population])
+    # A tower's tokens are none of the prompt's.
+    of_prompt = not capture.pictures or sample >= len(capture.tokens) or length == len(capture.tokens[sample])
+    before, text, after = context(capture, sample, position) if of_prompt else ("", "", "")
+    sinks = view.sinks.mask(sample, length, view.layer)
+    patch, picture = _patch(capture, sample, position, length)
     return TokenEvidence(
         view.layer, sample, position, text, before, after, magnitude, ratio,
         channel_of(numbers, population, position), bool(sinks[position]), int(numbers.call[population]),
+        patch=patch, picture=picture,
     )  # fmt: skip
+
+
+def _patch(capture: Capture, sample: int, position: int, length: int) -> tuple[Patch | None, str]:
+    """Return the patch of a picture that a token stands for, and the picture as a data URI."""
+    seen = capture.pictures.get(sample)
+    tokens = len(capture.tokens[sample]) if sample < len(capture.tokens) else 0
+    patch = seen.patch_at(position, length, tokens) if seen is not None else None
+    return (patch, _data_uri(seen.pixels)) if seen is not None and patch is not None else (None, "")
+
+
+def _data_uri(pixels: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def channel_of(numbers: SiteNumbers, population: int, position: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from ..captures import UNKNOWN_RUN, Provenance
+from ..captures import UNKNOWN_RUN, Patch, Provenance
 from ..checkpoint import Finding
 from ..common import html_table, number
 from ..metrics import PlainQuery
@@ -125,7 +125,8 @@ class TokenEvidence:
     for a metric against the reference where the error of each token was kept. `decided`, of a prediction: the margin
     by which the reference prefers its token, that token, the margin by which the model prefers another one, and that.
     `answers`, of a prompt: how the reference's answer ends, and how the model's does; `parted`: what each of them
-    writes from the token on in which they differ.
+    writes from the token on in which they differ. `patch`, of a picture's token: its row and column, and how many of
+    each there are. `picture`: that picture as a data URI.
     """
 
     layer: str
@@ -144,6 +145,8 @@ class TokenEvidence:
     decided: tuple[str, str, str, str] | None = None
     answers: tuple[str, str] | None = None
     parted: tuple[str, str] | None = None
+    patch: Patch | None = None
+    picture: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import re
 import wave
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,17 +13,24 @@ import pytest
 import torch
 
 from pytest_qsa import capture
-from pytest_qsa.captures import LOGITS, Provenance, Request
+from pytest_qsa.captures import LOGITS, Capture, Provenance, Request, merge
 from pytest_qsa.common import InfraError
 from pytest_qsa.engine import anatomy
+from pytest_qsa.engine.load.batches import pictures_of
 from pytest_qsa.engine.load.media import has_media, media_batches
 from pytest_qsa.engine.load.media_records import drawn_picture, drawn_sound, records_of
 from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.load.patches import grid_of
+from pytest_qsa.engine.run.shared_pass import SampleShare
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.metrics import METRICS
+from pytest_qsa.metrics.series import Bounds
+from pytest_qsa.report.verdict_text import token_line
 from pytest_qsa.suite import Data, Memory, Model, Subject
+from pytest_qsa.verdicts.tokens import token_evidence
 from support.architectures import IMAGE, saved
 from support.captures import differing
+from support.judged import judge_bounds
 from support.models import record
 
 SOURCES = {"llava": "pictures", "vit": "sample", "clip": "sample", "whisper": "sample", "qwen2_audio": "sounds"}
@@ -291,6 +299,80 @@ def test_a_set_with_pictures_is_one_of_texts_for_a_model_that_takes_none(checkpo
         has_media(texts, tmp_path, loaded(checkpoints("vit")).model)
 
 
+def test_a_token_is_known_by_its_patch_in_tower_projector_and_prompt(checkpoints, tmp_path):
+    folder, tokens = checkpoints("llava"), {}
+    own = loaded(folder)
+    plain = drawn_picture(0).image[:32, :32].copy()
+    for name, side in (("plain", 0), ("marked", 8)):  # the patch of 8 × 8 pixels in row 1, column 2, from 0
+        image = plain.copy()
+        image[8 : 8 + side, 16 : 16 + side] = 255 - image[8 : 8 + side, 16 : 16 + side]
+        (tmp_path / name).mkdir()
+        PIL.Image.fromarray(image).save(tmp_path / name / "a.png")
+        data = Data(source=f"custom:{tmp_path / name}", num_samples=1)
+        (tokens[name],) = media_batches(data, tmp_path, own, str(folder))
+    (picture,) = pictures_of([tokens["marked"]]).values()
+    assert np.abs(picture.pixels[8:16, 16:24].astype(int) - (255 - plain[8:16, 16:24])).max() <= 1
+    prompt = tokens["marked"]["input_ids"].shape[1]
+    # Before attention mixes the patches, those of one token alone differ.
+    for layer in ("model.vision_tower.*embeddings", r"patch_embedding"):
+        (name,) = [each for each, _ in own.model.named_modules() if re.search(f"{layer}$", each)]
+        both = [outputs_before(own.model, tokens[each], name) for each in ("plain", "marked")]
+        (position,) = np.flatnonzero(np.abs(both[0] - both[1]).max(axis=1) > 1e-6)
+        assert picture.patch_at(int(position), len(both[0]), prompt) == (1, 2, 4, 4)
+    places = np.flatnonzero(tokens["marked"]["input_ids"][0].numpy() == IMAGE)
+    assert picture.patch_at(int(places[6]), prompt, prompt) == (1, 2, 4, 4)
+    assert picture.patch_at(6, 16, prompt) == (1, 2, 4, 4)
+    assert picture.patch_at(0, 17, prompt) is None  # the class token
+    assert picture.patch_at(prompt - 1, prompt, prompt) is None  # a word
+
+
+def outputs_before(model, batch, layer):
+    """Return a layer's output as [tokens, channels]."""
+    seen = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    (output,) = seen
+    output = output[0] if isinstance(output, tuple) else output
+    return (output.flatten(2).mT if output.dim() == 4 else output)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("count", "thw", "size", "tower", "grid"),
+    [
+        (16, None, (32, 32), (4, 4), (4, 4)),  # LLaVA
+        (4, None, (32, 32), (4, 4), (2, 2)),  # Gemma 3 pools
+        (6, [[1, 4, 6]], None, (0, 0), (2, 3)),  # Qwen-VL merges four patches
+        (12, [[2, 4, 6]], None, (0, 0), (0, 0)),  # a video
+        (5, None, (32, 32), (4, 4), (0, 0)),
+        (18, None, (48, 24), (6, 3), (6, 3)),
+    ],
+)
+def test_the_grid_of_a_pictures_tokens_is_known_or_none(count, thw, size, tower, grid):
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    assert grid_of(count, None if thw is None else torch.tensor(thw), config, size, tower) == grid
+
+
+def test_evidence_of_a_pictures_token_is_its_patch_and_is_kept_and_redacted_with_the_capture(checkpoints, tmp_path):
+    folder = checkpoints("vit")
+    own, data = loaded(folder), Data(source="pictures", num_samples=3)
+    subject = Subject("vit", Model(path=str(folder)), data, Memory(), tmp_path)
+    asked = [Request("kind:blocks", "output")]
+    found = capture_loaded(subject, own, None, asked)
+    kept = Capture.from_bytes(found.to_bytes())
+    layer, verdict = found.blocks[0], judge_bounds(found.output("kind:blocks").outlier_ratio(), Bounds(max=0.5))
+    token = token_evidence(kept, [layer], verdict)[0]
+    assert token.patch == (*divmod(token.position - 1, 4), 4, 4)
+    assert token.picture.startswith("data:image/jpeg;base64,")
+    assert f"row {token.patch.row + 1}, column {token.patch.column + 1} of 4 × 4" in token_line(token)
+    assert token_evidence(kept.redacted(), [layer], verdict)[0].patch is None
+    parts = [capture_loaded(subject, own, None, asked, share=SampleShare(samples=part)) for part in ((0, 1), (1, 3))]
+    assert {s: p.pixels.tobytes() for s, p in merge(parts).pictures.items()} == {
+        s: p.pixels.tobytes() for s, p in kept.pictures.items()
+    }
+
+
 def test_a_run_says_whether_a_tower_read_anything(checkpoints, llama, tmp_path):
     said = {}
     for folder, source in ((checkpoints("llava"), "sample"), (checkpoints("llava"), "pictures"), (llama, "sample")):
@@ -321,6 +403,21 @@ def test_a_model_without_a_processor_says_what_is_missing(checkpoints, llama, tm
     whisper = checkpoints("whisper")
     with pytest.raises(InfraError, match="takes no image"):
         media_batches(Data(source="pictures", num_samples=1), tmp_path, loaded(whisper), str(whisper))
+
+
+def test_a_package_that_a_processor_needs_is_named(checkpoints, tmp_path, monkeypatch):
+    def refuse(*names, **options):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found.\n")
+
+    folder = checkpoints("llava")
+    own = loaded(folder)
+    # The processor of its pictures alone would load, and make no prompt.
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(
+        InfraError, match=r"requires the Torchvision library .*: install torchvision, the build"
+    ) as said:
+        media_batches(Data(source="pictures", num_samples=1), tmp_path, own, str(folder))
+    assert "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_audio"])  # which read weights of a tower without calling the layer

@@ -6,15 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...captures import Picture
 from ...common import AnomalyError, InfraError
 
 Batch = Tensor | Mapping[str, Any]
 CPU = torch.device("cpu")
+MOST_PICTURES = 64
+"""The most pictures that a capture keeps for its report, of 50 kB each."""
 _TOKEN_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
 
 
@@ -195,6 +199,21 @@ def _padding(batch: Mapping[str, Tensor], key: str) -> Padding | None:
         raise InfraError(f"the {key} of a batch has the shape {tuple(mask.shape)}; a mask of padding is [B, T]")
     rows = [None if bool(row.all()) else row.nonzero().flatten() for row in mask.cpu()]
     return Padding(int(mask.shape[1]), rows)
+
+
+class MediaBatch(dict[str, Any]):
+    """The forward arguments of one sample with a picture; `picture`: what a report shows of it."""
+
+    picture: Picture | None = None
+
+
+def pictures_of(batches: Iterable[Batch]) -> dict[int, Picture]:
+    """Return sample → its picture, of the first ones."""
+    batches, counts = list(batches), [0]
+    for batch in batches:
+        counts.append(counts[-1] + row_count(batch))
+    shown = ((first, getattr(batch, "picture", None)) for first, batch in zip(counts, batches, strict=False))
+    return dict(islice(((sample, each) for sample, each in shown if each is not None), MOST_PICTURES))
 
 
 def token_ids(batch: Batch) -> list[Tensor]:

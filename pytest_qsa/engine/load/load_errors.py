@@ -62,6 +62,8 @@ def loading_errors(spec: Model, path: str) -> Iterator[None]:
         if fault := fault_of_files(spec, path, error):
             raise AnomalyError(fault) from error
         text = f"{path} can't be loaded: {type(error).__name__}: {one_line(error)}"
+        if isinstance(error, ImportError) and error.__cause__ is not None:  # of transformers' own, which hide why
+            text += f" ({type(error.__cause__).__name__}: {one_line(error.__cause__)})"
         text = conversion_failure(path, error) or text
         kind = UnloadableFormatError if _needs_a_quantizer(spec, path) else InfraError
         raise kind(text) from error

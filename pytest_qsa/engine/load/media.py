@@ -17,10 +17,11 @@ from torch import Tensor
 from ...common import AnomalyError, InfraError, one_line, shown_path
 from ...suite import MEDIA, Data, local_path, media_column
 from ..modules import context_of
-from .batches import Batch
+from .batches import Batch, MediaBatch
 from .data import rows_of_set
 from .media_records import RATE, Record, is_folder_of_media, kept_names, kinds_of_folder, records_of
 from .models import Loaded, quiet
+from .patches import picture_of
 
 ASKED = {"image": "What does this picture show?", "audio": "What can be heard in this recording?"}
 INPUTS = {"image": frozenset({"pixel_values"}), "audio": frozenset({"input_features", "input_values"})}
@@ -73,14 +74,19 @@ def media_in(batches: Sequence[Batch]) -> frozenset[str]:
 
 def wanted_medium(model: Any) -> str:
     """Return what a model can't run without: `image`, `audio`, or nothing, as one that also reads text alone."""
-    config, name = getattr(model, "config", None), getattr(model, "main_input_name", "")
-    marks = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-    if config is None or any(getattr(config, mark, None) is not None for mark in marks):
+    name = getattr(model, "main_input_name", "")
+    if getattr(model, "config", None) is None or _has_marks(model):
         return ""
     if name in ("input_features", "input_values"):
         return "audio"
     generates = hasattr(model, "can_generate") and model.can_generate()
     return "image" if "pixel_values" in _arguments(model) and not generates else ""
+
+
+def _has_marks(model: Any) -> bool:
+    """Say whether a prompt holds tokens that stand for a picture or a sound."""
+    marks = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+    return any(getattr(getattr(model, "config", None), mark, None) is not None for mark in marks)
 
 
 def _arguments(model: Any) -> set[str]:
@@ -98,7 +104,7 @@ def media_batches(data: Data, folder: Path, loaded: Loaded, path: str, revision:
     medium = wanted_medium(loaded.model)
     records = records_of(data, folder, medium)
     with quiet():
-        processor = _processor(path, revision)
+        processor = _processor(path, revision, whole=_has_marks(loaded.model))
         batches: list[Batch] = [_batch_of(record, processor, loaded) for record in records]
     reach = context_of(loaded.model)
     for record, batch in zip(records, batches, strict=True):
@@ -111,8 +117,8 @@ def media_batches(data: Data, folder: Path, loaded: Loaded, path: str, revision:
     return batches
 
 
-def _processor(path: str, revision: str | None) -> Any:
-    """Load the processor of a checkpoint.
+def _processor(path: str, revision: str | None, *, whole: bool) -> Any:
+    """Load the processor of a checkpoint. `whole`: it has to make the prompt as well.
 
     Raises:
         InfraError: it has none, or a package is missing that it needs.
@@ -121,7 +127,7 @@ def _processor(path: str, revision: str | None) -> Any:
 
     name, problem = shown_path(Path(path)), ""
     # A folder with a tokenizer beside the processor of its pictures may give the tokenizer.
-    kinds: tuple[Any, ...] = (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor)
+    kinds: tuple[Any, ...] = (AutoProcessor,) if whole else (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor)
     for kind in kinds:
         try:
             processor = kind.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -132,9 +138,12 @@ def _processor(path: str, revision: str | None) -> Any:
             hasattr(processor, part) for part in ("image_processor", "feature_extractor", "preprocess", "sampling_rate")
         ):
             return processor
+    advice = "save it beside the weights (preprocessor_config.json, processor_config.json)"
+    if "torchvision" in problem.lower():
+        advice = "install torchvision, the build that fits this torch"
     raise InfraError(
-        f"{name}: no processor of pictures or sounds can be loaded{f' ({problem})' if problem else ''}: save it beside "
-        "the weights (preprocessor_config.json, processor_config.json), or give batches in a fixture qsa_batches"
+        f"{name}: no processor of pictures or sounds can be loaded{f' ({problem})' if problem else ''}: {advice}, or "
+        "give batches in a fixture qsa_batches"
     )
 
 
@@ -164,7 +173,9 @@ def _batch_of(record: Record, processor: Any, loaded: Loaded) -> Mapping[str, An
         raise InfraError(f"{type(loaded.model).__name__} takes nothing of what its processor makes of {record.name}")
     dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
     tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-    return tensors | _decoder_ids(record, loaded)
+    batch = MediaBatch(tensors | _decoder_ids(record, loaded))
+    batch.picture = picture_of(record, tensors, processor, loaded.model) if record.image is not None else None
+    return batch
 
 
 def _text_of(record: Record, processor: Any) -> str:

@@ -34,7 +34,7 @@ from ...captures import (
     renumbered,
 )
 from ...common import Progress, QsaError, logger
-from ..load.batches import Batch, BatchRows, row_count, rows_of, token_ids
+from ..load.batches import Batch, BatchRows, pictures_of, row_count, rows_of, token_ids
 from ..modules import Expert, Layer, blocks_of, caching_layers, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
 from ..stream.stream import Stream
@@ -242,6 +242,7 @@ class _Running:
             blocks=tuple(run.blocks),
             tokens=tuple(row.numpy().astype(np.int32) for row in ids),
             pieces=self.decode(sorted(shown)) if self.decode else {},
+            pictures=pictures_of(batches),
             plan=run.requests,
         )
         for participant in self.participants:

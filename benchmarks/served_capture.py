@@ -89,8 +89,9 @@ def cost(model: Path, samples: int, tokens: int) -> None:
         result = json.loads(done.stdout.strip().splitlines()[-1])
         dtype = torch.bfloat16
         hidden = [capturing._states(folder / HIDDEN.format(index), dtype) for index in range(len(ids))]
-    weight, bias = capturing._head_tensors(own, empty, dtype)
-    head = capturing.ServedHead(Head(weight, bias, {}), empty.config, ids, hidden)
+    stored = capturing._stored_head(own, empty)
+    assert stored is not None
+    head = capturing.ServedHead(Head(capturing._read(stored[0], dtype), None, {}), empty.config, ids, hidden)
     scores: list[float] = []
     for _ in range(ROUNDS):
         began = time.process_time()

@@ -344,6 +344,20 @@ class TokenError(Statistic):
     token_bytes = 16
 
 
+class OtherPredictions(Statistic):
+    """How far a model's predictions are from transformers', where another engine runs it, on the same tokens.
+
+    `other_kl`, `eager_kl` [sum of lengths] float64: KL(p ‖ q) in nats, p of transformers; q of the engine, and of
+    transformers with eager attention, which is the noise of an implementation. NaN where nothing is predicted.
+    """
+
+    name = "other_predictions"
+    by_token = True
+    arrays: ClassVar = {"other_kl": PER_TOKEN, "eager_kl": PER_TOKEN}
+    of_logits = True
+    token_bytes = 16
+
+
 class OtherEngine(Statistic):
     """What transformers has at a site of a model that another engine runs, on the same tokens.
 
@@ -588,6 +602,7 @@ SHIFTS: Statistic = WindowShifts()
 ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
 OTHER_ENGINE: Statistic = OtherEngine()
+OTHER_PREDICTIONS: Statistic = OtherPredictions()
 REFERENCE_SINKS: Statistic = ReferenceSinks()
 
 ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from ..captures import (
+    AGREEMENT,
     CACHE_SCALE,
     LOGITS,
     MOMENTS,
     OTHER_ENGINE,
+    OTHER_PREDICTIONS,
+    SCORES,
     STORED,
     TOKENS,
     Array,
@@ -37,6 +40,7 @@ from ..captures import (
 )
 from ..checkpoint import CacheScale, capture_weights, scales_of_cache
 from ..common import AnomalyError, InfraError, Progress, QsaError, logger, phase, shown_path
+from ..metrics import KL
 from ..suite import (
     Engine,
     FileHashes,
@@ -205,8 +209,11 @@ def _capture_in_vllm(
         ran = run_in_vllm(subject, loaded.model, every, requests, recorded.drawn if recorded else None)
         _let_go()
         capture = _capture_of(subject, loaded, every, requests, ran)
-        if any(request.site == LOGITS for request in requests):
-            capture = _with_predictions(capture, subject, loaded, ran, requests, provenance, allow_code, progress)
+        if predicted := [request for request in requests if request.site == LOGITS]:
+            samples = [row.tolist() for row in capture.tokens]
+            head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
+            capture = _with_predictions(capture, subject, loaded, head, predicted, provenance, allow_code, progress)
+            capture = _with_other_predictions(capture, subject, head, predicted, allow_code, progress)
         if recorded is not None:
             capture = recorded.added_to(capture, ran.rows)
     capture = _with_other_engine(capture, subject, requests, allow_code, progress)
@@ -261,9 +268,7 @@ def _with_other_engine(
     more: dict[SiteKey, dict[str, Array]] = {}
     for name, attention in (("other", None), ("eager", "eager")):
         phase("transformers runs the same samples" + (" with eager attention" if attention else ""))
-        settings = {"engine": Engine(), "attn_implementation": attention, "reference": None}
-        other = replace(subject, model=subject.model.model_copy(update=settings))
-        found = _capture_pass(other, asked, allow_code, progress, ALL_SAMPLES, None)
+        found = _capture_pass(_by_transformers(subject, attention), asked, allow_code, progress, ALL_SAMPLES, None)
         for site, theirs in found.sites.items():
             own = capture.sites[site]
             if theirs.sample.tolist() != own.sample.tolist() or theirs.lengths.tolist() != own.lengths.tolist():
@@ -273,20 +278,59 @@ def _with_other_engine(
     return replace(capture, sites=sites)
 
 
+def _by_transformers(subject: NamedSubject, attention: str | None) -> NamedSubject:
+    settings = {"engine": Engine(), "attn_implementation": attention, "reference": None}
+    return replace(subject, model=subject.model.model_copy(update=settings))
+
+
+def _with_other_predictions(
+    capture: Capture,
+    subject: NamedSubject,
+    head: Loaded,
+    requests: Sequence[Request],
+    allow_code: bool,
+    progress: Progress | None,
+) -> Capture:
+    """Add how far the predictions are from transformers', and those of transformers' eager attention from these."""
+    if not any(OTHER_PREDICTIONS in request.statistics for request in requests):
+        return capture
+    rows = [torch.tensor([ids.tolist()]) for ids in capture.tokens]
+    scores = [Request("", LOGITS, None, frozenset({SCORES, AGREEMENT}))]
+
+    def divergence(own: Loaded, other: Loaded) -> Array:
+        found = SharedPass(own, [LiveReference(other.model, other.stream)], rows, scores, progress, ALL_SAMPLES)
+        part = found.own_part()
+        assert part is not None
+        return part.sites[LOGITS, LOGITS].scores[:, KL]
+
+    arrays: dict[str, Array] = {}
+    phase("transformers runs the same samples")
+    other = load_subject(_by_transformers(subject, None), allow_code=allow_code)
+    eager: Loaded | None = None
+    try:
+        arrays["other_kl"] = divergence(head, other)
+        phase("transformers runs the same samples with eager attention")
+        eager = load_subject(_by_transformers(subject, "eager"), allow_code=allow_code)
+        arrays["eager_kl"] = divergence(eager, other)
+    finally:
+        for held in (other, eager):
+            if held is not None:
+                held.close()
+    numbers = capture.sites[LOGITS, LOGITS].having({OTHER_PREDICTIONS}, arrays)
+    return replace(capture, sites={**capture.sites, (LOGITS, LOGITS): numbers})
+
+
 def _with_predictions(
     capture: Capture,
     subject: NamedSubject,
     loaded: Loaded,
-    ran: VllmPass,
+    head: Loaded,
     requests: Sequence[Request],
     provenance: Provenance,
     allow_code: bool,
     progress: Progress | None,
 ) -> Capture:
     """Add what a pass in vLLM predicts, against the reference where that is asked for."""
-    requests = [request for request in requests if request.site == LOGITS]
-    samples = [row.tolist() for row in capture.tokens]
-    head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
     reference: Loaded | ReferenceFile | None = None
     try:
         if compares(requests) and isinstance(subject.reference, Path):
@@ -294,7 +338,7 @@ def _with_predictions(
         elif compares(requests):
             reference = load_reference(subject, allow_code=allow_code)
         participants = [_participant_of(reference, head, provenance)] if reference is not None else []
-        rows = [torch.tensor([ids]) for ids in samples]
+        rows = [torch.tensor([ids.tolist()]) for ids in capture.tokens]
         found = SharedPass(head, participants, rows, requests, progress, ALL_SAMPLES).own_part()
         assert found is not None
         found = _with_model_of_reference(found, subject, reference)

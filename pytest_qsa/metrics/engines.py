@@ -1,4 +1,4 @@
-"""The metric of two engines that run one checkpoint: how far their numbers of a layer are apart. numpy only."""
+"""The metric of two engines that run one checkpoint: how far their layers or predictions are apart. numpy only."""
 
 from __future__ import annotations
 
@@ -8,29 +8,52 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..captures import MOMENT_NAMES, MOMENTS, OTHER_ENGINE, PADDING, TOKENS, Array, lower_median
+from ..captures import (
+    LOGITS,
+    MOMENT_NAMES,
+    MOMENTS,
+    OTHER_ENGINE,
+    OTHER_PREDICTIONS,
+    PADDING,
+    SCORES,
+    TOKENS,
+    Array,
+    Site,
+    Statistic,
+    lower_median,
+)
 from ..common import AnomalyError, SuiteError
-from .registry import NOT_NEGATIVE, metric
+from .registry import NOT_NEGATIVE, Parameters, metric
 from .view import View
 
-GapStat = Literal["rms", "outlier_tokens", "absmax"]
+GapStat = Literal["rms", "outlier_tokens", "absmax", "kl"]
 THRESHOLD = np.float32(64)
 """The outlier tokens that are counted are those of `outlier_tokens` by default."""
-LEAST_FLOOR: Mapping[GapStat, float] = {"rms": 0.004, "outlier_tokens": 1.0, "absmax": 0.0704}
+LEAST_FLOOR: Mapping[GapStat, float] = {"rms": 0.004, "outlier_tokens": 1.0, "absmax": 0.0704, "kl": 0.001}
 """What healthy models stay within 6 times of between vLLM and transformers: SmolLM2 reaches 0.0021 and 0.070 in
-bfloat16, 0.016 and 0.14 in int8 (docs/engines.md), ln; of counts, one."""
+bfloat16, 0.016 and 0.14 in int8 (docs/engines.md), ln; of counts, one; of predictions 0.0021 and 0.0445 nats."""
 
 
-@metric({MOMENTS, TOKENS, OTHER_ENGINE}, reduce=None, unit="× floor", sites=("input", "output"), span=NOT_NEGATIVE)
+def _needs(site: Site, positions: str, parameters: Parameters) -> frozenset[Statistic]:
+    if (parameters["stat"] == "kl") != (site == LOGITS):
+        raise SuiteError("engine_gap: stat: kl is of the predictions, the others are of layers at input or output")
+    return frozenset({SCORES, OTHER_PREDICTIONS} if site == LOGITS else {MOMENTS, TOKENS, OTHER_ENGINE})
+
+
+@metric(_needs, reduce=None, unit="× floor", sites=("input", "output", LOGITS), span=NOT_NEGATIVE)
 def engine_gap(view: View, *, stat: GapStat = "rms", relative: bool = True) -> float:
     """Take |ln(a / b)| of a layer's rms or absmax, or |a − b| of its outlier tokens, in model.engine and transformers.
 
-    `relative`: as a multiple of its floor, the larger of the gap between transformers' own two attentions (its default
-    and eager) and a constant that healthy engines stay near. Over all samples.
+    `kl`: the mean KL divergence of the engine's predictions from transformers', in nats. `relative`: as a multiple of
+    its floor, the larger of the gap between transformers' own two attentions (its default and eager) and a constant
+    that healthy engines stay near. Over all samples.
     """
     if view.positions != "all":
         raise SuiteError("engine_gap is of all tokens: leave positions out")
     arrays = view.numbers.arrays
+    if stat == "kl":
+        gap, floor = (float(np.nanmean(arrays[name])) for name in ("other_kl", "eager_kl"))
+        return gap / max(floor, LEAST_FLOOR[stat]) if relative else gap
     own, other, eager = (
         _number(stat, arrays[moments], arrays[maxima], view.numbers.lengths)
         for moments, maxima in (

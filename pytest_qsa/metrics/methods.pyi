@@ -142,7 +142,7 @@ class MetricMethods:
 
     def engine_gap(
         self,
-        stat: Literal["rms", "outlier_tokens", "absmax"] = "rms",
+        stat: Literal["rms", "outlier_tokens", "absmax", "kl"] = "rms",
         relative: bool = True,
         *,
         positions: Positions | None = None,

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..captures import MOMENTS, FeatureCounts, LayerSite, Massive, Request, match_layers
+from ..captures import LOGITS, MOMENTS, FeatureCounts, LayerSite, Massive, Request, match_layers
 from ..checkpoint import CHECKS, Check, query_of_check
 from ..common import SuiteError
 from ..metrics import (
@@ -278,6 +278,21 @@ class LogitsAssertion(MeasuredAssertion):
     site: Literal["logits"] = "logits"  # type: ignore[assignment]
 
 
+class EngineAssertion(MeasuredAssertion):
+    """An assertion on how far two engines are apart: at layers, or, with `stat: kl`, in what they predict."""
+
+    layers: Regex = ""
+    site: Literal["input", "output", "logits"] = "logits"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _of_layers(self) -> EngineAssertion:
+        if _stat_of(self) == "kl" and (self.layers or self.exclude):
+            raise SuiteError("stat: kl is of the predictions: leave layers, exclude and site out", "layers")
+        if self.site != LOGITS and not self.layers:
+            raise SuiteError("engine_gap at a site is of layers: name them", "layers")
+        return self
+
+
 class ReferenceAssertion(MeasuredAssertion):
     """An assertion on the distance of a layer's tensors from the reference's."""
 
@@ -414,6 +429,8 @@ def _base_of(metric: Metric | Check) -> type[Assertion]:
         return CheckpointAssertion
     if metric.per == "logits":
         return LogitsAssertion
+    if metric.name == "engine_gap":
+        return EngineAssertion
     if metric.name == "loaded_weights":
         return LoadedAssertion
     return ReferenceAssertion if metric.against else MeasuredAssertion

@@ -49,7 +49,7 @@ class Subject:
         """The name of the folder of its baselines: engines and quantized KV caches have their own, NAME@vllm."""
         if self.model is None or self.files_only:
             return self.name
-        engine, cache = self.model.engine.name, self.model.kv_cache
+        engine, cache = self.model.engine.name, self.model.kv_cache or self.model.engine.kv_cache_dtype
         apart = [engine] * (engine != "transformers") + [f"kv-{cache}"] * (cache is not None)
         return "@".join(filter(None, (self.name, "+".join(apart))))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..captures import Provenance
 from ..common import BaselineError, InfraError, SuiteError, counted, did_you_mean, shown_path
 from ..metrics import CHECKPOINT, METRICS
 from ..report import History, Point, Track, read_report
-from ..suite import Assertion, SuiteFile
+from ..suite import Assertion, SuiteFile, subject_of
 from ..verdicts import EDITED, BaselineFile, baseline_folder, read_baseline
 from .revision import Revision, tags_of
 
@@ -109,7 +109,9 @@ class Historian:
         self, assertion: Assertion, subject: str, revisions: Iterable[tuple[Revision, str]], notes: list[str]
     ) -> Iterator[Point]:
         """Yield the baseline of each release, and the one in the working tree."""
-        path = baseline_folder(self.file.path, subject) / f"{assertion.id}.json"
+        # An engine, or a rounded KV cache, has baselines of its own.
+        own = replace(subject_of(self.file), name=subject).baseline_name if self.file.suite.model else subject
+        path = baseline_folder(self.file.path, own) / f"{assertion.id}.json"
         for revision, when in revisions:
             text = revision.text(path)
             if text is None:

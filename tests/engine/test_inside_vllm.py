@@ -12,7 +12,17 @@ import psutil
 import pytest
 
 from pytest_qsa import engine
-from pytest_qsa.captures import AGREEMENT, ALL_STATISTICS, ERROR, MOMENTS, OTHER_ENGINE, SCORES, TOKENS, Request
+from pytest_qsa.captures import (
+    AGREEMENT,
+    ALL_STATISTICS,
+    ERROR,
+    MOMENTS,
+    OTHER_ENGINE,
+    OTHER_PREDICTIONS,
+    SCORES,
+    TOKENS,
+    Request,
+)
 from pytest_qsa.common import InfraError, VllmWords
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.broken_kernel import interpreter
@@ -119,6 +129,20 @@ def test_int8_runs_by_vllms_kernel_and_says_which(wide_llama, tmp_path):
         assert abs(np.log(ratio)) < 0.1, site
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_quantized_head_predicts_as_vllms_kernel_runs_it(wide_llama, tmp_path, ranks):
+    folder = save_quantized_llama(tmp_path / "int8", wide_llama, "W8A8", head=True)
+    own = subject(folder, tmp_path, dtype="bfloat16", tensor_parallel_size=ranks, max_num_batched_tokens=48)
+    own = replace(own, model=own.model.model_copy(update={"reference": str(wide_llama), "dtype": "bfloat16"}))
+    requests = [Request("", "logits", None, frozenset({SCORES, AGREEMENT}))]
+    found, theirs = (engine.capture_subject(each, requests) for each in (own, by_transformers(own)))
+    [kind] = found.provenance.execution.kinds.values()
+    assert kind.modules == 29
+    own_scores, scores = (each.sites["logits", "logits"].scores for each in (found, theirs))
+    np.testing.assert_allclose(np.nanmean(own_scores[:, 0]), np.nanmean(scores[:, 0]), atol=0.1)
+    np.testing.assert_allclose(np.nanmean(own_scores[:, 2]), np.nanmean(scores[:, 2]), rtol=0.3)
+
+
 @pytest.mark.real_model
 def test_smollm2_has_the_outliers_of_transformers(tmp_path):
     own = subject(ROOT / ".demo" / "smollm2", tmp_path, tokens=128, samples=4, dtype="auto")
@@ -134,11 +158,15 @@ def test_a_wrong_kernel_is_found_and_a_wrong_file_is_not_one(wide_llama, changed
     requests = [Request(LINEARS, "output", None, frozenset({MOMENTS, TOKENS, OTHER_ENGINE}))]
     broken = interpreter(tmp_path, PYTHON, "model.layers.1.mlp.down_proj", 1.1)
     own = replace(subject(wide_llama, tmp_path), vllm=VllmWords(str(broken)))
-    gaps = engine.capture_subject(own, requests).select(LINEARS, "output").engine_gap()
+    requests = [*requests, Request("", "logits", None, frozenset({SCORES, OTHER_PREDICTIONS}))]
+    found = engine.capture_subject(own, requests)
+    gaps = found.select(LINEARS, "output").engine_gap()
     worst = gaps.layers[int(np.argmax(gaps.values))]
     assert worst == "model.layers.1.mlp.down_proj"
     assert max(gaps.values) > 6
+    assert found.logits().engine_gap(stat="kl").values[0] > 6
     of_files = engine.capture_subject(subject(changed_wide_llama, tmp_path), requests)
+    assert of_files.logits().engine_gap(stat="kl").values[0] < 0.1
     assert max(of_files.select(LINEARS, "output").engine_gap().values) < 6
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pytest_qsa.captures import MOMENTS, OTHER_ENGINE, TOKENS, Capture, SiteNumbers
+from pytest_qsa.captures import MOMENTS, OTHER_ENGINE, OTHER_PREDICTIONS, SCORES, TOKENS, Capture, SiteNumbers
 from pytest_qsa.common import AnomalyError, SuiteError
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import load_suite
@@ -72,6 +72,40 @@ def test_outlier_tokens_are_counted_over_all_samples(samples):
     assert gap(samples, sharp, sharp, stat="outlier_tokens") == 2
 
 
+def test_the_gap_of_the_predictions_is_their_mean_divergence(tmp_path):
+    other, eager = np.array([0.02, 0.04, np.nan]), np.array([0.002, 0.006, np.nan])
+    numbers = SiteNumbers(
+        "float32", (8,), True, frozenset({SCORES, OTHER_PREDICTIONS}), np.zeros(1, np.int32), np.zeros(1, np.int32),
+        np.array([3]), {"scores": np.zeros((3, 4)), "other_kl": other, "eager_kl": eager},
+    )  # fmt: skip
+    logits = Capture({("logits", "logits"): numbers}).logits()
+    assert logits.engine_gap(stat="kl", relative=False).values[0] == pytest.approx(0.03)
+    assert logits.engine_gap(stat="kl").values[0] == pytest.approx(0.03 / 0.004)
+    with pytest.raises(SuiteError, match="stat: kl is of the predictions"):
+        logits.engine_gap()
+
+
+@pytest.mark.parametrize(
+    ("assertion", "message"),
+    [
+        ("stat: kl", ""),
+        ("stat: kl, layers: x", "stat: kl is of the predictions: leave layers"),
+        ("stat: kl, site: output, layers: x", "stat: kl is of the predictions"),
+        ("stat: rms", "stat: kl is of the predictions, the others are of layers at input or output"),
+        ("stat: rms, site: output", "engine_gap at a site is of layers: name them"),
+        ("stat: rms, site: output, layers: x", ""),
+    ],
+)
+def test_a_gap_is_of_layers_or_of_the_predictions(tmp_path, assertion, message):
+    file = tmp_path / "gate.qsa.yaml"
+    file.write_text(suite(f"{tmp_path}, engine: vllm", f"id: a, metric: engine_gap, max: 6, {assertion}"))
+    if not message:
+        load_suite(file)
+        return
+    with pytest.raises(SuiteError, match=message):
+        load_suite(file)
+
+
 def test_zeros_of_one_engine_alone_are_an_anomaly(samples):
     zeros = [np.zeros_like(x) for x in samples]
     assert gap(zeros, zeros, zeros) == 0
@@ -89,7 +123,7 @@ def test_one_engine_alone_has_no_gap(tmp_path):
     file.write_text(suite(tmp_path, "id: gap, metric: engine_gap, layers: x, site: output, max: 6"))
     with pytest.raises(SuiteError, match=r"transformers runs this model: say model\.engine: vllm"):
         load_suite(file)
-    assert METRICS["engine_gap"].sites == ("input", "output")
+    assert METRICS["engine_gap"].sites == ("input", "output", "logits")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def test_an_engine_has_baselines_of_its_own(folder):
     assert subject(folder, path="own").baseline_name == "one"
     served = subject(folder, path="own", engine="vllm")
     assert served.baseline_name == "one@vllm"
+    cached = subject(folder, path="own", engine={"name": "vllm", "kv_cache_dtype": "fp8"})
+    assert cached.baseline_name == "one@vllm+kv-fp8"
     assert served.of_files.baseline_name == "one"
 
 

@@ -49,10 +49,11 @@ def save_llama(folder, change=lambda weights: None, *, tokenizer=True, layers=4,
     return folder
 
 
-def save_quantized_llama(folder, source, preset="W8A8", **weights):
+def save_quantized_llama(folder, source, preset="W8A8", head=False, **weights):
     """Quantize a small Llama with compressed-tensors, every Linear but the head, and save it; as checkpoints.py does.
 
-    `weights`: changes to the preset's weight scheme. Static inputs get a scale for activations up to 6 + block.
+    `head`: the head as well, which vLLM finds by its name alone. `weights`: changes to the preset's weight scheme.
+    Static inputs get a scale for activations up to 6 + block.
     """
     import torch
     from compressed_tensors.compressors import ModelCompressor
@@ -63,9 +64,9 @@ def save_quantized_llama(folder, source, preset="W8A8", **weights):
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source)
-    scheme = preset_name_to_scheme(preset, targets=["Linear"])
+    scheme = preset_name_to_scheme(preset, targets=["Linear", *["re:.*lm_head$"] * head])
     scheme.weights = scheme.weights.model_copy(update=weights)
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=[] if head else ["lm_head"])
     apply_quantization_config(model, config, show_progress=False)
     for name, module in model.named_modules():
         if not is_module_quantized(module):

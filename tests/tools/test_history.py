@@ -29,9 +29,9 @@ def git(folder, *words, day=1):
     subprocess.run(["git", "-C", folder, *options, *words], check=True, capture_output=True, env=os.environ | own)
 
 
-def baseline(folder, values, *, tokens="sha256:1", id="drift"):
+def baseline(folder, values, *, tokens="sha256:1", id="drift", model="my-model"):
     query = query_of("magnitude", "output", "x", None, {"stat": "median"}, "all", None)
-    file = folder / f"qsa_baselines/my-model/gate/{id}.json"
+    file = folder / f"qsa_baselines/{model}/gate/{id}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(BaselineFile.of(Series(list(values), np.array(list(values.values())), query), tokens).dump())
 
@@ -91,6 +91,18 @@ def test_the_baselines_of_each_tag_and_the_working_tree_are_in_order_of_time(qsa
         ("drift", "v9", 2.2, "a"),
         ("drift", "working tree", 3.3, "a"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "folder"), [({"engine": "vllm"}, "my-model@vllm"), ({"kv_cache": "q8_0"}, "my-model@kv-q8_0")]
+)
+def test_an_engine_and_a_rounded_cache_have_the_history_of_their_own_baselines(tmp_path, capsys, keys, folder):
+    model = {**SUITE["model"], **keys}
+    (tmp_path / "gate.qsa.yaml").write_text(json.dumps({**SUITE, "model": model}))
+    baseline(tmp_path, {"a": 1.0})
+    baseline(tmp_path, {"a": 5.0, "b": 1.0}, model=folder)
+    assert main(["history", str(tmp_path / "gate.qsa.yaml"), "--format", "csv"]) == 0
+    assert rows_of(capsys.readouterr().out) == [("drift", "working tree", 5.0, "a")]
 
 
 def test_a_layer_of_its_own_is_followed(qsa):

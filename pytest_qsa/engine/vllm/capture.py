@@ -78,11 +78,13 @@ def empty_subject(subject: NamedSubject) -> nn.Module:
 class VllmPass:
     """What a pass in vLLM left. `hidden`: the last hidden states of each sample, [T, H]; `result`: what vLLM said.
 
-    `rows`: of each call of a site the rows that were drawn, of all samples, [N, C].
+    `logits`: in the place of these, [T, V], where the files hold no head in floats. `rows`: of each call of a site the
+    rows that were drawn, of all samples, [N, C].
     """
 
     sites: Mapping[SiteKey, SiteNumbers]
     hidden: Sequence[Tensor]
+    logits: Sequence[Tensor]
     rows: Mapping[Call, Tensor]
     result: Mapping[str, Any]
     environment: Mapping[str, str]
@@ -153,6 +155,7 @@ def run_in_vllm(
     layers, blocks = with_experts(layers_of(model)), blocks_of(model)
     wanted = wanted_sites(layers, blocks, requests)
     predicts = any(request.site == LOGITS for request in requests)
+    own_head = predicts and _stored_head(subject, model) is None
     phase(f"vLLM {environment['vllm']} loads and runs {len(samples)} samples")
     with Scratch("qsa-vllm") as name:
         folder = Path(name)
@@ -164,15 +167,17 @@ def run_in_vllm(
             "drawn": {"sites": sorted(drawn.sites), "rows": drawn.rows} if drawn is not None else {},
             "blocks": blocks,
             "predictions": predicts,
+            "logits": own_head,
             "logprobs": LOGPROBS if predicts else 0,
         }
         result = run_program(program, job, folder, _variables(model, settings), subject.model.engine.timeout)
         sites = _sites(folder, wanted)
         dtype = getattr(torch, str(result["attached"][0]["dtype"]).removeprefix("torch."))
-        hidden = [_states(folder / HIDDEN.format(index), dtype) for index in range(len(samples))] if predicts else []
+        states = [_states(folder / HIDDEN.format(index), dtype) for index in range(len(samples))] if predicts else []
         rows = _rows(folder, dtype)
     _check_ranks(result)
-    return VllmPass(sites, hidden, rows, result, environment, dtype)
+    hidden, logits = ([], states) if own_head else (states, [])
+    return VllmPass(sites, hidden, logits, rows, result, environment, dtype)
 
 
 def _settings(subject: NamedSubject, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -248,8 +253,9 @@ def _rows(folder: Path, dtype: torch.dtype) -> dict[Call, Tensor]:
 
 
 def _states(file: Path, dtype: torch.dtype) -> Tensor:
-    bits = np.load(file)
-    return torch.from_numpy(bits).view(dtype)
+    # Mapped, for logits may be larger than memory; the mapping outlives the file's name.
+    bits = np.load(file, mmap_mode="c")
+    return torch.from_numpy(bits).view(dtype if bits.itemsize == 2 else torch.float32)
 
 
 def _check_ranks(result: Mapping[str, Any]) -> None:
@@ -268,49 +274,69 @@ def _check_ranks(result: Mapping[str, Any]) -> None:
 
 
 class ServedHead(nn.Module):
-    """Makes logits of the hidden states that vLLM left, in the place of a model: [1, T] token ids → [1, T, V]."""
+    """Makes logits of the hidden states that vLLM left, in the place of a model: [1, T] token ids → [1, T, V].
 
-    def __init__(self, head: Head, config: Any, samples: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> None:
+    Without a head the states are the logits, which vLLM's own head made.
+    """
+
+    lm_head: nn.Linear | None
+
+    def __init__(
+        self, head: Head | None, config: Any, samples: Sequence[Sequence[int]], states: Sequence[Tensor]
+    ) -> None:
         super().__init__()
         self.config = config
+        self._head = head
+        self._states = {tuple(ids): each for ids, each in zip(samples, states, strict=True)}
+        if head is None:
+            self.lm_head = None
+            return
         rows, columns = head.weight.shape
         self.lm_head = nn.Linear(columns, rows, bias=head.bias is not None, device="meta")
         self.lm_head.weight = nn.Parameter(head.weight, requires_grad=False)
         if head.bias is not None:
             self.lm_head.bias = nn.Parameter(head.bias, requires_grad=False)
-        self._head = head
-        self._hidden = {tuple(ids): states for ids, states in zip(samples, hidden, strict=True)}
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         """Return the head, as transformers' models do."""
         return self.lm_head
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Return the logits of one sample."""
-        states = self._hidden[tuple(input_ids[0].tolist())]
-        return {"logits": self._head.scaled(self.lm_head(states[None]))}
+        states = self._states[tuple(input_ids[0].tolist())][None]
+        if self._head is None or self.lm_head is None:
+            return {"logits": states}
+        return {"logits": self._head.scaled(self.lm_head(states))}
 
 
 def served_head(subject: NamedSubject, model: nn.Module, samples: Sequence[Sequence[int]], ran: VllmPass) -> ServedHead:
     """Return what makes the logits of a pass in vLLM, checked against vLLM's own logprobs of the first sample.
 
     Raises:
-        InfraError: the head can't be read from the files, or makes other logprobs.
+        InfraError: they are other logprobs.
     """
-    weight, bias = _head_tensors(subject, model, ran.dtype)
+    config = getattr(model, "config", None)
     rows = [{int(token): value for token, value in row.items()} for row in ran.result["logprobs"]]
+    stored = _stored_head(subject, model)
+    if stored is None:
+        _check_head(_apart(ran.logits[0], rows), "vLLM's own head")
+        return ServedHead(None, config, samples, ran.logits)
+    weight, bias = (None if each is None else _read(each, ran.dtype) for each in stored)
+    assert weight is not None
     apart: dict[float, Head] = {}
     for scaling in scalings_of(model):  # which of them the model applies, its own logprobs show
         head = Head(weight, bias, scaling)
         apart[_apart(head.logits(ran.hidden[0]), rows)] = head
-    least = min(apart)
-    if not least <= MOST_APART:
+    _check_head(min(apart), "the head of the files")
+    return ServedHead(apart[min(apart)], config, samples, ran.hidden)
+
+
+def _check_head(apart: float, whose: str) -> None:
+    if not apart <= MOST_APART:
         raise InfraError(
-            f"the head of the files makes logprobs that are {least:.3g} nats from vLLM's own in the mean: its "
-            "predictions can't be made here; serve the model, and compare them by model.served"
+            f"{whose} makes logprobs of the last hidden states that are {apart:.3g} nats from those that vLLM told in "
+            "the mean: its predictions can't be made here; serve the model, and compare them by model.served"
         )
-    config = getattr(model, "config", None)
-    return ServedHead(apart[least], config, samples, ran.hidden)
 
 
 def _apart(logits: Tensor, rows: Sequence[Mapping[int, float]]) -> float:
@@ -322,7 +348,8 @@ def _apart(logits: Tensor, rows: Sequence[Mapping[int, float]]) -> float:
     return float(np.mean(differences)) if differences else float("nan")
 
 
-def _head_tensors(subject: NamedSubject, model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _stored_head(subject: NamedSubject, model: Any) -> tuple[Any, Any] | None:
+    """Return the head's tensors in the checkpoint's files, weight and bias; None where they hold none in floats."""
     name, names = head_of(model), {id(module): name for name, module in model.named_modules()}
     inputs = names.get(id(model.get_input_embeddings()))
     stored = open_folder(subject.path, subject.model.revision).tensors
@@ -330,12 +357,8 @@ def _head_tensors(subject: NamedSubject, model: Any, dtype: torch.dtype) -> tupl
     chosen = [f"{each}.weight" for each in ((inputs, name) if tied else (name, inputs)) if each]
     found = next((stored[each] for each in chosen if each in stored), None)
     if name is None or found is None or not DTYPES[found.dtype].is_floating_point or found.dtype.startswith("F8"):
-        raise InfraError(
-            "the checkpoint's files hold no head in floats, so that no logits can be made of vLLM's hidden states: "
-            "serve the model, and compare its predictions by model.served"
-        )
-    bias = stored.get(f"{name}.bias")
-    return _read(found, dtype), None if bias is None else _read(bias, dtype)
+        return None
+    return found, stored.get(f"{name}.bias")
 
 
 def _read(stored: Any, dtype: torch.dtype) -> Tensor:

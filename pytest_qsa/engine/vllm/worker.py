@@ -26,12 +26,12 @@ from ..reduce.observer import Reducers, StreamObserver
 from ..reduce.storage import Transfer
 
 CAPTURE, HIDDEN, ROWS = "rank-{}.qsa", "hidden-{}.npy", "rows-{}.npz"
-"""The files that a worker leaves: its sites, by rank; a sample's last hidden states, as bits; drawn rows, by rank.
+"""The files that a worker leaves: its sites, by rank; a sample's last hidden states or logits, as bits; drawn rows.
 
 The rows of a call of a site, [samples × R, C], have its name: call, site and layer, with blanks between.
 """
-LINEAR = "LinearBase"
-"""The class of vLLM's linear layers."""
+LINEAR, HEAD = "LinearBase", "ParallelLMHead"
+"""The classes of vLLM's linear layers and heads."""
 HEAD_NORMS = ("q_norm", "k_norm")
 """The norms of each rank's own heads."""
 Gather = Callable[[Tensor], Tensor]
@@ -142,7 +142,8 @@ class Hooks:
         self.ignored = 0
         self.handles: list[Any] = []
         self._reduces = worker.rank == 0
-        self._keeps_hidden = bool(job["predictions"]) and self._reduces
+        self._predicts = bool(job["predictions"])
+        self._logits: Any = model.compute_logits if job.get("logits") else None
         self._hidden: dict[tuple[int, int], list[Tensor]] = {}
         self._drawn = [torch.tensor(positions, dtype=torch.long) for positions in job.get("drawn", {}).get("rows", ())]
         self._drawn_sites = {(layer, site) for layer, site in job.get("drawn", {}).get("sites", ())}
@@ -193,11 +194,13 @@ class Hooks:
         self.segments = self.samples.segments(ids[:count].long().cpu().numpy(), rows[:count].long().cpu().numpy())
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._keeps_hidden and isinstance(output, Tensor):
+        if self._predicts and isinstance(output, Tensor):
             for segment in self.segments:
                 rows = output[segment.start : segment.end]
                 whole = self._whole(self._hidden, (segment.sample, 0), segment, rows)
-                if whole is not None:
+                if whole is not None and self._logits is not None:
+                    whole = self._logits(whole)  # on all ranks: each has a part of the vocabulary
+                if whole is not None and self._reduces:
                     np.save(self.folder / HIDDEN.format(segment.sample), bits_of(whole))
         self.segments = []
 
@@ -416,8 +419,9 @@ def _tokens_of(metadata: Any) -> int | None:
 
 
 def executions(model: nn.Module) -> dict[str, str]:
-    """Return how each linear layer of vLLM's model runs: its method or scheme, and the kernel that it chose."""
-    return {name: _execution(module) for name, module in model.named_modules() if is_a(module, LINEAR)}
+    """Return how each linear layer of vLLM's model and its head run: the method or scheme, and the kernel it chose."""
+    layers = model.named_modules()
+    return {name: _execution(module) for name, module in layers if is_a(module, LINEAR) or is_a(module, HEAD)}
 
 
 def _execution(module: Any) -> str:

@@ -71,9 +71,13 @@ class Statistic:
 
     def __str__(self) -> str:
         """Return the text by which plans, captures and the cache know it: `massive:100:1000`."""
-        # 17 digits give back the same float, so that equal parameters are found again in a file.
-        values = (getattr(self, field.name) for field in fields(self))
-        return ":".join([self.name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)])
+        text: str | None = self.__dict__.get("_text")
+        if text is None:
+            # 17 digits give back the same float, so that equal parameters are found again in a file.
+            values = (getattr(self, field.name) for field in fields(self))
+            text = ":".join([self.name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)])
+            self.__dict__["_text"] = text  # sets of statistics ask for it thousands of times in a pass
+        return text
 
     def __hash__(self) -> int:
         # The classes without parameters would all have the hash of an empty tuple.

@@ -35,7 +35,12 @@ from .files import (
     remove_unfinished as remove_unfinished,
     write_atomically as write_atomically,
 )
-from .imports import Room as Room, face as face, uncollected as uncollected
+from .imports import (
+    Room as Room,
+    earlier_objects_frozen as earlier_objects_frozen,
+    face as face,
+    uncollected as uncollected,
+)
 from .locks import (
     LOCK_TIMEOUT as LOCK_TIMEOUT,
     Patience as Patience,

@@ -176,6 +176,20 @@ def test_the_model_is_left_as_it_was(fails):
     handle.remove()
 
 
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_all_of_them_afterwards(frozen_before):
+    model, during = models.llama(), []
+    if not frozen_before:
+        gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
+    model.register_forward_pre_hook(lambda *_: during.append(gc.get_freeze_count()))
+    try:
+        capture(model, [models.token_batch(1, 8)], sites=[(r"layers\.\d+$", "output")])
+        assert min(during) > 0
+        assert (gc.get_freeze_count() > 0) == frozen_before
+    finally:
+        gc.freeze()
+
+
 def test_no_activation_outlives_its_forward():
     model = models.llama()
     alive, at_next = [], []

@@ -7,6 +7,8 @@ torch's operators: on accelerators, without numba, and as the tests' oracle.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
@@ -27,11 +29,18 @@ def share_torchs_threads() -> int:
     use one OpenMP runtime; it is then restored.
     """
     before = torch.get_num_threads()
+    if getattr(_shared, "threads", None) == before:
+        return before
     count = min(before, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     set_num_threads(count)
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+    _shared.threads = count
     return int(count)
+
+
+_shared = threading.local()
+"""`threads`: what numba was last given in this thread. To ask numba costs more than a small tensor's reduction."""
 
 
 @_parallel

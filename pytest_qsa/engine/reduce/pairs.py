@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
     NaN and ∞ stay in the sums of their row.
     """
     if fused and compiled(own):
-        found = _fused_powers(reference, own)
+        found = torch.from_numpy(fused_powers(reference, own, np.empty((len(own), 4), dtype=np.float32)))
     elif fused and _on_cuda(own):
         found = cuda_powers(reference, own)
     else:
@@ -37,7 +39,13 @@ def powers_of(reference: Tensor, own: Tensor, kept: Tensor | None, *, fused: boo
 def compiled(tensor: Tensor) -> bool:
     """Say whether the kernels for the CPU take a tensor."""
     known = tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and tensor.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    return known and tensor.is_cpu and _has_numba()
+
+
+@cache
+def _has_numba() -> bool:
+    # Once: it is asked for every tensor of a pair.
+    return importlib.util.find_spec("numba") is not None
 
 
 def _on_cuda(tensor: Tensor) -> bool:
@@ -60,18 +68,29 @@ def _powers(reference: Tensor, own: Tensor) -> Tensor:
     return torch.stack(columns, dim=1).float()
 
 
-def _fused_powers(reference: Tensor, own: Tensor) -> Tensor:
-    from . import pairs_kernels as pair_kernels
-    from .cpu_kernels import share_torchs_threads
-
-    found = np.empty((len(own), 4), dtype=np.float32)
-    threads = share_torchs_threads()
+def fused_powers(reference: Tensor, own: Tensor, found: Array) -> Array:
+    """Fill found [T, 4] float32 with `ERROR_NAMES` of each row of two tensors that are `compiled`; return it."""
+    pair_kernels, threads = _kernels()
     # bfloat16 is widened in registers, which costs less than copies in float32 (docs/benchmarks.md).
     if reference.dtype == own.dtype == torch.bfloat16:
         pair_kernels.powers16(_patterns(reference), _patterns(own), found, threads)
     else:
         pair_kernels.powers32(_floats(reference), _floats(own), found, threads)
-    return torch.from_numpy(found)
+    return found
+
+
+def _kernels() -> tuple[Any, int]:
+    """Return the compiled kernels, and on how many threads they run."""
+    modules = _kernel_modules()
+    return modules[0], modules[1].share_torchs_threads()
+
+
+@cache
+def _kernel_modules() -> tuple[Any, Any]:
+    # An import in a function takes as long as the reduction of a small tensor.
+    from . import cpu_kernels, pairs_kernels
+
+    return pairs_kernels, cpu_kernels
 
 
 def channel_powers(reference: Tensor, own: Tensor, kept: Tensor | None) -> Tensor:
@@ -112,11 +131,9 @@ def _overlap(own: Tensor, reference: Tensor) -> Tensor:
 
 
 def _fused_overlap(own: Tensor, reference: Tensor) -> Array:
-    from . import pairs_kernels as pair_kernels
-    from .cpu_kernels import share_torchs_threads
-
+    pair_kernels, threads = _kernels()
     found = np.full(len(own), np.nan)
-    pair_kernels.overlap_rows(rows_of_logits(reference), rows_of_logits(own), found, share_torchs_threads())
+    pair_kernels.overlap_rows(rows_of_logits(reference), rows_of_logits(own), found, threads)
     return found
 
 
@@ -150,11 +167,8 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
 
 
 def _fused_scores(own: Tensor, reference: Tensor | None, following: Array) -> Array:
-    from . import pairs_kernels as pair_kernels
-    from .cpu_kernels import share_torchs_threads
-
+    pair_kernels, threads = _kernels()
     found = np.full((len(own), 4), np.nan)
-    threads = share_torchs_threads()
     if reference is None:
         pair_kernels.score_rows(rows_of_logits(own), following, found[:, 0], threads)
     else:

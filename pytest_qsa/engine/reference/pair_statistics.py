@@ -29,7 +29,7 @@ from ...captures import (
 from ...common import AnomalyError, InfraError
 from ..load.batches import BatchRows
 from ..modules import channels_first, tensor_of
-from ..reduce.pairs import channel_powers, powers_of
+from ..reduce.pairs import channel_powers, compiled, fused_powers, powers_of
 from ..reduce.storage import Arena, Transfer
 from ..run.participant import WantedSites
 
@@ -59,6 +59,7 @@ class ReferenceTensor:
 class _SiteRows:
     """The rows of one site: sample, call and number of tokens of each, and its numbers by name of the array."""
 
+    channels_first: bool
     token_axis: bool
     dtype: str
     shape: tuple[int, ...]
@@ -107,11 +108,12 @@ class PairStatistics:
         """
         if reference is None:
             raise InfraError(f"the reference doesn't call {site[0]} (call {call + 1}), so its {site[1]} has no partner")
-        shaped, token_axis = rows.shaped(own, channels_first(self._modules[site[0]]))
         made = self.compared.get(site)
+        first = made.channels_first if made is not None else channels_first(self._modules[site[0]])
+        shaped, token_axis = rows.shaped(own, first)
         if made is None:
             dtype = str(own.dtype).removeprefix("torch.")
-            made = self.compared[site] = _SiteRows(token_axis, dtype, tuple(shaped.shape[1:]))
+            made = self.compared[site] = _SiteRows(first, token_axis, dtype, tuple(shaped.shape[1:]))
         length = shaped.shape[1] if token_axis else 0
         for sample, row in zip(rows.samples, self._rows(rows, site, reference, own, shaped), strict=True):
             if row:
@@ -143,7 +145,7 @@ class PairStatistics:
     def _compute(self, rows: BatchRows, site: SiteKey, reference: ReferenceTensor, shaped: Tensor) -> list[RowNumbers]:
         theirs = reference.tensor
         if reference.rows is None:
-            theirs = rows.shaped(theirs, channels_first(self._modules[site[0]]))[0]
+            theirs = rows.shaped(theirs, self.compared[site].channels_first)[0]
             if self._local[site] and reference.inputs is not None:  # a block's experts get tokens without samples
                 reference = replace(reference, inputs=rows.shaped(reference.inputs, False)[0])
         _check_shapes(site, theirs, shaped, first=1 if reference.rows is None else -1)
@@ -161,9 +163,9 @@ class PairStatistics:
             found.append({name: self._apart(value) for name, value in row.items()})
         return found
 
-    def _apart(self, value: Tensor) -> Tensor | Array:
+    def _apart(self, value: Tensor | Array) -> Tensor | Array:
         """Copy what is kept into memory of its own, apart from the models'; on an accelerator it stays where it is."""
-        if value.device.type != "cpu":
+        if not isinstance(value, Tensor) or not value.is_cpu:
             return value
         stored = self._arena.zeros(tuple(value.shape), value.numpy().dtype)
         stored[...] = value.numpy()
@@ -177,16 +179,16 @@ class PairStatistics:
         counting: Tensor | None,
         reference: ReferenceTensor,
         index: int,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | Array]:
         """Return the numbers of one sample. `counting`: its tokens that are no padding, on the CPU; None for all."""
-        (x, y), found = pair, {}
+        x, y = pair
+        found: dict[str, Tensor | Array] = {}
         recorded = None
         if reference.rows is not None:
             recorded = _positions(reference.rows[index], counting, len(y), site)
             x = x[: len(recorded)]
         if site in self._error:
-            there = None if counting is None else counting.to(y.device, non_blocking=True)
-            found["error"] = powers_of(x, y, there) if recorded is None else _some_powers(x, y, there, recorded)
+            found["error"] = self._powers(x, y, counting, recorded)
         # A layer that sees one row of a sample, as a pooler does, has no single tokens to be fed with.
         for count, (at, powers) in self._local[site] if self.compared[site].token_axis else ():
             # A recorded reference has drawn its rows already; only these have an input.
@@ -206,6 +208,13 @@ class PairStatistics:
             there = None if counting is None else counting.to(y.device, non_blocking=True)
             found[pooled.key] = torch.stack([_embedding(side, there, pooled.pool) for side in (x, y)])
         return found
+
+    def _powers(self, x: Tensor, y: Tensor, counting: Tensor | None, recorded: Tensor | None) -> Tensor | Array:
+        # The usual case comes first: the kernel writes to where the numbers stay.
+        if counting is None and recorded is None and compiled(y):
+            return fused_powers(x, y, self._arena.zeros((len(y), 4), np.float32))
+        there = None if counting is None else counting.to(y.device, non_blocking=True)
+        return powers_of(x, y, there) if recorded is None else _some_powers(x, y, there, recorded)
 
     def _local_powers(
         self,
@@ -344,7 +353,7 @@ def _drawn(sample: int, length: int, counting: int, count: int) -> NDArray[np.in
 
 def _check_shapes(site: SiteKey, reference: Tensor, own: Tensor, first: int) -> None:
     """Check that tensors fit, from the dimension `first` on: of a recorded reference only the channels can fit."""
-    if reference.dim() != own.dim() or reference.shape[first:] != own.shape[first:]:
+    if reference.shape != own.shape and (reference.dim() != own.dim() or reference.shape[first:] != own.shape[first:]):
         theirs, ours = ("×".join(map(str, tensor.shape[first:])) for tensor in (reference, own))
         raise InfraError(f"the {site[1]} of {site[0]} is {ours} here and {theirs} in the reference")
 

@@ -33,7 +33,7 @@ from ...captures import (
     merge_requests,
     renumbered,
 )
-from ...common import Progress, QsaError, logger
+from ...common import Progress, QsaError, earlier_objects_frozen, logger
 from ..load.batches import Batch, BatchRows, pictures_of, row_count, rows_of, token_ids
 from ..modules import Expert, Layer, blocks_of, caching_layers, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
@@ -138,7 +138,7 @@ class _Running:
         """Run all of it."""
         run, stream = self.run, self.run.stream
         use_cache = any(participant.uses_cache for participant in self.participants)
-        with evaluating(run.model, use_cache=use_cache), ExitStack() as exits:
+        with earlier_objects_frozen(), evaluating(run.model, use_cache=use_cache), ExitStack() as exits:
             for participant in self.participants:
                 participant.prepare(run, exits)
             if stream is not None:

@@ -193,7 +193,7 @@ def alarms(method: str, done: Run, healthy: Run) -> bool:
     return any(now.get(name, -math.inf) < value - 3 for name, value in known.items())
 
 
-Start = Callable[[Sequence[Path]], list[Run]]
+Start = Callable[[Sequence[Path]], Iterator[Run]]
 """Runs a method on checkpoints."""
 
 
@@ -219,13 +219,13 @@ def commands(folder: Path, others: str) -> dict[str, Start]:
             write_gguf(checkpoint, file)
         return run([others, Path(__file__).with_name("llama_server.py"), file, folder / "tokens.json"])
 
-    def own(method: str, checkpoints: Sequence[Path]) -> list[Run]:
+    def own(method: str, checkpoints: Sequence[Path]) -> Iterator[Run]:
         done = run([sys.executable, __file__, "--method", method, "--checkpoints", *checkpoints])
         lines = [line for line in done.output.splitlines() if line.startswith("{") or line == "null"]
-        return [done._replace(output=line) for line in lines] or [done] * len(checkpoints)
+        yield from [done._replace(output=line) for line in lines] or [done] * len(checkpoints)
 
     def each(start: Callable[[Path], Run]) -> Start:
-        return lambda checkpoints: [start(checkpoint) for checkpoint in checkpoints]
+        return lambda checkpoints: map(start, checkpoints)
 
     return {
         "pytest-qsa": each(ours),
@@ -314,10 +314,9 @@ def main() -> None:
         for method, start in methods.items():
             done = {tuple(row["key"]) for row in rows_of(runs)}
             left = [each for each in wanted if (method, *each[:2]) not in done]
-            with runs.open("a", encoding="utf-8") as lines:
-                for (fault, index, _), each in zip(
-                    left, start([each[2] for each in left]) if left else (), strict=True
-                ):
+            checkpoints = [each[2] for each in left]
+            for (fault, index, _), each in zip(left, start(checkpoints) if left else (), strict=True):
+                with runs.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps({"key": [method, fault, index], "run": each._asdict()}) + "\n")
     for line in table(rows_of(runs), options.faults):
         print(line)

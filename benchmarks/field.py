@@ -63,7 +63,18 @@ def drafted(pair: Pair, cache: Path) -> Path:
         original = SMOLLM2 if pair.healthy == INT8 else pair.reference
         # what is in 16 bits itself is held against its own copy
         copy = ("--model.reference_is_copy", "true") if pair.healthy == pair.reference else ()
-        words = ("init", str(pair.healthy), "--reference", str(original), "-o", SUITE, "--force", *SIZE, *copy)
+        words = (
+            "init",
+            str(pair.healthy),
+            "--reference",
+            str(original),
+            "-o",
+            SUITE,
+            "--force",
+            "--no-answers",
+            *SIZE,
+            *copy,
+        )
         for call in (("pytest_qsa", *words), ("pytest", SUITE, "--snapshot-update")):
             done = run(folder, *call)
             if done.returncode:

@@ -261,7 +261,21 @@ def write_suite(folder: Path) -> None:
     suite = folder / "gate.qsa.yaml"
     if not suite.exists():
         data = ["--data.num_samples", SAMPLES, "--data.seq_len", TOKENS]
-        done = run([sys.executable, "-m", "pytest_qsa", "init", INT8, "--reference", SMOLLM2, "-o", suite, *data])
+        done = run(
+            [
+                sys.executable,
+                "-m",
+                "pytest_qsa",
+                "init",
+                INT8,
+                "--reference",
+                SMOLLM2,
+                "-o",
+                suite,
+                "--no-answers",
+                *data,
+            ]
+        )
         if done.code:
             raise SystemExit(done.output)
     if not (folder / "qsa_baselines").exists():

@@ -353,7 +353,7 @@ def suite_of(scheme: Scheme, kind: str, folder: Path, work: Path) -> Path:
     suite = work / f"{scheme.name}-{kind}.qsa.yaml"
     if not suite.exists():
         size = ("--data.num_samples", "8", "--data.seq_len", "256")
-        made = command("pytest_qsa", "init", folder, "--reference", SMOLLM2, "-o", suite, *size)
+        made = command("pytest_qsa", "init", folder, "--reference", SMOLLM2, "-o", suite, "--no-answers", *size)
         if made.returncode:
             sys.exit(made.stdout + made.stderr)
         options = ("-q", "--snapshot-update", "--qsa-output", work / "out", "-p", "no:cacheprovider")

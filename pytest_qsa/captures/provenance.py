@@ -175,7 +175,8 @@ class DataProvenance(_Record):
     """The data of a run. `fingerprint`: the SHA-256 of its tokens. `settings`: the rest of the suite's section `data`.
 
     `source`: as a suite names it; `fixture` for batches of a test's own. `media`: whether its samples are pictures or
-    sounds. `unread`: the parts of the model, `vision` or `audio`, that it gave nothing to read.
+    sounds. `unread`: the parts of the model, `vision` or `audio`, that it gave nothing to read. `prompts`: the SHA-256
+    of the prompts that it answered beside the data, and of how long it might.
     """
 
     source: str = ""
@@ -186,6 +187,7 @@ class DataProvenance(_Record):
     seq_len: int | None = None
     seed: int | None = None
     fingerprint: str | None = None
+    prompts: str | None = None
 
     @classmethod
     def of(cls, content: Json) -> Self:

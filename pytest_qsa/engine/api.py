@@ -199,17 +199,18 @@ def capture_parts(
         batches = subject_batches(subject, loaded, reference)  # once, for answers take as long as a pass
         total = size * (parts + passes - 1)
         captures: list[Capture] = []
-        # A model's weights are the same in every part, so only the first pass reads them; merged, they are of all.
+        # A model's weights are the same in every part, so only the first pass reads them.
         activations = [request for request in requests if request.site != "weight"] or requests
         for index in [*range(parts), *[0] * (passes - 1)]:
             done, share = size * len(captures), SampleShare(samples=(size * index, size * (index + 1)))
             moved = None if progress is None else lambda count, _, done=done: progress(done + count, total)
-            # Nor do the answers to prompts depend on the data: the first part has those of all.
-            asked = (without_answers(activations) or activations) if captures else of_pass
+            # Nor do the answers to prompts depend on the data: only the first part, of those that ask, has them.
+            again = (without_answers(activations) or activations) if index == 0 else activations
+            asked = again if captures else of_pass
             step(len(captures) + 1, parts + passes - 1)
             own = capture_loaded(subject, loaded, None, asked, moved, share, reference, batches)
             if captures:
-                own = replace(with_weights(own, captures[0]), plan=captures[0].plan)
+                own = with_weights(own, captures[0])
             elif of_files:
                 own = with_files(own, subject, of_files)
             captures.append(own)

@@ -495,11 +495,11 @@ def capture_loaded(
         participants.append(RoundedCache(subject.model.kv_cache, _cache_scales(subject, loaded), other))
     if reference is not None:
         participants.append(_participant_of(reference, loaded, provenance))
-    answers = None
+    answers, prompts = None, Prompts.of(subject) if asks_for_answers(requests) else None
     # Of several parts of the data the one with the first sample has them.
-    if reference is not None and asks_for_answers(requests) and not (share.samples and share.samples[0]):
+    if reference is not None and prompts is not None and not (share.samples and share.samples[0]):
         theirs = reference if isinstance(reference, Loaded) else reference.generated
-        answers = answers_of_both(Prompts.of(subject), loaded, theirs, _own_cache(subject, loaded))
+        answers = answers_of_both(prompts, loaded, theirs, _own_cache(subject, loaded))
     run = SharedPass(loaded, participants, every, without_answers(requests), progress, share)
     capture = _with_model_of_reference(share.ranks.gathered(run.own_part), subject, reference)
     first = share.samples[0] if share.samples else 0
@@ -508,6 +508,7 @@ def capture_loaded(
         capture = answers.added_to(capture)
     provenance = replace(
         provenance,
+        data=replace(provenance.data, prompts=prompts.fingerprint if prompts is not None else None),
         execution=execution.execution(loaded_files(subject), provenance.model.device_class),
         unmatched=tuple(stored.unmatched) if stored else (),
         samples=capture.provenance.samples,

@@ -82,7 +82,8 @@ def capture_served(
     with _reference(subject, requests, allow_code=allow_code) as reference:
         answers = _answers(subject, reference, progress) if asks_for_answers(requests) else None
         if answers is not None and not without_answers(requests):
-            return _with_answers(Capture({}, provenance=_provenance(subject, (), ()), plan=tuple(requests)), *answers)
+            empty = Capture({}, provenance=_provenance(subject, (), ()), plan=tuple(requests))
+            return _with_answers(empty, subject, *answers)
         tokens, tokenizer = _tokens(subject, reference)
         tables = read_logprobs(subject.folder / recorded) if recorded else _asked(subject, tokens, progress)
         rows = _rows(reference, tables, progress)
@@ -90,7 +91,7 @@ def capture_served(
     floor = tail.at_least if isinstance(tail, Floor) else None
     found = [agreement_of(t, r, floor=floor, alike=tail == "as_reference") for t, r in zip(tables, rows, strict=True)]
     capture = _capture(subject, requests, tables, found, tokenizer)
-    return capture if answers is None else _with_answers(capture, *answers)
+    return capture if answers is None else _with_answers(capture, subject, *answers)
 
 
 def _answers(
@@ -103,9 +104,13 @@ def _answers(
     return served_answers(subject, Client.connect(subject.model.served), reference.loaded, progress)
 
 
-def _with_answers(capture: Capture, answers: SiteNumbers, pieces: Mapping[int, str]) -> Capture:
+def _with_answers(capture: Capture, subject: Subject, answers: SiteNumbers, pieces: Mapping[int, str]) -> Capture:
     pieces = dict(sorted({**capture.pieces, **pieces}.items()))
-    return replace(capture, sites={(GENERATION, LOGITS): answers, **capture.sites}, pieces=pieces)
+    data = replace(capture.provenance.data, prompts=engine.Prompts.of(subject).fingerprint)
+    provenance = replace(capture.provenance, data=data)
+    return replace(
+        capture, sites={(GENERATION, LOGITS): answers, **capture.sites}, pieces=pieces, provenance=provenance
+    )
 
 
 @contextmanager

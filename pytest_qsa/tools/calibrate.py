@@ -228,40 +228,49 @@ class Calibrated:
 
 
 def of_answers(assertion: MeasuredAssertion, whole: Series, k: float) -> Calibrated:
-    """Return the proposals for a number of answers, by its interval: from the worse of it and a perfect one.
+    """Return the proposals for a number of answers: what chance makes of a perfect one, by the error of its interval.
 
-    No part of the data changes what a model answers; another quantization does, by chance, and the error of the number
-    says by how much. `k`: as for `Sampled.finding`; more than `ANSWER_SIGMAS` would leave nothing to be found.
+    No part of the data changes what a model answers; another quantization does, by chance. A number that lies beyond
+    that room takes the place of the perfect one. `k`: as for `Sampled.finding`, but no more than `ANSWER_SIGMAS`.
 
     Raises:
         AnomalyError: there are too few prompts for an interval, or for a bound that checks anything.
     """
-    (low, _, count), perfect = whole.intervals[whole.layers[0]], METRICS[assertion.metric].best(assertion.parameters)
+    layer, perfect = whole.layers[0], METRICS[assertion.metric].best(assertion.parameters)
+    value, (low, high, count) = float(whole.values[0]), whole.intervals[layer]
     if math.isnan(low):
         raise AnomalyError(f"{count} prompts give no interval: 8 such answers do (generation.num_prompts)")
-    spread = Spread.of([whole] * 2, whole)
     # Where no answer differs, another quantization may still lose one.
-    spread = replace(spread, errors=np.maximum(spread.errors, 1 / count))
+    k, sigma = min(k, ANSWER_SIGMAS), max((high - low) / STANDARD_ERRORS, 1 / count)
+    odd = perfect is not None and abs(value - perfect) > k * sigma
+    centre = value if perfect is None or odd else perfect
+    spread = Spread([layer], np.full((2, 1), centre), whole.values, np.array([sigma]), whole.query.unit)
     found = []
-    for each in proposals_of(assertion, spread, None, min(k, ANSWER_SIGMAS)):
-        farthest = max if each.side == "max" else min
+    for each in proposals_of(assertion, spread, None, k):
         noise = each.noise.model_copy(update={"n": max(2, count), "over": "prompts"})
-        room = noise.floor(each.side) - noise.mean
-        reached = farthest(noise.floor(each.side), room + (noise.mean if perfect is None else perfect))
+        reached = (max if each.side == "max" else min)(noise.floor(each.side), value)
+        # Not as counts are rounded, for a perfect 0 or 1 is whole by chance.
         found.append(replace(each, noise=noise, proposed=outward(each.side, reached)))
-    least = whole.least.get(whole.layers[0], -math.inf)
-    rooms = [abs(each.proposed - (each.noise.mean if perfect is None else perfect)) for each in found]
-    widest = max(rooms, default=0.0)
-    if any(each.side == "min" and each.proposed <= least for each in found):
-        needed = math.ceil(count * (widest / (USEFUL * abs(least))) ** 2)
+        end = max(assertion.reach[0], whole.least.get(layer, -math.inf)) if each.side == "min" else assertion.reach[1]
+        _check_useful(abs(found[-1].proposed - centre), abs(end - centre), count)
+    room = max((abs(each.proposed - centre) for each in found), default=0.0)
+    text = f"{count} prompts leave room of {number(room)}; {4 * count} would leave half of it (generation.num_prompts)"
+    beyond = f"; {number(value)} is more than chance makes of {perfect:g}: look at it before you trust this bound"
+    return Calibrated(assertion.id, found, f"{text}{beyond if odd else ''}" if found else "")
+
+
+def _check_useful(room: float, most: float, count: int) -> None:
+    """Refuse a bound that lets everything be lost. `room`: that it leaves; `most`: by how much the number can differ.
+
+    Raises:
+        AnomalyError: with how many prompts it would take.
+    """
+    if room >= most:
+        needed = math.ceil(count * (room / max(USEFUL * most, 1 / count)) ** 2)
         raise AnomalyError(
-            f"by chance {count} prompts may lose {number(widest)}, and the reference has {number(-least)} to lose: "
+            f"by chance {count} prompts may differ by {number(room)}, and {number(most)} is all that they could: "
             f"about {needed} such prompts would show half of it (generation.num_prompts)"
         )
-    text = (
-        f"{count} prompts leave room of {number(widest)}; {4 * count} would leave half of it (generation.num_prompts)"
-    )
-    return Calibrated(assertion.id, found, text if found else "")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..suite import (
     Anatomy,
     Assertion,
     CheckpointAssertion,
+    Generation,
     KvCache,
     MeasuredAssertion,
     NamedSubject,
@@ -333,9 +334,13 @@ def first_suite(
         layers = layers.renamed(files_of(subject).format.layers_of(layers.weights))
     drafts = measured_drafts(layers, compare, answers=subject.is_answered_by_reference)
     if generation and compare is not None and not files:
-        silent = engine.why_no_answers(subject)
-        remarks += [f"left out: generation: {silent}"] if silent else []
-        drafts += [] if silent else drafts_of("generation", layers)
+        asked = _drafted_answers(subject.generation)
+        if silent := engine.why_no_answers(replace(subject, generation=asked)):
+            remarks.append(f"left out: generation: {silent}")
+        else:
+            subject = replace(subject, generation=asked)
+            source = replace(source, data={**source.data, "generation": asked.model_dump()})
+            drafts += drafts_of("generation", layers)
     if cached and subject.model.kv_cache is not None:
         drafts = cache_drafts(subject.model.kv_cache, layers, _cache_sites(subject), subject.data.seq_len)
     if compare == "layers":
@@ -383,6 +388,17 @@ def _cache_sites(subject: NamedSubject) -> tuple[Site, ...]:
     if "kv_lora_rank" not in files_of(subject).folder.text_config:
         return KEY_AND_VALUE
     return LATENT_AND_ROPE_KEY[:1] if subject.model.kv_cache == "fp8_ds_mla" else LATENT_AND_ROPE_KEY
+
+
+DRAFTED_ANSWERS = {"num_prompts": 64, "max_new_tokens": 96}
+"""The `generation` of a draft. Twice the usual prompts, of three quarters the length: of 32 a head row × 0.9 of SmolLM2
+loses 0.22 of the ends, and a healthy quantization may lose 0.21 by chance."""
+
+
+def _drafted_answers(given: Generation | None) -> Generation:
+    """Return which prompts a draft asks, with what the user has said of them."""
+    own = given.model_dump(exclude_unset=True) if given is not None else {}
+    return Generation.model_validate({**DRAFTED_ANSWERS, **own})
 
 
 FEW_BITS = re.compile(r"w[1-7](?!\d)")

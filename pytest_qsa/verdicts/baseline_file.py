@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..captures import UNKNOWN_MODEL, ModelProvenance
+from ..captures import GENERATED, UNKNOWN_MODEL, ModelProvenance
 from ..checkpoint import EXPERT
 from ..common import BaselineError, content_hash, counted, parsed_json, refuse_special, remark, shown_path
 from ..metrics import LOSSLESS, MOST_RELATIVE, Bounds, Series
@@ -210,6 +210,11 @@ def check_comparable(series: Series, baseline: BaselineFile, data: str | None) -
             "so the numbers can't be compared"
         )
     # Weights are the same on any tokens.
+    if baseline.data != now.data and series.query.metric == GENERATED.name:
+        raise BaselineError(
+            f"the baseline has answers to other prompts ({_shortened(baseline.data)}, now {_shortened(now.data)}): "
+            "generation.prompts, num_prompts or max_new_tokens changed, so the numbers can't be compared"
+        )
     if baseline.data != now.data and series.query.site != "weight":
         raise BaselineError(
             f"the baseline was made on other tokens ({_shortened(baseline.data)}, now {_shortened(now.data)}): data, "

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..captures import CACHE_SITES, EXPERTS, Capture, ModelProvenance, Outline, Provenance, at_experts, match_layers
+from ..captures import (
+    CACHE_SITES,
+    EXPERTS,
+    GENERATED,
+    Capture,
+    ModelProvenance,
+    Outline,
+    Provenance,
+    at_experts,
+    match_layers,
+)
 from ..checkpoint import Files, Finding, by_kind, problems_of, suspicions_of
 from ..common import AnomalyError, BaselineError, InfraError, QsaError, ToldError, counted, logger
 from ..external import EvalFiles, eval_scores, widened_bounds
@@ -55,7 +65,7 @@ class Release:
     def values(
         self, series: Series, data: str | None, id: str, measure: Callable[[Capture], Series]
     ) -> Mapping[str, float]:
-        """Return layer → its value in the last release. `data`: the hash of the present tokens.
+        """Return layer → its value in the last release. `data`: the hash of the present tokens, or of the prompts.
 
         `id`: the assertion's, which names its baseline. `measure`: computes the same series of another capture.
 
@@ -68,7 +78,7 @@ class Release:
         else:
             capture = self.capture()
             exact = measure(capture)
-            release = BaselineFile.of(exact, capture.provenance.data.fingerprint)
+            release = BaselineFile.of(exact, _data_behind(exact, capture))
         try:
             check_comparable(series, release, data)
         except BaselineError as error:
@@ -393,11 +403,17 @@ def _held(
     return replace(shown, waivers=joint_uses(bounded, compared))
 
 
+def _data_behind(series: Series, capture: Capture) -> str | None:
+    """Return the hash of what a series was measured on: the tokens of the data, or the prompts that were answered."""
+    data = capture.provenance.data
+    return data.prompts if series.query.metric == GENERATED.name else data.fingerprint
+
+
 def _previous(assertion: MeasuredAssertion, series: Series, evidence: Measurement) -> Mapping[str, float]:
     assert evidence.release is not None
     return evidence.release.values(
         series,
-        evidence.capture.provenance.data.fingerprint,
+        _data_behind(series, evidence.capture),
         assertion.id,
         lambda release: checked_series(assertion, release),
     )

@@ -163,6 +163,15 @@ def test_a_last_release_by_name_lies_in_qsa_baselines(tree, previous):
     assert kept_release(subject_of(suite), suite.path) is None
 
 
+def test_a_last_release_with_a_quantized_cache_has_its_own_baselines(tree):
+    suite = tree(BASE.replace("{path: x}", "{path: x, kv_cache: fp8_e4m3, previous: old}"))
+    folder = tree.repository / "gates" / "qsa_baselines"
+    (folder / "old" / "one").mkdir(parents=True)
+    assert kept_release(subject_of(suite), suite.path) is None
+    (folder / "old@kv-fp8_e4m3" / "one").mkdir(parents=True)
+    assert kept_release(subject_of(suite), suite.path) == folder / "old@kv-fp8_e4m3" / "one"
+
+
 def test_a_suite_too_large_to_be_one_is_not_read(tree, monkeypatch):
     monkeypatch.setattr(yaml_source, "MAX_BYTES", 100)
     with pytest.raises(SuiteError, match=r"one\.qsa\.yaml:1: has 0 MB, more than the 0 MB that are read"):

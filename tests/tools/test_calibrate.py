@@ -459,22 +459,25 @@ def of_stat(stat, **bounds):
     return SimpleNamespace(id="it", metric="generation", parameters={"stat": stat}, stated=bounds, reach=ANY)
 
 
-def test_a_bound_on_answers_leaves_three_standard_errors_below_the_worse_of_perfect_and_measured():
-    """Whatever `-k` says beyond that: ten of them would be more than all answers."""
-    for value, half, proposed in ((0.03, 0.1, -0.16), (-0.1, 0.1, -0.26)):
-        found = of_answers(of_stat("ended", min=0.0), answers(value, half, -0.75), 10)
-        (each,) = found.proposals
-        assert each.proposed == proposed == pytest.approx(min(value, 0) - 3 * half / 1.96, abs=0.01)
+def test_a_bound_on_answers_is_what_chance_makes_of_a_perfect_number():
+    """Three standard errors, whatever `-k` says beyond that: ten of them would be more than all answers."""
+    for value, half, proposed in ((0.03, 0.1, -0.16), (-0.1, 0.1, -0.16), (-0.1, 0.0, -0.2)):
+        (each,) = of_answers(of_stat("ended", min=0.0), answers(value, half, -0.75), 10).proposals
+        assert each.proposed == proposed
         assert (each.noise.over, each.noise.n, each.noise.k) == ("prompts", 32, 3)
+    assert pytest.approx(-3 * 0.1 / 1.96, abs=0.01) == -0.16
+    assert pytest.approx(-0.1 - 3 / 32, abs=0.01) == -0.2  # one prompt's share, below a number that is beyond chance
+    for value, bounds, odd in ((1.1, (0.84, 1.2), False), (1.4, (1.2, 1.6), True)):
+        found = of_answers(of_stat("length_ratio", min=0.0, max=0.0), answers(value, 0.1, -np.inf, "length_ratio"), 10)
+        assert tuple(each.proposed for each in found.proposals) == bounds
+        assert ("more than chance makes of 1: look at it" in found.remark) is odd
         assert "32 prompts leave room of 0." in found.remark
-    low, high = of_answers(
-        of_stat("length_ratio", min=0.0, max=0.0), answers(1.1, 0.1, -np.inf, "length_ratio"), 3
-    ).proposals
-    assert (low.proposed, high.proposed) == (0.84, 1.3)
 
 
 def test_too_few_prompts_for_a_bound_on_answers_say_how_many_it_takes():
-    with pytest.raises(AnomalyError, match=r"by chance 32 prompts may lose 0\.31, .* 0\.25 to lose: about 197 such"):
+    with pytest.raises(
+        AnomalyError, match=r"by chance 32 prompts may differ by 0\.31, and 0\.25 is all .* about 197 such"
+    ):
         of_answers(of_stat("ended", min=0.0), answers(0.0, 0.2, -0.25), 10)
     with pytest.raises(AnomalyError, match=r"32 prompts give no interval"):
         of_answers(of_stat("ended", min=0.0), answers(0.0, np.nan, -0.25), 10)

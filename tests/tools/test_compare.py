@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -301,6 +302,27 @@ def test_checkpoints_are_measured_against_the_reference_and_by_a_suites_bounds(q
     assert (line.count("★"), line.count("◆")) == (1, 1)
     assert line.index("★") < line.index("◆")
     assert "files [problems]" in out
+
+
+def test_answers_are_compared_prompt_by_prompt(qsa, folder, llama, quantized, tmp_path):
+    for name, source in (("one", quantized["int8"]), ("two", quantized["int4"]), ("original", llama)):
+        shutil.copytree(source, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+        )
+    suite = {
+        "model": {"path": str(tmp_path / "one"), "reference": str(tmp_path / "original")},
+        "generation": {"num_prompts": 9, "max_new_tokens": 8},
+        "assertions": [
+            {"id": "loops", "metric": "generation", "stat": "repetition", "max": 0.9},
+        ],
+    }
+    (folder / "answers.qsa.yaml").write_text(json.dumps(suite))
+    size = ("--data.num_samples", "2", "--data.seq_len", "16", "--format", "csv")
+    code, out, err = qsa(tmp_path / "one", tmp_path / "two", "--suite", "answers.qsa.yaml", *size)
+    assert code == 0, err
+    rows = {row["metric"]: row for row in csv.DictReader(out.splitlines())}
+    assert all(-1 <= float(rows["loops"][name]) <= 1 for name in ("one", "two"))
 
 
 def card_of(*results, size=None, **fields):

@@ -293,6 +293,22 @@ def test_settings_files_are_broken_and_found(llama, tmp_path):
     assert not list(FAULTS["setting_absent"].targets(open_folder(healthy)))
 
 
+def test_the_row_of_the_stop_token_is_scaled_in_the_head_or_in_the_embedding_tied_to_it(llama, tmp_path):
+    for tied in (False, True):
+        healthy = tmp_path / f"healthy{tied}"
+        edited(llama, healthy, config=lambda config, tied=tied: config.update(tie_word_embeddings=tied))
+        (healthy / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+        head = "lm_head" if "lm_head" in open_folder(healthy).layers else "model.embed_tokens"
+        copy, layers = broken(healthy, tmp_path / f"copy{tied}", "stop_row_scaled")
+        assert layers == {head}
+        own, made = (open_folder(each).tensors[f"{head}.weight"].values() for each in (healthy, copy))
+        np.testing.assert_allclose(made[3], own[3] * 0.9, rtol=1e-2)
+        np.testing.assert_array_equal(np.delete(made, 3, axis=0), np.delete(own, 3, axis=0))
+    (healthy / "generation_config.json").unlink()
+    edit_json(healthy / "config.json", lambda config: config.pop("eos_token_id", None))
+    assert list(FAULTS["stop_row_scaled"].targets(open_folder(healthy))) == []
+
+
 def test_what_a_file_of_blocks_cannot_have_is_not_put_into_it():
     folder = open_folder(FORMATS / "gguf_Q8_0", gguf_file="model.gguf")
     for fault in ("mtp_lost", "stale_duplicate", "tied_head_quantized", "setting_absent", "rope_interleaved"):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pytest_qsa import Capture
+from pytest_qsa.captures import GENERATION, LOGITS
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.checkpoint import Files, Folder
 from pytest_qsa.common.errors import AnomalyError, BaselineError, InfraError, SuiteError
 from pytest_qsa.external.evals import EvalFiles
+from pytest_qsa.metrics import Answer, answered
 from pytest_qsa.suite.yaml_source import Place
 from pytest_qsa.verdicts.baseline_file import BaselineFile
 from pytest_qsa.verdicts.baselines import within_baseline
@@ -197,6 +201,20 @@ def test_data_of_the_evidence_is_compared_with_that_of_a_release():
     verdict = judged(assertion_of(**PEAKS, max={"times": 2, "of": "previous"}), evidence)
     assert verdict.kind is Kind.ANOMALOUS
     assert "other tokens (other, now one)" in verdict.headline
+
+
+def test_answers_follow_the_last_release_on_the_same_prompts_whatever_its_text():
+    def on(prompts, text):
+        numbers = answered([Answer([1], "", ended) for ended in [True] * 7 + [False] * 2], [Answer([1], "", True)] * 9)
+        data = DataProvenance(fingerprint=text, prompts=prompts)
+        return replace(Capture({(GENERATION, LOGITS): numbers}), provenance=Provenance(data=data))
+
+    assertion = assertion_of(metric="generation", min={"times": 1, "of": "previous", "plus": -0.3})
+    for before, kind in ((on("p", "another"), Kind.PASSED), (on("q", "text"), Kind.ANOMALOUS)):
+        evidence = Measurement(on("p", "text"), no_baseline, Release("v1", None, partial(deepcopy, before)))
+        verdict = judged(assertion, evidence)
+        assert verdict.kind is kind
+    assert "the last release has answers to other prompts (q, now p)" in verdict.headline
 
 
 def test_a_passed_check_of_an_unknown_format_says_how_little_it_looked_at(int8_llama, tmp_path):

@@ -60,6 +60,11 @@ class Prompts:
         text = json.dumps([asdict(each) for each in self.conversations], sort_keys=True, ensure_ascii=False)
         return {**self.asked.model_dump(), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the conversations and of the most tokens of an answer, wherever they come from."""
+        return hashlib.sha256(f"{self.identity['sha256']} {self.asked.max_new_tokens}".encode()).hexdigest()
+
     def answers_by(self, by: Loaded, whose: str) -> list[Answer]:
         """Return a model's greedy answers. `whose`: who answers, for messages.
 

@@ -25,8 +25,8 @@ def answer_figure(verdict: Verdict, capture: Capture) -> Figure | None:
     axes = figure.subplots()
     axes.bar(prompts, equal, width=0.8, color=PALE, label="tokens alike", gid="alike")
     axes.plot(
-        prompts, table["reference_length"], linestyle="none", marker="_", markersize=9, color=INK,
-        label="length of the reference's", gid="reference",
+        prompts, table["reference_length"], linestyle="none", marker="o", markersize=7.5, markerfacecolor="none",
+        color=INK, label="length of the reference's", gid="reference",
     )  # fmt: skip
     for chosen, colour, label in (
         (table["ended"] == 1, BLUE, "the model's, which ends"),

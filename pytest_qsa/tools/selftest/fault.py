@@ -70,6 +70,12 @@ class Faults(dict[str, Fault]):
         return register
 
 
+def stop_tokens(folder: Folder, name: str = "generation_config.json") -> list[int]:
+    """Return the tokens that end an answer, as a file of settings has them; none where it doesn't say."""
+    stated = (folder.json(name) or {}).get("eos_token_id")
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
 def quantized(folder: Folder) -> list[str]:
     """Return the layers that have codes and scales."""
     form = format_of(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import FLOATS, NUMBER, SETTING_LAYERS, SEVERAL_TOKENS, Folder, Tensor, encoded, format_of
-from .fault import Faults, quantized
+from .fault import Faults, quantized, stop_tokens
 from .mutant import ChangedTensor, Mutant
 from .order_faults import OF_INPUTS
 
@@ -191,18 +191,13 @@ def setting_absent(mutant: Mutant, layer: str, strength: float) -> None:
 
 
 def _with_stop_token(folder: Folder) -> list[str]:
-    return [GENERATION] if not folder.gguf_file and _stop_tokens(folder) else []
-
-
-def _stop_tokens(folder: Folder) -> list[int]:
-    stated = (folder.json(GENERATION) or {}).get("eos_token_id")
-    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+    return [GENERATION] if not folder.gguf_file and stop_tokens(folder) else []
 
 
 @FILE_FAULTS.add(_with_stop_token, names="`generation_config.json`")
 def stop_token_changed(mutant: Mutant, layer: str, strength: float) -> None:
     """The stop token of generation_config.json another one than the model's: generation does not end."""
-    own = set(_stop_tokens(mutant.source))
+    own = set(stop_tokens(mutant.source))
     other = next(token for token in range(len(own) + 1) if token not in own)
     mutant.texts[GENERATION] = _text({**_content(mutant, GENERATION), "eos_token_id": other})
 

@@ -20,7 +20,7 @@ from ...checkpoint import (
     element_count,
     format_of,
 )
-from .fault import Faults, Targets, codes_of, quantized, scale_of, spread_rows
+from .fault import Faults, Targets, codes_of, quantized, scale_of, spread_rows, stop_tokens
 from .mutant import Mutant
 
 TENSOR_FAULTS = Faults()
@@ -226,6 +226,31 @@ def weights_exchanged(mutant: Mutant, layer: str, strength: float) -> None:
 def _norms(folder: Folder) -> list[str]:
     found = {name: parts for name, parts in folder.layers.items() if "norm" in name.rpartition(".")[2]}
     return [name for name, parts in found.items() if "weight" in parts and len(parts["weight"].shape) == 1]
+
+
+def _stop_rows(folder: Folder) -> list[str]:
+    """Return the layer that makes the logits, where it is in floats and the checkpoint says which token ends an answer.
+
+    A head that is tied is the embedding, whose rows a norm follows, so that of one the size shows in the logits alone.
+    """
+    tied = [name for name in folder.layers if name.rpartition(".")[2] in ("embed_tokens", "wte", "embed_in")]
+    heads = [name for name in folder.layers if name.rpartition(".")[2] in ("lm_head", "embed_out")] or tied[:1]
+    found = [name for name in heads if (own := folder.tensors.get(f"{name}.weight")) and own.dtype in FLOATS]
+    return found if not folder.gguf_file and _stop_row(folder) is not None else []
+
+
+def _stop_row(folder: Folder) -> int | None:
+    tokens = stop_tokens(folder) or stop_tokens(folder, "config.json")
+    return tokens[0] if tokens else None
+
+
+@TENSOR_FAULTS.add(_stop_rows, "× row", neutral=1.0, default=0.9, strongest=0.5)
+def stop_row_scaled(mutant: Mutant, layer: str, strength: float) -> None:
+    """The row of the head for the token that ends an answer × s: answers end later, or never."""
+    row = _stop_row(mutant.source)
+    assert row is not None
+    with mutant.edit_values(f"{layer}.weight") as values:
+        values[row] *= strength
 
 
 @TENSOR_FAULTS.add(_norms, "× weight", neutral=1.0, default=1.5, strongest=16.0)

@@ -131,4 +131,4 @@ from .statistics import (
     Statistic as Statistic,
     cell_size as cell_size,
 )
-from .windows import with_shifts as with_shifts
+from .windows import shifts_of as shifts_of, with_shifts as with_shifts

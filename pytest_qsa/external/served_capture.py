@@ -19,6 +19,7 @@ from ..captures import (
     GENERATION,
     LOGITS,
     SCORES,
+    SHIFTS,
     Capture,
     DataProvenance,
     ModelProvenance,
@@ -32,6 +33,7 @@ from ..captures import (
     asks_for_answers,
     compares,
     data_fingerprint,
+    shifts_of,
     without_answers,
 )
 from ..common import AnomalyError, InfraError, Progress, QsaError
@@ -212,6 +214,8 @@ def _capture(
         if len(margins) == len(found):
             rows = [np.append(each, np.full((1, each.shape[1]), np.nan), axis=0) for each in margins]
             made = made.having({PredictionMargins()}, {"margins": np.concatenate(rows)})
+        if any(SHIFTS in request.statistics for request in requests):
+            made = made.having({SHIFTS}, {SHIFTS.key: shifts_of([table.tokens for table in tables])})
         return made
 
     sites: dict[tuple[str, Site], SiteNumbers] = {

@@ -148,6 +148,21 @@ def test_a_model_that_tells_everything_has_the_numbers_of_the_local_one(judge, a
     np.testing.assert_allclose(local, [kl.mean(), same.mean(), *rest], rtol=2e-4)
 
 
+def test_the_same_tokens_at_depth_are_found_in_a_served_text_too(project, address, llama, noisy):
+    growth = "growth, paired: true, positions: {from: 18, to: 23}, max: 9"
+    values = []
+    for model, run in ((full(address), capture_served), (f"path: {noisy}", capture_subject)):
+        text = suite(f"{model}, reference: {llama}", growth)
+        text = text.replace(
+            f"{{num_samples: {SAMPLES}, seq_len: {LENGTH}}}", "{num_samples: 9, seq_len: 24, stride: 12}"
+        )
+        file = load_suite(project.write("growth.qsa.yaml", text))
+        spec, (assertion,) = file.suite, file.assertions
+        capture = run(Subject("m", spec.model, spec.data, spec.memory, project.folder), [assertion.request])
+        values.append(Judge.verdict(assertion, capture).rows[0].value)
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
 def test_the_divergence_of_a_model_that_tells_some_lies_between_its_bounds(judge, address, llama, truth):
     (p, q), tokens = truth
     kl = (np.exp(p) * (p - q)).sum(-1)[:, :-1].mean()

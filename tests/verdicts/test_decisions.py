@@ -154,6 +154,6 @@ def test_the_answers_that_no_longer_end_are_shown_as_both_models_end_them(tmp_pa
     text = failure_text(verdict)
     assert "prompt 0, 1 token alike: the reference ends ⟦ab⟧, the model ⟦acac⟧" in text
     assert "the reference ends ⟦ab⟧" in step_summary([to_plain(verdict)])
-    assert draw(capture, verdict, tmp_path) == {}
+    assert [*draw(capture, verdict, tmp_path)] == ["answers"]
     hidden = capture.redacted()
     assert not explained(judge_bounds(hidden.logits().generation("diverged_at"), Bounds(min=2.0)), hidden).evidence

@@ -5,7 +5,7 @@ Rows are sampled first. What a sample suggests is then confirmed on all rows, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -62,7 +62,8 @@ class Resemblance:
     """What a weight of the checkpoint is in the reference.
 
     `source`: the layer of the reference under its name here; the layer itself where the weight is its own. `order`: how
-    its rows or columns are moved. `factor`: what multiplies all of it. `rank`: that of the difference, where it is low.
+    its rows or columns are moved; `places`: from where each comes. `factor`: what multiplies all of it. `rank`: that of
+    the difference, where it is low.
     """
 
     layer: str
@@ -70,6 +71,7 @@ class Resemblance:
     order: Order | None = None
     factor: float = 1.0
     rank: int = 0
+    places: Sequence[int] = ()
 
     @property
     def own(self) -> bool:
@@ -222,12 +224,12 @@ class Recognizer:
             order = _order_of(own, whole[:, taken])
             if order is not None and _fit(weight, pair, whole[order]).correlation >= CONFIRMED:
                 heads = heads_of(self.files.folder.text_config, rows)
-                return Resemblance(layer, layer, named_order(order, heads, "rows"))
+                return Resemblance(layer, layer, named_order(order, heads, "rows"), places=tuple(order.tolist()))
         if len(mine.rows) >= LEAST_ROWS and _matches(mine.rows.T[:LEAST_ROWS], theirs.rows.T):
             order = _order_of(mine.rows.T, theirs.rows.T)
             if order is not None and _fit(weight, pair, whole[:, order]).correlation >= CONFIRMED:
                 heads = heads_of(self.files.folder.text_config, columns)
-                return Resemblance(layer, layer, named_order(order, heads, "columns"))
+                return Resemblance(layer, layer, named_order(order, heads, "columns"), places=tuple(order.tolist()))
         turned = rows == columns and _fit(weight, pair, np.ascontiguousarray(whole.T)).correlation >= CONFIRMED
         return Resemblance(layer, layer, Order("transposed")) if turned else None
 

@@ -109,10 +109,10 @@ class Files:
 
     @cached_property
     def original(self) -> Original | None:
-        """The reference's weights, with the factors of a smoothing; None where the checkpoint was rotated."""
+        """The reference's weights, with the factors of a smoothing, by which sizes are judged; None for none."""
         if self.reference is None or self.folder.gguf_file or not self.reference.files:
             return None
-        return None if self.relation.kind == "rotated" else Original(self.format, self.reference, self.relation)
+        return Original(self.format, self.reference, self.relation)
 
     @cached_property
     def quantized(self) -> list[str]:

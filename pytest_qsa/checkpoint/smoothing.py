@@ -101,9 +101,9 @@ def compare_norms(folder: Folder, reference: Folder) -> Relation:
         AnomalyError: a file is damaged.
         InfraError: a file is missing or can't be read.
     """
-    if transforms := (folder.quantization.get("transform_config") or {}).get("config_groups"):
-        return Relation("rotated", (), f"its transform_config declares rotations ({', '.join(transforms)})")
     differing = [name for name in _norms(folder, reference) if _differs(folder.tensors[name], reference.tensors[name])]
+    if transforms := (folder.quantization.get("transform_config") or {}).get("config_groups"):
+        return Relation("rotated", differing, f"its transform_config declares rotations ({', '.join(transforms)})")
     if turned := _turned(folder, reference):
         return Relation("rotated", differing, turned)
     mine, theirs = format_of(folder), format_of(reference)
@@ -231,6 +231,22 @@ def _turned(folder: Folder, reference: Folder) -> str:
     return ""
 
 
+def is_rotated_head(folder: Folder, reference: Folder, head: str) -> bool:
+    """Say whether the rows of a head that was untied are as long as the reference's embeddings times its last norm."""
+    table = next((name for name in reference.layers if name.rpartition(".")[2] in TABLES), "")
+    last = [name for name in _norms(folder, reference) if not NUMBER.search(name)]
+    mine, theirs = format_of(folder), format_of(reference)
+    shape = theirs.weight_shape(table) or (1, 1)
+    rows = slice(None, None, max(1, shape[0] // EMBEDDING_ROWS))
+    own, original = readable_rows(mine, head, rows), readable_rows(theirs, table, rows)
+    if own is None or original is None or own.shape != original.shape:
+        return False
+    change = _ratio(*(each.tensors[last[0]].values() for each in (reference, folder))) if len(last) == 1 else 1.0
+    with np.errstate(all="ignore"):
+        longer = np.abs(np.log(np.linalg.norm(own, axis=1) / np.linalg.norm(original * change, axis=1)))
+    return bool(np.median(longer) < AGREES)
+
+
 def _made_up_for(mine: Format, theirs: Format, norm: str, smoothing: Smoothing) -> bool | None:
     """Say whether the columns of a layer in the norm's block compensate its change; None if no layer can be read."""
     own, original = mine.folder.tensors[norm].values(), theirs.folder.tensors[norm].values()
@@ -288,7 +304,8 @@ class Smoothing:
 
     `norms`: the tensors of the norms that differ. `own`, `original`: rows of the weight [out, in] of a module in the
     checkpoint and in its original; None for none. `shape`: that of a module in the original. `most`: about how many of
-    its rows are read to find the factors of its columns; all for None.
+    its rows are read to find the factors of its columns; all for None. `rotated`: a norm's factors went into matrices
+    that were turned afterwards, of which only the whole size is left (`octaves`).
     """
 
     def __init__(
@@ -299,7 +316,10 @@ class Smoothing:
         original: Rows,
         shape: Callable[[str], Sequence[int] | None],
         most: int | None = None,
+        *,
+        rotated: bool = False,
     ) -> None:
+        self._rotated = rotated
         self._own, self._original, self._shape, self._most = own, original, shape, most
         self._settings = folders[1].text_config
         self._norms: dict[str, dict[_Norm, Vector]] = {}
@@ -387,17 +407,44 @@ class Smoothing:
         blocks = [each for each in self._norms if self._shape(each + rest) is not None]
         apart: dict[_Norm | None, float] = {None: 0.0}
         for block in (blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, MOST_NORMS).astype(int)) if blocks):
-            if (found := self._column_factors(block + rest)) is None:
+            if (distance := self._distance(block + rest)) is None:
                 continue
-            changes = {norm: change for norm, change in self._norms[block].items() if len(change) == len(found)}
+            columns = (self._shape(block + rest) or (0, 0))[1]
+            changes = {norm: change for norm, change in self._norms[block].items() if len(change) == columns}
             inside = [norm for norm in changes if rest.startswith(norm.rest.rpartition(".")[0] + ".")]
             known = apart.keys() | {*inside}
             apart = {
-                norm: apart.get(norm, apart[None]) + _spread(found * changes[norm] if norm in inside else found)
+                norm: apart.get(norm, apart[None]) + distance(changes[norm] if norm in inside else np.ones(columns))
                 for norm in known
             }
         best = min(apart, key=lambda norm: apart[norm])
         return best if apart[best] < HALVED * apart[None] else None
+
+    def _distance(self, module: str) -> Callable[[Vector], float] | None:
+        """Return what says how far a module is from the original's where it read a norm with a change."""
+        if not self._rotated:
+            found = self._column_factors(module)
+            return None if found is None else lambda change: _spread(found * change)
+        own, original = self._some(module)
+        if own is None or original is None:
+            return None
+        return lambda change: abs(float(np.log2(_rms(own) / _rms(original / change))))
+
+    def octaves(self, module: str) -> float | None:
+        """Return log₂ of the rms of a rotated weight over the original's with its norm's factors; None for none."""
+        own, original = self._some(module)
+        if own is None or original is None:
+            return None
+        columns = self._fed(module)
+        with np.errstate(all="ignore"):
+            return float(np.log2(_rms(own) / _rms(original if columns is None else original * columns)))
+
+    def _some(self, module: str) -> tuple[Matrix | None, Matrix | None]:
+        """Return the same rows of a module in the checkpoint and in its original, with one shape; else None."""
+        sample = self._sample(module)
+        own, original = self._own(module, sample), self._original(module, sample)
+        fit = own is not None and original is not None and own.shape == original.shape
+        return (own, original) if fit else (None, None)
 
     def _folded_into(self, module: str) -> Vector | None:
         """Return the factors in a module's columns that the rows of the layer before it make up for; None for none."""
@@ -459,11 +506,8 @@ class Smoothing:
         return _least_squares(own.T, (original if columns is None else original * columns).T)
 
     def _column_factors(self, module: str) -> Vector | None:
-        sample = self._sample(module)
-        own, original = self._own(module, sample), self._original(module, sample)
-        if own is None or original is None or own.shape != original.shape:
-            return None
-        return _column_factors(own, original)
+        own, original = self._some(module)
+        return None if own is None or original is None else _column_factors(own, original)
 
 
 def _in_block(name: str) -> tuple[str, str]:
@@ -478,12 +522,18 @@ def _ratio(x: Vector, y: Vector) -> Vector:
     return found
 
 
+def _rms(weight: Matrix) -> float:
+    return float(np.sqrt(np.mean(np.square(weight))))
+
+
 def _spread(factors: Vector) -> float:
-    """Return the mean distance of ln |factors| from their median: 0 where they are one number."""
+    """Return the mean distance of ln |factors| from their median: 0 where they are one number, ∞ where most are 0."""
     with np.errstate(all="ignore"):
         logarithms = np.log(np.abs(factors))
     sound = logarithms[np.isfinite(logarithms)]
-    return float(np.abs(sound - np.median(sound)).clip(max=MOST_APART).mean()) if sound.size else 0.0
+    if 2 * sound.size <= len(factors):
+        return np.inf
+    return float(np.abs(sound - np.median(sound)).clip(max=MOST_APART).mean())
 
 
 def _column_factors(own: Matrix, original: Matrix) -> Vector:

@@ -10,7 +10,8 @@ from ..common import number
 from .checks.repeats import equal_blocks
 from .copies import Place, Resemblance, place_of, recognizer_of, resemblances
 from .files import Files
-from .folder import kind_of, natural
+from .folder import Settings, kind_of, natural
+from .row_orders import heads_of
 
 MOST_KINDS = 3
 """The number of kinds of layers that are counted one by one."""
@@ -18,6 +19,15 @@ MOST_NAMED = 3
 MOST_LISTED = 6
 SAME_FACTOR = 0.02
 """Two factors that differ by less than this are one, which rounding to few bits has moved."""
+MOVED_ALIKE = (
+    (("up_proj", "gate_proj"), "down_proj"),
+    (("w3", "w1"), "w2"),
+    (("fc1",), "fc2"),
+    (("c_fc",), "c_proj"),
+)
+"""The layers that write the neurons of a feed-forward layer, and the one that reads them."""
+HEADS_MOVED = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The layers in which the heads of attention may be moved together."""
 MANY = 4
 """The number of layers from which a summary says which they are."""
 
@@ -41,7 +51,7 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
         AnomalyError: a file is damaged.
         InfraError: a file is missing or can't be read.
     """
-    if files.reference is None:
+    if files.reference is None or files.relation.kind == "rotated":  # no weight alone is like one of the reference
         return [each for each in _equal_blocks(files) if each.layers & set(layers)]
     asked = frozenset(layer for layer, each in resemblances(files, layers).items() if each is not None)
     if not asked:
@@ -49,7 +59,10 @@ def suspicions_of(files: Files, layers: Iterable[str]) -> list[Suspicion]:
     every = list(recognizer_of(files).weights)
     found = resemblances(files, every)
     known = [each for each in found.values() if each is not None]
-    said = [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
+    undone = _undone(files, known)
+    said = [*_harmless(undone)]
+    known = [each for each in known if each.layer not in undone]
+    said += [*_orders(known, every, len(found)), *_siblings(known, every, len(found)), *_experts(known)]
     # a smoothing folds factors into layers by design
     factors = _factors(known, every) if files.relation.kind != "smoothed" else ()
     said += [*_blocks(files, known, every), *factors, *_additions(known, every)]
@@ -150,6 +163,51 @@ def _orders(known: Sequence[Resemblance], every: Collection[str], odd: int) -> I
         detail = f" ({details.pop()})" if len(details) == 1 and details != {""} else ""
         what = f"{counted_kinds(layers, every)}{_only(layers, odd)}: {name}{detail}"
         yield Suspicion(what, frozenset(layers))
+
+
+def _undone(files: Files, known: Sequence[Resemblance]) -> set[str]:
+    """Return the layers whose rows or columns are in another order that the other layers of their block undo.
+
+    These are the neurons of a feed-forward layer, moved alike in what writes them and what reads them, and the heads
+    of attention, moved alike in all four matrices.
+    """
+    moved = {each.layer: each for each in known if each.places}
+    found: set[str] = set()
+    for layer in moved:
+        stem, dot, last = layer.rpartition(".")
+        for writers, reader in MOVED_ALIKE:
+            names = [f"{stem}{dot}{name}" for name in (*writers, reader)]
+            alike = last == reader and all(name in moved for name in names)
+            if alike and len({moved[name].places for name in names}) == 1:
+                found |= {*names}
+        heads = [f"{stem}{dot}{name}" for name in HEADS_MOVED]
+        if last == HEADS_MOVED[0] and all(name in moved for name in heads):
+            queries, keys, values, output = (moved[name].places for name in heads)
+            same = keys == values and queries == output
+            if same and queries == _of_readers(files.folder.text_config, keys, len(queries) // len(keys)):
+                found |= {*heads}
+    return found
+
+
+def _of_readers(settings: Settings, keys: Sequence[int], several: int) -> Sequence[int]:
+    """Return the order of the rows of queries that follows that of keys, of which a head is read by several."""
+    head = heads_of(settings, len(keys)) or 1
+    size = several * head
+    return tuple(key // head * size + row for key in keys[::head] for row in range(size))
+
+
+def _harmless(layers: Collection[str]) -> Iterator[Suspicion]:
+    """Yield the orders that blocks undo, those of the same layers together."""
+    kinds: dict[str, set[str]] = {}
+    for layer in layers:
+        kinds.setdefault(place_of(layer).block, set()).add(_short(kind_of(layer)))
+    groups: dict[tuple[str, ...], set[int]] = {}
+    for block, moved in kinds.items():
+        groups.setdefault(tuple(sorted(moved)), set()).add(int(block or 0))
+    for names, blocks in groups.items():
+        where = f"in {'layers' if len(blocks) > 1 else 'layer'} {_range(blocks)}"
+        what = f"{where} the rows or columns of {joined(names)} are in another order, alike in all"
+        yield Suspicion(f"{what}: the model computes the same", frozenset(layers))
 
 
 def _siblings(known: Sequence[Resemblance], every: Collection[str], odd: int) -> Iterator[Suspicion]:

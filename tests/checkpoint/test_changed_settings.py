@@ -17,7 +17,7 @@ from pytest_qsa.engine.load.settings import resolved
 from pytest_qsa.suite.resolved_settings import resolve_settings
 from pytest_qsa.verdicts.budgets import budget_of
 from pytest_qsa.verdicts.judge import judge_problems
-from support.checkpoints import edited
+from support.checkpoints import edit_json, edited
 
 INT4 = "int4"
 
@@ -321,3 +321,23 @@ def test_a_dtype_of_a_smaller_range_is_noted(llama, tmp_path, mine, theirs, note
     what = {"dtype": f"{mine}, in the reference {theirs}: what is above 65504 becomes Inf"}
     assert notes(one, other) == (what if noted else {})
     assert problems(one, other) == {}
+
+
+def test_a_chat_template_is_compared_as_transformers_takes_it(llama, tmp_path):
+    text = "{% for message in messages %}\n{{ message.content }}\n{% endfor %}"
+
+    def own(name, template, stated=None):
+        folder = edited(llama, tmp_path / name)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        if stated is not None:
+            edit_json(folder / "tokenizer_config.json", lambda content: content.update(chat_template=stated))
+        return folder
+
+    original = own("original", text)
+    listed = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": text}]
+    assert findings(own("older", None, listed), original) == []
+    changed = problems(own("changed", text.replace("message.content", "message.text")), original)
+    assert changed == {"chat_template": "differs from the reference's, from line 2, character 12 on"}
+    (what,) = notes(own("two", text, "{{ messages[0].content }}"), original).values()
+    assert what.startswith("tokenizer_config.json has another one, which transformers leaves out")

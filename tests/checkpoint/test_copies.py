@@ -140,6 +140,41 @@ def test_a_weight_that_was_moved_is_called_what_it_is(original, tmp_path, fault)
     assert said(edited(original, tmp_path / "moved", noisy(change)), original) == [expected]
 
 
+def neurons(weights, reader="down_proj"):
+    order = torch.from_numpy(np.random.default_rng(0).permutation(64))
+    for name in ("up_proj", "gate_proj"):
+        weights[f"model.layers.2.mlp.{name}.weight"] = weights[f"model.layers.2.mlp.{name}.weight"][order]
+    down = weights[f"model.layers.2.mlp.{reader}.weight"]
+    down.copy_(down[:, order if reader == "down_proj" else slice(None)])
+
+
+def heads_of_a_block(weights, queries=(2, 3, 0, 1)):
+    for name, order in (("q", queries), ("k", (1, 0)), ("v", (1, 0)), ("o", queries)):
+        weight = weights[f"model.layers.2.self_attn.{name}_proj.weight"]
+        turned = weight.T if name == "o" else weight
+        turned = turned.reshape(len(order), 16, -1)[list(order)].reshape(turned.shape)
+        weight.copy_((turned.T if name == "o" else turned).clone())
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [(neurons, "down_proj, gate_proj and up_proj"), (heads_of_a_block, "k_proj, o_proj, q_proj and v_proj")],
+)
+def test_an_order_that_a_block_undoes_is_called_harmless(original, tmp_path, change, kinds):
+    what = f"in layer 2 the rows or columns of {kinds} are in another order, alike in all: the model computes the same"
+    assert said(edited(original, tmp_path / "moved", noisy(change)), original) == [what]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda weights: neurons(weights, "gate_proj"), lambda weights: heads_of_a_block(weights, (3, 2, 0, 1))],
+)
+def test_an_order_that_one_layer_of_a_block_does_not_follow_is_a_fault(original, tmp_path, change):
+    found = said(edited(original, tmp_path / "moved", noisy(change)), original)
+    assert found
+    assert not any("computes the same" in each for each in found)
+
+
 def test_layers_that_are_all_one_too_late_repeat_nothing(original, tmp_path):
     told = said(edited(original, tmp_path / "shifted", shifted), original)
     assert told == ["layers 1 to 3 are the reference's layers 0 to 2 in o_proj"]

@@ -247,6 +247,16 @@ def test_a_shard_that_is_not_there_is_one_line(tmp_path):
     assert keys(folder) == {TWO: "shard 2 of 2 is not there"}
 
 
+def test_a_shard_of_an_older_export_is_a_leftover_and_promises_no_others(tmp_path):
+    old = {"model.norm.weight": model()["model.norm.weight"] * 4}
+    folder = sharded(tmp_path / "own", model(), **{"model-00001-of-00003.safetensors": old})
+    found = keys(folder)
+    assert list(found) == ["model.norm.weight"]
+    assert "model-00001-of-00003.safetensors" in found["model.norm.weight"]
+    (folder / ONE).unlink()
+    assert keys(folder) == {ONE: "shard 1 of 2 is not there (7 tensors)"}
+
+
 def test_shards_without_an_index_and_a_file_that_no_index_names_are_told(tmp_path):
     folder = sharded(tmp_path / "own", model())
     (folder / INDEX).unlink()

@@ -12,6 +12,7 @@ from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
 from pytest_qsa.checkpoint.smoothing import Smoothing, compare_norms
+from pytest_qsa.checkpoint.suspicions import suspicions_of
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.suite import Memory, Model
@@ -122,7 +123,7 @@ def test_an_ordinary_checkpoint_is_compared_layer_by_layer(folders, name):
     assert (relation(folders, name).kind, relation(folders, name).compare) == ("same", "layers")
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.02, torch.linspace(0.5, 2, 32)])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.02, torch.linspace(0.5, 2, 32)])
 def test_a_norm_that_nothing_makes_up_for_is_no_smoothing(folders, tmp_path, factor):
     def change(weights):
         weights["model.layers.2.input_layernorm.weight"] *= factor
@@ -393,3 +394,47 @@ def test_a_layer_that_shares_factors_is_named_with_the_one_it_has_them_from(ever
     (found,) = problems_of(Files(open_folder(odd), open_folder(folders["original"])), "checkpoint_scales")[1]
     assert (found.layer, "0.55 × the size of the reference's" in found.what) == (DOWN, True)
     assert "it or model.layers.2.mlp.up_proj" in found.what
+
+
+def test_only_a_scale_that_is_wrong_is_a_problem_of_a_rotated_checkpoint(folders, tmp_path):
+    """Its norms went into the matrices, so that its scales are not those of siblings: here all the less in layer 2."""
+
+    def learned_more(weights):
+        weights["model.layers.2.post_attention_layernorm.weight"] *= 0.02
+
+    original = edited(folders["original"], tmp_path / "original", learned_more)
+    folder = save_quantized_llama(tmp_path / "int8", edited(original, tmp_path / "float", rotate))
+    assert found_in(folder, original) == set()
+    files = Files(open_folder(folder), open_folder(original))
+    assert suspicions_of(files, files.folder.layers) == []
+
+    def double(weights):
+        weights["model.layers.2.mlp.gate_proj.weight_scale"] *= 2
+
+    odd = edited(folder, tmp_path / "odd", double)
+    (found,) = problems_of(Files(open_folder(odd), open_folder(original)), "checkpoint_scales")[1]
+    assert found.layer == "model.layers.2.mlp.gate_proj"
+    assert "2 × the size of the reference's" in found.what
+
+
+@pytest.mark.parametrize("head", ["rotated", "random"])
+def test_a_head_that_a_rotation_unties_is_a_fault_only_where_it_is_another(folders, tmp_path, head):
+    def tie(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    def untied(weights):
+        tie(weights)
+        rotate(weights)
+        if head == "random":
+            weights["lm_head.weight"] = torch.rand(320, 32)
+
+    def tied(config):
+        config["tie_word_embeddings"] = True
+
+    original = edited(
+        folders["original"], tmp_path / "original", lambda weights: weights.pop("lm_head.weight"), config=tied
+    )
+    whole = edited(folders["original"], tmp_path / "whole", untied)
+    files = Files(open_folder(whole), open_folder(original))
+    found = {each.tensor: each.note for each in problems_of(files, "checkpoint_settings")[1]}
+    assert found["tie_word_embeddings"] == (head == "rotated")

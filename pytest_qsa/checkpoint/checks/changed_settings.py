@@ -13,7 +13,7 @@ from ...common import AnomalyError
 from ..folder import RESTORE, TEMPLATE_FILE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
-from ..side_files import CONFIG, GENERATION, PROCESSORS
+from ..side_files import CONFIG, GENERATION, PROCESSORS, TOKENIZER_SETTINGS
 from ..tensors import element_count
 from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
 
@@ -99,10 +99,7 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
     with refusing_odd_settings(f"{folder.path}: a setting of the tokenizer, in tokenizer.json or beside it,"):
         yield from changed_tokenizer(folder, reference)
     yield from _processor(folder, reference)
-    mine, theirs = _template(folder), _template(reference)
-    if mine != theirs:
-        what = "there is none, the reference has one" if mine is None else "differs from the reference's"
-        yield Finding(TEMPLATE, TEMPLATE, TEMPLATE_FILE, what, RESTORE)
+    yield from _templates(folder, reference)
 
 
 def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Finding]:
@@ -281,8 +278,37 @@ def same(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-6) if numbers else bool(one == other)
 
 
+def _templates(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield a chat template that differs from the reference's, and one that another file of the folder contradicts."""
+    mine, theirs = _template(folder), _template(reference)
+    if mine != theirs:
+        what = "there is none, the reference has one" if mine is None else _first_difference(mine, theirs)
+        yield Finding(TEMPLATE, TEMPLATE, TEMPLATE_FILE, what, RESTORE)
+    stated = _stated_template(folder)
+    if folder.template() is not None and stated is not None and stated != mine:
+        what = f"{TOKENIZER_SETTINGS} has another one, which transformers leaves out and other loaders may take"
+        yield Finding(TEMPLATE, TEMPLATE, TEMPLATE_FILE, what, "remove the one that is not meant", note=True)
+
+
+def _first_difference(mine: str, theirs: str | None) -> str:
+    """Say where two templates part; neither is quoted, for it may be a link to any file of this machine."""
+    if theirs is None:
+        return "there is one, the reference has none"
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    at = next((place for place, (one, other) in pairs if one != other), min(len(mine), len(theirs)))
+    line, column = mine.count("\n", 0, at) + 1, at - mine.rfind("\n", 0, at)
+    return f"differs from the reference's, from line {line}, character {column} on"
+
+
 def _template(folder: Folder) -> str | None:
-    if (text := folder.template()) is not None:
-        return text.strip()
-    template = (folder.json("tokenizer_config.json") or {}).get("chat_template")
-    return str(template).strip() if template is not None else None
+    """Return the chat template that transformers takes; None for none."""
+    text = folder.template()
+    return text.strip() if text is not None else _stated_template(folder)
+
+
+def _stated_template(folder: Folder) -> str | None:
+    """Return the chat template in tokenizer_config.json; of several, as older versions wrote them, the default."""
+    stated = (folder.json(TOKENIZER_SETTINGS) or {}).get("chat_template")
+    if isinstance(stated, list):
+        stated = {each.get("name"): each.get("template") for each in stated}.get("default", stated)
+    return str(stated).strip() if stated is not None else None

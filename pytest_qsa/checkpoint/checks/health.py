@@ -24,6 +24,7 @@ from ..files import Files
 from ..folder import Finding, natural, refusing_odd_settings
 from ..formats.format import check_declared
 from ..side_files import CONFIG, check_side_files, readable_tokenizer
+from ..smoothing import is_rotated_head
 from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats
@@ -206,9 +207,11 @@ def _with_head(files: Files, finding: Finding) -> Finding:
     if not head or head not in recognizer.pairs:
         return finding
     known = recognizer.find(head)
-    own = known is not None and known.own
-    what = f"{finding.what}; {head} {'holds' if own else 'is unlike'} the reference's embeddings"
-    return replace(finding, what=what, note=own)
+    own, how = known is not None and known.own, ""
+    if files.reference is not None and files.relation.kind == "rotated":
+        own, how = is_rotated_head(files.folder, files.reference, head), ", with the last norm's factors and rotated"
+    verb = f"holds the reference's embeddings{how}" if own else "is unlike the reference's embeddings"
+    return replace(finding, what=f"{finding.what}; {head} {verb}", note=own)
 
 
 @_check(_kept_layers)

@@ -48,8 +48,10 @@ def absent_shards(folder: Folder) -> Iterator[Finding]:
     promised: dict[str, list[str]] = {}
     for name, file in folder.indexed.items():
         promised.setdefault(file, []).append(name)
+    # An old shard, of another number of shards than the index has, is a leftover.
+    stated = {shard.group("stem", "count") for file in promised if (shard := SHARD.fullmatch(file))}
     for file in (file.name for file in folder.files):
-        if shard := SHARD.fullmatch(file):
+        if (shard := SHARD.fullmatch(file)) and (not stated or shard.group("stem", "count") in stated):
             for number in range(1, int(shard["count"]) + 1):
                 promised.setdefault(f"{shard['stem']}-{number:05}-of-{shard['count']}.safetensors", [])
     for file, names in sorted(promised.items()):

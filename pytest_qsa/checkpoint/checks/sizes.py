@@ -15,6 +15,8 @@ from ..tensors import Matrix
 ROWS_SAMPLED = 64
 """About how many rows of a layer are compared, evenly spaced."""
 ROWS_READ_AT_ONCE = 1024
+ROWS_ROTATED = 1024
+"""The same of a rotated layer, whose rows are mixed."""
 GROUP_ROOM = 0.5
 """By how many octaves the rms of the weights of one scale may differ; rounding to 4 bits moves it by 0.1."""
 LAYER_ROOM = {2: 0.5, 3: 0.5}
@@ -24,7 +26,8 @@ LAYER_ROOM = {2: 0.5, 3: 0.5}
 class Original:
     """The reference's weights beside a checkpoint's, for layers that both have under one name and in one shape.
 
-    Of a smoothed checkpoint they have the factors that the smoothing has moved.
+    Of a smoothed checkpoint they have the factors that the smoothing has moved; of a rotated one only the size of a
+    whole matrix can be compared.
     """
 
     def __init__(self, form: Format, reference: Folder, relation: Relation) -> None:
@@ -32,10 +35,11 @@ class Original:
         names = () if form.folder.gguf_file else list(reference.layers)
         self._names = {own: name for name, own in form.layers_of(names).items()}
         self._smoothing: Smoothing | None = None
-        if relation.kind == "smoothed":
-            folders = form.folder, reference
+        self._rotated = relation.kind == "rotated"
+        if self._rotated or relation.kind == "smoothed":
+            folders, most = (form.folder, reference), ROWS_ROTATED if self._rotated else ROWS_OF_FACTORS
             self._smoothing = Smoothing(
-                folders, relation.norms, self._own, self._plain, form.weight_shape, ROWS_OF_FACTORS
+                folders, relation.norms, self._own, self._plain, form.weight_shape, most, rotated=self._rotated
             )
 
     def judge(self, found: Iterable[Finding]) -> Iterator[Finding]:
@@ -49,13 +53,21 @@ class Original:
             of_weight = any(tensor is not None and tensor.name == finding.tensor for tensor in tensors)
             if not (of_weight and self.has_sizes_of(finding.layer)):
                 named.add(finding.layer)
-                yield finding
+                # beside siblings that a smoothing or a rotation has changed, the size of one says little
+                resized = self._resized(finding.layer) if of_weight and self._smoothing is not None else ()
+                yield from list(resized) or [finding]
         for layer in self.form.fitting:
             if layer not in named and self.form.codes_of(layer) is not None and not self._relation.turned(layer):
                 yield from self._resized(layer)
 
     def has_sizes_of(self, layer: str) -> bool:
-        """Say whether the weights of each scale of a layer have the original's rms, within half an octave."""
+        """Say whether the weights of each scale of a layer have the original's rms, within half an octave.
+
+        Of a rotated checkpoint all of them together.
+        """
+        if self._rotated and self._smoothing is not None:
+            whole = self._smoothing.octaves(layer)
+            return whole is not None and abs(whole) <= GROUP_ROOM
         shape, scale = self.form.weight_shape(layer), self.form.weight_scale_of(layer)
         if shape is None or scale is None:
             return False
@@ -69,20 +81,37 @@ class Original:
         return True
 
     def _resized(self, layer: str) -> Iterator[Finding]:
-        shape, scheme = self.form.weight_shape(layer), self.form.scheme_of(layer)
-        step = max(1, shape[0] // ROWS_SAMPLED) if shape else 1
-        octaves = self._octaves(layer, slice(None, None, step), 1)
         tensor = self.form.weight_scale_of(layer) or self.form.codes_of(layer)
-        if octaves is None or tensor is None:
+        sizes, scheme = self._size(layer), self.form.scheme_of(layer)
+        if sizes is None or tensor is None:
             return
-        middle = float(np.median(octaves))
+        middle, of = sizes
         room = LAYER_ROOM.get(scheme.bits if scheme else 0, 0.2)
-        if np.isfinite(middle) and abs(middle) > room:  # NaN and zeros are found as such
-            size = f"{2**middle:.3g} × the size of the reference's"
-            what = f"the dequantized weight is {size} (median of {len(octaves)} rows)"
+        if np.isfinite(middle) and abs(middle) > room and self._is_resized(layer, room):  # NaN is found as such
+            what = f"the dequantized weight is {2**middle:.3g} × the size of the reference's ({of})"
             if self._smoothing is not None and (other := self._smoothing.partner(layer)):
                 what += f": it or {other}, from whose rows a smoothing has taken factors into it"
             yield Finding.at(tensor, what, AGAIN)
+
+    def _size(self, layer: str) -> tuple[float, str] | None:
+        """Return by how many octaves a layer is larger than the original's, and of what that is the number."""
+        if self._rotated and self._smoothing is not None:
+            whole = self._smoothing.octaves(layer)
+            return None if whole is None else (whole, "rms of the rotated matrix")
+        shape = self.form.weight_shape(layer)
+        octaves = self._octaves(layer, slice(None, None, max(1, shape[0] // ROWS_SAMPLED) if shape else 1), 1)
+        return None if octaves is None else (float(np.median(octaves)), f"median of {len(octaves)} rows")
+
+    def _is_resized(self, layer: str, room: float) -> bool:
+        """Say whether all rows, in the order of their size, are others: rows that only moved have the same sizes."""
+        if self._rotated:
+            return True
+        mine, theirs = self._own(layer, slice(None)), self._theirs(layer, slice(None))
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            return True
+        one, other = (np.sort(np.square(each).mean(axis=1)) for each in (mine, theirs))
+        with np.errstate(all="ignore"):
+            return not abs(float(np.nanmedian(0.5 * np.log2(one / other)))) <= room
 
     def _octaves(self, layer: str, rows: slice, groups: int) -> NDArray[np.float64] | None:
         """Return log₂ of the rms of groups in some rows over the original's, flat; None where one can't be read.

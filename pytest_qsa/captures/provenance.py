@@ -180,14 +180,14 @@ class DataProvenance(_Record):
     """
 
     source: str = ""
-    media: bool = False
-    unread: str = ""
     settings: Json = field(default_factory=dict)
     num_samples: int | None = None
     seq_len: int | None = None
     seed: int | None = None
     fingerprint: str | None = None
     prompts: str | None = None
+    media: bool = False
+    unread: str = ""
 
     @classmethod
     def of(cls, content: Json) -> Self:

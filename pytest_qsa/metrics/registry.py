@@ -175,7 +175,10 @@ class Metric(Definition):
 
     def best(self, parameters: Parameters) -> float | None:
         """Return its value where nothing is lost; None where that isn't known."""
-        return dict(self.perfect).get(parameters.get("stat", "")) if isinstance(self.perfect, tuple) else self.perfect
+        if not isinstance(self.perfect, tuple):
+            return self.perfect
+        stat = self.parameters["stat"].default
+        return dict(self.perfect).get(parameters.get("stat", stat))
 
     def drawn_from(self, parameters: Parameters) -> Counts:
         """Return what an estimate of it is drawn from."""

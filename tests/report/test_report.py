@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pytest_qsa.captures.distributions import histogram
+from pytest_qsa.captures.pictures import Patch
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance
 from pytest_qsa.report import html, page as report_page
 from pytest_qsa.report.page import MOST_LISTED, MOST_ROWS, shortened
@@ -149,7 +150,11 @@ def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
     odd = {"path": Path("a/b"), "count": np.int64(3), "share": np.float32(0.5), 7: (1, 2), "kinds": {Kind.INFRA}}
     run = Provenance(data=DataProvenance("wikitext2", odd))
     plain = to_plain(
-        verdict_of(run=run, evidence=[token_of("lone \ud800 surrogate")], artefacts={"value": Path("v.png")})
+        verdict_of(
+            run=run,
+            evidence=[token_of("lone \ud800 surrogate", patch=Patch(1, 2, 4, 4))],
+            artefacts={"value": Path("v.png")},
+        )
     )
 
     assert execnet.loads(execnet.dumps(plain)) == plain
@@ -157,6 +162,7 @@ def test_a_plain_verdict_crosses_to_the_controller_of_xdist_unchanged():
         "source": "wikitext2", "path": "a/b", "count": 3, "share": 0.5, "7": [1, 2], "kinds": ["INFRA"],
     }  # fmt: skip
     assert type(plain["kind"]) is str
+    assert plain["evidence"][0]["patch"] == [1, 2, 4, 4]
     assert plain["evidence"][0]["text"] == r"lone \ud800 surrogate"
     assert json.loads(json.dumps(plain)) == plain
 

@@ -98,6 +98,7 @@ from .statistics import (
     CHANNEL_COUNTS as CHANNEL_COUNTS,
     CHANNELS as CHANNELS,
     COUNTS as COUNTS,
+    DRAFTS as DRAFTS,
     ELEMENTS as ELEMENTS,
     ERROR as ERROR,
     EXPERTS as EXPERTS,

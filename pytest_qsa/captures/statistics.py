@@ -362,6 +362,18 @@ class OtherPredictions(Statistic):
     token_bytes = 16
 
 
+class DraftedTokens(Statistic):
+    """What the checkpoint's own head of several tokens (MTP) drafts in vLLM while each sample is continued.
+
+    `drafts` [P, 2] float64: how many tokens it drafted, and how many of them the model would have written.
+    """
+
+    name = "drafts"
+    by_token = True
+    arrays: ClassVar = {"drafts": PER_POPULATION}
+    of_logits = True
+
+
 class OtherEngine(Statistic):
     """What transformers has at a site of a model that another engine runs, on the same tokens.
 
@@ -607,6 +619,7 @@ ERROR: Statistic = TokenError()
 REFERENCE_TOKENS: Statistic = ReferenceTokens()
 OTHER_ENGINE: Statistic = OtherEngine()
 OTHER_PREDICTIONS: Statistic = OtherPredictions()
+DRAFTS: Statistic = DraftedTokens()
 REFERENCE_SINKS: Statistic = ReferenceSinks()
 
 ALL_STATISTICS = frozenset(kind() for kind in STATISTICS.values() if kind.default)

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..captures import (
     AGREEMENT,
     CACHE_SCALE,
+    DRAFTS,
     LOGITS,
     MOMENTS,
     OTHER_ENGINE,
@@ -30,6 +32,7 @@ from ..captures import (
     Provenance,
     Request,
     SiteKey,
+    SiteNumbers,
     asks_for_answers,
     compares,
     data_fingerprint,
@@ -82,7 +85,7 @@ from .run.participant import Participant
 from .run.rounded_cache import CacheScales, RoundedCache, cache_rounded
 from .run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from .run.site_statistics import StoredComparison
-from .vllm.capture import VllmPass, check_requests, empty_subject, run_in_vllm, served_head
+from .vllm.capture import VllmPass, check_requests, empty_subject, predictions_of, run_in_vllm, served_head
 from .vllm.recorded import RecordedComparison
 
 
@@ -209,11 +212,13 @@ def _capture_in_vllm(
         ran = run_in_vllm(subject, loaded.model, every, requests, recorded.drawn if recorded else None)
         _let_go()
         capture = _capture_of(subject, loaded, every, requests, ran)
-        if predicted := [request for request in requests if request.site == LOGITS]:
+        if predicted := predictions_of(requests):
             samples = [row.tolist() for row in capture.tokens]
             head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
             capture = _with_predictions(capture, subject, loaded, head, predicted, provenance, allow_code, progress)
             capture = _with_other_predictions(capture, subject, head, predicted, allow_code, progress)
+        if ran.result["drafts"]:
+            capture = _with_drafts(capture, np.array(ran.result["drafts"]))
         if recorded is not None:
             capture = recorded.added_to(capture, ran.rows)
     capture = _with_other_engine(capture, subject, requests, allow_code, progress)
@@ -276,6 +281,14 @@ def _with_other_engine(
             more.setdefault(site, {}).update({f"{name}_moments": theirs.moments, f"{name}_max": theirs.token_max})
     sites = {site: numbers.having((), more.get(site, {})) for site, numbers in capture.sites.items()}
     return replace(capture, sites=sites)
+
+
+def _with_drafts(capture: Capture, drafts: Array) -> Capture:
+    """Add what the checkpoint's own head of several tokens drafts behind each sample, [P, 2]."""
+    lengths = np.array([len(ids) for ids in capture.tokens])
+    owners = np.arange(len(lengths), dtype=np.int32), np.zeros(len(lengths), dtype=np.int32), lengths
+    known = capture.sites.get((LOGITS, LOGITS)) or SiteNumbers("float32", (), True, frozenset(), *owners, {})
+    return replace(capture, sites={**capture.sites, (LOGITS, LOGITS): known.having({DRAFTS}, {"drafts": drafts})})
 
 
 def _by_transformers(subject: NamedSubject, attention: str | None) -> NamedSubject:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import (
+    DRAFTS,
     LOGITS,
     MOMENT_NAMES,
     MOMENTS,
@@ -23,10 +24,12 @@ from ..captures import (
     lower_median,
 )
 from ..common import AnomalyError, SuiteError
-from .registry import NOT_NEGATIVE, Parameters, metric
+from .registry import NOT_NEGATIVE, TWO_SIDED_95, Estimate, Parameters, metric
 from .view import View
 
 GapStat = Literal["rms", "outlier_tokens", "absmax", "kl"]
+LEAST_SAMPLES = 4
+"""Fewer samples give no interval of what is drafted behind them."""
 THRESHOLD = np.float32(64)
 """The outlier tokens that are counted are those of `outlier_tokens` by default."""
 LEAST_FLOOR: Mapping[GapStat, float] = {"rms": 0.004, "outlier_tokens": 1.0, "absmax": 0.0704, "kl": 0.001}
@@ -64,6 +67,26 @@ def engine_gap(view: View, *, stat: GapStat = "rms", relative: bool = True) -> f
     )
     gap = _gap(stat, own, other)
     return gap / max(_gap(stat, other, eager), LEAST_FLOOR[stat]) if relative else gap
+
+
+@metric(DRAFTS, reduce=None, worst="lowest", span=(0.0, 1.0))
+def mtp_acceptance(view: View) -> Estimate:
+    """Take the share of the tokens that the checkpoint's MTP head drafts in vLLM which the model itself would write.
+
+    The sum of vLLM's counter of accepted tokens over that of drafted ones, greedy, while 32 tokens are written behind
+    each sample. The interval is that of a ratio of sums over the samples (Cochran, Sampling Techniques, 6.4).
+    """
+    if view.positions != "all":
+        raise SuiteError("mtp_acceptance is of what follows a sample: leave positions out")
+    drafted, accepted = view.numbers.arrays["drafts"].T
+    if not drafted.sum():
+        raise AnomalyError("vLLM drafted no token: what it wrote behind the samples ended at once")
+    share, count = float(accepted.sum() / drafted.sum()), len(drafted)
+    if count < LEAST_SAMPLES:
+        return Estimate(share, float("nan"), float("nan"), int(drafted.sum()))
+    spread = np.sqrt(((accepted - share * drafted) ** 2).sum() * count / (count - 1)) / drafted.sum()
+    half = TWO_SIDED_95 * float(spread)
+    return Estimate(share, max(0.0, share - half), min(1.0, share + half), int(drafted.sum()))
 
 
 def _gap(stat: GapStat, one: float, other: float) -> float:

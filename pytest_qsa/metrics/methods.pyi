@@ -149,6 +149,9 @@ class MetricMethods:
     ) -> Series:
         """Take |ln(a / b)| of a layer's rms or absmax, or |a − b| of its outlier tokens, in model.engine and transformers."""
 
+    def mtp_acceptance(self, *, positions: Positions | None = None) -> Series:
+        """Take the share of the tokens that the checkpoint's MTP head drafts in vLLM which the model itself would write."""
+
     def sqnr(
         self, by: Literal["tensor", "token", "channel"] = "tensor", *, positions: Positions | None = None
     ) -> Series:

@@ -319,6 +319,12 @@ def _check_engine(source: YamlSource, model: Model | None, index: int, assertion
             ("assertions", index, "metric"),
             "engine_gap holds an engine against transformers, and transformers runs this model: say model.engine: vllm",
         )
+    if assertion.metric == "mtp_acceptance" and (model is None or model.engine.name == "transformers"):
+        raise source.error(
+            ("assertions", index, "metric"),
+            "mtp_acceptance reads vLLM's counters of drafted tokens, and transformers drafts none: say model.engine: "
+            "vllm",
+        )
     if model is None or model.engine.name == "transformers" or not isinstance(assertion, MeasuredAssertion):
         return
     by_files = assertion.site == "weight" and model.weights == "files"

@@ -15,6 +15,7 @@ from pytest_qsa import engine
 from pytest_qsa.captures import (
     AGREEMENT,
     ALL_STATISTICS,
+    DRAFTS,
     ERROR,
     MOMENTS,
     OTHER_ENGINE,
@@ -26,7 +27,7 @@ from pytest_qsa.captures import (
 from pytest_qsa.common import InfraError, VllmWords
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.broken_kernel import interpreter
-from support.checkpoints import save_llama, save_quantized_llama
+from support.checkpoints import save_glm_with_mtp, save_llama, save_quantized_llama
 from support.paths import ROOT
 
 PYTHON = os.environ.get("QSA_VLLM_PYTHON", "")
@@ -141,6 +142,21 @@ def test_a_quantized_head_predicts_as_vllms_kernel_runs_it(wide_llama, tmp_path,
     own_scores, scores = (each.sites["logits", "logits"].scores for each in (found, theirs))
     np.testing.assert_allclose(np.nanmean(own_scores[:, 0]), np.nanmean(scores[:, 0]), atol=0.1)
     np.testing.assert_allclose(np.nanmean(own_scores[:, 2]), np.nanmean(scores[:, 2]), rtol=0.3)
+
+
+def test_drafts_of_a_checkpoints_own_head_are_counted(tmp_path):
+    own = subject(save_glm_with_mtp(tmp_path / "glm"), tmp_path, dtype="bfloat16")
+    found = engine.capture_subject(own, [Request("", "logits", None, frozenset({DRAFTS})), REQUESTS[1]])
+    drafts = found.sites["logits", "logits"].arrays["drafts"]
+    assert drafts.shape == (5, 2)
+    assert (drafts[:, 0] >= 15).all()  # 32 tokens, of which a draft gives one more at best
+    assert (drafts[:, 1] <= drafts[:, 0]).all()
+    assert 0 <= found.logits().mtp_acceptance().values[0] <= 1
+
+
+def test_a_checkpoint_without_such_a_head_is_told_in_vllms_words(wide_llama, tmp_path):
+    with pytest.raises(InfraError, match=r"vLLM can't run the checkpoint: .*Unsupported speculative method: 'mtp'"):
+        engine.capture_subject(subject(wide_llama, tmp_path), [Request("", "logits", None, frozenset({DRAFTS}))])
 
 
 @pytest.mark.real_model

@@ -262,9 +262,16 @@ def alive(pid):
             "print('RuntimeError: Engine core initialization failed. See above', flush=True); sys.exit(1)",
             "vLLM ended before it had run the samples (exit code 1): ValueError: no KV blocks left",
         ),
+        (
+            "print('(MainProcess) WARNING ValueError: Tokenizer not available', flush=True); "
+            "print('ERROR Worker proc VllmWorker-0 died unexpectedly (exit code: -11), shutting down', flush=True); "
+            "print('EngineDeadError: EngineCore encountered an issue', flush=True); sys.exit(1)",
+            "vLLM ended before it had run the samples (exit code 1): Worker proc VllmWorker-0 died unexpectedly "
+            "(exit code: -11)",
+        ),
         ("os.kill(os.getpid(), 9)", "vLLM ended before it had run the samples (killed by SIGKILL): loading"),
     ],
-    ids=["timeout", "refused", "killed"],
+    ids=["timeout", "refused", "worker", "killed"],
 )
 def test_a_run_of_vllm_that_fails_is_one_line_and_leaves_no_process(tmp_path, ending, message):
     child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pytest_qsa.captures import MOMENTS, OTHER_ENGINE, OTHER_PREDICTIONS, SCORES, TOKENS, Capture, SiteNumbers
+from pytest_qsa.captures import DRAFTS, MOMENTS, OTHER_ENGINE, OTHER_PREDICTIONS, SCORES, TOKENS, Capture, SiteNumbers
 from pytest_qsa.common import AnomalyError, SuiteError
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import load_suite
@@ -83,6 +83,30 @@ def test_the_gap_of_the_predictions_is_their_mean_divergence(tmp_path):
     assert logits.engine_gap(stat="kl").values[0] == pytest.approx(0.03 / 0.004)
     with pytest.raises(SuiteError, match="stat: kl is of the predictions"):
         logits.engine_gap()
+
+
+def test_the_share_of_drafts_that_are_accepted_is_a_ratio_of_sums():
+    drafts = np.array([[30.0, 20], [25, 5], [31, 31], [28, 14]])
+    numbers = SiteNumbers(
+        "float32", (), True, frozenset({DRAFTS}), np.arange(4, dtype=np.int32), np.zeros(4, np.int32), np.full(4, 8),
+        {"drafts": drafts},
+    )  # fmt: skip
+    series = Capture({("logits", "logits"): numbers}).logits().mtp_acceptance()
+    share = 70 / 114
+    assert series.values[0] == pytest.approx(share)
+    [(low, high, count)] = series.intervals.values()
+    residuals = drafts[:, 1] - share * drafts[:, 0]
+    half = 1.959964 * np.sqrt(4 / 3 * (residuals**2).sum()) / 114
+    assert (low, high, count) == (pytest.approx(share - half), pytest.approx(min(1, share + half)), 114)
+
+
+def test_transformers_drafts_no_token(tmp_path):
+    file = tmp_path / "gate.qsa.yaml"
+    file.write_text(suite(tmp_path, "id: a, metric: mtp_acceptance, min: 0.6"))
+    with pytest.raises(SuiteError, match="transformers drafts none: say"):
+        load_suite(file)
+    file.write_text(suite(f"{tmp_path}, engine: vllm", "id: a, metric: mtp_acceptance, min: 0.6"))
+    load_suite(file)
 
 
 @pytest.mark.parametrize(

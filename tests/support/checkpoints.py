@@ -93,6 +93,34 @@ def save_quantized_llama(folder, source, preset="W8A8", head=False, **weights):
     return folder
 
 
+def save_glm_with_mtp(folder):
+    """Save a small GLM-4 MoE with random weights, whose third layer is a head that drafts a token (MTP)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, initializer_range=0.1, tie_word_embeddings=False,
+        max_position_embeddings=512, n_group=1, topk_group=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    Glm4MoeForCausalLM(config).bfloat16().save_pretrained(folder)
+    weights, last = load_file(folder / "model.safetensors"), "model.layers.2."
+    norms = {f"{last}{name}.weight": torch.ones(128).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
+    copies = {"shared_head.head": "lm_head", "embed_tokens": "model.embed_tokens"}
+    tables = {f"{last}{name}.weight": weights[f"{source}.weight"].clone() for name, source in copies.items()}
+    mixed = {f"{last}eh_proj.weight": (torch.randn(128, 256) / 10).bfloat16()}
+    save_file({**weights, **norms, **tables, **mixed}, folder / "model.safetensors", metadata={"format": "pt"})
+    declared = json.loads((folder / "config.json").read_text())
+    lists = {name: value[:2] for name, value in declared.items() if isinstance(value, list) and len(value) == 3}
+    changed = {**declared, **lists, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(changed))
+    save_tokenizer(folder)
+    return folder
+
+
 def save_words(source, folder, declared):
     """Save a Llama whose q and k are random words of GPTQ or AWQ's `gemm`, zero points of several outputs in one."""
     import torch

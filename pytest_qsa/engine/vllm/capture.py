@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...captures import (
+    DRAFTS,
     LOGITS,
     Capture,
     ExecutedModules,
@@ -42,11 +43,18 @@ LOGPROBS = 20
 """How many of vLLM's own logprobs of each position of one sample check the head that makes logits here."""
 MOST_APART = 0.05
 """How far those may be from the logprobs made here, in nats, in the mean over a sample."""
+DRAFTED = 32
+"""How many tokens are written behind each sample where drafts are counted."""
 SAMPLES_AT_ONCE = 16
 LEAST_BUDGET = 2048
 """Tokens of a batch, unless a sample is longer or the suite says it."""
 KV_BLOCK = 128
 GIB = 1 << 30
+
+
+def predictions_of(requests: Sequence[Request]) -> list[Request]:
+    """Return the requests of what is predicted; what a head of several tokens drafts isn't."""
+    return [request for request in requests if request.site == LOGITS and request.statistics - {DRAFTS}]
 
 
 def check_requests(requests: Sequence[Request], *, recorded: bool) -> None:
@@ -154,12 +162,13 @@ def run_in_vllm(
         raise InfraError("vLLM runs plain windows of text: the data have more, or other things, than token ids")
     layers, blocks = with_experts(layers_of(model)), blocks_of(model)
     wanted = wanted_sites(layers, blocks, requests)
-    predicts = any(request.site == LOGITS for request in requests)
+    drafts = DRAFTED if any(DRAFTS in request.statistics for request in requests) else 0
+    predicts = bool(predictions_of(requests))
     own_head = predicts and _stored_head(subject, model) is None
     phase(f"vLLM {environment['vllm']} loads and runs {len(samples)} samples")
     with Scratch("qsa-vllm") as name:
         folder = Path(name)
-        settings = {**_settings(subject, samples), **program.arguments}
+        settings = {**_settings(subject, samples, drafts), **program.arguments}
         job = {
             "engine": settings,
             "samples": samples,
@@ -168,6 +177,7 @@ def run_in_vllm(
             "blocks": blocks,
             "predictions": predicts,
             "logits": own_head,
+            "drafts": drafts,
             "logprobs": LOGPROBS if predicts else 0,
         }
         result = run_program(program, job, folder, _variables(model, settings), subject.model.engine.timeout)
@@ -180,10 +190,13 @@ def run_in_vllm(
     return VllmPass(sites, hidden, logits, rows, result, environment, dtype)
 
 
-def _settings(subject: NamedSubject, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the arguments of vLLM's `LLM()`: those of the suite, and what a capture needs."""
+def _settings(subject: NamedSubject, samples: Sequence[Sequence[int]], drafts: int = 0) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM()`: those of the suite, and what a capture needs.
+
+    `drafts`: how many tokens are written behind each sample, with drafts by the checkpoint's own head; 0 for none.
+    """
     spec, longest = subject.model, max(map(len, samples))
-    length = spec.engine.max_model_len or longest + 1  # the token that vLLM has to make
+    length = spec.engine.max_model_len or longest + max(1, drafts)  # the tokens that vLLM has to make
     folder = subject.local_folder
     own = {
         "model": str(folder or subject.path),
@@ -203,6 +216,9 @@ def _settings(subject: NamedSubject, samples: Sequence[Sequence[int]]) -> dict[s
         "disable_log_stats": True,
     }
     one = not (spec.engine.tensor_parallel_size or 1) > 1 and not (spec.engine.pipeline_parallel_size or 1) > 1
+    if drafts:
+        own |= {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+        fixed["disable_log_stats"] = False  # else nothing is counted
     return {**own, **({"distributed_executor_backend": "uni"} if one else {}), **spec.engine.settings, **fixed}
 
 

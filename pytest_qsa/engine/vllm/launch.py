@@ -30,6 +30,7 @@ UNLESS_SET = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"
 GRACE = 5.0
 """Seconds that processes get to end by themselves once they are asked to."""
 _ERROR = re.compile(r"(?P<error>\b[A-Za-z_.]*(?:Error|Exception|Exit|Interrupt)): (?P<text>.*\S)")
+_DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "cancelled", "WorkerProc initialization failed")
 
 
@@ -126,6 +127,8 @@ def _last(log: Path) -> str:
 
 def _cause(text: str, error: Mapping[str, str] | None = None) -> str:
     """Return the error that made vLLM end, of its log: those that only tell of another one come after it."""
+    if died := _DIED.search(text):  # without an error of its own; those before it ended nothing
+        return died[0]
     found = [f"{match['error'].rpartition('.')[2]}: {match['text']}" for match in _ERROR.finditer(text)]
     found = [each for each in found if not any(word in each for word in _SECONDARY)]
     if error and not any(word in f"{error['class']}: {error['text']}" for word in _SECONDARY):

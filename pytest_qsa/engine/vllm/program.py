@@ -43,6 +43,7 @@ def run(job: dict[str, Any], job_file: str) -> dict[str, Any]:
     once = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True)
     llm.generate(prompts, once, use_tqdm=False)
     collected = llm.collective_rpc("qsa_collect", args=(job["folder"],))
+    drafts = [_drafts(llm, prompt, job["drafts"]) for prompt in prompts] if job["drafts"] else []
     kind = "cpu"
     if torch.cuda.is_available():
         kind = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -50,6 +51,7 @@ def run(job: dict[str, Any], job_file: str) -> dict[str, Any]:
         "attached": attached,
         "collected": collected,
         "logprobs": checked,
+        "drafts": drafts,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "device_class": kind,
     }
@@ -63,6 +65,22 @@ def _logprobs(llm: Any, prompt: Any, count: int) -> list[dict[int, float]]:
     (output,) = llm.generate([prompt], asked, use_tqdm=False)
     rows = [row for row in output.prompt_logprobs if row is not None]
     return [{token: each.logprob for token, each in row.items()} for row in rows]
+
+
+def _drafts(llm: Any, prompt: Any, count: int) -> list[float]:
+    """Have some tokens written behind a prompt; return how many were drafted for that, and how many accepted."""
+    import vllm
+
+    names = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"
+
+    def counters() -> list[float]:
+        found = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in names}
+        return [float(found[name]) for name in names]
+
+    before = counters()
+    greedy = vllm.SamplingParams(max_tokens=count, temperature=0.0, detokenize=False, ignore_eos=True)
+    llm.generate([prompt], greedy, use_tqdm=False)
+    return [after - earlier for after, earlier in zip(counters(), before, strict=True)]
 
 
 def _write(job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -171,7 +171,8 @@ def numbers_of(method: str, done: Run) -> Numbers | None:
         cells = [line.split("|") for line in done.output.splitlines() if "|word_perplexity|" in line]
         return {"perplexity": float(cells[0][7])} if cells else None
     lines = [line for line in done.output.splitlines() if line.startswith("{")]
-    found: Numbers | None = json.loads(lines[-1]) if lines else None
+    # A server's log may go on in the same line.
+    found: Numbers | None = json.JSONDecoder().raw_decode(lines[-1])[0] if lines else None
     return found
 
 

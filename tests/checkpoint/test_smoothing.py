@@ -25,6 +25,7 @@ READERS = {
 }
 DOWN = "model.layers.2.mlp.down_proj"
 ODD = (DOWN, "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.3.mlp.gate_proj")
+FORGOTTEN = "model.layers.2.mlp.gate_proj"
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -438,3 +439,22 @@ def test_a_head_that_a_rotation_unties_is_a_fault_only_where_it_is_another(folde
     files = Files(open_folder(whole), open_folder(original))
     found = {each.tensor: each.note for each in problems_of(files, "checkpoint_settings")[1]}
     assert found["tie_word_embeddings"] == (head == "rotated")
+
+
+def test_a_layer_in_floats_that_a_smoothing_forgot_is_named(folders, tmp_path):
+    """As a router, which reads the norm that was divided for the experts, and is in no list of theirs."""
+
+    def forget(weights):
+        weights[f"{FORGOTTEN}.weight"] = load_file(folders["original"] / "model.safetensors")[f"{FORGOTTEN}.weight"]
+
+    def keep(weights):
+        del weights[f"{FORGOTTEN}.weight_scale"]
+        forget(weights)
+
+    def ignore(config):
+        config["quantization_config"]["ignore"].append(FORGOTTEN)
+
+    smoothed = edited(folders["smoothed int8"], tmp_path / "forgotten", keep, config=ignore)
+    (found,) = problems_of(Files(open_folder(smoothed), open_folder(folders["original"])), "checkpoint_scales")[1]
+    assert found.layer == FORGOTTEN
+    assert found.what.startswith("the weight is 0.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..folder import Finding, Folder
+from ..folder import NUMBER, Finding, Folder
 from ..formats.format import AGAIN, Format, format_of
 from ..smoothing import ROWS_OF_FACTORS, Relation, Smoothing, readable_rows
 from ..tensors import Matrix
@@ -57,7 +57,10 @@ class Original:
                 resized = self._resized(finding.layer) if of_weight and self._smoothing is not None else ()
                 yield from list(resized) or [finding]
         for layer in self.form.fitting:
-            if layer not in named and self.form.codes_of(layer) is not None and not self._relation.turned(layer):
+            # a router in floats reads a norm that was smoothed as the experts do
+            smoothed = self._relation.kind == "smoothed" and NUMBER.search(layer) is not None
+            coded = smoothed or self.form.codes_of(layer) is not None
+            if layer not in named and coded and not self._relation.turned(layer):
                 yield from self._resized(layer)
 
     def has_sizes_of(self, layer: str) -> bool:
@@ -81,14 +84,15 @@ class Original:
         return True
 
     def _resized(self, layer: str) -> Iterator[Finding]:
-        tensor = self.form.weight_scale_of(layer) or self.form.codes_of(layer)
+        tensor = self.form.weight_scale_of(layer) or self.form.weight_of(layer)
         sizes, scheme = self._size(layer), self.form.scheme_of(layer)
         if sizes is None or tensor is None:
             return
         middle, of = sizes
         room = LAYER_ROOM.get(scheme.bits if scheme else 0, 0.2)
         if np.isfinite(middle) and abs(middle) > room and self._is_resized(layer, room):  # NaN is found as such
-            what = f"the dequantized weight is {2**middle:.3g} × the size of the reference's ({of})"
+            noun = "dequantized weight" if self.form.codes_of(layer) is not None else "weight"
+            what = f"the {noun} is {2**middle:.3g} × the size of the reference's ({of})"
             if self._smoothing is not None and (other := self._smoothing.partner(layer)):
                 what += f": it or {other}, from whose rows a smoothing has taken factors into it"
             yield Finding.at(tensor, what, AGAIN)

@@ -98,8 +98,11 @@ def with_plots(
     # Before drawing: the report shows distributions also where a plot fails.
     verdict = replace(verdict, histograms=histograms)
     try:
-        plots = report.draw(capture, verdict, options.run_folder / "plots" / _slug(item.nodeid))
         verdict = replace(verdict, curves=report.curves_of(verdict, capture))
+        # A file of a passed test is for other tools alone: to draw one takes longer than to judge the test.
+        files = verdict.failed or report.takes_pictures(item.config)
+        folder = options.run_folder / "plots" / _slug(item.nodeid)
+        plots = report.draw(capture, verdict, folder, without=() if files else report.drawn_by_page(verdict))
     except Exception as error:  # a picture must never turn a verdict into an error
         hint = f"the plots could not be drawn: {type(error).__name__}: {error}"
         return replace(verdict, hints=[*verdict.hints, hint])

@@ -31,7 +31,7 @@ from .html import (
     surface_data as surface_data,
 )
 from .plots.chart import chart_of as chart_of
-from .plots.curves import curves_of as curves_of
+from .plots.curves import curves_of as curves_of, drawn_by_page as drawn_by_page
 from .plots.depth import evenly_spread as evenly_spread
 from .plots.elements import (
     BOX_SHARES as BOX_SHARES,
@@ -73,5 +73,6 @@ from .verdict_text import (
     properties_of as properties_of,
     shared_layers as shared_layers,
     styled_lines as styled_lines,
+    takes_pictures as takes_pictures,
     worst_layer as worst_layer,
 )

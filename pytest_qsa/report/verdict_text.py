@@ -275,6 +275,12 @@ def properties_of(verdict: Verdict) -> list[tuple[str, str | float]]:
     return [(name, visible(value) if isinstance(value, str) else value) for name, value in properties if value != ""]
 
 
+def takes_pictures(config: pytest.Config) -> bool:
+    """Whether another tool of this run shows the pictures of tests: pytest-html, Allure or GitLab."""
+    allure = config.pluginmanager.hasplugin("allure_listener")
+    return bool(config.getoption("htmlpath", None) or allure or os.environ.get("GITLAB_CI"))
+
+
 def attach(item: pytest.Item, report: pytest.TestReport, results: Sequence[PlainVerdict]) -> None:
     """Attach the plots of a test in pytest-html, Allure and GitLab, where these are active."""
     config = item.config

@@ -193,6 +193,16 @@ def test_a_report_is_written_when_it_was_asked_for(failing, tmp_path, mode, test
     assert (tmp_path / "out").exists() == written
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_pictures_of_a_passed_test_are_written_for_tools_that_show_them(failing, tmp_path, shown):
+    other = [f"--html={tmp_path / 'tests.html'}", "--self-contained-html"] if shown else []
+    run = failing.pytest("--qsa-report=always", f"--qsa-output={tmp_path / 'out'}", "a.qsa.yaml::holds", *other)
+    assert run.code == 0
+    assert bool([*(tmp_path / "out").rglob("value.png")]) == shown
+    page = (tmp_path / "out/report.html").read_text()
+    assert "The picture is missing" not in page
+
+
 def test_a_report_that_cannot_be_written_leaves_the_verdicts(failing, tmp_path):
     (tmp_path / "out").write_text("a file")
     run = failing.pytest("--qsa-report=always", f"--qsa-output={tmp_path / 'out'}", "a.qsa.yaml::holds")

@@ -24,6 +24,11 @@ def curves_of(verdict: Verdict, capture: Capture) -> dict[str, Curve]:
     return {name: curve for name, curve in curves.items() if curve is not None}
 
 
+def drawn_by_page(verdict: Verdict) -> set[str]:
+    """Return the names of the figures that the page draws itself, from a verdict's rows and curves."""
+    return {*verdict.curves, *(["value"] if len(verdict.rows) > 1 else [])}
+
+
 def _value_curve(verdict: Verdict, capture: Capture) -> Curve | None:
     # The rows of a verdict on each layer are on the page already.
     judged = judged_layers(verdict, capture) if verdict.query.get("over") else None

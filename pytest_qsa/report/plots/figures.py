@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,17 +84,18 @@ class Judged:
         return any(row.baseline is not None for row in self.rows)
 
 
-def draw(capture: Capture, verdict: Verdict, folder: Path) -> dict[str, str]:
+def draw(capture: Capture, verdict: Verdict, folder: Path, *, without: Container[str] = ()) -> dict[str, str]:
     """Draw all figures that fit a verdict as PNG into a folder, and the data of points for the page.
 
-    Return title → absolute path of the PNG, most telling first.
+    Return title → absolute path of the PNG, most telling first. `without`: titles that nothing shows as a PNG.
 
     Raises:
         OSError: the folder can't be written.
     """
-    figures = {title: figure_of(verdict, capture) for title, figure_of in FIGURES.items()}
+    shown = {title: figure_of for title, figure_of in FIGURES.items() if title not in without}
+    figures = {title: figure_of(verdict, capture) for title, figure_of in shown.items()}
     for title in ("margins", "answers"):  # which the page has no data for elsewhere
-        if (figure := figures[title]) is not None:
+        if (figure := figures.get(title)) is not None:
             write_atomically(folder / f"{title}.json", json.dumps(chart_of(figure)))
     return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
 

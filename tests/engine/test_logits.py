@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pytest_qsa.engine.reduce.pairs import ROWS_AT_ONCE, compared_logits
+from pytest_qsa.engine.reduce.pairs import ROWS_AT_ONCE, compared_logits, comparison_of, scores_of
 
 
 def softmax(logits):
@@ -20,6 +20,17 @@ def test_the_overlap_of_a_row_is_the_sum_of_the_smaller_probabilities(dtype, row
     found = compared_logits("overlap", own, reference).numpy()
     np.testing.assert_allclose(found, np.minimum(p, q).sum(axis=1), rtol=1e-10)
     np.testing.assert_allclose(found, 1 - np.abs(p - q).sum(axis=1) / 2, rtol=1e-9)  # 1 − the total variation
+
+
+@pytest.mark.parametrize("width", [50, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_overlap_beside_the_scores_changes_neither(dtype, width):
+    own, reference = (torch.randn(5, width, generator=torch.Generator().manual_seed(s)).to(dtype) * 3 for s in (1, 2))
+    following = torch.tensor([4, 0, -1, 49, 7])
+    found = comparison_of(own, reference, following, ["overlap"])
+    assert torch.equal(found[:, :4].nan_to_num(-1.0), scores_of(own, reference, following).nan_to_num(-1.0))
+    p, q = (softmax(logits.double().numpy()) for logits in (reference, own))
+    np.testing.assert_allclose(found[:, 4].numpy(), np.minimum(p, q).sum(axis=1), rtol=1e-10)
 
 
 def test_equal_predictions_overlap_wholly_and_disjoint_ones_not_at_all():

@@ -6,7 +6,7 @@ Nothing here synchronizes with the device: the results stay there until the pass
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -104,7 +104,7 @@ def channel_powers(reference: Tensor, own: Tensor, kept: Tensor | None) -> Tenso
 
 COMPARISONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 """The name of a statistic of two models' predictions → its function: the subject's and the reference's logits
-[T, V] → [T] float64. `scores_of` is apart, for its kernels take four numbers in one pass over the vocabulary."""
+[T, V] → [T] float64. `scores_of` is apart, for its kernels take all their numbers in one pass over the vocabulary."""
 
 
 def compares_logits(name: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]:
@@ -126,15 +126,22 @@ def compared_logits(name: str, own: Tensor, reference: Tensor) -> Tensor:
 @compares_logits("overlap")
 def _overlap(own: Tensor, reference: Tensor) -> Tensor:
     if compiled(own) and compiled(reference):
-        return torch.from_numpy(_fused_overlap(own, reference))
+        return torch.from_numpy(_fused_scores(own, reference, np.full(len(own), -1), overlap=True)[:, 4])
     return torch.minimum(own.double().softmax(1), reference.double().softmax(1)).sum(1)
 
 
-def _fused_overlap(own: Tensor, reference: Tensor) -> Array:
-    pair_kernels, threads = _kernels()
-    found = np.full(len(own), np.nan)
-    pair_kernels.overlap_rows(rows_of_logits(reference), rows_of_logits(own), found, threads)
-    return found
+def comparison_of(own: Tensor, reference: Tensor, following: Tensor, names: Sequence[str]) -> Tensor:
+    """Return `SCORE_NAMES` of each row and a column for each statistic of `names`, [T, 4 + N] float64.
+
+    The same numbers as `scores_of` and `compared_logits`, from one pass over the vocabulary where a kernel takes both.
+    """
+    if compiled(own) and compiled(reference) and "overlap" in names:
+        scores = torch.from_numpy(_fused_scores(own, reference, following.numpy(), overlap=True))
+        known = {"overlap": scores[:, 4]}
+    else:
+        scores, known = scores_of(own, reference, following), {}
+    more = [known[name] if name in known else compared_logits(name, own, reference) for name in names]
+    return torch.column_stack([scores[:, :4], *more])
 
 
 def scores_of(own: Tensor, reference: Tensor | None, following: Tensor, *, fused: bool = True) -> Tensor:
@@ -166,9 +173,9 @@ def cuda_scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Ten
     return found
 
 
-def _fused_scores(own: Tensor, reference: Tensor | None, following: Array) -> Array:
+def _fused_scores(own: Tensor, reference: Tensor | None, following: Array, *, overlap: bool = False) -> Array:
     pair_kernels, threads = _kernels()
-    found = np.full((len(own), 4), np.nan)
+    found = np.full((len(own), 5 if overlap else 4), np.nan)
     if reference is None:
         pair_kernels.score_rows(rows_of_logits(own), following, found[:, 0], threads)
     else:

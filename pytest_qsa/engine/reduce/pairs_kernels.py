@@ -169,23 +169,43 @@ def _nll(own, token, top, scratch, exponents):
 
 
 @_ordered
-def _compare(reference, own, tops, token, scratch, exponents, found):
-    """Fill found [4] with `SCORE_NAMES` of two rows; tops [2]: their largest values."""
+def _common(raised, mass, rest, scratch):
+    """Return Σ min(p, q) of two rows of exponentials, [2, V], and their sums."""
+    common = 0.0
+    for start in range(0, raised.shape[1], _CHUNK):
+        p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
+        for at in range(p.shape[0]):
+            scratch[at] = min(p[at] / mass, q[at] / rest)
+        common += _sum(scratch, p.shape[0])
+    return common
+
+
+@_ordered
+def _compare(reference, own, tops, token, scratch, exponents, raised, found):
+    """Fill found [4] with `SCORE_NAMES` of two rows, [5] with Σ min(p, q) too; tops [2]: their largest values.
+
+    raised: room for the exponentials of both rows, [2, V] where they are needed again, else [2, _CHUNK].
+    """
     mass = rest = weighted = 0.0
+    whole = found.shape[0] > 4
     for start in range(0, own.shape[0], _CHUNK):
         x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
-        _exponentials(x, tops[0], scratch[0], scratch[1], exponents)
-        _exponentials(y, tops[1], scratch[2], scratch[1], exponents)
-        mass += _sum(scratch[0], x.shape[0])
-        rest += _sum(scratch[2], x.shape[0])
+        at_once = start if whole else 0
+        p, q = raised[0, at_once : at_once + _CHUNK], raised[1, at_once : at_once + _CHUNK]
+        _exponentials(x, tops[0], p, scratch[1], exponents)
+        _exponentials(y, tops[1], q, scratch[1], exponents)
+        mass += _sum(p, x.shape[0])
+        rest += _sum(q, x.shape[0])
         for at in range(x.shape[0]):
-            scratch[2, at] = scratch[0, at] * (np.float64(x[at]) - np.float64(y[at]))
-        weighted += _sum(scratch[2], x.shape[0])
+            scratch[0, at] = p[at] * (np.float64(x[at]) - np.float64(y[at]))
+        weighted += _sum(scratch[0], x.shape[0])
     normaliser, other = tops[0] + np.log(mass), tops[1] + np.log(rest)
     if token >= 0:
         found[0] = other - np.float64(own[token])
         found[1] = normaliser - np.float64(reference[token])
     found[2] = weighted / mass - normaliser + other
+    if whole and np.isfinite(tops[0]) and np.isfinite(tops[1]):
+        found[4] = _common(raised, mass, rest, scratch[0])
 
 
 @_parallel_ordered
@@ -207,54 +227,23 @@ def score_rows(own, following, found, threads):
 
 @_parallel_ordered
 def compare_rows(reference, own, following, found, threads):
-    """Fill found [T, 4] with `SCORE_NAMES` of two logits [T, V], as those of `score_rows`; following: −1 for none."""
+    """Fill found with `SCORE_NAMES` of two logits [T, V], [T, 4], and with Σ min(p, q) where it is [T, 5].
+
+    As those of `score_rows`; following: −1 for none. A row that has no softmax leaves the fifth number as it is.
+    """
     share = (own.shape[0] + threads - 1) // threads
     for thread in prange(threads):
-        scratch, bits = np.empty((3, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.int32)
+        scratch, bits = np.empty((2, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.int32)
+        raised = np.empty((2, own.shape[1] if found.shape[1] > 4 else _CHUNK), dtype=np.float64)
         x, y, tops = bits[0].view(np.float32), bits[1].view(np.float32), np.empty(2)
         for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
             _widen(reference[row], bits[0], x)
             _widen(own[row], bits[1], y)
             likeliest = _top(bits[0])
             tops[0], tops[1] = x[likeliest], y[_top(bits[1])]
-            _compare(x, y, tops, following[row], scratch, scratch.view(np.int64)[1], found[row])
+            _compare(x, y, tops, following[row], scratch, scratch.view(np.int64)[1], raised, found[row])
             # By value, not by index: a tie is no difference.
             found[row, 3] = 1.0 if y[likeliest] == tops[1] else 0.0
-
-
-@_ordered
-def _overlap(reference, own, tops, scratch, exponents, raised):
-    """Return Σ min(p, q) of two rows; tops [2]: their largest values, raised [2, V]: room for their exponentials."""
-    mass = rest = common = 0.0
-    for start in range(0, own.shape[0], _CHUNK):
-        x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
-        p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
-        _exponentials(x, tops[0], p, scratch[0], exponents)
-        _exponentials(y, tops[1], q, scratch[0], exponents)
-        mass += _sum(p, x.shape[0])
-        rest += _sum(q, x.shape[0])
-    for start in range(0, own.shape[0], _CHUNK):
-        p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
-        for at in range(p.shape[0]):
-            scratch[0, at] = min(p[at] / mass, q[at] / rest)
-        common += _sum(scratch[0], p.shape[0])
-    return common
-
-
-@_parallel_ordered
-def overlap_rows(reference, own, found, threads):
-    """Fill found [T] with Σ min(p, q) of two logits [T, V], as those of `score_rows`; NaN where one has no softmax."""
-    share = (own.shape[0] + threads - 1) // threads
-    for thread in prange(threads):
-        scratch, raised = np.empty((1, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.float64)
-        bits, tops = np.empty((2, own.shape[1]), dtype=np.int32), np.empty(2)
-        x, y = bits[0].view(np.float32), bits[1].view(np.float32)
-        for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
-            _widen(reference[row], bits[0], x)
-            _widen(own[row], bits[1], y)
-            tops[0], tops[1] = x[_top(bits[0])], y[_top(bits[1])]
-            if np.isfinite(tops[0]) and np.isfinite(tops[1]):
-                found[row] = _overlap(x, y, tops, scratch, scratch.view(np.int64)[0], raised)
 
 
 @_parallel

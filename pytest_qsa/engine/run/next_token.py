@@ -24,7 +24,7 @@ from ...metrics import NLL, REFERENCE_NLL, TokenScores, numbers_of
 from ..heads import HeadInputs, LastHidden
 from ..load.batches import Batch
 from ..reduce.margins import Margins, RowLogits
-from ..reduce.pairs import COMPARISONS, compared_logits, scores_of
+from ..reduce.pairs import COMPARISONS, comparison_of, scores_of
 from ..reduce.storage import Transfer
 from .participant import Forward, Need, Participant, Pass
 
@@ -85,14 +85,14 @@ class Predictions(Participant):
         for index, sample in enumerate(rows.samples):
             # The reference may have run on another device.
             pair = None if theirs is None else theirs[index].to(own.device, non_blocking=True)
-            found = scores_of(own[index], pair, following[index].to(own.device, non_blocking=True))
-            if pair is not None:
-                more = [compared_logits(each.name, own[index], pair)[:, None] for each in self._compared]
+            after = following[index].to(own.device, non_blocking=True)
+            if pair is None:
+                found = scores_of(own[index], None, after)
+            else:
+                found = comparison_of(own[index], pair, after, [statistic.name for statistic in self._compared])
                 if self._heads is not None:
-                    more.append(
-                        self._margins_of((own[index], hidden), (pair, forward.reference_hidden), index, keep[index])
-                    )
-                found = torch.cat([found, *more], dim=1)
+                    models = (own[index], hidden), (pair, forward.reference_hidden)
+                    found = torch.cat([found, self._margins_of(*models, index, keep[index])], dim=1)
             self._samples[sample] = _blanked(found, keep[index])
 
     def _margins_of(

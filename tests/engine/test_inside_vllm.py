@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -215,3 +217,13 @@ def test_a_killed_worker_is_infra_and_leaves_no_process(wide_llama, tmp_path):
 def test_what_vllm_refuses_is_said_in_its_own_words(wide_llama, tmp_path, settings, message):
     with pytest.raises(InfraError, match=message):
         engine.capture_subject(subject(wide_llama, tmp_path, **settings), REQUESTS[:1])
+
+
+def test_a_kv_cache_that_is_too_small_is_told_in_vllms_words(wide_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    long = shutil.copytree(wide_llama, tmp_path / "long")
+    settings = json.loads((long / "config.json").read_text()) | {"max_position_embeddings": 1_200_000}
+    (long / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InfraError, match="larger than the available KV cache memory"):
+        engine.capture_subject(subject(long, tmp_path, max_model_len=1_200_000), REQUESTS[:1])
+    assert not [p for p in psutil.Process().children(recursive=True) if "vllm" in " ".join(p.cmdline()).lower()]

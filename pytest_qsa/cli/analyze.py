@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import shlex
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import captures, engine, suite, tools
-from ..common import InfraError, counted, shown_path, status
+from ..common import InfraError, counted, earlier_objects_frozen, shown_path, status
 from .shared import (
     FAILED,
     OK,
@@ -70,9 +69,9 @@ def run(arguments: Sequence[str]) -> int:
         capture = capture.redacted()
     if options.verbose:
         say(f"measured in {time.perf_counter() - started:.1f} s")
-    gc.freeze()  # what was imported stays: drawing would have Python look through all of it for garbage, for a second
     export = tools.Export(visualization, subject, analysis, capture, folder)
-    return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
+    with earlier_objects_frozen():  # or drawing looks through all that was imported, for a second
+        return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], suite.YamlSource]:

@@ -9,9 +9,9 @@ import base64
 import html
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ..captures import PositionRange
 from ..checkpoint import Finding
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .report import PlainVerdict
 
 
+T = TypeVar("T")
 SHOWN_ROWS = 8
 SHOWN_ANSWERS = 5
 """The pairs of answers that a terminal and a summary show; the page has more."""
@@ -66,7 +67,10 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     worst = verdict.evidence[0]
     if worst.answers:
         yield "the answers that lose most against the reference's"
-        yield from (f"  {token_line(token)}" for token in _lost(verdict.evidence))
+        yield from (
+            f"  {token_line(token)}"
+            for token in _lost(verdict.evidence, (token.magnitude for token in verdict.evidence))
+        )
         return
     if worst.decided:
         yield "where the reference writes another token, the clearest decision first"
@@ -80,9 +84,9 @@ def _tokens(verdict: Verdict) -> Iterator[str]:
     yield from (f"  {token_line(token)}" for token in verdict.evidence)
 
 
-def _lost(evidence: Sequence[TokenEvidence]) -> Sequence[TokenEvidence]:
-    """Return the first of the answers that have lost something; where none has, the first of all."""
-    return ([token for token in evidence if token.magnitude > 0] or evidence)[:SHOWN_ANSWERS]
+def _lost(evidence: Sequence[T], losses: Iterable[float]) -> Sequence[T]:
+    """Return the first of the answers that have lost something, by their losses; where none has, the first of all."""
+    return ([token for token, loss in zip(evidence, losses, strict=True) if loss > 0] or evidence)[:SHOWN_ANSWERS]
 
 
 def _actions(verdict: Verdict) -> Iterator[str]:
@@ -418,7 +422,7 @@ def _details(result: PlainVerdict) -> Iterator[str]:
         yield ""
     evidence = result["evidence"]
     if evidence and evidence[0].get("answers"):
-        evidence = ([token for token in evidence if token["magnitude"] > 0] or evidence)[:SHOWN_ANSWERS]
+        evidence = _lost(evidence, (token["magnitude"] for token in evidence))
     for token in evidence:
         context = code_span(context_text(token["before"], token["text"], token["after"]))
         where = f"sample {token['sample']}, position {token['position']}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...captures import (
     AGREEMENT,
@@ -45,7 +46,7 @@ from ..run.shared_pass import ALL_SAMPLES, SampleShare, SharedPass
 from ..vllm.capture import VllmPass, check_requests, empty_subject, predictions_of, run_in_vllm, served_head
 from ..vllm.recorded import RecordedComparison
 from .data import run_provenance, subject_batches
-from .in_transformers import capture_in_transformers
+from .in_transformers import capture_loaded
 from .models import let_go, load_reference, load_subject, open_reference_file, participant_of, with_model_of_reference
 
 
@@ -67,17 +68,16 @@ def capture_in_vllm(
     with _recorded_comparison(subject, loaded.model, every, requests, provenance) as recorded:
         ran = run_in_vllm(subject, loaded.model, every, requests, recorded.drawn if recorded else None)
         let_go()
-        capture = _capture_of(subject, loaded, every, requests, ran)
+        capture, head = _capture_of(subject, loaded, every, requests, ran), None
         if predicted := predictions_of(requests):
             samples = [row.tolist() for row in capture.tokens]
             head = Loaded(served_head(subject, loaded.model, samples, ran), loaded.tokenizer)
             capture = _with_predictions(capture, subject, loaded, head, predicted, provenance, allow_code, progress)
-            capture = _with_other_predictions(capture, subject, head, predicted, allow_code, progress)
         if ran.result["drafts"]:
             capture = _with_drafts(capture, np.array(ran.result["drafts"]))
         if recorded is not None:
             capture = recorded.added_to(capture, ran.rows)
-    capture = _with_other_engine(capture, subject, requests, allow_code, progress)
+    capture = _with_transformers(capture, subject, requests, head, allow_code, progress)
     execution = ran.execution(capture.schemes)
     model = ran.provenance(provenance.model)
     return replace(capture, provenance=replace(provenance, model=model, execution=execution))
@@ -124,30 +124,88 @@ def _capture_of(
     )
 
 
-def _with_other_engine(
-    capture: Capture, subject: NamedSubject, requests: Sequence[Request], allow_code: bool, progress: Progress | None
+def _with_transformers(
+    capture: Capture,
+    subject: NamedSubject,
+    requests: Sequence[Request],
+    head: Loaded | None,
+    allow_code: bool,
+    progress: Progress | None,
 ) -> Capture:
-    """Add what transformers has at the sites where two engines are compared, by its own attention and by eager's."""
+    """Add what transformers has where two engines are compared, by its own attention and by eager's.
+
+    `head`: what makes the engine's predictions, where some are asked for.
+    """
     asked = [
         replace(request, statistics=frozenset({MOMENTS, TOKENS}))
         for request in requests
         if OTHER_ENGINE in request.statistics
     ]
-    if not asked:
+    predicted = head if any(OTHER_PREDICTIONS in request.statistics for request in requests) else None
+    if not asked and predicted is None:
         return capture
+    rows = [torch.tensor([ids.tolist()]) for ids in capture.tokens]
     more: dict[SiteKey, dict[str, Array]] = {}
-    for name, attention in (("other", None), ("eager", "eager")):
-        phase("transformers runs the same samples" + (" with eager attention" if attention else ""))
-        found = capture_in_transformers(
-            _by_transformers(subject, attention), asked, allow_code, progress, ALL_SAMPLES, None
-        )
-        for site, theirs in found.sites.items():
-            own = capture.sites[site]
-            if theirs.sample.tolist() != own.sample.tolist() or theirs.lengths.tolist() != own.lengths.tolist():
-                raise InfraError(f"vLLM and transformers call {site[0]} otherwise: exclude it from engine_gap")
-            more.setdefault(site, {}).update({f"{name}_moments": theirs.moments, f"{name}_max": theirs.token_max})
-    sites = {site: numbers.having((), more.get(site, {})) for site, numbers in capture.sites.items()}
-    return replace(capture, sites=sites)
+    with closing(_transformers_runs(subject, allow_code, both=predicted is not None)) as runs:
+        for name, run, model, first in runs:
+            if asked:
+                for site, arrays in _beside(capture, capture_loaded(run, model, None, asked, progress), name).items():
+                    more.setdefault(site, {}).update(arrays)
+            if predicted is not None:  # eager attention's are held against those of transformers' own
+                gap = _divergence(predicted if model is first else model, first, rows, progress)
+                more.setdefault((LOGITS, LOGITS), {})[f"{name}_kl"] = gap
+            del model, first  # or this frame keeps it beside the next one
+    added = {site: {OTHER_PREDICTIONS} if site == (LOGITS, LOGITS) else () for site in more}
+    sites = {site: capture.sites[site].having(added[site], arrays) for site, arrays in more.items()}
+    return replace(capture, sites={**capture.sites, **sites})
+
+
+def _transformers_runs(
+    subject: NamedSubject, allow_code: bool, *, both: bool
+) -> Generator[tuple[str, NamedSubject, Loaded, Loaded]]:
+    """Yield transformers' model with its own attention, then with eager's: a name, what is run, it, and the first.
+
+    `both`: the first one stays beside the second; else it is freed before.
+    """
+    held: list[Loaded] = []
+    try:
+        for name, attention in (("other", None), ("eager", "eager")):
+            phase("transformers runs the same samples" + (" with eager attention" if attention else ""))
+            own = _by_transformers(subject, attention)
+            held.append(load_subject(own, allow_code=allow_code))
+            yield name, own, held[-1], held[0]
+            if not both:
+                held.pop().close()
+                let_go()
+    finally:
+        for each in held:
+            each.close()
+        held.clear()
+        let_go()
+
+
+def _beside(capture: Capture, found: Capture, name: str) -> dict[SiteKey, dict[str, Array]]:
+    """Return the moments and maxima of another run's sites, by the names that they have beside a capture's own.
+
+    Raises:
+        InfraError: a layer is called otherwise.
+    """
+    arrays: dict[SiteKey, dict[str, Array]] = {}
+    for site, theirs in found.sites.items():
+        own = capture.sites[site]
+        if theirs.sample.tolist() != own.sample.tolist() or theirs.lengths.tolist() != own.lengths.tolist():
+            raise InfraError(f"vLLM and transformers call {site[0]} otherwise: exclude it from engine_gap")
+        arrays[site] = {f"{name}_moments": theirs.moments, f"{name}_max": theirs.token_max}
+    return arrays
+
+
+def _divergence(own: Loaded, other: Loaded, rows: Sequence[Tensor], progress: Progress | None) -> Array:
+    """Return the KL divergence of a model's predictions from another's at each position, in nats."""
+    scores = [Request("", LOGITS, None, frozenset({SCORES, AGREEMENT}))]
+    participants = [LiveReference(other.model, other.stream)]
+    part = SharedPass(own, participants, rows, scores, progress, ALL_SAMPLES).own_part()
+    assert part is not None
+    return part.sites[LOGITS, LOGITS].scores[:, KL]
 
 
 def _with_drafts(capture: Capture, drafts: Array) -> Capture:
@@ -161,43 +219,6 @@ def _with_drafts(capture: Capture, drafts: Array) -> Capture:
 def _by_transformers(subject: NamedSubject, attention: str | None) -> NamedSubject:
     settings = {"engine": Engine(), "attn_implementation": attention, "reference": None}
     return replace(subject, model=subject.model.model_copy(update=settings))
-
-
-def _with_other_predictions(
-    capture: Capture,
-    subject: NamedSubject,
-    head: Loaded,
-    requests: Sequence[Request],
-    allow_code: bool,
-    progress: Progress | None,
-) -> Capture:
-    """Add how far the predictions are from transformers', and those of transformers' eager attention from these."""
-    if not any(OTHER_PREDICTIONS in request.statistics for request in requests):
-        return capture
-    rows = [torch.tensor([ids.tolist()]) for ids in capture.tokens]
-    scores = [Request("", LOGITS, None, frozenset({SCORES, AGREEMENT}))]
-
-    def divergence(own: Loaded, other: Loaded) -> Array:
-        found = SharedPass(own, [LiveReference(other.model, other.stream)], rows, scores, progress, ALL_SAMPLES)
-        part = found.own_part()
-        assert part is not None
-        return part.sites[LOGITS, LOGITS].scores[:, KL]
-
-    arrays: dict[str, Array] = {}
-    phase("transformers runs the same samples")
-    other = load_subject(_by_transformers(subject, None), allow_code=allow_code)
-    eager: Loaded | None = None
-    try:
-        arrays["other_kl"] = divergence(head, other)
-        phase("transformers runs the same samples with eager attention")
-        eager = load_subject(_by_transformers(subject, "eager"), allow_code=allow_code)
-        arrays["eager_kl"] = divergence(eager, other)
-    finally:
-        for held in (other, eager):
-            if held is not None:
-                held.close()
-    numbers = capture.sites[LOGITS, LOGITS].having({OTHER_PREDICTIONS}, arrays)
-    return replace(capture, sites={**capture.sites, (LOGITS, LOGITS): numbers})
 
 
 def _with_predictions(

@@ -31,11 +31,11 @@ demo: $(DEMO)/.made
 
 # Two workers with a thread each: OpenMP threads that wait for one another's cores would make it many times slower.
 test: $(VENV)/.installed chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What needs no process of its own, no browser and no real model: under a minute, once numba's kernels are compiled.
 test-fast: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not process and not browser and not real_model'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not process and not browser and not real_model'
 
 # The browser tests of the report drive Debian's chromium.
 .PHONY: chromium

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,19 @@ if shutil.which("nvidia-smi") is None:
 from support import processes
 from support.checkpoints import FORMATS, TORCHAO, save_llama, save_quantized_llama, save_torchao_llama
 from support.projects import Project
+
+SLOW_MARKS = {"process", "browser", "real_model"}
+SLOW = 20
+"""About how many plain tests take as long as one with such a mark."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest: one that is left for the end runs while the other core waits."""
+    taken = Counter()
+    for item in items:
+        taken[item.path] += SLOW if SLOW_MARKS & {mark.name for mark in item.iter_markers()} else 1
+    items.sort(key=lambda item: -taken[item.path])
 
 
 def pytest_collection_finish():

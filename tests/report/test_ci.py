@@ -59,7 +59,7 @@ def on_github(gate):
     """Run it in a worker of pytest-xdist, as a step of GitHub Actions; the results lie in `github/`."""
     return gate.pytest(
         "suites", "-n", "1", "--html=github/out.html", "--self-contained-html", "--alluredir=github/allure",
-        "--junit-xml=github/out.xml", environment={
+        "--junit-xml=github/out.xml", "--qsa-output=github/results", environment={
             "GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": str(gate.folder.parent),
             "GITHUB_STEP_SUMMARY": str(gate.folder / "github/summary.md"),
         },
@@ -148,7 +148,7 @@ def test_junit_has_the_numbers_as_properties_in_the_formats_order(gate, on_githu
     (properties,) = case.findall("properties")
     assert all(set(entry.keys()) == {"name", "value"} and not len(entry) for entry in properties)
     told = {entry.get("name"): entry.get("value") for entry in properties}
-    row = gate.json("qsa-results/report.json")["results"][0]["rows"][0]
+    row = gate.json("github/results/report.json")["results"][0]["rows"][0]
     assert told["qsa_kind"] == "REGRESSION"
     assert told["qsa_worst_layer"] == row["layer"]
     assert float(told["qsa_value"]) == row["value"] == float(told["qsa_used"])  # of a bound of 1

@@ -63,6 +63,10 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+_frozen = False
+"""Whether objects are known to be frozen, by a caller or by somebody else. Python counts them to say so, for 40 ms."""
+
+
 @contextmanager
 def earlier_objects_frozen() -> Iterator[None]:
     """Let the garbage collector look only at objects that are made inside.
@@ -70,15 +74,18 @@ def earlier_objects_frozen() -> Iterator[None]:
     A loaded model and its libraries are half a million objects of which none goes meanwhile: looking through them took
     a third of the Python time of a pass.
     """
-    # Where somebody else has frozen objects, thawing would undo it.
-    frozen = gc.get_freeze_count() == 0
-    if frozen:
-        gc.freeze()
+    global _frozen
+    _frozen = _frozen or gc.get_freeze_count() > 0
+    if _frozen:  # thawing would undo what somebody else has frozen
+        yield
+        return
+    gc.freeze()
+    _frozen = True
     try:
         yield
     finally:
-        if frozen:
-            gc.unfreeze()
+        gc.unfreeze()
+        _frozen = False
 
 
 MOVED = {

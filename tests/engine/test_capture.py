@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from pytest_qsa import Capture, capture
 from pytest_qsa.captures import HeatMap, Request
 from pytest_qsa.captures.sites import SiteNumbers
+from pytest_qsa.common import imports
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.metrics.selection import NotMeasuredError
@@ -177,8 +178,11 @@ def test_the_model_is_left_as_it_was(fails):
 
 
 @pytest.mark.parametrize("frozen_before", [False, True])
-def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_all_of_them_afterwards(frozen_before):
+def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_all_of_them_afterwards(
+    frozen_before, monkeypatch
+):
     model, during = models.llama(), []
+    monkeypatch.setattr(imports, "_frozen", False)
     if not frozen_before:
         gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
     model.register_forward_pre_hook(lambda *_: during.append(gc.get_freeze_count()))

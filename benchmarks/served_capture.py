@@ -32,24 +32,27 @@ def inside(job_file: str) -> None:
     llm = vllm.LLM(**job["engine"], worker_extension_cls="pytest_qsa.engine.vllm.worker.CaptureExtension")
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in job["samples"]]
     once = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    times: dict[str, list[float]] = {"without": [], "sites": [], "sites and hidden states": []}
+    times: dict[str, list[tuple[float, float]]] = {"without": [], "sites": [], "sites and hidden states": []}
     for _ in range(ROUNDS):
         for name, found in times.items():
             own = {**job, "predictions": name != "sites", "wanted": job["wanted"]}
             Path(job_file).write_text(json.dumps(own), encoding="utf-8")
             if name != "without":
                 llm.collective_rpc("qsa_attach", args=(job_file,))
-            began = time.process_time()
+            began = time.process_time(), time.perf_counter()
             llm.generate(prompts, once, use_tqdm=False)
-            found.append(time.process_time() - began)
+            found.append((time.process_time() - began[0], time.perf_counter() - began[1]))
             if name != "without":
                 llm.collective_rpc("qsa_collect", args=(job["folder"],))
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    medians = {
+        name: [statistics.median(each) for each in zip(*found[1:], strict=True)] for name, found in times.items()
+    }
     print(json.dumps({"medians": medians, "threads": torch.get_num_threads()}), flush=True)
 
 
 def cost(model: Path, samples: int, tokens: int) -> None:
     """Print what a pass costs with and without hooks, in seconds of processor time."""
+    import numpy as np
     import torch
 
     from pytest_qsa.captures import MOMENTS, SCORES, TOKENS, Request
@@ -92,18 +95,21 @@ def cost(model: Path, samples: int, tokens: int) -> None:
     stored = capturing._stored_head(own, empty)
     assert stored is not None
     head = capturing.ServedHead(Head(capturing._read(stored[0], dtype), None, {}), empty.config, ids, hidden)
-    scores: list[float] = []
+    scores: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
-        began = time.process_time()
+        began = time.process_time(), time.perf_counter()
         run_pass(head, [torch.tensor([row]) for row in ids], [Request("", "logits", None, frozenset({SCORES}))])
-        scores.append(time.process_time() - began)
-    medians = result["medians"] | {"their predictions, made here": statistics.median(scores[1:])}
-    base = medians["without"]
+        scores.append((time.process_time() - began[0], time.perf_counter() - began[1]))
+    medians = {name: np.array(each) for name, each in result["medians"].items()}
+    medians["their predictions, made here"] = np.median(scores[1:], axis=0)
+    medians["sites and exact distributions"] = (
+        medians["sites and hidden states"] + medians["their predictions, made here"]
+    )
     print(f"{samples} × {tokens} tokens of {model.name}, {len(wanted)} sites, {result['threads']} threads")
+    print(f"{'':40} {'of the processor':>18} {'by the clock':>18}")
     for name, seconds in medians.items():
-        print(f"{name:40} {seconds:7.3f} s  {seconds / base:6.3f}")
-    both = medians["sites and hidden states"] + medians["their predictions, made here"]
-    print(f"{'sites and exact distributions':40} {both:7.3f} s  {both / base:6.3f}")
+        ratios = seconds / medians["without"]
+        print(f"{name:40} " + " ".join(f"{s:8.3f} s {r:7.3f}" for s, r in zip(seconds, ratios, strict=True)))
 
 
 def _subject(model: Path, samples: int, tokens: int, engine: str) -> Any:

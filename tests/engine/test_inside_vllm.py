@@ -72,8 +72,13 @@ def expected(wide_llama, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_num_batched_tokens": 32}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 48}],
-    ids=["packed", "chunked", "tensor-parallel"],
+    [
+        {},
+        {"max_num_batched_tokens": 32},
+        {"tensor_parallel_size": 2, "max_num_batched_tokens": 48},
+        {"pipeline_parallel_size": 2, "max_num_batched_tokens": 48},
+    ],
+    ids=["packed", "chunked", "tensor-parallel", "pipeline"],
 )
 def test_every_site_has_the_numbers_of_transformers(wide_llama, expected, tmp_path, settings):
     found = engine.capture_subject(subject(wide_llama, tmp_path, **settings), REQUESTS)

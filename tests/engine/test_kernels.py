@@ -42,6 +42,31 @@ def test_the_kernels_keep_the_same_numbers_as_the_operators(dtype, special):
     assert_same(x.to(dtype), keep)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", [("tokens",), ("tokens", "moments"), ("tokens", "moments", "channels")], ids=str)
+def test_samples_that_lie_in_one_tensor_have_the_bits_of_each_alone(dtype, names):
+    lengths = (40, 1, 33, 40)
+    x = (torch.randn(sum(lengths) + 3, 24, generator=torch.Generator().manual_seed(1)) ** 3).to(dtype)
+    x[40] = 0.0
+    x[45, 3], x[50, 2] = float("nan"), float("-inf")
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        wanted = statistics(*names)
+        packed, alone = StreamObserver(wanted, Reducers()), StreamObserver(wanted, Reducers())
+        for call in (0, 1):
+            packed.add_packed(x, lengths, [3, 0, 1, 2], call)
+            for sample, rows in zip([3, 0, 1, 2], x[:-3].split(lengths), strict=True):
+                alone.add(rows[None], [None], [sample], call, token_axis=True)
+        found, expected = packed.numbers(wanted), alone.numbers(wanted)
+        assert found.shape == expected.shape
+        arrays, known = found.to_arrays()[0], expected.to_arrays()[0]
+        assert {name: array.tobytes() for name, array in arrays.items()} == {
+            name: array.tobytes() for name, array in known.items()
+        }
+    torch.set_num_threads(before)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)),

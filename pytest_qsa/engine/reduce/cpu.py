@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,7 @@ class CpuReducer:
         self.scratch = np.zeros((self.threads, 1 << 16), dtype=np.uint32)
         self.counts = np.empty((2, (1 << 15) + 1), dtype=np.uint32)
         self.no_counts = self.counts[:, :0]
+        self.rows = np.empty((self.threads, *self.counts.shape), dtype=np.uint32)
         self.smallest = np.zeros(self.threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         # Its sign bit tells the pattern of −1 from every maximum, which is signless.
@@ -61,6 +63,23 @@ class CpuReducer:
             self._channels(lines, into)
         if plan.others:
             reduce_each(plan.others, Row(row, kept, counted, sample, plan, self.tables, compiled=True), into)
+
+    def reduce_packed(self, rows: Tensor, lengths: tuple[int, ...], plan: Plan, into: Accumulator) -> bool:
+        """Reduce populations that lie one after the other in rows [N, C], in one launch.
+
+        Returns False, and does nothing, for what has no such kernel, and for fewer populations than threads.
+        """
+        if self.wide or len(lengths) < self.threads or not plan.packs:
+            return False
+        patterns = rows.contiguous().view(self.integers).numpy().view(self.patterns)
+        layout = _packed(lengths, self.itemsize)
+        records = into.rooms("tokens", layout.sizes, self.patterns)
+        moments = np.empty((0, 7)) if not plan.moments else into.rooms("moments", (7,) * len(lengths), np.float64)
+        kernels.survey_each16(
+            patterns, layout.ends, layout.peaks, self.scratch, self.rows, self.values, records, layout.starts,
+            moments.reshape(-1, 7),
+        )  # fmt: skip
+        return True
 
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
@@ -179,6 +198,24 @@ class CpuReducer:
         found[:4], found[5:] = sums[:4], sums[4:]
         found[4] = floats_of(np.array([top], dtype=self.patterns), self.name)[0]
         return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where several populations end in one tensor, and where their records begin in one array."""
+
+    ends: NDArray[np.int64]
+    peaks: NDArray[np.int64]
+    sizes: tuple[int, ...]
+    starts: NDArray[np.int64]
+
+
+@lru_cache(1024)
+def _packed(lengths: tuple[int, ...], itemsize: int) -> Packed:
+    """Return where populations of some lengths lie."""
+    layouts = [_layout(length, length, itemsize) for length in lengths]
+    sizes = tuple(size for _, size in layouts)
+    return Packed(np.cumsum(lengths), np.array([peaks for peaks, _ in layouts]), sizes, np.cumsum((0, *sizes)))
 
 
 @lru_cache(1024)

@@ -147,6 +147,63 @@ def _order_peaks(maxima, positions):
 # Two kernels, for constants of a known type make this loop one of vectors: for any type it takes 1.7 times as long.
 
 
+@_compiled
+def _count16(patterns, begin, end, known, bins, record):
+    """Count the tokens from `begin` to `end` of patterns [T, C] into bins, and write their maxima into the record.
+
+    Returns the least signless pattern above zero, less one; 65,535 for none.
+    """
+    least = np.uint16(0xFFFF)
+    for token in range(begin, end):
+        line = patterns[token]
+        largest = np.uint16(0)
+        for channel in range(line.shape[0]):
+            magnitude = np.uint16(line[channel] & SIGNLESS16)
+            largest = max(largest, magnitude)
+            # Less one, so that zero wraps around to the largest pattern and is never the least.
+            least = min(least, np.uint16(magnitude - np.uint16(1)))
+        # A loop of its own: writes to bins keep the compiler from vector instructions, which the maxima get.
+        for channel in range(line.shape[0]):
+            bins[line[channel] & known] += np.uint32(1)
+        record[token] = largest
+    return least
+
+
+@_parallel
+def survey_each16(patterns, ends, peaks, scratch, rows, values, records, starts, moments):
+    """Fill the record of each of several populations, which end at `ends` [S] in patterns [N, C]; and its moments.
+
+    The record of population s, with peaks[s] peaks, begins at starts[s] of the flat records; moments [S, 7], or [0, 7]
+    for none. Each thread takes whole populations, and has bins, scratch [threads, 65,536], and a row of counts, rows
+    [threads, 2, 32,769], of its own.
+    """
+    threads = scratch.shape[0]
+    nowhere = np.zeros((1, 0), dtype=np.uint32)
+    for thread in prange(threads):
+        for index in range(thread, ends.shape[0], threads):
+            lines = patterns[ends[index - 1] if index else 0 : ends[index]]
+            record = records[starts[index] : starts[index + 1]]
+            if not moments.shape[0]:
+                _maxima16(lines, record)
+                _summarise(lines, SIGNLESS16, record, peaks[index])
+                continue
+            least = _count16(lines, 0, lines.shape[0], np.uint16(0xFFFF), scratch[thread], record)
+            top = _summarise(lines, SIGNLESS16, record, peaks[index])
+            low = max(1, min(np.int64(least) + 1, top))
+            settle(scratch[thread : thread + 1], low, top, 2, nowhere, 1, rows[thread])
+            moments_of_counts(rows[thread, :, : max(1, top - low + 2)], low, values, moments[index])
+
+
+@_compiled
+def _maxima16(patterns, record):
+    for token in range(patterns.shape[0]):
+        line = patterns[token]
+        largest = np.uint16(0)
+        for channel in range(line.shape[0]):
+            largest = max(largest, np.uint16(line[channel] & SIGNLESS16))
+        record[token] = largest
+
+
 @_parallel
 def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, marks, row):
     """Fill the record of patterns [T, C] as `tokens_of`; count them, with their sign or without it (`signs` 2 or 1).
@@ -159,21 +216,8 @@ def survey16(patterns, record, peaks, smallest, scratch, signs, sums, base, mark
     share = (patterns.shape[0] + threads - 1) // threads
     known = np.uint16(0xFFFF) if signs == 2 else SIGNLESS16
     for thread in prange(threads):
-        bins = scratch[thread]
-        least = np.uint16(0xFFFF)
-        for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
-            line = patterns[token]
-            largest = np.uint16(0)
-            for channel in range(line.shape[0]):
-                magnitude = np.uint16(line[channel] & SIGNLESS16)
-                largest = max(largest, magnitude)
-                # Less one, so that zero wraps around to the largest pattern and is never the least.
-                least = min(least, np.uint16(magnitude - np.uint16(1)))
-            # A loop of its own: writes to bins keep the compiler from vector instructions, which the maxima get.
-            for channel in range(line.shape[0]):
-                bins[line[channel] & known] += np.uint32(1)
-            record[token] = largest
-        smallest[thread] = least
+        end = min((thread + 1) * share, patterns.shape[0])
+        smallest[thread] = _count16(patterns, thread * share, end, known, scratch[thread], record)
     top = _summarise(patterns, SIGNLESS16, record, peaks)
     least = _least(smallest)
     zeros = -1

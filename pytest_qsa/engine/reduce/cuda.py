@@ -58,6 +58,10 @@ class CudaReducer:
         if plan.others:
             reduce_each(plan.others, Row(row, kept, counted, sample, plan, self._tables), into)
 
+    def reduce_packed(self, rows: Tensor, lengths: tuple[int, ...], plan: Plan, into: Accumulator) -> bool:
+        """Do nothing: rows of one shape wait for one another anyway."""
+        return False
+
     def _copies_for(self, counted: Tensor, bins: int) -> Tensor:
         """Return zeros that a row's programs count into, [copies, bins]: fewer for a small row, none without bins."""
         copies = min(COPIES, _power_of_two(-(-counted.numel() // HALF))) if bins else 0

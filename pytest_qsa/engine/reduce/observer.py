@@ -28,6 +28,9 @@ class Reducer(Protocol):
     def reduce(self, row: Tensor, kept: Tensor | None, sample: int, plan: Plan, into: Accumulator) -> None:
         """Reduce [T, C], or [n] where there is no token axis."""
 
+    def reduce_packed(self, rows: Tensor, lengths: tuple[int, ...], plan: Plan, into: Accumulator) -> bool:
+        """Reduce populations that lie one after the other in rows [N, C] together; False: nothing was reduced."""
+
     def finish(self) -> None:
         """Complete the numbers of all rows."""
 
@@ -145,6 +148,19 @@ class StreamObserver:
         self.last_shape = x.shape
         if routing is not None and self.plan.experts:
             self._count_experts(routing, rows, keep)
+
+    def add_packed(self, x: Tensor, lengths: tuple[int, ...], samples: Sequence[int], call: int) -> None:
+        """Reduce the tokens of several samples, one after the other in x [N, C]; rows behind them don't count."""
+        reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
+        x = x.detach() if x.requires_grad else x
+        if not reducer.reduce_packed(x, lengths, self.plan, self.kept):
+            for sample, rows in zip(samples, torch.split(x[: sum(lengths)], list(lengths)), strict=True):
+                self.add(rows[None], [None], [sample], call, token_axis=True)
+            return
+        self.token_axis = True
+        for sample, length in zip(samples, lengths, strict=True):
+            self.owners.extend((sample, call, length))
+        self.last_shape = (1, lengths[-1], *x.shape[1:])
 
     def _begin(self, x: Tensor) -> Reducer:
         dtype = str(x.dtype).removeprefix("torch.")

@@ -103,6 +103,11 @@ class Plan:
         """Whether a row's patterns have to be counted."""
         return self.counts or self.signed or self.ordered
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether it is only what one launch reduces of many populations: tokens, and moments."""
+        return self.tokens and not (self.channels or self.counted or self.experts or self.others)
+
 
 class Tables:
     """Small tables on a device, made there once: a copy of numbers from the host would wait for it."""

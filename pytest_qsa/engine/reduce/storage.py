@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,14 @@ class Column:
         self._sizes.append(size)
         return taken.view(self._dtype)
 
+    def rooms(self, counts: Sequence[int]) -> Array:
+        """Allocate zeros for the next arrays, `counts` elements each, one after the other: [Σ counts]."""
+        sizes = [count * self._dtype.itemsize for count in counts]
+        offset, taken = self._arena.take(sum(sizes))
+        self._offsets.extend(accumulate(sizes[:-1], initial=offset))
+        self._sizes.extend(sizes)
+        return taken.view(self._dtype)
+
     def append(self, values: Array) -> None:
         """Copy a population's values."""
         self.room(values.size)[:] = values.ravel()
@@ -156,11 +165,18 @@ class Accumulator:
 
     def room(self, name: str, count: int, dtype: DTypeLike, shape: tuple[int, ...] = (0,)) -> Array:
         """Allocate zeros [count] for the next population's array of that name; `shape`: see `Column`."""
-        column = self.rows.get(name)
+        room: Array = self._column(name, dtype, shape).room(count)
+        return room
+
+    def rooms(self, name: str, counts: Sequence[int], dtype: DTypeLike) -> Array:
+        """Allocate zeros [Σ counts] for the arrays of that name of the next populations."""
+        return self._column(name, dtype, (0,)).rooms(counts)
+
+    def _column(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Column:
+        column: Column | None = self.rows.get(name)
         if column is None:
             column = self.rows[name] = Column(self.arena, dtype, shape)
-        room: Array = column.room(count)
-        return room
+        return column
 
     def add(self, name: str, values: Array) -> None:
         """Copy the next population's array of that name."""

@@ -40,6 +40,10 @@ class TorchReducer:
         counted = row if kept is None else row.index_select(0, kept)
         reduce_each(plan.steps, Row(row, kept, counted, sample, plan, self._tables), into)
 
+    def reduce_packed(self, rows: Tensor, lengths: tuple[int, ...], plan: Plan, into: Accumulator) -> bool:
+        """Do nothing: the operators reduce one population at a time."""
+        return False
+
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 

@@ -37,6 +37,9 @@ def run(job: dict[str, Any], job_file: str) -> dict[str, Any]:
     import vllm
 
     llm = vllm.LLM(**job["engine"], worker_extension_cls=EXTENSION)
+    if job["engine"].get("pipeline_parallel_size", 1) > 1:
+        # A dummy batch makes the buffers of a later stage. On a CPU vLLM makes none of its own when it runs eagerly.
+        llm.collective_rpc("execute_dummy_batch")
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in job["samples"]]
     checked = _logprobs(llm, prompts[0], job["logprobs"]) if job["logprobs"] else None
     attached = llm.collective_rpc("qsa_attach", args=(job_file,))

@@ -38,6 +38,10 @@ Gather = Callable[[Tensor], Tensor]
 """Puts the parts that the ranks of a tensor-parallel group have of a tensor together."""
 
 
+Packed = tuple[tuple[int, ...], Sequence[int]]
+"""The lengths of samples that a batch holds whole, in their order, and their indices."""
+
+
 @dataclass(frozen=True)
 class Worker:
     """What a worker is among others. `rank` of `ranks` in its tensor-parallel group; `stages` of the pipeline.
@@ -139,6 +143,7 @@ class Hooks:
         self.reducers = Reducers()
         self.probes: list[Probe] = []
         self.segments: list[Segment] = []
+        self._packed: Packed | None = None
         self.ignored = 0
         self.handles: list[Any] = []
         self._reduces = worker.rank == 0
@@ -179,7 +184,7 @@ class Hooks:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find out whose rows the batch holds."""
-        self.segments = []
+        self.segments, self._packed = [], None
         for probe in self.probes:
             probe.calls = 0
         metadata = self.worker.metadata()
@@ -192,6 +197,10 @@ class Hooks:
         rows = positions[0] if positions.dim() == 2 else positions  # of text all axes of a multimodal rope are alike
         count = _tokens_of(metadata) or len(ids)
         self.segments = self.samples.segments(ids[:count].long().cpu().numpy(), rows[:count].long().cpu().numpy())
+        whole = all(each.end - each.start == len(self.samples.ids[each.sample]) for each in self.segments)
+        if self.segments and whole:  # the segments of a batch follow one another without a gap
+            lengths = tuple(each.end - each.start for each in self.segments)
+            self._packed = lengths, [each.sample for each in self.segments]
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._predicts and isinstance(output, Tensor):
@@ -221,6 +230,9 @@ class Hooks:
         call = probe.calls
         probe.calls += 1
         if not self._reduces:
+            return
+        if self._packed is not None and probe.drawn is None:
+            probe.observer.add_packed(x.flatten(1), *self._packed, call)
             return
         for segment in self.segments:
             rows = x[segment.start : segment.end]

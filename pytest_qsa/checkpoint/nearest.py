@@ -59,11 +59,16 @@ class IntegerGrid:
     symmetric: bool
 
     def restored(self, low: Doubles, high: Doubles, values: Doubles, rounded: Rounding = np.rint) -> Doubles:
-        """Return the values on the grid that reaches from the least to the largest of their group."""
+        """Return the values on the grid that reaches from the least to the largest of their group.
+
+        `low`, `high`: of each value's group; arrays that numpy spreads over those of `values`.
+        """
         if self.symmetric:
             most = 1 << (self.bits - 1)
             scales = _positive(np.maximum(-low, high) / (most - 0.5))  # of all codes, as compressed-tensors takes it
-            symmetric: Doubles = np.clip(rounded(values / scales), -most, most - 1) * scales
+            symmetric = rounded(values / scales)
+            np.clip(symmetric, -most, most - 1, out=symmetric)
+            symmetric *= scales
             return symmetric
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scales = _positive((high - low) / ((1 << self.bits) - 1))
@@ -124,19 +129,37 @@ def requantized(
     `rounded`: the `rounding` of `how`, which goes on from one part of a weight to the next. The scales are exact: what
     another dtype of them adds is small beside the rounding.
     """
-    order = groups.order if groups.order is not None else slice(None)
-    values = weight[:, order].astype(np.float64)
-    rows, columns = np.arange(0, len(values), groups.rows), np.arange(0, values.shape[1], groups.columns)
-
-    def of_groups(fold: np.ufunc) -> Doubles:
-        table = fold.reduceat(fold.reduceat(values, columns, axis=1), rows, axis=0)
-        spread = np.repeat(np.repeat(table, groups.rows, axis=0)[: len(values)], groups.columns, axis=1)
-        return spread[:, : values.shape[1]]
-
-    low, high = (how.clip * of_groups(fold) for fold in (np.minimum, np.maximum))
+    values = weight if groups.order is None else weight[:, groups.order]
+    height, width = values.shape
+    low, high = (how.clip * _of_groups(fold, values, groups) for fold in (np.minimum, np.maximum))
+    wide = values.astype(np.float64)
+    if groups.rows == 1 and width % groups.columns == 0:
+        shape = (height, -1, groups.columns)
+        restored = grid.restored(low[:, :, None], high[:, :, None], wide.reshape(shape), rounded).reshape(values.shape)
+    else:
+        low, high = (
+            np.repeat(np.repeat(each, groups.rows, axis=0)[:height], groups.columns, axis=1)[:, :width]
+            for each in (low, high)
+        )
+        restored = grid.restored(low, high, wide, rounded)
+    if groups.order is None:
+        return restored.astype(np.float32)
     found = np.empty_like(weight)
-    found[:, order] = grid.restored(low, high, values, rounded)
+    found[:, groups.order] = restored
     return found
+
+
+def _of_groups(fold: np.ufunc, values: Singles, groups: ScaleGroups) -> Doubles:
+    """Return the least or the largest value of each group, [blocks of rows, blocks of columns]."""
+    height, width = values.shape
+    if width % groups.columns == 0:
+        found = fold.reduce(values.reshape(height, -1, groups.columns), axis=2)
+    else:
+        found = fold.reduceat(values, np.arange(0, width, groups.columns), axis=1)
+    if groups.rows > 1:
+        found = fold.reduceat(found, np.arange(0, height, groups.rows), axis=0)
+    wide: Doubles = found.astype(np.float64)
+    return wide
 
 
 def _positive(scales: Doubles) -> Doubles:

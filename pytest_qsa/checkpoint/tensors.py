@@ -122,7 +122,8 @@ class Tensor:
         if self.stop - self.start <= SMALL_TENSOR:
             return self._read().view(kind).reshape(shape)
         # mapped, so that a check which looks at every tenth row of a matrix reads no more than that
-        return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=shape)
+        # by its name, for of a path numpy resolves every link, which takes as long as mapping it
+        return np.memmap(str(self.path), dtype=kind, mode="r", offset=self.start, shape=shape)
 
     def bytes(self) -> NDArray[np.uint8]:
         """Return the bytes as they lie in the file, of any dtype; of a large tensor a memory map."""
@@ -131,7 +132,7 @@ class Tensor:
             return np.zeros(0, dtype=np.uint8)  # the system maps no file of zero bytes
         if count <= SMALL_TENSOR:
             return self._read()
-        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
+        return np.memmap(str(self.path), dtype=np.uint8, mode="r", offset=self.start, shape=(count,))
 
     def _read(self) -> NDArray[np.uint8]:
         content = _opened(self.path, self.written).read(self.start, self.stop - self.start)

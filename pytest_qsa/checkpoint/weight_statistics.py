@@ -470,13 +470,15 @@ class GroupGains(WeightReduction):
         x, y = rows.reference.astype(np.float64), rows.values.astype(np.float64)
         if (order := self._groups.order) is not None:
             x, y = x[:, order], y[:, order]
-        blocks = np.arange(rows.start, rows.start + len(x)) // self._groups.rows
-        squares, plainest = x * x, x if rows.nearest is None else rows.nearest.astype(np.float64)
+        plainest = x if rows.nearest is None else rows.nearest.astype(np.float64)
         if order is not None and rows.nearest is not None:
             plainest = plainest[:, order]
-        rounding = (plainest - x) ** 2
-        added = (squares, x * y, y * y, squares * squares, x * plainest, rounding)
-        for sums, products in zip(self._sums, added, strict=True):
+        blocks = np.arange(rows.start, rows.start + len(x)) // self._groups.rows
+        squares, apart = x * x, plainest - x
+        factors = ((x, x), (x, y), (y, y), (squares, squares), (x, plainest), (apart, apart))
+        products = np.empty_like(x)  # one for all: new memory for each takes longer than the product
+        for sums, pair in zip(self._sums, factors, strict=True):
+            np.multiply(*pair, out=products)
             np.add.at(sums, blocks, np.add.reduceat(products, self._starts, axis=1))
 
     def arrays(self) -> Arrays:

@@ -39,6 +39,7 @@ from .imports import (
     Room as Room,
     earlier_objects_frozen as earlier_objects_frozen,
     face as face,
+    libraries_frozen as libraries_frozen,
     uncollected as uncollected,
 )
 from .locks import (

@@ -28,6 +28,7 @@ from ..common import (
     ToldError,
     UnloadableFormatError,
     lasting_stderr,
+    libraries_frozen,
     locked,
     logger,
     own_cores,
@@ -272,7 +273,8 @@ class Gate:
         if subject.files_only:
             return Outline(weight_names(files_of(subject)))
         code = self.options.allow_code
-        return engine.look_ahead(subject.named, needs, allow_code=code, as_loaded=as_loaded)
+        with libraries_frozen():
+            return engine.look_ahead(subject.named, needs, allow_code=code, as_loaded=as_loaded)
 
     def _outline(
         self, request: pytest.FixtureRequest, subject: Subject, needs: Sequence[Request], *, as_loaded: bool

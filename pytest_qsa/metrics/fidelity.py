@@ -289,10 +289,14 @@ def _from_decibels(tokens: NDArray[np.float64], step: int) -> Estimate:
 
 
 def _worst(signal: NDArray[np.float64], error: NDArray[np.float64]) -> float:
-    pairs = zip(signal.tolist(), error.tolist(), strict=True)
-    values = [decibels(x, e) for x, e in pairs if x != 0 or e != 0]
-    # Whether Python's `min` returns NaN depends on the order of its values, so NaN is looked for first.
-    return min(values, default=float("nan")) if not np.isnan(values).any() else float("nan")
+    """Return the least SQNR of several, in dB: that of the least ratio, for the logarithm keeps the order."""
+    counted = (signal != 0) | (error != 0)
+    signal, error = signal[counted], error[counted]
+    if not len(signal) or np.isnan(error).any() or not np.isfinite(signal).all():
+        return float("nan")
+    with np.errstate(divide="ignore", over="ignore"):
+        at = int(np.argmin(signal / error))
+    return decibels(float(signal[at]), float(error[at]))
 
 
 def _ratio(tokens: NDArray[np.float64]) -> float:

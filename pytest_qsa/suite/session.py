@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -119,9 +120,10 @@ class Captures:
         """Capture again, for requests that nobody planned; the old capture stays."""
         plan = merge_requests(requests)
         name = f"{key}+{plan}"
-        self._memory[name] = identified(make(plan, None), subject, self._hashes())
+        self._memory[name] = identified(make(plan, None), subject, self._hashes)
         return self._memory[name]
 
+    @cached_property
     def _hashes(self) -> FileHashes:
         return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
@@ -140,7 +142,7 @@ class Captures:
     def _through_cache(
         self, subject: Subject, requests: Sequence[Request], make: MakeCapture, look_ahead: LookAhead
     ) -> Found:
-        hashes, compared = self._hashes(), compares(requests)
+        hashes, compared = self._hashes, compares(requests)
         source: Source = "cache"
         if self.cache is None or takes_long_to_hash(subject, hashes, with_reference=compared):
             look_ahead()

@@ -1,0 +1,54 @@
+"""What the garbage collector leaves alone once a gate has imported torch, and what it still frees."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from pytest_qsa.common import libraries_frozen
+from support.projects import Project
+
+CYCLE = """
+import atexit, gc, sys, types, weakref
+
+class Cycle:
+    def __init__(self):
+        self.self = self
+
+atexit.register(lambda: print("at exit", gc.get_freeze_count()))  # runs last
+from pytest_qsa.common import libraries_frozen
+
+before, imported, after = Cycle(), None, None
+garbage = weakref.ref(before)
+del before
+with libraries_frozen():
+    print("collects", gc.isenabled())
+    imported = Cycle()
+{more}
+print("collects", gc.isenabled(), "garbage", garbage() is not None)
+print("frozen", all(each is not imported for each in gc.get_objects()))
+after = weakref.ref(Cycle())
+gc.collect()
+print("freed", after() is None)
+"""
+NANOBIND = 'Reports = type("Reports", (type,), {"__module__": "nanobind"})'
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("more", ["", NANOBIND])
+def test_what_a_gate_imports_is_looked_through_no_more_and_what_comes_later_is_freed(tmp_path, more):
+    done = Project(tmp_path / "project").program(sys.executable, "-c", CYCLE.replace("{more}", more))
+    *lines, exit = done.stdout.splitlines()
+    assert lines == ["collects False", "collects True garbage False", "frozen True", "freed True"], done.stderr
+    # A library that prints at the exit what wasn't freed has everything freed.
+    assert (exit == "at exit 0") is bool(more)
+
+
+def test_where_torch_is_there_already_a_model_of_somebody_else_can_still_be_freed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    frozen = gc.get_freeze_count()
+    with libraries_frozen():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

@@ -160,7 +160,7 @@ def found_by(
         return of_kind(pattern, names)
     # Made by `exactly`: nothing in it repeats, and `regex` is slow to compile thousands of names.
     if len(pattern) > MAX_PATTERN and _ALTERNATIVES.fullmatch(pattern):
-        compiled = compile_pattern(pattern)
+        compiled = re.compile(pattern)
         return [name for name in names if (compiled.match(name) if from_start else compiled.search(name))]
     matcher = _matcher(pattern)
     match = matcher.match if from_start else matcher.search

@@ -62,15 +62,14 @@ def run(arguments: Sequence[str]) -> int:
         say("dry run: nothing was loaded, nothing written")
         return OK
     started = time.perf_counter()
-    capture = _captured(subject, analysis, options)
-    if capture is None:  # under torchrun the first process draws
-        return OK
-    if options.redact:
-        capture = capture.redacted()
-    if options.verbose:
-        say(f"measured in {time.perf_counter() - started:.1f} s")
-    export = tools.Export(visualization, subject, analysis, capture, folder)
-    with earlier_objects_frozen():  # or drawing looks through all that was imported, for a second
+    with earlier_objects_frozen():  # or the collector looks through all that was imported, for a second
+        capture = _captured(subject, analysis, options)
+        if capture is None:  # under torchrun the first process draws
+            return OK
+        if options.verbose:
+            say(f"measured in {time.perf_counter() - started:.1f} s")
+        capture = capture.redacted() if options.redact else capture
+        export = tools.Export(visualization, subject, analysis, capture, folder)
         return _write(export, shlex.join(["qsa", "analyze", *arguments]), verbose=options.verbose)
 
 

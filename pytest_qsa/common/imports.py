@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec
+from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
 
@@ -34,9 +35,16 @@ def face(package: str, file: str) -> tuple[Callable[[str], object], Callable[[],
             return sorted(modules())
         if name not in modules():
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        return getattr(importlib.import_module(modules()[name], package), name)
+        return getattr(_imported(modules()[name], package), name)
 
     return of, lambda: sorted(modules())
+
+
+def _imported(module: str, package: str) -> ModuleType:
+    if resolve_name(module, package) in sys.modules:
+        return importlib.import_module(module, package)
+    with uncollected():
+        return importlib.import_module(module, package)
 
 
 class Room:
@@ -61,11 +69,20 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if collects:
+            if not (_frozen or _others_have_frozen()):  # makes all objects old, as if collected
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
 _frozen = False
 """Whether objects are known to be frozen, by a caller or by somebody else. Python counts them to say so, for 40 ms."""
+
+
+@cache
+def _others_have_frozen() -> bool:
+    # Asked once in a process, for Python counts them.
+    return gc.get_freeze_count() > 0
 
 
 @contextmanager

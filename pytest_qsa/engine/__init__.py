@@ -1,6 +1,6 @@
 """Loads a model and runs its one pass; the only room that imports torch."""
 
-from ..common import InfraError, face, uncollected
+from ..common import InfraError, face
 
 _named, __dir__ = face(__name__, __file__)
 
@@ -12,8 +12,7 @@ def __getattr__(name: str) -> object:
         InfraError: a package isn't installed that only this room needs.
     """
     try:
-        with uncollected():
-            return _named(name)
+        return _named(name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pytest_qsa"):
             raise

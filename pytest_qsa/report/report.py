@@ -150,9 +150,19 @@ def builtins_of(value: Any) -> Any:
     return str(value)
 
 
-def strict_json(content: Mapping[str, Any]) -> str:
-    """Write JSON that every parser reads: NaN and the infinities are the strings NaN, Infinity and -Infinity."""
-    return json.dumps(_named(builtins_of(content)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+def strict_json(content: Mapping[str, Any], *, compact: bool = False) -> str:
+    """Write JSON that every parser reads: NaN and the infinities are the strings NaN, Infinity and -Infinity.
+
+    `compact`: in ASCII, without indents, which cost bytes and take Python's own encoder ten times as long.
+    """
+    plain = builtins_of(content)
+    form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
+    encoder = json.JSONEncoder(ensure_ascii=compact, allow_nan=False, **form)
+    try:
+        text = encoder.encode(plain)
+    except ValueError:  # a number that JSON doesn't have
+        text = encoder.encode(_named(plain))
+    return text if compact else f"{text}\n"
 
 
 def _named(value: Any) -> Any:

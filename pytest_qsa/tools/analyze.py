@@ -300,11 +300,13 @@ def as_csv(rows: Sequence[ExportRow]) -> bytes:
 
 
 def as_json(rows: Sequence[ExportRow], about: Mapping[str, Any]) -> bytes:
-    """Write the keys of `about` and the rows under `rows`; NaN and infinities become null."""
-    plain = [{**row._asdict(), "value": row.value if math.isfinite(row.value) else None} for row in rows]
-    return json.dumps(
-        {"schema": ANALYSIS_SCHEMA, **about, "rows": plain}, indent=1, allow_nan=False, default=str
-    ).encode()
+    """Write the keys of `about` and, a line each, the rows under `rows`; NaN and infinities become null."""
+    write = json.JSONEncoder(allow_nan=False).encode  # with an indent Python's own encoder takes ten times as long
+    plain = ({**row._asdict(), "value": row.value if math.isfinite(row.value) else None} for row in rows)
+    lines = ",\n  ".join(map(write, plain))
+    whole = json.dumps({"schema": ANALYSIS_SCHEMA, **about, "rows": []}, indent=1, allow_nan=False, default=str)
+    # `whole` ends in "]\n}".
+    return f"{whole[:-3]}\n  {lines}\n ]\n}}".encode()
 
 
 def as_parquet(rows: Sequence[ExportRow]) -> bytes:

@@ -19,7 +19,10 @@ from pytest_qsa.captures.sites import SiteNumbers
 from pytest_qsa.common import imports
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.run_pass import run_pass
+from pytest_qsa.engine.subject import in_transformers
+from pytest_qsa.engine.subject.capture import capture_subject
 from pytest_qsa.metrics.selection import NotMeasuredError
+from pytest_qsa.suite import Data, Memory, Model, Subject
 from support import models, oracle
 from support.captures import statistics
 
@@ -192,6 +195,38 @@ def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_a
         assert (gc.get_freeze_count() > 0) == frozen_before
     finally:
         gc.freeze()
+
+
+def test_what_is_made_without_collecting_garbage_is_old_afterwards(monkeypatch):
+    monkeypatch.setattr(imports, "_frozen", False)
+    gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
+    imports._others_have_frozen.cache_clear()
+    try:
+        with imports.uncollected():
+            assert not gc.isenabled()
+            made = [[] for _ in range(10)]
+        young = {id(each) for generation in (0, 1) for each in gc.get_objects(generation)}
+        assert (gc.isenabled(), young & set(map(id, made))) == (True, set())
+        assert gc.get_freeze_count() == 0
+    finally:
+        imports._others_have_frozen.cache_clear()
+        gc.freeze()
+
+
+def test_a_subject_s_model_is_freed_after_its_pass(llama, tmp_path, monkeypatch):
+    made, load = [], in_transformers.load_subject
+
+    def remember(*arguments, **options):
+        loaded = load(*arguments, **options)
+        loaded.model.circle = [loaded.model]  # only the collector frees it, as it does modules with hooks
+        made.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(in_transformers, "load_subject", remember)
+    data, memory = Data(num_samples=1, seq_len=8), Memory(device="cpu")
+    subject = Subject("x", Model(path=str(llama)), data, memory, tmp_path)
+    capture_subject(subject, [Request(r"layers\.\d+$", "output", None, statistics("tokens"))])
+    assert [model() for model in made] == [None]
 
 
 def test_no_activation_outlives_its_forward():

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pytest_qsa.captures.distributions import channel_bands
 from pytest_qsa.engine.run.run_pass import run_pass
+from pytest_qsa.report.plots.chart import chart_of
 from pytest_qsa.report.plots.elements import box_figure, histogram_figure, map_figure, percentile_figure, surface_figure
 from pytest_qsa.report.plots.magnitudes import Outliers, outlier_picture
 from pytest_qsa.suite import Visualization
@@ -218,10 +219,9 @@ def test_a_box_shows_the_quartiles_the_median_and_the_extremes_of_all_elements()
     _, analysis, capture = analysed(4, enabled={"distribution": True})
     figure = box_figure({layer: capture.sites[layer, "output"] for layer in analysis.pictures[0].layers}, "", "")
     values = [Deep.values(index, 4).double().numpy().ravel() for index in range(4)]
-    boxes = by_gid(figure, "box")
-    for box, x in zip(boxes, values, strict=True):
-        low, high = np.percentile(x, [25, 75])
-        assert (box.get_y(), box.get_y() + box.get_height()) == pytest.approx((low, high), rel=0.02)
+    (boxes,) = by_gid(figure, "box")
+    for ends, x in zip(boxes.ends, values, strict=True):
+        assert ends[2:] == pytest.approx(np.percentile(x, [25, 75]), rel=0.02)
     (largest,), (smallest,) = by_gid(figure, "largest"), by_gid(figure, "smallest")
     assert largest.get_ydata() == pytest.approx([x.max() for x in values], rel=1e-6)
     assert smallest.get_ydata() == pytest.approx([x.min() for x in values], rel=1e-6)
@@ -254,13 +254,15 @@ def test_the_channels_that_reach_furthest_stand_beside_the_others_with_their_num
     layer = "layers.1"  # in which channel 7 stands out
     bands = channel_bands(capture.sites[layer, "output"], signed=True)
     figure = percentile_figure({layer: bands}, "", "")
-    numbers = [int(label.get_text()) for label in figure.axes[1].get_xticklabels()]
+    (drawn,) = by_gid(figure, "numbers")
+    beside = chart_of(figure)["panels"][1]
+    assert ([*drawn.places], []) == (beside["x"]["ticks"], beside["texts"])  # the page's are the same
+    numbers = [int(number) for _, number in drawn.places]
     reach = np.abs(Deep.values(1, 4).numpy()).max(axis=(0, 1))
     assert numbers == np.argsort(-reach)[:20].tolist()
     assert numbers[0] == 7
-    widest = by_gid(figure, "widest")[0]
     ends = [float(end) for end in Deep.values(1, 4)[..., 7].aminmax()]
-    assert [widest.get_y(), widest.get_y() + widest.get_height()] == pytest.approx(ends)
+    assert by_gid(figure, "widest")[0].ends[0, 2:] == pytest.approx(ends)
 
 
 def test_a_map_shows_its_values_by_token_and_channel():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...captures import Capture, Outline, Request, asks_for_answers, compares, with_weights, without_answers
 from ...checkpoint import capture_weights
-from ...common import Progress
+from ...common import Progress, earlier_objects_frozen
 from ...suite import FileHashes, NamedSubject, Subject, files_of, identified
 from ..load.adapters import source_of
 from ..load.answers import unbatched
@@ -47,10 +47,11 @@ def capture_subject(
     if of_files and not of_pass:
         return capture_weights(files_of(subject), of_files, progress=progress)
     look = look_at_loaded if made_by_code(subject.model) else None
-    if subject.model.engine.name == "vllm":
-        capture = capture_in_vllm(subject, of_pass, allow_code, progress, share)
-    else:
-        capture = capture_in_transformers(subject, of_pass, allow_code, progress, share, look)
+    with earlier_objects_frozen():  # or the collector looks through the libraries to give a model's memory back
+        if subject.model.engine.name == "vllm":
+            capture = capture_in_vllm(subject, of_pass, allow_code, progress, share)
+        else:
+            capture = capture_in_transformers(subject, of_pass, allow_code, progress, share, look)
     return with_files(capture, subject, of_files) if of_files else capture
 
 

@@ -23,6 +23,8 @@ from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
+from .style import Bars
+
 Mark = dict[str, Any]
 _DASHES = {"--": "6 3", ":": "1.5 3", "-.": "7 3 1.5 3"}
 _WIDTHS = {"asinh": "linear_width", "symlog": "linthresh"}
@@ -124,7 +126,9 @@ def _marks(axes: Axes) -> Iterator[Mark]:
             style = {"colour": to_hex(each.get_edgecolor()), "dash": _DASHES.get(str(each.get_linestyle()), "")}
             found.append((each.zorder, {**steps, **style, "label": _label(each.get_label())}))
     for collection in axes.collections:
-        if isinstance(collection, LineCollection) and collection.get_segments():
+        if isinstance(collection, Bars):
+            found.append((collection.zorder, _bars_of(collection)))
+        elif isinstance(collection, LineCollection) and collection.get_segments():
             found.append((collection.zorder, _segments(collection)))
         elif isinstance(collection, PolyCollection):
             found.append((collection.zorder, _area(collection)))
@@ -139,6 +143,18 @@ def _bars(container: BarContainer) -> Mark:
     style = {"colour": to_hex(first.get_facecolor()), "hatched": bool(first.get_hatch())}
     # A horizontal bar's two ends in y are where it lies, in x what it says.
     return {"kind": "bars", "ends": ends, **style, "label": _label(container.get_label()), "name": first.get_gid()}
+
+
+def _bars_of(bars: Bars) -> Mark:
+    face: Any = bars.get_facecolor()
+    style = {"colour": to_hex(face[0]), "hatched": bool(bars.get_hatch())}
+    return {
+        "kind": "bars",
+        "ends": list(map(_numbers, bars.ends)),
+        **style,
+        "label": _label(bars.get_label()),
+        "name": bars.get_gid(),
+    }
 
 
 def _rise(bar: Rectangle) -> tuple[float, float]:

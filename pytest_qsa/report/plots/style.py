@@ -16,11 +16,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ...captures import Capture, PositionRange, Site
@@ -104,6 +106,7 @@ def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = F
     in the place of text, which need no font; else text, of fewer bytes.
     """
     stream = io.BytesIO()
+    _place_empty_labels(figure)
     if form == "png":  # savefig would draw twice: once for the layout alone
         figure.set_dpi(dpi)
         canvas: Any = FigureCanvasAgg(figure)
@@ -118,6 +121,14 @@ def encode_figure(figure: Figure, form: str, dpi: int = DPI, *, shaded: bool = F
         with matplotlib.rc_context({"svg.hashsalt": "pytest-qsa", "svg.fonttype": font}):
             figure.savefig(stream, format=form, metadata={"Date": None, "Creator": None})
     return stream.getvalue()
+
+
+def _place_empty_labels(figure: Figure) -> None:
+    # Else matplotlib looks for a place beside all ticks for each label, a sixth of all drawing.
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if not axis.get_label_text():
+                axis.set_label_coords(0, 0)
 
 
 def head(figure: Figure, axes: Axes | None, title: str, notes: Sequence[str] = ()) -> None:
@@ -175,6 +186,24 @@ def add_legend(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), columnspacing=1.6)
     elif labels:
         figure.legend(handles, labels, loc="upper right", bbox_to_anchor=(0.995, 0.998), ncols=2, columnspacing=1.6)
+
+
+class Bars(PolyCollection):
+    """Many upright bars as one artist: matplotlib takes ten times as long for those of `Axes.bar`.
+
+    `ends`: left, right, bottom and top of each, [N, 4].
+    """
+
+    def __init__(self, ends: NDArray[np.float64], **style: Any) -> None:
+        self.ends = ends
+        super().__init__([*ends[:, [[0, 2], [0, 3], [1, 3], [1, 2]]]], **style)
+
+
+def add_bars(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, width: float, **style: Any) -> None:
+    """Draw N bars around `x` from `low` to `high`, each [N]. `style`: of a collection, such as `facecolor`."""
+    middle = np.asarray(x, dtype=float)
+    ends = np.stack(np.broadcast_arrays(middle - width / 2, middle + width / 2, low, high), 1)
+    axes.add_collection(Bars(ends, **style))
 
 
 @functools.cache

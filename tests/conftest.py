@@ -5,15 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches out
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that a test starts would compile the package anew
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 from support import processes
 from support.checkpoints import FORMATS, TORCHAO, save_llama, save_quantized_llama, save_torchao_llama
+from support.paths import ROOT
 from support.projects import Project
 
 SLOW_MARKS = {"process", "browser", "real_model"}
@@ -84,6 +89,19 @@ def quantized(tmp_path_factory, llama):
 def int8_llama(quantized):
     """Return the small Llama in int8 by compressed-tensors: a scale a row, activations quantized as they come."""
     return quantized["int8"]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Return a folder with SmolLM2, its int8 checkpoint and a damaged copy of that, made once for all workers."""
+    processes.check_mark()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    program = ROOT / "example_suites" / "checkpoints.py"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "smollm2-int8-damaged").exists():  # the last that is made
+            subprocess.run([sys.executable, program, "all", "--into", folder], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

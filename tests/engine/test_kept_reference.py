@@ -4,8 +4,6 @@ import contextlib
 import random
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
@@ -31,7 +29,6 @@ from pytest_qsa.suite import load_suite, subject_of
 from support import checkpoints, models, projects
 from support.captures import flipped, statistics, with_header, without_checksum
 from support.models import BLOCKS, LINEAR, damaged
-from support.paths import ROOT
 
 BATCHES = [models.token_batch(2, 24, bos=True), models.token_batch(2, 24, seed=5, bos=True)]
 COMPARED = statistics("error", "reference_tokens", "reference_sinks", "tokens", "sinks")
@@ -362,16 +359,14 @@ def test_parts_of_the_samples_merge_to_the_whole(gated, judged):
 
 @pytest.mark.process
 @pytest.mark.real_model
-def test_smollm2_fits_in_twelve_megabytes_and_its_predictions_are_those_of_both_models(tmp_path):
-    program = ROOT / "example_suites" / "checkpoints.py"
-    for command in ("fetch", "quantize"):
-        subprocess.run([sys.executable, program, command, "--into", tmp_path], check=True, capture_output=True)
-    text = SUITE.replace("small", "smollm2").replace("num_samples: 4, seq_len: 32", "num_samples: 16, seq_len: 512")
+def test_smollm2_fits_in_twelve_megabytes_for_16_samples_and_predicts_as_both_models_do(smollm2, tmp_path):
+    original, int8 = (str(smollm2 / name) for name in ("smollm2", "smollm2-int8"))
+    text = SUITE.replace("small-int8", int8).replace("num_samples: 4, seq_len: 32", "num_samples: 2, seq_len: 512")
     text = text.replace("  - {id: alone, metric: local_sqnr, layers: 'down_proj$', min: 0}\n", "")
     (tmp_path / "gate.qsa.yaml").write_text(text)
-    keep(tmp_path, "--model.path", str(tmp_path / "smollm2"))
-    assert (tmp_path / "ref.qsa").stat().st_size <= 12_000_000
-    live, kept = (gate(tmp_path, text.replace("ref.qsa", name), samples=(0, 2)) for name in ("smollm2", "ref.qsa"))
+    keep(tmp_path, "--model.path", original)
+    assert (tmp_path / "ref.qsa").stat().st_size <= 12_000_000 * 2 / 16
+    live, kept = (gate(tmp_path, text.replace("ref.qsa", name)) for name in (original, "ref.qsa"))
     for name in ("kl_divergence", "same_top", "delta_p", "ln_ppl_ratio"):
         one, other = (getattr(c.logits(), name)().values for c in (live, kept))
         np.testing.assert_allclose(other, one, rtol=1e-2)

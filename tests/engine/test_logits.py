@@ -12,7 +12,7 @@ def softmax(logits):
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)  # no kernel takes float64
 @pytest.mark.parametrize("rows", [1, ROWS_AT_ONCE, ROWS_AT_ONCE + 3])
 def test_the_overlap_of_a_row_is_the_sum_of_the_smaller_probabilities(dtype, rows):
     own, reference = (torch.randn(rows, 50, generator=torch.Generator().manual_seed(s)).to(dtype) * 3 for s in (1, 2))

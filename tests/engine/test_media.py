@@ -235,6 +235,8 @@ def written(tmp_path, *rows):
     (tmp_path / "set").mkdir(exist_ok=True)
     for index in range(2):
         PIL.Image.fromarray(drawn_picture(index).image).save(tmp_path / "set" / f"{index}.png")
+    if not (tmp_path / "outside.png").is_symlink():
+        (tmp_path / "outside.png").symlink_to("/etc/passwd")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return Data(source="custom:a.jsonl", num_samples=max(1, len(rows)))
 
@@ -255,6 +257,7 @@ def test_records_of_a_file_name_pictures_beside_it(tmp_path):
         ([{"image": "set/9.png"}], r"record 0 names 'set/9\.png', and there is no such file below"),
         ([{"image": "../b.png"}], r"record 0 names '\.\./b\.png', which doesn't lie below .*: paths count from there"),
         ([{"image": "/etc/passwd"}], "which doesn't lie below"),
+        ([{"image": "outside.png"}], "which doesn't lie below"),
         ([{"image": "https://x.org/a.png"}], "which doesn't lie below"),
         ([{"image": "a.jsonl"}], r"a\.jsonl: the picture can't be decoded: it is no picture"),
         ([{"image": "set/0.png"}, {"text": "b"}], "record 1 has nothing under 'image'"),

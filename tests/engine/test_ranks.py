@@ -160,28 +160,18 @@ sys.exit(main({arguments!r}))
 
 
 @pytest.mark.process
-def test_two_ranks_of_torchrun_draw_what_one_process_draws(written, tmp_path):
+def test_two_ranks_of_torchrun_draw_what_one_process_draws(written, tmp_path, capsys):
     text = "visualization: {save_dir: SAVE, output: {formats: [json]}, enabled: {magnitude_input: true}}\n"
     config = written(peaks("max: 100"))
     config.write_text(config.read_text().replace("assertions:", text + "assertions:"))
-    saved = {}
-    for ranks in (1, 2):
-        folder = tmp_path / f"out{ranks}"
-        arguments = [
-            "analyze",
-            "--config",
-            str(config),
-            "--save_dir",
-            str(folder),
-            "--qsa-cache",
-            str(tmp_path / f"cache{ranks}"),
-        ]
-        done = torchrun(PROGRAM.format(dies=False, arguments=arguments), tmp_path, ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("The largest activation is ") == 1
-        (entry,) = (tmp_path / f"cache{ranks}").glob("*.qsa")
-        saved[ranks] = entry.read_bytes()
-    equal = saved[1] == saved[2]
+    arguments = ["analyze", "--config", str(config), "--save_dir", str(tmp_path / "out"), "--qsa-cache"]
+    assert main([*arguments, str(tmp_path / "alone")]) == 0
+    done = torchrun(PROGRAM.format(dies=False, arguments=[*arguments, str(tmp_path / "ranks")]), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in (capsys.readouterr().out, done.stdout):
+        assert said.count("The largest activation is ") == 1
+    (alone,), (shared,) = ([*(tmp_path / name).glob("*.qsa")] for name in ("alone", "ranks"))
+    equal = alone.read_bytes() == shared.read_bytes()
     assert equal
 
 

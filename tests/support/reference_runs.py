@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pytest_qsa.captures import LOGITS, Request
+from pytest_qsa.engine import SampleShare
+from pytest_qsa.engine.ranks import joined
 from pytest_qsa.engine.subject import capture_subject
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.captures import statistics
@@ -27,3 +29,11 @@ def subject_of(own, original, *, disk=False):
 def captured(subject, *names, **options):
     """Capture what is named of `EVERYTHING`; all of it, where nothing is."""
     return capture_subject(subject, [EVERYTHING[name] for name in names or EVERYTHING], **options)
+
+
+def save_shared(own, original, folder):
+    """Capture as one rank of several, with the models in memory and on disk; save what this rank got of either."""
+    with joined() as ranks:
+        for place in ("memory", "disk"):
+            found = captured(subject_of(own, original, disk=place == "disk"), share=SampleShare(ranks=ranks))
+            found.save(folder / f"{place}{ranks.rank}")

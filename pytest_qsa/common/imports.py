@@ -92,6 +92,7 @@ def libraries_frozen() -> Iterator[None]:
     Looking through these million objects takes 0.3 s each time, and freeing them one by one at Python's exit a second.
     Where torch is loaded already nothing is frozen: a model of somebody else must be freed when it goes.
     """
+    global _frozen
     if "torch" in sys.modules:
         yield
         return
@@ -101,6 +102,7 @@ def libraries_frozen() -> Iterator[None]:
             yield
         finally:
             gc.freeze()
+            _frozen = True
             atexit.register(_thaw_for_nanobind)
 
 

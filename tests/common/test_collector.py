@@ -18,8 +18,10 @@ class Cycle:
         self.self = self
 
 atexit.register(lambda: print("at exit", gc.get_freeze_count()))  # runs last
-from pytest_qsa.common import libraries_frozen
+from pytest_qsa.common import libraries_frozen, uncollected
 
+with uncollected():
+    pass  # a room that is imported before
 before, imported, after = Cycle(), None, None
 garbage = weakref.ref(before)
 del before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -79,10 +80,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> QsaSuite |
         return None
     if not any(parent.session.isinitpath(path) for path in (file_path, *file_path.parents)):
         return None  # beside a file that a run names: pytest asks for it too, and leaves it out afterwards
-    found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
     stash = parent.config.stash
-    found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides, stash[OPTIONS].roots))
-    found.run = gate.run_assertion
+    with contextlib.nullcontext() if SUITES in stash else common.libraries_frozen():
+        found: QsaSuite = gate.QsaSuite.from_parent(parent, path=file_path)
+        found.overrides = stash.setdefault(OVERRIDES, gate.Overrides(stash[OPTIONS].overrides, stash[OPTIONS].roots))
+        found.run = gate.run_assertion
     stash.setdefault(SUITES, []).append(found)
     return found
 

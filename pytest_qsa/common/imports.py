@@ -87,10 +87,11 @@ def _others_have_frozen() -> bool:
 
 @contextmanager
 def libraries_frozen() -> Iterator[None]:
-    """Let the garbage collector never again look at torch, nor at what is imported with it inside.
+    """Let the garbage collector never again look at what is imported inside, nor at what there is by then.
 
-    Looking through these million objects takes 0.3 s each time, and freeing them one by one at Python's exit a second.
-    Where torch is loaded already nothing is frozen: a model of somebody else must be freed when it goes.
+    Looking through the million objects of torch and transformers takes 0.3 s each time, and freeing them one by one at
+    Python's exit a second. Where torch is loaded already nothing is frozen: a model of somebody else must be freed when
+    it goes.
     """
     global _frozen
     if "torch" in sys.modules:

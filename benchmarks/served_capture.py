@@ -1,7 +1,8 @@
 """A capture inside vLLM: its numbers beside transformers' (`table`), and what its hooks cost (`cost`).
 
 `QSA_VLLM_PYTHON=… python benchmarks/served_capture.py table|cost [--model FOLDER] [--samples N] [--seq-len N]`. `cost`
-runs the same requests with and without hooks in turn, in one process of vLLM's, and takes medians of processor time.
+runs the same requests with and without hooks in turn, in one process of vLLM's, and takes medians of five, of the
+processor's seconds and of the clock's.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def inside(job_file: str) -> None:
     print(json.dumps({"medians": medians, "threads": torch.get_num_threads()}), flush=True)
 
 
-def cost(model: Path, samples: int, tokens: int) -> None:
-    """Print what a pass costs with and without hooks, in seconds of processor time."""
+def cost(model: Path, samples: int, tokens: int, *, outputs: bool) -> None:
+    """Print what a pass costs with and without hooks. `outputs`: of the linear layers these are reduced as well."""
     import numpy as np
     import torch
 
@@ -73,6 +74,8 @@ def cost(model: Path, samples: int, tokens: int) -> None:
     ids = [row.tolist() for batch in batches for row in token_ids(batch)]
     requests = [Request(BLOCKS, "output", None, frozenset({TOKENS, MOMENTS})),
                 Request(LINEARS, "input", None, frozenset({TOKENS, MOMENTS}))]  # fmt: skip
+    if outputs:
+        requests.append(Request(LINEARS, "output", None, frozenset({TOKENS, MOMENTS})))
     wanted = wanted_sites(with_experts(layers_of(empty)), blocks_of(empty), requests)
     settings = capturing._settings(own, ids)
     with tempfile.TemporaryDirectory() as name:
@@ -166,8 +169,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / ".demo" / "smollm2")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--outputs", action="store_true", help="cost: the outputs of the linear layers as well")
     given = parser.parse_args()
-    (table if given.what == "table" else cost)(given.model.absolute(), given.samples, given.seq_len)
+    if given.what == "table":
+        table(given.model.absolute(), given.samples, given.seq_len)
+    else:
+        cost(given.model.absolute(), given.samples, given.seq_len, outputs=given.outputs)
 
 
 if __name__ == "__main__":

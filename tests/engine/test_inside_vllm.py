@@ -29,7 +29,7 @@ from pytest_qsa.captures import (
 from pytest_qsa.common import InfraError, VllmWords
 from pytest_qsa.suite import Data, Memory, Model, Subject
 from support.broken_kernel import interpreter
-from support.checkpoints import save_glm_with_mtp, save_llama, save_quantized_llama
+from support.checkpoints import save_glm_with_mtp, save_llama, save_moe, save_quantized_llama
 from support.paths import ROOT
 
 PYTHON = os.environ.get("QSA_VLLM_PYTHON", "")
@@ -91,6 +91,22 @@ def test_every_site_has_the_numbers_of_transformers(wide_llama, expected, tmp_pa
         np.testing.assert_allclose(own.moment("m2"), theirs.moment("m2"), rtol=2e-3, err_msg=str(site))
         np.testing.assert_allclose(own.channel_max, theirs.channel_max, rtol=2e-3, err_msg=str(site))
         assert own.sample.tolist() == theirs.sample.tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_have_the_numbers_of_transformers(tmp_path, ranks):
+    folder = save_moe(tmp_path / "moe", width=128)
+    patterns = [*SITES[:2], *((r"mlp(\.experts|\.gate)?$", site) for site in ("input", "output"))]
+    requests = [Request(pattern, site, None, frozenset({MOMENTS, TOKENS})) for pattern, site in patterns]
+    requests.append(Request("", "logits", None, frozenset({SCORES})))
+    own = subject(folder, tmp_path, tensor_parallel_size=ranks)
+    found, theirs = (engine.capture_subject(each, requests) for each in (own, by_transformers(own)))
+    assert len(found.sites) == len(theirs.sites) == 17
+    for site, known in theirs.sites.items():
+        if site[1] != "logits":
+            np.testing.assert_allclose(found.sites[site].token_max, known.token_max, rtol=1e-4, err_msg=str(site))
+            np.testing.assert_allclose(found.sites[site].moment("m2"), known.moment("m2"), rtol=1e-4, err_msg=str(site))
+    np.testing.assert_allclose(found.logits().perplexity().values, theirs.logits().perplexity().values, rtol=1e-5)
 
 
 def test_predictions_are_those_of_transformers(wide_llama, changed_wide_llama, tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 from pytest_qsa.captures import Capture
 from pytest_qsa.common import InfraError, VllmProgram
+from pytest_qsa.engine.vllm.capture import _check_ranks as check_ranks, _sites as joined_sites
 from pytest_qsa.engine.vllm.launch import run_program
 from pytest_qsa.engine.vllm.program import RESULT
 from pytest_qsa.engine.vllm.worker import Hooks, Samples, Worker
@@ -233,6 +234,39 @@ def test_each_stage_of_a_pipeline_measures_its_own_layers(served, tmp_path):
     assert [next(iter(probe.sites)) for probe in hooks.probes] == [("layers.1", "input")]
 
 
+def test_the_layers_of_all_stages_are_joined_and_one_that_none_has_is_refused_by_name(served, tmp_path):
+    """Two workers leave a file each, of their own layers."""
+    apart = [("layers.0", "output"), ("layers.1", "output")]
+    for rank, site in enumerate(apart):
+        hooks = hooks_on(served, tmp_path, [site])
+        run(served, *WHOLE)
+        hooks.detach()
+        hooks.save(tmp_path / f"rank-{rank}.qsa")
+    found = joined_sites(tmp_path, dict.fromkeys(reversed(apart)))
+    assert list(found) == apart[::-1]
+    for sample, ids in enumerate(SAMPLES):
+        for site in apart:
+            expected = abs(streams(served, ids)[site]).max(1)
+            np.testing.assert_allclose(found[site].tokens_of(sample), expected, rtol=1e-4)
+    with pytest.raises(InfraError, match=r"called no layer layers\.2 \(output\): exclude it"):
+        joined_sites(tmp_path, dict.fromkeys([*apart, ("layers.2", "output")]))
+
+
+def test_ranks_that_hold_different_copies_of_one_tensor_are_refused_by_name(served, tmp_path):
+    def sums(factor):
+        hooks = hooks_on(served, tmp_path, [("layers.1", "output"), ("layers.0", "output")], ranks=2)
+        with torch.no_grad():
+            served.layers[1].self_attn.o_proj.weight *= factor
+        run(served, *WHOLE)
+        hooks.detach()
+        return {"sums": hooks.sums}
+
+    one, other = sums(1.0), sums(1.1)
+    check_ranks({"collected": [one, one]})
+    with pytest.raises(InfraError, match=r"different numbers at layers\.1 output"):
+        check_ranks({"collected": [one, other]})
+
+
 class ColumnParallelLinear(LinearBase):
     pass
 
@@ -269,9 +303,14 @@ def alive(pid):
             "vLLM ended before it had run the samples (exit code 1): Worker proc VllmWorker-0 died unexpectedly "
             "(exit code: -11)",
         ),
+        (
+            "print('(Worker_TP1) ERROR pytest_qsa.common.errors.InfraError: vLLM ran 3 of the 5 tokens', flush=True); "
+            "print('EngineDeadError: EngineCore encountered an issue', flush=True); sys.exit(1)",
+            "vLLM ran 3 of the 5 tokens",
+        ),
         ("os.kill(os.getpid(), 9)", "vLLM ended before it had run the samples (killed by SIGKILL): loading"),
     ],
-    ids=["timeout", "refused", "worker", "killed"],
+    ids=["timeout", "refused", "worker", "hook", "killed"],
 )
 def test_a_run_of_vllm_that_fails_is_one_line_and_leaves_no_process(tmp_path, ending, message):
     child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"

@@ -130,6 +130,20 @@ def test_a_gap_is_of_layers_or_of_the_predictions(tmp_path, assertion, message):
         load_suite(file)
 
 
+def test_a_gap_without_a_bound_may_be_six_floors(tmp_path):
+    file = tmp_path / "gate.qsa.yaml"
+
+    def stated(text):
+        file.write_text(suite(f"{tmp_path}, engine: vllm", f"id: a, metric: engine_gap, layers: x, site: output{text}"))
+        return load_suite(file).assertions[0].stated
+
+    assert stated("") == {"max": 6.0}
+    assert stated(", max: 3") == {"max": 3.0}
+    assert stated(", baseline: {rel: 0.1}") == {}
+    with pytest.raises(SuiteError, match="needs a bound or a baseline"):
+        stated(", relative: false")
+
+
 def test_zeros_of_one_engine_alone_are_an_anomaly(samples):
     zeros = [np.zeros_like(x) for x in samples]
     assert gap(zeros, zeros, zeros) == 0

@@ -141,6 +141,24 @@ def save_words(source, folder, declared):
     return edited(source, folder, pack, config=lambda config: config.update(quantization_config=declared))
 
 
+def save_moe(folder, width=32):
+    """Save a small Qwen3-MoE with random weights."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=320, hidden_size=width, intermediate_size=64, moe_intermediate_size=max(32, width // 2),
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, num_experts=4,
+        num_experts_per_tok=2, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 def save_quantized_moe(folder, preset, **weights):
     """Save a small Qwen3-MoE whose experts and attention are quantized in its files, as llm-compressor leaves them.
 
@@ -149,19 +167,8 @@ def save_quantized_moe(folder, preset, **weights):
     import torch
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
     from safetensors.torch import load_file, save_file
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-        initializer_range=0.2, tie_word_embeddings=False,
-    )  # fmt: skip
-    original = folder.with_name(f"{folder.name}-float")
-    Qwen3MoeForCausalLM(config).save_pretrained(original)
-    save_tokenizer(original)
+    original = save_moe(folder.with_name(f"{folder.name}-float"))
     shutil.copytree(original, folder)
     scheme = preset_name_to_scheme(preset, targets=["Linear"])
     scheme.weights = scheme.weights.model_copy(update=weights)

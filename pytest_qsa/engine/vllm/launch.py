@@ -30,6 +30,8 @@ UNLESS_SET = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"
 GRACE = 5.0
 """Seconds that processes get to end by themselves once they are asked to."""
 _ERROR = re.compile(r"(?P<error>\b[A-Za-z_.]*(?:Error|Exception|Exit|Interrupt)): (?P<text>.*\S)")
+_OWN = re.compile(rf"{__name__.partition('.')[0]}\.common\.errors\.\w+Error: (?P<text>.*\S)")
+"""What the capture in a worker says, which vLLM wraps into an exception of its own."""
 _DIED = re.compile(r"Worker proc \S+ died unexpectedly(?: \(exit code: -?\d+\))?")
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "cancelled", "WorkerProc initialization failed")
 
@@ -58,11 +60,13 @@ def run_program(
     text = log.read_text(encoding="utf-8", errors="replace")
     logger.debug("vLLM's log:\n%s", text)
     if not (folder / RESULT).exists():
+        if own := _OWN.search(text):
+            raise InfraError(own["text"])
         raise InfraError(f"vLLM ended before it had run the samples ({_ended(process.returncode)}): {_cause(text)}")
     result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     if error := result.get("error"):
-        own = error["class"] in ("InfraError", "AnomalyError")
-        raise InfraError(error["text"] if own else f"vLLM can't run the checkpoint: {_cause(text, error)}")
+        own = _OWN.search(text)
+        raise InfraError(own["text"] if own else f"vLLM can't run the checkpoint: {_cause(text, error)}")
     return result
 
 

@@ -69,20 +69,22 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if collects:
-            if not (_frozen or _others_have_frozen()):  # makes all objects old, as if collected
+            if not _is_frozen():  # makes all objects old, as if collected
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
 
 
 _frozen = False
-"""Whether objects are known to be frozen, by a caller or by somebody else. Python counts them to say so, for 40 ms."""
+"""Whether objects are known to be frozen, by a caller or by somebody else."""
 
 
-@cache
-def _others_have_frozen() -> bool:
-    # Asked once in a process, for Python counts them.
-    return gc.get_freeze_count() > 0
+def _is_frozen() -> bool:
+    """Return whether there are frozen objects, which thawing would undo for whoever froze them."""
+    global _frozen
+    # Python counts them, for 40 ms: that there are some is remembered. That there are none is told at once.
+    _frozen = _frozen or gc.get_freeze_count() > 0
+    return _frozen
 
 
 @contextmanager
@@ -121,8 +123,7 @@ def earlier_objects_frozen() -> Iterator[None]:
     a third of the Python time of a pass.
     """
     global _frozen
-    _frozen = _frozen or gc.get_freeze_count() > 0
-    if _frozen:  # thawing would undo what somebody else has frozen
+    if _is_frozen():
         yield
         return
     gc.freeze()

@@ -37,3 +37,12 @@ def test_what_somebody_else_froze_stays_frozen():
     with earlier_objects_frozen():
         pass
     assert gc.get_freeze_count() > 0
+
+
+def test_imports_thaw_nothing_that_was_frozen_after_earlier_imports():
+    with imports.uncollected():
+        pass
+    gc.freeze()
+    with imports.uncollected():
+        pass
+    assert gc.get_freeze_count() > 0

@@ -200,7 +200,6 @@ def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_a
 def test_what_is_made_without_collecting_garbage_is_old_afterwards(monkeypatch):
     monkeypatch.setattr(imports, "_frozen", False)
     gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
-    imports._others_have_frozen.cache_clear()
     try:
         with imports.uncollected():
             assert not gc.isenabled()
@@ -209,7 +208,6 @@ def test_what_is_made_without_collecting_garbage_is_old_afterwards(monkeypatch):
         assert (gc.isenabled(), young & set(map(id, made))) == (True, set())
         assert gc.get_freeze_count() == 0
     finally:
-        imports._others_have_frozen.cache_clear()
         gc.freeze()
 
 

@@ -184,7 +184,7 @@ def test_a_pattern_that_one_of_two_models_lacks_fails_for_that_one(own_project, 
     short = save_llama(tmp_path / "short", layers=2)
     own_project.write("a.qsa.yaml", suite(llama, peaks("max: 100"), peaks("max: 100", "deep", r"layers\.3$")))
     models = (f"--qsa-model=long={llama}", f"--qsa-model=short={short}")
-    run = own_project.pytest("a.qsa.yaml", "--qsa-report=never", "-n2", *models)
+    run = own_project.pytest("a.qsa.yaml", "--qsa-report=never", *models)
     outcomes = {nodeid.partition("::")[2]: outcome for nodeid, outcome in run.outcomes.items()}
     assert outcomes == {
         "peaks[long]": "passed",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -13,11 +14,15 @@ from torch import nn
 
 from pytest_qsa.captures import Capture
 from pytest_qsa.common import InfraError, VllmProgram
-from pytest_qsa.engine.vllm.capture import _check_ranks as check_ranks, _sites as joined_sites
+from pytest_qsa.engine.vllm.capture import (
+    _check_ranks as check_ranks,
+    _settings as settings_of,
+    _sites as joined_sites,
+)
 from pytest_qsa.engine.vllm.launch import run_program
 from pytest_qsa.engine.vllm.program import RESULT
 from pytest_qsa.engine.vllm.worker import Hooks, Samples, Worker
-from pytest_qsa.suite import environment_of
+from pytest_qsa.suite import Data, Memory, Model, Subject, environment_of
 
 HIDDEN, HEADS, HEAD, INNER = 16, 4, 4, 24
 STATISTICS = ["moments", "tokens", "elements", "channels", "counts"]
@@ -210,6 +215,24 @@ def test_a_layer_that_vllm_never_calls_is_refused_by_name(served, tmp_path, laye
         hooks_on(served, tmp_path, [(layer, site)])
 
 
+def test_a_layer_that_vllm_runs_past_is_refused_by_name(served, tmp_path):
+    """As one whose compiled class calls `forward` past its hooks."""
+    served.layers[1].unused = LinearBase(HIDDEN, HIDDEN)
+    hooks = hooks_on(served, tmp_path, [("layers.1", "output"), ("layers.1.unused", "output")])
+    run(served, *WHOLE)
+    with pytest.raises(InfraError, match=r"called layers\.1\.unused for 0 of 3 samples: it runs past its output"):
+        hooks.save(tmp_path / "rank.qsa")
+
+
+def test_vllm_runs_eagerly_without_a_prefix_cache_and_from_safetensors(tmp_path):
+    """Else hooks aren't called, tokens that were seen before don't run, and files may run code."""
+    spec = Model(path=str(tmp_path), engine={"name": "vllm", "max_num_seqs": 2, "kv_cache_dtype": "fp8"})
+    found = settings_of(Subject("subject", spec, Data(), Memory(), tmp_path).named, SAMPLES)
+    fixed = {"enforce_eager": True, "enable_prefix_caching": False, "load_format": "safetensors"}
+    assert fixed.items() <= found.items()
+    assert (found["max_num_seqs"], found["kv_cache_dtype"]) == (2, "fp8")
+
+
 def test_replicated_key_heads_of_tensor_parallel_ranks_count_once(served, tmp_path):
     """Each of two ranks holds the one head of keys, and half of the heads of queries."""
     for layer in served.layers:
@@ -323,6 +346,26 @@ def test_a_run_of_vllm_that_fails_is_one_line_and_leaves_no_process(tmp_path, en
     pid = int((folder / "pid").read_text())
     ends = time.monotonic() + 5
     while alive(pid) and time.monotonic() < ends:  # until init has waited for it
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+@pytest.mark.process
+def test_vllm_ends_when_the_process_that_started_it_is_killed():
+    """The kernel then closes the pipe that is the program's standard input."""
+    sleeping = "import time; time.sleep(60)"
+    body = (
+        "import subprocess, sys, threading; from pytest_qsa.engine.vllm import program; "
+        f"print(subprocess.Popen([sys.executable, '-c', '{sleeping}']).pid, flush=True); program._end_with_parent()"
+    )
+    starts = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", body], **starts) as process:
+        pid = int(process.stdout.readline())
+        assert alive(pid)
+        process.stdin.close()
+        assert process.wait(20) == -9
+    ends = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not alive(pid)
 

@@ -14,8 +14,9 @@ from overhead import EVERY, USUAL
 from torch import Tensor, nn
 
 from pytest_qsa import capture
-from pytest_qsa.engine.reduce import cpu_kernels as kernels
+from pytest_qsa.engine.reduce import survey_kernels as kernels
 from pytest_qsa.engine.reduce.cpu import CpuReducer
+from pytest_qsa.engine.reduce.storage import Window
 from pytest_qsa.engine.run.site_statistics import SiteStatistics
 
 
@@ -61,14 +62,19 @@ def loops(threads: int) -> None:
     torch.set_num_threads(threads)
     reducer = CpuReducer(torch.bfloat16)
     x = torch.randn((512, 576), generator=torch.Generator().manual_seed(0)).bfloat16()
-    lines = x.view(torch.int16).numpy().view(np.uint16)
-    record, sums, marks = np.empty(800, np.uint16), np.zeros((1, 1 << 15), np.uint32), np.array([0, 0, 1 << 16])
+    record, site = np.empty(800, np.uint16), Window(counts=True, signs=False, dtype="bfloat16")
+    site.cover(1, (1 << 15) - 1)
+    own = {name: np.empty(kernels.FIELDS, np.int64) for name in ("maxima", "maxima and counts")}
+    for counted, description in enumerate(own.values()):
+        reducer.describe(description.ctypes.data, (512, 576, 800, 16, counted, 1), site, reducer.no_counts)
+
+    def survey(name: str) -> Callable[[], object]:
+        return lambda: reducer.survey(x.data_ptr(), record.ctypes.data, own[name].ctypes.data)
+
     cases: dict[str, Callable[[], object]] = {
-        "tokens_of": lambda: kernels.tokens_of(lines, threads, record, 16),
-        "survey": lambda: reducer.survey(lines, record, 16, reducer.smallest, reducer.scratch, 1,
-                                         sums, 1, marks, reducer.no_counts),
+        **{name: survey(name) for name in own},
         "x.abs().amax(1)": lambda: x.abs().amax(1),
-    }  # fmt: skip
+    }
     for name, seconds in medians(cases, 2000).items():
         print(f"{threads} thread(s), {name}: {1e6 * seconds:.1f} µs, {1e9 * seconds / x.numel():.3f} ns an element")
 

@@ -367,7 +367,10 @@ def evaluating(model: nn.Module, *, use_cache: bool = False) -> Iterator[None]:
     training = {name: module.training for name, module in model.named_modules()}
     # What `module.compile()` leaves: calls that trace hooks.
     compiled = {module: call for module in model.modules() if (call := module.__dict__.get("_compiled_call_impl"))}
-    model.eval()
+    # To set a mode costs as much as a small model's forward, so that it's done only where it changes something.
+    changes = any(training.values())
+    if changes:
+        model.eval()
     for module in compiled:
         module._compiled_call_impl = None
     configs = _configs_of(model, parts=use_cache)
@@ -377,7 +380,7 @@ def evaluating(model: nn.Module, *, use_cache: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in model.named_modules():
+        for name, module in model.named_modules() if changes else ():
             module.training = training[name]
         for module, call in compiled.items():
             module._compiled_call_impl = call

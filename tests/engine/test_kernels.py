@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
 from pytest_qsa.captures import ALL_STATISTICS
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
@@ -78,6 +79,36 @@ def test_samples_that_lie_in_one_tensor_have_the_bits_of_each_alone(dtype, names
 def test_any_choice_of_statistics_comes_out_the_same(shape, dtype, statistics, scale, seed):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**scale
     assert_same(x.to(dtype), [None] * shape[0], frozenset(statistics))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", [("tokens",), ("tokens", "counts")], ids=str)
+def test_further_samples_of_a_site_come_out_as_the_operators_have_them(dtype, asked):
+    """They go by their addresses; each reaches further than those before, so that the window of counts has to grow."""
+    wanted, generator = statistics(*asked), torch.Generator().manual_seed(7)
+    rows = [(torch.randn((1, 33, 20), generator=generator) * scale).to(dtype) for scale in (1, 100, 1e-4, 3, 1e-3)]
+    rows[2][0, 4:9], rows[3][0, 5, 7], rows[4][0, 2, 3] = 0, float("nan"), float("inf")
+    rows.append(rows[0])  # within the window that was there before it grew
+    fast, slow = (StreamObserver(wanted, Reducers(fused)) for fused in (True, False))
+    for sample, row in enumerate(rows):
+        assert fast.repeat(row, sample, 0) is (sample > 0)
+        if sample == 0:
+            fast.add(row, [None], [0], 0, token_axis=True)
+        slow.add(row, [None], [sample], 0, token_axis=True)
+    found, expected = (each.numbers(wanted).to_arrays()[0] for each in (fast, slow))
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_a_tensor_unlike_the_last_one_is_no_further_sample():
+    observer, x = StreamObserver(statistics("tokens", "counts")), torch.randn(1, 8, 6)
+    assert not observer.repeat(x, 0, 0)
+    observer.add(x, [None], [0], 0, token_axis=True)
+    others = [x[:, :7], x.double(), x.expand(2, 8, 6), torch.randn(1, 6, 8).mT, nn.Parameter(x), x.to("meta")]
+    assert not any(observer.repeat(other, 1, 0) for other in others)
+    assert not observer.repeat(x, None, 0)
+    assert len(observer.owners) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 511, 577), (1, 37, 129), (1, 1000, 3), (1, 1, 7)], ids=str)

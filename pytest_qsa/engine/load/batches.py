@@ -70,6 +70,11 @@ class BatchRows:
         """Whether some token is padding."""
         return self.padding is not None or self.decoder_padding is not None
 
+    @cached_property
+    def whole(self) -> int | None:
+        """The one sample, all of whose tokens count; None where there are more, or some don't."""
+        return self.samples[0] if len(self.samples) == 1 and not self.padded else None
+
     def shaped(self, x: Tensor, channels_first: bool) -> tuple[Tensor, bool]:
         """Bring a tensor to [B, T, C] (true) or, where it has no token axis, to [B, n] (false).
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...captures import PADDING, TOP_NAMES, UNKNOWN, Array, bin_values, ranks_of
-from . import cpu_kernels as kernels
+from . import cpu_kernels as kernels, survey_kernels
 from .reductions import Plan, Row, Tables, peak_count, reduce_each
 from .storage import Accumulator, Window, floats_of, maxima_of, peaks_of, record_size
 
@@ -28,7 +28,7 @@ class CpuReducer:
         self.integers = torch.int32 if self.wide else torch.int16
         self.patterns: Any = np.uint32 if self.wide else np.uint16
         self.itemsize = 4 if self.wide else 2
-        self.survey = kernels.survey32 if self.wide else kernels.survey16
+        self.survey = survey_kernels.survey32 if self.wide else survey_kernels.survey16
         self.shift = 16 if self.wide else 0
         self.tables = Tables()
         self.threads = kernels.share_torchs_threads()
@@ -36,6 +36,8 @@ class CpuReducer:
         self.counts = np.empty((2, (1 << 15) + 1), dtype=np.uint32)
         self.no_counts = self.counts[:, :0]
         self.rows = np.empty((self.threads, *self.counts.shape), dtype=np.uint32)
+        self._description = np.empty(survey_kernels.FIELDS, dtype=np.int64)
+        self.no_window = Window(counts=False, signs=False, dtype=self.name)
         self.smallest = np.zeros(self.threads, dtype=self.patterns)
         self.values = bin_values(np.arange(1 << 15, dtype=np.uint16), self.name)
         # Its sign bit tells the pattern of −1 from every maximum, which is signless.
@@ -48,15 +50,9 @@ class CpuReducer:
         table = patterns.ndim == 2
         lines = patterns if table else patterns[None]
         length = 0 if not (table and plan.tokens) else len(lines) if kept is None else row.shape[0]
-        surveyed = plan.counted or (plan.moments and not self.wide)
-        if surveyed or length or plan.moments:
+        if length or plan.counted or plan.moments:
             record, peaks = self._record(lines, length, kept, into)
-            if surveyed:
-                self._surveyed(counted, lines, record, peaks, plan, into)
-            else:
-                top = kernels.tokens_of(lines, self.threads, record, peaks)
-                if plan.moments:
-                    into.add("moments", self._moments_of_values(counted, top))
+            self._surveyed(counted, lines, record, peaks, plan, into)
             if kept is not None and length:
                 self._spread(record, kept, length, peaks, into)
         if table and plan.channels:
@@ -75,7 +71,7 @@ class CpuReducer:
         layout = _packed(lengths, self.itemsize)
         records = into.rooms("tokens", layout.sizes, self.patterns)
         moments = np.empty((0, 7)) if not plan.moments else into.rooms("moments", (7,) * len(lengths), np.float64)
-        kernels.survey_each16(
+        survey_kernels.survey_each16(
             patterns, layout.ends, layout.peaks, self.scratch, self.rows, self.values, records, layout.starts,
             moments.reshape(-1, 7),
         )  # fmt: skip
@@ -104,27 +100,46 @@ class CpuReducer:
     def _surveyed(
         self, counted: Tensor, lines: Array, record: Array, peaks: int, plan: Plan, into: Accumulator
     ) -> None:
-        """Reduce the tokens of a row, and what its counts tell."""
-        window = into.pooled.get("window") or self._window(plan, into)
+        """Reduce the tokens of a row, and what its counts tell, if they are needed."""
+        counted_too = plan.counted or (plan.moments and not self.wide)
         needed = plan.ordered or ((plan.moments or plan.signed) and not self.wide)
         counts = self.counts if needed else self.no_counts
         # Without signs half as many bins have to stay in the cache.
         signs = 1 + (plan.signed or plan.moments)
-        top, smallest, zeros = self.survey(
-            lines, record, peaks, self.smallest, self.scratch, signs, window.sums, window.base, window.marks, counts
-        )
-        if zeros < 0 or needed or plan.signed or plan.moments:
+        window = (into.pooled.get("window") or self._window(plan, into)) if counted_too else self.no_window
+        sizes = *lines.shape, len(record), peaks, int(counted_too), signs
+        self.describe(self._description.ctypes.data, sizes, window, counts)
+        top, smallest, zeros = self.survey(lines.ctypes.data, record.ctypes.data, self._description.ctypes.data)
+        if counted_too and zeros < 0:
+            self.widen(window, lines.size, top, smallest, signs, counts)
+        if counted_too and (needed or plan.signed):
             high, low = top >> self.shift, max(1, min(smallest, top) >> self.shift)
-            # The window doesn't reach as far as this row: it grows, and the counts are flushed again.
-            if zeros < 0:
-                window.expect(lines.size)
-                window.cover(low, high)
-                zeros = kernels.settle(self.scratch, low, high, signs, window.sums, window.base, counts)
-                window.meet(top, 0 if zeros else smallest)
-            row = counts[:, : max(1, high - low + 2)]
+            cells = counts[:, : max(1, high - low + 2)]
             if plan.signed:
-                window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(row, low, self.values)))
-            self._of_counts(counted, lines, row, low, top, plan, into)
+                window.widen(*(torch.aminmax(counted) if self.wide else kernels.signed_ends(cells, low, self.values)))
+            self._of_counts(counted, lines, cells, low, plan, into)
+        if plan.moments and self.wide:
+            into.add("moments", self._moments_of_values(counted, top))
+
+    def describe(self, address: int, sizes: tuple[int, ...], window: Window, counts: NDArray[np.uint32]) -> None:
+        """Write to an address where a call of `survey` finds all but its patterns and their record."""
+        survey_kernels.describe(
+            address, sizes, self.smallest, self.scratch, window.sums, window.base, window.marks, counts
+        )
+
+    def widen(
+        self, window: Window, count: int, top: int, smallest: int, signs: int, counts: NDArray[np.uint32]
+    ) -> None:
+        """Let a window reach as far as a row of `count` elements, and flush the row's counts from scratch."""
+        high, low = top >> self.shift, max(1, min(smallest, top) >> self.shift)
+        window.expect(count)
+        window.cover(low, high)
+        zeros = survey_kernels.settle(self.scratch, low, high, signs, window.sums, window.base, counts)
+        window.meet(top, 0 if zeros else smallest)
+
+    def repeated(self, tokens: int, channels: int, plan: Plan, into: Accumulator) -> Repeated:
+        """Return what reduces further rows [T, C] of a site, by their addresses."""
+        return Repeated(self, tokens, channels, plan, into)
 
     def _window(self, plan: Plan, into: Accumulator) -> Window:
         window = Window(plan.counts, plan.signed, self.name, into.arena.zeros)
@@ -138,7 +153,6 @@ class CpuReducer:
         lines: Array,
         row: NDArray[np.uint32],
         low: int,
-        top: int,
         plan: Plan,
         into: Accumulator,
     ) -> None:
@@ -146,8 +160,8 @@ class CpuReducer:
         order = self._order(lines.reshape(-1), row, low) if plan.ordered else None
         if plan.elements and order is not None:
             into.add("element_top", order)
-        if plan.moments:
-            into.add("moments", self._moments_of_values(counted, top) if self.wide else self._moments(row, low))
+        if plan.moments and not self.wide:
+            into.add("moments", self._moments(row, low))
         for name, (absolute, ratio) in plan.massive.items():
             assert order is not None
             least = float(np.float32(ratio) * order[TOP_NAMES.index("median")])
@@ -216,6 +230,37 @@ def _packed(lengths: tuple[int, ...], itemsize: int) -> Packed:
     layouts = [_layout(length, length, itemsize) for length in lengths]
     sizes = tuple(size for _, size in layouts)
     return Packed(np.cumsum(lengths), np.array([peaks for peaks, _ in layouts]), sizes, np.cumsum((0, *sizes)))
+
+
+class Repeated:
+    """Reduces rows of one shape at one site by their addresses: what `CpuReducer.reduce` does, with little Python.
+
+    What lies at the addresses that it has lives as long as it: the reducer's scratch, and the site's numbers.
+    """
+
+    def __init__(self, reducer: CpuReducer, tokens: int, channels: int, plan: Plan, into: Accumulator) -> None:
+        peaks, size = _layout(tokens, tokens, reducer.itemsize)
+        self._reducer, self._into = reducer, into
+        self._sizes = tokens, channels, size, peaks, int(plan.counts), 1
+        self._survey = reducer.survey
+        self._reserve = into.rows["tokens"].reserve
+        self._bytes = size * reducer.itemsize
+        self._description = into.arena.reserve(survey_kernels.DESCRIPTION)[1]
+        self._describe(into.pooled["window"] if plan.counts else reducer.no_window)
+        self._counts = plan.counts
+
+    def __call__(self, address: int) -> None:
+        """Reduce the row that begins at an address."""
+        top, least, zeros = self._survey(address, self._reserve(self._bytes), self._description)
+        if zeros < 0 and self._counts:
+            window: Window = self._into.pooled["window"]
+            count = self._sizes[0] * self._sizes[1]
+            self._reducer.widen(window, count, top, least, 1, self._reducer.no_counts)
+            self._describe(window)
+
+    def _describe(self, window: Window) -> None:
+        """Write down where everything lies; a window moves where it grows."""
+        self._reducer.describe(self._description, self._sizes, window, self._reducer.no_counts)
 
 
 @lru_cache(1024)

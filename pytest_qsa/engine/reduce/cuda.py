@@ -70,6 +70,9 @@ class CudaReducer:
             self._copies[key] = torch.zeros((copies, bins), dtype=torch.int32, device=counted.device)
         return self._copies[key]
 
+    def repeated(self, tokens: int, channels: int, plan: Plan, into: Accumulator) -> None:
+        """Return nothing: each row goes through `reduce`."""
+
     def finish(self) -> None:
         """Compute the batches that are still open."""
         while self._batches:

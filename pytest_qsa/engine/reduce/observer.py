@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
@@ -30,6 +30,9 @@ class Reducer(Protocol):
 
     def reduce_packed(self, rows: Tensor, lengths: tuple[int, ...], plan: Plan, into: Accumulator) -> bool:
         """Reduce populations that lie one after the other in rows [N, C] together; False: nothing was reduced."""
+
+    def repeated(self, tokens: int, channels: int, plan: Plan, into: Accumulator) -> Callable[[int], None] | None:
+        """Return what reduces further rows [T, C] of a site by their addresses, if there is a way that costs less."""
 
     def finish(self) -> None:
         """Complete the numbers of all rows."""
@@ -121,6 +124,8 @@ class StreamObserver:
         self.token_axis = False
         self.kept = Accumulator(self.reducers.arena)
         self._dtype: torch.dtype | None = None
+        self._repeats = False
+        self._repeated: Callable[[int], None] | None = None
         self._reducer: Reducer
         self.owners = array("q")
 
@@ -149,6 +154,33 @@ class StreamObserver:
         if routing is not None and self.plan.experts:
             self._count_experts(routing, rows, keep)
 
+        whole = token_axis and routing is None and len(rows) == 1 and keep[0] is None and x.numel() > 0
+        self._repeats = whole and self.plan.repeats
+        self._repeated = None
+
+    def repeat(self, x: Tensor, sample: int | None, call: int) -> bool:
+        """Reduce another tensor like the last one, the whole of a sample; do nothing, and say so, where it differs.
+
+        `sample`: None where the tensor has several, or some of its tokens don't count.
+        """
+        if (
+            not self._repeats
+            or sample is None
+            or type(x) is not Tensor
+            or x.dtype is not self._dtype
+            or x.shape != self.last_shape
+            or not (x.is_cpu and x.is_contiguous())
+        ):
+            return False
+        if self._repeated is None:
+            self._repeated = self._reducer.repeated(self.last_shape[1], self.last_shape[2], self.plan, self.kept)
+            self._repeats = self._repeated is not None
+        if self._repeated is None:
+            return False
+        self.owners.extend((sample, call, self.last_shape[1]))
+        self._repeated(x.data_ptr())
+        return True
+
     def add_packed(self, x: Tensor, lengths: tuple[int, ...], samples: Sequence[int], call: int) -> None:
         """Reduce the tokens of several samples, one after the other in x [N, C]; rows behind them don't count."""
         reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
@@ -157,7 +189,7 @@ class StreamObserver:
             for sample, rows in zip(samples, torch.split(x[: sum(lengths)], list(lengths)), strict=True):
                 self.add(rows[None], [None], [sample], call, token_axis=True)
             return
-        self.token_axis = True
+        self.token_axis, self._repeats = True, False
         for sample, length in zip(samples, lengths, strict=True):
             self.owners.extend((sample, call, length))
         self.last_shape = (1, lengths[-1], *x.shape[1:])

@@ -108,6 +108,12 @@ class Plan:
         """Whether it is only what one launch reduces of many populations: tokens, and moments."""
         return self.tokens and not (self.channels or self.counted or self.experts or self.others)
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether the maxima of tokens and counts of magnitudes are all that is needed."""
+        more = self.channels or self.moments or self.signed or self.ordered or self.experts or self.others
+        return self.tokens and not more
+
 
 class Tables:
     """Small tables on a device, made there once: a copy of numbers from the host would wait for it."""

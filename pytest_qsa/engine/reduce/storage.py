@@ -60,6 +60,7 @@ class Arena:
         self._starts: list[int] = []
         self._map = np.zeros(0, dtype=np.uint8)
         self._start = 0
+        self._address = 0
         self._used = 0
         self._ready = 0
         self._advise: Callable[[int, int, int], None] | None = None
@@ -71,12 +72,18 @@ class Arena:
 
     def take(self, size: int) -> tuple[int, NDArray[np.uint8]]:
         """Allocate `size` bytes of zeros; return their offset in the arena and the bytes."""
+        offset, _ = self.reserve(size)
+        begin = offset - self._start
+        return offset, self._map[begin : begin + size]
+
+    def reserve(self, size: int) -> tuple[int, int]:
+        """Allocate `size` bytes of zeros; return their offset in the arena and their address."""
         begin = self._used
         if begin + size > self._ready:
             begin = self._prepare(size)
         # Aligned, so that a view of any dtype may begin at the next offset.
         self._used = (begin + size + 15) & ~15
-        return self._start + begin, self._map[begin : begin + size]
+        return self._start + begin, self._address + begin
 
     def at(self, offset: int, size: int) -> NDArray[np.uint8]:
         """Return the bytes at an offset."""
@@ -100,6 +107,7 @@ class Arena:
     def _begin_map(self, size: int) -> None:
         self._start += len(self._map)
         self._map = own_pages(size)
+        self._address = self._map.ctypes.data
         self._used = self._ready = 0
         # np.frombuffer keeps the map as its base's `obj`; plain zeros have no map to advise on.
         self._advise = getattr(getattr(self._map.base, "obj", None), "madvise", None)
@@ -132,6 +140,13 @@ class Column:
         self._offsets.extend(accumulate(sizes[:-1], initial=offset))
         self._sizes.extend(sizes)
         return taken.view(self._dtype)
+
+    def reserve(self, size: int) -> int:
+        """Allocate `size` bytes for the next array, which a kernel fills; return their address."""
+        offset, address = self._arena.reserve(size)
+        self._offsets.append(offset)
+        self._sizes.append(size)
+        return address
 
     def append(self, values: Array) -> None:
         """Copy a population's values."""
@@ -395,7 +410,7 @@ def joined_records(
     if len({*lengths}) == 1 and len({*map(len, records)}) == 1:
         table = np.stack(records)
         pairs = np.ascontiguousarray(table[:, lengths[0] + lengths[0] % 2 :]).view(np.int32)
-        peaks, channels = np.hsplit(pairs, 2)
+        peaks, channels = pairs[:, : pairs.shape[1] // 2], pairs[:, pairs.shape[1] // 2 :]
         return table[:, : lengths[0]].ravel(), peaks.copy(), channels.copy()
     found = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
     maxima = [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)]

@@ -44,6 +44,9 @@ class TorchReducer:
         """Do nothing: the operators reduce one population at a time."""
         return False
 
+    def repeated(self, tokens: int, channels: int, plan: Plan, into: Accumulator) -> None:
+        """Return nothing: each row goes through `reduce`."""
+
     def finish(self) -> None:
         """Do nothing: the numbers of every row are complete."""
 

@@ -123,7 +123,9 @@ class SiteStatistics(Participant):
             # The site that shares the tensor may be another kind of layer, whose hook sees no routing.
             missing |= {each for each in self.wanted[site] if each == EXPERTS or _counts_experts(each)}
         if missing and not (self.odd and site in self.odd):
-            self._reduce(forward.rows, site, tensor, call, missing, routing)
+            observer = self.observers.get(site)
+            if observer is None or routing is not None or not observer.repeat(tensor, forward.rows.whole, call):
+                self._reduce(forward.rows, site, tensor, call, missing, routing)
         forward.last = (site, call)
         if self.order is not None and forward.last == self.order.last:
             # The last site was reached on another way: stopping here could leave out a site that is still to come.

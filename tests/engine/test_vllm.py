@@ -351,6 +351,29 @@ def test_a_run_of_vllm_that_fails_is_one_line_and_leaves_no_process(tmp_path, en
 
 
 @pytest.mark.process
+def test_a_vllm_that_was_edited_in_place_is_another_environment(tmp_path):
+    """Else the cache would answer for the kernel that somebody has just mended."""
+    package, facts = tmp_path / "site" / "vllm", tmp_path / "site" / "vllm-0.32.0.dist-info"
+    for folder in (package, facts):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (facts / "RECORD").write_text("vllm-0.32.0.dist-info/RECORD,,\n")
+    program = interpreter(tmp_path, f"sys.path.insert(0, {str(package.parent)!r}); exec(sys.argv[-1], {{}})")
+
+    def environment(edited=0):
+        if edited:
+            later = time.time() + edited
+            os.utime(package / "__init__.py", (later, later))
+        environment_of.cache_clear()
+        return environment_of(program.python)
+
+    installed = environment()
+    assert "edited" not in installed
+    assert len({installed["vllm"], environment(60)["edited"], environment(90)["edited"]}) == 3
+
+
+@pytest.mark.process
 def test_vllm_ends_when_the_process_that_started_it_is_killed():
     """The kernel then closes the pipe that is the program's standard input."""
     sleeping = "import time; time.sleep(60)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,33 @@ NOT_COMPARED = -2.0
 """Stands in `error` at a token that a reference file has no row of."""
 POPULATIONS = ("sample", "call", "lengths")
 """The arrays that say of which sample and call each population is, and how long it is; every site has them."""
+
+
+_KINDS = {
+    "u8": "U64", "i8": "I64", "f8": "F64", "f4": "F32", "u4": "U32", "i4": "I32",
+    "f2": "F16", "u2": "U16", "i2": "I16", "i1": "I8", "u1": "U8", "b1": "BOOL",
+}  # fmt: skip
+"""A dtype of numpy → its name in a safetensors file, where the arrays lie in this order."""
+
+
+def safetensors_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Return a safetensors file in parts, the bytes that `safetensors.numpy.save` makes: a header, then each array.
+
+    The library copies all arrays twice, which for a capture of many samples is more memory than its pass took.
+    """
+    order = list(_KINDS)
+    named = sorted(arrays, key=lambda name: (order.index(arrays[name].dtype.str[1:]), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in named:
+        array, begin = arrays[name], end
+        end += array.nbytes
+        kind = _KINDS[array.dtype.str[1:]]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    flat = (np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in named)
+    return [len(text).to_bytes(8, "little") + text, *(array.data for array in flat)]
 
 
 @dataclass(frozen=True)

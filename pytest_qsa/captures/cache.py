@@ -42,7 +42,7 @@ class PartialSums:
         """Write the capture so far, at most every `EVERY` seconds; on a full disk nothing is written."""
         if time.monotonic() - self._written < self.every:
             return
-        content = make().to_bytes()
+        content = make().to_parts()
         try:
             write_atomically(self.file, content)
         except OSError:
@@ -135,9 +135,8 @@ class CaptureCache:
             return None
 
     def _save(self, capture: Capture, file: Path) -> None:
-        content = capture.to_bytes()
         try:
-            write_atomically(file, content)
+            write_atomically(file, capture.to_parts())
             self._prune(keep=file)
         except OSError as error:
             self._warn(f"can't be written ({error}); the capture is not kept")

@@ -25,13 +25,13 @@ from ..common import (
     counted,
     html_table,
     parsed_json,
+    parts_with_checksum,
     refuse_special,
     remark,
     shown_path,
-    with_checksum,
     write_atomically,
 )
-from .arrays import Array
+from .arrays import Array, safetensors_parts
 from .kinds import known_kinds, with_kinds
 from .pictures import Picture, picture_arrays, picture_headers, read_pictures
 from .provenance import UNKNOWN_RUN, Provenance
@@ -193,12 +193,14 @@ class Capture:
 
     def to_bytes(self) -> bytes:
         """Return the content of the capture's file; equal captures make equal bytes."""
-        from safetensors.numpy import save
+        return b"".join(self.to_parts())
 
+    def to_parts(self) -> list[bytes | memoryview]:
+        """Return the content of the capture's file in parts: the header, then the arrays themselves, not copied."""
         arrays, header = self._split()
         # Sorted keys: equal captures make equal bytes.
         text = json.dumps({"checksum": BLANK, "format": FORMAT, **header}, sort_keys=True)
-        return with_checksum(save(arrays, metadata={"qsa": text}))
+        return parts_with_checksum(safetensors_parts(arrays, {"qsa": text}))
 
     def _split(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Split into named arrays and a header; `_joined` is the way back."""
@@ -303,7 +305,7 @@ class Capture:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the capture to a file, all of it or nothing."""
-        write_atomically(Path(path), self.to_bytes())
+        write_atomically(Path(path), self.to_parts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Capture:

@@ -5,6 +5,7 @@ from .checksums import (
     checked_json as checked_json,
     content_hash as content_hash,
     json_with_checksum as json_with_checksum,
+    parts_with_checksum as parts_with_checksum,
     with_checksum as with_checksum,
 )
 from .cores import BACKGROUND as BACKGROUND, own_cores as own_cores

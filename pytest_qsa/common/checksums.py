@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from mmap import mmap
 from typing import Any
 
@@ -25,10 +25,17 @@ _HEAD = 1 << 20
 
 def with_checksum(content: bytes) -> bytes:
     """Return the content of a file with its checksum in the place of the first `BLANK`."""
-    at = content.index(BLANK.encode())
-    view = memoryview(content)
-    digest = hashlib.sha256(content).hexdigest().encode()
-    return b"".join((view[:at], _PREFIX, digest, view[at + len(BLANK) :]))
+    return b"".join(parts_with_checksum([content]))
+
+
+def parts_with_checksum(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Return the parts of a file with its checksum in the place of `BLANK`, in the first; the others aren't copied."""
+    first, *others = parts
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    begin, _, rest = bytes(first).partition(BLANK.encode())
+    return [begin, _PREFIX, digest.hexdigest().encode(), rest, *others]
 
 
 def check_checksum(content: bytes | mmap, stated: object) -> None:

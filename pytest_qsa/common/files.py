@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ SPARSE = 1_000_000_000
 """Bytes of a file above which it is looked at whether the disk holds them."""
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str | Sequence[bytes | memoryview]) -> None:
     """Write to a temporary file in the same folder, then rename it; missing folders are made.
 
-    A reader sees the old file or the new one, never a part of it.
+    A reader sees the old file or the new one, never a part of it. `content`: the whole, or its parts in order, so that
+    a large file isn't joined in memory before.
 
     Raises:
         OSError: the folder can't be written; nothing is left behind.
@@ -45,7 +46,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     lock = None if sys.platform == "win32" else os.dup(handle)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            whole = content.encode("utf-8") if isinstance(content, str) else content
+            file.writelines([whole] if isinstance(whole, bytes) else whole)
         os.chmod(temporary, 0o644)  # mkstemp makes it readable for its owner alone
         os.replace(temporary, path)
     # Also at Ctrl-C, which is no Exception.

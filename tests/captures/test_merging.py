@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.numpy import save
 
 from pytest_qsa import Capture, capture
+from pytest_qsa.captures.arrays import safetensors_parts
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance, SampleRange
 from pytest_qsa.captures.statistics import LAYOUTS
@@ -42,6 +44,19 @@ def told(part, first, end, total):
 def assert_same_bytes(one, other):
     same = one.to_bytes() == other.to_bytes()
     assert same  # a capture's repr takes minutes
+
+
+def test_a_captures_file_is_what_safetensors_writes_and_reads(tmp_path):
+    kinds = ("bool", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8")
+    arrays = {f"{place}/{kind}": np.arange(6).reshape(2, 3).astype(kind).T for kind in kinds for place in (10, 9)}
+    arrays |= {"none": np.zeros((0, 3), np.float32), "scalar": np.array(2.5), 'a "b" \\ é': np.ones(3, np.int32)}
+    expected = save({name: array.copy("C") for name, array in arrays.items()}, {"qsa": '{"é": "\\n"}'})
+    assert b"".join(safetensors_parts(arrays, {"qsa": '{"é": "\\n"}'})) == expected
+
+    found = capture(models.llama(), batches(2), sites=[(r"layers\.\d+$", "output")])
+    found.save(tmp_path / "c.qsa")
+    assert (tmp_path / "c.qsa").read_bytes() == found.to_bytes()
+    assert_same_bytes(Capture.load(tmp_path / "c.qsa"), found)
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

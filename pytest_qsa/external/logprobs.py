@@ -27,12 +27,13 @@ For S the whole vocabulary both are the divergence itself. numpy only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..captures import GENERATION, LOGITS, Capture
 from ..common import AnomalyError, read_json, shown_path
 
 Floats = NDArray[np.float64]
@@ -43,6 +44,8 @@ CERTAIN = 1e-3
 """How far above 1 the sum of a row's probabilities may be, for a server rounds them."""
 ROUNDED = 1e-6
 """The error of the sum of a server's probabilities, which are float32. It widens the bounds."""
+AT_LEAST, AT_MOST = "at least", "at most"
+"""The names of the two sites that hold the ends of the intervals of the site `logits`."""
 NOTHING = 1e-12
 """Below this, the probability outside the table is the rounding of a float64 sum, and counts as 0."""
 
@@ -322,3 +325,12 @@ def rows_of_table(reference: LogprobTable, table: LogprobTable) -> ReferenceRows
     margins = reference.logprobs[:, 0] - reference.logprobs[:, 1] if several else np.full(len(p), np.nan)
     margins = np.where(np.isfinite(margins), margins, np.nan)
     return ReferenceRows(known, reference.came, reference.ids[:, 0].astype(np.int64), negentropy, margins, ROUNDED)
+
+
+def bounded(capture: Capture) -> tuple[Capture, Capture] | None:
+    """Return a capture of the lower ends and one of the upper ends of the intervals; None for any other model."""
+    if (AT_LEAST, LOGITS) not in capture.sites:
+        return None
+    answers = {key: own for key, own in capture.sites.items() if key == (GENERATION, LOGITS)}
+    low, high = ({(LOGITS, LOGITS): capture.sites[name, LOGITS], **answers} for name in (AT_LEAST, AT_MOST))
+    return replace(capture, sites=low), replace(capture, sites=high)

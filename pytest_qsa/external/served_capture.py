@@ -40,6 +40,8 @@ from ..common import AnomalyError, InfraError, Progress, QsaError
 from ..metrics import TokenScores, numbers_of
 from ..suite import Floor, Served, Subject, located
 from .logprobs import (
+    AT_LEAST,
+    AT_MOST,
     Agreement,
     Between,
     Floats,
@@ -55,8 +57,6 @@ from .served_client import Client
 if TYPE_CHECKING:
     from ..engine import Loaded
 
-AT_LEAST, AT_MOST = "at least", "at most"
-"""The names of the two sites that hold the ends of the intervals of the site `logits`."""
 LOGPROB_SUFFIXES = (".json", ".jsonl")
 
 
@@ -284,12 +284,3 @@ def _fingerprint(tables: Sequence[LogprobTable]) -> str:
     # As a batch's token ids have it: int64, little-endian.
     rows = (table.tokens.astype("<i8") for table in tables)
     return data_fingerprint(("input_ids", ids.dtype.name, ids.shape, ids.tobytes()) for ids in rows)
-
-
-def bounded(capture: Capture) -> tuple[Capture, Capture] | None:
-    """Return a capture of the lower ends and one of the upper ends of the intervals; None for any other model."""
-    if (AT_LEAST, LOGITS) not in capture.sites:
-        return None
-    answers = {key: own for key, own in capture.sites.items() if key == (GENERATION, LOGITS)}
-    low, high = ({(LOGITS, LOGITS): capture.sites[name, LOGITS], **answers} for name in (AT_LEAST, AT_MOST))
-    return replace(capture, sites=low), replace(capture, sites=high)

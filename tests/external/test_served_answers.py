@@ -7,8 +7,8 @@ import pytest
 
 from pytest_qsa.captures import GENERATION, LOGITS, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError
+from pytest_qsa.external import bounded, capture_served
 from pytest_qsa.external.served_answers import TOOL_CALL, _answer, _parsed
-from pytest_qsa.external.served_capture import bounded, capture_served
 from pytest_qsa.metrics import METRICS, Answer
 from pytest_qsa.suite import Data, Generation, Memory, Model, Served, Subject
 from support.served_models import ServedModel, logprobs_of, serving

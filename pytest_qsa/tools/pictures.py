@@ -364,10 +364,11 @@ def _percentile(drawing: Drawing) -> Figure:
     settings = drawing.settings.percentile_range
     bands = {layer: channel_bands(numbers, signed=not settings.use_abs) for layer, numbers in drawing.sites.items()}
     note, legend = drawing.note(None), drawing.settings.show_legend
-    tops = {layer: np.nan_to_num(each["max"], posinf=0.0) for layer, each in bands.items()}
-    worst = max(tops, key=lambda layer: float(tops[layer].max()))
-    channel = int(tops[worst].argmax())
-    title = f"{drawing.picture.title}: channel {channel} reaches {size_text(float(tops[worst][channel]))} at {worst}"
+    ends = {layer: np.nan_to_num(np.stack([b["max"], b["min"]]), posinf=0.0, neginf=0.0) for layer, b in bands.items()}
+    worst = max(ends, key=lambda layer: float(np.abs(ends[layer]).max()))
+    side, channel = np.unravel_index(int(np.abs(ends[worst]).argmax()), ends[worst].shape)
+    reach = size_text(float(ends[worst][side, channel]))
+    title = f"{drawing.picture.title}: channel {channel} reaches {reach} at {worst}"
     return report.percentile_figure(cast(Any, bands), title, note, style=settings.style, legend=legend)
 
 

@@ -265,6 +265,15 @@ def test_the_channels_that_reach_furthest_stand_beside_the_others_with_their_num
     assert by_gid(figure, "widest")[0].ends[0, 2:] == pytest.approx(ends)
 
 
+@pytest.mark.parametrize(("sign", "reach"), [(1, "1125"), (-1, "-1125")])
+def test_a_title_names_the_channel_that_reaches_furthest_on_either_side_of_zero(sign, reach, tmp_path, monkeypatch):
+    values = Deep.values
+    monkeypatch.setattr(Deep, "values", staticmethod(lambda index, depth: sign * values(index, depth)))
+    settings, analysis, capture = analysed(4, enabled={"percentile_range": True}, output={"formats": ["html"]})
+    drawn, _ = draw_picture(analysis.pictures[0], capture, settings, tmp_path, "")
+    assert drawn.picture.title.endswith(f": channel 7 reaches {reach} at layers.1")
+
+
 def test_a_map_shows_its_values_by_token_and_channel():
     picture = np.ones((4, 6), dtype=np.float32)
     picture[2, 5] = 500

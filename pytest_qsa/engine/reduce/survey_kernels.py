@@ -224,14 +224,17 @@ def survey32(address, record, description):
         for token in range(thread * share, min((thread + 1) * share, patterns.shape[0])):
             line = patterns[token]
             largest = np.uint32(0)
-            for channel in range(line.shape[0]):
-                largest = max(largest, np.uint32(line[channel] & SIGNLESS32))
-            kept[token] = largest
-            if counted:
+            if not counted:
                 for channel in range(line.shape[0]):
-                    least = min(least, np.uint32(np.uint32(line[channel] & SIGNLESS32) - np.uint32(1)))
+                    largest = max(largest, np.uint32(line[channel] & SIGNLESS32))
+            else:
+                for channel in range(line.shape[0]):
+                    magnitude = np.uint32(line[channel] & SIGNLESS32)
+                    largest = max(largest, magnitude)
+                    least = min(least, np.uint32(magnitude - np.uint32(1)))
                 for channel in range(line.shape[0]):
                     bins[(line[channel] & known) >> np.uint32(16)] += np.uint32(1)
+            kept[token] = largest
         smallest[thread] = least
     top = _summarise(patterns, SIGNLESS32, kept, call[PEAKS])
     least = _least(smallest)

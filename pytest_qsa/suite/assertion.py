@@ -486,13 +486,14 @@ class Assertions(Mapping[str, type[Assertion]]):
     def __getitem__(self, name: str) -> type[Assertion]:
         if name == "external":
             return ExternalAssertion
-        metric = METRICS.find(name) or CHECKS.get(name)
+        metric = CHECKS.get(name) or METRICS.find(name)
         if metric is None:
             raise KeyError(name)
         return _assertion_model(metric)
 
     def __contains__(self, name: object) -> bool:
-        return name in BUILT_IN or name in METRICS
+        # `find` looks for an entry point, which `in` does not.
+        return isinstance(name, str) and (name in BUILT_IN or METRICS.find(name) is not None)
 
     def __iter__(self) -> Iterator[str]:
         yield from BUILT_IN

@@ -55,8 +55,9 @@ from ..verdicts import (
     within_budget,
 )
 from .collection import EVERYTHING, QsaSuite, raise_at
+from .comparisons import caller, unasserted
 from .gate import Gate
-from .reporting import GateFailure, caller, unasserted
+from .reporting import GateFailure
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

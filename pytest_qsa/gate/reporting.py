@@ -5,10 +5,7 @@ A run without a gate imports this module as well: rooms are imported when they a
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
-import inspect
 import math
 import os
 import shlex
@@ -35,13 +32,14 @@ from ..suite import (
     WORKER_PROBLEM,
     WORKER_REMARKS,
 )
+from .comparisons import PACKAGE, asserts
 from .options import WORKER_ALLOWED, WORKER_RUN, Options
 
 if TYPE_CHECKING:
     from .. import captures, engine, metrics, report, tools, verdicts
     from ..captures import Capture, Outline, Request
     from ..report import PlainVerdict
-    from ..suite import Place, Subject
+    from ..suite import Subject
     from ..verdicts import Verdict
     from .gate import Gate
 else:
@@ -49,7 +47,6 @@ else:
         common.Room(f"pytest_qsa.{name}") for name in ("captures", "engine", "metrics", "report", "tools", "verdicts")
     )
 
-PACKAGE = Path(__file__).parent.parent
 VERDICTS: pytest.StashKey[list[Verdict]] = pytest.StashKey()
 """On an item: the verdicts of the present attempt."""
 FIELD = "qsa_verdicts"
@@ -127,15 +124,6 @@ def _slug(text: str) -> str:
     return f"{plain[-80:]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def caller() -> Place | None:
-    """Return the line of the test that compares."""
-    # context=0: the source lines of the frames are not read.
-    for frame in inspect.stack(context=0):
-        if not frame.filename.startswith(str(PACKAGE)):
-            return suite.Place(Path(frame.filename), frame.lineno)
-    return None
-
-
 def describe(item: pytest.Item, call: pytest.CallInfo[None], outcome: pytest.TestReport) -> None:
     """Give a failed gate its own text, and put its verdicts on the report of its call."""
     if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
@@ -159,7 +147,7 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: p
     if isinstance(error, GateFailure):
         verdict = error.verdict
     # A comparison that is false raises nothing itself: `assert` does, without our text.
-    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and _asserts(call, recorded[-1].where):
+    elif isinstance(error, AssertionError) and recorded and recorded[-1].failed and asserts(call, recorded[-1].where):
         verdict = recorded[-1]
     elif isinstance(error, common.QsaError):
         verdict = _stopped(item, error)
@@ -178,42 +166,6 @@ def _describe_failure(item: pytest.Item, call: pytest.CallInfo[None], outcome: p
     outcome.longrepr = representation
 
 
-UNCHECKED = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Tuple, ast.IfExp)
-"""The expressions whose value is lost where they stand alone; a call may do something with it."""
-
-
-def unasserted(place: Place | None) -> str | None:
-    """Return why a comparison at a line of a test checks nothing: its result is lost. None where it may be used."""
-    tree = _tree(place.path) if place is not None else ast.Module([], [])
-    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and place and _spans(n, place.line)]
-    statement = max(around, key=lambda node: (node.lineno, node.col_offset), default=None)
-    if not isinstance(statement, ast.Expr | ast.Assign) or not isinstance(statement.value, UNCHECKED):
-        return None
-    withs = [item.context_expr for node in around if isinstance(node, ast.With) for item in node.items]
-    if any("raises" in ast.unparse(expression) for expression in withs):
-        return None
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    names = {target.id if isinstance(target, ast.Name) else "" for target in targets}
-    if "" in names or any(
-        isinstance(n, ast.Name) and n.id in names and n.ctx.__class__ is ast.Load for n in ast.walk(tree)
-    ):
-        return None
-    return "the result of this comparison is lost, so that nothing is checked: write assert before it"
-
-
-def _spans(node: ast.stmt, line: int) -> bool:
-    return node.lineno <= line <= (node.end_lineno or line)
-
-
-@functools.cache
-def _tree(path: Path) -> ast.Module:
-    """Return the source of a test, parsed; empty where it can't be read."""
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ast.Module([], [])
-
-
 def require_reading(item: pytest.Function) -> None:
     """Check that a test which took `qsa` looked at a number: by a comparison, the values of a series, or the capture.
 
@@ -224,19 +176,6 @@ def require_reading(item: pytest.Function) -> None:
         raise common.AnomalyError(
             "the test took qsa and looked at no number, so nothing is checked: assert a comparison, or leave it out"
         )
-
-
-def _asserts(call: pytest.CallInfo[None], place: Place | None) -> bool:
-    """Say whether the failed assert statement holds the comparison at `place`: the test may have gone on to another."""
-    if call.excinfo is None or place is None:
-        return False
-    frame = call.excinfo.traceback[-1]
-    line, at = place.line, frame.lineno + 1
-    tree = _tree(Path(frame.path))
-    if not tree.body:
-        return line == at
-    asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
-    return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
 
 
 def _users_frames(info: Any, item: pytest.Item) -> Any:

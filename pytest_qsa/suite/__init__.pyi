@@ -75,7 +75,6 @@ from .sections import (
     Memory as Memory,
     Model as Model,
     Served as Served,
-    Visualization as Visualization,
     name_problem as name_problem,
     section_of as section_of,
 )
@@ -116,6 +115,7 @@ from .tiers import (
     Tier as Tier,
     split_by_tier as split_by_tier,
 )
+from .visualization import Visualization as Visualization
 from .vllm import environment_of as environment_of, unfit_for_vllm as unfit_for_vllm
 from .yaml_source import (
     Location as Location,

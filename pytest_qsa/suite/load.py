@@ -25,8 +25,9 @@ from .assertion import (
 )
 from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
-from .sections import SELF, Data, Generation, Memory, Model, Strict, Visualization, fields_at
+from .sections import SELF, Data, Generation, Memory, Model, Strict, fields_at
 from .subjects import Checkpoint, NamedSubject, Subject, hub_set_of, local_path
+from .visualization import Visualization
 from .vllm import unfit_for_vllm
 from .yaml_source import LocatedError, Location, Place, YamlSource, read_value
 

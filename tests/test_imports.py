@@ -79,6 +79,7 @@ def test_the_plugin_loads_its_options_and_tiers_alone(tmp_path):
     loaded = set(ast.literal_eval(project.program(sys.executable, "-c", code).stdout))
     faces = {f"pytest_qsa.{name}" for name in ("plugin", "common", "gate", "suite", "verdicts")}
     light = {
+        "pytest_qsa.common.collector",
         "pytest_qsa.common.errors",
         "pytest_qsa.common.imports",
         "pytest_qsa.gate.options",

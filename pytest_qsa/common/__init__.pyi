@@ -8,6 +8,11 @@ from .checksums import (
     parts_with_checksum as parts_with_checksum,
     with_checksum as with_checksum,
 )
+from .collector import (
+    earlier_objects_frozen as earlier_objects_frozen,
+    libraries_frozen as libraries_frozen,
+    uncollected as uncollected,
+)
 from .cores import BACKGROUND as BACKGROUND, own_cores as own_cores
 from .errors import (
     AnomalyError as AnomalyError,
@@ -36,13 +41,7 @@ from .files import (
     remove_unfinished as remove_unfinished,
     write_atomically as write_atomically,
 )
-from .imports import (
-    Room as Room,
-    earlier_objects_frozen as earlier_objects_frozen,
-    face as face,
-    libraries_frozen as libraries_frozen,
-    uncollected as uncollected,
-)
+from .imports import Room as Room, face as face
 from .locks import (
     LOCK_TIMEOUT as LOCK_TIMEOUT,
     Patience as Patience,

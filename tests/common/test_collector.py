@@ -1,4 +1,4 @@
-"""What the garbage collector leaves alone once a gate has imported torch, and what it still frees."""
+"""What the garbage collector leaves alone, and what it still frees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pytest_qsa.common import libraries_frozen
+from pytest_qsa.common import collector, earlier_objects_frozen, libraries_frozen, uncollected
 from support.projects import Project
 
 CYCLE = """
@@ -54,3 +54,44 @@ def test_where_torch_is_there_already_a_model_of_somebody_else_can_still_be_free
     with libraries_frozen():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+
+
+@pytest.fixture
+def thawed(monkeypatch):
+    """Begin as a user's process does; tests/conftest.py has frozen what was there before all tests."""
+    monkeypatch.setattr(collector, "_frozen", False)
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_an_error_inside_leaves_nothing_frozen(thawed):
+    with pytest.raises(KeyError), earlier_objects_frozen():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+    with earlier_objects_frozen():
+        assert gc.get_freeze_count() > 0
+
+
+def test_only_the_outer_one_thaws(thawed):
+    with earlier_objects_frozen():
+        with earlier_objects_frozen():
+            pass
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_else_froze_stays_frozen(thawed):
+    gc.freeze()
+    with earlier_objects_frozen():
+        pass
+    assert gc.get_freeze_count() > 0
+
+
+def test_imports_thaw_nothing_that_was_frozen_after_earlier_imports(thawed):
+    with uncollected():
+        pass
+    gc.freeze()
+    with uncollected():
+        pass
+    assert gc.get_freeze_count() > 0

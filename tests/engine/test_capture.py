@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from pytest_qsa import Capture, capture
 from pytest_qsa.captures import HeatMap, Request
 from pytest_qsa.captures.sites import SiteNumbers
-from pytest_qsa.common import imports
+from pytest_qsa.common import collector
 from pytest_qsa.common.errors import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.engine.subject import in_transformers
@@ -185,7 +185,7 @@ def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_a
     frozen_before, monkeypatch
 ):
     model, during = models.llama(), []
-    monkeypatch.setattr(imports, "_frozen", False)
+    monkeypatch.setattr(collector, "_frozen", False)
     if not frozen_before:
         gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
     model.register_forward_pre_hook(lambda *_: during.append(gc.get_freeze_count()))
@@ -198,10 +198,10 @@ def test_the_garbage_collector_looks_at_no_earlier_object_during_a_pass_and_at_a
 
 
 def test_what_is_made_without_collecting_garbage_is_old_afterwards(monkeypatch):
-    monkeypatch.setattr(imports, "_frozen", False)
+    monkeypatch.setattr(collector, "_frozen", False)
     gc.unfreeze()  # tests/conftest.py has frozen what was there before all tests
     try:
-        with imports.uncollected():
+        with collector.uncollected():
             assert not gc.isenabled()
             made = [[] for _ in range(10)]
         young = {id(each) for generation in (0, 1) for each in gc.get_objects(generation)}

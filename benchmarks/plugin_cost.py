@@ -40,18 +40,8 @@ def first_run(folder: Path, repeats: int) -> dict[str, float]:
 
     def gate() -> None:
         shutil.rmtree(cache, ignore_errors=True)
-        run(
-            "-p",
-            "pytest_qsa.plugin",
-            "-p",
-            "syrupy",
-            "--qsa-cache",
-            str(cache),
-            "--qsa-jobs",
-            "99",
-            str(suite),
-            cwd=folder,
-        )
+        options = ("-p", "pytest_qsa.plugin", "-p", "syrupy", "--qsa-jobs", "99", "--qsa-cache", str(cache))
+        run(*options, str(suite), cwd=folder)
 
     return medians({"plain": plain, "gate": gate}, repeats)
 

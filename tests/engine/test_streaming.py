@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from pytest_qsa.captures import ALL_STATISTICS, COUNTS, TOKENS, Request
 from pytest_qsa.common.errors import AnomalyError, InfraError, QsaWarning
 from pytest_qsa.engine.load.models import load_model
 from pytest_qsa.engine.run.run_pass import run_pass
-from pytest_qsa.engine.stream import stream as streaming
+from pytest_qsa.engine.stream import disk, stream as streaming
 from pytest_qsa.engine.stream.disk import Shards
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Model, Subject
@@ -44,6 +46,12 @@ MODELS = ARCHITECTURES | {
     "tied": lambda: llama(tie_word_embeddings=True),
     "albert": albert,
 }
+
+
+@pytest.fixture(autouse=True)
+def _matrices_of_small_models_are_mapped(monkeypatch):
+    """As those of large models are; vectors are read."""
+    monkeypatch.setattr(disk, "MAPPED_FROM", 512)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,52 @@ def test_a_quantized_kv_cache_is_rounded_alike_in_a_streamed_pass(folders):
 def test_each_weight_is_read_once_however_many_samples_pass(folders, name):
     _, stream = captured(folders(name), samples=5)
     assert stream.shards.bytes_read <= size_of(folders(name))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Return the shards of one file, and its weights: large and small, of three dtypes, one at an odd address."""
+    weights = {"a": torch.randn(64, 64), "b": torch.randn(3, 64, 64).bfloat16(), "small": torch.randn(8)}
+    weights |= {
+        "bytes": torch.arange(255, dtype=torch.uint8).repeat(5)[:1001],
+        "odd": torch.arange(250).char().repeat(5),
+    }
+    file = str(tmp_path / "model.safetensors")
+    save_file(weights, file)
+    return Shards({name: {"safetensors_file": file} for name in weights}), weights, tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("setting", [{}, {"MAPPED_FROM": 1 << 40}, {"MOST_MAPS": 1}, {"POPULATE_READ": 9999}])
+def test_weights_are_equal_mapped_or_read(stored, monkeypatch, setting):
+    shards, weights, _ = stored
+    for name, value in setting.items():
+        monkeypatch.setattr(disk, name, value)
+    read = {name: shards.read(name, weight.shape) for name, weight in weights.items()}
+    assert all(torch.equal(read[name], weight) and read[name].dtype == weight.dtype for name, weight in weights.items())
+    assert all(tensor.data_ptr() % disk.ALIGNED == 0 for tensor in read.values())
+    assert shards.bytes_read == sum(weight.nbytes for weight in weights.values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="weights are read elsewhere")
+def test_a_mapped_weight_ends_with_its_tensor_and_a_change_of_it_never_reaches_the_file(stored):
+    shards, weights, file = stored
+    before = file.read_bytes()
+    tensor = shards.read("a", (64, 64))
+    assert len(shards._maps) == 1
+    tensor.zero_()
+    assert file.read_bytes() == before
+    assert torch.equal(shards.read("a", (64, 64)), weights["a"])
+    del tensor
+    gc.collect()
+    assert len(shards._maps) == 0
+
+
+def test_a_file_that_is_cut_short_while_it_is_streamed_is_told(stored):
+    shards, _, file = stored
+    shards.read("small", (8,))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(AnomalyError, match=r"model\.safetensors is cut short: b ends at byte [\d,]+$"):
+        shards.read("b", (3, 64, 64))
 
 
 class Looped(torch.nn.Module):

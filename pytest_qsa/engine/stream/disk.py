@@ -1,18 +1,22 @@
 """What a streamed model has on disk: its weights in their files, and the hidden states of waiting samples.
 
 safetensors maps a whole file into memory; what is read through such a map stays resident until the file is closed. A
-streamed model must not hold more than it computes with, so the bytes are read directly.
+streamed model must not hold more than it computes with, so each weight has a map of its own, which ends with it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 
 from ...checkpoint import Tensor, tensors_of
 from ...common import AnomalyError, InfraError, Scratch
@@ -24,6 +28,18 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+MAPPED_FROM = 1 << 20
+"""The bytes from which on a weight is mapped: a smaller one is read sooner than mapped."""
+
+MOST_MAPS = 256
+"""The most weights that are mapped at once: each map keeps a descriptor, of which a process may have 1024."""
+
+ALIGNED = 8
+"""What the address of a mapped weight is a multiple of, so that every dtype may lie there."""
+
+POPULATE_READ = 22
+"""Linux' MADV_POPULATE_READ: read the pages now; what can't be read is an error, where a later access is a crash."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class Shards:
     index: Mapping[str, Mapping[str, str]]
     bytes_read: int = 0
     _tables: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _maps: WeakSet[mmap.mmap] = field(default_factory=WeakSet)
 
     def __contains__(self, key: str) -> bool:
         return key in self.index
@@ -65,11 +82,25 @@ class Shards:
             )
         if stored.dtype not in DTYPES:
             raise InfraError(f"{stored.path}: {stored.name} is of the type {stored.dtype}, which torch doesn't know")
-        content = np.fromfile(stored.path, dtype=np.uint8, count=stored.stop - stored.start, offset=stored.start)
+        content = self._bytes(stored)
         self.bytes_read += content.size
         tensor = torch.from_numpy(content).view(DTYPES[stored.dtype]).reshape(stored.shape)
         wanted = self.index[key].get("dtype")
         return tensor.to(getattr(torch, wanted)) if wanted else tensor
+
+    def _bytes(self, stored: Tensor) -> NDArray[np.uint8]:
+        # A copy of the weights would take a processor's time from the block that computes meanwhile.
+        size = stored.stop - stored.start
+        if size >= MAPPED_FROM and stored.start % ALIGNED == 0 and len(self._maps) < MOST_MAPS:
+            begin = stored.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            pages = _mapped(stored.path, begin, stored.stop)
+            if pages is not None:
+                self._maps.add(pages)
+                return np.frombuffer(pages, np.uint8, offset=stored.start - begin)
+        content = np.fromfile(stored.path, dtype=np.uint8, count=size, offset=stored.start)
+        if content.size < size:
+            raise AnomalyError(f"{stored.path} is cut short: {stored.name} ends at byte {stored.stop:,}")
+        return content
 
     def _entry(self, stored: StoredTensor) -> Tensor:
         # The header of a shard is read once for all its tensors.
@@ -78,6 +109,18 @@ class Shards:
         if stored.name not in self._tables[stored.file]:
             raise AnomalyError(f"{stored.file} holds no tensor {stored.name}")
         return self._tables[stored.file][stored.name]
+
+
+def _mapped(path: Path, begin: int, stop: int) -> mmap.mmap | None:
+    """Map a part of a file and read it into memory; None where the system can't, or where the file can't be read."""
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), stop - begin, access=mmap.ACCESS_COPY, offset=begin)
+        madvise = ctypes.CDLL(None).madvise  # mmap's own would stop all threads while it reads
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None
+    address = ctypes.c_void_p(np.frombuffer(pages, np.uint8).ctypes.data)
+    return pages if madvise(address, ctypes.c_size_t(len(pages)), POPULATE_READ) == 0 else None
 
 
 @dataclass

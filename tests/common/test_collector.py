@@ -50,10 +50,10 @@ def test_what_a_gate_imports_is_looked_through_no_more_and_what_comes_later_is_f
 
 def test_where_torch_is_there_already_a_model_of_somebody_else_can_still_be_freed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", sys)
-    frozen = gc.get_freeze_count()
+    model = [[]]
     with libraries_frozen():
         assert gc.isenabled()
-    assert gc.get_freeze_count() == frozen
+    assert any(each is model for each in gc.get_objects())  # which leaves out what is frozen
 
 
 @pytest.fixture

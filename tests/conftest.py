@@ -41,6 +41,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let everything be freed at the end: triton prints what isn't."""
+    gc.unfreeze()
+
+
 def pytest_runtest_setup(item):
     """Let the helpers know whether the test says that it starts a process."""
     processes.marked = item.get_closest_marker("process") is not None

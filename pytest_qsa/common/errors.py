@@ -116,9 +116,12 @@ class QsaWarning(UserWarning):
 
 def remark(text: str) -> None:
     """Warn of what a reader should know and what must fail nothing, even where warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
+    try:
         warnings.warn(QsaWarning(text), stacklevel=3)
+    except QsaWarning:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn(QsaWarning(text), stacklevel=3)
 
 
 class QsaUnplannedCaptureWarning(QsaWarning):

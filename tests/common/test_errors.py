@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 import pytest_qsa
-from pytest_qsa.common import QsaUnplannedCaptureWarning, SuiteError, did_you_mean, shown_path
+from pytest_qsa.common import QsaUnplannedCaptureWarning, SuiteError, did_you_mean, remark, shown_path
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,12 @@ def test_a_path_is_shown_relative_to_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "a/b.yaml") == "a/b.yaml"
     assert shown_path(tmp_path.parent / "b.yaml") == str(tmp_path.parent / "b.yaml")
+
+
+def test_a_remark_fails_nothing_where_warnings_are_errors_and_is_silent_where_they_are_ignored():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        remark("a file without a checksum")
+        warnings.simplefilter("ignore")
+        remark("another")
+    assert [str(each.message) for each in caught] == ["a file without a checksum"]

@@ -34,8 +34,8 @@ def parts_with_checksum(parts: Sequence[bytes | memoryview]) -> list[bytes | mem
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    begin, _, rest = bytes(first).partition(BLANK.encode())
-    return [begin, _PREFIX, digest.hexdigest().encode(), rest, *others]
+    at, view = bytes(first).index(BLANK.encode()), memoryview(first)
+    return [view[:at], _PREFIX, digest.hexdigest().encode(), view[at + len(BLANK) :], *others]
 
 
 def check_checksum(content: bytes | mmap, stated: object) -> None:

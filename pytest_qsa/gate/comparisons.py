@@ -68,5 +68,4 @@ def asserts(call: pytest.CallInfo[None], place: suite.Place | None) -> bool:
     tree = _tree(Path(frame.path))
     if not tree.body:
         return line == at
-    asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.lineno <= at <= (n.end_lineno or at)]
-    return any(node.lineno <= line <= (node.end_lineno or line) for node in asserts)
+    return any(isinstance(n, ast.Assert) and _spans(n, at) and _spans(n, line) for n in ast.walk(tree))

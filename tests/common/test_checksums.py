@@ -9,7 +9,15 @@ import pytest
 
 from pytest_qsa.captures import Capture, PartialSums, Request
 from pytest_qsa.captures.statistics import TOKENS
-from pytest_qsa.common import BLANK, InfraError, QsaWarning, checked_json, content_hash, json_with_checksum
+from pytest_qsa.common import (
+    BLANK,
+    InfraError,
+    QsaWarning,
+    checked_json,
+    content_hash,
+    json_with_checksum,
+    with_checksum,
+)
 from support.captures import flipped, without_checksum
 
 PLAN = (Request("a", "output", None, frozenset({TOKENS})),)
@@ -25,6 +33,11 @@ def test_any_program_can_compute_the_checksum_of_a_capture():
     stated = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["qsa"])["checksum"]
     blank = content.replace(stated.encode(), b"sha256:" + b"0" * 64, 1)
     assert stated == f"sha256:{hashlib.sha256(blank).hexdigest()}"
+
+
+def test_a_file_without_a_place_for_its_checksum_is_not_written():
+    with pytest.raises(ValueError, match="not found"):
+        with_checksum(b"{}")
 
 
 def test_each_byte_of_a_capture_counts():

@@ -106,9 +106,12 @@ def describe(description, sizes, smallest, scratch, sums, base, marks, row):
 
 
 @compiled
-def _arrays_of(call, record, kind):
-    """Return record, smallest, scratch, sums, marks and row of a description."""
+def _described(address, record, description, kind):
+    """Return a description, and patterns, record, smallest, scratch, sums, marks and row at the addresses it has."""
+    call = carray(_pointer(description), (FIELDS,), np.int64)
     return (
+        call,
+        carray(_pointer(address), (call[TOKENS], call[CHANNELS]), kind),
         carray(_pointer(record), (call[RECORD],), kind),
         carray(_pointer(call[SMALLEST]), (call[THREADS],), kind),
         carray(_pointer(call[SCRATCH]), (call[THREADS], 1 << 16), np.uint32),
@@ -186,9 +189,7 @@ def survey16(address, record, description):
     signless pattern, the least above zero (65,536 for none), and what `settle` returns; the last two only of patterns
     that are counted. Each thread takes a share of the tokens and has bins and a least pattern of its own.
     """
-    call = carray(_pointer(description), (FIELDS,), np.int64)
-    patterns = carray(_pointer(address), (call[TOKENS], call[CHANNELS]), np.uint16)
-    kept, smallest, scratch, sums, marks, row = _arrays_of(call, record, np.uint16)
+    call, patterns, kept, smallest, scratch, sums, marks, row = _described(address, record, description, np.uint16)
     threads, counted = scratch.shape[0], call[COUNTED]
     share = (patterns.shape[0] + threads - 1) // threads
     known = np.uint16(0xFFFF) if call[SIGNS] == 2 else SIGNLESS16
@@ -200,21 +201,13 @@ def survey16(address, record, description):
             _maxima16(patterns[begin:end], kept[begin:end])
     top = _summarise(patterns, SIGNLESS16, kept, call[PEAKS])
     least = _least(smallest)
-    zeros = -1
-    # The sums have 32 bits: where they could overflow, the caller carries them over first.
-    if counted and marks[HELD] + patterns.size < FULL:
-        zeros = settle(scratch, max(1, min(least, top)), top, call[SIGNS], sums, call[BASE], row)
-    if zeros >= 0:
-        _mark(marks, patterns.size, top, 0 if zeros else least)
-    return top, least, zeros
+    return top, least, _flush(call, patterns.size, top, least, 0, scratch, sums, marks, row)
 
 
 @parallel
 def survey32(address, record, description):
     """As `survey16`, for float32, whose bins are its upper halves."""
-    call = carray(_pointer(description), (FIELDS,), np.int64)
-    patterns = carray(_pointer(address), (call[TOKENS], call[CHANNELS]), np.uint32)
-    kept, smallest, scratch, sums, marks, row = _arrays_of(call, record, np.uint32)
+    call, patterns, kept, smallest, scratch, sums, marks, row = _described(address, record, description, np.uint32)
     threads, counted = scratch.shape[0], call[COUNTED]
     share = (patterns.shape[0] + threads - 1) // threads
     known = np.uint32(0xFFFFFFFF) if call[SIGNS] == 2 else SIGNLESS32
@@ -238,20 +231,25 @@ def survey32(address, record, description):
         smallest[thread] = least
     top = _summarise(patterns, SIGNLESS32, kept, call[PEAKS])
     least = _least(smallest)
-    zeros = -1
-    if counted and marks[HELD] + patterns.size < FULL:
-        zeros = settle(scratch, max(1, min(least, top) >> 16), top >> 16, call[SIGNS], sums, call[BASE], row)
-    if zeros >= 0:
-        _mark(marks, patterns.size, top, 0 if zeros else least)
-    return top, least, zeros
+    return top, least, _flush(call, patterns.size, top, least, 16, scratch, sums, marks, row)
 
 
 @compiled
-def _mark(marks, count, top, least):
-    """Note that the sums hold `count` more elements, and the largest and the least pattern among them."""
-    marks[HELD] += count
-    marks[TOP] = max(marks[TOP], top)
-    marks[LEAST] = min(marks[LEAST], least)
+def _flush(call, count, top, least, shift, scratch, sums, marks, row):
+    """Flush the counts of `count` patterns into the sums and note them in the marks; return what `settle` returns.
+
+    `shift`: the bits of a pattern that its bin leaves out.
+    """
+    # The sums have 32 bits: where they could overflow, the caller carries them over first.
+    if not call[COUNTED] or marks[HELD] + count >= FULL:
+        return -1
+    low, high = max(1, min(least, top) >> shift), top >> shift
+    zeros = settle(scratch, low, high, call[SIGNS], sums, call[BASE], row)
+    if zeros >= 0:
+        marks[HELD] += count
+        marks[TOP] = max(marks[TOP], top)
+        marks[LEAST] = min(marks[LEAST], 0 if zeros else least)
+    return zeros
 
 
 @compiled

@@ -127,7 +127,7 @@ def _marks(axes: Axes) -> Iterator[Mark]:
             found.append((each.zorder, {**steps, **style, "label": _label(each.get_label())}))
     for collection in axes.collections:
         if isinstance(collection, Bars):
-            found.append((collection.zorder, _bars_of(collection)))
+            found.append((collection.zorder, _bars(collection)))
         elif isinstance(collection, LineCollection) and collection.get_segments():
             found.append((collection.zorder, _segments(collection)))
         elif isinstance(collection, PolyCollection):
@@ -136,25 +136,18 @@ def _marks(axes: Axes) -> Iterator[Mark]:
     yield from (mark for _, mark in sorted(found, key=lambda pair: pair[0]))
 
 
-def _bars(container: BarContainer) -> Mark:
-    bars = [bar for bar in container.patches if isinstance(bar, Rectangle)]
-    ends = [_numbers((bar.get_x(), bar.get_x() + bar.get_width(), *_rise(bar))) for bar in bars]
-    first = bars[0]
-    style = {"colour": to_hex(first.get_facecolor()), "hatched": bool(first.get_hatch())}
-    # A horizontal bar's two ends in y are where it lies, in x what it says.
-    return {"kind": "bars", "ends": ends, **style, "label": _label(container.get_label()), "name": first.get_gid()}
-
-
-def _bars_of(bars: Bars) -> Mark:
-    face: Any = bars.get_facecolor()
-    style = {"colour": to_hex(face[0]), "hatched": bool(bars.get_hatch())}
-    return {
-        "kind": "bars",
-        "ends": list(map(_numbers, bars.ends)),
-        **style,
-        "label": _label(bars.get_label()),
-        "name": bars.get_gid(),
-    }
+def _bars(bars: BarContainer | Bars) -> Mark:
+    """Return bars that are drawn one by one, or as one artist."""
+    artist: Any = bars
+    if isinstance(bars, Bars):
+        ends, colour = [*bars.ends], artist.get_facecolor()[0]
+    else:
+        each = [bar for bar in bars.patches if isinstance(bar, Rectangle)]
+        # A horizontal bar's two ends in y are where it lies, in x what it says.
+        ends = [np.array((bar.get_x(), bar.get_x() + bar.get_width(), *_rise(bar))) for bar in each]
+        artist, colour = each[0], each[0].get_facecolor()
+    style = {"colour": to_hex(colour), "hatched": bool(artist.get_hatch()), "label": _label(bars.get_label())}
+    return {"kind": "bars", "ends": [*map(_numbers, ends)], **style, "name": artist.get_gid()}
 
 
 def _rise(bar: Rectangle) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common import parsed_json
+
 Array = NDArray[Any]
 """An array of any dtype."""
 TOP_NAMES = ("top1", "top2", "top3", "median", "min3", "min2", "min")
@@ -77,6 +79,43 @@ def safetensors_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) 
     text += b" " * (-len(text) % 8)
     flat = (np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in named)
     return [len(text).to_bytes(8, "little") + text, *(array.data for array in flat)]
+
+
+def safetensors_header(content: bytes) -> dict[str, Any]:
+    """Return the header of a safetensors file: array → its dtype, shape and offsets; `__metadata__` → texts by name.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    header = parsed_json(content[8 : _data_start(content)])
+    if not isinstance(header, dict):
+        raise ValueError("the header of a safetensors file is an object")
+    return header
+
+
+def safetensors_arrays(content: bytes, header: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the arrays of a safetensors file, by name. They are views of `content`, and can't be written to.
+
+    The library's reader copies all of them, so that a large capture would take twice its size in memory.
+
+    Raises:
+        ValueError, KeyError, TypeError, OverflowError: an array's header is damaged, or the file ends within it.
+    """
+    dtypes = {kind: np.dtype(f"<{code}") for code, kind in _KINDS.items()}
+    found: dict[str, Array] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        array: Array = np.ndarray(entry["shape"], dtypes[entry["dtype"]], content, _data_start(content) + begin)
+        if begin < 0 or array.nbytes != end - begin:
+            raise ValueError(f"the array {name} of {array.nbytes} bytes can't lie at {begin} … {end}")
+        found[name] = array
+    return found
+
+
+def _data_start(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 @dataclass(frozen=True)

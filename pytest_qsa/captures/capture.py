@@ -31,7 +31,7 @@ from ..common import (
     shown_path,
     write_atomically,
 )
-from .arrays import Array, safetensors_parts
+from .arrays import Array, safetensors_arrays, safetensors_header, safetensors_parts
 from .kinds import known_kinds, with_kinds
 from .pictures import Picture, picture_arrays, picture_headers, read_pictures
 from .provenance import UNKNOWN_RUN, Provenance
@@ -253,14 +253,9 @@ class Capture:
         Raises:
             InfraError: it is damaged or was changed, has no checksum, or is not a capture of this format.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         try:
-            # safetensors' numpy reader gives no metadata of bytes, so the header is read by hand.
-            size = int.from_bytes(content[:8], "little")
-            metadata = parsed_json(content[8 : 8 + size]).get("__metadata__", {})
-            header = parsed_json(metadata.get("qsa", "{}"))
+            entries = safetensors_header(content)
+            header = parsed_json(entries.get("__metadata__", {}).get("qsa", "{}"))
             form = header.get("format") if isinstance(header, dict) else None
             if form != FORMAT:
                 raise InfraError(f"not a capture of the format {FORMAT} (it says {form!r})")
@@ -270,9 +265,9 @@ class Capture:
                 raise InfraError(f"it {NO_CHECKSUM}")
             else:
                 remark(f"{shown} {NO_CHECKSUM}: make it anew")
-            return cls._joined(load(content), header)
+            return cls._joined(safetensors_arrays(content, entries), header)
         # A damaged header can fail at any step of the reading.
-        except (SafetensorError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise InfraError(f"not a whole capture: {error}") from None
 
     @classmethod

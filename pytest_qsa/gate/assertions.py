@@ -360,7 +360,7 @@ class Qsa:
             GateFailure: there is nothing sound to judge; such a comparison is never just false.
         """
         __tracebackhide__ = True
-        subject, metric = self._gate.subject_of(self._request.node), METRICS.find(series.query.metric)
+        subject, metric = self._gate.subject_of(self._request.node), METRICS.get(series.query.metric)
         try:
             if subject is not None and subject.model is not None and metric is not None and metric.against:
                 check_reference(capture, subject.model, partial(self._gate.files_of, self._request))
@@ -447,7 +447,7 @@ class QsaBaseline:
     def __eq__(self, series: object) -> bool:
         if not isinstance(series, Series):
             return NotImplemented
-        metric = METRICS.find(series.query.metric)
+        metric = METRICS.get(series.query.metric)
         if metric is not None and (problem := metric.allows_all(self._tolerance.abs)):
             raise AnomalyError(problem)
         capture = self._qsa.capture_at("weight" if series.query.site == "weight" else None)

@@ -478,7 +478,7 @@ class Gate:
     def finish(self, request: pytest.FixtureRequest, verdict: Verdict, capture: Capture | None) -> Verdict:
         """Explain a verdict, draw it, and keep it on its item. `capture`: where its numbers come from."""
         capture = self._shown(capture) if capture is not None else None
-        metric, subject = METRICS.find(verdict.query.get("metric", "")), self.subject_of(request.node)
+        metric, subject = METRICS.get(verdict.query.get("metric", "")), self.subject_of(request.node)
         if metric is not None and metric.against and subject and subject.model and subject.model.reference_is_copy:
             verdict = replace(verdict, hints=[*verdict.hints, FLOOR])
         if capture is not None:

@@ -102,7 +102,8 @@ def test_an_entry_point_is_loaded_when_a_suite_names_what_is_unknown(project, ll
     assert run.code == 0, run.out
     (verdict,) = project.json("qsa-results/report.json")["results"]
     assert verdict["query"]["definition"] == "team_metrics:crest/3"
-    project.write("a.qsa.yaml", suite(llama, f"id: rms, metric: rms, layers: '{BLOCKS}', site: output, max: 1e9"))
+    rms = f"id: rms, metric: rms, layers: '{BLOCKS}', site: output, max: 1e9"
+    project.write("a.qsa.yaml", suite(llama, rms, "id: files, metric: checkpoint_health"))
     assert "the entry point came" not in project.pytest("a.qsa.yaml", "-s").out
     project.write("conftest.py", CONFTEST)
     project.write("a.qsa.yaml", suite(llama, f"{ASSERTED}, max: 1000", "id: b, metric: unknown, max: 1"))

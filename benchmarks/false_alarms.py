@@ -21,8 +21,8 @@ import torch
 from pytest_qsa.captures import merge_requests
 from pytest_qsa.captures.capture import Capture
 from pytest_qsa.checkpoint import capture_weights
-from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.load.sources import read_texts
 from pytest_qsa.engine.subject import capture_loaded, load_reference
 from pytest_qsa.suite import SIDES, Data, MeasuredAssertion, NamedSubject, SuiteFile, files_of, load_suite, subject_of
 from pytest_qsa.verdicts.budgets import budget_of

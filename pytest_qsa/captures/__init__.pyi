@@ -41,6 +41,13 @@ from .kinds import (
     known_kinds as known_kinds,
 )
 from .merging import added as added, merge as merge, with_weights as with_weights
+from .patterns import (
+    check_pattern as check_pattern,
+    exactly as exactly,
+    found_by as found_by,
+    match_layers as match_layers,
+    no_match as no_match,
+)
 from .pictures import Patch as Patch, Picture as Picture
 from .provenance import (
     FLOAT as FLOAT,
@@ -57,6 +64,23 @@ from .provenance import (
     data_fingerprint as data_fingerprint,
     since_text as since_text,
 )
+from .requests import (
+    NO_CACHE as NO_CACHE,
+    LayerNames as LayerNames,
+    Outline as Outline,
+    Request as Request,
+    against_reference as against_reference,
+    asks_for_answers as asks_for_answers,
+    at_experts as at_experts,
+    compares as compares,
+    merge_requests as merge_requests,
+    need_tokens as need_tokens,
+    never_fired as never_fired,
+    no_logits as no_logits,
+    no_weight as no_weight,
+    pairwise as pairwise,
+    without_answers as without_answers,
+)
 from .sinks import PositionRange as PositionRange, Sinks as Sinks, find_sinks as find_sinks, names_sinks as names_sinks
 from .sites import (
     CACHE_SITES as CACHE_SITES,
@@ -64,32 +88,12 @@ from .sites import (
     KEY_AND_VALUE as KEY_AND_VALUE,
     LATENT_AND_ROPE_KEY as LATENT_AND_ROPE_KEY,
     LOGITS as LOGITS,
-    NO_CACHE as NO_CACHE,
     SITES as SITES,
-    LayerNames as LayerNames,
     LayerSite as LayerSite,
-    Outline as Outline,
-    Request as Request,
     Site as Site,
     SiteKey as SiteKey,
     SiteNumbers as SiteNumbers,
-    against_reference as against_reference,
-    asks_for_answers as asks_for_answers,
-    at_experts as at_experts,
-    check_pattern as check_pattern,
-    compares as compares,
-    exactly as exactly,
-    found_by as found_by,
-    match_layers as match_layers,
-    merge_requests as merge_requests,
-    need_tokens as need_tokens,
-    never_fired as never_fired,
-    no_logits as no_logits,
-    no_match as no_match,
-    no_weight as no_weight,
-    pairwise as pairwise,
     renumbered as renumbered,
-    without_answers as without_answers,
 )
 from .statistics import (
     AGREEMENT as AGREEMENT,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..common import InfraError, Patience, QsaWarning, locked, logger, remove_unfinished, write_atomically
 from .capture import Capture
-from .sites import Request, merge_requests
+from .requests import Request, merge_requests
 
 LIMIT = 4 << 30
 """The bytes that a cache folder may hold; the captures that were not used for longest go first."""

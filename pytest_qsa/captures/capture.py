@@ -33,10 +33,12 @@ from ..common import (
 )
 from .arrays import Array, safetensors_arrays, safetensors_header, safetensors_parts
 from .kinds import known_kinds, with_kinds
+from .patterns import match_layers
 from .pictures import Picture, picture_arrays, picture_headers, read_pictures
 from .provenance import UNKNOWN_RUN, Provenance
+from .requests import LayerNames, Request
 from .sinks import Sinks, find_sinks
-from .sites import CACHE_SITES, GENERATION, LOGITS, LayerNames, Request, Site, SiteNumbers, match_layers
+from .sites import CACHE_SITES, GENERATION, LOGITS, Site, SiteNumbers
 from .statistics import Statistic
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from ..common import InfraError
 from .arrays import Array
 from .capture import Capture
 from .provenance import Provenance, SampleRange
-from .sites import SITES, SiteKey, SiteNumbers, merge_requests
+from .requests import merge_requests
+from .sites import SITES, SiteKey, SiteNumbers
 from .statistics import LAYOUTS, InRange
 
 

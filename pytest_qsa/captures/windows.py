@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .capture import Capture
-from .sites import LOGITS, Request
+from .requests import Request
+from .sites import LOGITS
 from .statistics import SHIFTS
 
 LEAST_SHARED = 4

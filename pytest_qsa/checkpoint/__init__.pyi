@@ -42,6 +42,7 @@ from .formats.layer_tensors import SIGNS as SIGNS
 from .formats.scheme import Declaration as Declaration, LayerScheme as LayerScheme, matches as matches
 from .gguf_file import BlockTensor as BlockTensor
 from .nearest import HEALTHY as HEALTHY, NEAREST as NEAREST, Requantization as Requantization
+from .relation import Compare as Compare, Relation as Relation, compare_norms as compare_norms
 from .side_files import (
     OF_A_LOAD as OF_A_LOAD,
     OF_A_TOKENIZER as OF_A_TOKENIZER,
@@ -50,12 +51,7 @@ from .side_files import (
     nested_settings as nested_settings,
     readable_tokenizer as readable_tokenizer,
 )
-from .smoothing import (
-    Compare as Compare,
-    Relation as Relation,
-    Smoothing as Smoothing,
-    compare_norms as compare_norms,
-)
+from .smoothing_factors import Smoothing as Smoothing
 from .suspicions import (
     Suspicion as Suspicion,
     by_kind as by_kind,

@@ -15,7 +15,7 @@ from .checks.changed_settings import Resolve, unresolved
 from .checks.sizes import Original
 from .folder import Finding, Folder
 from .formats.format import Format, format_of
-from .smoothing import Relation, compare_norms
+from .relation import Relation, compare_norms
 
 EXECUTION = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config", "run_compressed", "dequantize")
 """The keys of `quantization_config` by which the same tensors are run in another way."""

@@ -22,4 +22,5 @@ from .options import (
     read_options as read_options,
     resembles_a_suite as resembles_a_suite,
 )
-from .reporting import Reporter as Reporter, describe as describe, require_reading as require_reading
+from .reporting import describe as describe, require_reading as require_reading
+from .summary import Reporter as Reporter

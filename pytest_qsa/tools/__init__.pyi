@@ -4,6 +4,7 @@ from .compare import Measurer as Measurer, Target as Target, distinct as distinc
 from .diff.changes import compare_sides as compare_sides, parse_all as parse_all
 from .diff.render import diff_lines as diff_lines, diff_markdown as diff_markdown, diff_page as diff_page
 from .diff.sides import read_side as read_side
+from .draft import first_suite as first_suite
 from .explain_plan import gathered as gathered, plan_lines as plan_lines
 from .history import Historian as Historian
 from .ignore_lists import WRITERS as WRITERS, ignore_list as ignore_list, quantizer_of as quantizer_of
@@ -28,5 +29,5 @@ from .selftest.run import (
     score_of as score_of,
 )
 from .selftest.table import lines_of as lines_of, score_line as score_line, write_outcomes as write_outcomes
-from .suite_text import calibrated as calibrated, first_suite as first_suite
+from .suite_text import calibrated as calibrated
 from .verification import Demands as Demands, verify as verify, write_statement as write_statement

@@ -22,9 +22,9 @@ from pytest_qsa.checkpoint import (
     open_folder,
     problems_of,
 )
+from pytest_qsa.tools.draft import GAIN_BOUNDS
 from pytest_qsa.tools.selftest.faults import FAULTS
 from pytest_qsa.tools.selftest.mutant import Mutant
-from pytest_qsa.tools.suite_text import GAIN_BOUNDS
 
 ROOT = Path(__file__).parent / "fixtures" / "formats"
 ORIGINALS = ("llama", "gpt-oss")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pytest_qsa.checkpoint import Smoothing, compare_norms
 from pytest_qsa.checkpoint.checks.health import problems_of
 from pytest_qsa.checkpoint.files import Files
 from pytest_qsa.checkpoint.folder import open_folder
 from pytest_qsa.checkpoint.formats.format import format_of
-from pytest_qsa.checkpoint.smoothing import Smoothing, compare_norms
 from pytest_qsa.checkpoint.suspicions import suspicions_of
 from pytest_qsa.engine.formats.format import dequantized
 from pytest_qsa.engine.load.models import load_model

@@ -9,7 +9,7 @@ from pytest_qsa.captures import known_kinds, match_layers
 from pytest_qsa.common import AnomalyError, InfraError, SuiteError
 from pytest_qsa.engine.modules import blocks_of, layers_of, with_experts
 from pytest_qsa.suite import Anatomy
-from pytest_qsa.tools.suite_text import Draft, _without
+from pytest_qsa.tools.draft import Draft, _without
 from pytest_qsa.verdicts.judge import left_out_text
 from support.architectures import ALL, saved
 from support.models import MIXTURES, llama, mixture, record, token_batch

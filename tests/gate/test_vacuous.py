@@ -17,7 +17,7 @@ from pytest_qsa.checkpoint import Files, open_folder
 from pytest_qsa.common import AnomalyError, SuiteError
 from pytest_qsa.gate import resembles_a_suite
 from pytest_qsa.gate.comparisons import unasserted
-from pytest_qsa.gate.reporting import always_within
+from pytest_qsa.gate.summary import always_within
 from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.report import to_plain
 from pytest_qsa.report.verdict_text import step_summary

@@ -14,8 +14,8 @@ from pytest_qsa.captures import Capture
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.cli import main
 from pytest_qsa.common import BLANK, AnomalyError, BaselineError, InfraError, QsaError, checked_json, with_checksum
-from pytest_qsa.engine.load.data import read_texts
 from pytest_qsa.engine.load.models import load_model
+from pytest_qsa.engine.load.sources import read_texts
 from pytest_qsa.engine.modules import forward_errors
 from pytest_qsa.engine.reference.reference_file import ReferenceFile
 from pytest_qsa.external import EvalFiles, eval_scores

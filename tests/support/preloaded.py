@@ -29,6 +29,7 @@ import pytest_qsa.engine.subject
 import pytest_qsa.gate.assertions
 import pytest_qsa.gate.gate
 import pytest_qsa.gate.reporting
+import pytest_qsa.gate.summary
 import pytest_qsa.report.page
 import pytest_qsa.report.plots.figures
 import pytest_qsa.report.verdict_text

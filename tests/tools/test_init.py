@@ -16,7 +16,7 @@ from pytest_qsa.cli import main
 from pytest_qsa.engine.load.data import batches_of
 from pytest_qsa.engine.load.outline import anatomy
 from pytest_qsa.suite import Anatomy, Data, Model, files_of, load_suite, subject_of
-from pytest_qsa.tools.suite_text import cache_drafts, measured_drafts, sinks_of, with_gain_bound, with_tolerance
+from pytest_qsa.tools.draft import cache_drafts, measured_drafts, sinks_of, with_gain_bound, with_tolerance
 from support import models
 from support.checkpoints import edited, save_gguf, save_llama
 from support.projects import Project

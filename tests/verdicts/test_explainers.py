@@ -11,8 +11,7 @@ import pytest
 from pytest_qsa import Capture
 from pytest_qsa.captures import Request
 from pytest_qsa.captures.sites import SiteNumbers
-from pytest_qsa.checkpoint import Files, capture_weights, open_folder
-from pytest_qsa.checkpoint.smoothing import Relation
+from pytest_qsa.checkpoint import Files, Relation, capture_weights, open_folder
 from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics import Bounds, Query, Series
 from pytest_qsa.verdicts.verdict import Kind

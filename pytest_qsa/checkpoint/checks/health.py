@@ -23,8 +23,8 @@ from ..copies import recognizer_of
 from ..files import Files
 from ..folder import Finding, natural, refusing_odd_settings
 from ..formats.format import check_declared
+from ..relation import is_rotated_head
 from ..side_files import CONFIG, check_side_files, readable_tokenizer
-from ..smoothing import is_rotated_head
 from .cache_scales import lost_cache_scales, lost_once, unit_cache_scales
 from .changed_settings import SETTING_LAYERS, changed_settings, unexpected_size
 from .keys import lost_keys, misplaced_formats

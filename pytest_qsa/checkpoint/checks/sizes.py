@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ..folder import NUMBER, Finding, Folder
 from ..formats.format import AGAIN, Format, format_of
-from ..smoothing import ROWS_OF_FACTORS, Relation, Smoothing, readable_rows
+from ..relation import Relation
+from ..smoothing_factors import ROWS_OF_FACTORS, Smoothing, readable_rows
 from ..tensors import Matrix
 
 ROWS_SAMPLED = 64

@@ -17,8 +17,8 @@ from ...common import AnomalyError, InfraError, one_line, phase
 from ...suite import ANSWERED_AT_ONCE, Conversation, Data, conversation_of
 from ..modules import check_context, device_of, evaluating
 from .batches import Batch
-from .data import read_texts
 from .models import Loaded, quiet
+from .sources import read_texts
 from .tokenizer import TextTokenizer, offered
 
 NO_TOKEN = 2**31 - 1

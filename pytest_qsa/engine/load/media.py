@@ -18,10 +18,10 @@ from ...common import AnomalyError, InfraError, one_line, shown_path
 from ...suite import MEDIA, Data, local_path, media_column
 from ..modules import context_of
 from .batches import Batch, MediaBatch
-from .data import rows_of_set
 from .media_records import RATE, Record, is_folder_of_media, kept_names, kinds_of_folder, records_of
 from .models import Loaded, quiet
 from .patches import picture_of
+from .sources import rows_of_set
 
 ASKED = {"image": "What does this picture show?", "audio": "What can be heard in this recording?"}
 INPUTS = {"image": frozenset({"pixel_values"}), "audio": frozenset({"input_features", "input_values"})}

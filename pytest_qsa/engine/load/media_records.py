@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...common import MOST_TEXT, InfraError, did_you_mean, one_line, parsed_json, refuse_special, shown_path
 from ...suite import MEDIA, PICTURES, SOUNDS, Data, cache_folder, local_path, media_column
-from .data import rows_of_set
+from .sources import rows_of_set
 
 OF_TEXTS = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".txt")
 """A folder with such a file is a data set, whatever pictures lie beside."""

@@ -12,10 +12,10 @@ from ...common import Progress, earlier_objects_frozen
 from ...suite import FileHashes, NamedSubject, Subject, files_of, identified
 from ..load.adapters import source_of
 from ..load.answers import unbatched
-from ..load.data import check_local
 from ..load.generation import Prompts
 from ..load.models import quiet
 from ..load.outline import expected_outline, made_by_code
+from ..load.sources import check_local
 from ..modules import forward_errors
 from ..reference.predicted import located_head
 from ..reference.record import Recording, RecordOptions, record_model

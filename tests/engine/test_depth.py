@@ -91,11 +91,13 @@ def test_paired_growth_holds_the_same_tokens_with_less_text_before_them_against_
     assert count == deep.size
 
 
-def test_paired_growth_of_a_range_of_positions():
+# At 32 the range begins where the next sample does, which then counts from its first token on.
+@pytest.mark.parametrize(("start", "end"), [(40, 56), (32, 60)])
+def test_paired_growth_of_a_range_of_positions(start, end):
     found = overlapping(clamped_positions(), 32)
     scores = found.capture.sites["logits", "logits"].scores[:, 2].reshape(11, 64)
-    deep, near = scores[:10, 40:56], scores[1:, 8:24]
-    value = found.growth(paired=True, positions={"from": 40, "to": 56}).values[0]
+    deep, near = scores[:10, start:end], scores[1:, start - 32 : end - 32]
+    value = found.growth(paired=True, positions={"from": start, "to": end}).values[0]
     np.testing.assert_allclose(value, deep.sum() / near.sum())
 
 

@@ -14,11 +14,11 @@ REFERENCE = RANDOM.normal(size=(12, 16))
 OWN = REFERENCE + 0.6 * RANDOM.normal(size=REFERENCE.shape)
 
 
-def output_of(reference, own, pool="mean"):
+def output_of(reference, own, pool="mean", calls=1):
     statistic, count = Pooled(pool), len(own)
-    one = np.arange(count, dtype=np.int32)
+    sample, call = np.divmod(np.arange(count, dtype=np.int32), np.int32(calls))
     arrays = {statistic.key: np.stack([reference, own], axis=1)}
-    kept = SiteNumbers("float32", (1, 16), True, frozenset({statistic}), one, 0 * one, np.ones(count, int), arrays)
+    kept = SiteNumbers("float32", (1, 16), True, frozenset({statistic}), sample, call, np.ones(count, int), arrays)
     plan = (Request("layer", "output", None, frozenset({statistic})),)
     return Capture({("layer", "output"): kept}, ("layer",), plan=plan, reference=Capture({})).output("layer")
 
@@ -92,6 +92,24 @@ def test_of_equally_near_samples_the_first_are_the_nearest_in_both_models():
     turned = alike.copy()
     turned[20, 2] = 3  # which was among no sample's nearest, and has the first ones as its own
     assert output_of(alike, turned).embedding("recall", k=5).values[0] == 1
+
+
+def test_of_many_equal_cosines_the_first_samples_count():
+    # Directions of eight only: each sample is equally near to dozens of others, in another order in both models.
+    pairs = RANDOM.integers(-1, 2, size=(120, 2, 2)).astype(float)
+    reference, own = np.moveaxis(pairs[pairs.any(axis=2).all(axis=1)], 1, 0)
+
+    def nearest(rows, sample):
+        others = [other for other in range(len(rows)) if other != sample]
+        return {*sorted(others, key=lambda other: (-round(cosine(rows[sample], rows[other]), 9), other))[:10]}
+
+    shares = [len(nearest(reference, each) & nearest(own, each)) / 10 for each in range(len(own))]
+    assert output_of(reference, own).embedding("recall", k=10).values[0] == pytest.approx(np.mean(shares), abs=1e-12)
+
+
+def test_several_calls_for_a_sample_leave_it_without_a_single_embedding():
+    with pytest.raises(AnomalyError, match="it is called several times for a sample"):
+        _ = output_of(REFERENCE, OWN, calls=2).embedding().values
 
 
 def test_the_interval_of_a_share_ends_at_one():

@@ -10,7 +10,17 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..common import AnomalyError, InfraError, QsaError, did_you_mean, logger, one_line, parsed_json, refuse_special
+from ..common import (
+    AnomalyError,
+    InfraError,
+    QsaError,
+    did_you_mean,
+    logger,
+    mistaken_for,
+    one_line,
+    parsed_json,
+    refuse_special,
+)
 from .gguf_file import GgufFile, read_gguf
 from .tensors import LFS_POINTER, Tensor, metadata_of, tensors_of
 
@@ -165,15 +175,19 @@ class Folder:
 
     def _no_weights(self) -> QsaError:
         """Make the error of a folder without safetensors: weights of another kind may be sound."""
-        if gguf := sorted(self.path.glob("*.gguf")):
-            return InfraError(f"{self.path} holds no .safetensors file: name the file, model.gguf_file: {gguf[0].name}")
-        if others := sorted(file.name for end in OTHER_WEIGHTS for file in self.path.glob(f"*.{end}")):
+        gguf = any(self.path.glob("*.gguf"))
+        if not gguf and (others := sorted(file.name for end in OTHER_WEIGHTS for file in self.path.glob(f"*.{end}"))):
             return InfraError(f"{self.path} holds no .safetensors file, and {others[0]} is not read here")
         return self._lacking("weights, no .safetensors file")
 
-    def _lacking(self, what: str) -> AnomalyError:
+    def _lacking(self, what: str) -> QsaError:
+        if gguf := sorted(self.path.glob("*.gguf")):
+            return InfraError(f"{self.path} holds no {what}: name the file, model.gguf_file: {gguf[0].name}")
         lacks = f"holds no {what}" if any(self.path.iterdir()) else "is empty"
-        return AnomalyError(f"{self.path} {lacks}: copy or download the checkpoint again")
+        # an archive that was unpacked a folder too deep, and the hub's cache, whose copies lie in `snapshots`
+        inside = sorted(file for place in ("*", "snapshots/*") for file in self.path.glob(f"{place}/config.json"))
+        advice = f"give {inside[0].parent}, which is one" if inside else "copy or download the checkpoint again"
+        return AnomalyError(f"{self.path} {lacks}: {advice}")
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:
@@ -271,13 +285,15 @@ class Folder:
             text = file.read_bytes()
             if text.startswith(LFS_POINTER):
                 raise InfraError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
+            if other := mistaken_for(text):
+                raise AnomalyError(f"{file} {other}")
             content = parsed_json(text.decode("utf-8"), constant=_constant)
         except OSError as error:
             raise InfraError(f"{file} can't be read: {error.strerror or error}") from None
         except ValueError as error:
-            raise AnomalyError(f"{file} is no JSON: {error}") from None
+            raise AnomalyError(f"{file} is no JSON: {error}; copy or download it again") from None
         if not isinstance(content, dict):
-            raise AnomalyError(f"{file} is no JSON object but a {type(content).__name__}")
+            raise AnomalyError(f"{file} is no JSON object but a {type(content).__name__}: copy or download it again")
         return content
 
     def template(self, name: str = TEMPLATE_FILE) -> str | None:

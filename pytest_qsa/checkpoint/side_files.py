@@ -60,6 +60,13 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _dtype(value: Any) -> bool:
+    return (
+        _text(value)
+        and re.fullmatch(r"(torch\.)?(b?float16|float(32|64)?|half|double|float8_\w+|auto)", value) is not None
+    )
+
+
 def _section(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -107,7 +114,8 @@ RULES: Mapping[str, Sequence[_Rule]] = {
         _Rule(r"(\w+_)?eps(ilon)?", "a number that isn't negative", lambda value: _number(value, 0)),
         _Rule("rope_theta", "a number above 0", _or_list(_positive)),
         _Rule("num_bits", "a whole number above 0", lambda value: _whole(value, 1)),
-        _Rule("(torch_)?dtype", "a name", _text),
+        _Rule(r".*(quant|compress)\w*\.(.+\.)?(torch_)?dtype", "a name", _text),
+        _Rule("(torch_)?dtype", "the name of one of torch's", _dtype),
         _Rule("num_hidden_layers", "a whole number", lambda value: _section(value) or _whole(value, 0)),
         _Rule("(text|vision|quantization)_config|rope_(parameters|scaling)", _SECTION, _section),
         _Rule(r"quantization_config\.quant_method", "a name", _text),

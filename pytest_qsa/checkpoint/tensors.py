@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..captures import Array
-from ..common import AnomalyError, InfraError, refuse_sparse, refuse_special
+from ..common import AnomalyError, InfraError, mistaken_for, refuse_sparse, refuse_special
 
 LFS_POINTER = b"version https://git-lfs"
 """How the file begins that git has in the place of one which git-lfs would fetch."""
@@ -281,7 +281,8 @@ def _header(path: Path) -> tuple[bytes, int, os.stat_result]:
             if head == LFS_POINTER[:8]:  # text, and as a number a header of 2·10¹⁸ bytes
                 raise InfraError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if not 0 < length <= LONGEST_HEADER:
-                raise AnomalyError(f"{path} is not a safetensors file: its header would have {length} bytes")
+                damaged = f"is not a safetensors file, for it begins with {head!r}: copy or download it again"
+                raise AnomalyError(f"{path} {mistaken_for(head) or damaged}")
             refuse_sparse(path)
             return file.read(length), 8 + length, os.fstat(file.fileno())
     except (IsADirectoryError, FileNotFoundError) as error:  # the latter of a link to a file that is gone

@@ -34,6 +34,7 @@ from .extensions import Registry as Registry
 from .files import (
     MOST_TEXT as MOST_TEXT,
     Scratch as Scratch,
+    mistaken_for as mistaken_for,
     parsed_json as parsed_json,
     read_json as read_json,
     refuse_sparse as refuse_sparse,

@@ -97,6 +97,20 @@ def refuse_special(path: Path, most: int | None = None) -> None:
         )
 
 
+def mistaken_for(head: bytes) -> str:
+    """Say what a file is by how it begins, and what to do, where it is none of a checkpoint's; empty where it may be.
+
+    `head`: its first 8 bytes at least.
+    """
+    if not head:
+        return "is empty: copy or download it again"
+    if head.lstrip()[:8].lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
+        return "is a web page or a server's answer: sign in, and download it again"
+    if head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "begins with a byte order mark, which no loader takes: save it as UTF-8 without one"
+    return ""
+
+
 def parsed_json(text: str | bytes, constant: Callable[[str], float] | None = None) -> Any:
     """Parse JSON that anyone may have written. `constant`: makes a number of `NaN` and `Infinity`, which no JSON has.
 

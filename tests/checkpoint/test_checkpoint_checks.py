@@ -551,8 +551,15 @@ DAMAGED = {
         "model.safetensors",
         lambda path: path.write_bytes(b"\xff" * 64),
         AnomalyError,
-        "not a safetensors file",
+        r"not a safetensors file, for it begins with b'\\xff",
     ),
+    "a web page": (
+        "model.safetensors",
+        lambda path: path.write_text("<!DOCTYPE html>"),
+        AnomalyError,
+        "is a web page or a server's answer: sign in",
+    ),
+    "weights of no bytes": ("model.safetensors", lambda path: path.write_bytes(b""), AnomalyError, "is empty: copy"),
     "a header that is no JSON": (
         "model.safetensors",
         lambda path: path.write_bytes((8).to_bytes(8, "little") + b"{not json"),
@@ -587,6 +594,22 @@ def test_a_damaged_or_absent_file_is_the_checkpoint_s_fault_and_one_that_is_not_
     change(folder / name)
     with pytest.raises(kind, match=text):
         found(folder)
+
+
+def test_a_folder_around_the_checkpoint_is_told_from_one_without(int8_llama, tmp_path):
+    shutil.copytree(int8_llama, tmp_path / "snapshots" / "1a2b")
+    with pytest.raises(AnomalyError, match=r"holds no .*: give \S*snapshots/1a2b, which is one"):
+        found(tmp_path)
+
+
+def test_codes_that_no_configuration_declares_are_a_problem(int8_llama, tmp_path):
+    """A loader takes them for weights, and no scale is applied."""
+    folder = edited(int8_llama, tmp_path / "undeclared", config=lambda settings: settings.pop("quantization_config"))
+    series, findings = problems_of(Files(open_folder(folder)), "checkpoint_health")
+    assert {each.layer for each in findings} == {layer for layer in series.layers if layer.endswith("_proj")}
+    assert {each.what for each in findings} == {
+        "weight_scale beside it shows that it is quantized, and config.json has no quantization_config"
+    }
 
 
 def test_a_path_that_is_neither_a_folder_nor_in_the_cache_is_an_infra_error():

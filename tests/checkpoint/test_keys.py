@@ -50,6 +50,19 @@ CASES = {
         without(LAYERS, "model.layers.3."), {"text_config": {"num_hidden_layers": 4}},
         {"model.layers.3": "missing: 3 of 4 members of model.layers are there"},
     ),
+    "the configuration counts fewer blocks than there are": (
+        LAYERS, {"num_hidden_layers": 3},
+        {"model.layers.3": "unexpected: num_hidden_layers is 3, and model.layers has 4 members"},
+    ),
+    "a head of several tokens behind the last block": (
+        [*LAYERS, *(f"model.layers.3.{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "head.norm"))],
+        {"num_hidden_layers": 3}, {},
+    ),
+    "a decoder that is shorter than the encoder beside it": (
+        [*(name.replace("model", "model.encoder") for name in LAYERS),
+         *(name.replace("model", "model.decoder") for name in LAYERS[:12])],
+        {"num_hidden_layers": 4, "decoder_layers": 2}, {},
+    ),
     "an expert is lost": (
         without([*LAYERS, *EXPERTS], "model.layers.1.mlp.experts.1."), {},
         {

@@ -59,9 +59,12 @@ ODD = [
     (GENERATION, {"eos_token_id": [400, 500]}, "the vocabulary has 320 tokens: generation never ends"),
     (GENERATION, {"pad_token_id": {}}, "pad_token_id is {}"),
     (GENERATION, {"stop_strings": 3}, "stop_strings is 3"),
-    (GENERATION, "", "is no JSON"),
-    (GENERATION, b"\xff\xfe", "is no JSON: 'utf-8' codec"),
-    (GENERATION, b"\xef\xbb\xbf{}", "is no JSON: Unexpected UTF-8 BOM"),
+    (GENERATION, "{,", "is no JSON: .*; copy or download it again"),
+    (GENERATION, "", "is empty"),
+    (GENERATION, b"{\xff\xfe", "is no JSON: 'utf-8' codec"),
+    (GENERATION, b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+    (GENERATION, "{}".encode("utf-16"), "begins with a byte order mark"),
+    (GENERATION, "\n<!doctype html><title>Sign in</title>", "is a web page"),
     (TOKENIZER, {"chat_template": 3}, "chat_template is 3, and not a template"),
     (TOKENIZER, {"chat_template": [PLAIN]}, r"chat_template is \[.*, and not a template, or a list of templates"),
     (
@@ -88,6 +91,7 @@ ODD = [
     ("processor_config.json", "nope", "is no JSON"),
     ("config.json", {"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', and not a list"),
     ("config.json", {"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0"),
+    ("config.json", {"dtype": "bfloat61"}, "dtype is 'bfloat61', and not the name of one of torch's"),
     (
         "config.json",
         {"rope_parameters": {"rope_theta": 0}},
@@ -117,6 +121,7 @@ SOUND = [
     (TOKENIZER, {"chat_template": [{"name": "default", "template": MARKED}]}),
     (TEMPLATE, MARKED),
     (TEMPLATE, STRAY),
+    ("config.json", {"torch_dtype": "float16", "quantization_config": {"weight": {"dtype": "fp8_e4m3"}}}),
     ("config.json", {"time_step_limit": [0.0, float("inf")], "rope_theta": [5e6, 1e4]}),
     ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "do_resize": True, "size": {"height": 4}}),
 ]

@@ -35,9 +35,30 @@ def lost_keys(form: Format, reference: Folder | None = None) -> Iterator[Finding
 
 
 def _by_blocks(folder: Folder) -> Iterator[Finding]:
-    for container, blocks in _containers(folder).items():
-        yield from _by_number(folder, container, blocks)
+    containers = _containers(folder)
+    trunks = [name for name in containers if _is_trunk(name)]
+    for container, blocks in containers.items():
+        stated = _stated_count(folder, container) if container in trunks else None
+        yield from _by_number(container, blocks, stated)
         yield from _by_siblings(folder, container, blocks)
+        if trunks == [container] and stated is not None:
+            yield from _behind_the_last(folder, container, blocks, stated)
+
+
+def _is_trunk(container: str) -> bool:
+    """Say whether a list holds the blocks of the language model.
+
+    A tower in front of it, an encoder or a head of several tokens has a count of its own.
+    """
+    named = container.rpartition(".")[2] in ("layers", "h", "blocks", "blk") and not NUMBER.search(container)
+    return named and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
+
+
+def _stated_count(folder: Folder, container: str) -> int | None:
+    """Return how many blocks the configuration gives a trunk; None where it doesn't say."""
+    own = ("decoder_layers", "num_decoder_layers") if "decoder" in container else ()  # beside an encoder of its own
+    stated = (folder.text_config.get(key) for key in (*own, "num_hidden_layers"))
+    return next((count for count in stated if isinstance(count, int)), None)
 
 
 def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
@@ -52,19 +73,29 @@ def _containers(folder: Folder) -> Mapping[str, Mapping[int, frozenset[str]]]:
     return {name: {i: frozenset(blocks[i]) for i in sorted(blocks)} for name, blocks in found.items()}
 
 
-def _by_number(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
-    stated = folder.text_config.get("num_hidden_layers")
-    trunk = container.rpartition(".")[2] in ("layers", "h", "blocks", "blk") and not NUMBER.search(container)
-    # a tower in front of the language model, an encoder or a head of several tokens has a count of its own
-    trunk = trunk and not any(word in container for word in ("vision", "visual", "audio", "encoder", "mtp"))
-    if not trunk and not any("." in key for keys in blocks.values() for key in keys):
+def _by_number(container: str, blocks: Mapping[int, frozenset[str]], stated: int | None) -> Iterator[Finding]:
+    if stated is None and not any("." in key for keys in blocks.values() for key in keys):
         return  # the layers of a sequence, between which stand activations without tensors
-    last = max(blocks)
-    count = max(last + 1, stated) if trunk and isinstance(stated, int) else last + 1
+    count = max(max(blocks) + 1, stated or 0)
     for number in range(count):
         if number not in blocks and len(blocks) > 1:
             name = f"{container}.{number}"
             yield Finding(name, name, "", f"missing: {len(blocks)} of {count} members of {container} are there", _SAVE)
+
+
+def _behind_the_last(
+    folder: Folder, container: str, blocks: Mapping[int, frozenset[str]], stated: int
+) -> Iterator[Finding]:
+    """Yield the blocks that the configuration doesn't count; a head of several tokens there has keys of its own."""
+    kinds = {keys for number, keys in blocks.items() if number < stated}
+    for number, keys in blocks.items():
+        if number >= stated and keys in kinds:
+            name = f"{container}.{number}"
+            file = folder.tensors[f"{name}.{min(keys)}"].file
+            what = f"unexpected: num_hidden_layers is {stated}, and {container} has {len(blocks)} members"
+            yield Finding(
+                name, name, file, what, "correct that number: a loader drops the blocks that it doesn't count"
+            )
 
 
 def _by_siblings(folder: Folder, container: str, blocks: Mapping[int, frozenset[str]]) -> Iterator[Finding]:

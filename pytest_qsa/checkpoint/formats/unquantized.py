@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..folder import Finding, Folder
-from ..tensors import FLOATS
 from .format import Format
 
 
@@ -23,7 +22,8 @@ class Unquantized(Format):
     def findings(self, layer: str) -> Iterator[Finding]:
         """Yield also a weight that isn't what it looks like: transformers would read its codes as numbers."""
         yield from super().findings(layer)
-        weight = self.parts(layer).get("weight")
-        if weight is not None and weight.dtype in FLOATS and (signs := self.signs_of(layer)):
+        weight = self.weight_of(layer)
+        signs = [part for part in self.signs_of(layer) if weight is not None and part != weight.part]
+        if weight is not None and signs:
             what = f"{signs[0]} beside it shows that it is quantized, and config.json has no quantization_config"
             yield Finding.at(weight, what, "restore the configuration of the quantizer, or save the layer again")

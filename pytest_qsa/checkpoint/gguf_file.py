@@ -75,14 +75,16 @@ SETTING_NAMES: Mapping[str, str] = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
+    "nextn_predict_layers": "num_nextn_predict_layers",
 }
-"""The keys of an architecture → those of transformers."""
+"""The keys of an architecture → those of transformers, which doesn't count a head of several tokens as blocks."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,9 @@ def read_gguf(path: Path) -> GgufFile:
     architecture = str(fields.get("general.architecture", ""))
     keys = {name: f"{architecture}.{key}" for key, name in SETTING_NAMES.items()}
     settings = {name: fields[key] for name, key in keys.items() if key in fields}
+    blocks, several = settings.get("num_hidden_layers"), settings.get("num_nextn_predict_layers")
+    if isinstance(blocks, int) and isinstance(several, int):
+        settings["num_hidden_layers"] = blocks - several
     words = fields.get("tokenizer.ggml.tokens") or ()
     return GgufFile(architecture, tensors, settings, {word: index for index, word in enumerate(words)})
 

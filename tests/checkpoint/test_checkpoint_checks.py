@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from pytest_qsa.checkpoint.checks import health as checks
+from pytest_qsa.checkpoint.checks.changed_settings import changed_settings
 from pytest_qsa.checkpoint.checks.health import CHECKS, Files, problems_of
 from pytest_qsa.checkpoint.folder import Folder, natural, open_folder
 from pytest_qsa.checkpoint.tensors import decoded
@@ -510,8 +511,7 @@ def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
     def health(folder):
         files = Files(open_folder(folder, gguf_file="model.gguf"), open_folder(reference))
         found = problems_of(files, "checkpoint_health")[1]
-        # A GGUF file has no model_type, which is a note.
-        return [(finding.tensor, finding.what) for finding in found if not finding.note]
+        return [(finding.tensor, finding.what) for finding in found]
 
     assert health(gguf_file(tmp_path / "healthy")) == []
     assert health(gguf_file(tmp_path / "faulty", faulty=True)) == [
@@ -522,6 +522,58 @@ def test_a_gguf_file_is_checked_by_its_headers_blocks_and_settings(tmp_path):
     ]
     with pytest.raises(AnomalyError, match="declares no layers"):
         problems_of(Files(open_folder(tmp_path / "healthy", gguf_file="model.gguf")), "checkpoint_formats")
+
+
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONVERTED = {
+    # case: (the keys of the file, those of the original, what differs)
+    "a scaled rope, which llama.cpp keeps as a tensor": ({"rope.freq_base": 5e5}, {"rope_parameters": LLAMA_31}, []),
+    "another base": (
+        {"rope.freq_base": 1e4}, {"rope_parameters": LLAMA_31},
+        [("rope_parameters.rope_theta", "10000.0, in the reference 500000.0")],
+    ),
+    "a base that isn't stated and was llama.cpp's": ({}, {"rope_theta": 1e4}, []),
+    "a base that is lost": (
+        {}, {"rope_theta": 1e6}, [("rope_parameters.rope_theta", "10000.0, in the reference 1000000.0")],
+    ),
+    "heads of a width of their own": (
+        {"embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32},
+        {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, [],
+    ),
+    "heads of another width": (
+        {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 32},
+        {"hidden_size": 64, "num_attention_heads": 4}, [("head_dim", "32, in the reference 16")],
+    ),
+    "a latent attention": (
+        {"embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 1, "attention.key_length": 40},
+        {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32}, [],
+    ),
+    "a head of several tokens": (
+        {"block_count": 5, "nextn_predict_layers": 1}, {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}, [],
+    ),
+    "the language model of several parts": (
+        {"embedding_length": 64}, {"text_config": {"hidden_size": 32}}, [("hidden_size", "64, in the reference 32")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_a_gguf_file_s_settings_are_compared_as_llama_cpp_means_them(tmp_path, case):
+    """A healthy conversion of Llama 3.1, Qwen3, DeepSeek or GLM is no alarm."""
+    import gguf
+
+    stated, original, wrong = CONVERTED[case]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for key, value in stated.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **original}))
+    found = changed_settings(Folder(tmp_path, "model.gguf"), Folder(tmp_path))
+    assert [(each.tensor, each.what) for each in found if each.file == "model.gguf"] == wrong
 
 
 @pytest.mark.parametrize(

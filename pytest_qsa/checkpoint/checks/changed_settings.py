@@ -13,6 +13,7 @@ from ...common import AnomalyError
 from ..folder import RESTORE, TEMPLATE_FILE, Finding, Folder, Settings, refusing_odd_settings, shown
 from ..formats.format import Format, format_of
 from ..formats.unquantized import Unquantized
+from ..gguf_file import SETTING_NAMES
 from ..side_files import CONFIG, GENERATION, PROCESSORS, TOKENIZER_SETTINGS
 from ..tensors import element_count
 from .changed_tokenizer import TOKENIZER, changed_tokenizer, stop_token_names
@@ -58,6 +59,8 @@ WRITTEN = {
 """Of each file the keys of which it has one at least. Any other JSON may be linked to here, or lie in a folder that a
 suite names, and what differs is quoted: it must not be a file of this machine that holds a password."""
 SIZE_TOLERANCE = 0.1
+ROPE_BASE, LLAMA_CPP_ROPE_BASE = "rope_parameters.rope_theta", 10_000.0
+"""The rope's base, and what llama.cpp takes for one that a GGUF file doesn't state."""
 SETTING_LAYERS = (CONFIG, GENERATION, TOKENIZER, TEMPLATE, PROCESSOR)
 """The names that stand for a layer where a setting is wrong."""
 
@@ -88,12 +91,13 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
         AnomalyError: a file is no JSON.
         InfraError: a file can't be read.
     """
-    yield from _config(folder, reference, resolve)
-    yield from _narrower(folder, reference)
     if folder.gguf_file:
+        yield from _gguf_config(folder, reference)
         # llama.cpp names the steps of a tokenizer otherwise; a pass compares the ids that they make
         yield from changed_tokenizer(folder, reference)
         return
+    yield from _config(folder, reference, resolve)
+    yield from _narrower(folder, reference)
     with refusing_odd_settings(f"{folder.path / GENERATION}: a setting"):
         yield from _generation(folder, reference)
     with refusing_odd_settings(f"{folder.path}: a setting of the tokenizer, in tokenizer.json or beside it,"):
@@ -112,7 +116,7 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
     alone = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} - set(stated)
     if not alone and mine.keys() == theirs.keys():
         return
-    own, other = (unresolved if folder.gguf_file else resolve)((folder, reference))
+    own, other = resolve((folder, reference))
     if own is None or other is None or own.name != other.name:
         for key in sorted(alone):
             yield _one_sided(key, mine, theirs)
@@ -129,6 +133,23 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
             ]
             what, note = f"{texts[0]}; in the reference {texts[1]}", OF_TRAINING.fullmatch(key) is not None
             yield Finding(CONFIG, key, CONFIG, what, RESTORE, note=note)
+
+
+def _gguf_config(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield the settings that a GGUF file and the reference both state otherwise.
+
+    llama.cpp has names and defaults of its own for all others, and scales the rope by a tensor.
+    """
+    mine, theirs = dict(_flat(folder.config)), dict(_flat(_checked(reference, CONFIG, reference.text_config)))
+    if ROPE_BASE in theirs:
+        mine.setdefault(ROPE_BASE, LLAMA_CPP_ROPE_BASE)
+    # Of a latent attention the converter states the sizes of the latent, as of one head.
+    skipped = {"head_dim", "num_key_value_heads"} if theirs.get("kv_lora_rank") else set()
+    compared = {ROPE_BASE, *SETTING_NAMES.values()} - skipped
+    for key in sorted(mine.keys() & theirs.keys() & compared):
+        one, other = mine[key], theirs[key]
+        if None not in (one, other) and not isinstance(one, list) and not same(one, other):  # a list has one a block
+            yield Finding.changed(CONFIG, key, str(folder.gguf_file), one, other)
 
 
 def _narrower(folder: Folder, reference: Folder) -> Iterator[Finding]:
